@@ -1,0 +1,51 @@
+"""Bring the database up to date, and let the application and the auditor log in.
+
+MIGRATION_DATABASE_URL is the owner's; the users and passwords of DATABASE_URL and AUDITOR_DATABASE_URL are given to the
+roles that the migrations made. An owner's URL in their place is left as it is.
+"""
+
+import sys
+
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from sqlalchemy import create_engine, make_url, text
+
+import migrations
+from settings import load
+
+ROLES = {"database_url": "darkroom_app", "auditor_database_url": "darkroom_auditor"}
+
+
+class MigrationSettings(BaseSettings):
+    """What the migration job is handed."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    migration_database_url: str
+    database_url: str
+    auditor_database_url: str | None = None
+
+
+def main() -> None:
+    settings = load(MigrationSettings)
+    migrations.upgrade(settings.migration_database_url)
+    owner = make_url(settings.migration_database_url).username
+    for field, role in ROLES.items():
+        url = getattr(settings, field)
+        user = make_url(url) if url else None
+        if user is None or user.username == owner:
+            continue
+        if user.username != role:
+            sys.exit(f"migrations: {field.upper()}: the user must be {role!r}, is {user.username!r}")
+        _let_in(settings.migration_database_url, role, str(user.password or ""))
+
+
+def _let_in(owner_url: str, role: str, password: str) -> None:
+    engine = create_engine(owner_url)
+    with engine.begin() as connection:
+        literal = connection.execute(text("SELECT quote_literal(:password)"), {"password": password}).scalar_one()
+        connection.exec_driver_sql(f"ALTER ROLE {role} LOGIN PASSWORD {literal}".replace("%", "%%"))
+    engine.dispose()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,32 @@
+"""Append facts to the audit log. Names read `subject:aspect:past-tense`; facts are ids and numbers, never prompts or addresses.
+
+The database links each event to the one before it in its chain (a tenant's, or `system`): see the first migration.
+"""
+
+import uuid
+from typing import Any
+
+from sqlalchemy import insert
+from sqlalchemy.orm import Session
+
+from models.ids import new_id
+from models.tables import AuditEvent
+
+SYSTEM = "system"
+
+
+def append(
+    session: Session,
+    event: str,
+    *,
+    chain: uuid.UUID | str,
+    actor: str,
+    job_id: uuid.UUID | None = None,
+    attempt: int | None = None,
+    **facts: Any,
+) -> None:
+    """Append one event to `chain`. The chain's head stays locked until commit: call this last, chains in sorted order."""
+    session.flush()  # whatever the event speaks of is written before it
+    row = {"id": new_id(), "chain_id": str(chain), "event": event, "actor": actor, "job_id": job_id, "attempt": attempt, "facts": facts}
+    # What the trigger fills in must still be named: NOT NULL is checked after it, but SQLAlchemy would leave the columns out.
+    session.execute(insert(AuditEvent).values(**row, seq=0, prev_hash=b"", hash=b""))

@@ -1,0 +1,27 @@
+"""One engine per process, one transaction per `with`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from sqlalchemy import Engine, create_engine
+from sqlalchemy.orm import Session
+
+
+def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
+    """Connections that are checked before use (a restarted Postgres costs a reconnect, not an error), with a limit on every wait."""
+    options = "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
+    return create_engine(
+        database_url,
+        pool_size=pool_size,
+        max_overflow=pool_size,
+        pool_pre_ping=True,
+        pool_timeout=10,
+        connect_args={"options": options, "connect_timeout": 5, "application_name": "darkroom"},
+    )
+
+
+@contextmanager
+def transaction(engine: Engine) -> Iterator[Session]:
+    """A session that commits when the block ends well and rolls back when it does not."""
+    with Session(engine, expire_on_commit=False) as session, session.begin():
+        yield session

@@ -1,0 +1,172 @@
+"""The life of a job: accepted, canceled, failed, expired, stored. Leases and releases have modules of their own.
+
+Every arrow of DESIGN section 3 is a function here or in `leases`, fenced where a worker is the caller, with its audit
+event in the same transaction. Callers commit.
+"""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session, selectinload
+
+from models import audit
+from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
+from models.tables import Artifact, Attempt, Image, Job
+
+SWEEPER = "sweeper"
+
+
+class JobAlreadyFinished(Exception):
+    """The job is in another final state; nothing was changed."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(f"job {job.id} is {job.state}")
+        self.job = job
+
+
+def accept(
+    session: Session,
+    *,
+    tenant_id: uuid.UUID,
+    api_key_id: uuid.UUID | None,
+    params: Mapping[str, Any],
+    start_within_s: float,
+    currency: str,
+    actor: str,
+) -> Job:
+    """Write the row, complete and replayable, its images and its audit event.
+
+    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.
+    """
+    start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
+    job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
+    job.images = [Image(index=index, seed=job.seed + index) for index in range(job.num_images)]
+    session.add(job)
+    session.flush()
+    facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
+    facts |= {"seed": str(job.seed), "num_images": job.num_images}
+    audit.append(session, "job:request:accepted", chain=tenant_id, actor=actor, job_id=job.id, **facts)
+    return job
+
+
+def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+    """The tenant's job with its images, attempts and artifacts; None also for another tenant's, for existence is private."""
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*_whole()))
+
+
+def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None, state: str | None = None) -> Sequence[Job]:
+    """Up to `limit` of the tenant's jobs, newest first, older than `before`."""
+    query = select(Job).where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit).options(*_whole())
+    if before is not None:
+        query = query.where(Job.id < before)
+    if state is not None:
+        query = query.where(Job.state == state)
+    return session.scalars(query).all()
+
+
+def state_of(session: Session, job_id: uuid.UUID) -> str | None:
+    return session.scalar(select(Job.state).where(Job.id == job_id))
+
+
+def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
+    """Take the job back; None if the tenant has no such job. Harmless when repeated; JobAlreadyFinished if it ended otherwise."""
+    job = session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).with_for_update().options(*_whole()))
+    if job is None or job.state == JobState.CANCELED:
+        return job
+    if job.state not in ACTIVE_STATES:
+        raise JobAlreadyFinished(job)
+    was = job.state
+    if was == JobState.RUNNING:
+        end_attempt(session, job, Outcome.CANCELED)
+    finish(job, JobState.CANCELED)
+    audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
+    session.refresh(job)
+    return job
+
+
+def expire(session: Session, job_id: uuid.UUID) -> Job | None:
+    """End a job that nothing started before its deadline; None if something did meanwhile."""
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < func.clock_timestamp())
+        .with_for_update(skip_locked=True)
+    )
+    if job is not None:
+        finish(job, JobState.EXPIRED)
+        audit.append(session, "job:state:expired", chain=job.tenant_id, actor=SWEEPER, job_id=job.id)
+    return job
+
+
+def store(
+    session: Session,
+    *,
+    job_id: uuid.UUID,
+    index: int,
+    attempt: int,
+    artifact: Mapping[str, Any],
+    price: Callable[[float], Decimal],
+    store_within_s: float,
+    actor: str,
+) -> Job | None:
+    """Record an uploaded image; with the last one the job succeeds and gets its price, in the same transaction.
+
+    artifact: columns of Artifact from `object_key` to `content_sha256`.  price: device seconds of the job to money.
+    None, and nothing is written, if the image is stored already, belongs to another attempt, or the job ended otherwise.
+    """
+    job = session.get(Job, job_id, with_for_update=True)
+    image = session.get(Image, (job_id, index))
+    if job is None or image is None or job.state not in (JobState.RUNNING, JobState.STORING):
+        return None
+    if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
+        return None
+    row = Artifact(tenant_id=job.tenant_id, job_id=job_id, index=index, **artifact)
+    session.add(row)
+    session.flush()
+    image.state, image.artifact_id = ImageState.STORED, row.id
+    job.device_seconds += image.device_seconds
+    digests = {"pixels_sha256": row.pixels_sha256, "content_sha256": row.content_sha256}
+    facts = {"index": index, "artifact_id": str(row.id), **digests}
+    session.flush()
+    remaining = session.scalar(select(func.count()).where(Image.job_id == job_id, Image.state != ImageState.STORED))
+    if remaining:
+        if job.state == JobState.STORING:
+            job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
+        audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+        return job
+    job.cost = price(job.device_seconds)
+    finish(job, JobState.SUCCEEDED)
+    audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+    bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
+    audit.append(session, "job:state:succeeded", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **bill)
+    return job
+
+
+def finish(job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
+    """Set a final state and drop every claim on the job. The caller appends the audit event."""
+    job.state, job.finished_at = state, func.clock_timestamp()
+    job.lease_expires_at = job.announced_at = job.store_by = None
+    job.failure_code, job.failure_detail = code, detail
+
+
+def requeue(job: Job) -> None:
+    """Back to the waiting ones, with its place kept: `release_tag` is not touched. The caller appends the audit event."""
+    job.state = JobState.QUEUED
+    job.lease_expires_at = job.announced_at = job.store_by = job.worker = job.rendered_at = None
+
+
+def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | None = None) -> None:
+    """Close the record of the job's current attempt."""
+    attempt = session.get(Attempt, (job.id, job.attempt))
+    if attempt is None or attempt.ended_at is not None:
+        return
+    attempt.outcome, attempt.ended_at, attempt.error = outcome, func.clock_timestamp(), error
+    if outcome is not Outcome.RENDERED:
+        attempt.waste_class = outcome.value
+
+
+def _whole() -> tuple[Any, ...]:
+    return (selectinload(Job.images).selectinload(Image.artifact), selectinload(Job.attempts))

@@ -1,0 +1,45 @@
+"""States of jobs and images, outcomes of attempts. What each means stands beside its value."""
+
+from enum import StrEnum
+
+
+class JobState(StrEnum):
+    """queued -> running -> storing -> succeeded; running -> queued and storing -> queued when work has to be done again."""
+
+    QUEUED = "queued"  # accepted; waits, announced or not
+    RUNNING = "running"  # a worker holds the lease
+    STORING = "storing"  # every image is handed off; the GPU is free, store_by is the deadline
+    SUCCEEDED = "succeeded"  # every image is stored
+    FAILED = "failed"  # failure_code says why
+    REJECTED = "rejected"  # safety said no, before or after the render
+    CANCELED = "canceled"  # the tenant said no
+    EXPIRED = "expired"  # nothing started before start_by
+
+
+FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.REJECTED, JobState.CANCELED, JobState.EXPIRED)
+ACTIVE_STATES = (JobState.QUEUED, JobState.RUNNING, JobState.STORING)
+
+
+class ImageState(StrEnum):
+    PENDING = "pending"  # to be rendered
+    HANDED_OFF = "handed_off"  # its pixels wait in the hand-off
+    STORED = "stored"  # its artifact is in the object store
+
+
+class Outcome(StrEnum):
+    """How an attempt ended."""
+
+    RUNNING = "running"  # it has not
+    RENDERED = "rendered"  # every image it was to render is handed off
+    LEASE_LOST = "lease_lost"  # its worker fell silent
+    CANCELED = "canceled"  # the tenant took the job back
+    RETURNED = "returned"  # given back unharmed: a drain, or a hand-off that vanished
+    ERROR = "error"  # tried again, or failed if it was one too many
+    FAILED = "failed"  # no retry helps
+
+
+class FailureCode(StrEnum):
+    ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; failure_detail has the last error
+    UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
+    NOT_FINITE = "not_finite"  # the network produced NaN or infinity
+    INTERNAL = "internal"

@@ -1,0 +1,54 @@
+"""What the sweeper looks for: rows whose time has come. Each list is read through a partial index, so it costs what has changed."""
+
+import uuid
+from dataclasses import dataclass
+from datetime import timedelta
+
+from sqlalchemy import func, select, text
+from sqlalchemy.orm import Session
+
+from models.states import ImageState, JobState
+from models.tables import Image, Job
+
+
+@dataclass(frozen=True)
+class Unstored:
+    """A storing job past its deadline and the pixels it waits for: attempt by image index."""
+
+    job_id: uuid.UUID
+    tier: str
+    attempt_of: dict[int, int]
+
+
+def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
+    query = select(Job.id).where(Job.state == JobState.RUNNING, Job.lease_expires_at < func.clock_timestamp())
+    return list(session.scalars(query.order_by(Job.lease_expires_at).limit(limit)))
+
+
+def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < func.clock_timestamp())
+    return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
+
+
+def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
+    query = select(Job.id, Job.tier).where(Job.state == JobState.STORING, Job.store_by < func.clock_timestamp())
+    return [
+        Unstored(job_id, tier, _handed_off(session, job_id)) for job_id, tier in session.execute(query.order_by(Job.store_by).limit(limit))
+    ]
+
+
+def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
+    """Give a storing job, announced again, another deadline."""
+    job = session.get(Job, job_id, with_for_update=True)
+    if job is not None and job.state == JobState.STORING:
+        job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
+
+
+def ensure_audit_partitions(session: Session) -> None:
+    """Make this month's and the next two months' partitions of the audit log, if they are missing."""
+    session.execute(text("SELECT audit_ensure_partitions(2)"))
+
+
+def _handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
+    query = select(Image.index, Image.handed_off_attempt).where(Image.job_id == job_id, Image.state == ImageState.HANDED_OFF)
+    return {index: attempt for index, attempt in session.execute(query) if attempt is not None}

@@ -1,0 +1,278 @@
+"""The tables. What must always hold is a constraint or a partial index here, not a habit elsewhere.
+
+tenants ─┬─ api_keys
+         └─ jobs ─┬─ images ── artifacts
+                  └─ attempts
+audit_events ── audit_chains (heads)          workers (who is alive)
+"""
+
+import uuid
+from datetime import datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import (
+    ARRAY,
+    BigInteger,
+    CheckConstraint,
+    DateTime,
+    ForeignKey,
+    Index,
+    Integer,
+    LargeBinary,
+    Numeric,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from models.ids import new_id
+from models.states import FINAL_STATES, ImageState, JobState
+
+NOW = text("clock_timestamp()")
+
+
+def _listed(values: type[JobState] | type[ImageState] | tuple[JobState, ...]) -> str:
+    return "(" + ", ".join(f"'{value.value}'" for value in values) + ")"
+
+
+class Base(DeclarativeBase):
+    type_annotation_map = {
+        datetime: DateTime(timezone=True),
+        str: Text,
+        dict[str, Any]: JSONB,
+        list[str]: ARRAY(Text),
+        bytes: LargeBinary,
+        Decimal: Numeric(14, 6),
+    }
+
+
+class Tenant(Base):
+    """Who pays, and whose ids nobody else can see."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    name: Mapped[str] = mapped_column(unique=True)
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+
+class ApiKey(Base):
+    """A key as it is stored: its public id and the HMAC of the whole; the key itself is shown once."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    kid: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    digest: Mapped[bytes]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+
+    tenant: Mapped[Tenant] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (Index("api_keys_by_tenant", "tenant_id"),)
+
+
+class Job(Base):
+    """One wish of a tenant, complete enough to be replayed, with one final state."""
+
+    __tablename__ = "jobs"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    api_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
+    state: Mapped[str] = mapped_column(server_default=JobState.QUEUED.value, default=JobState.QUEUED.value)
+
+    pool: Mapped[str]
+    tier: Mapped[str]
+    model: Mapped[str]
+    model_version: Mapped[str]
+    prompt: Mapped[str]
+    negative_prompt: Mapped[str]
+    width_px: Mapped[int]
+    height_px: Mapped[int]
+    num_steps: Mapped[int]
+    guidance: Mapped[float]
+    sampler: Mapped[str]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    num_images: Mapped[int]
+    output_format: Mapped[str]
+    precision: Mapped[str]
+    determinism: Mapped[str]
+    bucket_rows: Mapped[int | None]
+
+    release_tag: Mapped[float] = mapped_column(server_default=text("extract(epoch from clock_timestamp())::double precision"))
+    accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    announced_at: Mapped[datetime | None]
+    start_by: Mapped[datetime]
+    started_at: Mapped[datetime | None]
+    rendered_at: Mapped[datetime | None]
+    store_by: Mapped[datetime | None]
+    finished_at: Mapped[datetime | None]
+
+    attempt: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # the fence
+    counted_attempts: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # lease losses and errors
+    worker: Mapped[str | None]
+    lease_expires_at: Mapped[datetime | None]
+
+    failure_code: Mapped[str | None]
+    failure_detail: Mapped[str | None]
+    device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its stored images
+    cost: Mapped[Decimal | None]
+    currency: Mapped[str]
+
+    images: Mapped[list["Image"]] = relationship(order_by="Image.index", lazy="raise", back_populates="job")
+    attempts: Mapped[list["Attempt"]] = relationship(order_by="Attempt.attempt", lazy="raise")
+    tenant: Mapped[Tenant] = relationship(lazy="raise")
+
+    __table_args__ = (
+        CheckConstraint(f"state IN {_listed(JobState)}", name="jobs_state_is_known"),
+        CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="jobs_lease_while_running"),
+        CheckConstraint("(state = 'storing') = (store_by IS NOT NULL)", name="jobs_store_by_while_storing"),
+        CheckConstraint(f"(state IN {_listed(FINAL_STATES)}) = (finished_at IS NOT NULL)", name="jobs_finished_once_final"),
+        CheckConstraint("(failure_code IS NULL) = (state NOT IN ('failed', 'rejected'))", name="jobs_failure_has_code"),
+        CheckConstraint("(determinism = 'reproducible') = (bucket_rows IS NOT NULL)", name="jobs_bucket_when_reproducible"),
+        CheckConstraint("num_images >= 1 AND num_steps >= 1 AND seed >= 0", name="jobs_counts_are_positive"),
+        CheckConstraint("width_px >= 1 AND height_px >= 1", name="jobs_sides_are_positive"),
+        Index("jobs_waiting", "pool", "tier", "release_tag", "id", postgresql_where=text("state = 'queued' AND announced_at IS NULL")),
+        Index("jobs_announced", "pool", "tier", "announced_at", postgresql_where=text("state = 'queued' AND announced_at IS NOT NULL")),
+        Index("jobs_running", "pool", "tier", "lease_expires_at", postgresql_where=text("state = 'running'")),
+        Index("jobs_storing", "store_by", postgresql_where=text("state = 'storing'")),
+        Index("jobs_start_by", "start_by", postgresql_where=text("state = 'queued' AND attempt = 0")),
+        Index("jobs_by_tenant", "tenant_id", "id"),
+    )
+
+
+class Image(Base):
+    """One image of a job: rendered once, stored once, whatever happens to the attempts."""
+
+    __tablename__ = "images"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    seed: Mapped[int] = mapped_column(BigInteger)
+    state: Mapped[str] = mapped_column(server_default=ImageState.PENDING.value, default=ImageState.PENDING.value)
+    handed_off_attempt: Mapped[int | None]
+    handed_off_at: Mapped[datetime | None]
+    snapshot_ref: Mapped[str | None]
+    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
+
+    job: Mapped[Job] = relationship(lazy="raise", back_populates="images")
+    artifact: Mapped["Artifact | None"] = relationship(lazy="raise", foreign_keys=[artifact_id])
+
+    __table_args__ = (
+        CheckConstraint(f"state IN {_listed(ImageState)}", name="images_state_is_known"),
+        CheckConstraint("(state = 'stored') = (artifact_id IS NOT NULL)", name="images_stored_have_artifact"),
+        CheckConstraint("(state = 'pending') = (handed_off_attempt IS NULL)", name="images_handed_off_by_attempt"),
+    )
+
+
+class Attempt(Base):
+    """One try at a job: who, on what, how many steps in what company, how it ended."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    worker: Mapped[str]
+    device: Mapped[str]
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    ended_at: Mapped[datetime | None]
+    outcome: Mapped[str]
+    waste_class: Mapped[str | None]  # why its device time bought no image: lease_lost, canceled, error
+    error: Mapped[str | None]
+    steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # denoise steps of its images, added up
+    shared_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of those, with another job's image in the forward
+    max_rows: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of the denoiser's largest forward, padding not counted
+    max_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    mean_rows: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    bucket_rows: Mapped[int | None]
+    device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    encode_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    denoise_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    decode_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    fingerprint: Mapped[str | None]
+    fingerprint_facts: Mapped[dict[str, Any] | None]
+
+
+class Artifact(Base):
+    """A stored, content-addressed image. Two digests: the pixels as decoded, and the bytes as stored."""
+
+    __tablename__ = "artifacts"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"))
+    index: Mapped[int]
+    object_key: Mapped[str]
+    content_type: Mapped[str]
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    width_px: Mapped[int]
+    height_px: Mapped[int]
+    pixels_sha256: Mapped[str]
+    content_sha256: Mapped[str]
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (
+        UniqueConstraint("job_id", "index", name="artifacts_one_per_image"),
+        Index("artifacts_by_tenant_day", "tenant_id", "created_at"),
+        Index("artifacts_by_key", "object_key"),
+    )
+
+
+class AuditEvent(Base):
+    """An appended fact. `seq`, `prev_hash` and `hash` are the trigger's; whatever an application writes there is overwritten."""
+
+    __tablename__ = "audit_events"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    at: Mapped[datetime] = mapped_column(primary_key=True, server_default=NOW)
+    chain_id: Mapped[str]
+    seq: Mapped[int] = mapped_column(BigInteger)
+    event: Mapped[str]
+    actor: Mapped[str]
+    job_id: Mapped[uuid.UUID | None]
+    attempt: Mapped[int | None]
+    facts: Mapped[dict[str, Any]]
+    prev_hash: Mapped[bytes]
+    hash: Mapped[bytes]
+
+    # The app role may INSERT and not SELECT, so no RETURNING.
+    __table_args__ = (
+        Index("audit_events_by_chain", "chain_id", "seq"),
+        Index("audit_events_by_job", "job_id"),
+        {"implicit_returning": False, "postgresql_partition_by": "RANGE (at)"},
+    )
+
+
+class AuditChain(Base):
+    """The head of a chain: what the next event links to. Only the trigger writes it."""
+
+    __tablename__ = "audit_chains"
+
+    chain_id: Mapped[str] = mapped_column(primary_key=True)
+    last_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    last_hash: Mapped[bytes] = mapped_column(server_default=text(r"'\x'::bytea"))
+
+
+class Worker(Base):
+    """A worker that says it is alive every few seconds; its slots are the pool's capacity."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    pool: Mapped[str]
+    device: Mapped[str]
+    slots: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    facts: Mapped[dict[str, Any]]
+
+    __table_args__ = (Index("workers_by_pool", "pool", "seen_at"),)

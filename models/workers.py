@@ -1,0 +1,39 @@
+"""Who is alive: a row a worker, refreshed with its leases; the pool's capacity is the sum of the live ones' slots."""
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+from sqlalchemy import delete, func, select
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from models.tables import Worker
+
+
+def heartbeat(session: Session, *, name: str, pool: str, device: str, slots: int, facts: dict[str, Any]) -> None:
+    """Say that the worker is alive, now by the database's clock."""
+    row = {"pool": pool, "device": device, "slots": slots, "facts": facts, "seen_at": func.clock_timestamp()}
+    session.execute(insert(Worker).values(name=name, **row).on_conflict_do_update(index_elements=[Worker.name], set_=row))
+
+
+def leave(session: Session, name: str) -> None:
+    """The worker stops in good order."""
+    session.execute(delete(Worker).where(Worker.name == name))
+
+
+def live(session: Session, *, silent_for_s: float) -> Sequence[Worker]:
+    """Workers heard of in the last `silent_for_s`."""
+    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
+    return session.scalars(select(Worker).where(Worker.seen_at > fresh).order_by(Worker.name)).all()
+
+
+def live_slots(session: Session, *, pool: str, silent_for_s: float) -> int:
+    """Images that the pool's live workers can hold at once."""
+    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
+    return session.scalar(select(func.coalesce(func.sum(Worker.slots), 0)).where(Worker.pool == pool, Worker.seen_at > fresh)) or 0
+
+
+def forget_the_silent(session: Session, *, silent_for_s: float) -> None:
+    """Remove rows of workers that died without a word."""
+    session.execute(delete(Worker).where(Worker.seen_at < func.clock_timestamp() - timedelta(seconds=silent_for_s)))

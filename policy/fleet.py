@@ -1,0 +1,198 @@
+"""fleet.toml as a typed value: tiers, models, pools.
+
+Pure: it is handed the text. Whoever reads the file is `settings.py`. Errors name the key of the line.
+"""
+
+import tomllib
+from collections import Counter
+from datetime import datetime
+from functools import cached_property
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+MAX_SIDE_PX = 4096
+
+
+class FleetInvalid(Exception):
+    """fleet.toml cannot be used; `problems` holds one line per wrong key."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """`"512x768"` to (width_px, height_px); ValueError says what would be accepted."""
+    width, separator, height = text.partition("x")
+    if not (separator and width.isascii() and height.isascii() and width.isdigit() and height.isdigit() and len(text) <= 11):
+        raise ValueError('a size is "WIDTHxHEIGHT" in pixels, such as "512x512"')
+    width_px, height_px = int(width), int(height)
+    if not (8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX) or width_px % 8 or height_px % 8:
+        raise ValueError(f"both sides must be multiples of 8 from 8 to {MAX_SIDE_PX}")
+    return width_px, height_px
+
+
+def _checked_size(text: str) -> str:
+    parse_size(text)
+    return text
+
+
+Size = Annotated[str, AfterValidator(_checked_size)]
+
+
+class _Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Tier(_Table):
+    """A class of service. `rank` 0 is served first."""
+
+    rank: int = Field(ge=0, le=99)
+    max_steps: int = Field(ge=1, le=1000)
+    default_steps: int = Field(ge=1)
+    max_images: int = Field(ge=1, le=64)
+    max_megapixels: float = Field(16.8, gt=0)
+    guaranteed_share: float = Field(ge=0, lt=1)
+    first_preview_s: float = Field(gt=0)
+    final_s: float = Field(gt=0)
+    determinism: Literal["best_effort", "reproducible"]
+    price_weight: float = Field(gt=0)
+    start_within_s: int = Field(ge=1)
+
+
+class ModelTier(_Table):
+    """What one model does differently in one tier."""
+
+    default_steps: int | None = Field(None, ge=1)
+    default_guidance: float | None = Field(None, ge=0)
+    bucket_rows: dict[Size, int] = Field(default_factory=dict)  # size -> rows of every forward of a reproducible request
+
+
+class ModelVersion(_Table):
+    """One set of weights. `traffic_weight` 0 keeps it loadable for replays but gives it no new jobs."""
+
+    id: Name
+    source: str = Field(min_length=1)
+    traffic_weight: float = Field(1.0, ge=0)
+    sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+
+
+class Model(_Table):
+    """An entry of the catalog: what clients may ask of one family of weights."""
+
+    title: str
+    family: Literal["sd"]
+    licence: str
+    precision: Literal["fp32", "bf16", "fp16"]
+    sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default
+    samplers: tuple[Name, ...] = Field(min_length=1)
+    default_sampler: Name
+    default_guidance: float = Field(ge=0)
+    max_guidance: float = Field(gt=0)
+    max_prompt_chars: int = Field(2000, ge=1, le=100_000)
+    created_at: datetime
+    tiers: dict[Name, ModelTier] = Field(default_factory=dict)
+    versions: tuple[ModelVersion, ...] = Field(min_length=1)
+
+
+class Pool(_Table):
+    """Models that live together on a worker; a failure domain."""
+
+    models: tuple[Name, ...] = Field(min_length=1)
+    slots: int = Field(ge=1, le=1024)  # images resident on one device
+    max_batch_rows: int = Field(ge=1, le=1024)
+    warm_floor: int = Field(0, ge=0)
+    gpu_class: str = "any"
+    gpu_hour_price: float = Field(0.0, ge=0)
+
+
+class Fleet(_Table):
+    """The whole file, cross-checked."""
+
+    currency: Annotated[str, StringConstraints(pattern=r"^[A-Z]{3}$")] = "USD"
+    tiers: dict[Name, Tier] = Field(min_length=1)
+    models: dict[Name, Model] = Field(min_length=1)
+    pools: dict[Name, Pool] = Field(min_length=1)
+
+    @cached_property
+    def tiers_by_rank(self) -> tuple[str, ...]:
+        """Tier names, the one served first in front."""
+        return tuple(sorted(self.tiers, key=lambda name: self.tiers[name].rank))
+
+    def pool_of(self, model: str) -> str:
+        """The pool that serves `model`; KeyError if the fleet has no such model."""
+        return next(name for name, pool in self.pools.items() if model in pool.models)
+
+    def default_model(self) -> str:
+        """What a request without `model` gets: the first of the file."""
+        return next(iter(self.models))
+
+    def default_tier(self) -> str:
+        """What a request without `tier` gets: the first of the file."""
+        return next(iter(self.tiers))
+
+
+def parse_fleet(text: str) -> Fleet:
+    """Parse and cross-check the text of fleet.toml. Raises FleetInvalid."""
+    try:
+        fleet = Fleet.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise FleetInvalid([f"not TOML: {error}"]) from None
+    except ValidationError as error:
+        raise FleetInvalid([f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}" for problem in error.errors()]) from None
+    if problems := list(_contradictions(fleet)):
+        raise FleetInvalid(problems)
+    return fleet
+
+
+def _contradictions(fleet: Fleet) -> list[str]:
+    """What each table alone cannot see."""
+    problems = []
+    ranks = Counter(tier.rank for tier in fleet.tiers.values())
+    for name, tier in fleet.tiers.items():
+        if ranks[tier.rank] > 1:
+            problems.append(f"tiers.{name}.rank: {tier.rank} is taken by another tier")
+        if tier.default_steps > tier.max_steps:
+            problems.append(f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})")
+    if sum(tier.guaranteed_share for tier in fleet.tiers.values()) > 1:
+        problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
+    homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
+    for name, pool in fleet.pools.items():
+        problems += [f"pools.{name}.models: {model!r} is not a model of this file" for model in pool.models if model not in fleet.models]
+        for tier_name, tier in fleet.tiers.items():
+            if tier.max_images > pool.slots:
+                problems.append(f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})")
+    for name, model in fleet.models.items():
+        problems += _contradictions_of_model(fleet, name, model, homes[name])
+    return problems
+
+
+def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) -> list[str]:
+    problems = []
+    if homes != 1:
+        problems.append(f"models.{name}: must be in exactly one pool, is in {homes}")
+    if model.default_sampler not in model.samplers:
+        problems.append(f"models.{name}.default_sampler: must be one of samplers")
+    if model.default_guidance > model.max_guidance:
+        problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
+    if len({version.id for version in model.versions}) < len(model.versions):
+        problems.append(f"models.{name}.versions: ids must differ")
+    if not any(version.traffic_weight for version in model.versions):
+        problems.append(f"models.{name}.versions: no version has a traffic_weight above 0")
+    for tier_name, own in model.tiers.items():
+        if tier_name not in fleet.tiers:
+            problems.append(f"models.{name}.tiers.{tier_name}: not a tier of this file")
+        elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
+            problems.append(f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps")
+    for tier_name, tier in fleet.tiers.items():
+        if tier.determinism != "reproducible":
+            continue
+        bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
+        rows_limit = min((pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0)
+        for size in model.sizes:
+            if not 2 <= bucket_rows.get(size, 0) <= rows_limit:
+                key = f"models.{name}.tiers.{tier_name}.bucket_rows"
+                problems.append(f"{key}: {size!r} needs 2 to {rows_limit} rows, for tier {tier_name} is reproducible")
+    return problems

@@ -1,0 +1,106 @@
+"""The environment, typed: the only module that reads it.
+
+Every role asks for its own class and so holds no secret that it does not need: a GPU worker never sees an
+S3 key, a results worker never sees the pepper of the API keys.
+
+Settings             what every process needs: Postgres, the broker, the hand-off, fleet.toml
+├── WorkerSettings   + the device it is pinned to
+└── StoreSettings    + the object store (results worker)
+    └── GatewaySettings  + the API key pepper and the limits of the door
+"""
+
+import sys
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from policy.fleet import Fleet, FleetInvalid, parse_fleet
+
+REPO = Path(__file__).resolve().parent
+
+
+class Settings(BaseSettings):
+    """What every process of the house is handed. Names of variables are the field names in capitals."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    database_url: str  # SQLAlchemy URL of the application role (INSERT only on the audit log)
+    broker_url: str  # Redis of Celery's queues; noeviction, holds ids only
+    handoff_url: str  # another Redis: decoded pixels on their way to storage, progress, cancels
+    fleet_file: Path = REPO / "fleet.toml"
+    log_level: str = "INFO"
+
+    lease_ttl_s: float = Field(15.0, gt=0)  # a worker renews every 5 s: three missed beats lose the lease
+    lease_renew_s: float = Field(5.0, gt=0)
+    lease_stop_s: float = Field(12.0, gt=0)  # no renewal for this long: the worker drops its own work
+    sweep_every_s: float = Field(2.0, gt=0)
+    max_attempts: int = Field(5, ge=1)  # lease losses and errors count, preemptions do not
+    store_within_s: float = Field(60.0, gt=0)  # a storing job past this deadline is looked at by the sweeper
+    handoff_ttl_s: int = Field(3600, ge=60)
+    database_pool_size: int = Field(10, ge=1)
+
+    def load_fleet(self) -> Fleet:
+        """Read and validate fleet.toml; raises FleetInvalid, which names the key of every offending line."""
+        try:
+            text = self.fleet_file.read_text()
+        except OSError as error:
+            raise FleetInvalid([f"{self.fleet_file}: cannot be read ({error.strerror})"]) from None
+        return parse_fleet(text)
+
+
+class WorkerSettings(Settings):
+    """What a GPU worker is handed; its pool decides which models it holds."""
+
+    worker_pool: str = "local"  # a pool of fleet.toml
+    worker_name: str = ""  # gpuN@host; the launcher sets it
+    device: str = "auto"  # cpu, cuda:0, or auto: the first visible GPU, else the CPU
+    torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
+    checkpoint_root: Path = REPO  # where relative `source` paths of fleet.toml start
+    metrics_port: int = Field(0, ge=0, le=65535)  # 0 = no metrics endpoint
+
+
+class StoreSettings(Settings):
+    """What is needed to reach the object store, any that speaks S3."""
+
+    s3_bucket: str
+    s3_access_key_id: SecretStr
+    s3_secret_access_key: SecretStr
+    s3_endpoint_url: str | None = None  # None = AWS
+    s3_public_endpoint_url: str | None = None  # what clients can reach; presigned URLs carry it
+    s3_region: str = "us-east-1"
+    s3_checksums: str = Field("when_required", pattern="^(when_required|when_supported)$")  # older servers refuse CRC trailers
+    presign_ttl_s: int = Field(600, ge=1, le=604_800)
+
+
+class GatewaySettings(StoreSettings):
+    """What the gateway is handed."""
+
+    api_key_pepper: SecretStr = Field(min_length=16)  # HMAC key of the stored API keys; changing it revokes all of them
+    max_body_bytes: int = Field(262_144, ge=1024)
+    max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
+
+
+AnySettings = TypeVar("AnySettings", bound=BaseSettings)
+
+
+def load(kind: type[AnySettings]) -> AnySettings:
+    """Read the environment into `kind`, or end the process with one line per variable that is missing or wrong."""
+    try:
+        return kind()
+    except ValidationError as error:
+        for problem in error.errors():
+            name = "_".join(str(part) for part in problem["loc"]).upper()
+            print(f"settings: {name}: {problem['msg'].lower()}", file=sys.stderr)
+        raise SystemExit(78) from None  # EX_CONFIG
+
+
+def load_fleet_or_exit(settings: Settings) -> Fleet:
+    """`settings.load_fleet()` for entry points: ends the process with one line per wrong key."""
+    try:
+        return settings.load_fleet()
+    except FleetInvalid as error:
+        for problem in error.problems:
+            print(f"fleet.toml: {problem}", file=sys.stderr)
+        raise SystemExit(78) from None
