@@ -3,10 +3,13 @@
 Every role asks for its own class and so holds no secret that it does not need: a GPU worker never sees an
 S3 key, a results worker never sees the pepper of the API keys.
 
-Settings             what every process needs: Postgres, the broker, the hand-off, fleet.toml
-├── WorkerSettings   + the device it is pinned to
-└── StoreSettings    + the object store (results worker)
-    └── GatewaySettings  + the API key pepper and the limits of the door
+BrokerSettings           the broker and fleet.toml
+├── FlowerSettings       + the user and password that Flower asks for
+└── Settings             + Postgres and the hand-off (sweeper)
+    ├── WorkerSettings   + the device a GPU worker is pinned to
+    └── StoreSettings    + the object store (results worker)
+        └── GatewaySettings  + the API key pepper and the limits of the door
+ServerSettings           how gunicorn listens
 """
 
 import sys
@@ -21,25 +24,14 @@ from policy.fleet import Fleet, FleetInvalid, parse_fleet
 REPO = Path(__file__).resolve().parent
 
 
-class Settings(BaseSettings):
-    """What every process of the house is handed. Names of variables are the field names in capitals."""
+class BrokerSettings(BaseSettings):
+    """What whoever knows the queues is handed. Names of variables are the field names in capitals."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
-    database_url: str  # SQLAlchemy URL of the application role (INSERT only on the audit log)
     broker_url: str  # Redis of Celery's queues; noeviction, holds ids only
-    handoff_url: str  # another Redis: decoded pixels on their way to storage, progress, cancels
     fleet_file: Path = REPO / "fleet.toml"
     log_level: str = "INFO"
-
-    lease_ttl_s: float = Field(15.0, gt=0)  # a worker renews every 5 s: three missed beats lose the lease
-    lease_renew_s: float = Field(5.0, gt=0)
-    lease_stop_s: float = Field(12.0, gt=0)  # no renewal for this long: the worker drops its own work
-    sweep_every_s: float = Field(2.0, gt=0)
-    max_attempts: int = Field(5, ge=1)  # lease losses and errors count, preemptions do not
-    store_within_s: float = Field(60.0, gt=0)  # a storing job past this deadline is looked at by the sweeper
-    handoff_ttl_s: int = Field(3600, ge=60)
-    database_pool_size: int = Field(10, ge=1)
 
     def load_fleet(self) -> Fleet:
         """Read and validate fleet.toml; raises FleetInvalid, which names the key of every offending line."""
@@ -50,15 +42,51 @@ class Settings(BaseSettings):
         return parse_fleet(text)
 
 
+class FlowerSettings(BrokerSettings):
+    """What Flower is handed; it asks for this user and password."""
+
+    flower_user: str = "operator"
+    flower_password: SecretStr = Field(min_length=8)
+    flower_bind: str = "127.0.0.1:5555"
+
+
+class ServerSettings(BaseSettings):
+    """How gunicorn listens."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    gateway_bind: str = "127.0.0.1:8080"
+    gateway_threads: int = Field(128, ge=1)  # a waiting client holds a thread, not a database connection
+    web_concurrency: int = Field(1, ge=1)  # processes; with more than one, metrics are per process
+
+
+class Settings(BrokerSettings):
+    """What every process that moves jobs is handed."""
+
+    database_url: str  # SQLAlchemy URL of the application role (INSERT only on the audit log)
+    handoff_url: str  # another Redis: decoded pixels on their way to storage, progress, cancels
+
+    lease_ttl_s: float = Field(15.0, gt=0)  # a worker renews every 5 s: three missed beats lose the lease
+    lease_renew_s: float = Field(5.0, gt=0)
+    lease_stop_s: float = Field(12.0, gt=0)  # no renewal for this long: the worker drops its own work
+    sweep_every_s: float = Field(2.0, gt=0)
+    max_attempts: int = Field(5, ge=1)  # lease losses and errors count, preemptions do not
+    store_within_s: float = Field(10.0, gt=0)  # a storing job past this deadline is looked at by the sweeper
+    handoff_ttl_s: int = Field(3600, ge=60)
+    database_pool_size: int = Field(10, ge=1)
+    metrics_port: int = Field(0, ge=0, le=65535)  # Prometheus text on metrics_host; 0 = none
+    metrics_host: str = "127.0.0.1"
+
+
 class WorkerSettings(Settings):
     """What a GPU worker is handed; its pool decides which models it holds."""
 
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
     device: str = "auto"  # cpu, cuda:0, or auto: the first visible GPU, else the CPU
+    cuda_visible_devices: str | None = None  # the launcher starts a process for each of these; unset = all
     torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
     checkpoint_root: Path = REPO  # where relative `source` paths of fleet.toml start
-    metrics_port: int = Field(0, ge=0, le=65535)  # 0 = no metrics endpoint
 
 
 class StoreSettings(Settings):
@@ -96,7 +124,7 @@ def load(kind: type[AnySettings]) -> AnySettings:
         raise SystemExit(78) from None  # EX_CONFIG
 
 
-def load_fleet_or_exit(settings: Settings) -> Fleet:
+def load_fleet_or_exit(settings: BrokerSettings) -> Fleet:
     """`settings.load_fleet()` for entry points: ends the process with one line per wrong key."""
     try:
         return settings.load_fleet()

@@ -145,6 +145,12 @@ def store(
     return job
 
 
+def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
+    """The images whose pixels wait in the hand-off: attempt by index."""
+    query = select(Image.index, Image.handed_off_attempt).where(Image.job_id == job_id, Image.state == ImageState.HANDED_OFF)
+    return {index: attempt for index, attempt in session.execute(query.order_by(Image.index)) if attempt is not None}
+
+
 def finish(job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
     """Set a final state and drop every claim on the job. The caller appends the audit event."""
     job.state, job.finished_at = state, func.clock_timestamp()

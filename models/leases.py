@@ -175,6 +175,12 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     return job
 
 
+def note_waste(session: Session, job_id: uuid.UUID, attempt: int, *, device_seconds: float) -> None:
+    """Add device time that bought no image to the attempt's record; its `waste_class` says why."""
+    if device_seconds > 0 and (row := session.get(Attempt, (job_id, attempt), with_for_update=True)) is not None:
+        row.device_seconds += device_seconds
+
+
 def _held(session: Session, lease: Lease) -> Job:
     """The job's row, locked, if it is still this attempt's."""
     job = session.scalar(

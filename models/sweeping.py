@@ -7,8 +7,9 @@ from datetime import timedelta
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from models.states import ImageState, JobState
-from models.tables import Image, Job
+from models import jobs
+from models.states import JobState
+from models.tables import Job
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,8 @@ def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
 def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
     query = select(Job.id, Job.tier).where(Job.state == JobState.STORING, Job.store_by < func.clock_timestamp())
-    return [
-        Unstored(job_id, tier, _handed_off(session, job_id)) for job_id, tier in session.execute(query.order_by(Job.store_by).limit(limit))
-    ]
+    overdue = session.execute(query.order_by(Job.store_by).limit(limit)).all()
+    return [Unstored(job_id, tier, jobs.handed_off(session, job_id)) for job_id, tier in overdue]
 
 
 def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
@@ -47,8 +47,3 @@ def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float
 def ensure_audit_partitions(session: Session) -> None:
     """Make this month's and the next two months' partitions of the audit log, if they are missing."""
     session.execute(text("SELECT audit_ensure_partitions(2)"))
-
-
-def _handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
-    query = select(Image.index, Image.handed_off_attempt).where(Image.job_id == job_id, Image.state == ImageState.HANDED_OFF)
-    return {index: attempt for index, attempt in session.execute(query) if attempt is not None}

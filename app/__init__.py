@@ -1,0 +1,48 @@
+"""HTTP in, JSON out: a blueprint per resource. Names tasks instead of importing them, so no web process loads the engine."""
+
+import re
+import time
+import uuid
+
+import structlog
+from flask import Flask, Response, g, request
+
+from app import catalog, health, jobs, problems
+from app.gateway import open_gateway
+from edges import telemetry
+from policy.fleet import Fleet
+from settings import GatewaySettings
+
+_SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
+
+
+def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
+    """The gateway as a WSGI application."""
+    app = Flask(__name__)
+    app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.json.sort_keys = False
+    app.extensions["darkroom"] = open_gateway(settings, fleet)
+    problems.register(app)
+    for blueprint in (jobs.bp, catalog.bp, health.bp):
+        app.register_blueprint(blueprint)
+    app.before_request(_open_request)
+    app.after_request(_close_request)
+    return app
+
+
+def _open_request() -> None:
+    offered = request.headers.get("X-Request-Id", "")
+    g.request_id = offered if _SANE_REQUEST_ID.match(offered) else str(uuid.uuid4())
+    g.opened_at = time.monotonic()
+    structlog.contextvars.clear_contextvars()
+    structlog.contextvars.bind_contextvars(request_id=g.request_id)
+
+
+def _close_request(response: Response) -> Response:
+    response.headers["X-Request-Id"] = g.get("request_id", "unknown")
+    response.headers["X-Content-Type-Options"] = "nosniff"
+    route = request.url_rule.rule if request.url_rule else "unknown"
+    telemetry.HTTP_REQUESTS.labels(request.method, route, response.status_code).inc()
+    if "Preference-Applied" not in response.headers and "opened_at" in g:
+        telemetry.HTTP_SECONDS.labels(request.method, route).observe(time.monotonic() - g.opened_at)
+    return response

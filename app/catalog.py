@@ -1,0 +1,77 @@
+"""/v1/models and /v1/tiers: what can be asked for, straight from fleet.toml."""
+
+from typing import Any
+
+from flask import Blueprint, jsonify
+from flask.typing import ResponseReturnValue
+
+from app.auth import require_key
+from app.gateway import gateway
+from app.problems import ModelNotFound
+from policy.catalog import OUTPUT_FORMATS
+from policy.fleet import Fleet, ModelTier
+
+bp = Blueprint("catalog", __name__, url_prefix="/v1")
+bp.before_request(require_key)
+
+
+@bp.get("/models")
+def list_models() -> ResponseReturnValue:
+    """OpenAI's list shape; our facts are extra members."""
+    fleet = gateway().fleet
+    return jsonify(object="list", data=[_model_view(fleet, name) for name in fleet.models])
+
+
+@bp.get("/models/<name>")
+def show_model(name: str) -> ResponseReturnValue:
+    fleet = gateway().fleet
+    if name not in fleet.models:
+        raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=list(fleet.models))
+    return jsonify(_model_view(fleet, name))
+
+
+@bp.get("/tiers")
+def list_tiers() -> ResponseReturnValue:
+    """Tiers in the order in which they are served."""
+    fleet = gateway().fleet
+    shown = (
+        "rank",
+        "max_steps",
+        "default_steps",
+        "max_images",
+        "determinism",
+        "price_weight",
+        "start_within_s",
+        "first_preview_s",
+        "final_s",
+    )
+    tiers = [{"id": name, "object": "tier"} | {key: getattr(fleet.tiers[name], key) for key in shown} for name in fleet.tiers_by_rank]
+    return jsonify(object="list", data=tiers)
+
+
+def _model_view(fleet: Fleet, name: str) -> dict[str, Any]:
+    model = fleet.models[name]
+    per_tier = {}
+    for tier_name, tier in fleet.tiers.items():
+        own = model.tiers.get(tier_name, ModelTier())
+        guidance = model.default_guidance if own.default_guidance is None else own.default_guidance
+        per_tier[tier_name] = {"default_steps": own.default_steps or tier.default_steps, "default_guidance": guidance}
+    return {
+        "id": name,
+        "object": "model",
+        "created": int(model.created_at.timestamp()),
+        "owned_by": "darkroom",
+        "title": model.title,
+        "family": model.family,
+        "licence": model.licence,
+        "precision": model.precision,
+        "sizes": list(model.sizes),
+        "samplers": list(model.samplers),
+        "default_sampler": model.default_sampler,
+        "max_guidance": model.max_guidance,
+        "max_prompt_chars": model.max_prompt_chars,
+        "output_formats": list(OUTPUT_FORMATS),
+        "pool": fleet.pool_of(name),
+        "versions": [{"id": version.id, "traffic_weight": version.traffic_weight} for version in model.versions],
+        "tiers": per_tier,
+    }

@@ -1,0 +1,60 @@
+"""What the gateway's routes work with, made once per process."""
+
+import random
+import secrets
+from dataclasses import dataclass
+
+from flask import current_app
+from sqlalchemy import Engine
+
+from edges.broker import Broker
+from edges.handoff import Handoff
+from edges.objectstore import ObjectStore
+from edges.progress import Endings, News
+from edges.release import Release
+from models.database import make_engine
+from policy.catalog import Resolved, Wish, resolve
+from policy.fleet import Fleet
+from settings import GatewaySettings
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """The parts of the house that a request may touch."""
+
+    settings: GatewaySettings
+    fleet: Fleet
+    database: Engine
+    broker: Broker
+    release: Release
+    handoff: Handoff
+    store: ObjectStore
+    news: News
+    endings: Endings
+
+    def resolve(self, wish: Wish) -> Resolved:
+        """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
+        return resolve(self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random())
+
+
+def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
+    """Connections are made at first use: a gateway starts, and says what is not ready, while its surroundings are away."""
+    database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
+    broker = Broker(settings, fleet)
+    return Gateway(
+        settings=settings,
+        fleet=fleet,
+        database=database,
+        broker=broker,
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=ObjectStore(settings),
+        news=News(settings.handoff_url),
+        endings=Endings(settings.handoff_url),
+    )
+
+
+def gateway() -> Gateway:
+    """The gateway of the current request."""
+    part: Gateway = current_app.extensions["darkroom"]
+    return part

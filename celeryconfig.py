@@ -1,0 +1,54 @@
+"""Queues and delivery promises, derived from settings and fleet.toml.
+
+Postgres holds the truth; a message is a hint, "look at job X". So a lost message costs seconds (the sweeper announces
+again), a doubled one costs a refused claim, and every choice below serves speed and survival, not exactly-once.
+"""
+
+from typing import Any
+
+from kombu import Queue
+
+from policy import queues
+from policy.fleet import Fleet
+from settings import BrokerSettings
+
+
+def delivery(settings: BrokerSettings, fleet: Fleet) -> dict[str, Any]:
+    """Celery's configuration for every role; Celery 5.7 and kombu 5.7, Redis transport."""
+    return {
+        "broker_url": settings.broker_url,
+        "result_backend": None,  # results live in Postgres and the object store
+        "task_ignore_result": True,
+        "task_queues": [Queue(name) for name in queues.all_queues(fleet)],
+        "task_default_queue": queues.MAINTENANCE,
+        "task_create_missing_queues": False,  # a misspelt queue is an error, not a place where jobs wait for ever
+        "task_acks_late": True,
+        "task_reject_on_worker_lost": True,
+        "task_publish_retry": False,  # the API must not wait for a broker that is down; the sweeper publishes
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        "worker_pool": "threads",  # one CUDA context and one copy of the weights; prefork hangs after torch was used
+        "worker_consumer": "fleet.consumer:FleetConsumer",  # the stock one dies in a Redis outage
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,  # never more than the free threads can take, also after a reconnect
+        "worker_soft_shutdown_timeout": 0,  # broken with threads in 5.7, as are time limits
+        "worker_cancel_long_running_tasks_on_connection_loss": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+        "worker_send_task_events": True,  # Flower lists the tasks
+        "task_send_sent_event": True,
+        "broker_connection_retry_on_startup": True,
+        "broker_connection_max_retries": None,  # 100 by default, then the worker gives up
+        "broker_transport_options": {
+            "visibility_timeout": 3600,  # recovery is the lease's; a late redelivery is a duplicate that take() refuses
+            "unacked_restore_interval": 5,
+            "unacked_restore_throttle": 1,  # the default cadence is 100 s
+            "unacked_mutex_expire": 15,  # a worker killed in a restore blocks the next for 300 s by default
+            "queue_order_strategy": "priority",  # until TierCycle takes over
+            "socket_timeout": 5,  # a frozen broker is an error after 5 s, not a hang
+            "socket_connect_timeout": 2,
+            "socket_keepalive": True,
+            "health_check_interval": 15,
+            "polling_interval": 0.2,  # the wait of one BRPOP: how soon a freed slot is noticed
+        },
+    }

@@ -1,0 +1,1 @@
+"""The outside world, one module each: object store, hand-off, progress, broker, telemetry. Knows models; never Flask or torch."""

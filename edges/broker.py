@@ -1,0 +1,82 @@
+"""The only publisher: turns a job that should be looked at into a Celery message. The one module of `edges` that knows Celery.
+
+A message carries the job's id and nothing else. Its task id is `<job id>:<verb>`, so that Flower, the sweeper and a
+human at redis-cli can all tell which job a message means.
+"""
+
+import base64
+import json
+import uuid
+from typing import Any
+
+import redis
+from celery import Celery
+from kombu.exceptions import KombuError
+
+import celeryconfig
+from policy import queues
+from policy.fleet import Fleet
+from settings import BrokerSettings
+
+VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store"}
+
+
+class BrokerUnavailable(Exception):
+    """The message was not published; the sweeper will find the row."""
+
+
+class Broker:
+    """Publishing, and looking at, the queues of the house."""
+
+    def __init__(self, settings: BrokerSettings, fleet: Fleet, *, celery: Celery | None = None) -> None:
+        self.celery = celery or make_celery(settings, fleet)
+        self._redis = redis.Redis.from_url(settings.broker_url, socket_timeout=5, socket_connect_timeout=2)
+
+    def announce(self, task_name: str, queue: str, job_id: uuid.UUID) -> None:
+        """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again."""
+        try:
+            self.celery.send_task(
+                task_name, kwargs={"job_id": str(job_id)}, queue=queue, task_id=f"{job_id}:{VERBS[task_name]}", retry=False
+            )
+        except (KombuError, redis.RedisError, OSError) as error:
+            raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
+
+    def waiting(self, queue: str) -> int:
+        """Messages in `queue` that no worker has taken."""
+        return int(self._ask("llen", queue))
+
+    def next_job(self, queue: str) -> uuid.UUID | None:
+        """The job whose message is taken next; None if the queue is empty or its message is not ours."""
+        raw = self._ask("lindex", queue, -1)
+        return None if raw is None else job_of_message(raw)
+
+    def ping(self) -> None:
+        """Raises BrokerUnavailable."""
+        self._ask("ping")
+
+    def _ask(self, command: str, *arguments: Any) -> Any:
+        try:
+            return getattr(self._redis, command)(*arguments)
+        except redis.RedisError as error:
+            raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def make_celery(settings: BrokerSettings, fleet: Fleet, **extra: Any) -> Celery:
+    """A Celery app of this house; `extra` are further Celery settings."""
+    celery = Celery("darkroom", set_as_current=False)
+    celery.conf.update(celeryconfig.delivery(settings, fleet), **extra)
+    return celery
+
+
+def job_of_message(raw: bytes) -> uuid.UUID | None:
+    """The job that a raw message of the Redis transport means; None if it is not one of ours."""
+    try:
+        message = json.loads(raw)
+        task_id = message["headers"].get("id") or message["properties"]["correlation_id"]
+        return uuid.UUID(str(task_id).partition(":")[0])
+    except (ValueError, KeyError, TypeError, AttributeError):
+        try:
+            arguments = json.loads(base64.b64decode(json.loads(raw)["body"]))
+            return uuid.UUID(arguments[1]["job_id"])
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None

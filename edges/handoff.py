@@ -1,0 +1,100 @@
+"""Decoded pixels on their way from a GPU to storage: the claim-check in a Redis of its own.
+
+The key names job, image and attempt, so a late worker never overwrites a newer attempt's pixels. Values carry their
+shape and digest. Read with GET and delete after the commit: a results task killed in between finds them again.
+"""
+
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass
+
+import numpy as np
+import redis
+from numpy.typing import NDArray
+
+
+class HandoffUnavailable(Exception):
+    """The hand-off cannot be reached, or is full."""
+
+
+class HandoffCorrupt(Exception):
+    """What came back is not what was put: treat it as gone."""
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Decoded RGB, uint8 [h, w, 3], and the digest that names the image wherever it goes."""
+
+    array: NDArray[np.uint8]
+    sha256: str
+
+
+class Handoff:
+    """`put` by the worker, `get` and `drop` by the results task."""
+
+    def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
+        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=10, socket_connect_timeout=2)
+        self._ttl_s = ttl_s
+
+    def put(self, job_id: uuid.UUID, index: int, attempt: int, pixels: NDArray[np.uint8]) -> str:
+        """Keep the pixels for `ttl_s`; their sha256 comes back. Raises HandoffUnavailable."""
+        digest = pixels_sha256(pixels)
+        head = json.dumps({"shape": pixels.shape, "sha256": digest}).encode()
+        body = np.ascontiguousarray(pixels).tobytes()
+        try:
+            self._redis.set(_key(job_id, index, attempt), len(head).to_bytes(4, "big") + head + body, ex=self._ttl_s)
+        except redis.RedisError as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+        return digest
+
+    def get(self, job_id: uuid.UUID, index: int, attempt: int) -> Pixels | None:
+        """The pixels, or None if they are gone. Raises HandoffUnavailable, HandoffCorrupt."""
+        try:
+            blob = self._redis.get(_key(job_id, index, attempt))
+        except redis.RedisError as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+        if blob is None:
+            return None
+        try:
+            end = 4 + int.from_bytes(blob[:4], "big")
+            head = json.loads(blob[4:end])
+            array = np.frombuffer(blob, dtype=np.uint8, offset=end).reshape(head["shape"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise HandoffCorrupt(str(error)) from error
+        if pixels_sha256(array) != head["sha256"]:
+            raise HandoffCorrupt("the digest does not fit the pixels")
+        return Pixels(array, head["sha256"])
+
+    def holds(self, job_id: uuid.UUID, index: int, attempt: int) -> bool:
+        """Raises HandoffUnavailable."""
+        try:
+            return bool(self._redis.exists(_key(job_id, index, attempt)))
+        except redis.RedisError as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+
+    def drop(self, job_id: uuid.UUID, index: int, attempt: int) -> None:
+        """Forget the pixels, if they are there and the hand-off is; otherwise their TTL does."""
+        try:
+            self._redis.delete(_key(job_id, index, attempt))
+        except redis.RedisError:
+            return
+
+    def ping(self) -> None:
+        """Raises HandoffUnavailable."""
+        try:
+            self._redis.ping()
+        except redis.RedisError as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def pixels_sha256(pixels: NDArray[np.uint8]) -> str:
+    """Digest of width, height and the RGB bytes, row by row: what "the same image" means everywhere in the house."""
+    height, width, _ = pixels.shape
+    digest = hashlib.sha256(f"{width}x{height} RGB8\n".encode())
+    digest.update(np.ascontiguousarray(pixels))
+    return digest.hexdigest()
+
+
+def _key(job_id: uuid.UUID, index: int, attempt: int) -> str:
+    return f"handoff:{job_id}:{index}:{attempt}"

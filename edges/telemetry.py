@@ -1,0 +1,65 @@
+"""What an operator watches: structured logs on standard error, and Prometheus metrics on a port of their own.
+
+A log event is constant and its data are fields; ids, never whole objects or prompts.
+"""
+
+import logging
+import sys
+
+import structlog
+from prometheus_client import Counter, Gauge, Histogram, start_http_server
+
+log = structlog.get_logger(__name__)
+
+HTTP_REQUESTS = Counter("darkroom_http_requests_total", "Answers of the gateway", ["method", "route", "status"])
+HTTP_SECONDS = Histogram("darkroom_http_request_seconds", "Time to answer, waiting clients excluded", ["method", "route"])
+JOBS_ACCEPTED = Counter("darkroom_jobs_accepted_total", "Jobs written", ["tier", "model"])
+IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off", ["tier", "model"])
+DEVICE_SECONDS = Counter("darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"])
+RENDER_ERRORS = Counter("darkroom_render_errors_total", "Attempts that ended in an error", ["kind"])
+LEASES_LOST = Counter("darkroom_leases_lost_total", "Leases that a worker found gone")
+IMAGES_STORED = Counter("darkroom_images_stored_total", "Artifacts committed", ["tier", "format"])
+STORED_BYTES = Counter("darkroom_stored_bytes_total", "Bytes of committed artifacts")
+DUPLICATES = Counter("darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"])
+SWEPT = Counter("darkroom_swept_total", "Rows the sweeper acted on", ["why"])
+QUEUE_JOBS = Gauge("darkroom_queue_jobs", "Unfinished jobs", ["pool", "tier", "state"])
+OLDEST_WAIT = Gauge("darkroom_queue_oldest_wait_seconds", "Age of the oldest queued job", ["pool", "tier"])
+LIVE_WORKERS = Gauge("darkroom_live_workers", "Workers heard of within a lease", ["pool"])
+INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
+FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
+MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")
+
+
+def configure_logs(level: str = "INFO") -> None:
+    """One JSON object a line on standard error, for our own events and for the libraries' alike."""
+    shared = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        structlog.processors.format_exc_info,
+    ]
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    renderer = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name])
+    )
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level.upper())
+    for name in ("botocore", "boto3", "urllib3", "kombu", "celery.redirected", "celery.worker.strategy", "celery.app.trace"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
+    """Serve /metrics from a thread; nothing for port 0, a warning for a port that is taken."""
+    if port:
+        try:
+            start_http_server(port, addr=host)
+        except OSError as error:
+            log.warning("metrics_port_taken", port=port, reason=str(error))

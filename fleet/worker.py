@@ -1,0 +1,100 @@
+"""Start one worker process per visible GPU, each seeing only its own; one CPU worker where there is no GPU.
+
+`python -m fleet.worker`. The launcher never touches CUDA itself. It passes signals on, starts a worker again that
+crashed, and ends when all have ended.
+"""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from settings import WorkerSettings, load
+
+SERVE = [sys.executable, "-m", "tasks.serve", "render"]
+BACK_OFF_S = (1, 2, 5, 10, 30)
+HEALTHY_AFTER_S = 120
+
+
+def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
+    """Ids for CUDA_VISIBLE_DEVICES, one per GPU: the given ones, or all that nvidia-smi lists."""
+    if cuda_visible_devices is not None:
+        return [gpu.strip() for gpu in cuda_visible_devices.split(",") if gpu.strip() not in ("", "-1")]
+    if shutil.which("nvidia-smi") is None:
+        return []
+    listed = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, check=False)
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
+
+
+def main() -> None:
+    settings = load(WorkerSettings)
+    host = socket.gethostname()
+    gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
+    if not gpus:
+        os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": settings.worker_name or f"cpu0@{host}", "DEVICE": "cpu"})
+    prefix, _, at = (settings.worker_name or f"gpu@{host}").partition("@")
+    environments = [
+        {"CUDA_VISIBLE_DEVICES": gpu, "WORKER_NAME": f"{prefix}{number}@{at or host}", "DEVICE": "cuda:0"}
+        for number, gpu in enumerate(gpus)
+    ]
+    sys.exit(Launcher(environments).run())
+
+
+@dataclass
+class _Child:
+    environment: dict[str, str]
+    process: subprocess.Popen[bytes]
+    started_at: float
+    crashes: int = 0
+    again_at: float | None = field(default=None)
+
+
+class Launcher:
+    """Keeps one process alive per environment until it is told to stop."""
+
+    def __init__(self, environments: list[dict[str, str]]) -> None:
+        self._stopping = False
+        self._children = [_Child(env, _spawn(env), time.monotonic()) for env in environments]
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+
+    def run(self) -> int:
+        """Return when every child has ended for good: 0 if they were told to."""
+        while any(child.process.poll() is None or child.again_at is not None for child in self._children):
+            for child in self._children:
+                self._look_after(child)
+            time.sleep(0.2)
+        return 0 if self._stopping else 1
+
+    def _look_after(self, child: _Child) -> None:
+        now = time.monotonic()
+        if child.again_at is not None:
+            if self._stopping:
+                child.again_at = None
+            elif now >= child.again_at:
+                child.process, child.started_at, child.again_at = _spawn(child.environment), now, None
+        elif child.process.poll() is not None and not self._stopping:
+            child.crashes = 0 if now - child.started_at > HEALTHY_AFTER_S else child.crashes + 1
+            wait_s = BACK_OFF_S[min(child.crashes, len(BACK_OFF_S)) - 1] if child.crashes else BACK_OFF_S[0]
+            print(f"worker {child.environment['WORKER_NAME']} ended ({child.process.returncode}); again in {wait_s} s", file=sys.stderr)
+            child.again_at = now + wait_s
+
+    def _pass_on(self, number: int, frame: Any) -> None:
+        del frame
+        self._stopping = True
+        for child in self._children:
+            if child.process.poll() is None:
+                child.process.send_signal(number)
+
+
+def _spawn(environment: dict[str, str]) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(SERVE, env=os.environ | environment)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""One Celery function per promise: render, store, sweep. Each role of a process includes only its own."""

@@ -1,0 +1,230 @@
+"""Start one role of the house: `python -m tasks.serve render | results | maintenance | flower`.
+
+Each role includes only its own tasks, reads only its own settings, and no role but `render` loads torch.
+"""
+
+import os
+import socket
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+from celery import Celery
+
+from edges import telemetry
+from edges.broker import Broker, make_celery
+from edges.handoff import Handoff
+from edges.objectstore import ObjectStore
+from edges.progress import CANCELS, Listener, News, ProgressWriter
+from edges.release import Release
+from fleet.consumer import tier_gate
+from models.database import make_engine
+from policy import queues, tiers
+from policy.catalog import checkpoint_name
+from policy.fleet import Fleet, parse_size
+from settings import FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
+
+log = structlog.get_logger(__name__)
+
+SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
+STORE_THREADS = 4
+
+
+def serve_render() -> None:
+    """Load and warm the pool's models, then take jobs."""
+    settings = load(WorkerSettings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    if settings.worker_pool not in fleet.pools:
+        sys.exit(f"settings: WORKER_POOL: {settings.worker_pool!r} is not a pool of fleet.toml ({', '.join(fleet.pools)})")
+    from tasks.keeper import LeaseKeeper, WorkerIdentity
+    from tasks.render import Renderer
+
+    pool = fleet.pools[settings.worker_pool]
+    engine = _start_engine(settings, fleet)
+    name = settings.worker_name or f"cpu0@{socket.gethostname()}"
+    database = make_engine(settings.database_url, pool_size=pool.slots + SPARE_THREADS)
+    identity = WorkerIdentity(
+        name=name, pool=settings.worker_pool, device=engine.config.device, slots=pool.slots, facts={"load_s": round(engine.load_s, 3)}
+    )
+    celery = make_celery(settings, fleet)
+    broker = Broker(settings, fleet, celery=celery)
+    keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
+    progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
+    renderer = Renderer(
+        settings=settings,
+        fleet=fleet,
+        engine=engine,
+        keeper=keeper,
+        database=database,
+        broker=broker,
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        progress=progress,
+        news=news,
+    )
+    register(celery, queues.RENDER_JOB, renderer.render_job)
+    listener = Listener(settings.handoff_url, CANCELS, keeper.drop)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    telemetry.INFLIGHT.set_function(lambda: engine.stats()["inflight"])
+    telemetry.FORWARDS.set_function(lambda: engine.stats()["forwards"])
+    telemetry.MEAN_ROWS.set_function(lambda: engine.stats()["mean_rows"])
+    names = queues.render_queues(fleet, settings.worker_pool)
+    tier_of = dict(zip(names, fleet.tiers_by_rank, strict=True))
+
+    def may_take(queue: str, taken: Mapping[str, int]) -> bool:
+        """Counts images; a task that has not got its lease yet counts as one."""
+        held = keeper.images_held() + _without_lease(tier_of, taken, keeper.jobs_held())
+        return tiers.may_take(fleet, tier_of[queue], held, pool.slots)
+
+    celery.steps["consumer"].add(tier_gate(names, may_take))
+    log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
+    try:
+        _work(celery, names, name=name, threads=pool.slots + SPARE_THREADS)
+    finally:
+        keeper.close()
+        listener.close()
+        engine.stop()
+        progress.close()
+
+
+def serve_results() -> None:
+    """Store what was rendered."""
+    settings = load(StoreSettings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    from tasks.store import Storekeeper
+
+    name = _role_name("results")
+    database = make_engine(settings.database_url, pool_size=STORE_THREADS + 1)
+    celery = make_celery(settings, fleet)
+    broker = Broker(settings, fleet, celery=celery)
+    storekeeper = Storekeeper(
+        settings=settings,
+        fleet=fleet,
+        database=database,
+        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=ObjectStore(settings),
+        news=News(settings.handoff_url),
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        name=name,
+    )
+    register(celery, queues.STORE_IMAGES, storekeeper.store_images)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    names = queues.results_queues(fleet)
+    celery.steps["consumer"].add(tier_gate(names, lambda queue, taken: True))
+    _work(celery, names, name=name, threads=STORE_THREADS)
+
+
+def serve_maintenance() -> None:
+    """Sweep, by a beat of its own; several may run."""
+    settings = load(Settings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    from celery.beat import EmbeddedService
+
+    from tasks.sweep import Sweeper
+
+    database = make_engine(settings.database_url, pool_size=3)
+    every_s = settings.sweep_every_s
+    beat = {"sweep": {"task": queues.SWEEP, "schedule": every_s, "options": {"queue": queues.MAINTENANCE, "expires": 5 * every_s}}}
+    celery = make_celery(settings, fleet, beat_schedule=beat)
+    broker = Broker(settings, fleet, celery=celery)
+    sweeper = Sweeper(
+        settings=settings,
+        fleet=fleet,
+        database=database,
+        broker=broker,
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        news=News(settings.handoff_url),
+    )
+    register(celery, queues.SWEEP, sweeper.sweep)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    service = EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler")  # its schedule is in memory: no file to own
+    service.start()
+    try:
+        _work(celery, [queues.MAINTENANCE], name=_role_name("maintenance"), threads=2)
+    finally:
+        service.stop()
+
+
+def serve_flower() -> None:
+    """Flower, which asks for a user and a password."""
+    settings = load(FlowerSettings)
+    telemetry.configure_logs("WARNING")
+    host, _, port = settings.flower_bind.rpartition(":")
+    # By the environment and not by an argument: arguments are for everybody to see.
+    os.environ["FLOWER_BASIC_AUTH"] = f"{settings.flower_user}:{settings.flower_password.get_secret_value()}"
+    celery = make_celery(settings, load_fleet_or_exit(settings))
+    celery.start(["flower", f"--address={host}", f"--port={port}"])
+
+
+def register(celery: Celery, name: str, promise: Callable[..., None]) -> None:
+    """Make `promise` the task called `name`."""
+
+    @celery.task(name=name)
+    def task(**arguments: Any) -> None:
+        promise(**arguments)
+
+
+def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Any:
+    """The engine with every version of every model of the pool, loaded and warm."""
+    import torch
+
+    from engine.config import CheckpointSpec, EngineConfig
+    from engine.engine import Engine
+
+    device = settings.device
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    pool = fleet.pools[settings.worker_pool]
+    checkpoints = [
+        CheckpointSpec(
+            name=checkpoint_name(name, version.id),
+            path=str(settings.checkpoint_root / version.source),
+            family=model.family,
+            precision=model.precision,
+            sha256=version.sha256,
+            sizes=tuple(parse_size(size) for size in model.sizes),
+            samplers=model.samplers,
+            default_sampler=model.default_sampler,
+        )
+        for name, model in fleet.models.items()
+        if name in pool.models
+        for version in model.versions
+    ]
+    config = EngineConfig(device=device, num_threads=settings.torch_threads, max_inflight=pool.slots, max_batch_rows=pool.max_batch_rows)
+    engine = Engine(config, checkpoints)
+    engine.start()
+    return engine
+
+
+def _without_lease(tier_of: Mapping[str, str], taken: Mapping[str, int], leased: Counter[str]) -> Counter[str]:
+    """Tasks that were taken and hold no lease (yet), by tier."""
+    return Counter({tier: max(0, taken.get(queue, 0) - leased[tier]) for queue, tier in tier_of.items()})
+
+
+def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:
+    """Consume `names` until SIGTERM, which lets running tasks end."""
+    arguments = ["worker", "--pool=threads", f"--concurrency={threads}", f"--queues={','.join(names)}", f"--hostname={name}"]
+    celery.worker_main([*arguments, "--without-mingle", "--without-gossip", "--loglevel=WARNING"])
+
+
+def _role_name(role: str) -> str:
+    return f"{role}-{os.getpid()}@{socket.gethostname()}"
+
+
+ROLES = {"render": serve_render, "results": serve_results, "maintenance": serve_maintenance, "flower": serve_flower}
+
+
+def main() -> None:
+    if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
+        sys.exit(f"usage: python -m tasks.serve {'|'.join(ROLES)}")
+    ROLES[sys.argv[1]]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""Store what was rendered: encode, upload under a content-addressed key, commit artifact, state, cost and audit event at once."""
+
+import uuid
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy import Engine as Database
+
+from edges import telemetry
+from edges.encoding import FORMATS, encode
+from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
+from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
+from edges.progress import News
+from edges.release import Release
+from models import jobs, leases
+from models.database import transaction
+from models.states import FINAL_STATES, JobState
+from models.tables import Job
+from policy.cost import price
+from policy.fleet import Fleet
+from settings import StoreSettings
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Storekeeper:
+    """What storing needs, made once per results worker."""
+
+    settings: StoreSettings
+    fleet: Fleet
+    database: Database
+    handoff: Handoff
+    store: ObjectStore
+    news: News
+    release: Release
+    name: str
+
+    def store_images(self, *, job_id: str) -> None:
+        """Store every image of the job whose pixels wait. Harmless when delivered twice, or late, or killed anywhere."""
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(job_id=job_id)
+        try:
+            self._store_images(uuid.UUID(job_id))
+        except (StoreUnavailable, HandoffUnavailable) as error:
+            log.warning("store_postponed", reason=str(error))  # the sweeper announces it again when `store_by` has passed
+        except BaseException as error:
+            log.error("store_task_failed", exc_info=error)
+
+    def _store_images(self, job_id: uuid.UUID) -> None:
+        with transaction(self.database) as session:
+            job = session.get(Job, job_id)
+            waiting = jobs.handed_off(session, job_id) if job is not None and job.state not in FINAL_STATES else {}
+        if job is None or not waiting:
+            telemetry.DUPLICATES.labels("store").inc()
+            return
+        gone = [index for index, attempt in waiting.items() if not self._store_image(job, index, attempt)]
+        if gone:
+            self._render_again(job, gone, waiting)
+
+    def _store_image(self, job: Job, index: int, attempt: int) -> bool:
+        """False if the pixels are gone."""
+        try:
+            pixels = self.handoff.get(job.id, index, attempt)
+        except HandoffCorrupt as error:
+            log.error("handoff_corrupt", index=index, reason=str(error))
+            pixels = None
+        if pixels is None:
+            return self._is_settled(job.id, index)
+        artifact = self._upload(job, pixels)
+        with transaction(self.database) as session:
+            after = jobs.store(
+                session,
+                job_id=job.id,
+                index=index,
+                attempt=attempt,
+                artifact=artifact,
+                price=lambda device_s: price(self.fleet, pool=job.pool, tier=job.tier, device_seconds=device_s),
+                store_within_s=self.settings.store_within_s,
+                actor=self.name,
+            )
+        self.handoff.drop(job.id, index, attempt)
+        if after is None:
+            telemetry.DUPLICATES.labels("store").inc()
+            return True
+        telemetry.IMAGES_STORED.labels(job.tier, job.output_format).inc()
+        telemetry.STORED_BYTES.inc(artifact["size_bytes"])
+        if after.state == JobState.SUCCEEDED:
+            log.info("job_succeeded", tier=job.tier, device_seconds=round(after.device_seconds, 4))
+            self.news.tell_ending(job.id)
+        return True
+
+    def _upload(self, job: Job, pixels: Pixels) -> dict:
+        """Encode and upload; the columns of the artifact. The same pixels go to the same key, so twice is once."""
+        kind = FORMATS[job.output_format]
+        content = encode(pixels.array, job.output_format)
+        digest = content_sha256(content)
+        key = image_key(job.tenant_id, digest, kind.extension)
+        self.store.put(key, content, content_type=kind.content_type)
+        height_px, width_px, _ = pixels.array.shape
+        return {
+            "object_key": key,
+            "content_type": kind.content_type,
+            "size_bytes": len(content),
+            "width_px": width_px,
+            "height_px": height_px,
+            "pixels_sha256": pixels.sha256,
+            "content_sha256": digest,
+        }
+
+    def _is_settled(self, job_id: uuid.UUID, index: int) -> bool:
+        """Whether another delivery stored the image between our two looks."""
+        with transaction(self.database) as session:
+            return index not in jobs.handed_off(session, job_id)
+
+    def _render_again(self, job: Job, gone: list[int], waiting: dict[int, int]) -> None:
+        log.warning("handoff_gone", indexes=gone)
+        with transaction(self.database) as session:
+            leases.lose_hand_off(session, job.id, gone, attempt_of=waiting)
+        self.release.release(job.pool, job.tier)
