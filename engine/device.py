@@ -1,0 +1,144 @@
+"""The device the engine owns: set up for repeatable bits, and timed without stalling it."""
+
+import platform
+import time
+from typing import Any, Protocol
+
+import torch
+
+cuda: Any = torch.cuda  # half of what is used of these two is not annotated
+backends: Any = torch.backends
+
+
+class Stopwatch(Protocol):
+    """Started when made. Reading it may wait for the device; `is_ready` says whether it would."""
+
+    @property
+    def is_ready(self) -> bool: ...
+
+    def stop(self) -> None: ...
+
+    def seconds(self) -> float: ...
+
+
+class HostStopwatch:
+    """Time on the host's clock: on a CPU the work is done when the call returns."""
+
+    is_ready = True
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._seconds = 0.0
+
+    def stop(self) -> None:
+        """Take the time."""
+        self._seconds = time.perf_counter() - self._started
+
+    def seconds(self) -> float:
+        """From start to stop."""
+        return self._seconds
+
+
+class CudaStopwatch:
+    """Time on the device's clock, by two events in its stream: taking it launches nothing and waits for nothing."""
+
+    def __init__(self) -> None:
+        self._start = cuda.Event(enable_timing=True)
+        self._end = cuda.Event(enable_timing=True)
+        self._start.record()
+
+    @property
+    def is_ready(self) -> bool:
+        """Has the device passed the end?"""
+        return bool(self._end.query())
+
+    def stop(self) -> None:
+        """Mark the end in the stream."""
+        self._end.record()
+
+    def seconds(self) -> float:
+        """From start to stop; waits for the device to pass the end, without holding the interpreter."""
+        self._end.synchronize()
+        return float(self._start.elapsed_time(self._end)) / 1000
+
+
+class Device:
+    """One CPU or GPU. Everything here is called on the engine's thread."""
+
+    def __init__(self, name: str, *, num_threads: int) -> None:
+        self.name = name
+        self.torch_device = torch.device(name)
+        self.num_threads = num_threads
+
+    @property
+    def is_cuda(self) -> bool:
+        """Is it an NVIDIA (or ROCm) GPU?"""
+        return self.torch_device.type == "cuda"
+
+    def prepare(self) -> None:
+        """Set what can change bits to fixed values. These switches are the process's: one engine per process."""
+        torch.set_num_threads(self.num_threads)
+        if self.is_cuda:
+            cuda.set_device(self.torch_device)
+            backends.cudnn.benchmark = False  # else the kernel depends on what ran first
+            backends.cudnn.deterministic = True
+            backends.cudnn.allow_tf32 = False
+            backends.cuda.matmul.allow_tf32 = False
+
+    def stopwatch(self) -> Stopwatch:
+        """Start timing."""
+        return CudaStopwatch() if self.is_cuda else HostStopwatch()
+
+    def free_cached_memory(self) -> None:
+        """Give unused cached blocks back, after the device ran out of memory."""
+        if self.is_cuda:
+            cuda.empty_cache()
+
+    def facts(self) -> dict[str, Any]:
+        """What of this device and its set-up can change a bit."""
+        if self.is_cuda:
+            return {
+                "device": cuda.get_device_name(self.torch_device),
+                "capability": list(cuda.get_device_capability(self.torch_device)),
+                "cuda": torch.version.cuda,
+                "cudnn": backends.cudnn.version(),
+                "cudnn_benchmark": backends.cudnn.benchmark,
+                "cudnn_deterministic": backends.cudnn.deterministic,
+                "tf32": [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32],
+                "reduced_precision_reduction": [
+                    backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+                    backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
+                ],
+                "sdp": {
+                    "flash": backends.cuda.flash_sdp_enabled(),
+                    "mem_efficient": backends.cuda.mem_efficient_sdp_enabled(),
+                    "math": backends.cuda.math_sdp_enabled(),
+                    "cudnn": backends.cuda.cudnn_sdp_enabled(),
+                },
+            }
+        return {
+            "device": _cpu("model name") or platform.processor() or platform.machine(),
+            "instructions": sorted(flag for flag in _cpu("flags").split() if flag.startswith(("avx", "amx", "fma"))),
+            "capability": backends.cpu.get_cpu_capability(),
+            "threads": torch.get_num_threads(),
+            "onednn": backends.mkldnn.is_available(),
+            "mkl": backends.mkl.is_available(),
+            "float32_matmul": torch.get_float32_matmul_precision(),
+        }
+
+
+def is_out_of_memory(problem: BaseException) -> bool:
+    """Did the device, or the host standing in for one, refuse an allocation?"""
+    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(problem)
+
+
+def _cpu(key: str) -> str:
+    """What Linux says of the processor, "" elsewhere: its instruction set chooses the kernels, also inside oneDNN."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            for line in lines:
+                if line.partition(":")[0].strip() == key:
+                    return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return ""

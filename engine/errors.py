@@ -1,0 +1,57 @@
+"""Everything that can go wrong in the engine.
+
+EngineError              the unplanned, with its cause attached: log it, count the attempt
+├── UnknownCheckpoint    this engine does not hold the checkpoint: a routing mistake, another worker may hold it
+├── UnsupportedRequest   no engine with this catalog could render it; names the field
+├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
+├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
+├── ImageNotFinite       the checkpoint produced NaN or infinity: the same request fails again
+├── ImageCanceled        somebody asked for it
+└── EngineStopped        the engine is not running (any more): another worker can render it from the start
+"""
+
+
+class EngineError(Exception):
+    """Something the engine did not plan for; its cause is attached. The caller decides whether a retry makes sense."""
+
+
+class UnknownCheckpoint(EngineError):
+    """The request names a checkpoint this engine was not started with; sending it to a worker that holds it helps."""
+
+    def __init__(self, checkpoint: str, known: list[str]) -> None:
+        super().__init__(f"no checkpoint named {checkpoint!r} here; this engine holds {', '.join(known) or 'none'}")
+        self.checkpoint = checkpoint
+
+
+class UnsupportedRequest(EngineError):
+    """A field of the request asks for what cannot be rendered; no retry helps. `field` names it."""
+
+    def __init__(self, field: str, problem: str) -> None:
+        super().__init__(f"{field}: {problem}")
+        self.field = field
+        self.problem = problem
+
+
+class CheckpointCorrupt(EngineError):
+    """A file of the checkpoint folder is missing, altered or unreadable; `file` names it. Fetch the checkpoint again."""
+
+    def __init__(self, file: str, problem: str) -> None:
+        super().__init__(f"{file}: {problem}")
+        self.file = file
+        self.problem = problem
+
+
+class OutOfDeviceMemory(EngineError):
+    """Even alone, this image did not fit into the device's memory; a quieter or a larger device may hold it."""
+
+
+class ImageNotFinite(EngineError):
+    """The decoded image held NaN or infinity. The same request on the same checkpoint fails again."""
+
+
+class ImageCanceled(EngineError):
+    """The image was canceled before it was finished."""
+
+
+class EngineStopped(EngineError):
+    """The engine was never started, was stopped, or its device thread died; nothing of this image is kept."""

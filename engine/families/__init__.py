@@ -1,0 +1,22 @@
+"""Network families: each knows how one kind of checkpoint is loaded, encoded, denoised and decoded.
+
+A family is named in a `CheckpointSpec` and imported only then. The contract is in `contract.py`.
+"""
+
+from importlib import import_module
+from typing import cast
+
+from engine.errors import UnsupportedRequest
+from engine.families.contract import Family
+
+FAMILIES = {
+    "sd": "engine.families.sd:StableDiffusion",  # SD 1.x and 2.x: UNet, one CLIP text encoder
+}
+
+
+def family_named(name: str) -> type[Family]:
+    """Give the class that serves checkpoints of this family; raises `UnsupportedRequest` for a name nobody serves."""
+    if name not in FAMILIES:
+        raise UnsupportedRequest("family", f"{name!r} is none of {', '.join(sorted(FAMILIES))}")
+    module, _, attribute = FAMILIES[name].partition(":")
+    return cast(type[Family], getattr(import_module(module), attribute))

@@ -1,0 +1,53 @@
+"""Everything besides the request that can change a bit of an image, as facts and as their sha256.
+
+Why a pinned bucket gives fixed bits: a kernel's choice of tiles, of splits along the summed axis and of vector or scalar code depends
+on the shapes it is given, mostly on the number of rows of the small matmuls, and with it the order in which numbers are added. Rows
+never mix, so with every shape constant each row is computed by the same instructions whatever the other rows hold. A diffusion
+step has a constant number of tokens; the row count is all that varies, and padding every forward to `bucket_rows` holds that still
+too. Encode and decode run one at a time. What is left is listed here. Two images with equal requests and equal fingerprints have
+equal bits; a resume elsewhere is exact only on an equal fingerprint.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+NUMERICS = 1  # raise it with every change to engine/ that can change a bit
+LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "numpy", "safetensors")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Facts (plain JSON values) and the hex sha256 of their canonical JSON."""
+
+    facts: dict[str, Any]
+    sha256: str
+
+
+def fingerprint(
+    *,
+    weights_digest: str,
+    family: str,
+    precision: str,
+    bucket_rows: int | None,
+    device_facts: dict[str, Any],
+    family_facts: dict[str, Any],
+) -> Fingerprint:
+    """Gather the facts. `bucket_rows` None says that neighbours may change the last bits: no promise is made then."""
+    facts: dict[str, Any] = {
+        "numerics": NUMERICS,
+        "weights": weights_digest,
+        "family": family,
+        "precision": precision,
+        "bucket_rows": bucket_rows,
+        "adapters": [],
+        "compile": None,
+        "block_cache": None,
+        "libraries": {name: version(name) for name in LIBRARIES},
+        **device_facts,
+        **family_facts,
+    }
+    canonical = json.dumps(facts, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return Fingerprint(facts, hashlib.sha256(canonical.encode()).hexdigest())

@@ -1,0 +1,118 @@
+"""The progress of one request: where it stands, its tensors, and what it has taken so far.
+
+Only the engine's thread writes here; others may read the plain numbers. Importable without torch, so that the scheduler's tests
+can build one by hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from engine.request import ImageRequest
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from engine.families.contract import Rows, Sampler
+
+
+class ImageState(StrEnum):
+    """Where an image stands. A parked image (somebody of a better rank took its seat) stays RUNNING: it only does not advance."""
+
+    QUEUED = "queued"  # not encoded yet
+    RUNNING = "running"  # has latents; advances when the scheduler picks it
+    DENOISED = "denoised"  # all denoise steps behind it; waits for decode
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELED = "canceled"
+
+
+@dataclass(frozen=True)
+class BatchKey:
+    """What images must agree on to share a forward. Steps, guidance, sampler and seed are not in it: they are per row."""
+
+    checkpoint: str
+    height_px: int
+    width_px: int
+    text_length: int  # tokens, from the request's own prompt, never from its neighbours'
+
+
+@dataclass
+class Account:
+    """What an image has taken so far; the words of `RenderRecord`."""
+
+    encode_s: float = 0.0
+    denoise_s: float = 0.0
+    decode_s: float = 0.0
+    forwards: int = 0
+    shared_forwards: int = 0
+    rows_total: int = 0
+    max_rows: int = 0
+    max_images: int = 0
+
+    @property
+    def device_seconds(self) -> float:
+        """Its share of the device until now."""
+        return self.encode_s + self.denoise_s + self.decode_s
+
+
+@dataclass(eq=False)
+class Tensors:
+    """What an image holds on the device between two forwards, and the objects that move it."""
+
+    sampler: Sampler  # a diffusers scheduler object of its own: multi-step samplers remember earlier steps
+    timesteps: Tensor  # [num_steps], on the CPU
+    conditioning: Rows  # each tensor [rows, ...]; with guidance in the order uncond, cond
+    latents: Tensor  # [1, c, h/8, w/8]
+    generator: torch.Generator  # on the CPU; first the initial noise, then what a stochastic sampler draws
+
+
+@dataclass(eq=False)
+class InFlight:
+    """One request on its way through the engine."""
+
+    request: ImageRequest
+    batch_key: BatchKey
+    rows: int  # of one forward: 2 with classifier-free guidance, else 1
+    state: ImageState = ImageState.QUEUED
+    step: int = 0  # denoise steps behind it
+    num_steps: int = 0  # 0: as requested
+
+    submitted_at: float = 0.0  # these four on the monotonic clock
+    first_step_at: float | None = None
+    last_step_at: float | None = None
+    seconds_per_step: float | None = None  # between its own steps, waiting included: what a caller feels
+    eta_s: float | None = None
+    account: Account = field(default_factory=Account)
+
+    held: Tensors | None = None  # None before encode and after the end
+
+    def __post_init__(self) -> None:
+        self.num_steps = self.num_steps or self.request.num_steps
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.request.id
+
+    @property
+    def is_denoised(self) -> bool:
+        """Are all its denoise steps behind it?"""
+        return self.step >= self.num_steps
+
+    @property
+    def tensors(self) -> Tensors:
+        """What it holds on the device; there from encode to the end."""
+        assert self.held is not None, f"image {self.id} is {self.state} and holds no tensors"
+        return self.held
+
+    @tensors.setter
+    def tensors(self, tensors: Tensors) -> None:
+        self.held = tensors
+
+    def drop_tensors(self) -> None:
+        """Give the device memory back; the numbers stay readable."""
+        self.held = None

@@ -1,0 +1,103 @@
+"""Who took how much of the device: each forward's seconds, shared out to the images in it.
+
+A GPU's seconds are known only after it has passed them, so work is entered when launched and booked when it is over.
+"""
+
+from collections import defaultdict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from engine.device import Stopwatch
+from engine.inflight import InFlight
+from engine.scheduler import Batch
+
+
+@dataclass
+class RowTotals:
+    """Forwards of one size."""
+
+    forwards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def mean_s(self) -> float:
+        """Seconds of one forward."""
+        return self.seconds / self.forwards if self.forwards else 0.0
+
+
+class Ledger:
+    """The engine's accounts. The engine's thread writes; others read the plain totals."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+        self.used_rows = 0
+        self.padded_rows = 0
+        self.image_steps = 0
+        self.forward_s = 0.0
+        self.encode_s = 0.0
+        self.decode_s = 0.0
+        self.decodes = 0
+        self.by_rows: dict[int, RowTotals] = defaultdict(RowTotals)
+        self._launched: deque[tuple[Stopwatch, Callable[[float], None], bool]] = deque()  # in the device's order; True: a forward
+        self._forwards_ahead = 0
+
+    def enter_forward(self, batch: Batch, watch: Stopwatch) -> None:
+        """Note a forward that was launched; `watch` is stopped, though the device may not be there yet."""
+        self.forwards += 1
+        self.used_rows += batch.used_rows
+        self.padded_rows += batch.bucket_rows - batch.used_rows
+        self.image_steps += len(batch)
+        for image in batch:
+            account = image.account
+            account.forwards += 1
+            account.rows_total += batch.used_rows
+            account.max_rows = max(account.max_rows, batch.used_rows)
+            account.max_images = max(account.max_images, len(batch))
+            account.shared_forwards += any(other.request.group != image.request.group for other in batch)
+        self._launched.append((watch, partial(self._share_out, batch), True))
+        self._forwards_ahead += 1
+
+    def enter_encode(self, image: InFlight, watch: Stopwatch) -> None:
+        """Note an encode that was launched; it belongs to its image alone."""
+        self._launched.append((watch, partial(self._book_encode, image), False))
+
+    def book(self, run_ahead: int) -> None:
+        """Book everything that is over, and wait until at most `run_ahead` forwards are not.
+
+        Waiting here is what keeps the engine from running more than `run_ahead` forwards ahead of a GPU: a newcomer or a cancel
+        would meet a queue of forwards already launched.
+        """
+        while self._launched and (self._forwards_ahead > run_ahead or self._launched[0][0].is_ready):
+            self._book_first()
+
+    def book_decode(self, image: InFlight, watch: Stopwatch) -> None:
+        """Book a decode, which waits for the device anyway, and with it everything launched before: this image's account is complete."""
+        while self._launched:
+            self._book_first()
+        seconds = watch.seconds()
+        image.account.decode_s += seconds
+        self.decode_s += seconds
+        self.decodes += 1
+
+    def _book_first(self) -> None:
+        watch, book, is_forward = self._launched.popleft()
+        self._forwards_ahead -= is_forward
+        book(watch.seconds())
+
+    def _book_encode(self, image: InFlight, seconds: float) -> None:
+        image.account.encode_s += seconds
+        self.encode_s += seconds
+
+    def _share_out(self, batch: Batch, seconds: float) -> None:
+        self.forward_s += seconds
+        totals = self.by_rows[batch.bucket_rows]
+        totals.forwards += 1
+        totals.seconds += seconds
+        for image in batch:
+            image.account.denoise_s += seconds * image.rows / batch.used_rows
+
+    @property
+    def mean_decode_s(self) -> float:
+        """Seconds of one decode."""
+        return self.decode_s / self.decodes if self.decodes else 0.0

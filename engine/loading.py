@@ -1,0 +1,111 @@
+"""Turn a checkpoint folder into a loaded checkpoint: hashed first, then read; no network, no pickle, no code from the folder."""
+
+import hashlib
+import logging
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine.config import CheckpointSpec
+from engine.device import Device
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families import family_named
+from engine.families.contract import Family
+
+log = logging.getLogger(__name__)
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+READ_SUFFIXES = (".json", ".txt", ".safetensors")
+
+
+@dataclass(frozen=True)
+class LoadedCheckpoint:
+    """A checkpoint on the device. `weights_digest` covers every file that was read, configs and tokenizer included."""
+
+    spec: CheckpointSpec
+    family: Family
+    weights_digest: str
+    load_s: float
+
+
+def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
+    """Verify and read one checkpoint.
+
+    Raises `CheckpointCorrupt`, naming the file, when a file is missing, unreadable or not what `spec.sha256` says, and when
+    weights would be read that `spec.sha256` does not list although it lists others.
+    """
+    started = time.perf_counter()
+    if spec.precision not in PRECISIONS:
+        raise UnsupportedRequest("precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}")
+    path = Path(spec.path)
+    family_class = family_named(spec.family)
+    found = hash_files(path, family_class.folders())
+    _verify(path, dict(spec.sha256), found)
+    _quiet_progress_bars()
+    family = family_class.load(path, dtype=PRECISIONS[spec.precision], device=device.torch_device)
+    load_s = time.perf_counter() - started
+    digest = digest_of(found)
+    log.info("checkpoint_loaded", extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s})
+    return LoadedCheckpoint(spec, family, digest, load_s)
+
+
+def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
+    """sha256 of every file a family may read, by its name relative to `path`; other precisions' variants are not read."""
+    if not path.is_dir():
+        raise CheckpointCorrupt(str(path), "is not a folder")
+    found: dict[str, str] = {}
+    for folder in folders:
+        files = sorted(file for file in (path / folder).glob("*") if file.is_file() and file.suffix in READ_SUFFIXES)
+        if not files:
+            raise CheckpointCorrupt(folder, "is missing or empty")
+        for file in files:
+            if not _is_variant(file):
+                found[f"{folder}/{file.name}"] = _sha256(file)
+    return found
+
+
+def digest_of(found: dict[str, str]) -> str:
+    """One hex sha256 for all files, independent of where they lie."""
+    lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(found.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
+    """Compare what lies in the folder with what the catalog says; nothing is read into a network before that."""
+    for name, sha256 in sorted(expected.items()):
+        actual = found.get(name)
+        if actual is None:
+            file = path / name
+            if not file.is_file():
+                raise CheckpointCorrupt(name, "is missing")
+            actual = _sha256(file)  # listed, although this family does not read it
+        if actual != sha256.lower():
+            raise CheckpointCorrupt(name, f"has sha256 {actual}, not {sha256.lower()}")
+    if expected:
+        for name in found:
+            if name.endswith(".safetensors") and name not in expected:
+                raise CheckpointCorrupt(name, "would be read, but its sha256 is not listed")
+
+
+def _is_variant(file: Path) -> bool:
+    """Is it weights of another precision, such as model.fp16.safetensors? Those are never read, nor should they change the digest."""
+    return file.suffix == ".safetensors" and "." in file.stem
+
+
+def _sha256(file: Path) -> str:
+    try:
+        with file.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as problem:
+        raise CheckpointCorrupt(file.name, str(problem)) from problem
+
+
+def _quiet_progress_bars() -> None:
+    """A worker's log is no terminal."""
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()

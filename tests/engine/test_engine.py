@@ -1,0 +1,445 @@
+"""The engine as its callers meet it: submit, watch, cancel, fail, stop."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from engine_builders import a_request, a_spec, reproducible
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import (
+    EngineError,
+    EngineStopped,
+    ImageCanceled,
+    ImageNotFinite,
+    OutOfDeviceMemory,
+    UnknownCheckpoint,
+    UnsupportedRequest,
+)
+from engine.events import Failed, Finished, Queued, Started, Stepped
+from engine.inflight import ImageState
+
+
+def family_of(engine):
+    return engine._checkpoints["tiny"].family
+
+
+def held_at(step):
+    """(on_event, reached, go): an image that waits at a step boundary until the test lets it go."""
+    reached, go = threading.Event(), threading.Event()
+
+    def on_event(event):
+        if getattr(event, "step", None) == step:
+            reached.set()
+            assert go.wait(30)
+
+    return on_event, reached, go
+
+
+# --- a request's life ----------------------------------------------------------------------------------------------------
+
+
+def test_events_come_in_order_and_all_before_the_result(engine):
+    events = []
+
+    image = engine.submit(a_request("a", num_steps=3), events.append).result(60)
+
+    assert [type(event) for event in events] == [Queued, Started, Stepped, Stepped, Stepped, Finished]
+    assert [(event.step, event.num_steps) for event in events[2:5]] == [(1, 3), (2, 3), (3, 3)]
+    assert all(event.eta_s is not None and event.eta_s >= 0 for event in events[2:5])
+    assert events[-1].image is image
+
+
+def test_the_pixels_belong_to_the_caller(engine):
+    image = engine.submit(a_request("a")).result(60)
+    before = image.pixels.copy()
+
+    image.pixels[:] = 0
+
+    assert image.pixels.dtype == np.uint8
+    assert image.pixels.flags.c_contiguous
+    assert np.array_equal(engine.submit(a_request("a")).result(60).pixels, before)
+
+
+def test_progress_can_be_read_at_any_time(engine):
+    on_event, reached, go = held_at(2)
+    handle = engine.submit(a_request("a", num_steps=4), on_event)
+    assert reached.wait(30)
+
+    halfway = handle.progress()
+    go.set()
+    handle.result(60)
+
+    assert (halfway.state, halfway.step, halfway.num_steps) == (ImageState.RUNNING, 2, 4)
+    assert halfway.device_seconds > 0
+    assert handle.done()
+    assert (handle.progress().state, handle.progress().step) == (ImageState.FINISHED, 4)
+
+
+def test_waiting_too_briefly_does_not_harm_the_image(engine):
+    on_event, reached, go = held_at(1)
+    handle = engine.submit(a_request("a"), on_event)
+    assert reached.wait(30)
+
+    with pytest.raises(TimeoutError):
+        handle.result(timeout_s=0.01)
+    go.set()
+
+    assert handle.result(60).record.num_steps == 4
+
+
+def test_an_exception_of_a_listener_is_its_own(engine):
+    def broken(_event):
+        raise RuntimeError("the listener is broken")
+
+    assert engine.submit(a_request("a"), broken).result(60).record.forwards == 4
+
+
+def test_a_higher_rank_goes_first(checkpoint):
+    order = []
+    with Engine(EngineConfig(max_batch_rows=2), [a_spec(checkpoint)]) as engine:
+        on_event, reached, go = held_at(1)
+        bulk = engine.submit(a_request("bulk", rank=2), on_event)
+        assert reached.wait(30)
+        handles = [
+            engine.submit(a_request(f"rank {rank}", rank=rank), lambda event, rank=rank: order.append((rank, type(event))))
+            for rank in (2, 1, 0)
+        ]
+        go.set()
+        for handle in [bulk, *handles]:
+            handle.result(60)
+
+    assert [rank for rank, event in order if event is Finished] == [0, 1, 2]
+
+
+# --- accounts ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_shares_of_a_batch_add_up_to_its_forwards(engine):
+    before = engine.stats()
+    handles = [engine.submit(a_request(f"image {n}", seed=n, num_steps=3 + n, guidance=[1.0, 4.0][n % 2])) for n in range(5)]
+    handles.append(engine.submit(reproducible("pinned")))
+
+    records = [handle.result(60).record for handle in handles]
+
+    after = engine.stats()
+    for name, stage in (("denoise_s", "forward_s"), ("encode_s", "encode_s"), ("decode_s", "decode_s")):
+        assert sum(getattr(record, name) for record in records) == pytest.approx(after[stage] - before[stage], rel=1e-9)
+    for record in records:
+        assert record.device_seconds == pytest.approx(record.encode_s + record.denoise_s + record.decode_s)
+        assert record.waited_s >= 0
+    assert after["image_steps"] - before["image_steps"] == sum(record.num_steps for record in records)
+    assert after["steps"] - before["steps"] < after["image_steps"] - before["image_steps"]
+
+
+def test_weights_are_loaded_once_and_stay(checkpoint, monkeypatch):
+    import engine.engine as module
+
+    loads = []
+    load = module.load_checkpoint
+    monkeypatch.setattr(module, "load_checkpoint", lambda *given: loads.append(given) or load(*given))
+
+    with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
+        weights = family_of(engine)._unet.conv_in.weight.data_ptr()
+        for n in range(3):
+            engine.submit(a_request(f"image {n}", num_steps=1)).result(60)
+
+        assert len(loads) == engine.stats()["loads"] == 1
+        assert family_of(engine)._unet.conv_in.weight.data_ptr() == weights
+        assert engine.load_s > 0
+
+
+def test_a_prompt_seen_before_is_not_encoded_again(engine):
+    engine.submit(a_request("a", prompt="a large green star", num_steps=1)).result(60)
+    before = engine.stats()
+
+    engine.submit(a_request("b", prompt="a large green star", num_steps=1)).result(60)
+
+    after = engine.stats()
+    assert after["cache_misses"] == before["cache_misses"]
+    assert after["cache_hits"] == before["cache_hits"] + 2  # the prompt and the empty negative one
+
+
+# --- cancel --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cancel_takes_effect_at_the_next_step_boundary(engine):
+    events = []
+    hold, reached, go = held_at(2)
+
+    def on_event(event):
+        events.append(event)
+        hold(event)
+
+    handle = engine.submit(a_request("a", num_steps=50), on_event)
+    assert reached.wait(30)
+
+    handle.cancel()
+    go.set()
+
+    with pytest.raises(ImageCanceled):
+        handle.result(60)
+    assert handle.progress().state is ImageState.CANCELED
+    assert handle.progress().step == 2
+    assert isinstance(events[-1], Failed)
+
+
+def test_a_cancel_leaves_the_neighbours_alone(engine):
+    on_event, reached, go = held_at(1)
+    doomed = engine.submit(a_request("doomed", num_steps=50), on_event)
+    assert reached.wait(30)
+    neighbour = engine.submit(a_request("neighbour"))
+
+    doomed.cancel()
+    go.set()
+
+    assert neighbour.result(60).record.forwards == 4
+
+
+def test_a_cancel_is_harmless_before_the_first_step_twice_and_after_the_end(engine):
+    on_event, reached, go = held_at(1)
+    first = engine.submit(a_request("first"), on_event)
+    assert reached.wait(30)
+    unstarted = engine.submit(a_request("unstarted"))
+    unstarted.cancel()
+    unstarted.cancel()
+    go.set()
+
+    with pytest.raises(ImageCanceled):
+        unstarted.result(60)
+    image = first.result(60)
+    first.cancel()
+
+    assert first.result(60) is image
+    assert engine.submit(a_request("first")).result(60).request.id == "first"  # the id is free again
+
+
+def test_cancels_at_any_moment_leave_nobody_waiting(engine):
+    for n in range(20):
+        handle = engine.submit(a_request(f"image {n}", num_steps=1 + n % 3))
+        time.sleep(0.002 * (n % 8))
+        handle.cancel()
+        try:
+            handle.result(60)
+        except ImageCanceled:
+            continue
+
+    assert engine.stats()["inflight"] == engine.stats()["waiting"] == 0
+
+
+# --- when things go wrong ------------------------------------------------------------------------------------------------
+
+
+def test_an_image_that_turns_to_nan_fails_alone(engine, monkeypatch):
+    family = family_of(engine)
+    draw = family.initial_latents
+
+    def poisoned(request, sampler, generator):
+        return draw(request, sampler, generator) * (float("nan") if request.seed == 666 else 1)
+
+    monkeypatch.setattr(family, "initial_latents", poisoned)
+    alone = engine.submit(reproducible("good")).result(60)
+    on_event, reached, go = held_at(1)
+    good = engine.submit(reproducible("good"), on_event)
+    assert reached.wait(30)
+    bad = engine.submit(reproducible("bad", seed=666, num_steps=2))
+    go.set()
+
+    with pytest.raises(ImageNotFinite):
+        bad.result(60)
+    assert good.result(60).record.shared_forwards == 2
+    assert np.array_equal(good.result().pixels, alone.pixels)
+
+
+def test_a_row_that_breaks_the_forward_fails_its_own_image_and_the_step_is_repeated_without_it(engine, monkeypatch):
+    family = family_of(engine)
+    draw, denoise = family.initial_latents, family.denoise
+
+    def poisoned(request, sampler, generator):
+        return draw(request, sampler, generator) * (float("nan") if request.seed == 666 else 1)
+
+    def fussy(rows):
+        if torch.isnan(rows["latents"]).any():
+            raise ValueError("a row is broken")
+        return denoise(rows)
+
+    monkeypatch.setattr(family, "initial_latents", poisoned)
+    monkeypatch.setattr(family, "denoise", fussy)
+    alone = engine.submit(reproducible("good")).result(60)
+    on_event, reached, go = held_at(1)
+    good = engine.submit(reproducible("good"), on_event)
+    assert reached.wait(30)
+    bad = engine.submit(a_request("bad", seed=666))
+    go.set()
+
+    with pytest.raises(EngineError, match="a row is broken"):
+        bad.result(60)
+    assert good.result(60).record.forwards == 4
+    assert np.array_equal(good.result().pixels, alone.pixels)
+
+
+def test_a_sampler_that_raises_fails_its_own_image(engine, monkeypatch):
+    family = family_of(engine)
+    advance = family.advance
+
+    def fussy(image, prediction):
+        if image.id == "bad" and image.step == 1:
+            raise ArithmeticError("no such step")
+        advance(image, prediction)
+
+    monkeypatch.setattr(family, "advance", fussy)
+    on_event, reached, go = held_at(1)
+    good = engine.submit(a_request("good"), on_event)
+    assert reached.wait(30)
+    bad = engine.submit(a_request("bad"))
+    go.set()
+
+    with pytest.raises(EngineError, match="no such step"):
+        bad.result(60)
+    assert bad.progress().step == 1
+    assert good.result(60).record.shared_forwards == 2
+
+
+def test_when_memory_runs_out_the_batch_shrinks_and_only_what_does_not_fit_alone_fails(checkpoint, monkeypatch):
+    with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
+        family = family_of(engine)
+        denoise = family.denoise
+
+        def small_device(rows):
+            if len(rows["latents"]) > 2:
+                raise MemoryError
+            return denoise(rows)
+
+        monkeypatch.setattr(family, "denoise", small_device)
+        on_event, reached, go = held_at(1)
+        handles = [engine.submit(a_request("a", num_steps=6), on_event)]
+        assert reached.wait(30)
+        handles += [engine.submit(a_request(id, num_steps=6)) for id in "bc"]
+        go.set()
+
+        assert [handle.result(60).record.max_rows for handle in handles] == [2, 2, 2]
+        with pytest.raises(OutOfDeviceMemory):
+            engine.submit(reproducible("too large", bucket_rows=8)).result(60)
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("width_px", {"width_px": 72}),
+        ("num_steps", {"num_steps": 0}),
+        ("num_steps", {"num_steps": 1001}),
+        ("num_steps", {"num_steps": 51, "sampler": "lcm"}),
+        ("num_steps", {"num_steps": 4.0}),
+        ("guidance", {"guidance": float("nan")}),
+        ("guidance", {"guidance": -1.0}),
+        ("sampler", {"sampler": "heun"}),
+        ("seed", {"seed": 2**63}),
+        ("seed", {"seed": -1}),
+        ("prompt", {"prompt": "half a \ud800 character"}),
+        ("bucket_rows", {"determinism": "reproducible"}),
+        ("bucket_rows", {"determinism": "reproducible", "bucket_rows": 1}),
+        ("bucket_rows", {"determinism": "reproducible", "bucket_rows": 17}),
+    ],
+)
+def test_what_cannot_be_rendered_is_refused_at_once_by_its_field(engine, field, changes):
+    from engine.request import Determinism
+
+    changes = {**changes, **({"determinism": Determinism.REPRODUCIBLE} if "determinism" in changes else {})}
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(a_request("a", **changes))
+
+    assert refused.value.field == field
+    assert engine.stats()["waiting"] == 0
+
+
+def test_a_determinism_nobody_knows_is_refused_and_a_plain_string_is_understood(engine):
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(a_request("a", determinism="mostly"))
+
+    assert refused.value.field == "determinism"
+    assert engine.submit(a_request("a", determinism="reproducible", bucket_rows=4)).result(60).record.bucket_rows == 4
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"), [("sampler", {"samplers": ("ddim", "magic")}), ("width_px", {"sizes": ((65, 64),)}), ("sizes", {"sizes": ()})]
+)
+def test_a_catalog_that_offers_what_cannot_be_rendered_stops_the_start(checkpoint, field, changes):
+    with pytest.raises(UnsupportedRequest) as refused:
+        Engine(EngineConfig(), [a_spec(checkpoint, **changes)]).start()
+
+    assert refused.value.field == field
+
+
+def test_a_checkpoint_of_another_worker_is_refused_by_name(engine):
+    with pytest.raises(UnknownCheckpoint, match="elsewhere"):
+        engine.submit(a_request("a", checkpoint="elsewhere"))
+
+
+def test_an_id_in_flight_cannot_be_used_again(engine):
+    on_event, reached, go = held_at(1)
+    handle = engine.submit(a_request("a"), on_event)
+    assert reached.wait(30)
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(a_request("a"))
+    go.set()
+
+    assert refused.value.field == "id"
+    handle.result(60)
+
+
+# --- the end -------------------------------------------------------------------------------------------------------------
+
+
+def test_stopping_leaves_nobody_waiting(checkpoint):
+    engine = Engine(EngineConfig(max_inflight=2), [a_spec(checkpoint)])
+    with pytest.raises(EngineStopped):
+        engine.submit(a_request("too early"))
+    engine.start()
+    handles = [engine.submit(a_request(f"image {n}", num_steps=500)) for n in range(4)]
+
+    engine.stop()
+    engine.stop()
+
+    for handle in handles:
+        with pytest.raises(EngineStopped):
+            handle.result(1)
+    with pytest.raises(EngineStopped):
+        engine.submit(a_request("too late"))
+    assert not engine.is_running
+
+
+def test_an_engine_that_dies_leaves_nobody_waiting(checkpoint, monkeypatch):
+    engine = Engine(EngineConfig(), [a_spec(checkpoint)])
+    engine.start()
+
+    def broken():
+        raise AssertionError("the books do not balance")
+
+    monkeypatch.setattr(engine._scheduler, "next_batch", broken)
+
+    with pytest.raises(EngineStopped, match="the books do not balance"):
+        engine.submit(a_request("a")).result(60)
+    with pytest.raises(EngineStopped):
+        engine.submit(a_request("b"))
+    engine.stop()
+
+
+def test_many_threads_may_submit_at_once(engine):
+    images = {}
+
+    def caller(n):
+        images[n] = engine.submit(a_request(f"image {n}", seed=n, num_steps=2)).result(60)
+
+    threads = [threading.Thread(target=caller, args=(n,)) for n in range(12)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+
+    assert sorted(images) == list(range(12))
+    assert len({image.pixels.tobytes() for image in images.values()}) == 12
