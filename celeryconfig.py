@@ -19,7 +19,8 @@ def delivery(settings: BrokerSettings, fleet: Fleet) -> dict[str, Any]:
         "broker_url": settings.broker_url,
         "result_backend": None,  # results live in Postgres and the object store
         "task_ignore_result": True,
-        "task_queues": [Queue(name) for name in queues.all_queues(fleet)],
+        # A routing key of its own each, or Celery gives all of them the default queue's and every queue gets every message.
+        "task_queues": [Queue(name, routing_key=name) for name in queues.all_queues(fleet)],
         "task_default_queue": queues.MAINTENANCE,
         "task_create_missing_queues": False,  # a misspelt queue is an error, not a place where jobs wait for ever
         "task_acks_late": True,

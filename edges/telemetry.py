@@ -44,11 +44,10 @@ def configure_logs(level: str = "INFO") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    foreign = [*shared, structlog.stdlib.add_logger_name, structlog.stdlib.ExtraAdder()]  # `extra` of the engine's own logging
     handler = logging.StreamHandler(sys.stderr)
     renderer = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name])
-    )
+    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=foreign))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())

@@ -68,12 +68,13 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
 
     default_seed: used when the wish names none.  draw: in [0, 1), picks the model version by traffic weight.
     """
-    model_id = _one_of("model", wish.model or fleet.default_model(), tuple(fleet.models))
-    tier_id = _one_of("tier", wish.tier or fleet.default_tier(), tuple(fleet.tiers))
+    model_id = _one_of("model", _first(wish.model, fleet.default_model()), tuple(fleet.models))
+    tier_id = _one_of("tier", _first(wish.tier, fleet.default_tier()), tuple(fleet.tiers))
     model, tier = fleet.models[model_id], fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
     _check_text(model, wish)
-    size = _one_of("size", wish.size or model.sizes[0], model.sizes)
+    sizes = fleet.sizes_of(model_id, tier_id)
+    size = _one_of("size", _first(wish.size, sizes[0]), sizes)
     width_px, height_px = parse_size(size)
     num_images = _within("n", wish.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(wish.steps, own.default_steps, tier.default_steps)
@@ -90,7 +91,7 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         height_px=height_px,
         num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
         guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
-        sampler=_one_of("sampler", wish.sampler or model.default_sampler, model.samplers),
+        sampler=_one_of("sampler", _first(wish.sampler, model.default_sampler), model.samplers),
         seed=_within("seed", seed, 0, MAX_SEED - num_images, "every model"),
         num_images=num_images,
         output_format=_one_of("output_format", wish.output_format, OUTPUT_FORMATS),

@@ -3,6 +3,7 @@
 Pure: it is handed the text. Whoever reads the file is `settings.py`. Errors name the key of the line.
 """
 
+import math
 import tomllib
 from collections import Counter
 from datetime import datetime
@@ -43,7 +44,7 @@ Size = Annotated[str, AfterValidator(_checked_size)]
 
 
 class _Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Tier(_Table):
@@ -125,6 +126,11 @@ class Fleet(_Table):
         """The pool that serves `model`; KeyError if the fleet has no such model."""
         return next(name for name, pool in self.pools.items() if model in pool.models)
 
+    def sizes_of(self, model: str, tier: str) -> tuple[str, ...]:
+        """The sizes of `model` that are within the limit of `tier`, the default in front."""
+        most_px = self.tiers[tier].max_megapixels * 1e6
+        return tuple(size for size in self.models[model].sizes if math.prod(parse_size(size)) <= most_px)
+
     def default_model(self) -> str:
         """What a request without `model` gets: the first of the file."""
         return next(iter(self.models))
@@ -158,6 +164,8 @@ def _contradictions(fleet: Fleet) -> list[str]:
             problems.append(f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})")
     if sum(tier.guaranteed_share for tier in fleet.tiers.values()) > 1:
         problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
+    if "results" in fleet.pools:
+        problems.append("pools.results: the name belongs to the results queues; choose another")
     homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
     for name, pool in fleet.pools.items():
         problems += [f"pools.{name}.models: {model!r} is not a model of this file" for model in pool.models if model not in fleet.models]
@@ -186,7 +194,11 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
             problems.append(f"models.{name}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
             problems.append(f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps")
+        if own.default_guidance is not None and own.default_guidance > model.max_guidance:
+            problems.append(f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance ({model.max_guidance})")
     for tier_name, tier in fleet.tiers.items():
+        if not fleet.sizes_of(name, tier_name):
+            problems.append(f"tiers.{tier_name}.max_megapixels: no size of model {name!r} fits")
         if tier.determinism != "reproducible":
             continue
         bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows

@@ -69,8 +69,8 @@ def serve_render() -> None:
     listener = Listener(settings.handoff_url, CANCELS, keeper.drop)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     telemetry.INFLIGHT.set_function(lambda: engine.stats()["inflight"])
-    telemetry.FORWARDS.set_function(lambda: engine.stats()["forwards"])
-    telemetry.MEAN_ROWS.set_function(lambda: engine.stats()["mean_rows"])
+    telemetry.FORWARDS.set_function(lambda: engine.stats()["steps"])
+    telemetry.MEAN_ROWS.set_function(lambda: engine.stats()["mean_rows_per_forward"])
     names = queues.render_queues(fleet, settings.worker_pool)
     tier_of = dict(zip(names, fleet.tiers_by_rank, strict=True))
 

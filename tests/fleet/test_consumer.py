@@ -1,0 +1,177 @@
+"""What FleetConsumer and TierCycle promise, against a real Redis that is killed, flushed and cut off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import redis
+
+from fleet.addresses import free_ports
+from settings import REPO
+from tests.fleet.consumer_app import make_app
+
+REDIS_SERVER = Path(sys.executable).with_name("redis-server")
+
+
+@dataclass
+class Rig:
+    """A broker to torment, a Redis for notes, and workers."""
+
+    folder: Path
+    ports: list[int]
+    processes: list[subprocess.Popen] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.broker_url, self.notes_url = (f"redis://127.0.0.1:{port}/0" for port in self.ports)
+        self.broker, self.notes = redis.Redis.from_url(self.broker_url), redis.Redis.from_url(self.notes_url)
+        self.broker_process = self.start_redis(self.ports[0])
+        self.start_redis(self.ports[1])
+        self.app = make_app(self.broker_url)
+
+    def start_redis(self, port: int) -> subprocess.Popen:
+        arguments = [REDIS_SERVER, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", self.folder]
+        process = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+        self.processes.append(process)
+        eventually(lambda: _answers(redis.Redis.from_url(f"redis://127.0.0.1:{port}")))
+        return process
+
+    def worker(self, *, threads: int = 4, caps: dict[str, int] | None = None, name: str = "w") -> subprocess.Popen:
+        facts = {"broker_url": self.broker_url, "notes_url": self.notes_url, "threads": threads, "name": name}
+        facts["caps"] = {"fast": threads, "batch": threads} | (caps or {})
+        log = (self.folder / f"{name}.log").open("wb")
+        environment = os.environ | {"CONSUMER_APP": json.dumps(facts)}
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.fleet.consumer_app"], cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT
+        )
+        self.processes.append(process)
+        eventually(lambda: b"ready." in (self.folder / f"{name}.log").read_bytes(), within_s=30)
+        return process
+
+    def send(self, name: str, seconds: float, queue: str = "batch") -> None:
+        self.app.send_task("sleep", kwargs={"name": name, "seconds": seconds, "queue": queue}, queue=queue)
+
+    def started(self) -> list[str]:
+        return [name.decode() for name in self.notes.lrange("started", 0, -1)]
+
+    def ended(self) -> list[str]:
+        return [name.decode() for name in self.notes.lrange("ended", 0, -1)]
+
+    def close(self) -> None:
+        for process in reversed(self.processes):
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
+
+def _answers(client: redis.Redis) -> bool:
+    try:
+        return bool(client.ping())
+    except redis.RedisError:
+        return False
+
+
+def eventually(is_true: Callable[[], bool], within_s: float = 10) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_true():
+        assert time.monotonic() < deadline, "did not happen in time"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def rig(tmp_path) -> Iterator[Rig]:
+    rig = Rig(tmp_path, free_ports(2))
+    yield rig
+    rig.close()
+
+
+def test_a_finished_task_is_acknowledged_while_a_drain_waits_for_another(rig):
+    worker = rig.worker()
+    rig.send("short", 0.6)
+    rig.send("long", 5)
+    eventually(lambda: len(rig.started()) == 2)
+
+    worker.send_signal(signal.SIGTERM)
+    eventually(lambda: rig.ended() == ["short"])
+
+    eventually(lambda: rig.broker.hlen("unacked") == 1, within_s=1.5)
+    assert worker.poll() is None
+
+
+def test_a_worker_survives_a_broker_outage_with_tasks_in_flight(rig):
+    worker = rig.worker()
+    for number in range(3):  # one thread is free: a BRPOP is pending when the broker dies, which kills the stock consumer
+        rig.send(f"before-{number}", 4)
+    eventually(lambda: len(rig.started()) == 3)
+
+    rig.broker_process.kill()
+    rig.broker_process.wait()
+    time.sleep(2.5)
+    rig.broker_process = rig.start_redis(rig.ports[0])
+    rig.send("after", 0.1)
+
+    eventually(lambda: "after" in rig.ended(), within_s=20)
+    eventually(lambda: len(rig.ended()) == 4)
+    assert worker.poll() is None
+    assert len(rig.started()) == 4
+
+
+def test_running_tasks_are_not_run_twice_when_connections_are_cut(rig):
+    rig.worker()
+    for number in range(3):
+        rig.send(f"task-{number}", 4)
+    eventually(lambda: len(rig.started()) == 3)
+
+    rig.broker.execute_command("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+    rig.broker.execute_command("CLIENT", "KILL", "TYPE", "pubsub", "SKIPME", "yes")
+    rig.send("later", 0.1)
+
+    eventually(lambda: len(rig.ended()) == 4, within_s=20)
+    assert sorted(rig.started()) == ["later", "task-0", "task-1", "task-2"]
+    eventually(lambda: rig.broker.hlen("unacked") == 0, within_s=5)
+
+
+def test_a_flushed_broker_goes_on_serving(rig):
+    rig.worker()
+    rig.send("before", 1)
+    eventually(lambda: rig.started() == ["before"])
+
+    rig.broker.flushall()
+    rig.send("after", 0.1)
+
+    eventually(lambda: set(rig.ended()) == {"before", "after"})
+
+
+def test_a_worker_takes_no_more_than_it_can_run(rig):
+    rig.worker(threads=2)
+    for number in range(6):
+        rig.send(f"task-{number}", 1.5)
+
+    eventually(lambda: len(rig.started()) == 2)
+    time.sleep(0.5)
+
+    assert rig.broker.llen("batch") == 4
+
+
+def test_a_lower_tier_stays_below_its_cap_and_the_higher_one_does_not_wait(rig):
+    rig.worker(threads=4, caps={"batch": 2})
+    for number in range(8):
+        rig.send(f"batch-{number}", 0.7)
+    eventually(lambda: len(rig.started()) == 2)
+
+    rig.send("urgent", 0.1, queue="fast")
+
+    eventually(lambda: "urgent" in rig.started(), within_s=0.5)
+    eventually(lambda: len(rig.ended()) == 9, within_s=20)
+    assert max(int(value) for value in rig.notes.lrange("peak:batch", 0, -1)) <= 2
+
+
+def test_a_misspelt_queue_is_an_error_and_not_a_place_where_jobs_wait_for_ever(rig):
+    with pytest.raises(Exception, match="bach"):
+        rig.send("lost", 0.1, queue="bach")
