@@ -8,6 +8,7 @@ from dataclasses import asdict
 import structlog
 from flask import Blueprint, jsonify, redirect, request, url_for
 from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth import caller, require_key
 from app.body import invalid_wish, read_wait_s, read_wish
@@ -49,13 +50,15 @@ def create_job() -> ResponseReturnValue:
             currency=parts.fleet.currency,
             actor=caller().actor,
         )
+        view = job_view(job)
     telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
     log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
-    parts.release.release(job.pool, job.tier)  # only now that the row is committed; the sweeper covers a crash between the two
+    _let_out(job)
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
-    return jsonify(job_view(*_watched(job.id, wait_s))), 202, headers
+        view = job_view(*_watched(job.id, wait_s))
+    return jsonify(view), 202, headers
 
 
 @bp.get("/<uuid:job_id>")
@@ -117,6 +120,15 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     response = redirect(url, 302)
     response.headers["Cache-Control"] = "no-store"
     return response
+
+
+def _let_out(job: Job) -> None:
+    """Announce what there is room for, now that the row is committed. The job is accepted whatever happens here: the sweeper
+    covers a crash, a broker or a database that goes away between the two."""
+    try:
+        gateway().release.release(job.pool, job.tier)
+    except SQLAlchemyError as error:
+        log.warning("release_postponed", job_id=str(job.id), reason=type(error).__name__)
 
 
 def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list]:

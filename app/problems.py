@@ -64,6 +64,8 @@ class Unauthenticated(Problem):
 
 
 class NotFound(Problem):
+    """No such route."""
+
     slug, title, status = "not-found", "Not found", 404
 
 
@@ -74,14 +76,20 @@ class JobNotFound(Problem):
 
 
 class ImageNotFound(Problem):
+    """The job has no image of that index."""
+
     slug, title, status = "image-not-found", "Image not found", 404
 
 
 class ModelNotFound(Problem):
+    """fleet.toml has no such model."""
+
     slug, title, status = "model-not-found", "Model not found", 404
 
 
 class MethodNotAllowed(Problem):
+    """The route exists; `Allow` says for which methods."""
+
     slug, title, status = "method-not-allowed", "Method not allowed", 405
 
 
@@ -98,10 +106,14 @@ class JobAlreadyFinished(Problem):
 
 
 class BodyTooLarge(Problem):
+    """The body is larger than MAX_BODY_BYTES."""
+
     slug, title, status = "body-too-large", "Body too large", 413
 
 
 class UnsupportedMediaType(Problem):
+    """Send JSON as application/json."""
+
     slug, title, status = "unsupported-media-type", "Unsupported media type", 415
 
 
@@ -112,6 +124,8 @@ class InvalidImageRequest(Problem):
 
 
 class InvalidQuery(Problem):
+    """A query parameter or header that cannot be used; the member `accepted` says what could be."""
+
     slug, title, status = "invalid-query", "Invalid query", 422
 
 
@@ -137,6 +151,16 @@ def register(app: Flask) -> None:
     app.register_error_handler(OperationalError, _database_away)
     app.register_error_handler(PoolTimeout, _database_away)
     app.register_error_handler(Exception, _unexpected)
+    app.add_url_rule("/problems/<slug>", view_func=explain, methods=["GET"])
+
+
+def explain(slug: str) -> Response:
+    """What a problem's `type` leads to."""
+    for kind in Problem.__subclasses__():
+        if kind.slug == slug:
+            about = {"type": f"/problems/{slug}", "title": kind.title, "status": kind.status, "about": kind.__doc__}
+            return Response(json.dumps(about), content_type="application/json")
+    raise NotFound(f"There is no problem {slug[:64]!r}.")
 
 
 def _from_werkzeug(error: HTTPException) -> Response:
@@ -154,7 +178,7 @@ def _from_werkzeug(error: HTTPException) -> Response:
 
 def _database_away(error: Exception) -> Response:
     log.warning("database_away", reason=type(error).__name__)
-    return PartUnavailable("The database cannot be reached right now; nothing was accepted.", retry_after_s=2, part="database").response()
+    return PartUnavailable("The database cannot be reached right now.", retry_after_s=2, part="database").response()
 
 
 def _unexpected(error: Exception) -> Response:

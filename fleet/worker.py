@@ -38,10 +38,12 @@ def main() -> None:
     if not gpus:
         os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": settings.worker_name or f"cpu0@{host}", "DEVICE": "cpu"})
     prefix, _, at = (settings.worker_name or f"gpu@{host}").partition("@")
-    environments = [
-        {"CUDA_VISIBLE_DEVICES": gpu, "WORKER_NAME": f"{prefix}{number}@{at or host}", "DEVICE": "cuda:0"}
-        for number, gpu in enumerate(gpus)
-    ]
+    environments = []
+    for number, gpu in enumerate(gpus):
+        environment = {"CUDA_VISIBLE_DEVICES": gpu, "WORKER_NAME": f"{prefix}{number}@{at or host}", "DEVICE": "cuda:0"}
+        if settings.metrics_port:
+            environment["METRICS_PORT"] = str(settings.metrics_port + number)
+        environments.append(environment)
     sys.exit(Launcher(environments).run())
 
 

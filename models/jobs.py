@@ -44,7 +44,8 @@ def accept(
     """
     start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
     job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
-    job.images = [Image(index=index, seed=job.seed + index) for index in range(job.num_images)]
+    job.images = [Image(index=index, seed=job.seed + index, artifact=None) for index in range(job.num_images)]
+    job.attempts = []
     session.add(job)
     session.flush()
     facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
