@@ -1,0 +1,42 @@
+# Everything is done from here; `make help` prints what there is.
+.DEFAULT_GOAL := help
+.PHONY: help setup demo up down test lint bench pocket
+
+VENV := .venv
+READY := $(VENV)/.ready
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	"$$p" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && { command -v "$$p"; break; }; done)
+
+help: ## Print this
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: $(READY) ## Make the virtual environment and install everything; quick when it is there
+
+$(READY): requirements.txt $(wildcard requirements/*.txt)
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or later is needed; install it or say where it is: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; exit 1; }
+	@test -x $(VENV)/bin/python || "$(PYTHON)" -m venv $(VENV) || { echo "This Python cannot make virtual environments; on Debian and Ubuntu install python3-venv" >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/dev.txt
+	@touch $(READY)
+
+demo: setup ## Start everything, make a dozen images, check them, show the audit trail, stop
+	./darkroom demo
+
+up: setup ## Start everything and keep it running
+	./darkroom up --detach
+
+down: setup ## Stop everything; data stay in .darkroom
+	./darkroom down
+
+test: setup ## Run the tests
+	$(VENV)/bin/python -m pytest
+
+lint: setup ## Style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+bench: setup ## Run every benchmark
+	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$script" .py)" || exit 1; done
+
+pocket: setup ## Train the pocket model again
+	$(VENV)/bin/python -m pocket.train

@@ -1,0 +1,38 @@
+# A GPU worker, or a CPU one: the engine with torch, and the pocket checkpoint, so that it can work without a download.
+# Build it from the repository's root: docker build -f deploy/worker.Dockerfile .
+FROM python:3.11-slim
+
+# Arguments, not settings: pip sees them while the image is built, the image does not remember them. Empty means pip's own default.
+ARG PIP_INDEX_URL=
+ARG PIP_FIND_LINKS=
+# A second index to find torch in. The default build of torch brings CUDA along, several gigabytes of it; a host without a GPU
+# does with an index of CPU builds (their version, 2.13.0+cpu, satisfies the pin and is preferred to the plain one).
+ARG TORCH_INDEX_URL=
+
+# The root file system is read-only in service, so bytecode is written now or never. Downloads by themselves are not a worker's
+# business: what it serves is pinned in fleet.toml and lies on its disk.
+ENV PYTHONDONTWRITEBYTECODE=1 PYTHONUNBUFFERED=1 HOME=/tmp HF_HUB_OFFLINE=1
+
+WORKDIR /app
+COPY requirements/base.txt requirements/engine.txt requirements/
+RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user-action=ignore \
+    ${TORCH_INDEX_URL:+--extra-index-url "$TORCH_INDEX_URL"} -r requirements/engine.txt
+
+# A number and not only a name: Kubernetes checks runAsNonRoot by the number.
+RUN groupadd --system --gid 10001 darkroom \
+    && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin darkroom
+
+COPY pocket/checkpoint pocket/checkpoint
+COPY settings.py celeryconfig.py fleet.toml ./
+COPY deploy/health.py deploy/
+COPY models models
+COPY policy policy
+COPY edges edges
+COPY engine engine
+COPY fleet fleet
+COPY tasks tasks
+# A checkout with a strict umask must not become an image that its own user cannot read.
+RUN chmod -R a+rX /app && PYTHONDONTWRITEBYTECODE= python -m compileall -q /app
+
+USER 10001:10001
+CMD ["python", "-m", "fleet.worker"]
