@@ -4,6 +4,7 @@
 crashed, and ends when all have ended.
 """
 
+import ctypes
 import os
 import shutil
 import signal
@@ -19,6 +20,7 @@ from settings import WorkerSettings, load
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
 BACK_OFF_S = (1, 2, 5, 10, 30)
 HEALTHY_AFTER_S = 120
+PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
@@ -95,7 +97,12 @@ class Launcher:
 
 
 def _spawn(environment: dict[str, str]) -> subprocess.Popen[bytes]:
-    return subprocess.Popen(SERVE, env=os.environ | environment)
+    return subprocess.Popen(SERVE, env=os.environ | environment, preexec_fn=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """In the child: a launcher that is killed takes its workers along, or a second set would share their GPUs (Linux only)."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,14 @@ Each role includes only its own tasks, reads only its own settings, and no role 
 import os
 import socket
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
 from celery import Celery
+from celery.exceptions import SecurityWarning
 
 from edges import telemetry
 from edges.broker import Broker, make_celery
@@ -50,7 +52,7 @@ def serve_render() -> None:
         name=name, pool=settings.worker_pool, device=engine.config.device, slots=pool.slots, facts={"load_s": round(engine.load_s, 3)}
     )
     celery = make_celery(settings, fleet)
-    broker = Broker(settings, fleet, celery=celery)
+    broker = Broker(settings, fleet)
     keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
     renderer = Renderer(
@@ -100,7 +102,7 @@ def serve_results() -> None:
     name = _role_name("results")
     database = make_engine(settings.database_url, pool_size=STORE_THREADS + 1)
     celery = make_celery(settings, fleet)
-    broker = Broker(settings, fleet, celery=celery)
+    broker = Broker(settings, fleet)
     storekeeper = Storekeeper(
         settings=settings,
         fleet=fleet,
@@ -131,7 +133,7 @@ def serve_maintenance() -> None:
     every_s = settings.sweep_every_s
     beat = {"sweep": {"task": queues.SWEEP, "schedule": every_s, "options": {"queue": queues.MAINTENANCE, "expires": 5 * every_s}}}
     celery = make_celery(settings, fleet, beat_schedule=beat)
-    broker = Broker(settings, fleet, celery=celery)
+    broker = Broker(settings, fleet)
     sweeper = Sweeper(
         settings=settings,
         fleet=fleet,
@@ -209,7 +211,8 @@ def _without_lease(tier_of: Mapping[str, str], taken: Mapping[str, int], leased:
 
 def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:
     """Consume `names` until SIGTERM, which lets running tasks end."""
-    arguments = ["worker", "--pool=threads", f"--concurrency={threads}", f"--queues={','.join(names)}", f"--hostname={name}"]
+    warnings.filterwarnings("ignore", category=SecurityWarning)  # Celery warns of root because of pickle; we accept JSON alone
+    arguments = ["--quiet", "worker", "--pool=threads", f"--concurrency={threads}", f"--queues={','.join(names)}", f"--hostname={name}"]
     celery.worker_main([*arguments, "--without-mingle", "--without-gossip", "--loglevel=WARNING"])
 
 

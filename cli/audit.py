@@ -1,0 +1,37 @@
+"""audit: is the audit log what it was when it was written?"""
+
+import click
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+from cli.sql import ask
+
+
+@click.group()
+def audit() -> None:
+    """Check the audit log."""
+
+
+@audit.command()
+@click.option("--chain", help="One chain: a tenant's name or id, or `system`.  [default: all]")
+@pass_installation
+@click.pass_context
+def verify(ctx: click.Context, installation: Installation, chain: str | None) -> None:
+    """Recompute every hash and link. Exit code 1 when a chain is broken; the first broken event is named."""
+    url = installation.look_up("AUDITOR_DATABASE_URL")
+    query = "SELECT chain_id, chain, events FROM audit_chain_status WHERE %s IS NULL OR %s IN (chain, chain_id)"
+    chains = {chain_id: (name, events) for chain_id, name, events in ask(url, query, (chain, chain)).rows}
+    if chain and not chains:
+        raise click.UsageError(f"there is no chain {chain!r}")
+    only = next(iter(chains)) if chain else None
+    broken = ask(url, "SELECT chain_id, seq, event_id, problem FROM audit_verify(%s)", (only,)).rows
+    num_events = sum(events for _, events in chains.values())
+    checked = f"{num_events} events in {len(chains)} chain{'' if len(chains) == 1 else 's'} checked"
+    if not broken:
+        screen.out().print(f"intact: {checked}")
+        return
+    chain_id, seq, event_id, problem = broken[0]
+    name = chains[chain_id][0] if chain_id in chains else chain_id
+    where = f"event {seq}" + (f" ({event_id})" if event_id else "")
+    screen.complain(f"broken: chain {name}, {where}: {problem} · {len(broken)} findings · {checked}")
+    ctx.exit(1)

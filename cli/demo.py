@@ -1,0 +1,220 @@
+"""demo: the whole system at work, in one command: prompts in, checked images out, the audit trail by SQL.
+
+Starts the stack if it does not run, and stops only what it started.
+"""
+
+import io
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+from PIL import Image as Picture
+from PIL import ImageDraw
+from rich.console import Group
+from rich.live import Live
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.text import Text
+
+from cli import screen
+from cli.generate import how_far
+from cli.installation import Installation, pass_installation
+from cli.sql import ask
+from darkroom_client import Client, Job
+from pocket.checker import check
+
+_COLUMNS_OF_SHEET, _CAPTION_PX = 5, 40
+_PROMPT_CHARS = 42  # a bar and its words still fit into 80 columns
+_LEAST_MATCHING = 0.9  # the pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack
+_POLL_EVERY_S = 0.2
+
+
+@dataclass(frozen=True)
+class Wish:
+    """One job of the demo."""
+
+    prompt: str
+    tier: str
+    seed: int
+    steps: int | None = None
+    n: int = 1
+    output_format: str = "png"
+
+
+WISHES = (
+    Wish("a red circle on a blue background", "fast", 7),
+    Wish("a small yellow star at the top on a black background", "fast", 11),
+    Wish("a large green square on a white background", "fast", 23, output_format="webp"),
+    Wish("a purple triangle at the left on a yellow background", "fast", 42),
+    Wish("a large orange circle in the center on a black background", "quality", 7),
+    Wish("a red square left of a blue circle on a white background", "quality", 101),
+    Wish("a small white triangle at the bottom on a purple background", "quality", 5, steps=30),
+    Wish("a yellow star at the right on a blue background", "quality", 2026),
+    Wish("a large blue star on an orange background", "batch", 1),
+    Wish("a green triangle left of a red circle on a black background", "batch", 3),
+    Wish("a small black square at the top on a white background", "batch", 8, n=2),
+    Wish("a large white circle on a green background", "batch", 13, output_format="jpeg"),
+)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """One image of the demo: where it lies and whether it shows what its prompt says."""
+
+    job: Job
+    path: Path
+    pixels: np.ndarray
+    is_right: bool
+    summary: str
+
+
+@click.command()
+@click.option("--wait", "wait_s", type=float, default=180, show_default=True, help="Seconds for the start, and again for the jobs.")
+@pass_installation
+@click.pass_context
+def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
+    """Make a dozen images over all tiers, check them, and show the audit trail.
+
+    Exit code 1 when a job does not succeed, or when fewer than nine images in ten show what their prompts say.
+    """
+    stack = installation.stack()
+    starts_it = not stack.is_up()
+    began = time.monotonic()
+    try:
+        with screen.err().status("starting") as spinner:
+            stack.up(wait_s, on_stage=spinner.update)
+        env = stack.env
+        verb = "started" if starts_it else "found running"
+        screen.out().print(f"Darkroom {verb} in {time.monotonic() - began:.1f} s at {env['DARKROOM_URL']}\n")
+        with Client(env["DARKROOM_URL"], env["DARKROOM_API_KEY"]) as client:
+            jobs = _run(client, WISHES, wait_s)
+            images = _fetch(client, jobs, installation.data_dir / "demo")
+        is_good = _report(installation, jobs, images, auditor_url=env["AUDITOR_DATABASE_URL"])
+    finally:
+        if starts_it:
+            with screen.err().status("stopping"):
+                stack.down()
+    if starts_it:
+        screen.out().print(f"\nStopped; the data stay in {installation.data_dir}. `make up` starts it to stay.")
+    if not is_good:
+        ctx.exit(1)
+
+
+def _run(client: Client, wishes: Sequence[Wish], timeout_s: float) -> list[Job]:
+    """Submit every wish at once and watch the jobs until all are finished or the time is over."""
+    jobs = [
+        client.create_job(wish.prompt, tier=wish.tier, seed=wish.seed, steps=wish.steps, n=wish.n, output_format=wish.output_format)
+        for wish in wishes
+    ]
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=14), TextColumn("{task.fields[where]}"))
+    progress = Progress(*columns, console=screen.err())
+    bars: list[TaskID] = []
+    for job in jobs:
+        label = f"{job.tier:8}{escape(job.prompt[:_PROMPT_CHARS]):{_PROMPT_CHARS}}"
+        bars.append(progress.add_task(label, total=job.steps * job.n + 1, where=job.state))
+    deadline = time.monotonic() + timeout_s
+    with Live(Group(Text(f"{len(jobs)} jobs submitted at once", style="bold"), progress), console=screen.err()):
+        while time.monotonic() < deadline:
+            for index, job in enumerate(jobs):
+                if not job.is_finished:
+                    jobs[index] = job = client.job(job.id)
+                    done, where = how_far(job)
+                    progress.update(bars[index], completed=done, where=where)
+            if all(job.is_finished for job in jobs):
+                break
+            time.sleep(_POLL_EVERY_S)
+    return jobs
+
+
+def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
+    """Save every stored image below `folder` and look at it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        old.unlink()
+    images = []
+    for number, job in enumerate(jobs, 1):
+        for image in job.images:
+            if not image.content_sha256:
+                continue
+            content = client.image(job, image.index)
+            pixels = np.asarray(Picture.open(io.BytesIO(content)).convert("RGB"))
+            path = folder / f"{number:02}-{image.index}-{job.tier}-{'-'.join(job.prompt.split())}.png"
+            if job.output_format == "png":
+                path.write_bytes(content)
+            else:
+                Picture.fromarray(pixels).save(path)
+            verdict = check(pixels, job.prompt)
+            images.append(Checked(job, path, pixels, verdict.everything_right, verdict.summary))
+    return images
+
+
+def _report(installation: Installation, jobs: Sequence[Job], images: Sequence[Checked], *, auditor_url: str) -> bool:
+    """Print what happened, with SQL as the witness, and draw the contact sheet; True when all went well."""
+    out = screen.out()
+    ids = [job.id for job in jobs]
+    shared = ask(auditor_url, "SELECT job_id::text, max_batch_images FROM job_history WHERE job_id::text = ANY(%s)", (ids,))
+    batches = dict(shared.rows)
+    columns = ["tier", "prompt", "seed", "steps", "n", "queue s", "denoise s", "store s", "total s", "max batch", "match", "state"]
+    rows = []
+    for job in jobs:
+        own = [image for image in images if image.job.id == job.id]
+        match = f"{sum(image.is_right for image in own)}/{job.n}"
+        timing = job.timing
+        times = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s)
+        rows.append((job.tier, job.prompt, job.seed, job.steps, job.n, *times, batches.get(job.id), match, job.state))
+    out.print(screen.table(columns, rows, title="\nWhere the time went", numbers=columns[2:11]))
+
+    trail = "SELECT at, seq, event, actor, attempt, left(hash, 12) AS hash FROM audit_log WHERE job_id = '{}' ORDER BY seq"
+    _show(auditor_url, "The audit trail of the first job", trail.format(ids[0]))
+    cost = """SELECT tier, count(*) AS jobs, sum(num_images) AS images, round(avg(queue_s), 3) AS mean_queue_s,
+         round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, sum(cost) AS cost, currency
+  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"""
+    _show(auditor_url, "What it cost", cost.format("…"), cost.format(", ".join(f"'{job_id}'" for job_id in ids)))
+
+    succeeded = sum(job.state == "succeeded" for job in jobs)
+    right = sum(image.is_right for image in images)
+    expected = sum(job.n for job in jobs)
+    for image in images:
+        if not image.is_right:
+            screen.complain(f"{image.path.name}: {image.summary}")
+    sheet = installation.data_dir / "demo" / "contact-sheet.png"
+    if images:
+        _draw_sheet(images).save(sheet)
+    out.print(f"\n{succeeded} of {len(jobs)} jobs succeeded; {right} of {expected} images show what their prompts say.")
+    out.print(f"Images: {sheet.parent}/*.png; all of them: {sheet}")
+    return succeeded == len(jobs) and right >= _LEAST_MATCHING * expected
+
+
+def _show(database_url: str, title: str, statement: str, full_statement: str | None = None) -> None:
+    """Print a statement and what Postgres answers. full_statement: what is really asked, when it is too long to print."""
+    answer = ask(database_url, full_statement or statement)
+    screen.out().print(f"\n[bold]{title}[/]\n  [dim]{escape(statement)}[/]")
+    screen.out().print(screen.table(answer.columns, answer.rows))
+
+
+def _draw_sheet(images: Sequence[Checked]) -> Picture.Image:
+    """All images on one page, each over its prompt; a red one did not match."""
+    side = max(max(image.pixels.shape[:2]) for image in images)
+    num_rows = -(-len(images) // _COLUMNS_OF_SHEET)
+    sheet = Picture.new("RGB", (_COLUMNS_OF_SHEET * (side + 16) + 16, num_rows * (side + 16 + _CAPTION_PX) + 16), "white")
+    draw = ImageDraw.Draw(sheet)
+    for index, image in enumerate(images):
+        row, column = divmod(index, _COLUMNS_OF_SHEET)
+        x, y = 16 + column * (side + 16), 16 + row * (side + 16 + _CAPTION_PX)
+        sheet.paste(Picture.fromarray(image.pixels), (x, y))
+        caption = "\n".join(_lines(f"{image.job.tier}: {image.job.prompt}", side // 5))
+        draw.text((x, y + side + 2), caption, fill="black" if image.is_right else "red", font_size=9)
+    return sheet
+
+
+def _lines(text: str, width: int) -> list[str]:
+    """The first three lines of `text` in `width` characters each."""
+    lines = [""]
+    for word in text.split():
+        if len(lines[-1]) + len(word) >= width and lines[-1]:
+            lines.append("")
+        lines[-1] = f"{lines[-1]} {word}".strip()
+    return lines[:3]

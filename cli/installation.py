@@ -1,0 +1,62 @@
+"""Which Darkroom the command talks to: DARKROOM_URL, DARKROOM_API_KEY and the like, or else the stack of the data directory."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from dotenv import dotenv_values
+
+from darkroom_client import Client
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+    from fleet.stack import Stack
+
+
+class NoInstallation(Exception):
+    """Nothing says where Darkroom is; the message tells how to say it."""
+
+
+@dataclass(frozen=True)
+class Installation:
+    """What every command is handed."""
+
+    data_dir: Path
+    fleet_file: Path | None = None  # None = the repository's
+
+    def look_up(self, name: str) -> str:
+        """A variable of the environment, or of `<data>/env`. Raises NoInstallation."""
+        value = os.environ.get(name) or dotenv_values(self.data_dir / "env", interpolate=False).get(name)
+        if not value:
+            raise NoInstallation(f"No {name}: set it, or start a stack here with `darkroom up --detach`.")
+        return value
+
+    def client(self) -> Client:
+        """The gateway, as the tenant whose key we have."""
+        return Client(self.look_up("DARKROOM_URL"), self.look_up("DARKROOM_API_KEY"))
+
+    @contextmanager
+    def transaction(self) -> Iterator["Session"]:
+        """A database session of the application role; commits when the block ends well."""
+        from models.database import make_engine, transaction
+
+        engine = make_engine(self.look_up("DATABASE_URL"), pool_size=1)
+        try:
+            with transaction(engine) as session:
+                yield session
+        finally:
+            engine.dispose()
+
+    def stack(self, *, workers: int = 1) -> "Stack":
+        """The stack of the data directory."""
+        from fleet.stack import Stack
+
+        return Stack(self.data_dir, fleet_file=self.fleet_file, workers=workers)
+
+
+pass_installation = click.make_pass_decorator(Installation)

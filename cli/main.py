@@ -1,0 +1,124 @@
+"""The door of the `darkroom` command: its options, its commands, and what an error looks like.
+
+Exit codes
+0    done
+1    done, and the answer is bad: a job did not succeed, an audit chain is broken
+2    the command line is wrong
+3    nothing answers: the stack is not running, or the address is wrong
+4    refused: by the gateway (the problem's title and detail are printed) or by Postgres
+5    the stack cannot be started or stopped
+130  interrupted with Ctrl-C
+"""
+
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from cli import screen
+from cli.installation import Installation, NoInstallation
+from darkroom_client import DarkroomError, ProblemError, Unreachable
+
+REPO = Path(__file__).resolve().parent.parent
+BAD_ANSWER, UNREACHABLE, REFUSED, NO_STACK, INTERRUPTED = 1, 3, 4, 5, 130
+
+_MODULES = {  # command -> the module that holds it, imported when it is called: `generate` need not wait for what `demo` loads
+    "up": "cli.stack",
+    "down": "cli.stack",
+    "status": "cli.stack",
+    "logs": "cli.logs",
+    "env": "cli.stack",
+    "generate": "cli.generate",
+    "jobs": "cli.jobs",
+    "cancel": "cli.jobs",
+    "sql": "cli.sql",
+    "tenants": "cli.tenants",
+    "keys": "cli.keys",
+    "audit": "cli.audit",
+    "demo": "cli.demo",
+}
+
+
+class Door(click.Group):
+    """Finds the commands, and turns every expected error into one line and an exit code; the unexpected keeps its traceback."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(_MODULES)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in _MODULES:
+            return None
+        command = getattr(importlib.import_module(_MODULES[cmd_name]), cmd_name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            ctx.exit(INTERRUPTED)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if refusal is None:
+                raise
+            code, message = refusal
+            screen.complain(message)
+            ctx.exit(code)
+
+
+def refusal_of(error: Exception) -> tuple[int, str] | None:
+    """The exit code and the one line of an error that was to be expected; None for any other."""
+    if isinstance(error, ProblemError):
+        return REFUSED, describe(error)
+    if isinstance(error, (Unreachable, NoInstallation)):
+        return UNREACHABLE, str(error)
+    if isinstance(error, DarkroomError):
+        return BAD_ANSWER, str(error)
+    if type(error).__module__.startswith(("click", "builtins")):
+        return None
+    from sqlalchemy.exc import DBAPIError, OperationalError
+
+    from cli.sql import StatementRefused
+    from fleet.supervision import StackError
+
+    if isinstance(error, StackError):
+        return NO_STACK, str(error)
+    if isinstance(error, StatementRefused):
+        return REFUSED, str(error)
+    if isinstance(error, DBAPIError):
+        return UNREACHABLE if isinstance(error, OperationalError) else REFUSED, "Postgres: " + " ".join(str(error.orig).split())
+    return None
+
+
+def describe(problem: ProblemError) -> str:
+    """A problem in one line: title, detail, and each wrong field with what would have been accepted."""
+    text = f"{problem.title}: {problem.detail}" if problem.detail else problem.title
+    fields = [f"{error.pointer}: {error.detail}" for error in problem.errors if error.detail not in text]
+    return " · ".join([text, *fields])
+
+
+@click.group(cls=Door, epilog="\b\n" + (__doc__ or "").partition("\n\n")[2], context_settings={"help_option_names": ["-h", "--help"]})
+@click.option(
+    "--data-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=REPO / ".darkroom",
+    envvar="DARKROOM_DATA_DIR",
+    help="Where the stack of this machine keeps its data.  [default: .darkroom beside the program]",
+)
+@click.option(
+    "--fleet-file",
+    type=click.Path(path_type=Path, dir_okay=False, exists=True),
+    envvar="FLEET_FILE",
+    help="What the stack serves.  [default: fleet.toml beside the program]",
+)
+@click.pass_context
+def darkroom(ctx: click.Context, data_dir: Path, fleet_file: Path | None) -> None:
+    """Run Darkroom on this machine, make images with it, and look into it."""
+    ctx.obj = Installation(data_dir.absolute(), fleet_file)
+
+
+def main() -> None:
+    """Run the command line and end the process with its exit code."""
+    sys.exit(darkroom(prog_name="darkroom"))

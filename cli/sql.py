@@ -1,0 +1,75 @@
+"""sql: ask the installation's Postgres."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import psycopg2  # type: ignore[import-untyped]
+from sqlalchemy import make_url
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+
+
+class StatementRefused(Exception):
+    """Postgres said no; the message is its own, in one line."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Columns and rows, or only a count for statements that return nothing."""
+
+    columns: Sequence[str]
+    rows: Sequence[tuple[Any, ...]]
+    status: str
+
+
+@click.command()
+@click.argument("statement")
+@click.option(
+    "--owner", is_flag=True, help="As the owner of the tables. By default as the auditor, who sees the views and changes nothing."
+)
+@click.option("--json", "as_json", is_flag=True, help="A list of objects, for programs.")
+@pass_installation
+def sql(installation: Installation, statement: str, owner: bool, as_json: bool) -> None:
+    """Run one SQL STATEMENT.
+
+    Views for people: job_history, queue_now, audit_log, images_by_tenant_day, audit_chain_status.
+    """
+    answer = ask(installation.look_up("MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"), statement)
+    if as_json:
+        screen.print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])
+    elif answer.columns:
+        numbers = [name for name, kinds in _kinds(answer).items() if kinds <= {"int", "float", "Decimal"}]
+        screen.out().print(screen.table(answer.columns, answer.rows, numbers=numbers))
+        screen.err().print(f"({len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'})", style="dim")
+    else:
+        screen.out().print(answer.status)
+
+
+def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = None) -> Answer:
+    """Run one statement in a transaction of its own. Raises StatementRefused; sqlalchemy's OperationalError is never seen here."""
+    url = make_url(database_url).set(drivername="postgresql")
+    try:
+        connection = psycopg2.connect(url.render_as_string(hide_password=False), connect_timeout=5, application_name="darkroom sql")
+    except psycopg2.OperationalError as error:
+        from darkroom_client import Unreachable
+
+        raise Unreachable(f"Postgres does not answer: {' '.join(str(error).split())}") from None
+    try:
+        with connection, connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            columns = [column.name for column in cursor.description or ()]
+            return Answer(columns, cursor.fetchall() if columns else [], cursor.statusmessage or "")
+    except psycopg2.errors.InsufficientPrivilege as error:
+        hint = " (the auditor sees views only; --owner asks as the owner)" if "auditor" in url.render_as_string() else ""
+        raise StatementRefused(f"Postgres: {' '.join(str(error).split())}{hint}") from None
+    except psycopg2.Error as error:
+        raise StatementRefused(f"Postgres: {str(error).strip().partition(chr(10))[0]}") from None
+    finally:
+        connection.close()
+
+
+def _kinds(answer: Answer) -> dict[str, set[str]]:
+    return {name: {type(row[i]).__name__ for row in answer.rows if row[i] is not None} for i, name in enumerate(answer.columns)}

@@ -1,0 +1,120 @@
+"""up, down, status, env: the stack of this machine."""
+
+import signal
+from datetime import UTC, datetime
+from types import FrameType
+from typing import NoReturn
+
+import click
+import httpx
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+from cli.logs import follow
+from fleet.stack import ProcessStatus, Stack
+
+
+@click.command()
+@click.option("--detach", is_flag=True, help="Return when everything is ready; `down` stops it.")
+@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Worker processes.")
+@click.option("--wait", "wait_s", type=float, default=180, show_default=True, help="Seconds to wait until everything is ready.")
+@pass_installation
+def up(installation: Installation, detach: bool, workers: int, wait_s: float) -> None:
+    """Start everything on this machine: Postgres, Redis, S3, gateway, worker, results, sweeper, Flower.
+
+    In the foreground it follows the logs, and Ctrl-C stops everything. Harmless when it runs already.
+    """
+    stack = installation.stack(workers=workers)
+    was_up = stack.is_up()
+    try:
+        with screen.err().status("starting") as spinner:
+            stack.up(wait_s, on_stage=spinner.update)
+        show_addresses(stack)
+        if detach:
+            return
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, _as_interrupt)
+        follow(stack.data_dir / "logs")
+    except KeyboardInterrupt:
+        screen.err().print("stopping; images under way are finished first")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+        stack.down()
+        raise
+    except Exception:
+        if not was_up and not detach:
+            stack.down()
+        raise
+
+
+@click.command()
+@pass_installation
+def down(installation: Installation) -> None:
+    """Stop everything. Images under way are finished first; data are kept."""
+    stack = installation.stack()
+    was_up = stack.is_up()
+    with screen.err().status("stopping"):
+        stack.down()
+    screen.err().print("stopped" if was_up else "nothing was running")
+
+
+@click.command()
+@pass_installation
+@click.pass_context
+def status(ctx: click.Context, installation: Installation) -> None:
+    """Show every process, and what is not ready. Exit code 3 when the stack is down."""
+    stack = installation.stack()
+    processes = stack.status()
+    if not processes:
+        screen.complain("The stack is not running.")
+        ctx.exit(3)
+    now = datetime.now(UTC)
+    rows = [(process.name, process.state, process.pid, _age(now, process), _reason(process)) for process in processes]
+    screen.out().print(screen.table(["process", "state", "pid", "up", ""], rows, numbers=["pid", "up"]))
+    screen.out().print(f"\n{_readiness(stack.env['DARKROOM_URL'])}")
+
+
+@click.command()
+@pass_installation
+def env(installation: Installation) -> None:
+    """Print the addresses and secrets of the stack, as a dotenv file."""
+    installation.look_up("DARKROOM_URL")
+    click.echo((installation.data_dir / "env").read_text(), nl=False)
+
+
+def show_addresses(stack: Stack) -> None:
+    """Where everything is, for people."""
+    env = stack.env
+    at = {name: env[name].rpartition("@")[2] for name in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")}
+    rows = [
+        ("gateway", env["DARKROOM_URL"], f"key {env['DARKROOM_API_KEY'][:16]}…  (whole in {stack.env_path})"),
+        ("Flower", env["FLOWER_URL"], f"user {env['FLOWER_USER']}  password {env['FLOWER_PASSWORD']}"),
+        ("S3", env["S3_ENDPOINT_URL"], f"bucket {env['S3_BUCKET']}"),
+        ("Postgres", at["DATABASE_URL"], 'darkroom sql "select * from job_history"'),
+        ("Redis", f"{at['BROKER_URL']}  {at['HANDOFF_URL']}", "broker, hand-off"),
+    ]
+    screen.out().print(screen.table(["", "address", ""], rows))
+
+
+def _readiness(url: str) -> str:
+    try:
+        answer = httpx.get(f"{url}/readyz", timeout=5, trust_env=False)
+        parts = answer.json()["parts"]
+    except (httpx.HTTPError, ValueError, KeyError):
+        return f"the gateway does not answer at {url}"
+    waiting = [f"{name}: {part.get('detail', 'not ready')}" for name, part in parts.items() if not part["ready"]]
+    return f"not ready · {' · '.join(waiting)}" if waiting else f"ready at {url}"
+
+
+def _age(now: datetime, process: ProcessStatus) -> str | None:
+    if not process.pid or not process.started_at:
+        return None
+    hours, rest = divmod(int((now - process.started_at).total_seconds()), 3600)
+    return f"{hours}:{rest // 60:02}:{rest % 60:02}"
+
+
+def _reason(process: ProcessStatus) -> str:
+    return "" if process.state in ("running", "starting") else process.detail
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,71 @@
+"""Everything that can go wrong between a program and Darkroom.
+
+DarkroomError
+├── Unreachable        no answer at all: wrong address, or the gateway is down; trying again may help
+├── ProblemError       the gateway refused, and says why (problem+json, RFC 9457)
+├── UnexpectedAnswer   something answered that does not speak this API: a proxy, another service
+├── ImageNotStored     that image is not there (yet): look at the job's state
+├── DigestMismatch     the downloaded bytes are not those that were stored; trying again may help
+└── WaitTimeout        the job is not finished in the given time; it goes on, and can be waited for again
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class DarkroomError(Exception):
+    """The root: catch this to catch all of them."""
+
+
+class Unreachable(DarkroomError):
+    """No answer at all."""
+
+
+@dataclass(frozen=True)
+class FieldError:
+    """One wrong field of a request. pointer: JSON pointer, such as "/steps". accepted: what would have been taken, if said."""
+
+    pointer: str
+    detail: str
+    accepted: Any = None
+
+
+class ProblemError(DarkroomError):
+    """The gateway refused. `type` is the stable name of the reason; `title` and `detail` are for people."""
+
+    def __init__(
+        self,
+        *,
+        status: int,
+        type: str,
+        title: str,
+        detail: str = "",
+        errors: tuple[FieldError, ...] = (),
+        request_id: str | None = None,
+        members: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(f"{title}: {detail}" if detail else title)
+        self.status, self.type, self.title, self.detail = status, type, title, detail
+        self.errors, self.request_id = errors, request_id
+        self.members = dict(members or {})  # the whole document, further facts included
+
+
+class UnexpectedAnswer(DarkroomError):
+    """Something answered that does not speak this API."""
+
+
+class ImageNotStored(DarkroomError):
+    """That image of the job has no stored bytes."""
+
+
+class DigestMismatch(DarkroomError):
+    """The downloaded bytes are not those that were stored."""
+
+
+class WaitTimeout(DarkroomError):
+    """The job was not finished in time; `job` is how it was last seen."""
+
+    def __init__(self, message: str, job: Any) -> None:
+        super().__init__(message)
+        self.job = job

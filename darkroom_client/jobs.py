@@ -1,0 +1,146 @@
+"""A job as the API shows it, typed. Members that this version does not know are kept in `Job.members`."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+FINAL_STATES = frozenset({"succeeded", "failed", "rejected", "canceled", "expired"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Failure:
+    """Why a job failed or was rejected: a stable code and a sentence."""
+
+    code: str
+    detail: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress:
+    """How far the renderer is: denoise steps done of those to do, all images of the job added up, and how many images are stored."""
+
+    step: int
+    num_steps: int
+    images_done: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Where the time went, in seconds; None while that part has not ended."""
+
+    queue_s: float | None
+    render_s: float | None
+    store_s: float | None
+    total_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What the job cost so far. amount: as text, for it is exact."""
+
+    gpu_seconds: float
+    amount: str
+    currency: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Image:
+    """One image of a job; what is not known before it is stored is None."""
+
+    index: int
+    seed: int
+    state: str
+    url: str | None
+    pixels_sha256: str | None  # of the decoded RGB: what "the same image" means
+    content_sha256: str | None  # of the stored bytes
+    content_type: str | None
+    size_bytes: int | None
+    width_px: int | None
+    height_px: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One wish, every parameter resolved, and what became of it."""
+
+    id: str
+    state: str
+    tier: str
+    model: str
+    model_version: str
+    prompt: str
+    negative_prompt: str
+    size: str
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int
+    n: int
+    output_format: str
+    attempt: int
+    failure: Failure | None
+    created_at: datetime
+    started_at: datetime | None
+    finished_at: datetime | None
+    progress: Progress | None
+    timing: Timing
+    cost: Cost | None
+    images: tuple[Image, ...]
+    members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in FINAL_STATES
+
+    @classmethod
+    def from_json(cls, members: Mapping[str, Any]) -> "Job":
+        """Raises KeyError, TypeError or ValueError when this is no job."""
+        timing = members.get("timing") or {}
+        return cls(
+            **{name: members[name] for name in _PLAIN},
+            failure=_of(Failure, members.get("failure")),
+            created_at=datetime.fromisoformat(members["created_at"]),
+            started_at=_instant(members.get("started_at")),
+            finished_at=_instant(members.get("finished_at")),
+            progress=_of(Progress, members.get("progress")),
+            timing=Timing(**{name: timing.get(name) for name in Timing.__annotations__}),
+            cost=_cost(members.get("cost")),
+            images=tuple(Image(**{name: image.get(name) for name in Image.__annotations__}) for image in members["images"]),
+            members=members,
+        )
+
+
+_PLAIN = (
+    "id",
+    "state",
+    "tier",
+    "model",
+    "model_version",
+    "prompt",
+    "negative_prompt",
+    "size",
+    "steps",
+    "guidance",
+    "sampler",
+    "seed",
+    "n",
+    "output_format",
+    "attempt",
+)
+
+
+def _of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
+    """`kind` from the members that it knows; None from None."""
+    return kind(**{name: members.get(name) for name in kind.__annotations__}) if members is not None else None
+
+
+def _cost(members: Mapping[str, Any] | None) -> Cost | None:
+    if members is None:
+        return None
+    return Cost(gpu_seconds=float(members["gpu_seconds"]), amount=str(members["amount"]), currency=members["currency"])
+
+
+def _instant(text: str | None) -> datetime | None:
+    return datetime.fromisoformat(text) if text else None

@@ -1,0 +1,60 @@
+"""The processes of the house on one machine, and which variables each of them is handed.
+
+A process gets the variables that its class in `settings.py` names, and no others: no GPU worker sees an S3 key, no results worker
+the pepper of the API keys. Tuning variables of that class (LOG_LEVEL, SWEEP_EVERY_S …) are taken over from the caller.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Mapping
+
+from pydantic_settings import BaseSettings
+
+from fleet.supervision import Program
+from policy.fleet import Fleet
+from settings import REPO, FlowerSettings, GatewaySettings, ServerSettings, Settings, StoreSettings, WorkerSettings
+
+_DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
+_TAKES_IN_WORK, _FINISHES_IT = 90, 50  # priorities: the former stop first, so that the latter still can
+
+
+def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[Program]:
+    """What runs on top of the services. env: the stack's own variables, which win over the caller's."""
+    gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
+    flower = {**env, "FLOWER_BIND": env["FLOWER_URL"].removeprefix("http://")}
+    worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
+    own_names = worker_names if num_workers > 1 else [""]  # "" leaves the naming to the launcher
+    return [
+        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(env, GatewaySettings, ServerSettings)),
+        *(
+            _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, _worker_environment(env, fleet, own_name))
+            for name, own_name in zip(worker_names, own_names, strict=True)
+        ),
+        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(flower, FlowerSettings)),
+        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(env, StoreSettings)),
+        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(env, Settings)),
+    ]
+
+
+def _program(name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]) -> Program:
+    return Program(
+        name=name,
+        command=[sys.executable, "-m", *module],
+        directory=REPO,
+        environment={**environment, "PYTHONUNBUFFERED": "1"},
+        priority=priority,
+        stop_wait_s=stop_wait_s,
+    )
+
+
+def _worker_environment(env: Mapping[str, str], fleet: Fleet, name: str) -> dict[str, str]:
+    own = {"WORKER_POOL": os.environ.get("WORKER_POOL", next(iter(fleet.pools))), "WORKER_NAME": name and f"{name}@{socket.gethostname()}"}
+    return _only({**env, **own}, WorkerSettings)
+
+
+def _only(env: Mapping[str, str], *settings: type[BaseSettings]) -> dict[str, str]:
+    """The part of `env` that `settings` have fields for; what is not in `env` may come from the caller's environment."""
+    names = {field.upper() for kind in settings for field in kind.model_fields}
+    offered = {**_DEFAULTS, **os.environ, **env}
+    return {name: offered[name] for name in sorted(names) if name in offered}

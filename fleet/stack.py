@@ -1,0 +1,260 @@
+"""The whole system on one machine: services from wheels, migrations, a first tenant, then the house.
+
+Stack.up():  addresses ─▶ Postgres, two Redis, S3 ─▶ database, migrations ─▶ tenant `demo` and its key ─▶ gateway, workers, …
+Everything listens on the loopback; what is kept is in the data directory. supervisord keeps the processes alive
+(supervision.py); this module only says which, in what order, and waits until they are of use.
+"""
+
+import contextlib
+import fcntl
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+from sqlalchemy.exc import SQLAlchemyError
+
+from fleet import house, services
+from fleet.addresses import LISTENERS, Addresses, read_env, write_env
+from fleet.supervision import ProcessStatus, StackError, Supervisor
+from models import api_keys, tenants
+from models.database import make_engine, transaction
+from policy.fleet import Fleet, FleetInvalid, parse_fleet
+from settings import REPO
+
+__all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
+
+FIRST_TENANT = "demo"
+_DEATHS_BEFORE_GIVING_UP = 3  # a process that dies this often before the stack is ready will not get better by waiting
+
+
+class Stack:
+    """One installation, by its data directory. Cheap to make; nothing happens before `up()`."""
+
+    def __init__(self, data_dir: Path, *, fleet_file: Path | None = None, workers: int = 1) -> None:
+        self.data_dir = data_dir.absolute()
+        self.fleet_file = fleet_file.absolute() if fleet_file else None
+        self.workers = workers
+        self._supervisor = Supervisor(self.data_dir)
+
+    @property
+    def env(self) -> dict[str, str]:
+        """What `<data>/env` says; empty before the first start."""
+        return read_env(self.env_path)
+
+    @property
+    def env_path(self) -> Path:
+        """The dotenv file that tells every address and secret."""
+        return self.data_dir / "env"
+
+    def is_up(self) -> bool:
+        """Whether this stack was started and not stopped; its processes may be in any state."""
+        return self._supervisor.is_alive()
+
+    def up(self, wait_s: float = 120, *, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+        """Start what does not run and return when the gateway says that every part is ready, the workers included.
+
+        Harmless on a running stack. on_stage: is told what is being done. Raises StackError; what was started then stays up,
+        for its logs and for another try.
+        """
+        deadline = time.monotonic() + wait_s
+        with self._lock():
+            on_stage("starting Postgres, Redis and the object store")
+            addresses = self._up_services(deadline)
+            on_stage("migrating the database")
+            self._migrate(addresses)
+            addresses = self._ensure_first_key(addresses)
+            on_stage("starting the house")
+            for program in house.programs(self._house_env(addresses), self._fleet(), num_workers=self.workers):
+                self._supervisor.start(program.name)
+            on_stage("loading the model")
+            self._wait_ready(deadline)
+
+    def down(self) -> None:
+        """Stop the house with patience, then the services. Data stay; no process does."""
+        if not self.data_dir.exists():
+            return
+        with self._lock():
+            by_name = {status.name: status for status in self._supervisor.status()}
+            for wave in _waves(by_name):
+                self._supervisor.stop(wave)
+            self._supervisor.shut_down()
+
+    def status(self) -> list[ProcessStatus]:
+        """Every process of the stack; empty when it is down."""
+        return self._supervisor.status()
+
+    def pid(self, name: str) -> int | None:
+        """The process id of `name` ("worker" is worker-1); None while it does not run. StackError if there is no such process."""
+        return self._find(name).pid
+
+    def start(self, name: str) -> None:
+        """Start one process; does not wait until it is of use."""
+        self._supervisor.start(self._find(name).name)
+
+    def stop(self, name: str) -> None:
+        """Stop one process, politely, and wait until it is gone. It stays down until `start` or `up`."""
+        self._supervisor.stop([self._find(name).name])
+
+    def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
+        """Send one process a signal; if it dies of it, it is started again."""
+        pid = self.pid(name)
+        if pid is None:
+            raise StackError(f"{name} does not run")
+        os.kill(pid, signal_number)
+
+    def log_path(self, name: str) -> Path:
+        """The log of `name`, standard output and error together."""
+        return self._supervisor.log_path("worker-1" if name == "worker" else name)
+
+    def _up_services(self, deadline: float) -> Addresses:
+        """Tell supervisord of every process, start the four services and return when each of them answers."""
+        fleet = self._fleet()
+        if not self.is_up():
+            self._supervisor.shut_down()  # strays of a killed supervisord would still hold our ports
+        addresses = self._addresses(keep={status.name for status in self.status() if status.pid})
+        prepared = services.prepare(self.data_dir, addresses)
+        programs = house.programs(self._house_env(addresses), fleet, num_workers=self.workers)
+        self._supervisor.run([*(service.program for service in prepared), *programs])
+        for service in prepared:
+            self._supervisor.start(service.program.name)
+        for service in prepared:
+            self._wait_until(service.probe, service.program.name, deadline)
+        services.create_database(addresses)
+        return addresses
+
+    def _house_env(self, addresses: Addresses) -> dict[str, str]:
+        return {**addresses.env(), **({"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {})}
+
+    def _addresses(self, keep: set[str]) -> Addresses:
+        """Those of the first start; another port where somebody else sits on ours. keep: processes that sit there rightly."""
+        env = self.env
+        try:
+            addresses = Addresses.from_env(env) if env else Addresses.fresh()
+        except KeyError as error:
+            raise StackError(
+                f"{self.env_path} lacks the line {error.args[0]}; put it back, or move the file away together with the data"
+            ) from None
+        addresses = addresses.with_free_ports([name for name in LISTENERS if name not in keep])
+        write_env(self.env_path, addresses.env())
+        return addresses
+
+    def _migrate(self, addresses: Addresses) -> None:
+        """Bring the tables and the roles up to date."""
+        names = ("MIGRATION_DATABASE_URL", "DATABASE_URL", "AUDITOR_DATABASE_URL")
+        variables = {name: value for name, value in addresses.env().items() if name in names}
+        done = subprocess.run(
+            [sys.executable, "-m", "migrations"],
+            cwd=REPO,
+            env={"PATH": os.environ.get("PATH", ""), **variables},
+            capture_output=True,
+            text=True,
+        )
+        self.log_path("migrations").write_text(done.stdout + done.stderr)
+        if done.returncode != 0:
+            raise StackError(f"the migrations fail{self._supervisor.tail('migrations')}")
+
+    def _ensure_first_key(self, addresses: Addresses) -> Addresses:
+        """A tenant and a key to begin with; the key's plaintext is kept in `<data>/env` alone."""
+        if addresses.api_key:
+            return addresses
+        engine = make_engine(addresses.env()["DATABASE_URL"], pool_size=1)
+        try:
+            with transaction(engine) as session:
+                tenant = tenants.by_name(session, FIRST_TENANT) or tenants.create(session, name=FIRST_TENANT)
+                _, key = api_keys.issue(session, tenant_id=tenant.id, name=FIRST_TENANT, pepper=addresses.api_key_pepper)
+        except SQLAlchemyError as error:
+            raise StackError(f"the first tenant cannot be made: {error}") from None
+        finally:
+            engine.dispose()
+        addresses = replace(addresses, api_key=key)
+        write_env(self.env_path, addresses.env())
+        return addresses
+
+    def _wait_ready(self, deadline: float) -> None:
+        """Wait for `/readyz`, and for every worker that we started."""
+        last = "the gateway does not answer"
+
+        def probe() -> None:
+            nonlocal last
+            parts: dict[str, dict[str, Any]] = gateway.get("/readyz").json()["parts"]
+            waiting = [f"{name} ({part.get('detail', 'not ready')})" for name, part in parts.items() if not part["ready"]]
+            live = int(parts["workers"].get("live", 0))
+            if not waiting and live < self.workers:
+                waiting = [f"workers ({live} of {self.workers})"]
+            if waiting:
+                last = "not ready: " + ", ".join(waiting)
+                raise ConnectionError(last)
+
+        with httpx.Client(base_url=self.env["DARKROOM_URL"], timeout=5, trust_env=False) as gateway:
+            self._wait_until(probe, None, deadline, lambda: last, every_s=0.5)
+
+    def _wait_until(
+        self,
+        probe: Callable[[], None],
+        name: str | None,
+        deadline: float,
+        reason: Callable[[], str] = lambda: "",
+        every_s: float = 0.1,
+    ) -> None:
+        """Try until `probe` raises nothing. StackError at the deadline, or as soon as a process keeps dying.
+
+        name: the process that matters; None = all of them.
+        """
+        deaths: dict[str, set[object]] = {}
+        while True:
+            try:
+                return probe()
+            except Exception as error:  # noqa: BLE001  a probe may fail in any way its client library invents
+                failure = error
+            for status in self.status():
+                if status.state in ("backoff", "fatal") and name in (None, status.name):
+                    deaths.setdefault(status.name, set()).add(status.started_at)
+                    if len(deaths[status.name]) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
+                        raise StackError(f"{status.name} keeps dying{self._supervisor.tail(status.name)}")
+            if time.monotonic() > deadline:
+                why = reason() or str(failure)
+                told_by = name or ("worker-1" if "workers" in why else "gateway")
+                raise StackError(f"{name or 'the stack'} is not ready in time: {why}{self._supervisor.tail(told_by)}")
+            time.sleep(every_s)  # not more often: what we wait for needs the processor
+
+    def _find(self, name: str) -> ProcessStatus:
+        wanted = "worker-1" if name == "worker" else name
+        by_name = {status.name: status for status in self.status()}
+        if wanted not in by_name:
+            raise StackError(f"no process {name!r}; there are: {', '.join(by_name)}" if by_name else "the stack is not running")
+        return by_name[wanted]
+
+    def _fleet(self) -> Fleet:
+        path = self.fleet_file or REPO / "fleet.toml"
+        try:
+            return parse_fleet(path.read_text())
+        except OSError as error:
+            raise StackError(f"{path} cannot be read: {error.strerror}") from None
+        except FleetInvalid as error:
+            raise StackError("\n".join(f"{path.name}: {problem}" for problem in error.problems)) from None
+
+    @contextlib.contextmanager
+    def _lock(self) -> Iterator[None]:
+        """One `up` or `down` at a time per data directory."""
+        self.data_dir.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)  # 711: Postgres passes through
+        (self.data_dir / "logs").mkdir(mode=0o700, exist_ok=True)
+        with open(self.data_dir / "lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise StackError(f"another command is starting or stopping {self.data_dir}; try again when it is done") from None
+            yield
+
+
+def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
+    """Who stops together, in order: first who takes in work, then who finishes it, then what it was written to."""
+    finishing, written_to = {"results", "sweeper"}, {"postgres", "broker", "handoff", "s3"}
+    taking = [name for name in by_name if name not in finishing | written_to]
+    return [taking, [name for name in by_name if name in finishing], [name for name in by_name if name in written_to]]

@@ -1,0 +1,187 @@
+"""The darkroom command: what it prints, and with which exit code it ends."""
+
+import json
+from pathlib import Path
+
+import psycopg2
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cli import screen
+from cli.logs import follow
+from cli.main import darkroom, describe
+from cli.sql import ask
+from darkroom_client import FieldError, ProblemError
+from fleet.addresses import Addresses, write_env
+
+
+@pytest.fixture(autouse=True)
+def _no_installation_of_the_callers(monkeypatch):
+    for name in ("DARKROOM_URL", "DARKROOM_API_KEY", "DARKROOM_DATA_DIR", "DATABASE_URL", "AUDITOR_DATABASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(data_dir, *arguments):
+    return CliRunner().invoke(darkroom, ["--data-dir", str(data_dir), *map(str, arguments)])
+
+
+def test_help_names_every_command_and_exit_code():
+    shown = CliRunner().invoke(darkroom, ["--help"]).output
+
+    for word in ("up", "down", "status", "logs", "env", "generate", "jobs", "cancel", "sql", "keys", "tenants", "audit", "demo", "130"):
+        assert word in shown
+
+
+@pytest.mark.parametrize("arguments", [["jobs"], ["sql", "select 1"], ["keys", "list"], ["env"], ["audit", "verify"], ["status"]])
+def test_without_a_stack_a_command_says_so_in_one_line(tmp_path, arguments):
+    done = run(tmp_path, *arguments)
+
+    assert done.exit_code == 3
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "Traceback" not in done.output
+
+
+def test_a_gateway_that_does_not_answer_is_one_line_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("DARKROOM_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("DARKROOM_API_KEY", "dr_key")
+
+    done = run(tmp_path, "generate", "a red circle")
+
+    assert done.exit_code == 3
+    assert "127.0.0.1:1 does not answer" in done.stderr
+
+
+def test_a_postgres_that_does_not_answer_is_one_line_too(tmp_path):
+    write_env(tmp_path / "env", Addresses.fresh().env())
+
+    for arguments in (["sql", "select 1"], ["tenants", "list"]):
+        done = run(tmp_path, *arguments)
+        assert (done.exit_code, done.stderr.count("Postgres")) == (3, 1)
+
+
+def test_a_wrong_command_line_ends_with_2(tmp_path):
+    assert run(tmp_path, "nonsense").exit_code == 2
+    assert run(tmp_path, "generate").exit_code == 2
+    assert run(tmp_path, "logs", "nobody").exit_code == 2
+
+
+def test_going_down_without_a_stack_is_no_error(tmp_path):
+    done = run(tmp_path / "none", "down")
+
+    assert (done.exit_code, done.stderr.strip()) == (0, "nothing was running")
+
+
+def test_a_problem_is_one_line_that_says_each_thing_once():
+    errors = (FieldError("/steps", "must be from 1 to 20", {"min": 1}), FieldError("/size", "is not offered"))
+
+    text = describe(ProblemError(status=422, type="t", title="Invalid image request", detail="steps must be from 1 to 20", errors=errors))
+
+    assert text == "Invalid image request: steps must be from 1 to 20 · /size: is not offered"
+
+
+def test_tables_print_what_they_are_given_and_nothing_prettier(capsys):
+    screen.out().print(screen.table(["event", "facts"], [("api-key:secret:issued", {"[bold]": None})]))
+
+    shown = capsys.readouterr().out
+    assert "api-key:secret:issued" in shown
+    assert '{"[bold]": null}' in shown
+
+
+def test_logs_show_the_end_of_each_file_under_its_name(tmp_path, capsys):
+    (tmp_path / "gateway.log").write_text("one\ntwo\nthree\n")
+    (tmp_path / "worker-1.log").write_text("four\n")
+
+    follow(tmp_path, num_lines=2, is_endless=False)
+
+    assert [line.split() for line in capsys.readouterr().out.splitlines()] == [
+        ["gateway", "│", "two"],
+        ["gateway", "│", "three"],
+        ["worker-1", "│", "four"],
+    ]
+
+
+def test_generate_saves_the_images_and_says_where_the_time_went(stack, tmp_path):
+    done = run(
+        stack.data_dir, "generate", "a red circle on a blue background", "--tier", "fast", "--seed", 7, "-n", 2, "-o", tmp_path / "out.webp"
+    )
+
+    assert done.exit_code == 0, done.output
+    for index in (0, 1):
+        with Image.open(tmp_path / f"out-{index}.webp") as image:
+            assert (image.format, image.size) == ("WEBP", (128, 128))
+    assert "denoise s" in done.output
+
+
+def test_generate_shows_a_refusal_of_the_gateway(stack):
+    done = run(stack.data_dir, "generate", "a red circle", "--tier", "fast", "--steps", 900)
+
+    assert done.exit_code == 4
+    assert done.stderr.startswith("Invalid image request: ")
+    assert "from 1 to 20" in done.stderr
+
+
+def test_jobs_are_listed_newest_first(stack, client):
+    first = client.wait(client.create_job("a red circle", tier="fast").id)
+    second = client.wait(client.create_job("a blue star", tier="fast").id)
+
+    done = run(stack.data_dir, "jobs", "--limit", 2, "--json")
+
+    assert [job["id"] for job in json.loads(done.stdout)] == [second.id, first.id]
+
+
+def test_sql_answers_as_a_table_and_as_json_and_keeps_the_auditor_to_the_views(stack):
+    assert "created" in run(stack.data_dir, "sql", "select event from audit_log order by at limit 1").stdout
+    assert json.loads(run(stack.data_dir, "sql", "--json", "select 7 as number, 'a%' as text").stdout) == [{"number": 7, "text": "a%"}]
+
+    refused = run(stack.data_dir, "sql", "select * from jobs")
+    assert (refused.exit_code, "--owner" in refused.stderr) == (4, True)
+    assert run(stack.data_dir, "sql", "--owner", "select count(*) from jobs").exit_code == 0
+    assert run(stack.data_dir, "sql", "selec 1").exit_code == 4
+
+
+def test_a_key_works_until_it_is_revoked(stack, monkeypatch):
+    assert run(stack.data_dir, "tenants", "create", "keyed").exit_code == 0
+    issued = run(stack.data_dir, "keys", "issue", "--tenant", "keyed", "--name", "first")
+    monkeypatch.setenv("DARKROOM_API_KEY", issued.stdout.strip())
+    assert run(stack.data_dir, "jobs").exit_code == 0
+
+    key_id = issued.stderr.split()[1].rstrip(";")
+    assert run(stack.data_dir, "keys", "revoke", key_id).exit_code == 0
+
+    refused = run(stack.data_dir, "jobs")
+    assert (refused.exit_code, "Unauthenticated" in refused.stderr) == (4, True)
+    assert "first" in run(stack.data_dir, "keys", "list", "--tenant", "keyed").stdout
+
+
+def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
+    run(stack.data_dir, "tenants", "create", "edited")
+    assert run(stack.data_dir, "audit", "verify").exit_code == 0
+    connection = psycopg2.connect(stack.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", ""))
+
+    def rewrite(old, new):
+        with connection, connection.cursor() as cursor:
+            cursor.execute("SET session_replication_role = replica")  # as a superuser can: no trigger fires
+            cursor.execute("UPDATE audit_events SET actor = %s WHERE actor = %s AND chain_id = (%s)", (new, old, chain_id))
+
+    chain_id = ask(stack.env["AUDITOR_DATABASE_URL"], "SELECT chain_id FROM audit_chain_status WHERE chain = 'edited'").rows[0][0]
+    rewrite("cli", "nobody")
+    try:
+        found = run(stack.data_dir, "audit", "verify", "--chain", "edited")
+        everywhere = run(stack.data_dir, "audit", "verify")
+    finally:
+        rewrite("nobody", "cli")
+        connection.close()
+
+    assert (found.exit_code, everywhere.exit_code) == (1, 1)
+    assert "chain edited, event 1" in found.stderr
+    assert run(stack.data_dir, "audit", "verify").exit_code == 0
+
+
+def test_status_and_env_describe_the_running_stack(stack):
+    status = run(stack.data_dir, "status")
+    env = run(stack.data_dir, "env")
+
+    assert "worker-1" in status.stdout
+    assert f"ready at {stack.env['DARKROOM_URL']}" in status.stdout
+    assert env.stdout == Path(stack.env_path).read_text()

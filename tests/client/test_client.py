@@ -1,0 +1,210 @@
+"""The client against a gateway and an object store that are played by a function."""
+
+import hashlib
+
+import httpx
+import pytest
+
+from darkroom_client import Client, DigestMismatch, ImageNotStored, ProblemError, UnexpectedAnswer, Unreachable, WaitTimeout
+
+PNG = b"\x89PNG and so on"
+
+
+def a_job(**changes):
+    image = {
+        "index": 0,
+        "seed": 7,
+        "state": "stored",
+        "url": "/v1/jobs/j1/images/0",
+        "pixels_sha256": "0" * 64,
+        "content_sha256": hashlib.sha256(PNG).hexdigest(),
+        "content_type": "image/png",
+        "size_bytes": len(PNG),
+        "width_px": 128,
+        "height_px": 128,
+    }
+    job = {
+        "id": "j1",
+        "object": "job",
+        "state": "succeeded",
+        "tier": "fast",
+        "model": "pocket",
+        "model_version": "1",
+        "prompt": "a red circle",
+        "negative_prompt": "",
+        "size": "128x128",
+        "steps": 4,
+        "guidance": 4.0,
+        "sampler": "ddim",
+        "seed": 7,
+        "n": 1,
+        "output_format": "png",
+        "precision": "fp32",
+        "determinism": "best_effort",
+        "bucket_rows": None,
+        "attempt": 1,
+        "failure": None,
+        "created_at": "2026-11-21T23:00:00+00:00",
+        "started_at": "2026-11-21T23:00:01+00:00",
+        "rendered_at": "2026-11-21T23:00:02+00:00",
+        "finished_at": "2026-11-21T23:00:03+00:00",
+        "start_by": "2026-11-21T23:10:00+00:00",
+        "progress": None,
+        "timing": {"queue_s": 1.0, "render_s": 1.0, "store_s": 1.0, "total_s": 3.0},
+        "cost": {"gpu_seconds": 0.5, "amount": "0.000333", "currency": "USD"},
+        "images": [image],
+        "urls": {"self": "/v1/jobs/j1", "cancel": "/v1/jobs/j1/cancel"},
+    }
+    return job | changes
+
+
+def a_client(answer):
+    """A client whose every request is answered by `answer(request)`; the requests are kept in `client.seen`."""
+    seen = []
+
+    def play(request):
+        seen.append(request)
+        return answer(request)
+
+    client = Client("http://gateway.test", "dr_key", transport=httpx.MockTransport(play))
+    client.seen = seen
+    return client
+
+
+def test_a_job_is_asked_for_with_what_was_said_and_nothing_else():
+    client = a_client(lambda request: httpx.Response(202, json=a_job(state="queued")))
+
+    job = client.create_job("a red circle", tier="fast", seed=7)
+
+    request = client.seen[0]
+    assert (request.method, request.url.path) == ("POST", "/v1/jobs")
+    assert request.headers["Authorization"] == "Bearer dr_key"
+    assert request.read() == b'{"prompt":"a red circle","tier":"fast","seed":7}'
+    assert (job.id, job.state, job.is_finished, job.cost.amount) == ("j1", "queued", False, "0.000333")
+
+
+def test_members_of_a_later_version_are_kept_and_do_no_harm():
+    client = a_client(lambda request: httpx.Response(200, json=a_job(mood="bright")))
+
+    assert client.job("j1").members["mood"] == "bright"
+
+
+def test_a_refusal_tells_each_wrong_field():
+    problem = {
+        "type": "/problems/invalid-image-request",
+        "title": "Invalid image request",
+        "status": 422,
+        "detail": "steps must be from 1 to 20",
+        "instance": "/requests/r1",
+        "errors": [{"pointer": "/steps", "detail": "must be from 1 to 20", "accepted": {"min": 1, "max": 20}}],
+    }
+    client = a_client(lambda request: httpx.Response(422, json=problem, headers={"Content-Type": "application/problem+json"}))
+
+    with pytest.raises(ProblemError) as caught:
+        client.create_job("a red circle", steps=900)
+
+    error = caught.value
+    assert (error.status, error.type, error.request_id) == (422, "/problems/invalid-image-request", "/requests/r1")
+    assert [(field.pointer, field.accepted) for field in error.errors] == [("/steps", {"min": 1, "max": 20})]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [httpx.Response(200, text="<html>welcome</html>"), httpx.Response(502, text="bad gateway"), httpx.Response(200, json={"id": "j1"})],
+    ids=["html", "proxy", "no job"],
+)
+def test_an_answer_that_is_not_ours_is_said_to_be_so(answer):
+    client = a_client(lambda request: answer)
+
+    with pytest.raises(UnexpectedAnswer, match=r"gateway\.test"):
+        client.job("j1")
+
+
+def test_a_gateway_that_is_not_there_is_unreachable():
+    with Client("http://127.0.0.1:1", "dr_key") as client, pytest.raises(Unreachable, match=r"127\.0\.0\.1:1"):
+        client.tiers()
+
+
+def test_lists_are_followed_from_page_to_page():
+    pages = {
+        None: {"object": "list", "data": [a_job(id="j3"), a_job(id="j2")], "has_more": True, "next_cursor": "c1"},
+        "c1": {"object": "list", "data": [a_job(id="j1")], "has_more": False, "next_cursor": None},
+    }
+    client = a_client(lambda request: httpx.Response(200, json=pages[request.url.params.get("cursor")]))
+
+    assert [job.id for job in client.jobs(state="succeeded", page_size=2)] == ["j3", "j2", "j1"]
+    assert dict(client.seen[1].url.params) == {"state": "succeeded", "limit": "2", "cursor": "c1"}
+
+
+def test_an_image_is_fetched_from_the_store_without_the_key():
+    def answer(request):
+        if request.url.host == "store.test":
+            return httpx.Response(200, content=PNG)
+        return httpx.Response(302, headers={"Location": "http://store.test/bucket/key?X-Amz-Signature=s"})
+
+    client = a_client(answer)
+
+    assert client.image(client_job(), 0) == PNG
+    assert [request.url.host for request in client.seen] == ["gateway.test", "store.test"]
+    assert "Authorization" not in client.seen[1].headers
+
+
+def test_bytes_that_are_not_the_stored_ones_are_refused():
+    def answer(request):
+        is_store = request.url.host == "store.test"
+        return httpx.Response(200, content=b"other") if is_store else httpx.Response(302, headers={"Location": "http://store.test/key"})
+
+    with pytest.raises(DigestMismatch):
+        a_client(answer).image(client_job(), 0)
+
+
+def test_an_image_that_is_not_stored_is_not_asked_for():
+    client = a_client(lambda request: httpx.Response(200, json=a_job(state="running", images=[])))
+
+    with pytest.raises(ImageNotStored, match="running"):
+        client.image("j1", 0)
+
+
+def test_waiting_reports_progress_until_the_job_is_finished():
+    states = iter(["queued", "running", "succeeded"])
+    client = a_client(lambda request: httpx.Response(200, json=a_job(state=next(states))))
+    seen = []
+
+    job = client.wait("j1", timeout_s=10, on_progress=lambda job: seen.append(job.state))
+
+    assert (job.state, seen) == ("succeeded", ["queued", "running", "succeeded"])
+
+
+def test_waiting_without_a_listener_lets_the_gateway_hold_the_answer():
+    client = a_client(lambda request: httpx.Response(200, json=a_job()))
+
+    client.wait("j1", timeout_s=300)
+
+    assert client.seen[0].headers["Prefer"] == "wait=30"
+
+
+def test_waiting_ends_at_its_limit_and_shows_the_job_as_it_is():
+    client = a_client(lambda request: httpx.Response(200, json=a_job(state="running")))
+
+    with pytest.raises(WaitTimeout, match="running") as caught:
+        client.wait("j1", timeout_s=0)
+
+    assert caught.value.job.id == "j1"
+
+
+def test_the_client_imports_nothing_of_the_house():
+    import subprocess
+    import sys
+
+    rooms = "{'app', 'cli', 'edges', 'engine', 'fleet', 'models', 'policy', 'settings', 'tasks'}"
+    program = f"import sys, darkroom_client; print(sorted({rooms} & {{name.partition('.')[0] for name in sys.modules}}))"
+
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+
+    assert done.stdout.strip() == "[]"
+
+
+def client_job():
+    from darkroom_client import Job
+
+    return Job.from_json(a_job())

@@ -1,0 +1,60 @@
+"""One real stack for the whole suite: Postgres, Redis, S3 and every process of the house, on free ports in a temporary folder."""
+
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from darkroom_client import Client
+from fleet.stack import Stack
+
+
+class SecondTenant(NamedTuple):
+    """A stranger to the tenant of `client`."""
+
+    name: str
+    client: Client
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    """The running system. Whoever stops one of its processes starts it again."""
+    # Not below pytest's own temporary folder: that is closed to the account Postgres runs under when we are root.
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
+    stack = Stack(folder / "data")
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit on the suite still ends the stack
+    try:
+        stack.up(wait_s=280)
+        yield stack
+    finally:
+        stack.down()
+        signal.signal(signal.SIGTERM, before)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def client(stack: Stack) -> Iterator[Client]:
+    """The API as the stack's first tenant."""
+    env = stack.env
+    with Client(env["DARKROOM_URL"], env["DARKROOM_API_KEY"]) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def second_tenant(stack: Stack) -> Iterator[SecondTenant]:
+    """Another tenant of the same stack, with a key of its own."""
+    from models import api_keys, tenants
+    from models.database import make_engine, transaction
+
+    env = stack.env
+    engine = make_engine(env["DATABASE_URL"], pool_size=1)
+    with transaction(engine) as session:
+        tenant = tenants.create(session, name="second")
+        _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=env["API_KEY_PEPPER"])
+    engine.dispose()
+    with Client(env["DARKROOM_URL"], key) as client:
+        yield SecondTenant("second", client)

@@ -1,0 +1,252 @@
+"""The one-machine stack: what it keeps, what it restarts, what it leaves behind."""
+
+import os
+import shutil
+import signal
+import socket
+import stat
+import tempfile
+import time
+from pathlib import Path
+
+import boto3
+import psutil
+import pytest
+import redis
+
+from cli.sql import ask
+from fleet import house
+from fleet.addresses import LISTENERS, Addresses, free_ports, is_free, read_env, write_env
+from fleet.stack import Stack, StackError
+from fleet.supervision import MARK
+
+SERVICES = {"postgres", "broker", "handoff", "s3"}
+
+
+@pytest.fixture(scope="module")
+def services():
+    """The four services of a stack of their own, without the house; the folder is too deep for a unix socket."""
+    folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
+    stack = Stack(folder / ("deep" * 20) / "data")
+    up_services(stack)
+    yield stack
+    stack.down()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def up_services(stack):
+    with stack._lock():
+        return stack._up_services(time.monotonic() + 60)
+
+
+def broker_of(stack):
+    return redis.Redis.from_url(stack.env["BROKER_URL"], socket_timeout=2)
+
+
+def store_of(stack, **changes):
+    env = stack.env
+    keys = {"aws_access_key_id": env["S3_ACCESS_KEY_ID"], "aws_secret_access_key": env["S3_SECRET_ACCESS_KEY"]} | changes
+    return boto3.client("s3", endpoint_url=env["S3_ENDPOINT_URL"], region_name="us-east-1", **keys)
+
+
+def marked(stack):
+    """Processes that bear the stack's mark."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == str(stack.data_dir) and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def until(is_so, within_s=60):
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it never became so"
+        time.sleep(0.1)
+
+
+def state_of(stack, name):
+    return next(status.state for status in stack.status() if status.name == name)
+
+
+def test_addresses_survive_being_written_and_read_back(tmp_path):
+    first = Addresses.fresh()
+    write_env(tmp_path / "env", {**first.env(), "LOG_LEVEL": "DEBUG"})
+
+    again = Addresses.from_env(read_env(tmp_path / "env"))
+
+    assert again.ports == first.ports
+    assert again.env() == {**first.env(), "LOG_LEVEL": "DEBUG"}
+
+
+def test_a_port_that_somebody_took_is_chosen_anew_and_the_others_stay():
+    addresses = Addresses.fresh()
+    with socket.socket() as intruder:
+        intruder.bind(("127.0.0.1", addresses.ports["s3"]))
+        intruder.listen()
+
+        moved = addresses.with_free_ports(LISTENERS)
+
+    assert moved.ports["s3"] != addresses.ports["s3"]
+    assert {**moved.ports, "s3": 0} == {**addresses.ports, "s3": 0}
+
+
+def test_free_ports_are_different_and_free():
+    ports = free_ports(20)
+
+    assert len(set(ports)) == 20
+    assert all(is_free(port) for port in ports)
+
+
+def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
+    env = Addresses.fresh().env() | {"DARKROOM_API_KEY": "dr_key"}
+    programs = {program.name: program.environment for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=2)}
+
+    assert not {"S3_SECRET_ACCESS_KEY", "API_KEY_PEPPER", "FLOWER_PASSWORD"} & programs["worker-1"].keys()
+    assert "API_KEY_PEPPER" not in programs["results"]
+    assert not {"DATABASE_URL", "HANDOFF_URL", "S3_SECRET_ACCESS_KEY"} & programs["flower"].keys()
+    assert "FLOWER_PASSWORD" in programs["flower"]
+    assert programs["worker-1"]["WORKER_NAME"] != programs["worker-2"]["WORKER_NAME"]
+    for environment in programs.values():
+        assert not {"MIGRATION_DATABASE_URL", "AUDITOR_DATABASE_URL", "DARKROOM_API_KEY"} & environment.keys()
+
+
+def test_an_unusable_fleet_file_is_told_by_its_key(tmp_path):
+    (tmp_path / "fleet.toml").write_text("[tiers.fast]\nrank = -1\n")
+
+    with pytest.raises(StackError, match=r"fleet.toml: tiers.fast.rank"):
+        Stack(tmp_path / "data", fleet_file=tmp_path / "fleet.toml").up()
+
+
+def test_a_stack_that_never_ran_has_no_env_no_processes_and_goes_down(tmp_path):
+    stack = Stack(tmp_path / "data")
+
+    stack.down()
+
+    assert (stack.env, stack.status(), stack.is_up()) == ({}, [], False)
+    with pytest.raises(StackError, match="not running"):
+        stack.pid("gateway")
+
+
+def test_services_answer_and_the_house_is_known_but_not_started(services):
+    states = {status.name: status.state for status in services.status()}
+
+    assert states.keys() > SERVICES
+    assert {name for name, state in states.items() if state in ("starting", "running")} == SERVICES
+    assert ask(services.env["MIGRATION_DATABASE_URL"], "SELECT current_setting('server_version_num')::int / 10000").rows == [(16,)]
+    assert broker_of(services).config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+    assert broker_of(services).config_get("appendonly") == {"appendonly": "yes"}
+
+
+def test_everything_listens_on_the_loopback_and_asks_for_a_password(services):
+    addresses = {
+        connection.laddr.ip
+        for process in marked(services)
+        for connection in process.net_connections(kind="tcp")
+        if connection.status == psutil.CONN_LISTEN
+    }
+
+    assert addresses == {"127.0.0.1"}
+    with pytest.raises(redis.AuthenticationError):
+        redis.Redis(port=int(services.env["BROKER_URL"].rpartition(":")[2].removesuffix("/0"))).ping()
+    with pytest.raises(store_of(services).exceptions.ClientError):
+        store_of(services, aws_secret_access_key="wrong").list_objects_v2(Bucket=services.env["S3_BUCKET"])
+
+
+def test_secrets_are_for_their_owner_only_and_on_no_command_line(services):
+    for name in ("env", "supervisord.conf", "broker.conf", "handoff.conf"):
+        assert stat.S_IMODE((services.data_dir / name).stat().st_mode) == 0o600
+    command_lines = " ".join(" ".join(process.cmdline()) for process in marked(services))
+    secrets = [value for name, value in services.env.items() if name.endswith(("SECRET_ACCESS_KEY", "PASSWORD", "PEPPER"))]
+    assert len(secrets) == 3
+    assert not [secret for secret in secrets if secret in command_lines]
+
+
+def test_a_service_that_is_killed_comes_back_with_its_data(services):
+    broker_of(services).set("kept", "yes")
+    time.sleep(1.2)  # appendfsync everysec, and supervisord's own second before it believes in a process
+    before = services.pid("broker")
+
+    services.kill("broker")
+
+    until(lambda: services.pid("broker") not in (None, before))
+    until(lambda: state_of(services, "broker") == "running")
+    assert broker_of(services).get("kept") == b"yes"
+
+
+def test_what_is_stopped_stays_stopped_until_it_is_started(services):
+    services.stop("s3")
+
+    assert services.pid("s3") is None
+    assert state_of(services, "s3") == "stopped"
+
+    services.start("s3")
+    until(lambda: not is_free(int(services.env["S3_ENDPOINT_URL"].rpartition(":")[2])))
+
+
+def test_a_restart_keeps_ports_secrets_and_data(services):
+    store_of(services).put_object(Bucket=services.env["S3_BUCKET"], Key="t/kept.png", Body=b"pixels")
+    ask(services.env["MIGRATION_DATABASE_URL"], "CREATE TABLE kept AS SELECT 7 AS number")
+    env = services.env
+
+    services.down()
+    assert marked(services) == []
+    assert not services._supervisor._socket.parent.exists()  # the folder below the temporary directory
+    up_services(services)
+
+    assert services.env == env
+    assert ask(services.env["MIGRATION_DATABASE_URL"], "SELECT number FROM kept").rows == [(7,)]
+    assert store_of(services).get_object(Bucket=env["S3_BUCKET"], Key="t/kept.png")["Body"].read() == b"pixels"
+
+
+def test_what_a_killed_supervisor_left_running_is_ended_before_the_next_start(services):
+    orphans = {status.name: status.pid for status in services.status() if status.pid}
+    supervisord = next(process for process in marked(services) if "supervisor.supervisord" in process.cmdline())
+    ports = services.env["DATABASE_URL"]
+
+    supervisord.kill()
+    supervisord.wait()
+    up_services(services)
+
+    assert services.env["DATABASE_URL"] == ports
+    alive = {process.pid for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE}
+    assert orphans.keys() == SERVICES
+    assert not alive & set(orphans.values())
+
+
+def test_a_second_command_does_not_start_the_same_stack_at_the_same_time(services):
+    with services._lock(), pytest.raises(StackError, match="another command"):
+        Stack(services.data_dir).up()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="an ordinary user runs Postgres as itself")
+def test_root_runs_postgres_under_an_account_without_rights(services):
+    assert psutil.Process(services.pid("postgres")).username() != "root"
+
+
+def test_a_gateway_that_is_killed_comes_back(stack, client):
+    before = stack.pid("gateway")
+
+    stack.kill("gateway", signal.SIGKILL)
+
+    until(lambda: stack.pid("gateway") not in (None, before) and serves(stack.pid("gateway")))
+    assert client.tiers()
+
+
+def test_a_second_up_leaves_what_runs_alone(stack):
+    before = {status.name: status.pid for status in stack.status()}
+
+    stack.up()
+
+    assert {status.name: status.pid for status in stack.status()} == before
+
+
+def serves(gunicorn_pid):
+    """Whether this gunicorn has a worker: it could bind its port, which an orphaned worker holds for another second."""
+    try:
+        return bool(psutil.Process(gunicorn_pid).children())
+    except psutil.NoSuchProcess:
+        return False
