@@ -1,12 +1,13 @@
 """From the bytes of a request to a Wish, or a problem that points at every field that is wrong."""
 
 import json
+import math
 from typing import Any
 
 from flask import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from app.problems import InvalidImageRequest, InvalidQuery, MalformedBody, UnsupportedMediaType
+from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, MalformedBody, UnsupportedMediaType
 from policy.catalog import InvalidWish, Wish
 
 
@@ -29,7 +30,7 @@ class _ImageBody(BaseModel):
 
 
 def read_wish(request: Request) -> Wish:
-    """Parse the body. Raises UnsupportedMediaType, MalformedBody, InvalidImageRequest; werkzeug raises 413."""
+    """Parse the body. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest."""
     try:
         return Wish(**_ImageBody.model_validate(_read_object(request)).model_dump())
     except ValidationError as error:
@@ -61,8 +62,11 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
 def _read_object(request: Request) -> dict[str, Any]:
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
+    content = request.get_data()
+    if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
+        raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
     try:
-        body = json.loads(request.get_data(), parse_constant=_refuse_constant)
+        body = json.loads(content, parse_constant=_refuse_constant)
     except RecursionError:
         raise MalformedBody("The body is nested too deeply.") from None
     except (ValueError, UnicodeDecodeError) as error:

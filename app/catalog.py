@@ -39,6 +39,7 @@ def list_tiers() -> ResponseReturnValue:
         "max_steps",
         "default_steps",
         "max_images",
+        "max_megapixels",
         "determinism",
         "price_weight",
         "start_within_s",

@@ -95,7 +95,7 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
             job = jobs.cancel(session, job_id, tenant_id=caller().tenant_id, actor=caller().actor)
             view = job_view(job) if job else None
     except jobs.JobAlreadyFinished as error:
-        raise JobAlreadyFinished(f"The job is {error.job.state} and stays so.", state=error.job.state) from None
+        raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
     if job is None:
         raise _not_found(job_id)
     parts.news.tell_cancel(job_id)

@@ -28,14 +28,16 @@ class BrokerUnavailable(Exception):
 class Broker:
     """Publishing, and looking at, the queues of the house."""
 
-    def __init__(self, settings: BrokerSettings, fleet: Fleet, *, celery: Celery | None = None) -> None:
-        self.celery = celery or make_celery(settings, fleet)
+    def __init__(self, settings: BrokerSettings, fleet: Fleet) -> None:
+        # An app of its own, for publishing alone: retry=False does not keep kombu from trying to connect for 6 s, this does.
+        options = celeryconfig.delivery(settings, fleet)["broker_transport_options"] | {"max_retries": 0}
+        self._celery = make_celery(settings, fleet, broker_transport_options=options)
         self._redis = redis.Redis.from_url(settings.broker_url, socket_timeout=5, socket_connect_timeout=2)
 
     def announce(self, task_name: str, queue: str, job_id: uuid.UUID) -> None:
         """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again."""
         try:
-            self.celery.send_task(
+            self._celery.send_task(
                 task_name, kwargs={"job_id": str(job_id)}, queue=queue, task_id=f"{job_id}:{VERBS[task_name]}", retry=False
             )
         except (KombuError, redis.RedisError, OSError) as error:

@@ -60,11 +60,12 @@ class Handoff:
             end = 4 + int.from_bytes(blob[:4], "big")
             head = json.loads(blob[4:end])
             array = np.frombuffer(blob, dtype=np.uint8, offset=end).reshape(head["shape"])
+            digest, expected = pixels_sha256(array), head["sha256"]
         except (ValueError, KeyError, TypeError) as error:
             raise HandoffCorrupt(str(error)) from error
-        if pixels_sha256(array) != head["sha256"]:
+        if digest != expected:
             raise HandoffCorrupt("the digest does not fit the pixels")
-        return Pixels(array, head["sha256"])
+        return Pixels(array, digest)
 
     def holds(self, job_id: uuid.UUID, index: int, attempt: int) -> bool:
         """Raises HandoffUnavailable."""

@@ -125,7 +125,7 @@ class Listener:
         if message is None:
             return
         try:
-            job_id = uuid.UUID(json.loads(message["data"])["job_id"])
+            job_id = uuid.UUID(str(json.loads(message["data"])["job_id"]))
         except (ValueError, KeyError, TypeError):
             log.warning("news_not_understood", channel=self._channel)
             return
@@ -150,6 +150,10 @@ class Endings:
                     time.sleep(0.05)  # heard, but not seen in the database yet
         finally:
             self._leave(job_id)
+
+    def close(self) -> None:
+        """Stop listening; who still waits looks again by itself."""
+        self._listener.close()
 
     def _hear(self, job_id: uuid.UUID) -> None:
         with self._lock:

@@ -41,7 +41,7 @@ def authenticate(session: Session, key: str, *, pepper: str) -> ApiKey | None:
     if not key.isascii() or _check(key[:-_CHECK_CHARS]) != key[-_CHECK_CHARS:]:
         return None
     parts = key.split("_")
-    if len(parts) != 3 or parts[0] != "dr":
+    if len(parts) != 3 or parts[0] != "dr" or not parts[1].isalnum():
         return None
     row = session.scalar(
         select(ApiKey).where(

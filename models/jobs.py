@@ -25,7 +25,7 @@ class JobAlreadyFinished(Exception):
 
     def __init__(self, job: Job) -> None:
         super().__init__(f"job {job.id} is {job.state}")
-        self.job = job
+        self.job_id, self.state = job.id, job.state  # values, for the row is expired once its transaction is rolled back
 
 
 def accept(
@@ -120,7 +120,7 @@ def store(
     """
     job = session.get(Job, job_id, with_for_update=True)
     image = session.get(Image, (job_id, index))
-    if job is None or image is None or job.state not in (JobState.RUNNING, JobState.STORING):
+    if job is None or image is None or job.state not in ACTIVE_STATES:  # queued: its lease was lost after this hand-off
         return None
     if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
         return None

@@ -14,7 +14,7 @@ from sqlalchemy import func, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, jobs
-from models.states import FailureCode, ImageState, JobState, Outcome
+from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
 
 
@@ -158,7 +158,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
     """
     job = session.get(Job, job_id, with_for_update=True)
-    if job is None or job.state not in (JobState.RUNNING, JobState.STORING):
+    if job is None or job.state not in ACTIVE_STATES:
         return None
     gone = []
     for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
@@ -167,7 +167,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
             gone.append(image.index)
     if not gone:
         return None
-    if job.state == JobState.STORING:  # a running one is still its worker's, which gives it back when it is done
+    if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
     audit.append(
         session, "job:hand-off:lost", chain=job.tenant_id, actor=jobs.SWEEPER, job_id=job_id, attempt=job.attempt, indexes=sorted(gone)

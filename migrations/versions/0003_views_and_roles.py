@@ -60,7 +60,7 @@ VIEWS = {
         """
         SELECT t.name AS tenant, (a.created_at AT TIME ZONE 'UTC')::date AS day, j.tier, j.model, count(*) AS images,
                sum(a.size_bytes) AS size_bytes, round(sum(i.device_seconds)::numeric, 3) AS gpu_seconds,
-               sum(round(j.cost * (i.device_seconds / nullif(j.device_seconds, 0))::numeric, 6)) AS cost, j.currency
+               round(sum(j.cost * (i.device_seconds / nullif(j.device_seconds, 0))::numeric), 6) AS cost, j.currency
         FROM artifacts a
         JOIN images i ON i.artifact_id = a.id
         JOIN jobs j ON j.id = a.job_id
