@@ -1,0 +1,74 @@
+"""/healthz and /readyz, and what a client sees when a part of the house is away."""
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.app.conftest import bearer
+from tests.app.problem import assert_problem
+from tests.builders import a_fleet
+
+PARTS = ["database", "broker", "handoff", "object_store", "workers"]
+
+
+def test_the_gateway_is_alive(nobody):
+    assert nobody.get("/healthz").json() == {"status": "alive"}
+
+
+def test_the_stack_is_ready_and_every_part_says_so(nobody):
+    answer = nobody.get("/readyz")
+
+    assert (answer.status_code, answer.json()["status"]) == (200, "ready")
+    assert {name: part["ready"] for name, part in answer.json()["parts"].items()} == dict.fromkeys(PARTS, True)
+
+
+@pytest.mark.parametrize("part", ["broker", "handoff", "object_store"])
+def test_the_part_that_is_not_ready_is_named(elsewhere, gateway_with, part):
+    answer = gateway_with(**elsewhere(part)).get("/readyz")
+
+    assert (answer.status_code, answer.json["status"], answer.headers["Retry-After"]) == (503, "not_ready", "2")
+    assert [name for name, found in answer.json["parts"].items() if not found["ready"]] == [part]
+
+
+def test_without_the_database_nobody_knows_of_workers_either(elsewhere, gateway_with):
+    answer = gateway_with(**elsewhere("database")).get("/readyz")
+
+    assert [name for name, found in answer.json["parts"].items() if not found["ready"]] == ["database", "workers"]
+
+
+def test_a_pool_without_its_warm_workers_is_named(gateway_with):
+    answer = gateway_with(a_fleet({"pools.big.warm_floor": 1})).get("/readyz")
+
+    assert answer.status_code == 503
+    assert "pool big" in answer.json["parts"]["workers"]["detail"]
+
+
+def test_an_unready_gateway_is_still_alive(elsewhere, gateway_with):
+    assert gateway_with(**elsewhere("database")).get("/healthz").status_code == 200
+
+
+def test_neither_address_nor_password_is_told(elsewhere, gateway_with):
+    for part in ("database", "broker", "handoff", "object_store"):
+        told = gateway_with(**elsewhere(part)).get("/readyz").text
+
+        assert "127.0.0.1" not in told
+        assert "://" not in told
+
+
+def test_without_the_database_the_client_is_asked_to_come_back(elsewhere, gateway_with, new_key):
+    answer = gateway_with(**elsewhere("database")).post("/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key()))
+
+    assert assert_problem(answer, 503, "part-unavailable")["part"] == "database"
+    assert answer.headers["Retry-After"] == "2"
+
+
+def test_an_unexpected_error_says_nothing_of_our_insides(stack, gateway_with, new_key, count_jobs):
+    before = count_jobs()
+    without_tables = make_url(stack.env["DATABASE_URL"]).set(database="postgres").render_as_string(hide_password=False)
+
+    answer = gateway_with(database_url=without_tables).post("/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key()))
+
+    problem = assert_problem(answer, 500, "unexpected")
+    assert set(problem) == {"type", "title", "status", "detail", "instance"}
+    for inside in ("api_keys", "relation", "psycopg2", "SELECT", "Traceback", "Error:", ".py"):
+        assert inside not in answer.text
+    assert count_jobs() == before

@@ -1,0 +1,38 @@
+"""The stack's real Redis, S3 and Postgres, each with a corner that no process of the house looks into."""
+
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+
+from settings import StoreSettings
+from tests.builders import settings_for
+from tests.models.conftest import database  # noqa: F401
+
+CORNER = 9  # of Redis's sixteen numbered databases
+
+
+@pytest.fixture(scope="session")
+def settings(stack) -> StoreSettings:
+    """What a results worker is handed, but for the corner."""
+    urls = {name: urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl() for name in ("broker_url", "handoff_url")}
+    return settings_for(StoreSettings, stack.env, **urls)
+
+
+@pytest.fixture
+def broker_redis(settings) -> Iterator[redis.Redis]:
+    """The broker's corner, as redis-cli sees it; empty at first."""
+    with redis.Redis.from_url(settings.broker_url) as client:
+        client.flushdb()
+        yield client
+        client.flushdb()
+
+
+@pytest.fixture
+def handoff_redis(settings) -> Iterator[redis.Redis]:
+    """The hand-off's corner, as redis-cli sees it; empty at first."""
+    with redis.Redis.from_url(settings.handoff_url) as client:
+        client.flushdb()
+        yield client
+        client.flushdb()

@@ -1,0 +1,125 @@
+"""The object store: what is put can be read, by others only through a URL that we signed."""
+
+import uuid
+
+import httpx
+import pytest
+
+from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
+from settings import StoreSettings
+from tests.builders import a_closed_port
+
+
+@pytest.fixture(scope="module")
+def store(settings) -> ObjectStore:
+    return ObjectStore(settings)
+
+
+@pytest.fixture
+def key() -> str:
+    return image_key(uuid.uuid4(), content_sha256(uuid.uuid4().bytes), "png")
+
+
+def changed(settings: StoreSettings, **changes) -> ObjectStore:
+    return ObjectStore(StoreSettings(**{**settings.model_dump(), **changes}))
+
+
+def fetch(url: str) -> httpx.Response:
+    return httpx.get(url, trust_env=False)
+
+
+def test_what_was_put_comes_back(store, key):
+    store.put(key, b"an image", content_type="image/png")
+
+    assert store.get(key) == b"an image"
+
+
+def test_putting_the_same_key_twice_is_putting_it_once(store, key):
+    store.put(key, b"an image", content_type="image/png")
+    store.put(key, b"an image", content_type="image/png")
+
+    assert store.get(key) == b"an image"
+
+
+def test_a_key_that_is_not_there_is_an_error_with_a_name(store, key):
+    with pytest.raises(StoreUnavailable, match=r"^GetObject: NoSuchKey$"):
+        store.get(key)
+
+
+def test_keys_are_content_addressed_and_scoped_to_the_tenant():
+    tenant_id = uuid.UUID(int=7)
+
+    assert image_key(tenant_id, "ab" * 32, "webp") == f"t/{tenant_id}/sha256/ab/{'ab' * 32}.webp"
+
+
+def test_a_presigned_url_shows_the_object_to_whoever_has_it(store, key):
+    store.put(key, b"an image", content_type="image/png")
+
+    answer = fetch(store.presigned_url(key, content_type="image/png", filename="job-0.png"))
+
+    assert (answer.status_code, answer.content, answer.headers["content-type"]) == (200, b"an image", "image/png")
+
+
+def test_without_the_signature_nothing_is_shown(store, key):
+    store.put(key, b"an image", content_type="image/png")
+    url = httpx.URL(store.presigned_url(key, content_type="image/png", filename="job-0.png"))
+
+    assert fetch(str(url.copy_with(query=None))).status_code in (400, 403)
+
+
+@pytest.mark.parametrize("part", ["X-Amz-Signature", "X-Amz-Expires", "X-Amz-Date", "X-Amz-Credential"])
+def test_a_tampered_url_shows_nothing(store, key, part):
+    store.put(key, b"an image", content_type="image/png")
+    url = httpx.URL(store.presigned_url(key, content_type="image/png", filename="job-0.png"))
+    value = url.params[part]
+
+    tampered = url.copy_set_param(part, value[:-1] + ("1" if value[-1] != "1" else "2"))
+
+    assert fetch(str(tampered)).status_code in (400, 403)
+
+
+def test_a_url_for_one_object_does_not_open_another(store, key):
+    other = image_key(uuid.uuid4(), content_sha256(b"other"), "png")
+    store.put(key, b"an image", content_type="image/png")
+    store.put(other, b"another tenant's", content_type="image/png")
+
+    url = store.presigned_url(key, content_type="image/png", filename="job-0.png").replace(key, other)
+
+    assert fetch(url).status_code == 403
+
+
+def test_urls_are_signed_for_the_address_that_clients_can_reach(settings, key):
+    store = changed(settings, s3_public_endpoint_url="https://images.example.com")
+
+    assert store.presigned_url(key, content_type="image/png", filename="x.png").startswith(
+        f"https://images.example.com/{settings.s3_bucket}/t/"
+    )
+
+
+def test_a_refusal_tells_what_was_refused_and_no_signature(settings, key):
+    store = changed(settings, s3_secret_access_key="not the secret")
+
+    with pytest.raises(StoreUnavailable) as refusal:
+        store.put(key, b"an image", content_type="image/png")
+
+    assert str(refusal.value) == "PutObject: SignatureDoesNotMatch"
+
+
+def test_a_store_that_is_away_says_so_and_tells_no_address(settings, key):
+    store = changed(settings, s3_endpoint_url=f"http://127.0.0.1:{a_closed_port()}")
+
+    with pytest.raises(StoreUnavailable) as refusal:
+        store.get(key)
+
+    assert str(refusal.value) == "EndpointConnectionError"
+
+
+def test_a_bucket_is_made_once(settings):
+    store = changed(settings, s3_bucket=f"tests-{uuid.uuid4().hex[:8]}")
+    with pytest.raises(StoreUnavailable):
+        store.ping()
+
+    store.make_bucket()
+    store.make_bucket()
+
+    store.ping()

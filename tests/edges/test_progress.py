@@ -1,0 +1,187 @@
+"""News of running jobs: best effort, never in anybody's way, and back after every cut."""
+
+import queue
+import threading
+import time
+import uuid
+
+import pytest
+
+from edges.progress import CANCELS, ENDINGS, Endings, Listener, News, ProgressWriter, Step
+from tests.builders import a_closed_port, until
+from tests.edges.conftest import CORNER
+
+
+@pytest.fixture
+def news(settings, handoff_redis) -> News:
+    return News(settings.handoff_url)
+
+
+@pytest.fixture
+def writer(settings, handoff_redis):
+    writer = ProgressWriter(settings.handoff_url)
+    yield writer
+    writer.close()
+
+
+@pytest.fixture
+def heard(settings, handoff_redis):
+    """What a listener of cancels hears, as a queue of job ids."""
+    heard = queue.SimpleQueue()
+    listener = Listener(settings.handoff_url, CANCELS, heard.put)
+    until(lambda: subscribers(handoff_redis), what="the subscription")
+    yield heard
+    listener.close()
+
+
+@pytest.fixture
+def endings(settings, handoff_redis):
+    endings = Endings(settings.handoff_url)
+    until(lambda: subscribers(handoff_redis), what="the subscription")
+    yield endings
+    endings.close()
+
+
+def subscribers(redis) -> list[dict]:
+    """The connections that listen in our corner; those of the house's own processes are in another."""
+    return [client for client in redis.client_list() if client["db"] == str(CORNER) and client["sub"] != "0"]
+
+
+def test_the_newest_step_of_every_image_can_be_read(writer, news):
+    job_id = uuid.uuid4()
+
+    for step in (1, 2, 3):
+        writer.note(job_id, Step(0, step, 20))
+    writer.note(job_id, Step(1, 7, 20))
+
+    until(lambda: news.steps(job_id) == [Step(0, 3, 20), Step(1, 7, 20)], within_s=5)
+
+
+def test_of_an_unknown_job_no_step_is_known(news):
+    assert news.steps(uuid.uuid4()) == []
+
+
+def test_progress_is_forgotten_after_a_while(writer, news, handoff_redis):
+    job_id = uuid.uuid4()
+    writer.note(job_id, Step(0, 1, 20))
+    until(lambda: news.steps(job_id), within_s=5)
+
+    [key] = handoff_redis.keys()
+    assert 0 < handoff_redis.ttl(key) <= 600
+
+
+def test_a_cancel_is_heard(news, heard):
+    job_id = uuid.uuid4()
+
+    news.tell_cancel(job_id)
+
+    assert heard.get(timeout=5) == job_id
+
+
+def test_what_is_not_understood_is_passed_over(news, heard, handoff_redis):
+    for nonsense in (b"", b"\xff", b"[]", b'{"job_id": 7}', b'{"job": "x"}', b'"x"', b"null"):
+        handoff_redis.publish(CANCELS, nonsense)
+    job_id = uuid.uuid4()
+
+    news.tell_cancel(job_id)
+
+    assert heard.get(timeout=5) == job_id
+
+
+def test_a_listener_whose_connection_was_killed_hears_again(news, heard, handoff_redis):
+    [connection] = subscribers(handoff_redis)
+
+    handoff_redis.client_kill_filter(_id=connection["id"])
+
+    def told_and_heard():
+        news.tell_cancel(uuid.uuid4())  # what is told before the listener is back is lost, and may be
+        return not heard.empty()
+
+    until(told_and_heard, within_s=5, what="hearing again")
+
+
+def test_who_waits_is_woken_at_once(endings, news):
+    job_id, over = uuid.uuid4(), threading.Event()
+    woken_at = queue.SimpleQueue()
+    waiter = threading.Thread(target=lambda: woken_at.put((endings.wait(job_id, 30, over.is_set), time.monotonic())[1]))
+    waiter.start()
+    time.sleep(0.1)
+
+    over.set()
+    told_at = time.monotonic()
+    news.tell_ending(job_id)
+
+    assert woken_at.get(timeout=5) - told_at < 1  # without the news it would look again after 2 s
+    waiter.join()
+
+
+def test_everybody_who_waits_for_a_job_is_woken(endings, news):
+    job_id, over = uuid.uuid4(), threading.Event()
+    waiters = [threading.Thread(target=endings.wait, args=(job_id, 30, over.is_set)) for _ in range(5)]
+    for waiter in waiters:
+        waiter.start()
+
+    over.set()
+    news.tell_ending(job_id)
+
+    for waiter in waiters:
+        waiter.join(timeout=5)
+    assert not any(waiter.is_alive() for waiter in waiters)
+    assert endings._waiting == {}
+
+
+def test_a_job_that_is_over_is_not_waited_for(endings):
+    started = time.monotonic()
+
+    endings.wait(uuid.uuid4(), 30, lambda: True)
+
+    assert time.monotonic() - started < 0.5
+
+
+def test_a_wait_ends_when_its_time_is_up(endings):
+    started = time.monotonic()
+
+    endings.wait(uuid.uuid4(), 0.3, lambda: False)
+
+    assert 0.3 <= time.monotonic() - started < 2
+
+
+def test_an_ending_whose_news_was_lost_is_seen_all_the_same(endings):
+    over_at = time.monotonic() + 0.5
+
+    endings.wait(uuid.uuid4(), 30, lambda: time.monotonic() > over_at)
+
+    assert time.monotonic() - over_at < 3
+
+
+def test_another_job_s_ending_wakes_nobody(endings, news):
+    asked = []
+    waiter = threading.Thread(target=endings.wait, args=(uuid.uuid4(), 0.8, lambda: asked.append(1)))
+    waiter.start()
+
+    for _ in range(5):
+        news.tell_ending(uuid.uuid4())
+
+    waiter.join()
+    assert len(asked) <= 2
+
+
+def test_without_redis_nobody_is_kept_from_working():
+    url = f"redis://127.0.0.1:{a_closed_port()}/0"
+    news, writer = News(url), ProgressWriter(url)
+
+    writer.note(uuid.uuid4(), Step(0, 1, 20))
+    news.tell_cancel(uuid.uuid4())
+    news.tell_ending(uuid.uuid4())
+
+    assert news.steps(uuid.uuid4()) == []
+    writer.close()
+
+
+def test_endings_and_cancels_are_told_apart(news, heard):
+    news.tell_ending(uuid.uuid4())
+    job_id = uuid.uuid4()
+    news.tell_cancel(job_id)
+
+    assert heard.get(timeout=5) == job_id
+    assert ENDINGS != CANCELS

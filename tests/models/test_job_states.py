@@ -1,0 +1,258 @@
+"""The life of a job: what each arrow of its states writes, and what it refuses."""
+
+import uuid
+from decimal import Decimal
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from models import jobs, sweeping
+from models.database import transaction
+from models.jobs import JobAlreadyFinished
+from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, store
+from tests.models.facts import at_once, attempt_of, events_of
+
+
+def cancel(session, job):
+    return jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+
+
+def test_an_accepted_job_waits_with_all_its_images(session):
+    job = a_job(session, num_images=3, seed=40)
+
+    assert (job.state, job.attempt, job.cost, job.finished_at) == ("queued", 0, None, None)
+    assert [(image.index, image.seed, image.state) for image in job.images] == [(0, 40, "pending"), (1, 41, "pending"), (2, 42, "pending")]
+    assert events_of(session, job.id) == ["job:request:accepted"]
+
+
+def test_a_rolled_back_accept_leaves_nothing(database):
+    with Session(database.app) as session:
+        job_id = a_job(session).id
+        session.rollback()  # the gateway was killed here
+
+    with transaction(database.app) as session:
+        assert jobs.state_of(session, job_id) is None
+        assert events_of(session, job_id) == []
+
+
+def test_neither_prompt_nor_negative_prompt_reach_the_audit_log(session):
+    job = a_job(session, prompt="a secret wish", negative_prompt="a hidden fear")
+
+    lines = session.scalars(text("SELECT facts::text FROM audit_log WHERE job_id = :id"), {"id": job.id})
+
+    assert not any("secret" in line or "hidden" in line for line in lines)
+
+
+def test_a_stored_image_has_one_artifact_however_often_its_message_comes(session):
+    lease = a_lease(session, num_images=2)
+    hand_off(session, lease, 0)
+    hand_off(session, lease, 1)
+
+    first, again = store(session, lease.job, 0), store(session, lease.job, 0)
+
+    assert (first.state, again) == ("storing", None)
+    assert session.scalar(text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}) == 1
+    assert events_of(session, lease.job_id).count("job:image:stored") == 1
+
+
+def test_two_deliveries_at_once_write_one_artifact(database):
+    with transaction(database.app) as session:
+        lease = a_lease(session)
+        hand_off(session, lease)
+
+    def store_it():
+        with transaction(database.app) as session:
+            return store(session, lease.job)
+
+    stored = at_once(*[store_it] * 4)
+
+    assert len([job for job in stored if job]) == 1
+    with transaction(database.app) as session:
+        assert events_of(session, lease.job_id)[-2:] == ["job:image:stored", "job:state:succeeded"]
+        assert session.scalar(text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}) == 1
+
+
+def test_the_last_stored_image_makes_the_job_succeed_with_its_price(session):
+    lease = a_lease(session, num_images=2)
+    for index in range(2):
+        hand_off(session, lease, index, device_seconds=900.0)
+    store(session, lease.job, 1)
+
+    job = store(session, lease.job, 0)
+
+    assert (job.state, job.finished_at is None, job.store_by) == ("succeeded", False, None)
+    assert (job.device_seconds, job.cost, job.currency) == (1800.0, Decimal("1.200000"), "EUR")  # 1.20 an hour, twice the weight
+    assert events_of(session, job.id)[-3:] == ["job:image:stored", "job:image:stored", "job:state:succeeded"]
+
+
+def test_artifact_state_cost_and_audit_events_are_written_together_or_not_at_all(database):
+    with transaction(database.app) as session:
+        lease = a_lease(session)
+        hand_off(session, lease)
+
+    with Session(database.app) as session:
+        assert store(session, lease.job).state == "succeeded"
+        session.rollback()  # the results worker was killed here
+
+    with transaction(database.app) as session:
+        row = session.execute(text("SELECT state, cost, device_seconds FROM jobs WHERE id = :id"), {"id": lease.job_id}).one()
+        assert tuple(row) == ("storing", None, 0)
+        assert session.scalar(text("SELECT count(*) FROM artifacts WHERE job_id = :id"), {"id": lease.job_id}) == 0
+        assert events_of(session, lease.job_id)[-1] == "job:image:handed-off"
+        assert store(session, lease.job).state == "succeeded"
+
+
+def test_pixels_of_another_attempt_are_not_stored(session):
+    lease = a_lease(session)
+    hand_off(session, lease)
+
+    assert store(session, lease.job, attempt=2) is None
+    assert lease.job.state == "storing"
+
+
+def test_an_image_that_was_not_handed_off_cannot_be_stored(session):
+    lease = a_lease(session)
+
+    assert store(session, lease.job) is None
+    assert store(session, lease.job, index=5) is None
+
+
+def test_an_image_is_stored_while_its_siblings_are_still_rendered(session):
+    lease = a_lease(session, num_images=2)
+    hand_off(session, lease, 0)
+
+    job = store(session, lease.job, 0)
+
+    assert (job.state, job.lease_expires_at is None) == ("running", False)
+
+
+@pytest.mark.parametrize("was", ["queued", "running", "storing"])
+def test_an_unfinished_job_can_be_canceled(session, was):
+    job = a_job(session)
+    if was != "queued":
+        lease = a_lease(session, job)
+    if was == "storing":
+        hand_off(session, lease)
+    assert job.state == was
+
+    canceled = cancel(session, job)
+
+    assert (canceled.state, canceled.finished_at is None, canceled.lease_expires_at, canceled.store_by) == ("canceled", False, None, None)
+    assert events_of(session, job.id)[-1] == "job:state:canceled"
+    assert store(session, job) is None
+    if was == "running":
+        assert attempt_of(session, job.id).outcome == "canceled"
+
+
+def test_canceling_twice_is_harmless(session):
+    job = a_job(session)
+    finished_at = cancel(session, job).finished_at
+
+    again = cancel(session, job)
+
+    assert (again.state, again.finished_at) == ("canceled", finished_at)
+    assert events_of(session, job.id).count("job:state:canceled") == 1
+
+
+def test_a_job_that_ended_otherwise_cannot_be_canceled(session):
+    job = a_succeeded_job(session)
+
+    with pytest.raises(JobAlreadyFinished) as refusal:
+        cancel(session, job)
+
+    assert refusal.value.state == "succeeded"
+    assert events_of(session, job.id)[-1] == "job:state:succeeded"
+
+
+def test_who_catches_the_late_cancel_outside_its_transaction_can_still_ask_the_state(database):
+    with transaction(database.app) as session:
+        job = a_succeeded_job(session)
+
+    with pytest.raises(JobAlreadyFinished) as refusal, transaction(database.app) as session:
+        cancel(session, job)
+
+    assert refusal.value.state == "succeeded"
+
+
+def test_another_tenant_s_job_does_not_exist(session):
+    job, stranger = a_job(session), a_tenant(session)
+
+    assert jobs.find(session, job.id, tenant_id=stranger.id) is None
+    assert jobs.cancel(session, job.id, tenant_id=stranger.id, actor="tests") is None
+    assert jobs.page(session, tenant_id=stranger.id, limit=10) == []
+    assert job.state == "queued"
+
+
+def test_an_unknown_job_does_not_exist_either(session):
+    assert jobs.find(session, uuid.uuid4(), tenant_id=uuid.uuid4()) is None
+    assert jobs.cancel(session, uuid.uuid4(), tenant_id=uuid.uuid4(), actor="tests") is None
+
+
+def test_a_page_is_newest_first_and_goes_on_where_the_last_one_ended(session):
+    tenant = a_tenant(session)
+    accepted = sorted((a_job(session, tenant=tenant).id for _ in range(5)), reverse=True)
+
+    first = [job.id for job in jobs.page(session, tenant_id=tenant.id, limit=2)]
+    rest = [job.id for job in jobs.page(session, tenant_id=tenant.id, limit=10, before=first[-1])]
+
+    assert first + rest == accepted
+
+
+def test_a_page_can_be_of_one_state(session):
+    tenant = a_tenant(session)
+    a_job(session, tenant=tenant)
+    canceled = cancel(session, a_job(session, tenant=tenant))
+
+    assert jobs.page(session, tenant_id=tenant.id, limit=10, state="canceled") == [canceled]
+
+
+def test_a_job_that_nothing_started_in_time_expires(session):
+    job = a_job(session, start_within_s=-1)
+    assert job.id in sweeping.missed_starts(session)
+
+    jobs.expire(session, job.id)
+
+    assert (job.state, job.finished_at is None) == ("expired", False)
+    assert events_of(session, job.id) == ["job:request:accepted", "job:state:expired"]
+    assert jobs.expire(session, job.id) is None
+
+
+def test_a_job_that_was_started_or_still_has_time_does_not_expire(session):
+    early, started = a_job(session, start_within_s=600), a_lease(session).job
+
+    assert jobs.expire(session, early.id) is None
+    assert jobs.expire(session, started.id) is None
+    assert (early.state, started.state) == ("queued", "running")
+
+
+def test_an_overdue_store_is_found_with_the_pixels_it_waits_for(session):
+    lease = a_lease(session, num_images=2)
+    hand_off(session, lease, 0)
+    hand_off(session, lease, 1, store_within_s=-1)
+    store_by_images = {unstored.job_id: unstored.attempt_of for unstored in sweeping.overdue_stores(session)}
+
+    assert store_by_images[lease.job_id] == {0: 1, 1: 1}
+
+    sweeping.postpone_store(session, lease.job_id, store_within_s=60)
+    session.flush()
+    assert lease.job_id not in {unstored.job_id for unstored in sweeping.overdue_stores(session)}
+
+
+def test_the_history_shows_a_job_in_one_row(session):
+    job = a_succeeded_job(session, num_images=2, tier="batch")
+
+    row = session.execute(text("SELECT * FROM job_history WHERE job_id = :id"), {"id": job.id}).one()
+
+    assert (row.state, row.tier, row.size, row.num_images, row.attempts, row.steps_run) == ("succeeded", "batch", "128x128", 2, 1, 8)
+    assert row.total_s >= 0
+    assert row.cost == job.cost
+
+
+def test_the_day_s_images_add_up_to_the_job_s_cost(session):
+    tenant = a_tenant(session)
+    job = a_succeeded_job(session, tenant=tenant, num_images=2)
+
+    [row] = session.execute(text("SELECT * FROM images_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}).all()
+
+    assert (row.images, row.cost, row.size_bytes) == (2, job.cost, 2000)

@@ -1,0 +1,156 @@
+"""The tables as the migrations build them, and who may do what with them."""
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import Connection, inspect, text
+from sqlalchemy.exc import DBAPIError, ProgrammingError
+
+import migrations
+from models.tables import Base
+from tests.builders import a_job
+from tests.models.facts import at_once
+
+
+def is_partition(name: str | None) -> bool:
+    return str(name).startswith("audit_events_")
+
+
+def definitions(connection: Connection, schema: str) -> set[tuple[str, str]]:
+    """Columns, constraints and indexes of a schema, as Postgres itself writes them down."""
+    queries = (
+        """SELECT table_name || '.' || column_name, concat_ws(' ', data_type, udt_name, is_nullable, column_default)
+           FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+           WHERE table_schema = :schema AND table_type = 'BASE TABLE'""",
+        """SELECT conrelid::regclass || '.' || contype::text, pg_get_constraintdef(oid) FROM pg_constraint
+           WHERE connamespace = CAST(:schema AS regnamespace) AND conrelid <> 0""",
+        "SELECT tablename || '.' || indexname, indexdef FROM pg_indexes WHERE schemaname = :schema",
+    )
+    rows = [row for query in queries for row in connection.execute(text(query), {"schema": schema})]
+    plain = [(str(name).replace(f"{schema}.", ""), str(definition).replace(f"{schema}.", "")) for name, definition in rows]
+    return {
+        (name, definition)
+        for name, definition in plain
+        if not name.startswith(("audit_events_2", "audit_events_default", "alembic_version"))
+    }
+
+
+def test_migrations_build_the_same_schema_as_the_models(database):
+    with database.owner.connect() as connection:
+        options = {"include_name": lambda name, kind, parents: kind != "table" or not is_partition(name)}
+        context = MigrationContext.configure(connection, opts=options)
+
+        differences = compare_metadata(context, Base.metadata)
+
+    assert differences == []
+
+
+def test_constraints_defaults_and_partial_indexes_are_the_same_too(database):
+    """Alembic does not compare these, and they are what must always hold."""
+    with database.owner.connect() as connection:
+        connection.execute(text("CREATE SCHEMA from_models"))
+        Base.metadata.create_all(connection.execution_options(schema_translate_map={None: "from_models"}))
+        connection.execute(text("SET LOCAL search_path = public, from_models"))
+
+        migrated, modelled = definitions(connection, "public"), definitions(connection, "from_models")
+        connection.rollback()
+
+    assert migrated - modelled == set()
+    assert modelled - migrated == set()
+    assert any(name == "jobs.c" for name, _ in migrated)
+
+
+def test_migrating_again_changes_nothing(database):
+    with database.owner.connect() as connection:
+        before = definitions(connection, "public")
+
+    migrations.upgrade(database.owner_url)
+
+    with database.owner.connect() as connection:
+        assert definitions(connection, "public") == before
+
+
+def test_two_that_migrate_at_once_do_not_disturb_each_other(empty_database):
+    at_once(*[lambda: migrations.upgrade(empty_database.owner_url)] * 2)
+
+    with empty_database.owner.connect() as connection:
+        assert "jobs" in inspect(connection).get_table_names()
+
+
+def test_every_migration_can_be_taken_back(empty_database):
+    migrations.upgrade(empty_database.owner_url)
+
+    with empty_database.owner.connect() as connection:
+        command.downgrade(migrations._config(connection), "base")
+        connection.commit()
+
+        assert set(inspect(connection).get_table_names()) <= {"alembic_version"}
+        assert connection.scalar(text("SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace")) == 0
+
+
+@pytest.mark.parametrize("view", ["job_history", "queue_now", "audit_log", "images_by_tenant_day", "audit_chain_status"])
+def test_every_view_says_what_it_shows(database, view):
+    with database.auditor.connect() as connection:
+        comment = connection.scalar(text("SELECT obj_description(CAST(:view AS regclass))"), {"view": view})
+        connection.execute(text(f"SELECT * FROM {view} LIMIT 1"))
+
+    assert comment.endswith((".", "audit_verify()."))
+
+
+def test_there_is_no_other_view(database):
+    with database.owner.connect() as connection:
+        views = inspect(connection).get_view_names()
+
+    assert sorted(views) == ["audit_chain_status", "audit_log", "images_by_tenant_day", "job_history", "queue_now"]
+
+
+def test_the_auditor_sees_views_and_nothing_else(database):
+    allowed = """
+        SELECT relname, privilege FROM pg_class, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) privilege
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v') AND has_table_privilege(oid, privilege)
+    """
+    with database.auditor.connect() as connection:
+        granted = {tuple(row) for row in connection.execute(text(allowed))}
+
+    assert granted == {(view, "SELECT") for view in ("job_history", "queue_now", "audit_log", "images_by_tenant_day", "audit_chain_status")}
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM jobs",
+        "TRUNCATE jobs CASCADE",
+        "DROP TABLE jobs",
+        "ALTER TABLE jobs ADD COLUMN x int",
+        "CREATE TABLE mine (x int)",
+        "DELETE FROM artifacts",
+        "SELECT * FROM alembic_version",
+        "UPDATE audit_chains SET last_seq = 0",
+    ],
+)
+def test_the_application_cannot(database, statement):
+    with database.app.connect() as connection, pytest.raises(ProgrammingError, match=r"permission denied|must be owner"):
+        connection.execute(text(statement))
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "constraint"),
+    [
+        ("state", "'lost'", "jobs_state_is_known"),
+        ("state", "'running'", "jobs_lease_while_running"),
+        ("lease_expires_at", "now()", "jobs_lease_while_running"),
+        ("state", "'storing'", "jobs_store_by_while_storing"),
+        ("state", "'canceled'", "jobs_finished_once_final"),
+        ("finished_at", "now()", "jobs_finished_once_final"),
+        ("failure_code", "'internal'", "jobs_failure_has_code"),
+        ("determinism", "'reproducible'", "jobs_bucket_when_reproducible"),
+        ("num_images", "0", "jobs_counts_are_positive"),
+        ("width_px", "0", "jobs_sides_are_positive"),
+    ],
+)
+def test_a_row_that_contradicts_itself_is_refused_by_the_database(session, column, value, constraint):
+    job = a_job(session)
+
+    with pytest.raises(DBAPIError, match=constraint):
+        session.execute(text(f"UPDATE jobs SET {column} = {value} WHERE id = :id"), {"id": job.id})

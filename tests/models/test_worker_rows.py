@@ -1,0 +1,53 @@
+"""Who is alive: the rows that workers refresh, and the slots that add up."""
+
+import uuid
+
+import pytest
+from sqlalchemy import text
+
+from models import workers
+
+
+@pytest.fixture
+def pool() -> str:
+    return f"pool-{uuid.uuid4().hex[:8]}"
+
+
+def beat(session, pool, name="gpu0", slots=16):
+    workers.heartbeat(session, name=f"{name}@{pool}", pool=pool, device="cpu", slots=slots, facts={})
+
+
+def silence(session, pool, seconds):
+    session.execute(
+        text("UPDATE workers SET seen_at = clock_timestamp() - make_interval(secs => :s) WHERE pool = :pool"), {"s": seconds, "pool": pool}
+    )
+
+
+def test_the_slots_of_live_workers_add_up(session, pool):
+    beat(session, pool, "gpu0", slots=16)
+    beat(session, pool, "gpu1", slots=8)
+    beat(session, pool, "gpu1", slots=8)
+
+    assert workers.live_slots(session, pool=pool, silent_for_s=15) == 24
+
+
+def test_a_silent_worker_does_not_count_until_it_speaks_again(session, pool):
+    beat(session, pool)
+    silence(session, pool, 20)
+    assert workers.live_slots(session, pool=pool, silent_for_s=15) == 0
+
+    beat(session, pool)
+
+    assert workers.live_slots(session, pool=pool, silent_for_s=15) == 16
+
+
+def test_a_worker_that_leaves_is_gone_and_one_that_died_is_forgotten(session, pool):
+    beat(session, pool, "gpu0")
+    beat(session, pool, "gpu1")
+    workers.leave(session, f"gpu0@{pool}")
+    assert [worker.name for worker in workers.live(session, silent_for_s=15) if worker.pool == pool] == [f"gpu1@{pool}"]
+
+    silence(session, pool, 7200)
+    workers.forget_the_silent(session, silent_for_s=3600)
+
+    assert session.scalar(text("SELECT count(*) FROM workers WHERE pool = :pool"), {"pool": pool}) == 0

@@ -1,0 +1,42 @@
+"""What an image cost."""
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy.cost import megapixel_steps, price
+from tests.builders import a_fleet
+
+
+@pytest.mark.parametrize(
+    ("tier", "device_seconds", "amount"),
+    [
+        ("quality", 3600, "1.200000"),
+        ("fast", 3600, "2.400000"),
+        ("batch", 3600, "0.600000"),
+        ("quality", 1, "0.000333"),
+        ("quality", 0, "0.000000"),
+        ("quality", 0.0015, "0.000001"),  # half a millionth is rounded up
+        ("quality", 0.00149, "0.000000"),
+    ],
+)
+def test_the_price_is_device_time_at_the_pool_s_hour_and_the_tier_s_weight(tier, device_seconds, amount):
+    assert str(price(a_fleet(), pool="local", tier=tier, device_seconds=device_seconds)) == amount
+
+
+def test_a_pool_without_a_price_costs_nothing():
+    assert price(a_fleet(), pool="big", tier="fast", device_seconds=3600) == 0
+
+
+@given(st.floats(0, 1e6))
+def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
+    amount = price(a_fleet(), pool="local", tier="fast", device_seconds=device_seconds)
+
+    assert amount == amount.quantize(Decimal("0.000001"))
+    assert abs(float(amount) - device_seconds * 2.4 / 3600) <= 0.51e-6
+
+
+def test_the_size_of_a_job_is_pixels_times_steps():
+    assert megapixel_steps(width_px=1000, height_px=1000, num_steps=20, num_images=2) == 40

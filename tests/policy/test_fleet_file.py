@@ -1,0 +1,142 @@
+"""fleet.toml: what an operator may write, and which key is named when it contradicts itself."""
+
+import pytest
+
+from policy.fleet import FleetInvalid, parse_fleet, parse_size
+from settings import REPO
+from tests.builders import GONE, a_fleet, fleet_text
+
+A_POOL = {"models": ["pocket"], "slots": 16, "max_batch_rows": 16}
+BUCKETS = "models.pocket.tiers.quality.bucket_rows"
+
+
+def problems_of(changes) -> list[str]:
+    with pytest.raises(FleetInvalid) as refusal:
+        parse_fleet(fleet_text(changes))
+    return refusal.value.problems
+
+
+def test_the_shipped_file_is_valid():
+    fleet = parse_fleet((REPO / "fleet.toml").read_text())
+
+    assert fleet.tiers_by_rank == ("fast", "quality", "batch")
+    assert fleet.pool_of("pocket") == "local"
+
+
+def test_tiers_are_ordered_by_rank_and_not_by_their_place_in_the_file():
+    fleet = a_fleet({"tiers.fast.rank": 9})
+
+    assert fleet.tiers_by_rank == ("quality", "batch", "fast")
+
+
+def test_what_is_not_said_is_the_first_of_the_file():
+    fleet = a_fleet({"tiers.fast.rank": 9})
+
+    assert (fleet.default_tier(), fleet.default_model()) == ("fast", "pocket")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tiers.fast.rank", -1),
+        ("tiers.fast.rank", "first"),
+        ("tiers.fast.max_steps", 0),
+        ("tiers.fast.max_steps", GONE),
+        ("tiers.fast.max_images", 65),
+        ("tiers.fast.guaranteed_share", 1.0),
+        ("tiers.fast.price_weight", 0),
+        ("tiers.fast.price_weight", float("inf")),
+        ("tiers.fast.determinism", "perfect"),
+        ("tiers.fast.max_stpes", 20),
+        ("models.pocket.family", "sdxl-turbo"),
+        ("models.pocket.precision", "fp8"),
+        ("models.pocket.sizes", []),
+        ("models.pocket.created_at", "yesterday"),
+        ("models.pocket.max_guidance", float("nan")),
+        ("models.pocket.versions", []),
+        ("models.pocket.versions.0.sha256", {"unet.safetensors": "abc"}),
+        ("models.pocket.versions.0.traffic_weight", -1.0),
+        ("pools.local.slots", 0),
+        ("pools.local.models", []),
+        ("pools.local.gpu_hour_price", -0.01),
+        ("currency", "euros"),
+    ],
+)
+def test_a_wrong_value_is_named_by_its_key(key, value):
+    [problem, *_] = problems_of({key: value})
+
+    assert problem.startswith(key)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key", "reason"),
+    [
+        ({"tiers.batch.rank": 0}, "tiers.batch.rank", "taken by another tier"),
+        ({"tiers.fast.default_steps": 21}, "tiers.fast.default_steps", "must not exceed max_steps (20)"),
+        ({"tiers.fast.guaranteed_share": 0.9}, "tiers.*.guaranteed_share", "more than 1"),
+        ({"tiers.fast.max_megapixels": 0.01}, "tiers.fast.max_megapixels", "no size of model 'pocket' fits"),
+        ({"pools.local.models": ["pocket", "poket"]}, "pools.local.models", "'poket' is not a model"),
+        ({"pools.big.slots": 7}, "pools.big.slots", "less than tiers.quality.max_images (8)"),
+        ({"pools.big.models": ["large", "pocket"]}, "models.pocket", "exactly one pool, is in 2"),
+        ({"pools.big": GONE}, "models.large", "exactly one pool, is in 0"),
+        (
+            {"pools.results": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8}, "pools.local": GONE},
+            "pools.results",
+            "results queues",
+        ),
+        ({"models.pocket.default_sampler": "unipc"}, "models.pocket.default_sampler", "one of samplers"),
+        ({"models.pocket.default_guidance": 15.5}, "models.pocket.default_guidance", "must not exceed max_guidance (15.0)"),
+        ({"models.pocket.versions.0.traffic_weight": 0.0}, "models.pocket.versions", "traffic_weight above 0"),
+        ({"models.pocket.tiers.slow.default_steps": 4}, "models.pocket.tiers.slow", "not a tier"),
+        ({"models.pocket.tiers.fast.default_steps": 21}, "models.pocket.tiers.fast.default_steps", "exceeds the tier's max_steps"),
+        ({"models.large.tiers.fast.default_guidance": 20.5}, "models.large.tiers.fast.default_guidance", "exceeds max_guidance (20.0)"),
+        ({"models.pocket.tiers.quality": GONE}, BUCKETS, "'128x128' needs 2 to 16 rows"),
+        (
+            {"models.pocket.tiers.quality.bucket_rows.128x192": 17},
+            "models.pocket.tiers.quality.bucket_rows",
+            "'128x192' needs 2 to 16 rows",
+        ),
+        ({f"{BUCKETS}.128x128": 1}, BUCKETS, "'128x128' needs 2 to 16 rows"),
+    ],
+)
+def test_a_contradiction_is_named_by_its_key(changes, key, reason):
+    found = problems_of(changes)
+
+    assert any(problem.startswith(f"{key}:") and reason in problem for problem in found), found
+
+
+def test_a_name_that_could_not_be_part_of_a_queue_s_is_refused():
+    assert problems_of({"pools.Big Ones": A_POOL})[0].startswith("pools.Big Ones")
+
+
+def test_two_versions_may_not_share_an_id():
+    versions = [{"id": "1", "source": "a"}, {"id": "1", "source": "b"}]
+
+    assert problems_of({"models.pocket.versions": versions}) == ["models.pocket.versions: ids must differ"]
+
+
+def test_every_problem_is_told_at_once():
+    found = problems_of({"tiers.fast.default_steps": 21, "models.pocket.default_sampler": "unipc", "pools.big.slots": 1})
+
+    assert {problem.partition(":")[0] for problem in found} >= {
+        "tiers.fast.default_steps",
+        "models.pocket.default_sampler",
+        "pools.big.slots",
+    }
+
+
+def test_a_file_that_is_not_toml_is_refused_with_its_line():
+    with pytest.raises(FleetInvalid, match=r"not TOML: .*line 2"):
+        parse_fleet('currency = "EUR"\nrank = first\n')
+
+
+def test_a_size_is_width_times_height_in_multiples_of_eight():
+    assert parse_size("512x768") == (512, 768)
+
+
+@pytest.mark.parametrize(
+    "text", ["512", "512X512", "x512", "512x", "512x513", "0x0", "-8x8", "8 x8", "4104x8", "٨x8", "1e2x8", "512x512x512", ""]
+)
+def test_anything_else_is_not_a_size(text):
+    with pytest.raises(ValueError, match=r"multiples of 8|WIDTHxHEIGHT"):
+        parse_size(text)

@@ -1,0 +1,160 @@
+"""From a wish to parameters that say everything, or a refusal that names the field and what is accepted."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy.catalog import MAX_SEED, InvalidWish, pick_version, resolve
+from policy.fleet import parse_size
+from tests.builders import a_fleet, a_wish, resolved
+
+
+def refusal_of(**fields) -> InvalidWish:
+    with pytest.raises(InvalidWish) as refusal:
+        resolved(**fields)
+    return refusal.value
+
+
+def test_a_bare_prompt_gets_every_parameter():
+    job = resolve(a_fleet(), a_wish(prompt="a red circle"), default_seed=7, draw=0.0)
+
+    assert (job.model, job.model_version, job.pool, job.tier) == ("pocket", "1", "local", "fast")
+    assert (job.width_px, job.height_px, job.num_steps, job.guidance, job.sampler) == (128, 128, 4, 4.0, "ddim")
+    assert (job.seed, job.num_images, job.output_format, job.negative_prompt) == (7, 1, "png", "")
+    assert (job.precision, job.determinism, job.bucket_rows) == ("fp32", "best_effort", None)
+
+
+def test_what_was_asked_for_is_kept():
+    job = resolved(
+        negative_prompt="blue",
+        tier="batch",
+        size="128x192",
+        steps=33,
+        guidance=0.0,
+        sampler="euler",
+        seed=0,
+        n=8,
+        output_format="webp",
+    )
+
+    assert (job.negative_prompt, job.tier, job.width_px, job.height_px) == ("blue", "batch", 128, 192)
+    assert (job.num_steps, job.guidance, job.sampler, job.seed, job.num_images, job.output_format) == (33, 0.0, "euler", 0, 8, "webp")
+
+
+def test_a_model_may_have_defaults_of_its_own_in_a_tier():
+    fast, batch = resolved(model="large", tier="fast"), resolved(model="large", tier="batch")
+
+    assert (fast.num_steps, fast.guidance) == (8, 1.0)
+    assert (batch.num_steps, batch.guidance) == (20, 7.0)
+
+
+@pytest.mark.parametrize(("size", "rows"), [("128x128", 8), ("128x192", 4)])
+def test_a_reproducible_tier_pins_the_bucket_of_its_size(size, rows):
+    assert resolved(tier="quality", size=size).bucket_rows == rows
+
+
+@pytest.mark.parametrize(
+    ("fields", "field", "accepted"),
+    [
+        ({"model": "pockett"}, "model", ["pocket", "large"]),
+        ({"model": ""}, "model", ["pocket", "large"]),
+        ({"model": "pocket\x00"}, "model", ["pocket", "large"]),
+        ({"tier": "free"}, "tier", ["fast", "quality", "batch"]),
+        ({"tier": ""}, "tier", ["fast", "quality", "batch"]),
+        ({"size": "512x512"}, "size", ["128x128", "128x192"]),
+        ({"size": "-128x-128"}, "size", ["128x128", "128x192"]),
+        ({"size": ""}, "size", ["128x128", "128x192"]),
+        ({"steps": 0}, "steps", {"min": 1, "max": 20}),
+        ({"steps": -4}, "steps", {"min": 1, "max": 20}),
+        ({"steps": 21}, "steps", {"min": 1, "max": 20}),
+        ({"steps": 61, "tier": "quality"}, "steps", {"min": 1, "max": 60}),
+        ({"guidance": -0.1}, "guidance", {"min": 0.0, "max": 15.0}),
+        ({"guidance": 15.1}, "guidance", {"min": 0.0, "max": 15.0}),
+        ({"guidance": float("nan")}, "guidance", {"min": 0.0, "max": 15.0}),
+        ({"guidance": float("inf")}, "guidance", {"min": 0.0, "max": 15.0}),
+        ({"sampler": "plms"}, "sampler", ["ddim", "euler"]),
+        ({"sampler": ""}, "sampler", ["ddim", "euler"]),
+        ({"seed": -1}, "seed", {"min": 0, "max": MAX_SEED - 1}),
+        ({"seed": 2**63}, "seed", {"min": 0, "max": MAX_SEED - 1}),
+        ({"n": 0}, "n", {"min": 1, "max": 4}),
+        ({"n": 5}, "n", {"min": 1, "max": 4}),
+        ({"output_format": "gif"}, "output_format", ["png", "webp", "jpeg"]),
+        ({"prompt": "x" * 201}, "prompt", {"max_chars": 200}),
+        ({"negative_prompt": "x" * 201}, "negative_prompt", {"max_chars": 200}),
+        ({"prompt": " \n\t "}, "prompt", {"min_chars": 1}),
+        ({"prompt": "red\x00circle"}, "prompt", None),
+        ({"negative_prompt": "\ud800"}, "negative_prompt", None),
+    ],
+)
+def test_a_refusal_names_the_field_and_what_is_accepted(fields, field, accepted):
+    refusal = refusal_of(**fields)
+
+    assert (refusal.field, refusal.accepted) == (field, accepted)
+
+
+def test_a_tier_accepts_no_size_above_its_megapixels():
+    fleet = a_fleet(
+        {"tiers.fast.max_megapixels": 0.02, "models.large.sizes": ["128x128"], "models.large.tiers.quality.bucket_rows.128x128": 4}
+    )
+
+    with pytest.raises(InvalidWish) as refusal:
+        resolve(fleet, a_wish(size="128x192"), default_seed=7, draw=0.0)
+
+    assert (refusal.value.field, refusal.value.accepted) == ("size", ["128x128"])
+    assert resolve(fleet, a_wish(size="128x192", tier="batch"), default_seed=7, draw=0.0).height_px == 192
+
+
+def test_the_seed_of_the_last_image_is_still_exact_in_json():
+    job = resolved(seed=MAX_SEED - 4, n=4)
+
+    assert job.seed + job.num_images - 1 < MAX_SEED
+    assert refusal_of(seed=MAX_SEED - 3, n=4).field == "seed"
+
+
+def test_versions_get_traffic_by_their_weight():
+    versions = [{"id": "1", "source": "a", "traffic_weight": 9.0}, {"id": "2", "source": "b", "traffic_weight": 1.0}]
+    model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
+
+    drawn = [pick_version(model, draw / 100).id for draw in range(100)]
+
+    assert (drawn.count("1"), drawn.count("2")) == (90, 10)
+
+
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-9, 0.1, 1.0, 3.0, 1e9]), min_size=1, max_size=5).filter(any),
+    draw=st.floats(0, 1, exclude_max=True),
+)
+def test_a_version_without_weight_gets_no_new_jobs(weights, draw):
+    versions = [{"id": str(number), "source": "a", "traffic_weight": weight} for number, weight in enumerate(weights)]
+    model = a_fleet({"models.pocket.versions": versions}).models["pocket"]
+
+    assert pick_version(model, draw).traffic_weight > 0
+
+
+@given(
+    prompt=st.text(max_size=250),
+    tier=st.none() | st.sampled_from(["fast", "quality", "batch", "free"]),
+    model=st.none() | st.sampled_from(["pocket", "large", ""]),
+    size=st.none() | st.sampled_from(["128x128", "128x192", "1024x1024", "0x0"]),
+    steps=st.none() | st.integers(-5, 80),
+    guidance=st.none() | st.floats(-5, 25),
+    seed=st.none() | st.integers(-5, 2**64),
+    n=st.integers(-2, 10),
+)
+def test_a_wish_is_resolved_within_all_limits_or_refused_by_field(**fields):
+    fleet, wish = a_fleet(), a_wish(**fields)
+
+    try:
+        job = resolve(fleet, wish, default_seed=7, draw=0.5)
+    except InvalidWish as refusal:
+        assert refusal.field in fields  # noqa: PT017 - either end is right
+        return
+
+    tier, model = fleet.tiers[job.tier], fleet.models[job.model]
+    assert f"{job.width_px}x{job.height_px}" in model.sizes
+    assert parse_size(wish.size or model.sizes[0]) == (job.width_px, job.height_px)
+    assert 1 <= job.num_steps <= tier.max_steps
+    assert 1 <= job.num_images <= tier.max_images
+    assert 0 <= job.guidance <= model.max_guidance
+    assert 0 <= job.seed <= MAX_SEED
+    assert (job.bucket_rows is not None) == (tier.determinism == "reproducible")

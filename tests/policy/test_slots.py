@@ -1,0 +1,68 @@
+"""How tiers share a worker's slots, and how much work is let out to the workers."""
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy.admission import announced_limit
+from policy.tiers import guaranteed_slots, may_take
+from tests.builders import a_fleet
+
+TIERS = ("fast", "quality", "batch")  # by rank; of 16 slots 4, 2 and 1 are guaranteed
+
+
+def filled_by(tier, slots, held=()) -> Counter:
+    """What a worker holds when `tier` takes one image after the other until it may not."""
+    held = Counter(held)
+    while may_take(a_fleet(), tier, held, slots):
+        held[tier] += 1
+    return held
+
+
+def test_the_guarantee_is_the_tier_s_share_of_the_slots():
+    assert [guaranteed_slots(a_fleet(), tier, 16) for tier in TIERS] == [4, 2, 1]
+
+
+def test_the_highest_tier_may_take_every_slot():
+    assert filled_by("fast", 16) == {"fast": 16}
+
+
+def test_a_lower_tier_never_takes_the_last_slots():
+    assert filled_by("quality", 16) == {"quality": 12}
+    assert filled_by("batch", 16) == {"batch": 10}
+
+
+def test_a_lower_tier_keeps_its_share_beside_a_busy_higher_one():
+    held = {"fast": 14}
+
+    assert filled_by("batch", 16, held) == {"fast": 14, "batch": 1}
+    assert filled_by("quality", 16, held) == {"fast": 14, "quality": 2}
+
+
+def test_a_full_worker_takes_nothing():
+    assert not any(may_take(a_fleet(), tier, {"fast": 16}, 16) for tier in TIERS)
+
+
+def test_a_worker_with_a_single_slot_serves_every_tier():
+    assert all(may_take(a_fleet(), tier, {}, 1) for tier in TIERS)
+
+
+@given(slots=st.integers(1, 64), order=st.lists(st.sampled_from(TIERS), max_size=200))
+def test_whatever_comes_slots_are_never_exceeded_and_higher_tiers_never_shut_out_by_lower_ones(slots, order):
+    fleet, held = a_fleet(), Counter()
+    for tier in order:
+        if may_take(fleet, tier, held, slots):
+            held[tier] += 1
+
+    lower = held["quality"] + held["batch"]
+    own_shares = guaranteed_slots(fleet, "quality", slots) + guaranteed_slots(fleet, "batch", slots)
+    kept = guaranteed_slots(fleet, "fast", slots)
+    assert held.total() <= slots
+    assert lower <= max(1, slots - kept, own_shares)
+
+
+@pytest.mark.parametrize(("live_slots", "limit"), [(0, 32), (16, 32), (48, 64)])
+def test_let_out_are_the_live_slots_and_one_batch(live_slots, limit):
+    assert announced_limit(a_fleet(), "local", live_slots) == limit

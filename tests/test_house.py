@@ -1,0 +1,243 @@
+"""The walls of the house: who imports whom, who reads the environment, and who never loads torch."""
+
+import ast
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from edges.broker import VERBS, make_celery
+from policy import queues
+from policy.fleet import parse_fleet
+from settings import REPO, BrokerSettings
+from tests.builders import until
+from tests.test_settings import ENOUGH
+
+ROOMS = ("app", "tasks", "engine", "models", "policy", "edges", "fleet", "cli", "migrations", "darkroom_client")
+DOOR = ("settings", "celeryconfig")
+HOUSE = {*ROOMS, *DOOR, "pocket", "tests", "benchmarks"}
+
+# Which rooms and doors each room knows; fleet and cli run the house and may know all of it.
+KNOWS = {
+    "app": {"models", "policy", "edges", "settings"},
+    "tasks": {"models", "policy", "edges", "engine", "settings", "fleet.consumer"},
+    "engine": set(),
+    "models": set(),
+    "policy": set(),
+    "edges": {"models", "policy", "settings", "celeryconfig"},
+    "migrations": {"models", "settings"},
+    "darkroom_client": set(),
+}
+# Libraries that a room has never heard of, and where only a few are known, which.
+NEVER_HEARD_OF = {
+    "app": {"torch", "diffusers", "transformers", "celery", "kombu", "redis", "boto3"},
+    "tasks": {"flask", "boto3", "redis"},
+    "engine": {"flask", "celery", "kombu", "sqlalchemy", "redis", "boto3", "pydantic", "pydantic_settings", "httpx"},
+    "edges": {"flask", "torch", "diffusers", "transformers"},
+}
+KNOWS_ONLY = {"models": {"sqlalchemy"}, "policy": {"pydantic"}, "darkroom_client": {"httpx"}}
+DOES_IO = {"os", "io", "pathlib", "shutil", "tempfile", "socket", "subprocess", "urllib", "http", "sqlite3", "logging"}
+DOES_IO |= {"threading", "asyncio", "time", "random"}
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((REPO / room).rglob("*.py"))
+
+
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), str(path))
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Dotted names of everything that a module imports, wherever in it."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide where a name comes from"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported(room: str) -> set[tuple[str, str]]:
+    """(file, dotted name) of every import of a room."""
+    return {(str(path.relative_to(REPO)), name) for path in modules(room) for name in imports(path)}
+
+
+def top(name: str) -> str:
+    return name.partition(".")[0]
+
+
+@pytest.mark.parametrize("room", KNOWS)
+def test_a_room_knows_only_the_rooms_below_it(room):
+    allowed = {room, *KNOWS[room]}
+
+    strangers = {
+        (file, name)
+        for file, name in imported(room)
+        if top(name) in HOUSE and not any(name == known or name.startswith(f"{known}.") for known in allowed)
+    }
+
+    assert strangers == set()
+
+
+@pytest.mark.parametrize("room", NEVER_HEARD_OF)
+def test_a_room_has_never_heard_of(room):
+    assert {(file, name) for file, name in imported(room) if top(name) in NEVER_HEARD_OF[room]} == set()
+
+
+@pytest.mark.parametrize("room", KNOWS_ONLY)
+def test_a_room_knows_one_library_only(room):
+    libraries = {(file, name) for file, name in imported(room) if top(name) not in {*sys.stdlib_module_names, *HOUSE}}
+
+    assert {(file, name) for file, name in libraries if top(name) not in KNOWS_ONLY[room]} == set()
+
+
+def test_decisions_do_no_io_and_ask_no_clock():
+    assert {(file, name) for file, name in imported("policy") if top(name) in DOES_IO} == set()
+    for path in modules("policy"):
+        calls = {ast.unparse(node.func) for node in ast.walk(parsed(path)) if isinstance(node, ast.Call)}
+        assert not calls & {"open", "print", "input", "datetime.now", "datetime.utcnow"}, path
+
+
+def test_one_module_of_edges_knows_celery():
+    assert {file for file, name in imported("edges") if top(name) in ("celery", "kombu")} == {"edges/broker.py"}
+
+
+@pytest.mark.parametrize("room", ["app", "tasks", "models", "policy", "edges", "engine"])
+def test_only_settings_read_the_environment(room):
+    readers = set()
+    for path in modules(room):
+        for node in ast.walk(parsed(path)):
+            reads = isinstance(node, ast.Attribute) and ast.unparse(node) in ("os.environ", "os.getenv", "os.environb")
+            if reads or (isinstance(node, ast.ImportFrom) and node.module == "os" and {"environ", "getenv"} & {a.name for a in node.names}):
+                readers.add((str(path.relative_to(REPO)), getattr(node, "lineno", 0)))
+    writers = {
+        (str(path.relative_to(REPO)), node.lineno)
+        for path in modules(room)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Store) and ast.unparse(node.value) == "os.environ"
+    }
+
+    assert readers - writers == set()
+
+
+def test_every_module_says_what_it_is_for():
+    paths = [path for room in ROOMS for path in modules(room)] + [REPO / f"{name}.py" for name in DOOR]
+
+    assert [str(path.relative_to(REPO)) for path in paths if not ast.get_docstring(parsed(path))] == []
+
+
+def dispatched() -> set[str]:
+    """Task names that are published anywhere: what `announce` is handed, by their constants in `policy.queues`, and the beat's."""
+    names = {queues.SWEEP}
+    for room in ROOMS:
+        for path in modules(room):
+            for node in ast.walk(parsed(path)):
+                if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("broker.announce"):
+                    constant = ast.unparse(node.args[0])
+                    assert constant.startswith("queues."), f"{path}: {constant} is not a name that can be followed"
+                    names.add(getattr(queues, constant.removeprefix("queues.")))
+    return names
+
+
+def test_one_place_publishes():
+    senders = {
+        str(path.relative_to(REPO))
+        for room in ROOMS
+        for path in modules(room)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr in ("send_task", "apply_async", "delay")
+    }
+
+    assert senders == {"edges/broker.py"}
+
+
+def test_every_dispatched_name_is_a_registered_task(stack):
+    fleet = parse_fleet((REPO / "fleet.toml").read_text())
+    celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), fleet)
+
+    def registered() -> set[str]:
+        answers = celery.control.inspect(timeout=2).registered() or {}  # of those who answer in time
+        return {name.partition(" ")[0] for tasks in answers.values() for name in tasks}
+
+    until(lambda: dispatched() <= registered(), within_s=30)
+
+
+def test_every_name_that_is_announced_has_a_verb():
+    assert dispatched() - {queues.SWEEP} == set(VERBS)
+
+
+LOADED = {
+    "gateway": "import app.wsgi",
+    "results": "import tasks.serve, sys; tasks.serve._work = lambda *a, **k: None; tasks.serve.serve_results()",
+    "maintenance": "import tasks.serve, tasks.sweep, celery.beat",
+    "command line": "import cli.main",
+    "client": "import darkroom_client",
+}
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, set[str]]:
+    """Top-level modules that each kind of process has loaded once it is ready to work; all start at once."""
+    tell = "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    environment = {**ENOUGH, "PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "")}
+    started = {
+        role: subprocess.Popen([sys.executable, "-c", code + tell], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
+        for role, code in LOADED.items()
+    }
+    printed = {role: process.communicate(timeout=120)[0] for role, process in started.items()}
+    return {role: set(json.loads(lines.splitlines()[-1])) for role, lines in printed.items()}
+
+
+@pytest.mark.parametrize("role", LOADED)
+def test_only_a_gpu_worker_loads_torch(loaded, role):
+    assert not loaded[role] & {"torch", "diffusers", "transformers", "engine"}
+
+
+def test_the_client_imports_nothing_of_the_house(loaded):
+    assert loaded["client"] & HOUSE == {"darkroom_client"}
+
+
+def test_the_gateway_does_not_load_the_tasks(loaded):
+    assert "tasks" not in loaded["gateway"]
+
+
+@functools.cache
+def tracked() -> list[Path]:
+    """Every file of the project, the new ones included."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
+    listed = subprocess.run(command, cwd=REPO, capture_output=True, text=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    return [REPO / name for name in listed.stdout.split("\0") if name and (REPO / name).is_file()]
+
+
+def test_no_file_knows_the_machine_it_was_written_on():
+    homes = re.compile(rb"(?<![\w.$}])/(?:work|Users|root|home)/(?!darkroom\b)[A-Za-z]")
+    found = []
+    for path in tracked():
+        content = path.read_bytes()
+        if b"\0" not in content[:8192]:
+            found += [f"{path.relative_to(REPO)}: {match.group().decode()}" for match in homes.finditer(content)]
+
+    assert found == []
+
+
+def test_requirements_are_pinned_exactly():
+    pinned = re.compile(r"[A-Za-z0-9_.-]+(\[[a-z,]+\])?==[0-9][\w.+!]*(\s*;.*)?")
+    files = [REPO / "requirements.txt", *sorted((REPO / "requirements").glob("*.txt"))]
+
+    loose = []
+    for file in files:
+        lines = [line.partition("#")[0].strip() for line in file.read_text().splitlines()]
+        loose += [f"{file.name}: {line}" for line in lines if line and not line.startswith("-r ") and not pinned.fullmatch(line)]
+
+    assert loose == []
+    assert len(files) >= 3
