@@ -129,7 +129,10 @@ class Listener:
         except (ValueError, KeyError, TypeError):
             log.warning("news_not_understood", channel=self._channel)
             return
-        self._hear(job_id)
+        try:
+            self._hear(job_id)
+        except Exception as error:  # one bad ending must not make us deaf to all others
+            log.error("news_not_handled", channel=self._channel, job_id=str(job_id), exc_info=error)
 
 
 class Endings:

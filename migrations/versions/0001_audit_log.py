@@ -59,6 +59,9 @@ BEGIN
             BEGIN
                 EXECUTE format('CREATE TABLE %I PARTITION OF audit_events FOR VALUES FROM (%L) TO (%L)',
                                name, first || '+00', (first + interval '1 month') || '+00');
+                -- Row triggers come with the table that is partitioned; this one, per statement, does not.
+                EXECUTE format('CREATE TRIGGER audit_no_truncate BEFORE TRUNCATE ON %I
+                                FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()', name);
             EXCEPTION WHEN check_violation THEN
                 RAISE WARNING 'partition % not made: the default partition holds rows of that month', name;
             END;
@@ -130,7 +133,8 @@ def upgrade() -> None:
     op.execute("SELECT audit_ensure_partitions(2)")
     op.execute("CREATE TRIGGER audit_link BEFORE INSERT ON audit_events FOR EACH ROW EXECUTE FUNCTION audit_link()")
     op.execute("CREATE TRIGGER audit_no_change BEFORE UPDATE OR DELETE ON audit_events FOR EACH ROW EXECUTE FUNCTION audit_refuse()")
-    op.execute("CREATE TRIGGER audit_no_truncate BEFORE TRUNCATE ON audit_events FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()")
+    for table in ("audit_events", "audit_events_default"):
+        op.execute(f"CREATE TRIGGER audit_no_truncate BEFORE TRUNCATE ON {table} FOR EACH STATEMENT EXECUTE FUNCTION audit_refuse()")
 
 
 def downgrade() -> None:
