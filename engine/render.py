@@ -93,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", required=True, help="a checkpoint folder in the layout of diffusers")
     parser.add_argument("--negative", default="", help="what should not be in the image")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=2.0, help="1 or less: no classifier-free guidance")
+    parser.add_argument("--guidance", type=float, default=1.5, help="1 or less: no classifier-free guidance")
     parser.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels; default: what the checkpoint was trained for")

@@ -58,7 +58,7 @@ def test_every_resolved_parameter_is_echoed(accepted):
         "sampler": "ddim",
         "precision": "fp32",
     }
-    assert (job["prompt"], job["negative_prompt"], job["steps"], job["guidance"]) == ("a red circle", "", tier.default_steps, 2.0)
+    assert (job["prompt"], job["negative_prompt"], job["steps"], job["guidance"]) == ("a red circle", "", tier.default_steps, 1.5)
     assert (job["n"], job["output_format"], job["determinism"], job["bucket_rows"]) == (1, "png", "reproducible", 8)
     assert isinstance(job["seed"], int)
     assert [image["seed"] for image in job["images"]] == [job["seed"]]

@@ -24,7 +24,7 @@ def test_a_model_tells_what_it_accepts(api):
     expected = FLEET.models["pocket"]
     assert (model["id"], tuple(model["sizes"]), tuple(model["samplers"])) == ("pocket", expected.sizes, expected.samplers)
     assert (model["max_guidance"], model["max_prompt_chars"], model["licence"]) == (15.0, 2000, "Apache-2.0")
-    assert model["tiers"]["fast"] == {"default_steps": 4, "default_guidance": 2.0}
+    assert model["tiers"]["fast"] == {"default_steps": 4, "default_guidance": 1.5}
     assert model["output_formats"] == ["png", "webp", "jpeg"]
     assert model == api.get("/v1/models/pocket").json()
 

@@ -1,0 +1,165 @@
+"""Measure how well the shipped pocket model does what it is told: `python -m pocket.evaluate`.
+
+Every prompt describes an unseen scene: its combination of colours, shapes, size and place is one of the tenth that
+`world.is_held_out` keeps out of training, so neither that picture nor its full caption was ever shown. All words are known ones.
+Each prompt names all its attributes. Weights are used in fp32 after the rounding to fp16 they are shipped with; prompts, seeds and the
+one torch thread are fixed. Prints a markdown table, paints a contact sheet, and exits 1 if a step count misses the target.
+With `--readme` the table and the weights' digests also replace those in `pocket/README.md`.
+"""
+
+import argparse
+import hashlib
+import random
+import sys
+import textwrap
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont
+
+from pocket.checker import Verdict, check
+from pocket.world import SIDE_PX, caption, is_held_out, random_scene
+
+HERE = Path(__file__).resolve().parent
+README = HERE / "README.md"
+MEASURED_FROM, MEASURED_TO = "<!-- measured: begin -->", "<!-- measured: end -->"
+HEADER = """| steps | background | colour | shape | place | size | two objects: colours / shapes | everything right | s/image |
+|---|---|---|---|---|---|---|---|---|"""
+CHECKPOINT = HERE / "checkpoint"
+PROMPT_SEED = 20_000
+GUIDANCE = 1.5  # more of it overdoes what tells shapes apart: squares grow horns
+TARGET = 0.95
+BATCH = 8
+SHEET_COLUMNS, SHEET_ROWS = 6, 4
+
+
+def unseen_prompts(count: int, seed: int = PROMPT_SEED) -> list[str]:
+    """Different, complete captions of held-out scenes; three in ten have two objects."""
+    rng = random.Random(seed)
+    prompts: dict[str, None] = {}
+    while len(prompts) < count:
+        scene = random_scene(rng, held_out=True)
+        assert is_held_out(scene)
+        prompts[caption(scene, rng, is_complete=True)] = None
+    return list(prompts)
+
+
+def load_pipeline(checkpoint: Path = CHECKPOINT) -> StableDiffusionPipeline:
+    """The shipped fp16 weights, computing in fp32."""
+    pipeline = StableDiffusionPipeline.from_pretrained(
+        checkpoint, safety_checker=None, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def render(pipeline: StableDiffusionPipeline, prompts: Sequence[str], num_steps: int, first_seed: int = 0) -> list[np.ndarray]:
+    """One uint8 picture per prompt; prompt i starts from the noise of seed `first_seed` + i, whatever the batches."""
+    pictures: list[np.ndarray] = []
+    for start in range(0, len(prompts), BATCH):
+        texts = list(prompts[start : start + BATCH])
+        seeds = [torch.Generator("cpu").manual_seed(first_seed + start + row) for row in range(len(texts))]
+        images = pipeline(texts, num_inference_steps=num_steps, guidance_scale=GUIDANCE, generator=seeds, output_type="np").images
+        pictures.extend((images * 255).round().astype(np.uint8))
+    return pictures
+
+
+def share(answers: Sequence[bool | None]) -> str:
+    """The percentage of yes among those asked."""
+    asked = [answer for answer in answers if answer is not None]
+    return f"{100 * sum(asked) / len(asked):.1f}" if asked else "–"
+
+
+def table_row(num_steps: int, verdicts: Sequence[Verdict], seconds: float) -> str:
+    """One line of the markdown table."""
+    one = [verdict for verdict in verdicts if not verdict.wish.is_pair]
+    two = [verdict for verdict in verdicts if verdict.wish.is_pair]
+    cells = [
+        str(num_steps),
+        share([v.background for v in verdicts]),
+        share([v.colour for v in one]),
+        share([v.shape for v in one]),
+        share([v.place for v in one]),
+        share([v.size for v in verdicts]),
+        f"{share([v.colour for v in two])} / {share([v.shape for v in two])}",
+        f"**{share([v.everything_right for v in verdicts])}**",
+        f"{seconds / len(verdicts):.2f}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> Image.Image:
+    """A grid of pictures, each over its caption."""
+    pad, text_px = 14, 46
+    cell_width, cell_height = SIDE_PX + 2 * pad, SIDE_PX + pad + text_px
+    sheet = Image.new("RGB", (SHEET_COLUMNS * cell_width, SHEET_ROWS * cell_height + pad), (232, 232, 228))
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
+        x, y = index % SHEET_COLUMNS * cell_width + pad, index // SHEET_COLUMNS * cell_height + pad
+        sheet.paste(Image.fromarray(picture), (x, y))
+        pen.text((x, y + SIDE_PX + 3), "\n".join(textwrap.wrap(prompt, 24)), fill=(30, 30, 30), font=font, spacing=1)
+    return sheet
+
+
+def digests(checkpoint: Path) -> str:
+    """One line per weight file: its SHA-256 and its name."""
+    files = sorted(checkpoint.glob("*/*.safetensors"))
+    return "\n".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}" for path in files)
+
+
+def write_readme(rows: Sequence[str], num_prompts: int, checkpoint: Path) -> None:
+    """Put what was measured, and of which weights, between the README's two marks."""
+    text = README.read_text()
+    before, after = text[: text.index(MEASURED_FROM)], text[text.index(MEASURED_TO) :]
+    table, files = "\n".join([HEADER, *rows]), digests(checkpoint)
+    measured = f"Percent right, {num_prompts} unseen prompts:\n\n{table}\n\nMeasured on these files (SHA-256):\n\n```\n{files}\n```"
+    README.write_text(f"{before}{MEASURED_FROM}\n{measured}\n{after}")
+
+
+def main() -> None:
+    """Measure by the command line's wishes."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description="Measure how well the pocket model follows prompts.")
+    parser.add_argument("--steps", type=int, nargs="+", default=[20, 4])
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--prompt-seed", type=int, default=PROMPT_SEED, help="another seed gives other prompts")
+    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
+    parser.add_argument("--sheet", type=Path, default=HERE / "contact-sheet.png")
+    parser.add_argument("--readme", action="store_true", help="write the table and the digests into the README")
+    parser.add_argument("--misses", action="store_true", help="also tell what was wrong, picture by picture")
+    wishes = parser.parse_args()
+
+    torch.set_num_threads(1)
+    pipeline = load_pipeline(wishes.checkpoint)
+    prompts = unseen_prompts(wishes.prompts, wishes.prompt_seed)
+    print(HEADER)
+    rows: list[str] = []
+    missed: list[int] = []
+    told: list[str] = []
+    for num_steps in wishes.steps:
+        started_s = time.perf_counter()
+        pictures = render(pipeline, prompts, num_steps)
+        seconds = time.perf_counter() - started_s
+        verdicts = [check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+        rows.append(table_row(num_steps, verdicts, seconds))
+        print(rows[-1], flush=True)
+        judged = zip(prompts, verdicts, strict=True)
+        told += [f"{num_steps} steps, {prompt!r}: {v.summary}" for prompt, v in judged if not v.everything_right]
+        if np.mean([verdict.everything_right for verdict in verdicts]) < TARGET:
+            missed.append(num_steps)
+        if num_steps == wishes.steps[0]:
+            shown = min(len(prompts), SHEET_COLUMNS * SHEET_ROWS)
+            contact_sheet(pictures[:shown], prompts[:shown]).save(wishes.sheet)
+    if wishes.readme:
+        write_readme(rows, len(prompts), wishes.checkpoint)
+    if wishes.misses:
+        print("\n".join(told))
+    if missed:
+        sys.exit(f"below {TARGET:.0%} at {' and '.join(map(str, missed))} steps")
+
+
+if __name__ == "__main__":
+    main()

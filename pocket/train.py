@@ -1,0 +1,531 @@
+"""Train the pocket model from nothing: `python -m pocket.train` gives an ordinary Stable Diffusion folder.
+
+Four stages: an autoencoder learns to carry 128 px pictures as 16x16x4 latents, the training scenes are encoded once, the
+denoiser and the text encoder learn together, and last the decoder is polished while the latents stay what they are. Progress is
+kept in a work folder every few minutes, each time with a loadable pipeline beside it; `--resume` goes on from there. Uses a GPU
+where there is one; two CPU cores need about an hour.
+"""
+
+import argparse
+import copy
+import math
+import os
+import random
+import sys
+import time
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from pocket.tokenizer import MAX_TOKENS, build_tokenizer
+from pocket.world import SIDE_PX, Scene, caption, draw, random_scene
+
+HERE = Path(__file__).resolve().parent
+CHECKPOINT = HERE / "checkpoint"
+WORK = HERE.parent / ".darkroom" / "pocket-train"
+LATENT_NOISE = 0.05  # stands in for a learned variance
+PAIR_SHARE = 0.45  # two objects are the harder half of the world
+CAPTIONS_PER_SCENE = 3
+BATCH = 32
+BETAS = (0.9, 0.99)
+SAVE_EVERY_S = 240
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long and how much to train; a stage ends at its minutes or its count, whichever comes first."""
+
+    vae_minutes: float
+    denoiser_minutes: float
+    decoder_minutes: float
+    max_images: int
+    num_vae_scenes: int = 4_000
+    num_scenes: int = 12_000
+    num_polish_scenes: int = 2_000
+    vae_peak_lr: float = 2e-3
+    peak_lr: float = 1.2e-3
+    decoder_peak_lr: float = 1.5e-3
+
+
+class MasterWeights:
+    """AdamW over fp32 masters of bf16 parameters, with a moving average of the masters.
+
+    Parameters and gradients become views of two long tensors: hundreds of small copies a step would cost a tenth of the time.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], *, weight_decay: float, ema_decay: float) -> None:
+        self.parameters = list(parameters)
+        self.values = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+        self.gradients = torch.zeros_like(self.values)
+        for parameter, value, gradient in zip(self.parameters, self.split(self.values), self.split(self.gradients), strict=True):
+            parameter.data, parameter.grad = value, gradient
+        self.master = self.values.float()
+        self.average = self.master.clone()
+        self.optimizer = torch.optim.AdamW([self.master], lr=0.0, betas=BETAS, weight_decay=weight_decay, fused=True)
+        self.ema_decay = ema_decay
+        self.num_updates = torch.zeros((), dtype=torch.long)
+        self.lock: AbstractContextManager[Any] = nullcontext()
+
+    def share(self, lock: AbstractContextManager[Any]) -> dict[str, Tensor]:
+        """Move everything into shared memory, so that other processes can `adopt` it and learn on the same weights."""
+        if not self.optimizer.state:  # an idle step makes the optimizer lay out its moments
+            self.master.grad = torch.zeros_like(self.master)
+            self.optimizer.step()
+        self.lock = lock
+        shared = {"values": self.values, "master": self.master, "average": self.average, "num_updates": self.num_updates}
+        return {name: tensor.share_memory_() for name, tensor in (shared | self.optimizer.state[self.master]).items()}
+
+    def adopt(self, shared: dict[str, Tensor], lock: AbstractContextManager[Any]) -> None:
+        """Work on the weights another process has shared, in place of one's own."""
+        self.values, self.master, self.average, self.num_updates = (shared[name] for name in ("values", "master", "average", "num_updates"))
+        for parameter, value in zip(self.parameters, self.split(self.values), strict=True):
+            parameter.data = value
+        settings = self.optimizer.defaults
+        self.optimizer = torch.optim.AdamW([self.master], **{name: settings[name] for name in ("lr", "betas", "weight_decay", "fused")})
+        self.optimizer.state[self.master] = {name: shared[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        self.lock = lock
+
+    def split(self, together: Tensor) -> list[Tensor]:
+        """Cut a long tensor into views shaped like the parameters."""
+        cuts = together.split([parameter.numel() for parameter in self.parameters])
+        return [cut.view(parameter.shape) for cut, parameter in zip(cuts, self.parameters, strict=True)]
+
+    def update(self, learning_rate: float) -> None:
+        """Take one step from the parameters' gradients (clipped to norm 1) and clear them."""
+        self.master.grad = self.gradients.float()
+        nn.utils.clip_grad_norm_([self.master], 1.0)
+        self.gradients.zero_()
+        self.optimizer.param_groups[0]["lr"] = learning_rate
+        with self.lock:
+            self.optimizer.step()
+            self.num_updates += 1
+            count = self.num_updates.item()
+            self.average.lerp_(self.master, 1 - min(self.ema_decay, (1 + count) / (10 + count)))
+            self.values.copy_(self.master)
+
+    @torch.no_grad()
+    def put_average(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Copy the moving average into another network's parameters, given in the same order."""
+        for parameter, value in zip(parameters, self.split(self.average), strict=True):
+            parameter.copy_(value)
+
+    def state(self) -> dict[str, object]:
+        """Everything needed to go on later."""
+        return {
+            "master": self.master,
+            "average": self.average,
+            "optimizer": self.optimizer.state_dict(),
+            "num_updates": self.num_updates.item(),
+        }
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Go on from what `state` gave."""
+        self.master.copy_(state["master"])
+        self.average.copy_(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.num_updates.fill_(state["num_updates"])
+        self.values.copy_(self.master)
+
+
+class Progress:
+    """One line that tells where a stage is: rewritten in place on a terminal, printed every 15 s elsewhere."""
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.started_s, self.printed_s = stage, time.monotonic(), 0.0
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the stage began."""
+        return time.monotonic() - self.started_s
+
+    def tell(self, done: float, facts: str, *, is_last: bool = False) -> None:
+        """Show the share done (0 to 1) and the facts."""
+        now_s, on_terminal = time.monotonic(), sys.stdout.isatty()
+        if not is_last and now_s - self.printed_s < (0.2 if on_terminal else 15):
+            return
+        self.printed_s = now_s
+        left_s = self.elapsed_s * (1 - done) / done if done > 0.01 else math.nan
+        bar = "█" * round(24 * done) + "·" * (24 - round(24 * done))
+        minutes_left = "" if math.isnan(left_s) else f"  {left_s / 60:.1f} min left"
+        line = f"{self.stage:<9} {bar} {100 * done:5.1f} %  {self.elapsed_s / 60:5.1f} min{minutes_left}  {facts}"
+        print(f"\r\x1b[2K{line}" if on_terminal else line, end="\n" if is_last or not on_terminal else "", flush=True)
+
+
+def build_vae() -> AutoencoderKL:
+    """A small autoencoder: 8 times down, 4 latent channels, 0.8 M parameters."""
+    vae = AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 48, 64),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=8,
+        mid_block_add_attention=False,
+        sample_size=SIDE_PX,
+    )
+    pin_variance(vae)
+    return vae
+
+
+def pin_variance(vae: AutoencoderKL) -> None:
+    """Make the encoder's distribution as narrow as the noise it was trained with, so that sampling from it is sound."""
+    with torch.no_grad():
+        vae.quant_conv.weight[4:] = 0
+        vae.quant_conv.bias[4:] = 2 * math.log(LATENT_NOISE)
+
+
+def build_unet() -> UNet2DConditionModel:
+    """The denoiser: two levels, text attention at 8x8, 4 M parameters."""
+    return UNet2DConditionModel(
+        sample_size=SIDE_PX // 8,
+        in_channels=4,
+        out_channels=4,
+        block_out_channels=(64, 128),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        cross_attention_dim=128,
+        attention_head_dim=4,
+        norm_num_groups=16,
+    )
+
+
+def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """The text encoder: two layers, 128 wide."""
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=256,
+            projection_dim=128,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=MAX_TOKENS,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+    # The library's start (0.02) leaves the words nearly alike; colours are then learnt much later.
+    nn.init.normal_(text_encoder.get_input_embeddings().weight, std=0.3)
+    return text_encoder
+
+
+def build_noise_schedule() -> DDIMScheduler:
+    """Velocity prediction down to zero signal, spaced so that four steps are enough."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        steps_offset=1,
+    )
+
+
+def fall_off(done: float, *, flat_until: float, floor: float) -> float:
+    """The learning rate's factor: flat, then linear down to `floor` at the end."""
+    return 1.0 if done < flat_until else max(floor, 1 - (1 - floor) * (done - flat_until) / (1 - flat_until))
+
+
+def paint_scenes(scenes: list[Scene], rng: random.Random) -> Tensor:
+    """Draw them all: uint8 [n, 3, 128, 128]."""
+    return torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+
+
+def to_model(pictures: Tensor, device: torch.device) -> Tensor:
+    """uint8 pictures as floats from -1 to 1 on the device."""
+    return pictures.to(device).float() / 127.5 - 1
+
+
+def edge_mask(pictures: Tensor) -> Tensor:
+    """1 beside a sharp change, 0 elsewhere: [b, 1, h, w]."""
+    mask = torch.zeros_like(pictures[:, :1])
+    across = (pictures[..., 1:] - pictures[..., :-1]).abs().sum(1, keepdim=True) > 0.2
+    down = (pictures[..., 1:, :] - pictures[..., :-1, :]).abs().sum(1, keepdim=True) > 0.2
+    mask[..., 1:][across] = 1
+    mask[..., :-1][across] = 1
+    mask[..., 1:, :][down] = 1
+    mask[..., :-1, :][down] = 1
+    return mask
+
+
+def picture_loss(got: Tensor, wanted: Tensor) -> Tensor:
+    """Absolute and squared error together; what lies at an edge counts four times."""
+    error = got - wanted
+    return ((error.abs() + error.square()) * (1 + 3 * edge_mask(wanted))).mean()
+
+
+def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> AutoencoderKL:
+    """Learn the autoencoder on crops that grow from 16 to 64 px; gives its moving average in fp32."""
+    pictures = paint_scenes([random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_vae_scenes)], rng)
+    vae = build_vae().to(device, torch.bfloat16).train()
+    weights = MasterWeights(vae.parameters(), weight_decay=0.0, ema_decay=0.995)
+    progress, num_steps, shown = Progress("vae"), 0, 1.0
+    while (done := progress.elapsed_s / (plan.vae_minutes * 60)) < 1:
+        # Starting with large crops stalls: the first thing to learn is colour.
+        crop_px, batch = (16, 192) if done < 0.15 else (32, 64) if done < 0.40 else (64, 16)
+        crops = []
+        for index in torch.randint(len(pictures), (batch,)).tolist():
+            x, y = rng.randint(0, SIDE_PX - crop_px), rng.randint(0, SIDE_PX - crop_px)
+            crops.append(pictures[index, :, y : y + crop_px, x : x + crop_px])
+        wanted = to_model(torch.stack(crops), device)
+        latents = vae.encode(wanted.bfloat16()).latent_dist.mean
+        got = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample.float()
+        loss = picture_loss(got, wanted) + 1e-3 * latents.float().square().mean()
+        loss.backward()
+        num_steps += 1
+        weights.update(plan.vae_peak_lr * min(1.0, num_steps / 50) * fall_off(done, flat_until=0.6, floor=0.02))
+        shown += 0.02 * ((got - wanted).detach().abs().mean().item() - shown)
+        progress.tell(done, f"step {num_steps}  crops {crop_px} px  L1 {shown:.4f}")
+    progress.tell(1.0, f"step {num_steps}  L1 {shown:.4f}", is_last=True)
+    averaged = build_vae().to(device)
+    weights.put_average(averaged.parameters())
+    pin_variance(averaged)
+    return averaged.eval().requires_grad_(False)
+
+
+def polish_decoder(vae: AutoencoderKL, plan: Plan, device: torch.device, rng: random.Random) -> AutoencoderKL:
+    """Teach the decoder alone, on whole pictures, with twice the latent noise: a denoiser's latents are a little off.
+
+    The encoder stays as it is, so a denoiser trained on its latents still fits. Gives a new autoencoder; `vae` is left untouched.
+    """
+    pictures = paint_scenes([random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_polish_scenes)], rng)
+    polished = copy.deepcopy(vae).bfloat16().train()
+    with torch.no_grad():
+        pieces = pictures.split(BATCH)
+        latents = torch.cat([polished.encode(to_model(piece, device).bfloat16()).latent_dist.mean for piece in pieces])
+    taught = [*polished.post_quant_conv.parameters(), *polished.decoder.parameters()]
+    weights = MasterWeights([parameter.requires_grad_() for parameter in taught], weight_decay=0.0, ema_decay=0.995)
+    progress, num_steps, shown = Progress("decoder"), 0, 0.05
+    while (done := progress.elapsed_s / (plan.decoder_minutes * 60)) < 1:
+        rows = torch.randint(len(pictures), (4,))
+        wanted, clean = to_model(pictures[rows], device), latents[rows.to(device)]
+        got = polished.decode(clean + 2 * LATENT_NOISE * torch.randn_like(clean)).sample.float()
+        picture_loss(got, wanted).backward()
+        num_steps += 1
+        weights.update(plan.decoder_peak_lr * min(1.0, num_steps / 50) * fall_off(done, flat_until=0.4, floor=0.02))
+        shown += 0.02 * ((got - wanted).detach().abs().mean().item() - shown)
+        progress.tell(done, f"step {num_steps}  L1 {shown:.4f}")
+    progress.tell(1.0, f"step {num_steps}  L1 {shown:.4f}", is_last=True)
+    better = copy.deepcopy(vae)
+    weights.put_average([*better.post_quant_conv.parameters(), *better.decoder.parameters()])
+    return better
+
+
+@torch.no_grad()
+def encode_scenes(vae: AutoencoderKL, plan: Plan, tokenizer: CLIPTokenizer, device: torch.device, rng: random.Random) -> dict[str, Tensor]:
+    """The training set, held in memory.
+
+    latents: [n, 4, 16, 16], of standard deviation 1.  tokens: [n, captions, 24].  no_words: [24], the empty caption.
+    Also tells the autoencoder its scaling factor.
+    """
+    progress, latents, tokens, error = Progress("encode"), [], [], 0.0
+    fast = copy.deepcopy(vae).bfloat16()  # its rounding is a tenth of the noise the latents were trained with
+
+    def tokenize(texts: list[str]) -> Tensor:
+        return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+
+    for start in range(0, plan.num_scenes, BATCH):
+        scenes = [random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(min(BATCH, plan.num_scenes - start))]
+        pictures = to_model(paint_scenes(scenes, rng), device)
+        encoded = fast.encode(pictures.bfloat16()).latent_dist.mean.float()
+        if start == 0:
+            error = (vae.decode(encoded).sample.clamp(-1, 1) - pictures).square().mean().item()
+        latents.append(encoded.cpu())
+        texts = [caption(scene, rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
+        tokens.append(tokenize(texts).view(len(scenes), CAPTIONS_PER_SCENE, MAX_TOKENS))
+        progress.tell((start + len(scenes)) / plan.num_scenes, f"{start + len(scenes)} scenes")
+    together = torch.cat(latents)
+    vae.register_to_config(scaling_factor=1 / together.std().item())
+    progress.tell(1.0, f"PSNR {10 * math.log10(4 / error):.1f} dB  latents' deviation {together.std().item():.3f}", is_last=True)
+    return {"latents": together * vae.config.scaling_factor, "tokens": torch.cat(tokens), "no_words": tokenize([""])[0]}
+
+
+class Denoising:
+    """The denoiser and its text encoder learning together; knows how to go on and how to leave a pipeline behind."""
+
+    def __init__(self, vae: AutoencoderKL | None, tokenizer: CLIPTokenizer, device: torch.device) -> None:
+        self.vae, self.tokenizer, self.device = vae, tokenizer, device
+        self.unet = build_unet().to(device, torch.bfloat16).train()
+        if device.type == "cpu":
+            self.unet.set_attn_processor(AttnProcessor())  # at 64 tokens nearly twice as fast backwards as the fused one
+        self.text_encoder = build_text_encoder(tokenizer).to(device, torch.bfloat16).train()
+        self.weights = MasterWeights([*self.unet.parameters(), *self.text_encoder.parameters()], weight_decay=0.01, ema_decay=0.998)
+        self.schedule = build_noise_schedule()
+        self.signal_share = self.schedule.alphas_cumprod.to(device)
+
+    def loss(self, latents: Tensor, tokens: Tensor) -> Tensor:
+        """Mean squared error of the predicted velocity; the noise levels of a batch are spread evenly."""
+        batch = len(latents)
+        levels = (torch.arange(batch) + torch.rand(batch))[torch.randperm(batch)] / batch
+        timesteps = (levels * len(self.signal_share)).long().clamp(max=len(self.signal_share) - 1).to(self.device)
+        signal = self.signal_share[timesteps].view(-1, 1, 1, 1)
+        noise = torch.randn_like(latents)
+        noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
+        velocity = signal.sqrt() * noise - (1 - signal).sqrt() * latents
+        words = self.text_encoder(tokens).last_hidden_state
+        guess = self.unet(noisy.bfloat16(), timesteps, encoder_hidden_states=words).sample
+        return F.mse_loss(guess.float(), velocity)
+
+    def learn_once(self, data: dict[str, Tensor], plan: Plan, done: float) -> float:
+        """One update from one random batch, a tenth of it without words; gives the loss."""
+        rows = torch.randint(len(data["latents"]), (BATCH,), device=self.device)
+        texts = data["tokens"][rows, torch.randint(CAPTIONS_PER_SCENE, (BATCH,), device=self.device)]
+        texts = torch.where(torch.rand(BATCH, 1, device=self.device) < 0.1, data["no_words"], texts)
+        loss = self.loss(data["latents"][rows], texts)
+        loss.backward()
+        warm_up = min(1.0, (self.weights.num_updates.item() + 1) / 200)
+        self.weights.update(plan.peak_lr * warm_up * fall_off(done, flat_until=0.55, floor=0.02))
+        return loss.item()
+
+    def train(self, data: dict[str, Tensor], plan: Plan, work: Path, *, num_workers: int) -> None:
+        """Learn until the plan's minutes or images are used up; keep a copy in `work` every few minutes.
+
+        On a CPU `num_workers` single-threaded processes learn on the same weights, each taking its turn to update them: on a busy
+        machine two threads in step wait for each other at every operation, two processes only for the update.
+        """
+        data = {name: values.to(self.device) for name, values in data.items()}
+        done = torch.zeros(()).share_memory_()
+        if num_workers > 1 and self.device.type == "cpu":
+            torch.set_num_threads(1)
+            processes = mp.get_context("spawn")
+            lock = processes.Lock()
+            shared = self.weights.share(lock) | {"done": done}
+            for worker in range(1, num_workers):
+                processes.Process(target=help_learning, args=(shared, lock, data, plan, os.getpid(), worker), daemon=True).start()
+        progress, shown, saved_s, first_update = Progress("denoiser"), 1.0, 0.0, self.weights.num_updates.item()
+        while True:
+            num_updates = self.weights.num_updates.item()
+            num_images = num_updates * BATCH
+            done.fill_(max(progress.elapsed_s / (plan.denoiser_minutes * 60), num_images / plan.max_images))
+            rate = (num_updates - first_update) * BATCH / progress.elapsed_s
+            progress.tell(min(1.0, done.item()), f"{num_images} images  {rate:.0f}/s  loss {shown:.4f}", is_last=done.item() >= 1)
+            if done.item() >= 1:
+                break
+            loss = self.learn_once(data, plan, done.item())
+            shown += max(0.02, 1 / (1 + num_updates - first_update)) * (loss - shown)
+            if progress.elapsed_s - saved_s > SAVE_EVERY_S:
+                saved_s = progress.elapsed_s
+                self.keep(work)
+        self.keep(work)
+
+    def keep(self, work: Path) -> None:
+        """Leave the training state and a loadable pipeline in `work`; a crash in between leaves the old state whole."""
+        fresh = work / "denoiser.pt.new"
+        with self.weights.lock:
+            torch.save({"weights": self.weights.state()}, fresh)
+        fresh.replace(work / "denoiser.pt")
+        self.save(work / "pipeline")
+
+    def save(self, out: Path) -> None:
+        """Write the moving average as a Stable Diffusion folder, fp16."""
+        unet, text_encoder = build_unet(), build_text_encoder(self.tokenizer)
+        self.weights.put_average([*unet.parameters(), *text_encoder.parameters()])
+        vae = copy.deepcopy(self.vae).cpu().half()
+        vae.register_to_config(_name_or_path="")  # else the config tells where the work folder lay
+        StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=text_encoder.half(),
+            tokenizer=self.tokenizer,
+            unet=unet.half(),
+            scheduler=self.schedule,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(out, safe_serialization=True)
+
+
+def help_learning(
+    shared: dict[str, Tensor], lock: AbstractContextManager[Any], data: dict[str, Tensor], plan: Plan, parent: int, worker: int
+) -> None:
+    """A further process learning on the shared weights until the first one is done or gone."""
+    torch.set_num_threads(1)
+    torch.manual_seed(worker)
+    denoising = Denoising(None, build_tokenizer(), torch.device("cpu"))
+    denoising.weights.adopt(shared, lock)
+    while (done := shared["done"].item()) < 1 and os.getppid() == parent:
+        denoising.learn_once(data, plan, done)
+
+
+def pick_device(name: str) -> torch.device:
+    """The device asked for; `auto` takes a GPU where there is one."""
+    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+
+
+def main() -> None:
+    """Train by the command line's wishes."""
+    parser = argparse.ArgumentParser(prog="python -m pocket.train", description="Train the pocket model from nothing.")
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="where the finished pipeline goes")
+    parser.add_argument("--work", type=Path, default=WORK, help="where intermediate states go")
+    parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    parser.add_argument("--minutes", type=float, default=50, help="for autoencoder and denoiser together, one to four")
+    parser.add_argument("--decoder-minutes", type=float, default=8, help="for polishing the decoder afterwards")
+    parser.add_argument("--images", type=int, default=400_000, help="end the denoiser's training after so many images, if sooner")
+    parser.add_argument("--peak-lr", type=float, default=Plan.peak_lr, help="the denoiser's highest learning rate")
+    parser.add_argument("--resume", action="store_true", help="go on from what --work holds; --minutes is then for the denoiser alone")
+    parser.add_argument("--quick", action="store_true", help="a two-minute run that only proves the path; its pictures are mush")
+    parser.add_argument("--threads", type=int, default=2, help="where one process learns alone")
+    parser.add_argument("--workers", type=int, default=2, help="processes that teach the denoiser together on a CPU, one thread each")
+    parser.add_argument("--seed", type=int, default=0)
+    wishes = parser.parse_args()
+
+    torch.set_num_threads(wishes.threads)
+    torch.manual_seed(wishes.seed)
+    rng, device = random.Random(wishes.seed), pick_device(wishes.device)
+    wishes.work.mkdir(parents=True, exist_ok=True)
+    vae_minutes = 0 if wishes.resume and (wishes.work / "vae").exists() else wishes.minutes / 5
+    plan = Plan(vae_minutes, wishes.minutes - vae_minutes, wishes.decoder_minutes, wishes.images, peak_lr=wishes.peak_lr)
+    if wishes.quick:
+        plan = Plan(0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128)
+
+    # The encoded captions and the weights are only worth something with the tokenizer they were made with.
+    tokenizer_folder = wishes.work / "tokenizer"
+    if wishes.resume and tokenizer_folder.exists():
+        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
+    else:
+        tokenizer = build_tokenizer()
+        tokenizer.save_pretrained(tokenizer_folder)
+    vae_folder, data_file, state_file = wishes.work / "vae", wishes.work / "data.pt", wishes.work / "denoiser.pt"
+    if wishes.resume and vae_folder.exists():
+        vae = AutoencoderKL.from_pretrained(vae_folder).to(device).eval().requires_grad_(False)
+    else:
+        vae = train_vae(plan, device, rng)
+        vae.save_pretrained(vae_folder)
+    if wishes.resume and data_file.exists():
+        data = torch.load(data_file)
+    else:
+        data = encode_scenes(vae, plan, tokenizer, device, rng)
+        vae.save_pretrained(vae_folder)  # again: it now knows its scaling factor
+        torch.save(data, data_file)
+
+    polished_folder = wishes.work / "vae-polished"
+    denoising = Denoising(vae, tokenizer, device)
+    if wishes.resume and state_file.exists():
+        denoising.weights.load(torch.load(state_file, map_location=device)["weights"])
+    if wishes.resume and polished_folder.exists():
+        denoising.vae = AutoencoderKL.from_pretrained(polished_folder).to(device).eval().requires_grad_(False)
+    if plan.denoiser_minutes > 0:
+        denoising.train(data, plan, wishes.work, num_workers=wishes.workers)
+    if plan.decoder_minutes > 0:
+        denoising.vae = polish_decoder(denoising.vae, plan, device, rng)
+        denoising.vae.save_pretrained(polished_folder)
+    denoising.save(wishes.out)
+    print(f"saved to {wishes.out}")
+
+
+if __name__ == "__main__":
+    main()
