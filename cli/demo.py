@@ -55,7 +55,7 @@ WISHES = (
     Wish("a yellow star at the right on a blue background", "quality", 2026),
     Wish("a large blue star on an orange background", "batch", 1),
     Wish("a green triangle left of a red circle on a black background", "batch", 3),
-    Wish("a small black square at the top on a white background", "batch", 8, n=2),
+    Wish("a small black square at the top on a white background", "batch", 9, n=2),
     Wish("a large white circle on a green background", "batch", 13, output_format="jpeg"),
 )
 
