@@ -10,7 +10,10 @@ from typing import NamedTuple
 import pytest
 
 from darkroom_client import Client
+from edges import telemetry
 from fleet.stack import Stack
+
+telemetry.configure_logs()  # to standard error, as in every process of the house: what a test reads from standard output is its own
 
 
 class SecondTenant(NamedTuple):

@@ -12,9 +12,8 @@ from engine.render import main
 def test_a_prompt_on_the_command_line_becomes_a_png(checkpoint, engine, tmp_path, capsys):
     out = tmp_path / "out.png"
 
-    status = main(
-        ["a red circle on the blue background", "--checkpoint", str(checkpoint), "--steps", "4", "--seed", "7", "--out", str(out)]
-    )
+    wish = ["a red circle on the blue background", "--steps", "4", "--guidance", "4", "--seed", "7"]
+    status = main([*wish, "--checkpoint", str(checkpoint), "--out", str(out)])
 
     assert status == 0
     assert json.loads(capsys.readouterr().out)["num_steps"] == 4
