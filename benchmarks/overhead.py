@@ -122,8 +122,8 @@ def main() -> int:
         plain_main(*options.plain)
         return 0
     rounds = 1 if options.quick else 3
-    images = {1: 4, 4: 8, 16: 16} if options.quick else {1: 12, 4: 24, 16: 64}
-    plain_images = 4 if options.quick else 12
+    images = {1: 3, 4: 6, 16: 12} if options.quick else {1: 12, 4: 24, 16: 64}
+    plain_images = 3 if options.quick else 12
     fleet = parse_fleet((REPO / "fleet.toml").read_text())
     model = next(iter(fleet.models.values()))
     with tempfile.TemporaryDirectory(prefix="darkroom-bench-") as folder:

@@ -45,18 +45,18 @@ class Wish:
 
 
 WISHES = (
-    Wish("a red circle on a blue background", "fast", 7),
+    Wish("a large red circle in the center on a blue background", "fast", 7),
     Wish("a small yellow star at the top on a black background", "fast", 11),
-    Wish("a large green square on a white background", "fast", 23, output_format="webp"),
-    Wish("a purple triangle at the left on a yellow background", "fast", 42),
+    Wish("a large green square in the center on a white background", "fast", 23, output_format="webp"),
+    Wish("a large purple triangle at the left on a yellow background", "fast", 42),
     Wish("a large orange circle in the center on a black background", "quality", 7),
-    Wish("a red square left of a blue circle on a white background", "quality", 101),
+    Wish("a small red square left of a small blue circle on a white background", "quality", 101),
     Wish("a small white triangle at the bottom on a purple background", "quality", 5, steps=30),
-    Wish("a yellow star at the right on a blue background", "quality", 2026),
-    Wish("a large blue star on an orange background", "batch", 1),
-    Wish("a green triangle left of a red circle on a black background", "batch", 3),
+    Wish("a large yellow star at the right on a blue background", "quality", 2026),
+    Wish("a large blue star in the center on orange", "batch", 1),
+    Wish("a small green triangle left of a small red circle on a black background", "batch", 3),
     Wish("a small black square at the top on a white background", "batch", 9, n=2),
-    Wish("a large white circle on a green background", "batch", 13, output_format="jpeg"),
+    Wish("a large white circle in the center on a green background", "batch", 13, output_format="jpeg"),
 )
 
 
