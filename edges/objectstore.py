@@ -57,16 +57,6 @@ class ObjectStore:
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(_reason(error)) from error
 
-    def make_bucket(self) -> None:
-        """Create the bucket unless it is there. Raises StoreUnavailable."""
-        try:
-            self.ping()
-        except StoreUnavailable:
-            try:
-                self._client.create_bucket(Bucket=self._bucket)
-            except (BotoCoreError, ClientError) as error:
-                raise StoreUnavailable(_reason(error)) from error
-
 
 def image_key(tenant_id: uuid.UUID, content_sha256: str, extension: str) -> str:
     """`t/<tenant>/sha256/ab/<hash>.<ext>`: content-addressed, and scoped so that nobody learns what another tenant has."""

@@ -1,4 +1,4 @@
-"""What an image cost and what a job is predicted to cost."""
+"""What an image cost."""
 
 from decimal import ROUND_HALF_UP, Decimal
 
@@ -11,8 +11,3 @@ def price(fleet: Fleet, *, pool: str, tier: str, device_seconds: float) -> Decim
     """Price of `device_seconds` in `fleet.currency`, to six decimals: device time x the pool's hourly price x the tier's weight."""
     hourly = Decimal(str(fleet.pools[pool].gpu_hour_price)) * Decimal(str(fleet.tiers[tier].price_weight))
     return (Decimal(str(device_seconds)) * hourly / 3600).quantize(_MICRO, rounding=ROUND_HALF_UP)
-
-
-def megapixel_steps(*, width_px: int, height_px: int, num_steps: int, num_images: int) -> float:
-    """Size of a job before anything is known of the device: million pixels x denoise steps."""
-    return width_px * height_px * num_steps * num_images / 1e6

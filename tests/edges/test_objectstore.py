@@ -112,14 +112,3 @@ def test_a_store_that_is_away_says_so_and_tells_no_address(settings, key):
         store.get(key)
 
     assert str(refusal.value) == "EndpointConnectionError"
-
-
-def test_a_bucket_is_made_once(settings):
-    store = changed(settings, s3_bucket=f"tests-{uuid.uuid4().hex[:8]}")
-    with pytest.raises(StoreUnavailable):
-        store.ping()
-
-    store.make_bucket()
-    store.make_bucket()
-
-    store.ping()

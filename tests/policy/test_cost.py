@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.cost import megapixel_steps, price
+from policy.cost import price
 from tests.builders import a_fleet
 
 
@@ -36,7 +36,3 @@ def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
 
     assert amount == amount.quantize(Decimal("0.000001"))
     assert abs(float(amount) - device_seconds * 2.4 / 3600) <= 0.51e-6
-
-
-def test_the_size_of_a_job_is_pixels_times_steps():
-    assert megapixel_steps(width_px=1000, height_px=1000, num_steps=20, num_images=2) == 40
