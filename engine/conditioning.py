@@ -1,7 +1,7 @@
 """Remember encoded prompts, least recently used out first, bounded in bytes.
 
-A key names the checkpoint's weights and the text, so a new version of a checkpoint never meets an old encoding. What is given out
-is shared: users concatenate, they never write.
+A key names the checkpoint's weights, the adapters over its text encoders, the encoder, the text and all else the encoder is told; so
+a new version of a checkpoint never meets an old encoding. What is given out is shared: users concatenate, they never write.
 """
 
 from collections import OrderedDict
@@ -11,7 +11,7 @@ from engine.families.contract import Rows
 
 
 class ConditioningCache:
-    """Encodings by (weights digest, text). Used by the engine's thread only; the counters may be read from any."""
+    """Encodings by (what encodes, what is encoded). Used by the engine's thread only; the counters may be read from any."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
@@ -23,9 +23,9 @@ class ConditioningCache:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def recall(self, weights_digest: str, text: str, encode: Callable[[], Rows]) -> Rows:
+    def recall(self, encoder: str, text: str, encode: Callable[[], Rows]) -> Rows:
         """What `encode()` gave for this text before, or gives now. An encoding larger than the whole cache is not kept."""
-        key = (weights_digest, text)
+        key = (encoder, text)
         if key in self._entries:
             self.hits += 1
             self._entries.move_to_end(key)

@@ -3,8 +3,12 @@
 Plain values. Whoever reads the environment or the catalog turns them into these.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+from engine.request import Option
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,11 +16,27 @@ class EngineConfig:
     """One device and how much of it to use."""
 
     device: str = "cpu"  # "cpu" or "cuda:0"
+    attention: str = "auto"  # "flash", "efficient", "cudnn" or "math": pin one of torch's kernels, the plain one where it cannot
     num_threads: int = 1  # torch threads on a CPU; never more than free cores. Part of the fingerprint
     max_inflight: int = 16  # images that advance by turns on this device, not those that wait
     max_batch_rows: int = 16  # rows of one forward; a guided image takes two
-    max_encodes_per_turn: int = 4  # prompts encoded between two denoise steps, so that newcomers never stall the others for long
+    growth_ceiling: float = 0.85  # a forward grows while one more row costs less than this share of a single-row step
+    row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, padded up; (): exactly the rows there are
+    max_encodes_between_steps: int = 4  # so that newcomers never stall the others for long
     conditioning_cache_bytes: int = 256 * 1024 * 1024
+    latent_cache_bytes: int = 64 * 1024 * 1024  # latents kept for forks
+    warm_up_repeats: int = 1  # measurements of each bucket of which no curve is known
+    previews_per_s: float = 2.0  # of one image, at most
+    curves_folder: str = ""  # what `./darkroom calibrate` measured; "": everything is measured at warm-up
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterSpec:
+    """Low-rank weights that may be laid over a checkpoint: one safetensors file."""
+
+    name: str
+    path: str
+    sha256: str = ""  # "" trusts the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,3 +51,13 @@ class CheckpointSpec:
     sizes: tuple[tuple[int, int], ...]  # (width_px, height_px) that may be asked for
     samplers: tuple[str, ...]
     default_sampler: str | None = None  # renders the warm-up images; None: the first of `samplers`
+    adapters: tuple[AdapterSpec, ...] = ()
+    adapter_slots: int = 8  # different adapters in one forward
+    max_adapter_rank: int = 64
+    pipeline_class: str = ""  # family "pipeline": the diffusers class; "": what the checkpoint's model_index.json names
+    options: Mapping[str, Option] = field(default_factory=dict)  # family "pipeline": arguments of every call
+    channels_last: bool = False  # the UNet's weights in the layout that convolutions in half precision like
+    compile_blocks: bool = False  # torch.compile, block by block: a minute at the first start, a tenth or more off each step
+    cuda_graphs: bool = False  # record each bucket's forward once; with `row_buckets`, so that there are few
+    block_cache_threshold: float = 0.0  # relative change of the first block's residual under which the others are skipped; 0: no cache
+    block_cache_bytes: int = 1024 * 1024 * 1024

@@ -2,12 +2,20 @@
 
 import platform
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
+
+
+ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")  # torch's kernels of scaled dot product attention
+KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
+MEMORY_SHARE = 0.92  # of what is free: the allocator's fragments and the libraries' workspaces take the rest
 
 
 class Stopwatch(Protocol):
@@ -65,10 +73,14 @@ class CudaStopwatch:
 class Device:
     """One CPU or GPU. Everything here is called on the engine's thread."""
 
-    def __init__(self, name: str, *, num_threads: int) -> None:
+    def __init__(self, name: str, *, num_threads: int, attention: str = "auto") -> None:
+        if attention not in ATTENTION:
+            raise ValueError(f"attention is {attention!r}, none of {', '.join(ATTENTION)}")
         self.name = name
+        self.attention = attention
         self.torch_device = torch.device(name)
         self.num_threads = num_threads
+        self._side: Any = None  # the stream that decodes run in
 
     @property
     def is_cuda(self) -> bool:
@@ -78,6 +90,8 @@ class Device:
     def prepare(self) -> None:
         """Set what can change bits to fixed values. These switches are the process's: one engine per process."""
         torch.set_num_threads(self.num_threads)
+        for kernel in ATTENTION[1:]:
+            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(self.attention in ("auto", kernel) or kernel == "math")
         if self.is_cuda:
             cuda.set_device(self.torch_device)
             backends.cudnn.benchmark = False  # else the kernel depends on what ran first
@@ -89,10 +103,48 @@ class Device:
         """Start timing."""
         return CudaStopwatch() if self.is_cuda else HostStopwatch()
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """On a GPU, launch what follows beside the forwards to come, after all that was launched until now."""
+        if not self.is_cuda:
+            yield
+            return
+        if self._side is None:
+            self._side = cuda.Stream(self.torch_device)
+        self._side.wait_stream(cuda.current_stream(self.torch_device))
+        with cuda.stream(self._side):
+            yield
+
+    def fetch(self, tensor: Tensor) -> Tensor:
+        """A copy on the CPU; on a GPU only launched, there when a stopwatch stopped after this call is ready."""
+        if not self.is_cuda:
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
     def free_cached_memory(self) -> None:
         """Give unused cached blocks back, after the device ran out of memory."""
         if self.is_cuda:
             cuda.empty_cache()
+
+    def memory_bytes(self) -> int:
+        """What is allocated on a GPU now; 0 on a CPU, whose memory is not the engine's to divide."""
+        return int(cuda.memory_allocated(self.torch_device)) if self.is_cuda else 0
+
+    def forget_peak(self) -> None:
+        """Measure the peak from now on."""
+        if self.is_cuda:
+            cuda.reset_peak_memory_stats(self.torch_device)
+
+    def peak_bytes(self) -> int:
+        """The most that was allocated since `forget_peak`; 0 on a CPU."""
+        return int(cuda.max_memory_allocated(self.torch_device)) if self.is_cuda else 0
+
+    def memory_budget_bytes(self) -> int | None:
+        """What may be allocated in all, a margin for fragments left free; None on a CPU."""
+        if not self.is_cuda:
+            return None
+        free_bytes, _ = cuda.mem_get_info(self.torch_device)
+        return int((free_bytes + cuda.memory_reserved(self.torch_device)) * MEMORY_SHARE)
 
     def facts(self) -> dict[str, Any]:
         """What of this device and its set-up can change a bit."""
@@ -109,12 +161,7 @@ class Device:
                     backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
                     backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
                 ],
-                "sdp": {
-                    "flash": backends.cuda.flash_sdp_enabled(),
-                    "mem_efficient": backends.cuda.mem_efficient_sdp_enabled(),
-                    "math": backends.cuda.math_sdp_enabled(),
-                    "cudnn": backends.cuda.cudnn_sdp_enabled(),
-                },
+                "sdp": self.attention,
             }
         return {
             "device": _cpu("model name") or platform.processor() or platform.machine(),
@@ -123,6 +170,7 @@ class Device:
             "threads": torch.get_num_threads(),
             "onednn": backends.mkldnn.is_available(),
             "mkl": backends.mkl.is_available(),
+            "sdp": self.attention,
             "float32_matmul": torch.get_float32_matmul_precision(),
         }
 

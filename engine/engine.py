@@ -4,41 +4,56 @@
     engine.start()                                   # loads and warms up; weights stay until stop()
     image = engine.submit(ImageRequest(...)).result()
 
-A turn of the loop is: let newcomers in, encode their prompts, advance one batch by one denoise step, settle it, decode what it
-finished. Newcomers, cancels and better ranks all take effect between two turns. Every other thread only leaves a note and waits on
-a condition; no thread but the engine's own calls torch.
+A turn of the loop does one piece of work that the scheduler chose: encode a newcomer, advance one batch by one denoise step, or decode
+what is finished. Newcomers, cancels, snapshots and better ranks all take effect between two turns. Every other thread only leaves a
+note and waits on a condition; no thread but the engine's own touches the device.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec, EngineConfig
+from engine.costs import CostModel
+from engine.curves import load_curves
 from engine.device import Device, is_out_of_memory
-from engine.errors import EngineError, EngineStopped, ImageCanceled, OutOfDeviceMemory, UnknownCheckpoint, UnsupportedRequest
-from engine.events import Event, Failed, Finished, Queued, Started, Stepped
+from engine.errors import (
+    EngineError,
+    EngineStopped,
+    ImageCanceled,
+    OutOfDeviceMemory,
+    SnapshotRefused,
+    UnknownCheckpoint,
+    UnsupportedRequest,
+)
+from engine.events import Event, Failed, Finished, Parked, Previewed, Queued, Resumed, Started, Stepped
+from engine.families.contract import State
 from engine.fingerprint import Fingerprint, fingerprint
 from engine.handle import Handle, Progress
 from engine.inflight import BatchKey, ImageState, InFlight
+from engine.keptlatents import Kept, KeptLatents, check_fork
 from engine.ledger import Ledger
 from engine.loading import LoadedCheckpoint, load_checkpoint
+from engine.previews import Pace, jpeg
 from engine.records import FinishedImage, RenderRecord
-from engine.request import Determinism, ImageRequest
-from engine.runner import Runner
-from engine.scheduler import Batch, Scheduler
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from engine.request import ImageRequest
+from engine.runner import Developing, Runner
+from engine.scheduler import Batch, Decode, Encode, Scheduler
+from engine.snapshots import Snapshot, check_fingerprint, from_bytes, request_digest, to_bytes
+from engine.validation import check_offered, check_rows, check_values
+from engine.warmup import warm_up
 
 __all__ = ["Engine", "Handle", "Progress"]
 
@@ -47,6 +62,16 @@ log = logging.getLogger(__name__)
 OnEvent = Callable[[Event], None]
 RUN_AHEAD = 1  # forwards launched beyond the one a GPU is busy with: enough to keep it fed, few enough to cancel soon
 PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
+
+
+@dataclass(eq=False)
+class _Open:
+    """An image that has not ended: whom to tell of it, and how it comes to its latents."""
+
+    handle: Handle
+    on_event: OnEvent | None
+    begin: Callable[[InFlight], None]
+    pace: Pace
 
 
 class Engine:
@@ -59,21 +84,34 @@ class Engine:
         self._specs = {spec.name: spec for spec in checkpoints}
         if len(self._specs) != len(checkpoints):
             raise ValueError("two checkpoints have one name")
-        self._device = Device(config.device, num_threads=config.num_threads)
+        self._device = Device(config.device, num_threads=config.num_threads, attention=config.attention)
         self._cache = ConditioningCache(config.conditioning_cache_bytes)
-        self._scheduler = Scheduler(max_inflight=config.max_inflight, max_batch_rows=config.max_batch_rows)
-        self._ledger = Ledger()
+        self._kept = KeptLatents(config.latent_cache_bytes)
+        self.costs = CostModel()
+        self._scheduler = Scheduler(
+            self.costs,
+            max_inflight=config.max_inflight,
+            max_batch_rows=config.max_batch_rows,
+            max_encodes_between_steps=config.max_encodes_between_steps,
+            row_buckets=config.row_buckets,
+            growth_ceiling=config.growth_ceiling,
+            max_adapters=min((spec.adapter_slots for spec in checkpoints), default=1),
+        )
+        self._ledger = Ledger(self._scheduler.charge)
         self._checkpoints: dict[str, LoadedCheckpoint] = {}
-        self._fingerprints: dict[tuple[str, int | None], Fingerprint] = {}
+        self._fingerprints: dict[tuple[str, int | None, str], Fingerprint] = {}
         self._device_facts: dict[str, Any] = {}
         self._runner = Runner(self._checkpoints, self._device, self._cache)
         self._outcomes: Counter[ImageState] = Counter()
+        self._previews = 0
+        self._developing: deque[tuple[Decode, Developing]] = deque()  # decodes launched, in their order
 
         # Shared with other threads, under the lock of `_changed`.
         self._changed = threading.Condition()
         self._arrivals: deque[InFlight] = deque()
         self._cancels: set[str] = set()
-        self._open: dict[str, tuple[Handle, OnEvent | None]] = {}
+        self._notes: deque[Callable[[], None]] = deque()  # what else to do between two turns, on the engine's thread
+        self._open: dict[str, _Open] = {}
         self._stopping = False
         self._accepting = False
         self._thread: threading.Thread | None = None
@@ -120,34 +158,90 @@ class Engine:
         Raises `UnsupportedRequest` (naming the field), `UnknownCheckpoint` or `EngineStopped` and takes nothing then. `on_event`
         is called from the engine's thread: it must be fast and never wait for an image; its exceptions are only logged.
         """
-        if not self._accepting:
-            raise EngineStopped("the engine is not running")
-        image = self._validated(request)
-        handle = Handle(image, self._request_cancel)
+        image = self._admitted(request)
+        if request.fork is None:
+            return self._take_in(image, self._runner.start, on_event)
+        kept = self._kept.find(request.owner, request.fork)
+        digest = self._loaded(request.checkpoint).weights_digest
+        check_fork(request, kept.request, digest, kept.weights_digest, kept.step)
+        image.step = kept.step
+        return self._take_in(image, partial(self._runner.fork, latents=kept.latents), on_event)
+
+    def restore(self, blob: bytes, on_event: OnEvent | None = None, *, request: ImageRequest | None = None) -> Handle:
+        """Go on with an image from a snapshot, at its step and with the bits it would have had where it came from.
+
+        request: the same wish under another id, group or rank.  Raises as `submit`, and `SnapshotRefused` for a blob that is damaged,
+        of another wish, or made where a bit could come out differently.
+        """
+        snapshot = from_bytes(blob)
+        wanted = request or snapshot.request
+        if request_digest(wanted) != request_digest(snapshot.request):
+            raise SnapshotRefused("it is of another request")
+        image = self._admitted(wanted)
+        check_fingerprint(snapshot, self._fingerprint_of(wanted))
+        if not snapshot.tensors:  # taken before the image had started
+            return self._take_in(image, self._runner.start, on_event)
+        image.step, image.num_steps = snapshot.step, snapshot.num_steps
+        image.is_denoised = image.step >= image.num_steps
+        return self._take_in(image, partial(self._runner.restore, state=State(snapshot.tensors, snapshot.facts)), on_event)
+
+    def fork(self, blob: bytes, request: ImageRequest, on_event: OnEvent | None = None) -> Handle:
+        """Start a new wish from the latents of a snapshot: another prompt from that step on. Raises as `submit` and `restore`.
+
+        The caller answers for both being of one owner.
+        """
+        snapshot = from_bytes(blob)
+        image = self._admitted(request)
+        if "latents" not in snapshot.tensors:
+            raise SnapshotRefused("it holds no latents to start from")
+        digest = self._loaded(request.checkpoint).weights_digest
+        check_fork(request, snapshot.request, digest, snapshot.fingerprint_facts["weights"], snapshot.step)
+        image.step = snapshot.step
+        return self._take_in(image, partial(self._runner.fork, latents=snapshot.tensors["latents"]), on_event)
+
+    def cancel(self, image_id: str) -> None:
+        """Drop the image at the next step boundary. Harmless at any moment."""
         with self._changed:
-            if not self._accepting:
-                raise EngineStopped("the engine is not running")
-            if request.id in self._open:
-                raise UnsupportedRequest("id", f"an image with id {request.id!r} is already in this engine")
-            self._open[request.id] = (handle, on_event)
-            self._arrivals.append(image)
-            self._changed.notify_all()
-        return handle
+            if image_id in self._open:
+                self._cancels.add(image_id)
+                self._changed.notify_all()
+
+    def set_rank(self, image_id: str, rank: int) -> None:
+        """Serve the image at this rank from the next step boundary on."""
+
+        def note() -> None:
+            self._scheduler.set_rank(image_id, rank)
+
+        self._leave(note)
+
+    def watch(self, image_id: str, watched: bool) -> None:
+        """Send previews of the image from its next step on, or no more."""
+
+        def note() -> None:
+            image = self._scheduler.get(image_id)
+            if image is not None:
+                image.is_watched = watched
+
+        self._leave(note)
+
+    def snapshot(self, image_id: str) -> Future[bytes]:
+        """A snapshot of the image at the next step boundary; the future raises `SnapshotRefused` when there is no such image by then."""
+        wanted: Future[bytes] = Future()
+
+        def note() -> None:
+            try:
+                wanted.set_result(self._snapshot_of(image_id))
+            except EngineError as problem:
+                wanted.set_exception(problem)
+            except Exception as problem:  # noqa: BLE001  the asker's trouble, not the engine's
+                wanted.set_exception(_in_our_words(problem, "snapshot"))
+
+        self._leave(note)
+        return wanted
 
     def fingerprint(self, checkpoint: str, bucket_rows: int | None = None) -> Fingerprint:
-        """Everything besides the request that can change a bit of an image of this checkpoint; `.facts` and their `.sha256`."""
-        loaded = self._loaded(checkpoint)
-        key = (checkpoint, bucket_rows)
-        if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint(
-                weights_digest=loaded.weights_digest,
-                family=loaded.spec.family,
-                precision=loaded.spec.precision,
-                bucket_rows=bucket_rows,
-                device_facts=self._device_facts,
-                family_facts=loaded.family.facts(),
-            )
-        return self._fingerprints[key]
+        """Everything besides a plain request that can change a bit of an image of this checkpoint; `.facts` and their `.sha256`."""
+        return self._fingerprint(self._loaded(checkpoint), bucket_rows, [], None)
 
     def stats(self) -> dict[str, Any]:
         """Plain numbers since the start; a step counts once for the batch, an image step once per image in it."""
@@ -155,8 +249,11 @@ class Engine:
         with self._changed:
             states = Counter(image.state for image in self._scheduler.in_order())
             arriving = len(self._arrivals)
+        banks = [loaded.adapters for loaded in self._checkpoints.values() if loaded.adapters is not None]
+        block_caches = [loaded.block_cache for loaded in self._checkpoints.values() if loaded.block_cache is not None]
         return {
             "inflight": states[ImageState.RUNNING] + states[ImageState.DENOISED],
+            "parked": states[ImageState.PARKED],
             "waiting": states[ImageState.QUEUED] + arriving,
             "finished": self._outcomes[ImageState.FINISHED],
             "failed": self._outcomes[ImageState.FAILED],
@@ -170,60 +267,89 @@ class Engine:
             "encode_s": ledger.encode_s,
             "forward_s": ledger.forward_s,
             "decode_s": ledger.decode_s,
+            "previews": self._previews,
             "cache_hits": self._cache.hits,
             "cache_misses": self._cache.misses,
             "cache_bytes": self._cache.size_bytes,
+            "latent_cache_hits": self._kept.hits,
+            "latent_cache_misses": self._kept.misses,
+            "latent_cache_bytes": self._kept.size_bytes,
+            "adapter_hits": sum(bank.hits for bank in banks),
+            "adapter_misses": sum(bank.misses for bank in banks),
+            "adapter_bytes": sum(bank.size_bytes for bank in banks),
+            "block_cache_rows_skipped": sum(cache.rows_skipped for cache in block_caches),
+            "block_cache_rows_computed": sum(cache.rows_computed for cache in block_caches),
             "loads": len(self._checkpoints),
             "load_s": self.load_s,
             "warm_up_s": self.warm_up_s,
         }
 
-    def _request_cancel(self, image_id: str) -> None:
+    def _take_in(self, image: InFlight, begin: Callable[[InFlight], None], on_event: OnEvent | None) -> Handle:
+        handle = Handle(image, self)
         with self._changed:
-            if image_id in self._open:
-                self._cancels.add(image_id)
+            if not self._accepting:
+                raise EngineStopped("the engine is not running")
+            if image.id in self._open:
+                raise UnsupportedRequest("id", f"an image with id {image.id!r} is already in this engine")
+            self._open[image.id] = _Open(handle, on_event, begin, Pace(self.config.previews_per_s))
+            self._arrivals.append(image)
+            self._changed.notify_all()
+        return handle
+
+    def _leave(self, note: Callable[[], None]) -> None:
+        """Have `note` called on the engine's thread between two turns; at once when that thread has ended, and nothing is in flight."""
+        with self._changed:
+            if self._accepting:
+                self._notes.append(note)
                 self._changed.notify_all()
+                return
+        note()
 
     def _loaded(self, checkpoint: str) -> LoadedCheckpoint:
         if checkpoint not in self._checkpoints:
             raise UnknownCheckpoint(checkpoint, sorted(self._checkpoints))
         return self._checkpoints[checkpoint]
 
+    def _admitted(self, request: ImageRequest) -> InFlight:
+        if not self._accepting:
+            raise EngineStopped("the engine is not running")
+        return self._validated(request)
+
     def _validated(self, request: ImageRequest) -> InFlight:
         """Check every field a caller can get wrong, before anything is queued."""
-        checkpoint = self._loaded(request.checkpoint)
-        spec, family = checkpoint.spec, checkpoint.family
-        for name in ("prompt", "negative_prompt"):
-            _check_text(name, getattr(request, name))
-        for name in ("width_px", "height_px", "num_steps", "seed", "rank"):
-            _check_integer(name, getattr(request, name))
-        if not isinstance(request.guidance, int | float) or not math.isfinite(request.guidance) or request.guidance < 0:
-            raise UnsupportedRequest("guidance", f"{request.guidance!r} is not a finite number from 0 up")
-        if not 0 <= request.seed < 2**63:
-            raise UnsupportedRequest("seed", f"{request.seed} is not within 0..2**63-1")
-        if (request.width_px, request.height_px) not in spec.sizes:
-            sizes = ", ".join(f"{width}x{height}" for width, height in spec.sizes)
-            raise UnsupportedRequest("width_px", f"{request.width_px}x{request.height_px} is none of {sizes}")
-        if request.sampler not in spec.samplers:
-            raise UnsupportedRequest("sampler", f"{request.sampler!r} is none of {', '.join(spec.samplers)}")
-        family.check(request)
-        rows = family.rows(request)
-        self._check_rows(request, rows)
-        key = BatchKey(request.checkpoint, request.height_px, request.width_px, family.text_length(request))
+        loaded = self._loaded(request.checkpoint)
+        check_values(request)
+        check_offered(request, loaded.spec)
+        if loaded.adapters is not None:
+            loaded.adapters.check(request.adapters)
+        loaded.family.check(request)
+        rows = loaded.family.rows(request)
+        check_rows(request, rows, self.config.max_batch_rows)
+        key = BatchKey(request.checkpoint, request.height_px, request.width_px, loaded.family.text_length(request))
         return InFlight(request=request, batch_key=key, rows=rows, submitted_at=time.monotonic())
 
-    def _check_rows(self, request: ImageRequest, rows: int) -> None:
-        most = self.config.max_batch_rows
-        if request.determinism not in tuple(Determinism):
-            raise UnsupportedRequest("determinism", f"{request.determinism!r} is none of {', '.join(Determinism)}")
-        if request.determinism == Determinism.REPRODUCIBLE:
-            if request.bucket_rows is None:
-                raise UnsupportedRequest("bucket_rows", "a reproducible image needs one")
-            _check_integer("bucket_rows", request.bucket_rows)
-            if not rows <= request.bucket_rows <= most:
-                raise UnsupportedRequest("bucket_rows", f"{request.bucket_rows} is not within {rows}..{most}")
-        elif rows > most:
-            raise UnsupportedRequest("guidance", f"takes {rows} rows of a forward; this engine makes {most}")
+    def _fingerprint_of(self, request: ImageRequest) -> Fingerprint:
+        loaded = self._loaded(request.checkpoint)
+        blocks = loaded.block_cache.facts() if loaded.block_cache is not None and request.block_cache else None
+        return self._fingerprint(loaded, request.pinned_rows, loaded.adapter_facts(request), blocks)
+
+    def _fingerprint(
+        self, loaded: LoadedCheckpoint, bucket_rows: int | None, adapters: list[dict[str, Any]], block_cache: dict[str, Any] | None
+    ) -> Fingerprint:
+        key = (loaded.spec.name, bucket_rows, repr((adapters, block_cache)))
+        if key not in self._fingerprints:
+            self._fingerprints[key] = fingerprint(
+                weights_digest=loaded.weights_digest,
+                family=loaded.spec.family,
+                precision=loaded.spec.precision,
+                bucket_rows=bucket_rows,
+                adapters=adapters,
+                block_cache=block_cache,
+                speed={name: getattr(loaded.spec, name) for name in ("channels_last", "compile_blocks", "cuda_graphs")},
+                device_facts=self._device_facts,
+                family_facts=loaded.family.facts(),
+            )
+        return self._fingerprints[key]
 
     # --- on the engine's thread ------------------------------------------------------------------------------------------
 
@@ -248,7 +374,7 @@ class Engine:
             self._fail_everyone(last_word)
 
     def _prepare(self) -> None:
-        """Load every checkpoint once, and render one small image per size, so that the first caller does not pay for it."""
+        """Load every checkpoint once and warm it up, so that the first caller does not pay for it and the curves are known."""
         self._device.prepare()
         for spec in self._specs.values():
             self._checkpoints[spec.name] = load_checkpoint(spec, self._device)
@@ -256,75 +382,78 @@ class Engine:
         self._device_facts = self._device.facts()
         started = time.perf_counter()
         for spec in self._specs.values():
-            if not spec.samplers or not spec.sizes:
-                raise UnsupportedRequest("samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none")
-            for width_px, height_px in spec.sizes:
-                self._warm_up(spec, width_px, height_px)
+            if self.config.curves_folder:
+                load_curves(self.costs, Path(self.config.curves_folder), spec.name, self.fingerprint(spec.name))
+            warm_up(
+                spec,
+                validated=self._validated,
+                runner=self._runner,
+                device=self._device,
+                costs=self.costs,
+                max_batch_rows=self.config.max_batch_rows,
+                row_buckets=self.config.row_buckets,
+                repeats=self.config.warm_up_repeats,
+            )
+        self._scheduler.memory_budget_bytes = self._device.memory_budget_bytes()
         self.warm_up_s = time.perf_counter() - started
-
-    def _warm_up(self, spec: CheckpointSpec, width_px: int, height_px: int) -> None:
-        request = ImageRequest(
-            id="warm-up",
-            group="warm-up",
-            checkpoint=spec.name,
-            prompt="",
-            width_px=width_px,
-            height_px=height_px,
-            num_steps=2,
-            guidance=2.0 if self.config.max_batch_rows > 1 else 1.0,
-            sampler=spec.default_sampler or spec.samplers[0],
-            seed=0,
-        )
-        for sampler in spec.samplers:
-            self._validated(replace(request, sampler=sampler))  # a sampler nobody could use stops the start, by name
-        image = self._validated(request)
-        self._runner.encode(image)
-        while not image.is_denoised:
-            self._runner.advance(image, self._runner.predict(Batch.alone(image))[0])
-            image.step += 1
-        self._runner.decode(image)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do and take in what others left; False when it is time to stop."""
         with self._changed:
-            while not (self._stopping or self._arrivals or self._cancels or len(self._scheduler)):
+            while not (self._stopping or self._arrivals or self._cancels or self._notes or len(self._scheduler)):
                 self._changed.wait()
             arrivals = list(self._arrivals)
             self._arrivals.clear()
             for image in arrivals:
-                self._scheduler.add(image)
+                self._scheduler.add(image, time.monotonic())
             if self._stopping:
                 return False
             canceled = [image for image in map(self._scheduler.get, self._cancels) if image is not None]
             self._cancels.clear()
+            notes = list(self._notes)
+            self._notes.clear()
         for image in arrivals:
             self._tell(image, Queued(request_id=image.id))
         for image in canceled:
             self._fail(image, ImageCanceled(f"image {image.id} was canceled at step {image.step} of {image.num_steps}"))
+        for note in notes:
+            note()
         return True
 
     def _turn(self) -> None:
-        """Encode newcomers, advance one batch by one denoise step, decode what is finished."""
-        for image in self._scheduler.next_encodes(self.config.max_encodes_per_turn):
-            self._encode(image)
-        batch = self._scheduler.next_batch()
-        if batch is not None:
-            self._denoise(batch)
-            self._settle(batch)
-        for image in self._scheduler.next_decodes():
-            self._decode(image)
+        """Do the piece of work that the scheduler puts first."""
+        self._finish_developed()
+        work = self._scheduler.next_work(time.monotonic())
+        for image in self._scheduler.take_parked():
+            self._tell(image, Parked(request_id=image.id, step=image.step))
+        for image in self._scheduler.take_resumed():
+            self._tell(image, Resumed(request_id=image.id, step=image.step))
+        if isinstance(work, Encode):
+            self._encode(work)
+        elif isinstance(work, Batch):
+            self._denoise(work)
+        elif isinstance(work, Decode):
+            self._decode(work)
+        else:
+            self._finish_developed(wait=True)  # nothing else is to do
 
-    def _encode(self, image: InFlight) -> None:
+    def _encode(self, work: Encode) -> None:
+        image = work.image
+        first_step = image.step
         watch = self._device.stopwatch()
         try:
-            self._runner.encode(image)
+            self._open[image.id].begin(image)
         except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
             self._fail(image, _in_our_words(problem, "encode"))
             return
         watch.stop()
-        self._ledger.enter_encode(image, watch)
-        image.state = ImageState.RUNNING
-        self._tell(image, Started(request_id=image.id))
+        image.state = ImageState.DENOISED if image.is_denoised else ImageState.RUNNING
+        self._scheduler.settle(work)
+        self._ledger.enter_encode(work, watch)
+        if self._open[image.id].begin == self._runner.start:
+            self._tell(image, Started(request_id=image.id))
+        else:
+            self._tell(image, Resumed(request_id=image.id, step=first_step))
 
     def _denoise(self, batch: Batch) -> None:
         """Move every image of the batch on by one step. An image that cannot be moved fails alone; the others do not notice."""
@@ -338,16 +467,21 @@ class Engine:
                 for image in batch:
                     self._denoise(Batch.alone(image))
             return
+        steps_before = [image.step for image in batch]
         for image, prediction in zip(batch, predictions, strict=True):
             try:
                 self._runner.advance(image, prediction)
             except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
                 self._fail(image, _in_our_words(problem, "denoise"))
         watch.stop()
+        self._scheduler.settle(batch)
         self._ledger.enter_forward(batch, watch)
         self._ledger.book(RUN_AHEAD)
+        for image, step_before in zip(batch, steps_before, strict=True):
+            if image.id in self._scheduler and image.step > step_before:
+                self._after_step(image)
 
-    def _predict(self, batch: Batch) -> list[Tensor] | None:
+    def _predict(self, batch: Batch) -> list[Any] | None:
         """Run the forward. None when it failed: an image that was alone in it has failed then, several are to be tried apart.
 
         The exception ends here, for its traceback would keep the failed forward's tensors while the images are tried apart.
@@ -365,38 +499,96 @@ class Engine:
                 log.warning("forward_failed", extra={"images": len(batch), "rows": batch.bucket_rows}, exc_info=True)
             return None
 
-    def _settle(self, batch: Batch) -> None:
-        """Count the step and tell everyone who took it."""
+    def _after_step(self, image: InFlight) -> None:
+        """Tell of the step, keep its latents for a fork where that was asked for, show it where somebody watches."""
         now = time.monotonic()
-        self._scheduler.settle(batch)
-        for image in batch:
-            if image.id not in self._scheduler:
-                continue
-            since = image.last_step_at or image.first_step_at or now
-            newest = now - since
-            known = image.seconds_per_step
-            image.seconds_per_step = newest if known is None else known + PACE_MEMORY * (newest - known)
-            image.last_step_at = now
-            image.eta_s = (image.num_steps - image.step) * image.seconds_per_step + self._ledger.mean_decode_s
-            self._tell(image, Stepped(request_id=image.id, step=image.step, num_steps=image.num_steps, eta_s=image.eta_s))
+        since = image.last_step_at or image.first_step_at or now
+        newest = now - since
+        known = image.seconds_per_step
+        image.seconds_per_step = newest if known is None else known + PACE_MEMORY * (newest - known)
+        image.last_step_at = now
+        image.eta_s = (image.num_steps - image.step) * image.seconds_per_step + self._ledger.mean_decode_s
+        self._tell(image, Stepped(request_id=image.id, step=image.step, num_steps=image.num_steps, eta_s=image.eta_s))
+        if image.step in image.request.keep_steps:
+            digest = self._checkpoints[image.request.checkpoint].weights_digest
+            self._kept.keep(Kept(image.request, digest, image.step, self._runner.latents(image)))
+        if image.is_watched and self._open[image.id].pace.may_show(now):
+            self._show(image)
 
-    def _decode(self, image: InFlight) -> None:
-        if image.id in self._cancels:
-            return  # the next turn drops it; its decode would be for nobody
-        watch = self._device.stopwatch()
+    def _show(self, image: InFlight) -> None:
         try:
-            pixels = self._runner.decode(image)
+            pixels = self._runner.preview(image)
+            if pixels is not None:
+                self._previews += 1
+                self._tell(image, Previewed(request_id=image.id, step=image.step, jpeg=jpeg(pixels)))
+        except Exception:  # a preview is a courtesy: the image goes on without
+            log.exception("preview_failed", extra={"image_id": image.id})
+            image.is_watched = False
+
+    def _decode(self, work: Decode) -> None:
+        """Launch a decode; on a CPU it is over then."""
+        image = work.image
+        with self._changed:
+            if image.id in self._cancels:
+                return  # before the next turn it is dropped; its decode would be for nobody
+        try:
+            developing = self._launched_decode(image)
         except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
             self._fail(image, _in_our_words(problem, "decode"))
             return
-        watch.stop()
-        self._ledger.book_decode(image, watch)
-        finished = FinishedImage(request=image.request, pixels=pixels, record=self._record(image))
-        self._close(image, ImageState.FINISHED, finished)
+        self._scheduler.settle(work)
+        self._developing.append((work, developing))
+        self._finish_developed()
+
+    def _launched_decode(self, image: InFlight) -> Developing:
+        try:
+            return self._runner.decode(image)
+        except Exception as problem:
+            if not is_out_of_memory(problem):
+                raise
+        self._finish_developed(wait=True)  # what other decodes hold comes free, and so does what the allocator keeps
+        self._device.free_cached_memory()
+        return self._runner.decode(image)
+
+    def _finish_developed(self, wait: bool = False) -> None:
+        """Hand out the images whose pixels have arrived; with `wait`, all that are on their way."""
+        while self._developing and (wait or self._developing[0][1].is_ready):
+            work, developing = self._developing.popleft()
+            image = work.image
+            if image.id not in self._scheduler:
+                continue  # canceled meanwhile
+            try:
+                pixels = developing.pixels()
+            except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
+                self._fail(image, _in_our_words(problem, "decode"))
+                continue
+            self._ledger.book_decode(work, developing.watch.seconds())
+            finished = FinishedImage(request=image.request, pixels=pixels, record=self._record(image))
+            self._close(image, ImageState.FINISHED, finished)
+
+    def _snapshot_of(self, image_id: str) -> bytes:
+        image = self._scheduler.get(image_id)
+        if image is None:
+            raise SnapshotRefused(f"image {image_id} is not (or no longer) in this engine")
+        bits = self._fingerprint_of(image.request)
+        state = State({}) if image.state is ImageState.QUEUED else self._runner.save(image)
+        return to_bytes(
+            Snapshot(
+                request=image.request,
+                family=self._specs[image.request.checkpoint].family,
+                fingerprint=bits.sha256,
+                fingerprint_facts=bits.facts,
+                step=image.step,
+                num_steps=image.num_steps,
+                tensors=state.tensors,
+                facts=state.facts,
+                account={"device_seconds": image.account.device_seconds, "forwards": image.account.forwards},
+            )
+        )
 
     def _record(self, image: InFlight) -> RenderRecord:
         account = image.account
-        bits = self.fingerprint(image.request.checkpoint, image.request.pinned_rows)
+        bits = self._fingerprint_of(image.request)
         return RenderRecord(
             num_steps=image.num_steps,
             device_seconds=account.device_seconds,
@@ -424,7 +616,7 @@ class Engine:
         """The image's end, whatever it is: off the device, its last event told, its handle resolved."""
         image.state = state
         image.eta_s = 0.0 if state is ImageState.FINISHED else None
-        image.drop_tensors()
+        self._runner.release(image)
         self._outcomes[state] += 1
         if isinstance(outcome, FinishedImage):
             self._tell(image, Finished(request_id=image.id, image=outcome))
@@ -433,11 +625,11 @@ class Engine:
         with self._changed:
             self._scheduler.remove(image.id)
             self._cancels.discard(image.id)
-            handle, _ = self._open.pop(image.id)
+            handle = self._open.pop(image.id).handle
         handle.resolve(outcome)
 
     def _tell(self, image: InFlight, event: Event) -> None:
-        _, on_event = self._open[image.id]
+        on_event = self._open[image.id].on_event
         if on_event is None:
             return
         try:
@@ -450,8 +642,12 @@ class Engine:
             self._accepting = False
             left = [*self._scheduler.in_order(), *self._arrivals]
             self._arrivals.clear()
+            notes = list(self._notes)
+            self._notes.clear()
         for image in left:
             self._fail(image, EngineStopped(last_word))
+        for note in notes:
+            note()
 
 
 def _in_our_words(problem: Exception, stage: str) -> EngineError:
@@ -465,17 +661,3 @@ def _in_our_words(problem: Exception, stage: str) -> EngineError:
         error = EngineError(f"{stage} failed: {type(problem).__name__}: {problem}")
     error.__cause__ = problem
     return error
-
-
-def _check_text(field: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise UnsupportedRequest(field, "is not a string")
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise UnsupportedRequest(field, "is not valid Unicode") from None
-
-
-def _check_integer(field: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise UnsupportedRequest(field, f"{value!r} is not an integer")

@@ -4,6 +4,7 @@ EngineError              the unplanned, with its cause attached: log it, count t
 ├── UnknownCheckpoint    this engine does not hold the checkpoint: a routing mistake, another worker may hold it
 ├── UnsupportedRequest   no engine with this catalog could render it; names the field
 ├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
+├── SnapshotRefused      not a snapshot, a damaged one, or one of another request or set-up: start from step 0
 ├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
 ├── ImageNotFinite       the checkpoint produced NaN or infinity: the same request fails again
 ├── ImageCanceled        somebody asked for it
@@ -39,6 +40,10 @@ class CheckpointCorrupt(EngineError):
         super().__init__(f"{file}: {problem}")
         self.file = file
         self.problem = problem
+
+
+class SnapshotRefused(EngineError):
+    """A snapshot cannot be used here, and the message says why; rendering from the start gives the image, though not from that step."""
 
 
 class OutOfDeviceMemory(EngineError):

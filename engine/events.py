@@ -1,6 +1,7 @@
-"""What an image tells its caller on the way, in this order: Queued, Started, Stepped…, then Finished or Failed.
+"""What an image tells its caller on the way: Queued, Started (or Resumed, from a snapshot), Stepped…, then Finished or Failed.
 
-Events are values; `on_event` is called with them from the engine's own thread and must be fast.
+Previewed comes after a Stepped while somebody watches; Parked and Resumed come in pairs between two steps, when a better rank takes
+the image's seat and gives it back. Events are values; `on_event` is called with them from the engine's own thread and must be fast.
 """
 
 from __future__ import annotations
@@ -39,6 +40,31 @@ class Stepped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Previewed:
+    """What the image will roughly look like, as the last step predicted it: a small JPEG. Only the newest matters."""
+
+    request_id: str
+    step: int
+    jpeg: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parked:
+    """Somebody of a better rank took its seat; it keeps its latents and goes on later from this step."""
+
+    request_id: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """It goes on from this step: its seat is free again, or a snapshot of it has been restored."""
+
+    request_id: str
+    step: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Finished:
     """Rendered. The last event."""
 
@@ -54,4 +80,4 @@ class Failed:
     error: EngineError
 
 
-Event = Queued | Started | Stepped | Finished | Failed
+Event = Queued | Started | Stepped | Previewed | Parked | Resumed | Finished | Failed

@@ -32,19 +32,26 @@ def fingerprint(
     family: str,
     precision: str,
     bucket_rows: int | None,
+    adapters: list[dict[str, Any]],
+    block_cache: dict[str, Any] | None,
+    speed: dict[str, bool],
     device_facts: dict[str, Any],
     family_facts: dict[str, Any],
 ) -> Fingerprint:
-    """Gather the facts. `bucket_rows` None says that neighbours may change the last bits: no promise is made then."""
+    """Gather the facts. `bucket_rows` None says that neighbours may change the last bits: no promise is made then.
+
+    adapters: name, sha256 and strength of each.  block_cache: when it skips blocks, None where every block is computed.
+    speed: what `acceleration.py` did.
+    """
     facts: dict[str, Any] = {
         "numerics": NUMERICS,
         "weights": weights_digest,
         "family": family,
         "precision": precision,
         "bucket_rows": bucket_rows,
-        "adapters": [],
-        "compile": None,
-        "block_cache": None,
+        "adapters": adapters,
+        "speed": speed,
+        "block_cache": block_cache,
         "libraries": {name: version(name) for name in LIBRARIES},
         **device_facts,
         **family_facts,

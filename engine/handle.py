@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import Protocol
 
 from engine.errors import EngineError
 from engine.inflight import ImageState, InFlight
@@ -23,13 +24,25 @@ class Progress:
     device_seconds: float  # its share until now, also of an image that was canceled or failed
 
 
+class Desk(Protocol):
+    """What a handle asks of its engine; each takes effect between two steps and is harmless for an image that has ended."""
+
+    def cancel(self, image_id: str) -> None: ...
+
+    def set_rank(self, image_id: str, rank: int) -> None: ...
+
+    def watch(self, image_id: str, watched: bool) -> None: ...
+
+    def snapshot(self, image_id: str) -> Future[bytes]: ...
+
+
 class Handle:
     """One submitted image."""
 
-    def __init__(self, image: InFlight, cancel: Callable[[str], None]) -> None:
+    def __init__(self, image: InFlight, desk: Desk) -> None:
         self.request: ImageRequest = image.request
         self._image = image
-        self._cancel = cancel
+        self._desk = desk
         self._done = threading.Event()
         self._finished: FinishedImage | None = None
         self._error: EngineError | None = None
@@ -37,7 +50,22 @@ class Handle:
     def cancel(self) -> None:
         """Ask the engine to drop the image at the next step boundary. Harmless at any moment, also after the end."""
         if not self.done():
-            self._cancel(self.request.id)
+            self._desk.cancel(self.request.id)
+
+    def set_rank(self, rank: int) -> None:
+        """Serve the image at this rank from the next step boundary on."""
+        self._desk.set_rank(self.request.id, rank)
+
+    def watch(self, watched: bool = True) -> None:
+        """Ask for `Previewed` events from the next step on, or for no more of them: they cost time, so only while somebody looks."""
+        self._desk.watch(self.request.id, watched)
+
+    def snapshot(self, timeout_s: float | None = None) -> bytes:
+        """All that is needed to go on elsewhere from the present step with the same bits; the image itself goes on too.
+
+        Raises `SnapshotRefused` when it has ended, `EngineStopped`, or `TimeoutError`.
+        """
+        return self._desk.snapshot(self.request.id).result(timeout_s)
 
     def done(self) -> bool:
         """Is it finished, failed or canceled?"""

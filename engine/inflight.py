@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from engine.request import ImageRequest
 
@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 
 class ImageState(StrEnum):
-    """Where an image stands. A parked image (somebody of a better rank took its seat) stays RUNNING: it only does not advance."""
+    """Where an image stands."""
 
     QUEUED = "queued"  # not encoded yet
     RUNNING = "running"  # has latents; advances when the scheduler picks it
+    PARKED = "parked"  # somebody better took its seat; it keeps its state in place and comes back
     DENOISED = "denoised"  # all denoise steps behind it; waits for decode
     FINISHED = "finished"
     FAILED = "failed"
@@ -32,12 +33,17 @@ class ImageState(StrEnum):
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What images must agree on to share a forward. Steps, guidance, sampler and seed are not in it: they are per row."""
+    """What images must agree on to share a forward. Steps, guidance, sampler, seed and adapters are not in it: they are per row."""
 
     checkpoint: str
     height_px: int
     width_px: int
     text_length: int  # tokens, from the request's own prompt, never from its neighbours'
+    call: str = ""  # of a pipeline run as a coroutine: which network it calls, and how
+
+    def __str__(self) -> str:
+        """How curves on disk and in metrics name it."""
+        return f"{self.checkpoint} {self.width_px}x{self.height_px} text={self.text_length}{self.call and f' {self.call}'}"
 
 
 @dataclass
@@ -61,13 +67,15 @@ class Account:
 
 @dataclass(eq=False)
 class Tensors:
-    """What an image holds on the device between two forwards, and the objects that move it."""
+    """What an image of a native family holds on the device between two forwards, and the objects that move it."""
 
     sampler: Sampler  # a diffusers scheduler object of its own: multi-step samplers remember earlier steps
     timesteps: Tensor  # [num_steps], on the CPU
     conditioning: Rows  # each tensor [rows, ...]; with guidance in the order uncond, cond
-    latents: Tensor  # [1, c, h/8, w/8]
+    latents: Tensor  # [1, c, h/8, w/8], or packed as the family's denoiser takes them: [1, tokens, c]
     generator: torch.Generator  # on the CPU; first the initial noise, then what a stochastic sampler draws
+    extras: dict[str, Tensor] = field(default_factory=dict)  # what image-to-image and inpainting need again at every step
+    clean: Tensor | None = None  # the clean latents as the last step predicted them; only while somebody watches
 
 
 @dataclass(eq=False)
@@ -75,11 +83,14 @@ class InFlight:
     """One request on its way through the engine."""
 
     request: ImageRequest
-    batch_key: BatchKey
-    rows: int  # of one forward: 2 with classifier-free guidance, else 1
+    batch_key: BatchKey  # of its next forward
+    rows: int  # of its next forward: 2 with classifier-free guidance, else 1
+    rank: int = 0  # the request's, until a caller sets another
     state: ImageState = ImageState.QUEUED
     step: int = 0  # denoise steps behind it
     num_steps: int = 0  # 0: as requested
+    is_denoised: bool = False  # are all its denoise steps behind it?
+    is_watched: bool = False  # does anybody look at previews?
 
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None
@@ -88,26 +99,28 @@ class InFlight:
     eta_s: float | None = None
     account: Account = field(default_factory=Account)
 
-    held: Tensors | None = None  # None before encode and after the end
+    held: Any = None  # what its family keeps of it, `Tensors` for a native one; None before encode and after the end
 
     def __post_init__(self) -> None:
         self.num_steps = self.num_steps or self.request.num_steps
+        self.rank = self.rank or self.request.rank
 
     @property
     def id(self) -> str:
         """The request's id."""
         return self.request.id
 
-    @property
-    def is_denoised(self) -> bool:
-        """Are all its denoise steps behind it?"""
-        return self.step >= self.num_steps
+    def count_step(self) -> None:
+        """Note one more denoise step behind it."""
+        self.step += 1
+        self.is_denoised = self.step >= self.num_steps
 
     @property
     def tensors(self) -> Tensors:
-        """What it holds on the device; there from encode to the end."""
+        """What an image of a native family holds on the device; there from encode to the end."""
         assert self.held is not None, f"image {self.id} is {self.state} and holds no tensors"
-        return self.held
+        held: Tensors = self.held
+        return held
 
     @tensors.setter
     def tensors(self, tensors: Tensors) -> None:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from engine.device import Stopwatch
-from engine.inflight import InFlight
-from engine.scheduler import Batch
+from engine.scheduler import Batch, Decode, Encode, Work
 
 
 @dataclass
@@ -29,7 +28,8 @@ class RowTotals:
 class Ledger:
     """The engine's accounts. The engine's thread writes; others read the plain totals."""
 
-    def __init__(self) -> None:
+    def __init__(self, charge: Callable[[Work, float], None]) -> None:
+        self._charge = charge  # who else must know how long a piece of work took
         self.forwards = 0
         self.used_rows = 0
         self.padded_rows = 0
@@ -58,9 +58,9 @@ class Ledger:
         self._launched.append((watch, partial(self._share_out, batch), True))
         self._forwards_ahead += 1
 
-    def enter_encode(self, image: InFlight, watch: Stopwatch) -> None:
+    def enter_encode(self, work: Encode, watch: Stopwatch) -> None:
         """Note an encode that was launched; it belongs to its image alone."""
-        self._launched.append((watch, partial(self._book_encode, image), False))
+        self._launched.append((watch, partial(self._book_encode, work), False))
 
     def book(self, run_ahead: int) -> None:
         """Book everything that is over, and wait until at most `run_ahead` forwards are not.
@@ -71,12 +71,12 @@ class Ledger:
         while self._launched and (self._forwards_ahead > run_ahead or self._launched[0][0].is_ready):
             self._book_first()
 
-    def book_decode(self, image: InFlight, watch: Stopwatch) -> None:
-        """Book a decode, which waits for the device anyway, and with it everything launched before: this image's account is complete."""
-        while self._launched:
+    def book_decode(self, work: Decode, seconds: float) -> None:
+        """Book a decode that is over, and with it every forward that is: all of this image's are, so its account is complete."""
+        while self._launched and self._launched[0][0].is_ready:
             self._book_first()
-        seconds = watch.seconds()
-        image.account.decode_s += seconds
+        self._charge(work, seconds)
+        work.image.account.decode_s += seconds
         self.decode_s += seconds
         self.decodes += 1
 
@@ -85,11 +85,13 @@ class Ledger:
         self._forwards_ahead -= is_forward
         book(watch.seconds())
 
-    def _book_encode(self, image: InFlight, seconds: float) -> None:
-        image.account.encode_s += seconds
+    def _book_encode(self, work: Encode, seconds: float) -> None:
+        self._charge(work, seconds)
+        work.image.account.encode_s += seconds
         self.encode_s += seconds
 
     def _share_out(self, batch: Batch, seconds: float) -> None:
+        self._charge(batch, seconds)
         self.forward_s += seconds
         totals = self.by_rows[batch.bucket_rows]
         totals.forwards += 1

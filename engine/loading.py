@@ -1,26 +1,34 @@
 """Turn a checkpoint folder into a loaded checkpoint: hashed first, then read; no network, no pickle, no code from the folder."""
 
 import hashlib
+import json
 import logging
 import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine.acceleration import accelerate
+from engine.adapters import AdapterBank
+from engine.blockcache import BlockCache
 from engine.config import CheckpointSpec
 from engine.device import Device
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families import family_named
 from engine.families.contract import Family
+from engine.request import AdapterUse, ImageRequest
 
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-READ_SUFFIXES = (".json", ".txt", ".safetensors")
+READ_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LoadedCheckpoint:
     """A checkpoint on the device. `weights_digest` covers every file that was read, configs and tokenizer included."""
 
@@ -28,6 +36,20 @@ class LoadedCheckpoint:
     family: Family
     weights_digest: str
     load_s: float
+    adapters: AdapterBank | None = None
+    block_cache: BlockCache | None = None
+
+    def adapted(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> AbstractContextManager[None]:
+        """Within it row i of a forward wears the adapters `per_row[i]`."""
+        return nullcontext() if self.adapters is None else self.adapters.rows(per_row)
+
+    def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
+        """The request's adapters by name, digest and strength: part of its fingerprint."""
+        return [] if self.adapters is None else self.adapters.facts(request.adapters)
+
+    def conditioning_key(self, request: ImageRequest) -> str:
+        """What encodes this request's prompts, and under which safety rules it was admitted."""
+        return json.dumps([self.weights_digest, self.adapter_facts(request), request.policy_version])
 
 
 def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
@@ -41,14 +63,36 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
         raise UnsupportedRequest("precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}")
     path = Path(spec.path)
     family_class = family_named(spec.family)
-    found = hash_files(path, family_class.folders())
+    found = hash_files(path, family_class.folders(path))
     _verify(path, dict(spec.sha256), found)
     _quiet_progress_bars()
-    family = family_class.load(path, dtype=PRECISIONS[spec.precision], device=device.torch_device)
+    family = family_class.load(spec, dtype=PRECISIONS[spec.precision], device=device.torch_device)
+    accelerate(family, spec, device)
+    bank = None
+    if spec.adapters:
+        bank = AdapterBank(
+            family.networks(),
+            spec.adapters,
+            slots=spec.adapter_slots,
+            max_rank=spec.max_adapter_rank,
+            device=device.torch_device,
+            dtype=PRECISIONS[spec.precision],
+        )
     load_s = time.perf_counter() - started
     digest = digest_of(found)
     log.info("checkpoint_loaded", extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s})
-    return LoadedCheckpoint(spec, family, digest, load_s)
+    return LoadedCheckpoint(
+        spec=spec, family=family, weights_digest=digest, load_s=load_s, adapters=bank, block_cache=_block_cache(spec, family)
+    )
+
+
+def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
+    if not spec.block_cache_threshold:
+        return None
+    transformer = family.networks().get("transformer")
+    if transformer is None:
+        raise UnsupportedRequest("block_cache_threshold", f"family {spec.family!r} has no transformer to cache the blocks of")
+    return BlockCache(transformer, threshold=spec.block_cache_threshold, max_bytes=spec.block_cache_bytes)
 
 
 def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:

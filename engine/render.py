@@ -5,20 +5,19 @@ Example: python -m engine.render "a red circle on a blue background" --checkpoin
 
 import argparse
 import json
-import struct
 import sys
-import zlib
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from PIL import Image
 
-from engine.config import CheckpointSpec, EngineConfig
+from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
 from engine.engine import Engine
 from engine.errors import CheckpointCorrupt, EngineError
-from engine.request import Determinism, ImageRequest
-from engine.samplers import SAMPLERS
+from engine.families import FAMILIES
+from engine.request import AdapterUse, Determinism, ImageRequest, Picture
+from engine.samplers import FLOW_SAMPLERS, SAMPLERS
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,8 +31,9 @@ def main(arguments: list[str] | None = None) -> int:
             family=options.family,
             precision=options.precision,
             sizes=((width_px, height_px),),
-            samplers=tuple(SAMPLERS),
+            samplers=(options.sampler,),
             default_sampler=options.sampler,
+            adapters=tuple(AdapterSpec(name=Path(path).stem, path=path) for path, _ in options.adapter),
         )
         request = ImageRequest(
             id="render",
@@ -47,44 +47,48 @@ def main(arguments: list[str] | None = None) -> int:
             guidance=options.guidance,
             sampler=options.sampler,
             seed=options.seed,
+            init_image=_picture(options.init_image, "RGB") if options.init_image else None,
+            mask=_picture(options.mask, "L") if options.mask else None,
+            strength=options.strength,
+            adapters=tuple(AdapterUse(Path(path).stem, strength) for path, strength in options.adapter),
             determinism=Determinism.REPRODUCIBLE if options.bucket_rows else Determinism.BEST_EFFORT,
             bucket_rows=options.bucket_rows,
         )
         with Engine(EngineConfig(device=options.device, num_threads=options.threads), [spec]) as engine:
             image = engine.submit(request).result()
-    except EngineError as problem:
+    except (EngineError, OSError) as problem:
         print(f"render: {problem}", file=sys.stderr)
         return 1
-    Path(options.out).write_bytes(png_bytes(image.pixels))
+    Image.fromarray(image.pixels).save(options.out)
     print(json.dumps({"out": options.out, **asdict(image.record)}))
     return 0
 
 
 def native_size(checkpoint: Path) -> tuple[int, int]:
     """The (width_px, height_px) a checkpoint was trained for, from its configs. Raises `CheckpointCorrupt`."""
+    denoiser = next((name for name in ("unet", "transformer") if (checkpoint / name).is_dir()), "unet")
     try:
-        sample_size = json.loads((checkpoint / "unet" / "config.json").read_text(encoding="utf-8"))["sample_size"]
+        sample_size = json.loads((checkpoint / denoiser / "config.json").read_text(encoding="utf-8"))["sample_size"]
         levels = len(json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
     except (OSError, ValueError, KeyError) as problem:
-        raise CheckpointCorrupt(str(checkpoint), f"its size cannot be read: {problem}") from problem
+        raise CheckpointCorrupt(str(checkpoint), f"its size cannot be read, name one with --size: {problem!r}") from problem
     height, width = sample_size if isinstance(sample_size, list) else (sample_size, sample_size)
     return width * 2 ** (levels - 1), height * 2 ** (levels - 1)
 
 
-def png_bytes(pixels: NDArray[np.uint8]) -> bytes:
-    """A plain 8-bit RGB PNG of pixels [h, w, 3]."""
-    height, width, _ = pixels.shape
-    # Every line is preceded by its filter type, 0: none.
-    lines = np.concatenate([np.zeros((height, 1), np.uint8), pixels.reshape(height, -1)], axis=1).tobytes()
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
-    body = b"".join(struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks)
-    return b"\x89PNG\r\n\x1a\n" + body
+def _picture(path: str, mode: str) -> Picture:
+    with Image.open(path) as file:
+        return Picture(np.asarray(file.convert(mode)))
 
 
 def _size(text: str) -> tuple[int, int]:
     width, _, height = text.lower().partition("x")
     return int(width), int(height)
+
+
+def _adapter(text: str) -> tuple[str, float]:
+    path, _, strength = text.rpartition(":")
+    return (path, float(strength)) if path else (text, 1.0)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -94,11 +98,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--negative", default="", help="what should not be in the image")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--guidance", type=float, default=1.5, help="1 or less: no classifier-free guidance")
-    parser.add_argument("--sampler", choices=list(SAMPLERS), default="ddim")
+    parser.add_argument("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], default="ddim")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels; default: what the checkpoint was trained for")
+    parser.add_argument("--init-image", help="a picture of that size to start from")
+    parser.add_argument("--mask", help="a picture of that size: repaint the init image where it is white")
+    parser.add_argument("--strength", type=float, default=1.0, help="0 to 1: how much of the init image is noise at the start")
+    parser.add_argument("--adapter", type=_adapter, action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA weights; repeatable")
     parser.add_argument("--bucket-rows", type=int, help="render reproducibly, every forward padded to this many rows")
-    parser.add_argument("--family", default="sd")
+    parser.add_argument("--family", choices=list(FAMILIES), default="sd")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)

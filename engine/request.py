@@ -1,10 +1,22 @@
 """What a caller asks of the engine: one image, every parameter resolved.
 
-Plain values only. It does not know tiers, tenants or jobs; `rank` and `group` are all that is left of them here.
+Plain values only. It does not know tiers, tenants or jobs; `rank`, `group` and `owner` are all that is left of them here.
 """
 
-from dataclasses import dataclass
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+Option = str | int | float | bool
 
 
 class Determinism(StrEnum):
@@ -14,12 +26,50 @@ class Determinism(StrEnum):
     REPRODUCIBLE = "reproducible"  # every forward has exactly `bucket_rows` rows: the same bits alone and in company
 
 
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """Pixels that a request starts from, repaints or is guided by. Two pictures are equal when their pixels are."""
+
+    pixels: NDArray[np.uint8]  # [h, w, 3]; a mask is [h, w], 255 where it is repainted. Not written to from here on
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the shape and the pixels, hex."""
+        digest = hashlib.sha256(repr(self.pixels.shape).encode())
+        digest.update(self.pixels.tobytes())
+        return digest.hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.sha256 == other.sha256
+
+    def __hash__(self) -> int:
+        return hash(self.sha256)
+
+
+@dataclass(frozen=True)
+class AdapterUse:
+    """One adapter laid over the checkpoint for this image alone."""
+
+    name: str  # of one of the checkpoint's adapters
+    strength: float = 1.0
+
+
+@dataclass(frozen=True)
+class Fork:
+    """Start from the latents an earlier image of the same owner kept after a step, under this request's prompt."""
+
+    image_id: str
+    step: int  # one of that image's `keep_steps`
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageRequest:
     """One image to render. Frozen: what happens to it is an `InFlight`."""
 
     id: str  # unique among the requests in one engine
     group: str  # the job it belongs to; a neighbour is an image of another group
+    owner: str = ""  # whose it is: only images of one owner share kept latents
+    policy_version: str = ""  # of the safety rules it was admitted under: nothing cached under others serves it
     checkpoint: str
     prompt: str
     negative_prompt: str = ""
@@ -29,6 +79,16 @@ class ImageRequest:
     guidance: float  # 1 or less: no classifier-free guidance, one row of a forward instead of two
     sampler: str
     seed: int  # 0..2**63-1; drawn on the CPU, so the noise is the same on every device
+    init_image: Picture | None = None  # [height_px, width_px, 3]: start from it instead of from noise alone
+    mask: Picture | None = None  # [height_px, width_px]: repaint where it is 255; needs `init_image`
+    strength: float = 1.0  # 0..1: how much of `init_image` is noise at the start; the steps behind that are skipped
+    control_image: Picture | None = None  # what a control network follows
+    clip_skip: int = 0  # layers of the CLIP text encoder left out at its end
+    adapters: tuple[AdapterUse, ...] = ()
+    options: Mapping[str, Option] = field(default_factory=dict)  # further arguments of a diffusers pipeline's own call
+    keep_steps: tuple[int, ...] = ()  # keep the latents after these steps for a `Fork`
+    fork: Fork | None = None
+    block_cache: bool = False  # reuse what the later blocks computed where the first changed little; best effort only
     determinism: Determinism = Determinism.BEST_EFFORT
     bucket_rows: int | None = None  # required for reproducible, ignored for best effort
     rank: int = 0  # 0 is served first
@@ -39,6 +99,11 @@ class ImageRequest:
         return self.guidance > 1
 
     @property
+    def is_reproducible(self) -> bool:
+        """Must it have the same bits alone and in company?"""
+        return self.determinism == Determinism.REPRODUCIBLE
+
+    @property
     def pinned_rows(self) -> int | None:
         """The number of rows every forward of this image must have; None where the engine may choose."""
-        return self.bucket_rows if self.determinism == Determinism.REPRODUCIBLE else None
+        return self.bucket_rows if self.is_reproducible else None

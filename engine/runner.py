@@ -1,23 +1,52 @@
-"""The tensors: encode a prompt, advance many images with one forward, decode one image.
+"""The tensors: start an image, advance many with one forward, decode one, copy one out.
 
 It does not choose who advances (`scheduler.py`) nor what is said about it (`engine.py`). All of it runs on the engine's thread.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from engine.blockcache import RowKey
 from engine.conditioning import ConditioningCache
-from engine.device import Device
+from engine.device import Device, Stopwatch
 from engine.errors import ImageNotFinite
-from engine.families.contract import Family, Rows
-from engine.inflight import InFlight, Tensors
+from engine.families.contract import Family, Recall, State
+from engine.inflight import InFlight
 from engine.loading import LoadedCheckpoint
+from engine.previews import Projector
+from engine.request import AdapterUse
 from engine.scheduler import Batch
+
+
+class Developing:
+    """An image's pixels on their way off the device."""
+
+    def __init__(self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch) -> None:
+        self.watch = watch  # of the decode
+        self._if_not_finite = if_not_finite
+        self._floats = floats  # [1, 3, h, w] in 0..1, on the CPU, there when the watch is ready
+        self._is_finite = is_finite
+
+    @property
+    def is_ready(self) -> bool:
+        """Would `pixels` not wait?"""
+        return self.watch.is_ready
+
+    def pixels(self) -> NDArray[np.uint8]:
+        """Give the finished pixels, [h, w, 3], in memory of their own. Waits for the device; raises `ImageNotFinite`."""
+        self.watch.seconds()
+        if not bool(self._is_finite):
+            raise ImageNotFinite(self._if_not_finite)
+        pixels = self._floats.permute(0, 2, 3, 1).float().numpy()[0]
+        finished: NDArray[np.uint8] = np.ascontiguousarray((pixels * 255).round().astype(np.uint8))
+        return finished
 
 
 class Runner:
@@ -27,70 +56,107 @@ class Runner:
         self._checkpoints = checkpoints
         self._device = device
         self._cache = cache
+        self._projectors: dict[str, Projector | None] = {}  # made when somebody first watches
 
     @torch.inference_mode()
-    def encode(self, image: InFlight) -> None:
+    def start(self, image: InFlight) -> None:
         """Give the image its conditioning, sampler and initial latents: after this it can be denoised."""
-        checkpoint = self._checkpoints[image.request.checkpoint]
-        family = checkpoint.family
-        conditioning = family.encode(image.request, partial(self._cache.recall, checkpoint.weights_digest))
-        generator = torch.Generator("cpu").manual_seed(image.request.seed)
-        sampler = family.sampler(image.request)
-        image.num_steps = len(sampler.timesteps)
-        image.tensors = Tensors(
-            sampler=sampler,
-            timesteps=sampler.timesteps,
-            conditioning=conditioning,
-            latents=family.initial_latents(image.request, sampler, generator),
-            generator=generator,
-        )
+        with self._encoding(image) as recall:
+            self._family_of(image).start(image, recall)
 
     @torch.inference_mode()
-    def predict(self, batch: Batch) -> list[Tensor]:
+    def restore(self, image: InFlight, state: State) -> None:
+        """Let the image go on where `state` was saved, instead of starting it."""
+        with self._encoding(image) as recall:
+            self._family_of(image).restore(image, state, recall)
+
+    @torch.inference_mode()
+    def fork(self, image: InFlight, latents: Tensor) -> None:
+        """Let the image go on from another's latents at `image.step`, instead of starting it."""
+        with self._encoding(image) as recall:
+            self._family_of(image).fork(image, latents, recall)
+
+    @torch.inference_mode()
+    def predict(self, batch: Batch) -> list[Any]:
         """Run one forward for all images of the batch, padded to its bucket; no image is changed, so it can be repeated.
 
-        Returns each image's own rows of the prediction, [image.rows, c, h/8, w/8], in the batch's order.
+        Returns each image's own part of the prediction, in the batch's order.
         """
-        family = self._family_of(batch.images[0])
-        rows = stack_rows([family.inputs(image) for image in batch], batch.bucket_rows, self._device.torch_device)
-        prediction = family.denoise(rows)
-        return list(torch.split(prediction[: batch.used_rows], [image.rows for image in batch]))
+        with self._adapted(batch), self._block_cached(batch):
+            return self._family_of(batch.images[0]).predict(batch.images, batch.bucket_rows)
 
     @torch.inference_mode()
-    def advance(self, image: InFlight, prediction: Tensor) -> None:
-        """Move one image on by one denoise step from its rows of the prediction."""
-        # No isfinite() here: it would stall the device at every step; decode() checks.
+    def advance(self, image: InFlight, prediction: Any) -> None:
+        """Move one image on by its part of the prediction."""
         self._family_of(image).advance(image, prediction)
 
     @torch.inference_mode()
-    def decode(self, image: InFlight) -> NDArray[np.uint8]:
-        """Give the finished pixels, [h, w, 3], in memory of their own. Raises `ImageNotFinite`.
+    def decode(self, image: InFlight) -> Developing:
+        """Launch the decode of a denoised image. What it gives is read later, without stalling a GPU.
 
         One image at a time: a batched decode gives other bits, and its memory is what a large image needs most of.
         """
-        decoded = self._family_of(image).decode(image.tensors.latents)
-        is_finite = torch.isfinite(decoded).all()
-        pixels = (decoded * 0.5 + 0.5).clamp(0, 1).cpu().permute(0, 2, 3, 1).float().numpy()[0]
-        if not bool(is_finite):
-            raise ImageNotFinite(f"image {image.id} decoded to NaN or infinity after {image.step} steps")
-        finished: NDArray[np.uint8] = np.ascontiguousarray((pixels * 255).round().astype(np.uint8))
-        return finished
+        loaded = self._checkpoints[image.request.checkpoint]
+        with self._device.aside() if loaded.family.follows_stream else nullcontext():
+            watch = self._device.stopwatch()
+            decoded = loaded.family.decode(image)
+            is_finite = self._device.fetch(torch.isfinite(decoded).all())
+            floats = self._device.fetch((decoded * 0.5 + 0.5).clamp(0, 1))
+            watch.stop()
+        return Developing(f"image {image.id} decoded to NaN or infinity after {image.step} steps", floats, is_finite, watch)
+
+    @torch.inference_mode()
+    def save(self, image: InFlight) -> State:
+        """Copy what is needed to go on elsewhere; the image is left untouched."""
+        return self._family_of(image).save(image)
+
+    @torch.inference_mode()
+    def latents(self, image: InFlight) -> Tensor:
+        """A copy of the image's noisy latents on the CPU, as `fork` takes them."""
+        return self._family_of(image).latents(image).to("cpu", copy=True)
+
+    @torch.inference_mode()
+    def preview(self, image: InFlight) -> NDArray[np.uint8] | None:
+        """What the last step took the finished image to be, [h/8, w/8, 3]; None when nobody watched that step."""
+        family, name = self._family_of(image), image.request.checkpoint
+        clean = family.clean_latents(image)
+        if clean is not None and name not in self._projectors:
+            self._projectors[name] = family.projector()
+        projector = self._projectors.get(name)
+        return None if clean is None or projector is None else projector.project(clean)
+
+    def release(self, image: InFlight) -> None:
+        """Let go of all that the image holds on the device; harmless at any moment, also when repeated."""
+        loaded = self._checkpoints[image.request.checkpoint]
+        loaded.family.release(image)
+        if loaded.block_cache is not None:
+            loaded.block_cache.forget(image.id)
+
+    @contextmanager
+    def _encoding(self, image: InFlight) -> Iterator[Recall]:
+        """Within it the text encoders wear the image's adapters, and what they give is remembered under their names."""
+        loaded = self._checkpoints[image.request.checkpoint]
+        with loaded.adapted([image.request.adapters]):
+            yield partial(self._cache.recall, loaded.conditioning_key(image.request))
+
+    def _adapted(self, batch: Batch) -> AbstractContextManager[None]:
+        """Within it every row of a forward wears the adapters of its image; padding wears none."""
+        uses: list[tuple[AdapterUse, ...]] = [image.request.adapters for image in batch for _ in range(image.rows)]
+        uses += [()] * (batch.bucket_rows - batch.used_rows)
+        return self._checkpoints[batch.key.checkpoint].adapted(uses)
+
+    def _block_cached(self, batch: Batch) -> AbstractContextManager[None]:
+        """Within it rows that asked for the block cache use it, unless anybody in the batch must have exact bits."""
+        cache = self._checkpoints[batch.key.checkpoint].block_cache
+        if cache is None or batch.is_pinned or not any(image.request.block_cache for image in batch):
+            return nullcontext()
+        keys: list[RowKey | None] = []
+        for image in batch:
+            for row in range(image.rows):
+                asked = image.request.block_cache
+                keys.append(RowKey(image_id=image.id, row=row, step=image.step, num_steps=image.num_steps) if asked else None)
+        keys += [None] * (batch.bucket_rows - batch.used_rows)
+        return cache.rows(keys)
 
     def _family_of(self, image: InFlight) -> Family:
         return self._checkpoints[image.request.checkpoint].family
-
-
-def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) -> Rows:
-    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on the device.
-
-    Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and attention over equal keys is uniform.
-    Rows never mix, so what the padding computes is nobody's.
-    """
-    stacked: Rows = {}
-    for name, first in parts[0].items():
-        tensors = [part[name] for part in parts]
-        padding = bucket_rows - sum(len(tensor) for tensor in tensors)
-        if padding > 0:
-            tensors.append(first.new_zeros((padding, *first.shape[1:])))
-        stacked[name] = torch.cat(tensors).to(device, non_blocking=True)
-    return stacked

@@ -3,10 +3,17 @@
 A sampler is a diffusers scheduler object made from the checkpoint's own scheduler config. It belongs to one image: multi-step
 samplers remember earlier predictions, and stepping rows of a batch together is not bit-equal in bf16. A call costs 0.05 to 1 ms.
 
-Every name here was checked to give the bits of `pipe(...)` (tests/engine/test_parity.py), and makes exactly one forward per step.
-Left out: Heun, KDPM2, PNDM (more forwards than steps asked for, which progress and cost do not say yet), DPM-SDE and SASolver
-(state that is not plain data), LMS (needs scipy). DEIS, IPNDM and singlestep DPM++ do not know zero terminal SNR, which a
-checkpoint may be trained for, and would silently start at the wrong noise level.
+Every name here was checked to give the bits of `pipe(...)` (tests/engine/test_parity*.py), and makes exactly one forward per step.
+
+For checkpoints that predict noise (or v, or the sample), `SAMPLERS`. Left out: Heun, KDPM2, PNDM (more forwards than steps asked
+for, which progress and cost do not say yet), DPM-SDE and SASolver (state that is not plain data), LMS (needs scipy). DEIS, IPNDM and
+singlestep DPM++ do not know zero terminal SNR, which a checkpoint may be trained for, and would silently start at the wrong noise
+level.
+
+For checkpoints that predict a flow's velocity, `FLOW_SAMPLERS`. Left out: Heun again, beta sigmas (need scipy), Euler with
+`stochastic_sampling` (it is flow_lcm by another name), the SDE variants of DPM++, DEIS and singlestep DPM++ (an allowed name is a
+promise with a test; these promise nothing that the two multi-step ones do not). What draws noise, flow_lcm alone, draws it from the
+image's own generator; `pipe(...)` gives its scheduler none, and draws from the process's.
 """
 
 import inspect
@@ -28,6 +35,9 @@ class Recipe:
     scheduler_class: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     is_distilled: bool = False  # for checkpoints distilled to few steps: picks from the steps of the training schedule
+    renames: Mapping[str, str] = field(default_factory=dict)  # what this class calls otherwise than the config: its name -> theirs
+    starts_from_noise_only: bool = False  # cannot mix a picture with noise as flow matching does
+    refuses_idle_mu: bool = False  # cannot be told a shift (`mu`) that its config does not ask for
 
 
 SAMPLERS: dict[str, Recipe] = {
@@ -43,13 +53,27 @@ SAMPLERS: dict[str, Recipe] = {
     "tcd": Recipe("TCDScheduler", is_distilled=True),
 }
 
+_PLAIN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}  # whatever the checkpoint asks for
+_AS_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} | _PLAIN_SIGMAS
 
-def check_sampler(name: str, num_steps: int, config: Mapping[str, Any]) -> None:
-    """Raise `UnsupportedRequest` for a sampler nobody allows, or more steps than its schedule has. Plain numbers only."""
-    if name not in SAMPLERS:
-        raise UnsupportedRequest("sampler", f"{name!r} is none of {', '.join(SAMPLERS)}")
+FLOW_SAMPLERS: dict[str, Recipe] = {
+    "flow_euler": Recipe("FlowMatchEulerDiscreteScheduler"),
+    "flow_euler_karras": Recipe("FlowMatchEulerDiscreteScheduler", _PLAIN_SIGMAS | {"use_karras_sigmas": True}),
+    "flow_euler_exponential": Recipe("FlowMatchEulerDiscreteScheduler", _PLAIN_SIGMAS | {"use_exponential_sigmas": True}),
+    "flow_lcm": Recipe("FlowMatchLCMScheduler", {"scale_factors": None}),  # None: latents keep their size from step to step
+    "flow_dpmpp_2m": Recipe(
+        "DPMSolverMultistepScheduler", _AS_FLOW, renames={"flow_shift": "shift"}, starts_from_noise_only=True, refuses_idle_mu=True
+    ),
+    "flow_unipc": Recipe("UniPCMultistepScheduler", _AS_FLOW, renames={"flow_shift": "shift"}, starts_from_noise_only=True),
+}
+
+
+def check_sampler(name: str, num_steps: int, config: Mapping[str, Any], allowed: Mapping[str, Recipe] = SAMPLERS) -> None:
+    """Raise `UnsupportedRequest` for a sampler that is not allowed, or more steps than its schedule has. Plain numbers only."""
+    if name not in allowed:
+        raise UnsupportedRequest("sampler", f"{name!r} is none of {', '.join(allowed)}")
     most = int(config.get("num_train_timesteps", 1000))
-    if SAMPLERS[name].is_distilled:
+    if allowed[name].is_distilled:
         most = min(most, int(config.get("original_inference_steps", 50)))
     if not 1 <= num_steps <= most:
         raise UnsupportedRequest("num_steps", f"{num_steps} is not within 1..{most} for {name}")
@@ -57,8 +81,9 @@ def check_sampler(name: str, num_steps: int, config: Mapping[str, Any]) -> None:
 
 def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:
     """Make a sampler that no other image shares; `config` is the checkpoint's and is left untouched."""
-    recipe = SAMPLERS[name]
-    return cast(Sampler, _scheduler_class(recipe.scheduler_class).from_config(dict(config), **recipe.overrides))
+    recipe = (SAMPLERS | FLOW_SAMPLERS)[name]
+    renamed = {ours: config[theirs] for ours, theirs in recipe.renames.items() if theirs in config}
+    return cast(Sampler, _scheduler_class(recipe.scheduler_class).from_config(dict(config), **recipe.overrides, **renamed))
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:

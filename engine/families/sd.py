@@ -1,31 +1,48 @@
-"""Stable Diffusion 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder, and an 8x VAE.
+"""SD 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder, and an 8x VAE.
 
-Follows `StableDiffusionPipeline` bit for bit (epsilon, sample and v prediction, zero terminal SNR, all by the checkpoint's
-scheduler config), but reads the component folders itself: nothing named in a model_index.json is ever imported.
+Follows `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline` and `StableDiffusionInpaintPipeline` bit for bit (epsilon, sample
+and v prediction, zero terminal SNR, all by the checkpoint's scheduler config), but reads the component folders itself: nothing named
+in a model_index.json is ever imported. A UNet of nine input channels sees the mask and the picture to repaint at every step; it
+serves nothing else.
 """
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from diffusers.utils import is_accelerate_available
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import Recall, Rows, Sampler
+from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
+from engine.families.latent import (
+    Beginning,
+    LatentFamily,
+    begin_at,
+    check_native,
+    check_side,
+    load_network,
+    load_sampler_config,
+    load_tokenizer,
+)
 from engine.inflight import InFlight
+from engine.previews import FACTORS
 from engine.request import ImageRequest
-from engine.samplers import check_sampler, fresh_sampler, step_arguments
+from engine.samplers import check_sampler, fresh_sampler
 
 
-class StableDiffusion:
+class StableDiffusion(LatentFamily):
     """One loaded SD 1.x or 2.x checkpoint."""
+
+    published = FACTORS["sd"]
 
     def __init__(
         self,
@@ -42,42 +59,52 @@ class StableDiffusion:
         self._unet = unet
         self._vae = vae
         self._sampler_config = sampler_config
-        self._device = device
-        self._dtype: torch.dtype = unet.dtype
+        self._sees_mask = unet.config.in_channels == 9
+        self.device = device
+        self.dtype = unet.dtype
         self.pixels_per_latent: int = 2 ** (len(vae.config.block_out_channels) - 1)
 
     @classmethod
-    def folders(cls) -> tuple[str, ...]:
+    def folders(cls, path: Path) -> tuple[str, ...]:
         """See the contract."""
         return ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
     @classmethod
-    def load(cls, path: Path, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
-        """See the contract. The weights become ours alone: a file rewritten later cannot change them."""
-        unet = _load_network(UNet2DConditionModel, path, "unet", dtype, device)
-        if unet.config.time_cond_proj_dim is not None:
-            raise CheckpointCorrupt("unet/config.json", "takes an embedded guidance scale, which family sd does not serve")
-        if unet.config.in_channels != unet.config.out_channels:
-            raise CheckpointCorrupt("unet/config.json", "takes more latent channels than it predicts: an inpainting network?")
-        try:
-            tokenizer = CLIPTokenizer.from_pretrained(str(path / "tokenizer"), local_files_only=True)
-        except Exception as problem:
-            raise CheckpointCorrupt("tokenizer", str(problem)) from problem
+    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
+        """See the contract."""
+        path = Path(spec.path)
         return cls(
-            tokenizer=tokenizer,
-            text_encoder=_load_network(CLIPTextModel, path, "text_encoder", dtype, device),
-            unet=unet,
-            vae=_load_network(AutoencoderKL, path, "vae", dtype, device),
-            sampler_config=_sampler_config(path),
+            tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
+            text_encoder=load_network(CLIPTextModel, path, "text_encoder", dtype, device),
+            unet=load_unet(path, dtype, device, additions=None),
+            vae=load_network(AutoencoderKL, path, "vae", dtype, device),
+            sampler_config=_repaired(load_sampler_config(path)),
             device=device,
         )
 
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See the contract."""
+        return {"unet": self._unet, "text_encoder": self._text_encoder}
+
+    # --- of a request ---
+
     def check(self, request: ImageRequest) -> None:
         """See the contract."""
-        for side, size_px in (("width_px", request.width_px), ("height_px", request.height_px)):
-            if size_px < 8 or size_px % 8 or size_px % self.pixels_per_latent:
-                raise UnsupportedRequest(side, f"{size_px} is not a multiple of {max(8, self.pixels_per_latent)}")
+        check_side("width_px", request.width_px, max(8, self.pixels_per_latent))
+        check_side("height_px", request.height_px, max(8, self.pixels_per_latent))
         check_sampler(request.sampler, request.num_steps, self._sampler_config)
+        check_native(request)
+        check_pictures(request)
+        if self._sees_mask and request.mask is None:
+            raise UnsupportedRequest("mask", "this checkpoint only repaints: it needs an init_image and a mask")
+        if _skipped_steps(request) == request.num_steps:
+            raise UnsupportedRequest("strength", f"{request.strength} leaves none of {request.num_steps} steps")
+        if not 0 <= request.clip_skip <= self._most_clip_skip():
+            raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{self._most_clip_skip()}")
+
+    def _most_clip_skip(self) -> int:
+        """One layer is left."""
+        return int(self._text_encoder.config.num_hidden_layers) - 1
 
     def rows(self, request: ImageRequest) -> int:
         """See the contract."""
@@ -87,113 +114,165 @@ class StableDiffusion:
         """Always the tokenizer's full length: CLIP pads and truncates every prompt to it."""
         return int(self._tokenizer.model_max_length)
 
-    def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the contract: {"text": [rows, tokens, width]}, uncond before cond."""
-        texts = [request.negative_prompt, request.prompt] if self.rows(request) == 2 else [request.prompt]
-        return {"text": torch.cat([recall(text, partial(self._encode_text, text))["text"] for text in texts])}
+    # --- of an image ---
 
-    def _encode_text(self, text: str) -> Rows:
+    def encode(self, request: ImageRequest, recall: Recall) -> Rows:
+        """See the base: {"text": [rows, tokens, width]}, uncond before cond. The negative prompt skips no layers, as in `pipe(...)`."""
+        told = [(request.prompt, request.clip_skip)]
+        if request.is_guided:
+            told.insert(0, (request.negative_prompt, 0))
+        encoded = [recall(f"text_encoder clip_skip={skip} {text}", partial(self._encode_text, text, skip)) for text, skip in told]
+        return {"text": torch.cat([each["text"] for each in encoded])}
+
+    def _encode_text(self, text: str, clip_skip: int) -> Rows:
         """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens, width]}."""
         tokens = self._tokenizer(
             text, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
         uses_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
-        mask = tokens.attention_mask.to(self._device) if uses_mask else None
-        hidden = self._text_encoder(tokens.input_ids.to(self._device), attention_mask=mask)[0]
-        return {"text": hidden.to(self._dtype)}
+        mask = tokens.attention_mask.to(self.device) if uses_mask else None
+        encoded = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=clip_skip > 0)
+        if clip_skip == 0:
+            hidden = encoded.last_hidden_state
+        else:
+            hidden = self._text_encoder.final_layer_norm(encoded.hidden_states[-(clip_skip + 1)])
+        return {"text": hidden.to(self.dtype)}
 
     def sampler(self, request: ImageRequest) -> Sampler:
-        """See the contract."""
+        """See the base."""
         sampler = fresh_sampler(request.sampler, self._sampler_config)
         sampler.set_timesteps(request.num_steps, device="cpu")
         return sampler
 
-    def initial_latents(self, request: ImageRequest, sampler: Sampler, generator: torch.Generator) -> Tensor:
-        """See the contract. Drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+    def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
+        """See the base."""
+        if request.init_image is None:
+            return Beginning(self._noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps)
+        skipped = _skipped_steps(request)
+        begin_at(sampler, skipped)
+        timesteps = sampler.timesteps[skipped:]
+        picture = picture_tensor(request.init_image, torch.float32, torch.device("cpu"))
+        if request.mask is not None:
+            return self._begin_inpainting(request, picture, mask_tensor(request.mask), sampler, timesteps, generator)
+        clean = self.encode_picture(picture, generator)
+        noise = self._noise(request, generator)
+        return Beginning(sampler.add_noise(clean, noise, timesteps[:1]), timesteps)
+
+    def _begin_inpainting(
+        self, request: ImageRequest, picture: Tensor, mask: Tensor, sampler: Any, timesteps: Tensor, generator: torch.Generator
+    ) -> Beginning:
+        """At strength 1 from noise alone, otherwise from the noisy picture. picture: [1, 3, h, w].  mask: [1, 1, h, w]."""
+        is_strongest = request.strength == 1.0
+        clean: Any = None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
+        noise = self._noise(request, generator)
+        latents = noise * sampler.init_noise_sigma if is_strongest else sampler.add_noise(clean, noise, timesteps[:1])
+        extras = {"mask": interpolate(mask, size=noise.shape[-2:]).to(self.device, self.dtype)}
+        if self._sees_mask:
+            extras["masked"] = self.encode_picture(picture * (mask < 0.5), generator)
+        else:
+            extras |= {"clean": clean, "noise": noise}
+            # The pipeline encodes the masked picture here too and never looks at it; only what it draws for that must be drawn.
+            torch.randn(noise.shape, generator=generator, dtype=self._encoder_dtype)
+        return Beginning(latents, timesteps, extras)
+
+    def _noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
+        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
         shape = (
             1,
-            self._unet.config.in_channels,
+            self.latent_channels,
             request.height_px // self.pixels_per_latent,
             request.width_px // self.pixels_per_latent,
         )
-        noise = torch.randn(shape, generator=generator, dtype=self._dtype).to(self._device)
-        latents: Tensor = noise * sampler.init_noise_sigma
-        return latents
+        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
+
+    def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the denoiser sees them."""
+        posterior = self._vae.encode(picture.to(self.device, self.dtype).to(self._encoder_dtype)).latent_dist
+        return self._scaled(posterior.sample(generator).to(self.dtype))
+
+    @property
+    def _encoder_dtype(self) -> torch.dtype:
+        """What the VAE encodes in, and what its posterior is drawn in."""
+        dtype: torch.dtype = next(self._vae.encoder.parameters()).dtype
+        return dtype
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the contract: latents scaled for the image's own noise level, its timestep, its text."""
+        """See the base: latents scaled for the image's own noise level, its timestep, its text."""
         tensors = image.tensors
         timestep = tensors.timesteps[image.step]
         latents = tensors.sampler.scale_model_input(tensors.latents, timestep)
+        if self._sees_mask:
+            latents = torch.cat([latents, tensors.extras["mask"], tensors.extras["masked"]], dim=1)
         return {
             "latents": latents.expand(image.rows, -1, -1, -1),
             # Integer and fractional timesteps meet in one batch as float32, which holds both exactly.
             "timesteps": timestep.to(torch.float32).expand(image.rows),
-            "text": tensors.conditioning["text"],
+            **tensors.conditioning,
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the contract."""
+        """See the base."""
         prediction: Tensor = self._unet(rows["latents"], rows["timesteps"], encoder_hidden_states=rows["text"], return_dict=False)[0]
         return prediction
 
-    def advance(self, image: InFlight, prediction: Tensor) -> None:
-        """See the contract."""
+    def repaint(self, image: InFlight) -> None:
+        """Where the mask is black, put the picture back, as noisy as the latents are now."""
         tensors = image.tensors
-        if image.rows == 2:
-            uncond, cond = prediction.chunk(2)
-            prediction = uncond + image.request.guidance * (cond - uncond)
-        timestep = tensors.timesteps[image.step]
-        more = step_arguments(tensors.sampler, tensors.generator)
-        tensors.latents = tensors.sampler.step(prediction, timestep, tensors.latents, **more)[0]
+        if self._sees_mask or not tensors.extras:
+            return
+        mask, kept = tensors.extras["mask"], tensors.extras["clean"]
+        if image.step + 1 < image.num_steps:
+            sampler: Any = tensors.sampler
+            kept = sampler.add_noise(kept, tensors.extras["noise"], tensors.timesteps[image.step + 1][None])
+        tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
-    def decode(self, latents: Tensor) -> Tensor:
+    def decode(self, image: InFlight) -> Tensor:
         """See the contract."""
-        pixels: Tensor = self._vae.decode(latents / self._vae.config.scaling_factor, return_dict=False)[0]
+        decoder_dtype = next(self._vae.decoder.parameters()).dtype
+        pixels: Tensor = self._vae.decode(self._unscaled(image.tensors.latents.to(decoder_dtype)), return_dict=False)[0]
         return pixels
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        """Latents of the VAE to those of the denoiser."""
+        scaled: Tensor = self._vae.config.scaling_factor * latents
+        return scaled
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        """Latents of the denoiser to those of the VAE."""
+        unscaled: Tensor = latents / self._vae.config.scaling_factor
+        return unscaled
 
     def facts(self) -> dict[str, Any]:
         """See the contract."""
-        processors = sorted({type(processor).__name__ for processor in self._unet.attn_processors.values()})
         return {
-            "attention": processors,
+            "attention": sorted({type(processor).__name__ for processor in self._unet.attn_processors.values()}),
             "text_attention": str(getattr(self._text_encoder.config, "_attn_implementation", None)),
             "vae_tiling": bool(getattr(self._vae, "use_tiling", False)),
             "vae_slicing": bool(getattr(self._vae, "use_slicing", False)),
         }
 
 
-def _load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device) -> Any:
-    """Read one network, frozen and in eval mode; raises `CheckpointCorrupt` rather than fill a missing tensor by chance."""
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, "torch_dtype": dtype}
-    if network_class is CLIPTextModel:
-        options["dtype"] = options.pop("torch_dtype")
-    else:
-        options["low_cpu_mem_usage"] = is_accelerate_available()
-    try:
-        network, info = network_class.from_pretrained(str(path / folder), **options)
-    except Exception as problem:
-        raise CheckpointCorrupt(folder, f"cannot be read: {problem}") from problem
-    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
-    if missing or info.get("error_msgs"):
-        raise CheckpointCorrupt(folder, f"lacks {len(missing)} tensors, such as {missing[:3]}")
-    network.requires_grad_(False)
-    network.eval()
-    network.to(device)
-    for tensor in [*network.parameters(), *network.buffers()]:
-        tensor.data = tensor.data.clone()  # safetensors maps the file; a file rewritten in place would change running weights
-    return network
+def load_unet(path: Path, dtype: torch.dtype, device: torch.device, *, additions: str | None) -> Any:
+    """Read a UNet that takes text and, under the name diffusers gives them, these `additions`; raises `CheckpointCorrupt` for others."""
+    unet = load_network(UNet2DConditionModel, path, "unet", dtype, device)
+    if unet.config.time_cond_proj_dim is not None:
+        raise CheckpointCorrupt("unet/config.json", "takes an embedded guidance scale, which is not served")
+    if unet.config.in_channels not in (unet.config.out_channels, 9):
+        raise CheckpointCorrupt("unet/config.json", f"takes {unet.config.in_channels} channels: neither its latents nor a mask with them")
+    if unet.config.addition_embed_type != additions:
+        raise CheckpointCorrupt("unet/config.json", f"takes {unet.config.addition_embed_type} beside its text, not {additions}")
+    return unet
 
 
-def _sampler_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's scheduler config with the two repairs StableDiffusionPipeline makes to outdated ones."""
-    file = path / "scheduler" / "scheduler_config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as problem:
-        raise CheckpointCorrupt("scheduler/scheduler_config.json", str(problem)) from problem
+def _skipped_steps(request: ImageRequest) -> int:
+    """How many of the steps asked for are not made, as the noise they would remove is not there."""
+    return request.num_steps - int(request.num_steps * request.strength)
+
+
+def _repaired(config: dict[str, Any]) -> dict[str, Any]:
+    """The scheduler config with the two repairs StableDiffusionPipeline makes to outdated ones."""
     if config.get("steps_offset", 1) != 1:
         config["steps_offset"] = 1
     if config.get("clip_sample") is True:
         config["clip_sample"] = False
-    return dict(config)
+    return config

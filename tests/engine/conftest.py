@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_builders import a_spec, save_tiny_checkpoint
+from engine_builders import ALWAYS, a_spec, save_tiny_checkpoint
 
 from engine.config import EngineConfig
 from engine.engine import Engine
@@ -48,5 +48,5 @@ def epsilon_checkpoint(tmp_path_factory, one_torch_thread) -> Path:
 @pytest.fixture(scope="session")
 def engine(checkpoint):
     """One engine for all tests that only render: its weights stay loaded, which is the point of it."""
-    with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
+    with Engine(EngineConfig(growth_ceiling=ALWAYS), [a_spec(checkpoint)]) as engine:
         yield engine

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 
 from engine.config import CheckpointSpec
+from engine.costs import CostModel
 from engine.inflight import BatchKey, ImageState, InFlight
 from engine.request import Determinism, ImageRequest
 
+ALWAYS = 1e9  # a growth ceiling under which every row joins: what shares a forward does not depend on the machine's mood then
 SIZE = 64  # pixels: 8x8 latents
 SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm", "tcd")
 WORDS = ["a", "red", "green", "blue", "circle", "square", "star", "on", "the", "background", "small", "large"]
@@ -130,3 +132,30 @@ def a_pinned_image(id: str, bucket_rows: int = 8, **changes) -> InFlight:
 
 def ids(images) -> list[str]:
     return [image.id for image in images]
+
+
+def a_key(size: int = SIZE, **changes) -> BatchKey:
+    """The batch key of `an_image` of that size."""
+    return BatchKey(**{"checkpoint": "tiny", "height_px": size, "width_px": size, "text_length": 16} | changes)
+
+
+def flat(rows: int) -> float:
+    """Seconds of a forward that batching makes nearly free."""
+    return 1 + 0.01 * rows
+
+
+def saturated(rows: int) -> float:
+    """Seconds of a forward from which batching gains nothing."""
+    return float(rows)
+
+
+def measured_costs(curve=flat, *, sizes=(SIZE,), rows=(1, 2, 4, 8, 16), encode_s=0.1, decode_s=0.5) -> CostModel:
+    """Costs that have been seen often enough to be believed; `curve` gives the seconds of a forward by its rows, for every size."""
+    costs = CostModel()
+    for size in sizes:
+        for n in rows:
+            for _ in range(3):
+                costs.observe_step(a_key(size), n, curve(n))
+        costs.observe_encode(a_key(size), encode_s)
+        costs.observe_decode(a_key(size), decode_s)
+    return costs

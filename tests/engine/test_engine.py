@@ -2,6 +2,7 @@
 
 import threading
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -233,14 +234,18 @@ def test_cancels_at_any_moment_leave_nobody_waiting(engine):
 # --- when things go wrong ------------------------------------------------------------------------------------------------
 
 
+def poisoned(begin):
+    """As `begin`, but the image with seed 666 starts from NaN."""
+
+    def beginning(request, *arguments):
+        given = begin(request, *arguments)
+        return replace(given, latents=given.latents * float("nan")) if request.seed == 666 else given
+
+    return beginning
+
+
 def test_an_image_that_turns_to_nan_fails_alone(engine, monkeypatch):
-    family = family_of(engine)
-    draw = family.initial_latents
-
-    def poisoned(request, sampler, generator):
-        return draw(request, sampler, generator) * (float("nan") if request.seed == 666 else 1)
-
-    monkeypatch.setattr(family, "initial_latents", poisoned)
+    monkeypatch.setattr(family_of(engine), "begin", poisoned(family_of(engine).begin))
     alone = engine.submit(reproducible("good")).result(60)
     on_event, reached, go = held_at(1)
     good = engine.submit(reproducible("good"), on_event)
@@ -256,17 +261,14 @@ def test_an_image_that_turns_to_nan_fails_alone(engine, monkeypatch):
 
 def test_a_row_that_breaks_the_forward_fails_its_own_image_and_the_step_is_repeated_without_it(engine, monkeypatch):
     family = family_of(engine)
-    draw, denoise = family.initial_latents, family.denoise
-
-    def poisoned(request, sampler, generator):
-        return draw(request, sampler, generator) * (float("nan") if request.seed == 666 else 1)
+    denoise = family.denoise
 
     def fussy(rows):
         if torch.isnan(rows["latents"]).any():
             raise ValueError("a row is broken")
         return denoise(rows)
 
-    monkeypatch.setattr(family, "initial_latents", poisoned)
+    monkeypatch.setattr(family, "begin", poisoned(family.begin))
     monkeypatch.setattr(family, "denoise", fussy)
     alone = engine.submit(reproducible("good")).result(60)
     on_event, reached, go = held_at(1)
@@ -417,10 +419,10 @@ def test_an_engine_that_dies_leaves_nobody_waiting(checkpoint, monkeypatch):
     engine = Engine(EngineConfig(), [a_spec(checkpoint)])
     engine.start()
 
-    def broken():
+    def broken(now_s):
         raise AssertionError("the books do not balance")
 
-    monkeypatch.setattr(engine._scheduler, "next_batch", broken)
+    monkeypatch.setattr(engine._scheduler, "next_work", broken)
 
     with pytest.raises(EngineStopped, match="the books do not balance"):
         engine.submit(a_request("a")).result(60)

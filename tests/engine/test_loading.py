@@ -23,7 +23,7 @@ def folder(checkpoint, tmp_path):
 
 
 def hashes(folder) -> dict[str, str]:
-    return hash_files(folder, StableDiffusion.folders())
+    return hash_files(folder, StableDiffusion.folders(folder))
 
 
 def flip_a_bit(file) -> None:

@@ -1,0 +1,90 @@
+"""What makes a loaded checkpoint faster on its device without changing what it computes for whom: layout, compilation, CUDA graphs.
+
+Each is the checkpoint's own choice (`CheckpointSpec`), is off unless asked for, and is named in the fingerprint, for each can change
+the last bits. None of it has a kernel of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engine.config import CheckpointSpec
+from engine.device import Device
+from engine.errors import UnsupportedRequest
+from engine.families.contract import Family, Rows
+from engine.families.latent import LatentFamily
+
+cuda: Any = torch.cuda
+
+
+def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
+    """Apply what `spec` asks for. Raises `UnsupportedRequest`, naming the field, for what this checkpoint or device has not."""
+    networks = family.networks()
+    denoiser: Any = networks.get("unet", networks.get("transformer"))
+    if spec.channels_last:
+        if "unet" not in networks:
+            raise UnsupportedRequest("channels_last", f"family {spec.family!r} has no convolutional denoiser")
+        denoiser.to(memory_format=torch.channels_last)
+    if spec.compile_blocks:
+        if not getattr(denoiser, "_repeated_blocks", None):
+            raise UnsupportedRequest("compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks")
+        if spec.adapters or spec.block_cache_threshold:
+            raise UnsupportedRequest("compile_blocks", "adapters and the block cache hook into blocks, which a compiled one cannot have")
+        # One graph for all row counts: static shapes gain a tenth more and cost a compilation per bucket.
+        denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True)
+    if spec.cuda_graphs:
+        if not device.is_cuda or not isinstance(family, LatentFamily):
+            raise UnsupportedRequest("cuda_graphs", "are for native families on a GPU")
+        family.graphs = CudaGraphs(family.denoise)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """One recorded forward: write the inputs, replay, read the output."""
+
+    graph: Any
+    inputs: Rows
+    output: Tensor
+
+
+class CudaGraphs:
+    """A forward recorded once per shape of its rows and replayed: thousands of launches become one.
+
+    All graphs share a memory pool: only one runs at a time, and its output is copied out before the next. Where rows wear adapters or
+    use the block cache, what runs depends on values, and the caller goes the plain way.
+    """
+
+    def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
+        self._denoise = denoise
+        self._captured: dict[tuple[Any, ...], Captured] = {}
+        self._pool: Any = None
+
+    def __call__(self, rows: Rows) -> Tensor:
+        """As `denoise`, for rows on the device."""
+        key = tuple((name, tensor.dtype, *tensor.shape) for name, tensor in sorted(rows.items()))
+        if key not in self._captured:
+            self._captured[key] = self._capture(rows)
+        captured = self._captured[key]
+        for name, tensor in rows.items():
+            captured.inputs[name].copy_(tensor)
+        captured.graph.replay()
+        return captured.output.clone()
+
+    def _capture(self, rows: Rows) -> Captured:
+        inputs = {name: tensor.clone() for name, tensor in rows.items()}
+        side = cuda.Stream()
+        side.wait_stream(cuda.current_stream())
+        with cuda.stream(side):  # lazy work (handles, workspaces, compilation) must be over before anything is recorded
+            for _ in range(2):
+                self._denoise(inputs)
+        cuda.current_stream().wait_stream(side)
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph, pool=self._pool):
+            output = self._denoise(inputs)
+        self._pool = self._pool or graph.pool()
+        return Captured(graph, inputs, output)

@@ -1,0 +1,282 @@
+"""Skip most of a transformer for those rows of a batch that it would tell little news.
+
+From one denoise step to the next a transformer often adds nearly the same to its input. The first block always runs; where its
+residual changed little since the step that was last computed in full, what all the other blocks added then is added again, and they
+are not run. As in `FirstBlockCache` of diffusers, but decided row by row and remembered by image, never by place in the batch: rows
+that need computing go on together as a smaller batch, and images may join and leave at every step.
+
+Approximate by design, so an option of best-effort images. The smaller batch gives the *other* rows different last bits as well: a
+forward with a reproducible image in it must stay outside of `rows()` altogether. Outside of it the network is untouched.
+
+For SD3 and FLUX transformers; UNets are refused: their later blocks take what earlier ones left for them, so there is no one residual
+to remember. Each forward waits once for the device, as the decision shapes the calls that follow: regional compilation of the blocks
+goes along with that, a CUDA graph or a compiled whole network does not. It does not know requests, nor what a row was made from.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engine.errors import EngineError, UnsupportedRequest
+
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")  # in the order in which a network runs them
+PER_ROW = frozenset({"hidden_states", "encoder_hidden_states", "temb"})  # arguments of a block with one entry per row
+SHARED: dict[str, frozenset[str]] = {  # arguments that all rows share, by class of block; each returns the two hidden states, text first
+    "JointTransformerBlock": frozenset(),  # SD3; its last one returns no text
+    "FluxTransformerBlock": frozenset({"image_rotary_emb"}),
+    "FluxSingleTransformerBlock": frozenset({"image_rotary_emb"}),
+}
+
+Streams = tuple[Tensor | None, Tensor]
+"""Hidden states of the text and of the image, each [rows, tokens, width]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowKey:
+    """Whose row it is, and where in its schedule that image stands."""
+
+    image_id: str
+    row: int  # within the image: 0 and 1 with guidance
+    step: int  # denoise steps behind it
+    num_steps: int
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What one row left behind when it was last computed in full; in memory of its own, not a view of the batch."""
+
+    step: int
+    first: Tensor  # what the first block added to the image stream, [tokens, width]
+    first_size: Tensor  # its mean magnitude
+    text: Tensor | None  # what the other blocks added to the text, where the last one returns it
+    image: Tensor  # what they added to the image stream
+
+    @property
+    def size_bytes(self) -> int:
+        """Memory it takes on the device."""
+        return sum(tensor.nbytes for tensor in (self.first, self.first_size, self.text, self.image) if tensor is not None)
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """What the first block gave for every row, and whom it was the last for."""
+
+    added: Tensor  # to the image stream
+    text: Tensor
+    image: Tensor
+    skipped: dict[int, Memory]  # by row
+    computed: list[int]  # rows that the other blocks run for
+    index: Tensor | None  # the same on the device; None: every row
+
+
+@dataclass
+class Forward:
+    """One forward under way."""
+
+    keys: Sequence[RowKey | None]
+    narrow: Callable[[list[int] | None], None]
+    calls_before: list[Any] = field(default_factory=list)  # of each block, while the cache stands before it
+    first: FirstBlock | None = None
+
+
+class BlockCache:
+    """The first-block cache of one transformer. Used by the engine's thread only; the counters may be read from any."""
+
+    def __init__(self, transformer: nn.Module, *, threshold: float, max_bytes: int, warmup_steps: int = 2, last_steps: int = 1) -> None:
+        """Look for the blocks; nothing is changed on the network until `rows()`.
+
+        threshold: a row is skipped while the first block's residual differs by less than this share of its own mean magnitude; 0 skips
+        nothing.  max_bytes: of memories on the device, about 51 MiB per row of FLUX at 1024 px.  warmup_steps, last_steps: of each
+        image, always computed in full.  Raises `UnsupportedRequest` for a network without the blocks this module knows.
+        """
+        lists = [module for name in BLOCK_LISTS if isinstance(module := getattr(transformer, name, None), nn.ModuleList)]
+        self._blocks: list[Any] = [block for blocks in lists for block in blocks]
+        unknown = sorted({type(block).__name__ for block in self._blocks} - SHARED.keys())
+        if len(self._blocks) < 2 or unknown:
+            found = f"blocks of class {', '.join(unknown)}" if unknown else "no transformer blocks in a row"
+            raise UnsupportedRequest("block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip")
+        self.threshold = threshold
+        self.max_bytes = max_bytes
+        self.warmup_steps = warmup_steps
+        self.last_steps = last_steps
+        self.size_bytes = 0
+        self.rows_computed = 0  # in full; like the next, of rows with a key
+        self.rows_skipped = 0
+        self._memories: OrderedDict[tuple[str, int], Memory] = OrderedDict()  # by image and row, least recently used first
+
+    @property
+    def rows_remembered(self) -> int:
+        """Rows that may be skipped at their next step. Not the length: an empty cache would count as false."""
+        return len(self._memories)
+
+    def facts(self) -> dict[str, Any]:
+        """What of it can change a bit, as plain JSON values."""
+        return {"threshold": self.threshold, "warmup_steps": self.warmup_steps, "last_steps": self.last_steps}
+
+    @contextmanager
+    def rows(self, keys: Sequence[RowKey | None], *, narrow: Callable[[list[int] | None], None] | None = None) -> Iterator[None]:
+        """Within it the next forward, of `len(keys)` rows, skips what it may; any forward after that one runs as without a cache.
+
+        A row whose key is None does without: it is computed in full and not remembered, but its last bits depend on how many rows are
+        computed with it (see the module).  narrow: told which rows the coming blocks hold, in their order, whenever those are not all
+        of them, and None when they are all again; for what else is laid over a batch by row, such as adapters.
+
+        Raises `EngineError` within the forward when its rows are not those of `keys`, and `UnsupportedRequest` when its blocks are
+        given what this module does not know to be shared or per row. Either way nothing of the network stays changed.
+        """
+        for key in keys:
+            if key is not None and (key.image_id, key.row) in self._memories:
+                self._memories.move_to_end((key.image_id, key.row))
+        forward = Forward(keys, narrow or (lambda rows: None))
+        self._step_in(forward)
+        try:
+            yield
+        finally:
+            self._step_out(forward)
+
+    def forget(self, image_id: str) -> None:
+        """Give back what is remembered of an image. Harmless when there is nothing."""
+        for place in [place for place in self._memories if place[0] == image_id]:
+            self._drop(place)
+
+    def close(self) -> None:
+        """Forget every image. Harmless when repeated."""
+        self._memories.clear()
+        self.size_bytes = 0
+
+    # --- one forward ---
+
+    def _step_in(self, forward: Forward) -> None:
+        """Stand between the network and its blocks."""
+        # A module's __call__ hands over to this attribute where it is set: `compile()` puts a compiled block there, which goes on
+        # being used. Replacing `forward` instead would be traced into the compiled block, and lose it at the first decision.
+        forward.calls_before = [block._compiled_call_impl for block in self._blocks]
+        steps = [self._run_first, *[self._run_between] * (len(self._blocks) - 2), self._run_last]
+        for block, before, step in zip(self._blocks, forward.calls_before, steps, strict=True):
+            block._compiled_call_impl = partial(step, forward, before or block._call_impl, SHARED[type(block).__name__])
+
+    def _step_out(self, forward: Forward) -> None:
+        """Let the network call its blocks directly again, with all rows. Harmless when repeated."""
+        for block, before in zip(self._blocks, forward.calls_before, strict=False):
+            block._compiled_call_impl = before
+        if forward.calls_before and forward.first is not None and forward.first.index is not None:
+            forward.narrow(None)
+        forward.calls_before = []
+
+    def _run_first(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+        """Run the first block for all rows, and decide whom it was the last for."""
+        unknown = arguments.keys() - PER_ROW - shared
+        strange = sorted(name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name])
+        if strange:
+            raise UnsupportedRequest("block_cache", f"whose row is what in {', '.join(strange)} is not known")
+        before = arguments["hidden_states"]
+        if len(before) != len(forward.keys):
+            raise EngineError(f"a forward of {len(before)} rows where the block cache was told of {len(forward.keys)}")
+        text, image = block(**arguments)
+        assert text is not None, "only a last block returns no text"
+        added = image - before
+        skipped = self._skippable(forward.keys, added)
+        computed = [row for row in range(len(before)) if row not in skipped]
+        self.rows_skipped += len(skipped)
+        self.rows_computed += sum(forward.keys[row] is not None for row in computed)
+        index = torch.tensor(computed, dtype=torch.int64, device=image.device) if skipped else None
+        forward.first = FirstBlock(added, text, image, skipped, computed, index)
+        if index is None:
+            return text, image
+        forward.narrow(computed)
+        return text[index], image[index]
+
+    def _run_between(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+        """Run a block for the rows that are computed, if there are any."""
+        first = forward.first
+        if first is None or len(arguments["hidden_states"]) != len(first.computed):
+            raise EngineError("the first block was left out, or rows were changed after it, as by a control network")
+        if not first.computed:
+            return arguments["encoder_hidden_states"], arguments["hidden_states"]
+        if first.index is not None:
+            arguments["temb"] = arguments["temb"][first.index]
+        return block(**arguments)
+
+    def _run_last(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+        """Run the last block likewise, remember what all of them added, and put the rows back into their places."""
+        text, image = self._run_between(forward, block, shared, **arguments)
+        self._step_out(forward)
+        first = forward.first
+        assert first is not None
+        self._remember(forward.keys, first, text, image)
+        if first.index is None:
+            return text, image
+        # The first block's output is nobody else's any more: what went on was a copy of some of its rows.
+        image = _filled(first.image, first.index, image, {row: memory.image for row, memory in first.skipped.items()})
+        added = {row: memory.text for row, memory in first.skipped.items() if memory.text is not None}
+        return _filled(first.text, first.index, text, added) if text is not None and added else None, image
+
+    # --- what is remembered ---
+
+    def _is_full(self, key: RowKey) -> bool:
+        """Must this step be computed in full whatever changed?"""
+        return key.step < self.warmup_steps or self._is_last(key)
+
+    def _is_last(self, key: RowKey) -> bool:
+        return key.step >= key.num_steps - self.last_steps
+
+    def _skippable(self, keys: Sequence[RowKey | None], added: Tensor) -> dict[int, Memory]:
+        """The rows to which the first block added nearly what it added when they were last computed, and what is remembered of them."""
+        known: dict[int, Memory] = {}
+        for row, key in enumerate(keys):
+            memory = None if key is None or self._is_full(key) else self._memories.get((key.image_id, key.row))
+            # A memory that is not of an earlier step is of a step that is being repeated, or of another run of the image.
+            if key is not None and memory is not None and memory.step < key.step:
+                known[row] = memory
+        if not known:
+            return {}
+        changes = [(added[row] - memory.first).abs().mean() / memory.first_size for row, memory in known.items()]
+        changed = dict(zip(known, torch.stack(changes).tolist(), strict=True))  # the one wait for the device
+        return {row: memory for row, memory in known.items() if changed[row] < self.threshold}
+
+    def _remember(self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor) -> None:
+        """Keep what the rows just computed in full will be measured against, and what the blocks after the first added to them.
+
+        text, image: [computed rows, tokens, width] after the last block.
+        """
+        for nth, row in enumerate(first.computed):
+            key = keys[row]
+            if key is None:
+                continue
+            place = (key.image_id, key.row)
+            self._drop(place)
+            if self._is_last(key):
+                continue  # no step of this image will ask again
+            added_first = first.added[row].clone()
+            added_text = None if text is None else text[nth] - first.text[row]
+            self._keep(place, Memory(key.step, added_first, added_first.abs().mean(), added_text, image[nth] - first.image[row]))
+
+    def _keep(self, place: tuple[str, int], memory: Memory) -> None:
+        """Make room at the cost of the least recently used; what is larger than the whole cache is not kept."""
+        if memory.size_bytes > self.max_bytes:
+            return
+        while self.size_bytes + memory.size_bytes > self.max_bytes:
+            self._drop(next(iter(self._memories)))
+        self._memories[place] = memory
+        self.size_bytes += memory.size_bytes
+
+    def _drop(self, place: tuple[str, int]) -> None:
+        memory = self._memories.pop(place, None)
+        if memory is not None:
+            self.size_bytes -= memory.size_bytes
+
+
+def _filled(whole: Tensor, index: Tensor, computed: Tensor, added: dict[int, Tensor]) -> Tensor:
+    """Replace the rows `index` of `whole` by computed ones and add to each other row what is remembered for it, in place."""
+    whole[index] = computed
+    for row, remembered in added.items():
+        whole[row] += remembered
+    return whole

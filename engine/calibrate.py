@@ -1,0 +1,38 @@
+"""Measure a checkpoint's curves on this device and write them down, for workers to load instead of measuring at every start."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from engine.config import CheckpointSpec, EngineConfig
+from engine.curves import save_curves
+from engine.engine import Engine
+from engine.warmup import doublings
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """Forwards of one size."""
+
+    width_px: int
+    height_px: int
+    rows: int
+    step_s: float
+    gain: float  # rows a second, over those of single-row forwards
+    grows: bool  # do single rows that wait grow a forward to this size?
+
+
+def calibrate(config: EngineConfig, spec: CheckpointSpec, folder: Path) -> tuple[Path, list[CurvePoint]]:
+    """Load `spec` alone, measure every bucket `config.warm_up_repeats` times, save the curves in `folder`.
+
+    Curves saved there before are replaced. Returns the file and what it says, for people.
+    """
+    with Engine(replace(config, curves_folder=""), [spec]) as engine:
+        file = save_curves(engine.costs, folder, spec.name, engine.fingerprint(spec.name))
+        points = []
+        for key in engine.costs.measured_keys():
+            curve = engine.costs.curve(key)
+            knee = curve.knee(config.max_batch_rows)
+            for rows in doublings(config.max_batch_rows):
+                gain = rows * curve.seconds(1) / curve.seconds(rows)
+                points.append(CurvePoint(key.width_px, key.height_px, rows, curve.seconds(rows), gain, rows <= knee))
+    return file, points

@@ -1,0 +1,412 @@
+"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a decode, bytes of a row.
+
+Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `load` with what `./darkroom calibrate` wrote
+down. No torch, no clock, no files. It does not know who waits; `scheduler.py` asks it.
+
+Three things stand between a measurement and a decision:
+
+- A *moving average* per row count. The first forward of a size also pays for what is done once (kernels chosen, memory laid out), so
+  the second observation replaces it when lower; from then on one observation counts as at most `OUTLIER` times the average. Values
+  from a file are trusted like a settled average: what is observed on top moves them slowly.
+- A *curve* through the averages that never falls (pool adjacent violators): more rows are never cheaper, and where the averages say so
+  they share their mean, in which half as much weight is given to what was not seen for `HALF_LIFE` forwards. Between measured row
+  counts it is straight, beyond the last it goes on with the last slope, below the first with the first slope but never under the
+  proportional share.
+- A *second look*. A row count found too dear is not used and so would never be measured again. The next larger one than what is used
+  is therefore tried when it was seen only once, or not within the last `STALE_AFTER` forwards of its batch key.
+"""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Generic, TypeVar
+
+from engine.inflight import BatchKey
+
+VERSION = 1  # of what `to_data` gives
+OUTLIER = 2.0
+HALF_LIFE = 50  # forwards of the batch key
+STALE_AFTER = 1000  # likewise
+TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
+
+# Before the first forward of a checkpoint was timed. Only the proportions matter then: which image is nearer its end.
+ROW_S_PER_MEGAPIXEL = 0.25
+DECODE_STEPS = 3.0  # a decode is as long as so many single-row steps
+ENCODE_STEPS = 1.0
+
+Value = TypeVar("Value")
+
+
+class CostModel:
+    """Seconds and bytes by batch key."""
+
+    def __init__(self, *, memory: float = 0.1) -> None:
+        """`memory`: the weight of the newest observation in a moving average, above 0 and at most 1."""
+        if not 0 < memory <= 1:
+            raise ValueError(f"memory is {memory}, not above 0 and at most 1")
+        self.memory = memory
+        self._forwards: _ByKey[_Forwards] = _ByKey()
+        self._shapes: _ByKey[_Forwards] = _ByKey()  # those of them with more than one row count
+        self._encodes: _ByKey[_Average] = _ByKey()
+        self._decodes: _ByKey[_Average] = _ByKey()
+        self._footprints: dict[BatchKey, _Footprint] = {}
+
+    # --- seconds ---
+
+    def observe_step(self, key: BatchKey, rows: int, seconds: float) -> None:
+        """Note a forward of `rows` rows, padding included, that took `seconds`."""
+        forwards = self._forwards.own(key, _Forwards)
+        forwards.observe(rows, max(seconds, TICK_S), self.memory)
+        self._note_shape(key, forwards)
+
+    def observe_encode(self, key: BatchKey, seconds: float) -> None:
+        """Note an encode. A prompt the cache knew takes next to nothing: both kinds are averaged, for nobody knows which comes next."""
+        self._encodes.own(key, _Average).observe(seconds, self.memory)
+
+    def observe_decode(self, key: BatchKey, seconds: float) -> None:
+        """Note the decode of one image."""
+        self._decodes.own(key, _Average).observe(seconds, self.memory, most=OUTLIER)
+
+    def is_measured(self, key: BatchKey) -> bool:
+        """Is a forward of this very batch key known, by observation or from a file?"""
+        return key in self._forwards
+
+    def measured_keys(self) -> list[BatchKey]:
+        """The batch keys of which a forward is known."""
+        return list(self._forwards)
+
+    def curve(self, key: BatchKey) -> Curve:
+        """Seconds of a forward by its rows, as known now.
+
+        A key never measured borrows the curve of the most alike key of its checkpoint, scaled by pixels; one with a single row count
+        measured borrows only the shape, of one that has more. Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and
+        each further one half of that.
+        """
+        found = self._forwards.nearest(key)
+        if found is None:
+            return Curve(_UNMEASURED, _pixels(key) / 1e6)
+        alike, forwards = found
+        scale = _pixels(key) / _pixels(alike)
+        shape = self._shapes.nearest(alike)
+        if shape is None or shape[1] is forwards:
+            return Curve(forwards, scale)
+        (rows,) = forwards.averages
+        return Curve(shape[1], scale * forwards.seconds(rows) / shape[1].seconds(rows))
+
+    def step_s(self, key: BatchKey, rows: int) -> float:
+        """Seconds of a forward of `rows` rows, padding included."""
+        return self.curve(key).seconds(rows)
+
+    def encode_s(self, key: BatchKey) -> float:
+        """Seconds of an encode; borrowed like a step's, but not scaled: a prompt has no pixels."""
+        found = self._encodes.nearest(key)
+        return ENCODE_STEPS * self.step_s(key, 1) if found is None else found[1].seconds
+
+    def decode_s(self, key: BatchKey) -> float:
+        """Seconds of the decode of one image; borrowed like a step's."""
+        found = self._decodes.nearest(key)
+        if found is None:
+            return DECODE_STEPS * self.step_s(key, 1)
+        alike, average = found
+        return average.seconds * _pixels(key) / _pixels(alike)
+
+    # --- bytes ---
+
+    def observe_memory(self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int) -> None:
+        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a forward adds and what a decode does."""
+        self._footprints[key] = _Footprint(fixed_bytes, per_row_bytes, decode_bytes)
+
+    def row_limit(self, key: BatchKey, budget_bytes: int | None) -> int | None:
+        """Rows of a forward that fit into the budget beside one decode; None where nothing is measured or no budget set."""
+        footprint = self._footprints.get(key)
+        if footprint is None or budget_bytes is None:
+            return None
+        free_bytes = budget_bytes - footprint.fixed_bytes - footprint.decode_bytes
+        return max(0, free_bytes // max(1, footprint.per_row_bytes))
+
+    # --- as data ---
+
+    def to_data(self) -> dict[str, Any]:
+        """Everything known, JSON-plain; `load` takes it back."""
+        keys = {*self._forwards, *self._encodes, *self._decodes, *self._footprints}
+        return {"version": VERSION, "keys": [self._entry(key) for key in sorted(keys, key=str)]}
+
+    def load(self, data: object) -> None:
+        """Take over what was measured before. What was measured here already stays as it is.
+
+        Raises `ValueError` saying what is wrong; nothing is taken over then.
+        """
+        entries = [_Entry.parse(entry, f"keys[{place}]") for place, entry in enumerate(_listed(data))]
+        settled = math.ceil(1 / self.memory)
+        for entry in entries:
+            if entry.steps and entry.key not in self._forwards:
+                forwards = self._forwards.own(entry.key, _Forwards)
+                forwards.load(entry.steps, settled)
+                self._note_shape(entry.key, forwards)
+            for averages, seconds in ((self._encodes, entry.encode_s), (self._decodes, entry.decode_s)):
+                if seconds is not None and entry.key not in averages:
+                    averages.own(entry.key, _Average).load(seconds, settled)
+            if entry.footprint is not None:
+                self._footprints.setdefault(entry.key, entry.footprint)
+
+    def _note_shape(self, key: BatchKey, forwards: _Forwards) -> None:
+        if len(forwards.averages) > 1:
+            self._shapes.own(key, lambda: forwards)
+
+    def _entry(self, key: BatchKey) -> dict[str, Any]:
+        entry: dict[str, Any] = {"key": asdict(key)}
+        if key in self._forwards:
+            entry["steps"] = [[rows, average.seconds] for rows, average in sorted(self._forwards[key].averages.items())]
+        if key in self._encodes:
+            entry["encode_s"] = self._encodes[key].seconds
+        if key in self._decodes:
+            entry["decode_s"] = self._decodes[key].seconds
+        if key in self._footprints:
+            entry["memory"] = asdict(self._footprints[key])
+        return entry
+
+
+class Curve:
+    """Seconds of a forward by its rows, for one batch key."""
+
+    def __init__(self, measured: _Forwards, scale: float) -> None:
+        self._measured = measured
+        self._scale = scale
+
+    def seconds(self, rows: int) -> float:
+        """Of a forward of `rows` rows, padding included."""
+        return self._scale * self._measured.seconds(rows)
+
+    def is_worth_growing(self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85) -> bool:
+        """Does growing a forward cost less than `ceiling` times a single-row step for each of the `used_rows` rows it gains?
+
+        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second look.
+        """
+        measured = self._measured
+        more_s = measured.seconds(to_rows) - measured.seconds(from_rows)
+        return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(from_rows, to_rows)
+
+    def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
+        """Rows a forward grows to when single rows wait without end, at most `most_rows`."""
+        rows = 1
+        for more in range(2, most_rows + 1):
+            if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
+                rows = more
+        return rows
+
+
+@dataclass(frozen=True)
+class _Footprint:
+    """Bytes on the device."""
+
+    fixed_bytes: int
+    per_row_bytes: int
+    decode_bytes: int
+
+
+class _Average:
+    """Seconds of one kind of work: a plain mean at first, a moving average from then on."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self.observations = 0
+        self.seen_at = 0  # forwards of its curve by then
+
+    def observe(self, seconds: float, memory: float, most: float = math.inf) -> None:
+        self.observations += 1
+        if self.observations == 1 or (self.observations == 2 and seconds < self.seconds):
+            self.seconds = seconds
+        else:
+            weight = max(memory, 1 / self.observations)
+            self.seconds += weight * (min(seconds, most * self.seconds) - self.seconds)
+
+    def load(self, seconds: float, observations: int) -> None:
+        self.seconds, self.observations = seconds, observations
+
+
+class _Forwards:
+    """What was measured of the forwards of one batch key."""
+
+    def __init__(self) -> None:
+        self.averages: dict[int, _Average] = {}  # by rows
+        self._observations = 0
+        self._rows: list[int] = []  # measured, ascending
+        self._seconds: list[float] = []  # at each of them, never falling
+        self._known: dict[int, float] = {}  # what `seconds` said since the last observation
+
+    def observe(self, rows: int, seconds: float, memory: float) -> None:
+        self._observations += 1
+        average = self.averages.setdefault(rows, _Average())
+        average.observe(seconds, memory, most=OUTLIER)
+        average.seen_at = self._observations
+        self._fit(settled=1 / memory)
+
+    def load(self, steps: Mapping[int, float], observations: int) -> None:
+        for rows, seconds in steps.items():
+            self.averages.setdefault(rows, _Average()).load(seconds, observations)
+        self._fit(settled=observations)
+
+    def seconds(self, rows: int) -> float:
+        if rows not in self._known:
+            self._known[rows] = self._read(rows)
+        return self._known[rows]
+
+    def is_due(self, from_rows: int, to_rows: int) -> bool:
+        """Is `to_rows` the next measured row count, and a measurement that should be repeated?"""
+        place = bisect_right(self._rows, from_rows)
+        return self._rows[place : place + 1] == [to_rows] and self._is_doubtful(to_rows) and not self._is_doubtful(from_rows)
+
+    def _is_doubtful(self, rows: int) -> bool:
+        average = self.averages.get(rows)
+        return average is not None and (average.observations == 1 or self._observations - average.seen_at > STALE_AFTER)
+
+    def _fit(self, settled: float) -> None:
+        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean (pool adjacent violators)."""
+        self._known.clear()
+        self._rows = sorted(self.averages)
+        blocks: list[tuple[float, float, int]] = []  # seconds, weight, row counts
+        for rows in self._rows:
+            average = self.averages[rows]
+            age = self._observations - average.seen_at
+            seconds, weight, count = average.seconds, min(average.observations, settled) * 0.5 ** (age / HALF_LIFE), 1
+            while blocks and blocks[-1][0] >= seconds:
+                before, before_weight, before_count = blocks.pop()
+                seconds = (seconds * weight + before * before_weight) / (weight + before_weight)
+                weight, count = weight + before_weight, count + before_count
+            blocks.append((seconds, weight, count))
+        self._seconds = [seconds for seconds, _, count in blocks for _ in range(count)]
+
+    def _read(self, rows: int) -> float:
+        known, seconds = self._rows, self._seconds
+        if len(known) == 1:
+            return seconds[0] * (1 + rows) / (1 + known[0])
+        left = min(max(bisect_right(known, rows) - 1, 0), len(known) - 2)
+        slope = (seconds[left + 1] - seconds[left]) / (known[left + 1] - known[left])
+        straight = seconds[left] + slope * (rows - known[left])
+        return max(straight, seconds[0] * rows / known[0]) if rows < known[0] else straight
+
+
+_UNMEASURED = _Forwards()
+_UNMEASURED.load({1: ROW_S_PER_MEGAPIXEL}, 1)
+
+
+class _ByKey(dict[BatchKey, Value], Generic[Value]):
+    """Values by batch key, and which known key is most alike another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._borrowed: dict[BatchKey, BatchKey | None] = {}
+
+    def own(self, key: BatchKey, new: Callable[[], Value]) -> Value:
+        """The value of this very key, `new()` when it has none."""
+        if key not in self:
+            self[key] = new()
+            self._borrowed.clear()
+        return self[key]
+
+    def nearest(self, key: BatchKey) -> tuple[BatchKey, Value] | None:
+        """The key itself where it is known, else the most alike of its checkpoint: same call, then pixels, then text length."""
+        own = self.get(key)
+        if own is not None:
+            return key, own
+        if key not in self._borrowed:
+            self._borrowed[key] = min(
+                (other for other in self if other.checkpoint == key.checkpoint), key=_distance_from(key), default=None
+            )
+        alike = self._borrowed[key]
+        return None if alike is None else (alike, self[alike])
+
+
+def _distance_from(key: BatchKey) -> Any:
+    def distance(other: BatchKey) -> tuple[bool, float, int, str]:
+        pixels = abs(math.log(_pixels(other) / _pixels(key)))
+        return other.call != key.call, pixels, abs(other.text_length - key.text_length), str(other)
+
+    return distance
+
+
+def _pixels(key: BatchKey) -> int:
+    return key.height_px * key.width_px
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """What a file says of one batch key."""
+
+    key: BatchKey
+    steps: dict[int, float]
+    encode_s: float | None
+    decode_s: float | None
+    footprint: _Footprint | None
+
+    @classmethod
+    def parse(cls, data: object, where: str) -> _Entry:
+        """Raises `ValueError` that begins with the place."""
+        entry = _members(data, where, required=["key"], optional=["steps", "encode_s", "decode_s", "memory"])
+        steps: dict[int, float] = {}
+        for place, pair in enumerate(_items(entry.get("steps", []), f"{where}.steps")):
+            rows, seconds = _items(pair, f"{where}.steps[{place}]", count=2)
+            steps[_count(rows, f"{where}.steps[{place}][0]", least=1)] = _seconds(seconds, f"{where}.steps[{place}][1]", least=TICK_S)
+        return cls(
+            key=_key(entry["key"], f"{where}.key"),
+            steps=steps,
+            encode_s=_seconds(entry["encode_s"], f"{where}.encode_s") if "encode_s" in entry else None,
+            decode_s=_seconds(entry["decode_s"], f"{where}.decode_s") if "decode_s" in entry else None,
+            footprint=_footprint(entry["memory"], f"{where}.memory") if "memory" in entry else None,
+        )
+
+
+def _listed(data: object) -> list[object]:
+    """The entries of a file of our version."""
+    file = _members(data, "curves", required=["version", "keys"])
+    if file["version"] != VERSION:
+        raise ValueError(f"version: {file['version']!r} is not {VERSION}")
+    return _items(file["keys"], "keys")
+
+
+def _key(data: object, where: str) -> BatchKey:
+    members = _members(data, where, required=[field.name for field in fields(BatchKey)])
+    for name in ("checkpoint", "call"):
+        if not isinstance(members[name], str):
+            raise ValueError(f"{where}.{name}: {members[name]!r} is not a string")
+    for name, least in (("height_px", 1), ("width_px", 1), ("text_length", 0)):
+        _count(members[name], f"{where}.{name}", least=least)
+    return BatchKey(**members)
+
+
+def _footprint(data: object, where: str) -> _Footprint:
+    members = _members(data, where, required=[field.name for field in fields(_Footprint)])
+    return _Footprint(**{name: _count(value, f"{where}.{name}", least=0) for name, value in members.items()})
+
+
+def _members(data: object, where: str, *, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise ValueError(f"{where}: {data!r} is not an object")
+    for name in required:
+        if name not in data:
+            raise ValueError(f"{where}: {name} is missing")
+    for name in data:
+        if name not in {*required, *optional}:
+            raise ValueError(f"{where}: {name!r} is not known")
+    return data
+
+
+def _items(data: object, where: str, count: int | None = None) -> list[Any]:
+    if not isinstance(data, list) or count not in (None, len(data)):
+        raise ValueError(f"{where}: {data!r} is not a list{'' if count is None else f' of {count}'}")
+    return data
+
+
+def _count(value: object, where: str, *, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{where}: {value!r} is not a whole number from {least} up")
+    return value
+
+
+def _seconds(value: object, where: str, *, least: float = 0.0) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
+        raise ValueError(f"{where}: {value!r} is not a number of seconds from {least} up")
+    return float(value)

@@ -1,0 +1,274 @@
+"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the VAE shifts, a T5 text encoder.
+
+The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers are drawn in the order of the
+diffusers pipelines: the posterior of the init image, the noise, the posterior of the masked image.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers import AutoencoderKL
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from engine.config import CheckpointSpec
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families.contract import Rows, Sampler
+from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
+from engine.families.latent import (
+    Beginning,
+    LatentFamily,
+    begin_at,
+    check_native,
+    check_side,
+    load_network,
+    load_sampler_config,
+    load_tokenizer,
+)
+from engine.inflight import InFlight
+from engine.request import ImageRequest
+from engine.samplers import FLOW_SAMPLERS, check_sampler, fresh_sampler
+
+LATENTS_PER_TOKEN = 2  # along each side: both transformers take patches of 2x2 latents
+MOST_TEXT_TOKENS = 512  # of T5, in both pipelines
+
+
+class FlowFamily(LatentFamily):
+    """One loaded checkpoint of SD3 or FLUX."""
+
+    NETWORKS: ClassVar[Mapping[str, Any]]  # the classes of the transformer and the text encoders, by folder
+    TOKENIZERS: ClassVar[Mapping[str, Any]]
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # folders of those that a checkpoint may lack
+    TEXT_TOKENS: ClassVar[int]  # of T5, unless a request says otherwise
+    MAX_SHIFT: ClassVar[float]  # of a scheduler config that names none
+
+    def __init__(
+        self,
+        *,
+        networks: Mapping[str, Any],
+        tokenizers: Mapping[str, Any],
+        vae: Any,
+        sampler_config: dict[str, Any],
+        device: torch.device,
+    ) -> None:
+        self._networks = networks
+        self._tokenizers = tokenizers
+        self._transformer = networks["transformer"]
+        self._vae = vae
+        self._sampler_config = sampler_config
+        self.device = device
+        self.dtype = self._transformer.dtype
+        self.pixels_per_latent: int = 2 ** (len(vae.config.block_out_channels) - 1)
+
+    @classmethod
+    def folders(cls, path: Path) -> tuple[str, ...]:
+        """See the contract."""
+        present = {folder for folder in (*cls.NETWORKS, *cls.TOKENIZERS) if folder not in cls.OPTIONAL or (path / folder).is_dir()}
+        return tuple(sorted(present | {"scheduler", "vae"}))
+
+    @classmethod
+    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Self:
+        """See the contract."""
+        path = Path(spec.path)
+        present = cls.folders(path)
+        return cls(
+            networks={
+                folder: load_network(network_class, path, folder, dtype, device)
+                for folder, network_class in cls.NETWORKS.items()
+                if folder in present
+            },
+            tokenizers={
+                folder: load_tokenizer(tokenizer_class, path, folder)
+                for folder, tokenizer_class in cls.TOKENIZERS.items()
+                if folder in present
+            },
+            vae=load_network(AutoencoderKL, path, "vae", dtype, device),
+            sampler_config=_load_flow_config(path),
+            device=device,
+        )
+
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See the contract."""
+        return self._networks
+
+    def facts(self) -> dict[str, Any]:
+        """See the contract."""
+        text_encoders = [network for folder, network in self._networks.items() if folder != "transformer"]
+        return {
+            "attention": sorted({type(processor).__name__ for processor in self._transformer.attn_processors.values()}),
+            "attention_backend": DIFFUSERS_ATTN_BACKEND,  # what those dispatch to
+            "text_attention": [str(getattr(encoder.config, "_attn_implementation", None)) for encoder in text_encoders],
+            "vae_tiling": bool(getattr(self._vae, "use_tiling", False)),
+            "vae_slicing": bool(getattr(self._vae, "use_slicing", False)),
+        }
+
+    # --- of a request ---
+
+    def option_names(self) -> frozenset[str]:
+        """What `request.options` may hold."""
+        return frozenset({"max_sequence_length"})
+
+    def check(self, request: ImageRequest) -> None:
+        """See the contract."""
+        pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
+        check_side("width_px", request.width_px, pixels_per_token)
+        check_side("height_px", request.height_px, pixels_per_token)
+        check_sampler(request.sampler, request.num_steps, self._sampler_config, FLOW_SAMPLERS)
+        check_pictures(request)
+        self._check_sampler_fits(request)
+        if _skipped_steps(request) == request.num_steps:
+            raise UnsupportedRequest("strength", f"{request.strength} leaves none of {request.num_steps} steps")
+        check_native(request, self.option_names())
+        length = request.options.get("max_sequence_length", self.TEXT_TOKENS)
+        if type(length) is not int or not 1 <= length <= MOST_TEXT_TOKENS:
+            raise UnsupportedRequest("options", f"max_sequence_length {length!r} is not an integer within 1..{MOST_TEXT_TOKENS}")
+
+    def _check_sampler_fits(self, request: ImageRequest) -> None:
+        recipe, config = FLOW_SAMPLERS[request.sampler], self._sampler_config
+        if recipe.starts_from_noise_only and request.init_image is not None:
+            able = [name for name, recipe in FLOW_SAMPLERS.items() if not recipe.starts_from_noise_only]
+            raise UnsupportedRequest("sampler", f"{request.sampler!r} cannot start from an init_image; {', '.join(able)} can")
+        shifts_by_mu = config.get("use_dynamic_shifting", False) and config.get("time_shift_type", "exponential") == "exponential"
+        if recipe.refuses_idle_mu and self.is_told_mu(config) and not shifts_by_mu:
+            raise UnsupportedRequest("sampler", f"{request.sampler!r} needs a checkpoint whose noise levels are shifted by size")
+
+    def rows(self, request: ImageRequest) -> int:
+        """See the contract."""
+        return 2 if request.is_guided else 1
+
+    def text_tokens(self, request: ImageRequest) -> int:
+        """The padded length of the T5 rows: `max_sequence_length` of the pipelines."""
+        return int(request.options.get("max_sequence_length", self.TEXT_TOKENS))
+
+    # --- noise levels ---
+
+    @abstractmethod
+    def is_told_mu(self, config: Mapping[str, Any]) -> bool:
+        """Does the pipeline tell `mu` to a scheduler of this config?"""
+
+    @abstractmethod
+    def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
+        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's own."""
+
+    def sampler(self, request: ImageRequest) -> Sampler:
+        """See the base. It is told where it begins: else it would look for its first timestep, which may be there twice."""
+        sampler: Any = fresh_sampler(request.sampler, self._sampler_config)
+        more = {"mu": self._mu(request, sampler.config)} if self.is_told_mu(sampler.config) else {}
+        self.set_timesteps(sampler, request.num_steps, more)
+        begin_at(sampler, _skipped_steps(request))
+        fresh: Sampler = sampler
+        return fresh
+
+    def _mu(self, request: ImageRequest, config: Mapping[str, Any]) -> float:
+        """The shift of the noise levels: larger images need more noise to be hidden. `calculate_shift` of the pipelines."""
+        pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
+        tokens = (request.height_px // pixels_per_token) * (request.width_px // pixels_per_token)
+        base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+        base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", self.MAX_SHIFT)
+        slope = (max_shift - base_shift) / (max_tokens - base_tokens)
+        offset = base_shift - slope * base_tokens
+        return float(tokens * slope + offset)
+
+    # --- latents ---
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """Latents [1, c, h, w] as an image keeps them and the sampler steps them; the same for SD3."""
+        return latents
+
+    def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
+        """See the base. Drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+        timesteps = sampler.timesteps[_skipped_steps(request) :]
+        if request.init_image is None:
+            return Beginning(self.pack(self._draw_noise(request, generator)), timesteps)
+        picture = picture_tensor(request.init_image, self.dtype, self.device)
+        clean = self.encode_picture(picture, generator)
+        noise = self._draw_noise(request, generator)
+        latents = self.pack(sampler.scale_noise(clean, timesteps[:1], noise))
+        if request.mask is None:
+            return Beginning(latents, timesteps)
+        mask = mask_tensor(request.mask).to(self.device, self.dtype)
+        return Beginning(latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator))
+
+    def _draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
+        shape = (
+            1,
+            self.latent_channels,
+            request.height_px // self.pixels_per_latent,
+            request.width_px // self.pixels_per_latent,
+        )
+        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
+
+    def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        """The latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's posterior."""
+        drawn: Tensor = self._vae.encode(picture).latent_dist.sample(generator)
+        latents: Tensor = (drawn - self._vae.config.shift_factor) * self._vae.config.scaling_factor
+        return latents
+
+    def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """What repainting needs at every step, for `Tensors.extras`.
+
+        mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c, h, w].
+        """
+        # The pipelines encode the masked picture too, which only networks that take it as context need, and draw from its posterior.
+        torch.randn(clean.shape, generator=generator, dtype=self.dtype)
+        latent_mask = interpolate(mask, size=clean.shape[-2:])
+        return {"mask": self.pack(latent_mask.expand_as(clean)), "clean": self.pack(clean), "noise": self.pack(noise)}
+
+    def repaint(self, image: InFlight) -> None:
+        """See the base: outside the mask, the init image under the noise of the step that comes next."""
+        tensors = image.tensors
+        if "mask" not in tensors.extras:
+            return
+        sampler: Any = tensors.sampler
+        kept, mask = tensors.extras["clean"], tensors.extras["mask"]
+        if image.step < image.num_steps - 1:
+            kept = sampler.scale_noise(kept, tensors.timesteps[image.step + 1].view(1), tensors.extras["noise"])
+        tensors.latents = (1 - mask) * kept + mask * tensors.latents
+
+    def decode(self, image: InFlight) -> Tensor:
+        """See the contract.
+
+        With the shift undone, always. diffusers 0.42's `StableDiffusion3InpaintPipeline` forgets to.
+        """
+        latents = self.picture_latents(image, image.tensors.latents)
+        latents = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
+        pixels: Tensor = self._vae.decode(latents, return_dict=False)[0]
+        return pixels
+
+    # --- text ---
+
+    def tokenize(self, tokenizer: str, text: str, length: int) -> Tensor:
+        """Token ids [1, length] on the device, padded or cut to `length`."""
+        tokens = self._tokenizers[tokenizer](text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        ids: Tensor = tokens.input_ids.to(self.device)
+        return ids
+
+    def encode_t5(self, number: int, text: str, length: int) -> Rows:
+        """What the T5 encoder of this number makes of one text alone: {"text": [1, length, width]}. Padding is attended to."""
+        hidden: Tensor = self._networks[f"text_encoder_{number}"](self.tokenize(f"tokenizer_{number}", text, length))[0]
+        return {"text": hidden.to(self.dtype)}
+
+
+def _skipped_steps(request: ImageRequest) -> int:
+    """How many of the first steps an init image makes needless; `get_timesteps` of the pipelines."""
+    return int(max(request.num_steps - min(request.num_steps * request.strength, request.num_steps), 0))
+
+
+def _load_flow_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's scheduler config. Raises `CheckpointCorrupt` for one that is not of a flow, or that no sampler can be made of."""
+    file = "scheduler/scheduler_config.json"
+    config = load_sampler_config(path)
+    scheduler_class = str(config.get("_class_name"))
+    if not scheduler_class.startswith("FlowMatch"):
+        raise CheckpointCorrupt(file, f"names {scheduler_class}, which does not sample a flow")
+    try:
+        fresh_sampler("flow_euler", config)
+    except (ImportError, TypeError, ValueError) as problem:
+        raise CheckpointCorrupt(file, str(problem)) from problem
+    return config

@@ -1,0 +1,181 @@
+"""FLUX.1: a transformer over packed latents and T5's tokens, steered by one pooled CLIP vector, and by a guidance scale where distilled.
+
+Follows `FluxPipeline`, its img2img, its inpainting and `FluxFillPipeline` bit for bit.
+
+`request.guidance` is what the checkpoint makes of it. Distilled for guidance (dev, Fill): the scale it is fed, in one row; classifier-free
+guidance on top of that, in two, is asked for by the option `true_cfg_scale`. Not distilled for it (schnell): the scale of classifier-free
+guidance, if there is a negative prompt. Where `pipe(...)` makes a forward each for the two, here is one of two rows: within 1e-5 of it
+in fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from diffusers import FluxTransformer2DModel
+from torch import Tensor
+from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families.contract import Recall, Rows
+from engine.families.flow import LATENTS_PER_TOKEN, FlowFamily
+from engine.inflight import InFlight
+from engine.previews import FACTORS
+from engine.request import ImageRequest
+
+
+class Flux(FlowFamily):
+    """One loaded FLUX.1 checkpoint."""
+
+    published = FACTORS["flux"]
+
+    NETWORKS: ClassVar[Mapping[str, Any]] = {
+        "transformer": FluxTransformer2DModel,
+        "text_encoder": CLIPTextModel,
+        "text_encoder_2": T5EncoderModel,
+    }
+    TOKENIZERS: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+    TEXT_TOKENS: ClassVar[int] = 512
+    MAX_SHIFT: ClassVar[float] = 1.15
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._is_distilled = bool(self._transformer.config.guidance_embeds)
+        channels = self._transformer.config.in_channels // LATENTS_PER_TOKEN**2
+        latent_channels = self._vae.config.latent_channels
+        self._is_fill = channels == 2 * latent_channels + self.pixels_per_latent**2  # latents, the masked picture's, a mask pixel each
+        if channels != latent_channels and not self._is_fill:
+            raise CheckpointCorrupt("transformer/config.json", f"takes {channels} latent channels: a network of another task than Fill's")
+
+    # --- of a request ---
+
+    def option_names(self) -> frozenset[str]:
+        """See the base."""
+        return super().option_names() | ({"true_cfg_scale"} if self._is_distilled and not self._is_fill else set())
+
+    def check(self, request: ImageRequest) -> None:
+        """See the contract."""
+        super().check(request)
+        if request.clip_skip:
+            raise UnsupportedRequest("clip_skip", f"{request.clip_skip} has no meaning for a pooled CLIP vector; 0 is accepted")
+        if self._is_fill and request.mask is None:
+            raise UnsupportedRequest("mask", "this checkpoint only fills: it needs an init_image and a mask")
+        scale = request.options.get("true_cfg_scale", 1.0)
+        if type(scale) not in (int, float):
+            raise UnsupportedRequest("options", f"true_cfg_scale {scale!r} is not a number")
+
+    def rows(self, request: ImageRequest) -> int:
+        """See the contract."""
+        return 2 if self._true_cfg_scale(request) > 1 else 1
+
+    def text_length(self, request: ImageRequest) -> int:
+        """T5's tokens; CLIP adds none."""
+        return self.text_tokens(request)
+
+    def _true_cfg_scale(self, request: ImageRequest) -> float:
+        """The scale of classifier-free guidance; 1 or less: none."""
+        if self._is_distilled:
+            return float(request.options.get("true_cfg_scale", 1.0))
+        return request.guidance if request.negative_prompt else 1.0
+
+    def encode(self, request: ImageRequest, recall: Recall) -> Rows:
+        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond; "guidance": [rows] if distilled."""
+        texts = [request.negative_prompt, request.prompt] if self.rows(request) == 2 else [request.prompt]
+        length = self.text_tokens(request)
+        pooled = [recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"] for text in texts]
+        hidden = [recall(f"text_encoder_2 length={length} {text}", partial(self.encode_t5, 2, text, length))["text"] for text in texts]
+        rows = {"text": torch.cat(hidden), "pooled": torch.cat(pooled)}
+        if self._is_distilled:
+            rows["guidance"] = torch.full((len(texts),), request.guidance, dtype=torch.float32)
+        return rows
+
+    def _encode_clip(self, text: str) -> Rows:
+        """{"pooled": [1, width]}."""
+        ids = self.tokenize("tokenizer", text, self._tokenizers["tokenizer"].model_max_length)
+        return {"pooled": self._networks["text_encoder"](ids, output_hidden_states=False).pooler_output.to(self.dtype)}
+
+    # --- noise levels ---
+
+    def is_told_mu(self, config: Mapping[str, Any]) -> bool:
+        """See the base: always, whether or not the scheduler shifts by it."""
+        return True
+
+    def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
+        """See the base: evenly spaced down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
+        if sampler.config.get("use_flow_sigmas", False):
+            sampler.set_timesteps(num_steps, device="cpu", **more)
+        else:
+            sampler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), device="cpu", **more)
+
+    # --- latents ---
+
+    def pack(self, latents: Tensor) -> Tensor:
+        """See the base: [b, c, h, w] to [b, tokens, 4c], each token a patch of 2x2 latents."""
+        b, c, h, w = latents.shape
+        patches = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
+        return patches.reshape(b, (h // 2) * (w // 2), c * 4)
+
+    def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
+        """See the base: `pack` undone."""
+        b, _, c = latents.shape
+        h = image.request.height_px // self.pixels_per_latent
+        w = image.request.width_px // self.pixels_per_latent
+        patches = latents.reshape(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+        return patches.reshape(b, c // 4, h, w)
+
+    def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """See the base. A Fill network takes the masked picture's latents and every pixel of the mask as channels beside its latents."""
+        if not self._is_fill:
+            return super().remember_mask(mask, picture, clean, noise, generator)
+        masked = self.encode_picture(picture * (1 - mask), generator)
+        size = self.pixels_per_latent
+        h, w = clean.shape[-2:]
+        mask_pixels = mask.reshape(1, h, size, w, size).permute(0, 2, 4, 1, 3).reshape(1, size * size, h, w)
+        return {"context": torch.cat([masked, mask_pixels], dim=1)}
+
+    def inputs(self, image: InFlight) -> Rows:
+        """See the base. Latents are unpacked [rows, c, h, w], so that the shape of a forward says its positions."""
+        tensors = image.tensors
+        latents = self.picture_latents(image, tensors.latents)
+        if "context" in tensors.extras:
+            latents = torch.cat([latents, tensors.extras["context"]], dim=1)
+        return {
+            "latents": latents.expand(image.rows, -1, -1, -1),
+            "timesteps": tensors.timesteps[image.step].to(latents.dtype).expand(image.rows),  # rounded before it is divided
+            **tensors.conditioning,
+        }
+
+    def denoise(self, rows: Rows) -> Tensor:
+        """See the base; the prediction is packed. Positions are shared by all rows: height and width are in the batch key."""
+        latents, text = rows["latents"], rows["text"]
+        h, w = latents.shape[-2:]
+        prediction: Tensor = self._transformer(
+            hidden_states=self.pack(latents),
+            timestep=rows["timesteps"] / 1000,
+            guidance=rows.get("guidance"),
+            pooled_projections=rows["pooled"],
+            encoder_hidden_states=text,
+            txt_ids=text.new_zeros(text.shape[1], 3),
+            img_ids=_positions(h // 2, w // 2, text),
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
+        """See the base, by the scale of classifier-free guidance instead of the one the network is fed."""
+        if image.rows == 1:
+            return prediction
+        uncond, cond = prediction.chunk(2)
+        return uncond + self._true_cfg_scale(image.request) * (cond - uncond)
+
+
+def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds those beyond 256, as in `pipe(...)`."""
+    ids = torch.zeros(rows, columns, 3, device=like.device)
+    ids[..., 1] += torch.arange(rows, device=like.device)[:, None]
+    ids[..., 2] += torch.arange(columns, device=like.device)[None, :]
+    return ids.reshape(rows * columns, 3).to(like.dtype)

@@ -1,0 +1,292 @@
+"""What the native families have in common: latents, one sampler per image, rows stacked into one forward.
+
+A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed and how latents become pixels; the
+life of an image between those is here. Each follows its diffusers pipeline bit for bit, the order of its random draws included.
+"""
+
+from __future__ import annotations
+
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import is_accelerate_available
+from torch import Tensor, nn
+
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families.contract import Recall, Rows, Sampler, State
+from engine.inflight import InFlight, Tensors
+from engine.previews import Projector, clean_latents, fit
+from engine.request import ImageRequest
+from engine.samplers import step_arguments
+from engine.samplerstate import load_sampler, save_sampler
+
+PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own VAE
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """Where an image starts: its latents, the timesteps before it, and what it needs again at every step."""
+
+    latents: Tensor  # [1, ...] on the device
+    timesteps: Tensor  # [num_steps], on the CPU
+    extras: dict[str, Tensor] = field(default_factory=dict)
+
+
+class LatentFamily(ABC):
+    """One loaded checkpoint of a native family."""
+
+    pixels_per_latent: int
+    follows_stream = True
+    published: Projector | None = None  # what previews the latents of the family's own VAE
+    _vae: Any
+    device: torch.device
+    dtype: torch.dtype
+    graphs: Callable[[Rows], Tensor] | None = None  # `denoise` recorded, where the checkpoint asks for CUDA graphs
+
+    # --- what a family says ---
+
+    @abstractmethod
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See the contract."""
+
+    @abstractmethod
+    def encode(self, request: ImageRequest, recall: Recall) -> Rows:
+        """Turn the prompts into conditioning rows, each tensor [rows(request), ...]."""
+
+    @abstractmethod
+    def sampler(self, request: ImageRequest) -> Sampler:
+        """A fresh sampler for this image alone, its timesteps set (on the CPU: reading them never waits for a device)."""
+
+    @abstractmethod
+    def begin(self, request: ImageRequest, sampler: Sampler, generator: torch.Generator) -> Beginning:
+        """Draw the initial noise, around the init image where there is one, in the order its pipeline draws."""
+
+    @abstractmethod
+    def inputs(self, image: InFlight) -> Rows:
+        """The rows of the image's next forward; the image is left untouched."""
+
+    @abstractmethod
+    def denoise(self, rows: Rows) -> Tensor:
+        """Predict all rows in one forward: [b, ...]. Row i of the result depends on row i alone."""
+
+    @abstractmethod
+    def decode(self, image: InFlight) -> Tensor:
+        """See the contract."""
+
+    @abstractmethod
+    def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
+        """The clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the VAE's posterior."""
+
+    def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
+        """Classifier-free guidance: [rows, ...] in the order uncond, cond becomes [1, ...]."""
+        if image.rows == 1:
+            return prediction
+        uncond, cond = prediction.chunk(2)
+        return uncond + image.request.guidance * (cond - uncond)
+
+    def repaint(self, image: InFlight) -> None:  # noqa: B027 - nothing to put back without a mask
+        """After a sampler step: put back what inpainting must not change. `image.step` has not been counted yet."""
+
+    def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
+        """Latents as its denoiser takes them to [1, c, h, w]; the same for most."""
+        return latents
+
+    # --- what all of them do ---
+
+    def start(self, image: InFlight, recall: Recall) -> None:
+        """See the contract."""
+        conditioning = self.encode(image.request, recall)
+        generator = torch.Generator("cpu").manual_seed(image.request.seed)
+        sampler = self.sampler(image.request)
+        beginning = self.begin(image.request, sampler, generator)
+        image.num_steps = len(beginning.timesteps)
+        image.held = Tensors(
+            sampler=sampler,
+            timesteps=beginning.timesteps,
+            conditioning=conditioning,
+            latents=beginning.latents,
+            generator=generator,
+            extras=beginning.extras,
+        )
+
+    def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
+        """See the contract; each part is [image.rows, ...]."""
+        rows = stack_rows([self.inputs(image) for image in images], bucket_rows, self.device)
+        is_plain = not any(image.request.adapters or image.request.block_cache for image in images)
+        prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
+        used_rows = sum(image.rows for image in images)
+        return list(torch.split(prediction[:used_rows], [image.rows for image in images]))
+
+    def advance(self, image: InFlight, prediction: Any) -> None:
+        """See the contract."""
+        # No isfinite() here: it would stall the device at every step; decoding checks.
+        tensors = image.tensors
+        guided = self.guide(image, prediction)
+        timestep = tensors.timesteps[image.step]
+        tensors.clean = clean_latents(tensors.sampler, tensors.latents, guided, timestep) if image.is_watched else None
+        more = step_arguments(tensors.sampler, tensors.generator)
+        tensors.latents = tensors.sampler.step(guided, timestep, tensors.latents, **more)[0]
+        self.repaint(image)
+        image.count_step()
+
+    def clean_latents(self, image: InFlight) -> Tensor | None:
+        """See the contract."""
+        clean = image.tensors.clean
+        return None if clean is None else self.picture_latents(image, clean)
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of latents as `encode_picture` gives them."""
+        return int(self._vae.config.latent_channels)
+
+    def projector(self) -> Projector:
+        """See the contract. The family's published table where the VAE has the published one's layers, else fitted to this VAE."""
+        if self.published is not None and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE:
+            return self.published
+        generator = torch.Generator("cpu").manual_seed(0)
+        return fit(
+            lambda pictures: self.encode_picture(pictures, generator),
+            latent_channels=self.latent_channels,
+            pixels_per_latent=self.pixels_per_latent,
+            device=self.device,
+            dtype=self.dtype,
+        )
+
+    def save(self, image: InFlight) -> State:
+        """See the contract. Conditioning is not in it: it is larger than all the rest, and encoding again gives the same bits."""
+        tensors = image.tensors
+        sampler_tensors, sampler_facts = save_sampler(tensors.sampler)
+        saved = {"latents": tensors.latents, "generator": tensors.generator.get_state()}
+        saved |= {f"extras.{name}": tensor for name, tensor in tensors.extras.items()}
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in saved.items()}
+        facts = {"sampler": sampler_facts, "num_steps": image.num_steps}
+        return State(copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts)
+
+    def restore(self, image: InFlight, state: State, recall: Recall) -> None:
+        """See the contract."""
+        conditioning = self.encode(image.request, recall)
+        sampler = self.sampler(image.request)
+        load_sampler(sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device)
+        generator = torch.Generator("cpu")
+        generator.set_state(state.tensors["generator"])
+        image.num_steps = state.facts["num_steps"]
+        image.is_denoised = image.step >= image.num_steps
+        image.held = Tensors(
+            sampler=sampler,
+            timesteps=sampler.timesteps[-image.num_steps :],
+            conditioning=conditioning,
+            latents=state.tensors["latents"].to(self.device),
+            generator=generator,
+            extras={name: tensor.to(self.device) for name, tensor in _under("extras.", state.tensors).items()},
+        )
+
+    def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
+        """See the contract. A multi-step sampler starts its order again: it has no earlier predictions for the new prompt."""
+        step = image.step
+        self.start(image, recall)
+        image.step = step
+        begin_at(image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step)
+        image.tensors.latents = latents.to(self.device, copy=True)
+
+    def latents(self, image: InFlight) -> Tensor:
+        """See the contract."""
+        return image.tensors.latents
+
+    def release(self, image: InFlight) -> None:
+        """See the contract."""
+        image.held = None
+
+
+def begin_at(sampler: Any, index: int) -> None:
+    """Tell a sampler that it starts in the middle of its timesteps; a memoryless one needs not know."""
+    if hasattr(sampler, "set_begin_index"):
+        sampler.set_begin_index(index)
+
+
+def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) -> Rows:
+    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on the device.
+
+    Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and attention over equal keys is uniform.
+    Rows never mix, so what the padding computes is nobody's. Contiguous whatever the parts are: a convolution over another memory
+    layout adds in another order, and one part's layout would be the neighbours' too.
+    """
+    stacked: Rows = {}
+    for name, first in parts[0].items():
+        tensors = [part[name].contiguous() for part in parts]  # mixed layouts would give a layout that depends on neighbours
+        padding = bucket_rows - sum(len(tensor) for tensor in tensors)
+        if padding > 0:
+            tensors.append(first.new_zeros((padding, *first.shape[1:])))
+        stacked[name] = torch.cat(tensors).contiguous().to(device, non_blocking=True)
+    return stacked
+
+
+def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> None:
+    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options besides those named."""
+    if request.control_image is not None:
+        raise UnsupportedRequest("control_image", "is only taken by a checkpoint of family pipeline with a control network")
+    if unknown := sorted(set(request.options) - set(option_names)):
+        raise UnsupportedRequest("options", f"{', '.join(unknown)}: not taken here; taken: {', '.join(sorted(option_names)) or 'none'}")
+    if request.fork is not None:
+        if request.init_image is not None:
+            raise UnsupportedRequest("fork", "starts from kept latents: give it or an init_image, not both")
+        if not 0 < request.fork.step < request.num_steps:
+            raise UnsupportedRequest("fork", f"step {request.fork.step} is not within 1..{request.num_steps - 1}")
+
+
+def check_side(field_name: str, size_px: int, multiple: int) -> None:
+    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents need."""
+    if size_px < multiple or size_px % multiple:
+        raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
+
+
+def load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device) -> Any:
+    """Read one network of diffusers or transformers, frozen and in eval mode.
+
+    Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours alone: safetensors maps the file,
+    and a file rewritten in place would change running weights.
+    """
+    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    if network_class.__module__.startswith("transformers"):
+        options["dtype"] = dtype
+    else:
+        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
+    try:
+        network, info = network_class.from_pretrained(str(path / folder), **options)
+    except Exception as problem:
+        raise CheckpointCorrupt(folder, f"cannot be read: {problem}") from problem
+    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+    if missing or info.get("error_msgs"):
+        raise CheckpointCorrupt(folder, f"lacks {len(missing)} tensors, such as {missing[:3]}")
+    network.requires_grad_(False)
+    network.eval()
+    network.to(device)
+    for tensor in [*network.parameters(), *network.buffers()]:
+        tensor.data = tensor.data.clone()
+    return network
+
+
+def load_tokenizer(tokenizer_class: Any, path: Path, folder: str) -> Any:
+    """Read one tokenizer. Raises `CheckpointCorrupt`."""
+    try:
+        return tokenizer_class.from_pretrained(str(path / folder), local_files_only=True)
+    except Exception as problem:
+        raise CheckpointCorrupt(folder, str(problem)) from problem
+
+
+def load_sampler_config(path: Path) -> dict[str, Any]:
+    """The checkpoint's own scheduler config. Raises `CheckpointCorrupt`."""
+    file = path / "scheduler" / "scheduler_config.json"
+    try:
+        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointCorrupt("scheduler/scheduler_config.json", str(problem)) from problem
+    return config
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,122 @@
+"""SD3 and SD3.5: a transformer over image and text tokens, fed by two CLIP text encoders and T5, and a VAE of 16 channels.
+
+Follows `StableDiffusion3Pipeline`, its img2img and its inpainting bit for bit. A checkpoint without T5 gets zeros in its place, as
+there. Not served: skip-layer guidance (one more forward with a constant of its own), image prompts, and networks of 33 channels that
+take the masked picture as context (no public checkpoint is one).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from diffusers import SD3Transformer2DModel
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
+
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families.contract import Recall, Rows
+from engine.families.flow import FlowFamily
+from engine.inflight import InFlight
+from engine.previews import FACTORS
+from engine.request import ImageRequest
+
+
+class StableDiffusion3(FlowFamily):
+    """One loaded SD3 or SD3.5 checkpoint."""
+
+    published = FACTORS["sd3"]
+
+    NETWORKS: ClassVar[Mapping[str, Any]] = {
+        "transformer": SD3Transformer2DModel,
+        "text_encoder": CLIPTextModelWithProjection,
+        "text_encoder_2": CLIPTextModelWithProjection,
+        "text_encoder_3": T5EncoderModel,
+    }
+    TOKENIZERS: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+    OPTIONAL: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
+    TEXT_TOKENS: ClassVar[int] = 256
+    MAX_SHIFT: ClassVar[float] = 1.16
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        channels = self._transformer.config.in_channels
+        if channels != self._vae.config.latent_channels:
+            raise CheckpointCorrupt("transformer/config.json", f"takes {channels} channels, more than the VAE's: an inpainting network?")
+
+    def check(self, request: ImageRequest) -> None:
+        """See the contract."""
+        super().check(request)
+        layers = min(self._networks[name].config.num_hidden_layers for name in ("text_encoder", "text_encoder_2"))
+        if not 0 <= request.clip_skip < layers:
+            raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{layers - 1}")
+
+    def text_length(self, request: ImageRequest) -> int:
+        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt changes."""
+        return self._clip_tokens + self.text_tokens(request)
+
+    @property
+    def _clip_tokens(self) -> int:
+        return int(self._tokenizers["tokenizer"].model_max_length)
+
+    def encode(self, request: ImageRequest, recall: Recall) -> Rows:
+        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond."""
+        texts = [(request.prompt, request.clip_skip)]
+        if self.rows(request) == 2:
+            texts.insert(0, (request.negative_prompt, 0))  # `pipe(...)` skips no layers for the negative prompt
+        parts = [self._encode_text(text, clip_skip, self.text_tokens(request), recall) for text, clip_skip in texts]
+        return {name: torch.cat([part[name] for part in parts]) for name in ("text", "pooled")}
+
+    def _encode_text(self, text: str, clip_skip: int, length: int, recall: Recall) -> Rows:
+        """One text for all encoders: CLIP's widths side by side and filled up to T5's, then T5's tokens."""
+        clips = [
+            recall(f"text_encoder{suffix} clip_skip={clip_skip} {text}", partial(self._encode_clip, suffix, text, clip_skip))
+            for suffix in ("", "_2")
+        ]
+        clip = torch.cat([part["text"] for part in clips], dim=-1)
+        t5 = self._encode_t5(text, length, recall)
+        clip = pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
+        return {"text": torch.cat([clip, t5], dim=-2), "pooled": torch.cat([part["pooled"] for part in clips], dim=-1)}
+
+    def _encode_clip(self, suffix: str, text: str, clip_skip: int) -> Rows:
+        """{"text": [1, tokens, width], "pooled": [1, projected width]}."""
+        ids = self.tokenize(f"tokenizer{suffix}", text, self._clip_tokens)
+        encoded = self._networks[f"text_encoder{suffix}"](ids, output_hidden_states=True)
+        return {"text": encoded.hidden_states[-(clip_skip + 2)].to(self.dtype), "pooled": encoded[0]}
+
+    def _encode_t5(self, text: str, length: int, recall: Recall) -> Tensor:
+        if "text_encoder_3" not in self._networks:
+            return torch.zeros((1, length, self._transformer.config.joint_attention_dim), device=self.device, dtype=self.dtype)
+        return recall(f"text_encoder_3 length={length} {text}", partial(self.encode_t5, 3, text, length))["text"]
+
+    def is_told_mu(self, config: Mapping[str, Any]) -> bool:
+        """See the base."""
+        return bool(config.get("use_dynamic_shifting", False))
+
+    def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
+        """See the base: spaced as the scheduler does."""
+        sampler.set_timesteps(num_steps, device="cpu", **more)
+
+    def inputs(self, image: InFlight) -> Rows:
+        """See the base."""
+        tensors = image.tensors
+        return {
+            "latents": tensors.latents.expand(image.rows, -1, -1, -1),
+            # Integer and fractional timesteps meet in one batch as float32, which holds both exactly.
+            "timesteps": tensors.timesteps[image.step].to(torch.float32).expand(image.rows),
+            **tensors.conditioning,
+        }
+
+    def denoise(self, rows: Rows) -> Tensor:
+        """See the base."""
+        prediction: Tensor = self._transformer(
+            hidden_states=rows["latents"],
+            timestep=rows["timesteps"],
+            encoder_hidden_states=rows["text"],
+            pooled_projections=rows["pooled"],
+            return_dict=False,
+        )[0]
+        return prediction

@@ -1,0 +1,179 @@
+"""SDXL: a UNet with cross-attention to two CLIP text encoders, told the second's summary and the size of the picture.
+
+Follows `StableDiffusionXLPipeline` and its image-to-image and inpainting siblings bit for bit. What is not served is the refiner:
+it has one text encoder and an aesthetic score.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from engine.config import CheckpointSpec
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families.contract import Recall, Rows
+from engine.families.latent import Beginning, begin_at, load_network, load_sampler_config, load_tokenizer
+from engine.families.sd import StableDiffusion, load_unet
+from engine.previews import FACTORS
+from engine.request import ImageRequest
+
+
+class StableDiffusionXL(StableDiffusion):
+    """One loaded SDXL checkpoint."""
+
+    published = FACTORS["sdxl"]
+
+    def __init__(self, *, tokenizer_2: Any, text_encoder_2: Any, zeros_for_no_prompt: bool, **others: Any) -> None:
+        super().__init__(**others)
+        self._tokenizer_2 = tokenizer_2
+        self._text_encoder_2 = text_encoder_2
+        self._zeros_for_no_prompt = zeros_for_no_prompt
+
+    @classmethod
+    def folders(cls, path: Path) -> tuple[str, ...]:
+        """See the contract."""
+        return ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+
+    @classmethod
+    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusionXL:
+        """See the contract."""
+        path = Path(spec.path)
+        unet = load_unet(path, dtype, device, additions="text_time")
+        text_encoder_2 = load_network(CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device)
+        told = unet.config.addition_time_embed_dim * len(_size_ids(0, 0)) + text_encoder_2.config.projection_dim
+        if unet.add_embedding.linear_1.in_features != told:
+            raise CheckpointCorrupt("unet/config.json", "is not told three sizes and a text's summary: a refiner?")
+        return cls(
+            tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
+            tokenizer_2=load_tokenizer(CLIPTokenizer, path, "tokenizer_2"),
+            text_encoder=load_network(CLIPTextModel, path, "text_encoder", dtype, device),
+            text_encoder_2=text_encoder_2,
+            unet=unet,
+            vae=_upcast(load_network(AutoencoderKL, path, "vae", dtype, device)),
+            sampler_config=load_sampler_config(path),
+            zeros_for_no_prompt=_zeros_for_no_prompt(path),
+            device=device,
+        )
+
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See the contract."""
+        return {**super().networks(), "text_encoder_2": self._text_encoder_2}
+
+    def check(self, request: ImageRequest) -> None:
+        """See the contract."""
+        super().check(request)
+        if request.mask is not None and self._mean_and_std() is not None:
+            raise UnsupportedRequest(
+                "mask", "diffusers' inpainting leaves out the mean that this VAE's latents have, and spoils what is kept"
+            )
+
+    def _most_clip_skip(self) -> int:
+        """The last layer is never used, and one is left."""
+        encoders = (self._text_encoder, self._text_encoder_2)
+        return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
+
+    def encode(self, request: ImageRequest, recall: Recall) -> Rows:
+        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width], "time_ids": [rows, 6]}, uncond before cond."""
+        encoded = [self._recalled(request.prompt, request.clip_skip, recall)]
+        if request.is_guided and not request.negative_prompt and self._zeros_for_no_prompt:
+            encoded.insert(0, {name: torch.zeros_like(tensor) for name, tensor in encoded[0].items()})
+        elif request.is_guided:
+            encoded.insert(0, self._recalled(request.negative_prompt, 0, recall))
+        sizes = torch.tensor([_size_ids(request.height_px, request.width_px)], dtype=self.dtype, device=self.device)
+        rows = {name: torch.cat([each[name] for each in encoded]) for name in ("text", "pooled")}
+        return {**rows, "time_ids": sizes.expand(len(encoded), -1)}
+
+    def _recalled(self, text: str, clip_skip: int, recall: Recall) -> Rows:
+        return recall(f"text_encoder text_encoder_2 clip_skip={clip_skip} {text}", partial(self._encode_text, text, clip_skip))
+
+    def _encode_text(self, text: str, clip_skip: int) -> Rows:
+        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the second]}."""
+        hidden = []
+        for tokenizer, text_encoder in ((self._tokenizer, self._text_encoder), (self._tokenizer_2, self._text_encoder_2)):
+            tokens = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+            encoded = text_encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
+            hidden.append(encoded.hidden_states[-(clip_skip + 2)])
+        return {"text": torch.cat(hidden, dim=-1).to(self.dtype), "pooled": encoded.text_embeds}
+
+    def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
+        """See the base."""
+        begin_at(sampler, 0)  # said here and not by SD's pipeline; it matters where a timestep occurs twice
+        return super().begin(request, sampler, generator)
+
+    def denoise(self, rows: Rows) -> Tensor:
+        """See the base."""
+        prediction: Tensor = self._unet(
+            rows["latents"],
+            rows["timesteps"],
+            encoder_hidden_states=rows["text"],
+            added_cond_kwargs={"text_embeds": rows["pooled"], "time_ids": rows["time_ids"]},
+            return_dict=False,
+        )[0]
+        return prediction
+
+    def _mean_and_std(self) -> tuple[Tensor, Tensor] | None:
+        """Of the VAE's latents, per channel: [1, c, 1, 1] each, float32; None where it does not say."""
+        mean, std = self._vae.config.latents_mean, self._vae.config.latents_std
+        return None if mean is None or std is None else (torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1))
+
+    def _scaled(self, latents: Tensor) -> Tensor:
+        known = self._mean_and_std()
+        if known is None:
+            return super()._scaled(latents)
+        mean, std = (each.to(latents) for each in known)
+        scaled: Tensor = (latents - mean) * self._vae.config.scaling_factor / std
+        return scaled
+
+    def _unscaled(self, latents: Tensor) -> Tensor:
+        known = self._mean_and_std()
+        if known is None:
+            return super()._unscaled(latents)
+        mean, std = (each.to(latents) for each in known)
+        unscaled: Tensor = latents * std / self._vae.config.scaling_factor + mean
+        return unscaled
+
+    def facts(self) -> dict[str, Any]:
+        """See the contract."""
+        return {
+            **super().facts(),
+            "vae_encoder": str(next(self._vae.encoder.parameters()).dtype),
+            "vae_decoder": str(next(self._vae.decoder.parameters()).dtype),
+            "zeros_for_no_prompt": self._zeros_for_no_prompt,
+        }
+
+
+def _size_ids(height_px: int, width_px: int) -> list[int]:
+    """The size the picture is said to have had, where it was cropped, and the size it has."""
+    return [height_px, width_px, 0, 0, height_px, width_px]
+
+
+def _upcast(vae: Any) -> Any:
+    """The VAE with those of its halves in float32 that the pipelines upcast for every call: this VAE overflows in float16.
+
+    Always the encoder, and the decoder where it would be float16. Weights were rounded to the checkpoint's precision before.
+    """
+    if vae.config.force_upcast:
+        halves = [vae.encoder, vae.quant_conv]
+        if vae.dtype == torch.float16:
+            halves += [vae.decoder, vae.post_quant_conv]
+        for half in halves:
+            if half is not None:
+                half.float()
+    return vae
+
+
+def _zeros_for_no_prompt(path: Path) -> bool:
+    """Whether an empty negative prompt is encoded as zeros; only the pipeline's own config says it."""
+    file = path / "model_index.json"
+    try:
+        return bool(json.loads(file.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
+    except (OSError, ValueError) as problem:
+        raise CheckpointCorrupt("model_index.json", str(problem)) from problem

@@ -1,0 +1,89 @@
+"""Latents kept after chosen steps of an image, so that another request of the same owner can start from there: iterative editing.
+
+Same owner only: latents hold a picture, and one customer's must never show in another's. Bounded in bytes, least recently used out
+first, on the host. Any thread may ask what is there; the engine's thread puts in and takes out.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from engine.errors import UnsupportedRequest
+from engine.request import Fork, ImageRequest
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What must agree for two schedules to have one noise level at one step, and for the origin to have passed today's safety rules.
+SAME_FOR_A_FORK = ("checkpoint", "width_px", "height_px", "num_steps", "sampler", "policy_version")
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The latents of `request` after `step`, on the CPU; nobody writes to them."""
+
+    request: ImageRequest
+    weights_digest: str
+    step: int
+    latents: Tensor
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the latents."""
+        return self.latents.numel() * self.latents.element_size()
+
+
+class KeptLatents:
+    """Kept latents by (owner, image id, step)."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.size_bytes = 0
+        self.hits = 0
+        self.misses = 0
+        self._lock = threading.Lock()
+        self._entries: OrderedDict[tuple[str, str, int], Kept] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def keep(self, kept: Kept) -> None:
+        """Keep latents until there is no room for them; larger than all the room, they are not kept at all."""
+        key = (kept.request.owner, kept.request.id, kept.step)
+        with self._lock:
+            if kept.size_bytes > self.max_bytes:
+                return
+            replaced = self._entries.pop(key, None)
+            self.size_bytes += kept.size_bytes - (replaced.size_bytes if replaced else 0)
+            self._entries[key] = kept
+            while self.size_bytes > self.max_bytes:
+                _, oldest = self._entries.popitem(last=False)
+                self.size_bytes -= oldest.size_bytes
+
+    def find(self, owner: str, fork: Fork) -> Kept:
+        """What this owner's image kept after that step; raises `UnsupportedRequest` when it is not (or no longer) here."""
+        key = (owner, fork.image_id, fork.step)
+        with self._lock:
+            if key not in self._entries:
+                self.misses += 1
+                raise UnsupportedRequest("fork", f"no latents of image {fork.image_id!r} are kept after step {fork.step}")
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return self._entries[key]
+
+
+def check_fork(request: ImageRequest, origin: ImageRequest, weights_digest: str, origin_digest: str, step: int) -> None:
+    """Raise `UnsupportedRequest` when `request` cannot go on from latents of `origin` after `step`."""
+    for name in SAME_FOR_A_FORK:
+        wanted, found = getattr(request, name), getattr(origin, name)
+        if wanted != found:
+            raise UnsupportedRequest(name, f"{wanted!r}: a fork must have that of its origin, {found!r}")
+    if weights_digest != origin_digest:
+        raise UnsupportedRequest("fork", "its latents were made with other weights")
+    if request.init_image is not None or origin.init_image is not None:
+        raise UnsupportedRequest("init_image", "a fork starts from kept latents, not from a picture")
+    if not 0 <= step < request.num_steps:
+        raise UnsupportedRequest("fork", f"after step {step} of {request.num_steps} nothing is left to denoise")

@@ -1,0 +1,110 @@
+"""Render before anybody asks: kernels chosen, memory laid out, and the curve of seconds by rows measured.
+
+Called on the engine's thread before it takes requests. `./darkroom calibrate` is the same with more repeats, its curve written down.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+
+from engine.config import CheckpointSpec
+from engine.costs import CostModel
+from engine.device import Device
+from engine.errors import UnsupportedRequest
+from engine.inflight import InFlight
+from engine.request import ImageRequest, Picture
+from engine.runner import Runner
+from engine.scheduler import Batch
+
+
+def warm_up(
+    spec: CheckpointSpec,
+    *,
+    validated: Callable[[ImageRequest], InFlight],
+    runner: Runner,
+    device: Device,
+    costs: CostModel,
+    max_batch_rows: int,
+    row_buckets: tuple[int, ...] = (),
+    repeats: int = 1,
+) -> None:
+    """Render an image of every size, with and without guidance, and make a forward of every bucket.
+
+    What `costs` does not know yet is measured, `repeats` times. Raises `UnsupportedRequest` for a checkpoint that offers no size or no
+    sampler, or one that nobody could use.
+    """
+    if not spec.samplers or not spec.sizes:
+        raise UnsupportedRequest("samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none")
+    for width_px, height_px in spec.sizes:
+        request = ImageRequest(
+            id="warm-up",
+            group="warm-up",
+            checkpoint=spec.name,
+            prompt="",
+            width_px=width_px,
+            height_px=height_px,
+            num_steps=2,
+            guidance=1.0,
+            sampler=spec.default_sampler or spec.samplers[0],
+            seed=0,
+        )
+        request = _as_it_can_be_rendered(request, validated)
+        for sampler in spec.samplers:
+            validated(replace(request, sampler=sampler))
+        buckets = row_buckets or doublings(max_batch_rows)
+        for guidance in (1.0, 2.0) if max_batch_rows > 1 else (1.0,):
+            image = validated(replace(request, guidance=guidance))
+            _render(image, runner, device, costs, [rows for rows in buckets if rows >= image.rows], repeats)
+
+
+def _as_it_can_be_rendered(request: ImageRequest, validated: Callable[[ImageRequest], InFlight]) -> ImageRequest:
+    """The request, or one that repaints a grey picture: an inpainting checkpoint serves no other."""
+    try:
+        validated(request)
+    except UnsupportedRequest as refused:
+        if refused.field != "mask":
+            raise
+        grey = np.full((request.height_px, request.width_px, 3), 128, np.uint8)
+        return replace(request, init_image=Picture(grey), mask=Picture(grey[..., 0]))
+    return request
+
+
+def doublings(most: int) -> tuple[int, ...]:
+    """1, 2, 4 … and `most` itself."""
+    powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
+    return (*powers, most)
+
+
+def _render(image: InFlight, runner: Runner, device: Device, costs: CostModel, buckets: list[int], repeats: int) -> None:
+    """One image to its end; before its first step a forward of every bucket, padded, for the tensors' shapes are all that matters."""
+    try:
+        runner.start(image)
+        key = image.batch_key
+        is_known = costs.is_measured(key)
+        base_bytes = device.memory_bytes()
+        peaks: dict[int, int] = {}
+        for rows in buckets:
+            batch = Batch((image,), rows)
+            runner.predict(batch)
+            device.forget_peak()
+            for _ in range(0 if is_known else repeats):
+                watch = device.stopwatch()
+                runner.predict(batch)
+                watch.stop()
+                costs.observe_step(key, rows, watch.seconds())
+            peaks[rows] = device.peak_bytes()
+        while not image.is_denoised:
+            runner.advance(image, runner.predict(Batch.alone(image))[0])
+        device.forget_peak()
+        costs.observe_decode(key, runner.decode(image).watch.seconds())
+        if base_bytes and len(peaks) > 1:
+            least, most = min(peaks), max(peaks)
+            costs.observe_memory(
+                key,
+                fixed_bytes=base_bytes,
+                per_row_bytes=(peaks[most] - peaks[least]) // (most - least),
+                decode_bytes=device.peak_bytes() - base_bytes,
+            )
+    finally:
+        runner.release(image)
