@@ -3,13 +3,15 @@
 Every role asks for its own class and so holds no secret that it does not need: a GPU worker never sees an
 S3 key, a results worker never sees the pepper of the API keys.
 
-BrokerSettings           the broker and fleet.toml
-├── FlowerSettings       + the user and password that Flower asks for
-└── Settings             + Postgres and the hand-off (sweeper)
-    ├── WorkerSettings   + the device a GPU worker is pinned to
-    └── StoreSettings    + the object store (results worker)
-        └── GatewaySettings  + the API key pepper and the limits of the door
-ServerSettings           how gunicorn listens
+FleetSettings                fleet.toml
+├── DeviceSettings           + the device that a worker is pinned to, and where its checkpoints lie (calibration)
+└── BrokerSettings           + the broker
+    ├── FlowerSettings       + the user and password that Flower asks for
+    └── Settings             + Postgres and the hand-off (sweeper)
+        ├── WorkerSettings   + those of the device
+        └── StoreSettings    + the object store (results worker)
+            └── GatewaySettings  + the API key pepper and the limits of the door
+ServerSettings               how gunicorn listens
 """
 
 import sys
@@ -24,12 +26,11 @@ from policy.fleet import Fleet, FleetInvalid, parse_fleet
 REPO = Path(__file__).resolve().parent
 
 
-class BrokerSettings(BaseSettings):
-    """What whoever knows the queues is handed. Names of variables are the field names in capitals."""
+class FleetSettings(BaseSettings):
+    """What everybody is handed. Names of variables are the field names in capitals."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
-    broker_url: str  # Redis of Celery's queues; noeviction, holds ids only
     fleet_file: Path = REPO / "fleet.toml"
     log_level: str = "INFO"
 
@@ -40,6 +41,21 @@ class BrokerSettings(BaseSettings):
         except OSError as error:
             raise FleetInvalid([f"{self.fleet_file}: cannot be read ({error.strerror})"]) from None
         return parse_fleet(text)
+
+
+class DeviceSettings(FleetSettings):
+    """What an engine is started with."""
+
+    device: str = "auto"  # cpu, cuda:0, or auto: the first visible GPU, else the CPU
+    torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
+    checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
+    curves_folder: Path | None = None  # what `darkroom calibrate` measured; None: every start measures for itself
+
+
+class BrokerSettings(FleetSettings):
+    """What whoever knows the queues is handed."""
+
+    broker_url: str  # Redis of Celery's queues; noeviction, holds ids only
 
 
 class FlowerSettings(BrokerSettings):
@@ -78,15 +94,12 @@ class Settings(BrokerSettings):
     metrics_host: str = "127.0.0.1"
 
 
-class WorkerSettings(Settings):
+class WorkerSettings(Settings, DeviceSettings):
     """What a GPU worker is handed; its pool decides which models it holds."""
 
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
-    device: str = "auto"  # cpu, cuda:0, or auto: the first visible GPU, else the CPU
     cuda_visible_devices: str | None = None  # the launcher starts a process for each of these; unset = all
-    torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
-    checkpoint_root: Path = REPO  # where relative `source` paths of fleet.toml start
 
 
 class StoreSettings(Settings):

@@ -37,6 +37,7 @@ _MODULES = {  # command -> the module that holds it, imported when it is called:
     "tenants": "cli.tenants",
     "keys": "cli.keys",
     "audit": "cli.audit",
+    "calibrate": "cli.calibrate",
     "demo": "cli.demo",
 }
 

@@ -5,6 +5,8 @@ A log event is constant and its data are fields; ids, never whole objects or pro
 
 import logging
 import sys
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
@@ -28,6 +30,10 @@ LIVE_WORKERS = Gauge("darkroom_live_workers", "Workers heard of within a lease",
 INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
 FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
 MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")
+PARKED = Gauge("darkroom_engine_parked_images", "Images whose seat a better rank has taken")
+ENGINE_SECONDS = Gauge("darkroom_engine_seconds", "Device time since start", ["stage"])
+CACHE_LOOKUPS = Gauge("darkroom_engine_cache_lookups", "Lookups since start; hits / (hits + misses) is the hit rate", ["cache", "outcome"])
+CACHE_BYTES = Gauge("darkroom_engine_cache_bytes", "What a cache holds", ["cache"])
 
 
 def configure_logs(level: str = "INFO") -> None:
@@ -53,6 +59,26 @@ def configure_logs(level: str = "INFO") -> None:
     root.setLevel(level.upper())
     for name in ("botocore", "boto3", "urllib3", "kombu", "celery.redirected", "celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
+    """Let a scrape read the engine's own numbers."""
+
+    def read(gauge: Gauge, key: str, **labels: str) -> None:
+        (gauge.labels(**labels) if labels else gauge).set_function(lambda: stats()[key])
+
+    read(INFLIGHT, "inflight")
+    read(PARKED, "parked")
+    read(FORWARDS, "steps")
+    read(MEAN_ROWS, "mean_rows_per_forward")
+    for stage, key in (("encode", "encode_s"), ("denoise", "forward_s"), ("decode", "decode_s")):
+        read(ENGINE_SECONDS, key, stage=stage)
+    for cache, key in (("conditioning", "cache"), ("latents", "latent_cache"), ("adapters", "adapter")):
+        read(CACHE_LOOKUPS, f"{key}_hits", cache=cache, outcome="hit")
+        read(CACHE_LOOKUPS, f"{key}_misses", cache=cache, outcome="miss")
+        read(CACHE_BYTES, f"{key}_bytes", cache=cache)
+    read(CACHE_LOOKUPS, "block_cache_rows_skipped", cache="blocks", outcome="hit")
+    read(CACHE_LOOKUPS, "block_cache_rows_computed", cache="blocks", outcome="miss")
 
 
 def serve_metrics(port: int, host: str = "127.0.0.1") -> None:

@@ -130,7 +130,8 @@ class Stack:
         return addresses
 
     def _house_env(self, addresses: Addresses) -> dict[str, str]:
-        return {**addresses.env(), **({"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {})}
+        own = {"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {}
+        return {**addresses.env(), "CURVES_FOLDER": str(self.data_dir / "curves"), **own}
 
     def _addresses(self, keep: set[str]) -> Addresses:
         """Those of the first start; another port where somebody else sits on ours. keep: processes that sit there rightly."""

@@ -80,11 +80,22 @@ class ModelVersion(_Table):
     sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
 
 
+class Adapter(_Table):
+    """Low-rank weights that may be laid over every version of a model: one safetensors file."""
+
+    source: str = Field(min_length=1)
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
 class Model(_Table):
     """An entry of the catalog: what clients may ask of one family of weights."""
 
     title: str
-    family: Literal["sd"]
+    family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
+    pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
+    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
+    adapters: dict[Name, Adapter] = Field(default_factory=dict)
+    block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
     sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default
@@ -183,6 +194,9 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         problems.append(f"models.{name}: must be in exactly one pool, is in {homes}")
     if model.default_sampler not in model.samplers:
         problems.append(f"models.{name}.default_sampler: must be one of samplers")
+    for key, is_given in (("pipeline_class", model.pipeline_class), ("options", model.options)):
+        if is_given and model.family not in ("pipeline", "plain"):
+            problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
     if len({version.id for version in model.versions}) < len(model.versions):

@@ -24,8 +24,7 @@ from edges.release import Release
 from fleet.consumer import tier_gate
 from models.database import make_engine
 from policy import queues, tiers
-from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, parse_size
+from policy.fleet import Fleet
 from settings import FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
 
 log = structlog.get_logger(__name__)
@@ -70,9 +69,7 @@ def serve_render() -> None:
     register(celery, queues.RENDER_JOB, renderer.render_job)
     listener = Listener(settings.handoff_url, CANCELS, keeper.drop)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
-    telemetry.INFLIGHT.set_function(lambda: engine.stats()["inflight"])
-    telemetry.FORWARDS.set_function(lambda: engine.stats()["steps"])
-    telemetry.MEAN_ROWS.set_function(lambda: engine.stats()["mean_rows_per_forward"])
+    telemetry.watch_engine(engine.stats)
     names = queues.render_queues(fleet, settings.worker_pool)
     tier_of = dict(zip(names, fleet.tiers_by_rank, strict=True))
 
@@ -174,32 +171,11 @@ def register(celery: Celery, name: str, promise: Callable[..., None]) -> None:
 
 def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Any:
     """The engine with every version of every model of the pool, loaded and warm."""
-    import torch
-
-    from engine.config import CheckpointSpec, EngineConfig
     from engine.engine import Engine
+    from tasks.engines import checkpoint_specs, engine_config
 
-    device = settings.device
-    if device == "auto":
-        device = "cuda:0" if torch.cuda.is_available() else "cpu"
     pool = fleet.pools[settings.worker_pool]
-    checkpoints = [
-        CheckpointSpec(
-            name=checkpoint_name(name, version.id),
-            path=str(settings.checkpoint_root / version.source),
-            family=model.family,
-            precision=model.precision,
-            sha256=version.sha256,
-            sizes=tuple(parse_size(size) for size in model.sizes),
-            samplers=model.samplers,
-            default_sampler=model.default_sampler,
-        )
-        for name, model in fleet.models.items()
-        if name in pool.models
-        for version in model.versions
-    ]
-    config = EngineConfig(device=device, num_threads=settings.torch_threads, max_inflight=pool.slots, max_batch_rows=pool.max_batch_rows)
-    engine = Engine(config, checkpoints)
+    engine = Engine(engine_config(settings, pool), checkpoint_specs(fleet, pool.models, settings.checkpoint_root))
     engine.start()
     return engine
 

@@ -10,6 +10,7 @@ from pydantic_core import PydanticUndefined
 from settings import (
     REPO,
     BrokerSettings,
+    DeviceSettings,
     FlowerSettings,
     GatewaySettings,
     ServerSettings,
@@ -30,7 +31,7 @@ ENOUGH = {
     "API_KEY_PEPPER": "a pepper of sixteen letters",
     "FLOWER_PASSWORD": "flower-secret",
 }
-ROLES = [BrokerSettings, FlowerSettings, ServerSettings, Settings, WorkerSettings, StoreSettings, GatewaySettings]
+ROLES = [DeviceSettings, BrokerSettings, FlowerSettings, ServerSettings, Settings, WorkerSettings, StoreSettings, GatewaySettings]
 
 
 def required(kind) -> list[str]:

@@ -1,0 +1,53 @@
+"""From fleet.toml to an engine: which checkpoints a pool holds, and what may be asked of each."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
+from policy.catalog import checkpoint_name
+from policy.fleet import Fleet, Pool, parse_size
+from settings import DeviceSettings
+
+
+def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
+    """Every version of these models, in the file's order. root: where relative paths start."""
+    wanted = set(models)
+    return [
+        CheckpointSpec(
+            name=checkpoint_name(name, version.id),
+            path=str(root / version.source),
+            family=model.family,
+            precision=model.precision,
+            sha256=version.sha256,
+            sizes=tuple(parse_size(size) for size in model.sizes),
+            samplers=model.samplers,
+            default_sampler=model.default_sampler,
+            adapters=tuple(
+                AdapterSpec(name=adapter_name, path=str(root / adapter.source), sha256=adapter.sha256)
+                for adapter_name, adapter in model.adapters.items()
+            ),
+            pipeline_class=model.pipeline_class,
+            options=model.options,
+            block_cache_threshold=model.block_cache_threshold,
+        )
+        for name, model in fleet.models.items()
+        if name in wanted
+        for version in model.versions
+    ]
+
+
+def engine_config(settings: DeviceSettings, pool: Pool, *, warm_up_repeats: int = 1) -> EngineConfig:
+    """How the pool wants its device used."""
+    device = settings.device
+    if device == "auto":
+        device = "cuda:0" if torch.cuda.is_available() else "cpu"
+    return EngineConfig(
+        device=device,
+        num_threads=settings.torch_threads,
+        max_inflight=pool.slots,
+        max_batch_rows=pool.max_batch_rows,
+        curves_folder=str(settings.curves_folder or ""),
+        warm_up_repeats=warm_up_repeats,
+    )
