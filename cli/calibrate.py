@@ -16,6 +16,7 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     Nothing else should run on the device meanwhile. A worker without a curve for its device measures a shorter one at every start.
     """
     from engine import calibrate as engine_calibrate
+    from engine.errors import EngineError
     from settings import DeviceSettings, load, load_fleet_or_exit
     from tasks.engines import checkpoint_specs, engine_config
 
@@ -29,7 +30,10 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     config = engine_config(settings, fleet.pools[fleet.pool_of(model)], warm_up_repeats=repeats)
     for spec in checkpoint_specs(fleet, [model], settings.checkpoint_root):
         with screen.err().status(f"measuring {spec.name} on {config.device}"):
-            file, points = engine_calibrate.calibrate(config, spec, folder)
+            try:
+                file, points = engine_calibrate.calibrate(config, spec, folder)
+            except EngineError as problem:
+                raise click.ClickException(f"{spec.name}: {problem}") from None
         rows = []
         for point in points:
             size, worth_it = f"{point.width_px}x{point.height_px}", "yes" if point.grows else "no"

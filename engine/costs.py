@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, TypeVar
 
@@ -30,6 +30,7 @@ VERSION = 1  # of what `to_data` gives
 OUTLIER = 2.0
 HALF_LIFE = 50  # forwards of the batch key
 STALE_AFTER = 1000  # likewise
+MOST_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
 TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
 
 # Before the first forward of a checkpoint was timed. Only the proportions matter then: which image is nearer its end.
@@ -48,8 +49,8 @@ class CostModel:
         if not 0 < memory <= 1:
             raise ValueError(f"memory is {memory}, not above 0 and at most 1")
         self.memory = memory
-        self._forwards: _ByKey[_Forwards] = _ByKey()
-        self._shapes: _ByKey[_Forwards] = _ByKey()  # those of them with more than one row count
+        self._points: _ByKey[_Forwards] = _ByKey()  # of a single row count
+        self._curves: _ByKey[_Forwards] = _ByKey()  # of more than one
         self._encodes: _ByKey[_Average] = _ByKey()
         self._decodes: _ByKey[_Average] = _ByKey()
         self._footprints: dict[BatchKey, _Footprint] = {}
@@ -58,25 +59,29 @@ class CostModel:
 
     def observe_step(self, key: BatchKey, rows: int, seconds: float) -> None:
         """Note a forward of `rows` rows, padding included, that took `seconds`."""
-        forwards = self._forwards.own(key, _Forwards)
+        forwards = self._forwards_of(key)
         forwards.observe(rows, max(seconds, TICK_S), self.memory)
-        self._note_shape(key, forwards)
+        self._file(key, forwards)
 
     def observe_encode(self, key: BatchKey, seconds: float) -> None:
         """Note an encode. A prompt the cache knew takes next to nothing: both kinds are averaged, for nobody knows which comes next."""
-        self._encodes.own(key, _Average).observe(seconds, self.memory)
+        average = self._encodes.get(key) or _Average()
+        average.observe(seconds, self.memory)
+        self._encodes.keep(key, average)
 
     def observe_decode(self, key: BatchKey, seconds: float) -> None:
         """Note the decode of one image."""
-        self._decodes.own(key, _Average).observe(seconds, self.memory, most=OUTLIER)
+        average = self._decodes.get(key) or _Average()
+        average.observe(seconds, self.memory, most=OUTLIER)
+        self._decodes.keep(key, average)
 
     def is_measured(self, key: BatchKey) -> bool:
         """Is a forward of this very batch key known, by observation or from a file?"""
-        return key in self._forwards
+        return key in self._curves or key in self._points
 
     def measured_keys(self) -> list[BatchKey]:
         """The batch keys of which a forward is known."""
-        return list(self._forwards)
+        return [*self._curves, *self._points]
 
     def curve(self, key: BatchKey) -> Curve:
         """Seconds of a forward by its rows, as known now.
@@ -85,16 +90,15 @@ class CostModel:
         measured borrows only the shape, of one that has more. Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and
         each further one half of that.
         """
-        found = self._forwards.nearest(key)
+        point, curve = self._points.get(key), self._curves.nearest(key)
+        if point is not None and curve is not None:
+            (rows,) = point.averages
+            return Curve(curve[1], point.seconds(rows) / curve[1].seconds(rows))
+        found = curve or self._points.nearest(key)
         if found is None:
             return Curve(_UNMEASURED, _pixels(key) / 1e6)
         alike, forwards = found
-        scale = _pixels(key) / _pixels(alike)
-        shape = self._shapes.nearest(alike)
-        if shape is None or shape[1] is forwards:
-            return Curve(forwards, scale)
-        (rows,) = forwards.averages
-        return Curve(shape[1], scale * forwards.seconds(rows) / shape[1].seconds(rows))
+        return Curve(forwards, _pixels(key) / _pixels(alike))
 
     def step_s(self, key: BatchKey, rows: int) -> float:
         """Seconds of a forward of `rows` rows, padding included."""
@@ -131,7 +135,7 @@ class CostModel:
 
     def to_data(self) -> dict[str, Any]:
         """Everything known, JSON-plain; `load` takes it back."""
-        keys = {*self._forwards, *self._encodes, *self._decodes, *self._footprints}
+        keys = {*self.measured_keys(), *self._encodes, *self._decodes, *self._footprints}
         return {"version": VERSION, "keys": [self._entry(key) for key in sorted(keys, key=str)]}
 
     def load(self, data: object) -> None:
@@ -142,24 +146,33 @@ class CostModel:
         entries = [_Entry.parse(entry, f"keys[{place}]") for place, entry in enumerate(_listed(data))]
         settled = math.ceil(1 / self.memory)
         for entry in entries:
-            if entry.steps and entry.key not in self._forwards:
-                forwards = self._forwards.own(entry.key, _Forwards)
+            if entry.steps and not self.is_measured(entry.key):
+                forwards = _Forwards()
                 forwards.load(entry.steps, settled)
-                self._note_shape(entry.key, forwards)
+                self._file(entry.key, forwards)
             for averages, seconds in ((self._encodes, entry.encode_s), (self._decodes, entry.decode_s)):
                 if seconds is not None and entry.key not in averages:
-                    averages.own(entry.key, _Average).load(seconds, settled)
+                    average = _Average()
+                    average.load(seconds, settled)
+                    averages.keep(entry.key, average)
             if entry.footprint is not None:
                 self._footprints.setdefault(entry.key, entry.footprint)
 
-    def _note_shape(self, key: BatchKey, forwards: _Forwards) -> None:
+    def _forwards_of(self, key: BatchKey) -> _Forwards:
+        return self._curves.get(key) or self._points.get(key) or _Forwards()
+
+    def _file(self, key: BatchKey, forwards: _Forwards) -> None:
+        """Keep it as the key's, and as the one used last."""
         if len(forwards.averages) > 1:
-            self._shapes.own(key, lambda: forwards)
+            self._points.drop(key)
+            self._curves.keep(key, forwards)
+        else:
+            self._points.keep(key, forwards)
 
     def _entry(self, key: BatchKey) -> dict[str, Any]:
         entry: dict[str, Any] = {"key": asdict(key)}
-        if key in self._forwards:
-            entry["steps"] = [[rows, average.seconds] for rows, average in sorted(self._forwards[key].averages.items())]
+        if self.is_measured(key):
+            entry["steps"] = [[rows, average.seconds] for rows, average in sorted(self._forwards_of(key).averages.items())]
         if key in self._encodes:
             entry["encode_s"] = self._encodes[key].seconds
         if key in self._decodes:
@@ -294,18 +307,25 @@ _UNMEASURED.load({1: ROW_S_PER_MEGAPIXEL}, 1)
 
 
 class _ByKey(dict[BatchKey, Value], Generic[Value]):
-    """Values by batch key, and which known key is most alike another."""
+    """Values of the `MOST_KEYS` batch keys used last, and which of them is most alike another."""
 
     def __init__(self) -> None:
         super().__init__()
         self._borrowed: dict[BatchKey, BatchKey | None] = {}
 
-    def own(self, key: BatchKey, new: Callable[[], Value]) -> Value:
-        """The value of this very key, `new()` when it has none."""
-        if key not in self:
-            self[key] = new()
+    def keep(self, key: BatchKey, value: Value) -> None:
+        """Note the value as the one used last; forget the one not used for longest when there are too many."""
+        if key not in self or len(self._borrowed) > MOST_KEYS:
             self._borrowed.clear()
-        return self[key]
+        self.pop(key, None)
+        self[key] = value
+        if len(self) > MOST_KEYS:
+            del self[next(iter(self))]
+
+    def drop(self, key: BatchKey) -> None:
+        """Forget it. Harmless when it is not here."""
+        if self.pop(key, None) is not None:
+            self._borrowed.clear()
 
     def nearest(self, key: BatchKey) -> tuple[BatchKey, Value] | None:
         """The key itself where it is known, else the most alike of its checkpoint: same call, then pixels, then text length."""

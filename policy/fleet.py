@@ -95,6 +95,9 @@ class Model(_Table):
     pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
     options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
+    channels_last: bool = False
+    compile_blocks: bool = False
+    cuda_graphs: bool = False
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
@@ -115,6 +118,8 @@ class Pool(_Table):
     models: tuple[Name, ...] = Field(min_length=1)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
+    row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, ascending; (): exactly the rows there are
+    attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     warm_floor: int = Field(0, ge=0)
     gpu_class: str = "any"
     gpu_hour_price: float = Field(0.0, ge=0)
@@ -180,6 +185,8 @@ def _contradictions(fleet: Fleet) -> list[str]:
     homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
     for name, pool in fleet.pools.items():
         problems += [f"pools.{name}.models: {model!r} is not a model of this file" for model in pool.models if model not in fleet.models]
+        if list(pool.row_buckets) != sorted({rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}):
+            problems.append(f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows ({pool.max_batch_rows})")
         for tier_name, tier in fleet.tiers.items():
             if tier.max_images > pool.slots:
                 problems.append(f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})")

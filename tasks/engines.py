@@ -30,6 +30,9 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
             ),
             pipeline_class=model.pipeline_class,
             options=model.options,
+            channels_last=model.channels_last,
+            compile_blocks=model.compile_blocks,
+            cuda_graphs=model.cuda_graphs,
             block_cache_threshold=model.block_cache_threshold,
         )
         for name, model in fleet.models.items()
@@ -48,6 +51,8 @@ def engine_config(settings: DeviceSettings, pool: Pool, *, warm_up_repeats: int 
         num_threads=settings.torch_threads,
         max_inflight=pool.slots,
         max_batch_rows=pool.max_batch_rows,
+        row_buckets=pool.row_buckets,
+        attention=pool.attention,
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,
     )

@@ -14,6 +14,7 @@ from cli.main import darkroom, describe
 from cli.sql import ask
 from darkroom_client import FieldError, ProblemError
 from fleet.addresses import Addresses, write_env
+from fleet.stack import Stack
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +30,23 @@ def run(data_dir, *arguments):
 def test_help_names_every_command_and_exit_code():
     shown = CliRunner().invoke(darkroom, ["--help"]).output
 
-    for word in ("up", "down", "status", "logs", "env", "generate", "jobs", "cancel", "sql", "keys", "tenants", "audit", "demo", "130"):
+    for word in (
+        "up",
+        "down",
+        "status",
+        "logs",
+        "env",
+        "generate",
+        "jobs",
+        "cancel",
+        "sql",
+        "keys",
+        "tenants",
+        "audit",
+        "demo",
+        "calibrate",
+        "130",
+    ):
         assert word in shown
 
 
@@ -99,6 +116,25 @@ def test_logs_show_the_end_of_each_file_under_its_name(tmp_path, capsys):
         ["gateway", "│", "three"],
         ["worker-1", "│", "four"],
     ]
+
+
+def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads(tmp_path, monkeypatch):
+    monkeypatch.delenv("CURVES_FOLDER", raising=False)
+
+    done = run(tmp_path, "calibrate", "pocket", "--repeats", 1)
+
+    [file] = (tmp_path / "curves").iterdir()
+    assert done.exit_code == 0
+    assert str(file) in done.stdout
+    assert [line.split()[1] for line in done.stdout.splitlines() if line.startswith("128x128")] == ["1", "2", "4", "8", "16"]
+    assert Stack(tmp_path)._house_env(Addresses.fresh())["CURVES_FOLDER"] == str(file.parent)
+
+
+def test_a_model_that_is_not_there_cannot_be_calibrated(tmp_path):
+    done = run(tmp_path, "calibrate", "poket")
+
+    assert done.exit_code == 2
+    assert "none of pocket" in done.stderr
 
 
 def test_generate_saves_the_images_and_says_where_the_time_went(stack, tmp_path):

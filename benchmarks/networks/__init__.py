@@ -1,0 +1,69 @@
+"""Checkpoints without weights: folders of configs, whose networks are drawn at random on the device that will run them.
+
+A network of 12 billion parameters is there in seconds, with nothing downloaded and nothing passing through the disk or the host. All
+else is the engine's own: such a checkpoint is a folder that is hashed and loaded, of a family that `register` adds to the engine's.
+Random weights show cost and bits, and no picture. Sizes: `full` are the published configs; `small` takes the kernels of large
+networks in milliseconds; `tiny` runs anywhere. Text encoders have the real widths and next to no depth.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.networks.configs import CONFIGS, SAMPLERS, SIDES
+from engine.config import CheckpointSpec
+from engine.families import FAMILIES
+from engine.request import ImageRequest
+
+FOLDER = "drawn"  # of the checkpoint; holds one file
+FILE = "networks.json"
+
+
+def register() -> None:
+    """Let the engine know the families whose weights are drawn: drawn_sd, drawn_sdxl, drawn_sd3, drawn_flux."""
+    FAMILIES.update(
+        drawn_sd="benchmarks.networks.drawn:DrawnStableDiffusion",
+        drawn_sdxl="benchmarks.networks.drawn:DrawnStableDiffusionXL",
+        drawn_sd3="benchmarks.networks.drawn:DrawnStableDiffusion3",
+        drawn_flux="benchmarks.networks.drawn:DrawnFlux",
+    )
+
+
+def lay_out(folder: Path, family: str, scale: str, *, seed: int = 0, **changes: Any) -> CheckpointSpec:
+    """Write a checkpoint folder below `folder`, and give what an engine loads it by.
+
+    family: sd, sdxl, sd3 or flux.  scale: full, small or tiny.  seed: of the weights.  changes: to the spec; in bf16 and for the size its
+    network was made for unless said otherwise.
+    """
+    register()
+    path = folder / f"{family}-{scale}-{seed}"
+    (path / FOLDER).mkdir(parents=True, exist_ok=True)
+    (path / FOLDER / FILE).write_text(json.dumps({"seed": seed, "networks": CONFIGS[family, scale]}, indent=1), encoding="utf-8")
+    side_px = SIDES[scale]
+    given = {
+        "name": f"{family}-{scale}",
+        "path": str(path),
+        "family": f"drawn_{family}",
+        "precision": "bf16",
+        "sizes": ((side_px, side_px),),
+        "samplers": SAMPLERS[family],
+    }
+    return CheckpointSpec(**{**given, **changes})
+
+
+def a_request(spec: CheckpointSpec, id: str = "image", **changes: Any) -> ImageRequest:
+    """A request this checkpoint serves: its first size and sampler, four steps, guided (classifier-free but for FLUX)."""
+    width_px, height_px = spec.sizes[0]
+    given = {
+        "id": id,
+        "group": id,
+        "checkpoint": spec.name,
+        "prompt": "a red circle on a blue background",
+        "width_px": width_px,
+        "height_px": height_px,
+        "num_steps": 4,
+        "guidance": 3.5,
+        "sampler": spec.samplers[0],
+        "seed": 0,
+    }
+    return ImageRequest(**{**given, **changes})

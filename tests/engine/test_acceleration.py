@@ -1,0 +1,79 @@
+"""Layout, compilation and attention kernels: asked for by name, named in the fingerprint, and no image notices its neighbours by them."""
+
+import numpy as np
+import pytest
+from adapter_builders import a_file
+from engine_builders import ALWAYS, a_spec, reproducible
+
+from engine.config import EngineConfig
+from engine.device import Device
+from engine.engine import Engine
+from engine.errors import UnsupportedRequest
+from engine.events import Stepped
+
+
+def alone_and_in_company(engine):
+    alone = engine.submit(reproducible("same", num_steps=5)).result(60)
+    neighbours = []
+
+    def join(event):
+        if isinstance(event, Stepped) and event.step == 1:
+            neighbours.append(engine.submit(reproducible("n", seed=3, num_steps=3)))
+
+    accompanied = engine.submit(reproducible("same", num_steps=5), join).result(60)
+    neighbours[0].result(60)
+    assert accompanied.record.shared_forwards == 3
+    return alone, accompanied
+
+
+@pytest.mark.parametrize(
+    ("config", "spec"),
+    [
+        ({}, {"channels_last": True}),
+        ({}, {"channels_last": True, "precision": "bf16"}),
+        ({"attention": "math"}, {}),
+        ({"attention": "flash"}, {"precision": "bf16"}),
+        ({"row_buckets": (2, 4, 8)}, {}),
+        pytest.param({}, {"compile_blocks": True}, marks=pytest.mark.slow),
+    ],
+)
+def test_a_reproducible_image_is_the_same_alone_and_in_company(checkpoint, config, spec):
+    with Engine(EngineConfig(**{"growth_ceiling": ALWAYS, "max_batch_rows": 8} | config), [a_spec(checkpoint, **spec)]) as engine:
+        alone, accompanied = alone_and_in_company(engine)
+
+    assert np.array_equal(alone.pixels, accompanied.pixels)
+
+
+def test_each_choice_is_a_fingerprint_of_its_own(checkpoint):
+    prints = set()
+    for config, spec in (({}, {}), ({"attention": "math"}, {}), ({}, {"channels_last": True})):
+        with Engine(EngineConfig(max_batch_rows=2, **config), [a_spec(checkpoint, sizes=((64, 64),), **spec)]) as engine:
+            prints.add(engine.fingerprint("tiny").sha256)
+
+    assert len(prints) == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"cuda_graphs": True}, "cuda_graphs"), ({"block_cache_threshold": 0.1}, "block_cache_threshold")],
+)
+def test_what_this_checkpoint_or_device_has_not_stops_the_start_by_name(checkpoint, changes, field):
+    engine = Engine(EngineConfig(), [a_spec(checkpoint, **changes)])
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.start()
+    assert refused.value.field == field
+
+
+def test_a_compiled_block_takes_no_adapters(checkpoint, tmp_path):
+    adapter = a_file(tmp_path / "adapter.safetensors", {})
+    engine = Engine(EngineConfig(), [a_spec(checkpoint, compile_blocks=True, adapters=(adapter,))])
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.start()
+    assert refused.value.field == "compile_blocks"
+
+
+def test_an_attention_kernel_nobody_knows_is_refused():
+    with pytest.raises(ValueError, match="none of auto, flash"):
+        Device("cpu", num_threads=1, attention="fastest")

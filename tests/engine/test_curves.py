@@ -1,0 +1,68 @@
+"""Measured curves are data: written by a calibration, loaded by the workers they are for, ignored by all others."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from engine_builders import a_request, a_spec
+
+from engine.calibrate import calibrate
+from engine.config import EngineConfig
+from engine.costs import CostModel
+from engine.curves import curve_file, load_curves, save_curves
+from engine.engine import Engine
+from engine.fingerprint import Fingerprint
+from engine.inflight import BatchKey
+
+KEY = BatchKey("tiny", 64, 64, 16)
+HERE = Fingerprint({"device": "this one"}, "ab" * 32)
+THERE = Fingerprint({"device": "another"}, "cd" * 32)
+
+
+def known() -> CostModel:
+    costs = CostModel()
+    for rows, seconds in ((1, 0.02), (2, 0.025), (8, 0.06)):
+        costs.observe_step(KEY, rows, seconds)
+    costs.observe_decode(KEY, 0.1)
+    return costs
+
+
+def test_what_was_measured_here_is_known_at_the_next_start(tmp_path):
+    save_curves(known(), tmp_path, "tiny", HERE)
+    costs = CostModel()
+
+    assert load_curves(costs, tmp_path, "tiny", HERE)
+
+    assert (costs.step_s(KEY, 8), costs.decode_s(KEY)) == (0.06, 0.1)
+
+
+def test_what_was_measured_on_another_device_is_not_used(tmp_path):
+    save_curves(known(), tmp_path, "tiny", THERE)
+    costs = CostModel()
+
+    assert not load_curves(costs, tmp_path, "tiny", HERE)
+    assert not costs.is_measured(KEY)
+
+
+@pytest.mark.parametrize("contents", ["", "{", "[]", '{"curves": {}}', '{"curves": {"version": 99, "keys": []}}', '{"curves": 5}'])
+def test_a_file_that_cannot_be_used_is_as_good_as_none(tmp_path, contents):
+    curve_file(tmp_path, "tiny", HERE).write_text(contents)
+
+    assert not load_curves(CostModel(), tmp_path, "tiny", HERE)
+
+
+def test_a_calibration_is_what_a_worker_starts_with(checkpoint, tmp_path):
+    config = EngineConfig(max_batch_rows=4, warm_up_repeats=3)
+    file, points = calibrate(config, a_spec(checkpoint), tmp_path)
+    saved = json.loads(file.read_text())["curves"]
+
+    with Engine(replace(config, curves_folder=str(tmp_path)), [a_spec(checkpoint)]) as engine:
+        known_at_start = engine.costs.to_data()
+        engine.submit(a_request("a")).result(60)
+
+    assert [(point.width_px, point.height_px, point.rows) for point in points] == [
+        (width_px, height_px, rows) for width_px, height_px in a_spec(checkpoint).sizes for rows in (1, 2, 4)
+    ]
+    assert all(point.step_s > 0 for point in points)
+    steps = [[entry["steps"] for entry in data["keys"]] for data in (saved, known_at_start)]
+    assert steps[0] == steps[1]  # nothing was measured at warm-up
