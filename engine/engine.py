@@ -236,7 +236,8 @@ class Engine:
             except Exception as problem:  # noqa: BLE001  the asker's trouble, not the engine's
                 wanted.set_exception(_in_our_words(problem, "snapshot"))
 
-        self._leave(note)
+        if not self._leave(note):
+            wanted.set_exception(EngineStopped("the engine is not running"))
         return wanted
 
     def fingerprint(self, checkpoint: str, bucket_rows: int | None = None) -> Fingerprint:
@@ -296,14 +297,14 @@ class Engine:
             self._changed.notify_all()
         return handle
 
-    def _leave(self, note: Callable[[], None]) -> None:
-        """Have `note` called on the engine's thread between two turns; at once when that thread has ended, and nothing is in flight."""
+    def _leave(self, note: Callable[[], None]) -> bool:
+        """Have `note` called on the engine's thread between two turns; False when that thread takes no more of them."""
         with self._changed:
-            if self._accepting:
-                self._notes.append(note)
-                self._changed.notify_all()
-                return
-        note()
+            if not self._accepting:
+                return False
+            self._notes.append(note)
+            self._changed.notify_all()
+        return True
 
     def _loaded(self, checkpoint: str) -> LoadedCheckpoint:
         if checkpoint not in self._checkpoints:

@@ -265,8 +265,9 @@ def load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype
     network.requires_grad_(False)
     network.eval()
     network.to(device)
-    for tensor in [*network.parameters(), *network.buffers()]:
-        tensor.data = tensor.data.clone()
+    if device.type == "cpu":  # moved to a GPU they are ours already
+        for tensor in [*network.parameters(), *network.buffers()]:
+            tensor.data = tensor.data.clone()
     return network
 
 

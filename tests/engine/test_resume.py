@@ -15,7 +15,7 @@ from PIL import Image
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import SnapshotRefused, UnsupportedRequest
+from engine.errors import EngineStopped, SnapshotRefused, UnsupportedRequest
 from engine.events import Finished, Parked, Previewed, Resumed, Started, Stepped
 from engine.inflight import ImageState
 from engine.request import Fork
@@ -147,6 +147,15 @@ def test_there_is_no_snapshot_of_an_image_that_has_ended(engine):
 
     with pytest.raises(SnapshotRefused, match="no longer"):
         handle.snapshot(30)
+
+
+def test_a_stopped_engine_gives_no_snapshot(checkpoint):
+    engine = Engine(EngineConfig(max_batch_rows=2), [a_spec(checkpoint, sizes=((64, 64),))])
+    engine.start()
+    engine.stop()
+
+    with pytest.raises(EngineStopped):
+        engine.snapshot("a").result(30)
 
 
 # --- forks ---------------------------------------------------------------------------------------------------------------
