@@ -96,8 +96,8 @@ class Ledger:
         totals = self.by_rows[batch.bucket_rows]
         totals.forwards += 1
         totals.seconds += seconds
-        for image in batch:
-            image.account.denoise_s += seconds * image.rows / batch.used_rows
+        for image, rows in zip(batch, batch.rows, strict=True):
+            image.account.denoise_s += seconds * rows / batch.used_rows
 
     @property
     def mean_decode_s(self) -> float:

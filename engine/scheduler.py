@@ -19,11 +19,11 @@ one could bear; tests/engine/test_fairness.py). Otherwise a lane gets the forwar
 yet are encoded first, at most `max_encodes_between_steps` between two forwards. An image that would not ride is not encoded: that would
 only delay the others.
 
-**Lanes.** A lane is a batch key with a pinned number of rows (None for best effort) within a rank. Lanes take turns by deficit round
-robin over measured seconds, their encodes and decodes included. A round gives every lane the same, so much that the one best off has
-the seconds of the costliest lane's single forward; of the lanes with seconds left the one with the best image goes. A lane may overdraw
-and pays in the next rounds; a lane that waits for nothing keeps no credit. So an odd size neither blocks the others nor starves, and an
-expensive one gets no more than a cheap one.
+**Lanes.** A lane is a rank, a batch key and a pinned number of rows (None for best effort). An image stays in the lane it arrived in,
+though the forwards of a pipeline may have other keys. Lanes take turns by deficit round robin over measured seconds, their encodes and
+decodes included. A round gives every lane the same, so much that the one best off has the seconds of the costliest lane's single
+forward; of the lanes with seconds left the one with the best image goes. A lane may overdraw and pays in the next rounds; a lane that
+waits for nothing keeps no credit. So an odd size neither blocks the others nor starves, and an expensive one gets no more than a cheap.
 
 **Growth.** The best image of the lane always rides. Others of its rank join while the measured curve says that their rows cost less than
 `growth_ceiling` times a single-row step, within the limits of rows, memory and adapters. With `row_buckets` a forward is padded to the
@@ -33,27 +33,14 @@ are filled with whoever has the same batch key. A worse rank rides in free rows 
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from weakref import WeakValueDictionary
 
 from engine.costs import CostModel, Curve
 from engine.inflight import BatchKey, ImageState, InFlight
 
 HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
-
-
-class Lane(NamedTuple):
-    """Images that take turns as one: of one rank, for one batch key, with one pinned number of rows."""
-
-    rank: int
-    key: BatchKey
-    pin: int | None
-
-    @classmethod
-    def of(cls, image: InFlight) -> "Lane":
-        """The lane of the image's next forward."""
-        return cls(image.rank, image.batch_key, image.request.pinned_rows)
 
 
 @dataclass(frozen=True)
@@ -63,22 +50,22 @@ class Batch:
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
     predicted_s: float = field(default=0.0, compare=False)  # what its lane is charged until the seconds are measured
-    used_rows: int = field(init=False, compare=False)  # rows that belong to an image; the rest is padding
-    lane: Lane = field(init=False, compare=False)  # whose turn it is: the first image's
+    rows: tuple[int, ...] = field(init=False, compare=False)  # of each image
+    key: BatchKey = field(init=False, compare=False)  # what all its images agree on
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "used_rows", sum(image.rows for image in self.images))
-        object.__setattr__(self, "lane", Lane.of(self.images[0]))
+        object.__setattr__(self, "rows", tuple(image.rows for image in self.images))
+        object.__setattr__(self, "key", self.images[0].batch_key)
+
+    @property
+    def used_rows(self) -> int:
+        """Rows that belong to an image; the rest is padding."""
+        return sum(self.rows)
 
     @classmethod
     def alone(cls, image: InFlight) -> "Batch":
         """The forward this image would make by itself: its own rows, or its pinned bucket."""
         return cls((image,), image.request.pinned_rows or image.rows)
-
-    @property
-    def key(self) -> BatchKey:
-        """What all its images agree on."""
-        return self.lane.key
 
     @property
     def is_pinned(self) -> bool:
@@ -96,10 +83,13 @@ class Batch:
 class _Single:
     image: InFlight
     predicted_s: float = field(default=0.0, compare=False)
-    lane: Lane = field(init=False, compare=False)
+    key: BatchKey = field(init=False, compare=False)  # of its making, too
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "lane", Lane.of(self.image))
+        object.__setattr__(self, "key", self.image.batch_key)
+
+    def __iter__(self) -> Iterator[InFlight]:
+        return iter((self.image,))
 
 
 class Encode(_Single):
@@ -113,7 +103,7 @@ class Decode(_Single):
 Work = Encode | Batch | Decode
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class _Kind:
     """Images that can share a forward: one batch key, one pin. What their work takes is as of the last look."""
 
@@ -133,7 +123,7 @@ class _Ticket:
     image: InFlight
     arrival: int
     added_s: float
-    home: _Kind  # as it arrived
+    home: _Kind  # as it arrived: with its rank, the lane
     kind: _Kind  # of its next forward
     seen_key: BatchKey  # the image's when `kind` was looked up: a pipeline's next forward may have another
     remaining_s: float = 0.0  # until it is decoded, if it were alone; as of the last look
@@ -161,8 +151,8 @@ class Scheduler:
         """`row_buckets` ascend; `max_adapters` counts different ones in a forward. Raises `ValueError` for limits below 1.
 
         `ageing` trades the long for the short where batching gains nothing. Simulated at load 0.8 on the published curve of a large
-        network at 1024 px: 0.5 gives 4-step images a p99 of 51 s, 0.05 one of 7 s (first come first served 79 s) and 30-step images
-        10 % more; nobody can pass an image of 15 s after it has waited for 300 s. Where batching gains, nobody waits for so long.
+        network at 1024 px: 0.5 gives 4-step images a p99 of 51 s and 30-step ones 93 s, 0.05 gives them 7 s and 103 s (first come first
+        served 79 s and 91 s); an image of 15 s is passed by nobody who comes 300 s after it. Where batching gains, none waits so long.
         """
         if min(max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps) < 1:
             raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
@@ -181,7 +171,7 @@ class Scheduler:
         self._tickets: dict[str, _Ticket] = {}
         self._arrivals = 0
         self._now_s = 0.0
-        self._kinds: dict[tuple[BatchKey, int | None], _Kind] = {}
+        self._kinds: WeakValueDictionary[tuple[BatchKey, int | None], _Kind] = WeakValueDictionary()
         self._looks = 0
         self._is_stale = False  # must seats be dealt anew?
         self._ready: list[_Ticket] = []  # those with a seat or waiting for decode
@@ -277,14 +267,14 @@ class Scheduler:
 
         Images that took their last step now wait for decode; a decoded one is not offered again and stays until it is removed.
         """
-        self._spend(work.lane, work.predicted_s)
+        self._spend(work, work.predicted_s)
         if isinstance(work, Batch):
             self._encodes = self._decodes = 0
         elif isinstance(work, Encode):
             self._encodes += 1
         else:
             self._decodes += 1
-        for image in work if isinstance(work, Batch) else (work.image,):
+        for image in work:
             ticket = self._tickets.get(image.id)
             if ticket is None:
                 continue  # it failed or was canceled meanwhile
@@ -296,13 +286,13 @@ class Scheduler:
 
     def charge(self, work: Work, seconds: float) -> None:
         """Note what the work took on the device, be it some turns later: its lane pays that instead of what was predicted."""
-        self._spend(work.lane, seconds - work.predicted_s)
+        self._spend(work, seconds - work.predicted_s)
         if isinstance(work, Batch):
-            self._costs.observe_step(work.lane.key, work.bucket_rows, seconds)
+            self._costs.observe_step(work.key, work.bucket_rows, seconds)
         elif isinstance(work, Encode):
-            self._costs.observe_encode(work.lane.key, seconds)
+            self._costs.observe_encode(work.key, seconds)
         else:
-            self._costs.observe_decode(work.lane.key, seconds)
+            self._costs.observe_decode(work.key, seconds)
 
     # --- order and seats ---
 
@@ -369,39 +359,36 @@ class Scheduler:
     # --- lanes ---
 
     def _kind(self, key: BatchKey, pin: int | None) -> _Kind:
-        if (key, pin) not in self._kinds:
-            self._kinds[key, pin] = _Kind(key, pin, self._costs.curve(key))
-        return self._kinds[key, pin]
+        kind = self._kinds.get((key, pin))
+        if kind is None:
+            self._kinds[key, pin] = kind = _Kind(key, pin, self._costs.curve(key))
+        return kind
 
     def _next_batch(self, pool: Sequence[_Ticket]) -> Batch:
         """The forward of the lane whose turn it is; `pool` is everybody who may ride, best first."""
-        alike: dict[_Kind, list[InFlight]] = {}
-        leads: list[_Ticket] = []  # of each lane
         rank = pool[0].image.rank
+        leads: dict[_Kind, _Ticket] = {}  # the best of each lane
         for ticket in pool:
-            if ticket.kind not in alike:
-                alike[ticket.kind] = []
-                if ticket.image.rank == rank:
-                    leads.append(ticket)
-            alike[ticket.kind].append(ticket.image)
-        kind = self._whose_turn(leads).kind
-        own = alike[kind]
+            if ticket.image.rank == rank:
+                leads.setdefault(ticket.home, ticket)
+        lead = self._whose_turn(rank, leads)
+        kind = lead.kind
+        own = [lead.image, *(ticket.image for ticket in pool if ticket.kind is kind and ticket is not lead)]
         if kind.pin is not None:
             guests = [ticket.image for ticket in pool if ticket.kind.pin is None and ticket.kind.key == kind.key]
             return self._filled(kind, own[:1], kind.pin, own + guests)
         riders, bucket_rows = self._grown(kind, own)
         return self._filled(kind, riders, bucket_rows, own)
 
-    def _whose_turn(self, leads: Sequence[_Ticket]) -> _Ticket:
-        """The best of these leads, one of each ready lane of one rank, whose lane has seconds left; a new round when none has."""
-        rank = leads[0].image.rank
-        quantum = max(lead.kind.solo_s[lead.image.rows] for lead in leads)
-        most = max(self._balances.setdefault((rank, lead.kind), quantum) for lead in leads)
+    def _whose_turn(self, rank: int, leads: dict[_Kind, _Ticket]) -> _Ticket:
+        """The best of these, one of each ready lane of a rank, whose lane has seconds left; a new round when none has."""
+        quantum = max(lead.kind.solo_s[lead.image.rows] for lead in leads.values())
+        most = max(self._balances.setdefault((rank, home), quantum) for home in leads)
         if most <= 0:
-            self._start_round(rank, {lead.kind for lead in leads}, quantum - most)
-        return next(lead for lead in leads if self._balances[rank, lead.kind] > 0)
+            self._start_round(rank, leads, quantum - most)
+        return next(lead for home, lead in leads.items() if self._balances[rank, home] > 0)
 
-    def _start_round(self, rank: int, ready: set[_Kind], seconds: float) -> None:
+    def _start_round(self, rank: int, ready: Container[_Kind], seconds: float) -> None:
         """Give every lane of the rank the same; one that is not ready may pay its debts with it, but keeps no credit."""
         for lane, balance in list(self._balances.items()):
             if lane[0] == rank:
@@ -409,10 +396,11 @@ class Scheduler:
                 if lane[1] not in ready and balance + seconds >= 0:
                     del self._balances[lane]
 
-    def _spend(self, lane: Lane, seconds: float) -> None:
-        balance = (lane.rank, self._kind(lane.key, lane.pin))
-        if balance in self._balances:
-            self._balances[balance] -= seconds
+    def _spend(self, work: Work, seconds: float) -> None:
+        ticket = self._tickets.get(next(iter(work)).id)
+        lane = (ticket.image.rank, ticket.home) if ticket is not None else None
+        if lane in self._balances:
+            self._balances[lane] -= seconds
 
     # --- growth ---
 

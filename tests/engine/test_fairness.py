@@ -60,7 +60,7 @@ class Device:
         return self.encode_s(size) + image.num_steps * self.forward_s[size](image.rows) + self.decode_s(size)
 
     def takes(self, work: Work) -> float:
-        size = work.lane.key.width_px
+        size = work.key.width_px
         if isinstance(work, Batch):
             seconds = self.forward_s[size](work.bucket_rows)
         else:
@@ -192,7 +192,7 @@ def test_two_saturated_lanes_get_the_same_seconds_though_one_costs_nine_times_th
 
     seconds = Counter()
     for _, work, took_s in run.works:
-        seconds[work.lane.key.width_px] += took_s
+        seconds[work.key.width_px] += took_s
     assert seconds[64] == pytest.approx(seconds[192], rel=0.02)
 
 
@@ -210,7 +210,7 @@ def test_seconds_are_equal_also_when_short_images_come_and_go_and_measurements_a
     assert 0 < served["192"] < served["64"] < 200  # both had work to the end
     seconds = Counter()
     for _, work, took_s in run.works:
-        seconds[work.lane.key.width_px] += took_s
+        seconds[work.key.width_px] += took_s
     assert seconds[64] == pytest.approx(seconds[192], rel=0.1)
 
 

@@ -1,5 +1,6 @@
 """What the device does next: driven by hand, one piece of work at a time."""
 
+import gc
 import random
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from engine.costs import CostModel
 from engine.inflight import ImageState
 from engine.request import AdapterUse
-from engine.scheduler import Batch, Decode, Encode, Scheduler
+from engine.scheduler import Batch, Decode, Encode, Scheduler, _Kind
 
 SIZES = (64, 128, 192)
 
@@ -107,21 +108,24 @@ def test_a_batch_keeps_the_key_and_rows_of_its_making():
     image = an_image("a")
     batch = Batch.alone(image)
 
-    image.batch_key, image.rows, image.rank = a_key(call="another network"), 1, 5
+    image.batch_key, image.rows = a_key(call="another network"), 1
 
-    assert (batch.key, batch.used_rows, batch.bucket_rows, batch.lane.rank) == (a_key(), 2, 2, 0)
+    assert (batch.key, batch.used_rows, batch.bucket_rows) == (a_key(), 2, 2)
 
 
-def test_an_image_whose_next_forward_has_another_key_rides_with_those_of_that_key():
+def test_images_ride_with_those_whose_next_forward_has_their_key():
     scheduler = a_scheduler()
-    for id in "ab":
+    for id in "abcd":
         scheduler.add(an_image(id), now_s=0)
-    assert step(scheduler) == ["a", "b"]
+    assert step(scheduler) == ["a", "b", "c", "d"]
 
-    scheduler.get("b").batch_key = a_key(call="another network")
+    for id in "bd":
+        scheduler.get(id).batch_key = a_key(call="another network")
+    assert step(scheduler) == ["a", "c"]
 
-    seen = [step(scheduler) for _ in range(3)]
-    assert sorted(seen) in ([["a"], ["a"], ["b"]], [["a"], ["b"], ["b"]])
+    for id in "ac":
+        scheduler.get(id).batch_key = a_key(call="another network")
+    assert step(scheduler) == ["a", "c", "b", "d"]
 
 
 # --- order ---------------------------------------------------------------------------------------------------------------
@@ -539,6 +543,16 @@ def test_an_odd_size_is_not_starved_by_a_stream_of_newcomers():
     assert seen.count("odd") == 3
 
 
+def test_the_forwards_of_a_pipeline_count_for_the_lane_it_arrived_in_whatever_their_keys():
+    scheduler = a_scheduler(saturated)
+    for n in range(4):
+        scheduler.add(an_image(f"pipeline {n}", num_steps=99), now_s=0)
+        scheduler.get(f"pipeline {n}").batch_key = a_key(call=f"alone {n}")
+    scheduler.add(an_image("usual", size=128, num_steps=99), now_s=0)
+
+    assert [step(scheduler) for _ in range(20)].count(["usual"]) == 10
+
+
 def test_a_lane_that_waited_for_nothing_comes_back_without_credit():
     scheduler = a_scheduler()
     scheduler.add(an_image("a", num_steps=99), now_s=0)
@@ -787,6 +801,21 @@ def test_two_images_cannot_have_one_id():
 def test_limits_that_make_no_sense_are_refused(limits):
     with pytest.raises(ValueError, match=r"at least 1|not ascending"):
         a_scheduler(**limits)
+
+
+def test_nothing_is_kept_of_keys_that_were_one_images_own():
+    scheduler = a_scheduler()
+    for n in range(300):
+        scheduler.add(an_image(str(n), num_steps=2), now_s=n)
+        scheduler.get(str(n)).batch_key = a_key(call=f"alone {n}")
+        for _ in range(3):
+            work = scheduler.next_work(n)
+            do(scheduler, work)
+            scheduler.charge(work, 1.0)
+
+    assert len(scheduler) == 0
+    del work
+    assert sum(type(thing) is _Kind for thing in gc.get_objects()) < 20
 
 
 # --- whatever happens ----------------------------------------------------------------------------------------------------
