@@ -34,13 +34,23 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
         if not getattr(denoiser, "_repeated_blocks", None):
             raise UnsupportedRequest("compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks")
         if spec.adapters or spec.block_cache_threshold:
-            raise UnsupportedRequest("compile_blocks", "adapters and the block cache hook into blocks, which a compiled one cannot have")
+            raise UnsupportedRequest("compile_blocks", "with adapters or the block cache, a block would be compiled again for every row count")
         # One graph for all row counts: static shapes gain a tenth more and cost a compilation per bucket.
-        denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
             raise UnsupportedRequest("cuda_graphs", "are for native families on a GPU")
         family.graphs = CudaGraphs(family.denoise)
+
+
+def steady_options() -> dict[str, bool]:
+    """Options of torch.compile under which the order of sums depends neither on timings nor on the row count that came first.
+
+    Without them another process may compile other bits. What this torch does not know is left out.
+    """
+    from torch._inductor import list_options
+
+    return dict.fromkeys(sorted({"deterministic", "batch_invariant"}.intersection(list_options())), True)
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class CudaGraphs:
     def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
         self._denoise = denoise
         self._captured: dict[tuple[Any, ...], Captured] = {}
+        self._stream: Any = None  # where all are recorded: the libraries' workspaces are a stream's own, and so is a pool's memory
         self._pool: Any = None
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -77,14 +88,15 @@ class CudaGraphs:
 
     def _capture(self, rows: Rows) -> Captured:
         inputs = {name: tensor.clone() for name, tensor in rows.items()}
-        side = cuda.Stream()
-        side.wait_stream(cuda.current_stream())
-        with cuda.stream(side):  # lazy work (handles, workspaces, compilation) must be over before anything is recorded
-            for _ in range(2):
-                self._denoise(inputs)
-        cuda.current_stream().wait_stream(side)
+        self._stream = self._stream or cuda.Stream()
+        self._stream.wait_stream(cuda.current_stream())
         graph = cuda.CUDAGraph()
-        with cuda.graph(graph, pool=self._pool):
-            output = self._denoise(inputs)
+        with cuda.stream(self._stream):  # left also where the recording fails: it would not find back by itself
+            for _ in range(2):  # lazy work (handles, workspaces, compilation) must be over before anything is recorded
+                self._denoise(inputs)
+            # Other threads may use the device meanwhile: only what this one does is recorded, and only it can spoil that.
+            with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                output = self._denoise(inputs)
+        cuda.current_stream().wait_stream(self._stream)
         self._pool = self._pool or graph.pool()
         return Captured(graph, inputs, output)

@@ -163,7 +163,7 @@ class AdapterBank:
         if whole is None or rows is None:
             self._call = whole
             return
-        chosen = torch.tensor(rows, device=self._device)
+        chosen = torch.tensor(rows, dtype=torch.int64, device=self._device)
         self._call = replace(
             whole,
             slots=tuple(slots[chosen] for slots in whole.slots),
@@ -430,7 +430,7 @@ def _converted(stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn
             return {}
     except Exception as problem:  # of every kind: the translators index and assert their way through foreign names
         raise ValueError(f"changes {stem!r}, a layer that is not here") from problem
-    return {piece: halves for piece, halves in _by_stem(converted).items() if piece != stem}
+    return _by_stem(converted)
 
 
 def _fitted(layer: Any, name: str, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Update:

@@ -156,7 +156,8 @@ class Runner:
                 asked = image.request.block_cache
                 keys.append(RowKey(image_id=image.id, row=row, step=image.step, num_steps=image.num_steps) if asked else None)
         keys += [None] * (batch.bucket_rows - batch.used_rows)
-        return cache.rows(keys)
+        bank = self._checkpoints[batch.key.checkpoint].adapters
+        return cache.rows(keys, narrow=None if bank is None else bank.narrow)
 
     def _family_of(self, image: InFlight) -> Family:
         return self._checkpoints[image.request.checkpoint].family

@@ -191,7 +191,8 @@ def test_rows_may_be_left_out_on_the_way_through_a_network(tmp_path):
 
 def test_a_compiled_network_wears_adapters_too(tmp_path):
     network = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8))
-    bank = a_bank({"transformer": network}, three_adapters(tmp_path, network, "transformer"))
+    specs = [a_file(tmp_path / f"{name}.safetensors", lora_tensors(network, prefix="transformer", seed=ord(name))) for name in "ac"]
+    bank = a_bank({"transformer": network}, specs)
     rows = torch.randn(ROWS, 3, 8)
     worn = [(A,), (), (C, A), (A,)]
     plain = network(rows)
@@ -594,6 +595,15 @@ def test_what_is_no_lora_for_these_networks_is_unsupported(tmp_path, changes, pr
     assert isinstance(refusal, UnsupportedRequest)
     assert refusal.problem.startswith("'style' ")
     assert problem in refusal.problem
+
+
+def test_names_of_an_original_repository_that_nobody_translates_are_unsupported(tmp_path):
+    network = adapter_builders.an_sd3_transformer()
+    stem = "lora_unet_joint_blocks_0_x_block_attn_proj"
+    tensors = {f"{stem}.lora_down.weight": torch.ones(4, 32), f"{stem}.lora_up.weight": torch.ones(32, 4)}
+
+    with pytest.raises(UnsupportedRequest, match="'read' changes 'lora_unet_joint_blocks_0_x_block_attn_proj', a layer that is not here"):
+        read(tmp_path, network, tensors, "transformer")
 
 
 def test_a_rank_beyond_the_limit_is_unsupported(tmp_path):

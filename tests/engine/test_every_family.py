@@ -1,0 +1,159 @@
+"""One engine, every family: the same promises for all of them, with everything a request can ask for at once."""
+
+import numpy as np
+import pytest
+import torch
+from adapter_builders import a_file, lora_tensors
+from diffusers import EulerDiscreteScheduler
+from engine_builders import ALWAYS, a_request, a_spec, reproducible
+from tiny_checkpoints import a_mask, a_picture, save_repainting, save_tiny_sdxl
+from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
+
+from engine.config import EngineConfig
+from engine.engine import Engine
+from engine.errors import UnsupportedRequest
+from engine.events import Previewed, Stepped
+from engine.loading import load_checkpoint
+from engine.request import AdapterUse
+
+NOISE, FLOW = ("euler", "dpmpp_2m"), ("flow_euler", "flow_euler_karras")
+SIZES = {"sizes": ((64, 64),)}
+
+
+@pytest.fixture(scope="module")
+def specs(checkpoint, tmp_path_factory, request):
+    """A checkpoint of every family, each with an adapter over its denoiser; the transformers with a block cache."""
+    from engine.device import Device
+
+    folder = tmp_path_factory.mktemp("families")
+    sdxl = save_tiny_sdxl(folder / "sdxl", EulerDiscreteScheduler(beta_schedule="scaled_linear"))
+    bare = {
+        "sd": a_spec(checkpoint, name="sd", samplers=NOISE, **SIZES),
+        "sdxl": a_spec(sdxl, name="sdxl", family="sdxl", samplers=NOISE, **SIZES),
+        "sd3": a_spec(save_tiny_sd3(folder / "sd3"), name="sd3", family="sd3", samplers=FLOW, **SIZES),
+        "flux": a_spec(save_tiny_flux(folder / "flux"), name="flux", family="flux", samplers=FLOW, **SIZES),
+    }
+    full = {}
+    for name, spec in bare.items():
+        networks = load_checkpoint(spec, Device("cpu", num_threads=1)).family.networks()
+        denoiser = "unet" if "unet" in networks else "transformer"
+        only = lora_tensors(networks[denoiser], prefix=denoiser, seed=1, only=lambda layer: "attn" in layer and "to_" in layer)
+        changes = {"adapters": (a_file(folder / f"{name}.safetensors", only),)}
+        full[name] = a_spec(spec.path, **{"name": name, "family": spec.family, "samplers": spec.samplers, **SIZES, **changes})
+        if denoiser == "transformer":
+            full[name] = a_spec(
+                spec.path,
+                **{"name": name, "family": spec.family, "samplers": spec.samplers, **SIZES, **changes, "block_cache_threshold": 0.9},
+            )
+    return full
+
+
+@pytest.fixture(scope="module")
+def engine(specs):
+    config = EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8, previews_per_s=1e6)
+    with Engine(config, list(specs.values())) as engine:
+        yield engine
+
+
+def asked(family, id="image", **changes):
+    sampler = FLOW[0] if family in ("sd3", "flux") else NOISE[0]
+    return reproducible(id, **{"checkpoint": family, "sampler": sampler, "num_steps": 4, "bucket_rows": 4} | changes)
+
+
+WAYS = {
+    "text": {},
+    "adapted": {"adapters": "its own"},
+    "from a picture": {"init_image": a_picture(seed=3), "strength": 0.75},
+    "repainted": {"init_image": a_picture(seed=3), "mask": a_mask(), "strength": 1.0},
+}
+
+
+@pytest.mark.parametrize("way", list(WAYS))
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_an_image_is_the_same_alone_in_company_and_after_a_move(engine, family, way):
+    changes = dict(WAYS[way])
+    if "adapters" in changes:
+        changes["adapters"] = (AdapterUse(family, 0.8),)
+    request = asked(family, **changes)
+    alone = engine.submit(request).result(60)
+    neighbours, blobs = [], []
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 1:
+            neighbours.append(engine.submit(asked(family, "neighbour", seed=99, num_steps=2, guidance=1.0)))
+            blobs.append(engine.snapshot(request.id))
+
+    accompanied = engine.submit(request, on_event).result(60)
+    neighbours[0].result(60)
+    moved = engine.restore(blobs[0].result(60)).result(60)
+
+    assert accompanied.record.shared_forwards > 0
+    assert np.array_equal(accompanied.pixels, alone.pixels)
+    assert np.array_equal(moved.pixels, alone.pixels)
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_an_adapter_changes_the_image_and_is_named_in_its_fingerprint(engine, family):
+    plain = engine.submit(asked(family, "plain")).result(60)
+    adapted = engine.submit(asked(family, "adapted", adapters=(AdapterUse(family),))).result(60)
+
+    [facts] = adapted.record.fingerprint_facts["adapters"]
+    assert not np.array_equal(plain.pixels, adapted.pixels)
+    assert (facts["name"], facts["strength"]) == (family, 1.0)
+    assert plain.record.fingerprint != adapted.record.fingerprint
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_every_family_has_previews(engine, family):
+    events = []
+
+    def on_event(event):
+        events.append(event)
+        engine.watch("image", True)
+
+    engine.submit(asked(family), on_event).result(60)
+
+    assert sum(isinstance(event, Previewed) for event in events) >= 3
+
+
+@pytest.mark.parametrize("family", ["sd3", "flux"])
+def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engine, family):
+    sampler = {"checkpoint": family, "sampler": FLOW[0], "num_steps": 8}
+    before = engine.stats()["block_cache_rows_skipped"]
+    strangers = []
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 2:
+            strangers.append(engine.submit(a_request("stranger", **sampler, adapters=(AdapterUse(family),), block_cache=True, seed=5)))
+
+    image = engine.submit(a_request("image", **sampler, block_cache=True), on_event).result(60)
+    strangers[0].result(60)
+
+    assert engine.stats()["block_cache_rows_skipped"] > before
+    assert image.record.shared_forwards > 0
+    assert image.record.fingerprint_facts["block_cache"]["threshold"] == 0.9
+
+
+def test_a_reproducible_image_never_skips_a_block(engine):
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(asked("flux", block_cache=True))
+    assert refused.value.field == "block_cache"
+
+
+def test_a_checkpoint_that_only_repaints_starts_and_serves(checkpoint, tmp_path):
+    spec = a_spec(save_repainting(tmp_path / "nine", checkpoint), samplers=NOISE, **SIZES)
+    with Engine(EngineConfig(max_batch_rows=4), [spec]) as engine:
+        repainted = a_request("a", sampler="euler", init_image=a_picture(), mask=a_mask())
+
+        assert engine.submit(repainted).result(60).pixels.shape == (64, 64, 3)
+        with pytest.raises(UnsupportedRequest) as refused:
+            engine.submit(a_request("b", sampler="euler"))
+    assert refused.value.field == "mask"
+
+
+def test_a_fill_checkpoint_starts_and_serves(tmp_path):
+    spec = a_spec(save_tiny_flux(tmp_path / "fill", context_channels=4 + 64), family="flux", samplers=FLOW, **SIZES)
+    with Engine(EngineConfig(max_batch_rows=4), [spec]) as engine:
+        filled = a_request("a", sampler="flow_euler", init_image=a_picture(), mask=a_mask())
+
+        assert torch.from_numpy(engine.submit(filled).result(60).pixels).float().std() > 0
