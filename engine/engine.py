@@ -556,7 +556,7 @@ class Engine:
         while self._developing and (wait or self._developing[0][1].is_ready):
             work, developing = self._developing.popleft()
             image = work.image
-            if image.id not in self._scheduler:
+            if self._scheduler.get(image.id) is not image:
                 continue  # canceled meanwhile
             try:
                 pixels = developing.pixels()

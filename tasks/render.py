@@ -122,6 +122,7 @@ class Renderer:
         return ImageRequest(
             id=f"{job.id}/{lease.attempt}/{index}",
             group=str(job.id),
+            owner=str(job.tenant_id),
             checkpoint=checkpoint_name(job.model, job.model_version),
             prompt=job.prompt,
             negative_prompt=job.negative_prompt,
