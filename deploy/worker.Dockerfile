@@ -20,7 +20,8 @@ RUN python -m pip install --no-cache-dir --disable-pip-version-check --root-user
 
 # A number and not only a name: Kubernetes checks runAsNonRoot by the number.
 RUN groupadd --system --gid 10001 darkroom \
-    && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin darkroom
+    && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin darkroom \
+    && install -d -o 10001 -g 10001 /var/lib/darkroom/curves
 
 COPY pocket/checkpoint pocket/checkpoint
 COPY settings.py celeryconfig.py fleet.toml ./
@@ -31,6 +32,9 @@ COPY edges edges
 COPY engine engine
 COPY fleet fleet
 COPY tasks tasks
+# For `python -m cli calibrate MODEL`, which must run where the device is.
+COPY darkroom_client darkroom_client
+COPY cli cli
 # A checkout with a strict umask must not become an image that its own user cannot read.
 RUN chmod -R a+rX /app && PYTHONDONTWRITEBYTECODE= python -m compileall -q /app
 

@@ -25,7 +25,7 @@ from engine.request import AdapterUse, ImageRequest
 log = logging.getLogger(__name__)
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-READ_SUFFIXES = (".json", ".txt", ".model", ".safetensors")
+READ_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -373,7 +373,7 @@ class Scheduler:
                 leads.setdefault(ticket.home, ticket)
         lead = self._whose_turn(rank, leads)
         kind = lead.kind
-        own = [lead.image, *(ticket.image for ticket in pool if ticket.kind is kind and ticket is not lead)]
+        own = [lead.image, *(ticket.image for ticket in pool if ticket is not lead and _may_join(ticket, lead))]
         if kind.pin is not None:
             guests = [ticket.image for ticket in pool if ticket.kind.pin is None and ticket.kind.key == kind.key]
             return self._filled(kind, own[:1], kind.pin, own + guests)
@@ -452,3 +452,8 @@ class Scheduler:
         """The smallest row bucket that holds `rows`; `rows` itself where none does."""
         place = bisect_left(self.row_buckets, rows)
         return self.row_buckets[place] if place < len(self.row_buckets) else rows
+
+
+def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
+    """May it ride in a forward that `lead` leads? A pipeline's newcomer learns its call by its encode: until then its lane will do."""
+    return ticket.kind is lead.kind or (ticket.image.state is ImageState.QUEUED and ticket.home is lead.home)

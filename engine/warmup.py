@@ -5,6 +5,7 @@ Called on the engine's thread before it takes requests. `./darkroom calibrate` i
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
@@ -59,15 +60,20 @@ def warm_up(
 
 
 def _as_it_can_be_rendered(request: ImageRequest, validated: Callable[[ImageRequest], InFlight]) -> ImageRequest:
-    """The request, or one that repaints a grey picture: an inpainting checkpoint serves no other."""
-    try:
-        validated(request)
-    except UnsupportedRequest as refused:
-        if refused.field != "mask":
-            raise
-        grey = np.full((request.height_px, request.width_px, 3), 128, np.uint8)
-        return replace(request, init_image=Picture(grey), mask=Picture(grey[..., 0]))
-    return request
+    """The request, with a grey picture wherever this checkpoint serves none without."""
+    grey = np.full((request.height_px, request.width_px, 3), 128, np.uint8)
+    pictures: dict[str, Any] = {"init_image": Picture(grey), "mask": Picture(grey[..., 0]), "control_image": Picture(grey)}
+    while True:
+        try:
+            validated(request)
+            return request
+        except UnsupportedRequest as refused:
+            if refused.field not in pictures:
+                raise
+            given = {refused.field: pictures.pop(refused.field)}
+            if refused.field == "mask" and "init_image" in pictures:
+                given["init_image"] = pictures.pop("init_image")  # a mask alone is refused as well
+            request = replace(request, **given)
 
 
 def doublings(most: int) -> tuple[int, ...]:

@@ -1,5 +1,7 @@
 """One engine, every family: the same promises for all of them, with everything a request can ask for at once."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,13 +10,14 @@ from diffusers import EulerDiscreteScheduler
 from engine_builders import ALWAYS, a_request, a_spec, reproducible
 from tiny_checkpoints import a_mask, a_picture, save_repainting, save_tiny_sdxl
 from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
+from tiny_pipelines import a_pipeline_request, a_pipeline_spec, save_tiny_pipeline
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import UnsupportedRequest
+from engine.errors import ImageCanceled, UnsupportedRequest
 from engine.events import Previewed, Stepped
 from engine.loading import load_checkpoint
-from engine.request import AdapterUse
+from engine.request import AdapterUse, Determinism
 
 NOISE, FLOW = ("euler", "dpmpp_2m"), ("flow_euler", "flow_euler_karras")
 SIZES = {"sizes": ((64, 64),)}
@@ -157,3 +160,49 @@ def test_a_fill_checkpoint_starts_and_serves(tmp_path):
         filled = a_request("a", sampler="flow_euler", init_image=a_picture(), mask=a_mask())
 
         assert torch.from_numpy(engine.submit(filled).result(60).pixels).float().std() > 0
+
+
+PIPELINES = ("sd-controlnet", "pixart-sigma", "z-image", "sd-img2img")
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_images_of_any_pipeline_share_forwards_and_move_in_the_engine(name, tmp_path):
+    spec = a_pipeline_spec(name, save_tiny_pipeline(name, tmp_path / name))
+    asked = {"determinism": Determinism.REPRODUCIBLE, "bucket_rows": 4, "num_steps": 4}
+    with Engine(EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8), [spec]) as engine:
+        alone = engine.submit(a_pipeline_request(name, "image", **asked)).result(60)
+        neighbours, blobs = [], []
+
+        def on_event(event):
+            if isinstance(event, Stepped) and event.step == 1:
+                neighbours.append(engine.submit(a_pipeline_request(name, "neighbour", **asked | {"seed": 99})))
+                blobs.append(engine.snapshot("image"))
+
+        accompanied = engine.submit(a_pipeline_request(name, "image", **asked), on_event).result(60)
+        neighbours[0].result(60)
+        moved = engine.restore(blobs[0].result(60)).result(60)
+
+    assert accompanied.record.shared_forwards > 0
+    assert np.array_equal(accompanied.pixels, alone.pixels)
+    assert np.array_equal(moved.pixels, alone.pixels)
+
+
+def test_a_plain_pipeline_takes_turns_with_others_and_is_canceled_between_steps(tmp_path):
+    path = save_tiny_pipeline("sd", tmp_path / "plain")
+    spec = replace(a_pipeline_spec("sd", path), family="plain")
+    with Engine(EngineConfig(max_batch_rows=4), [spec]) as engine:
+        order = []
+
+        def on_event(event):
+            if isinstance(event, Stepped):
+                order.append(event.request_id)
+            if isinstance(event, Stepped) and event.request_id == "long" and event.step == 2:
+                engine.cancel("long")
+
+        long = engine.submit(a_pipeline_request("sd", "long", num_steps=8, rank=1), on_event)
+        short = engine.submit(a_pipeline_request("sd", "short", num_steps=3), on_event)
+
+        assert short.result(60).record.forwards == order.count("short") > 0
+        with pytest.raises(ImageCanceled):
+            long.result(60)
+    assert order.count("long") == 2
