@@ -34,7 +34,9 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
         if not getattr(denoiser, "_repeated_blocks", None):
             raise UnsupportedRequest("compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks")
         if spec.adapters or spec.block_cache_threshold:
-            raise UnsupportedRequest("compile_blocks", "with adapters or the block cache, a block would be compiled again for every row count")
+            raise UnsupportedRequest(
+                "compile_blocks", "with adapters or the block cache, a block would be compiled again for every row count"
+            )
         # One graph for all row counts: static shapes gain a tenth more and cost a compilation per bucket.
         denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
     if spec.cuda_graphs:

@@ -15,6 +15,8 @@ backends: Any = torch.backends
 
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")  # torch's kernels of scaled dot product attention
 KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
+# How torch on a CPU, CUDA itself (pinned memory, a graph) and its libraries (workspaces) say so; torch's allocator has a class for it.
+OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 MEMORY_SHARE = 0.92  # of what is free: the allocator's fragments and the libraries' workspaces take the rest
 
 
@@ -52,7 +54,7 @@ class CudaStopwatch:
 
     def __init__(self) -> None:
         self._start = cuda.Event(enable_timing=True)
-        self._end = cuda.Event(enable_timing=True)
+        self._end = cuda.Event(enable_timing=True, blocking=True)  # whoever waits for it sleeps instead of burning a core
         self._start.record()
 
     @property
@@ -161,6 +163,8 @@ class Device:
                     backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
                     backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
                 ],
+                "fp16_accumulation": backends.cuda.matmul.allow_fp16_accumulation,
+                "blas": str(backends.cuda.preferred_blas_library()),
                 "sdp": self.attention,
             }
         return {
@@ -177,7 +181,7 @@ class Device:
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Did the device, or the host standing in for one, refuse an allocation?"""
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(problem)
+    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(words in str(problem) for words in OUT_OF_MEMORY)
 
 
 def _cpu(key: str) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 
 from engine.config import CheckpointSpec
 from engine.costs import CostModel
-from engine.device import Device
+from engine.device import Device, is_out_of_memory
 from engine.errors import UnsupportedRequest
 from engine.inflight import InFlight
 from engine.request import ImageRequest, Picture
@@ -92,8 +92,14 @@ def _render(image: InFlight, runner: Runner, device: Device, costs: CostModel, b
         peaks: dict[int, int] = {}
         for rows in buckets:
             batch = Batch((image,), rows)
-            runner.predict(batch)
             device.forget_peak()
+            try:
+                runner.predict(batch)
+            except Exception as problem:
+                if rows == buckets[0] or not is_out_of_memory(problem):
+                    raise
+                device.free_cached_memory()
+                break  # larger ones do not fit either
             for _ in range(0 if is_known else repeats):
                 watch = device.stopwatch()
                 runner.predict(batch)

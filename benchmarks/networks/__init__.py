@@ -1,9 +1,10 @@
-"""Checkpoints without weights: folders of configs, whose networks are drawn at random on the device that will run them.
+"""Checkpoints without weights, and what is measured of them on a GPU (`benchmarks/gpu.py`).
 
-A network of 12 billion parameters is there in seconds, with nothing downloaded and nothing passing through the disk or the host. All
-else is the engine's own: such a checkpoint is a folder that is hashed and loaded, of a family that `register` adds to the engine's.
-Random weights show cost and bits, and no picture. Sizes: `full` are the published configs; `small` takes the kernels of large
-networks in milliseconds; `tiny` runs anywhere. Text encoders have the real widths and next to no depth.
+A checkpoint here is a folder of configs whose networks are drawn at random on the device that runs them. A network of 12 billion
+parameters is there in seconds, with nothing downloaded and nothing passing through the disk or the host. All else is the engine's own:
+the folder is hashed and loaded, its family is one that `register` adds to the engine's. Random weights show cost and bits, and no
+picture. Scales: `full` are the published configs; `small` takes the kernels of large networks in milliseconds; `tiny` runs anywhere.
+Text encoders have the widths that are needed and next to no depth.
 """
 
 import json
@@ -32,8 +33,8 @@ def register() -> None:
 def lay_out(folder: Path, family: str, scale: str, *, seed: int = 0, **changes: Any) -> CheckpointSpec:
     """Write a checkpoint folder below `folder`, and give what an engine loads it by.
 
-    family: sd, sdxl, sd3 or flux.  scale: full, small or tiny.  seed: of the weights.  changes: to the spec; in bf16 and for the size its
-    network was made for unless said otherwise.
+    family: sd, sdxl, sd3 or flux.  scale: full, small or tiny.  seed: of the weights.  changes: to the spec, which says bf16 and the size
+    that goes with the scale.
     """
     register()
     path = folder / f"{family}-{scale}-{seed}"
@@ -52,7 +53,7 @@ def lay_out(folder: Path, family: str, scale: str, *, seed: int = 0, **changes: 
 
 
 def a_request(spec: CheckpointSpec, id: str = "image", **changes: Any) -> ImageRequest:
-    """A request this checkpoint serves: its first size and sampler, four steps, guided (classifier-free but for FLUX)."""
+    """A request that this checkpoint serves: its first size and sampler, four steps, guided (classifier-free, but for FLUX)."""
     width_px, height_px = spec.sizes[0]
     given = {
         "id": id,

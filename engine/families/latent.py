@@ -217,11 +217,14 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
     """
     stacked: Rows = {}
     for name, first in parts[0].items():
-        tensors = [part[name].contiguous() for part in parts]  # mixed layouts would give a layout that depends on neighbours
+        tensors = [part[name] for part in parts]
         padding = bucket_rows - sum(len(tensor) for tensor in tensors)
         if padding > 0:
             tensors.append(first.new_zeros((padding, *first.shape[1:])))
-        stacked[name] = torch.cat(tensors).contiguous().to(device, non_blocking=True)
+        together = torch.cat(tensors).contiguous()
+        if together.device.type != device.type:
+            together = together.pin_memory()  # else the copy would wait for all that the device has yet to do
+        stacked[name] = together.to(device, non_blocking=True)
     return stacked
 
 
