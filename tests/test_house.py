@@ -186,7 +186,8 @@ LOADED = {
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, set[str]]:
     """Top-level modules that each kind of process has loaded once it is ready to work; all start at once."""
-    tell = "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    # A copy of the names: other threads may still import.
+    tell = "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in list(sys.modules)})))"
     environment = {**ENOUGH, "PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "")}
     started = {
         role: subprocess.Popen([sys.executable, "-c", code + tell], cwd=REPO, env=environment, stdout=subprocess.PIPE, text=True)
