@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from engine.conditioning import ConditioningCache
 from engine.config import CheckpointSpec, EngineConfig
@@ -43,7 +44,7 @@ from engine.families.contract import State
 from engine.fingerprint import Fingerprint, fingerprint
 from engine.handle import Handle, Progress
 from engine.inflight import BatchKey, ImageState, InFlight
-from engine.keptlatents import Kept, KeptLatents, check_fork
+from engine.keptlatents import Kept, KeptLatents, check_fork, digest_of_latents
 from engine.ledger import Ledger
 from engine.loading import LoadedCheckpoint, load_checkpoint
 from engine.previews import Pace, jpeg
@@ -52,7 +53,7 @@ from engine.request import ImageRequest
 from engine.runner import Developing, Runner
 from engine.scheduler import Batch, Decode, Encode, Scheduler
 from engine.snapshots import Snapshot, check_fingerprint, from_bytes, request_digest, to_bytes
-from engine.validation import check_offered, check_rows, check_values
+from engine.validation import check_integer, check_offered, check_rows, check_values
 from engine.warmup import warm_up
 
 __all__ = ["Engine", "Handle", "Progress"]
@@ -60,7 +61,10 @@ __all__ = ["Engine", "Handle", "Progress"]
 log = logging.getLogger(__name__)
 
 OnEvent = Callable[[Event], None]
+Launched = TypeVar("Launched")
 RUN_AHEAD = 1  # forwards launched beyond the one a GPU is busy with: enough to keep it fed, few enough to cancel soon
+NOTHING_YET = State({})
+MOST_FINGERPRINTS = 256  # remembered; strengths of adapters are anybody's numbers
 PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
 
 
@@ -68,9 +72,11 @@ PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
 class _Open:
     """An image that has not ended: whom to tell of it, and how it comes to its latents."""
 
+    image: InFlight
     handle: Handle
     on_event: OnEvent | None
-    begin: Callable[[InFlight], None]
+    begin: Callable[[InFlight], None] | None  # None once it has begun
+    waiting: State | None  # what a snapshot holds before that: nothing of a newcomer; None for a fork, which cannot be had again
     pace: Pace
 
 
@@ -164,8 +170,8 @@ class Engine:
         kept = self._kept.find(request.owner, request.fork)
         digest = self._loaded(request.checkpoint).weights_digest
         check_fork(request, kept.request, digest, kept.weights_digest, kept.step)
-        image.step = kept.step
-        return self._take_in(image, partial(self._runner.fork, latents=kept.latents), on_event)
+        image.step, image.origin = kept.step, digest_of_latents(kept.latents)
+        return self._take_in(image, partial(self._runner.fork, latents=kept.latents), on_event, waiting=None)
 
     def restore(self, blob: bytes, on_event: OnEvent | None = None, *, request: ImageRequest | None = None) -> Handle:
         """Go on with an image from a snapshot, at its step and with the bits it would have had where it came from.
@@ -178,12 +184,14 @@ class Engine:
         if request_digest(wanted) != request_digest(snapshot.request):
             raise SnapshotRefused("it is of another request")
         image = self._admitted(wanted)
-        check_fingerprint(snapshot, self._fingerprint_of(wanted))
+        image.origin = snapshot.fingerprint_facts.get("fork", "")
+        check_fingerprint(snapshot, self._fingerprint_of(image))
         if not snapshot.tensors:  # taken before the image had started
             return self._take_in(image, self._runner.start, on_event)
         image.step, image.num_steps = snapshot.step, snapshot.num_steps
         image.is_denoised = image.step >= image.num_steps
-        return self._take_in(image, partial(self._runner.restore, state=State(snapshot.tensors, snapshot.facts)), on_event)
+        state = State(snapshot.tensors, snapshot.facts)
+        return self._take_in(image, partial(self._runner.restore, state=state), on_event, waiting=state)
 
     def fork(self, blob: bytes, request: ImageRequest, on_event: OnEvent | None = None) -> Handle:
         """Start a new wish from the latents of a snapshot: another prompt from that step on. Raises as `submit` and `restore`.
@@ -196,8 +204,9 @@ class Engine:
             raise SnapshotRefused("it holds no latents to start from")
         digest = self._loaded(request.checkpoint).weights_digest
         check_fork(request, snapshot.request, digest, snapshot.fingerprint_facts["weights"], snapshot.step)
-        image.step = snapshot.step
-        return self._take_in(image, partial(self._runner.fork, latents=snapshot.tensors["latents"]), on_event)
+        latents = snapshot.tensors["latents"]
+        image.step, image.origin = snapshot.step, digest_of_latents(latents)
+        return self._take_in(image, partial(self._runner.fork, latents=latents), on_event, waiting=None)
 
     def cancel(self, image_id: str) -> None:
         """Drop the image at the next step boundary. Harmless at any moment."""
@@ -207,7 +216,8 @@ class Engine:
                 self._changed.notify_all()
 
     def set_rank(self, image_id: str, rank: int) -> None:
-        """Serve the image at this rank from the next step boundary on."""
+        """Serve the image at this rank from the next step boundary on. Raises `UnsupportedRequest` for what is no integer."""
+        check_integer("rank", rank)
 
         def note() -> None:
             self._scheduler.set_rank(image_id, rank)
@@ -229,6 +239,8 @@ class Engine:
         wanted: Future[bytes] = Future()
 
         def note() -> None:
+            if not wanted.set_running_or_notify_cancel():
+                return  # nobody waits for it any more
             try:
                 wanted.set_result(self._snapshot_of(image_id))
             except EngineError as problem:
@@ -242,7 +254,7 @@ class Engine:
 
     def fingerprint(self, checkpoint: str, bucket_rows: int | None = None) -> Fingerprint:
         """Everything besides a plain request that can change a bit of an image of this checkpoint; `.facts` and their `.sha256`."""
-        return self._fingerprint(self._loaded(checkpoint), bucket_rows, [], None)
+        return self._fingerprint(self._loaded(checkpoint), bucket_rows, [], None, "")
 
     def stats(self) -> dict[str, Any]:
         """Plain numbers since the start; a step counts once for the batch, an image step once per image in it."""
@@ -285,14 +297,16 @@ class Engine:
             "warm_up_s": self.warm_up_s,
         }
 
-    def _take_in(self, image: InFlight, begin: Callable[[InFlight], None], on_event: OnEvent | None) -> Handle:
+    def _take_in(
+        self, image: InFlight, begin: Callable[[InFlight], None], on_event: OnEvent | None, waiting: State | None = NOTHING_YET
+    ) -> Handle:
         handle = Handle(image, self)
         with self._changed:
             if not self._accepting:
                 raise EngineStopped("the engine is not running")
             if image.id in self._open:
                 raise UnsupportedRequest("id", f"an image with id {image.id!r} is already in this engine")
-            self._open[image.id] = _Open(handle, on_event, begin, Pace(self.config.previews_per_s))
+            self._open[image.id] = _Open(image, handle, on_event, begin, waiting, Pace(self.config.previews_per_s))
             self._arrivals.append(image)
             self._changed.notify_all()
         return handle
@@ -329,28 +343,38 @@ class Engine:
         key = BatchKey(request.checkpoint, request.height_px, request.width_px, loaded.family.text_length(request))
         return InFlight(request=request, batch_key=key, rows=rows, submitted_at=time.monotonic())
 
-    def _fingerprint_of(self, request: ImageRequest) -> Fingerprint:
-        loaded = self._loaded(request.checkpoint)
+    def _fingerprint_of(self, image: InFlight) -> Fingerprint:
+        request, loaded = image.request, self._loaded(image.request.checkpoint)
         blocks = loaded.block_cache.facts() if loaded.block_cache is not None and request.block_cache else None
-        return self._fingerprint(loaded, request.pinned_rows, loaded.adapter_facts(request), blocks)
+        return self._fingerprint(loaded, request.pinned_rows, loaded.adapter_facts(request), blocks, image.origin)
 
     def _fingerprint(
-        self, loaded: LoadedCheckpoint, bucket_rows: int | None, adapters: list[dict[str, Any]], block_cache: dict[str, Any] | None
+        self,
+        loaded: LoadedCheckpoint,
+        bucket_rows: int | None,
+        adapters: list[dict[str, Any]],
+        block_cache: dict[str, Any] | None,
+        fork: str,
     ) -> Fingerprint:
-        key = (loaded.spec.name, bucket_rows, repr((adapters, block_cache)))
-        if key not in self._fingerprints:
-            self._fingerprints[key] = fingerprint(
+        key = (loaded.spec.name, bucket_rows, repr((adapters, block_cache, fork)))
+        known = self._fingerprints.get(key)
+        if known is None:
+            known = fingerprint(
                 weights_digest=loaded.weights_digest,
                 family=loaded.spec.family,
                 precision=loaded.spec.precision,
                 bucket_rows=bucket_rows,
                 adapters=adapters,
                 block_cache=block_cache,
+                fork=fork,
                 speed={name: getattr(loaded.spec, name) for name in ("channels_last", "compile_blocks", "cuda_graphs")},
                 device_facts=self._device_facts,
                 family_facts=loaded.family.facts(),
             )
-        return self._fingerprints[key]
+            if len(self._fingerprints) >= MOST_FINGERPRINTS:
+                self._fingerprints.clear()
+            self._fingerprints[key] = known
+        return known
 
     # --- on the engine's thread ------------------------------------------------------------------------------------------
 
@@ -377,10 +401,10 @@ class Engine:
     def _prepare(self) -> None:
         """Load every checkpoint once and warm it up, so that the first caller does not pay for it and the curves are known."""
         self._device.prepare()
+        self._device_facts = self._device.facts()
         for spec in self._specs.values():
             self._checkpoints[spec.name] = load_checkpoint(spec, self._device)
         self.load_s = sum(checkpoint.load_s for checkpoint in self._checkpoints.values())
-        self._device_facts = self._device.facts()
         started = time.perf_counter()
         for spec in self._specs.values():
             if self.config.curves_folder:
@@ -439,19 +463,27 @@ class Engine:
             self._finish_developed(wait=True)  # nothing else is to do
 
     def _encode(self, work: Encode) -> None:
-        image = work.image
-        first_step = image.step
+        image, entry = work.image, self._open[work.image.id]
+        first_step, is_new = image.step, entry.begin == self._runner.start
+        begin = entry.begin
+        assert begin is not None, f"image {image.id} has begun already"
+
+        def launch() -> None:
+            self._runner.release(image)  # of a first try that ran out of memory
+            begin(image)
+
         watch = self._device.stopwatch()
         try:
-            self._open[image.id].begin(image)
+            self._with_room(launch)
         except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
             self._fail(image, _in_our_words(problem, "encode"))
             return
         watch.stop()
+        entry.begin = entry.waiting = None  # what it began with need not be kept
         image.state = ImageState.DENOISED if image.is_denoised else ImageState.RUNNING
         self._scheduler.settle(work)
         self._ledger.enter_encode(work, watch)
-        if self._open[image.id].begin == self._runner.start:
+        if is_new:
             self._tell(image, Started(request_id=image.id))
         else:
             self._tell(image, Resumed(request_id=image.id, step=first_step))
@@ -488,9 +520,12 @@ class Engine:
         The exception ends here, for its traceback would keep the failed forward's tensors while the images are tried apart.
         """
         try:
+            if len(batch) == 1:
+                return self._with_room(lambda: self._runner.predict(batch))
             return self._runner.predict(batch)
         except Exception as problem:
             if is_out_of_memory(problem):
+                _forget_locals(problem)
                 self._device.free_cached_memory()
                 if not batch.is_pinned and len(batch) > 1:
                     self._scheduler.cap_rows(batch.key, batch.used_rows // 2)
@@ -512,7 +547,10 @@ class Engine:
         self._tell(image, Stepped(request_id=image.id, step=image.step, num_steps=image.num_steps, eta_s=image.eta_s))
         if image.step in image.request.keep_steps:
             digest = self._checkpoints[image.request.checkpoint].weights_digest
-            self._kept.keep(Kept(image.request, digest, image.step, self._runner.latents(image)))
+            try:
+                self._kept.keep(Kept(image.request, digest, image.step, self._runner.latents(image)))
+            except Exception:  # a courtesy, too: the image goes on without
+                log.exception("latents_not_kept", extra={"image_id": image.id})
         if image.is_watched and self._open[image.id].pace.may_show(now):
             self._show(image)
 
@@ -533,7 +571,7 @@ class Engine:
             if image.id in self._cancels:
                 return  # before the next turn it is dropped; its decode would be for nobody
         try:
-            developing = self._launched_decode(image)
+            developing = self._with_room(lambda: self._runner.decode(image))
         except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
             self._fail(image, _in_our_words(problem, "decode"))
             return
@@ -541,15 +579,17 @@ class Engine:
         self._developing.append((work, developing))
         self._finish_developed()
 
-    def _launched_decode(self, image: InFlight) -> Developing:
+    def _with_room(self, launch: Callable[[], Launched]) -> Launched:
+        """Do `launch`, and once more when the device is out of memory, after all that can be given back has been."""
         try:
-            return self._runner.decode(image)
+            return launch()
         except Exception as problem:
             if not is_out_of_memory(problem):
                 raise
-        self._finish_developed(wait=True)  # what other decodes hold comes free, and so does what the allocator keeps
+            _forget_locals(problem)
+        self._finish_developed(wait=True)
         self._device.free_cached_memory()
-        return self._runner.decode(image)
+        return launch()
 
     def _finish_developed(self, wait: bool = False) -> None:
         """Hand out the images whose pixels have arrived; with `wait`, all that are on their way."""
@@ -571,8 +611,10 @@ class Engine:
         image = self._scheduler.get(image_id)
         if image is None:
             raise SnapshotRefused(f"image {image_id} is not (or no longer) in this engine")
-        bits = self._fingerprint_of(image.request)
-        state = State({}) if image.state is ImageState.QUEUED else self._runner.save(image)
+        bits = self._fingerprint_of(image)
+        state = self._open[image_id].waiting if image.state is ImageState.QUEUED else self._runner.save(image)
+        if state is None:
+            raise SnapshotRefused(f"image {image_id} is a fork that has not started yet")
         return to_bytes(
             Snapshot(
                 request=image.request,
@@ -583,13 +625,12 @@ class Engine:
                 num_steps=image.num_steps,
                 tensors=state.tensors,
                 facts=state.facts,
-                account={"device_seconds": image.account.device_seconds, "forwards": image.account.forwards},
             )
         )
 
     def _record(self, image: InFlight) -> RenderRecord:
         account = image.account
-        bits = self._fingerprint_of(image.request)
+        bits = self._fingerprint_of(image)
         return RenderRecord(
             num_steps=image.num_steps,
             device_seconds=account.device_seconds,
@@ -617,7 +658,10 @@ class Engine:
         """The image's end, whatever it is: off the device, its last event told, its handle resolved."""
         image.state = state
         image.eta_s = 0.0 if state is ImageState.FINISHED else None
-        self._runner.release(image)
+        try:
+            self._runner.release(image)
+        except Exception:  # whoever waits for the image must hear of its end all the same
+            log.exception("release_failed", extra={"image_id": image.id})
         self._outcomes[state] += 1
         if isinstance(outcome, FinishedImage):
             self._tell(image, Finished(request_id=image.id, image=outcome))
@@ -626,8 +670,7 @@ class Engine:
         with self._changed:
             self._scheduler.remove(image.id)
             self._cancels.discard(image.id)
-            handle = self._open.pop(image.id).handle
-        handle.resolve(outcome)
+            self._open.pop(image.id).handle.resolve(outcome)  # before its id is free for another
 
     def _tell(self, image: InFlight, event: Event) -> None:
         on_event = self._open[image.id].on_event
@@ -641,7 +684,7 @@ class Engine:
     def _fail_everyone(self, last_word: str) -> None:
         with self._changed:
             self._accepting = False
-            left = [*self._scheduler.in_order(), *self._arrivals]
+            left = [entry.image for entry in self._open.values()]  # not the scheduler's word: its books may be what broke
             self._arrivals.clear()
             notes = list(self._notes)
             self._notes.clear()
@@ -651,10 +694,16 @@ class Engine:
             note()
 
 
+def _forget_locals(problem: Exception) -> None:
+    """Let go of what the frames of a traceback hold: the tensors of a failed forward, which would live as long as the error."""
+    traceback.clear_frames(problem.__traceback__)
+
+
 def _in_our_words(problem: Exception, stage: str) -> EngineError:
     """Turn whatever was raised into an error of our tree, the original attached as its cause."""
     if isinstance(problem, EngineError):
         return problem
+    _forget_locals(problem)
     error: EngineError
     if is_out_of_memory(problem):
         error = OutOfDeviceMemory(f"the device ran out of memory in {stage}")

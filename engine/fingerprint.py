@@ -34,6 +34,7 @@ def fingerprint(
     bucket_rows: int | None,
     adapters: list[dict[str, Any]],
     block_cache: dict[str, Any] | None,
+    fork: str,
     speed: dict[str, bool],
     device_facts: dict[str, Any],
     family_facts: dict[str, Any],
@@ -41,6 +42,7 @@ def fingerprint(
     """Gather the facts. `bucket_rows` None says that neighbours may change the last bits: no promise is made then.
 
     adapters: name, sha256 and strength of each.  block_cache: when it skips blocks, None where every block is computed.
+    fork: sha256 of the latents that the image started from, "" for its own noise.
     speed: what `acceleration.py` did.
     """
     facts: dict[str, Any] = {
@@ -52,6 +54,7 @@ def fingerprint(
         "adapters": adapters,
         "speed": speed,
         "block_cache": block_cache,
+        "fork": fork,
         "libraries": {name: version(name) for name in LIBRARIES},
         **device_facts,
         **family_facts,

@@ -7,7 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.errors import EngineError
+from engine.errors import EngineError, SnapshotRefused
 from engine.inflight import ImageState, InFlight
 from engine.records import FinishedImage
 from engine.request import ImageRequest
@@ -54,17 +54,22 @@ class Handle:
 
     def set_rank(self, rank: int) -> None:
         """Serve the image at this rank from the next step boundary on."""
-        self._desk.set_rank(self.request.id, rank)
+        if not self.done():
+            self._desk.set_rank(self.request.id, rank)
 
     def watch(self, watched: bool = True) -> None:
         """Ask for `Previewed` events from the next step on, or for no more of them: they cost time, so only while somebody looks."""
-        self._desk.watch(self.request.id, watched)
+        if not self.done():
+            self._desk.watch(self.request.id, watched)
 
     def snapshot(self, timeout_s: float | None = None) -> bytes:
         """All that is needed to go on elsewhere from the present step with the same bits; the image itself goes on too.
 
-        Raises `SnapshotRefused` when it has ended, `EngineStopped`, or `TimeoutError`.
+        Raises `SnapshotRefused` when it has ended, `UnsupportedRequest` where its family has none to give, `EngineStopped`, or
+        `TimeoutError`.
         """
+        if self.done():
+            raise SnapshotRefused(f"image {self.request.id} is no longer in flight")
         return self._desk.snapshot(self.request.id).result(timeout_s)
 
     def done(self) -> bool:

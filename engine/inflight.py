@@ -91,6 +91,7 @@ class InFlight:
     num_steps: int = 0  # 0: as requested
     is_denoised: bool = False  # are all its denoise steps behind it?
     is_watched: bool = False  # does anybody look at previews?
+    origin: str = ""  # sha256 of the latents it was forked from
 
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None

@@ -6,6 +6,7 @@ first, on the host. Any thread may ask what is there; the engine's thread puts i
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -73,6 +74,13 @@ class KeptLatents:
             self.hits += 1
             self._entries.move_to_end(key)
             return self._entries[key]
+
+
+def digest_of_latents(latents: Tensor) -> str:
+    """sha256 of the bytes, hex: a fork's bits depend on them, and its request does not name them."""
+    import torch
+
+    return hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def check_fork(request: ImageRequest, origin: ImageRequest, weights_digest: str, origin_digest: str, step: int) -> None:

@@ -49,7 +49,8 @@ class LoadedCheckpoint:
 
     def conditioning_key(self, request: ImageRequest) -> str:
         """What encodes this request's prompts, and under which safety rules it was admitted."""
-        return json.dumps([self.weights_digest, self.adapter_facts(request), request.policy_version])
+        spec = self.spec
+        return json.dumps([self.weights_digest, spec.family, spec.precision, self.adapter_facts(request), request.policy_version])
 
 
 def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:

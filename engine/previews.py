@@ -230,8 +230,8 @@ class Pace:
     """How often one image shows a preview. One that comes too early is not kept: the next step's is better anyway."""
 
     def __init__(self, per_s: float) -> None:
-        self._interval_s = 1 / per_s
-        self._next_s = -math.inf
+        self._interval_s = 1 / per_s if per_s > 0 else math.inf
+        self._next_s = -math.inf if per_s > 0 else math.inf
 
     def may_show(self, now_s: float) -> bool:
         """May the image show a preview at `now_s`, on any clock that only goes forward? A yes counts as shown."""

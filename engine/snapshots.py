@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from enum import Enum
 from functools import cache
 from types import NoneType
@@ -53,7 +53,6 @@ class Snapshot:
     num_steps: int
     tensors: dict[str, Tensor]  # the family's: latents, generator, what the sampler remembers
     facts: dict[str, Any]  # the family's, JSON-plain
-    account: dict[str, Any] = field(default_factory=dict)  # what the image has taken so far, JSON-plain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +88,6 @@ def to_bytes(snapshot: Snapshot) -> bytes:
         "step": snapshot.step,
         "num_steps": snapshot.num_steps,
         "facts": snapshot.facts,
-        "account": snapshot.account,
         "layouts": layouts,
     }
     tensors = {name: torch.from_numpy(np.array(picture.pixels, order="C")) for name, picture in pictures.items()}
@@ -133,7 +131,6 @@ def from_bytes(blob: bytes) -> Snapshot:
             # Into memory torch aligns: a matrix product over the blob's own alignment may add in another order.
             tensors={name: tensor.clone() for name, tensor in tensors.items()},
             facts=about["facts"],
-            account=about["account"],
         )
 
 

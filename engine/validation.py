@@ -12,10 +12,10 @@ from engine.request import AdapterUse, Determinism, Fork, ImageRequest, Picture
 
 def check_values(request: ImageRequest) -> None:
     """Raise `UnsupportedRequest`, naming the field, for a value that no checkpoint takes."""
-    for name in ("prompt", "negative_prompt"):
+    for name in ("id", "group", "owner", "policy_version", "prompt", "negative_prompt"):
         _check_text(name, getattr(request, name))
     for name in ("width_px", "height_px", "num_steps", "seed", "rank", "clip_skip"):
-        _check_integer(name, getattr(request, name))
+        check_integer(name, getattr(request, name))
     for name in ("guidance", "strength"):
         value = getattr(request, name)
         if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
@@ -30,7 +30,7 @@ def check_values(request: ImageRequest) -> None:
     if not isinstance(request.fork, Fork | None):
         raise UnsupportedRequest("fork", "is not a fork")
     for step in request.keep_steps:
-        _check_integer("keep_steps", step)
+        check_integer("keep_steps", step)
         if not 0 < step < request.num_steps:
             raise UnsupportedRequest("keep_steps", f"{step} is not within 1..{request.num_steps - 1}")
     for name, option in request.options.items():
@@ -60,7 +60,7 @@ def check_rows(request: ImageRequest, rows: int, max_batch_rows: int) -> None:
     if request.is_reproducible:
         if request.bucket_rows is None:
             raise UnsupportedRequest("bucket_rows", "a reproducible image needs one")
-        _check_integer("bucket_rows", request.bucket_rows)
+        check_integer("bucket_rows", request.bucket_rows)
         if not rows <= request.bucket_rows <= max_batch_rows:
             raise UnsupportedRequest("bucket_rows", f"{request.bucket_rows} is not within {rows}..{max_batch_rows}")
     elif rows > max_batch_rows:
@@ -76,6 +76,7 @@ def _check_text(field: str, value: object) -> None:
         raise UnsupportedRequest(field, "is not valid Unicode") from None
 
 
-def _check_integer(field: str, value: object) -> None:
+def check_integer(field: str, value: object) -> None:
+    """Raise `UnsupportedRequest` for what is no integer; True and False are none."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise UnsupportedRequest(field, f"{value!r} is not an integer")

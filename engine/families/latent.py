@@ -120,7 +120,8 @@ class LatentFamily(ABC):
         is_plain = not any(image.request.adapters or image.request.block_cache for image in images)
         prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
         used_rows = sum(image.rows for image in images)
-        return list(torch.split(prediction[:used_rows], [image.rows for image in images]))
+        # In one layout whatever the weights have: latents would inherit it, and a restored image is contiguous.
+        return list(torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images]))
 
     def advance(self, image: InFlight, prediction: Any) -> None:
         """See the contract."""
@@ -191,7 +192,7 @@ class LatentFamily(ABC):
         self.start(image, recall)
         image.step = step
         begin_at(image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step)
-        image.tensors.latents = latents.to(self.device, copy=True)
+        image.tensors.latents = latents.to(self.device, image.tensors.latents.dtype, copy=True)
 
     def latents(self, image: InFlight) -> Tensor:
         """See the contract."""
@@ -234,6 +235,8 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
         raise UnsupportedRequest("control_image", "is only taken by a checkpoint of family pipeline with a control network")
     if unknown := sorted(set(request.options) - set(option_names)):
         raise UnsupportedRequest("options", f"{', '.join(unknown)}: not taken here; taken: {', '.join(sorted(option_names)) or 'none'}")
+    if request.keep_steps and request.init_image is not None:
+        raise UnsupportedRequest("keep_steps", "an image that starts from a picture cannot be forked")
     if request.fork is not None:
         if request.init_image is not None:
             raise UnsupportedRequest("fork", "starts from kept latents: give it or an init_image, not both")

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers.utils.constants import DIFFUSERS_ATTN_BACKEND
 from PIL import Image
 from torch import Tensor, nn
 
@@ -149,6 +150,7 @@ class CalledPipeline(ABC):
             "pipeline": self._name,
             "model_index": self._index_sha256,  # it lies in no folder of its own, so the digest of the weights does not cover it
             "options": dict(self._spec.options),
+            "attention_backend": DIFFUSERS_ATTN_BACKEND,
             "attention": {name: sorted({type(one).__name__ for one in found}) for name, found in processors.items()},
             "text_attention": {
                 name: str(getattr(encoder.config, "_attn_implementation", None)) for name, encoder in self._text_encoders.items()
@@ -551,7 +553,9 @@ class PlainPipeline(CalledPipeline):
         raise UnsupportedRequest("snapshot", f"is not for {self._name} in family plain")
 
     def _try(self) -> None:
-        """One step."""
+        """One step. Raises `UnsupportedRequest` for adapters, which nobody could lay over forwards that are not the engine's."""
+        if self._spec.adapters:
+            raise UnsupportedRequest("adapters", "are not for family plain")
         self._tried(self._one_step)
 
     def _one_step(self, request: ImageRequest) -> list[Trial]:

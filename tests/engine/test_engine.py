@@ -17,6 +17,7 @@ from engine.errors import (
     ImageCanceled,
     ImageNotFinite,
     OutOfDeviceMemory,
+    SnapshotRefused,
     UnknownCheckpoint,
     UnsupportedRequest,
 )
@@ -445,3 +446,91 @@ def test_many_threads_may_submit_at_once(engine):
 
     assert sorted(images) == list(range(12))
     assert len({image.pixels.tobytes() for image in images.values()}) == 12
+
+
+# --- what one caller does wrong is his own trouble ------------------------------------------------------------------------
+
+
+def is_alive(engine) -> bool:
+    return engine.submit(a_request("another")).result(60) is not None
+
+
+def test_a_rank_that_is_no_number_is_refused_and_the_engine_goes_on(engine):
+    handle = engine.submit(a_request("a"))
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.set_rank("a", "high")
+    assert refused.value.field == "rank"
+    assert handle.result(60) is not None
+    assert is_alive(engine)
+
+
+def test_a_snapshot_nobody_waits_for_any_more_is_not_taken(engine):
+    on_event, reached, go = held_at(1)
+    handle = engine.submit(a_request("a"), on_event)
+    assert reached.wait(30)
+    asked = engine.snapshot("a")
+    assert asked.cancel()
+    go.set()
+
+    assert handle.result(60) is not None
+    assert is_alive(engine)
+
+
+@pytest.mark.parametrize("field", ["id", "group", "owner", "policy_version"])
+def test_a_name_that_is_no_string_is_refused(engine, field):
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(a_request(**{"id": "a", "keep_steps": (1,)} | {field: ["x"]}))
+    assert refused.value.field == field
+
+
+def test_a_handle_of_an_image_that_has_ended_touches_no_other_of_its_id(engine):
+    former = engine.submit(a_request("a"))
+    former.result(60)
+    on_event, reached, go = held_at(1)
+    later = engine.submit(a_request("a", seed=99), on_event)
+    assert reached.wait(30)
+
+    former.cancel()
+    former.set_rank(7)
+    with pytest.raises(SnapshotRefused):
+        former.snapshot(30)
+    go.set()
+
+    assert later.result(60).request.seed == 99
+
+
+def test_an_image_that_cannot_be_let_go_of_still_ends_for_its_caller(engine, monkeypatch):
+    def stuck(image):
+        raise RuntimeError("does not let go")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._runner, "release", stuck)
+        with pytest.raises(EngineError):
+            engine.submit(a_request("a")).result(60)
+    assert is_alive(engine)
+
+
+def test_an_image_alone_is_tried_again_when_memory_was_short_for_a_moment(engine, monkeypatch):
+    family = family_of(engine)
+    denoise, short = family.denoise, [True]
+
+    def briefly_full(rows):
+        if short:
+            short.clear()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(rows)
+
+    expected = engine.submit(a_request("a")).result(60)
+    monkeypatch.setattr(family, "denoise", briefly_full)
+
+    assert np.array_equal(engine.submit(a_request("a")).result(60).pixels, expected.pixels)
+    assert not short
+
+
+def test_two_precisions_of_one_checkpoint_share_an_engine_and_no_encoding(checkpoint):
+    specs = [a_spec(checkpoint, name=precision, precision=precision, sizes=((64, 64),)) for precision in ("fp32", "bf16")]
+    with Engine(EngineConfig(max_batch_rows=2, previews_per_s=0), specs) as engine:
+        images = [engine.submit(a_request(spec.name, checkpoint=spec.name)).result(60) for spec in specs]
+
+    assert images[0].record.fingerprint != images[1].record.fingerprint

@@ -206,3 +206,12 @@ def test_a_plain_pipeline_takes_turns_with_others_and_is_canceled_between_steps(
         with pytest.raises(ImageCanceled):
             long.result(60)
     assert order.count("long") == 2
+
+
+def test_a_plain_pipeline_takes_no_adapters(tmp_path):
+    path = save_tiny_pipeline("sd", tmp_path / "plain")
+    spec = a_pipeline_spec("sd", path, family="plain", adapters=(a_file(tmp_path / "adapter.safetensors", {}),))
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        Engine(EngineConfig(), [spec]).start()
+    assert refused.value.field == "adapters"

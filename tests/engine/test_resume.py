@@ -18,7 +18,7 @@ from engine.engine import Engine
 from engine.errors import EngineStopped, SnapshotRefused, UnsupportedRequest
 from engine.events import Finished, Parked, Previewed, Resumed, Started, Stepped
 from engine.inflight import ImageState
-from engine.request import Fork
+from engine.request import Fork, Picture
 from engine.snapshots import peek
 
 REPO = Path(__file__).parents[2]
@@ -233,6 +233,65 @@ def test_kept_latents_are_bounded_and_the_oldest_go_first(checkpoint):
         with pytest.raises(UnsupportedRequest):
             engine.submit(a_request("fork", num_steps=3, fork=Fork("a", 1)))
         engine.submit(a_request("fork", num_steps=3, fork=Fork("c", 1))).result(60)
+
+
+def queued_behind(engine, first_step):
+    """Hold the engine at a step of another image, so that what is submitted meanwhile waits; call the result to let go."""
+    reached, go = threading.Event(), threading.Event()
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == first_step:
+            reached.set()
+            assert go.wait(30)
+
+    engine.submit(a_request("ahead", rank=0), on_event)
+    assert reached.wait(30)
+    return go.set
+
+
+def test_a_snapshot_of_a_restored_image_that_still_waits_is_of_its_step(engine, elsewhere):
+    expected, blobs = snapshots_at_every_step(engine, reproducible("a", num_steps=4))
+    go = queued_behind(elsewhere, 1)
+    handle = elsewhere.restore(blobs[3])
+    again = elsewhere.snapshot("a")
+    go()
+
+    assert peek(again.result(30)).step == 3
+    assert np.array_equal(handle.result(60).pixels, expected.pixels)
+    moved = engine.restore(again.result()).result(60)
+    assert moved.record.forwards == 1
+    assert np.array_equal(moved.pixels, expected.pixels)
+
+
+def test_a_fork_that_still_waits_has_no_snapshot(engine):
+    engine.submit(a_request("origin", owner="acme", num_steps=4, keep_steps=(2,))).result(60)
+    go = queued_behind(engine, 1)
+    engine.submit(a_request("fork", owner="acme", num_steps=4, fork=Fork("origin", 2)))
+    asked = engine.snapshot("fork")
+    go()
+
+    with pytest.raises(SnapshotRefused, match="has not started"):
+        asked.result(30)
+
+
+def test_a_fork_has_a_fingerprint_of_its_own_which_goes_with_it(engine, elsewhere):
+    plain = engine.submit(reproducible("origin", owner="acme", num_steps=4, keep_steps=(1,))).result(60)
+    fork = reproducible("fork", owner="acme", num_steps=4, prompt="a green star", fork=Fork("origin", 1))
+    expected, blobs = snapshots_at_every_step(engine, fork)
+
+    moved = elsewhere.restore(blobs[3]).result(60)
+
+    assert expected.record.fingerprint != plain.record.fingerprint
+    assert moved.record.fingerprint == expected.record.fingerprint
+    assert np.array_equal(moved.pixels, expected.pixels)
+
+
+def test_an_image_that_starts_from_a_picture_keeps_no_latents(engine):
+    picture = Picture(np.zeros((64, 64, 3), np.uint8))
+
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(a_request("a", init_image=picture, strength=0.5, keep_steps=(1,)))
+    assert refused.value.field == "keep_steps"
 
 
 # --- ranks ---------------------------------------------------------------------------------------------------------------

@@ -93,7 +93,6 @@ def a_snapshot(**changes) -> Snapshot:
         "num_steps": 20,
         "tensors": {"latents": torch.arange(16.0).reshape(1, 4, 2, 2), "generator": save_generator(torch.Generator().manual_seed(5))},
         "facts": {"sampler": {"class": "DDIMScheduler", "fields": {"_step_index": None, "lambda": [{"float": "-inf"}, 0.1, -1e-320]}}},
-        "account": {"denoise_s": 1.25, "forwards": 3},
     }
     return Snapshot(**given | changes)
 
