@@ -122,11 +122,3 @@ class InFlight:
         assert self.held is not None, f"image {self.id} is {self.state} and holds no tensors"
         held: Tensors = self.held
         return held
-
-    @tensors.setter
-    def tensors(self, tensors: Tensors) -> None:
-        self.held = tensors
-
-    def drop_tensors(self) -> None:
-        """Give the device memory back; the numbers stay readable."""
-        self.held = None

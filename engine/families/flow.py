@@ -185,24 +185,15 @@ class FlowFamily(LatentFamily):
         """See the base. Drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
         timesteps = sampler.timesteps[_skipped_steps(request) :]
         if request.init_image is None:
-            return Beginning(self.pack(self._draw_noise(request, generator)), timesteps)
+            return Beginning(self.pack(self.draw_noise(request, generator)), timesteps)
         picture = picture_tensor(request.init_image, self.dtype, self.device)
         clean = self.encode_picture(picture, generator)
-        noise = self._draw_noise(request, generator)
+        noise = self.draw_noise(request, generator)
         latents = self.pack(sampler.scale_noise(clean, timesteps[:1], noise))
         if request.mask is None:
             return Beginning(latents, timesteps)
         mask = mask_tensor(request.mask).to(self.device, self.dtype)
         return Beginning(latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator))
-
-    def _draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
-        shape = (
-            1,
-            self.latent_channels,
-            request.height_px // self.pixels_per_latent,
-            request.width_px // self.pixels_per_latent,
-        )
-        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
         """The latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's posterior."""

@@ -23,7 +23,7 @@ from engine.inflight import InFlight, Tensors
 from engine.previews import Projector, clean_latents, fit
 from engine.request import ImageRequest
 from engine.samplers import step_arguments
-from engine.samplerstate import load_sampler, save_sampler
+from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
 
 PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own VAE
 
@@ -81,6 +81,12 @@ class LatentFamily(ABC):
     @abstractmethod
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
         """The clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the VAE's posterior."""
+
+    def draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
+        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+        side = self.pixels_per_latent
+        shape = (1, self.latent_channels, request.height_px // side, request.width_px // side)
+        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
 
     def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
         """Classifier-free guidance: [rows, ...] in the order uncond, cond becomes [1, ...]."""
@@ -162,7 +168,7 @@ class LatentFamily(ABC):
         """See the contract. Conditioning is not in it: it is larger than all the rest, and encoding again gives the same bits."""
         tensors = image.tensors
         sampler_tensors, sampler_facts = save_sampler(tensors.sampler)
-        saved = {"latents": tensors.latents, "generator": tensors.generator.get_state()}
+        saved = {"latents": tensors.latents, "generator": save_generator(tensors.generator)}
         saved |= {f"extras.{name}": tensor for name, tensor in tensors.extras.items()}
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in saved.items()}
         facts = {"sampler": sampler_facts, "num_steps": image.num_steps}
@@ -173,8 +179,6 @@ class LatentFamily(ABC):
         conditioning = self.encode(image.request, recall)
         sampler = self.sampler(image.request)
         load_sampler(sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device)
-        generator = torch.Generator("cpu")
-        generator.set_state(state.tensors["generator"])
         image.num_steps = state.facts["num_steps"]
         image.is_denoised = image.step >= image.num_steps
         image.held = Tensors(
@@ -182,7 +186,7 @@ class LatentFamily(ABC):
             timesteps=sampler.timesteps[-image.num_steps :],
             conditioning=conditioning,
             latents=state.tensors["latents"].to(self.device),
-            generator=generator,
+            generator=load_generator(state.tensors["generator"]),
             extras={name: tensor.to(self.device) for name, tensor in _under("extras.", state.tensors).items()},
         )
 

@@ -147,7 +147,7 @@ class StableDiffusion(LatentFamily):
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
         """See the base."""
         if request.init_image is None:
-            return Beginning(self._noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps)
+            return Beginning(self.draw_noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps)
         skipped = _skipped_steps(request)
         begin_at(sampler, skipped)
         timesteps = sampler.timesteps[skipped:]
@@ -155,7 +155,7 @@ class StableDiffusion(LatentFamily):
         if request.mask is not None:
             return self._begin_inpainting(request, picture, mask_tensor(request.mask), sampler, timesteps, generator)
         clean = self.encode_picture(picture, generator)
-        noise = self._noise(request, generator)
+        noise = self.draw_noise(request, generator)
         return Beginning(sampler.add_noise(clean, noise, timesteps[:1]), timesteps)
 
     def _begin_inpainting(
@@ -164,7 +164,7 @@ class StableDiffusion(LatentFamily):
         """At strength 1 from noise alone, otherwise from the noisy picture. picture: [1, 3, h, w].  mask: [1, 1, h, w]."""
         is_strongest = request.strength == 1.0
         clean: Any = None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
-        noise = self._noise(request, generator)
+        noise = self.draw_noise(request, generator)
         latents = noise * sampler.init_noise_sigma if is_strongest else sampler.add_noise(clean, noise, timesteps[:1])
         extras = {"mask": interpolate(mask, size=noise.shape[-2:]).to(self.device, self.dtype)}
         if self._sees_mask:
@@ -174,16 +174,6 @@ class StableDiffusion(LatentFamily):
             # The pipeline encodes the masked picture here too and never looks at it; only what it draws for that must be drawn.
             torch.randn(noise.shape, generator=generator, dtype=self._encoder_dtype)
         return Beginning(latents, timesteps, extras)
-
-    def _noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
-        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
-        shape = (
-            1,
-            self.latent_channels,
-            request.height_px // self.pixels_per_latent,
-            request.width_px // self.pixels_per_latent,
-        )
-        return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
         """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the denoiser sees them."""
