@@ -12,6 +12,7 @@ note and waits on a condition; no thread but the engine's own touches the device
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 import traceback
@@ -21,6 +22,7 @@ from concurrent.futures import Future
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
+from heapq import heappop, heappush
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -31,6 +33,7 @@ from engine.costs import CostModel
 from engine.curves import load_curves
 from engine.device import Device, is_out_of_memory
 from engine.errors import (
+    DeadlinePassed,
     EngineError,
     EngineStopped,
     ImageCanceled,
@@ -53,7 +56,7 @@ from engine.request import ImageRequest
 from engine.runner import Developing, Runner
 from engine.scheduler import Batch, Decode, Encode, Scheduler
 from engine.snapshots import Snapshot, check_fingerprint, from_bytes, request_digest, to_bytes
-from engine.validation import check_integer, check_offered, check_rows, check_values
+from engine.validation import check_integer, check_offered, check_rows, check_seconds, check_values
 from engine.warmup import warm_up
 
 __all__ = ["Engine", "Handle", "Progress"]
@@ -78,6 +81,7 @@ class _Open:
     begin: Callable[[InFlight], None] | None  # None once it has begun
     waiting: State | None  # what a snapshot holds before that: nothing of a newcomer; None for a fork, which cannot be had again
     pace: Pace
+    due_at: float  # on the monotonic clock; infinity: whenever it is done
 
 
 class Engine:
@@ -100,6 +104,7 @@ class Engine:
             max_batch_rows=config.max_batch_rows,
             max_encodes_between_steps=config.max_encodes_between_steps,
             row_buckets=config.row_buckets,
+            rank_shares=config.rank_shares,
             growth_ceiling=config.growth_ceiling,
             max_adapters=min((spec.adapter_slots for spec in checkpoints), default=1),
         )
@@ -110,6 +115,7 @@ class Engine:
         self._runner = Runner(self._checkpoints, self._device, self._cache)
         self._outcomes: Counter[ImageState] = Counter()
         self._previews = 0
+        self._parks = 0
         self._developing: deque[tuple[Decode, Developing]] = deque()  # decodes launched, in their order
 
         # Shared with other threads, under the lock of `_changed`.
@@ -118,6 +124,7 @@ class Engine:
         self._cancels: set[str] = set()
         self._notes: deque[Callable[[], None]] = deque()  # what else to do between two turns, on the engine's thread
         self._open: dict[str, _Open] = {}
+        self._deadlines: list[tuple[float, str]] = []  # a heap of (due_at, image id); an image that has ended stays in it until then
         self._stopping = False
         self._accepting = False
         self._thread: threading.Thread | None = None
@@ -158,26 +165,28 @@ class Engine:
         """Does it take requests?"""
         return self._accepting
 
-    def submit(self, request: ImageRequest, on_event: OnEvent | None = None) -> Handle:
-        """Take a request; it joins the running batch at the next step boundary.
+    def submit(self, request: ImageRequest, on_event: OnEvent | None = None, *, within_s: float | None = None) -> Handle:
+        """Take a request; it joins the running batch at the next step boundary, and fails at one if not finished `within_s` from now.
 
         Raises `UnsupportedRequest` (naming the field), `UnknownCheckpoint` or `EngineStopped` and takes nothing then. `on_event`
         is called from the engine's thread: it must be fast and never wait for an image; its exceptions are only logged.
         """
         image = self._admitted(request)
         if request.fork is None:
-            return self._take_in(image, self._runner.start, on_event)
+            return self._take_in(image, self._runner.start, on_event, within_s=within_s)
         kept = self._kept.find(request.owner, request.fork)
         digest = self._loaded(request.checkpoint).weights_digest
         check_fork(request, kept.request, digest, kept.weights_digest, kept.step)
         image.step, image.origin = kept.step, digest_of_latents(kept.latents)
-        return self._take_in(image, partial(self._runner.fork, latents=kept.latents), on_event, waiting=None)
+        return self._take_in(image, partial(self._runner.fork, latents=kept.latents), on_event, waiting=None, within_s=within_s)
 
-    def restore(self, blob: bytes, on_event: OnEvent | None = None, *, request: ImageRequest | None = None) -> Handle:
+    def restore(
+        self, blob: bytes, on_event: OnEvent | None = None, *, request: ImageRequest | None = None, within_s: float | None = None
+    ) -> Handle:
         """Go on with an image from a snapshot, at its step and with the bits it would have had where it came from.
 
-        request: the same wish under another id, group or rank.  Raises as `submit`, and `SnapshotRefused` for a blob that is damaged,
-        of another wish, or made where a bit could come out differently.
+        request: the same wish under another id, group or rank.  within_s: as for `submit`, counted from now.  Raises as `submit`, and
+        `SnapshotRefused` for a blob that is damaged, of another wish, or made where a bit could come out differently.
         """
         snapshot = from_bytes(blob)
         wanted = request or snapshot.request
@@ -187,11 +196,11 @@ class Engine:
         image.origin = snapshot.fingerprint_facts.get("fork", "")
         check_fingerprint(snapshot, self._fingerprint_of(image))
         if not snapshot.tensors:  # taken before the image had started
-            return self._take_in(image, self._runner.start, on_event)
+            return self._take_in(image, self._runner.start, on_event, within_s=within_s)
         image.step, image.num_steps = snapshot.step, snapshot.num_steps
         image.is_denoised = image.step >= image.num_steps
         state = State(snapshot.tensors, snapshot.facts)
-        return self._take_in(image, partial(self._runner.restore, state=state), on_event, waiting=state)
+        return self._take_in(image, partial(self._runner.restore, state=state), on_event, waiting=state, within_s=within_s)
 
     def fork(self, blob: bytes, request: ImageRequest, on_event: OnEvent | None = None) -> Handle:
         """Start a new wish from the latents of a snapshot: another prompt from that step on. Raises as `submit` and `restore`.
@@ -236,17 +245,30 @@ class Engine:
 
     def snapshot(self, image_id: str) -> Future[bytes]:
         """A snapshot of the image at the next step boundary; the future raises `SnapshotRefused` when there is no such image by then."""
+        return self._ask_for_snapshot(image_id, leaves=False)
+
+    def withdraw(self, image_id: str) -> Future[bytes]:
+        """As `snapshot`, but the image leaves in the same moment, as if canceled: no step of it is computed for nothing.
+
+        When the future has its result, the image's end has been told. An image of which no snapshot can be made goes on.
+        """
+        return self._ask_for_snapshot(image_id, leaves=True)
+
+    def _ask_for_snapshot(self, image_id: str, *, leaves: bool) -> Future[bytes]:
         wanted: Future[bytes] = Future()
 
         def note() -> None:
             if not wanted.set_running_or_notify_cancel():
                 return  # nobody waits for it any more
             try:
-                wanted.set_result(self._snapshot_of(image_id))
-            except EngineError as problem:
-                wanted.set_exception(problem)
+                blob = self._snapshot_of(image_id)
             except Exception as problem:  # noqa: BLE001  the asker's trouble, not the engine's
                 wanted.set_exception(_in_our_words(problem, "snapshot"))
+                return
+            if leaves:
+                image = self._open[image_id].image
+                self._fail(image, _canceled(image))
+            wanted.set_result(blob)
 
         if not self._leave(note):
             wanted.set_exception(EngineStopped("the engine is not running"))
@@ -267,6 +289,7 @@ class Engine:
         return {
             "inflight": states[ImageState.RUNNING] + states[ImageState.DENOISED],
             "parked": states[ImageState.PARKED],
+            "parks": self._parks,
             "waiting": states[ImageState.QUEUED] + arriving,
             "finished": self._outcomes[ImageState.FINISHED],
             "failed": self._outcomes[ImageState.FAILED],
@@ -280,6 +303,7 @@ class Engine:
             "encode_s": ledger.encode_s,
             "forward_s": ledger.forward_s,
             "decode_s": ledger.decode_s,
+            "seconds_by_rank": dict(sorted(dict(ledger.seconds_by_rank).items())),
             "previews": self._previews,
             "cache_hits": self._cache.hits,
             "cache_misses": self._cache.misses,
@@ -298,15 +322,25 @@ class Engine:
         }
 
     def _take_in(
-        self, image: InFlight, begin: Callable[[InFlight], None], on_event: OnEvent | None, waiting: State | None = NOTHING_YET
+        self,
+        image: InFlight,
+        begin: Callable[[InFlight], None],
+        on_event: OnEvent | None,
+        waiting: State | None = NOTHING_YET,
+        within_s: float | None = None,
     ) -> Handle:
-        handle = Handle(image, self)
+        handle, due_at = Handle(image, self), math.inf
+        if within_s is not None:
+            check_seconds("within_s", within_s)
+            due_at = image.submitted_at + within_s
         with self._changed:
             if not self._accepting:
                 raise EngineStopped("the engine is not running")
             if image.id in self._open:
                 raise UnsupportedRequest("id", f"an image with id {image.id!r} is already in this engine")
-            self._open[image.id] = _Open(image, handle, on_event, begin, waiting, Pace(self.config.previews_per_s))
+            self._open[image.id] = _Open(image, handle, on_event, begin, waiting, Pace(self.config.previews_per_s), due_at)
+            if within_s is not None:
+                heappush(self._deadlines, (due_at, image.id))
             self._arrivals.append(image)
             self._changed.notify_all()
         return handle
@@ -433,23 +467,34 @@ class Engine:
                 self._scheduler.add(image, time.monotonic())
             if self._stopping:
                 return False
-            canceled = [image for image in map(self._scheduler.get, self._cancels) if image is not None]
+            leaving: dict[InFlight, EngineError] = {image: _too_late(image) for image in self._take_late()}
+            leaving |= {image: _canceled(image) for image in map(self._scheduler.get, self._cancels) if image is not None}
             self._cancels.clear()
             notes = list(self._notes)
             self._notes.clear()
         for image in arrivals:
             self._tell(image, Queued(request_id=image.id))
-        for image in canceled:
-            self._fail(image, ImageCanceled(f"image {image.id} was canceled at step {image.step} of {image.num_steps}"))
+        for image, error in leaving.items():
+            self._fail(image, error)
         for note in notes:
             note()
         return True
+
+    def _take_late(self) -> list[InFlight]:
+        """The images whose deadline has passed. No deadline needs to wake this thread: it never sleeps while an image is here."""
+        late, now = [], time.monotonic()
+        while self._deadlines and self._deadlines[0][0] <= now:
+            entry = self._open.get(heappop(self._deadlines)[1])
+            if entry is not None and entry.due_at <= now:  # not another of that id
+                late.append(entry.image)
+        return late
 
     def _turn(self) -> None:
         """Do the piece of work that the scheduler puts first."""
         self._finish_developed()
         work = self._scheduler.next_work(time.monotonic())
         for image in self._scheduler.take_parked():
+            self._parks += 1
             self._tell(image, Parked(request_id=image.id, step=image.step))
         for image in self._scheduler.take_resumed():
             self._tell(image, Resumed(request_id=image.id, step=image.step))
@@ -697,6 +742,14 @@ class Engine:
 def _forget_locals(problem: Exception) -> None:
     """Let go of what the frames of a traceback hold: the tensors of a failed forward, which would live as long as the error."""
     traceback.clear_frames(problem.__traceback__)
+
+
+def _canceled(image: InFlight) -> ImageCanceled:
+    return ImageCanceled(f"image {image.id} was canceled at step {image.step} of {image.num_steps}")
+
+
+def _too_late(image: InFlight) -> DeadlinePassed:
+    return DeadlinePassed(f"the time of image {image.id} was up at step {image.step} of {image.num_steps}")
 
 
 def _in_our_words(problem: Exception, stage: str) -> EngineError:

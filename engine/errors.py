@@ -8,6 +8,7 @@ EngineError              the unplanned, with its cause attached: log it, count t
 ├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
 ├── ImageNotFinite       the checkpoint produced NaN or infinity: the same request fails again
 ├── ImageCanceled        somebody asked for it
+├── DeadlinePassed       it was not finished in the time it was given: more time, a better rank or a quieter engine
 └── EngineStopped        the engine is not running (any more): another worker can render it from the start
 """
 
@@ -56,6 +57,10 @@ class ImageNotFinite(EngineError):
 
 class ImageCanceled(EngineError):
     """The image was canceled before it was finished."""
+
+
+class DeadlinePassed(EngineError):
+    """The image was not finished in the time it was given. The same request fits into more time, at a better rank, or where less waits."""
 
 
 class EngineStopped(EngineError):

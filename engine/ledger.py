@@ -39,6 +39,7 @@ class Ledger:
         self.decode_s = 0.0
         self.decodes = 0
         self.by_rows: dict[int, RowTotals] = defaultdict(RowTotals)
+        self.seconds_by_rank: dict[int, float] = defaultdict(float)
         self._launched: deque[tuple[Stopwatch, Callable[[float], None], bool]] = deque()  # in the device's order; True: a forward
         self._forwards_ahead = 0
 
@@ -77,6 +78,7 @@ class Ledger:
             self._book_first()
         self._charge(work, seconds)
         work.image.account.decode_s += seconds
+        self.seconds_by_rank[work.image.rank] += seconds
         self.decode_s += seconds
         self.decodes += 1
 
@@ -88,6 +90,7 @@ class Ledger:
     def _book_encode(self, work: Encode, seconds: float) -> None:
         self._charge(work, seconds)
         work.image.account.encode_s += seconds
+        self.seconds_by_rank[work.image.rank] += seconds
         self.encode_s += seconds
 
     def _share_out(self, batch: Batch, seconds: float) -> None:
@@ -96,8 +99,9 @@ class Ledger:
         totals = self.by_rows[batch.bucket_rows]
         totals.forwards += 1
         totals.seconds += seconds
-        for image, rows in zip(batch, batch.rows, strict=True):
-            image.account.denoise_s += seconds * rows / batch.used_rows
+        for image, part in batch.parts:
+            image.account.denoise_s += seconds * part
+            self.seconds_by_rank[image.rank] += seconds * part
 
     @property
     def mean_decode_s(self) -> float:

@@ -3,43 +3,62 @@
 Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive it by hand. It does not know what
 a tier is; callers have already turned tiers into ranks. What anything takes it asks of a `CostModel`, which it feeds in turn.
 
-**Order.** Rank, then score, then arrival. The score is the seconds an image would still need if it were alone, less `ageing` times the
-seconds since it arrived: short work goes first, yet whoever arrives more than `remaining / ageing` seconds after an image can no
-longer pass it. All age alike, so the order of two images changes only by what is done for them or learnt about their cost.
+**Order.** Rank, then whether its owner is ahead, then score, then arrival. The score is the seconds an image would still need if it
+were alone, less `ageing` times the seconds since it arrived: short work goes first, yet whoever arrives more than `remaining / ageing`
+seconds after an image can no longer pass it. All age alike, so the order of two images of a rank changes only by what is done for them
+and their owners, or learnt about their cost.
+
+**Owners.** Each owner in a rank has had so many device seconds: its rows' part of every forward, its encodes and decodes. One that has
+had clearly more than the least of those here is ahead (`owners.py`), and its images are to the others of the rank as a worse rank's are:
+they come after them, in seats as in turns, and ride with them in free rows only. What the others leave is all theirs. An owner that is
+alone in its rank is never ahead.
+
+**Shares.** A rank with a share that has work ready is owed that part of the device, whatever better ranks want (`shares.py`). Its credit
+grows with everybody's work; when it covers the rank's next piece of work, that is done next. So over a minute in which it always had
+work it gets its share less one forward, and a better rank waits for one forward of a worse one now and then.
 
 **Seats.** Of the images that wait for encode or denoise steps only `max_inflight` hold a seat and advance. Within a rank up to half of
-the seats go to the best image of each lane, for a lane without a seat has no turns; the others go in the order above. An encoded image
-that loses its seat is parked, its state in place (it is small), and runs again when it regains one. Seats are dealt anew only when
-somebody arrives, leaves, changes rank or has taken its last step, and within a rank an encoded image yields only to one that is ahead
-of it by more than `HOLD` of its own remaining seconds. So nobody is parked and resumed by turns because two estimates waver.
+the seats go to the best image of each lane, for a lane without a seat has no turns; the others go in the order above. A rank with a share
+keeps as large a part of the seats, one at least, but the best image of all has a seat in any case. An encoded image that loses its seat
+is parked, its state in place (it is small), and runs again when it regains one. After `MOST_PARKS` it keeps the seat it regains, which no
+longer counts: a house full of such images keeps no better rank out. Seats are dealt anew only when somebody arrives, leaves, changes
+rank, has taken its last step, or when an owner gets ahead or falls back; and among equals of rank and owner's standing an encoded image
+yields only to one that needs less by more than `HOLD` of its own remaining seconds. So nobody is parked and resumed by turns because two
+estimates waver.
 
-**What comes next.** The best rank that can do anything gets the device. Within it a denoised image is decoded first, since nothing is
+**What comes next.** A *group* is a rank's images of owners that are ahead, or those of the others. A rank that is owed a turn gets the
+device, else the best that can do anything; within it the better group. Of that group a denoised image is decoded first, since nothing is
 nearer its end (with one decode between two forwards instead, the p99 of 4-step images nearly doubles at 1.5 times the load that one by
 one could bear; tests/engine/test_fairness.py). Otherwise a lane gets the forward; of the images that would ride in it those not encoded
 yet are encoded first, at most `max_encodes_between_steps` between two forwards. An image that would not ride is not encoded: that would
 only delay the others.
 
-**Lanes.** A lane is a rank, a batch key and a pinned number of rows (None for best effort). An image stays in the lane it arrived in,
+**Lanes.** A lane is a group, a batch key and a pinned number of rows (None for best effort). An image stays in the lane it arrived in,
 though the forwards of a pipeline may have other keys. Lanes take turns by deficit round robin over measured seconds, their encodes and
 decodes included. A round gives every lane the same, so much that the one best off has the seconds of the costliest lane's single
 forward; of the lanes with seconds left the one with the best image goes. A lane may overdraw and pays in the next rounds; a lane that
 waits for nothing keeps no credit. So an odd size neither blocks the others nor starves, and an expensive one gets no more than a cheap.
 
-**Growth.** The best image of the lane always rides. Others of its rank join while the measured curve says that their rows cost less than
+**Growth.** The best image of the lane always rides. Others of its group join while the measured curve says that their rows cost less than
 `growth_ceiling` times a single-row step, within the limits of rows, memory and adapters. With `row_buckets` a forward is padded to the
 smallest bucket that holds it, and growth pays for the padding. Rows that are padding anyway, there or in a pinned bucket, are free and
-are filled with whoever has the same batch key. A worse rank rides in free rows only: a better one is never slowed by it.
+are filled with whoever has the same batch key. Other groups ride in free rows only: nobody is slowed by them.
 """
 
 import math
 from bisect import bisect_left
-from collections.abc import Container, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from weakref import WeakValueDictionary
 
 from engine.costs import CostModel, Curve
 from engine.inflight import BatchKey, ImageState, InFlight
+from engine.owners import Owner, Owners
+from engine.shares import Shares
 
+MOST_PARKS = 2  # of an image; after that it keeps its seat
 HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
 
 
@@ -50,6 +69,7 @@ class Batch:
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
     predicted_s: float = field(default=0.0, compare=False)  # what its lane is charged until the seconds are measured
+    is_owed: bool = field(default=False, compare=False)  # does its rank go before a better one, for its share?
     rows: tuple[int, ...] = field(init=False, compare=False)  # of each image
     key: BatchKey = field(init=False, compare=False)  # what all its images agree on
 
@@ -72,6 +92,11 @@ class Batch:
         """Must this forward have exactly `bucket_rows` rows?"""
         return any(image.request.pinned_rows is not None for image in self.images)
 
+    @property
+    def parts(self) -> Iterator[tuple[InFlight, float]]:
+        """Each image with its part of the forward's seconds: its share of the rows used."""
+        return ((image, rows / self.used_rows) for image, rows in zip(self.images, self.rows, strict=True))
+
     def __len__(self) -> int:
         return len(self.images)
 
@@ -83,10 +108,16 @@ class Batch:
 class _Single:
     image: InFlight
     predicted_s: float = field(default=0.0, compare=False)
+    is_owed: bool = field(default=False, compare=False)
     key: BatchKey = field(init=False, compare=False)  # of its making, too
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "key", self.image.batch_key)
+
+    @property
+    def parts(self) -> Iterator[tuple[InFlight, float]]:
+        """As of a batch: all of it is this image's."""
+        return iter(((self.image, 1.0),))
 
     def __iter__(self) -> Iterator[InFlight]:
         return iter((self.image,))
@@ -101,6 +132,7 @@ class Decode(_Single):
 
 
 Work = Encode | Batch | Decode
+Group = tuple[int, bool]  # rank, is its owner ahead? Better ones compare as less
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
@@ -115,6 +147,10 @@ class _Kind:
     decode_s: float = 0.0
     looked_at: int = 0
 
+    def may_fill(self, other: "_Kind") -> bool:
+        """May its images ride in rows that a forward of the other pads anyway?"""
+        return self.key == other.key and self.pin is None and other.pin is not None
+
 
 @dataclass(slots=True, eq=False)
 class _Ticket:
@@ -123,12 +159,24 @@ class _Ticket:
     image: InFlight
     arrival: int
     added_s: float
-    home: _Kind  # as it arrived: with its rank, the lane
+    home: _Kind  # as it arrived: with its group, the lane
     kind: _Kind  # of its next forward
     seen_key: BatchKey  # the image's when `kind` was looked up: a pipeline's next forward may have another
+    owner: Owner = field(init=False)  # as it stands in the image's rank
     remaining_s: float = 0.0  # until it is decoded, if it were alone; as of the last look
     has_seat: bool = False
+    parks: int = 0
     is_decoded: bool = False
+
+    @property
+    def group(self) -> Group:
+        """Whom it takes turns and shares forwards with."""
+        return self.image.rank, self.owner.is_ahead
+
+    @property
+    def is_pinned(self) -> bool:
+        """Has it been parked so often that it keeps its seat?"""
+        return self.has_seat and self.parks >= MOST_PARKS
 
 
 class Scheduler:
@@ -144,11 +192,13 @@ class Scheduler:
         max_decodes_between_steps: float = math.inf,
         row_buckets: tuple[int, ...] = (),
         max_adapters: int = 8,
+        rank_shares: Mapping[int, float] = MappingProxyType({}),
         growth_ceiling: float = 0.85,
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
     ) -> None:
-        """`row_buckets` ascend; `max_adapters` counts different ones in a forward. Raises `ValueError` for limits below 1.
+        """`row_buckets` ascend; `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's seconds owed
+        to ranks. Raises `ValueError` for limits below 1, and for shares that leave nothing to the other ranks.
 
         `ageing` trades the long for the short where batching gains nothing. Simulated at load 0.8 on the published curve of a large
         network at 1024 px: 0.5 gives 4-step images a p99 of 51 s and 30-step ones 93 s, 0.05 gives them 7 s and 103 s (first come first
@@ -177,7 +227,9 @@ class Scheduler:
         self._ready: list[_Ticket] = []  # those with a seat or waiting for decode
         self._parked: list[InFlight] = []
         self._resumed: list[InFlight] = []
-        self._balances: dict[tuple[int, _Kind], float] = {}  # by rank and kind: seconds left in this round; below 0: overdrawn
+        self._balances: dict[tuple[Group, _Kind], float] = {}  # by lane: seconds left in this round; below 0: overdrawn
+        self._shares = Shares(rank_shares)
+        self._owners: dict[int, Owners] = {}  # by rank
         self._encodes = 0  # since the last forward
         self._decodes = 0
         self._row_caps: dict[BatchKey, int] = {}
@@ -208,18 +260,23 @@ class Scheduler:
         kind = self._kind(image.batch_key, image.request.pinned_rows)
         self._tickets[image.id] = ticket = _Ticket(image, self._arrivals, now_s, kind, kind, image.batch_key)
         self._estimate([ticket])
+        self._enter(ticket)
         self._is_stale = True
 
     def remove(self, image_id: str) -> None:
         """Forget an image, whatever its state. Harmless when it is not here."""
-        if self._tickets.pop(image_id, None) is not None:
+        ticket = self._tickets.pop(image_id, None)
+        if ticket is not None:
+            self._leave(ticket.image)
             self._is_stale = True
 
     def set_rank(self, image_id: str, rank: int) -> None:
         """Serve an image at another rank from the next step boundary on. Harmless when it is not here."""
         ticket = self._tickets.get(image_id)
         if ticket is not None:
+            self._leave(ticket.image)
             ticket.image.rank = rank
+            self._enter(ticket)
             self._is_stale = True
 
     def take_parked(self) -> list[InFlight]:
@@ -241,26 +298,24 @@ class Scheduler:
     def next_work(self, now_s: float) -> Work | None:
         """What the device should do now; None when there is nothing to do. The same again until something is settled or changed."""
         self._now_s = now_s
+        for owners in self._owners.values():
+            self._is_stale |= owners.compare()
         self._estimate(self._tickets.values() if self._is_stale else self._ready)
         if self._is_stale:
             self._deal_seats()
-        if not self._ready:
-            return None
         ready = self._sorted(self._ready)
-        rank = ready[0].image.rank
-        can_denoise = any(ticket.image.rank == rank and ticket.image.state is ImageState.RUNNING for ticket in ready)
-        may_decode = not can_denoise or self._decodes < self.max_decodes_between_steps
-        may_encode = not can_denoise or self._encodes < self.max_encodes_between_steps
-        pool = []
+        best: dict[int, Group] = {}  # of each rank
         for ticket in ready:
-            image = ticket.image
-            if image.state is ImageState.RUNNING or (image.state is ImageState.QUEUED and image.rank == rank and may_encode):
-                pool.append(ticket)
-            elif image.state is ImageState.DENOISED and image.rank == rank and may_decode:
-                return Decode(image, ticket.kind.decode_s)
-        batch = self._next_batch(pool)
-        newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
-        return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
+            best.setdefault(ticket.image.rank, ticket.group)
+        self._shares.note_ready(best)
+        if not ready:
+            return None
+        for rank in self._shares.in_credit():
+            if rank != ready[0].image.rank:
+                work = self._work_of(best[rank], ready)
+                if self._shares.covers(rank, work.predicted_s):
+                    return replace(work, is_owed=True)
+        return self._work_of(ready[0].group, ready)
 
     def settle(self, work: Work) -> None:
         """Note that the work is done: after an encode the image runs, after a batch its images have counted their step.
@@ -294,6 +349,49 @@ class Scheduler:
         else:
             self._costs.observe_decode(work.key, seconds)
 
+    # --- turns ---
+
+    def _work_of(self, group: Group, ready: Sequence[_Ticket]) -> Work:
+        """What comes next for this group, which has work ready; `ready` is everybody, best first."""
+        mine = [ticket for ticket in ready if ticket.group == group]
+        can_denoise = any(ticket.image.state is ImageState.RUNNING for ticket in mine)
+        may_decode = not can_denoise or self._decodes < self.max_decodes_between_steps
+        may_encode = not can_denoise or self._encodes < self.max_encodes_between_steps
+        pool = []
+        for ticket in mine:
+            image = ticket.image
+            if image.state is ImageState.RUNNING or (image.state is ImageState.QUEUED and may_encode):
+                pool.append(ticket)
+            elif image.state is ImageState.DENOISED and may_decode:
+                return Decode(image, ticket.kind.decode_s)
+        guests = [ticket for ticket in ready if ticket.image.state is ImageState.RUNNING and ticket.group != group]
+        batch = self._next_batch(pool, guests)
+        newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
+        return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
+
+    def _spend(self, work: Work, seconds: float) -> None:
+        """The lane and the rank that had the turn pay for it, and every owner has had its part."""
+        lead = self._tickets.get(next(iter(work)).id)
+        self._shares.spend(None if lead is None else lead.image.rank, seconds, was_owed=work.is_owed)
+        if lead is not None and (lead.group, lead.home) in self._balances:
+            self._balances[lead.group, lead.home] -= seconds
+        for image, part in work.parts:
+            ticket = self._tickets.get(image.id)
+            if ticket is not None:
+                ticket.owner.attained_s += seconds * part
+
+    # --- owners ---
+
+    def _enter(self, ticket: _Ticket) -> None:
+        owners = self._owners.setdefault(ticket.image.rank, Owners())
+        ticket.owner = owners.enter(ticket.image.request.owner, ticket.remaining_s)
+
+    def _leave(self, image: InFlight) -> None:
+        owners = self._owners[image.rank]
+        owners.leave(image.request.owner)
+        if not owners:
+            del self._owners[image.rank]  # with what those had who left: there is nobody to compare them with
+
     # --- order and seats ---
 
     def _estimate(self, tickets: Iterable[_Ticket]) -> None:
@@ -319,11 +417,11 @@ class Scheduler:
     def _sorted(self, tickets: Iterable[_Ticket], hold: float = 0.0) -> list[_Ticket]:
         """Best first. With `hold`, running images with a seat are ahead by that share of what they still need."""
 
-        def place(ticket: _Ticket) -> tuple[int, float, int]:
+        def place(ticket: _Ticket) -> tuple[Group, float, int]:
             score = ticket.remaining_s - self.ageing * (self._now_s - ticket.added_s)
             if hold and ticket.has_seat and ticket.image.state is ImageState.RUNNING:
                 score -= hold * ticket.remaining_s
-            return ticket.image.rank, score, ticket.arrival
+            return ticket.group, score, ticket.arrival
 
         return sorted(tickets, key=place)
 
@@ -332,29 +430,45 @@ class Scheduler:
         self._ready = []
         waiting = []
         for ticket in self._tickets.values():
-            if ticket.image.state is not ImageState.DENOISED:
+            if ticket.is_decoded:
+                continue
+            if ticket.image.state is ImageState.DENOISED or ticket.is_pinned:
+                self._ready.append(ticket)
+            else:
                 waiting.append(ticket)
-            elif not ticket.is_decoded:
-                self._ready.append(ticket)
-        for place, ticket in enumerate(self._seat_order(waiting)):
-            image = ticket.image
-            ticket.has_seat = place < self.max_inflight
-            if ticket.has_seat:
-                self._ready.append(ticket)
-                if image.state is ImageState.PARKED:
-                    image.state = ImageState.RUNNING
-                    self._resumed.append(image)
-            elif image.state is ImageState.RUNNING:
-                image.state = ImageState.PARKED
-                self._parked.append(image)
+        seated, others = self._seated(waiting)
+        for ticket in seated:
+            ticket.has_seat = True
+            self._ready.append(ticket)
+            if ticket.image.state is ImageState.PARKED:
+                ticket.image.state = ImageState.RUNNING
+                self._resumed.append(ticket.image)
+        for ticket in others:
+            ticket.has_seat = False
+            if ticket.image.state is ImageState.RUNNING:
+                ticket.image.state = ImageState.PARKED
+                ticket.parks += 1
+                self._parked.append(ticket.image)
 
-    def _seat_order(self, waiting: Iterable[_Ticket]) -> list[_Ticket]:
+    def _seated(self, waiting: Iterable[_Ticket]) -> tuple[list[_Ticket], list[_Ticket]]:
+        """Who of these has a seat, and who has none."""
         in_order = self._sorted(waiting, HOLD)
-        best_of_lane: dict[tuple[int, _Kind], _Ticket] = {}
+        best_of_lane: dict[tuple[Group, _Kind], _Ticket] = {}
         for ticket in in_order:
-            best_of_lane.setdefault((ticket.image.rank, ticket.home), ticket)
-        ahead = set(list(best_of_lane.values())[: self.max_inflight // 2])
-        return sorted(in_order, key=lambda ticket: (ticket.image.rank, ticket not in ahead))
+            best_of_lane.setdefault((ticket.group, ticket.home), ticket)
+        first = set(list(best_of_lane.values())[: self.max_inflight // 2])
+        in_order.sort(key=lambda ticket: (ticket.group, ticket not in first))
+        seats, taken = self._shares.seats(self.max_inflight), Counter[int]()
+        kept, others = list[_Ticket](), list[_Ticket]()
+        for ticket in in_order:
+            rank = ticket.image.rank
+            if not kept or taken[rank] < seats.get(rank, 0):  # the best of all has a seat whatever worse ranks keep
+                kept.append(ticket)
+                taken[rank] += 1
+            else:
+                others.append(ticket)
+        free = max(0, self.max_inflight - len(kept))
+        return kept + others[:free], others[free:]
 
     # --- lanes ---
 
@@ -364,43 +478,36 @@ class Scheduler:
             self._kinds[key, pin] = kind = _Kind(key, pin, self._costs.curve(key))
         return kind
 
-    def _next_batch(self, pool: Sequence[_Ticket]) -> Batch:
-        """The forward of the lane whose turn it is; `pool` is everybody who may ride, best first."""
-        rank = pool[0].image.rank
+    def _next_batch(self, pool: Sequence[_Ticket], guests: Sequence[_Ticket]) -> Batch:
+        """The forward of the lane whose turn it is. `pool` is everybody of its group who may ride, `guests` those of others, best first."""
         leads: dict[_Kind, _Ticket] = {}  # the best of each lane
         for ticket in pool:
-            if ticket.image.rank == rank:
-                leads.setdefault(ticket.home, ticket)
-        lead = self._whose_turn(rank, leads)
+            leads.setdefault(ticket.home, ticket)
+        lead = self._whose_turn(pool[0].group, leads)
         kind = lead.kind
         own = [lead.image, *(ticket.image for ticket in pool if ticket is not lead and _may_join(ticket, lead))]
-        if kind.pin is not None:
-            guests = [ticket.image for ticket in pool if ticket.kind.pin is None and ticket.kind.key == kind.key]
-            return self._filled(kind, own[:1], kind.pin, own + guests)
-        riders, bucket_rows = self._grown(kind, own)
-        return self._filled(kind, riders, bucket_rows, own)
+        if kind.pin is None:
+            riders, bucket_rows = self._grown(kind, own)
+        else:
+            riders, bucket_rows = own[:1], kind.pin
+        fitting = [ticket.image for ticket in (*pool, *guests) if _may_join(ticket, lead) or ticket.kind.may_fill(kind)]
+        return self._filled(kind, riders, bucket_rows, own + fitting)
 
-    def _whose_turn(self, rank: int, leads: dict[_Kind, _Ticket]) -> _Ticket:
-        """The best of these, one of each ready lane of a rank, whose lane has seconds left; a new round when none has."""
+    def _whose_turn(self, group: Group, leads: dict[_Kind, _Ticket]) -> _Ticket:
+        """The best of these, one of each ready lane of a group, whose lane has seconds left; a new round when none has."""
         quantum = max(lead.kind.solo_s[lead.image.rows] for lead in leads.values())
-        most = max(self._balances.setdefault((rank, home), quantum) for home in leads)
+        most = max(self._balances.setdefault((group, home), quantum) for home in leads)
         if most <= 0:
-            self._start_round(rank, leads, quantum - most)
-        return next(lead for home, lead in leads.items() if self._balances[rank, home] > 0)
+            self._start_round(group, leads, quantum - most)
+        return next(lead for home, lead in leads.items() if self._balances[group, home] > 0)
 
-    def _start_round(self, rank: int, ready: Container[_Kind], seconds: float) -> None:
-        """Give every lane of the rank the same; one that is not ready may pay its debts with it, but keeps no credit."""
+    def _start_round(self, group: Group, ready: Container[_Kind], seconds: float) -> None:
+        """Give every lane of the group the same; one that is not ready may pay its debts with it, but keeps no credit."""
         for lane, balance in list(self._balances.items()):
-            if lane[0] == rank:
+            if lane[0] == group:
                 self._balances[lane] = balance + seconds
                 if lane[1] not in ready and balance + seconds >= 0:
                     del self._balances[lane]
-
-    def _spend(self, work: Work, seconds: float) -> None:
-        ticket = self._tickets.get(next(iter(work)).id)
-        lane = (ticket.image.rank, ticket.home) if ticket is not None else None
-        if lane in self._balances:
-            self._balances[lane] -= seconds
 
     # --- growth ---
 
@@ -415,7 +522,7 @@ class Scheduler:
         rows, joining_rows = lead.rows, 0
         bucket_rows = self._padded(rows) if self._padded(rows) <= most_rows else rows
         for image in own[1:]:
-            if image.rank != lead.rank or rows + joining_rows >= most_rows:
+            if rows + joining_rows >= most_rows:
                 break
             to_rows = self._padded(rows + joining_rows + image.rows)
             if to_rows > most_rows or not self._can_carry([*riders, *joining], image):
@@ -428,10 +535,10 @@ class Scheduler:
         return riders, bucket_rows
 
     def _filled(self, kind: _Kind, riders: Sequence[InFlight], bucket_rows: int, candidates: Sequence[InFlight]) -> Batch:
-        """The forward of `bucket_rows` rows with its free rows given to whoever fits, the best rank first."""
+        """The forward of `bucket_rows` rows with its free rows given to whoever fits, the first of the candidates first."""
         taken = list(riders)
         free = bucket_rows - sum(image.rows for image in riders)
-        for image in sorted(candidates, key=lambda image: image.rank) if free else ():
+        for image in candidates if free else ():
             if image.rows <= free and image not in taken and self._can_carry(taken, image):
                 taken.append(image)
                 free -= image.rows

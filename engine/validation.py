@@ -76,6 +76,12 @@ def _check_text(field: str, value: object) -> None:
         raise UnsupportedRequest(field, "is not valid Unicode") from None
 
 
+def check_seconds(field: str, value: object) -> None:
+    """Raise `UnsupportedRequest` for what is no number of seconds; a negative one is a moment that has passed."""
+    if not isinstance(value, int | float) or math.isnan(value):
+        raise UnsupportedRequest(field, f"{value!r} is not a number of seconds")
+
+
 def check_integer(field: str, value: object) -> None:
     """Raise `UnsupportedRequest` for what is no integer; True and False are none."""
     if not isinstance(value, int) or isinstance(value, bool):

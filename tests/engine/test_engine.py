@@ -12,6 +12,7 @@ from engine_builders import a_request, a_spec, reproducible
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import (
+    DeadlinePassed,
     EngineError,
     EngineStopped,
     ImageCanceled,
@@ -117,6 +118,95 @@ def test_a_higher_rank_goes_first(checkpoint):
     assert [rank for rank, event in order if event is Finished] == [0, 1, 2]
 
 
+def test_a_newcomer_of_a_better_rank_waits_for_the_forward_in_progress_and_no_further_one(checkpoint, monkeypatch):
+    begun, urgent = [], []
+    with Engine(EngineConfig(max_inflight=4), [a_spec(checkpoint)]) as engine:
+        family = family_of(engine)
+        start, predict = family.start, family.predict
+
+        def starting(image, recall):
+            begun.append(f"encode {image.id}")
+            start(image, recall)
+
+        def predicting(images, bucket_rows):
+            if images[0].step == 3 and not urgent:  # it comes while this forward of the others is in progress
+                begun.clear()
+                urgent.append(engine.submit(a_request("urgent", rank=0, num_steps=2)))
+            begun.append("forward of " + " ".join(sorted({image.id.split()[0] for image in images})))
+            return predict(images, bucket_rows)
+
+        monkeypatch.setattr(family, "start", starting)
+        monkeypatch.setattr(family, "predict", predicting)
+        for handle in [engine.submit(a_request(f"bulk {n}", rank=2, num_steps=8)) for n in range(8)]:
+            handle.result(60)
+
+    assert begun[:4] == ["forward of bulk", "encode urgent", "forward of urgent", "forward of urgent"]
+    assert urgent[0].result().record.shared_forwards == 0
+
+
+# --- deadlines -----------------------------------------------------------------------------------------------------------
+
+
+def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine):
+    events = []
+
+    def on_event(event):
+        events.append(event)
+        if isinstance(event, Stepped) and event.step == 2:
+            time.sleep(0.3)
+
+    handle = engine.submit(a_request("a", num_steps=50), on_event, within_s=0.3)
+
+    with pytest.raises(DeadlinePassed, match="step 2 of 50"):
+        handle.result(60)
+    assert isinstance(events[-1].error, DeadlinePassed)
+    assert handle.progress().state is ImageState.FAILED
+
+
+@pytest.mark.parametrize("state", [ImageState.QUEUED, ImageState.PARKED])
+def test_it_fails_as_well_while_it_waits(checkpoint, state):
+    with Engine(EngineConfig(max_inflight=1), [a_spec(checkpoint)]) as engine:
+        if state is ImageState.PARKED:
+            on_event, reached, go = held_at(1)
+            waiting = engine.submit(a_request("waiting", rank=1, num_steps=50), on_event, within_s=0.5)
+            assert reached.wait(30)
+            busy = engine.submit(a_request("busy", rank=0, num_steps=500))
+            go.set()
+        else:
+            busy = engine.submit(a_request("busy", rank=0, num_steps=500))
+            waiting = engine.submit(a_request("waiting", rank=1), within_s=0.1)
+
+        with pytest.raises(DeadlinePassed):
+            waiting.result(60)
+
+        assert waiting.progress().step == (state is ImageState.PARKED)
+        assert engine.stats()["parks"] == (state is ImageState.PARKED)
+        assert not busy.done()
+
+
+def test_a_deadline_that_has_passed_already_is_told_at_once_though_nothing_else_is_to_do(engine):
+    for within_s in (0, -3.5):
+        with pytest.raises(DeadlinePassed, match="step 0"):
+            engine.submit(a_request("a"), within_s=within_s).result(10)
+
+
+def test_a_deadline_concerns_neither_who_keeps_it_nor_a_later_image_of_the_same_id(engine):
+    assert engine.submit(a_request("a"), within_s=0.5).result(60)
+
+    later = engine.submit(a_request("a", num_steps=10), lambda event: time.sleep(0.06), within_s=30)
+
+    assert later.result(60).record.num_steps == 10
+
+
+@pytest.mark.parametrize("within_s", ["soon", float("nan"), [1]])
+def test_a_time_that_is_no_number_is_refused_and_nothing_is_taken(engine, within_s):
+    with pytest.raises(UnsupportedRequest) as refused:
+        engine.submit(a_request("a"), within_s=within_s)
+
+    assert refused.value.field == "within_s"
+    assert engine.submit(a_request("a")).result(60)
+
+
 # --- accounts ------------------------------------------------------------------------------------------------------------
 
 
@@ -133,6 +223,8 @@ def test_the_shares_of_a_batch_add_up_to_its_forwards(engine):
     for record in records:
         assert record.device_seconds == pytest.approx(record.encode_s + record.denoise_s + record.decode_s)
         assert record.waited_s >= 0
+    by_rank = sum(after["seconds_by_rank"].values()) - sum(before["seconds_by_rank"].values())
+    assert by_rank == pytest.approx(sum(record.device_seconds for record in records))
     assert after["image_steps"] - before["image_steps"] == sum(record.num_steps for record in records)
     assert after["steps"] - before["steps"] < after["image_steps"] - before["image_steps"]
 

@@ -8,7 +8,7 @@ import random
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from engine_builders import a_key, an_image, saturated
@@ -86,6 +86,7 @@ class Run:
     arrived_at: dict[str, float]
     done_at: dict[str, float] = field(default_factory=dict)  # in the order of finishing
     works: list[tuple[float, Work, float]] = field(default_factory=list)  # when it ended, what it was, its seconds
+    parks: Counter[str] = field(default_factory=Counter)
 
     def latencies(self, num_steps: int | None = None) -> list[float]:
         """Of all, or of those asked for with so many steps, ascending."""
@@ -131,6 +132,7 @@ def simulate(scheduler: Scheduler, arrivals: Arrivals, device: Device, *, until_
         while coming and coming[-1][0] <= now_s:
             scheduler.add(coming.pop()[1], now_s)
         work = scheduler.next_work(now_s)
+        run.parks.update(image.id for image in scheduler.take_parked())
         if work is None:
             if not coming:
                 break
@@ -355,3 +357,115 @@ def test_a_better_rank_hardly_notices_that_the_device_is_full_of_bulk_work():
 
     one_bulk_forward_s = device.forward_s[64](2)
     assert run.latencies(4)[-1] <= device.alone_s(interactive[0][1]) + one_bulk_forward_s + 1e-9
+
+
+# --- shares --------------------------------------------------------------------------------------------------------------
+
+
+def seconds_of_ranks(run: Run, from_s: float, to_s: float) -> Counter[int]:
+    """Of the work that ended within these."""
+    seconds = Counter()
+    for ended_at, work, took_s in run.works:
+        if from_s < ended_at <= to_s:
+            seconds[next(iter(work)).rank] += took_s
+    return seconds
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.4])
+def test_in_every_minute_ranks_have_their_share_less_one_forward_while_a_better_one_is_endless_and_that_has_the_rest(noise):
+    device = Device({64: GPU_1024}, noise=noise)
+    arrivals = [(0.0, an_image(f"{rank} no{n}", rank=rank, num_steps=30, encoded=False)) for n in range(400) for rank in (0, 1, 2)]
+
+    run = simulate(a_scheduler(device.costs(), rank_shares={1: 0.15, 2: 0.05}), arrivals, device, until_s=600, lag=2)
+
+    forward_s = device.forward_s[64](2) * (1 + noise)
+    for start_s in range(0, 540, 10):
+        seconds = seconds_of_ranks(run, start_s, start_s + 60)
+        assert seconds[1] >= 0.15 * 60 - forward_s
+        assert seconds[2] >= 0.05 * 60 - forward_s
+    seconds = seconds_of_ranks(run, 0, 600)
+    assert seconds[0] / 600 == pytest.approx(0.8, abs=0.01)
+
+
+def test_a_better_rank_waits_for_one_forward_of_each_worse_one_now_and_then():
+    device = Device({64: GPU_1024})
+    arrivals = [(0.0, an_image(f"{rank} no{n}", rank=rank, num_steps=30)) for n in range(100) for rank in (0, 1, 2)]
+
+    run = simulate(a_scheduler(device.costs(), rank_shares={1: 0.15, 2: 0.05}), arrivals, device, until_s=300)
+
+    worse = "".join("0" if next(iter(work)).rank == 0 else "1" for _, work, _ in run.works)
+    assert max(map(len, worse.split("0"))) <= 2
+
+
+def test_a_share_nobody_used_is_not_saved_up():
+    device = Device({64: GPU_1024})
+    urgent = [(0.0, an_image(f"0 no{n}", num_steps=30)) for n in range(100)]
+    late = [(200.0, an_image(f"1 no{n}", rank=1, num_steps=30)) for n in range(100)]
+
+    run = simulate(a_scheduler(device.costs(), rank_shares={1: 0.15}), urgent + late, device, until_s=400)
+
+    assert seconds_of_ranks(run, 200, 220)[1] <= 0.15 * 20
+    assert seconds_of_ranks(run, 200, 400)[1] == pytest.approx(0.15 * 200, rel=0.05)
+
+
+# --- owners --------------------------------------------------------------------------------------------------------------
+
+
+def light_owners(device: Device, load: float, until_s: float, seed: int = 1) -> Arrivals:
+    """Four owners who now and then want an image of the mix."""
+    rng = random.Random(seed)
+    arrivals = poisson(200, load, device, seed)
+    for _, image in arrivals:
+        image.request = replace(image.request, owner=f"light {rng.randrange(4)}")
+    return [(20.0 + at, image) for at, image in arrivals if 20.0 + at < until_s]
+
+
+def dumped(count: int = 600) -> Arrivals:
+    return [(0.0, an_image(f"dump {n}", num_steps=30, encoded=False, owner="dump")) for n in range(count)]
+
+
+def p99_of(run: Run, arrivals: Arrivals) -> float:
+    latencies = sorted(run.done_at[image.id] - at for at, image in arrivals)
+    return latencies[int(0.99 * (len(latencies) - 1))]
+
+
+@pytest.mark.parametrize(
+    ("curve", "load", "slower"), [(GPU_512, 0.1, 1.15), (GPU_512, 0.5, 1.2), (GPU_1024, 0.1, 1.1), (GPU_1024, 0.5, 1.4)]
+)
+def test_hundreds_of_images_of_one_owner_hardly_slow_the_others_and_use_all_that_is_left(curve, load, slower):
+    device = Device({64: curve})
+    without = simulate(a_scheduler(device.costs()), light_owners(device, load, 400), device, lag=1)
+    light = light_owners(device, load, 400)
+
+    run = simulate(a_scheduler(device.costs()), sorted(dumped() + light, key=lambda arrival: arrival[0]), device, until_s=600, lag=1)
+
+    assert p99_of(run, light) <= slower * p99_of(without, light)
+    assert sum(took_s for _, _, took_s in run.works) == pytest.approx(run.works[-1][0])  # no idle turn
+    assert max(run.parks.values(), default=0) <= 2
+
+
+@pytest.mark.parametrize(("curve", "load", "loss"), [(GPU_512, 0.1, 0.05), (GPU_1024, 0.1, 0.05), (GPU_1024, 0.5, 0.05)])
+def test_the_device_does_as_much_as_if_all_images_were_one_owners(curve, load, loss):
+    device = Device({64: curve})
+    rows_per_s = []
+    for owner in ("dump", "light"):
+        light = light_owners(device, load, 400)
+        for _, image in light:
+            image.request = replace(image.request, owner=owner if owner == "dump" else image.request.owner)
+        arrivals = sorted(dumped() + light, key=lambda arrival: arrival[0])
+        run = simulate(a_scheduler(device.costs()), arrivals, device, until_s=400)
+        rows_per_s.append(sum(work.used_rows for _, work, _ in run.works if isinstance(work, Batch)) / run.works[-1][0])
+
+    assert rows_per_s[1] >= (1 - loss) * rows_per_s[0]
+
+
+@pytest.mark.parametrize(("curve", "load"), [(GPU_512, 0.8), (GPU_512, 1.5), (GPU_1024, 0.8)])
+def test_where_every_image_is_another_owners_all_is_as_if_they_were_of_one(curve, load):
+    device = Device({64: curve})
+    of_many = poisson(300, load, device)
+    for at, image in of_many:
+        image.request = replace(image.request, owner=f"owner at {at}")
+
+    run = simulate(a_scheduler(device.costs()), of_many, device)
+
+    assert run.done_at == simulate(a_scheduler(device.costs()), poisson(300, load, device), device).done_at

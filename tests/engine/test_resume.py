@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from PIL import Image
 
 from engine.config import EngineConfig
 from engine.engine import Engine
-from engine.errors import EngineStopped, SnapshotRefused, UnsupportedRequest
+from engine.errors import DeadlinePassed, EngineStopped, ImageCanceled, SnapshotRefused, UnsupportedRequest
 from engine.events import Finished, Parked, Previewed, Resumed, Started, Stepped
 from engine.inflight import ImageState
 from engine.request import Fork, Picture
@@ -154,8 +155,79 @@ def test_a_stopped_engine_gives_no_snapshot(checkpoint):
     engine.start()
     engine.stop()
 
-    with pytest.raises(EngineStopped):
-        engine.snapshot("a").result(30)
+    for ask in (engine.snapshot, engine.withdraw):
+        with pytest.raises(EngineStopped):
+            ask("a").result(30)
+
+
+# --- withdrawing ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("step", [0, 1, 3, 5])
+def test_a_withdrawn_image_ends_here_at_the_step_it_goes_on_from_elsewhere_with_the_same_bits(engine, elsewhere, step):
+    expected = engine.submit(reproducible("a", num_steps=5)).result(60)
+    events, asked = [], []
+
+    def on_event(event):
+        events.append(event)
+        if isinstance(event, Started if step == 0 else Stepped) and getattr(event, "step", 0) == step:
+            asked.append(engine.withdraw("a"))
+
+    handle = engine.submit(reproducible("a", num_steps=5), on_event)
+    with pytest.raises(ImageCanceled):
+        handle.result(60)
+
+    blob = asked[0].result(30)
+    assert peek(blob).step == handle.progress().step == step
+    assert isinstance(events[-1].error, ImageCanceled)
+    assert [event.step for event in events if isinstance(event, Stepped)] == list(range(1, step + 1))
+    moved = elsewhere.restore(blob).result(60)
+    assert moved.record.forwards == 5 - step
+    assert np.array_equal(moved.pixels, expected.pixels)
+
+
+def test_when_the_snapshot_is_there_the_image_has_ended_and_its_id_is_free(engine):
+    expected, again = engine.submit(reproducible("a", num_steps=4)).result(60), Future()
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 2:
+            asked = engine.withdraw("a")
+            asked.add_done_callback(lambda asked: again.set_result(engine.restore(asked.result())))
+
+    with pytest.raises(ImageCanceled):
+        engine.submit(reproducible("a", num_steps=4), on_event).result(60)
+
+    assert np.array_equal(again.result(30).result(60).pixels, expected.pixels)
+
+
+def test_an_image_of_which_there_is_no_snapshot_is_left_in_flight(engine):
+    engine.submit(a_request("origin", owner="acme", num_steps=4, keep_steps=(2,))).result(60)
+    go = queued_behind(engine, 1)
+    fork = engine.submit(a_request("fork", owner="acme", num_steps=4, fork=Fork("origin", 2)))
+    asked = engine.withdraw("fork")
+    go()
+
+    with pytest.raises(SnapshotRefused, match="has not started"):
+        asked.result(30)
+    assert fork.result(60).record.forwards == 2
+
+
+def test_an_image_that_has_ended_meanwhile_cannot_be_withdrawn(engine):
+    asked = []
+
+    image = engine.submit(a_request("a"), lambda event: asked.append(engine.withdraw("a")) if isinstance(event, Finished) else None)
+
+    assert image.result(60)
+    with pytest.raises(SnapshotRefused, match="no longer"):
+        asked[0].result(30)
+
+
+def test_a_restored_image_has_a_deadline_of_its_own(engine, elsewhere):
+    _, blobs = snapshots_at_every_step(engine, reproducible("a", num_steps=4))
+
+    assert elsewhere.restore(blobs[2], within_s=60).result(60)
+    with pytest.raises(DeadlinePassed, match="step 2 of 4"):
+        elsewhere.restore(blobs[2], within_s=0).result(60)
 
 
 # --- forks ---------------------------------------------------------------------------------------------------------------

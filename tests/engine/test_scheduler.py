@@ -4,6 +4,7 @@ import gc
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 from engine_builders import a_key, a_pinned_image, an_image, flat, ids, measured_costs, saturated
@@ -248,6 +249,195 @@ def test_a_worse_rank_rides_in_rows_that_are_padding_anyway(interactive):
     assert batch.bucket_rows == 4
 
 
+# --- shares --------------------------------------------------------------------------------------------------------------
+
+
+def an_urgent_and_a_patient_crowd(**changes) -> Scheduler:
+    """Rank 0 always has work, and so has rank 1."""
+    scheduler = a_scheduler(saturated, **changes)
+    for rank in (0, 1):
+        scheduler.add(an_image(f"rank {rank}", rank=rank, num_steps=10**6), now_s=0)
+    return scheduler
+
+
+def test_without_shares_a_worse_rank_waits_as_long_as_a_better_one_has_work():
+    assert set(turns(an_urgent_and_a_patient_crowd(), 100)) == {"denoise rank 0"}
+
+
+def test_a_rank_with_a_share_gets_a_turn_whenever_its_credit_covers_its_next_piece_of_work():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
+
+    assert turns(scheduler, 10) == [*["denoise rank 0"] * 4, "denoise rank 1", *["denoise rank 0"] * 3, "denoise rank 1", "denoise rank 0"]
+
+
+def test_being_served_when_nobody_better_is_here_costs_no_credit_and_earns_none():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
+    scheduler.remove("rank 0")
+    turns(scheduler, 50)
+
+    scheduler.add(an_image("rank 0", num_steps=99), now_s=0)
+
+    assert turns(scheduler, 5) == [*["denoise rank 0"] * 4, "denoise rank 1"]
+
+
+def test_a_rank_without_work_earns_nothing_and_keeps_nothing():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
+    turns(scheduler, 3)
+    scheduler.remove("rank 1")
+    turns(scheduler, 50)
+
+    scheduler.add(an_image("rank 1", rank=1, num_steps=99), now_s=0)
+
+    assert turns(scheduler, 5) == [*["denoise rank 0"] * 4, "denoise rank 1"]
+
+
+def test_a_share_is_of_the_measured_seconds_though_they_come_late():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.2})
+    works, took = [], Counter()
+    for _ in range(2000):
+        works.append(scheduler.next_work(0))
+        do(scheduler, works[-1])
+        if len(works) > 2:
+            late = works[-3].images[0].rank
+            scheduler.charge(works[-3], [1.0, 4.0][late])
+            took[late] += [1.0, 4.0][late]
+
+    assert took[1] / took.total() == pytest.approx(0.2, rel=0.05)
+
+
+def test_work_longer_than_a_minute_could_pay_for_is_not_put_off_for_ever():
+    scheduler = a_scheduler(lambda rows: 10.0 * rows, rank_shares={1: 0.05})
+    for rank in (0, 1):
+        scheduler.add(an_image(f"rank {rank}", rank=rank, num_steps=99), now_s=0)
+
+    assert turns(scheduler, 40).count("denoise rank 1") > 2
+
+
+def test_in_a_turn_it_is_owed_a_rank_fills_its_forward_with_its_own_images_first():
+    scheduler = a_scheduler(saturated, rank_shares={1: 0.5})
+    for rank in (0, 1):
+        for n in range(3):
+            scheduler.add(a_pinned_image(f"{rank}-{n}", bucket_rows=8, rank=rank, num_steps=99), now_s=0)
+
+    assert [step(scheduler) for _ in range(3)] == [["0-0", "0-1", "0-2", "1-0"]] * 2 + [["1-0", "1-1", "1-2", "0-0"]]
+
+
+@pytest.mark.parametrize("rank_shares", [{1: 0.0}, {1: -0.1}, {1: 0.5, 2: 0.5}, {1: float("nan")}])
+def test_shares_that_are_no_parts_of_a_whole_are_refused(rank_shares):
+    with pytest.raises(ValueError, match="rank_shares"):
+        a_scheduler(rank_shares=rank_shares)
+
+
+# --- owners --------------------------------------------------------------------------------------------------------------
+
+
+def a_dump(scheduler, count=8, before=20, **changes):
+    """Somebody's many images, of which `before` seconds have been rendered."""
+    for n in range(count):
+        scheduler.add(an_image(f"dump {n}", owner="dump", num_steps=10, **changes), now_s=0)
+    for _ in range(before):
+        step(scheduler)
+
+
+def test_one_image_of_another_owner_goes_before_the_many_of_one_that_had_more_and_they_have_the_rest():
+    scheduler = a_scheduler(saturated)
+    a_dump(scheduler)
+
+    scheduler.add(an_image("light", owner="light", num_steps=15, guidance=1.0), now_s=0)
+
+    seen = turns(scheduler, 17)
+    assert seen[:16] == ["denoise light"] * 15 + ["decode light"]
+    assert " dump " in seen[16]
+
+
+def test_the_images_of_who_is_ahead_ride_with_the_others_in_free_rows_only():
+    scheduler = a_scheduler(flat, row_buckets=(4, 16))
+    a_dump(scheduler, count=40)
+
+    scheduler.add(an_image("light", owner="light"), now_s=0)
+    batch = scheduler.next_work(0)
+
+    assert (batch.images[0].id, len(batch), batch.bucket_rows) == ("light", 2, 4)
+
+
+def test_the_images_of_who_is_ahead_take_seats_after_those_of_the_others():
+    scheduler = a_scheduler(saturated, max_inflight=2)
+    a_dump(scheduler)
+
+    for id in "abc":
+        scheduler.add(an_image(id, owner="light", num_steps=30), now_s=0)
+    scheduler.next_work(0)
+
+    assert [image.id for image in scheduler.in_order() if image.state is ImageState.RUNNING] == ["a", "b"]
+
+
+def test_two_owners_who_both_have_many_images_get_the_same_seconds():
+    scheduler = a_scheduler(saturated, max_inflight=4)
+    for n in range(100):
+        scheduler.add(an_image(f"few steps {n}", owner="quick", num_steps=4), now_s=0)
+        scheduler.add(an_image(f"many steps {n}", owner="slow", num_steps=12), now_s=0)
+
+    seen = Counter(told.split()[1] for told in turns(scheduler, 400) if told.startswith("denoise"))
+
+    assert seen["few"] == pytest.approx(seen["many"], rel=0.15)
+
+
+def test_with_an_image_each_nobody_is_ahead_and_the_order_is_as_ever():
+    scheduler, plain = a_scheduler(saturated), a_scheduler(saturated)
+    rng = random.Random(1)
+    for n in range(40):
+        num_steps = rng.choice([4, 8, 30])
+        scheduler.add(an_image(str(n), owner=f"owner {n}", num_steps=num_steps), now_s=n)
+        plain.add(an_image(str(n), num_steps=num_steps), now_s=n)
+        assert [turn(scheduler, n) for _ in range(3)] == [turn(plain, n) for _ in range(3)]
+
+
+def test_an_owner_alone_in_its_rank_is_never_ahead():
+    scheduler = a_scheduler(saturated)
+    a_dump(scheduler, before=60)
+
+    scheduler.add(an_image("another rank", owner="other", rank=1), now_s=0)
+    scheduler.next_work(0)
+
+    assert not any(ticket.owner.is_ahead for ticket in scheduler._tickets.values())
+
+
+def test_who_comes_back_at_once_is_not_taken_for_a_newcomer():
+    scheduler = a_scheduler(saturated)
+    a_dump(scheduler, count=40)
+    served = []
+    for n in range(40):
+        scheduler.add(an_image(f"serial {n}", owner="serial", num_steps=10), now_s=0)
+        while f"serial {n}" in scheduler:
+            served.append(turn(scheduler).split()[1])
+
+    assert 0.4 < served.count("serial") / len(served) < 0.7  # its credit at first, then half
+
+
+def test_a_new_rank_is_a_new_comparison():
+    scheduler = a_scheduler(saturated)
+    a_dump(scheduler)
+    scheduler.add(an_image("light", owner="light", num_steps=99, rank=1), now_s=0)
+
+    scheduler.set_rank("light", 0)
+
+    assert turn(scheduler) == "denoise light"
+
+
+def test_of_owners_that_left_little_is_remembered():
+    scheduler = a_scheduler(saturated)
+    scheduler.add(an_image("stays", owner="stays", num_steps=10**6), now_s=0)
+    for n in range(1000):
+        scheduler.add(an_image(str(n), owner=f"owner {n}", num_steps=1), now_s=0)
+        turns(scheduler, 2)
+    remembered = len(scheduler._owners[0]._gone)
+    for id in [image.id for image in scheduler.in_order()]:
+        scheduler.remove(id)
+
+    assert remembered <= 256
+    assert scheduler._owners == {}
+
+
 # --- seats ---------------------------------------------------------------------------------------------------------------
 
 
@@ -339,6 +529,38 @@ def test_no_more_than_half_of_the_seats_go_to_lanes_of_a_single_image():
         scheduler.add(an_image(id, num_steps=2), now_s=0)
 
     assert [step(scheduler) for _ in range(2)] == [["a", "b", "c"], ["odd 65"]]
+
+
+def test_an_image_parked_twice_keeps_the_seat_it_regains_beside_the_others():
+    scheduler = a_scheduler(saturated, max_inflight=1)
+    bulk = an_image("bulk", rank=2, num_steps=9)
+    scheduler.add(bulk, now_s=0)
+    parks = 0
+    for n in range(2):
+        step(scheduler)
+        scheduler.add(an_image(f"urgent {n}", rank=0, num_steps=1), now_s=0)
+        turns(scheduler, 2)
+        parks += len(scheduler.take_parked())
+    step(scheduler)
+    assert (parks, bulk.state) == (2, ImageState.RUNNING)
+
+    scheduler.add(an_image("urgent", rank=0, num_steps=1), now_s=0)
+
+    assert turns(scheduler, 3) == ["denoise urgent", "decode urgent", "denoise bulk"]  # a seat says nothing of turns
+    assert scheduler.take_parked() == []
+
+
+@pytest.mark.parametrize("max_inflight", [1, 2, 16])
+def test_a_rank_with_a_share_has_a_seat_though_better_ranks_could_fill_the_house_and_so_has_the_best_image(max_inflight):
+    scheduler = a_scheduler(saturated, max_inflight=max_inflight, rank_shares={1: 0.15, 2: 0.05})
+    for rank in (2, 1, 0):
+        for n in range(30):
+            scheduler.add(an_image(f"{rank}-{n}", rank=rank, num_steps=99), now_s=0)
+    scheduler.next_work(0)
+
+    seats = Counter(image.rank for image in scheduler.in_order() if image.state is ImageState.RUNNING)
+
+    assert seats == {1: {0: 1, 1: 1, 2: 1}, 2: {0: 1, 1: 1, 2: 1}, 16: {0: 13, 1: 2, 2: 1}}[max_inflight]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -825,6 +1047,7 @@ a_wish = st.fixed_dictionaries(
         "size": st.sampled_from(SIZES),
         "num_steps": st.integers(1, 6),
         "rank": st.integers(0, 2),
+        "owner": st.sampled_from(["", "", "other"]),
         "guidance": st.sampled_from([1.0, 4.0]),
         "encoded": st.booleans(),
         "bucket_rows": st.sampled_from([None, 2, 4]),
@@ -844,10 +1067,12 @@ def wished(id, bucket_rows, **changes):
     curve=st.sampled_from([flat, saturated, lambda rows: 1 + rows / 2]),
     row_buckets=st.sampled_from([(), (2, 4, 8)]),
     max_inflight=st.integers(1, 6),
+    shares=st.sampled_from([{}, {1: 0.2, 2: 0.1}]),
 )
-def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wishes, seed, curve, row_buckets, max_inflight):
+def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wishes, seed, curve, row_buckets, max_inflight, shares):
     rng = random.Random(seed)
-    scheduler = a_scheduler(curve, max_inflight=max_inflight, max_batch_rows=6, max_adapters=2, row_buckets=row_buckets)
+    limits = {"max_inflight": max_inflight, "max_batch_rows": 6, "max_adapters": 2, "row_buckets": row_buckets, "rank_shares": shares}
+    scheduler, parks = a_scheduler(curve, **limits), Counter()
     waiting, finished, removed, encodes, turns_left = list(enumerate(wishes)), set(), set(), 0, 2000
 
     while turns_left and (waiting or len(scheduler)):
@@ -866,24 +1091,28 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wis
         if work is None:
             continue
         here = scheduler.in_order()
-        assert sum(image.state is ImageState.RUNNING for image in here) <= max_inflight
+        parks.update(ids(scheduler.take_parked()))
+        assert max(parks.values(), default=0) <= 2
+        running = [image for image in here if image.state is ImageState.RUNNING]
+        assert sum(parks[image.id] < 2 for image in running) <= max(max_inflight, len(shares) + 1)
+        group = {image.id: scheduler._tickets[image.id].group for image in here}
         seated_or_done = [image for image in here if image.state in (ImageState.RUNNING, ImageState.DENOISED)]
         best_ready = min((image.rank for image in seated_or_done), default=3)
+        lead = next(iter(work))
+        assert lead.rank <= best_ready or lead.rank in shares
         if isinstance(work, Batch):
             encodes = 0
-            lead = work.images[0]
             assert all(image.state is ImageState.RUNNING and image.batch_key == work.key for image in work)
-            assert lead.rank == min(image.rank for image in work) == best_ready
+            assert lead.rank != best_ready or group[lead.id] == min(group[image.id] for image in work)
+            assert len({group[image.id] for image in work}) == 1 or row_buckets or work.is_pinned
             assert len({image.id for image in work}) == len(work)
             assert work.used_rows <= work.bucket_rows
             assert all(image.request.pinned_rows in (None, work.bucket_rows) for image in work)
             assert len({use.name for image in work for use in image.request.adapters}) <= 2
             assert work.is_pinned or len(work) == 1 or work.bucket_rows <= 6
-        else:
-            assert work.image.rank <= best_ready
         if isinstance(work, Encode):
             encodes += 1
-            assert encodes <= 4 or not any(i.state is ImageState.RUNNING and i.rank == work.image.rank for i in here)
+            assert encodes <= 4 or not any(group[image.id] == group[lead.id] for image in running)
         do(scheduler, work)
         if isinstance(work, Decode):
             finished.add(work.image.id)

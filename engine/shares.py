@@ -1,0 +1,47 @@
+"""What ranks are owed of the device, whatever better ranks want of it.
+
+A rank with a share earns credit while it has work ready: its share of every second that anybody's work takes. What it is given for its
+credit is taken from it, and what was predicted too low is taken later. Being served because nobody better is here uses credit up, but
+makes no debt; so nothing is saved up and nothing paid back.
+"""
+
+from collections.abc import Container, Iterator, Mapping
+
+HORIZON_S = 60.0  # over so long a rank gets its share, less one piece of work; no credit is larger than what this earns
+
+
+class Shares:
+    """The ranks with a share, best first, and their credit."""
+
+    def __init__(self, shares: Mapping[int, float]) -> None:
+        """Raises `ValueError` unless every share is above 0 and all together are below 1."""
+        if not all(share > 0 for share in shares.values()) or not sum(shares.values()) < 1:
+            raise ValueError(f"rank_shares {dict(shares)} are not parts of a whole that leave something to the other ranks")
+        self._shares = dict(sorted(shares.items()))
+        self._credits: dict[int, float] = {}
+
+    def seats(self, max_inflight: int) -> dict[int, int]:
+        """Seats that each of these ranks keeps while it has images that want them; without any its work would never be ready."""
+        return {rank: max(1, round(share * max_inflight)) for rank, share in self._shares.items()}
+
+    def note_ready(self, ranks: Container[int]) -> None:
+        """Only these ranks have work ready; the others keep no credit."""
+        self._credits = {rank: self._credits.get(rank, 0.0) for rank in self._shares if rank in ranks}
+
+    def spend(self, served: int | None, seconds: float, *, was_owed: bool) -> None:
+        """The device gave so many seconds (below 0: predicted too many) to the rank `served`; None when nobody knows any more whose."""
+        for rank, credit in self._credits.items():
+            share = self._shares[rank]
+            rest = credit + share * seconds - (seconds if rank == served else 0.0)
+            if rank == served and not was_owed:
+                rest = min(credit, max(rest, 0.0))
+            most = share * HORIZON_S
+            self._credits[rank] = min(max(rest, -most), most)
+
+    def in_credit(self) -> Iterator[int]:
+        """Ranks that may be owed a turn, best first."""
+        return (rank for rank, credit in self._credits.items() if credit > 0)
+
+    def covers(self, rank: int, seconds: float) -> bool:
+        """Is the rank owed so long a piece of work? One longer than its credit can ever be is given for the most it can."""
+        return self._credits[rank] >= min(seconds, self._shares[rank] * HORIZON_S)
