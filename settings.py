@@ -99,6 +99,8 @@ class WorkerSettings(Settings, DeviceSettings):
 
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
+    preemption_notices: str = ""  # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its name)
+    shutdown_notice_s: float = Field(20.0, gt=0)  # what SIGTERM gives: less than whoever sends it waits before SIGKILL
     cuda_visible_devices: str | None = None  # the launcher starts a process for each of these; unset = all
 
 

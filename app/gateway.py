@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from flask import current_app
 from sqlalchemy import Engine
 
+from app.outlook import Lookout
 from edges.broker import Broker
-from edges.handoff import Handoff
+from edges.handoff import Gauge, Handoff
 from edges.objectstore import ObjectStore
 from edges.progress import Endings, News
 from edges.release import Release
@@ -31,6 +32,7 @@ class Gateway:
     store: ObjectStore
     news: News
     endings: Endings
+    lookout: Lookout
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
@@ -51,6 +53,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         store=ObjectStore(settings),
         news=News(settings.handoff_url),
         endings=Endings(settings.handoff_url),
+        lookout=Lookout(database, fleet, Gauge(settings.handoff_url), worker_silence_s=settings.lease_ttl_s),
     )
 
 

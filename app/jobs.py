@@ -4,6 +4,7 @@ import base64
 import binascii
 import uuid
 from dataclasses import asdict
+from typing import Any
 
 import structlog
 from flask import Blueprint, jsonify, redirect, request, url_for
@@ -13,14 +14,26 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.auth import caller, require_key
 from app.body import invalid_wish, read_wait_s, read_wish
 from app.gateway import gateway
-from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
+from app.problems import (
+    FleetSaturated,
+    ImageNotFound,
+    ImageNotReady,
+    InvalidQuery,
+    JobAlreadyFinished,
+    JobNotFound,
+    ModelUnserved,
+    Problem,
+    TenantQueueFull,
+)
 from app.views import job_view
 from edges import telemetry
 from edges.encoding import FORMATS
+from edges.progress import Step
 from models import jobs
 from models.database import transaction
 from models.states import ACTIVE_STATES, FINAL_STATES, JobState
 from models.tables import Job
+from policy.admission import Refusal
 from policy.catalog import InvalidWish
 
 log = structlog.get_logger(__name__)
@@ -40,24 +53,31 @@ def create_job() -> ResponseReturnValue:
         resolved = parts.resolve(read_wish(request))
     except InvalidWish as error:
         raise invalid_wish(error) from None
+    expected = parts.lookout.expect(resolved, caller().tenant_id)
+    if expected.refusal is not None:
+        raise _refused(expected.refusal)
+    tier = parts.fleet.tiers[resolved.tier]
     with transaction(parts.database) as session:
         job = jobs.accept(
             session,
             tenant_id=caller().tenant_id,
             api_key_id=caller().api_key_id,
             params=asdict(resolved),
-            start_within_s=parts.fleet.tiers[resolved.tier].start_within_s,
+            start_within_s=tier.start_within_s,
+            run_within_s=tier.run_within_s,
+            predicted_s=expected.predicted_s,
+            eta_raw_s=expected.eta_raw_s,
             currency=parts.fleet.currency,
             actor=caller().actor,
         )
-        view = job_view(job)
+        view = job_view(job, place=parts.lookout.place_of(job))
     telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
     log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
     _let_out(job)
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
-        view = job_view(*_watched(job.id, wait_s))
+        view = _view(*_watched(job.id, wait_s))
     return jsonify(view), 202, headers
 
 
@@ -66,7 +86,7 @@ def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
     wait_s = read_wait_s(request, gateway().settings.max_wait_s)
     headers = {"Preference-Applied": f"wait={wait_s}"} if wait_s else {}
-    return jsonify(job_view(*_watched(job_id, wait_s))), 200, headers
+    return jsonify(_view(*_watched(job_id, wait_s))), 200, headers
 
 
 @bp.get("")
@@ -122,16 +142,29 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     return response
 
 
+def _view(job: Job, steps: list[Step]) -> dict[str, Any]:
+    is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
+    return job_view(job, steps, gateway().lookout.place_of(job, sum(step.step for step in steps)) if is_waited_for else None)
+
+
+def _refused(refusal: Refusal) -> Problem:
+    """The problem of a wish that could be served at another time."""
+    telemetry.SHED.labels(refusal.reason).inc()
+    kinds: dict[str, type[Problem]] = {"unserved": ModelUnserved, "tenant_queue_full": TenantQueueFull}
+    kind = kinds.get(refusal.reason, FleetSaturated)
+    return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
+
+
 def _let_out(job: Job) -> None:
     """Announce what there is room for, now that the row is committed. The job is accepted whatever happens here: the sweeper
     covers a crash, a broker or a database that goes away between the two."""
     try:
-        gateway().release.release(job.pool, job.tier)
+        gateway().release.release(job.pool, job.tier, tenant_id=job.tenant_id)
     except SQLAlchemyError as error:
         log.warning("release_postponed", job_id=str(job.id), reason=type(error).__name__)
 
 
-def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list]:
+def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
     """The job, after waiting up to `wait_s` for its end, and what is known of its progress. No connection is held meanwhile."""
     parts, tenant_id = gateway(), caller().tenant_id
     job = _found(job_id)

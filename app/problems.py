@@ -14,8 +14,11 @@ Problem
 ├── UnsupportedMediaType  415
 ├── InvalidImageRequest   422   no worker could ever render this; `errors` points at each field
 ├── InvalidQuery          422   the same for query parameters and headers
+├── TenantQueueFull       429   with Retry-After: this tenant has enough waiting in the tier
 ├── Unexpected            500   says nothing of our insides
-└── PartUnavailable       503   with Retry-After
+├── PartUnavailable       503   with Retry-After
+├── FleetSaturated        503   with Retry-After: it would not start in time
+└── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
 """
 
 from typing import Any
@@ -127,6 +130,24 @@ class InvalidQuery(Problem):
     """A query parameter or header that cannot be used; the member `accepted` says what could be."""
 
     slug, title, status = "invalid-query", "Invalid query", 422
+
+
+class TenantQueueFull(Problem):
+    """The tenant's own jobs in this tier wait for as much device time as may wait; waiting helps."""
+
+    slug, title, status = "tenant-queue-full", "Tenant queue full", 429
+
+
+class FleetSaturated(Problem):
+    """More is asked of all workers together than they can begin in time; waiting helps, and so does a tier with a longer deadline."""
+
+    slug, title, status = "fleet-saturated", "Fleet saturated", 503
+
+
+class ModelUnserved(Problem):
+    """No live worker holds the model and nothing starts one; an operator has to."""
+
+    slug, title, status = "model-unserved", "Model unserved", 503
 
 
 class Unexpected(Problem):

@@ -6,13 +6,14 @@ from typing import Any
 
 from flask import url_for
 
+from app.outlook import QueuePlace
 from edges.progress import Step
 from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job
 
 
-def job_view(job: Job, steps: Sequence[Step] = ()) -> dict[str, Any]:
-    """A job with its images; `steps` is what is known of a running one."""
+def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
+    """A job with its images; `steps` is what is known of a running one, `place` where an unfinished one stands."""
     return {
         "id": str(job.id),
         "object": "job",
@@ -39,7 +40,9 @@ def job_view(job: Job, steps: Sequence[Step] = ()) -> dict[str, Any]:
         "started_at": _instant(job.started_at),
         "rendered_at": _instant(job.rendered_at),
         "finished_at": _instant(job.finished_at),
+        "run_by": _instant(job.run_by),
         "progress": _progress(job, steps),
+        "queue": _queue(place),
         "timing": {
             "queue_s": _seconds(job.accepted_at, job.started_at),
             "render_s": _seconds(job.started_at, job.rendered_at),
@@ -70,9 +73,16 @@ def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
     return {"step": sum(done.values()), "num_steps": job.num_steps * job.num_images, "images_done": stored}
 
 
+def _queue(place: QueuePlace | None) -> dict[str, Any] | None:
+    """Jobs of the tier that go before it (None once it runs), and seconds until its images are stored: the median, and nine in ten."""
+    if place is None:
+        return None
+    return {"jobs_ahead": place.jobs_ahead, "eta_p50_s": round(place.eta.p50_s, 2), "eta_p90_s": round(place.eta.p90_s, 2)}
+
+
 def _failure_detail(job: Job) -> str | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
-    return job.failure_detail if job.failure_code in ("unsupported", "not_finite") else None
+    return job.failure_detail if job.failure_code in ("unsupported", "not_finite", "out_of_memory", "run_deadline") else None
 
 
 def _cost(job: Job) -> dict[str, Any] | None:

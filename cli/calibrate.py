@@ -27,7 +27,7 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     fleet = load_fleet_or_exit(settings)
     if model not in fleet.models:
         raise click.BadParameter(f"{model!r} is none of {', '.join(fleet.models)}", param_hint="MODEL")
-    config = engine_config(settings, fleet.pools[fleet.pool_of(model)], warm_up_repeats=repeats)
+    config = engine_config(settings, fleet, fleet.pools[fleet.pool_of(model)], warm_up_repeats=repeats)
     for spec in checkpoint_specs(fleet, [model], settings.checkpoint_root):
         with screen.err().status(f"measuring {spec.name} on {config.device}"):
             try:

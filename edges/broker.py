@@ -36,12 +36,11 @@ class Broker:
 
     def announce(self, task_name: str, queue: str, job_id: uuid.UUID) -> None:
         """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again."""
-        try:
-            self._celery.send_task(
-                task_name, kwargs={"job_id": str(job_id)}, queue=queue, task_id=f"{job_id}:{VERBS[task_name]}", retry=False
-            )
-        except (KombuError, redis.RedisError, OSError) as error:
-            raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
+        self._send(task_name, queue, kwargs={"job_id": str(job_id)}, task_id=f"{job_id}:{VERBS[task_name]}")
+
+    def ask_for(self, task_name: str, queue: str) -> None:
+        """Say once that a task which is about no job in particular should run; raises BrokerUnavailable."""
+        self._send(task_name, queue)
 
     def waiting(self, queue: str) -> int:
         """Messages in `queue` that no worker has taken."""
@@ -55,6 +54,12 @@ class Broker:
     def ping(self) -> None:
         """Raises BrokerUnavailable."""
         self._ask("ping")
+
+    def _send(self, task_name: str, queue: str, **options: Any) -> None:
+        try:
+            self._celery.send_task(task_name, queue=queue, retry=False, **options)
+        except (KombuError, redis.RedisError, OSError) as error:
+            raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
 
     def _ask(self, command: str, *arguments: Any) -> Any:
         try:

@@ -6,7 +6,9 @@ shape and digest. Read with GET and delete after the commit: a results task kill
 
 import hashlib
 import json
+import time
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -81,12 +83,52 @@ class Handoff:
         except redis.RedisError:
             return
 
+    def kept(self) -> Iterator[tuple[str, uuid.UUID, int, int]]:
+        """Everything that is kept for a job: (key, job, image index, attempt). Raises HandoffUnavailable."""
+        try:
+            for raw in self._redis.scan_iter(match="handoff:*", count=500):
+                _, job_id, index, attempt = raw.decode().split(":")
+                yield raw.decode(), uuid.UUID(job_id), int(index), int(attempt)
+        except (redis.RedisError, ValueError) as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+
+    def forget(self, keys: list[str]) -> None:
+        """Drop these keys of `kept()`. Raises HandoffUnavailable."""
+        try:
+            if keys:
+                self._redis.unlink(*keys)
+        except redis.RedisError as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+
     def ping(self) -> None:
         """Raises HandoffUnavailable."""
         try:
             self._redis.ping()
         except redis.RedisError as error:
             raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+class Gauge:
+    """How full the hand-off is: pixels that are not stored fast enough fill it, and whoever makes or accepts more should wait.
+
+    Asked as often as one likes; Redis is asked at most once a second, and while it does not answer the last answer holds.
+    """
+
+    def __init__(self, handoff_url: str) -> None:
+        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=1, socket_connect_timeout=1)
+        self._fill, self._asked_at = 0.0, -1.0
+
+    def fill(self) -> float:
+        """Memory in use / `maxmemory`; 0 where there is no limit."""
+        now = time.monotonic()
+        if now - self._asked_at > 1.0:
+            self._asked_at = now
+            try:
+                memory = self._redis.info("memory")
+                self._fill = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+            except redis.RedisError:
+                pass
+        return self._fill
 
 
 def pixels_sha256(pixels: NDArray[np.uint8]) -> str:

@@ -44,6 +44,13 @@ class ObjectStore:
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(_reason(error)) from error
 
+    def delete(self, key: str) -> None:
+        """Harmless when there is no such key. Raises StoreUnavailable."""
+        try:
+            self._client.delete_object(Bucket=self._bucket, Key=key)
+        except (BotoCoreError, ClientError) as error:
+            raise StoreUnavailable(_reason(error)) from error
+
     def presigned_url(self, key: str, *, content_type: str, filename: str) -> str:
         """A URL that shows the object to whoever has it, for `presign_ttl_s`; signed for the public endpoint."""
         disposition = f'inline; filename="{filename}"'

@@ -13,6 +13,9 @@ from sqlalchemy import Engine
 from edges.broker import Broker, BrokerUnavailable
 from models import releasing, workers
 from models.database import transaction
+from models.releasing import Picked, Room
+from models.states import JobState
+from models.tables import Job
 from policy import admission, queues
 from policy.fleet import Fleet
 
@@ -26,27 +29,42 @@ class Release:
         self._engine, self._broker, self._fleet = engine, broker, fleet
         self._worker_silence_s = worker_silence_s
 
-    def release(self, pool: str, tier: str) -> int:
-        """Announce the next waiting jobs of (pool, tier), in fair order, up to the free room; how many is returned."""
+    def release(self, pool: str, tier: str, *, tenant_id: uuid.UUID | None = None) -> int:
+        """Announce the next waiting jobs of (pool, tier), in fair order, up to the free room; how many is returned.
+
+        tenant_id: whose job was just accepted; only this tenant is looked at when the tier's own room is full.
+        """
         with transaction(self._engine) as session:
             slots = workers.live_slots(session, pool=pool, silent_for_s=self._worker_silence_s)
-            limit_images = admission.announced_limit(self._fleet, pool, slots)
-            job_ids = releasing.pick(session, pool=pool, tier=tier, limit_images=limit_images)
-        return self._publish(pool, tier, job_ids)
+            room = Room(
+                slots=slots or self._fleet.pools[pool].slots,
+                limit_images=admission.announced_limit(self._fleet, pool, slots),
+                least_share=admission.least_share(self._fleet, pool),
+                most_of_one=self._fleet.tiers[tier].max_in_hand_per_tenant if tier in self._fleet.tiers else None,
+            )
+            picked = releasing.pick(session, pool=pool, tier=tier, room=room, tenant_id=tenant_id)
+        return self._publish(pool, tier, picked)
 
     def again(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
         """Announce jobs whose message was lost; those that a worker took meanwhile are left out."""
         with transaction(self._engine) as session:
-            still_queued = releasing.announce(session, job_ids)
-        return self._publish(pool, tier, still_queued)
+            picked = releasing.announce_again(session, job_ids)
+        return self._publish(pool, tier, picked)
 
-    def _publish(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
-        for position, job_id in enumerate(job_ids):
+    def pass_on(self, job_id: uuid.UUID) -> None:
+        """Announce a job that came to a worker who cannot take it; nothing if it waits no more."""
+        with transaction(self._engine) as session:
+            job = session.get(Job, job_id)
+        if job is not None and job.state == JobState.QUEUED:
+            self.again(job.pool, job.tier, [job_id])
+
+    def _publish(self, pool: str, tier: str, picked: Sequence[Picked]) -> int:
+        for position, job in enumerate(picked):
             try:
-                self._broker.announce(queues.RENDER_JOB, queues.render_queue(pool, tier), job_id)
+                self._broker.announce(queues.RENDER_JOB, queues.render_queue(pool, tier, is_front=job.is_front), job.job_id)
             except BrokerUnavailable as error:
-                log.warning("announce_failed", job_id=str(job_id), reason=str(error))
+                log.warning("announce_failed", job_id=str(job.job_id), reason=str(error))
                 with transaction(self._engine) as session:
-                    releasing.withdraw(session, job_ids[position:])
+                    releasing.withdraw(session, [left.job_id for left in picked[position:]])
                 return position
-        return len(job_ids)
+        return len(picked)

@@ -13,11 +13,13 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
-from models import audit
+from models import audit, flows, uploads
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
 SWEEPER = "sweeper"
+_COLUMNS = [column.name for column in Job.__table__.columns]
+WISH = tuple(_COLUMNS[_COLUMNS.index("pool") : _COLUMNS.index("bucket_rows") + 1])  # every resolved parameter: a job is replayable
 
 
 class JobAlreadyFinished(Exception):
@@ -37,19 +39,28 @@ def accept(
     start_within_s: float,
     currency: str,
     actor: str,
+    run_within_s: float | None = None,
+    predicted_s: float = 0.0,
+    eta_raw_s: float | None = None,
+    requeue_of: uuid.UUID | None = None,
 ) -> Job:
-    """Write the row, complete and replayable, its images and its audit event.
+    """Write the row, complete and replayable, its images, its place in fair order and its audit event.
 
-    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.
+    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of
+    all its images.  eta_raw_s: the first guess of its end, kept to learn from.
     """
     start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
     job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
+    job.run_within_s, job.predicted_s, job.eta_raw_s, job.requeue_of = run_within_s, predicted_s, eta_raw_s, requeue_of
+    job.release_tag = flows.enter(session, pool=job.pool, tier=job.tier, tenant_id=tenant_id, predicted_s=predicted_s)
     job.images = [Image(index=index, seed=job.seed + index, artifact=None) for index in range(job.num_images)]
     job.attempts = []
     session.add(job)
     session.flush()
     facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
     facts |= {"seed": str(job.seed), "num_images": job.num_images}
+    if requeue_of is not None:
+        facts["requeue_of"] = str(requeue_of)
     audit.append(session, "job:request:accepted", chain=tenant_id, actor=actor, job_id=job.id, **facts)
     return job
 
@@ -83,7 +94,7 @@ def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     was = job.state
     if was == JobState.RUNNING:
         end_attempt(session, job, Outcome.CANCELED)
-    finish(job, JobState.CANCELED)
+    finish(session, job, JobState.CANCELED)
     audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
     session.refresh(job)
     return job
@@ -97,9 +108,47 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
         .with_for_update(skip_locked=True)
     )
     if job is not None:
-        finish(job, JobState.EXPIRED)
+        finish(session, job, JobState.EXPIRED)
         audit.append(session, "job:state:expired", chain=job.tenant_id, actor=SWEEPER, job_id=job.id)
     return job
+
+
+def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
+    """Fail a job that waits again, after an earlier attempt, and is past its run deadline; None if something took it meanwhile."""
+    job = session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.run_by < func.clock_timestamp())
+        .with_for_update(skip_locked=True)
+    )
+    if job is not None:
+        detail = f"not rendered within {job.run_within_s:g} s of its start"
+        finish(session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail)
+        audit.append(session, "job:state:failed", chain=job.tenant_id, actor=SWEEPER, job_id=job.id, code=FailureCode.RUN_DEADLINE)
+    return job
+
+
+def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str) -> Job | None:
+    """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such failed job.
+
+    Raises JobAlreadyFinished when it was requeued before.
+    """
+    dead = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.FAILED).with_for_update())
+    if dead is None:
+        return None
+    if session.scalar(select(Job.id).where(Job.requeue_of == job_id)) is not None:
+        raise JobAlreadyFinished(dead)
+    return accept(
+        session,
+        tenant_id=dead.tenant_id,
+        api_key_id=dead.api_key_id,
+        params={name: getattr(dead, name) for name in WISH},
+        start_within_s=start_within_s,
+        run_within_s=dead.run_within_s,
+        predicted_s=dead.predicted_s,
+        currency=dead.currency,
+        actor=actor,
+        requeue_of=dead.id,
+    )
 
 
 def store(
@@ -126,6 +175,7 @@ def store(
         return None
     row = Artifact(tenant_id=job.tenant_id, job_id=job_id, index=index, **artifact)
     session.add(row)
+    uploads.end(session, row.object_key)
     session.flush()
     image.state, image.artifact_id = ImageState.STORED, row.id
     job.device_seconds += image.device_seconds
@@ -139,7 +189,7 @@ def store(
         audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
         return job
     job.cost = price(job.device_seconds)
-    finish(job, JobState.SUCCEEDED)
+    finish(session, job, JobState.SUCCEEDED)
     audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
     bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
     audit.append(session, "job:state:succeeded", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **bill)
@@ -152,16 +202,21 @@ def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
     return {index: attempt for index, attempt in session.execute(query.order_by(Image.index)) if attempt is not None}
 
 
-def finish(job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
-    """Set a final state and drop every claim on the job. The caller appends the audit event."""
+def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
+    """Set a final state, drop every claim on the job and charge its flow what it really took. The caller appends the audit event."""
     job.state, job.finished_at = state, func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
     job.failure_code, job.failure_detail = code, detail
+    session.flush()
+    if state == JobState.SUCCEEDED or job.attempt == 0:  # what began and came to nothing costs its place all the same
+        actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
+        difference_s = actual_s - job.predicted_s
+        flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
 
 
 def requeue(job: Job) -> None:
     """Back to the waiting ones, with its place kept: `release_tag` is not touched. The caller appends the audit event."""
-    job.state = JobState.QUEUED
+    job.state, job.is_front = JobState.QUEUED, False
     job.lease_expires_at = job.announced_at = job.store_by = job.worker = job.rendered_at = None
 
 

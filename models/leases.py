@@ -5,7 +5,7 @@ late finds another number and is told LeaseLost. No row lock outlives its statem
 """
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -24,16 +24,31 @@ class LeaseLost(Exception):
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to run `job`; `attempt` fences every write made under it. `pending` are the images still to render."""
+    """The right to run `job`; `attempt` fences every write made under it. `pending` are the images still to render.
+
+    run_within_s: what is left of the job's run deadline; None = it has none.
+    """
 
     job: Job
     attempt: int
     worker: str
     pending: tuple[int, ...]
+    run_within_s: float | None = None
 
     @property
     def job_id(self) -> uuid.UUID:
         return self.job.id
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a preempted attempt leaves of one image: its snapshot's place and size, and what it spares the next one."""
+
+    index: int
+    steps_done: int
+    snapshot_ref: str
+    size_bytes: int
+    device_seconds: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,10 +72,10 @@ class Rendered:
 def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s: float) -> Lease | None:
     """Give `worker` the job until the database's now + `ttl_s`; None if it is finished or someone else holds it.
 
-    A single UPDATE, so two workers cannot both win. Only queued jobs are given: a silent worker's job is first put back
-    by the sweeper, the one place that counts lost leases.
+    A single UPDATE, so two workers cannot both win. Only queued jobs are given: a silent worker's job is first put back by
+    `lose`, the one place that counts lost leases.
     """
-    row = session.scalar(
+    taken = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, (Job.attempt > 0) | (Job.start_by > func.clock_timestamp()))
         .values(
@@ -69,13 +84,21 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
             attempt=Job.attempt + 1,
             lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s),
             started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
+            run_by=func.coalesce(Job.run_by, func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s)),
         )
-        .returning(Job)
-    )
-    if row is None:
+        .returning(Job, func.extract("epoch", Job.run_by - func.clock_timestamp()))
+    ).one_or_none()
+    if taken is None:
         return None
+    row, run_left_s = taken
     pending = session.scalars(select(Image.index).where(Image.job_id == job_id, Image.state == ImageState.PENDING).order_by(Image.index))
-    lease = Lease(job=row, attempt=row.attempt, worker=worker, pending=tuple(pending))
+    lease = Lease(
+        job=row,
+        attempt=row.attempt,
+        worker=worker,
+        pending=tuple(pending),
+        run_within_s=None if run_left_s is None else max(0.0, float(run_left_s)),
+    )
     session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
     audit.append(session, "job:lease:taken", chain=row.tenant_id, actor=worker, job_id=job_id, attempt=row.attempt)
     return lease
@@ -103,7 +126,8 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     job = _held(session, lease)
     image = session.get_one(Image, (job.id, index))
     image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
-    image.steps_done, image.device_seconds = rendered.steps, rendered.device_seconds
+    image.steps_done = job.num_steps
+    image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
     if not session.scalar(select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)):
@@ -126,11 +150,55 @@ def give_back(session: Session, lease: Lease, *, reason: str) -> Job:
     return job
 
 
+def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left], store: str) -> Job:
+    """Return the job because its worker has to go, with what is left of its images; it does not count as a try. Raises LeaseLost."""
+    job = _held(session, lease)
+    attempt = session.get_one(Attempt, (job.id, lease.attempt))
+    for image in left:
+        row = session.get_one(Image, (job.id, image.index))
+        row.snapshot_ref, row.steps_done = image.snapshot_ref, image.steps_done
+        row.device_seconds += image.device_seconds  # bought something: it is the tenant's, once the image is finished from there
+        attempt.device_seconds += image.device_seconds
+    attempt.snapshot_bytes, attempt.snapshot_store = sum(image.size_bytes for image in left), store if left else None
+    jobs.end_attempt(session, job, Outcome.PREEMPTED, error=reason)
+    pending = select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
+    if session.scalar(pending) == len(left):
+        attempt.waste_class = None
+    jobs.requeue(job)
+    facts = {"reason": reason, "snapshots": len(left), "snapshot_bytes": attempt.snapshot_bytes}
+    steps = {"steps_done": {str(image.index): image.steps_done for image in left}}
+    audit.append(
+        session, "job:lease:preempted", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts, **steps
+    )
+    return job
+
+
+def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int], lost_steps: int) -> str | None:
+    """Put on the attempt's record what snapshots spared it, and how many steps of earlier attempts it does again.
+
+    resumed: the step at which each image begins, by index; 0: from the start, so what it took before bought nothing.
+    Returns the outcome of the attempt before it if steps were lost, else None.
+    """
+    attempt = session.get_one(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
+    attempt.resumed_steps, attempt.lost_steps = sum(resumed.values()), lost_steps
+    anew = [index for index, step in resumed.items() if not step]
+    session.execute(
+        update(Image)
+        .where(Image.job_id == lease.job_id, Image.index.in_(anew), Image.state == ImageState.PENDING)
+        .values(device_seconds=0.0, snapshot_ref=None, steps_done=0)
+        .execution_options(synchronize_session=False)
+    )
+    if lost_steps:
+        earlier = select(Attempt.outcome).where(Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt)
+        attempt.lost_cause = session.scalar(earlier.order_by(Attempt.attempt.desc()).limit(1))
+    return attempt.lost_cause
+
+
 def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> Job:
     """End the job: no retry helps. Raises LeaseLost."""
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
-    jobs.finish(job, JobState.FAILED, code=code, detail=detail)
+    jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
     audit.append(session, "job:state:failed", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, code=code)
     return job
 
@@ -140,16 +208,22 @@ def count_error(session: Session, lease: Lease, *, detail: str, max_attempts: in
     return _count(session, _held(session, lease), Outcome.ERROR, detail=detail, max_attempts=max_attempts, actor=lease.worker)
 
 
-def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int) -> Job | None:
-    """Take an expired lease away and put the job back, or fail it; None if the worker renewed meanwhile."""
-    job = session.scalar(
-        select(Job)
-        .where(Job.id == job_id, Job.state == JobState.RUNNING, Job.lease_expires_at < func.clock_timestamp())
-        .with_for_update(skip_locked=True)
-    )
+def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str | None = None) -> Job | None:
+    """Take an expired lease away and put the job back, or fail it; None if the worker renewed meanwhile.
+
+    worker: a worker that has just started under this name and so knows that its predecessor's leases, expired or not, are nobody's.
+    """
+    is_nobodys = Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
+    job = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).with_for_update(skip_locked=True))
     if job is None:
         return None
-    return _count(session, job, Outcome.LEASE_LOST, detail=f"{job.worker} fell silent", max_attempts=max_attempts, actor=jobs.SWEEPER)
+    detail = f"{job.worker} fell silent" if worker is None else f"{job.worker} was started again"
+    return _count(session, job, Outcome.LEASE_LOST, detail=detail, max_attempts=max_attempts, actor=worker or jobs.SWEEPER)
+
+
+def running_on(session: Session, worker: str) -> list[uuid.UUID]:
+    """The jobs whose lease is in the name of `worker`."""
+    return list(session.scalars(select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker)))
 
 
 def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: dict[int, int]) -> Job | None:
@@ -164,6 +238,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
         if image.state == ImageState.HANDED_OFF and image.handed_off_attempt == attempt_of[image.index]:
             image.state, image.handed_off_attempt, image.handed_off_at = ImageState.PENDING, None, None
+            image.device_seconds = 0.0
             gone.append(image.index)
     if not gone:
         return None
@@ -196,7 +271,7 @@ def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_att
     job.counted_attempts += 1
     facts = {"counted_attempts": job.counted_attempts, "outcome": outcome.value}
     if job.counted_attempts >= max_attempts:
-        jobs.finish(job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
+        jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
         event, facts["code"] = "job:state:failed", FailureCode.ATTEMPTS_EXHAUSTED
     else:
         jobs.requeue(job)

@@ -1,19 +1,30 @@
 """Which waiting jobs go to Celery next: pick them in fair order and stamp them announced.
 
-Fair order is `release_tag, id`; who computes the tag decides what is fair. A stamp without a message, or a message
-without a stamp, does no harm: the sweeper announces again, and a worker that comes second finds nothing to take.
+Fair order is `release_tag, id` (models/flows.py computes the tag). A stamp without a message, or a message without a stamp,
+does no harm: the sweeper announces again, and a worker that comes second finds nothing to take.
+
+Room is as many images as the live workers can hold, and a batch more, so that they never run dry. Where more is in hand than they
+can hold, a tenant with much less than its fair share there is let out to the front queue, and so is a job that comes back from
+another worker; also when all room is taken. Workers take from the front queue first, and beyond their slots: their engine parks what
+is less urgent. That is how one tenant may use every idle slot without anybody else having to wait for them.
 """
 
+import math
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
-from sqlalchemy import func, or_, select, text, update
+from sqlalchemy import func, or_, select, text, true, update
 from sqlalchemy.orm import Session
 
+from models import flows
 from models.states import JobState
-from models.tables import Job
+from models.tables import Flow, Job
+
+MOST_HEADS = 200  # waiting jobs looked at for the front queue: those furthest behind in fair order
+OF_EACH_TENANT = 4
 
 
 @dataclass(frozen=True)
@@ -22,58 +33,163 @@ class Announced:
 
     job_id: uuid.UUID
     announced_at: datetime
+    is_front: bool
 
 
-def pick(session: Session, *, pool: str, tier: str, limit_images: int) -> list[uuid.UUID]:
-    """Stamp the next waiting jobs of (pool, tier) as announced, as many as fit under `limit_images` in hand; their ids in order.
+@dataclass(frozen=True)
+class Picked:
+    """A job that was stamped; `is_front`: for the front queue of its tier."""
 
-    A job larger than the whole limit goes alone. Releases of one (pool, tier) take turns, so the limit holds.
+    job_id: uuid.UUID
+    is_front: bool
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many images of one (pool, tier) may be in the hands of Celery and the workers.
+
+    slots: what the live workers hold at once.  limit_images: that, and what may wait for them.  least_share: images that a tenant
+    may always have there, however many share the tier.  most_of_one: images that a tenant may never have more of; None = no cap.
+    """
+
+    slots: int
+    limit_images: int
+    least_share: int = 1
+    most_of_one: int | None = None
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    job_id: uuid.UUID
+    tenant_id: uuid.UUID
+    num_images: int
+    release_tag: float
+    attempt: int
+
+
+_COLUMNS = (Job.id, Job.tenant_id, Job.num_images, Job.release_tag, Job.attempt)
+_IN_HAND = or_((Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING)
+_IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None))
+
+
+def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.UUID | None = None) -> list[Picked]:
+    """Stamp the next waiting jobs of (pool, tier) as announced, as far as there is room; in the order in which to publish them.
+
+    tenant_id: look for this tenant's jobs only when the room is full; at accept nobody else's can have become due.
+    A job larger than the whole limit goes alone. Releases of one (pool, tier) take turns, so the limits hold.
     """
     session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"release:{pool}:{tier}"})
-    mine = (Job.pool == pool) & (Job.tier == tier)
-    in_hand = session.scalar(
-        select(func.coalesce(func.sum(Job.num_images), 0)).where(
-            mine, or_((Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING)
-        )
-    )
-    room = limit_images - int(in_hand or 0)
-    if room <= 0:
-        return []
-    waiting = session.execute(
-        select(Job.id, Job.num_images)
-        .where(mine, Job.state == JobState.QUEUED, Job.announced_at.is_(None))
-        .order_by(Job.release_tag, Job.id)
-        .limit(room)
-    )
-    chosen: list[uuid.UUID] = []
-    for job_id, num_images in waiting:
-        if num_images > room and (chosen or in_hand):
+    in_hand = _in_hand(session, pool, tier)
+    chosen: dict[uuid.UUID, Picked] = {}
+    newest_tag = -math.inf
+
+    def choose(job: _Waiting, *, is_front: bool) -> None:
+        nonlocal newest_tag
+        chosen[job.job_id] = Picked(job.job_id, is_front)
+        newest_tag = max(newest_tag, job.release_tag)
+        in_hand[job.tenant_id] += job.num_images
+
+    line = _in_order(session, pool, tier, room, in_hand)
+    for job in line:
+        if room.most_of_one is not None and in_hand[job.tenant_id] + job.num_images > max(room.most_of_one, job.num_images):
+            continue
+        if in_hand.total() and in_hand.total() + job.num_images > room.limit_images:
             break  # it is next: nobody smaller overtakes it
-        chosen.append(job_id)
-        room -= num_images
-    stamped = set(announce(session, chosen, only_waiting=True))
-    return [job_id for job_id in chosen if job_id in stamped]
+        choose(job, is_front=in_hand.total() >= room.slots and _is_due(job, room, in_hand, sharing=len(in_hand)))
+    if len(chosen) < len(line) or in_hand.total() >= room.limit_images:
+        heads = _heads(session, pool, tier, only=tenant_id)
+        sharing = len(in_hand.keys() | {job.tenant_id for job in heads})
+        for job in heads:
+            fits = in_hand.total() + job.num_images <= 2 * room.limit_images
+            if fits and job.job_id not in chosen and _is_due(job, room, in_hand, sharing):
+                choose(job, is_front=True)
+    if not chosen:
+        return []
+    stamped = _stamp(session, list(chosen.values()))
+    flows.advance(session, pool=pool, tier=tier, start_tag=newest_tag)
+    return [job for job in chosen.values() if job.job_id in stamped]
 
 
-def announce(session: Session, job_ids: Sequence[uuid.UUID], *, only_waiting: bool = False) -> list[uuid.UUID]:
-    """Stamp queued jobs as announced now; those that are still queued come back."""
+def in_hand(session: Session, *, pool: str) -> list[tuple[str, float, int]]:
+    """(tier, predicted device seconds, images) of the pool's jobs that are announced or running."""
+    query = select(Job.tier, func.sum(Job.predicted_s), func.sum(Job.num_images)).where(Job.pool == pool, _IN_HAND).group_by(Job.tier)
+    return [(tier, float(cost_s), int(images)) for tier, cost_s, images in session.execute(query)]
+
+
+def _is_due(job: _Waiting, room: Room, in_hand: Counter[uuid.UUID], sharing: int) -> bool:
+    """Must nobody else's work in hand keep it waiting?
+
+    It was in hand before, or its tenant has at most half of its fair share there while somebody has more than his. Half: two who both
+    always have work would else meet at the front, where there is nothing to gain for either.
+    """
+    held, share = in_hand[job.tenant_id], max(room.least_share, room.limit_images // max(1, sharing))
+    is_behind = held == 0 or 2 * (held + job.num_images) <= share
+    return job.attempt > 0 or (is_behind and max(in_hand.values()) > share)
+
+
+def _in_hand(session: Session, pool: str, tier: str) -> Counter[uuid.UUID]:
+    """Images announced or running, by tenant: rows that the limits bound."""
+    query = select(Job.tenant_id, func.sum(Job.num_images)).where(Job.pool == pool, Job.tier == tier, _IN_HAND)
+    return Counter({tenant_id: int(images) for tenant_id, images in session.execute(query.group_by(Job.tenant_id))})
+
+
+def _in_order(session: Session, pool: str, tier: str, room: Room, in_hand: Counter[uuid.UUID]) -> list[_Waiting]:
+    """The first waiting jobs in fair order, as many as there may be room for, tenants at their cap left out."""
+    limit = room.limit_images - in_hand.total()
+    if limit <= 0:
+        return []
+    capped = [tenant for tenant, images in in_hand.items() if room.most_of_one is not None and images >= room.most_of_one]
+    if capped:  # past them by their heads: their backlog may be a million rows long
+        return _heads(session, pool, tier, of_each=limit, without=capped)[:limit]
+    query = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).order_by(Job.release_tag, Job.id).limit(limit)
+    return [_Waiting(*row) for row in session.execute(query)]
+
+
+def _heads(
+    session: Session,
+    pool: str,
+    tier: str,
+    *,
+    of_each: int = OF_EACH_TENANT,
+    only: uuid.UUID | None = None,
+    without: Sequence[uuid.UUID] = (),
+) -> list[_Waiting]:
+    """The first waiting jobs of each tenant, in fair order: one probe of an index a tenant, whatever the length of its backlog."""
+    flow = select(Flow.tenant_id).where(Flow.pool == pool, Flow.tier == tier, Flow.queued_jobs > 0, Flow.tenant_id.not_in(without))
+    if only is not None:
+        flow = flow.where(Flow.tenant_id == only)
+    tenant = flow.subquery()
+    waiting = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, Job.tenant_id == tenant.c.tenant_id, *_IS_WAITING)
+    head = waiting.order_by(Job.release_tag, Job.id).limit(of_each).lateral()
+    query = select(head).select_from(tenant).join(head, true()).order_by(head.c.release_tag, head.c.id).limit(MOST_HEADS)
+    return [_Waiting(*row) for row in session.execute(query)]
+
+
+def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:
+    fronts = [job.job_id for job in chosen if job.is_front]
+    statement = update(Job).where(Job.id.in_([job.job_id for job in chosen]), *_IS_WAITING)
+    stamped = statement.values(announced_at=func.clock_timestamp(), is_front=Job.id.in_(fronts)).returning(Job.id)
+    return set(session.scalars(stamped.execution_options(synchronize_session=False)))
+
+
+def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picked]:
+    """Stamp jobs anew whose message was lost; those that are still queued come back."""
     if not job_ids:
         return []
-    statement = update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED)
-    if only_waiting:
-        statement = statement.where(Job.announced_at.is_(None))
-    return list(session.scalars(statement.values(announced_at=func.clock_timestamp()).returning(Job.id)))
+    statement = update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(announced_at=func.clock_timestamp())
+    rows = session.execute(statement.returning(Job.id, Job.is_front).execution_options(synchronize_session=False))
+    return [Picked(job_id, is_front) for job_id, is_front in rows]
 
 
 def withdraw(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
     """Take the stamp back: the message could not be published."""
-    session.execute(update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(announced_at=None))
+    session.execute(update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(announced_at=None, is_front=False))
 
 
 def announced(session: Session, *, pool: str, tier: str, older_than_s: float) -> list[Announced]:
     """Jobs that were announced that long ago and that no worker has taken, oldest announcement first."""
     rows = session.execute(
-        select(Job.id, Job.announced_at)
+        select(Job.id, Job.announced_at, Job.is_front)
         .where(
             Job.pool == pool,
             Job.tier == tier,
@@ -82,7 +198,7 @@ def announced(session: Session, *, pool: str, tier: str, older_than_s: float) ->
         )
         .order_by(Job.announced_at)
     )
-    return [Announced(job_id, at) for job_id, at in rows if at is not None]
+    return [Announced(job_id, at, is_front) for job_id, at, is_front in rows if at is not None]
 
 
 def announced_at(session: Session, job_id: uuid.UUID) -> datetime | None:

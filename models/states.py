@@ -33,7 +33,8 @@ class Outcome(StrEnum):
     RENDERED = "rendered"  # every image it was to render is handed off
     LEASE_LOST = "lease_lost"  # its worker fell silent
     CANCELED = "canceled"  # the tenant took the job back
-    RETURNED = "returned"  # given back unharmed: a drain, or a hand-off that vanished
+    PREEMPTED = "preempted"  # its worker had to go: snapshots of its images are kept
+    RETURNED = "returned"  # given back unharmed: a hand-off that vanished
     ERROR = "error"  # tried again, or failed if it was one too many
     FAILED = "failed"  # no retry helps
 
@@ -42,4 +43,6 @@ class FailureCode(StrEnum):
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; failure_detail has the last error
     UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
     NOT_FINITE = "not_finite"  # the network produced NaN or infinity
+    OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
+    RUN_DEADLINE = "run_deadline"  # it was not rendered within run_within_s of its first start
     INTERNAL = "internal"

@@ -1,6 +1,7 @@
 """What the sweeper looks for: rows whose time has come. Each list is read through a partial index, so it costs what has changed."""
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -8,8 +9,8 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from models import jobs
-from models.states import JobState
-from models.tables import Job
+from models.states import ACTIVE_STATES, JobState
+from models.tables import Image, Job
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,12 @@ def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
 
+def overruns(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
+    """Jobs that wait again after an earlier attempt and are past their run deadline; running ones are their engine's."""
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < func.clock_timestamp())
+    return list(session.scalars(query.order_by(Job.run_by).limit(limit)))
+
+
 def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
     query = select(Job.id, Job.tier).where(Job.state == JobState.STORING, Job.store_by < func.clock_timestamp())
     overdue = session.execute(query.order_by(Job.store_by).limit(limit)).all()
@@ -42,6 +49,25 @@ def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float
     job = session.get(Job, job_id, with_for_update=True)
     if job is not None and job.state == JobState.STORING:
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
+
+
+def awaited_pixels(session: Session, job_ids: Sequence[uuid.UUID]) -> set[tuple[uuid.UUID, int, int]]:
+    """(job, index, attempt) of every image of these jobs whose pixels somebody may still read, or is just putting away."""
+    active = select(Image.job_id, Image.index, Image.handed_off_attempt, Job.attempt, Job.state)
+    query = active.join(Job, Job.id == Image.job_id).where(Image.job_id.in_(job_ids), Job.state.in_(ACTIVE_STATES))
+    awaited = set()
+    for job_id, index, handed_off_attempt, attempt, state in session.execute(query):
+        if handed_off_attempt is not None:
+            awaited.add((job_id, index, handed_off_attempt))
+        if state == JobState.RUNNING:
+            awaited.add((job_id, index, attempt))
+    return awaited
+
+
+def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Those of these jobs that are in a final state, or that nobody knows."""
+    active = set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES))))
+    return set(job_ids) - active
 
 
 def ensure_audit_partitions(session: Session) -> None:

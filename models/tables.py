@@ -1,9 +1,10 @@
 """The tables. What must always hold is a constraint or a partial index here, not a habit elsewhere.
 
 tenants ─┬─ api_keys
-         └─ jobs ─┬─ images ── artifacts
-                  └─ attempts
-audit_events ── audit_chains (heads)          workers (who is alive)
+         ├─ jobs ─┬─ images ── artifacts          uploads (objects that no artifact names yet)
+         │        └─ attempts
+         └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
+audit_events ── audit_chains (heads)              workers (who is alive)
 """
 
 import uuid
@@ -32,6 +33,7 @@ from models.ids import new_id
 from models.states import FINAL_STATES, ImageState, JobState
 
 NOW = text("clock_timestamp()")
+_FLOW = ("pool", "tier", "tenant_id")
 
 
 def _listed(values: type[JobState] | type[ImageState] | tuple[JobState, ...]) -> str:
@@ -56,7 +58,10 @@ class Tenant(Base):
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(unique=True)
+    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)  # its share of a tier, against the others'
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (CheckConstraint("weight > 0", name="tenants_weight_is_positive"),)
 
 
 class ApiKey(Base):
@@ -107,9 +112,14 @@ class Job(Base):
     bucket_rows: Mapped[int | None]
 
     release_tag: Mapped[float] = mapped_column(server_default=text("extract(epoch from clock_timestamp())::double precision"))
+    predicted_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # device seconds, as expected at accept
+    eta_raw_s: Mapped[float | None]  # until its end, as expected at accept, before it is corrected by what was learnt
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
     announced_at: Mapped[datetime | None]
+    is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # announced ahead of its tier's queue
     start_by: Mapped[datetime]
+    run_within_s: Mapped[float | None]  # from its first start to its last pixels
+    run_by: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     rendered_at: Mapped[datetime | None]
     store_by: Mapped[datetime | None]
@@ -122,6 +132,7 @@ class Job(Base):
 
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
+    requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its stored images
     cost: Mapped[Decimal | None]
     currency: Mapped[str]
@@ -144,7 +155,14 @@ class Job(Base):
         Index("jobs_running", "pool", "tier", "lease_expires_at", postgresql_where=text("state = 'running'")),
         Index("jobs_storing", "store_by", postgresql_where=text("state = 'storing'")),
         Index("jobs_start_by", "start_by", postgresql_where=text("state = 'queued' AND attempt = 0")),
+        Index("jobs_run_by", "run_by", postgresql_where=text("state = 'queued' AND run_by IS NOT NULL")),
+        Index("jobs_waiting_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text("state = 'queued' AND announced_at IS NULL")),
+        Index("jobs_oldest", "pool", "tier", "accepted_at", postgresql_where=text("state = 'queued'")),
+        Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        Index("jobs_dead", "finished_at", postgresql_where=text("state = 'failed'")),
+        Index("jobs_requeued", "requeue_of", unique=True, postgresql_where=text("requeue_of IS NOT NULL")),
         Index("jobs_by_tenant", "tenant_id", "id"),
+        Index("jobs_by_tenant_state", "tenant_id", "state", "id"),
     )
 
 
@@ -188,6 +206,11 @@ class Attempt(Base):
     outcome: Mapped[str]
     waste_class: Mapped[str | None]  # why its device time bought no image: lease_lost, canceled, error
     error: Mapped[str | None]
+    resumed_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of its images, that a snapshot spared it
+    lost_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of its images, done before and to be done again
+    lost_cause: Mapped[str | None]  # outcome of the attempt that had done them
+    snapshot_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"), default=0)  # left for the next attempt
+    snapshot_store: Mapped[str | None]  # where they lie
     steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # denoise steps of its images, added up
     shared_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of those, with another job's image in the forward
     max_rows: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of the denoiser's largest forward, padding not counted
@@ -260,6 +283,71 @@ class AuditChain(Base):
     chain_id: Mapped[str] = mapped_column(primary_key=True)
     last_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
     last_hash: Mapped[bytes] = mapped_column(server_default=text(r"'\x'::bytea"))
+
+
+class Flow(Base):
+    """A tenant's stream of jobs in one (pool, tier): its place in fair order, and what it has waiting.
+
+    The three sums are kept by a trigger on `jobs`, so that nobody has to count a backlog.
+    """
+
+    __tablename__ = "flows"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    tier: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    finish_tag: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its newest job, in virtual seconds
+    queued_jobs: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # announced or not
+    queued_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    queued_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # device seconds, predicted
+
+
+class FairClock(Base):
+    """Virtual time of one (pool, tier): the start tag of the job released last."""
+
+    __tablename__ = "fair_clocks"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    tier: Mapped[str] = mapped_column(primary_key=True)
+    virtual_s: Mapped[float]
+
+
+class LearntCost(Base):
+    """What images of one model and size take, learnt from those that were rendered."""
+
+    __tablename__ = "learnt_costs"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    width_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    height_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    row_step_s: Mapped[float]  # device seconds of one row in one denoise step
+    fixed_s: Mapped[float]  # device seconds of encode and decode
+    observed: Mapped[int]  # images
+
+
+class LearntEta(Base):
+    """How far first guesses of a job's end are off in one (pool, tier): quantiles of actual / guessed."""
+
+    __tablename__ = "learnt_etas"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    tier: Mapped[str] = mapped_column(primary_key=True)
+    ratio_p50: Mapped[float]
+    ratio_p90: Mapped[float]
+    observed: Mapped[int]  # jobs
+    learnt_until: Mapped[datetime]  # `finished_at` of the newest of them
+
+
+class Upload(Base):
+    """An object that is being stored: written before the upload, gone with the commit that names its artifact."""
+
+    __tablename__ = "uploads"
+
+    object_key: Mapped[str] = mapped_column(primary_key=True)
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (Index("uploads_by_age", "started_at"),)
 
 
 class Worker(Base):

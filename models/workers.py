@@ -34,6 +34,12 @@ def live_slots(session: Session, *, pool: str, silent_for_s: float) -> int:
     return session.scalar(select(func.coalesce(func.sum(Worker.slots), 0)).where(Worker.pool == pool, Worker.seen_at > fresh)) or 0
 
 
+def working(session: Session, *, pool: str, silent_for_s: float) -> int:
+    """The pool's live workers that take jobs; one that is leaving has no slots any more."""
+    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
+    return session.scalar(select(func.count()).where(Worker.pool == pool, Worker.seen_at > fresh, Worker.slots > 0)) or 0
+
+
 def forget_the_silent(session: Session, *, silent_for_s: float) -> None:
     """Remove rows of workers that died without a word."""
     session.execute(delete(Worker).where(Worker.seen_at < func.clock_timestamp() - timedelta(seconds=silent_for_s)))

@@ -1,6 +1,17 @@
-"""How many images of a (pool, tier) may be in the hands of Celery and its workers at once."""
+"""Who is let in, how long they will wait, and how much may be in the hands of Celery and its workers at once."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from policy.fleet import Fleet
+from policy.prediction import EtaRatios, Waiting, ahead_in_tier, raw_eta_s
+
+HANDOFF_FULL = 0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
+HANDOFF_OVERFULL = 0.9
+MOST_PESSIMISM = 4.0  # p90 of past jobs / their guess: beyond this it says more about an incident than about the queue
+JITTER = 0.2  # of Retry-After, so that those refused together do not come back together
+LONGEST_RETRY_S, SHORTEST_RETRY_S = 600, 1
 
 
 def announced_limit(fleet: Fleet, pool: str, live_slots: int) -> int:
@@ -10,3 +21,108 @@ def announced_limit(fleet: Fleet, pool: str, live_slots: int) -> int:
     """
     shape = fleet.pools[pool]
     return (live_slots or shape.slots) + shape.max_batch_rows
+
+
+def least_share(fleet: Fleet, pool: str) -> int:
+    """Images that a tenant may always have in hand, however many share the tier: enough for one person at work."""
+    return min(4, fleet.pools[pool].slots)
+
+
+@dataclass(frozen=True)
+class InHand:
+    """Jobs of one tier that are announced or running: predicted device seconds, and images."""
+
+    cost_s: float = 0.0
+    images: int = 0
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """A pool at one moment: its working devices, what waits, what is in hand, virtual time, how full the hand-off is."""
+
+    devices: int
+    flows: Sequence[Waiting] = ()
+    in_hand: Mapping[str, InHand] = field(default_factory=dict)
+    handoff_fill: float = 0.0
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a job stands: device seconds and jobs that go before it, and how many images will share its device."""
+
+    ahead_s: float
+    jobs_ahead: int
+    company: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a job is not let in. reason: unserved, tenant_queue_full, saturated or handoff_full."""
+
+    reason: str
+    detail: str
+    retry_after_s: int
+
+
+def place_in(fleet: Fleet, outlook: Outlook, *, pool: str, tier: str, num_images: int, lead_s: float) -> Place:
+    """Where a job of `tier` stands whose start tag is `lead_s` ahead of virtual time.
+
+    Before it go all that better tiers have, what of its own tier is in hand, and what fair order releases first. The minimum shares
+    of lower tiers are left to the learnt ratios.
+    """
+    rank = fleet.tiers[tier].rank
+    better = {name for name, other in fleet.tiers.items() if other.rank < rank}
+    ahead_s, jobs = ahead_in_tier([flow for flow in outlook.flows if flow.tier == tier], lead_s=lead_s)
+    ahead_s += sum(flow.cost_s for flow in outlook.flows if flow.tier in better)
+    ahead_s += sum(work.cost_s for name, work in outlook.in_hand.items() if name in better or name == tier)
+    slots = fleet.pools[pool].slots
+    devices = max(1, outlook.devices)
+    images = num_images + sum(work.images for work in outlook.in_hand.values())
+    return Place(ahead_s, jobs, company=min(float(slots), max(float(min(num_images, slots)), images / devices)))
+
+
+def first_guess_s(place: Place, outlook: Outlook, *, own_s: float, num_images: int) -> float:
+    """Seconds from now to the job's last image, as far as the queue tells; learnt ratios correct it."""
+    return raw_eta_s(ahead_s=place.ahead_s, own_s=own_s / num_images, devices=outlook.devices, company=place.company)
+
+
+def refusal(
+    fleet: Fleet,
+    outlook: Outlook,
+    place: Place,
+    ratios: EtaRatios | None,
+    *,
+    pool: str,
+    tier: str,
+    own_s: float,
+    draw: float,
+) -> Refusal | None:
+    """Why a job must not be let in now; None if it may.
+
+    own_s: its predicted device seconds.  draw: in [0, 1), for the jitter of Retry-After.
+    """
+    shape, limits = fleet.pools[pool], fleet.tiers[tier]
+    if not outlook.devices and not shape.warm_floor and not shape.scalable:
+        return Refusal("unserved", f"No worker of pool {pool} is alive, and nothing starts one.", _jittered(60, draw))
+    own = next((flow for flow in outlook.flows if flow.tier == tier and flow.is_own), None)
+    if own is not None and own.cost_s + own_s > limits.max_queued_s_per_tenant:
+        weights = sum(flow.weight for flow in outlook.flows if flow.tier == tier)
+        excess_s = own.cost_s + own_s - limits.max_queued_s_per_tenant
+        wait_s = excess_s * weights / own.weight / max(1, outlook.devices)
+        most_s = limits.max_queued_s_per_tenant
+        detail = f"Your jobs waiting in tier {tier} need {own.cost_s:.0f} device seconds; at most {most_s:.0f} may wait."
+        return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
+    if outlook.handoff_fill > HANDOFF_OVERFULL:
+        return Refusal("handoff_full", "Images are made faster than they can be stored.", _jittered(5, draw))
+    if outlook.devices:
+        pessimism = min(MOST_PESSIMISM, max(1.0, ratios.p90 if ratios is not None else 1.0))
+        wait_s = place.ahead_s / outlook.devices * pessimism
+        if wait_s > limits.start_within_s:
+            detail = f"A job of tier {tier} would wait about {wait_s:.0f} s and must start within {limits.start_within_s} s."
+            return Refusal("saturated", detail, _jittered(wait_s - limits.start_within_s, draw))
+    return None
+
+
+def _jittered(seconds: float, draw: float) -> int:
+    jittered = seconds * (1 - JITTER + 2 * JITTER * draw)
+    return math.ceil(min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, jittered)))

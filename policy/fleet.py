@@ -61,6 +61,10 @@ class Tier(_Table):
     determinism: Literal["best_effort", "reproducible"]
     price_weight: float = Field(gt=0)
     start_within_s: int = Field(ge=1)
+    run_within_s: float = Field(3600.0, gt=0)  # from the first start to the last pixels; then the job fails
+    checkpoint_every_steps: int = Field(10, ge=0)  # what a killed worker loses at most, of each image; 0: everything
+    max_in_hand_per_tenant: int | None = Field(None, ge=1)  # images announced or running; None: as many as there is room for
+    max_queued_s_per_tenant: float = Field(86_400.0, gt=0)  # device seconds that one tenant may have waiting; more is a 429
 
 
 class ModelTier(_Table):
@@ -121,6 +125,7 @@ class Pool(_Table):
     row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, ascending; (): exactly the rows there are
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     warm_floor: int = Field(0, ge=0)
+    scalable: bool = False  # something starts workers when jobs wait; without it and without a live worker jobs are refused
     gpu_class: str = "any"
     gpu_hour_price: float = Field(0.0, ge=0)
 
@@ -182,6 +187,8 @@ def _contradictions(fleet: Fleet) -> list[str]:
         problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
     if "results" in fleet.pools:
         problems.append("pools.results: the name belongs to the results queues; choose another")
+    if "front" in fleet.tiers:
+        problems.append("tiers.front: the name belongs to the front queues; choose another")
     homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
     for name, pool in fleet.pools.items():
         problems += [f"pools.{name}.models: {model!r} is not a model of this file" for model in pool.models if model not in fleet.models]

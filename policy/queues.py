@@ -6,22 +6,29 @@ MAINTENANCE = "maintenance"
 
 RENDER_JOB = "tasks.render.render_job"
 STORE_IMAGES = "tasks.store.store_images"
+TIDY_STORE = "tasks.store.tidy_store"
 SWEEP = "tasks.sweep.sweep"
 
 
-def render_queue(pool: str, tier: str) -> str:
-    """Where jobs of `tier` wait for a worker of `pool`."""
-    return f"{pool}.{tier}"
+def render_queue(pool: str, tier: str, *, is_front: bool = False) -> str:
+    """Where jobs of `tier` wait for a worker of `pool`; the front queue is taken from first, and beyond a worker's slots."""
+    return f"{pool}.{tier}.front" if is_front else f"{pool}.{tier}"
+
+
+def render_queues(fleet: Fleet, pool: str) -> list[str]:
+    """What a worker of `pool` consumes: in rank order, each tier's front queue before its own."""
+    return [render_queue(pool, tier, is_front=is_front) for tier in fleet.tiers_by_rank for is_front in (True, False)]
+
+
+def tier_of(queue: str) -> tuple[str, bool]:
+    """The tier of a render queue, and whether it is a front queue."""
+    _, tier, *front = queue.split(".")
+    return tier, bool(front)
 
 
 def results_queue(tier: str) -> str:
     """Where decoded images of `tier` wait to be stored."""
     return f"results.{tier}"
-
-
-def render_queues(fleet: Fleet, pool: str) -> list[str]:
-    """What a worker of `pool` consumes, in rank order."""
-    return [render_queue(pool, tier) for tier in fleet.tiers_by_rank]
 
 
 def results_queues(fleet: Fleet) -> list[str]:

@@ -4,20 +4,26 @@ from collections.abc import Mapping
 
 from policy.fleet import Fleet
 
+OVERFULL = 2  # times its slots a worker takes at most: what is beyond them is parked in its engine, where it costs memory alone
+
 
 def guaranteed_slots(fleet: Fleet, tier: str, slots: int) -> int:
     """The images of `tier` that a worker with `slots` always has room for."""
     return round(fleet.tiers[tier].guaranteed_share * slots)
 
 
-def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int) -> bool:
+def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is_front: bool = False) -> bool:
     """Whether a worker that holds `held` images by tier takes another job of `tier`.
 
-    Yes while it holds less than its slots minus what is guaranteed to higher ranks, or less than the tier's own guarantee.
+    Yes while all it holds of this and of better tiers is less than its slots minus what is guaranteed to the better ones, or while
+    it holds less than the tier's own guarantee. What it holds of lower tiers is in nobody's way: their images are parked at the next
+    step. From the front queue it takes beyond its slots, too.
     """
-    total = sum(held.values())
-    if total >= slots:
+    if sum(held.values()) >= OVERFULL * slots:
         return False
+    if is_front:
+        return True
     rank = fleet.tiers[tier].rank
     kept = sum(guaranteed_slots(fleet, name, slots) for name, other in fleet.tiers.items() if other.rank < rank)
-    return total < max(1, slots - kept) or held.get(tier, 0) < guaranteed_slots(fleet, tier, slots)
+    before = sum(images for name, images in held.items() if name not in fleet.tiers or fleet.tiers[name].rank <= rank)
+    return before < max(1, slots - kept) or held.get(tier, 0) < guaranteed_slots(fleet, tier, slots)

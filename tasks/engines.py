@@ -41,8 +41,8 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
     ]
 
 
-def engine_config(settings: DeviceSettings, pool: Pool, *, warm_up_repeats: int = 1) -> EngineConfig:
-    """How the pool wants its device used."""
+def engine_config(settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1) -> EngineConfig:
+    """How the pool wants its device used. A tier's guaranteed share of slots is its share of the device's time, too."""
     device = settings.device
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -52,6 +52,7 @@ def engine_config(settings: DeviceSettings, pool: Pool, *, warm_up_repeats: int 
         max_inflight=pool.slots,
         max_batch_rows=pool.max_batch_rows,
         row_buckets=pool.row_buckets,
+        rank_shares={tier.rank: tier.guaranteed_share for tier in fleet.tiers.values() if tier.guaranteed_share},
         attention=pool.attention,
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,

@@ -7,7 +7,7 @@ Renewal has a thread of its own, for Celery's event loop stands still in a drain
 import threading
 import time
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +18,14 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from edges import telemetry
-from models import leases, workers
+from models import learning, leases, workers
 from models.database import transaction
+from models.learning import CostKey, Observed
 from models.leases import Lease
 
 log = structlog.get_logger(__name__)
+
+ALONE_FROM = 2  # counted tries, after which a job shares its worker with no other: if it kills it, it kills nobody else's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,37 +39,64 @@ class WorkerIdentity:
     facts: dict[str, Any]
 
 
-@dataclass
+def _nothing() -> None:
+    """Nobody is to be told."""
+
+
+@dataclass(eq=False)
 class Held:
-    """A lease in this worker's hands."""
+    """A lease in this worker's hands, and why it should be let go of: it is `lost`, or its worker is `leaving`."""
 
     lease: Lease
     unrendered: int
+    taken_at: float = field(default_factory=time.monotonic)
     lost: threading.Event = field(default_factory=threading.Event)
-    on_lost: Callable[[], None] = lambda: None
+    leaving: str = ""  # the reason, once the worker has to go
+    waits_to_be_alone: bool = False
+    is_alone: bool = False
+    on_change: Callable[[], None] = _nothing
+    expected_s: Callable[[], float | None] = lambda: None  # until its last pixels; None: nobody can say
 
     def lose(self) -> None:
         """Let go: the job is somebody else's, or nobody's any more."""
         if not self.lost.is_set():
             self.lost.set()
-            self.on_lost()
+            self.on_change()
 
-    def when_lost(self, act: Callable[[], None]) -> None:
-        """Call `act` once the lease is lost; at once if it is."""
-        self.on_lost = act
-        if self.lost.is_set():
+    def leave(self, reason: str) -> None:
+        """Ask whoever renders the job to give it up in good order, for the worker has to go."""
+        if not self.leaving:
+            self.leaving = reason
+            self.on_change()
+
+    def when_to_let_go(self, act: Callable[[], None]) -> None:
+        """Call `act` once the lease is lost or the worker leaves; at once if so already."""
+        self.on_change = act
+        if self.lost.is_set() or self.leaving:
             act()
+
+    @property
+    def run_left_s(self) -> float | None:
+        """What is left of the job's run deadline."""
+        within_s = self.lease.run_within_s
+        return None if within_s is None else max(0.0, within_s - (time.monotonic() - self.taken_at))
 
 
 class LeaseKeeper:
     """Takes leases and keeps them; also the worker's heartbeat."""
 
-    def __init__(self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float) -> None:
+    def __init__(
+        self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float, max_attempts: int
+    ) -> None:
         self._database, self.identity = database, identity
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
+        self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._solitude = threading.Lock()
         self._renewed_at = time.monotonic()
+        self.is_leaving = False  # nothing more is taken here
+        self._take_over(max_attempts)
         self._beat()
         self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
         self._thread.start()
@@ -88,6 +118,28 @@ class LeaseKeeper:
             with self._lock:
                 del self._held[job_id]
 
+    @contextmanager
+    def alone(self, held: Held) -> Iterator[None]:
+        """Keep everything else off this worker for the length of the block: it starts when all that is here has ended.
+
+        Returns early, and not alone, once `held` is to be let go of.
+        """
+        held.waits_to_be_alone = True
+        while not (held.is_alone or held.lost.is_set() or held.leaving):
+            held.is_alone = self._solitude.acquire(timeout=0.05)
+        try:
+            while not (held.lost.is_set() or held.leaving) and any(not other.waits_to_be_alone for other in self.all_held()):
+                time.sleep(0.05)
+            yield
+        finally:
+            if held.is_alone:
+                self._solitude.release()
+
+    @property
+    def wants_nothing_else(self) -> bool:
+        """Does a job here want the worker to itself?"""
+        return any(held.waits_to_be_alone for held in self.all_held())
+
     def drop(self, job_id: uuid.UUID) -> None:
         """Stop working on the job, if it is here: it was canceled."""
         with self._lock:
@@ -95,18 +147,30 @@ class LeaseKeeper:
         if held is not None:
             held.lose()
 
+    def learn(self, key: CostKey, *, row_steps: float, denoise_s: float, fixed_s: float) -> None:
+        """Note what one image took; Postgres hears of it with the next heartbeat."""
+        with self._lock:
+            sums = self._seen[key]
+            sums.images += 1
+            sums.row_steps += row_steps
+            sums.denoise_s += denoise_s
+            sums.fixed_s += fixed_s
+
     def images_held(self) -> Counter[str]:
         """Unrendered images in hand, by tier."""
-        with self._lock:
-            counts: Counter[str] = Counter()
-            for held in self._held.values():
-                counts[held.lease.job.tier] += held.unrendered
-            return counts
+        counts: Counter[str] = Counter()
+        for held in self.all_held():
+            counts[held.lease.job.tier] += held.unrendered
+        return counts
 
     def jobs_held(self) -> Counter[str]:
         """Jobs in hand, by tier."""
+        return Counter(held.lease.job.tier for held in self.all_held())
+
+    def all_held(self) -> list[Held]:
+        """Every lease in hand, at this moment."""
         with self._lock:
-            return Counter(held.lease.job.tier for held in self._held.values())
+            return list(self._held.values())
 
     def close(self) -> None:
         """Stop renewing and sign off; leases still held run out."""
@@ -114,9 +178,20 @@ class LeaseKeeper:
         self._thread.join(timeout=10)
         try:
             with transaction(self._database) as session:
+                learning.observe(session, self._seen)
                 workers.leave(session, self.identity.name)
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
+
+    def _take_over(self, max_attempts: int) -> None:
+        """Put back what a predecessor of this name held when it was killed, instead of waiting for its leases to run out."""
+        with transaction(self._database) as session:
+            left = leases.running_on(session, self.identity.name)
+        for job_id in left:
+            with transaction(self._database) as session:
+                job = leases.lose(session, job_id, max_attempts=max_attempts, worker=self.identity.name)
+            if job is not None:
+                log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
 
     def _run(self) -> None:
         while not self._stop.wait(self._renew_s):
@@ -126,16 +201,19 @@ class LeaseKeeper:
                 silent_s = time.monotonic() - self._renewed_at
                 log.warning("renewal_failed", silent_s=round(silent_s, 1), reason=type(error).__name__)
                 if silent_s > self._stop_s:
-                    self._lose([held for held in self._snapshot() if not held.lost.is_set()])
+                    self._lose([held for held in self.all_held() if not held.lost.is_set()])
 
     def _beat(self) -> None:
         """Renew everything in one UPDATE and say that this worker is alive."""
-        snapshot = self._snapshot()
+        snapshot = self.all_held()
+        with self._lock:
+            seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
         with transaction(self._database) as session:
             kept = leases.renew(session, [(held.lease.job_id, held.lease.attempt) for held in snapshot], ttl_s=self._ttl_s)
-            who = self.identity
-            workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=who.slots, facts=who.facts)
+            who, slots = self.identity, 0 if self.is_leaving else self.identity.slots
+            workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
+            learning.observe(session, seen)
         self._renewed_at = started_at
         gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.lost.is_set()]
         self._lose(gone)
@@ -145,7 +223,3 @@ class LeaseKeeper:
             telemetry.LEASES_LOST.inc()
             log.warning("lease_lost", job_id=str(held.lease.job_id), attempt=held.lease.attempt)
             held.lose()
-
-    def _snapshot(self) -> list[Held]:
-        with self._lock:
-            return list(self._held.values())

@@ -10,7 +10,8 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import structlog
@@ -24,7 +25,16 @@ from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News, ProgressWriter, Step
 from edges.release import Release
 from engine.engine import Engine
-from engine.errors import EngineError, EngineStopped, ImageCanceled, ImageNotFinite, UnknownCheckpoint, UnsupportedRequest
+from engine.errors import (
+    DeadlinePassed,
+    EngineError,
+    EngineStopped,
+    ImageCanceled,
+    ImageNotFinite,
+    OutOfDeviceMemory,
+    UnknownCheckpoint,
+    UnsupportedRequest,
+)
 from engine.events import Event, Failed, Finished, Stepped
 from engine.handle import Handle
 from engine.records import FinishedImage
@@ -38,12 +48,44 @@ from policy import queues
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
 from settings import Settings
-from tasks.keeper import Held, LeaseKeeper
+from tasks.checkpoints import Checkpoints, Earlier
+from tasks.keeper import ALONE_FROM, Held, LeaseKeeper
 
 log = structlog.get_logger(__name__)
 
 PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to hand on what was rendered; pixels are worth some
 Answer = TypeVar("Answer")
+
+
+class LetGo(Exception):
+    """The job is to be let go of: its lease is lost, or the worker has to leave."""
+
+
+@dataclass
+class Work:
+    """A job's images in this worker's engine, by index, and their endings as they come; None among these: look up, something changed."""
+
+    held: Held
+    handles: dict[int, Handle] = field(default_factory=dict)
+    resumed: dict[int, int] = field(default_factory=dict)  # the step at which a snapshot let it begin
+    left: set[int] = field(default_factory=set)  # withdrawn: another attempt goes on
+    endings: "queue.SimpleQueue[Finished | Failed | None]" = field(default_factory=queue.SimpleQueue)
+
+    def open_handles(self) -> dict[int, Handle]:
+        """The images that have not ended."""
+        return {index: handle for index, handle in self.handles.items() if not handle.done()}
+
+    def look_up(self) -> None:
+        """Wake whoever waits for an ending; a lost lease stops the images at their next step whatever that one is busy with."""
+        if self.held.lost.is_set():
+            for handle in list(self.handles.values()):
+                handle.cancel()
+        self.endings.put(None)
+
+    def expected_s(self) -> float | None:
+        """Seconds until the last image's pixels; None while an image has not begun."""
+        etas = [handle.progress().eta_s for handle in self.open_handles().values()]
+        return max((eta for eta in etas if eta is not None), default=0.0) if all(eta is not None for eta in etas) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +96,7 @@ class Renderer:
     fleet: Fleet
     engine: Engine
     keeper: LeaseKeeper
+    checkpoints: Checkpoints
     database: Database
     broker: Broker
     release: Release
@@ -66,56 +109,74 @@ class Renderer:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id, worker=self.keeper.identity.name)
         try:
+            if self.keeper.is_leaving:  # the broker was asked for it before that was known
+                self.release.pass_on(uuid.UUID(job_id))
+                return
             with self.keeper.leased(uuid.UUID(job_id)) as held:
                 if held is None:
                     telemetry.DUPLICATES.labels("render").inc()
                     return
-                self._render(held)
+                with self.keeper.alone(held) if held.lease.job.counted_attempts >= ALONE_FROM else nullcontext():
+                    self._render(held)
             self.release.release(held.lease.job.pool, held.lease.job.tier)
         except BaseException as error:
             log.error("render_task_failed", exc_info=error)
 
     def _render(self, held: Held) -> None:
-        lease = held.lease
-        handles: list[Handle] = []
+        work = Work(held)
         try:
-            for finished in self._finished_images(held, handles):
-                self._hand_on(held, finished)
-            if not held.lost.is_set():
-                self._give_back_if_unfinished(lease)
+            for finished in self._finished_images(work):
+                self._hand_on(work, finished)
+            self._give_back_if_unfinished(held.lease)
+        except LetGo:
+            self._let_go(work)
         except (LeaseLost, ImageCanceled):
-            log.info("render_dropped", attempt=lease.attempt)
+            log.info("render_dropped", attempt=held.lease.attempt)
         except BaseException as error:  # noqa: BLE001
-            self._decide(lease, error)
+            self._decide(held, error)
         finally:
-            for handle in handles:
+            for handle in work.handles.values():
                 handle.cancel()
-            self._note_waste(lease, handles)
+            self._note_waste(work)
 
-    def _finished_images(self, held: Held, handles: list[Handle]) -> Iterator[FinishedImage]:
-        """Give every pending image to the engine; yield each as it is done, raise what the first failing one raised."""
-        ended: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
-        job = held.lease.job
+    def _finished_images(self, work: Work) -> Iterator[FinishedImage]:
+        """Give every pending image to the engine; yield each as it is done, raise what the first failing one raised.
 
-        def hear(index: int) -> Callable[[Event], None]:
-            def on_event(event: Event) -> None:  # in the engine's thread: note it and go
-                if isinstance(event, Stepped):
-                    self.progress.note(job.id, Step(index, event.step, event.num_steps))
-                elif isinstance(event, Finished | Failed):
-                    ended.put(event)
-
-            return on_event
-
-        held.when_lost(lambda: [handle.cancel() for handle in handles])
-        for index in held.lease.pending:
-            handles.append(self.engine.submit(self._request(held.lease, index), hear(index)))
-        if held.lost.is_set():
-            raise LeaseLost("lost while its images were submitted")
-        for _ in held.lease.pending:
-            event = ended.get()
+        Raises LetGo between two of them when the job is to be let go of.
+        """
+        held, lease = work.held, work.held.lease
+        held.when_to_let_go(work.look_up)
+        earlier = self.checkpoints.of_earlier_attempts(lease)
+        for index in lease.pending:
+            request, on_event = self._request(lease, index), self._hearer(work, index)
+            handle = self.checkpoints.begin(earlier.kept.get(index), request, on_event, within_s=held.run_left_s)
+            work.handles[index], work.resumed[index] = handle, handle.progress().step
+        held.expected_s = work.expected_s
+        if held.lost.is_set() or held.leaving:
+            raise LetGo
+        if lease.attempt > 1:
+            self._note_resumption(work, earlier)
+        for _ in lease.pending:
+            while (event := work.endings.get()) is None:
+                if held.lost.is_set() or held.leaving:
+                    raise LetGo
             if isinstance(event, Failed):
                 raise event.error
             yield event.image
+
+    def _hearer(self, work: Work, index: int) -> Callable[[Event], None]:
+        lease = work.held.lease
+        every = self.fleet.tiers[lease.job.tier].checkpoint_every_steps if lease.job.tier in self.fleet.tiers else 0
+
+        def on_event(event: Event) -> None:  # in the engine's thread: note it and go
+            if isinstance(event, Stepped):
+                self.progress.note(lease.job_id, Step(index, event.step, event.num_steps))
+                if every and event.step % every == 0 and event.step < event.num_steps:
+                    self.checkpoints.keep_soon(lease, index, event.request_id)
+            elif isinstance(event, Finished | Failed):
+                work.endings.put(event)
+
+        return on_event
 
     def _request(self, lease: Lease, index: int) -> ImageRequest:
         job = lease.job
@@ -137,25 +198,32 @@ class Renderer:
             rank=self.fleet.tiers[job.tier].rank if job.tier in self.fleet.tiers else 0,
         )
 
-    def _hand_on(self, held: Held, finished: FinishedImage) -> None:
+    def _hand_on(self, work: Work, finished: FinishedImage) -> None:
         """Pixels to the hand-off, the fact to Postgres, a word to the results worker; the GPU is already at its next step."""
-        lease, job = held.lease, held.lease.job
+        lease, job, record = work.held.lease, work.held.lease.job, finished.record
         index = int(finished.request.id.rpartition("/")[2])
+        steps = record.num_steps - work.resumed[index]
         _persist(lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels), HandoffUnavailable)
-        _persist(lambda: self._note_hand_off(lease, index, finished), OperationalError)
-        held.unrendered -= 1
+        _persist(lambda: self._note_hand_off(lease, index, steps, finished), OperationalError)
+        work.held.unrendered -= 1
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
-        telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(finished.record.device_seconds)
+        telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(record.device_seconds)
+        self.keeper.learn(
+            (job.pool, job.model, job.width_px, job.height_px),
+            row_steps=steps * (2 if finished.request.is_guided else 1),
+            denoise_s=record.denoise_s,
+            fixed_s=record.encode_s + record.decode_s,
+        )
         try:
             self.broker.announce(queues.STORE_IMAGES, queues.results_queue(job.tier), job.id)
         except BrokerUnavailable as error:
             log.warning("announce_failed", reason=str(error))  # the sweeper looks at `store_by`
 
-    def _note_hand_off(self, lease: Lease, index: int, finished: FinishedImage) -> None:
+    def _note_hand_off(self, lease: Lease, index: int, steps: int, finished: FinishedImage) -> None:
         record = finished.record
         rendered = Rendered(
-            steps=record.num_steps,
-            shared_steps=min(record.shared_forwards, record.num_steps),
+            steps=steps,
+            shared_steps=min(record.shared_forwards, steps),
             max_rows=record.max_rows,
             max_images=record.max_images,
             mean_rows=record.mean_rows,
@@ -178,12 +246,42 @@ class Renderer:
         except LeaseLost:
             return  # as it should be: the last hand-off ended the lease
 
-    def _decide(self, lease: Lease, error: BaseException) -> None:
+    def _let_go(self, work: Work) -> None:
+        """A lost lease: nothing more is written. A worker that leaves: hand on what is finished, give the rest up with snapshots."""
+        held, lease = work.held, work.held.lease
+        if held.lost.is_set():
+            log.info("render_dropped", attempt=lease.attempt)
+            return
+        started = time.monotonic()
+        try:
+            left = self.checkpoints.withdraw(lease, work.open_handles())
+            for finished in _drained(work):
+                self._hand_on(work, finished)
+            with transaction(self.database) as session:
+                leases.preempt(session, lease, reason=held.leaving, left=left, store=self.checkpoints.store)
+            work.left = {image.index for image in left}
+            telemetry.PREEMPTED.inc()
+            log.info("job_preempted", attempt=lease.attempt, snapshots=len(left), after_s=round(time.monotonic() - started, 3))
+        except LeaseLost:
+            return  # its last image was finished meanwhile, or it was canceled
+        except BaseException as error:  # noqa: BLE001
+            self._decide(held, error)
+
+    def _note_resumption(self, work: Work, earlier: Earlier) -> None:
+        """Put on record what snapshots spared this attempt, and what it does again."""
+        lost = {index: max(0, earlier.reached.get(index, 0) - step) for index, step in work.resumed.items()}
+        with transaction(self.database) as session:
+            cause = leases.note_resumption(session, work.held.lease, resumed=work.resumed, lost_steps=sum(lost.values()))
+        telemetry.STEPS_RESUMED.inc(sum(work.resumed.values()))
+        if cause is not None:
+            telemetry.STEPS_LOST.labels(cause).inc(sum(lost.values()))
+
+    def _decide(self, held: Held, error: BaseException) -> None:
         """What an error means for the job."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
         try:
             with transaction(self.database) as session:
-                job = self._decided(session, lease, error)
+                job = self._decided(session, held, error)
         except LeaseLost:
             return
         if job.state == JobState.FAILED:
@@ -191,23 +289,36 @@ class Renderer:
         if isinstance(error, EngineStopped):
             os.kill(os.getpid(), signal.SIGTERM)  # a worker without its device thread is of no use: the supervisor starts another
 
-    def _decided(self, session: Session, lease: Lease, error: BaseException) -> Job:
+    def _decided(self, session: Session, held: Held, error: BaseException) -> Job:
+        lease = held.lease
         log.warning("render_failed", attempt=lease.attempt, exc_info=error)
         if isinstance(error, UnsupportedRequest | UnknownCheckpoint):
             return leases.fail(session, lease, code=FailureCode.UNSUPPORTED, detail=str(error))
         if isinstance(error, ImageNotFinite):
             return leases.fail(session, lease, code=FailureCode.NOT_FINITE, detail=str(error))
+        if isinstance(error, DeadlinePassed):
+            return leases.fail(session, lease, code=FailureCode.RUN_DEADLINE, detail=str(error))
+        if isinstance(error, OutOfDeviceMemory) and held.is_alone:
+            return leases.fail(session, lease, code=FailureCode.OUT_OF_MEMORY, detail=str(error))
         if isinstance(error, EngineStopped | HandoffUnavailable):
             return leases.give_back(session, lease, reason=type(error).__name__)
         detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
         return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.settings.max_attempts)
 
-    def _note_waste(self, lease: Lease, handles: list[Handle]) -> None:
+    def _note_waste(self, work: Work) -> None:
         """Device time of images that were not finished goes on the attempt's account, not on the tenant's bill."""
-        wasted_s = sum(handle.progress().device_seconds for handle in handles if not _is_finished(handle))
+        unfinished = [handle for index, handle in work.handles.items() if index not in work.left and not _is_finished(handle)]
+        wasted_s = sum(handle.progress().device_seconds for handle in unfinished)
         if wasted_s:
             with transaction(self.database) as session:
-                leases.note_waste(session, lease.job_id, lease.attempt, device_seconds=wasted_s)
+                leases.note_waste(session, work.held.lease.job_id, work.held.lease.attempt, device_seconds=wasted_s)
+
+
+def _drained(work: Work) -> Iterator[FinishedImage]:
+    """The images that were finished before they could be withdrawn."""
+    while not work.endings.empty():
+        if isinstance(event := work.endings.get(), Finished):
+            yield event.image
 
 
 def _is_finished(handle: Handle) -> bool:

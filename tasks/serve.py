@@ -3,7 +3,9 @@
 Each role includes only its own tasks, reads only its own settings, and no role but `render` loads torch.
 """
 
+import logging
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -14,16 +16,19 @@ from typing import Any
 import structlog
 from celery import Celery
 from celery.exceptions import SecurityWarning
+from celery.signals import worker_shutting_down
 
 from edges import telemetry
 from edges.broker import Broker, make_celery
-from edges.handoff import Handoff
+from edges.handoff import Gauge, Handoff
+from edges.notices import NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.objectstore import ObjectStore
 from edges.progress import CANCELS, Listener, News, ProgressWriter
 from edges.release import Release
+from edges.snapshots import Snapshots
 from fleet.consumer import tier_gate
 from models.database import make_engine
-from policy import queues, tiers
+from policy import admission, queues, tiers
 from policy.fleet import Fleet
 from settings import FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
 
@@ -40,25 +45,39 @@ def serve_render() -> None:
     fleet = load_fleet_or_exit(settings)
     if settings.worker_pool not in fleet.pools:
         sys.exit(f"settings: WORKER_POOL: {settings.worker_pool!r} is not a pool of fleet.toml ({', '.join(fleet.pools)})")
+    from tasks.checkpoints import Checkpoints
     from tasks.keeper import LeaseKeeper, WorkerIdentity
+    from tasks.preemption import Preemption, wait_while_a_notice_stands
     from tasks.render import Renderer
 
+    name = settings.worker_name or f"cpu0@{socket.gethostname()}"
+    sources = _notice_sources(settings, name)
+    wait_while_a_notice_stands(sources)
     pool = fleet.pools[settings.worker_pool]
     engine = _start_engine(settings, fleet)
-    name = settings.worker_name or f"cpu0@{socket.gethostname()}"
+    threads = tiers.OVERFULL * pool.slots + SPARE_THREADS
     database = make_engine(settings.database_url, pool_size=pool.slots + SPARE_THREADS)
     identity = WorkerIdentity(
         name=name, pool=settings.worker_pool, device=engine.config.device, slots=pool.slots, facts={"load_s": round(engine.load_s, 3)}
     )
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
-    keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
+    keeper = LeaseKeeper(
+        database,
+        identity,
+        ttl_s=settings.lease_ttl_s,
+        renew_s=settings.lease_renew_s,
+        stop_s=settings.lease_stop_s,
+        max_attempts=settings.max_attempts,
+    )
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
+    checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news)
     renderer = Renderer(
         settings=settings,
         fleet=fleet,
         engine=engine,
         keeper=keeper,
+        checkpoints=checkpoints,
         database=database,
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
@@ -67,26 +86,40 @@ def serve_render() -> None:
         news=news,
     )
     register(celery, queues.RENDER_JOB, renderer.render_job)
+    preemption = Preemption(keeper, when_empty=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    shutdown = SignalNotices(settings.shutdown_notice_s)
+    worker_shutting_down.connect(lambda **_: shutdown.notify(), weak=False)
+    watch = NoticeWatch([*sources, shutdown], preemption.begin)
     listener = Listener(settings.handoff_url, CANCELS, keeper.drop)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     telemetry.watch_engine(engine.stats)
     names = queues.render_queues(fleet, settings.worker_pool)
-    tier_of = dict(zip(names, fleet.tiers_by_rank, strict=True))
+    gauge = Gauge(settings.handoff_url)
 
     def may_take(queue: str, taken: Mapping[str, int]) -> bool:
         """Counts images; a task that has not got its lease yet counts as one."""
-        held = keeper.images_held() + _without_lease(tier_of, taken, keeper.jobs_held())
-        return tiers.may_take(fleet, tier_of[queue], held, pool.slots)
+        if keeper.is_leaving or keeper.wants_nothing_else or gauge.fill() > admission.HANDOFF_FULL:
+            return False
+        tier, is_front = queues.tier_of(queue)
+        held = keeper.images_held() + _without_lease(taken, keeper.jobs_held())
+        return tiers.may_take(fleet, tier, held, pool.slots, is_front=is_front)
 
     celery.steps["consumer"].add(tier_gate(names, may_take))
     log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
+    status = 0
     try:
-        _work(celery, names, name=name, threads=pool.slots + SPARE_THREADS)
+        _work(celery, names, name=name, threads=threads)
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
     finally:
-        keeper.close()
-        listener.close()
+        for part in (watch, keeper, listener):
+            part.close()
         engine.stop()
+        checkpoints.close()
         progress.close()
+    # Taking down an interpreter that has loaded torch and diffusers takes seconds that a notice may not have; all is put away.
+    logging.shutdown()
+    os._exit(status)
 
 
 def serve_results() -> None:
@@ -111,6 +144,7 @@ def serve_results() -> None:
         name=name,
     )
     register(celery, queues.STORE_IMAGES, storekeeper.store_images)
+    register(celery, queues.TIDY_STORE, storekeeper.tidy_store)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     names = queues.results_queues(fleet)
     celery.steps["consumer"].add(tier_gate(names, lambda queue, taken: True))
@@ -138,7 +172,9 @@ def serve_maintenance() -> None:
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         news=News(settings.handoff_url),
+        fill=Gauge(settings.handoff_url).fill,
     )
     register(celery, queues.SWEEP, sweeper.sweep)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
@@ -175,14 +211,24 @@ def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Any:
     from tasks.engines import checkpoint_specs, engine_config
 
     pool = fleet.pools[settings.worker_pool]
-    engine = Engine(engine_config(settings, pool), checkpoint_specs(fleet, pool.models, settings.checkpoint_root))
+    engine = Engine(engine_config(settings, fleet, pool), checkpoint_specs(fleet, pool.models, settings.checkpoint_root))
     engine.start()
     return engine
 
 
-def _without_lease(tier_of: Mapping[str, str], taken: Mapping[str, int], leased: Counter[str]) -> Counter[str]:
+def _notice_sources(settings: WorkerSettings, name: str) -> list[NoticeSource]:
+    try:
+        return sources_from(settings.preemption_notices.replace("{worker}", name))
+    except ValueError as error:
+        sys.exit(f"settings: PREEMPTION_NOTICES: {error}")
+
+
+def _without_lease(taken: Mapping[str, int], leased: Counter[str]) -> Counter[str]:
     """Tasks that were taken and hold no lease (yet), by tier."""
-    return Counter({tier: max(0, taken.get(queue, 0) - leased[tier]) for queue, tier in tier_of.items()})
+    by_tier: Counter[str] = Counter()
+    for queue, tasks in taken.items():
+        by_tier[queues.tier_of(queue)[0]] += tasks
+    return Counter({tier: max(0, tasks - leased[tier]) for tier, tasks in by_tier.items()})
 
 
 def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:

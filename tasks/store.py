@@ -12,7 +12,7 @@ from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
 from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
 from edges.progress import News
 from edges.release import Release
-from models import jobs, leases
+from models import jobs, leases, uploads
 from models.database import transaction
 from models.states import FINAL_STATES, JobState
 from models.tables import Job
@@ -96,6 +96,8 @@ class Storekeeper:
         content = encode(pixels.array, job.output_format)
         digest = content_sha256(content)
         key = image_key(job.tenant_id, digest, kind.extension)
+        with transaction(self.database) as session:
+            uploads.begin(session, key)
         self.store.put(key, content, content_type=kind.content_type)
         height_px, width_px, _ = pixels.array.shape
         return {
@@ -118,3 +120,17 @@ class Storekeeper:
         with transaction(self.database) as session:
             leases.lose_hand_off(session, job.id, gone, attempt_of=waiting)
         self.release.release(job.pool, job.tier)
+
+    def tidy_store(self) -> None:
+        """Delete objects that a crash between upload and commit left behind. Harmless when repeated, or when several do it."""
+        try:
+            with transaction(self.database) as session:
+                for key in uploads.left_behind(session, older_than_s=uploads.ORPHAN_AFTER_S):
+                    self.store.delete(key)
+                    uploads.end(session, key)
+                    telemetry.SWEPT.labels("orphan_object").inc()
+                    log.info("swept", why="orphan_object", object_key=key)
+        except StoreUnavailable as error:
+            log.warning("tidy_postponed", reason=str(error))
+        except BaseException as error:
+            log.error("tidy_task_failed", exc_info=error)

@@ -4,8 +4,10 @@ Safe when several run: each row is taken with SKIP LOCKED or a fenced UPDATE, an
 leaves. Every look goes through a partial index, so a sweep costs what has changed, not what exists.
 """
 
+import math
 import time
 import uuid
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import structlog
@@ -18,18 +20,22 @@ from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News
 from edges.release import Release
-from models import jobs, leases, releasing, sweeping, workers
+from edges.snapshots import Snapshots, SnapshotsUnavailable
+from models import jobs, learning, leases, releasing, sweeping, uploads, workers
 from models.database import transaction
+from models.releasing import Announced
 from models.states import JobState
+from models.uploads import ORPHAN_AFTER_S
 from policy import queues
 from policy.fleet import Fleet
+from policy.prediction import EtaRatios, learn_ratios
 from settings import Settings
 
 log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
-HOURLY_S = 3600.0
+MINUTELY_S, HOURLY_S = 60.0, 3600.0
 _LOCK = 0x5357454550  # "SWEEP"
 
 
@@ -43,20 +49,38 @@ class Sweeper:
     broker: Broker
     release: Release
     handoff: Handoff
+    snapshots: Snapshots
     news: News
-    _tidied_at: float | None = field(default=None, init=False)
+    fill: Callable[[], float]  # of the hand-off
+    _done_at: dict[str, float] = field(default_factory=dict, init=False)
 
     def sweep(self) -> None:
         """One pass over everything. A part that fails does not keep the others from their turn."""
         with self.database.connect() as lock:
             if not lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
                 return
-            parts = (self._leases, self._deadlines, self._stores, self._releases, self._lost_messages, self._gauges, self._tidy)
-            for part in parts:
+            for part, every_s in self._parts():
+                if time.monotonic() - self._done_at.get(part.__name__, -math.inf) < every_s:
+                    continue
                 try:
                     part()
-                except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable) as error:
+                    self._done_at[part.__name__] = time.monotonic()
+                except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
                     log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
+
+    def _parts(self) -> Sequence[tuple[Callable[[], None], float]]:
+        """What is looked at, and how often at most."""
+        return (
+            (self._leases, 0),
+            (self._deadlines, 0),
+            (self._stores, 0),
+            (self._releases, 0),
+            (self._lost_messages, 0),
+            (self._gauges, 0),
+            (self._etas, 0),
+            (self._orphans, MINUTELY_S),
+            (self._tidy, HOURLY_S),
+        )
 
     def _leases(self) -> None:
         """Workers that fell silent: their jobs go back, or fail if it was one time too many."""
@@ -71,15 +95,16 @@ class Sweeper:
                     self.news.tell_ending(job_id)
 
     def _deadlines(self) -> None:
-        """Jobs that nothing started in time."""
+        """Jobs that nothing started in time, and those that were given back and have no time left."""
         with transaction(self.database) as session:
-            missed = sweeping.missed_starts(session)
-        for job_id in missed:
-            with transaction(self.database) as session:
-                job = jobs.expire(session, job_id)
-            if job is not None:
-                self._count("start_deadline", job_id)
-                self.news.tell_ending(job_id)
+            missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
+        for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
+            for job_id in job_ids:
+                with transaction(self.database) as session:
+                    job = end(session, job_id)
+                if job is not None:
+                    self._count(why, job_id)
+                    self.news.tell_ending(job_id)
 
     def _stores(self) -> None:
         """Rendered jobs that nobody stored: announce them again while their pixels live, render again when they do not."""
@@ -117,9 +142,15 @@ class Sweeper:
     def _lost(self, pool: str, tier: str) -> list[uuid.UUID]:
         with transaction(self.database) as session:
             announced = releasing.announced(session, pool=pool, tier=tier, older_than_s=LOST_AFTER_S)
-        if not announced:
-            return []
-        queue = queues.render_queue(pool, tier)
+        lost = []
+        for is_front in (True, False):
+            here = [job for job in announced if job.is_front == is_front]
+            if here:
+                lost += self._missing(here, queues.render_queue(pool, tier, is_front=is_front))
+        return lost
+
+    def _missing(self, announced: Sequence[Announced], queue: str) -> list[uuid.UUID]:
+        """Those of one queue's jobs whose message cannot be in it any more."""
         if self.broker.waiting(queue) == 0:
             return [job.job_id for job in announced]
         next_job = self.broker.next_job(queue)
@@ -142,15 +173,38 @@ class Sweeper:
             telemetry.OLDEST_WAIT.labels(pool, tier).set(oldest_wait_s or 0)
         for pool in self.fleet.pools:
             telemetry.LIVE_WORKERS.labels(pool).set(live.count(pool))
+        telemetry.HANDOFF_FILL.set(self.fill())
+
+    def _etas(self) -> None:
+        """What ended since the last look teaches how far the gateway's guesses are off."""
+        with transaction(self.database) as session:
+            for ended in learning.newly_ended(session):
+                row = learning.eta_of(session, pool=ended.pool, tier=ended.tier)
+                known = EtaRatios(p50=row.ratio_p50, p90=row.ratio_p90) if row is not None else None
+                ratios = learn_ratios(known, ended.taken_s / ended.guessed_s, observed=row.observed if row is not None else 0)
+                learning.learn_eta(session, ended, ratio_p50=ratios.p50, ratio_p90=ratios.p90)
+
+    def _orphans(self) -> None:
+        """Pixels and snapshots that nobody will read, and objects that no artifact names."""
+        kept = {(job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()}
+        with_snapshots = self.snapshots.jobs()
+        with transaction(self.database) as session:
+            awaited = sweeping.awaited_pixels(session, list({job_id for job_id, _, _ in kept}))
+            over = sweeping.finished_of(session, with_snapshots)
+            objects = uploads.are_left_behind(session, older_than_s=ORPHAN_AFTER_S)
+        orphans = [key for image, key in kept.items() if image not in awaited]
+        self.handoff.forget(orphans)
+        self.snapshots.drop(over)
+        telemetry.SWEPT.labels("orphan_pixels").inc(len(orphans))
+        telemetry.SWEPT.labels("orphan_snapshots").inc(len(over))
+        if objects:
+            self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet.tiers_by_rank[-1]))
 
     def _tidy(self) -> None:
-        """Once an hour: partitions of the audit log for the months to come, and rows of workers that never signed off."""
-        if self._tidied_at is not None and time.monotonic() - self._tidied_at < HOURLY_S:
-            return
+        """Partitions of the audit log for the months to come, and rows of workers that never signed off."""
         with transaction(self.database) as session:
             sweeping.ensure_audit_partitions(session)
             workers.forget_the_silent(session, silent_for_s=HOURLY_S)
-        self._tidied_at = time.monotonic()
 
     def _count(self, why: str, job_id: uuid.UUID) -> None:
         telemetry.SWEPT.labels(why).inc()

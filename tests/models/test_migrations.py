@@ -12,6 +12,8 @@ from models.tables import Base
 from tests.builders import a_job
 from tests.models.facts import at_once
 
+VIEWS = ["audit_chain_status", "audit_log", "dead_letters", "flows_now", "images_by_tenant_day", "job_history", "queue_now"]
+
 
 def is_partition(name: str | None) -> bool:
     return str(name).startswith("audit_events_")
@@ -89,7 +91,7 @@ def test_every_migration_can_be_taken_back(empty_database):
         assert connection.scalar(text("SELECT count(*) FROM pg_proc WHERE pronamespace = 'public'::regnamespace")) == 0
 
 
-@pytest.mark.parametrize("view", ["job_history", "queue_now", "audit_log", "images_by_tenant_day", "audit_chain_status"])
+@pytest.mark.parametrize("view", VIEWS)
 def test_every_view_says_what_it_shows(database, view):
     with database.auditor.connect() as connection:
         comment = connection.scalar(text("SELECT obj_description(CAST(:view AS regclass))"), {"view": view})
@@ -102,7 +104,7 @@ def test_there_is_no_other_view(database):
     with database.owner.connect() as connection:
         views = inspect(connection).get_view_names()
 
-    assert sorted(views) == ["audit_chain_status", "audit_log", "images_by_tenant_day", "job_history", "queue_now"]
+    assert sorted(views) == VIEWS
 
 
 def test_the_auditor_sees_views_and_nothing_else(database):
@@ -113,7 +115,7 @@ def test_the_auditor_sees_views_and_nothing_else(database):
     with database.auditor.connect() as connection:
         granted = {tuple(row) for row in connection.execute(text(allowed))}
 
-    assert granted == {(view, "SELECT") for view in ("job_history", "queue_now", "audit_log", "images_by_tenant_day", "audit_chain_status")}
+    assert granted == {(view, "SELECT") for view in VIEWS}
 
 
 @pytest.mark.parametrize(

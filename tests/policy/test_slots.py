@@ -41,8 +41,26 @@ def test_a_lower_tier_keeps_its_share_beside_a_busy_higher_one():
     assert filled_by("quality", 16, held) == {"fast": 14, "quality": 2}
 
 
-def test_a_full_worker_takes_nothing():
-    assert not any(may_take(a_fleet(), tier, {"fast": 16}, 16) for tier in TIERS)
+def test_a_worker_full_of_the_highest_tier_takes_no_more_of_it_and_still_the_guaranteed_share_of_the_others():
+    assert filled_by("fast", 16, {"fast": 16}) == {"fast": 16}
+    assert filled_by("quality", 16, {"fast": 16}) == {"fast": 16, "quality": 2}
+    assert filled_by("batch", 16, {"fast": 16}) == {"fast": 16, "batch": 1}
+
+
+def test_a_higher_tier_is_taken_by_a_worker_full_of_lower_ones():
+    full = {"batch": 10, "quality": 6}
+
+    assert filled_by("fast", 16, full) == {**full, "fast": 16}
+    assert filled_by("quality", 16, {"batch": 10}) == {"batch": 10, "quality": 12}
+
+
+def test_from_the_front_queue_a_worker_takes_beyond_its_slots_up_to_twice_as_many():
+    held = Counter(batch=16)
+
+    while may_take(a_fleet(), "batch", held, 16, is_front=True):
+        held["batch"] += 1
+
+    assert held.total() == 32
 
 
 def test_a_worker_with_a_single_slot_serves_every_tier():
@@ -59,7 +77,8 @@ def test_whatever_comes_slots_are_never_exceeded_and_higher_tiers_never_shut_out
     lower = held["quality"] + held["batch"]
     own_shares = guaranteed_slots(fleet, "quality", slots) + guaranteed_slots(fleet, "batch", slots)
     kept = guaranteed_slots(fleet, "fast", slots)
-    assert held.total() <= slots
+    assert held.total() <= 2 * slots
+    assert held["fast"] <= slots
     assert lower <= max(1, slots - kept, own_shares)
 
 

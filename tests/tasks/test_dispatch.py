@@ -96,7 +96,7 @@ def test_flower_lists_the_worker_its_queues_and_the_tasks(client, stack):
     workers = flower.get("/api/workers", params={"refresh": 1}).json()
     name, worker = next((name, worker) for name, worker in workers.items() if queues.RENDER_JOB in worker.get("registered", []))
     consumed = {queue["name"] for queue in worker["active_queues"]}
-    assert consumed == {"local.fast", "local.quality", "local.batch"}, name
+    assert consumed == {f"local.{tier}{front}" for tier in ("fast", "quality", "batch") for front in ("", ".front")}, name
     eventually(lambda: queues.RENDER_JOB in {task["name"] for task in flower.get("/api/tasks").json().values()})
 
 

@@ -1,0 +1,146 @@
+"""What the gateway knows of the queues: for admission, and for honest answers about when a job will be done.
+
+Read at most a few times a second per pool, however many clients ask; nothing here scans a backlog.
+"""
+
+import random
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from edges.handoff import Gauge
+from models import flows, learning, releasing, workers
+from models.database import transaction
+from models.flows import Standing
+from models.states import JobState
+from models.tables import Job
+from policy import admission, prediction
+from policy.admission import InHand, Outlook, Refusal
+from policy.catalog import Resolved
+from policy.fleet import Fleet
+from policy.prediction import Cost, Eta, EtaRatios, Waiting
+
+FRESH_FOR_S = 0.25
+LEARNT_FOR_S = 2.0
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of a job at accept: device seconds, and the first guess of its end, from now."""
+
+    predicted_s: float
+    eta_raw_s: float
+    eta: Eta
+    refusal: Refusal | None
+
+
+@dataclass(frozen=True)
+class QueuePlace:
+    """Where a job that is not finished stands: jobs of its tier before it (None once it runs), and when it will be done, from now."""
+
+    jobs_ahead: int | None
+    eta: Eta
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A pool as it was read."""
+
+    devices: int
+    standings: list[Standing]
+    in_hand: Mapping[str, InHand]
+    clocks: Mapping[str, float]
+
+
+class Lookout:
+    """One per gateway process."""
+
+    def __init__(self, database: Engine, fleet: Fleet, gauge: Gauge, *, worker_silence_s: float) -> None:
+        self._database, self._fleet, self._gauge = database, fleet, gauge
+        self._worker_silence_s = worker_silence_s
+        self._remembered: dict[object, tuple[float, object]] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, wish: Resolved, tenant_id: uuid.UUID) -> Expected:
+        """What to expect of a job that this tenant would submit now, and whether it should be refused."""
+        seen = self._seen(wish.pool)
+        own = next((flow for flow in seen.standings if flow.tier == wish.tier and flow.tenant_id == tenant_id), None)
+        lead_s = max(0.0, own.finish_tag - seen.clocks.get(wish.tier, own.finish_tag)) if own else 0.0
+        outlook = self._outlook(seen, tenant_id)
+        own_s = prediction.predicted_s(
+            self._cost((wish.pool, wish.model, wish.width_px, wish.height_px)),
+            width_px=wish.width_px,
+            height_px=wish.height_px,
+            num_steps=wish.num_steps,
+            is_guided=wish.guidance > 1,
+            num_images=wish.num_images,
+        )
+        place = admission.place_in(self._fleet, outlook, pool=wish.pool, tier=wish.tier, num_images=wish.num_images, lead_s=lead_s)
+        raw_s = admission.first_guess_s(place, outlook, own_s=own_s, num_images=wish.num_images)
+        ratios = self._ratios(wish.pool, wish.tier)
+        refused = admission.refusal(self._fleet, outlook, place, ratios, pool=wish.pool, tier=wish.tier, own_s=own_s, draw=random.random())
+        return Expected(own_s, raw_s, prediction.corrected(raw_s, ratios), refused)
+
+    def place_of(self, job: Job, steps_done: int = 0) -> QueuePlace | None:
+        """Where an unfinished job stands; None for one whose tier or pool is not in fleet.toml any more."""
+        if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
+            return None
+        seen = self._seen(job.pool)
+        outlook, ratios = self._outlook(seen, job.tenant_id), self._ratios(job.pool, job.tier)
+        queued = job.state == JobState.QUEUED
+        lead_s = max(0.0, job.release_tag - seen.clocks.get(job.tier, job.release_tag)) if queued else 0.0
+        place = admission.place_in(self._fleet, outlook, pool=job.pool, tier=job.tier, num_images=job.num_images, lead_s=lead_s)
+        if queued:
+            raw_s = admission.first_guess_s(place, outlook, own_s=job.predicted_s, num_images=job.num_images)
+            return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
+        left = 1 - steps_done / max(1, job.num_steps * job.num_images)
+        raw_s = left * job.predicted_s / job.num_images * place.company
+        return QueuePlace(None, prediction.corrected(raw_s, ratios))
+
+    def _outlook(self, seen: _Seen, tenant_id: uuid.UUID) -> Outlook:
+        waiting = [
+            Waiting(flow.tier, flow.weight, flow.queued_jobs, flow.queued_s, is_own=flow.tenant_id == tenant_id) for flow in seen.standings
+        ]
+        return Outlook(seen.devices, waiting, seen.in_hand, self._gauge.fill())
+
+    def _seen(self, pool: str) -> _Seen:
+        def read(session: Session) -> _Seen:
+            in_hand = {tier: InHand(cost_s, images) for tier, cost_s, images in releasing.in_hand(session, pool=pool)}
+            devices = workers.working(session, pool=pool, silent_for_s=self._worker_silence_s)
+            return _Seen(devices, flows.standings(session, pool=pool), in_hand, flows.clocks(session, pool=pool))
+
+        return self._recalled(("seen", pool), FRESH_FOR_S, read)
+
+    def _cost(self, key: learning.CostKey) -> Cost | None:
+        def read(session: Session) -> Cost | None:
+            row = learning.cost_of(session, key)
+            return Cost(row.row_step_s, row.fixed_s) if row is not None else None
+
+        return self._recalled(("cost", *key), LEARNT_FOR_S, read)
+
+    def _ratios(self, pool: str, tier: str) -> EtaRatios | None:
+        def read(session: Session) -> EtaRatios | None:
+            row = learning.eta_of(session, pool=pool, tier=tier)
+            return EtaRatios(row.ratio_p50, row.ratio_p90) if row is not None else None
+
+        return self._recalled(("ratios", pool, tier), LEARNT_FOR_S, read)
+
+    def _recalled(self, key, fresh_for_s, read):  # type: ignore[no-untyped-def]
+        """What `read(session)` gave within the last `fresh_for_s`; else read anew, by one thread while others take the old answer."""
+        now = time.monotonic()
+        with self._lock:
+            read_at, known = self._remembered.get(key, (-1e9, None))
+            if now - read_at < fresh_for_s:
+                return known
+            if key in self._remembered:
+                self._remembered[key] = (now, known)
+        with transaction(self._database) as session:
+            known = read(session)
+        with self._lock:
+            self._remembered[key] = (now, known)
+        return known

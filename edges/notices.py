@@ -1,0 +1,381 @@
+"""How a GPU worker hears that its machine will be taken away: one watch over whatever each cloud offers.
+
+A notice is best effort everywhere: a machine may go without one, and then the missed lease tells. The module decides
+nothing; what to finish, save or give back in the seconds left is for whoever is told.
+"""
+
+import http.client
+import json
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.message import Message
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+from urllib.parse import urlencode, urlsplit
+
+import structlog
+
+log = structlog.get_logger(__name__)
+
+LINK_LOCAL = "http://169.254.169.254"  # where all three clouds answer; by number, for a container's DNS may know no names
+_TIMEOUT_S = 2.0
+_SLOW_FIRST_ANSWER_S = 10.0
+_LARGEST_ANSWER_BYTES = 256 * 1024
+_SAME_END_S = 1.0  # Date headers have no fractions, so the same end looks up to a second earlier at another poll
+
+
+class NoticeSourceUnavailable(Exception):
+    """The source cannot be asked, or its answer means nothing to us; ask again at the next poll."""
+
+
+@dataclass(frozen=True)
+class Notice:
+    """The machine goes `within_s` seconds from the moment this is heard."""
+
+    source: str
+    within_s: float
+    detail: str
+
+
+class NoticeSource(Protocol):
+    """One place where a notice may appear. Asked by one thread, which pauses `poll_every_s` between two polls."""
+
+    name: str
+    poll_every_s: float
+
+    def poll(self) -> Notice | None:
+        """The notice as it stands now, at every poll anew; None if there is none. May raise NoticeSourceUnavailable."""
+
+
+class NoticeWatch:
+    """Polls every source from a thread of its own, and tells `on_notice` of the first notice and of every earlier end.
+
+    `on_notice` is called by one thread at a time and should return soon. Nothing that a source or `on_notice` raises ends the watch.
+    """
+
+    def __init__(self, sources: Iterable[NoticeSource], on_notice: Callable[[Notice], None]) -> None:
+        self._on_notice = on_notice
+        self._ends_at = math.inf  # time.monotonic() when the machine goes
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._threads = [
+            threading.Thread(target=self._run, args=[source], name=f"notices-{source.name}", daemon=True) for source in sources
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def close(self) -> None:
+        """Tell of nothing any more. Waits a second for polls under way; one that a server holds longer ends unheard."""
+        self._stop.set()
+        deadline = time.monotonic() + 1
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # on_notice may close the watch
+                thread.join(timeout=max(0.0, deadline - time.monotonic()))
+
+    def _run(self, source: NoticeSource) -> None:
+        trouble = None
+        while not self._stop.is_set():
+            before, trouble = trouble, self._poll(source, trouble)
+            if before and not trouble:
+                log.info("notice_source_available", source=source.name)
+            self._stop.wait(source.poll_every_s)
+
+    def _poll(self, source: NoticeSource, known_trouble: str | None) -> str | None:
+        """Hear what the source says. What kept it from saying it comes back, and is logged unless it is known; None if nothing did."""
+        try:
+            notice = source.poll()
+            if notice is not None:
+                self._hear(notice, time.monotonic() + notice.within_s)
+            return None
+        except Exception as error:  # one answer that nobody foresaw must not make us deaf to the next
+            bug = None if isinstance(error, NoticeSourceUnavailable) else error
+            trouble = repr(error) if bug else str(error)
+            if trouble != known_trouble:
+                log.warning("notice_source_unavailable", source=source.name, reason=trouble, exc_info=bug)
+            return trouble
+
+    def _hear(self, notice: Notice, ends_at: float) -> None:
+        with self._lock:
+            if self._stop.is_set() or ends_at >= self._ends_at - _SAME_END_S:
+                return
+            self._ends_at = ends_at
+            log.warning("notice_heard", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
+            try:
+                self._on_notice(notice)
+            except Exception as error:
+                log.error("notice_not_handled", source=notice.source, exc_info=error)
+
+
+def sources_from(text: str) -> list[NoticeSource]:
+    """The sources that a setting names, like "gcp,file:/run/darkroom/preempt"; none for "". Raises ValueError."""
+    return [_source(entry.strip()) for entry in text.split(",") if entry.strip()]
+
+
+def _source(entry: str) -> NoticeSource:
+    match entry.partition(":"):
+        case "aws", "", _:
+            return AwsNotices()
+        case "gcp", "", _:
+            return GcpNotices()
+        case "gcp", _, seconds if (within_s := _seconds(seconds)) is not None:
+            return GcpNotices(within_s=within_s)
+        case "azure", "", _:
+            return AzureNotices()
+        case "azure", _, instance if instance:
+            return AzureNotices(instance=instance)
+        case "file", _, path if path.startswith("/"):
+            return FileNotices(path)
+    accepted = "aws, gcp, gcp:SECONDS, azure, azure:INSTANCE and file:/PATH, separated by commas"
+    raise ValueError(f"{entry!r} is no source of preemption notices; accepted are {accepted}")
+
+
+class AwsNotices:
+    """EC2's spot instance action, by IMDSv2: two minutes, best effort.
+
+    From a container the instance's metadata hop limit must be 2 or more; else the token never arrives and the source is unavailable.
+    """
+
+    name, poll_every_s = "aws", 5.0
+
+    def __init__(self, base_url: str = LINK_LOCAL, *, token_ttl_s: int = 21600) -> None:
+        self._server = _MetadataServer(base_url)
+        self._token_ttl_s = token_ttl_s
+        self._token: str | None = None
+        self._renew_at = 0.0
+        self._is_rebalance_logged = False
+
+    def poll(self) -> Notice | None:
+        answer = self._get("/latest/meta-data/spot/instance-action")
+        if answer.status == 404:
+            self._log_rebalance()
+            return None
+        action, at = answer.json().get("action"), answer.json().get("time")
+        if action not in ("terminate", "stop", "hibernate"):
+            raise NoticeSourceUnavailable("instance-action: no action that we know")
+        # Hibernation has no two minutes: it begins at once, whatever time is stated.
+        within_s = 0.0 if action == "hibernate" else answer.seconds_until(at, or_else=120.0)
+        return Notice(self.name, within_s, f"{action} at {at}")
+
+    def _log_rebalance(self) -> None:
+        """A hint that the risk has grown, no notice: the machine may stay for hours."""
+        if self._is_rebalance_logged:
+            return
+        with suppress(NoticeSourceUnavailable):
+            answer = self._get("/latest/meta-data/events/recommendations/rebalance")
+            if answer.status == 200:
+                self._is_rebalance_logged = True
+                log.info("rebalance_recommended", source=self.name, noticed_at=answer.json().get("noticeTime"))
+
+    def _get(self, path: str) -> "_Answer":
+        answer = self._server.ask("GET", path, self._credentials(), expected=(200, 401, 404))
+        if answer.status == 401:  # expired before we thought so: the monotonic clock stands still while a machine sleeps
+            self._token = None
+            answer = self._server.ask("GET", path, self._credentials(), expected=(200, 404))
+        return answer
+
+    def _credentials(self) -> dict[str, str]:
+        if self._token is None or time.monotonic() >= self._renew_at:
+            ttl_header = "X-aws-ec2-metadata-token-ttl-seconds"
+            answer = self._server.ask("PUT", "/latest/api/token", {ttl_header: str(self._token_ttl_s)})
+            ttl_s = _seconds(answer.headers.get(ttl_header)) or self._token_ttl_s
+            self._token, self._renew_at = answer.body.strip(), time.monotonic() + 0.9 * ttl_s
+            if not (self._token.isascii() and self._token.isprintable()):
+                self._token = None
+                raise NoticeSourceUnavailable("token: not one that fits a header")
+        return {"X-aws-ec2-metadata-token": self._token}
+
+
+class GcpNotices:
+    """Compute Engine's `preempted`, which the metadata server tells the moment it changes: 30 s, best effort.
+
+    Give a smaller `within_s` where less is left, as on GKE, which leaves ordinary pods about 15 s.
+    """
+
+    name, poll_every_s = "gcp", 1.0
+
+    def __init__(self, base_url: str = LINK_LOCAL, *, within_s: float = 30.0, hold_s: int = 10) -> None:
+        self._server = _MetadataServer(base_url)
+        self._within_s, self._hold_s = within_s, hold_s
+        self._etag = "0"  # of no value: the first answer comes at once
+
+    def poll(self) -> Notice | None:
+        """Returns when the value is another than at the last poll, and after `hold_s` in any case."""
+        query = urlencode({"wait_for_change": "true", "timeout_sec": self._hold_s, "last_etag": self._etag})
+        path = f"/computeMetadata/v1/instance/preempted?{query}"
+        answer = self._server.ask("GET", path, {"Metadata-Flavor": "Google"}, timeout_s=self._hold_s + _TIMEOUT_S)
+        value = answer.body.strip()
+        if answer.headers.get("Metadata-Flavor") != "Google" or value not in ("TRUE", "FALSE"):
+            raise NoticeSourceUnavailable("preempted: not an answer of Google's metadata server")
+        self._etag = answer.headers.get("ETag", "0")
+        return Notice(self.name, self._within_s, "preempted") if value == "TRUE" else None
+
+
+class AzureNotices:
+    """Azure's scheduled events that delete a machine: 30 s or more, best effort.
+
+    Machines of a scale set may hear of their neighbours' events, so there `instance` must say which is ours; without it all are.
+    The first answer ever takes up to two minutes, in which the source is unavailable.
+    """
+
+    name, poll_every_s = "azure", 1.0
+
+    def __init__(self, base_url: str = LINK_LOCAL, *, instance: str | None = None) -> None:
+        self._server = _MetadataServer(base_url)
+        self._instance = instance
+        self._timeout_s = _SLOW_FIRST_ANSWER_S
+
+    def poll(self) -> Notice | None:
+        path = "/metadata/scheduledevents?api-version=2020-07-01"
+        answer = self._server.ask("GET", path, {"Metadata": "true"}, timeout_s=self._timeout_s)
+        self._timeout_s = _TIMEOUT_S
+        events = answer.json().get("Events")
+        if not isinstance(events, list):
+            raise NoticeSourceUnavailable("scheduledevents: no list of events")
+        notices = [self._notice(event, answer) for event in events if self._takes_us(event)]
+        return min(notices, key=lambda notice: notice.within_s, default=None)
+
+    def _takes_us(self, event: dict[str, Any]) -> bool:
+        if event.get("EventType") not in ("Preempt", "Terminate"):
+            return False
+        return self._instance is None or self._instance.lower() in [str(name).lower() for name in event.get("Resources") or ()]
+
+    def _notice(self, event: dict[str, Any], answer: "_Answer") -> Notice:
+        not_before = event.get("NotBefore") or ""
+        within_s = 0.0 if not_before == "" else answer.seconds_until(not_before, or_else=30.0)  # empty once it has started
+        return Notice(self.name, within_s, f"{event['EventType'].lower()} at {not_before or 'once'}")
+
+
+class FileNotices:
+    """A file that appears: for operators, and for hosts and agents that say it so.
+
+    It holds the seconds left; empty or not a number, it means `default_s`. Write it aside and rename it, for it may be read half written.
+    """
+
+    name, poll_every_s = "file", 0.2
+
+    def __init__(self, path: str | Path, *, default_s: float = 30.0) -> None:
+        self._path, self._default_s = Path(path), default_s
+
+    def poll(self) -> Notice | None:
+        try:
+            with self._path.open("rb") as file:
+                content = file.read(64)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise NoticeSourceUnavailable(f"{self._path}: {type(error).__name__}") from error
+        within_s = _seconds(content.decode(errors="replace"))
+        return Notice(self.name, self._default_s if within_s is None else within_s, f"{self._path} appeared")
+
+
+class SignalNotices:
+    """Set by a signal handler or any other thread: `signal.signal(SIGTERM, lambda *_: source.notify())`."""
+
+    name, poll_every_s = "signal", 0.1
+
+    def __init__(self, within_s: float) -> None:
+        self._within_s = within_s
+        self._notified_at: float | None = None
+
+    def notify(self) -> None:
+        """Sets a flag and takes no lock: a second signal may interrupt the handler of the first. Only the first call counts."""
+        if self._notified_at is None:
+            self._notified_at = time.monotonic()
+
+    def poll(self) -> Notice | None:
+        if self._notified_at is None:
+            return None
+        return Notice(self.name, max(0.0, self._notified_at + self._within_s - time.monotonic()), "signalled")
+
+
+class FakeNotices:
+    """For tests: each announcement is heard at one poll."""
+
+    poll_every_s = 0.01
+
+    def __init__(self, name: str = "fake") -> None:
+        self.name = name
+        self._announced: SimpleQueue[Notice] = SimpleQueue()
+
+    def announce(self, within_s: float, detail: str = "announced") -> None:
+        self._announced.put(Notice(self.name, within_s, detail))
+
+    def poll(self) -> Notice | None:
+        try:
+            return self._announced.get_nowait()
+        except Empty:
+            return None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What a metadata server said. Time is told by the clock it came from, for our own may be wrong."""
+
+    status: int
+    headers: Message
+    body: str
+
+    def json(self) -> dict[str, Any]:
+        """Raises NoticeSourceUnavailable for what is no JSON object."""
+        with suppress(ValueError, RecursionError):
+            said = json.loads(self.body)
+            if isinstance(said, dict):
+                return said
+        raise NoticeSourceUnavailable("an answer that is no JSON object")
+
+    def seconds_until(self, instant: object, *, or_else: float) -> float:
+        """From this answer's Date to `instant`, 0 if that is past; `or_else` if either cannot be read."""
+        end, now = _instant(instant), _instant(self.headers.get("Date"))
+        return or_else if end is None or now is None else max(0.0, (end - now).total_seconds())
+
+
+class _MetadataServer:
+    """HTTP to a server on our own link. `http.client` knows neither proxies nor redirects, which is why it is used here."""
+
+    def __init__(self, base_url: str) -> None:
+        self._netloc = urlsplit(base_url).netloc
+
+    def ask(
+        self, method: str, path: str, headers: Mapping[str, str], *, expected: tuple[int, ...] = (200,), timeout_s: float = _TIMEOUT_S
+    ) -> _Answer:
+        """Raises NoticeSourceUnavailable when nobody answers in time, or not with a status that is `expected`."""
+        what = path.partition("?")[0].rpartition("/")[2]
+        connection = http.client.HTTPConnection(self._netloc, timeout=_TIMEOUT_S)
+        try:
+            connection.connect()
+            connection.sock.settimeout(timeout_s)  # only the answer may take longer
+            connection.request(method, path, headers=dict(headers))
+            response = connection.getresponse()
+            body = response.read(_LARGEST_ANSWER_BYTES + 1)
+        except (OSError, http.client.HTTPException) as error:
+            raise NoticeSourceUnavailable(f"{what}: {type(error).__name__}") from error
+        finally:
+            connection.close()
+        if response.status not in expected:
+            raise NoticeSourceUnavailable(f"{what}: HTTP {response.status}")
+        if len(body) > _LARGEST_ANSWER_BYTES:
+            raise NoticeSourceUnavailable(f"{what}: the answer is too long")
+        return _Answer(response.status, response.headers, body.decode(errors="replace"))
+
+
+def _instant(text: object) -> datetime | None:
+    """An instant as ISO 8601 or RFC 1123 writes it, in UTC where no zone is named; None for anything else."""
+    for parse in (datetime.fromisoformat, parsedate_to_datetime):
+        with suppress(ValueError, OverflowError):
+            instant = parse(str(text))
+            return instant if instant.tzinfo else instant.replace(tzinfo=UTC)
+    return None
+
+
+def _seconds(text: str | None) -> float | None:
+    """A finite number that is not negative; None for anything else."""
+    with suppress(ValueError):
+        seconds = float(text or "")
+        return seconds if 0 <= seconds < math.inf else None
+    return None

@@ -1,0 +1,85 @@
+"""What is kept of images under way, so that another worker goes on where one stopped: a hash per job in the hand-off's Redis.
+
+Best effort: a snapshot that is gone costs the steps behind it, never the image. A field holds the newest snapshot of one image,
+with the attempt that made it: one that wakes up late never overwrites a later attempt's.
+"""
+
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import redis
+
+STORE = "handoff"  # what `attempts.snapshot_store` says of it
+
+_PUT = """
+local old = redis.call('HGET', KEYS[1], ARGV[1])
+if old and tonumber(string.match(old, '^(%d+) ')) > tonumber(ARGV[2]) then return 0 end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+return 1
+"""
+
+
+class SnapshotsUnavailable(Exception):
+    """Snapshots cannot be read or kept right now; go on without."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The newest snapshot of one image, and the attempt that made it."""
+
+    attempt: int
+    blob: bytes
+
+
+class Snapshots:
+    """`put` by the worker that has to go, or now and then; `of` by the one that goes on; `drop` by the sweeper."""
+
+    def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
+        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=5, socket_connect_timeout=2)
+        self._put = self._redis.register_script(_PUT)
+        self._ttl_s = ttl_s
+
+    def put(self, job_id: uuid.UUID, index: int, attempt: int, blob: bytes) -> bool:
+        """Keep the snapshot for `ttl_s`; False if a later attempt has one. Raises SnapshotsUnavailable."""
+        try:
+            return bool(self._put(keys=[_key(job_id)], args=[index, attempt, blob, self._ttl_s]))
+        except redis.RedisError as error:
+            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
+
+    def of(self, job_id: uuid.UUID) -> dict[int, Kept]:
+        """The snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
+        try:
+            fields = self._redis.hgetall(_key(job_id))
+        except redis.RedisError as error:
+            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
+        kept = {}
+        for index, value in fields.items():
+            attempt, _, blob = value.partition(b" ")
+            kept[int(index)] = Kept(int(attempt), blob)
+        return kept
+
+    def jobs(self) -> list[uuid.UUID]:
+        """Every job of which something is kept. Raises SnapshotsUnavailable."""
+        try:
+            return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
+        except (redis.RedisError, ValueError) as error:
+            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
+
+    def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
+        """Forget all that is kept of these jobs. Raises SnapshotsUnavailable."""
+        try:
+            if keys := [_key(job_id) for job_id in job_ids]:
+                self._redis.unlink(*keys)
+        except redis.RedisError as error:
+            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
+
+
+def place(job_id: uuid.UUID, index: int) -> str:
+    """How `images.snapshot_ref` names a snapshot."""
+    return f"{STORE}:{_key(job_id)}#{index}"
+
+
+def _key(job_id: object) -> str:
+    return f"snapshot:{job_id}"

@@ -1,0 +1,88 @@
+"""Fair order within one (pool, tier): start-time fair queuing over the tenants' flows.
+
+A job's start tag is max(virtual time, its tenant's finish tag); its finish tag is that plus predicted cost / weight, and
+the tenant's next job starts there. Jobs are released in the order of start tags, and virtual time is the start tag of the
+one released last. So a tenant who was away starts level with the others, whatever it did not use, and of two who always
+have work each gets device time in proportion to its weight (Goyal, Vin, Cheng 1996). Tags are device seconds; they begin
+at the wall clock only so that jobs without a tag of their own (migration 0004) find a place among them.
+"""
+
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import func, select, text
+from sqlalchemy.dialects.postgresql import insert
+from sqlalchemy.orm import Session
+
+from models.tables import FairClock, Flow, Tenant
+
+
+@dataclass(frozen=True)
+class Standing:
+    """What a flow has waiting; `queued_s` is device seconds."""
+
+    tier: str
+    tenant_id: uuid.UUID
+    weight: float
+    queued_jobs: int
+    queued_s: float
+    finish_tag: float
+
+
+_ENTER = text(
+    """
+    WITH clock AS (
+        SELECT coalesce((SELECT virtual_s FROM fair_clocks WHERE pool = :pool AND tier = :tier),
+                        extract(epoch FROM clock_timestamp())::double precision) AS virtual_s
+    ), cost AS (
+        SELECT CAST(:predicted_s AS double precision) / weight AS virtual_s FROM tenants WHERE id = :tenant_id
+    )
+    INSERT INTO flows AS f (pool, tier, tenant_id, finish_tag)
+        SELECT :pool, :tier, :tenant_id, clock.virtual_s + cost.virtual_s FROM clock, cost
+    ON CONFLICT (pool, tier, tenant_id) DO UPDATE SET
+        finish_tag = greatest(f.finish_tag, (SELECT virtual_s FROM clock)) + (SELECT virtual_s FROM cost)
+    RETURNING finish_tag - (SELECT virtual_s FROM cost)
+    """
+)
+
+_SETTLE = text(
+    """
+    UPDATE flows SET finish_tag = finish_tag + CAST(:difference_s AS double precision) / (SELECT weight FROM tenants WHERE id = :tenant_id)
+    WHERE pool = :pool AND tier = :tier AND tenant_id = :tenant_id
+    """
+)
+
+
+def enter(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, predicted_s: float) -> float:
+    """The start tag of the tenant's next job, whose place is behind its own earlier ones. Locks the flow until commit."""
+    return float(session.execute(_ENTER, {"pool": pool, "tier": tier, "tenant_id": tenant_id, "predicted_s": predicted_s}).scalar_one())
+
+
+def settle(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float) -> None:
+    """Charge the flow what a job took instead of what was predicted: its later jobs move by the difference, actual - predicted."""
+    if difference_s:
+        session.execute(_SETTLE, {"pool": pool, "tier": tier, "tenant_id": tenant_id, "difference_s": difference_s})
+
+
+def advance(session: Session, *, pool: str, tier: str, start_tag: float) -> None:
+    """Let virtual time be at least the start tag of a job that was released. It never goes back."""
+    statement = insert(FairClock).values(pool=pool, tier=tier, virtual_s=start_tag)
+    later = {"virtual_s": func.greatest(FairClock.virtual_s, start_tag)}
+    session.execute(statement.on_conflict_do_update(index_elements=[FairClock.pool, FairClock.tier], set_=later))
+
+
+def standings(session: Session, *, pool: str) -> list[Standing]:
+    """Every flow of the pool that has something queued."""
+    query = (
+        select(Flow.tier, Flow.tenant_id, Tenant.weight, Flow.queued_jobs, Flow.queued_s, Flow.finish_tag)
+        .join(Tenant, Tenant.id == Flow.tenant_id)
+        .where(Flow.pool == pool, Flow.queued_jobs > 0)
+    )
+    return [Standing(*row) for row in session.execute(query)]
+
+
+def clocks(session: Session, *, pool: str) -> Mapping[str, float]:
+    """Virtual time by tier, of the tiers in which anything was ever released."""
+    rows = session.execute(select(FairClock.tier, FairClock.virtual_s).where(FairClock.pool == pool))
+    return {tier: virtual_s for tier, virtual_s in rows}  # noqa: C416 - rows are not pairs to mypy

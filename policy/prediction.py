@@ -1,0 +1,104 @@
+"""What a job will take and when it will be done: guesses from what was learnt of others like it, corrected by how wrong the last were."""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
+UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
+RATIO_STEP = 0.05  # how far one job moves a learnt quantile, as a share of it
+FIRST_RATIOS = (1.0, 2.0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Device seconds of one model and size: `row_step_s` of one row in one denoise step, `fixed_s` of encode and decode."""
+
+    row_step_s: float
+    fixed_s: float
+
+
+@dataclass(frozen=True)
+class EtaRatios:
+    """Quantiles of actual / guessed time to the end."""
+
+    p50: float
+    p90: float
+
+
+@dataclass(frozen=True)
+class Waiting:
+    """What one tenant has queued in one tier: a flow of fair queuing."""
+
+    tier: str
+    weight: float
+    jobs: int
+    cost_s: float  # device seconds
+    is_own: bool = False
+
+
+@dataclass(frozen=True)
+class Eta:
+    """Seconds until the job's images are stored: half of such jobs are done within `p50_s`, nine of ten within `p90_s`."""
+
+    p50_s: float
+    p90_s: float
+
+
+def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, num_steps: int, is_guided: bool, num_images: int) -> float:
+    """Device seconds of a whole job; a guided image has two rows in every forward."""
+    megapixels = width_px * height_px / 1e6
+    known = cost or Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
+    rows = 2 if is_guided else 1
+    return num_images * (num_steps * rows * known.row_step_s + known.fixed_s)
+
+
+def ahead_in_tier(flows: Iterable[Waiting], *, lead_s: float) -> tuple[float, int]:
+    """(device seconds, jobs) that start-time fair queuing releases before a job whose start tag is `lead_s` ahead of virtual time.
+
+    While virtual time moves by `lead_s`, a flow of weight w is given w * lead_s of the device, or all it has. A little more of its
+    own tenant's work may be ahead than that: rounding to whole jobs is left to the learnt ratios.
+    """
+    seconds, jobs = 0.0, 0.0
+    for flow in flows:
+        given_s = min(flow.cost_s, max(0.0, lead_s) * flow.weight)
+        seconds += given_s
+        jobs += flow.jobs * given_s / flow.cost_s if flow.cost_s > 0 else flow.jobs
+    return seconds, round(jobs)
+
+
+def raw_eta_s(*, ahead_s: float, own_s: float, devices: int, company: float) -> float:
+    """First guess of the seconds to the end: all that is ahead, spread over the devices, then the job in company.
+
+    ahead_s: device seconds queued and running that go first.  own_s: the job's own.  company: images that will share its device,
+    itself included; its wall time is that many times its device time.
+    """
+    return ahead_s / max(1, devices) + own_s * max(1.0, company)
+
+
+def corrected(raw_s: float, ratios: EtaRatios | None) -> Eta:
+    """The guess as an honest answer. p90 is never below p50."""
+    p50, p90 = (ratios.p50, ratios.p90) if ratios is not None else FIRST_RATIOS
+    return Eta(p50_s=raw_s * p50, p90_s=raw_s * max(p50, p90))
+
+
+def learn_ratios(known: EtaRatios | None, ratio: float, *, observed: int) -> EtaRatios:
+    """Move both quantiles by one more actual / guessed, so that half and nine tenths of such ratios come to lie below them.
+
+    Stochastic approximation of a quantile (Robbins, Monro 1951) in the logarithm: up by step * q when the ratio is above, down by
+    step * (1 - q) when it is below. The first few move it in larger steps.
+    """
+    if not (math.isfinite(ratio) and ratio > 0):
+        return known or EtaRatios(*FIRST_RATIOS)
+    step = max(RATIO_STEP, 1.0 / (1 + observed))
+    p50, p90 = (known.p50, known.p90) if known is not None else FIRST_RATIOS
+    return EtaRatios(p50=_moved(p50, ratio, 0.5, step), p90=_moved(p90, ratio, 0.9, step))
+
+
+def _moved(quantile: float, ratio: float, share: float, step: float) -> float:
+    return min(1e3, max(1e-3, quantile * math.exp(step * share if ratio > quantile else -step * (1 - share))))
+
+
+def served_before(ranks: Mapping[str, int], tier: str) -> frozenset[str]:
+    """The tiers of better rank than `tier`."""
+    return frozenset(name for name, rank in ranks.items() if rank < ranks[tier])

@@ -1,0 +1,107 @@
+"""A worker's side of snapshots: go on from the newest one, keep one every so many steps, take one when the worker has to go.
+
+All of it is a courtesy to the steps already done: whatever fails here costs time, never the image.
+"""
+
+import queue
+import threading
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import structlog
+
+from edges import telemetry
+from edges.progress import News
+from edges.snapshots import STORE, Kept, Snapshots, SnapshotsUnavailable, place
+from engine.engine import Engine, OnEvent
+from engine.errors import EngineError, SnapshotRefused
+from engine.handle import Handle
+from engine.request import ImageRequest
+from engine.snapshots import peek
+from models.leases import Lease, Left
+
+log = structlog.get_logger(__name__)
+
+WITHDRAW_WITHIN_S = 20.0  # a snapshot is taken at the next step boundary; no step takes that long
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What earlier attempts left of a job's images, by index: the newest snapshot of each, and the step it was last heard at."""
+
+    kept: Mapping[int, Kept]
+    reached: Mapping[int, int]
+
+
+class Checkpoints:
+    """One per worker. The engine's thread leaves snapshots here, a thread of its own keeps them."""
+
+    def __init__(self, engine: Engine, snapshots: Snapshots, news: News) -> None:
+        self._engine, self._snapshots, self._news = engine, snapshots, news
+        self._to_keep: queue.SimpleQueue[tuple[uuid.UUID, int, int, bytes] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
+        self._thread.start()
+
+    def of_earlier_attempts(self, lease: Lease) -> Earlier:
+        """What there is to go on from."""
+        if lease.attempt == 1:
+            return Earlier({}, {})
+        reached = {step.index: step.step for step in self._news.steps(lease.job_id)}
+        try:
+            return Earlier(self._snapshots.of(lease.job_id), reached)
+        except SnapshotsUnavailable as error:
+            log.warning("snapshots_unavailable", reason=str(error))
+            return Earlier({}, reached)
+
+    def begin(self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None) -> Handle:
+        """Give an image to the engine, from its snapshot where there is one that fits. Raises as `Engine.submit`."""
+        if kept is not None:
+            try:
+                return self._engine.restore(kept.blob, on_event, request=request, within_s=within_s)
+            except SnapshotRefused as error:  # made elsewhere, or damaged: start again
+                telemetry.SNAPSHOTS_REFUSED.inc()
+                log.warning("snapshot_refused", request_id=request.id, reason=str(error))
+        return self._engine.submit(request, on_event, within_s=within_s)
+
+    def keep_soon(self, lease: Lease, index: int, request_id: str) -> None:
+        """Keep a snapshot as the image is before its next step. Returns at once; for the engine's thread."""
+
+        def keep(snapshot: Future[bytes]) -> None:
+            if snapshot.exception() is None:
+                self._to_keep.put((lease.job_id, index, lease.attempt, snapshot.result()))
+
+        self._engine.snapshot(request_id).add_done_callback(keep)
+
+    def withdraw(self, lease: Lease, handles: Mapping[int, Handle]) -> list[Left]:
+        """Take the images out of the engine and keep what they are; those that are finished by then, or cannot be kept, are left out."""
+        taken = {index: self._engine.withdraw(handle.request.id) for index, handle in handles.items()}
+        left = []
+        for index, snapshot in taken.items():
+            try:
+                blob = snapshot.result(WITHDRAW_WITHIN_S)
+                self._snapshots.put(lease.job_id, index, lease.attempt, blob)
+                device_s = handles[index].progress().device_seconds
+                left.append(Left(index, peek(blob).step, place(lease.job_id, index), len(blob), device_s))
+            except (EngineError, SnapshotsUnavailable, TimeoutError) as error:
+                log.warning("not_kept", index=index, reason=f"{type(error).__name__}: {error}")
+        return left
+
+    @property
+    def store(self) -> str:
+        """Where snapshots lie, for the record."""
+        return STORE
+
+    def close(self) -> None:
+        """Keep what was taken until now, and stop."""
+        self._to_keep.put(None)
+        self._thread.join(timeout=5)
+
+    def _run(self) -> None:
+        while (taken := self._to_keep.get()) is not None:
+            try:
+                self._snapshots.put(*taken)
+                telemetry.CHECKPOINTS.inc()
+            except SnapshotsUnavailable as error:
+                log.info("checkpoint_not_kept", reason=str(error))

@@ -1,0 +1,86 @@
+"""What a worker does when it has to go: take nothing more, finish what can be finished, give the rest up with snapshots, end.
+
+A notice comes from a cloud, a file or SIGTERM (edges/notices.py). Jobs that will be done before it runs out, less a margin, are
+finished; the others leave their engine at the next step boundary, so that another worker goes on from that very step.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from edges import telemetry
+from edges.notices import Notice, NoticeSource, NoticeSourceUnavailable
+from tasks.keeper import Held, LeaseKeeper
+
+log = structlog.get_logger(__name__)
+
+LONGEST_MARGIN_S = 5.0  # of the notice, kept for taking snapshots, storing them and ending
+LOOK_EVERY_S = 0.1
+
+
+@dataclass(frozen=True)
+class _End:
+    reason: str
+    at: float  # monotonic: by then everything must be given up
+    noticed_at: float
+
+
+class Preemption:
+    """`begin` may be called more than once; an earlier end wins. The keeper's `is_leaving` closes the gate for new jobs."""
+
+    def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
+        self._keeper, self._when_empty = keeper, when_empty
+        self._end: _End | None = None
+        self._lock = threading.Lock()
+
+    def begin(self, notice: Notice) -> None:
+        """Start to leave. Returns at once."""
+        now = time.monotonic()
+        margin_s = min(LONGEST_MARGIN_S, notice.within_s / 2)
+        end = _End(f"{notice.source}: {notice.detail}", now + max(0.0, notice.within_s - margin_s), now)
+        with self._lock:
+            is_first = self._end is None
+            if is_first or end.at < self._end.at:  # type: ignore[union-attr]
+                self._end = end
+        log.warning("worker_leaves", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
+        telemetry.NOTICES.labels(notice.source).inc()
+        if is_first:
+            self._keeper.is_leaving = True
+            threading.Thread(target=self._run, name="preemption", daemon=True).start()
+
+    def _run(self) -> None:
+        while self._keeper.all_held():
+            for held in self._keeper.all_held():
+                assert self._end is not None
+                if not self._will_finish(held, self._end.at - time.monotonic()):
+                    held.leave(self._end.reason)
+            time.sleep(LOOK_EVERY_S)
+        assert self._end is not None
+        log.warning("worker_has_left", after_s=round(time.monotonic() - self._end.noticed_at, 2))
+        self._when_empty()
+
+    def _will_finish(self, held: Held, left_s: float) -> bool:
+        if held.unrendered == 0:
+            return True  # what is left of it is handing on
+        expected_s = held.expected_s()
+        return expected_s is not None and expected_s < left_s
+
+
+def wait_while_a_notice_stands(sources: Sequence[NoticeSource]) -> None:
+    """Return when no source has a notice: a worker that was started again before its machine went must not begin anew."""
+    was_told = False
+    while any(_stands(source) for source in sources):
+        if not was_told:
+            log.warning("worker_waits_for_its_machine_to_go")
+            was_told = True
+        time.sleep(1)
+
+
+def _stands(source: NoticeSource) -> bool:
+    try:
+        return source.poll() is not None
+    except NoticeSourceUnavailable:
+        return False  # the watch will tell
