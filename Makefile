@@ -1,6 +1,6 @@
 # Everything is done from here; `make help` prints what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint bench pocket
+.PHONY: help setup demo up down test lint chaos bench pocket
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -34,6 +34,9 @@ lint: setup ## Style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+chaos: setup ## Break everything on purpose, over and over, and check that no job is lost or doubled
+	$(VENV)/bin/python -m benchmarks.chaos
 
 bench: setup ## Run every benchmark
 	@for script in benchmarks/*.py; do echo "== $$script"; $(VENV)/bin/python -m "benchmarks.$$(basename "$$script" .py)" || exit 1; done

@@ -33,6 +33,7 @@ _MODULES = {  # command -> the module that holds it, imported when it is called:
     "generate": "cli.generate",
     "jobs": "cli.jobs",
     "cancel": "cli.jobs",
+    "requeue": "cli.requeue",
     "sql": "cli.sql",
     "tenants": "cli.tenants",
     "keys": "cli.keys",

@@ -10,7 +10,7 @@ import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -53,6 +53,7 @@ from tasks.keeper import ALONE_FROM, Held, LeaseKeeper
 
 log = structlog.get_logger(__name__)
 
+DROP_WITHIN_S = 20.0  # no step takes that long
 PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to hand on what was rendered; pixels are worth some
 Answer = TypeVar("Answer")
 
@@ -131,7 +132,7 @@ class Renderer:
         except LetGo:
             self._let_go(work)
         except (LeaseLost, ImageCanceled):
-            log.info("render_dropped", attempt=held.lease.attempt)
+            self._drop(work)
         except BaseException as error:  # noqa: BLE001
             self._decide(held, error)
         finally:
@@ -249,10 +250,10 @@ class Renderer:
     def _let_go(self, work: Work) -> None:
         """A lost lease: nothing more is written. A worker that leaves: hand on what is finished, give the rest up with snapshots."""
         held, lease = work.held, work.held.lease
-        if held.lost.is_set():
-            log.info("render_dropped", attempt=lease.attempt)
-            return
         started = time.monotonic()
+        if held.lost.is_set():
+            self._drop(work)
+            return
         try:
             left = self.checkpoints.withdraw(lease, work.open_handles())
             for finished in _drained(work):
@@ -266,6 +267,15 @@ class Renderer:
             return  # its last image was finished meanwhile, or it was canceled
         except BaseException as error:  # noqa: BLE001
             self._decide(held, error)
+
+    def _drop(self, work: Work) -> None:
+        """Stop the images at their next step and wait until they have: their last account is then complete, their slots free."""
+        for handle in work.handles.values():
+            handle.cancel()
+        for handle in work.handles.values():
+            with suppress(EngineError, TimeoutError):
+                handle.result(DROP_WITHIN_S)
+        log.info("render_dropped", attempt=work.held.lease.attempt)
 
     def _note_resumption(self, work: Work, earlier: Earlier) -> None:
         """Put on record what snapshots spared this attempt, and what it does again."""

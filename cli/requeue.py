@@ -1,0 +1,32 @@
+"""requeue: an operator gives a dead letter another try. Over SQL, for it may be any tenant's."""
+
+import uuid
+
+import click
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+from models import jobs
+
+START_WITHIN_S = 86_400.0  # an operator who tries again is not in the hurry that the tenant was in
+
+
+@click.command()
+@click.argument("job_id", type=click.UUID)
+@pass_installation
+@click.pass_context
+def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -> None:
+    """Ask again for what a failed job asked for: the same parameters and seeds, as a new job of the same tenant.
+
+    The failed one stays as it is; `darkroom sql "select * from dead_letters"` lists them.
+    """
+    try:
+        with installation.transaction() as session:
+            job = jobs.requeue_dead(session, job_id, start_within_s=START_WITHIN_S, actor="operator")
+    except jobs.JobAlreadyFinished:
+        screen.complain(f"Job {job_id} was requeued before; dead_letters.requeued_as says as what.")
+        ctx.exit(4)
+    if job is None:
+        screen.complain(f"There is no failed job {job_id}.")
+        ctx.exit(4)
+    screen.out().print(f"job {job.id} asks again for what {job_id} asked for; the sweeper lets it out within seconds", soft_wrap=True)

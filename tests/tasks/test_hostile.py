@@ -1,0 +1,246 @@
+"""What a worker decides when its device, its surroundings or a request itself is hostile: that job alone suffers."""
+
+import time
+
+import numpy as np
+import pytest
+import redis
+import torch
+from sqlalchemy import text
+
+import tasks.render
+from edges.broker import job_of_message
+from edges.notices import FakeNotices, NoticeWatch
+from models.database import transaction
+from tasks.preemption import Preemption
+from tests.builders import until
+
+LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60, "guidance": 1.0}
+
+
+@pytest.fixture
+def breaks_the_device(here, monkeypatch):
+    """The forward, or what comes of it, goes wrong wherever an image of this job takes part."""
+    predict, decode = here.engine._runner.predict, here.engine._runner.decode
+
+    def of_job(image, job):
+        return image.request.group == str(job.id)
+
+    def breaks(job, how):
+        if how == "out of memory":
+
+            def predict_or_fail(batch):
+                if any(of_job(image, job) for image in batch):
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+                return predict(batch)
+
+            monkeypatch.setattr(here.engine._runner, "predict", predict_or_fail)
+        else:
+
+            def decode_nan(image):
+                if of_job(image, job):
+                    image.tensors.latents = torch.full_like(image.tensors.latents, torch.nan)
+                return decode(image)
+
+            monkeypatch.setattr(here.engine._runner, "decode", decode_nan)
+
+    return breaks
+
+
+@pytest.fixture
+def handoff_redis(here):
+    with redis.Redis.from_url(here.settings.handoff_url) as client:
+        yield client
+        client.config_set("maxmemory", "1gb")
+
+
+def ended(here, *jobs):
+    for thread in [here.render(job) for job in jobs]:
+        thread.join(timeout=60)
+        assert not thread.is_alive()
+    return [here.row(job) for job in jobs]
+
+
+def outcomes(here, job):
+    with transaction(here.database) as session:
+        query = text("SELECT outcome FROM attempts WHERE job_id = :id ORDER BY attempt")
+        return list(session.scalars(query, {"id": job.id}))
+
+
+def steps_of(here, job):
+    held = next((held for held in here.keeper.all_held() if held.lease.job_id == job.id), None)
+    expected = held.expected_s() if held else None
+    return here.renderer.news.steps(job.id) if expected is not None else []
+
+
+def test_an_image_that_does_not_fit_is_tried_again_then_alone_and_then_fails_by_that_name_and_its_neighbours_do_not(
+    here, breaks_the_device
+):
+    large, neighbour = here.accept(), here.accept(num_steps=12)
+    breaks_the_device(large, "out of memory")
+
+    first, beside = ended(here, large, neighbour)
+    assert (first.state, first.counted_attempts) == ("queued", 1)
+    assert beside.state == "storing"
+
+    (second,) = ended(here, large)
+    (third,) = ended(here, large)
+
+    assert (second.state, second.counted_attempts) == ("queued", 2)
+    assert (third.state, third.failure_code) == ("failed", "out_of_memory")
+    assert outcomes(here, large) == ["error", "error", "failed"]
+
+
+def test_latents_that_are_not_numbers_fail_their_job_at_once_and_no_other(here, breaks_the_device):
+    ill, neighbour = here.accept(), here.accept()
+    breaks_the_device(ill, "nan")
+
+    failed, beside = ended(here, ill, neighbour)
+
+    assert (failed.state, failed.failure_code, failed.attempt) == ("failed", "not_finite", 1)
+    assert beside.state == "storing"
+
+
+def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
+    suspect, other = here.accept(num_steps=20), here.accept(num_steps=40)
+    with transaction(here.database) as session:
+        session.execute(text("UPDATE jobs SET counted_attempts = 2 WHERE id = :id"), {"id": suspect.id})
+
+    first = here.render(other)
+    until(lambda: here.keeper.all_held(), what="the other's lease")
+    second = here.render(suspect)
+    until(lambda: here.keeper.wants_nothing_else, what="the wish to be alone")
+    for thread in (first, second):
+        thread.join(timeout=60)
+
+    with transaction(here.database) as session:
+        query = text("SELECT max_images, steps FROM attempts WHERE job_id = :id")
+        alone = session.execute(query, {"id": suspect.id}).one()
+        shared = session.execute(text("SELECT shared_steps FROM attempts WHERE job_id = :id"), {"id": suspect.id}).scalar_one()
+    assert (alone.max_images, alone.steps, shared) == (1, 20, 0)
+    assert not here.keeper.wants_nothing_else
+
+
+def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(here, handoff_redis, monkeypatch):
+    monkeypatch.setattr(tasks.render, "PATIENCE_S", (0.1,))
+    job = here.accept()
+    handoff_redis.config_set("maxmemory", "1")
+
+    (row,) = ended(here, job)
+
+    assert (row.state, row.counted_attempts) == ("queued", 0)
+    assert outcomes(here, job) == ["returned"]
+    handoff_redis.config_set("maxmemory", "1gb")
+    (row,) = ended(here, job)
+    assert row.state == "storing"
+
+
+def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be_kept(here, handoff_redis):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    until(lambda: steps_of(here, job), what="a step")
+    handoff_redis.config_set("maxmemory", "1")
+    notices, gone = FakeNotices(), []
+    watch = NoticeWatch([notices], Preemption(here.keeper, when_empty=lambda: gone.append(time.monotonic())).begin)
+
+    notices.announce(0.5)
+    until(lambda: gone, what="the worker's leave")
+    thread.join(timeout=5)
+    watch.close()
+
+    row = here.row(job)
+    assert (row.state, row.counted_attempts, outcomes(here, job)) == ("queued", 0, ["preempted"])
+    with transaction(here.database) as session:
+        query = text("SELECT waste_class, device_seconds, snapshot_bytes FROM attempts WHERE job_id = :id")
+        attempt = session.execute(query, {"id": job.id}).one()
+    assert (attempt.waste_class, attempt.snapshot_bytes) == ("preempted", 0)
+    assert attempt.device_seconds > 0
+
+
+def test_a_job_that_overruns_its_deadline_is_stopped_by_its_engine_and_says_so(here):
+    job = here.accept(**LONG)
+    with transaction(here.database) as session:
+        session.execute(text("UPDATE jobs SET run_within_s = 0.3 WHERE id = :id"), {"id": job.id})
+
+    started = time.monotonic()
+    (row,) = ended(here, job)
+
+    assert (row.state, row.failure_code) == ("failed", "run_deadline")
+    assert time.monotonic() - started < 3
+
+
+def test_a_cancel_stops_the_image_at_its_next_step_and_touches_no_other_job(here):
+    job, other = here.accept(**LONG), here.accept(**LONG)
+    threads = [here.render(job), here.render(other)]
+    until(lambda: steps_of(here, job), what="a step")
+    handles = {str(held.lease.job_id): held for held in here.keeper.all_held()}
+    assert str(job.id) in handles
+
+    here.keeper.drop(job.id)
+    threads[0].join(timeout=5)
+    at_step = {step.step for step in here.renderer.news.steps(job.id)}
+    threads[1].join(timeout=60)
+
+    assert max(at_step) < 60
+    assert here.row(other).state == "storing"
+
+
+def test_a_wall_clock_that_is_a_day_off_changes_nothing_about_leases(here, monkeypatch):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 86_400)
+    job = here.accept(**LONG)
+
+    thread = here.render(job)
+    until(lambda: here.keeper.all_held(), what="the lease")
+    time.sleep(1.5)  # renewed once meanwhile
+    with transaction(here.database) as session:
+        left_s = session.scalar(
+            text("SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs WHERE id = :id"), {"id": job.id}
+        )
+    thread.join(timeout=60)
+
+    assert left_s is None or 4 < left_s <= 6
+    assert here.row(job).state == "storing"
+
+
+def test_a_damaged_snapshot_costs_its_steps_and_not_the_image(here):
+    job = here.accept(**{**LONG, "num_steps": 12})
+    with transaction(here.database) as session:
+        session.execute(text("UPDATE jobs SET attempt = 1 WHERE id = :id"), {"id": job.id})
+    here.snapshots.put(job.id, 0, 1, b"not a snapshot")
+
+    (row,) = ended(here, job)
+
+    assert row.state == "storing"
+    with transaction(here.database) as session:
+        query = text("SELECT steps, resumed_steps FROM attempts WHERE job_id = :id AND attempt = 2")
+        assert tuple(session.execute(query, {"id": job.id}).one()) == (12, 0)
+
+
+def test_a_resumed_image_has_the_bits_it_would_have_had(here):
+    whole = here.accept(**{**LONG, "num_steps": 12}, seed=5)
+    parted = here.accept(**{**LONG, "num_steps": 12}, seed=5)
+    ended(here, whole)
+    thread = here.render(parted)
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    until(lambda: here.snapshots.of(parted.id), what="a checkpoint")
+    held.leave("a test wants it")
+    thread.join(timeout=10)
+
+    (row,) = ended(here, parted)
+
+    assert row.state == "storing"
+    pixels = [here.renderer.handoff.get(job.id, 0, here.row(job).attempt) for job in (whole, parted)]
+    assert np.array_equal(pixels[0].array, pixels[1].array)
+
+
+def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
+    job = here.accept()
+    here.keeper.is_leaving = True
+
+    (row,) = ended(here, job)
+
+    assert (row.state, row.attempt) == ("queued", 0)
+    assert row.announced_at is not None
+    with redis.Redis.from_url(here.settings.broker_url) as client:
+        assert job.id in {job_of_message(raw) for raw in client.lrange("local.fast", 0, -1)}
