@@ -25,6 +25,7 @@ from models.leases import Lease
 
 log = structlog.get_logger(__name__)
 
+RETRY_S = 0.5  # a renewal that failed is not put off until the next beat
 ALONE_FROM = 2  # counted tries, after which a job shares its worker with no other: if it kills it, it kills nobody else's
 
 
@@ -194,10 +195,13 @@ class LeaseKeeper:
                 log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
 
     def _run(self) -> None:
-        while not self._stop.wait(self._renew_s):
+        wait_s = self._renew_s
+        while not self._stop.wait(wait_s):
+            wait_s = self._renew_s
             try:
                 self._beat()
             except SQLAlchemyError as error:
+                wait_s = min(wait_s, RETRY_S)
                 silent_s = time.monotonic() - self._renewed_at
                 log.warning("renewal_failed", silent_s=round(silent_s, 1), reason=type(error).__name__)
                 if silent_s > self._stop_s:

@@ -16,8 +16,7 @@ from typing import TypeVar
 
 import structlog
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.orm import Session
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
@@ -289,9 +288,9 @@ class Renderer:
     def _decide(self, held: Held, error: BaseException) -> None:
         """What an error means for the job."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
+        log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
         try:
-            with transaction(self.database) as session:
-                job = self._decided(session, held, error)
+            job = _persist(lambda: self._decided(held, error), OperationalError)
         except LeaseLost:
             return
         if job.state == JobState.FAILED:
@@ -299,21 +298,15 @@ class Renderer:
         if isinstance(error, EngineStopped):
             os.kill(os.getpid(), signal.SIGTERM)  # a worker without its device thread is of no use: the supervisor starts another
 
-    def _decided(self, session: Session, held: Held, error: BaseException) -> Job:
+    def _decided(self, held: Held, error: BaseException) -> Job:
         lease = held.lease
-        log.warning("render_failed", attempt=lease.attempt, exc_info=error)
-        if isinstance(error, UnsupportedRequest | UnknownCheckpoint):
-            return leases.fail(session, lease, code=FailureCode.UNSUPPORTED, detail=str(error))
-        if isinstance(error, ImageNotFinite):
-            return leases.fail(session, lease, code=FailureCode.NOT_FINITE, detail=str(error))
-        if isinstance(error, DeadlinePassed):
-            return leases.fail(session, lease, code=FailureCode.RUN_DEADLINE, detail=str(error))
-        if isinstance(error, OutOfDeviceMemory) and held.is_alone:
-            return leases.fail(session, lease, code=FailureCode.OUT_OF_MEMORY, detail=str(error))
-        if isinstance(error, EngineStopped | HandoffUnavailable):
-            return leases.give_back(session, lease, reason=type(error).__name__)
-        detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-        return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.settings.max_attempts)
+        with transaction(self.database) as session:
+            if (code := _failure_code(error, is_alone=held.is_alone)) is not None:
+                return leases.fail(session, lease, code=code, detail=str(error))
+            if isinstance(error, EngineStopped | HandoffUnavailable | SQLAlchemyError):  # none of it is the job's doing
+                return leases.give_back(session, lease, reason=type(error).__name__)
+            detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.settings.max_attempts)
 
     def _note_waste(self, work: Work) -> None:
         """Device time of images that were not finished goes on the attempt's account, not on the tenant's bill."""
@@ -322,6 +315,20 @@ class Renderer:
         if wasted_s:
             with transaction(self.database) as session:
                 leases.note_waste(session, work.held.lease.job_id, work.held.lease.attempt, device_seconds=wasted_s)
+
+
+def _failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
+    """Why no retry would help; None if one may."""
+    match error:
+        case UnsupportedRequest() | UnknownCheckpoint():
+            return FailureCode.UNSUPPORTED
+        case ImageNotFinite():
+            return FailureCode.NOT_FINITE
+        case DeadlinePassed():
+            return FailureCode.RUN_DEADLINE
+        case OutOfDeviceMemory() if is_alone:
+            return FailureCode.OUT_OF_MEMORY
+    return None
 
 
 def _drained(work: Work) -> Iterator[FinishedImage]:
