@@ -20,6 +20,7 @@ class EngineConfig:
     num_threads: int = 1  # torch threads on a CPU; never more than free cores. Part of the fingerprint
     max_inflight: int = 16  # images that advance by turns on this device, not those that wait
     rank_shares: Mapping[int, float] = field(default_factory=dict)  # rank -> part of the device it gets at least while it has work
+    share_patience_s: float = 2.0  # busy seconds that such a rank is put off: shorter work of a better one is never held up
     max_batch_rows: int = 16  # rows of one forward; a guided image takes two
     growth_ceiling: float = 0.85  # a forward grows while one more row costs less than this share of a single-row step
     row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, padded up; (): exactly the rows there are

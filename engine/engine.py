@@ -105,6 +105,7 @@ class Engine:
             max_encodes_between_steps=config.max_encodes_between_steps,
             row_buckets=config.row_buckets,
             rank_shares=config.rank_shares,
+            share_patience_s=config.share_patience_s,
             growth_ceiling=config.growth_ceiling,
             max_adapters=min((spec.adapter_slots for spec in checkpoints), default=1),
         )

@@ -14,8 +14,9 @@ they come after them, in seats as in turns, and ride with them in free rows only
 alone in its rank is never ahead.
 
 **Shares.** A rank with a share that has work ready is owed that part of the device, whatever better ranks want (`shares.py`). Its credit
-grows with everybody's work; when it covers the rank's next piece of work, that is done next. So over a minute in which it always had
-work it gets its share less one forward, and a better rank waits for one forward of a worse one now and then.
+grows with everybody's work; when it covers the rank's next piece of work, and what `share_patience_s` earn, that is done next. So
+over a minute in which it always had work it gets its share less one forward, and a better rank that always has work waits for one
+forward of a worse one now and then.
 
 **Seats.** Of the images that wait for encode or denoise steps only `max_inflight` hold a seat and advance. Within a rank up to half of
 the seats go to the best image of each lane, for a lane without a seat has no turns; the others go in the order above. A rank with a share
@@ -193,6 +194,7 @@ class Scheduler:
         row_buckets: tuple[int, ...] = (),
         max_adapters: int = 8,
         rank_shares: Mapping[int, float] = MappingProxyType({}),
+        share_patience_s: float = 0.0,
         growth_ceiling: float = 0.85,
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
@@ -228,7 +230,7 @@ class Scheduler:
         self._parked: list[InFlight] = []
         self._resumed: list[InFlight] = []
         self._balances: dict[tuple[Group, _Kind], float] = {}  # by lane: seconds left in this round; below 0: overdrawn
-        self._shares = Shares(rank_shares)
+        self._shares = Shares(rank_shares, share_patience_s)
         self._owners: dict[int, Owners] = {}  # by rank
         self._encodes = 0  # since the last forward
         self._decodes = 0

@@ -2,7 +2,8 @@
 
 A rank with a share earns credit while it has work ready: its share of every second that anybody's work takes. What it is given for its
 credit is taken from it, and what was predicted too low is taken later. Being served because nobody better is here uses credit up, but
-makes no debt; so nothing is saved up and nothing paid back.
+makes no debt; so nothing is saved up and nothing paid back. A rank that is served now and then for nothing, in the gaps of better ones,
+never comes to take a turn from them.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -13,11 +14,15 @@ HORIZON_S = 60.0  # over so long a rank gets its share, less one piece of work; 
 class Shares:
     """The ranks with a share, best first, and their credit."""
 
-    def __init__(self, shares: Mapping[int, float]) -> None:
-        """Raises `ValueError` unless every share is above 0 and all together are below 1."""
+    def __init__(self, shares: Mapping[int, float], patience_s: float = 0.0) -> None:
+        """patience_s: what so many seconds earn is kept back, so that a better rank's work that is over by then is never held up.
+
+        Raises `ValueError` unless every share is above 0 and all together are below 1.
+        """
         if not all(share > 0 for share in shares.values()) or not sum(shares.values()) < 1:
             raise ValueError(f"rank_shares {dict(shares)} are not parts of a whole that leave something to the other ranks")
         self._shares = dict(sorted(shares.items()))
+        self._patience_s = patience_s
         self._credits: dict[int, float] = {}
 
     def seats(self, max_inflight: int) -> dict[int, int]:
@@ -44,4 +49,5 @@ class Shares:
 
     def covers(self, rank: int, seconds: float) -> bool:
         """Is the rank owed so long a piece of work? One longer than its credit can ever be is given for the most it can."""
-        return self._credits[rank] >= min(seconds, self._shares[rank] * HORIZON_S)
+        share = self._shares[rank]
+        return self._credits[rank] >= min(seconds + share * self._patience_s, share * HORIZON_S)

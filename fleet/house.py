@@ -8,6 +8,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 
 from pydantic_settings import BaseSettings
 
@@ -16,6 +17,7 @@ from policy.fleet import Fleet
 from settings import REPO, FlowerSettings, GatewaySettings, ServerSettings, Settings, StoreSettings, WorkerSettings
 
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
+METRICS_STRIDE = 10
 _TAKES_IN_WORK, _FINISHES_IT = 90, 50  # priorities: the former stop first, so that the latter still can
 
 
@@ -24,8 +26,8 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
     flower = {**env, "FLOWER_BIND": env["FLOWER_URL"].removeprefix("http://")}
     worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
-    own_names = worker_names if num_workers > 1 else [""]  # "" leaves the naming to the launcher
-    return [
+    own_names = worker_names if num_workers > 1 else [""] * num_workers  # "" leaves the naming to the launcher
+    started = [
         _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(env, GatewaySettings, ServerSettings)),
         *(
             _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, _worker_environment(env, fleet, own_name))
@@ -35,6 +37,15 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
         _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(env, StoreSettings)),
         _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(env, Settings)),
     ]
+    return [_with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)]
+
+
+def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
+    """METRICS_PORT is the gateway's; each process behind it has the port METRICS_STRIDE further on, the GPUs of a worker those between."""
+    port = int(program.environment.get("METRICS_PORT") or 0)
+    if not port or not place:
+        return program
+    return replace(program, environment={**program.environment, "METRICS_PORT": str(port + place * METRICS_STRIDE)})
 
 
 def _program(name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]) -> Program:

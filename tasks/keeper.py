@@ -86,9 +86,7 @@ class Held:
 class LeaseKeeper:
     """Takes leases and keeps them; also the worker's heartbeat."""
 
-    def __init__(
-        self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float, max_attempts: int
-    ) -> None:
+    def __init__(self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float) -> None:
         self._database, self.identity = database, identity
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
@@ -97,9 +95,12 @@ class LeaseKeeper:
         self._solitude = threading.Lock()
         self._renewed_at = time.monotonic()
         self.is_leaving = False  # nothing more is taken here
+        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+
+    def start(self, *, max_attempts: int) -> None:
+        """Say that this worker is alive and begin to renew; what a predecessor of its name held is put back or fails first."""
         self._take_over(max_attempts)
         self._beat()
-        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
         self._thread.start()
 
     @contextmanager
@@ -176,7 +177,8 @@ class LeaseKeeper:
     def close(self) -> None:
         """Stop renewing and sign off; leases still held run out."""
         self._stop.set()
-        self._thread.join(timeout=10)
+        if self._thread.is_alive():
+            self._thread.join(timeout=10)
         try:
             with transaction(self._database) as session:
                 learning.observe(session, self._seen)

@@ -16,7 +16,7 @@ from typing import Any
 import structlog
 from celery import Celery
 from celery.exceptions import SecurityWarning
-from celery.signals import worker_shutting_down
+from celery.signals import setup_logging, worker_shutting_down
 
 from edges import telemetry
 from edges.broker import Broker, make_celery
@@ -50,6 +50,7 @@ def serve_render() -> None:
     from tasks.preemption import Preemption, wait_while_a_notice_stands
     from tasks.render import Renderer
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery's own handler is there; loading takes a while
     name = settings.worker_name or f"cpu0@{socket.gethostname()}"
     sources = _notice_sources(settings, name)
     wait_while_a_notice_stands(sources)
@@ -62,14 +63,7 @@ def serve_render() -> None:
     )
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
-    keeper = LeaseKeeper(
-        database,
-        identity,
-        ttl_s=settings.lease_ttl_s,
-        renew_s=settings.lease_renew_s,
-        stop_s=settings.lease_stop_s,
-        max_attempts=settings.max_attempts,
-    )
+    keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
     checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news)
     renderer = Renderer(
@@ -105,9 +99,10 @@ def serve_render() -> None:
         return tiers.may_take(fleet, tier, held, pool.slots, is_front=is_front)
 
     celery.steps["consumer"].add(tier_gate(names, may_take))
-    log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
     status = 0
     try:
+        keeper.start(max_attempts=settings.max_attempts)
+        log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
         _work(celery, names, name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -138,6 +133,7 @@ def serve_results() -> None:
         fleet=fleet,
         database=database,
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         store=ObjectStore(settings),
         news=News(settings.handoff_url),
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
@@ -234,6 +230,7 @@ def _without_lease(taken: Mapping[str, int], leased: Counter[str]) -> Counter[st
 def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:
     """Consume `names` until SIGTERM, which lets running tasks end."""
     warnings.filterwarnings("ignore", category=SecurityWarning)  # Celery warns of root because of pickle; we accept JSON alone
+    setup_logging.connect(lambda **_: None, weak=False)  # or Celery sets the root logger's level: LOG_LEVEL is what counts
     arguments = ["--quiet", "worker", "--pool=threads", f"--concurrency={threads}", f"--queues={','.join(names)}", f"--hostname={name}"]
     celery.worker_main([*arguments, "--without-mingle", "--without-gossip", "--loglevel=WARNING"])
 

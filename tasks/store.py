@@ -1,6 +1,7 @@
 """Store what was rendered: encode, upload under a content-addressed key, commit artifact, state, cost and audit event at once."""
 
 import uuid
+from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
@@ -12,6 +13,7 @@ from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
 from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
 from edges.progress import News
 from edges.release import Release
+from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import jobs, leases, uploads
 from models.database import transaction
 from models.states import FINAL_STATES, JobState
@@ -31,6 +33,7 @@ class Storekeeper:
     fleet: Fleet
     database: Database
     handoff: Handoff
+    snapshots: Snapshots
     store: ObjectStore
     news: News
     release: Release
@@ -88,6 +91,8 @@ class Storekeeper:
         if after.state == JobState.SUCCEEDED:
             log.info("job_succeeded", tier=job.tier, device_seconds=round(after.device_seconds, 4))
             self.news.tell_ending(job.id)
+            with suppress(SnapshotsUnavailable):  # the sweeper will
+                self.snapshots.drop([job.id])
         return True
 
     def _upload(self, job: Job, pixels: Pixels) -> dict:

@@ -280,6 +280,16 @@ def test_being_served_when_nobody_better_is_here_costs_no_credit_and_earns_none(
     assert turns(scheduler, 5) == [*["denoise rank 0"] * 4, "denoise rank 1"]
 
 
+def test_a_patient_rank_is_put_off_at_first_and_then_has_its_whole_share():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25}, share_patience_s=8.0)
+
+    done = turns(scheduler, 400)
+
+    assert done[:12] == ["denoise rank 0"] * 12
+    assert done[12] == "denoise rank 1"
+    assert Counter(done[12:])["denoise rank 1"] == pytest.approx(0.25 * len(done[12:]), abs=1)
+
+
 def test_a_rank_without_work_earns_nothing_and_keeps_nothing():
     scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
     turns(scheduler, 3)

@@ -93,7 +93,8 @@ def a_worker(
 ) -> Iterator[WorkerHere]:
     """Everything `tasks.serve` puts together for the role `render`, but Celery."""
     identity = WorkerIdentity(name=name, pool="local", device="cpu", slots=16, facts={})
-    keeper = LeaseKeeper(database, identity, ttl_s=6, renew_s=1, stop_s=5, max_attempts=settings.max_attempts)
+    keeper = LeaseKeeper(database, identity, ttl_s=6, renew_s=1, stop_s=5)
+    keeper.start(max_attempts=settings.max_attempts)
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
     snapshots = Snapshots(settings.handoff_url, ttl_s=60)
     checkpoints = Checkpoints(engine, snapshots, news)
