@@ -285,9 +285,9 @@ def test_a_patient_rank_is_put_off_at_first_and_then_has_its_whole_share():
 
     done = turns(scheduler, 400)
 
-    assert done[:12] == ["denoise rank 0"] * 12
-    assert done[12] == "denoise rank 1"
-    assert Counter(done[12:])["denoise rank 1"] == pytest.approx(0.25 * len(done[12:]), abs=1)
+    assert done[:8] == ["denoise rank 0"] * 8
+    assert done[8] == "denoise rank 1"
+    assert Counter(done[8:])["denoise rank 1"] == pytest.approx(0.25 * len(done[8:]), abs=1)
 
 
 def test_a_rank_without_work_earns_nothing_and_keeps_nothing():
