@@ -32,7 +32,10 @@ class FieldError:
 
 
 class ProblemError(DarkroomError):
-    """The gateway refused. `type` is the stable name of the reason; `title` and `detail` are for people."""
+    """The gateway refused. `type` is the stable name of the reason; `title` and `detail` are for people.
+
+    retry_after_s: when the same request may be let in; None where waiting does not help.
+    """
 
     def __init__(
         self,
@@ -44,10 +47,11 @@ class ProblemError(DarkroomError):
         errors: tuple[FieldError, ...] = (),
         request_id: str | None = None,
         members: Mapping[str, Any] | None = None,
+        retry_after_s: float | None = None,
     ) -> None:
         super().__init__(f"{title}: {detail}" if detail else title)
         self.status, self.type, self.title, self.detail = status, type, title, detail
-        self.errors, self.request_id = errors, request_id
+        self.errors, self.request_id, self.retry_after_s = errors, request_id, retry_after_s
         self.members = dict(members or {})  # the whole document, further facts included
 
 

@@ -112,13 +112,15 @@ def read_object(answer: httpx.Response) -> dict[str, Any]:
         return members
     if "title" not in members:
         raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} without saying why")
-    raise _problem(answer.status_code, members)
+    raise _problem(answer, members)
 
 
-def _problem(status: int, members: Mapping[str, Any]) -> ProblemError:
+def _problem(answer: httpx.Response, members: Mapping[str, Any]) -> ProblemError:
     errors = members.get("errors") or ()
+    retry_after = answer.headers.get("Retry-After", "")
     return ProblemError(
-        status=status,
+        status=answer.status_code,
+        retry_after_s=float(retry_after) if retry_after.isdigit() else None,
         type=str(members.get("type", "about:blank")),
         title=str(members["title"]),
         detail=str(members.get("detail") or ""),

@@ -108,6 +108,16 @@ def test_a_refusal_tells_each_wrong_field():
     assert [(field.pointer, field.accepted) for field in error.errors] == [("/steps", {"min": 1, "max": 20})]
 
 
+def test_a_refusal_for_now_says_when_to_come_back():
+    problem = {"type": "/problems/fleet-saturated", "title": "Fleet saturated", "status": 503, "detail": "Later."}
+    client = a_client(lambda request: httpx.Response(503, json=problem, headers={"Retry-After": "12"}))
+
+    with pytest.raises(ProblemError) as caught:
+        client.create_job("a red circle")
+
+    assert caught.value.retry_after_s == 12
+
+
 @pytest.mark.parametrize(
     "answer",
     [httpx.Response(200, text="<html>welcome</html>"), httpx.Response(502, text="bad gateway"), httpx.Response(200, json={"id": "j1"})],
