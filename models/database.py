@@ -2,8 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from sqlalchemy import Engine, create_engine
+from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, func, select
 from sqlalchemy.orm import Session
 
 
@@ -25,3 +26,11 @@ def transaction(engine: Engine) -> Iterator[Session]:
     """A session that commits when the block ends well and rolls back when it does not."""
     with Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
+
+
+def now_once() -> ScalarSelect[Any]:
+    """The database's clock, read once a statement, to compare an indexed column with.
+
+    `clock_timestamp()` itself is volatile: no index is searched with it, every row that a partial index holds is looked at.
+    """
+    return select(func.clock_timestamp(type_=DateTime(timezone=True))).scalar_subquery()

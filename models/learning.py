@@ -11,6 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
+from models.database import now_once
 from models.states import JobState
 from models.tables import Job, LearntCost, LearntEta
 
@@ -75,8 +76,8 @@ def newly_ended(session: Session, *, most: int = 500) -> Sequence[Ended]:
     since = session.scalar(select(func.max(LearntEta.learnt_until)))
     taken_s = func.extract("epoch", Job.finished_at - Job.accepted_at)
     query = select(Job.pool, Job.tier, Job.eta_raw_s, taken_s, Job.finished_at).where(
-        Job.finished_at > (since if since is not None else func.clock_timestamp() - timedelta(hours=1)),
-        Job.finished_at < func.clock_timestamp() - timedelta(seconds=2),  # `finished_at` is older than its commit
+        Job.finished_at > (since if since is not None else now_once() - timedelta(hours=1)),
+        Job.finished_at < now_once() - timedelta(seconds=2),  # `finished_at` is older than its commit
         Job.state == JobState.SUCCEEDED,
         Job.eta_raw_s > 0,
     )

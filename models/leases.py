@@ -177,8 +177,9 @@ def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int
     """Put on the attempt's record what snapshots spared it, and how many steps of earlier attempts it does again.
 
     resumed: the step at which each image begins, by index; 0: from the start, so what it took before bought nothing.
-    Returns the outcome of the attempt before it if steps were lost, else None.
+    Returns the outcome of the attempt before it if steps were lost, else None. Raises LeaseLost.
     """
+    _held(session, lease)
     attempt = session.get_one(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
     attempt.resumed_steps, attempt.lost_steps = sum(resumed.values()), lost_steps
     anew = [index for index, step in resumed.items() if not step]

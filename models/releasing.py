@@ -9,7 +9,6 @@ another worker; also when all room is taken. Workers take from the front queue f
 is less urgent. That is how one tenant may use every idle slot without anybody else having to wait for them.
 """
 
-import math
 import uuid
 from collections import Counter
 from collections.abc import Sequence
@@ -20,6 +19,7 @@ from sqlalchemy import func, or_, select, text, true, update
 from sqlalchemy.orm import Session
 
 from models import flows
+from models.database import now_once
 from models.states import JobState
 from models.tables import Flow, Job
 
@@ -81,32 +81,36 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
     session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"release:{pool}:{tier}"})
     in_hand = _in_hand(session, pool, tier)
     chosen: dict[uuid.UUID, Picked] = {}
-    newest_tag = -math.inf
+    newest_tag: float | None = None
 
     def choose(job: _Waiting, *, is_front: bool) -> None:
-        nonlocal newest_tag
         chosen[job.job_id] = Picked(job.job_id, is_front)
-        newest_tag = max(newest_tag, job.release_tag)
         in_hand[job.tenant_id] += job.num_images
+
+    def is_capped(job: _Waiting) -> bool:
+        return room.most_of_one is not None and in_hand[job.tenant_id] + job.num_images > max(room.most_of_one, job.num_images)
 
     line = _in_order(session, pool, tier, room, in_hand)
     for job in line:
-        if room.most_of_one is not None and in_hand[job.tenant_id] + job.num_images > max(room.most_of_one, job.num_images):
+        if is_capped(job):
             continue
         if in_hand.total() and in_hand.total() + job.num_images > room.limit_images:
             break  # it is next: nobody smaller overtakes it
-        choose(job, is_front=in_hand.total() >= room.slots and _is_due(job, room, in_hand, sharing=len(in_hand)))
+        sharing = len(in_hand.keys() | {job.tenant_id})
+        choose(job, is_front=in_hand.total() >= room.slots and _is_due(job, room, in_hand, sharing))
+        newest_tag = job.release_tag
     if len(chosen) < len(line) or in_hand.total() >= room.limit_images:
         heads = _heads(session, pool, tier, only=tenant_id)
         sharing = len(in_hand.keys() | {job.tenant_id for job in heads})
         for job in heads:
             fits = in_hand.total() + job.num_images <= 2 * room.limit_images
-            if fits and job.job_id not in chosen and _is_due(job, room, in_hand, sharing):
-                choose(job, is_front=True)
+            if fits and job.job_id not in chosen and not is_capped(job) and _is_due(job, room, in_hand, sharing):
+                choose(job, is_front=True)  # out of turn: virtual time stays, or who comes next would start behind all that still wait
     if not chosen:
         return []
     stamped = _stamp(session, list(chosen.values()))
-    flows.advance(session, pool=pool, tier=tier, start_tag=newest_tag)
+    if newest_tag is not None:
+        flows.advance(session, pool=pool, tier=tier, start_tag=newest_tag)
     return [job for job in chosen.values() if job.job_id in stamped]
 
 
@@ -138,9 +142,9 @@ def _in_order(session: Session, pool: str, tier: str, room: Room, in_hand: Count
     limit = room.limit_images - in_hand.total()
     if limit <= 0:
         return []
-    capped = [tenant for tenant, images in in_hand.items() if room.most_of_one is not None and images >= room.most_of_one]
-    if capped:  # past them by their heads: their backlog may be a million rows long
-        return _heads(session, pool, tier, of_each=limit, without=capped)[:limit]
+    if room.most_of_one is not None:  # by their heads, past the capped: a backlog may be a million rows long
+        capped = [tenant for tenant, images in in_hand.items() if images >= room.most_of_one]
+        return _heads(session, pool, tier, of_each=min(limit, room.most_of_one), without=capped)
     query = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).order_by(Job.release_tag, Job.id).limit(limit)
     return [_Waiting(*row) for row in session.execute(query)]
 
@@ -194,7 +198,7 @@ def announced(session: Session, *, pool: str, tier: str, older_than_s: float) ->
             Job.pool == pool,
             Job.tier == tier,
             Job.state == JobState.QUEUED,
-            Job.announced_at < func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
+            Job.announced_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
         )
         .order_by(Job.announced_at)
     )

@@ -9,6 +9,7 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from models import jobs
+from models.database import now_once
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
 
@@ -23,23 +24,23 @@ class Unstored:
 
 
 def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    query = select(Job.id).where(Job.state == JobState.RUNNING, Job.lease_expires_at < func.clock_timestamp())
+    query = select(Job.id).where(Job.state == JobState.RUNNING, Job.lease_expires_at < now_once())
     return list(session.scalars(query.order_by(Job.lease_expires_at).limit(limit)))
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < func.clock_timestamp())
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < now_once())
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
 
 def overruns(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
     """Jobs that wait again after an earlier attempt and are past their run deadline; running ones are their engine's."""
-    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < func.clock_timestamp())
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < now_once())
     return list(session.scalars(query.order_by(Job.run_by).limit(limit)))
 
 
 def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
-    query = select(Job.id, Job.tier).where(Job.state == JobState.STORING, Job.store_by < func.clock_timestamp())
+    query = select(Job.id, Job.tier).where(Job.state == JobState.STORING, Job.store_by < now_once())
     overdue = session.execute(query.order_by(Job.store_by).limit(limit)).all()
     return [Unstored(job_id, tier, jobs.handed_off(session, job_id)) for job_id, tier in overdue]
 

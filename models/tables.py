@@ -152,13 +152,14 @@ class Job(Base):
         CheckConstraint("width_px >= 1 AND height_px >= 1", name="jobs_sides_are_positive"),
         Index("jobs_waiting", "pool", "tier", "release_tag", "id", postgresql_where=text("state = 'queued' AND announced_at IS NULL")),
         Index("jobs_announced", "pool", "tier", "announced_at", postgresql_where=text("state = 'queued' AND announced_at IS NOT NULL")),
-        Index("jobs_running", "pool", "tier", "lease_expires_at", postgresql_where=text("state = 'running'")),
+        # Not by lease_expires_at: a renewal then touches no index at all, and the rows of what runs are few.
+        Index("jobs_running", "pool", "tier", postgresql_where=text("state = 'running'")),
         Index("jobs_storing", "store_by", postgresql_where=text("state = 'storing'")),
         Index("jobs_start_by", "start_by", postgresql_where=text("state = 'queued' AND attempt = 0")),
         Index("jobs_run_by", "run_by", postgresql_where=text("state = 'queued' AND run_by IS NOT NULL")),
         Index("jobs_waiting_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text("state = 'queued' AND announced_at IS NULL")),
         Index("jobs_oldest", "pool", "tier", "accepted_at", postgresql_where=text("state = 'queued'")),
-        Index("jobs_finished", "finished_at", postgresql_where=text("finished_at IS NOT NULL")),
+        Index("jobs_succeeded", "finished_at", postgresql_where=text("state = 'succeeded'")),
         Index("jobs_dead", "finished_at", postgresql_where=text("state = 'failed'")),
         Index("jobs_requeued", "requeue_of", unique=True, postgresql_where=text("requeue_of IS NOT NULL")),
         Index("jobs_by_tenant", "tenant_id", "id"),
@@ -303,7 +304,7 @@ class Flow(Base):
 
 
 class FairClock(Base):
-    """Virtual time of one (pool, tier): the start tag of the job released last."""
+    """Virtual time of one (pool, tier): the start tag of the job released last in fair order."""
 
     __tablename__ = "fair_clocks"
 

@@ -8,6 +8,7 @@ from sqlalchemy import ColumnElement, delete, func, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
+from models.database import now_once
 from models.tables import Artifact, Upload
 
 ORPHAN_AFTER_S = 600.0  # no upload takes that long: its task is dead, or was told that the image is stored already
@@ -45,4 +46,4 @@ def left_behind(session: Session, *, older_than_s: float, limit: int = 20) -> li
 
 
 def _is_old(older_than_s: float) -> ColumnElement[bool]:
-    return Upload.started_at < func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
+    return Upload.started_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)

@@ -124,5 +124,5 @@ def refusal(
 
 
 def _jittered(seconds: float, draw: float) -> int:
-    jittered = seconds * (1 - JITTER + 2 * JITTER * draw)
-    return math.ceil(min(LONGEST_RETRY_S, max(SHORTEST_RETRY_S, jittered)))
+    bounded = min(LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds))  # first: who waits longest is spread, too
+    return math.ceil(bounded * (1 - JITTER + 2 * JITTER * draw))

@@ -1,7 +1,7 @@
 """What a job will take and when it will be done: guesses from what was learnt of others like it, corrected by how wrong the last were."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
@@ -97,8 +97,3 @@ def learn_ratios(known: EtaRatios | None, ratio: float, *, observed: int) -> Eta
 
 def _moved(quantile: float, ratio: float, share: float, step: float) -> float:
     return min(1e3, max(1e-3, quantile * math.exp(step * share if ratio > quantile else -step * (1 - share))))
-
-
-def served_before(ranks: Mapping[str, int], tier: str) -> frozenset[str]:
-    """The tiers of better rank than `tier`."""
-    return frozenset(name for name, rank in ranks.items() if rank < ranks[tier])

@@ -6,18 +6,23 @@ import hashlib
 import itertools
 import json
 import socket
+import subprocess
+import sys
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import redis
 from numpy.typing import NDArray
 from sqlalchemy.orm import Session
 
 from models import jobs, leases, tenants
-from models.leases import Lease, Rendered
+from models.leases import Lease, Left, Rendered
 from models.tables import Job, Tenant
 from policy.catalog import Resolved, Wish, resolve
 from policy.cost import price
@@ -139,6 +144,31 @@ def a_closed_port() -> int:
         return int(probe.getsockname()[1])
 
 
+@contextmanager
+def a_redis(folder: Path, **options: str) -> Iterator[str]:
+    """The URL of a Redis of one's own with these options, such as `maxmemory="100mb"`."""
+    port = a_closed_port()
+    url = f"redis://127.0.0.1:{port}/0"
+    binary = str(Path(sys.executable).with_name("redis-server"))
+    command = [binary, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder), "--save", ""]
+    for name, value in options.items():
+        command += [f"--{name}", value]
+
+    def answers() -> bool:
+        try:
+            return bool(redis.Redis.from_url(url).ping())
+        except redis.RedisError:
+            return False
+
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        until(answers, what="redis-server")
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
 def until(happens: Callable[[], Any], *, within_s: float = 10.0, what: str = "it") -> Any:
     """What `happens()` returns once it is true; asked every few milliseconds."""
     deadline = time.monotonic() + within_s
@@ -157,12 +187,20 @@ def resolved(fleet: Fleet | None = None, **fields: Any) -> Resolved:
     return resolve(fleet or a_fleet(), a_wish(**fields), default_seed=7, draw=0.0)
 
 
-def a_tenant(session: Session) -> Tenant:
-    return tenants.create(session, name=f"tenant-{next(_numbers)}-{uuid.uuid4().hex[:8]}", actor="tests")
+def a_tenant(session: Session, *, weight: float = 1.0) -> Tenant:
+    return tenants.create(session, name=f"tenant-{next(_numbers)}-{uuid.uuid4().hex[:8]}", weight=weight, actor="tests")
 
 
 def a_job(
-    session: Session, *, tenant: Tenant | None = None, start_within_s: float = 600, release_tag: float | None = None, **params: Any
+    session: Session,
+    *,
+    tenant: Tenant | None = None,
+    start_within_s: float = 600,
+    run_within_s: float | None = None,
+    predicted_s: float = 0.0,
+    eta_raw_s: float | None = None,
+    release_tag: float | None = None,
+    **params: Any,
 ) -> Job:
     """An accepted job, of a tenant of its own unless one is given."""
     columns = {
@@ -190,6 +228,9 @@ def a_job(
         api_key_id=None,
         params=columns | params,
         start_within_s=start_within_s,
+        run_within_s=run_within_s,
+        predicted_s=predicted_s,
+        eta_raw_s=eta_raw_s,
         currency="EUR",
         actor="tests",
     )
@@ -212,14 +253,24 @@ def hand_off(session: Session, lease: Lease, index: int = 0, *, store_within_s: 
     return leases.hand_off(session, lease, index, rendered=rendered(**record), store_within_s=store_within_s)
 
 
-def store(session: Session, job: Job, index: int = 0, *, attempt: int = 1) -> Job | None:
+def preempt(session: Session, lease: Lease, *, left: Sequence[Left] = (), reason: str = "spot", kept_in: str = "handoff") -> Job:
+    """Give the job up because its worker has to go."""
+    return leases.preempt(session, lease, reason=reason, left=left, store=kept_in)
+
+
+def a_left(index: int = 0, *, steps_done: int = 2, size_bytes: int = 100, device_seconds: float = 0.25) -> Left:
+    """What a preempted attempt leaves of an image."""
+    return Left(index, steps_done, f"handoff:snapshot#{index}", size_bytes, device_seconds)
+
+
+def store(session: Session, job: Job, index: int = 0, *, attempt: int = 1, artifact: dict[str, Any] | None = None) -> Job | None:
     """Record image `index` as uploaded."""
     return jobs.store(
         session,
         job_id=job.id,
         index=index,
         attempt=attempt,
-        artifact=an_artifact(),
+        artifact=artifact or an_artifact(),
         price=lambda device_s: price(a_fleet(), pool="local", tier="fast", device_seconds=device_s),
         store_within_s=10,
         actor="results",

@@ -17,11 +17,16 @@ INDEXES: dict[str, tuple[list[str], str | None]] = {
     "jobs_run_by": (["run_by"], "state = 'queued' AND run_by IS NOT NULL"),
     "jobs_waiting_by_tenant": (["pool", "tier", "tenant_id", "release_tag", "id"], WAITING),
     "jobs_oldest": (["pool", "tier", "accepted_at"], "state = 'queued'"),
-    "jobs_finished": (["finished_at"], "finished_at IS NOT NULL"),
+    "jobs_succeeded": (["finished_at"], "state = 'succeeded'"),
     "jobs_dead": (["finished_at"], "state = 'failed'"),
     "jobs_requeued": (["requeue_of"], "requeue_of IS NOT NULL"),
     "jobs_by_tenant_state": (["tenant_id", "state", "id"], None),
 }
+
+# Without lease_expires_at, which 0002 had in it: every renewal left a dead entry in this and in every other index of the table, and
+# whoever counts what runs read them all until the next vacuum, which is far away when a million rows wait.
+RUNNING = ["pool", "tier"]
+RUNNING_BEFORE = ["pool", "tier", "lease_expires_at"]
 
 # Row by row and in the same transaction: the sums are exact, and nobody has to count a backlog of a million rows.
 COUNT_QUEUED = """
@@ -113,6 +118,7 @@ def upgrade() -> None:
     for name, (columns, condition) in INDEXES.items():
         where = sa.text(condition) if condition else None
         op.create_index(name, "jobs", columns, unique=name == "jobs_requeued", postgresql_where=where)
+    _index_running(RUNNING)
     op.execute(COUNT_QUEUED)
     for trigger in TRIGGERS:
         op.execute(trigger)
@@ -138,6 +144,7 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION flows_count_queued")
     for name in INDEXES:
         op.drop_index(name, "jobs")
+    _index_running(RUNNING_BEFORE)
     for table in NEW_TABLES.split(", "):
         op.drop_table(table)
     for column in ("predicted_s", "eta_raw_s", "is_front", "run_within_s", "run_by", "requeue_of"):
@@ -146,6 +153,11 @@ def downgrade() -> None:
         op.drop_column("attempts", column)
     op.drop_column("tenants", "weight")
     _restore_queue_now()
+
+
+def _index_running(columns: list[str]) -> None:
+    op.drop_index("jobs_running", "jobs")
+    op.create_index("jobs_running", "jobs", columns, postgresql_where=sa.text("state = 'running'"))
 
 
 def _add_columns() -> None:

@@ -7,7 +7,7 @@ import pytest
 import redis
 
 from settings import StoreSettings
-from tests.builders import settings_for
+from tests.builders import a_redis, settings_for
 from tests.models.conftest import database  # noqa: F401
 
 CORNER = 9  # of Redis's sixteen numbered databases
@@ -36,3 +36,10 @@ def handoff_redis(settings) -> Iterator[redis.Redis]:
         client.flushdb()
         yield client
         client.flushdb()
+
+
+@pytest.fixture(scope="session")
+def small_redis(tmp_path_factory) -> Iterator[str]:
+    """The URL of a Redis of our own that is full when it is empty: it needs more memory than it may use."""
+    with a_redis(tmp_path_factory.mktemp("redis"), maxmemory="512kb") as url:
+        yield url

@@ -4,9 +4,10 @@ import uuid
 
 import numpy as np
 import pytest
+import redis
 
-from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, pixels_sha256
-from tests.builders import a_closed_port, some_pixels
+from edges.handoff import Gauge, Handoff, HandoffCorrupt, HandoffUnavailable, pixels_sha256
+from tests.builders import a_closed_port, a_redis, some_pixels
 
 
 @pytest.fixture
@@ -104,8 +105,81 @@ def test_a_hand_off_that_is_away_says_so():
         lambda: away.put(uuid.uuid4(), 0, 1, some_pixels()),
         lambda: away.get(uuid.uuid4(), 0, 1),
         lambda: away.holds(uuid.uuid4(), 0, 1),
+        lambda: list(away.kept()),
+        lambda: away.forget(["handoff:x"]),
         away.ping,
     ):
         with pytest.raises(HandoffUnavailable):
             ask()
     away.drop(uuid.uuid4(), 0, 1)  # the TTL does it
+
+
+def test_everything_that_is_kept_can_be_told_apart(handoff, handoff_redis):
+    one, other = uuid.uuid4(), uuid.uuid4()
+    images = {(one, 0, 1), (one, 0, 12), (one, 3, 1), (other, 0, 1)}
+    for job_id, index, attempt in images:
+        handoff.put(job_id, index, attempt, some_pixels())
+    handoff_redis.set(f"snapshot:{one}", b"of no interest here")
+
+    kept = list(handoff.kept())
+
+    assert {(job_id, index, attempt) for _, job_id, index, attempt in kept} == images
+    assert len({key for key, *_ in kept}) == 4
+
+
+def test_what_nobody_waits_for_is_forgotten_by_its_key(handoff):
+    orphan, awaited = uuid.uuid4(), uuid.uuid4()
+    for job_id in (orphan, awaited):
+        handoff.put(job_id, 0, 1, some_pixels())
+
+    keys = [key for key, job_id, _, _ in handoff.kept() if job_id == orphan]
+    handoff.forget(keys)
+    handoff.forget(keys)
+    handoff.forget([])
+
+    assert (handoff.holds(orphan, 0, 1), handoff.holds(awaited, 0, 1)) == (False, True)
+
+
+def test_a_key_that_is_none_of_ours_is_an_error_and_not_an_orphan(handoff, handoff_redis):
+    handoff_redis.set("handoff:strange", b"")
+
+    with pytest.raises(HandoffUnavailable):
+        list(handoff.kept())
+
+
+def test_a_full_hand_off_says_so(small_redis):
+    with pytest.raises(HandoffUnavailable):
+        Handoff(small_redis, ttl_s=60).put(uuid.uuid4(), 0, 1, some_pixels(256, 256))
+
+
+def test_how_full_the_hand_off_is_is_the_memory_in_use_of_what_may_be_used(settings, handoff_redis, small_redis):
+    memory = handoff_redis.info("memory")
+
+    assert Gauge(settings.handoff_url).fill() == pytest.approx(memory["used_memory"] / memory["maxmemory"], rel=0.2)
+    assert Gauge(small_redis).fill() > 0.9
+
+
+def test_a_hand_off_without_a_limit_is_never_full(tmp_path):
+    with a_redis(tmp_path) as url:
+        assert Gauge(url).fill() == 0
+
+
+def test_the_gauge_is_read_once_a_second_and_holds_its_last_answer_while_nobody_answers(tmp_path, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr("edges.handoff.time.monotonic", lambda: clock[0])
+    with a_redis(tmp_path, maxmemory="100mb") as url:
+        gauge, redis_there = Gauge(url), redis.Redis.from_url(url)
+        before = gauge.fill()
+        redis_there.set("something", b"x" * 50_000_000)
+
+        assert gauge.fill() == before
+        clock[0] += 1.1
+        after = gauge.fill()
+        assert after > before + 0.4
+
+    clock[0] += 1.1
+    assert gauge.fill() == after
+
+
+def test_before_its_first_answer_the_gauge_says_empty():
+    assert Gauge(f"redis://127.0.0.1:{a_closed_port()}/0").fill() == 0

@@ -7,11 +7,11 @@ from sqlalchemy import text
 
 from edges.broker import Broker, job_of_message
 from edges.release import Release
-from models import workers
+from models import jobs, workers
 from models.database import transaction
 from models.tables import Job
 from settings import StoreSettings
-from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease
+from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant
 
 
 @pytest.fixture
@@ -49,9 +49,10 @@ def accept(database, pool):
     return accept
 
 
-def messages(broker_redis, pool) -> list[uuid.UUID]:
+def messages(broker_redis, pool, tier="fast", *, is_front=False) -> list[uuid.UUID]:
     """The jobs of the messages in the queue, the one that is taken first in front."""
-    return [job_of_message(raw) for raw in reversed(broker_redis.lrange(f"{pool}.fast", 0, -1))]
+    queue = f"{pool}.{tier}.front" if is_front else f"{pool}.{tier}"
+    return [job_of_message(raw) for raw in reversed(broker_redis.lrange(queue, 0, -1))]
 
 
 def stamped(database, pool) -> int:
@@ -98,3 +99,99 @@ def test_a_lost_message_is_sent_again_unless_a_worker_has_the_job(release, accep
     assert release.again(pool, "fast", [lost, taken]) == 1
 
     assert messages(broker_redis, pool) == [lost]
+
+
+def dump(database, pool, count=20, **params):
+    """One tenant submits that many jobs."""
+    with transaction(database.app) as session:
+        tenant = a_tenant(session)
+        return [a_job(session, pool=pool, tenant=tenant, **params).id for _ in range(count)]
+
+
+def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(release, pool, broker_redis, database):
+    dumped = dump(database, pool)
+    release.release(pool, "fast")
+    with transaction(database.app) as session:
+        job = a_job(session, pool=pool)
+
+    assert release.release(pool, "fast", tenant_id=job.tenant_id) == 1
+
+    assert messages(broker_redis, pool, is_front=True) == [job.id]
+    assert messages(broker_redis, pool) == dumped[:12]
+
+
+def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, broker_redis, database):
+    dump(database, pool)
+    release.release(pool, "fast")
+    with transaction(database.app) as session:
+        job = a_job(session, pool=pool)
+    release.release(pool, "fast")
+    broker_redis.flushdb()
+
+    assert release.again(pool, "fast", [job.id]) == 1
+
+    assert (messages(broker_redis, pool, is_front=True), messages(broker_redis, pool)) == ([job.id], [])
+
+
+def test_while_the_broker_is_away_what_was_due_at_the_front_stays_due(release, release_without_broker, pool, broker_redis, database):
+    dump(database, pool)
+    release.release(pool, "fast")
+    with transaction(database.app) as session:
+        job = a_job(session, pool=pool)
+
+    assert release_without_broker.release(pool, "fast") == 0
+    assert release.release(pool, "fast") == 1
+
+    assert messages(broker_redis, pool, is_front=True) == [job.id]
+
+
+def test_the_cap_of_a_tier_is_its_tenants(database, settings, broker_redis, fleet, pool):
+    capped = fleet.model_copy(
+        update={"tiers": {**fleet.tiers, "fast": fleet.tiers["fast"].model_copy(update={"max_in_hand_per_tenant": 3})}}
+    )
+    release = Release(database.app, Broker(settings, capped), capped, worker_silence_s=15)
+    dumped, others = dump(database, pool), dump(database, pool, 2)
+
+    assert release.release(pool, "fast") == 5
+
+    assert set(messages(broker_redis, pool)) == {*dumped[:3], *others}
+
+
+def test_a_worker_that_leaves_passes_a_job_on_that_it_was_still_handed(release, accept, pool, broker_redis):
+    [job_id] = accept(1)
+    release.release(pool, "fast")
+    broker_redis.flushdb()
+
+    release.pass_on(job_id)
+
+    assert messages(broker_redis, pool) == [job_id]
+
+
+def test_a_job_of_the_front_queue_is_passed_on_to_the_front_queue(release, pool, broker_redis, database):
+    dump(database, pool)
+    release.release(pool, "fast")
+    with transaction(database.app) as session:
+        job = a_job(session, pool=pool)
+    release.release(pool, "fast")
+    broker_redis.flushdb()
+
+    release.pass_on(job.id)
+
+    assert messages(broker_redis, pool, is_front=True) == [job.id]
+
+
+@pytest.mark.parametrize("state", ["running", "canceled", "unknown"])
+def test_a_job_that_waits_no_more_is_not_passed_on(release, pool, broker_redis, database, state):
+    job_id = uuid.uuid4()
+    if state != "unknown":
+        with transaction(database.app) as session:
+            job = a_job(session, pool=pool)
+            job_id = job.id
+            if state == "running":
+                a_lease(session, job)
+            else:
+                jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+
+    release.pass_on(job_id)
+
+    assert broker_redis.keys(f"{pool}*") == []

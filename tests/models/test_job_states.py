@@ -7,15 +7,33 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models import jobs, sweeping
+from models import jobs, leases, sweeping
 from models.database import transaction
-from models.jobs import JobAlreadyFinished
-from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, store
+from models.jobs import WISH, JobAlreadyFinished
+from models.states import FailureCode
+from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
 
 
 def cancel(session, job):
     return jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+
+
+def requeue(session, job):
+    return jobs.requeue_dead(session, job.id, start_within_s=600, actor="cli")
+
+
+def a_dead_letter(session, **params):
+    """A job that failed twice, on two workers."""
+    job = a_job(session, **params)
+    for worker in ("gpu1@here", "gpu0@there"):
+        leases.count_error(session, a_lease(session, job, worker=worker), detail=f"{worker} said no", max_attempts=2)
+    return job
+
+
+def columns_of(session, job) -> dict:
+    session.flush()
+    return dict(session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).mappings().one())
 
 
 def test_an_accepted_job_waits_with_all_its_images(session):
@@ -256,3 +274,120 @@ def test_the_day_s_images_add_up_to_the_job_s_cost(session):
     [row] = session.execute(text("SELECT * FROM images_by_tenant_day WHERE tenant = :name"), {"name": tenant.name}).all()
 
     assert (row.images, row.cost, row.size_bytes) == (2, job.cost, 2000)
+
+
+def test_a_job_that_waits_again_past_its_run_deadline_fails(session):
+    job = a_job(session, run_within_s=0.5)
+    preempt(session, a_lease(session, job))
+    assert jobs.overrun(session, job.id) is None
+    session.execute(text("UPDATE jobs SET run_by = clock_timestamp() - interval '1 second' WHERE id = :id"), {"id": job.id})
+
+    assert jobs.overrun(session, job.id) is job
+
+    assert (job.state, job.failure_code, job.failure_detail) == ("failed", "run_deadline", "not rendered within 0.5 s of its start")
+    assert events_of(session, job.id)[-1] == "job:state:failed"
+    assert jobs.overrun(session, job.id) is None
+
+
+def test_neither_a_running_job_nor_one_that_never_ran_is_past_its_run_deadline(session):
+    running, waiting = a_lease(session, run_within_s=0).job, a_job(session, run_within_s=0)
+
+    assert jobs.overrun(session, running.id) is None
+    assert jobs.overrun(session, waiting.id) is None
+    assert (running.state, waiting.state) == ("running", "queued")
+
+
+REQUEUED = {
+    "tier": "quality",
+    "determinism": "reproducible",
+    "bucket_rows": 8,
+    "negative_prompt": "blue",
+    "seed": 2**53 - 9,
+    "num_images": 3,
+    "num_steps": 17,
+    "guidance": 2.5,
+    "sampler": "euler",
+    "height_px": 192,
+    "output_format": "webp",
+    "precision": "bf16",
+    "model_version": "2",
+}
+
+
+def test_a_dead_letter_is_tried_again_as_a_new_job_with_every_parameter_the_same(session):
+    dead = a_dead_letter(session, run_within_s=90, predicted_s=4, **REQUEUED)
+    before = columns_of(session, dead)
+
+    job = requeue(session, dead)
+
+    assert (job.state, job.attempt, job.counted_attempts, job.failure_code, job.requeue_of) == ("queued", 0, 0, None, dead.id)
+    kept = ("tenant_id", "api_key_id", "currency", "run_within_s", "predicted_s", *WISH)
+    assert {name: getattr(job, name) for name in kept} == {name: before[name] for name in kept}
+    assert [(image.index, image.seed, image.state) for image in job.images] == [(index, 2**53 - 9 + index, "pending") for index in range(3)]
+    assert job.release_tag > dead.release_tag
+    assert columns_of(session, dead) == before
+    facts = session.scalar(text("SELECT facts FROM audit_log WHERE job_id = :id"), {"id": job.id})
+    assert facts["requeue_of"] == str(dead.id)
+
+
+def test_every_parameter_of_a_wish_is_a_column_that_is_copied():
+    after, before = ("accepted_at", "release_tag"), ("id", "tenant_id", "api_key_id", "state")
+
+    assert (WISH[0], WISH[-1], len(WISH)) == ("pool", "bucket_rows", 17)
+    assert not set(WISH) & {*after, *before}
+
+
+def test_a_dead_letter_is_requeued_once_and_its_successor_once_more(session):
+    dead = a_dead_letter(session)
+    again = requeue(session, dead)
+
+    with pytest.raises(JobAlreadyFinished):
+        requeue(session, dead)
+
+    leases.fail(session, a_lease(session, again), code=FailureCode.INTERNAL, detail="x")
+    assert requeue(session, again).requeue_of == again.id
+
+
+def test_two_who_requeue_at_once_make_one_job(database):
+    with transaction(database.app) as session:
+        dead = a_dead_letter(session)
+
+    def requeue_it():
+        try:
+            with transaction(database.app) as session:
+                return requeue(session, dead)
+        except JobAlreadyFinished:
+            return None
+
+    assert len([job for job in at_once(*[requeue_it] * 4) if job]) == 1
+
+
+@pytest.mark.parametrize("state", ["queued", "running", "succeeded", "canceled"])
+def test_only_what_failed_is_requeued(session, state):
+    made = {"queued": a_job, "running": lambda s: a_lease(s).job, "succeeded": a_succeeded_job, "canceled": lambda s: cancel(s, a_job(s))}
+    job = made[state](session)
+    assert job.state == state
+
+    assert requeue(session, job) is None
+    assert session.scalar(text("SELECT count(*) FROM jobs WHERE requeue_of = :id"), {"id": job.id}) == 0
+
+
+def test_nobody_requeues_what_there_is_not(session):
+    assert jobs.requeue_dead(session, uuid.uuid4(), start_within_s=600, actor="cli") is None
+
+
+def test_the_dead_letters_tell_why_where_and_what_became_of_them(session):
+    tenant = a_tenant(session)
+    dead, other = a_dead_letter(session, tenant=tenant), a_dead_letter(session, tenant=tenant)
+    again = requeue(session, dead)
+
+    rows = session.execute(text("SELECT * FROM dead_letters WHERE tenant = :name"), {"name": tenant.name}).all()
+
+    letters = {row.job_id: row for row in rows}
+    assert set(letters) == {dead.id, other.id}
+    row = letters[dead.id]
+    assert (row.pool, row.tier, row.model, row.failure_code) == ("local", "fast", "pocket", "attempts_exhausted")
+    assert (row.last_error, row.attempts, row.counted_attempts) == ("gpu0@there said no", 2, 2)
+    assert (row.workers, row.outcomes) == ("gpu0@there gpu1@here", "error error")
+    assert (row.requeued_as, letters[other.id].requeued_as) == (again.id, None)
+    assert row.finished_at >= row.accepted_at

@@ -9,7 +9,8 @@ from models import jobs, leases, sweeping
 from models.database import transaction
 from models.leases import LeaseLost
 from models.states import FailureCode
-from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
+from models.tables import Image
+from tests.builders import a_job, a_lease, a_left, a_succeeded_job, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
 
 
@@ -26,6 +27,18 @@ def take(session, job, worker="gpu1@there", ttl_s=15.0):
 
 def lose(session, job, max_attempts=5):
     return leases.lose(session, job.id, max_attempts=max_attempts)
+
+
+def note_resumption(session, lease, resumed, lost_steps=0):
+    """As the worker does at its start; what follows comes in other transactions."""
+    cause = leases.note_resumption(session, lease, resumed=resumed, lost_steps=lost_steps)
+    session.flush()
+    session.expire_all()
+    return cause
+
+
+def image_of(session, job, index=0) -> Image:
+    return session.get_one(Image, (job.id, index))
 
 
 def test_a_queued_job_is_given_to_the_worker_that_asks(session):
@@ -187,6 +200,8 @@ def late_writes():
     return [
         pytest.param(lambda session, lease: hand_off(session, lease), id="hand_off"),
         pytest.param(lambda session, lease: leases.give_back(session, lease, reason="drain"), id="give_back"),
+        pytest.param(lambda session, lease: preempt(session, lease, left=[a_left()]), id="preempt"),
+        pytest.param(lambda session, lease: note_resumption(session, lease, {0: 0}), id="note_resumption"),
         pytest.param(lambda session, lease: leases.fail(session, lease, code=FailureCode.INTERNAL, detail="x"), id="fail"),
         pytest.param(lambda session, lease: leases.count_error(session, lease, detail="x", max_attempts=5), id="count_error"),
     ]
@@ -299,3 +314,182 @@ def test_wasted_device_time_goes_on_the_attempt_s_account(session):
     record = attempt_of(session, lease.job_id)
     assert (record.device_seconds, record.waste_class) == (1.5, "error")
     assert lease.job.device_seconds == 0
+
+
+def test_a_preempted_job_waits_again_in_its_old_place_and_it_does_not_count_as_a_try(session):
+    job = a_job(session, release_tag=12.5, num_images=2)
+
+    for _ in range(7):
+        preempt(session, a_lease(session, job), reason="spot")
+
+    assert (job.state, job.worker, job.lease_expires_at, job.announced_at) == ("queued", None, None, None)
+    assert (job.release_tag, job.attempt, job.counted_attempts) == (12.5, 7, 0)
+    record = attempt_of(session, job.id, 7)
+    assert (record.outcome, record.error, record.ended_at is None) == ("preempted", "spot", False)
+    assert events_of(session, job.id).count("job:lease:preempted") == 7
+
+
+def test_what_a_preempted_attempt_leaves_is_on_record(session):
+    lease = a_lease(session, num_images=2, num_steps=10)
+
+    preempt(session, lease, left=[a_left(0, steps_done=3, size_bytes=1000), a_left(1, steps_done=7, size_bytes=24)], kept_in="handoff")
+
+    images = [image_of(session, lease.job, index) for index in (0, 1)]
+    assert [(image.state, image.snapshot_ref, image.steps_done) for image in images] == [
+        ("pending", "handoff:snapshot#0", 3),
+        ("pending", "handoff:snapshot#1", 7),
+    ]
+    record = attempt_of(session, lease.job_id)
+    assert (record.snapshot_bytes, record.snapshot_store) == (1024, "handoff")
+    facts = "SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:lease:preempted'"
+    assert session.scalar(text(facts), {"id": lease.job_id}) == {
+        "reason": "spot",
+        "snapshots": 2,
+        "snapshot_bytes": 1024,
+        "steps_done": {"0": 3, "1": 7},
+    }
+
+
+@pytest.mark.parametrize(
+    ("left", "waste_class"),
+    [([0, 1], None), ([0], "preempted"), ([], "preempted")],
+    ids=["of every image", "of some", "of none"],
+)
+def test_an_attempt_that_leaves_a_snapshot_of_every_image_wasted_nothing(session, left, waste_class):
+    lease = a_lease(session, num_images=2)
+
+    preempt(session, lease, left=[a_left(index) for index in left])
+
+    record = attempt_of(session, lease.job_id)
+    assert (record.waste_class, record.snapshot_store) == (waste_class, "handoff" if left else None)
+
+
+def test_images_that_were_finished_before_the_notice_are_not_rendered_again(session):
+    lease = a_lease(session, num_images=2)
+    hand_off(session, lease, 0)
+
+    preempt(session, lease, left=[a_left(1)])
+
+    assert attempt_of(session, lease.job_id).waste_class is None
+    assert a_lease(session, lease.job).pending == (1,)
+
+
+def test_device_time_behind_a_snapshot_is_the_tenant_s_once_and_each_attempt_s_its_own(session):
+    lease = a_lease(session)
+    preempt(session, lease, left=[a_left(steps_done=1, device_seconds=0.25)])
+    second = a_lease(session, lease.job)
+    note_resumption(session, second, {0: 1})
+    preempt(session, second, left=[a_left(steps_done=3, device_seconds=0.5)])
+    third = a_lease(session, lease.job)
+    note_resumption(session, third, {0: 3})
+
+    hand_off(session, third, device_seconds=0.125, steps=1)
+    job = store(session, lease.job, attempt=3)
+
+    assert job.device_seconds == 0.875
+    assert [attempt_of(session, job.id, number).device_seconds for number in (1, 2, 3)] == [0.25, 0.5, 0.125]
+
+
+def test_an_image_that_begins_anew_drops_what_it_had_carried(session):
+    lease = a_lease(session, num_images=2)
+    preempt(session, lease, left=[a_left(0, device_seconds=0.25), a_left(1, device_seconds=0.25)])
+    again = a_lease(session, lease.job)
+
+    note_resumption(session, again, {0: 0, 1: 2}, lost_steps=2)
+
+    images = [image_of(session, lease.job, index) for index in (0, 1)]
+    assert [(image.device_seconds, image.steps_done) for image in images] == [(0, 0), (0.25, 2)]
+    assert [image.snapshot_ref is None for image in images] == [True, False]
+    for index in (0, 1):
+        hand_off(session, again, index, device_seconds=0.5)
+        job = store(session, lease.job, index, attempt=2)
+    assert job.device_seconds == 1.25
+
+
+@pytest.mark.parametrize(
+    ("ended", "cause"),
+    [
+        (lambda session, lease: lose(session, lease.job), "lease_lost"),
+        (lambda session, lease: preempt(session, lease, left=[a_left()]), "preempted"),
+        (lambda session, lease: leases.count_error(session, lease, detail="x", max_attempts=5), "error"),
+        (lambda session, lease: leases.give_back(session, lease, reason="drain"), "returned"),
+    ],
+    ids=["lost", "preempted", "an error", "given back"],
+)
+def test_steps_that_are_done_again_are_on_record_with_how_the_attempt_that_had_done_them_ended(session, ended, cause):
+    lease = a_lease(session, num_images=2, num_steps=20, ttl_s=-1)
+    preempt(session, lease)
+    lease = a_lease(session, lease.job, ttl_s=-1)
+    ended(session, lease)
+    again = a_lease(session, lease.job)
+
+    assert note_resumption(session, again, {0: 10, 1: 5}, lost_steps=4) == cause
+
+    record = attempt_of(session, lease.job_id, 3)
+    assert (record.resumed_steps, record.lost_steps, record.lost_cause) == (15, 4, cause)
+
+
+def test_where_no_step_is_lost_there_is_no_cause(session):
+    lease = a_lease(session)
+    preempt(session, lease, left=[a_left(steps_done=2)])
+    again = a_lease(session, lease.job)
+
+    assert note_resumption(session, again, {0: 2}) is None
+
+    record = attempt_of(session, lease.job_id, 2)
+    assert (record.resumed_steps, record.lost_steps, record.lost_cause) == (2, 0, None)
+
+
+def test_a_zombie_does_not_drop_what_a_later_attempt_goes_on_from(session):
+    lease = a_lease(session)
+    preempt(session, lease, left=[a_left(steps_done=2, device_seconds=0.25)])
+    zombie = a_lease(session, lease.job, ttl_s=-1)
+    lose(session, lease.job)
+    later = a_lease(session, lease.job)
+    note_resumption(session, later, {0: 2})
+
+    with pytest.raises(LeaseLost):
+        note_resumption(session, zombie, {0: 0}, lost_steps=2)
+
+    image = image_of(session, lease.job)
+    assert (image.device_seconds, image.steps_done, image.snapshot_ref) == (0.25, 2, "handoff:snapshot#0")
+
+
+def test_a_worker_that_was_started_again_knows_that_its_predecessor_s_leases_are_nobody_s(session):
+    lease, another_s = a_lease(session, worker="gpu7@here", ttl_s=600), a_lease(session, worker="gpu8@here", ttl_s=600)
+    assert leases.running_on(session, "gpu7@here") == [lease.job_id]
+
+    job = leases.lose(session, lease.job_id, max_attempts=5, worker="gpu7@here")
+
+    assert (job.state, job.counted_attempts) == ("queued", 1)
+    record = attempt_of(session, job.id)
+    assert (record.outcome, record.waste_class, record.error) == ("lease_lost", "lease_lost", "gpu7@here was started again")
+    assert leases.lose(session, another_s.job_id, max_attempts=5, worker="gpu7@here") is None
+    assert leases.running_on(session, "gpu7@here") == []
+    assert another_s.job.state == "running"
+
+
+def test_a_job_without_a_run_deadline_has_all_the_time(session):
+    lease = a_lease(session)
+
+    assert (lease.run_within_s, lease.job.run_by) == (None, None)
+
+
+def test_a_later_attempt_has_what_is_left_of_the_run_deadline_and_not_the_whole(session):
+    job = a_job(session, run_within_s=100)
+    first = a_lease(session, job)
+    preempt(session, first)
+    session.execute(text("UPDATE jobs SET run_by = run_by - interval '70 seconds' WHERE id = :id"), {"id": job.id})
+
+    second = a_lease(session, job)
+
+    assert 95 < first.run_within_s <= 100
+    assert 25 < second.run_within_s <= 30
+
+
+def test_past_its_run_deadline_an_attempt_has_no_time_rather_than_less(session):
+    job = a_job(session, run_within_s=100)
+    preempt(session, a_lease(session, job))
+    session.execute(text("UPDATE jobs SET run_by = run_by - interval '200 seconds' WHERE id = :id"), {"id": job.id})
+
+    assert a_lease(session, job).run_within_s == 0

@@ -5,10 +5,10 @@ import uuid
 import pytest
 from sqlalchemy import text
 
-from models import jobs, releasing
+from models import jobs, leases, releasing
 from models.database import transaction
 from models.releasing import Room
-from tests.builders import a_job, a_lease, a_tenant, hand_off
+from tests.builders import a_job, a_lease, a_tenant, hand_off, preempt
 from tests.models.facts import at_once
 
 
@@ -22,6 +22,27 @@ def pick(session, pool, limit_images, tier="fast") -> list[uuid.UUID]:
     """The jobs picked where one tenant's are as good as another's: nobody goes to the front, for nothing else is running there."""
     room = Room(slots=limit_images, limit_images=limit_images, least_share=0)
     return [job.job_id for job in releasing.pick(session, pool=pool, tier=tier, room=room) if not job.is_front]
+
+
+def fronted(session, pool, tenant_id=None, **room) -> list[tuple[uuid.UUID, bool]]:
+    """The jobs picked, and whether each goes to the front; workers hold 8 images, 4 more may wait for them."""
+    room = Room(**{"slots": 8, "limit_images": 12, **room})
+    return [(job.job_id, job.is_front) for job in releasing.pick(session, pool=pool, tier="fast", room=room, tenant_id=tenant_id)]
+
+
+def dump(session, pool, count, tenant=None, **params) -> list[uuid.UUID]:
+    """One tenant submits that many jobs; their ids in fair order."""
+    tenant = tenant or a_tenant(session)
+    return [a_job(session, pool=pool, tenant=tenant, predicted_s=1, **params).id for _ in range(count)]
+
+
+def end(session, *job_ids) -> None:
+    query = "UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(), announced_at = NULL WHERE id = ANY(:ids)"
+    session.execute(text(query), {"ids": list(job_ids)})
+
+
+def in_hand(session, pool) -> int:
+    return sum(images for _, _, images in releasing.in_hand(session, pool=pool))
 
 
 def test_the_smallest_release_tag_comes_first_and_the_older_id_among_equals(session, pool):
@@ -149,3 +170,186 @@ def test_the_queue_can_be_read_at_a_glance(session, pool):
 
     assert (row.tier, row.waiting, row.announced, row.running, row.storing, row.images) == ("fast", 2, 1, 1, 0, 4)
     assert row.oldest_wait_s >= 0
+
+
+def test_what_is_in_hand_is_what_was_announced_or_runs(session, pool):
+    tenant = a_tenant(session)
+    a_lease(session, pool=pool, tenant=tenant, num_images=2, predicted_s=3)
+    waiting = dump(session, pool, 3, tenant)
+    assert releasing.in_hand(session, pool=pool) == [("fast", 3, 2)]
+
+    assert pick(session, pool, limit_images=4) == waiting[:2]
+
+    assert releasing.in_hand(session, pool=pool) == [("fast", 5, 4)]
+
+
+def test_while_one_tenant_s_dump_takes_all_room_another_s_job_goes_to_the_front_at_once(session, pool):
+    dumped = dump(session, pool, 100)
+    assert fronted(session, pool) == [(job_id, False) for job_id in dumped[:12]]
+
+    job = a_job(session, pool=pool)
+
+    assert fronted(session, pool) == [(job.id, True)]
+    assert fronted(session, pool) == []
+
+
+def test_who_comes_when_workers_are_full_and_room_is_left_goes_to_the_front_as_well(session, pool):
+    dump(session, pool, 10)
+    fronted(session, pool)
+
+    job = a_job(session, pool=pool)
+
+    assert fronted(session, pool) == [(job.id, True)]
+
+
+def test_while_workers_have_slots_nobody_goes_to_the_front(session, pool):
+    dump(session, pool, 5)
+    fronted(session, pool)
+
+    job = a_job(session, pool=pool)
+
+    assert fronted(session, pool) == [(job.id, False)]
+
+
+def test_to_the_front_go_half_of_one_s_fair_share_at_most(session, pool):
+    dump(session, pool, 100)
+    fronted(session, pool)
+
+    mine = dump(session, pool, 100)
+
+    # Two share 12 images: 6 are fair, and half of them at the front.
+    assert fronted(session, pool) == [(job_id, True) for job_id in mine[:3]]
+    assert fronted(session, pool) == []
+
+
+def test_with_the_front_no_more_than_twice_the_limit_is_in_hand(session, pool):
+    dump(session, pool, 100)
+    fronted(session, pool)
+    for _ in range(30):
+        a_job(session, pool=pool)
+
+    assert [is_front for _, is_front in fronted(session, pool)] == [True] * 12
+
+    assert in_hand(session, pool) == 24
+    assert fronted(session, pool) == []
+
+
+def test_after_an_accept_only_the_tenant_s_own_jobs_are_looked_at_when_there_is_no_room(session, pool):
+    dump(session, pool, 100)
+    fronted(session, pool)
+    mine, another_s = a_job(session, pool=pool), a_job(session, pool=pool)
+
+    assert fronted(session, pool, tenant_id=mine.tenant_id) == [(mine.id, True)]
+    assert fronted(session, pool) == [(another_s.id, True)]
+
+
+@pytest.mark.parametrize("limit_images", [12, 11], ids=["with room", "without room"])
+def test_a_job_that_comes_back_from_a_worker_goes_to_the_front_whoever_s_it_is(session, pool, limit_images):
+    tenant = a_tenant(session)
+    running = a_lease(session, pool=pool, tenant=tenant, predicted_s=1)
+    dump(session, pool, 100, tenant)
+    fronted(session, pool)
+
+    preempt(session, running)
+
+    assert fronted(session, pool, limit_images=limit_images) == [(running.job_id, True)]
+
+
+def test_two_who_always_have_work_do_not_meet_at_the_front(session, pool):
+    dump(session, pool, 40)
+    dump(session, pool, 40)
+
+    out = fronted(session, pool)
+    fronts = [is_front for _, is_front in out]
+    while out:
+        end(session, out.pop(0)[0])
+        more = fronted(session, pool)
+        fronts += [is_front for _, is_front in more]
+        out += more
+
+    assert fronts == [False] * 80
+
+
+def test_a_tenant_never_has_more_in_hand_than_its_cap_and_lets_the_others_pass(session, pool):
+    dumped = dump(session, pool, 100)
+    others = dump(session, pool, 3, release_tag=1e10)
+
+    assert fronted(session, pool, most_of_one=4) == [(job_id, False) for job_id in (*dumped[:4], *others)]
+
+    assert fronted(session, pool, most_of_one=4) == []
+    end(session, dumped[0])
+    assert fronted(session, pool, most_of_one=4) == [(dumped[4], False)]
+
+
+def test_who_comes_after_the_capped_passes_their_backlog(session, pool):
+    dump(session, pool, 100)
+    fronted(session, pool, most_of_one=4)
+
+    others = dump(session, pool, 3, release_tag=1e10)
+
+    assert fronted(session, pool, most_of_one=4) == [(job_id, False) for job_id in others]
+
+
+def test_a_job_larger_than_the_cap_goes_when_its_tenant_has_nothing_in_hand(session, pool):
+    tenant = a_tenant(session)
+    [small] = dump(session, pool, 1, tenant)
+    [large] = dump(session, pool, 1, tenant, num_images=6)
+
+    assert fronted(session, pool, most_of_one=4) == [(small, False)]
+    end(session, small)
+
+    assert fronted(session, pool, most_of_one=4) == [(large, False)]
+
+
+def test_the_cap_holds_at_the_front_too(session, pool):
+    dump(session, pool, 1, num_images=12)
+    fronted(session, pool, most_of_one=1)
+
+    mine = dump(session, pool, 5)
+
+    assert fronted(session, pool, most_of_one=1) == [(mine[0], True)]
+    assert fronted(session, pool, most_of_one=1) == []
+
+
+def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_front(database, pool):
+    with transaction(database.app) as session:
+        dump(session, pool, 40)
+        for _ in range(20):
+            a_job(session, pool=pool)
+
+    def pick_some():
+        with transaction(database.app) as session:
+            return fronted(session, pool)
+
+    picked = [job_id for some in at_once(*[pick_some] * 6) for job_id, _ in some]
+
+    assert len(picked) == len(set(picked))
+    with transaction(database.app) as session:
+        assert len(picked) == in_hand(session, pool) <= 24
+
+
+def test_a_message_for_the_front_that_was_lost_is_sent_there_again_and_a_withdrawn_one_begins_anew(session, pool):
+    dump(session, pool, 100)
+    fronted(session, pool)
+    job = a_job(session, pool=pool)
+    fronted(session, pool)
+
+    [again] = releasing.announce_again(session, [job.id])
+    assert again.is_front
+    assert [announced.is_front for announced in releasing.announced(session, pool=pool, tier="fast", older_than_s=-1)].count(True) == 1
+
+    releasing.withdraw(session, [job.id])
+    session.refresh(job)
+    assert (job.announced_at, job.is_front) == (None, False)
+
+
+def test_a_job_that_is_given_back_is_at_the_front_no_more_until_it_is_picked_again(session, pool):
+    dump(session, pool, 100)
+    fronted(session, pool)
+    job = a_job(session, pool=pool)
+    fronted(session, pool)
+
+    leases.give_back(session, a_lease(session, job), reason="drain")
+
+    assert (job.is_front, job.announced_at) == (False, None)
+    assert fronted(session, pool) == [(job.id, True)]

@@ -1,0 +1,223 @@
+"""Who is let in and what is said of the wait: gateways of our own, for pools that only the test knows."""
+
+import time
+import uuid
+from urllib.parse import urlsplit
+
+import pytest
+from sqlalchemy import delete, select
+
+from app.outlook import FRESH_FOR_S
+from models import jobs, workers
+from models.database import transaction
+from models.states import ACTIVE_STATES
+from models.tables import Job, Worker
+from tests.app.conftest import bearer
+from tests.app.problem import assert_problem
+from tests.builders import GONE, a_fleet, a_job, a_lease, a_redis, a_tenant
+
+WISH = {"prompt": "a red circle", "tier": "batch", "n": 8, "seed": 7}
+
+
+class House:
+    """A gateway, and a pool that it serves with as many workers as the test says; nobody renders anything."""
+
+    def __init__(self, open_gateway, database, new_key, changes) -> None:
+        self.pool, self._database, self._new_key = f"pool-{uuid.uuid4().hex[:8]}", database, new_key
+        shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 4}
+        rows = {"128x128": 4, "128x192": 4}
+        own = {f"pools.{self.pool}": shape, "pools.local": GONE, "models.pocket.tiers.quality.bucket_rows": rows}
+        self.http = open_gateway(a_fleet({**own, **{key.replace("POOL", self.pool): value for key, value in changes.items()}}))
+
+    def with_workers(self, count=1):
+        with transaction(self._database) as session:
+            for number in range(count):
+                workers.heartbeat(session, name=f"gpu{number}@{self.pool}", pool=self.pool, device="cpu", slots=8, facts={})
+        return self
+
+    def tenant(self):
+        """POST a wish and GET a job, as a tenant that has nothing yet."""
+        return Tenant(self, bearer(self._new_key()))
+
+    def runs(self, *, tier="batch", predicted_s):
+        """A worker is at a job of somebody else's that will take so long."""
+        with transaction(self._database) as session:
+            a_lease(session, ttl_s=600, worker=f"gpu0@{self.pool}", pool=self.pool, tier=tier, predicted_s=predicted_s)
+
+    def waits(self, *, tenant=None, count=1, predicted_s):
+        """Somebody submits so many jobs that wait; the tenant comes back."""
+        with transaction(self._database) as session:
+            tenant = tenant or a_tenant(session)
+            for _ in range(count):
+                a_job(session, tenant=tenant, pool=self.pool, tier="batch", predicted_s=predicted_s)
+        return tenant
+
+    def leave(self):
+        """End everything, so that nobody has to look after it."""
+        with transaction(self._database) as session:
+            for job in session.scalars(select(Job).where(Job.pool == self.pool, Job.state.in_(ACTIVE_STATES))).all():
+                jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+            session.execute(delete(Worker).where(Worker.pool == self.pool))
+
+
+class Tenant:
+    def __init__(self, house, headers) -> None:
+        self._http, self._headers = house.http, headers
+
+    def post(self, **wish):
+        return self._http.post("/v1/jobs", json={**WISH, **wish}, headers=self._headers)
+
+    def get(self, job):
+        return self._http.get(job["urls"]["self"], headers=self._headers).json
+
+
+@pytest.fixture
+def a_house(stack, stack_database, gateway_with, new_key):
+    """Open a house with changes to its fleet file; POOL in a key is its pool's name."""
+    corner = urlsplit(stack.env["BROKER_URL"])._replace(path="/9").geturl()  # where no worker looks
+    opened = []
+
+    def a_house(changes=None, **settings):
+        house = House(lambda fleet: gateway_with(fleet, broker_url=corner, **settings), stack_database, new_key, changes or {})
+        opened.append(house)
+        return house
+
+    yield a_house
+    for house in opened:
+        house.leave()
+
+
+def refused(answer, status, slug, reason, *, seconds=None) -> dict:
+    """The members of a refusal that asks to come back, up to a fifth sooner or later than in so many seconds."""
+    problem = assert_problem(answer, status, slug)
+    retry_after_s = int(answer.headers["Retry-After"])
+    assert problem["reason"] == reason
+    assert 1 <= retry_after_s <= 600
+    assert seconds is None or 0.8 * seconds <= retry_after_s <= 1.2 * seconds + 1
+    return problem
+
+
+def of_this_moment(ask):
+    """What `ask()` says once the gateway has looked at the queues again: it does so a few times a second."""
+    time.sleep(FRESH_FOR_S + 0.05)
+    return ask()
+
+
+def test_a_waiting_job_tells_how_many_go_before_it_and_when_it_will_be_done(a_house):
+    tenant = a_house().with_workers().tenant()
+    accepted = [of_this_moment(tenant.post).json for _ in range(4)]
+
+    queues = of_this_moment(lambda: [tenant.get(job)["queue"] for job in accepted])
+
+    assert [queue["jobs_ahead"] for queue in queues] == [0, 1, 2, 3]
+    for name in ("eta_p50_s", "eta_p90_s"):
+        etas = [queue[name] for queue in queues]
+        assert 0 < etas[0] < etas[1] < etas[2] < etas[3]
+    assert all(queue["eta_p50_s"] <= queue["eta_p90_s"] for queue in queues)
+
+
+def test_what_another_tenant_dumps_behind_a_job_does_not_keep_it_waiting(a_house):
+    house = a_house().with_workers()
+    tenant, other = house.tenant(), house.waits(count=4, predicted_s=30)
+    job = of_this_moment(tenant.post).json
+    before = of_this_moment(lambda: tenant.get(job)["queue"])
+
+    house.waits(tenant=other, count=40, predicted_s=30)
+
+    assert of_this_moment(lambda: tenant.get(job)["queue"]) == before
+
+
+def test_with_twice_the_workers_the_same_wait_is_shorter(a_house):
+    house = a_house().with_workers(1)
+    house.runs(predicted_s=60)
+    tenant = house.tenant()
+    job = of_this_moment(tenant.post).json
+    before = of_this_moment(lambda: tenant.get(job)["queue"]["eta_p50_s"])
+
+    house.with_workers(2)
+
+    assert of_this_moment(lambda: tenant.get(job)["queue"]["eta_p50_s"]) < 0.7 * before
+
+
+def test_the_answer_to_the_wish_itself_says_it_already(a_house):
+    house = a_house().with_workers()
+    house.runs(predicted_s=60)
+
+    answer = house.tenant().post()
+
+    assert answer.status_code == 202
+    assert answer.json["queue"]["jobs_ahead"] == 0
+    assert answer.json["queue"]["eta_p90_s"] >= answer.json["queue"]["eta_p50_s"] > 60
+
+
+def test_a_job_that_is_over_stands_in_no_queue(finished_job, canceled_job):
+    assert (finished_job["queue"], canceled_job["queue"]) == (None, None)
+
+
+def test_a_tenant_with_enough_waiting_is_refused_while_another_is_let_in(a_house, count_jobs):
+    house = a_house({"tiers.batch.max_queued_s_per_tenant": 4.0}).with_workers()
+    greedy, modest = house.tenant(), house.tenant()
+    assert greedy.post().status_code == 202
+    before = count_jobs()
+
+    no = of_this_moment(greedy.post)
+
+    problem = refused(no, 429, "tenant-queue-full", "tenant_queue_full")
+    assert "4 may wait" in problem["detail"]
+    assert count_jobs() == before
+    assert modest.post().status_code == 202
+    assert greedy.post(tier="quality", n=1).status_code == 202
+
+
+def test_a_pool_that_nothing_serves_is_refused_by_name(a_house, count_jobs):
+    house, before = a_house(), count_jobs()
+
+    problem = refused(house.tenant().post(), 503, "model-unserved", "unserved", seconds=60)
+
+    assert house.pool in problem["detail"]
+    assert count_jobs() == before
+
+
+@pytest.mark.parametrize("change", [{"pools.POOL.warm_floor": 1}, {"pools.POOL.scalable": True}], ids=["warm", "scalable"])
+def test_where_workers_are_still_to_come_jobs_wait_for_them(a_house, change):
+    assert a_house(change).tenant().post().status_code == 202
+
+
+def test_when_its_last_worker_leaves_a_pool_is_unserved(a_house):
+    house = a_house().with_workers()
+    tenant = house.tenant()
+    assert tenant.post().status_code == 202
+
+    house.leave()
+
+    refused(of_this_moment(tenant.post), 503, "model-unserved", "unserved")
+
+
+def test_what_could_not_start_in_time_is_refused(a_house, count_jobs):
+    house = a_house().with_workers(2)
+    house.runs(tier="fast", predicted_s=160)
+    tenant, before = house.tenant(), count_jobs()
+
+    no = of_this_moment(lambda: tenant.post(tier="fast", n=1))
+
+    problem = refused(no, 503, "fleet-saturated", "saturated", seconds=50)
+    assert "80 s" in problem["detail"]
+    assert count_jobs() == before
+    assert tenant.post(tier="quality", n=1).status_code == 202, "it has more time"
+
+
+def test_images_that_are_made_faster_than_they_are_stored_are_a_reason_too(a_house, tmp_path, count_jobs):
+    before = count_jobs()
+    with a_redis(tmp_path, maxmemory="512kb") as full:
+        tenant = a_house(handoff_url=full).with_workers().tenant()
+
+        refused(tenant.post(), 503, "fleet-saturated", "handoff_full", seconds=5)
+
+    assert count_jobs() == before
+
+
+@pytest.mark.parametrize("slug", ["tenant-queue-full", "fleet-saturated", "model-unserved"])
+def test_the_type_of_a_refusal_leads_to_what_can_be_done_about_it(nobody, slug):
+    about = nobody.get(f"/problems/{slug}").json()
+
+    assert (about["type"], bool(about["about"])) == (f"/problems/{slug}", True)

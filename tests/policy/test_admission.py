@@ -1,0 +1,206 @@
+"""Who is let in, and how long they will wait: by what goes before them, and by nothing that comes after."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from policy.admission import (
+    JITTER,
+    LONGEST_RETRY_S,
+    SHORTEST_RETRY_S,
+    InHand,
+    Outlook,
+    Place,
+    first_guess_s,
+    least_share,
+    place_in,
+    refusal,
+)
+from policy.prediction import EtaRatios, Waiting
+from tests.builders import a_fleet
+
+NOTHING_AHEAD = Place(ahead_s=0.0, jobs_ahead=0, company=1.0)
+DRAWS = st.floats(0, 1, exclude_max=True)
+
+
+def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Waiting:
+    return Waiting(tier, weight, jobs, cost_s, is_own)
+
+
+def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, in_hand=None):
+    """Where a job of the pool of 16 slots stands."""
+    outlook = Outlook(devices, flows, in_hand or {})
+    return place_in(a_fleet(), outlook, pool="local", tier=tier, num_images=num_images, lead_s=lead_s)
+
+
+def guess_s(*flows, own_s=1.0, devices=1, num_images=1, **where) -> float:
+    there = place(*flows, devices=devices, num_images=num_images, **where)
+    return first_guess_s(there, Outlook(devices, flows, where.get("in_hand") or {}), own_s=own_s, num_images=num_images)
+
+
+def refused(*flows, there=NOTHING_AHEAD, ratios=None, tier="fast", own_s=1.0, draw=0.5, devices=1, handoff_fill=0.0, fleet=None):
+    outlook = Outlook(devices, flows, {}, handoff_fill)
+    return refusal(fleet or a_fleet(), outlook, there, ratios, pool="local", tier=tier, own_s=own_s, draw=draw)
+
+
+def ahead(seconds) -> Place:
+    return Place(ahead_s=seconds, jobs_ahead=1, company=1.0)
+
+
+def within_jitter(retry_after_s, seconds) -> bool:
+    """A whole number of seconds, rounded up, that is at most a fifth away."""
+    return seconds * (1 - JITTER) <= retry_after_s < seconds * (1 + JITTER) + 1
+
+
+def test_what_may_always_be_in_hand_is_enough_for_one_person_and_no_more_than_a_worker_holds():
+    assert least_share(a_fleet(), "local") == 4
+    assert (
+        least_share(
+            a_fleet({"tiers.fast.max_images": 1, "tiers.quality.max_images": 1, "tiers.batch.max_images": 1, "pools.local.slots": 2}),
+            "local",
+        )
+        == 2
+    )
+
+
+def test_the_longer_one_s_own_backlog_the_longer_one_waits():
+    guesses = [guess_s(waiting(backlog_s, is_own=True), lead_s=backlog_s) for backlog_s in (10, 20, 40)]
+    jobs = [place(waiting(10.0 * count, jobs=count, is_own=True), lead_s=10.0 * count).jobs_ahead for count in (1, 2, 4)]
+
+    assert guesses == [11, 21, 41]
+    assert jobs == [1, 2, 4]
+
+
+@given(dump_s=st.floats(100, 1e6), jobs=st.integers(10, 10_000))
+def test_what_another_tenant_dumps_behind_one_s_own_place_changes_nothing(dump_s, jobs):
+    mine, small = waiting(20, jobs=2, is_own=True), waiting(40, jobs=4)
+    large = waiting(40 + dump_s, jobs=round(4 * (40 + dump_s) / 40))
+
+    for lead_s in (0, 10, 40):
+        with_small, with_large = place(mine, small, lead_s=lead_s), place(mine, large, lead_s=lead_s)
+
+        assert with_large.ahead_s == with_small.ahead_s
+        assert abs(with_large.jobs_ahead - with_small.jobs_ahead) <= 1, "rounded"
+
+
+def test_who_has_nothing_waiting_has_nothing_of_a_dump_ahead():
+    dump = waiting(1e5, jobs=10_000)
+
+    assert place(dump).jobs_ahead == 0
+    assert guess_s(dump, own_s=2.0) == 2
+
+
+def test_all_that_better_tiers_have_goes_before_and_nothing_of_lower_ones():
+    flows = (waiting(10, tier="fast"), waiting(20, tier="quality"), waiting(40, tier="batch"))
+    in_hand = {"fast": InHand(1, 2), "quality": InHand(3, 4), "batch": InHand(5, 6)}
+
+    assert [place(*flows, tier=tier, in_hand=in_hand).ahead_s for tier in ("fast", "quality", "batch")] == [
+        1,
+        10 + 1 + 3,
+        10 + 20 + 1 + 3 + 5,
+    ]
+
+
+def test_more_devices_shorten_the_wait():
+    assert guess_s(waiting(60, is_own=True), lead_s=60, devices=3) == 21
+
+
+def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
+    def company(images, devices=1, num_images=1):
+        return place(in_hand={"batch": InHand(0.0, images)}, devices=devices, num_images=num_images).company
+
+    assert (company(0), company(5), company(100)) == (1, 6, 16)
+    assert (company(11, devices=4), company(0, num_images=4, devices=4)) == (3, 4)
+
+
+def test_who_would_be_done_in_time_is_let_in():
+    assert refused() is None
+    assert refused(waiting(1e9), there=ahead(29)) is None
+
+
+def test_a_pool_that_nothing_serves_is_said_to_be_unserved():
+    no = refused(devices=0)
+
+    assert no.reason == "unserved"
+    assert "local" in no.detail
+    assert within_jitter(no.retry_after_s, 60)
+
+
+@pytest.mark.parametrize("change", [{"pools.local.warm_floor": 1}, {"pools.local.scalable": True}], ids=["warm", "scalable"])
+def test_a_pool_whose_workers_are_still_to_come_is_served(change):
+    assert refused(devices=0, there=ahead(1e6), fleet=a_fleet(change)) is None
+
+
+def test_a_tenant_with_enough_waiting_is_refused_while_another_is_let_in():
+    fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
+    mine, other_s = waiting(99.5, is_own=True), waiting(99.5)
+
+    no = refused(mine, fleet=fleet)
+
+    assert no.reason == "tenant_queue_full"
+    assert refused(other_s, fleet=fleet) is None
+    assert refused(waiting(98.5, is_own=True), fleet=fleet) is None
+    assert refused(waiting(99.5, is_own=True, tier="batch"), fleet=fleet) is None
+
+
+@pytest.mark.parametrize(("weight", "devices", "wait_s"), [(1.0, 1, 80), (3.0, 1, 40), (1.0, 2, 40)])
+def test_who_has_enough_waiting_is_told_when_the_excess_will_be_gone_by_its_share(weight, devices, wait_s):
+    fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
+    mine = waiting(110, weight=weight, is_own=True)
+
+    no = refused(mine, waiting(1000, weight=3.0), own_s=10, fleet=fleet, devices=devices)
+
+    assert within_jitter(no.retry_after_s, wait_s)
+
+
+def test_a_first_job_is_let_in_however_large_it_is():
+    assert refused(own_s=1e6, fleet=a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})) is None
+
+
+def test_while_the_hand_off_is_overfull_nothing_is_let_in():
+    assert refused(handoff_fill=0.9) is None
+
+    no = refused(handoff_fill=0.91)
+
+    assert no.reason == "handoff_full"
+    assert within_jitter(no.retry_after_s, 5)
+
+
+@pytest.mark.parametrize(("tier", "deadline_s"), [("fast", 30), ("quality", 600)])
+def test_what_would_not_start_before_its_deadline_is_refused(tier, deadline_s):
+    assert refused(tier=tier, there=ahead(deadline_s)) is None
+
+    no = refused(tier=tier, there=ahead(deadline_s + 50))
+
+    assert no.reason == "saturated"
+    assert f"{deadline_s} s" in no.detail
+    assert within_jitter(no.retry_after_s, 50)
+
+
+def test_the_wait_is_over_all_devices():
+    assert refused(there=ahead(50), devices=2) is None
+    assert refused(there=ahead(70), devices=2).reason == "saturated"
+
+
+@pytest.mark.parametrize(("p90", "wait_s"), [(0.5, 20), (2.0, 40), (4.0, 80), (100.0, 80)])
+def test_whoever_was_wrong_before_is_careful_now_but_no_more_than_fourfold(p90, wait_s):
+    no = refused(there=ahead(20), ratios=EtaRatios(p50=0.5, p90=p90))
+
+    assert (no is None) == (wait_s <= 30)
+    assert no is None or f"{wait_s} s" in no.detail
+
+
+@given(wait_s=st.floats(31, 1e6), draw=DRAWS)
+def test_who_is_refused_is_asked_back_within_ten_minutes_in_whole_seconds(wait_s, draw):
+    no = refused(there=ahead(wait_s), draw=draw)
+
+    assert isinstance(no.retry_after_s, int)
+    assert SHORTEST_RETRY_S <= no.retry_after_s <= LONGEST_RETRY_S
+
+
+@pytest.mark.parametrize("wait_s", [130, 100_000])
+def test_who_is_refused_together_does_not_come_back_together(wait_s):
+    asked_back = {refused(there=ahead(wait_s), draw=number / 100).retry_after_s for number in range(100)}
+
+    assert len(asked_back) > 30
+    assert max(asked_back) > 1.3 * min(asked_back)
