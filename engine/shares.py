@@ -23,15 +23,20 @@ class Shares:
             raise ValueError(f"rank_shares {dict(shares)} are not parts of a whole that leave something to the other ranks")
         self._shares = dict(sorted(shares.items()))
         self._patience_s = patience_s
-        self._credits: dict[int, float] = {}
+        self._credits: dict[int, float] = {}  # of the ranks that have work ready
+        self._kept: dict[int, float] = {}  # of the others
 
     def seats(self, max_inflight: int) -> dict[int, int]:
         """Seats that each of these ranks keeps while it has images that want them; without any its work would never be ready."""
         return {rank: max(1, round(share * max_inflight)) for rank, share in self._shares.items()}
 
     def note_ready(self, ranks: Container[int]) -> None:
-        """Only these ranks have work ready; the others keep no credit."""
-        self._credits = {rank: self._credits.get(rank, 0.0) for rank in self._shares if rank in ranks}
+        """Only these ranks have work ready; the others keep what patience has earned at most, or they would have to be patient anew."""
+        credits = self._kept | self._credits
+        self._credits = {rank: credits.get(rank, 0.0) for rank in self._shares if rank in ranks}
+        self._kept = {
+            rank: min(credit, self._shares[rank] * self._patience_s) for rank, credit in credits.items() if rank not in self._credits
+        }
 
     def spend(self, served: int | None, seconds: float, *, was_owed: bool) -> None:
         """The device gave so many seconds (below 0: predicted too many) to the rank `served`; None when nobody knows any more whose."""

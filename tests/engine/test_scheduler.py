@@ -290,6 +290,17 @@ def test_a_patient_rank_is_put_off_at_first_and_then_has_its_whole_share():
     assert Counter(done[8:])["denoise rank 1"] == pytest.approx(0.25 * len(done[8:]), abs=1)
 
 
+def test_a_rank_whose_work_came_to_an_end_need_not_be_patient_anew_for_the_next():
+    scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25}, share_patience_s=8.0)
+    turns(scheduler, 9)  # the last of them was its own
+    scheduler.remove("rank 1")
+    turns(scheduler, 3)
+
+    scheduler.add(an_image("rank 1", rank=1, num_steps=99), now_s=0)
+
+    assert "denoise rank 1" in turns(scheduler, 5), "eight if it had to be"
+
+
 def test_a_rank_without_work_earns_nothing_and_keeps_nothing():
     scheduler = an_urgent_and_a_patient_crowd(rank_shares={1: 0.25})
     turns(scheduler, 3)
