@@ -100,6 +100,7 @@ class WorkerSettings(Settings, DeviceSettings):
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
     preemption_notices: str = ""  # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its name)
+    engine_stuck_after_s: float = Field(300.0, gt=0)  # a turn of the engine that takes longer is a device that hangs: the worker ends
     shutdown_notice_s: float = Field(20.0, gt=0)  # what SIGTERM gives: less than whoever sends it waits before SIGKILL
     cuda_visible_devices: str | None = None  # the launcher starts a process for each of these; unset = all
 

@@ -25,7 +25,7 @@ from app.problems import (
     Problem,
     TenantQueueFull,
 )
-from app.views import job_view
+from app.views import job_view, queue_view
 from edges import telemetry
 from edges.encoding import FORMATS
 from edges.progress import Step
@@ -70,10 +70,11 @@ def create_job() -> ResponseReturnValue:
             currency=parts.fleet.currency,
             actor=caller().actor,
         )
-        view = job_view(job, place=parts.lookout.place_of(job))
+        view = job_view(job)
     telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
     log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
     _let_out(job)
+    view["queue"] = queue_view(parts.lookout.place_of(job))  # not while the transaction holds the tenant's place in line
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"

@@ -3,12 +3,14 @@
 Read at most a few times a second per pool, however many clients ask; nothing here scans a backlog.
 """
 
+import math
 import random
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
@@ -20,11 +22,12 @@ from models.flows import Standing
 from models.states import JobState
 from models.tables import Job
 from policy import admission, prediction
-from policy.admission import InHand, Outlook, Refusal
+from policy.admission import Outlook, Refusal, Running
 from policy.catalog import Resolved
 from policy.fleet import Fleet
 from policy.prediction import Cost, Eta, EtaRatios, Waiting
 
+Read = TypeVar("Read")
 FRESH_FOR_S = 0.25
 LEARNT_FOR_S = 2.0
 
@@ -35,7 +38,6 @@ class Expected:
 
     predicted_s: float
     eta_raw_s: float
-    eta: Eta
     refusal: Refusal | None
 
 
@@ -53,7 +55,7 @@ class _Seen:
 
     devices: int
     standings: list[Standing]
-    in_hand: Mapping[str, InHand]
+    running: Mapping[str, Running]
     clocks: Mapping[str, float]
 
 
@@ -63,7 +65,7 @@ class Lookout:
     def __init__(self, database: Engine, fleet: Fleet, gauge: Gauge, *, worker_silence_s: float) -> None:
         self._database, self._fleet, self._gauge = database, fleet, gauge
         self._worker_silence_s = worker_silence_s
-        self._remembered: dict[object, tuple[float, object]] = {}
+        self._remembered: dict[tuple[object, ...], tuple[float, object]] = {}
         self._lock = threading.Lock()
 
     def expect(self, wish: Resolved, tenant_id: uuid.UUID) -> Expected:
@@ -84,7 +86,7 @@ class Lookout:
         raw_s = admission.first_guess_s(place, outlook, own_s=own_s, num_images=wish.num_images)
         ratios = self._ratios(wish.pool, wish.tier)
         refused = admission.refusal(self._fleet, outlook, place, ratios, pool=wish.pool, tier=wish.tier, own_s=own_s, draw=random.random())
-        return Expected(own_s, raw_s, prediction.corrected(raw_s, ratios), refused)
+        return Expected(own_s, raw_s, refused)
 
     def place_of(self, job: Job, steps_done: int = 0) -> QueuePlace | None:
         """Where an unfinished job stands; None for one whose tier or pool is not in fleet.toml any more."""
@@ -106,13 +108,13 @@ class Lookout:
         waiting = [
             Waiting(flow.tier, flow.weight, flow.queued_jobs, flow.queued_s, is_own=flow.tenant_id == tenant_id) for flow in seen.standings
         ]
-        return Outlook(seen.devices, waiting, seen.in_hand, self._gauge.fill())
+        return Outlook(seen.devices, waiting, seen.running, self._gauge.fill())
 
     def _seen(self, pool: str) -> _Seen:
         def read(session: Session) -> _Seen:
-            in_hand = {tier: InHand(cost_s, images) for tier, cost_s, images in releasing.in_hand(session, pool=pool)}
+            running = {tier: Running(cost_s, images) for tier, cost_s, images in releasing.running(session, pool=pool)}
             devices = workers.working(session, pool=pool, silent_for_s=self._worker_silence_s)
-            return _Seen(devices, flows.standings(session, pool=pool), in_hand, flows.clocks(session, pool=pool))
+            return _Seen(devices, flows.standings(session, pool=pool), running, flows.clocks(session, pool=pool))
 
         return self._recalled(("seen", pool), FRESH_FOR_S, read)
 
@@ -130,17 +132,17 @@ class Lookout:
 
         return self._recalled(("ratios", pool, tier), LEARNT_FOR_S, read)
 
-    def _recalled(self, key, fresh_for_s, read):  # type: ignore[no-untyped-def]
+    def _recalled(self, key: tuple[object, ...], fresh_for_s: float, read: Callable[[Session], Read]) -> Read:
         """What `read(session)` gave within the last `fresh_for_s`; else read anew, by one thread while others take the old answer."""
         now = time.monotonic()
         with self._lock:
-            read_at, known = self._remembered.get(key, (-1e9, None))
+            read_at, known = self._remembered.get(key, (-math.inf, None))
             if now - read_at < fresh_for_s:
-                return known
+                return cast("Read", known)
             if key in self._remembered:
                 self._remembered[key] = (now, known)
         with transaction(self._database) as session:
-            known = read(session)
+            answer = read(session)
         with self._lock:
-            self._remembered[key] = (now, known)
-        return known
+            self._remembered[key] = (now, answer)
+        return answer

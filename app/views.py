@@ -42,7 +42,7 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         "finished_at": _instant(job.finished_at),
         "run_by": _instant(job.run_by),
         "progress": _progress(job, steps),
-        "queue": _queue(place),
+        "queue": queue_view(place),
         "timing": {
             "queue_s": _seconds(job.accepted_at, job.started_at),
             "render_s": _seconds(job.started_at, job.rendered_at),
@@ -73,7 +73,7 @@ def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
     return {"step": sum(done.values()), "num_steps": job.num_steps * job.num_images, "images_done": stored}
 
 
-def _queue(place: QueuePlace | None) -> dict[str, Any] | None:
+def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:
     """Jobs of the tier that go before it (None once it runs), and seconds until its images are stored: the median, and nine in ten."""
     if place is None:
         return None

@@ -11,6 +11,7 @@ from typing import Any
 
 import redis
 from celery import Celery
+from celery.exceptions import QueueNotFound
 from kombu.exceptions import KombuError
 
 import celeryconfig
@@ -58,7 +59,7 @@ class Broker:
     def _send(self, task_name: str, queue: str, **options: Any) -> None:
         try:
             self._celery.send_task(task_name, queue=queue, retry=False, **options)
-        except (KombuError, redis.RedisError, OSError) as error:
+        except (KombuError, redis.RedisError, OSError, QueueNotFound) as error:
             raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
 
     def _ask(self, command: str, *arguments: Any) -> Any:

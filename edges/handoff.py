@@ -6,6 +6,7 @@ shape and digest. Read with GET and delete after the commit: a results task kill
 
 import hashlib
 import json
+import math
 import time
 import uuid
 from collections.abc import Iterator
@@ -111,12 +112,14 @@ class Handoff:
 class Gauge:
     """How full the hand-off is: pixels that are not stored fast enough fill it, and whoever makes or accepts more should wait.
 
-    Asked as often as one likes; Redis is asked at most once a second, and while it does not answer the last answer holds.
+    Asked as often as one likes; Redis is asked at most once a second. While it does not answer the last answer holds, for
+    `trusted_for_s`; after that it counts as full.
     """
 
-    def __init__(self, handoff_url: str) -> None:
+    def __init__(self, handoff_url: str, *, trusted_for_s: float = math.inf) -> None:
         self._redis = redis.Redis.from_url(handoff_url, socket_timeout=1, socket_connect_timeout=1)
-        self._fill, self._asked_at = 0.0, -1.0
+        self._trusted_for_s = trusted_for_s
+        self._fill, self._asked_at, self._answered_at = 0.0, -math.inf, time.monotonic()
 
     def fill(self) -> float:
         """Memory in use / `maxmemory`; 0 where there is no limit."""
@@ -126,9 +129,10 @@ class Gauge:
             try:
                 memory = self._redis.info("memory")
                 self._fill = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+                self._answered_at = now
             except redis.RedisError:
                 pass
-        return self._fill
+        return self._fill if now - self._answered_at <= self._trusted_for_s else 1.0
 
 
 def pixels_sha256(pixels: NDArray[np.uint8]) -> str:

@@ -1,7 +1,7 @@
 """What is kept of images under way, so that another worker goes on where one stopped: a hash per job in the hand-off's Redis.
 
 Best effort: a snapshot that is gone costs the steps behind it, never the image. A field holds the newest snapshot of one image,
-with the attempt that made it: one that wakes up late never overwrites a later attempt's.
+with its attempt and step: one that comes late never overwrites a later one.
 """
 
 import uuid
@@ -14,9 +14,13 @@ STORE = "handoff"  # what `attempts.snapshot_store` says of it
 
 _PUT = """
 local old = redis.call('HGET', KEYS[1], ARGV[1])
-if old and tonumber(string.match(old, '^(%d+) ')) > tonumber(ARGV[2]) then return 0 end
-redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
-redis.call('EXPIRE', KEYS[1], ARGV[4])
+if old then
+    local attempt, step = string.match(old, '^(%d+) (%d+) ')
+    attempt, step = tonumber(attempt), tonumber(step)
+    if attempt > tonumber(ARGV[2]) or (attempt == tonumber(ARGV[2]) and step > tonumber(ARGV[3])) then return 0 end
+end
+redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. ARGV[4])
+redis.call('EXPIRE', KEYS[1], ARGV[5])
 return 1
 """
 
@@ -27,9 +31,10 @@ class SnapshotsUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Kept:
-    """The newest snapshot of one image, and the attempt that made it."""
+    """The newest snapshot of one image: the attempt that made it, the step it is of."""
 
     attempt: int
+    step: int
     blob: bytes
 
 
@@ -41,10 +46,10 @@ class Snapshots:
         self._put = self._redis.register_script(_PUT)
         self._ttl_s = ttl_s
 
-    def put(self, job_id: uuid.UUID, index: int, attempt: int, blob: bytes) -> bool:
-        """Keep the snapshot for `ttl_s`; False if a later attempt has one. Raises SnapshotsUnavailable."""
+    def put(self, job_id: uuid.UUID, index: int, attempt: int, step: int, blob: bytes) -> bool:
+        """Keep the snapshot for `ttl_s`; False if there is one of a later attempt, or of a later step. Raises SnapshotsUnavailable."""
         try:
-            return bool(self._put(keys=[_key(job_id)], args=[index, attempt, blob, self._ttl_s]))
+            return bool(self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s]))
         except redis.RedisError as error:
             raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
 
@@ -56,8 +61,8 @@ class Snapshots:
             raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
         kept = {}
         for index, value in fields.items():
-            attempt, _, blob = value.partition(b" ")
-            kept[int(index)] = Kept(int(attempt), blob)
+            attempt, step, blob = value.split(b" ", 2)
+            kept[int(index)] = Kept(int(attempt), int(step), blob)
         return kept
 
     def jobs(self) -> list[uuid.UUID]:

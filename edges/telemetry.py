@@ -22,6 +22,7 @@ RENDER_ERRORS = Counter("darkroom_render_errors_total", "Attempts that ended in 
 LEASES_LOST = Counter("darkroom_leases_lost_total", "Leases that a worker found gone")
 PREEMPTED = Counter("darkroom_jobs_preempted_total", "Jobs given up with snapshots because the worker had to go")
 NOTICES = Counter("darkroom_notices_total", "Notices that the worker has to go", ["source"])
+UNFIT = Counter("darkroom_workers_unfit_total", "Times that this worker left because it could not go on")
 CHECKPOINTS = Counter("darkroom_checkpoints_total", "Snapshots kept while rendering")
 SNAPSHOTS_REFUSED = Counter("darkroom_snapshots_refused_total", "Snapshots that did not fit, so that an image began again")
 STEPS_RESUMED = Counter("darkroom_steps_resumed_total", "Denoise steps that snapshots spared")

@@ -34,6 +34,7 @@ from engine.curves import load_curves
 from engine.device import Device, is_out_of_memory
 from engine.errors import (
     DeadlinePassed,
+    EngineDied,
     EngineError,
     EngineStopped,
     ImageCanceled,
@@ -131,6 +132,7 @@ class Engine:
         self._thread: threading.Thread | None = None
         self._ready = threading.Event()
         self._start_problem: BaseException | None = None
+        self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
 
     # --- from any thread -------------------------------------------------------------------------------------------------
 
@@ -165,6 +167,12 @@ class Engine:
     def is_running(self) -> bool:
         """Does it take requests?"""
         return self._accepting
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds that the turn in progress has taken; 0 between two turns. A turn that does not end is a device that hangs."""
+        began_at = self._turn_began_at
+        return time.monotonic() - began_at if began_at is not None else 0.0
 
     def submit(self, request: ImageRequest, on_event: OnEvent | None = None, *, within_s: float | None = None) -> Handle:
         """Take a request; it joins the running batch at the next step boundary, and fails at one if not finished `within_s` from now.
@@ -423,14 +431,17 @@ class Engine:
             return
         self._accepting = not self._stopping
         self._ready.set()
-        last_word = "the engine was stopped"
+        last_word: Callable[[], EngineStopped] = partial(EngineStopped, "the engine was stopped")
         try:
             while self._wait_for_work():
+                self._turn_began_at = time.monotonic()
                 self._turn()
+                self._turn_began_at = None
         except BaseException as problem:
             log.exception("engine_died")
-            last_word = f"the engine died: {problem!r}"
+            last_word = partial(EngineDied, f"the engine died: {problem!r}")
         finally:
+            self._turn_began_at = None
             self._fail_everyone(last_word)
 
     def _prepare(self) -> None:
@@ -727,7 +738,7 @@ class Engine:
         except Exception:
             log.exception("on_event_failed", extra={"image_id": image.id, "event_type": type(event).__name__})
 
-    def _fail_everyone(self, last_word: str) -> None:
+    def _fail_everyone(self, last_word: Callable[[], EngineStopped]) -> None:
         with self._changed:
             self._accepting = False
             left = [entry.image for entry in self._open.values()]  # not the scheduler's word: its books may be what broke
@@ -735,7 +746,7 @@ class Engine:
             notes = list(self._notes)
             self._notes.clear()
         for image in left:
-            self._fail(image, EngineStopped(last_word))
+            self._fail(image, last_word())
         for note in notes:
             note()
 

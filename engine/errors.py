@@ -10,6 +10,7 @@ EngineError              the unplanned, with its cause attached: log it, count t
 ├── ImageCanceled        somebody asked for it
 ├── DeadlinePassed       it was not finished in the time it was given: more time, a better rank or a quieter engine
 └── EngineStopped        the engine is not running (any more): another worker can render it from the start
+    └── EngineDied       its device thread broke while this image was there: it may be the image's doing
 """
 
 
@@ -65,3 +66,7 @@ class DeadlinePassed(EngineError):
 
 class EngineStopped(EngineError):
     """The engine was never started, was stopped, or its device thread died; nothing of this image is kept."""
+
+
+class EngineDied(EngineStopped):
+    """The device thread broke with this image in flight: nobody can say whether it was to blame. Count the attempt."""

@@ -7,6 +7,9 @@ from typing import Any
 from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, func, select
 from sqlalchemy.orm import Session
 
+# libpq: a server that is gone without a word (failover, a NAT that forgot us) is an error after some 8 s, not a hang of minutes.
+_NOTICES_SILENCE = {"keepalives_idle": 5, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 8000}
+
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
     """Connections that are checked before use (a restarted Postgres costs a reconnect, not an error), with a limit on every wait."""
@@ -17,7 +20,7 @@ def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=pool_size,
         pool_pre_ping=True,
         pool_timeout=10,
-        connect_args={"options": options, "connect_timeout": 5, "application_name": "darkroom"},
+        connect_args={"options": options, "connect_timeout": 5, "application_name": "darkroom", **_NOTICES_SILENCE},
     )
 
 

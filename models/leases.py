@@ -10,12 +10,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, select, tuple_, update
+from sqlalchemy import func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, jobs
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
+
+OVERDUE_S = 30.0  # past its run deadline
 
 
 class LeaseLost(Exception):
@@ -105,12 +107,19 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
 
 
 def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, ttl_s: float) -> set[uuid.UUID]:
-    """Prolong all of a worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back."""
+    """Prolong all of a worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
+
+    A job past its run deadline should have been stopped by its engine; when that is clearly not coming, its lease is not renewed.
+    """
     if not held:
         return set()
     statement = (
         update(Job)
-        .where(tuple_(Job.id, Job.attempt).in_(held), Job.state == JobState.RUNNING)
+        .where(
+            tuple_(Job.id, Job.attempt).in_(held),
+            Job.state == JobState.RUNNING,
+            or_(Job.run_by.is_(None), Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S)),
+        )
         .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s))
         .returning(Job.id)
         .execution_options(synchronize_session=False)
@@ -125,6 +134,8 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     """
     job = _held(session, lease)
     image = session.get_one(Image, (job.id, index))
+    if image.handed_off_attempt == lease.attempt:
+        return job  # noted already: the answer to a commit was lost, and this is the second try
     image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
     image.steps_done = job.num_steps
     image.device_seconds += rendered.device_seconds

@@ -79,7 +79,7 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
     A job larger than the whole limit goes alone. Releases of one (pool, tier) take turns, so the limits hold.
     """
     session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"release:{pool}:{tier}"})
-    in_hand = _in_hand(session, pool, tier)
+    in_hand, running = _in_hand(session, pool, tier)
     chosen: dict[uuid.UUID, Picked] = {}
     newest_tag: float | None = None
 
@@ -90,6 +90,18 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
     def is_capped(job: _Waiting) -> bool:
         return room.most_of_one is not None and in_hand[job.tenant_id] + job.num_images > max(room.most_of_one, job.num_images)
 
+    def is_due(job: _Waiting, sharing: int) -> bool:
+        """Must nobody else's work in hand keep it waiting?
+
+        It was in hand before, or its tenant has at most half of its fair share there while somebody runs more than his part. Half: two
+        who both always have work would else meet at the front, where there is nothing to gain for either. Runs: somebody whose jobs
+        only stand in line is in nobody's way, and would never get out of it if each newcomer passed him at the front.
+        """
+        held, share = in_hand[job.tenant_id], max(room.least_share, room.limit_images // sharing)
+        is_behind = held == 0 or 2 * (held + job.num_images) <= share
+        part = max(room.least_share, running.total() // sharing)
+        return job.attempt > 0 or (is_behind and max(running.values(), default=0) > part)
+
     line = _in_order(session, pool, tier, room, in_hand)
     for job in line:
         if is_capped(job):
@@ -97,14 +109,14 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
         if in_hand.total() and in_hand.total() + job.num_images > room.limit_images:
             break  # it is next: nobody smaller overtakes it
         sharing = len(in_hand.keys() | {job.tenant_id})
-        choose(job, is_front=in_hand.total() >= room.slots and _is_due(job, room, in_hand, sharing))
+        choose(job, is_front=in_hand.total() >= room.slots and is_due(job, sharing))
         newest_tag = job.release_tag
     if len(chosen) < len(line) or in_hand.total() >= room.limit_images:
         heads = _heads(session, pool, tier, only=tenant_id)
-        sharing = len(in_hand.keys() | {job.tenant_id for job in heads})
+        sharing = len(in_hand.keys() | {job.tenant_id for job in heads}) or 1
         for job in heads:
             fits = in_hand.total() + job.num_images <= 2 * room.limit_images
-            if fits and job.job_id not in chosen and not is_capped(job) and _is_due(job, room, in_hand, sharing):
+            if fits and job.job_id not in chosen and not is_capped(job) and is_due(job, sharing):
                 choose(job, is_front=True)  # out of turn: virtual time stays, or who comes next would start behind all that still wait
     if not chosen:
         return []
@@ -114,27 +126,20 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
     return [job for job in chosen.values() if job.job_id in stamped]
 
 
-def in_hand(session: Session, *, pool: str) -> list[tuple[str, float, int]]:
-    """(tier, predicted device seconds, images) of the pool's jobs that are announced or running."""
-    query = select(Job.tier, func.sum(Job.predicted_s), func.sum(Job.num_images)).where(Job.pool == pool, _IN_HAND).group_by(Job.tier)
-    return [(tier, float(cost_s), int(images)) for tier, cost_s, images in session.execute(query)]
+def running(session: Session, *, pool: str) -> list[tuple[str, float, int]]:
+    """(tier, predicted device seconds, images) of the pool's running jobs."""
+    query = select(Job.tier, func.sum(Job.predicted_s), func.sum(Job.num_images)).where(Job.pool == pool, Job.state == JobState.RUNNING)
+    return [(tier, float(cost_s), int(images)) for tier, cost_s, images in session.execute(query.group_by(Job.tier))]
 
 
-def _is_due(job: _Waiting, room: Room, in_hand: Counter[uuid.UUID], sharing: int) -> bool:
-    """Must nobody else's work in hand keep it waiting?
-
-    It was in hand before, or its tenant has at most half of its fair share there while somebody has more than his. Half: two who both
-    always have work would else meet at the front, where there is nothing to gain for either.
-    """
-    held, share = in_hand[job.tenant_id], max(room.least_share, room.limit_images // max(1, sharing))
-    is_behind = held == 0 or 2 * (held + job.num_images) <= share
-    return job.attempt > 0 or (is_behind and max(in_hand.values()) > share)
-
-
-def _in_hand(session: Session, pool: str, tier: str) -> Counter[uuid.UUID]:
-    """Images announced or running, by tenant: rows that the limits bound."""
-    query = select(Job.tenant_id, func.sum(Job.num_images)).where(Job.pool == pool, Job.tier == tier, _IN_HAND)
-    return Counter({tenant_id: int(images) for tenant_id, images in session.execute(query.group_by(Job.tenant_id))})
+def _in_hand(session: Session, pool: str, tier: str) -> tuple[Counter[uuid.UUID], Counter[uuid.UUID]]:
+    """Images announced or running, and those running, by tenant: rows that the limits bound."""
+    runs = func.coalesce(func.sum(Job.num_images).filter(Job.state == JobState.RUNNING), 0)
+    query = select(Job.tenant_id, func.sum(Job.num_images), runs).where(Job.pool == pool, Job.tier == tier, _IN_HAND)
+    in_hand, running = Counter[uuid.UUID](), Counter[uuid.UUID]()
+    for tenant_id, images, of_them_running in session.execute(query.group_by(Job.tenant_id)):
+        in_hand[tenant_id], running[tenant_id] = int(images), int(of_them_running)
+    return in_hand, running
 
 
 def _in_order(session: Session, pool: str, tier: str, room: Room, in_hand: Counter[uuid.UUID]) -> list[_Waiting]:

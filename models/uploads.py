@@ -4,7 +4,7 @@ So what a crash between the two left behind is found without listing the bucket.
 the same object, and the note of one is the note of both.
 """
 
-from sqlalchemy import ColumnElement, delete, func, select
+from sqlalchemy import ColumnElement, delete, func, select, text
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
@@ -30,19 +30,19 @@ def are_left_behind(session: Session, *, older_than_s: float) -> bool:
     return session.scalar(select(Upload.object_key).where(_is_old(older_than_s)).limit(1)) is not None
 
 
-def left_behind(session: Session, *, older_than_s: float, limit: int = 20) -> list[str]:
-    """Keys whose upload began that long ago and that nobody struck out, locked until commit: delete the objects, then `end` them.
+def left_behind(session: Session, *, older_than_s: float) -> str | None:
+    """A key whose upload began that long ago and that nobody struck out, locked until commit: delete the object, then `end` it.
 
-    A key that an artifact names after all, a doubled delivery's for one, is struck out and left out.
+    Keys that an artifact names after all, a doubled delivery's for one, are struck out on the way. None if there is no other. The
+    transaction may stay idle while the object store takes its time.
     """
-    query = (
-        select(Upload.object_key).where(_is_old(older_than_s)).order_by(Upload.started_at).limit(limit).with_for_update(skip_locked=True)
-    )
-    keys = list(session.scalars(query))
-    named = set(session.scalars(select(Artifact.object_key).where(Artifact.object_key.in_(keys))))
-    for key in named:
+    session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '120s'"))
+    query = select(Upload.object_key).where(_is_old(older_than_s)).order_by(Upload.started_at).limit(1).with_for_update(skip_locked=True)
+    while (key := session.scalar(query)) is not None:
+        if session.scalar(select(Artifact.id).where(Artifact.object_key == key).limit(1)) is None:
+            return key
         end(session, key)
-    return [key for key in keys if key not in named]
+    return None
 
 
 def _is_old(older_than_s: float) -> ColumnElement[bool]:

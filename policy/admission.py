@@ -29,8 +29,8 @@ def least_share(fleet: Fleet, pool: str) -> int:
 
 
 @dataclass(frozen=True)
-class InHand:
-    """Jobs of one tier that are announced or running: predicted device seconds, and images."""
+class Running:
+    """Running jobs of one tier: predicted device seconds, and images."""
 
     cost_s: float = 0.0
     images: int = 0
@@ -38,11 +38,11 @@ class InHand:
 
 @dataclass(frozen=True)
 class Outlook:
-    """A pool at one moment: its working devices, what waits, what is in hand, virtual time, how full the hand-off is."""
+    """A pool at one moment: its working devices, what waits, what runs, how full the hand-off is."""
 
     devices: int
     flows: Sequence[Waiting] = ()
-    in_hand: Mapping[str, InHand] = field(default_factory=dict)
+    running: Mapping[str, Running] = field(default_factory=dict)
     handoff_fill: float = 0.0
 
 
@@ -67,17 +67,17 @@ class Refusal:
 def place_in(fleet: Fleet, outlook: Outlook, *, pool: str, tier: str, num_images: int, lead_s: float) -> Place:
     """Where a job of `tier` stands whose start tag is `lead_s` ahead of virtual time.
 
-    Before it go all that better tiers have, what of its own tier is in hand, and what fair order releases first. The minimum shares
+    Before it go all that better tiers have, what of its own tier runs, and what fair order releases first. The minimum shares
     of lower tiers are left to the learnt ratios.
     """
     rank = fleet.tiers[tier].rank
     better = {name for name, other in fleet.tiers.items() if other.rank < rank}
     ahead_s, jobs = ahead_in_tier([flow for flow in outlook.flows if flow.tier == tier], lead_s=lead_s)
     ahead_s += sum(flow.cost_s for flow in outlook.flows if flow.tier in better)
-    ahead_s += sum(work.cost_s for name, work in outlook.in_hand.items() if name in better or name == tier)
+    ahead_s += sum(work.cost_s for name, work in outlook.running.items() if name in better or name == tier)
     slots = fleet.pools[pool].slots
     devices = max(1, outlook.devices)
-    images = num_images + sum(work.images for work in outlook.in_hand.values())
+    images = num_images + sum(work.images for work in outlook.running.values())
     return Place(ahead_s, jobs, company=min(float(slots), max(float(min(num_images, slots)), images / devices)))
 
 

@@ -26,14 +26,14 @@ def tier_of(queue: str) -> tuple[str, bool]:
     return tier, bool(front)
 
 
-def results_queue(tier: str) -> str:
-    """Where decoded images of `tier` wait to be stored."""
-    return f"results.{tier}"
+def results_queue(fleet: Fleet, tier: str) -> str:
+    """Where decoded images of `tier` wait to be stored; those of a tier that fleet.toml has no more, with the last in rank."""
+    return f"results.{tier if tier in fleet.tiers else fleet.tiers_by_rank[-1]}"
 
 
 def results_queues(fleet: Fleet) -> list[str]:
     """What a results worker consumes, in rank order."""
-    return [results_queue(tier) for tier in fleet.tiers_by_rank]
+    return [results_queue(fleet, tier) for tier in fleet.tiers_by_rank]
 
 
 def all_queues(fleet: Fleet) -> list[str]:

@@ -17,13 +17,18 @@ def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is
 
     Yes while all it holds of this and of better tiers is less than its slots minus what is guaranteed to the better ones, or while
     it holds less than the tier's own guarantee. What it holds of lower tiers is in nobody's way: their images are parked at the next
-    step. From the front queue it takes beyond its slots, too.
+    step. From the front queue it takes beyond its slots, too, as long as there is room left for what is guaranteed to the others.
     """
-    if sum(held.values()) >= OVERFULL * slots:
+    shares = {name: guaranteed_slots(fleet, name, slots) for name in fleet.tiers}
+    promised = sum(max(0, share - held.get(name, 0)) for name, share in shares.items() if name != tier)
+    total = sum(held.values())
+    if held.get(tier, 0) < shares[tier]:
+        return total < OVERFULL * slots
+    if total + promised >= OVERFULL * slots:
         return False
     if is_front:
         return True
     rank = fleet.tiers[tier].rank
-    kept = sum(guaranteed_slots(fleet, name, slots) for name, other in fleet.tiers.items() if other.rank < rank)
+    kept = sum(shares[name] for name, other in fleet.tiers.items() if other.rank < rank)
     before = sum(images for name, images in held.items() if name not in fleet.tiers or fleet.tiers[name].rank <= rank)
-    return before < max(1, slots - kept) or held.get(tier, 0) < guaranteed_slots(fleet, tier, slots)
+    return before < max(1, slots - kept)

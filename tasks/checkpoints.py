@@ -3,10 +3,9 @@
 All of it is a courtesy to the steps already done: whatever fails here costs time, never the image.
 """
 
-import queue
 import threading
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -14,7 +13,7 @@ import structlog
 
 from edges import telemetry
 from edges.progress import News
-from edges.snapshots import STORE, Kept, Snapshots, SnapshotsUnavailable, place
+from edges.snapshots import Kept, Snapshots, SnapshotsUnavailable, place
 from engine.engine import Engine, OnEvent
 from engine.errors import EngineError, SnapshotRefused
 from engine.handle import Handle
@@ -24,6 +23,7 @@ from models.leases import Lease, Left
 
 log = structlog.get_logger(__name__)
 
+NO_ROOM = 0.6  # of the hand-off's memory
 WITHDRAW_WITHIN_S = 20.0  # a snapshot is taken at the next step boundary; no step takes that long
 
 
@@ -36,11 +36,15 @@ class Earlier:
 
 
 class Checkpoints:
-    """One per worker. The engine's thread leaves snapshots here, a thread of its own keeps them."""
+    """One per worker. The engine's thread leaves snapshots here, a thread of its own keeps the newest of each image.
 
-    def __init__(self, engine: Engine, snapshots: Snapshots, news: News) -> None:
-        self._engine, self._snapshots, self._news = engine, snapshots, news
-        self._to_keep: queue.SimpleQueue[tuple[uuid.UUID, int, int, bytes] | None] = queue.SimpleQueue()
+    fill: how full the hand-off is; where it has little room left, none is kept: what is rendered needs it more.
+    """
+
+    def __init__(self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]) -> None:
+        self._engine, self._snapshots, self._news, self._fill = engine, snapshots, news, fill
+        self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}  # attempt and blob by job and image
+        self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
@@ -55,22 +59,27 @@ class Checkpoints:
             log.warning("snapshots_unavailable", reason=str(error))
             return Earlier({}, reached)
 
-    def begin(self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None) -> Handle:
-        """Give an image to the engine, from its snapshot where there is one that fits. Raises as `Engine.submit`."""
+    def begin(self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None) -> tuple[Handle, int]:
+        """Give an image to the engine, from its snapshot where there is one that fits; the step at which it begins comes with it.
+
+        Raises as `Engine.submit`.
+        """
         if kept is not None:
             try:
-                return self._engine.restore(kept.blob, on_event, request=request, within_s=within_s)
+                return self._engine.restore(kept.blob, on_event, request=request, within_s=within_s), kept.step
             except SnapshotRefused as error:  # made elsewhere, or damaged: start again
                 telemetry.SNAPSHOTS_REFUSED.inc()
                 log.warning("snapshot_refused", request_id=request.id, reason=str(error))
-        return self._engine.submit(request, on_event, within_s=within_s)
+        return self._engine.submit(request, on_event, within_s=within_s), 0
 
     def keep_soon(self, lease: Lease, index: int, request_id: str) -> None:
         """Keep a snapshot as the image is before its next step. Returns at once; for the engine's thread."""
 
         def keep(snapshot: Future[bytes]) -> None:
             if snapshot.exception() is None:
-                self._to_keep.put((lease.job_id, index, lease.attempt, snapshot.result()))
+                with self._changed:
+                    self._newest[lease.job_id, index] = lease.attempt, snapshot.result()
+                    self._changed.notify()
 
         self._engine.snapshot(request_id).add_done_callback(keep)
 
@@ -81,27 +90,35 @@ class Checkpoints:
         for index, snapshot in taken.items():
             try:
                 blob = snapshot.result(WITHDRAW_WITHIN_S)
-                self._snapshots.put(lease.job_id, index, lease.attempt, blob)
+                step = peek(blob).step
+                self._snapshots.put(lease.job_id, index, lease.attempt, step, blob)
                 device_s = handles[index].progress().device_seconds
-                left.append(Left(index, peek(blob).step, place(lease.job_id, index), len(blob), device_s))
-            except (EngineError, SnapshotsUnavailable, TimeoutError) as error:
+                left.append(Left(index, step, place(lease.job_id, index), len(blob), device_s))
+            except (EngineError, TimeoutError) as error:
                 log.warning("not_kept", index=index, reason=f"{type(error).__name__}: {error}")
+            except SnapshotsUnavailable as error:
+                log.warning("not_kept", index=index, reason=str(error))
+                break  # nor will the others be: a notice has no time for that
         return left
-
-    @property
-    def store(self) -> str:
-        """Where snapshots lie, for the record."""
-        return STORE
 
     def close(self) -> None:
         """Keep what was taken until now, and stop."""
-        self._to_keep.put(None)
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
         self._thread.join(timeout=5)
 
     def _run(self) -> None:
-        while (taken := self._to_keep.get()) is not None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._newest or self._closing)
+                if not self._newest:
+                    return
+                (job_id, index), (attempt, blob) = self._newest.popitem()
+            if self._fill() > NO_ROOM:
+                continue
             try:
-                self._snapshots.put(*taken)
+                self._snapshots.put(job_id, index, attempt, peek(blob).step, blob)
                 telemetry.CHECKPOINTS.inc()
             except SnapshotsUnavailable as error:
                 log.info("checkpoint_not_kept", reason=str(error))

@@ -53,8 +53,7 @@ class Held:
     taken_at: float = field(default_factory=time.monotonic)
     lost: threading.Event = field(default_factory=threading.Event)
     leaving: str = ""  # the reason, once the worker has to go
-    waits_to_be_alone: bool = False
-    is_alone: bool = False
+    is_alone: bool = False  # or waits until it is
     on_change: Callable[[], None] = _nothing
     expected_s: Callable[[], float | None] = lambda: None  # until its last pixels; None: nobody can say
 
@@ -94,14 +93,15 @@ class LeaseKeeper:
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._solitude = threading.Lock()
         self._renewed_at = time.monotonic()
-        self.is_leaving = False  # nothing more is taken here
-        self._thread = threading.Thread(target=self._run, name="leases", daemon=True)
+        self.leaving = ""  # why nothing more is taken here
+        self._threads = [threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True) for run in (self._renew, self._watch)]
 
     def start(self, *, max_attempts: int) -> None:
         """Say that this worker is alive and begin to renew; what a predecessor of its name held is put back or fails first."""
         self._take_over(max_attempts)
         self._beat()
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     @contextmanager
     def leased(self, job_id: uuid.UUID) -> Iterator[Held | None]:
@@ -114,6 +114,9 @@ class LeaseKeeper:
         held = Held(lease, unrendered=len(lease.pending))
         with self._lock:
             self._held[job_id] = held
+            leaving = self.leaving
+        if leaving:  # it was about to take the job when it heard that it has to go
+            held.leave(leaving)
         try:
             yield held
         finally:
@@ -121,26 +124,26 @@ class LeaseKeeper:
                 del self._held[job_id]
 
     @contextmanager
-    def alone(self, held: Held) -> Iterator[None]:
+    def alone(self, held: Held) -> Iterator[bool]:
         """Keep everything else off this worker for the length of the block: it starts when all that is here has ended.
 
-        Returns early, and not alone, once `held` is to be let go of.
+        False, at once, if another job has or waits for the worker to itself, and once `held` is to be let go of.
         """
-        held.waits_to_be_alone = True
-        while not (held.is_alone or held.lost.is_set() or held.leaving):
-            held.is_alone = self._solitude.acquire(timeout=0.05)
+        if not self._solitude.acquire(blocking=False):
+            yield False
+            return
+        held.is_alone = True
         try:
-            while not (held.lost.is_set() or held.leaving) and any(not other.waits_to_be_alone for other in self.all_held()):
+            while not (held.lost.is_set() or held.leaving) and len(self.all_held()) > 1:
                 time.sleep(0.05)
-            yield
+            yield True
         finally:
-            if held.is_alone:
-                self._solitude.release()
+            held.is_alone = False
+            self._solitude.release()
 
-    @property
-    def wants_nothing_else(self) -> bool:
-        """Does a job here want the worker to itself?"""
-        return any(held.waits_to_be_alone for held in self.all_held())
+    def is_reserved(self, held: Held | None = None) -> bool:
+        """Does a job here, other than `held`, have or want the worker to itself?"""
+        return any(other.is_alone and other is not held for other in self.all_held())
 
     def drop(self, job_id: uuid.UUID) -> None:
         """Stop working on the job, if it is here: it was canceled."""
@@ -177,8 +180,9 @@ class LeaseKeeper:
     def close(self) -> None:
         """Stop renewing and sign off; leases still held run out."""
         self._stop.set()
-        if self._thread.is_alive():
-            self._thread.join(timeout=10)
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join(timeout=10)
         try:
             with transaction(self._database) as session:
                 learning.observe(session, self._seen)
@@ -196,7 +200,7 @@ class LeaseKeeper:
             if job is not None:
                 log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
 
-    def _run(self) -> None:
+    def _renew(self) -> None:
         wait_s = self._renew_s
         while not self._stop.wait(wait_s):
             wait_s = self._renew_s
@@ -204,10 +208,13 @@ class LeaseKeeper:
                 self._beat()
             except SQLAlchemyError as error:
                 wait_s = min(wait_s, RETRY_S)
-                silent_s = time.monotonic() - self._renewed_at
-                log.warning("renewal_failed", silent_s=round(silent_s, 1), reason=type(error).__name__)
-                if silent_s > self._stop_s:
-                    self._lose([held for held in self.all_held() if not held.lost.is_set()])
+                log.warning("renewal_failed", silent_s=round(time.monotonic() - self._renewed_at, 1), reason=type(error).__name__)
+
+    def _watch(self) -> None:
+        """Drop all work when nothing was renewed for too long. A thread of its own, for a renewal may hang instead of failing."""
+        while not self._stop.wait(RETRY_S):
+            if time.monotonic() - self._renewed_at > self._stop_s:
+                self._lose([held for held in self.all_held() if not held.lost.is_set()])
 
     def _beat(self) -> None:
         """Renew everything in one UPDATE and say that this worker is alive."""
@@ -217,7 +224,7 @@ class LeaseKeeper:
         started_at = time.monotonic()
         with transaction(self._database) as session:
             kept = leases.renew(session, [(held.lease.job_id, held.lease.attempt) for held in snapshot], ttl_s=self._ttl_s)
-            who, slots = self.identity, 0 if self.is_leaving else self.identity.slots
+            who, slots = self.identity, 0 if self.leaving else self.identity.slots
             workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
             learning.observe(session, seen)
         self._renewed_at = started_at

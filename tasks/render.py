@@ -1,39 +1,27 @@
 """Render one job: take the lease, give its images to the engine, hand the pixels on as each is done.
 
-Turns every engine error into a decision: fail now, put back, or count a try. Nothing ever leaves a task body as an
-exception, for Celery would keep its message unacknowledged.
+What an error means is decided in `verdicts.py`. Nothing ever leaves a task body as an exception, for Celery would keep its
+message unacknowledged.
 """
 
-import os
 import queue
-import signal
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 import structlog
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import OperationalError
 
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News, ProgressWriter, Step
 from edges.release import Release
-from engine.engine import Engine
-from engine.errors import (
-    DeadlinePassed,
-    EngineError,
-    EngineStopped,
-    ImageCanceled,
-    ImageNotFinite,
-    OutOfDeviceMemory,
-    UnknownCheckpoint,
-    UnsupportedRequest,
-)
+from edges.snapshots import STORE
+from engine.errors import EngineError, ImageCanceled
 from engine.events import Event, Failed, Finished, Stepped
 from engine.handle import Handle
 from engine.records import FinishedImage
@@ -41,20 +29,18 @@ from engine.request import Determinism, ImageRequest
 from models import leases
 from models.database import transaction
 from models.leases import Lease, LeaseLost, Rendered
-from models.states import FailureCode, JobState
-from models.tables import Job
 from policy import queues
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
 from settings import Settings
 from tasks.checkpoints import Checkpoints, Earlier
+from tasks.health import Health
 from tasks.keeper import ALONE_FROM, Held, LeaseKeeper
+from tasks.verdicts import Verdicts, persist
 
 log = structlog.get_logger(__name__)
 
 DROP_WITHIN_S = 20.0  # no step takes that long
-PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to hand on what was rendered; pixels are worth some
-Answer = TypeVar("Answer")
 
 
 class LetGo(Exception):
@@ -94,9 +80,10 @@ class Renderer:
 
     settings: Settings
     fleet: Fleet
-    engine: Engine
     keeper: LeaseKeeper
     checkpoints: Checkpoints
+    health: Health
+    verdicts: Verdicts
     database: Database
     broker: Broker
     release: Release
@@ -109,31 +96,43 @@ class Renderer:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id, worker=self.keeper.identity.name)
         try:
-            if self.keeper.is_leaving:  # the broker was asked for it before that was known
+            if self.keeper.leaving:  # the broker was asked for it before that was known
                 self.release.pass_on(uuid.UUID(job_id))
                 return
             with self.keeper.leased(uuid.UUID(job_id)) as held:
                 if held is None:
                     telemetry.DUPLICATES.labels("render").inc()
                     return
-                with self.keeper.alone(held) if held.lease.job.counted_attempts >= ALONE_FROM else nullcontext():
-                    self._render(held)
+                self._render_in_due_company(held)
             self.release.release(held.lease.job.pool, held.lease.job.tier)
         except BaseException as error:
             log.error("render_task_failed", exc_info=error)
+
+    def _render_in_due_company(self, held: Held) -> None:
+        """A job that was there when its worker died, more than once, shares it with nobody; what comes meanwhile goes elsewhere."""
+        if held.lease.job.counted_attempts < ALONE_FROM:
+            may_stay = nullcontext(not self.keeper.is_reserved(held))
+        else:
+            may_stay = self.keeper.alone(held)
+        with may_stay as stays:
+            if stays:
+                self._render(held)
+            else:
+                self._give_back(held.lease, "another job has the worker to itself")
 
     def _render(self, held: Held) -> None:
         work = Work(held)
         try:
             for finished in self._finished_images(work):
                 self._hand_on(work, finished)
-            self._give_back_if_unfinished(held.lease)
+            # As a rule the last hand-off has ended the lease; but one of an earlier attempt may have vanished meanwhile.
+            self._give_back(held.lease, "an image of an earlier attempt is to be rendered again")
         except LetGo:
             self._let_go(work)
         except (LeaseLost, ImageCanceled):
             self._drop(work)
         except BaseException as error:  # noqa: BLE001
-            self._decide(held, error)
+            self.verdicts.decide(held, error)
         finally:
             for handle in work.handles.values():
                 handle.cancel()
@@ -149,8 +148,8 @@ class Renderer:
         earlier = self.checkpoints.of_earlier_attempts(lease)
         for index in lease.pending:
             request, on_event = self._request(lease, index), self._hearer(work, index)
-            handle = self.checkpoints.begin(earlier.kept.get(index), request, on_event, within_s=held.run_left_s)
-            work.handles[index], work.resumed[index] = handle, handle.progress().step
+            begun = self.checkpoints.begin(earlier.kept.get(index), request, on_event, within_s=held.run_left_s)
+            work.handles[index], work.resumed[index] = begun
         held.expected_s = work.expected_s
         if held.lost.is_set() or held.leaving:
             raise LetGo
@@ -203,9 +202,10 @@ class Renderer:
         lease, job, record = work.held.lease, work.held.lease.job, finished.record
         index = int(finished.request.id.rpartition("/")[2])
         steps = record.num_steps - work.resumed[index]
-        _persist(lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels), HandoffUnavailable)
-        _persist(lambda: self._note_hand_off(lease, index, steps, finished), OperationalError)
+        persist(lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels), HandoffUnavailable)
+        persist(lambda: self._note_hand_off(lease, index, steps, finished), OperationalError)
         work.held.unrendered -= 1
+        self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
         telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(record.device_seconds)
         self.keeper.learn(
@@ -215,7 +215,7 @@ class Renderer:
             fixed_s=record.encode_s + record.decode_s,
         )
         try:
-            self.broker.announce(queues.STORE_IMAGES, queues.results_queue(job.tier), job.id)
+            self.broker.announce(queues.STORE_IMAGES, queues.results_queue(self.fleet, job.tier), job.id)
         except BrokerUnavailable as error:
             log.warning("announce_failed", reason=str(error))  # the sweeper looks at `store_by`
 
@@ -238,13 +238,9 @@ class Renderer:
         with transaction(self.database) as session:
             leases.hand_off(session, lease, index, rendered=rendered, store_within_s=self.settings.store_within_s)
 
-    def _give_back_if_unfinished(self, lease: Lease) -> None:
-        """An image of an earlier attempt may have vanished from the hand-off while this one rendered the others."""
-        try:
-            with transaction(self.database) as session:
-                leases.give_back(session, lease, reason="an image of an earlier attempt is to be rendered again")
-        except LeaseLost:
-            return  # as it should be: the last hand-off ended the lease
+    def _give_back(self, lease: Lease, reason: str) -> None:
+        with suppress(LeaseLost), transaction(self.database) as session:
+            leases.give_back(session, lease, reason=reason)
 
     def _let_go(self, work: Work) -> None:
         """A lost lease: nothing more is written. A worker that leaves: hand on what is finished, give the rest up with snapshots."""
@@ -258,14 +254,14 @@ class Renderer:
             for finished in _drained(work):
                 self._hand_on(work, finished)
             with transaction(self.database) as session:
-                leases.preempt(session, lease, reason=held.leaving, left=left, store=self.checkpoints.store)
+                leases.preempt(session, lease, reason=held.leaving, left=left, store=STORE)
             work.left = {image.index for image in left}
             telemetry.PREEMPTED.inc()
             log.info("job_preempted", attempt=lease.attempt, snapshots=len(left), after_s=round(time.monotonic() - started, 3))
         except LeaseLost:
             return  # its last image was finished meanwhile, or it was canceled
         except BaseException as error:  # noqa: BLE001
-            self._decide(held, error)
+            self.verdicts.decide(held, error)
 
     def _drop(self, work: Work) -> None:
         """Stop the images at their next step and wait until they have: their last account is then complete, their slots free."""
@@ -285,29 +281,6 @@ class Renderer:
         if cause is not None:
             telemetry.STEPS_LOST.labels(cause).inc(sum(lost.values()))
 
-    def _decide(self, held: Held, error: BaseException) -> None:
-        """What an error means for the job."""
-        telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
-        log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
-        try:
-            job = _persist(lambda: self._decided(held, error), OperationalError)
-        except LeaseLost:
-            return
-        if job.state == JobState.FAILED:
-            self.news.tell_ending(job.id)
-        if isinstance(error, EngineStopped):
-            os.kill(os.getpid(), signal.SIGTERM)  # a worker without its device thread is of no use: the supervisor starts another
-
-    def _decided(self, held: Held, error: BaseException) -> Job:
-        lease = held.lease
-        with transaction(self.database) as session:
-            if (code := _failure_code(error, is_alone=held.is_alone)) is not None:
-                return leases.fail(session, lease, code=code, detail=str(error))
-            if isinstance(error, EngineStopped | HandoffUnavailable | SQLAlchemyError):  # none of it is the job's doing
-                return leases.give_back(session, lease, reason=type(error).__name__)
-            detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-            return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.settings.max_attempts)
-
     def _note_waste(self, work: Work) -> None:
         """Device time of images that were not finished goes on the attempt's account, not on the tenant's bill."""
         unfinished = [handle for index, handle in work.handles.items() if index not in work.left and not _is_finished(handle)]
@@ -315,20 +288,6 @@ class Renderer:
         if wasted_s:
             with transaction(self.database) as session:
                 leases.note_waste(session, work.held.lease.job_id, work.held.lease.attempt, device_seconds=wasted_s)
-
-
-def _failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
-    """Why no retry would help; None if one may."""
-    match error:
-        case UnsupportedRequest() | UnknownCheckpoint():
-            return FailureCode.UNSUPPORTED
-        case ImageNotFinite():
-            return FailureCode.NOT_FINITE
-        case DeadlinePassed():
-            return FailureCode.RUN_DEADLINE
-        case OutOfDeviceMemory() if is_alone:
-            return FailureCode.OUT_OF_MEMORY
-    return None
 
 
 def _drained(work: Work) -> Iterator[FinishedImage]:
@@ -343,14 +302,3 @@ def _is_finished(handle: Handle) -> bool:
         return handle.done() and handle.result(0) is not None
     except EngineError:
         return False
-
-
-def _persist(act: Callable[[], Answer], passing: type[Exception]) -> Answer:
-    """Do `act`, again after each wait of PATIENCE_S when it raises `passing`."""
-    for wait_s in PATIENCE_S:
-        try:
-            return act()
-        except passing as error:
-            log.warning("hand_off_tried_again", reason=type(error).__name__)
-            time.sleep(wait_s)
-    return act()

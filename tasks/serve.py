@@ -36,6 +36,7 @@ log = structlog.get_logger(__name__)
 
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 STORE_THREADS = 4
+HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
 
 
 def serve_render() -> None:
@@ -46,9 +47,11 @@ def serve_render() -> None:
     if settings.worker_pool not in fleet.pools:
         sys.exit(f"settings: WORKER_POOL: {settings.worker_pool!r} is not a pool of fleet.toml ({', '.join(fleet.pools)})")
     from tasks.checkpoints import Checkpoints
+    from tasks.health import Health
     from tasks.keeper import LeaseKeeper, WorkerIdentity
     from tasks.preemption import Preemption, wait_while_a_notice_stands
     from tasks.render import Renderer
+    from tasks.verdicts import Verdicts
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery's own handler is there; loading takes a while
     name = settings.worker_name or f"cpu0@{socket.gethostname()}"
@@ -65,13 +68,17 @@ def serve_render() -> None:
     broker = Broker(settings, fleet)
     keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
-    checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news)
+    gauge = Gauge(settings.handoff_url, trusted_for_s=HANDOFF_MISSED_AFTER_S)
+    checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news, fill=gauge.fill)
+    preemption = Preemption(keeper, when_empty=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    health = Health(engine, stuck_after_s=settings.engine_stuck_after_s, leave=preemption.begin)
     renderer = Renderer(
         settings=settings,
         fleet=fleet,
-        engine=engine,
         keeper=keeper,
         checkpoints=checkpoints,
+        health=health,
+        verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
@@ -80,7 +87,6 @@ def serve_render() -> None:
         news=news,
     )
     register(celery, queues.RENDER_JOB, renderer.render_job)
-    preemption = Preemption(keeper, when_empty=lambda: os.kill(os.getpid(), signal.SIGTERM))
     shutdown = SignalNotices(settings.shutdown_notice_s)
     worker_shutting_down.connect(lambda **_: shutdown.notify(), weak=False)
     watch = NoticeWatch([*sources, shutdown], preemption.begin)
@@ -88,13 +94,14 @@ def serve_render() -> None:
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     telemetry.watch_engine(engine.stats)
     names = queues.render_queues(fleet, settings.worker_pool)
-    gauge = Gauge(settings.handoff_url)
 
     def may_take(queue: str, taken: Mapping[str, int]) -> bool:
         """Counts images; a task that has not got its lease yet counts as one."""
-        if keeper.is_leaving or keeper.wants_nothing_else or gauge.fill() > admission.HANDOFF_FULL:
-            return False
         tier, is_front = queues.tier_of(queue)
+        if keeper.leaving or keeper.is_reserved():
+            return False
+        if gauge.fill() > admission.HANDOFF_FULL and not is_front:  # those who come back empty it: their snapshots are in it
+            return False
         held = keeper.images_held() + _without_lease(taken, keeper.jobs_held())
         return tiers.may_take(fleet, tier, held, pool.slots, is_front=is_front)
 
@@ -107,7 +114,7 @@ def serve_render() -> None:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
-        for part in (watch, keeper, listener):
+        for part in (watch, health, keeper, listener):
             part.close()
         engine.stop()
         checkpoints.close()

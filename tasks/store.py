@@ -126,15 +126,23 @@ class Storekeeper:
             leases.lose_hand_off(session, job.id, gone, attempt_of=waiting)
         self.release.release(job.pool, job.tier)
 
+    def _tidy_one(self) -> bool:
+        """Delete one orphan, its note locked meanwhile so that nobody stores the same object again; False if there is none."""
+        with transaction(self.database) as session:
+            key = uploads.left_behind(session, older_than_s=uploads.ORPHAN_AFTER_S)
+            if key is None:
+                return False
+            self.store.delete(key)
+            uploads.end(session, key)
+        telemetry.SWEPT.labels("orphan_object").inc()
+        log.info("swept", why="orphan_object", object_key=key)
+        return True
+
     def tidy_store(self) -> None:
         """Delete objects that a crash between upload and commit left behind. Harmless when repeated, or when several do it."""
         try:
-            with transaction(self.database) as session:
-                for key in uploads.left_behind(session, older_than_s=uploads.ORPHAN_AFTER_S):
-                    self.store.delete(key)
-                    uploads.end(session, key)
-                    telemetry.SWEPT.labels("orphan_object").inc()
-                    log.info("swept", why="orphan_object", object_key=key)
+            while self._tidy_one():
+                pass
         except StoreUnavailable as error:
             log.warning("tidy_postponed", reason=str(error))
         except BaseException as error:

@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import structlog
 from sqlalchemy import Engine as Database
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
@@ -53,20 +54,37 @@ class Sweeper:
     news: News
     fill: Callable[[], float]  # of the hand-off
     _done_at: dict[str, float] = field(default_factory=dict, init=False)
+    _lenient_until: float = field(default=-math.inf, init=False)
 
     def sweep(self) -> None:
         """One pass over everything. A part that fails does not keep the others from their turn."""
-        with self.database.connect() as lock:
-            if not lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
-                return
-            for part, every_s in self._parts():
-                if time.monotonic() - self._done_at.get(part.__name__, -math.inf) < every_s:
-                    continue
-                try:
-                    part()
-                    self._done_at[part.__name__] = time.monotonic()
-                except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
-                    log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
+        try:
+            with self.database.connect() as lock:
+                if lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
+                    self._sweep()
+        except (OperationalError, PoolTimeout) as error:
+            self._note_outage()
+            log.warning("sweep_postponed", reason=type(error).__name__)
+
+    def _sweep(self) -> None:
+        for part, every_s in self._parts():
+            now = time.monotonic()
+            is_early = now - self._done_at.get(part.__name__, -math.inf) < every_s
+            if is_early or (part == self._leases and now < self._lenient_until):
+                continue
+            try:
+                part()
+                self._done_at[part.__name__] = now
+            except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
+                if isinstance(error, OperationalError):
+                    self._note_outage()
+                log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
+            except Exception as error:  # one row that nobody foresaw must not keep all others from their turn
+                log.error("sweep_part_failed", part=part.__name__, exc_info=error)
+
+    def _note_outage(self) -> None:
+        """When Postgres is back, workers first get the time to renew: it was not they who were silent."""
+        self._lenient_until = time.monotonic() + self.settings.lease_renew_s
 
     def _parts(self) -> Sequence[tuple[Callable[[], None], float]]:
         """What is looked at, and how often at most."""
@@ -118,7 +136,7 @@ class Sweeper:
                     leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=unstored.attempt_of)
                 sweeping.postpone_store(session, unstored.job_id, store_within_s=self.settings.store_within_s)
             if any(held.values()):
-                self.broker.announce(queues.STORE_IMAGES, queues.results_queue(unstored.tier), unstored.job_id)
+                self.broker.announce(queues.STORE_IMAGES, queues.results_queue(self.fleet, unstored.tier), unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
 
     def _releases(self) -> None:
@@ -198,7 +216,7 @@ class Sweeper:
         telemetry.SWEPT.labels("orphan_pixels").inc(len(orphans))
         telemetry.SWEPT.labels("orphan_snapshots").inc(len(over))
         if objects:
-            self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet.tiers_by_rank[-1]))
+            self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
 
     def _tidy(self) -> None:
         """Partitions of the audit log for the months to come, and rows of workers that never signed off."""

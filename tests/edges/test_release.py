@@ -108,9 +108,17 @@ def dump(database, pool, count=20, **params):
         return [a_job(session, pool=pool, tenant=tenant, **params).id for _ in range(count)]
 
 
+def taken(database, job_ids) -> None:
+    """Workers took these: their slots are full."""
+    with transaction(database.app) as session:
+        for job_id in job_ids:
+            a_lease(session, session.get(Job, job_id))
+
+
 def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(release, pool, broker_redis, database):
     dumped = dump(database, pool)
     release.release(pool, "fast")
+    taken(database, dumped[:8])
     with transaction(database.app) as session:
         job = a_job(session, pool=pool)
 
@@ -121,8 +129,9 @@ def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(relea
 
 
 def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, broker_redis, database):
-    dump(database, pool)
+    dumped = dump(database, pool)
     release.release(pool, "fast")
+    taken(database, dumped[:8])
     with transaction(database.app) as session:
         job = a_job(session, pool=pool)
     release.release(pool, "fast")
@@ -134,8 +143,9 @@ def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, br
 
 
 def test_while_the_broker_is_away_what_was_due_at_the_front_stays_due(release, release_without_broker, pool, broker_redis, database):
-    dump(database, pool)
+    dumped = dump(database, pool)
     release.release(pool, "fast")
+    taken(database, dumped[:8])
     with transaction(database.app) as session:
         job = a_job(session, pool=pool)
 
@@ -168,8 +178,9 @@ def test_a_worker_that_leaves_passes_a_job_on_that_it_was_still_handed(release, 
 
 
 def test_a_job_of_the_front_queue_is_passed_on_to_the_front_queue(release, pool, broker_redis, database):
-    dump(database, pool)
+    dumped = dump(database, pool)
     release.release(pool, "fast")
+    taken(database, dumped[:8])
     with transaction(database.app) as session:
         job = a_job(session, pool=pool)
     release.release(pool, "fast")

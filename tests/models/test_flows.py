@@ -15,7 +15,7 @@ from models.database import transaction
 from models.jobs import JobAlreadyFinished
 from models.releasing import Room
 from models.states import FailureCode, ImageState, JobState
-from models.tables import Image
+from models.tables import Image, Job
 from tests.builders import a_job, a_lease, a_left, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once
 
@@ -216,7 +216,8 @@ def test_a_late_job_of_an_early_place_does_not_set_virtual_time_back(session, po
 def test_what_goes_to_the_front_out_of_turn_does_not_carry_virtual_time_away_from_those_who_wait(session, pool):
     dump, light = a_tenant(session), a_tenant(session, weight=0.01)
     waiting = [a_job(session, pool=pool, tenant=dump, predicted_s=1) for _ in range(20)]
-    release(session, pool, limit_images=12)
+    for job_id in release(session, pool, limit_images=12):
+        a_lease(session, session.get(Job, job_id))
     ahead = [a_job(session, pool=pool, tenant=light, predicted_s=1) for _ in range(3)]
     assert release(session, pool, limit_images=12) == [job.id for job in ahead]
 

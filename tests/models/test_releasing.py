@@ -1,6 +1,7 @@
 """Which waiting jobs are announced next: in fair order, never more than there is room for."""
 
 import uuid
+from collections import Counter
 
 import pytest
 from sqlalchemy import text
@@ -8,6 +9,7 @@ from sqlalchemy import text
 from models import jobs, leases, releasing
 from models.database import transaction
 from models.releasing import Room
+from models.tables import Job
 from tests.builders import a_job, a_lease, a_tenant, hand_off, preempt
 from tests.models.facts import at_once
 
@@ -36,13 +38,24 @@ def dump(session, pool, count, tenant=None, **params) -> list[uuid.UUID]:
     return [a_job(session, pool=pool, tenant=tenant, predicted_s=1, **params).id for _ in range(count)]
 
 
+def busy(session, pool, count, tenant=None, **room) -> list[uuid.UUID]:
+    """One tenant's dump, as much of it announced as there is room for and running as workers hold; the ids of those announced."""
+    dump(session, pool, count, tenant)
+    announced = [job_id for job_id, _ in fronted(session, pool, **room)]
+    for job_id in announced[:8]:
+        a_lease(session, session.get(Job, job_id))
+    return announced
+
+
 def end(session, *job_ids) -> None:
-    query = "UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(), announced_at = NULL WHERE id = ANY(:ids)"
+    query = """UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(), announced_at = NULL, lease_expires_at = NULL
+               WHERE id = ANY(:ids)"""
     session.execute(text(query), {"ids": list(job_ids)})
 
 
 def in_hand(session, pool) -> int:
-    return sum(images for _, _, images in releasing.in_hand(session, pool=pool))
+    in_hand, _ = releasing._in_hand(session, pool, "fast")
+    return in_hand.total()
 
 
 def test_the_smallest_release_tag_comes_first_and_the_older_id_among_equals(session, pool):
@@ -172,20 +185,18 @@ def test_the_queue_can_be_read_at_a_glance(session, pool):
     assert row.oldest_wait_s >= 0
 
 
-def test_what_is_in_hand_is_what_was_announced_or_runs(session, pool):
+def test_what_runs_is_told_by_tier_in_device_seconds_and_images(session, pool):
     tenant = a_tenant(session)
     a_lease(session, pool=pool, tenant=tenant, num_images=2, predicted_s=3)
-    waiting = dump(session, pool, 3, tenant)
-    assert releasing.in_hand(session, pool=pool) == [("fast", 3, 2)]
+    dump(session, pool, 3, tenant)
+    pick(session, pool, limit_images=4)
 
-    assert pick(session, pool, limit_images=4) == waiting[:2]
-
-    assert releasing.in_hand(session, pool=pool) == [("fast", 5, 4)]
+    assert releasing.running(session, pool=pool) == [("fast", 3, 2)]
+    assert in_hand(session, pool) == 4
 
 
 def test_while_one_tenant_s_dump_takes_all_room_another_s_job_goes_to_the_front_at_once(session, pool):
-    dumped = dump(session, pool, 100)
-    assert fronted(session, pool) == [(job_id, False) for job_id in dumped[:12]]
+    assert len(busy(session, pool, 100)) == 12
 
     job = a_job(session, pool=pool)
 
@@ -193,9 +204,53 @@ def test_while_one_tenant_s_dump_takes_all_room_another_s_job_goes_to_the_front_
     assert fronted(session, pool) == []
 
 
-def test_who_comes_when_workers_are_full_and_room_is_left_goes_to_the_front_as_well(session, pool):
-    dump(session, pool, 10)
+def test_whose_jobs_only_stand_in_line_is_passed_by_nobody(session, pool):
+    dump(session, pool, 100)
     fronted(session, pool)
+
+    a_job(session, pool=pool)
+
+    assert fronted(session, pool) == []
+
+
+def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(session, pool):
+    """A worker of 8 slots that takes from the front first, and up to twice as many from there; whose job ends asks for the next."""
+    large, small = a_tenant(session), [a_tenant(session) for _ in range(12)]
+    dump(session, pool, 80, large)
+    owner, front, line, runs = {}, [], [], []
+
+    def release():
+        for job_id, is_front in fronted(session, pool, least_share=4):
+            (front if is_front else line).append(job_id)
+
+    for tenant in small:
+        dump(session, pool, 1, tenant)
+    served = Counter()
+    for _ in range(60):
+        release()
+        while front and len(runs) < 16:
+            runs.append(front.pop(0))
+        while line and len(runs) < 8:
+            runs.append(line.pop(0))
+        for job_id in runs:
+            job = session.get(Job, job_id)
+            if job.state == "queued":
+                a_lease(session, job)
+            owner[job_id] = job.tenant_id
+        ended, runs = runs[:2], runs[2:]
+        end(session, *ended)
+        for job_id in ended:
+            served[owner[job_id]] += 1
+            if owner[job_id] != large.id:
+                dump(session, pool, 1, next(tenant for tenant in small if tenant.id == owner[job_id]))
+
+    fair = served.total() / 13
+    assert served[large.id] >= 0.6 * fair
+    assert min(served[tenant.id] for tenant in small) >= 0.5 * fair
+
+
+def test_who_comes_when_workers_are_full_and_room_is_left_goes_to_the_front_as_well(session, pool):
+    busy(session, pool, 10)
 
     job = a_job(session, pool=pool)
 
@@ -212,8 +267,7 @@ def test_while_workers_have_slots_nobody_goes_to_the_front(session, pool):
 
 
 def test_to_the_front_go_half_of_one_s_fair_share_at_most(session, pool):
-    dump(session, pool, 100)
-    fronted(session, pool)
+    busy(session, pool, 100)
 
     mine = dump(session, pool, 100)
 
@@ -223,8 +277,7 @@ def test_to_the_front_go_half_of_one_s_fair_share_at_most(session, pool):
 
 
 def test_with_the_front_no_more_than_twice_the_limit_is_in_hand(session, pool):
-    dump(session, pool, 100)
-    fronted(session, pool)
+    busy(session, pool, 100)
     for _ in range(30):
         a_job(session, pool=pool)
 
@@ -235,8 +288,7 @@ def test_with_the_front_no_more_than_twice_the_limit_is_in_hand(session, pool):
 
 
 def test_after_an_accept_only_the_tenant_s_own_jobs_are_looked_at_when_there_is_no_room(session, pool):
-    dump(session, pool, 100)
-    fronted(session, pool)
+    busy(session, pool, 100)
     mine, another_s = a_job(session, pool=pool), a_job(session, pool=pool)
 
     assert fronted(session, pool, tenant_id=mine.tenant_id) == [(mine.id, True)]
@@ -302,8 +354,9 @@ def test_a_job_larger_than_the_cap_goes_when_its_tenant_has_nothing_in_hand(sess
 
 
 def test_the_cap_holds_at_the_front_too(session, pool):
-    dump(session, pool, 1, num_images=12)
+    [job_id] = dump(session, pool, 1, num_images=12)
     fronted(session, pool, most_of_one=1)
+    a_lease(session, session.get(Job, job_id))
 
     mine = dump(session, pool, 5)
 
@@ -313,7 +366,7 @@ def test_the_cap_holds_at_the_front_too(session, pool):
 
 def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_front(database, pool):
     with transaction(database.app) as session:
-        dump(session, pool, 40)
+        announced = busy(session, pool, 40)
         for _ in range(20):
             a_job(session, pool=pool)
 
@@ -321,7 +374,7 @@ def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_fr
         with transaction(database.app) as session:
             return fronted(session, pool)
 
-    picked = [job_id for some in at_once(*[pick_some] * 6) for job_id, _ in some]
+    picked = [*announced, *(job_id for some in at_once(*[pick_some] * 6) for job_id, _ in some)]
 
     assert len(picked) == len(set(picked))
     with transaction(database.app) as session:
@@ -329,8 +382,7 @@ def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_fr
 
 
 def test_a_message_for_the_front_that_was_lost_is_sent_there_again_and_a_withdrawn_one_begins_anew(session, pool):
-    dump(session, pool, 100)
-    fronted(session, pool)
+    busy(session, pool, 100)
     job = a_job(session, pool=pool)
     fronted(session, pool)
 
@@ -344,8 +396,7 @@ def test_a_message_for_the_front_that_was_lost_is_sent_there_again_and_a_withdra
 
 
 def test_a_job_that_is_given_back_is_at_the_front_no_more_until_it_is_picked_again(session, pool):
-    dump(session, pool, 100)
-    fronted(session, pool)
+    busy(session, pool, 100)
     job = a_job(session, pool=pool)
     fronted(session, pool)
 

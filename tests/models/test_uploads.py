@@ -31,17 +31,22 @@ def test_an_interrupted_upload_is_found_when_its_time_is_over(session, key):
     begin(session, key, ago_s=100)
 
     assert not uploads.are_left_behind(session, older_than_s=120)
-    assert uploads.left_behind(session, older_than_s=120) == []
+    assert uploads.left_behind(session, older_than_s=120) is None
     assert uploads.are_left_behind(session, older_than_s=90)
-    assert uploads.left_behind(session, older_than_s=90) == [key]
+    assert uploads.left_behind(session, older_than_s=90) == key
 
 
-def test_the_longest_interrupted_are_found_first_and_no_more_than_asked_for(session):
+def test_the_longest_interrupted_are_found_first_and_one_at_a_time(session):
     keys = [f"t/x/{uuid.uuid4().hex}" for _ in range(3)]
     for key, ago_s in zip(keys, (100, 300, 200), strict=True):
         begin(session, key, ago_s=ago_s)
 
-    assert uploads.left_behind(session, older_than_s=90, limit=2) == [keys[1], keys[2]]
+    found = []
+    while (key := uploads.left_behind(session, older_than_s=90)) is not None:
+        found.append(key)
+        uploads.end(session, key)
+
+    assert found == [keys[1], keys[2], keys[0]]
 
 
 def test_an_upload_that_begins_again_has_all_its_time(session, key):
@@ -49,7 +54,7 @@ def test_an_upload_that_begins_again_has_all_its_time(session, key):
 
     uploads.begin(session, key)
 
-    assert uploads.left_behind(session, older_than_s=90) == []
+    assert uploads.left_behind(session, older_than_s=90) is None
     assert is_noted(session, key)
 
 
@@ -79,7 +84,7 @@ def test_a_store_that_is_refused_leaves_the_object_to_be_found(session):
 
     assert store(session, lease.job, artifact=artifact) is None
 
-    assert uploads.left_behind(session, older_than_s=90) == [artifact["object_key"]]
+    assert uploads.left_behind(session, older_than_s=90) == artifact["object_key"]
 
 
 def test_an_object_that_an_artifact_names_is_not_deleted_only_because_another_delivery_began_to_upload_it(session):
@@ -87,7 +92,7 @@ def test_an_object_that_an_artifact_names_is_not_deleted_only_because_another_de
     key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
     begin(session, key, ago_s=100)
 
-    assert uploads.left_behind(session, older_than_s=90) == []
+    assert uploads.left_behind(session, older_than_s=90) is None
     assert not is_noted(session, key)
 
 
@@ -96,8 +101,8 @@ def test_two_who_tidy_up_at_once_do_not_delete_the_same(database, key):
         begin(session, key, ago_s=100)
 
     with transaction(database.app) as first, transaction(database.app) as second:
-        assert uploads.left_behind(first, older_than_s=90) == [key]
-        assert uploads.left_behind(second, older_than_s=90) == []
+        assert uploads.left_behind(first, older_than_s=90) == key
+        assert uploads.left_behind(second, older_than_s=90) is None
         uploads.end(first, key)
 
     with transaction(database.app) as session:
@@ -115,7 +120,7 @@ def test_an_upload_does_not_begin_while_its_object_is_being_deleted(database, ke
             began.set()
 
     with transaction(database.app) as session:
-        assert uploads.left_behind(session, older_than_s=90) == [key]
+        assert uploads.left_behind(session, older_than_s=90) == key
         uploader = threading.Thread(target=upload)
         uploader.start()
         assert not began.wait(0.3), "the object would be deleted right after it was stored"
@@ -125,4 +130,4 @@ def test_an_upload_does_not_begin_while_its_object_is_being_deleted(database, ke
     assert began.is_set()
     with transaction(database.app) as session:
         assert is_noted(session, key)
-        assert uploads.left_behind(session, older_than_s=90) == []
+        assert uploads.left_behind(session, older_than_s=90) is None

@@ -8,9 +8,9 @@ from policy.admission import (
     JITTER,
     LONGEST_RETRY_S,
     SHORTEST_RETRY_S,
-    InHand,
     Outlook,
     Place,
+    Running,
     first_guess_s,
     least_share,
     place_in,
@@ -27,9 +27,9 @@ def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Waitin
     return Waiting(tier, weight, jobs, cost_s, is_own)
 
 
-def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, in_hand=None):
+def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, running=None):
     """Where a job of the pool of 16 slots stands."""
-    outlook = Outlook(devices, flows, in_hand or {})
+    outlook = Outlook(devices, flows, running or {})
     return place_in(a_fleet(), outlook, pool="local", tier=tier, num_images=num_images, lead_s=lead_s)
 
 
@@ -92,9 +92,9 @@ def test_who_has_nothing_waiting_has_nothing_of_a_dump_ahead():
 
 def test_all_that_better_tiers_have_goes_before_and_nothing_of_lower_ones():
     flows = (waiting(10, tier="fast"), waiting(20, tier="quality"), waiting(40, tier="batch"))
-    in_hand = {"fast": InHand(1, 2), "quality": InHand(3, 4), "batch": InHand(5, 6)}
+    in_hand = {"fast": Running(1, 2), "quality": Running(3, 4), "batch": Running(5, 6)}
 
-    assert [place(*flows, tier=tier, in_hand=in_hand).ahead_s for tier in ("fast", "quality", "batch")] == [
+    assert [place(*flows, tier=tier, running=in_hand).ahead_s for tier in ("fast", "quality", "batch")] == [
         1,
         10 + 1 + 3,
         10 + 20 + 1 + 3 + 5,
@@ -107,7 +107,7 @@ def test_more_devices_shorten_the_wait():
 
 def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
     def company(images, devices=1, num_images=1):
-        return place(in_hand={"batch": InHand(0.0, images)}, devices=devices, num_images=num_images).company
+        return place(running={"batch": Running(0.0, images)}, devices=devices, num_images=num_images).company
 
     assert (company(0), company(5), company(100)) == (1, 6, 16)
     assert (company(11, devices=4), company(0, num_images=4, devices=4)) == (3, 4)

@@ -54,13 +54,17 @@ def test_a_higher_tier_is_taken_by_a_worker_full_of_lower_ones():
     assert filled_by("quality", 16, {"batch": 10}) == {"batch": 10, "quality": 12}
 
 
-def test_from_the_front_queue_a_worker_takes_beyond_its_slots_up_to_twice_as_many():
-    held = Counter(batch=16)
+@pytest.mark.parametrize("tier", TIERS)
+def test_from_the_front_queue_a_worker_takes_up_to_twice_its_slots_less_what_the_other_tiers_are_promised(tier):
+    held = Counter({tier: 16})
 
-    while may_take(a_fleet(), "batch", held, 16, is_front=True):
-        held["batch"] += 1
+    while may_take(a_fleet(), tier, held, 16, is_front=True):
+        held[tier] += 1
 
-    assert held.total() == 32
+    promised = {name: guaranteed_slots(a_fleet(), name, 16) for name in TIERS if name != tier}
+    assert held.total() == 32 - sum(promised.values())
+    for other in promised:
+        assert filled_by(other, 16, held)[other] >= promised[other]
 
 
 def test_a_worker_with_a_single_slot_serves_every_tier():

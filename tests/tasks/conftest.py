@@ -11,6 +11,7 @@ from sqlalchemy import Engine as Database
 
 from edges.broker import Broker
 from edges.handoff import Handoff
+from edges.notices import FakeNotices
 from edges.progress import News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
@@ -21,8 +22,10 @@ from policy.fleet import Fleet
 from settings import REPO, WorkerSettings
 from tasks.checkpoints import Checkpoints
 from tasks.engines import checkpoint_specs, engine_config
+from tasks.health import Health
 from tasks.keeper import LeaseKeeper, WorkerIdentity
 from tasks.render import Renderer
+from tasks.verdicts import Verdicts
 from tests.builders import a_fleet, a_job, settings_for
 from tests.models.conftest import a_database
 
@@ -39,6 +42,7 @@ class WorkerHere:
     database: Database
     settings: WorkerSettings
     snapshots: Snapshots
+    notices: FakeNotices  # that its health gave
 
     def accept(self, **params) -> Job:
         with transaction(self.database) as session:
@@ -97,14 +101,17 @@ def a_worker(
     keeper.start(max_attempts=settings.max_attempts)
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
     snapshots = Snapshots(settings.handoff_url, ttl_s=60)
-    checkpoints = Checkpoints(engine, snapshots, news)
+    checkpoints = Checkpoints(engine, snapshots, news, fill=lambda: 0.0)
+    notices = FakeNotices()
+    health = Health(engine, stuck_after_s=300, leave=lambda notice: notices.announce(notice.within_s, notice.detail))
     broker = Broker(settings, fleet)
     renderer = Renderer(
         settings=settings,
         fleet=fleet,
-        engine=engine,
         keeper=keeper,
         checkpoints=checkpoints,
+        health=health,
+        verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=15),
@@ -113,8 +120,9 @@ def a_worker(
         news=news,
     )
     try:
-        yield WorkerHere(renderer, keeper, engine, database, settings, snapshots)
+        yield WorkerHere(renderer, keeper, engine, database, settings, snapshots, notices)
     finally:
+        health.close()
         keeper.close()
         checkpoints.close()
         progress.close()

@@ -189,7 +189,7 @@ def test_a_message_delivered_twice_renders_once(client, sql, stack):
     broker = Broker(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
     for _ in range(3):
         broker.announce(queues.RENDER_JOB, queues.render_queue("local", "fast"), uuid.UUID(job.id))
-        broker.announce(queues.STORE_IMAGES, queues.results_queue("fast"), uuid.UUID(job.id))
+        broker.announce(queues.STORE_IMAGES, "results.fast", uuid.UUID(job.id))
     eventually(lambda: broker.waiting("local.fast") == 0 and broker.waiting("results.fast") == 0)
     time.sleep(0.5)
 

@@ -8,12 +8,12 @@ import redis
 import torch
 from sqlalchemy import text
 
-import tasks.render
+import tasks.verdicts
 from edges.broker import job_of_message
 from edges.notices import FakeNotices, NoticeWatch
 from models.database import transaction
 from tasks.preemption import Preemption
-from tests.builders import until
+from tests.builders import hand_off, until
 
 LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60, "guidance": 1.0}
 
@@ -109,7 +109,7 @@ def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
     first = here.render(other)
     until(lambda: here.keeper.all_held(), what="the other's lease")
     second = here.render(suspect)
-    until(lambda: here.keeper.wants_nothing_else, what="the wish to be alone")
+    until(lambda: here.keeper.is_reserved(), what="the wish to be alone")
     for thread in (first, second):
         thread.join(timeout=60)
 
@@ -118,11 +118,71 @@ def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
         alone = session.execute(query, {"id": suspect.id}).one()
         shared = session.execute(text("SELECT shared_steps FROM attempts WHERE job_id = :id"), {"id": suspect.id}).scalar_one()
     assert (alone.max_images, alone.steps, shared) == (1, 20, 0)
-    assert not here.keeper.wants_nothing_else
+    assert not here.keeper.is_reserved()
+
+
+def test_what_comes_to_a_worker_where_a_job_wants_to_be_alone_is_given_back_uncounted(here):
+    suspect, another, plain = here.accept(**LONG), here.accept(), here.accept()
+    with transaction(here.database) as session:
+        ids = {"ids": [suspect.id, another.id]}
+        session.execute(text("UPDATE jobs SET counted_attempts = 2 WHERE id = ANY(:ids)"), ids)
+    first = here.render(suspect)
+    until(here.keeper.is_reserved, what="the wish to be alone")
+
+    rows = ended(here, another, plain)
+    first.join(timeout=60)
+
+    assert [(row.state, row.counted_attempts) for row in rows] == [("queued", 2), ("queued", 0)]
+    assert (outcomes(here, another), outcomes(here, plain)) == (["returned"], ["returned"])
+    assert here.row(suspect).state == "storing"
+
+
+def test_a_worker_whose_jobs_all_fail_unplanned_leaves_before_it_has_failed_the_backlog(here, monkeypatch):
+    jobs = [here.accept() for _ in range(4)]
+    monkeypatch.setattr(here.engine._runner, "predict", lambda batch: 1 / 0)
+
+    rows = [ended(here, job)[0] for job in jobs]
+
+    assert [row.counted_attempts for row in rows] == [1, 1, 0, 0]
+    assert {row.state for row in rows} == {"queued"}
+    notice = here.notices.poll()
+    assert (notice.within_s, notice.detail) == (5.0, "3 jobs in a row failed unplanned")
+
+
+def test_an_error_now_and_then_is_no_reason_to_leave(here, monkeypatch):
+    predict = here.engine._runner.predict
+    for _ in range(3):
+        monkeypatch.setattr(here.engine._runner, "predict", lambda batch: 1 / 0)
+        ended(here, here.accept())
+        monkeypatch.setattr(here.engine._runner, "predict", predict)
+        ended(here, here.accept())
+
+    assert here.notices.poll() is None
+
+
+def test_a_job_taken_while_the_worker_was_told_to_go_is_given_up_at_once(here):
+    job = here.accept(**LONG)
+    take = here.keeper.leased
+
+    here.keeper.leaving = "told meanwhile"
+    with take(job.id) as held:
+        assert held.leaving == "told meanwhile"
+
+
+def test_a_lost_answer_to_a_commit_bills_an_image_once(here):
+    job = here.accept(num_images=2)
+    with here.keeper.leased(job.id) as held, transaction(here.database) as session:
+        for _ in range(2):
+            hand_off(session, held.lease, 0)
+
+    with transaction(here.database) as session:
+        images = text("SELECT device_seconds FROM images WHERE index = 0 AND job_id = :id")
+        attempts = text("SELECT device_seconds FROM attempts WHERE job_id = :id")
+        assert [session.scalar(query, {"id": job.id}) for query in (images, attempts)] == [0.5, 0.5]
 
 
 def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(here, handoff_redis, monkeypatch):
-    monkeypatch.setattr(tasks.render, "PATIENCE_S", (0.1,))
+    monkeypatch.setattr(tasks.verdicts, "PATIENCE_S", (0.1,))
     job = here.accept()
     handoff_redis.config_set("maxmemory", "1")
 
@@ -207,7 +267,7 @@ def test_a_damaged_snapshot_costs_its_steps_and_not_the_image(here):
     job = here.accept(**{**LONG, "num_steps": 12})
     with transaction(here.database) as session:
         session.execute(text("UPDATE jobs SET attempt = 1 WHERE id = :id"), {"id": job.id})
-    here.snapshots.put(job.id, 0, 1, b"not a snapshot")
+    here.snapshots.put(job.id, 0, 1, 5, b"not a snapshot")
 
     (row,) = ended(here, job)
 
@@ -236,7 +296,7 @@ def test_a_resumed_image_has_the_bits_it_would_have_had(here):
 
 def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
     job = here.accept()
-    here.keeper.is_leaving = True
+    here.keeper.leaving = "a test wants it"
 
     (row,) = ended(here, job)
 

@@ -1,0 +1,61 @@
+"""Is this worker fit to go on? One that is not must leave before it has tried, and failed, the whole backlog.
+
+A turn of the engine that does not end is a device that hangs: no lease is worth renewing for it, and no polite stop will end it.
+Unplanned errors of different jobs in a row, with no image between them, are the worker's fault and not theirs.
+"""
+
+import os
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from edges import telemetry
+from edges.notices import Notice
+from engine.engine import Engine
+
+log = structlog.get_logger(__name__)
+
+STRIKES = 3
+LOOK_EVERY_S = 1.0
+LEAVE_WITHIN_S = 5.0
+EX_SOFTWARE = 70
+
+
+class Health:
+    """One per worker; `leave` is told when it has to go."""
+
+    def __init__(self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]) -> None:
+        self._engine, self._stuck_after_s, self._leave = engine, stuck_after_s, leave
+        self._strikes: set[str] = set()  # jobs that ended in an unplanned error since the last image
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        threading.Thread(target=self._run, name="health", daemon=True).start()
+
+    def note_image(self) -> None:
+        """The device made one."""
+        with self._lock:
+            self._strikes.clear()
+
+    def is_at_fault(self, job_id: str) -> bool:
+        """Note an unplanned error of the job; True if by now it must be this worker's fault, which then leaves."""
+        with self._lock:
+            self._strikes.add(job_id)
+            is_sick = len(self._strikes) >= STRIKES
+        if is_sick:
+            self.give_up(f"{STRIKES} jobs in a row failed unplanned")
+        return is_sick
+
+    def give_up(self, reason: str) -> None:
+        """Have the worker leave; its supervisor starts another."""
+        telemetry.UNFIT.inc()
+        self._leave(Notice("health", LEAVE_WITHIN_S, reason))
+
+    def close(self) -> None:
+        """Look no more."""
+        self._stop.set()
+
+    def _run(self) -> None:
+        while not self._stop.wait(LOOK_EVERY_S):
+            if (turn_s := self._engine.turn_s) > self._stuck_after_s:
+                log.critical("engine_stuck", turn_s=round(turn_s, 1))
+                os._exit(EX_SOFTWARE)  # nothing that asks it to stop would return; its leases run out

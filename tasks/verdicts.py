@@ -1,0 +1,106 @@
+"""What an error means for a job: fail now, put back unharmed, or count a try.
+
+`OutOfDeviceMemory` is tried again, at last alone; what no retry helps fails at once; what is the surroundings' doing, or the
+worker's, does not count; anything unplanned does.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+
+from edges import telemetry
+from edges.handoff import HandoffUnavailable
+from edges.progress import News
+from engine.errors import (
+    DeadlinePassed,
+    EngineDied,
+    EngineError,
+    EngineStopped,
+    ImageNotFinite,
+    OutOfDeviceMemory,
+    UnknownCheckpoint,
+    UnsupportedRequest,
+)
+from models import leases
+from models.database import transaction
+from models.leases import Lease, LeaseLost
+from models.states import FailureCode, JobState
+from models.tables import Job
+from tasks.health import Health
+from tasks.keeper import Held
+
+log = structlog.get_logger(__name__)
+
+PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided; pixels are worth some
+AWAY = (HandoffUnavailable, OperationalError, InterfaceError, PoolTimeout)  # a part of the house, for now
+Answer = TypeVar("Answer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdicts:
+    """One per worker."""
+
+    database: Database
+    news: News
+    health: Health
+    max_attempts: int
+
+    def decide(self, held: Held, error: BaseException) -> None:
+        """Write down what becomes of the job; nothing if it is not ours any more."""
+        telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
+        log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
+        if isinstance(error, EngineStopped):
+            self.health.give_up(str(error))  # a worker without its device thread is of no use
+        is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
+        try:
+            job = persist(lambda: self._decided(held.lease, error, is_alone=held.is_alone, is_ours=is_ours), OperationalError)
+        except LeaseLost:
+            return
+        if job.state == JobState.FAILED:
+            self.news.tell_ending(job.id)
+
+    def _decided(self, lease: Lease, error: BaseException, *, is_alone: bool, is_ours: bool) -> Job:
+        with transaction(self.database) as session:
+            if (code := failure_code(error, is_alone=is_alone)) is not None:
+                return leases.fail(session, lease, code=code, detail=str(error))
+            was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
+            if is_ours or was_stopped or isinstance(error, AWAY):
+                return leases.give_back(session, lease, reason=type(error).__name__)
+            detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.max_attempts)
+
+
+def failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
+    """Why no retry would help; None if one may. is_alone: nothing else was on the device."""
+    match error:
+        case UnsupportedRequest() | UnknownCheckpoint():
+            return FailureCode.UNSUPPORTED
+        case ImageNotFinite():
+            return FailureCode.NOT_FINITE
+        case DeadlinePassed():
+            return FailureCode.RUN_DEADLINE
+        case OutOfDeviceMemory() if is_alone:
+            return FailureCode.OUT_OF_MEMORY
+    return None
+
+
+def is_unplanned(error: BaseException) -> bool:
+    """Is it none of the errors that somebody foresaw?"""
+    return type(error) is EngineError or not isinstance(error, (EngineError, *AWAY))
+
+
+def persist(act: Callable[[], Answer], passing: type[Exception]) -> Answer:
+    """Do `act`, again after each wait of PATIENCE_S when it raises `passing`."""
+    for wait_s in PATIENCE_S:
+        try:
+            return act()
+        except passing as error:
+            log.warning("tried_again", reason=type(error).__name__)
+            time.sleep(wait_s)
+    return act()
