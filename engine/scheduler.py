@@ -372,9 +372,12 @@ class Scheduler:
         return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
 
     def _spend(self, work: Work, seconds: float) -> None:
-        """The lane and the rank that had the turn pay for it, and every owner has had its part."""
+        """The lane that had the turn pays for it, and every rank and every owner has had its part."""
         lead = self._tickets.get(next(iter(work)).id)
-        self._shares.spend(None if lead is None else lead.image.rank, seconds, was_owed=work.is_owed)
+        by_rank: dict[int, float] = {}
+        for image, part in work.parts:
+            by_rank[image.rank] = by_rank.get(image.rank, 0.0) + part
+        self._shares.spend(by_rank, seconds, owed_to=next(iter(work)).rank if work.is_owed else None)
         if lead is not None and (lead.group, lead.home) in self._balances:
             self._balances[lead.group, lead.home] -= seconds
         for image, part in work.parts:

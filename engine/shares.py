@@ -38,12 +38,15 @@ class Shares:
             rank: min(credit, self._shares[rank] * self._patience_s) for rank, credit in credits.items() if rank not in self._credits
         }
 
-    def spend(self, served: int | None, seconds: float, *, was_owed: bool) -> None:
-        """The device gave so many seconds (below 0: predicted too many) to the rank `served`; None when nobody knows any more whose."""
+    def spend(self, parts: Mapping[int, float], seconds: float, *, owed_to: int | None) -> None:
+        """The device worked for so many seconds (below 0: predicted too many), each rank having its part of them, guests as well.
+
+        owed_to: the rank whose turn it was by its credit.
+        """
         for rank, credit in self._credits.items():
-            share = self._shares[rank]
-            rest = credit + share * seconds - (seconds if rank == served else 0.0)
-            if rank == served and not was_owed:
+            share, part = self._shares[rank], parts.get(rank, 0.0)
+            rest = credit + (share - part) * seconds
+            if part > share and rank != owed_to:
                 rest = min(credit, max(rest, 0.0))
             most = share * HORIZON_S
             self._credits[rank] = min(max(rest, -most), most)

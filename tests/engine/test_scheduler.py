@@ -340,7 +340,20 @@ def test_in_a_turn_it_is_owed_a_rank_fills_its_forward_with_its_own_images_first
         for n in range(3):
             scheduler.add(a_pinned_image(f"{rank}-{n}", bucket_rows=8, rank=rank, num_steps=99), now_s=0)
 
-    assert [step(scheduler) for _ in range(3)] == [["0-0", "0-1", "0-2", "1-0"]] * 2 + [["1-0", "1-1", "1-2", "0-0"]]
+    # It has a quarter of each forward as a guest, and so earns another quarter.
+    assert [step(scheduler) for _ in range(5)] == [["0-0", "0-1", "0-2", "1-0"]] * 4 + [["1-0", "1-1", "1-2", "0-0"]]
+
+
+def test_a_share_is_of_a_rank_s_own_rows_also_where_others_ride_in_its_forwards():
+    scheduler = a_scheduler(saturated, rank_shares={1: 0.2})
+    for n in range(4):
+        scheduler.add(a_pinned_image(f"0-{n}", bucket_rows=8, rank=0, num_steps=10**6), now_s=0)
+    scheduler.add(a_pinned_image("1-0", bucket_rows=8, rank=1, num_steps=10**6), now_s=0)
+
+    forwards = [step(scheduler) for _ in range(400)]
+
+    assert all(len(images) == 4 for images in forwards)
+    assert sum("1-0" in images for images in forwards) / 4 == pytest.approx(0.2 * 400, abs=2)
 
 
 @pytest.mark.parametrize("rank_shares", [{1: 0.0}, {1: -0.1}, {1: 0.5, 2: 0.5}, {1: float("nan")}])
