@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from policy.fleet import Fleet
 
-OVERFULL = 2  # times its slots a worker takes at most: what is beyond them is parked in its engine, where it costs memory alone
+FRONT_FULL = 2  # times its slots a worker takes from front queues at most: what is beyond them is parked, where it costs memory alone
+OVERFULL = 3  # and at all: the best tier has every slot, though lower ones had taken theirs before
 
 
 def guaranteed_slots(fleet: Fleet, tier: str, slots: int) -> int:
@@ -24,7 +25,7 @@ def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is
     total = sum(held.values())
     if held.get(tier, 0) < shares[tier]:
         return total < OVERFULL * slots
-    if total + promised >= OVERFULL * slots:
+    if total + promised >= (FRONT_FULL if is_front else OVERFULL) * slots:
         return False
     if is_front:
         return True
