@@ -1,6 +1,6 @@
 """What twenty light tenants notice of one that dumps 5,000 jobs into their tier, and whether the dump leaves anything of the worker idle.
 
-    python -m benchmarks.tenants [--quick] [--tier quality|batch]
+    python -m benchmarks.tenants [--quick] [--rounds 2] [--tier quality|batch]
 
 One CPU worker of a house of its own. First comes its capacity: a bulk tenant alone, with work always waiting. The light tenants ask at
 seeded instants of a Poisson process, together for 35 % of that, each for as many jobs as the others; every job of the run has 20 steps.
@@ -28,7 +28,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rich.console import Console
@@ -155,9 +155,10 @@ def main() -> int:
     """Measure, print tables and one line of JSON; 1 if a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="ends within a minute; not_judged says what so little cannot show")
+    parser.add_argument("--rounds", type=int, default=FULL.rounds, help="of a full run; each takes some ten minutes")
     parser.add_argument("--tier", choices=["quality", "batch"], default="quality")
     options = parser.parse_args()
-    extent = QUICK if options.quick else FULL
+    extent = QUICK if options.quick else replace(FULL, rounds=options.rounds)
     light = [f"light-{number:02}" for number in range(1, extent.light_tenants + 1)]
     with running_house([BULK, *light], {f"tiers.{options.tier}": {"start_within_s": A_DAY_S}}) as house:
         findings = _measure(house, light, options.tier, extent)
