@@ -31,8 +31,8 @@ estimates waver.
 device, else the best that can do anything; within it the better group. Of that group a denoised image is decoded first, since nothing is
 nearer its end (with one decode between two forwards instead, the p99 of 4-step images nearly doubles at 1.5 times the load that one by
 one could bear; tests/engine/test_fairness.py). Otherwise a lane gets the forward; of the images that would ride in it those not encoded
-yet are encoded first, at most `max_encodes_between_steps` between two forwards. An image that would not ride is not encoded: that would
-only delay the others.
+yet are encoded first, at most `max_encodes_between_steps` between two forwards; a guest only where that takes little beside a forward.
+An image that would not ride is not encoded: that would only delay the others.
 
 **Lanes.** A lane is a group, a batch key and a pinned number of rows (None for best effort). An image stays in the lane it arrived in,
 though the forwards of a pipeline may have other keys. Lanes take turns by deficit round robin over measured seconds, their encodes and
@@ -60,6 +60,7 @@ from engine.owners import Owner, Owners
 from engine.shares import Shares
 
 MOST_PARKS = 2  # of an image; after that it keeps its seat
+CHEAP = 0.1  # of a forward, by which the encode of a guest may delay it: else its free rows would stay empty
 HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
 
 
@@ -173,6 +174,11 @@ class _Ticket:
     def group(self) -> Group:
         """Whom it takes turns and shares forwards with."""
         return self.image.rank, self.owner.is_ahead
+
+    @property
+    def is_cheap_to_encode(self) -> bool:
+        """Would its encode hardly delay a forward of others in which it fills free rows?"""
+        return self.kind.encode_s <= CHEAP * self.kind.solo_s[self.image.rows]
 
     @property
     def is_pinned(self) -> bool:
@@ -366,7 +372,10 @@ class Scheduler:
                 pool.append(ticket)
             elif image.state is ImageState.DENOISED and may_decode:
                 return Decode(image, ticket.kind.decode_s)
-        guests = [ticket for ticket in ready if ticket.image.state is ImageState.RUNNING and ticket.group != group]
+        others = [ticket for ticket in ready if ticket.group != group]
+        guests = [ticket for ticket in others if ticket.image.state is ImageState.RUNNING]
+        if may_encode:
+            guests += [ticket for ticket in others if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode]
         batch = self._next_batch(pool, guests)
         newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
         return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))

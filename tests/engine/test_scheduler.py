@@ -249,6 +249,26 @@ def test_a_worse_rank_rides_in_rows_that_are_padding_anyway(interactive):
     assert batch.bucket_rows == 4
 
 
+def test_free_rows_are_filled_with_guests_that_are_not_encoded_yet_where_their_encode_is_cheap():
+    scheduler = a_scheduler(saturated)
+    scheduler.add(a_pinned_image("interactive", bucket_rows=8), now_s=0)
+    for id in "abcd":
+        scheduler.add(a_pinned_image(id, bucket_rows=8, rank=1, encoded=False), now_s=0)
+
+    assert step(scheduler) == ["interactive", "a", "b", "c"]
+
+
+def test_free_rows_stay_empty_where_a_guest_s_encode_would_hold_up_the_forward():
+    costs = measured_costs(saturated, sizes=SIZES)
+    for _ in range(50):
+        costs.observe_encode(a_key(), 5.0)
+    scheduler = a_scheduler(costs=costs)
+    scheduler.add(a_pinned_image("interactive", bucket_rows=8), now_s=0)
+    scheduler.add(a_pinned_image("a", bucket_rows=8, rank=1, encoded=False), now_s=0)
+
+    assert step(scheduler) == ["interactive"]
+
+
 # --- shares --------------------------------------------------------------------------------------------------------------
 
 
@@ -1133,7 +1153,7 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(wis
         seated_or_done = [image for image in here if image.state in (ImageState.RUNNING, ImageState.DENOISED)]
         best_ready = min((image.rank for image in seated_or_done), default=3)
         lead = next(iter(work))
-        assert lead.rank <= best_ready or lead.rank in shares
+        assert isinstance(work, Encode) or lead.rank <= best_ready or lead.rank in shares
         if isinstance(work, Batch):
             encodes = 0
             assert all(image.state is ImageState.RUNNING and image.batch_key == work.key for image in work)

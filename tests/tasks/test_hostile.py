@@ -1,5 +1,6 @@
 """What a worker decides when its device, its surroundings or a request itself is hostile: that job alone suffers."""
 
+import threading
 import time
 
 import numpy as np
@@ -8,12 +9,17 @@ import redis
 import torch
 from sqlalchemy import text
 
+import tasks.health
 import tasks.verdicts
 from edges.broker import job_of_message
 from edges.notices import FakeNotices, NoticeWatch
+from engine.engine import Engine
 from models.database import transaction
+from settings import REPO
+from tasks.engines import checkpoint_specs, engine_config
 from tasks.preemption import Preemption
 from tests.builders import hand_off, until
+from tests.tasks.conftest import a_worker
 
 LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60, "guidance": 1.0}
 
@@ -158,6 +164,38 @@ def test_an_error_now_and_then_is_no_reason_to_leave(here, monkeypatch):
         ended(here, here.accept())
 
     assert here.notices.poll() is None
+
+
+def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(fleet_here, settings_here, database_here, monkeypatch):
+    pool = fleet_here.pools["local"]
+    with (
+        Engine(engine_config(settings_here, fleet_here, pool), checkpoint_specs(fleet_here, pool.models, REPO)) as engine,
+        a_worker(fleet_here, settings_here, engine, database_here, name="cpu1@here") as worker,
+    ):
+        monkeypatch.setattr(engine._ledger, "enter_forward", lambda batch, watch: 1 / 0)
+        job = worker.accept()
+
+        (row,) = ended(worker, job)
+
+        assert (row.state, row.counted_attempts) == ("queued", 1)
+        assert "the engine died" in worker.notices.poll().detail
+
+
+def test_a_device_that_hangs_ends_its_worker(here, monkeypatch):
+    predict, goes_on, exits = here.engine._runner.predict, threading.Event(), []
+    monkeypatch.setattr(here.engine._runner, "predict", lambda batch: (goes_on.wait(20), predict(batch))[1])
+    monkeypatch.setattr(tasks.health, "LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr(tasks.health.os, "_exit", exits.append)
+    health = tasks.health.Health(here.engine, stuck_after_s=0.3, leave=here.notices.announce)
+
+    thread = here.render(here.accept())
+    until(lambda: exits, what="the end of the worker")
+    health.close()
+    goes_on.set()
+    thread.join(timeout=20)
+
+    assert exits[0] == 70
+    assert here.engine.turn_s < 0.3
 
 
 def test_a_job_taken_while_the_worker_was_told_to_go_is_given_up_at_once(here):
