@@ -39,6 +39,7 @@ def test_help_names_every_command_and_exit_code():
         "generate",
         "jobs",
         "cancel",
+        "requeue",
         "sql",
         "keys",
         "tenants",
@@ -221,3 +222,42 @@ def test_status_and_env_describe_the_running_stack(stack):
     assert "worker-1" in status.stdout
     assert f"ready at {stack.env['DARKROOM_URL']}" in status.stdout
     assert env.stdout == Path(stack.env_path).read_text()
+
+
+def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_wish(stack, client):
+    failed = client.wait(client.create_job("a green star on black", tier="batch", steps=4, seed=11).id)
+    owner = stack.env["MIGRATION_DATABASE_URL"]
+    ask(owner, "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s", [failed.id])
+
+    done = run(stack.data_dir, "requeue", failed.id)
+    again = run(stack.data_dir, "requeue", failed.id)
+
+    assert (done.exit_code, again.exit_code) == (0, 4)
+    new_id = done.output.split()[1]
+    ended = client.wait(new_id)
+    assert (ended.state, ended.seed, ended.prompt) == ("succeeded", 11, "a green star on black")
+    assert ended.images[0].pixels_sha256 == failed.images[0].pixels_sha256
+    listed = ask(
+        stack.env["AUDITOR_DATABASE_URL"], "SELECT failure_code, requeued_as::text FROM dead_letters WHERE job_id = %s", [failed.id]
+    )
+    assert listed.rows == [("internal", new_id)]
+
+
+def test_what_is_no_dead_letter_is_not_requeued(stack, client):
+    job = client.wait(client.create_job("a green star on black", tier="fast").id)
+
+    for job_id in (job.id, "00000000-0000-0000-0000-000000000000"):
+        done = run(stack.data_dir, "requeue", job_id)
+        assert done.exit_code == 4
+        assert "no failed job" in done.stderr
+
+
+def test_a_tenant_can_be_given_another_weight(stack):
+    assert run(stack.data_dir, "tenants", "create", "heavy", "--weight", "2").exit_code == 0
+
+    assert run(stack.data_dir, "tenants", "weigh", "heavy", "3").exit_code == 0
+    unknown = run(stack.data_dir, "tenants", "weigh", "nobody", "3")
+    weightless = run(stack.data_dir, "tenants", "weigh", "heavy", "0")
+
+    rows = ask(stack.env["MIGRATION_DATABASE_URL"], "SELECT weight FROM tenants WHERE name = 'heavy'").rows
+    assert (rows, unknown.exit_code, weightless.exit_code) == ([(3.0,)], 4, 2)
