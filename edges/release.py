@@ -37,7 +37,7 @@ class Release:
         with transaction(self._engine) as session:
             slots = workers.live_slots(session, pool=pool, silent_for_s=self._worker_silence_s)
             room = Room(
-                slots=slots or self._fleet.pools[pool].slots,
+                slots=admission.tier_slots(self._fleet, tier, slots or self._fleet.pools[pool].slots),
                 limit_images=admission.announced_limit(self._fleet, pool, slots),
                 least_share=admission.least_share(self._fleet, pool),
                 most_of_one=self._fleet.tiers[tier].max_in_hand_per_tenant if tier in self._fleet.tiers else None,

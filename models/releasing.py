@@ -48,8 +48,9 @@ class Picked:
 class Room:
     """How many images of one (pool, tier) may be in the hands of Celery and the workers.
 
-    slots: what the live workers hold at once.  limit_images: that, and what may wait for them.  least_share: images that a tenant
-    may always have there, however many share the tier.  most_of_one: images that a tenant may never have more of; None = no cap.
+    slots: what the live workers hold of this tier at once.  limit_images: what they may hold, and what may wait for them.
+    least_share: images that a tenant may always have there, however many share the tier.  most_of_one: images that a tenant may never
+    have more of; None = no cap.
     """
 
     slots: int
@@ -109,7 +110,7 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
         if in_hand.total() and in_hand.total() + job.num_images > room.limit_images:
             break  # it is next: nobody smaller overtakes it
         sharing = len(in_hand.keys() | {job.tenant_id})
-        choose(job, is_front=in_hand.total() >= room.slots and is_due(job, sharing))
+        choose(job, is_front=job.attempt > 0 or (in_hand.total() >= room.slots and is_due(job, sharing)))
         newest_tag = job.release_tag
     if len(chosen) < len(line) or in_hand.total() >= room.limit_images:
         heads = _heads(session, pool, tier, only=tenant_id)

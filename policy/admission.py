@@ -23,6 +23,13 @@ def announced_limit(fleet: Fleet, pool: str, live_slots: int) -> int:
     return (live_slots or shape.slots) + shape.max_batch_rows
 
 
+def tier_slots(fleet: Fleet, tier: str, live_slots: int) -> int:
+    """Slots of the live workers that jobs of `tier` may take, in images: all but what is guaranteed to better tiers."""
+    rank = fleet.tiers[tier].rank if tier in fleet.tiers else 0
+    kept = sum(other.guaranteed_share for other in fleet.tiers.values() if other.rank < rank)
+    return max(1, round(live_slots * (1 - kept)))
+
+
 def least_share(fleet: Fleet, pool: str) -> int:
     """Images that a tenant may always have in hand, however many share the tier: enough for one person at work."""
     return min(4, fleet.pools[pool].slots)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.admission import announced_limit
+from policy.admission import announced_limit, tier_slots
 from policy.tiers import guaranteed_slots, may_take
 from tests.builders import a_fleet
 
@@ -87,3 +87,8 @@ def test_whatever_comes_slots_are_never_exceeded_and_higher_tiers_never_shut_out
 @pytest.mark.parametrize(("live_slots", "limit"), [(0, 32), (16, 32), (48, 64)])
 def test_let_out_are_the_live_slots_and_one_batch(live_slots, limit):
     assert announced_limit(a_fleet(), "local", live_slots) == limit
+
+
+@pytest.mark.parametrize(("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29)])
+def test_of_three_workers_a_tier_has_all_slots_but_those_kept_for_better_ones(tier, slots):
+    assert tier_slots(a_fleet(), tier, 48) == slots
