@@ -53,6 +53,7 @@ def serve_render() -> None:
     from tasks.render import Renderer
     from tasks.verdicts import Verdicts
 
+    os.environ["MKL_CBWR"] = "AUTO,STRICT"  # before torch: or last bits may depend on where a matrix lies in memory
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # until Celery's own handler is there; loading takes a while
     name = settings.worker_name or f"cpu0@{socket.gethostname()}"
     sources = _notice_sources(settings, name)
