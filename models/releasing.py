@@ -4,9 +4,9 @@ Fair order is `release_tag, id` (models/flows.py computes the tag). A stamp with
 does no harm: the sweeper announces again, and a worker that comes second finds nothing to take.
 
 Room is as many images as the live workers can hold, and a batch more, so that they never run dry. Where more is in hand than they
-can hold, a tenant with much less than its fair share there is let out to the front queue, and so is a job that comes back from
-another worker; also when all room is taken. Workers take from the front queue first, and beyond their slots: their engine parks what
-is less urgent. That is how one tenant may use every idle slot without anybody else having to wait for them.
+can hold, a tenant with much less than its fair share there is let out to the front queue, also when all room is taken; a job that
+comes back from another worker always is. Workers take from the front queue first, and beyond their slots: their engine parks what is
+less urgent. That is how one tenant may use every idle slot without anybody else having to wait for them.
 """
 
 import uuid

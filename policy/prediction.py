@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
 UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
-RATIO_STEP = 0.05  # how far one job moves a learnt quantile, as a share of it
+RATIO_STRIDE = 0.05  # how far one job moves a learnt quantile, as a share of it
 FIRST_RATIOS = (1.0, 2.0)
 
 
@@ -85,15 +85,15 @@ def corrected(raw_s: float, ratios: EtaRatios | None) -> Eta:
 def learn_ratios(known: EtaRatios | None, ratio: float, *, observed: int) -> EtaRatios:
     """Move both quantiles by one more actual / guessed, so that half and nine tenths of such ratios come to lie below them.
 
-    Stochastic approximation of a quantile (Robbins, Monro 1951) in the logarithm: up by step * q when the ratio is above, down by
-    step * (1 - q) when it is below. The first few move it in larger steps.
+    Stochastic approximation of a quantile (Robbins, Monro 1951) in the logarithm: up by stride * q when the ratio is above, down by
+    stride * (1 - q) when it is below. The first few move it in larger strides.
     """
     if not (math.isfinite(ratio) and ratio > 0):
         return known or EtaRatios(*FIRST_RATIOS)
-    step = max(RATIO_STEP, 1.0 / (1 + observed))
+    stride = max(RATIO_STRIDE, 1.0 / (1 + observed))
     p50, p90 = (known.p50, known.p90) if known is not None else FIRST_RATIOS
-    return EtaRatios(p50=_moved(p50, ratio, 0.5, step), p90=_moved(p90, ratio, 0.9, step))
+    return EtaRatios(p50=_moved(p50, ratio, 0.5, stride), p90=_moved(p90, ratio, 0.9, stride))
 
 
-def _moved(quantile: float, ratio: float, share: float, step: float) -> float:
-    return min(1e3, max(1e-3, quantile * math.exp(step * share if ratio > quantile else -step * (1 - share))))
+def _moved(quantile: float, ratio: float, share: float, stride: float) -> float:
+    return min(1e3, max(1e-3, quantile * math.exp(stride * share if ratio > quantile else -stride * (1 - share))))
