@@ -39,10 +39,20 @@ class Outcome(StrEnum):
     FAILED = "failed"  # no retry helps
 
 
+class DeliveryState(StrEnum):
+    """How a webhook delivery stands."""
+
+    PENDING = "pending"  # due now or later
+    DELIVERED = "delivered"  # the receiver answered 2xx
+    GONE = "gone"  # it answered 410, or its endpoint was deleted: nothing more is sent there
+    FAILED = "failed"  # given up after three days
+
+
 class FailureCode(StrEnum):
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; failure_detail has the last error
     UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
     NOT_FINITE = "not_finite"  # the network produced NaN or infinity
     OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
+    INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
     RUN_DEADLINE = "run_deadline"  # it was not rendered within run_within_s of its first start
     INTERNAL = "internal"

@@ -12,7 +12,17 @@ from models.tables import Base
 from tests.builders import a_job
 from tests.models.facts import at_once
 
-VIEWS = ["audit_chain_status", "audit_log", "dead_letters", "flows_now", "images_by_tenant_day", "job_history", "queue_now"]
+VIEWS = [
+    "audit_chain_status",
+    "audit_log",
+    "dead_letters",
+    "flows_now",
+    "images_by_tenant_day",
+    "job_history",
+    "queue_now",
+    "usage_by_tenant_day",
+    "webhooks_now",
+]
 
 
 def is_partition(name: str | None) -> bool:

@@ -1,86 +1,20 @@
-"""The tables. What must always hold is a constraint or a partial index here, not a habit elsewhere.
-
-tenants ─┬─ api_keys
-         ├─ jobs ─┬─ images ── artifacts          uploads (objects that no artifact names yet)
-         │        └─ attempts
-         └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
-audit_events ── audit_chains (heads)              workers (who is alive)
-"""
+"""Jobs, their images, the attempts at them, and what is stored of them."""
 
 import uuid
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import (
-    ARRAY,
-    BigInteger,
-    CheckConstraint,
-    DateTime,
-    ForeignKey,
-    Index,
-    Integer,
-    LargeBinary,
-    Numeric,
-    Text,
-    UniqueConstraint,
-    text,
-)
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, UniqueConstraint, text
 from sqlalchemy.dialects.postgresql import JSONB
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
 from models.states import FINAL_STATES, ImageState, JobState
+from models.tables.base import NOW, Base, Megapixels, listed
+from models.tables.tenants import Tenant
 
-NOW = text("clock_timestamp()")
 _FLOW = ("pool", "tier", "tenant_id")
-
-
-def _listed(values: type[JobState] | type[ImageState] | tuple[JobState, ...]) -> str:
-    return "(" + ", ".join(f"'{value.value}'" for value in values) + ")"
-
-
-class Base(DeclarativeBase):
-    type_annotation_map = {
-        datetime: DateTime(timezone=True),
-        str: Text,
-        dict[str, Any]: JSONB,
-        list[str]: ARRAY(Text),
-        bytes: LargeBinary,
-        Decimal: Numeric(14, 6),
-    }
-
-
-class Tenant(Base):
-    """Who pays, and whose ids nobody else can see."""
-
-    __tablename__ = "tenants"
-
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
-    name: Mapped[str] = mapped_column(unique=True)
-    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)  # its share of a tier, against the others'
-    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-
-    __table_args__ = (CheckConstraint("weight > 0", name="tenants_weight_is_positive"),)
-
-
-class ApiKey(Base):
-    """A key as it is stored: its public id and the HMAC of the whole; the key itself is shown once."""
-
-    __tablename__ = "api_keys"
-
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
-    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
-    kid: Mapped[str] = mapped_column(unique=True)
-    name: Mapped[str]
-    digest: Mapped[bytes]
-    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    expires_at: Mapped[datetime | None]
-    revoked_at: Mapped[datetime | None]
-
-    tenant: Mapped[Tenant] = relationship(lazy="joined", innerjoin=True)
-
-    __table_args__ = (Index("api_keys_by_tenant", "tenant_id"),)
 
 
 class Job(Base):
@@ -107,6 +41,11 @@ class Job(Base):
     seed: Mapped[int] = mapped_column(BigInteger)
     num_images: Mapped[int]
     output_format: Mapped[str]
+    init_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
+    mask_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
+    control_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
+    strength: Mapped[float | None]
+    adapters: Mapped[list[dict[str, Any]] | None]  # [{"name": …, "strength": …}]
     precision: Mapped[str]
     determinism: Mapped[str]
     bucket_rows: Mapped[int | None]
@@ -133,6 +72,11 @@ class Job(Base):
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
+    replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
+    labels: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))  # the tenant's own; `metadata` is SQLAlchemy's word
+    erased_at: Mapped[datetime | None]  # prompt, metadata and images are gone; what the audit log says stays
+    megapixel_steps: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # what quotas count
+    usage_day: Mapped[date | None]  # the day of the ledger they are booked on
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its stored images
     cost: Mapped[Decimal | None]
     currency: Mapped[str]
@@ -142,10 +86,10 @@ class Job(Base):
     tenant: Mapped[Tenant] = relationship(lazy="raise")
 
     __table_args__ = (
-        CheckConstraint(f"state IN {_listed(JobState)}", name="jobs_state_is_known"),
+        CheckConstraint(f"state IN {listed(JobState)}", name="jobs_state_is_known"),
         CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="jobs_lease_while_running"),
         CheckConstraint("(state = 'storing') = (store_by IS NOT NULL)", name="jobs_store_by_while_storing"),
-        CheckConstraint(f"(state IN {_listed(FINAL_STATES)}) = (finished_at IS NOT NULL)", name="jobs_finished_once_final"),
+        CheckConstraint(f"(state IN {listed(FINAL_STATES)}) = (finished_at IS NOT NULL)", name="jobs_finished_once_final"),
         CheckConstraint("(failure_code IS NULL) = (state NOT IN ('failed', 'rejected'))", name="jobs_failure_has_code"),
         CheckConstraint("(determinism = 'reproducible') = (bucket_rows IS NOT NULL)", name="jobs_bucket_when_reproducible"),
         CheckConstraint("num_images >= 1 AND num_steps >= 1 AND seed >= 0", name="jobs_counts_are_positive"),
@@ -162,6 +106,9 @@ class Job(Base):
         Index("jobs_succeeded", "finished_at", postgresql_where=text("state = 'succeeded'")),
         Index("jobs_dead", "finished_at", postgresql_where=text("state = 'failed'")),
         Index("jobs_requeued", "requeue_of", unique=True, postgresql_where=text("requeue_of IS NOT NULL")),
+        CheckConstraint("mask_file_id IS NULL OR init_file_id IS NOT NULL", name="jobs_mask_needs_init"),
+        CheckConstraint("(init_file_id IS NULL) = (strength IS NULL)", name="jobs_strength_with_init"),
+        Index("jobs_by_metadata", "metadata", postgresql_using="gin", postgresql_where=text("metadata IS NOT NULL")),
         Index("jobs_by_tenant", "tenant_id", "id"),
         Index("jobs_by_tenant_state", "tenant_id", "state", "id"),
     )
@@ -187,7 +134,7 @@ class Image(Base):
     artifact: Mapped["Artifact | None"] = relationship(lazy="raise", foreign_keys=[artifact_id])
 
     __table_args__ = (
-        CheckConstraint(f"state IN {_listed(ImageState)}", name="images_state_is_known"),
+        CheckConstraint(f"state IN {listed(ImageState)}", name="images_state_is_known"),
         CheckConstraint("(state = 'stored') = (artifact_id IS NOT NULL)", name="images_stored_have_artifact"),
         CheckConstraint("(state = 'pending') = (handed_off_attempt IS NULL)", name="images_handed_off_by_attempt"),
     )
@@ -243,125 +190,10 @@ class Artifact(Base):
     pixels_sha256: Mapped[str]
     content_sha256: Mapped[str]
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    erased_at: Mapped[datetime | None]  # the object is gone, or on its way out; the digests stay
 
     __table_args__ = (
         UniqueConstraint("job_id", "index", name="artifacts_one_per_image"),
         Index("artifacts_by_tenant_day", "tenant_id", "created_at"),
         Index("artifacts_by_key", "object_key"),
     )
-
-
-class AuditEvent(Base):
-    """An appended fact. `seq`, `prev_hash` and `hash` are the trigger's; whatever an application writes there is overwritten."""
-
-    __tablename__ = "audit_events"
-
-    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
-    at: Mapped[datetime] = mapped_column(primary_key=True, server_default=NOW)
-    chain_id: Mapped[str]
-    seq: Mapped[int] = mapped_column(BigInteger)
-    event: Mapped[str]
-    actor: Mapped[str]
-    job_id: Mapped[uuid.UUID | None]
-    attempt: Mapped[int | None]
-    facts: Mapped[dict[str, Any]]
-    prev_hash: Mapped[bytes]
-    hash: Mapped[bytes]
-
-    # The app role may INSERT and not SELECT, so no RETURNING.
-    __table_args__ = (
-        Index("audit_events_by_chain", "chain_id", "seq"),
-        Index("audit_events_by_job", "job_id"),
-        {"implicit_returning": False, "postgresql_partition_by": "RANGE (at)"},
-    )
-
-
-class AuditChain(Base):
-    """The head of a chain: what the next event links to. Only the trigger writes it."""
-
-    __tablename__ = "audit_chains"
-
-    chain_id: Mapped[str] = mapped_column(primary_key=True)
-    last_seq: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
-    last_hash: Mapped[bytes] = mapped_column(server_default=text(r"'\x'::bytea"))
-
-
-class Flow(Base):
-    """A tenant's stream of jobs in one (pool, tier): its place in fair order, and what it has waiting.
-
-    The three sums are kept by a trigger on `jobs`, so that nobody has to count a backlog.
-    """
-
-    __tablename__ = "flows"
-
-    pool: Mapped[str] = mapped_column(primary_key=True)
-    tier: Mapped[str] = mapped_column(primary_key=True)
-    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
-    finish_tag: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its newest job, in virtual seconds
-    queued_jobs: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # announced or not
-    queued_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
-    queued_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # device seconds, predicted
-
-
-class FairClock(Base):
-    """Virtual time of one (pool, tier): the start tag of the job released last in fair order."""
-
-    __tablename__ = "fair_clocks"
-
-    pool: Mapped[str] = mapped_column(primary_key=True)
-    tier: Mapped[str] = mapped_column(primary_key=True)
-    virtual_s: Mapped[float]
-
-
-class LearntCost(Base):
-    """What images of one model and size take, learnt from those that were rendered."""
-
-    __tablename__ = "learnt_costs"
-
-    pool: Mapped[str] = mapped_column(primary_key=True)
-    model: Mapped[str] = mapped_column(primary_key=True)
-    width_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    height_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
-    row_step_s: Mapped[float]  # device seconds of one row in one denoise step
-    fixed_s: Mapped[float]  # device seconds of encode and decode
-    observed: Mapped[int]  # images
-
-
-class LearntEta(Base):
-    """How far first guesses of a job's end are off in one (pool, tier): quantiles of actual / guessed."""
-
-    __tablename__ = "learnt_etas"
-
-    pool: Mapped[str] = mapped_column(primary_key=True)
-    tier: Mapped[str] = mapped_column(primary_key=True)
-    ratio_p50: Mapped[float]
-    ratio_p90: Mapped[float]
-    observed: Mapped[int]  # jobs
-    learnt_until: Mapped[datetime]  # `finished_at` of the newest of them
-
-
-class Upload(Base):
-    """An object that is being stored: written before the upload, gone with the commit that names its artifact."""
-
-    __tablename__ = "uploads"
-
-    object_key: Mapped[str] = mapped_column(primary_key=True)
-    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
-
-    __table_args__ = (Index("uploads_by_age", "started_at"),)
-
-
-class Worker(Base):
-    """A worker that says it is alive every few seconds; its slots are the pool's capacity."""
-
-    __tablename__ = "workers"
-
-    name: Mapped[str] = mapped_column(primary_key=True)
-    pool: Mapped[str]
-    device: Mapped[str]
-    slots: Mapped[int] = mapped_column(Integer)
-    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    facts: Mapped[dict[str, Any]]
-
-    __table_args__ = (Index("workers_by_pool", "pool", "seen_at"),)

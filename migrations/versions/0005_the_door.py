@@ -1,0 +1,256 @@
+"""What the door needs: limits and a ledger per tenant, scopes of keys, pictures that tenants bring, idempotency keys, webhooks.
+
+Works beside the code of 0004: new columns have defaults or may be empty, and keys that exist may do what they could do before.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
+
+revision = "0005"
+down_revision = "0004"
+branch_labels = None
+depends_on = None
+
+MEGAPIXELS = sa.Numeric(18, 6)
+INSTANT = sa.DateTime(timezone=True)
+NOW = sa.text("clock_timestamp()")
+
+NEW_COLUMNS: dict[str, list[tuple[str, sa.types.TypeEngine, str | None]]] = {  # name, type, default; without one it may be empty
+    "tenants": [
+        ("requests_per_minute", sa.Integer(), None),
+        ("megapixel_steps_per_minute", sa.Double(), None),
+        ("burst_megapixel_steps", sa.Double(), None),
+        ("max_concurrent_jobs", sa.Integer(), None),
+        ("daily_megapixel_steps", MEGAPIXELS, None),
+        ("monthly_megapixel_steps", MEGAPIXELS, None),
+        ("allowed_tiers", ARRAY(sa.Text()), None),
+        ("allowed_models", ARRAY(sa.Text()), None),
+        ("url_inputs", sa.Boolean(), "false"),
+    ],
+    "api_keys": [("scopes", ARRAY(sa.Text()), "'{generate,read}'"), ("last_used_at", INSTANT, None)],
+    "jobs": [
+        ("init_file_id", sa.Uuid(), None),
+        ("mask_file_id", sa.Uuid(), None),
+        ("control_file_id", sa.Uuid(), None),
+        ("strength", sa.Double(), None),
+        ("adapters", JSONB(), None),
+        ("replay_of", sa.Uuid(), None),
+        ("metadata", JSONB(), None),
+        ("erased_at", INSTANT, None),
+        ("megapixel_steps", MEGAPIXELS, "0"),
+        ("usage_day", sa.Date(), None),
+    ],
+    "artifacts": [("erased_at", INSTANT, None)],
+}
+CHECKS = [
+    (
+        "tenants",
+        "tenants_budget_has_rate_and_burst",
+        "(megapixel_steps_per_minute IS NULL) = (burst_megapixel_steps IS NULL)",
+    ),
+    (
+        "tenants",
+        "tenants_limits_are_positive",
+        "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps, max_concurrent_jobs) > 0",
+    ),
+    ("tenants", "tenants_quotas_are_not_negative", "least(daily_megapixel_steps, monthly_megapixel_steps) >= 0"),
+    ("api_keys", "api_keys_scopes_are_known", "scopes <@ ARRAY['generate', 'read', 'admin'] AND scopes <> '{}'"),
+    ("jobs", "jobs_mask_needs_init", "mask_file_id IS NULL OR init_file_id IS NOT NULL"),
+    ("jobs", "jobs_strength_with_init", "(init_file_id IS NULL) = (strength IS NULL)"),
+]
+NEW_TABLES = (
+    "usage_ledger",
+    "idempotency_keys",
+    "files",
+    "webhook_endpoints",
+    "webhook_secrets",
+    "webhook_deliveries",
+    "webhook_attempts",
+)
+
+VIEWS = {
+    "usage_by_tenant_day": (
+        "One row per tenant and UTC day: megapixel-steps reserved by jobs under way and settled by those that succeeded, and money.",
+        """
+        SELECT u.day, t.name AS tenant, u.jobs_accepted, u.jobs_succeeded, u.reserved AS reserved_megapixel_steps,
+               u.settled AS settled_megapixel_steps, u.cost
+        FROM usage_ledger u JOIN tenants t ON t.id = u.tenant_id
+        """,
+    ),
+    "webhooks_now": (
+        "One row per webhook endpoint that is not deleted: what waits for it, since when, and how the last attempt ended.",
+        """
+        SELECT t.name AS tenant, e.id AS endpoint_id, e.disabled_at, e.disabled_reason, d.pending, d.oldest_pending_s,
+               a.at AS last_attempt_at, a.status AS last_status, a.error AS last_error
+        FROM webhook_endpoints e
+        JOIN tenants t ON t.id = e.tenant_id
+        LEFT JOIN LATERAL (
+            SELECT count(*) AS pending, round(extract(epoch FROM clock_timestamp() - min(created_at)), 1) AS oldest_pending_s
+            FROM webhook_deliveries WHERE endpoint_id = e.id AND state = 'pending'
+        ) d ON true
+        LEFT JOIN LATERAL (
+            SELECT wa.at, wa.status, wa.error FROM webhook_attempts wa JOIN webhook_deliveries wd ON wd.id = wa.delivery_id
+            WHERE wd.endpoint_id = e.id ORDER BY wd.id DESC, wa.attempt DESC LIMIT 1
+        ) a ON true
+        WHERE e.deleted_at IS NULL
+        """,
+    ),
+}
+
+
+def upgrade() -> None:
+    for table, columns in NEW_COLUMNS.items():
+        for name, kind, default in columns:
+            is_optional = default is None
+            op.add_column(table, sa.Column(name, kind, server_default=None if is_optional else sa.text(default), nullable=is_optional))
+    for table, name, condition in CHECKS:
+        op.create_check_constraint(name, table, condition)
+    _add_ledger()
+    _add_files()
+    _add_webhooks()
+    for column in ("init_file_id", "mask_file_id", "control_file_id"):
+        op.create_foreign_key(f"jobs_{column}_fkey", "jobs", "files", [column], ["id"])
+    op.create_foreign_key("jobs_replay_of_fkey", "jobs", "jobs", ["replay_of"], ["id"])
+    op.create_index("jobs_by_metadata", "jobs", ["metadata"], postgresql_using="gin", postgresql_where=sa.text("metadata IS NOT NULL"))
+    for name, (about, query) in VIEWS.items():
+        op.execute(f"CREATE VIEW {name} AS {query}")
+        op.execute(f"COMMENT ON VIEW {name} IS '{about}'")
+        op.execute(f"GRANT SELECT ON {name} TO darkroom_app, darkroom_auditor")
+    op.execute(f"GRANT SELECT, INSERT, UPDATE ON {', '.join(NEW_TABLES)} TO darkroom_app")
+    op.execute("GRANT DELETE ON idempotency_keys, webhook_deliveries, webhook_attempts TO darkroom_app")
+
+
+def downgrade() -> None:
+    for name in VIEWS:
+        op.execute(f"DROP VIEW {name}")
+    op.drop_index("jobs_by_metadata", "jobs")
+    for table, name, _ in CHECKS:
+        op.drop_constraint(name, table)
+    for table, columns in NEW_COLUMNS.items():
+        for name, _, _ in columns:
+            op.drop_column(table, name)
+    for table in reversed(NEW_TABLES):
+        op.drop_table(table)
+
+
+def _id() -> sa.Column:
+    return sa.Column("id", sa.Uuid(), primary_key=True)
+
+
+def _reference(name: str, table: str, *, optional: bool = False, primary_key: bool = False) -> sa.Column:
+    return sa.Column(name, sa.Uuid(), sa.ForeignKey(f"{table}.id"), nullable=optional, primary_key=primary_key)
+
+
+def _text(name: str, *, optional: bool = False) -> sa.Column:
+    return sa.Column(name, sa.Text(), nullable=optional)
+
+
+def _instant(name: str) -> sa.Column:
+    return sa.Column(name, INSTANT, nullable=True)
+
+
+def _created() -> sa.Column:
+    return sa.Column("created_at", INSTANT, server_default=NOW, nullable=False)
+
+
+def _counter(name: str, kind: sa.types.TypeEngine) -> sa.Column:
+    return sa.Column(name, kind, server_default=sa.text("0"), nullable=False)
+
+
+def _add_ledger() -> None:
+    op.create_table(
+        "usage_ledger",
+        _reference("tenant_id", "tenants", primary_key=True),
+        sa.Column("day", sa.Date(), primary_key=True),
+        _counter("reserved", MEGAPIXELS),
+        _counter("settled", MEGAPIXELS),
+        _counter("jobs_accepted", sa.Integer()),
+        _counter("jobs_succeeded", sa.Integer()),
+        _counter("cost", sa.Numeric(14, 6)),
+    )
+    op.create_table(
+        "idempotency_keys",
+        _reference("tenant_id", "tenants", primary_key=True),
+        sa.Column("key", sa.Text(), primary_key=True),
+        _text("request_sha256"),
+        _reference("job_id", "jobs", optional=True),
+        sa.Column("answer", JSONB(), nullable=True),
+        _created(),
+    )
+    op.create_index("idempotency_keys_by_age", "idempotency_keys", ["created_at"])
+
+
+def _add_files() -> None:
+    op.create_table(
+        "files",
+        _id(),
+        _reference("tenant_id", "tenants"),
+        _text("object_key"),
+        _text("mode"),
+        sa.Column("size_bytes", sa.BigInteger(), nullable=False),
+        sa.Column("width_px", sa.Integer(), nullable=False),
+        sa.Column("height_px", sa.Integer(), nullable=False),
+        _text("content_sha256"),
+        _created(),
+        _instant("erased_at"),
+    )
+    op.create_index("files_live", "files", ["tenant_id", "content_sha256"], unique=True, postgresql_where=sa.text("erased_at IS NULL"))
+    op.create_index("files_by_key", "files", ["object_key"])
+
+
+def _add_webhooks() -> None:
+    op.create_table(
+        "webhook_endpoints",
+        _id(),
+        _reference("tenant_id", "tenants"),
+        _text("url"),
+        sa.Column("description", sa.Text(), server_default=sa.text("''"), nullable=False),
+        sa.Column("events", ARRAY(sa.Text()), nullable=False),
+        _created(),
+        _instant("disabled_at"),
+        _text("disabled_reason", optional=True),
+        _instant("deleted_at"),
+    )
+    live = sa.text("disabled_at IS NULL AND deleted_at IS NULL")
+    op.create_index("webhook_endpoints_live", "webhook_endpoints", ["tenant_id"], postgresql_where=live)
+    op.create_index("webhook_endpoints_by_tenant", "webhook_endpoints", ["tenant_id"])
+    op.create_table(
+        "webhook_secrets",
+        _id(),
+        _reference("endpoint_id", "webhook_endpoints"),
+        _text("secret"),
+        _created(),
+        _instant("expires_at"),
+    )
+    op.create_index("webhook_secrets_by_endpoint", "webhook_secrets", ["endpoint_id"])
+    op.create_table(
+        "webhook_deliveries",
+        _id(),
+        _reference("endpoint_id", "webhook_endpoints"),
+        _reference("tenant_id", "tenants"),
+        _text("event"),
+        _reference("job_id", "jobs", optional=True),
+        sa.Column("state", sa.Text(), server_default=sa.text("'pending'"), nullable=False),
+        _created(),
+        sa.Column("due_at", INSTANT, server_default=NOW, nullable=True),
+        _instant("claimed_until"),
+        _counter("attempts", sa.Integer()),
+        _instant("ended_at"),
+        sa.CheckConstraint("state IN ('pending', 'delivered', 'gone', 'failed')", name="webhook_deliveries_state_is_known"),
+        sa.CheckConstraint("(state = 'pending') = (due_at IS NOT NULL)", name="webhook_deliveries_due_while_pending"),
+    )
+    op.create_index("webhook_deliveries_due", "webhook_deliveries", ["due_at"], postgresql_where=sa.text("state = 'pending'"))
+    op.create_index("webhook_deliveries_by_endpoint", "webhook_deliveries", ["endpoint_id", "id"])
+    claimed = sa.text("claimed_until IS NOT NULL")
+    op.create_index("webhook_deliveries_claimed", "webhook_deliveries", ["endpoint_id", "claimed_until"], postgresql_where=claimed)
+    op.create_index("webhook_deliveries_by_age", "webhook_deliveries", ["created_at"])
+    op.create_table(
+        "webhook_attempts",
+        sa.Column("delivery_id", sa.Uuid(), sa.ForeignKey("webhook_deliveries.id", ondelete="CASCADE"), primary_key=True),
+        sa.Column("attempt", sa.Integer(), primary_key=True, autoincrement=False),
+        sa.Column("at", INSTANT, server_default=NOW, nullable=False),
+        sa.Column("status", sa.Integer(), nullable=True),
+        _text("error", optional=True),
+        sa.Column("took_s", sa.Double(), nullable=False),
+    )

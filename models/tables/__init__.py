@@ -1,0 +1,45 @@
+"""The tables. What must always hold is a constraint or a partial index here, not a habit elsewhere.
+
+tenants ─┬─ api_keys, usage_ledger, idempotency_keys
+         ├─ jobs ─┬─ images ── artifacts          files (pictures they start from)
+         │        └─ attempts                     uploads (objects that no artifact or file names yet)
+         ├─ webhook_endpoints ─┬─ webhook_secrets
+         │                     └─ webhook_deliveries ── webhook_attempts
+         └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
+audit_events ── audit_chains (heads)              workers (who is alive)
+"""
+
+from models.tables.audit import AuditChain, AuditEvent
+from models.tables.base import NOW, Base
+from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
+from models.tables.files import File, Upload
+from models.tables.jobs import Artifact, Attempt, Image, Job
+from models.tables.tenants import ApiKey, IdempotencyKey, Tenant, UsageDay
+from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
+from models.tables.workers import Worker
+
+__all__ = [
+    "NOW",
+    "ApiKey",
+    "Artifact",
+    "Attempt",
+    "AuditChain",
+    "AuditEvent",
+    "Base",
+    "FairClock",
+    "File",
+    "Flow",
+    "IdempotencyKey",
+    "Image",
+    "Job",
+    "LearntCost",
+    "LearntEta",
+    "Tenant",
+    "Upload",
+    "UsageDay",
+    "WebhookAttempt",
+    "WebhookDelivery",
+    "WebhookEndpoint",
+    "WebhookSecret",
+    "Worker",
+]

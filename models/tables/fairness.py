@@ -1,0 +1,63 @@
+"""Fair order, and what jobs were seen to take."""
+
+import uuid
+from datetime import datetime
+
+from sqlalchemy import ForeignKey, text
+from sqlalchemy.orm import Mapped, mapped_column
+
+from models.tables.base import Base
+
+
+class Flow(Base):
+    """A tenant's stream of jobs in one (pool, tier): its place in fair order, and what it has waiting.
+
+    The three sums are kept by a trigger on `jobs`, so that nobody has to count a backlog.
+    """
+
+    __tablename__ = "flows"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    tier: Mapped[str] = mapped_column(primary_key=True)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    finish_tag: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its newest job, in virtual seconds
+    queued_jobs: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # announced or not
+    queued_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    queued_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # device seconds, predicted
+
+
+class FairClock(Base):
+    """Virtual time of one (pool, tier): the start tag of the job released last in fair order."""
+
+    __tablename__ = "fair_clocks"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    tier: Mapped[str] = mapped_column(primary_key=True)
+    virtual_s: Mapped[float]
+
+
+class LearntCost(Base):
+    """What images of one model and size take, learnt from those that were rendered."""
+
+    __tablename__ = "learnt_costs"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    model: Mapped[str] = mapped_column(primary_key=True)
+    width_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    height_px: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    row_step_s: Mapped[float]  # device seconds of one row in one denoise step
+    fixed_s: Mapped[float]  # device seconds of encode and decode
+    observed: Mapped[int]  # images
+
+
+class LearntEta(Base):
+    """How far first guesses of a job's end are off in one (pool, tier): quantiles of actual / guessed."""
+
+    __tablename__ = "learnt_etas"
+
+    pool: Mapped[str] = mapped_column(primary_key=True)
+    tier: Mapped[str] = mapped_column(primary_key=True)
+    ratio_p50: Mapped[float]
+    ratio_p90: Mapped[float]
+    observed: Mapped[int]  # jobs
+    learnt_until: Mapped[datetime]  # `finished_at` of the newest of them

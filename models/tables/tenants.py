@@ -1,0 +1,97 @@
+"""Tenants with their limits, their keys, what they used, and what they asked for under a key of their own."""
+
+import uuid
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import CheckConstraint, ForeignKey, Index, text
+from sqlalchemy.orm import Mapped, mapped_column, relationship
+
+from models.ids import new_id
+from models.tables.base import NOW, Base, Megapixels
+
+
+class Tenant(Base):
+    """Who pays, and whose ids nobody else can see."""
+
+    __tablename__ = "tenants"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    name: Mapped[str] = mapped_column(unique=True)
+    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)  # its share of a tier, against the others'
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    # Its limits; None = no limit. A megapixel-step is one denoise step of one million pixels: what an image costs.
+    requests_per_minute: Mapped[int | None]
+    megapixel_steps_per_minute: Mapped[float | None]  # at which its budget fills again
+    burst_megapixel_steps: Mapped[float | None]  # what its budget holds at most
+    max_concurrent_jobs: Mapped[int | None]  # that are not in a final state
+    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)  # by UTC days and months
+    monthly_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
+    allowed_tiers: Mapped[list[str] | None]
+    allowed_models: Mapped[list[str] | None]
+    url_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # may the gateway fetch pictures for it?
+
+    __table_args__ = (
+        CheckConstraint("weight > 0", name="tenants_weight_is_positive"),
+        CheckConstraint("(megapixel_steps_per_minute IS NULL) = (burst_megapixel_steps IS NULL)", name="tenants_budget_has_rate_and_burst"),
+        CheckConstraint(
+            "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps, max_concurrent_jobs) > 0",
+            name="tenants_limits_are_positive",
+        ),
+        CheckConstraint("least(daily_megapixel_steps, monthly_megapixel_steps) >= 0", name="tenants_quotas_are_not_negative"),
+    )
+
+
+class ApiKey(Base):
+    """A key as it is stored: its public id and the HMAC of the whole; the key itself is shown once."""
+
+    __tablename__ = "api_keys"
+
+    id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
+    kid: Mapped[str] = mapped_column(unique=True)
+    name: Mapped[str]
+    digest: Mapped[bytes]
+    scopes: Mapped[list[str]] = mapped_column(server_default=text("'{generate,read}'"), default=lambda: ["generate", "read"])
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    expires_at: Mapped[datetime | None]
+    revoked_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]  # give or take five minutes
+
+    tenant: Mapped[Tenant] = relationship(lazy="joined", innerjoin=True)
+
+    __table_args__ = (
+        CheckConstraint("scopes <@ ARRAY['generate', 'read', 'admin'] AND scopes <> '{}'", name="api_keys_scopes_are_known"),
+        Index("api_keys_by_tenant", "tenant_id"),
+    )
+
+
+class UsageDay(Base):
+    """The ledger of one tenant and UTC day: reserved when a job is accepted, settled when it succeeds, released when it does not."""
+
+    __tablename__ = "usage_ledger"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    day: Mapped[date] = mapped_column(primary_key=True)
+    reserved: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # megapixel-steps
+    settled: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
+    jobs_accepted: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    jobs_succeeded: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    cost: Mapped[Decimal] = mapped_column(server_default=text("0"), default=Decimal(0))  # money
+
+
+class IdempotencyKey(Base):
+    """What a request under a key of the tenant's came to, so that asking again is harmless. Kept for a day."""
+
+    __tablename__ = "idempotency_keys"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    key: Mapped[str] = mapped_column(primary_key=True)
+    request_sha256: Mapped[str]
+    job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
+    answer: Mapped[dict[str, Any] | None]  # of a batch: what each item came to
+    created_at: Mapped[datetime] = mapped_column(server_default=NOW)
+
+    __table_args__ = (Index("idempotency_keys_by_age", "created_at"),)

@@ -1,0 +1,25 @@
+"""Who is alive."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Index
+from sqlalchemy.orm import Mapped, mapped_column
+
+from models.tables.base import NOW, Base
+
+
+class Worker(Base):
+    """A worker that says it is alive every few seconds; its slots are the pool's capacity."""
+
+    __tablename__ = "workers"
+
+    name: Mapped[str] = mapped_column(primary_key=True)
+    pool: Mapped[str]
+    device: Mapped[str]
+    slots: Mapped[int] = mapped_column()
+    started_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
+    facts: Mapped[dict[str, Any]]
+
+    __table_args__ = (Index("workers_by_pool", "pool", "seen_at"),)
