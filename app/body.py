@@ -2,16 +2,30 @@
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
 from flask import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, MalformedBody, UnsupportedMediaType
-from policy.catalog import InvalidWish, Wish
+from policy.catalog import AdapterWish, InvalidWish, Wish
+
+PICTURE_FIELDS = ("init_image", "mask", "control_image")
+MAX_METADATA_KEYS = 16
 
 
-class _ImageBody(BaseModel):
+class AdapterBody(BaseModel):
+    """One adapter of the model, and how much of it."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+    name: str
+    strength: float = 1.0
+
+
+class JobBody(BaseModel):
     """The body of POST /v1/jobs. Ranges depend on model and tier and are checked by `policy.catalog`."""
 
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
@@ -27,14 +41,50 @@ class _ImageBody(BaseModel):
     seed: int | None = None
     n: int = 1
     output_format: str = "png"
+    init_image: str | None = None
+    mask: str | None = None
+    control_image: str | None = None
+    strength: float | None = None
+    adapters: list[AdapterBody] = []
+    metadata: dict[str, str] = {}
+    start_deadline_s: float | None = None
+
+    @property
+    def pictures(self) -> dict[str, str | None]:
+        """What the fields say that stand for pictures."""
+        return {field: getattr(self, field) for field in PICTURE_FIELDS}
 
 
-def read_wish(request: Request) -> Wish:
+def read_job(request: Request) -> JobBody:
     """Parse the body. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest."""
+    return parse_job(read_object(request))
+
+
+def parse_job(fields: Mapping[str, Any]) -> JobBody:
+    """Check names and types of the fields. Raises InvalidImageRequest."""
     try:
-        return Wish(**_ImageBody.model_validate(_read_object(request)).model_dump())
+        body = JobBody.model_validate(fields)
     except ValidationError as error:
-        raise InvalidImageRequest("The request has fields that cannot be used.", errors=[_field_error(e) for e in error.errors()]) from None
+        errors = [_field_error(e) for e in error.errors()]
+        raise InvalidImageRequest("The request has fields that cannot be used.", errors=errors) from None
+    _check_metadata(body.metadata)
+    return body
+
+
+def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
+    """The wish; `pictures`: the files that its fields stand for."""
+    fields = body.model_dump(exclude={"adapters", "metadata", "start_deadline_s", *PICTURE_FIELDS})
+    adapters = tuple(AdapterWish(adapter.name, adapter.strength) for adapter in body.adapters)
+    return Wish(**fields, **pictures, adapters=adapters)
+
+
+def _check_metadata(metadata: Mapping[str, str]) -> None:
+    accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": 64, "max_value_chars": 512}
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= 64 or len(value) > 512 or "\x00" in key + value or not (key + value).isprintable():
+            raise invalid_wish(InvalidWish("metadata", f"has an entry that is too long or not printable: {key[:64]!r}", accepted))
+    if len(metadata) > MAX_METADATA_KEYS:
+        raise invalid_wish(InvalidWish("metadata", f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted", accepted))
 
 
 def invalid_wish(error: InvalidWish) -> InvalidImageRequest:
@@ -59,7 +109,8 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
     return 0
 
 
-def _read_object(request: Request) -> dict[str, Any]:
+def read_object(request: Request) -> dict[str, Any]:
+    """The JSON object that the body is. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
     content = request.get_data()
@@ -84,7 +135,7 @@ def _field_error(error: Any) -> dict[str, Any]:
     pointer = "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1")[:64] for part in error["loc"])
     entry = {"pointer": pointer, "detail": error["msg"]}
     if error["type"] == "extra_forbidden":
-        entry |= {"detail": "There is no such field", "accepted": list(_ImageBody.model_fields)}
+        entry |= {"detail": "There is no such field", "accepted": list(JobBody.model_fields)}
     elif error["type"] == "missing":
         entry["detail"] = "This field is required"
     return entry

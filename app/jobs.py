@@ -3,40 +3,23 @@
 import base64
 import binascii
 import uuid
-from dataclasses import asdict
 from typing import Any
 
-import structlog
 from flask import Blueprint, jsonify, redirect, request, url_for
 from flask.typing import ResponseReturnValue
-from sqlalchemy.exc import SQLAlchemyError
 
+from app import accepting, inputs
 from app.auth import caller, require_key
-from app.body import invalid_wish, read_wait_s, read_wish
+from app.body import read_job, read_wait_s, wish_of
 from app.gateway import gateway
-from app.problems import (
-    FleetSaturated,
-    ImageNotFound,
-    ImageNotReady,
-    InvalidQuery,
-    JobAlreadyFinished,
-    JobNotFound,
-    ModelUnserved,
-    Problem,
-    TenantQueueFull,
-)
-from app.views import job_view, queue_view
-from edges import telemetry
+from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
+from app.views import job_view
 from edges.encoding import FORMATS
 from edges.progress import Step
 from models import jobs
 from models.database import transaction
 from models.states import ACTIVE_STATES, FINAL_STATES, JobState
 from models.tables import Job
-from policy.admission import Refusal
-from policy.catalog import InvalidWish
-
-log = structlog.get_logger(__name__)
 
 bp = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
@@ -49,37 +32,14 @@ def create_job() -> ResponseReturnValue:
     """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds."""
     parts = gateway()
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
-    try:
-        resolved = parts.resolve(read_wish(request))
-    except InvalidWish as error:
-        raise invalid_wish(error) from None
-    expected = parts.lookout.expect(resolved, caller().tenant_id)
-    if expected.refusal is not None:
-        raise _refused(expected.refusal)
-    tier = parts.fleet.tiers[resolved.tier]
-    with transaction(parts.database) as session:
-        job = jobs.accept(
-            session,
-            tenant_id=caller().tenant_id,
-            api_key_id=caller().api_key_id,
-            params=asdict(resolved),
-            start_within_s=tier.start_within_s,
-            run_within_s=tier.run_within_s,
-            predicted_s=expected.predicted_s,
-            eta_raw_s=expected.eta_raw_s,
-            currency=parts.fleet.currency,
-            actor=caller().actor,
-        )
-        view = job_view(job)
-    telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
-    log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
-    _let_out(job)
-    view["queue"] = queue_view(parts.lookout.place_of(job))  # not while the transaction holds the tenant's place in line
+    body = read_job(request)
+    wish = wish_of(body, inputs.pictures(body.pictures))
+    job = accepting.accept(accepting.resolve(wish), metadata=body.metadata, start_within_s=body.start_deadline_s)
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
-        view = _view(*_watched(job.id, wait_s))
-    return jsonify(view), 202, headers
+        return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
+    return jsonify(job_view(job, place=parts.lookout.place_of(job))), 202, headers
 
 
 @bp.get("/<uuid:job_id>")
@@ -146,23 +106,6 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
 def _view(job: Job, steps: list[Step]) -> dict[str, Any]:
     is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
     return job_view(job, steps, gateway().lookout.place_of(job, sum(step.step for step in steps)) if is_waited_for else None)
-
-
-def _refused(refusal: Refusal) -> Problem:
-    """The problem of a wish that could be served at another time."""
-    telemetry.SHED.labels(refusal.reason).inc()
-    kinds: dict[str, type[Problem]] = {"unserved": ModelUnserved, "tenant_queue_full": TenantQueueFull}
-    kind = kinds.get(refusal.reason, FleetSaturated)
-    return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
-
-
-def _let_out(job: Job) -> None:
-    """Announce what there is room for, now that the row is committed. The job is accepted whatever happens here: the sweeper
-    covers a crash, a broker or a database that goes away between the two."""
-    try:
-        gateway().release.release(job.pool, job.tier, tenant_id=job.tenant_id)
-    except SQLAlchemyError as error:
-        log.warning("release_postponed", job_id=str(job.id), reason=type(error).__name__)
 
 
 def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:

@@ -1,22 +1,40 @@
-"""Every refusal the API can utter, as RFC 9457 problem details.
+"""Every refusal the API can utter, as RFC 9457 problem details with OpenAI's `error` object beside them.
 
 Problem
 ├── MalformedBody         400   not JSON at all
+├── NotOffered            400   asked for in OpenAI's words, and nothing here does it
 ├── Unauthenticated       401   no live API key
+├── Forbidden             403   the key's scopes, or the tenant's tiers and models, do not reach that far
 ├── NotFound              404   no such route
 ├── JobNotFound           404   also for another tenant's job: existence is private
 ├── ImageNotFound         404   the job has no such image
+├── FileNotFound          404   the same for pictures that tenants bring
+├── WebhookNotFound       404   and for endpoints
+├── DeliveryNotFound      404   and for what was sent to them
+├── TenantNotFound        404   (admin)
+├── KeyNotFound           404   (admin)
 ├── ModelNotFound         404
 ├── MethodNotAllowed      405
 ├── ImageNotReady         409   with Retry-After while it may still come
 ├── JobAlreadyFinished    409   the cancel came too late
+├── ReplayImpossible      409   its parameters, or what they need, are gone
+├── FileInUse             409   a job under way starts from it
+├── TenantExists          409   (admin) the name is taken
+├── Erased                410   the tenant had it deleted
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
 ├── InvalidImageRequest   422   no worker could ever render this; `errors` points at each field
+├── InvalidPicture        422   the upload is no picture that can be used
 ├── InvalidQuery          422   the same for query parameters and headers
+├── IdempotencyKeyReused  422   the key came before with another body
+├── RateLimited           429   with Retry-After: requests of this minute
+├── BudgetSpent           429   with Retry-After: megapixel-steps, until the budget has filled again
+├── TooManyJobs           429   with Retry-After: of this tenant at once
+├── QuotaExceeded         429   with Retry-After: megapixel-steps of this day or month
 ├── TenantQueueFull       429   with Retry-After: this tenant has enough waiting in the tier
 ├── Unexpected            500   says nothing of our insides
 ├── PartUnavailable       503   with Retry-After
+├── StreamsExhausted      503   with Retry-After: this process has as many event streams open as it may
 ├── FleetSaturated        503   with Retry-After: it would not start in time
 └── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
 """
@@ -36,6 +54,7 @@ class Problem(Exception):
     """One refusal: `title` is constant per type, `detail` tells this occurrence, further facts are members of their own."""
 
     slug, title, status = "unexpected", "Unexpected error", 500
+    openai_type = ""  # "": what its status stands for
 
     def __init__(self, detail: str, *, retry_after_s: int | None = None, **members: Any) -> None:
         super().__init__(detail)
@@ -44,14 +63,28 @@ class Problem(Exception):
     def response(self) -> Response:
         """The application/problem+json answer."""
         head = {"type": f"/problems/{self.slug}", "title": self.title, "status": self.status, "detail": self.detail}
-        body = {**head, "instance": f"/requests/{g.get('request_id', 'unknown')}", **self.members}
+        body = {**head, "instance": f"/requests/{g.get('request_id', 'unknown')}", **self.members, "error": self.openai_error()}
         response = Response(json.dumps(body), self.status, content_type="application/problem+json")
         response.headers["Cache-Control"] = "no-store"
         if self.retry_after_s is not None:
             response.headers["Retry-After"] = str(self.retry_after_s)
+        elif self.status in (409, 429):
+            response.headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and it would not help
         if self.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return response
+
+    def openai_error(self) -> dict[str, Any]:
+        """The same in OpenAI's words: its clients take message, param and code from here."""
+        by_status = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = self.openai_type or by_status.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
+        return {"message": self.detail, "type": kind, "param": self._param(), "code": self.slug.replace("-", "_")}
+
+    def _param(self) -> str | None:
+        errors = self.members.get("errors")
+        if errors:
+            return str(errors[0]["pointer"]).removeprefix("/").replace("/", ".")
+        return self.members.get("parameter") or self.members.get("header")
 
 
 class MalformedBody(Problem):
@@ -60,10 +93,22 @@ class MalformedBody(Problem):
     slug, title, status = "malformed-body", "Malformed body", 400
 
 
+class NotOffered(Problem):
+    """OpenAI's interface has it and this installation does not; `detail` says what could be asked for instead."""
+
+    slug, title, status = "not-offered", "Not offered", 400
+
+
 class Unauthenticated(Problem):
     """A live API key is needed: Authorization: Bearer dr_…"""
 
     slug, title, status = "unauthenticated", "Unauthenticated", 401
+
+
+class Forbidden(Problem):
+    """The key is live and may not do this: it lacks the scope, or its tenant is not allowed the tier or model."""
+
+    slug, title, status = "forbidden", "Forbidden", 403
 
 
 class NotFound(Problem):
@@ -82,6 +127,36 @@ class ImageNotFound(Problem):
     """The job has no image of that index."""
 
     slug, title, status = "image-not-found", "Image not found", 404
+
+
+class FileNotFound(Problem):
+    """No picture of this tenant has that id."""
+
+    slug, title, status = "file-not-found", "File not found", 404
+
+
+class WebhookNotFound(Problem):
+    """No webhook endpoint of this tenant has that id."""
+
+    slug, title, status = "webhook-not-found", "Webhook not found", 404
+
+
+class DeliveryNotFound(Problem):
+    """No delivery of this tenant's webhooks has that id."""
+
+    slug, title, status = "delivery-not-found", "Delivery not found", 404
+
+
+class TenantNotFound(Problem):
+    """There is no such tenant."""
+
+    slug, title, status = "tenant-not-found", "Tenant not found", 404
+
+
+class KeyNotFound(Problem):
+    """There is no such live key."""
+
+    slug, title, status = "key-not-found", "Key not found", 404
 
 
 class ModelNotFound(Problem):
@@ -108,6 +183,30 @@ class JobAlreadyFinished(Problem):
     slug, title, status = "job-already-finished", "Job already finished", 409
 
 
+class ReplayImpossible(Problem):
+    """What the job's parameters need is gone: they were erased, a picture was, or the model version is not in fleet.toml any more."""
+
+    slug, title, status = "replay-impossible", "Replay impossible", 409
+
+
+class FileInUse(Problem):
+    """A job that is not finished starts from this picture; wait for it or cancel it."""
+
+    slug, title, status = "file-in-use", "File in use", 409
+
+
+class TenantExists(Problem):
+    """Another tenant has that name."""
+
+    slug, title, status = "tenant-exists", "Tenant exists", 409
+
+
+class Erased(Problem):
+    """It was there, and the tenant had it deleted; the audit log still says that it was."""
+
+    slug, title, status = "erased", "Erased", 410
+
+
 class BodyTooLarge(Problem):
     """The body is larger than MAX_BODY_BYTES."""
 
@@ -126,16 +225,59 @@ class InvalidImageRequest(Problem):
     slug, title, status = "invalid-image-request", "Invalid image request", 422
 
 
+class InvalidPicture(Problem):
+    """The upload is not a picture that can be used; `detail` says why, `accepted` what could be."""
+
+    slug, title, status = "invalid-picture", "Invalid picture", 422
+
+
 class InvalidQuery(Problem):
     """A query parameter or header that cannot be used; the member `accepted` says what could be."""
 
     slug, title, status = "invalid-query", "Invalid query", 422
 
 
+class IdempotencyKeyReused(Problem):
+    """The Idempotency-Key came before with another body; send a new key with a new request."""
+
+    slug, title, status = "idempotency-key-reused", "Idempotency key reused", 422
+
+
+class RateLimited(Problem):
+    """The tenant's requests of the last minute are as many as it may send; waiting helps."""
+
+    slug, title, status = "rate-limited", "Rate limited", 429
+
+
+class BudgetSpent(Problem):
+    """The tenant's budget of megapixel-steps is spent; it fills again by itself."""
+
+    slug, title, status = "budget-spent", "Budget spent", 429
+
+
+class TooManyJobs(Problem):
+    """As many jobs of the tenant are under way as may be; the next one fits when one of them has ended."""
+
+    slug, title, status = "too-many-jobs", "Too many jobs", 429
+
+
+class QuotaExceeded(Problem):
+    """The tenant's quota of megapixel-steps for this day or month is used up."""
+
+    slug, title, status = "quota-exceeded", "Quota exceeded", 429
+    openai_type = "insufficient_quota"
+
+
 class TenantQueueFull(Problem):
     """The tenant's own jobs in this tier wait for as much device time as may wait; waiting helps."""
 
     slug, title, status = "tenant-queue-full", "Tenant queue full", 429
+
+
+class StreamsExhausted(Problem):
+    """This gateway process has as many event streams open as it may; another one, or a moment later, will do."""
+
+    slug, title, status = "streams-exhausted", "Streams exhausted", 503
 
 
 class FleetSaturated(Problem):

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
+from uuid import UUID
 
 from flask import url_for
 
@@ -30,9 +31,17 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         "seed": job.seed,
         "n": job.num_images,
         "output_format": job.output_format,
+        "init_image": _id(job.init_file_id),
+        "mask": _id(job.mask_file_id),
+        "control_image": _id(job.control_file_id),
+        "strength": job.strength,
+        "adapters": job.adapters or [],
         "precision": job.precision,
         "determinism": job.determinism,
         "bucket_rows": job.bucket_rows,
+        "metadata": job.labels or {},
+        "replay_of": _id(job.replay_of),
+        "megapixel_steps": float(job.megapixel_steps),
         "attempt": job.attempt,
         "failure": {"code": job.failure_code, "detail": _failure_detail(job)} if job.failure_code else None,
         "created_at": _instant(job.accepted_at),
@@ -41,6 +50,7 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         "rendered_at": _instant(job.rendered_at),
         "finished_at": _instant(job.finished_at),
         "run_by": _instant(job.run_by),
+        "erased_at": _instant(job.erased_at),
         "progress": _progress(job, steps),
         "queue": queue_view(place),
         "timing": {
@@ -89,6 +99,10 @@ def _cost(job: Job) -> dict[str, Any] | None:
     if job.cost is None:
         return None
     return {"gpu_seconds": round(job.device_seconds, 6), "amount": str(job.cost), "currency": job.currency}
+
+
+def _id(value: UUID | None) -> str | None:
+    return str(value) if value else None
 
 
 def _instant(at: datetime | None) -> str | None:

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import ARRAY, Uuid, any_, func, literal, select, tuple_
 from sqlalchemy.orm import Session, selectinload
 
-from models import audit, flows, uploads
+from models import audit, flows, uploads, usage
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
@@ -43,17 +43,23 @@ def accept(
     run_within_s: float | None = None,
     predicted_s: float = 0.0,
     eta_raw_s: float | None = None,
+    megapixel_steps: Decimal = Decimal(0),
+    labels: Mapping[str, str] | None = None,
     requeue_of: uuid.UUID | None = None,
+    replay_of: uuid.UUID | None = None,
 ) -> Job:
-    """Write the row, complete and replayable, its images, its place in fair order and its audit event.
+    """Write the row, complete and replayable, its images, its place in fair order, its entry in the ledger and its audit event.
 
     params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of
-    all its images.  eta_raw_s: the first guess of its end, kept to learn from.
+    all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.
+    labels: the tenant's own metadata.
     """
     start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
     job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
     job.run_within_s, job.predicted_s, job.eta_raw_s, job.requeue_of = run_within_s, predicted_s, eta_raw_s, requeue_of
+    job.megapixel_steps, job.labels, job.replay_of = megapixel_steps, dict(labels) if labels else None, replay_of
     job.release_tag = flows.enter(session, pool=job.pool, tier=job.tier, tenant_id=tenant_id, predicted_s=predicted_s)
+    job.usage_day = usage.reserve(session, tenant_id=tenant_id, amount=megapixel_steps)
     job.images = [Image(index=index, seed=job.seed + index, artifact=None) for index in range(job.num_images)]
     job.attempts = []
     session.add(job)
@@ -62,6 +68,8 @@ def accept(
     facts |= {"seed": str(job.seed), "num_images": job.num_images}
     if requeue_of is not None:
         facts["requeue_of"] = str(requeue_of)
+    if replay_of is not None:
+        facts["replay_of"] = str(replay_of)
     audit.append(session, "job:request:accepted", chain=tenant_id, actor=actor, job_id=job.id, **facts)
     return job
 
@@ -151,6 +159,8 @@ def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, 
         start_within_s=start_within_s,
         run_within_s=dead.run_within_s,
         predicted_s=dead.predicted_s,
+        megapixel_steps=dead.megapixel_steps,
+        labels=dead.labels,
         currency=dead.currency,
         actor=actor,
         requeue_of=dead.id,
@@ -209,7 +219,10 @@ def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
 
 
 def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
-    """Set a final state, drop every claim on the job and charge its flow what it really took. The caller appends the audit event."""
+    """Set a final state, drop every claim on the job, charge its flow what it really took and settle its entry in the ledger.
+
+    The caller appends the audit event.
+    """
     job.state, job.finished_at = state, func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
     job.failure_code, job.failure_detail = code, detail
@@ -218,6 +231,8 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
         actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
         difference_s = actual_s - job.predicted_s
         flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
+    succeeded, cost = state == JobState.SUCCEEDED, job.cost or Decimal(0)
+    usage.settle(session, tenant_id=job.tenant_id, day=job.usage_day, amount=job.megapixel_steps, succeeded=succeeded, cost=cost)
 
 
 def requeue(job: Job) -> None:

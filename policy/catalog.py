@@ -5,11 +5,15 @@ Pure: no clock, no randomness of its own (the caller hands a seed and a draw), s
 
 from dataclasses import dataclass
 from typing import TypeVar
+from uuid import UUID
 
 from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 OUTPUT_FORMATS = ("png", "webp", "jpeg")
+DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
+CONTROLLED_FAMILIES = ("pipeline", "plain")  # whether the pipeline itself has a control network its own call decides
+MAX_ADAPTERS, MAX_ADAPTER_STRENGTH = 8, 4.0
 
 Number = TypeVar("Number", int, float)
 Value = TypeVar("Value")
@@ -21,6 +25,14 @@ class InvalidWish(Exception):
     def __init__(self, field: str, detail: str, accepted: object = None) -> None:
         super().__init__(f"{field}: {detail}")
         self.field, self.detail, self.accepted = field, detail, accepted
+
+
+@dataclass(frozen=True)
+class AdapterWish:
+    """One of the model's adapters, and how much of it; below 0 it works the other way."""
+
+    name: str
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +50,11 @@ class Wish:
     seed: int | None = None
     n: int = 1
     output_format: str = "png"
+    init_image: UUID | None = None  # ids of files; that they are there, and whose, is the caller's to check
+    mask: UUID | None = None
+    control_image: UUID | None = None
+    strength: float | None = None
+    adapters: tuple[AdapterWish, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +75,11 @@ class Resolved:
     seed: int  # of image 0; image i has seed + i
     num_images: int
     output_format: str
+    init_file_id: UUID | None
+    mask_file_id: UUID | None
+    control_file_id: UUID | None
+    strength: float | None  # of the noise laid over the picture it starts from; None without one
+    adapters: list[dict[str, str | float]] | None
     precision: str
     determinism: str
     bucket_rows: int | None
@@ -95,6 +117,11 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         seed=_within("seed", seed, 0, MAX_SEED - num_images, "every model"),
         num_images=num_images,
         output_format=_one_of("output_format", wish.output_format, OUTPUT_FORMATS),
+        init_file_id=wish.init_image,
+        mask_file_id=wish.mask,
+        control_file_id=_control(model, model_id, wish),
+        strength=_strength(wish, steps),
+        adapters=_adapters(model, model_id, wish),
         precision=model.precision,
         determinism=tier.determinism,
         bucket_rows=own.bucket_rows[size] if tier.determinism == "reproducible" else None,
@@ -126,6 +153,35 @@ def _check_text(model: Model, wish: Wish) -> None:
             raise InvalidWish(field, "contains a NUL or a lone surrogate; plain Unicode text is accepted")
     if not wish.prompt.strip():
         raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
+
+
+def _strength(wish: Wish, num_steps: int) -> float | None:
+    """How far from the picture it starts with; None if there is none."""
+    if wish.init_image is None:
+        for field, said in (("mask", wish.mask), ("strength", wish.strength)):
+            if said is not None:
+                raise InvalidWish(field, "needs an init_image")
+        return None
+    strength = _first(wish.strength, DEFAULT_STRENGTH if wish.mask is None else 1.0)
+    least = 1 / num_steps  # below that no step is left
+    return _within("strength", strength, round(least, 4), 1.0, f"{num_steps} steps")
+
+
+def _control(model: Model, model_id: str, wish: Wish) -> UUID | None:
+    if wish.control_image is not None and model.family not in CONTROLLED_FAMILIES:
+        raise InvalidWish("control_image", f"is not followed by model {model_id}: it has no control network")
+    return wish.control_image
+
+
+def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | float]] | None:
+    if len(wish.adapters) > MAX_ADAPTERS:
+        raise InvalidWish("adapters", f"has {len(wish.adapters)} entries; at most {MAX_ADAPTERS} are accepted", {"max": MAX_ADAPTERS})
+    for place, adapter in enumerate(wish.adapters):
+        if not model.adapters:
+            raise InvalidWish("adapters", f"are not offered by model {model_id}", [])
+        _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
+        _within(f"adapters/{place}/strength", adapter.strength, -MAX_ADAPTER_STRENGTH, MAX_ADAPTER_STRENGTH, "every adapter")
+    return [{"name": adapter.name, "strength": adapter.strength} for adapter in wish.adapters] or None
 
 
 def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> str:

@@ -111,6 +111,7 @@ class Model(_Table):
     default_guidance: float = Field(ge=0)
     max_guidance: float = Field(gt=0)
     max_prompt_chars: int = Field(2000, ge=1, le=100_000)
+    cost_factor: float = Field(1.0, gt=0, le=1000)  # what a megapixel-step of it counts against budgets and quotas
     created_at: datetime
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)

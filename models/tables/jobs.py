@@ -73,7 +73,9 @@ class Job(Base):
     failure_detail: Mapped[str | None]
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
     replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
-    labels: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))  # the tenant's own; `metadata` is SQLAlchemy's word
+    labels: Mapped[dict[str, Any] | None] = mapped_column(
+        "metadata", JSONB(none_as_null=True)
+    )  # the tenant's own; `metadata` is SQLAlchemy's word
     erased_at: Mapped[datetime | None]  # prompt, metadata and images are gone; what the audit log says stays
     megapixel_steps: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # what quotas count
     usage_day: Mapped[date | None]  # the day of the ledger they are booked on

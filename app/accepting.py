@@ -1,0 +1,103 @@
+"""From a wish to an accepted job: resolve, ask whether it can be served, write it, let it out. Every way in leads through here."""
+
+import math
+import uuid
+from collections.abc import Mapping
+from dataclasses import asdict
+
+import structlog
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.auth import caller
+from app.body import invalid_wish
+from app.gateway import gateway
+from app.outlook import Expected
+from app.problems import FleetSaturated, ModelUnserved, Problem, TenantQueueFull
+from edges import telemetry
+from models import jobs
+from models.database import transaction
+from models.tables import Job
+from policy.admission import Refusal
+from policy.catalog import InvalidWish, Resolved, Wish
+from policy.cost import megapixel_steps
+
+log = structlog.get_logger(__name__)
+
+
+def resolve(wish: Wish) -> Resolved:
+    """Every parameter of the wish. Raises InvalidImageRequest, which names the field."""
+    try:
+        return gateway().resolve(wish)
+    except InvalidWish as error:
+        raise invalid_wish(error) from None
+
+
+def accept(
+    resolved: Resolved,
+    *,
+    metadata: Mapping[str, str] | None = None,
+    start_within_s: float | None = None,
+    replay_of: uuid.UUID | None = None,
+) -> Job:
+    """Write the job, complete with its images, and announce it if there is room.
+
+    metadata: the tenant's own.  start_within_s: its start deadline; None, or longer than the tier's own, is the tier's.  replay_of: the job
+    whose parameters these are. Raises the Problem of a job that cannot be served now.
+    """
+    parts, asking = gateway(), caller()
+    tier = parts.fleet.tiers[resolved.tier]
+    deadline_s = _deadline_s(start_within_s, tier.start_within_s)
+    expected = expect(resolved)
+    if expected.refusal is not None:
+        raise refused(expected.refusal)
+    with transaction(parts.database) as session:
+        job = jobs.accept(
+            session,
+            tenant_id=asking.tenant_id,
+            api_key_id=asking.api_key_id,
+            params=asdict(resolved),
+            start_within_s=deadline_s,
+            run_within_s=tier.run_within_s,
+            predicted_s=expected.predicted_s,
+            eta_raw_s=expected.eta_raw_s,
+            megapixel_steps=megapixel_steps(parts.fleet, resolved),
+            labels=metadata,
+            currency=parts.fleet.currency,
+            actor=asking.actor,
+            replay_of=replay_of,
+        )
+    telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
+    log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
+    let_out(job)
+    return job
+
+
+def expect(resolved: Resolved) -> Expected:
+    """What a job of the caller's would take, and whether it would be refused now."""
+    return gateway().lookout.expect(resolved, caller().tenant_id)
+
+
+def refused(refusal: Refusal) -> Problem:
+    """The problem of a wish that could be served at another time."""
+    telemetry.SHED.labels(refusal.reason).inc()
+    kinds: dict[str, type[Problem]] = {"unserved": ModelUnserved, "tenant_queue_full": TenantQueueFull}
+    kind = kinds.get(refusal.reason, FleetSaturated)
+    return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
+
+
+def let_out(job: Job) -> None:
+    """Announce what there is room for, now that the row is committed. The job is accepted whatever happens here: the sweeper
+    covers a crash, a broker or a database that goes away between the two."""
+    try:
+        gateway().release.release(job.pool, job.tier, tenant_id=job.tenant_id)
+    except SQLAlchemyError as error:
+        log.warning("release_postponed", job_id=str(job.id), reason=type(error).__name__)
+
+
+def _deadline_s(asked_s: float | None, longest_s: float) -> float:
+    if asked_s is None:
+        return longest_s
+    if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):
+        accepted = {"min": 0, "max": longest_s}
+        raise invalid_wish(InvalidWish("start_deadline_s", f"must be more than 0 and at most {longest_s} seconds", accepted))
+    return asked_s
