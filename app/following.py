@@ -10,11 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 
 import structlog
-from flask import copy_current_request_context
+from flask import copy_current_request_context, g
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.auth import caller
 from app.outlook import Lookout, QueuePlace
 from app.problems import JobNotFound, StreamsExhausted
 from app.views import image_url, job_view, queue_view
@@ -50,7 +49,7 @@ class Events:
         the iterator, or letting go of it, forgets the follower. Raises JobNotFound, StreamsExhausted.
         """
         told = copy_current_request_context(_told)  # views name routes
-        stream = self._stream(job_id, caller().tenant_id, after or BEGINNING, previews, heartbeat_s, told)
+        stream = self._stream(job_id, g.caller.tenant_id, after or BEGINNING, previews, heartbeat_s, told)
         next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
         return stream
 
