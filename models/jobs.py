@@ -64,6 +64,7 @@ def accept(
     job.attempts = []
     session.add(job)
     session.flush()
+    session.refresh(job, ["start_by"])
     facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
     facts |= {"seed": str(job.seed), "num_images": job.num_images}
     if requeue_of is not None:
