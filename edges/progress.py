@@ -115,7 +115,7 @@ class ProgressWriter:
                 log.info("progress_not_sent", reason=type(error).__name__)
 
     def _send(self, noted: _Noted) -> None:
-        pipe = self._redis.pipeline(transaction=False)
+        pipe = self._redis.pipeline(transaction=True)  # or who waits for news is woken by the first of these and reads only that
         for job_id, attempt in noted.started:
             eventlog.append(pipe, job_id, eventlog.STARTED, {"attempt": attempt})
         for (job_id, index), step in noted.steps.items():
