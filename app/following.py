@@ -177,10 +177,12 @@ class _Forecast:
         return [Event(None, QUEUED, queue_view(place) or {})]
 
     def _is_news(self, place: QueuePlace, now: float) -> bool:
-        if self._told is None or self._told.jobs_ahead != place.jobs_ahead:
-            return True
+        """Whether the place or the end has moved by a tenth: at the far end of a long queue every step of one is nothing to hear."""
+        if self._told is None or place.jobs_ahead is None or self._told.jobs_ahead is None:
+            return self._told is None or place.jobs_ahead != self._told.jobs_ahead
         shift_s = (now + place.eta.p50_s) - (self._told_at + self._told.eta.p50_s)
-        return abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
+        moved = abs(place.jobs_ahead - self._told.jobs_ahead)
+        return moved > 0.1 * place.jobs_ahead or abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
 
 
 def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
