@@ -13,7 +13,8 @@ from typing import Any
 from sqlalchemy import ARRAY, Uuid, any_, func, literal, select, tuple_
 from sqlalchemy.orm import Session, selectinload
 
-from models import audit, flows, uploads, usage
+from models import audit, flows, idempotency, uploads, usage
+from models.idempotency import Once
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
@@ -47,13 +48,18 @@ def accept(
     labels: Mapping[str, str] | None = None,
     requeue_of: uuid.UUID | None = None,
     replay_of: uuid.UUID | None = None,
+    once: Once | None = None,
 ) -> Job:
     """Write the row, complete and replayable, its images, its place in fair order, its entry in the ledger and its audit event.
 
     params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of
     all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.
-    labels: the tenant's own metadata.
+    labels: the tenant's own metadata.  once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.
+
+    Rows are locked in this order, here as everywhere: key, the job it is made from, flow, ledger, audit chain.
     """
+    if once is not None:
+        idempotency.claim(session, once, tenant_id=tenant_id)
     start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
     job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
     job.run_within_s, job.predicted_s, job.eta_raw_s, job.requeue_of = run_within_s, predicted_s, eta_raw_s, requeue_of
@@ -65,6 +71,8 @@ def accept(
     session.add(job)
     session.flush()
     session.refresh(job, ["start_by"])
+    if once is not None:
+        idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=job.id)
     facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
     facts |= {"seed": str(job.seed), "num_images": job.num_images}
     if requeue_of is not None:
