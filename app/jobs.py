@@ -12,6 +12,7 @@ from app import accepting, inputs
 from app.auth import caller, require_key
 from app.body import read_job, read_wait_s, wish_of
 from app.gateway import gateway
+from app.idempotency import REPLAYED, read_once
 from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
 from app.views import job_view
 from edges.encoding import FORMATS
@@ -33,13 +34,20 @@ def create_job() -> ResponseReturnValue:
     parts = gateway()
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
     body = read_job(request)
-    wish = wish_of(body, inputs.pictures(body.pictures))
-    job = accepting.accept(accepting.resolve(wish), metadata=body.metadata, start_within_s=body.start_deadline_s)
+    once = read_once(request, body.model_dump(exclude_defaults=True))
+    job = accepting.answered(once) if once else None
+    is_replayed = job is not None
+    if job is None:
+        resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
+        accepted = accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+        job, is_replayed = accepted.job, not accepted.is_new
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
+    if is_replayed:
+        headers[REPLAYED] = "true"
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
         return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(job_view(job, place=parts.lookout.place_of(job))), 202, headers
+    return jsonify(_view(job, [])), 202, headers
 
 
 @bp.get("/<uuid:job_id>")

@@ -13,9 +13,10 @@ from typing import Any
 from sqlalchemy import ARRAY, Uuid, any_, func, literal, select, tuple_
 from sqlalchemy.orm import Session, selectinload
 
-from models import accepting, audit, flows, uploads, usage
+from models import accepting, audit, flows, idempotency, uploads, usage
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
+from models.idempotency import Once
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
@@ -47,8 +48,15 @@ def accept(
     labels: Mapping[str, str] | None = None,
     requeue_of: uuid.UUID | None = None,
     replay_of: uuid.UUID | None = None,
+    once: Once | None = None,
 ) -> Job:
-    """Accept one job (`models.accepting` does any number) and read it back, with its images and no attempts."""
+    """Accept one job (`models.accepting` does any number) and read it back, with its images and no attempts.
+
+    once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.
+    Rows are locked in this order, here as everywhere: key, the job it is made from, flow, ledger, audit chain.
+    """
+    if once is not None:
+        idempotency.claim(session, once, tenant_id=tenant_id)
     new_job = NewJob(
         params=params,
         start_within_s=start_within_s,
@@ -61,6 +69,8 @@ def accept(
         replay_of=replay_of,
     )
     (row,) = accepting.accept(session, [new_job], tenant_id=tenant_id, api_key_id=api_key_id, currency=currency, actor=actor)
+    if once is not None:
+        idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
     return session.scalars(select(Job).where(Job.id == row.id).options(*_whole())).one()
 
 
