@@ -35,19 +35,18 @@ def create_job() -> ResponseReturnValue:
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
     body = read_job(request)
     once = read_once(request, body.model_dump(exclude_defaults=True))
-    job = accepting.answered(once) if once else None
-    is_replayed = job is not None
-    if job is None:
+    accepted = accepting.answered(once) if once else None
+    if accepted is None:
         resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
         accepted = accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
-        job, is_replayed = accepted.job, not accepted.is_new
+    job = accepted.job
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
-    if is_replayed:
+    if not accepted.is_new:
         headers[REPLAYED] = "true"
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
         return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(_view(job, [])), 202, headers
+    return jsonify(job_view(job, place=accepted.place) if accepted.is_new else _view(job, [])), 202, headers
 
 
 @bp.get("/<uuid:job_id>")
