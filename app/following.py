@@ -152,8 +152,8 @@ class _Forecast:
 
     def __init__(self, lookout: Lookout, job: Job) -> None:
         self._lookout, self._job = lookout, job
+        self._has_told, self._told_at = False, 0.0
         self._told: QueuePlace | None = None
-        self._told_at = 0.0
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
 
     def hear(self, event: Event) -> None:
@@ -170,18 +170,20 @@ class _Forecast:
         try:
             place = self._lookout.place_of(self._job)
         except SQLAlchemyError:
+            place = None
+        if not self._is_news(place, now):
             return []
-        if place is None or not self._is_news(place, now):
-            return []
-        self._told, self._told_at = place, now
-        return [Event(None, QUEUED, queue_view(place) or {})]
+        self._has_told, self._told, self._told_at = True, place, now
+        return [Event(None, QUEUED, queue_view(place) or {"jobs_ahead": None, "eta_p50_s": None, "eta_p90_s": None})]
 
-    def _is_news(self, place: QueuePlace, now: float) -> bool:
-        """Whether the place or the end has moved by a tenth: at the far end of a long queue every step of one is nothing to hear."""
-        if self._told is None or place.jobs_ahead is None or self._told.jobs_ahead is None:
-            return self._told is None or place.jobs_ahead != self._told.jobs_ahead
-        shift_s = (now + place.eta.p50_s) - (self._told_at + self._told.eta.p50_s)
+    def _is_news(self, place: QueuePlace | None, now: float) -> bool:
+        """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
+        if place is None or place.jobs_ahead is None:
+            return not self._has_told
+        if self._told is None or self._told.jobs_ahead is None:
+            return True
         moved = abs(place.jobs_ahead - self._told.jobs_ahead)
+        shift_s = (now + place.eta.p50_s) - (self._told_at + self._told.eta.p50_s)
         return moved > 0.1 * place.jobs_ahead or abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
 
 
