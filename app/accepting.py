@@ -12,10 +12,11 @@ from app.auth import caller
 from app.body import invalid_wish
 from app.gateway import gateway
 from app.idempotency import HEADER
-from app.outlook import Expected
-from app.problems import FleetSaturated, IdempotencyKeyReused, ModelUnserved, Problem, TenantQueueFull
+from app.outlook import Bookings
+from app.problems import FleetSaturated, IdempotencyKeyReused, ModelUnserved, Problem, ReplayImpossible, TenantQueueFull
 from edges import telemetry
 from models import idempotency, jobs
+from models.batches import NewJob
 from models.database import transaction
 from models.idempotency import Answer, Once
 from models.tables import Job
@@ -59,24 +60,20 @@ def accept(
     if once is not None and (earlier := answered(once)) is not None:
         return Accepted(earlier, is_new=False)
     parts, asking = gateway(), caller()
-    tier = parts.fleet.tiers[resolved.tier]
-    deadline_s = _deadline_s(start_within_s, tier.start_within_s)
-    expected = expect(resolved)
-    if expected.refusal is not None:
-        raise refused(expected.refusal)
+    new = draft(resolved, metadata=metadata, start_within_s=start_within_s)
     try:
         with transaction(parts.database) as session:
             job = jobs.accept(
                 session,
                 tenant_id=asking.tenant_id,
                 api_key_id=asking.api_key_id,
-                params=asdict(resolved),
-                start_within_s=deadline_s,
-                run_within_s=tier.run_within_s,
-                predicted_s=expected.predicted_s,
-                eta_raw_s=expected.eta_raw_s,
-                megapixel_steps=megapixel_steps(parts.fleet, resolved),
-                labels=metadata,
+                params=new.params,
+                start_within_s=new.start_within_s,
+                run_within_s=new.run_within_s,
+                predicted_s=new.predicted_s,
+                eta_raw_s=new.eta_raw_s,
+                megapixel_steps=new.megapixel_steps,
+                labels=new.labels,
                 currency=parts.fleet.currency,
                 actor=asking.actor,
                 replay_of=replay_of,
@@ -85,58 +82,88 @@ def accept(
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
         return Accepted(_job_of(error.answer), is_new=False)
     except idempotency.KeyReused:
-        raise _reused() from None
+        raise reused() from None
+    except jobs.NothingLeft:
+        raise ReplayImpossible("The job was erased: its parameters are gone.") from None
     telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
     log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
-    let_out(job)
+    let_out(job.pool, job.tier)
     return Accepted(job, is_new=True)
+
+
+def draft(
+    resolved: Resolved, *, metadata: Mapping[str, str] | None, start_within_s: float | None, booked: Bookings | None = None
+) -> NewJob:
+    """All that is to be written of a job that may be let in now; `booked` is what the caller is about to write before it.
+
+    Raises the Problem of one that may not.
+    """
+    fleet, tier = gateway().fleet, gateway().fleet.tiers[resolved.tier]
+    deadline_s = start_deadline_s(start_within_s, tier.start_within_s)
+    expected = gateway().lookout.expect(resolved, caller().tenant_id, booked)
+    if expected.refusal is not None:
+        telemetry.SHED.labels(expected.refusal.reason).inc()
+        raise problem_of(expected.refusal)
+    return NewJob(
+        params=asdict(resolved),
+        start_within_s=deadline_s,
+        run_within_s=tier.run_within_s,
+        predicted_s=expected.predicted_s,
+        eta_raw_s=expected.eta_raw_s,
+        megapixel_steps=megapixel_steps(fleet, resolved),
+        labels=metadata,
+    )
 
 
 def answered(once: Once) -> Job | None:
     """The job that the same request came to before, as it is now; None if it is new. Raises IdempotencyKeyReused."""
+    answer = answer_to(once)
+    return _job_of(answer) if answer is not None else None
+
+
+def answer_to(once: Once) -> Answer | None:
+    """What the same request came to before; None if it is new. Raises IdempotencyKeyReused."""
     try:
         with transaction(gateway().database) as session:
             answer = idempotency.look_up(session, once, tenant_id=caller().tenant_id)
     except idempotency.KeyReused:
-        raise _reused() from None
-    return _job_of(answer) if answer is not None else None
+        raise reused() from None
+    if answer is not None:
+        telemetry.REQUESTS_REPLAYED.inc()
+    return answer
 
 
-def expect(resolved: Resolved) -> Expected:
-    """What a job of the caller's would take, and whether it would be refused now."""
-    return gateway().lookout.expect(resolved, caller().tenant_id)
-
-
-def refused(refusal: Refusal) -> Problem:
+def problem_of(refusal: Refusal) -> Problem:
     """The problem of a wish that could be served at another time."""
-    telemetry.SHED.labels(refusal.reason).inc()
     kinds: dict[str, type[Problem]] = {"unserved": ModelUnserved, "tenant_queue_full": TenantQueueFull}
     kind = kinds.get(refusal.reason, FleetSaturated)
     return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
 
 
-def let_out(job: Job) -> None:
-    """Announce what there is room for, now that the row is committed. The job is accepted whatever happens here: the sweeper
+def let_out(pool: str, tier: str) -> None:
+    """Announce what there is room for, now that the caller's rows are committed. They are accepted whatever happens here: the sweeper
     covers a crash, a broker or a database that goes away between the two."""
     try:
-        gateway().release.release(job.pool, job.tier, tenant_id=job.tenant_id)
+        gateway().release.release(pool, tier, tenant_id=caller().tenant_id)
     except SQLAlchemyError as error:
-        log.warning("release_postponed", job_id=str(job.id), reason=type(error).__name__)
+        log.warning("release_postponed", pool=pool, tier=tier, reason=type(error).__name__)
 
 
 def _job_of(answer: Answer) -> Job:
     with transaction(gateway().database) as session:
         job = jobs.find(session, answer.job_id, tenant_id=caller().tenant_id) if answer.job_id else None
     if job is None:
-        raise _reused()
+        raise reused()
     return job
 
 
-def _reused() -> IdempotencyKeyReused:
+def reused() -> IdempotencyKeyReused:
+    """The problem of a key that came with another request."""
     return IdempotencyKeyReused("This Idempotency-Key came with another request within the last day.", header=HEADER)
 
 
-def _deadline_s(asked_s: float | None, longest_s: float) -> float:
+def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
+    """Seconds within which the job must start: what is asked for, or the tier's own. Raises InvalidImageRequest."""
     if asked_s is None:
         return longest_s
     if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):

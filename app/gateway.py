@@ -2,17 +2,19 @@
 
 import random
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flask import current_app
 from sqlalchemy import Engine
 
 from app.outlook import Lookout
+from app.statuses import Statuses
 from edges.broker import Broker
 from edges.handoff import Gauge, Handoff
 from edges.objectstore import ObjectStore
 from edges.progress import Endings, News
 from edges.release import Release
+from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy.catalog import Resolved, Wish, resolve
 from policy.fleet import Fleet
@@ -29,10 +31,12 @@ class Gateway:
     broker: Broker
     release: Release
     handoff: Handoff
+    snapshots: Snapshots
     store: ObjectStore
     news: News
     endings: Endings
     lookout: Lookout
+    statuses: Statuses = field(default_factory=Statuses)
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
@@ -50,6 +54,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         store=ObjectStore(settings),
         news=News(settings.handoff_url),
         endings=Endings(settings.handoff_url),

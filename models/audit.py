@@ -4,6 +4,8 @@ The database links each event to the one before it in its chain (a tenant's, or 
 """
 
 import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from sqlalchemy import insert
@@ -13,6 +15,17 @@ from models.ids import new_id
 from models.tables import AuditEvent
 
 SYSTEM = "system"
+
+
+@dataclass(frozen=True)
+class Event:
+    """What happened, who did it, to which job."""
+
+    event: str
+    actor: str
+    job_id: uuid.UUID | None = None
+    attempt: int | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 def append(
@@ -26,7 +39,12 @@ def append(
     **facts: Any,
 ) -> None:
     """Append one event to `chain`. The chain's head stays locked until commit: call this last, chains in sorted order."""
-    session.flush()  # whatever the event speaks of is written before it
-    row = {"id": new_id(), "chain_id": str(chain), "event": event, "actor": actor, "job_id": job_id, "attempt": attempt, "facts": facts}
+    append_all(session, [Event(event, actor, job_id, attempt, facts)], chain=chain)
+
+
+def append_all(session: Session, events: Sequence[Event], *, chain: uuid.UUID | str) -> None:
+    """Append them to one chain, in their order, as `append` would one by one."""
+    session.flush()  # whatever the events speak of is written before them
     # What the trigger fills in must still be named: NOT NULL is checked after it, but SQLAlchemy would leave the columns out.
-    session.execute(insert(AuditEvent).values(**row, seq=0, prev_hash=b"", hash=b""))
+    linked = {"chain_id": str(chain), "seq": 0, "prev_hash": b"", "hash": b""}
+    session.execute(insert(AuditEvent), [{"id": new_id(), **asdict(event), **linked} for event in events])

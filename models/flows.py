@@ -8,8 +8,9 @@ at the wall clock only so that jobs without a tag of their own (migration 0004) 
 """
 
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from sqlalchemy import func, select, text
 from sqlalchemy.dialects.postgresql import insert
@@ -57,6 +58,13 @@ _SETTLE = text(
 def enter(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, predicted_s: float) -> float:
     """The start tag of the tenant's next job, whose place is behind its own earlier ones. Locks the flow until commit."""
     return float(session.execute(_ENTER, {"pool": pool, "tier": tier, "tenant_id": tenant_id, "predicted_s": predicted_s}).scalar_one())
+
+
+def enter_many(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, predicted_s: Sequence[float]) -> list[float]:
+    """The start tags of the tenant's next jobs, one behind the other. Locks the flow until commit."""
+    first = enter(session, pool=pool, tier=tier, tenant_id=tenant_id, predicted_s=sum(predicted_s))
+    weight = session.execute(select(Tenant.weight).where(Tenant.id == tenant_id)).scalar_one()
+    return [first + before_s / weight for before_s in accumulate(predicted_s[:-1], initial=0.0)]
 
 
 def settle(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float) -> None:

@@ -5,12 +5,12 @@ event in the same transaction. Callers commit.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ARRAY, Uuid, any_, func, literal, select, tuple_
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
 from models import audit, flows, idempotency, uploads, usage
@@ -19,7 +19,6 @@ from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outc
 from models.tables import Artifact, Attempt, Image, Job
 
 SWEEPER = "sweeper"
-_LAST_ID = uuid.UUID(int=2**128 - 1)
 _COLUMNS = [column.name for column in Job.__table__.columns]
 WISH = tuple(_COLUMNS[_COLUMNS.index("pool") : _COLUMNS.index("bucket_rows") + 1])  # every resolved parameter: a job is replayable
 
@@ -30,6 +29,10 @@ class JobAlreadyFinished(Exception):
     def __init__(self, job: Job) -> None:
         super().__init__(f"job {job.id} is {job.state}")
         self.job_id, self.state = job.id, job.state  # values, for the row is expired once its transaction is rolled back
+
+
+class NothingLeft(Exception):
+    """The job was erased: there is nothing to make another one from."""
 
 
 def accept(
@@ -54,12 +57,15 @@ def accept(
 
     params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of
     all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.
-    labels: the tenant's own metadata.  once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.
+    labels: the tenant's own metadata.  replay_of: the job whose parameters these are; raises NothingLeft if that was erased meanwhile.
+    once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.
 
     Rows are locked in this order, here as everywhere: key, the job it is made from, flow, ledger, audit chain.
     """
     if once is not None:
         idempotency.claim(session, once, tenant_id=tenant_id)
+    if replay_of is not None:
+        _hold(session, replay_of)
     start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
     job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
     job.run_within_s, job.predicted_s, job.eta_raw_s, job.requeue_of = run_within_s, predicted_s, eta_raw_s, requeue_of
@@ -73,8 +79,7 @@ def accept(
     session.refresh(job, ["start_by"])
     if once is not None:
         idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=job.id)
-    facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
-    facts |= {"seed": str(job.seed), "num_images": job.num_images}
+    facts = accepted_facts(params)
     if requeue_of is not None:
         facts["requeue_of"] = str(requeue_of)
     if replay_of is not None:
@@ -83,24 +88,20 @@ def accept(
     return job
 
 
+def accepted_facts(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What the audit log says of an accepted job."""
+    names = ("pool", "tier", "model", "model_version", "num_images")
+    return {name: params[name] for name in names} | {"seed": str(params["seed"])}
+
+
 def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
     """The tenant's job with its images, attempts and artifacts; None also for another tenant's, for existence is private."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*_whole()))
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole()))
 
 
-def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None, state: str | None = None) -> Sequence[Job]:
-    """Up to `limit` of the tenant's jobs, newest first, older than `before`."""
-    # Whatever the planner believes of how states and tenants lie among the newest jobs, only the tenant's own indexes have this order.
-    # With `tenant_id = … ORDER BY id` it may read the primary key backwards, past a million newer jobs that are not asked for; `= ANY`
-    # of one and a range of one state are no constants to it, and so part of the order.
-    is_own = Job.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
-    query = select(Job).where(is_own).limit(limit).options(*_whole())
-    if state is None:
-        query = query.where(Job.id < (before or _LAST_ID)).order_by(Job.tenant_id.desc(), Job.id.desc())
-    else:
-        query = query.where(Job.state >= state, tuple_(Job.state, Job.id) < tuple_(state, before or _LAST_ID))
-        query = query.order_by(Job.tenant_id.desc(), Job.state.desc(), Job.id.desc())
-    return session.scalars(query).all()
+def glance(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+    """The tenant's job and its images, without what came of them."""
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(selectinload(Job.images)))
 
 
 def state_of(session: Session, job_id: uuid.UUID) -> str | None:
@@ -109,18 +110,28 @@ def state_of(session: Session, job_id: uuid.UUID) -> str | None:
 
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
     """Take the job back; None if the tenant has no such job. Harmless when repeated; JobAlreadyFinished if it ended otherwise."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).with_for_update().options(*_whole()))
+    job = lock(session, job_id, tenant_id=tenant_id)
     if job is None or job.state == JobState.CANCELED:
         return job
     if job.state not in ACTIVE_STATES:
         raise JobAlreadyFinished(job)
     was = job.state
-    if was == JobState.RUNNING:
-        end_attempt(session, job, Outcome.CANCELED)
-    finish(session, job, JobState.CANCELED)
+    take_back(session, job)
     audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
     session.refresh(job)
     return job
+
+
+def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+    """The tenant's job, whole as `find` gives it, and nobody else's to change until commit."""
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).with_for_update().options(*whole()))
+
+
+def take_back(session: Session, job: Job) -> None:
+    """End an active job that its tenant does not want any more. The caller, who locked it, appends the audit event."""
+    if job.state == JobState.RUNNING:
+        end_attempt(session, job, Outcome.CANCELED)
+    finish(session, job, JobState.CANCELED)
 
 
 def expire(session: Session, job_id: uuid.UUID) -> Job | None:
@@ -151,11 +162,12 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
 
 
 def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str) -> Job | None:
-    """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such failed job.
+    """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such job.
 
     Raises JobAlreadyFinished when it was requeued before.
     """
-    dead = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.FAILED).with_for_update())
+    is_it = (Job.id == job_id, Job.state == JobState.FAILED, Job.erased_at.is_(None))
+    dead = session.scalar(select(Job).where(*is_it).with_for_update())
     if dead is None:
         return None
     if session.scalar(select(Job.id).where(Job.requeue_of == job_id)) is not None:
@@ -250,6 +262,13 @@ def requeue(job: Job) -> None:
     job.lease_expires_at = job.announced_at = job.store_by = job.worker = job.rendered_at = None
 
 
+def _hold(session: Session, job_id: uuid.UUID) -> None:
+    """Keep the job from being erased until commit; others may go on with it."""
+    query = select(Job.erased_at).where(Job.id == job_id).with_for_update(read=True, key_share=True)
+    if session.execute(query).scalar_one() is not None:
+        raise NothingLeft
+
+
 def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | None = None) -> None:
     """Close the record of the job's current attempt."""
     attempt = session.get(Attempt, (job.id, job.attempt))
@@ -260,5 +279,6 @@ def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | No
         attempt.waste_class = outcome.value
 
 
-def _whole() -> tuple[Any, ...]:
+def whole() -> tuple[Any, ...]:
+    """Options of a query for jobs: with their images, artifacts and attempts."""
     return (selectinload(Job.images).selectinload(Image.artifact), selectinload(Job.attempts))
