@@ -36,7 +36,7 @@ def estimate() -> ResponseReturnValue:
             "object": "estimate",
             **params_view(resolved),
             "seed": body.seed,  # one that was not asked for is drawn for the job
-            **{field: value for field, value in body.pictures.items() if value is None or _is_id(value)},
+            **{field: value if value and _is_id(value) else None for field, value in body.pictures.items()},
             "metadata": body.metadata,
             "start_deadline_s": deadline_s,
             "megapixel_steps": float(megapixel_steps(parts.fleet, resolved)),

