@@ -109,6 +109,14 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
     return 0
 
 
+def read_nothing(request: Request) -> None:
+    """Refuse fields where there are none: no body at all, or an empty object. Raises as `read_job` does."""
+    fields = read_object(request) if request.get_data() else {}
+    errors = [{"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []} for name in fields]
+    if errors:
+        raise InvalidImageRequest("This request takes no fields.", errors=errors)
+
+
 def read_object(request: Request) -> dict[str, Any]:
     """The JSON object that the body is. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge."""
     if request.mimetype != "application/json":

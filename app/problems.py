@@ -62,8 +62,7 @@ class Problem(Exception):
 
     def response(self) -> Response:
         """The application/problem+json answer."""
-        head = {"type": f"/problems/{self.slug}", "title": self.title, "status": self.status, "detail": self.detail}
-        body = {**head, "instance": f"/requests/{g.get('request_id', 'unknown')}", **self.members, "error": self.openai_error()}
+        body = {**self.summary(), "instance": f"/requests/{g.get('request_id', 'unknown')}", "error": self.openai_error()}
         response = Response(json.dumps(body), self.status, content_type="application/problem+json")
         response.headers["Cache-Control"] = "no-store"
         if self.retry_after_s is not None:
@@ -73,6 +72,10 @@ class Problem(Exception):
         if self.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return response
+
+    def summary(self) -> dict[str, Any]:
+        """What an answer says of it that is about more than this problem."""
+        return {"type": f"/problems/{self.slug}", "title": self.title, "status": self.status, "detail": self.detail, **self.members}
 
     def openai_error(self) -> dict[str, Any]:
         """The same in OpenAI's words: its clients take message, param and code from here."""
@@ -208,7 +211,7 @@ class Erased(Problem):
 
 
 class BodyTooLarge(Problem):
-    """The body is larger than MAX_BODY_BYTES."""
+    """The body is larger than MAX_BODY_BYTES, or a batch than MAX_BATCH_BYTES."""
 
     slug, title, status = "body-too-large", "Body too large", 413
 

@@ -48,8 +48,9 @@ from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.stack import Stack
-from models import jobs, leases, releasing, tenants, workers
+from models import jobs, leases, listing, releasing, tenants, workers
 from models.database import make_engine, transaction
+from models.listing import Sought
 from models.releasing import Room
 from models.states import FailureCode, JobState
 from models.tables import Job
@@ -226,7 +227,8 @@ def _pick(*, free: int, only_bulk: bool = False, bulk_at_cap: bool = False) -> C
 
 def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) -> Callable[[Queue, Session], None]:
     def page(queue: Queue, session: Session) -> None:
-        found = jobs.page(session, tenant_id=queue.bulk, limit=PAGE, before=queue.deep if is_deep else None, state=state)
+        sought = Sought(before=queue.deep, state=state) if is_deep else Sought(state=state)
+        found = listing.page(session, sought, tenant_id=queue.bulk, limit=PAGE)
         if len(found) != rows:
             raise SystemExit(f"a page of {len(found)} jobs where {rows} were expected")
 
