@@ -1,7 +1,5 @@
 """/v1/jobs: accept, show, list, cancel, and the way to the images."""
 
-import base64
-import binascii
 import uuid
 from typing import Any
 
@@ -12,6 +10,7 @@ from app import accepting, inputs
 from app.auth import caller, require_key
 from app.body import read_job, read_wait_s, wish_of
 from app.gateway import gateway
+from app.pages import next_page, read_cursor, read_limit
 from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
 from app.views import job_view
 from edges.encoding import FORMATS
@@ -24,13 +23,12 @@ from models.tables import Job
 bp = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
 
-MAX_PAGE = 100
-
 
 @bp.post("")
 def create_job() -> ResponseReturnValue:
     """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds."""
     parts = gateway()
+    request.max_content_length = parts.settings.max_job_body_bytes
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
     body = read_job(request)
     wish = wish_of(body, inputs.pictures(body.pictures))
@@ -53,18 +51,15 @@ def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
 @bp.get("")
 def list_jobs() -> ResponseReturnValue:
     """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`."""
-    limit = _read_limit(request.args.get("limit", "20"))
+    limit, before = read_limit(request), read_cursor(request)
     state = request.args.get("state")
     if state is not None and state not in list(JobState):
         raise InvalidQuery(f"state {state[:32]!r} is not a job state.", parameter="state", accepted=[s.value for s in JobState])
-    before = _read_cursor(request.args.get("cursor"))
     with transaction(gateway().database) as session:
         rows = jobs.page(session, tenant_id=caller().tenant_id, limit=limit + 1, before=before, state=state)
         page = [job_view(job) for job in rows[:limit]]
-    has_more = len(rows) > limit
-    next_cursor = _cursor(rows[limit - 1].id) if has_more else None
-    headers = {"Link": f'<{url_for(".list_jobs", **request.args.to_dict() | {"cursor": next_cursor})}>; rel="next"'} if has_more else {}
-    return jsonify(object="list", data=page, has_more=has_more, next_cursor=next_cursor), 200, headers
+    cursor, link = next_page(request, ".list_jobs", [job.id for job in rows], limit)
+    return jsonify(object="list", data=page, has_more=cursor is not None, next_cursor=cursor), 200, link
 
 
 @bp.post("/<uuid:job_id>/cancel")
@@ -135,22 +130,3 @@ def _found(job_id: uuid.UUID) -> Job:
 
 def _not_found(job_id: uuid.UUID) -> JobNotFound:
     return JobNotFound(f"There is no job {job_id}.")
-
-
-def _read_limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
-        raise InvalidQuery(f"limit must be a whole number from 1 to {MAX_PAGE}.", parameter="limit", accepted={"min": 1, "max": MAX_PAGE})
-    return int(text)
-
-
-def _cursor(job_id: uuid.UUID) -> str:
-    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
-
-
-def _read_cursor(text: str | None) -> uuid.UUID | None:
-    if text is None:
-        return None
-    try:
-        return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error):
-        raise InvalidQuery("cursor must be a next_cursor of an earlier answer.", parameter="cursor") from None

@@ -92,7 +92,7 @@ def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:
 
 def _failure_detail(job: Job) -> str | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
-    return job.failure_detail if job.failure_code in ("unsupported", "not_finite", "out_of_memory", "run_deadline") else None
+    return job.failure_detail if job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline") else None
 
 
 def _cost(job: Job) -> dict[str, Any] | None:
