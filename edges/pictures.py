@@ -19,7 +19,7 @@ from PIL import Image, ImageCms, ImageOps
 
 MAX_PIXELS, MAX_SIDE_PX = 16_800_000, 8192
 ACCEPTED = {"formats": ["PNG", "JPEG", "WebP"], "max_pixels": MAX_PIXELS, "max_side_px": MAX_SIDE_PX, "frames": 1}
-AT_ONCE = 2  # some 300 MB each at worst
+AT_ONCE = 2  # some 350 MB each at worst
 WAIT_S = 10.0
 MAX_PARTS = 20_000  # chunks of a PNG: a file of millions of empty ones keeps its reader busy
 MAX_SCANS = 100  # of a JPEG: each is another pass over all of its pixels
@@ -75,30 +75,31 @@ def normalise(source: bytes | BinaryIO) -> Picture:
         except Image.DecompressionBombError:
             raise NotAPicture(f"has more than {MAX_PIXELS} pixels") from None
         except Exception as error:  # noqa: BLE001 - decoders that are fed with anything at all raise whatever they like
-            raise NotAPicture(f"is damaged or cut off: {_reason(error)}") from None
+            raise NotAPicture("is damaged or cut off") from error
 
 
 def fitted(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
     """A kept picture as RGB [h, w, 3]: over white where it is transparent, scaled to cover the size, the middle cut out."""
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+    with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         if image.mode == "RGBA":
             over = Image.new("RGBA", image.size, "white")
             over.alpha_composite(image)
             flat = over.convert("RGB")
         else:
             flat = image.convert("RGB")
-    return np.asarray(ImageOps.fit(flat, (width_px, height_px), Image.Resampling.LANCZOS))
+        return np.asarray(ImageOps.fit(flat, (width_px, height_px), Image.Resampling.LANCZOS))
 
 
 def fitted_mask(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
     """A kept picture as a mask [h, w], 255 where it is repainted: where it is transparent, or white if it is transparent nowhere."""
-    with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+    with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         alpha = image.getchannel("A") if image.mode == "RGBA" else None
         if alpha is None or alpha.getextrema() == (255, 255):
             grey = image.convert("RGB").convert("L")
         else:
             grey = ImageOps.invert(alpha)
-    return np.asarray(ImageOps.fit(grey, (width_px, height_px), Image.Resampling.BOX).point(lambda value: 255 if value >= 128 else 0))
+        soft = ImageOps.fit(grey, (width_px, height_px), Image.Resampling.BOX)
+    return np.asarray(soft.point(lambda value: 255 if value >= 128 else 0))
 
 
 @contextmanager
@@ -175,8 +176,8 @@ def _check_header(image: Image.Image) -> None:
 
 def _plain(image: Image.Image) -> Image.Image:
     """The decoded picture: L, RGB or RGBA, sRGB, upright."""
-    orientation, profile = _orientation(image), image.info.get("icc_profile")
     image.load()
+    orientation, profile = _orientation(image), image.info.get("icc_profile")
     plain = _of_8_bits(image)
     if isinstance(profile, bytes) and len(profile) <= MAX_ICC_BYTES:
         plain = _to_srgb(plain, profile)
@@ -190,7 +191,7 @@ def _plain(image: Image.Image) -> Image.Image:
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """L, RGB, RGBA or CMYK."""
     if image.mode.startswith("I"):  # 16 bits, of which convert() would cut off whatever is above 255
-        return Image.fromarray((np.asarray(image).astype(np.uint32) * 255 // 65535).astype(np.uint8))
+        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         return image.convert("RGBA")
     if image.mode == "1":
@@ -214,7 +215,7 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """By EXIF; 1, upright, where that cannot be read."""
+    """By the EXIF of a loaded picture (of another it would be loaded here, and errors lost); 1, upright, where that cannot be read."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # noqa: BLE001 - as above
@@ -226,7 +227,3 @@ def _encoded(plain: Image.Image) -> Picture:
     buffer = io.BytesIO()
     plain.save(buffer, format="PNG", compress_level=1)
     return Picture(buffer.getvalue(), plain.mode, *plain.size)
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or type(error).__name__).partition("\n")[0][:120]
