@@ -3,7 +3,7 @@
 import math
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -11,17 +11,27 @@ from sqlalchemy.exc import SQLAlchemyError
 from app.auth import caller
 from app.body import invalid_wish
 from app.gateway import gateway
+from app.idempotency import HEADER
 from app.outlook import Expected
-from app.problems import FleetSaturated, ModelUnserved, Problem, TenantQueueFull
+from app.problems import FleetSaturated, IdempotencyKeyReused, ModelUnserved, Problem, TenantQueueFull
 from edges import telemetry
-from models import jobs
+from models import idempotency, jobs
 from models.database import transaction
+from models.idempotency import Answer, Once
 from models.tables import Job
 from policy.admission import Refusal
 from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
 
 log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The job that a request came to. Not new: the same request came before, under the same key."""
+
+    job: Job
+    is_new: bool
 
 
 def resolve(wish: Wish) -> Resolved:
@@ -38,38 +48,58 @@ def accept(
     metadata: Mapping[str, str] | None = None,
     start_within_s: float | None = None,
     replay_of: uuid.UUID | None = None,
-) -> Job:
+    once: Once | None = None,
+) -> Accepted:
     """Write the job, complete with its images, and announce it if there is room.
 
     metadata: the tenant's own.  start_within_s: its start deadline; None, or longer than the tier's own, is the tier's.  replay_of: the job
-    whose parameters these are. Raises the Problem of a job that cannot be served now.
+    whose parameters these are.  once: the key it comes under; if it came before, the job of then is the answer, as it is now, whatever
+    could be served now. Raises the Problem of a job that cannot be served now.
     """
+    if once is not None and (earlier := answered(once)) is not None:
+        return Accepted(earlier, is_new=False)
     parts, asking = gateway(), caller()
     tier = parts.fleet.tiers[resolved.tier]
     deadline_s = _deadline_s(start_within_s, tier.start_within_s)
     expected = expect(resolved)
     if expected.refusal is not None:
         raise refused(expected.refusal)
-    with transaction(parts.database) as session:
-        job = jobs.accept(
-            session,
-            tenant_id=asking.tenant_id,
-            api_key_id=asking.api_key_id,
-            params=asdict(resolved),
-            start_within_s=deadline_s,
-            run_within_s=tier.run_within_s,
-            predicted_s=expected.predicted_s,
-            eta_raw_s=expected.eta_raw_s,
-            megapixel_steps=megapixel_steps(parts.fleet, resolved),
-            labels=metadata,
-            currency=parts.fleet.currency,
-            actor=asking.actor,
-            replay_of=replay_of,
-        )
+    try:
+        with transaction(parts.database) as session:
+            job = jobs.accept(
+                session,
+                tenant_id=asking.tenant_id,
+                api_key_id=asking.api_key_id,
+                params=asdict(resolved),
+                start_within_s=deadline_s,
+                run_within_s=tier.run_within_s,
+                predicted_s=expected.predicted_s,
+                eta_raw_s=expected.eta_raw_s,
+                megapixel_steps=megapixel_steps(parts.fleet, resolved),
+                labels=metadata,
+                currency=parts.fleet.currency,
+                actor=asking.actor,
+                replay_of=replay_of,
+                once=once,
+            )
+    except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
+        return Accepted(_job_of(error.answer), is_new=False)
+    except idempotency.KeyReused:
+        raise _reused() from None
     telemetry.JOBS_ACCEPTED.labels(job.tier, job.model).inc()
     log.info("job_accepted", job_id=str(job.id), tier=job.tier, model=job.model)
     let_out(job)
-    return job
+    return Accepted(job, is_new=True)
+
+
+def answered(once: Once) -> Job | None:
+    """The job that the same request came to before, as it is now; None if it is new. Raises IdempotencyKeyReused."""
+    try:
+        with transaction(gateway().database) as session:
+            answer = idempotency.look_up(session, once, tenant_id=caller().tenant_id)
+    except idempotency.KeyReused:
+        raise _reused() from None
+    return _job_of(answer) if answer is not None else None
 
 
 def expect(resolved: Resolved) -> Expected:
@@ -92,6 +122,18 @@ def let_out(job: Job) -> None:
         gateway().release.release(job.pool, job.tier, tenant_id=job.tenant_id)
     except SQLAlchemyError as error:
         log.warning("release_postponed", job_id=str(job.id), reason=type(error).__name__)
+
+
+def _job_of(answer: Answer) -> Job:
+    with transaction(gateway().database) as session:
+        job = jobs.find(session, answer.job_id, tenant_id=caller().tenant_id) if answer.job_id else None
+    if job is None:
+        raise _reused()
+    return job
+
+
+def _reused() -> IdempotencyKeyReused:
+    return IdempotencyKeyReused("This Idempotency-Key came with another request within the last day.", header=HEADER)
 
 
 def _deadline_s(asked_s: float | None, longest_s: float) -> float:

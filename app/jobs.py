@@ -10,6 +10,7 @@ from app import accepting, inputs
 from app.auth import caller, require_key
 from app.body import read_job, read_wait_s, wish_of
 from app.gateway import gateway
+from app.idempotency import REPLAYED, read_once
 from app.pages import next_page, read_cursor, read_limit
 from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
 from app.views import job_view
@@ -28,16 +29,15 @@ bp.before_request(require_key)
 def create_job() -> ResponseReturnValue:
     """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds."""
     parts = gateway()
-    request.max_content_length = parts.settings.max_job_body_bytes
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
-    body = read_job(request)
-    wish = wish_of(body, inputs.pictures(body.pictures))
-    job = accepting.accept(accepting.resolve(wish), metadata=body.metadata, start_within_s=body.start_deadline_s)
+    job, is_replayed = _accepted()
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
+    if is_replayed:
+        headers[REPLAYED] = "true"
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
         return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(job_view(job, place=parts.lookout.place_of(job))), 202, headers
+    return jsonify(_view(job, [])), 202, headers
 
 
 @bp.get("/<uuid:job_id>")
@@ -96,6 +96,18 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     response = redirect(url, 302)
     response.headers["Cache-Control"] = "no-store"
     return response
+
+
+def _accepted() -> tuple[Job, bool]:
+    """The job of the body, and whether it was there before. Nobody holds the body, with its pictures, while its client waits."""
+    request.max_content_length = gateway().settings.max_job_body_bytes
+    body = read_job(request)
+    once = read_once(request, body.model_dump(exclude_defaults=True))
+    if once and (job := accepting.answered(once)) is not None:
+        return job, True
+    resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
+    accepted = accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+    return accepted.job, not accepted.is_new
 
 
 def _view(job: Job, steps: list[Step]) -> dict[str, Any]:

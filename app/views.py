@@ -11,6 +11,7 @@ from app.outlook import QueuePlace
 from edges.progress import Step
 from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job
+from policy.prediction import steps_to_do
 
 
 def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
@@ -73,14 +74,18 @@ def _image_view(job: Job, image: Image) -> dict[str, Any]:
 
 
 def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
-    """Steps of all images added up: what is done, of what is to do."""
+    """Steps of all images added up: what is done, of what is to do; what a picture that they start from makes needless is neither."""
     if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
         return None
-    done = {image.index: job.num_steps for image in job.images if image.state != ImageState.PENDING}
+    done = dict.fromkeys(range(job.num_images), 0)
+    to_do = dict.fromkeys(done, steps_to_do(job.num_steps, job.strength))
     for step in steps:
-        done.setdefault(step.index, min(step.step, job.num_steps))
+        to_do[step.index], done[step.index] = step.num_steps, min(step.step, step.num_steps)
+    for image in job.images:
+        if image.state != ImageState.PENDING:
+            to_do[image.index] = done[image.index] = image.steps_done
     stored = sum(image.state == ImageState.STORED for image in job.images)
-    return {"step": sum(done.values()), "num_steps": job.num_steps * job.num_images, "images_done": stored}
+    return {"step": sum(done.values()), "num_steps": sum(to_do.values()), "images_done": stored}
 
 
 def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from sqlalchemy import func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, jobs
+from models.database import AFRESH
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
 
@@ -57,6 +58,7 @@ class Left:
 class Rendered:
     """What rendering one image took; the shape of `attempts`."""
 
+    num_steps: int  # of the image, those of earlier attempts included
     steps: int
     shared_steps: int
     max_rows: int
@@ -137,7 +139,7 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     if image.handed_off_attempt == lease.attempt:
         return job  # noted already: the answer to a commit was lost, and this is the second try
     image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
-    image.steps_done = job.num_steps
+    image.steps_done = rendered.num_steps
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
@@ -226,7 +228,10 @@ def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str 
     worker: a worker that has just started under this name and so knows that its predecessor's leases, expired or not, are nobody's.
     """
     is_nobodys = Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).with_for_update(skip_locked=True))
+    job = session.scalar(
+        select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).with_for_update(skip_locked=True),
+        execution_options=AFRESH,
+    )
     if job is None:
         return None
     detail = f"{job.worker} fell silent" if worker is None else f"{job.worker} was started again"
@@ -271,7 +276,8 @@ def note_waste(session: Session, job_id: uuid.UUID, attempt: int, *, device_seco
 def _held(session: Session, lease: Lease) -> Job:
     """The job's row, locked, if it is still this attempt's."""
     job = session.scalar(
-        select(Job).where(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.state == JobState.RUNNING).with_for_update()
+        select(Job).where(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.state == JobState.RUNNING).with_for_update(),
+        execution_options=AFRESH,
     )
     if job is None:
         raise LeaseLost(f"job {lease.job_id} is not attempt {lease.attempt}'s any more")

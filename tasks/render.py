@@ -233,6 +233,7 @@ class Renderer:
     def _note_hand_off(self, lease: Lease, index: int, steps: int, finished: FinishedImage) -> None:
         record = finished.record
         rendered = Rendered(
+            num_steps=record.num_steps,
             steps=steps,
             shared_steps=min(record.shared_forwards, steps),
             max_rows=record.max_rows,

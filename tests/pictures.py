@@ -50,7 +50,9 @@ def chunk(name: bytes, data: bytes = b"") -> bytes:
     return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
 
-def raw_png(width_px: int, height_px: int, data: bytes, *, bits: int = 8, colours: int = 0, before: bytes = b"", after: bytes = b"") -> bytes:
+def raw_png(
+    width_px: int, height_px: int, data: bytes, *, bits: int = 8, colours: int = 0, before: bytes = b"", after: bytes = b""
+) -> bytes:
     """A PNG of these scan lines, whatever its header says. colours: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width_px, height_px, bits, colours, 0, 0, 0))
     return BEGINNING + head + before + chunk(b"IDAT", zlib.compress(data, 9)) + after + chunk(b"IEND")
@@ -90,7 +92,12 @@ def harmless() -> Iterator[tuple[str, bytes]]:
         yield f"{kind} with EXIF and XMP", encoded(a_picture(), kind, exif=_exif(), xmp=b"<x:xmpmeta>" + SECRET + b"</x:xmpmeta>")
         yield f"{kind} with a broken profile", encoded(a_picture(), kind, icc_profile=SECRET * 20)
         yield f"{kind} with broken EXIF", encoded(a_picture(), kind, exif=b"Exif\0\0MM\0*" + SECRET)
-        for name, tail in (("zip", a_zip()), ("html", b"<html><script>alert(1)</script>"), ("js", b"\n/*" + SECRET + b"*/"), ("self", png())):
+        for name, tail in (
+            ("zip", a_zip()),
+            ("html", b"<html><script>alert(1)</script>"),
+            ("js", b"\n/*" + SECRET + b"*/"),
+            ("self", png()),
+        ):
             yield f"{kind} and {name} behind it", encoded(a_picture(), kind) + tail
     for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16"):
         yield f"PNG {mode}", png(a_picture().convert("L").convert(mode) if mode == "I;16" else a_picture(mode=mode))
@@ -127,7 +134,9 @@ def hostile() -> Iterator[tuple[str, bytes]]:
         yield f"animated {kind}", encoded(a_picture(), kind, **frames)
     for kind in KINDS:
         content = encoded(a_picture(), kind)
-        for place in sorted({1, 8, 11, 12, 16, 20, 24, 30, 33, 41, *(len(content) * part // 16 for part in range(1, 16)), len(content) - 1}):
+        for place in sorted(
+            {1, 8, 11, 12, 16, 20, 24, 30, 33, 41, *(len(content) * part // 16 for part in range(1, 16)), len(content) - 1}
+        ):
             yield f"{kind} cut off after {place} bytes", content[:place]
     yield from _bombs()
     yield from _lies()
@@ -166,7 +175,15 @@ def _documents() -> dict[str, bytes]:
 
 
 def _bombs() -> Iterator[tuple[str, bytes]]:
-    for width_px, height_px in ((8193, 1), (1, 8193), (4100, 4100), (8192, 8192), (20_000, 20_000), (65_535, 65_535), (2**31 - 1, 2**31 - 1)):
+    for width_px, height_px in (
+        (8193, 1),
+        (1, 8193),
+        (4100, 4100),
+        (8192, 8192),
+        (20_000, 20_000),
+        (65_535, 65_535),
+        (2**31 - 1, 2**31 - 1),
+    ):
         yield f"PNG {width_px}x{height_px}", raw_png(width_px, height_px, b"\0" * min(10_000_000, height_px * (width_px + 1)))
     flat = Image.new("L", (9000, 2000))
     for kind in KINDS:
