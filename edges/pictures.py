@@ -74,7 +74,7 @@ def normalise(source: bytes | BinaryIO) -> Picture:
             raise
         except Image.DecompressionBombError:
             raise NotAPicture(f"has more than {MAX_PIXELS} pixels") from None
-        except Exception as error:  # noqa: BLE001 - decoders that are fed with anything at all raise whatever they like
+        except Exception as error:
             raise NotAPicture("is damaged or cut off") from error
 
 
