@@ -30,14 +30,15 @@ def create_job() -> ResponseReturnValue:
     """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds."""
     parts = gateway()
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
-    job, is_replayed = _accepted()
+    accepted = _accepted()
+    job = accepted.job
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
-    if is_replayed:
+    if not accepted.is_new:
         headers[REPLAYED] = "true"
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
         return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(_view(job, [])), 202, headers
+    return jsonify(job_view(job, place=accepted.place) if accepted.is_new else _view(job, [])), 202, headers
 
 
 @bp.get("/<uuid:job_id>")
@@ -98,16 +99,16 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     return response
 
 
-def _accepted() -> tuple[Job, bool]:
-    """The job of the body, and whether it was there before. Nobody holds the body, with its pictures, while its client waits."""
+def _accepted() -> accepting.Accepted:
+    """The job of the body, a new one or one that was there. Nobody holds the body, with its pictures, while the client waits."""
     request.max_content_length = gateway().settings.max_job_body_bytes
     body = read_job(request)
     once = read_once(request, body.model_dump(exclude_defaults=True))
-    if once and (job := accepting.answered(once)) is not None:
-        return job, True
+    accepted = accepting.answered(once) if once else None
+    if accepted is not None:
+        return accepted
     resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
-    accepted = accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
-    return accepted.job, not accepted.is_new
+    return accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
 
 
 def _view(job: Job, steps: list[Step]) -> dict[str, Any]:

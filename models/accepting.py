@@ -1,7 +1,8 @@
 """Accept jobs: one statement writes any number of them, with images, places in fair order, ledger entries and audit events.
 
 One statement, because this is the way in: what it costs is what everybody pays, and every further round trip is paid with the tenant's
-place in line locked. Locks are taken in one order, here and wherever jobs end: flows, ledger, audit chain.
+place in line locked. It is the database's function `accept_jobs` (migration 0005), so that each connection plans it once; planning it
+costs more than running it. Locks are taken in one order, here and wherever jobs end: flows, ledger, audit chain.
 """
 
 import json
@@ -12,8 +13,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import text
-from sqlalchemy.dialects import postgresql
+from sqlalchemy import Uuid, bindparam, text
 from sqlalchemy.orm import Session
 
 from models.ids import new_id
@@ -55,69 +55,12 @@ class AcceptedRow:
     usage_day: date
 
 
-# Of the columns beside the wish: name -> how it is read from the JSON.
-_OWN = {
-    "run_within_s": "double precision",
-    "predicted_s": "double precision",
-    "eta_raw_s": "double precision",
-    "megapixel_steps": "numeric(18, 6)",
-    "metadata": "jsonb",
-    "requeue_of": "uuid",
-    "replay_of": "uuid",
-}
-_TYPES = {name: Job.__table__.c[name].type.compile(dialect=postgresql.dialect()) for name in WISH} | _OWN  # type: ignore[no-untyped-call]
-_NAMES = ", ".join(_TYPES)
-
-# `asked` numbers the jobs; `placed` adds up their cost in virtual seconds within each flow, so that each starts where the one before it
-# ends (models/flows.py). The ledger reads `flow` and the jobs read both: that is the order of the locks. Whatever nobody reads runs last.
 _ACCEPT = text(
-    f"""
-    WITH asked AS MATERIALIZED (
-        SELECT * FROM jsonb_to_recordset(CAST(:jobs AS jsonb)) AS asked (
-            place integer, id uuid, event_id uuid, facts jsonb, start_within_s double precision, announced boolean,
-            {", ".join(f"{name} {kind}" for name, kind in _TYPES.items())})
-    ), placed AS MATERIALIZED (
-        SELECT asked.*, predicted_s / weight AS own_s, sum(predicted_s / weight) OVER (PARTITION BY pool, tier ORDER BY place) AS upto_s
-        FROM asked, (SELECT weight FROM tenants WHERE id = :tenant_id) tenant
-    ), whole AS MATERIALIZED (
-        SELECT pool, tier, max(upto_s) AS cost_s, coalesce(
-                   (SELECT virtual_s FROM fair_clocks c WHERE c.pool = placed.pool AND c.tier = placed.tier),
-                   extract(epoch FROM clock_timestamp())::double precision) AS clock_s
-        FROM placed GROUP BY pool, tier
-    ), flow AS (
-        INSERT INTO flows AS f (pool, tier, tenant_id, finish_tag)
-            SELECT pool, tier, :tenant_id, clock_s + cost_s FROM whole ORDER BY pool, tier
-        ON CONFLICT (pool, tier, tenant_id) DO UPDATE SET
-            finish_tag = greatest(
-                excluded.finish_tag, f.finish_tag + (SELECT cost_s FROM whole w WHERE (w.pool, w.tier) = (f.pool, f.tier)))
-        RETURNING f.pool, f.tier, f.finish_tag - (SELECT cost_s FROM whole w WHERE (w.pool, w.tier) = (f.pool, f.tier)) AS start_tag
-    ), ledger AS (
-        INSERT INTO usage_ledger AS u (tenant_id, day, reserved, jobs_accepted)
-            SELECT :tenant_id, (clock_timestamp() AT TIME ZONE 'UTC')::date, sum(megapixel_steps), count(*)
-            FROM placed JOIN flow USING (pool, tier)
-        ON CONFLICT (tenant_id, day) DO UPDATE SET
-            reserved = u.reserved + excluded.reserved, jobs_accepted = u.jobs_accepted + excluded.jobs_accepted
-        RETURNING day
-    ), job AS (
-        INSERT INTO jobs (id, tenant_id, api_key_id, currency, start_by, release_tag, usage_day, announced_at, {_NAMES})
-            SELECT id, :tenant_id, CAST(:api_key_id AS uuid), :currency, clock_timestamp() + make_interval(secs => start_within_s),
-                   start_tag + upto_s - own_s, day, CASE WHEN announced THEN clock_timestamp() END, {_NAMES}
-            FROM placed JOIN flow USING (pool, tier) CROSS JOIN ledger ORDER BY place
-        RETURNING id, accepted_at, start_by, release_tag, usage_day, seed, num_images, pool, tier, announced_at
-    ), image AS (
-        INSERT INTO images (job_id, index, seed) SELECT id, index, seed + index FROM job, generate_series(0, num_images - 1) index
-    ), clock AS (
-        INSERT INTO fair_clocks AS c (pool, tier, virtual_s)
-            SELECT pool, tier, max(release_tag) FROM job WHERE announced_at IS NOT NULL GROUP BY pool, tier
-        ON CONFLICT (pool, tier) DO UPDATE SET virtual_s = greatest(c.virtual_s, excluded.virtual_s)
-    ), event AS (
-        INSERT INTO audit_events (id, chain_id, seq, event, actor, job_id, facts, prev_hash, hash)
-            SELECT event_id, CAST(:tenant_id AS text), 0, 'job:request:accepted', :actor, id, facts, '', ''
-            FROM placed JOIN job USING (id) ORDER BY place
-    )
-    SELECT id, accepted_at, start_by, release_tag, usage_day FROM job
     """
-)
+    SELECT id, accepted_at, start_by, release_tag, usage_day
+    FROM accept_jobs(CAST(:jobs AS jsonb), :tenant_id, :api_key_id, :currency, :actor)
+    """
+).bindparams(bindparam("tenant_id", type_=Uuid), bindparam("api_key_id", type_=Uuid))
 
 
 def accept(
