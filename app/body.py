@@ -121,7 +121,7 @@ def read_object(request: Request) -> dict[str, Any]:
     """The JSON object that the body is. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
-    content = request.get_data()
+    content = request.get_data(cache=False)  # not kept for as long as the client waits: it may hold pictures
     if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
         raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
     try:

@@ -14,6 +14,7 @@ from edges.broker import Broker
 from edges.events import Reader
 from edges.handoff import Gauge, Handoff
 from edges.objectstore import ObjectStore
+from edges.outbound import Outbound
 from edges.progress import Endings, News
 from edges.release import Release
 from edges.snapshots import Snapshots
@@ -39,6 +40,7 @@ class Gateway:
     endings: Endings
     lookout: Lookout
     events: Events
+    outbound: Outbound
     statuses: Statuses = field(default_factory=Statuses)
 
     def resolve(self, wish: Wish) -> Resolved:
@@ -66,6 +68,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         endings=Endings(settings.handoff_url),
         lookout=lookout,
         events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
+        outbound=Outbound(settings.outbound_allowed_networks),
     )
 
 

@@ -35,12 +35,7 @@ def create_job() -> ResponseReturnValue:
     Under an `Idempotency-Key` that came before with the same request, the answer is the job of then.
     """
     wait_s = read_wait_s(request, gateway().settings.max_wait_s)
-    body = read_job(request)
-    once = read_once(request, body.model_dump(exclude_defaults=True))
-    if once is not None and (earlier := accepting.answered(once)) is not None:
-        return _accepted(Accepted(earlier, is_new=False), wait_s)
-    resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
-    return _accepted(accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once), wait_s)
+    return _answer(_accepted(), wait_s)
 
 
 @bp.post("/<uuid:job_id>/replay")
@@ -50,8 +45,8 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
     read_nothing(request)
     once = read_once(request, {})
     if once is not None and (earlier := accepting.answered(once)) is not None:
-        return _accepted(Accepted(earlier, is_new=False), wait_s)
-    return _accepted(accepting.accept(replaying.resolved_again(_found(job_id)), replay_of=job_id, once=once), wait_s)
+        return _answer(Accepted(earlier, is_new=False), wait_s)
+    return _answer(accepting.accept(replaying.resolved_again(_found(job_id)), replay_of=job_id, once=once), wait_s)
 
 
 @bp.get("/<uuid:job_id>")
@@ -136,7 +131,18 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     return response
 
 
-def _accepted(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
+def _accepted() -> Accepted:
+    """The job of the body, a new one or one that was there. Nobody holds the body, with its pictures, while the client waits."""
+    request.max_content_length = gateway().settings.max_job_body_bytes
+    body = read_job(request)
+    once = read_once(request, body.model_dump(exclude_defaults=True))
+    if once is not None and (earlier := accepting.answered(once)) is not None:
+        return Accepted(earlier, is_new=False)
+    resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
+    return accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+
+
+def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
     """The answer to a request that came to a job, whether just now or under the same key before."""
     job = accepted.job
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
@@ -145,7 +151,8 @@ def _accepted(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
         return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(_view(job, _steps(job))), 202, headers
+    view = job_view(job, place=accepted.place) if accepted.is_new else _view(job, _steps(job))
+    return jsonify(view), 202, headers
 
 
 def _read_status(job_id: uuid.UUID) -> bytes:

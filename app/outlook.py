@@ -113,7 +113,7 @@ class Lookout:
             self._cost((wish.pool, wish.model, wish.width_px, wish.height_px)),
             width_px=wish.width_px,
             height_px=wish.height_px,
-            num_steps=wish.num_steps,
+            num_steps=prediction.steps_to_do(wish.num_steps, wish.strength),
             is_guided=wish.guidance > 1,
             num_images=wish.num_images,
         )
@@ -150,7 +150,7 @@ class Lookout:
         if queued:
             raw_s = admission.first_guess_s(place, outlook, own_s=job.predicted_s, num_images=job.num_images)
             return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
-        left = 1 - steps_done / max(1, job.num_steps * job.num_images)
+        left = 1 - min(1.0, steps_done / (prediction.steps_to_do(job.num_steps, job.strength) * job.num_images))
         raw_s = left * job.predicted_s / job.num_images * place.company
         return QueuePlace(None, prediction.corrected(raw_s, ratios))
 

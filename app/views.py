@@ -12,6 +12,7 @@ from edges.progress import Step
 from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job
 from policy.catalog import Resolved
+from policy.prediction import steps_to_do
 
 
 def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
@@ -111,14 +112,18 @@ def image_url(job_id: UUID, index: int) -> str:
 
 
 def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
-    """Steps of all images added up: what is done, of what is to do."""
+    """Steps of all images added up: what is done, of what is to do; what a picture that they start from makes needless is neither."""
     if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
         return None
-    done = {image.index: job.num_steps for image in job.images if image.state != ImageState.PENDING}
+    done = dict.fromkeys(range(job.num_images), 0)
+    to_do = dict.fromkeys(done, steps_to_do(job.num_steps, job.strength))
     for step in steps:
-        done.setdefault(step.index, min(step.step, job.num_steps))
+        to_do[step.index], done[step.index] = step.num_steps, min(step.step, step.num_steps)
+    for image in job.images:
+        if image.state != ImageState.PENDING:
+            to_do[image.index] = done[image.index] = image.steps_done
     stored = sum(image.state == ImageState.STORED for image in job.images)
-    return {"step": sum(done.values()), "num_steps": job.num_steps * job.num_images, "images_done": stored}
+    return {"step": sum(done.values()), "num_steps": sum(to_do.values()), "images_done": stored}
 
 
 def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:
@@ -132,7 +137,7 @@ def _failure(job: Job) -> dict[str, Any] | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
     if job.failure_code is None:
         return None
-    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "run_deadline")
+    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline")
     return {"code": job.failure_code, "detail": job.failure_detail if is_told else None}
 
 

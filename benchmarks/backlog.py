@@ -44,6 +44,7 @@ from benchmarks.serving.cells import percentile
 from edges import telemetry
 from edges.broker import Broker
 from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots
@@ -311,6 +312,7 @@ def fill(env: dict[str, str], rows: int, number: int) -> Queue:
         release=Release(app, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         news=News(settings.handoff_url),
         fill=gauge.fill,
     )

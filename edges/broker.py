@@ -19,7 +19,7 @@ from policy import queues
 from policy.fleet import Fleet
 from settings import BrokerSettings
 
-VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store"}
+VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store", queues.BRING_INPUTS: "bring"}
 
 
 class BrokerUnavailable(Exception):

@@ -6,6 +6,7 @@ MAINTENANCE = "maintenance"
 
 RENDER_JOB = "tasks.render.render_job"
 STORE_IMAGES = "tasks.store.store_images"
+BRING_INPUTS = "tasks.bring.bring_inputs"
 TIDY_STORE = "tasks.store.tidy_store"
 SWEEP = "tasks.sweep.sweep"
 

@@ -21,6 +21,7 @@ from celery.signals import setup_logging, worker_shutting_down
 from edges import telemetry
 from edges.broker import Broker, make_celery
 from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
 from edges.notices import NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.objectstore import ObjectStore
 from edges.progress import CANCELS, WATCHES, Listener, News, ProgressWriter
@@ -48,6 +49,7 @@ def serve_render() -> None:
         sys.exit(f"settings: WORKER_POOL: {settings.worker_pool!r} is not a pool of fleet.toml ({', '.join(fleet.pools)})")
     from tasks.checkpoints import Checkpoints
     from tasks.health import Health
+    from tasks.inputs import PictureDesk
     from tasks.keeper import LeaseKeeper, WorkerIdentity
     from tasks.preemption import Preemption, wait_while_a_notice_stands
     from tasks.previews import Previews
@@ -80,6 +82,7 @@ def serve_render() -> None:
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
+        desk=PictureDesk(fleet=fleet, broker=broker, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
         health=health,
         verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,
@@ -133,24 +136,28 @@ def serve_results() -> None:
     settings = load(StoreSettings)
     telemetry.configure_logs(settings.log_level)
     fleet = load_fleet_or_exit(settings)
+    from tasks.bring import Bringer
     from tasks.store import Storekeeper
 
     name = _role_name("results")
     database = make_engine(settings.database_url, pool_size=STORE_THREADS + 1)
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
+    store = ObjectStore(settings)
+    bringer = Bringer(database=database, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s), store=store)
     storekeeper = Storekeeper(
         settings=settings,
         fleet=fleet,
         database=database,
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        store=ObjectStore(settings),
+        store=store,
         news=News(settings.handoff_url),
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         name=name,
     )
     register(celery, queues.STORE_IMAGES, storekeeper.store_images)
+    register(celery, queues.BRING_INPUTS, bringer.bring_inputs)
     register(celery, queues.TIDY_STORE, storekeeper.tidy_store)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     names = queues.results_queues(fleet)
@@ -180,6 +187,7 @@ def serve_maintenance() -> None:
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         news=News(settings.handoff_url),
         fill=Gauge(settings.handoff_url).fill,
     )

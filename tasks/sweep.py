@@ -19,6 +19,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
+from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
@@ -52,6 +53,7 @@ class Sweeper:
     release: Release
     handoff: Handoff
     snapshots: Snapshots
+    inputs: Inputs
     news: News
     fill: Callable[[], float]  # of the hand-off
     _done_at: dict[str, float] = field(default_factory=dict, init=False)
@@ -204,18 +206,21 @@ class Sweeper:
                 learning.learn_eta(session, ended, ratio_p50=ratios.p50, ratio_p90=ratios.p90)
 
     def _orphans(self) -> None:
-        """Pixels and snapshots that nobody will read, and objects that no artifact names."""
+        """Pixels, snapshots and pictures that nobody will read, and objects that nothing names."""
         kept = {(job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()}
-        with_snapshots = self.snapshots.jobs()
+        with_snapshots, with_inputs = self.snapshots.jobs(), self.inputs.jobs()
         with transaction(self.database) as session:
             awaited = sweeping.awaited_pixels(session, list({job_id for job_id, _, _ in kept}))
             over = sweeping.finished_of(session, with_snapshots)
+            unread = sweeping.not_running_of(session, with_inputs)
             objects = uploads.are_left_behind(session, older_than_s=ORPHAN_AFTER_S)
         orphans = [key for image, key in kept.items() if image not in awaited]
         self.handoff.forget(orphans)
         self.snapshots.drop(over)
+        self.inputs.drop(unread)
         telemetry.SWEPT.labels("orphan_pixels").inc(len(orphans))
         telemetry.SWEPT.labels("orphan_snapshots").inc(len(over))
+        telemetry.SWEPT.labels("orphan_inputs").inc(len(unread))
         if objects:
             self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
 

@@ -268,6 +268,7 @@ def _add_files() -> None:
     )
     op.create_index("files_live", "files", ["tenant_id", "content_sha256"], unique=True, postgresql_where=sa.text("erased_at IS NULL"))
     op.create_index("files_by_key", "files", ["object_key"])
+    op.create_index("files_by_tenant", "files", ["tenant_id", "id"], postgresql_where=sa.text("erased_at IS NULL"))
 
 
 def _add_webhooks() -> None:

@@ -153,14 +153,14 @@ def test_another_content_type_is_refused(api, headers):
     assert assert_problem(answer, 415, "unsupported-media-type")["accepted"] == ["application/json"]
 
 
-def test_a_prompt_of_a_megabyte_is_too_large(api):
-    body = json.dumps({"prompt": "x" * 1_000_000}).encode()
+def test_a_prompt_of_five_megabytes_is_too_large(api):
+    body = json.dumps({"prompt": "x" * 5_000_000}).encode()
 
     assert_problem(api.post("/v1/jobs", content=body, headers=JSON), 413, "body-too-large")
 
 
-def test_a_megabyte_that_does_not_tell_its_length_is_too_large_too(api):
-    body = json.dumps({"prompt": "x" * 1_000_000}).encode()
+def test_five_megabytes_that_do_not_tell_their_length_are_too_large_too(api):
+    body = json.dumps({"prompt": "x" * 5_000_000}).encode()
     pieces = (body[start : start + 65_536] for start in range(0, len(body), 65_536))
 
     assert_problem(api.post("/v1/jobs", content=pieces, headers=JSON), 413, "body-too-large")
