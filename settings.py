@@ -9,9 +9,10 @@ FleetSettings                fleet.toml
     ├── FlowerSettings       + the user and password that Flower asks for
     └── Settings             + Postgres and the hand-off (sweeper)
         ├── WorkerSettings   + those of the device
+        ├── CourierSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
-OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway)
+OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
 ServerSettings               how gunicorn listens
 """
 
@@ -133,6 +134,10 @@ class OutboundSettings(BaseSettings):
         for part in filter(None, (part.strip() for part in text.split(","))):
             ipaddress.ip_network(part)
         return text
+
+
+class CourierSettings(Settings, OutboundSettings):
+    """What delivers webhooks is handed."""
 
 
 class GatewaySettings(StoreSettings, OutboundSettings):

@@ -11,6 +11,7 @@ from app.outlook import Lookout
 from edges.broker import Broker
 from edges.handoff import Gauge, Handoff
 from edges.objectstore import ObjectStore
+from edges.outbound import Outbound
 from edges.progress import Endings, News
 from edges.release import Release
 from models.database import make_engine
@@ -33,6 +34,7 @@ class Gateway:
     news: News
     endings: Endings
     lookout: Lookout
+    outbound: Outbound
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
@@ -55,6 +57,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         news=News(settings.handoff_url),
         endings=Endings(settings.handoff_url),
         lookout=Lookout(database, fleet, Gauge(settings.handoff_url), release.room, worker_silence_s=settings.lease_ttl_s),
+        outbound=Outbound(settings.outbound_allowed_networks),
     )
 
 
