@@ -9,11 +9,12 @@ FleetSettings                fleet.toml
     ├── FlowerSettings       + the user and password that Flower asks for
     └── Settings             + Postgres and the hand-off (sweeper)
         ├── WorkerSettings   + those of the device
+        ├── CourierSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
 StreamSettings               how many event streams a gateway process may have (and the gateway's)
 └── ServerSettings           + how gunicorn listens
-OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway)
+OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
 ServerSettings               how gunicorn listens
 """
 
@@ -141,6 +142,10 @@ class OutboundSettings(BaseSettings):
         for part in filter(None, (part.strip() for part in text.split(","))):
             ipaddress.ip_network(part)
         return text
+
+
+class CourierSettings(Settings, OutboundSettings):
+    """What delivers webhooks is handed."""
 
 
 class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):

@@ -13,8 +13,9 @@ from app.auth import caller, require_key
 from app.body import read_job, read_nothing, read_wait_s, wish_of
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
-from app.listing import cursor, read_query
+from app.listing import read_query
 from app.outlook import QueuePlace
+from app.pages import next_page
 from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
 from app.views import job_view, status_view
 from edges.encoding import FORMATS
@@ -78,10 +79,8 @@ def list_jobs() -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         rows = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
         page = [job_view(job) for job in rows[:limit]]
-    has_more = len(rows) > limit
-    next_cursor = cursor(rows[limit - 1].id) if has_more else None
-    headers = {"Link": f'<{url_for(".list_jobs", **request.args.to_dict() | {"cursor": next_cursor})}>; rel="next"'} if has_more else {}
-    return jsonify(object="list", data=page, has_more=has_more, next_cursor=next_cursor), 200, headers
+    cursor, link = next_page(request, ".list_jobs", [job.id for job in rows], limit)
+    return jsonify(object="list", data=page, has_more=cursor is not None, next_cursor=cursor), 200, link
 
 
 @bp.delete("/<uuid:job_id>")

@@ -1,19 +1,16 @@
 """What GET /v1/jobs may be asked: which jobs, how many, from where on. Nothing else: a parameter that is unknown is refused by name."""
 
-import base64
-import binascii
 import re
-import uuid
 from datetime import datetime
 
 from werkzeug.datastructures import MultiDict
 
+from app.pages import parse_cursor, parse_limit
 from app.problems import InvalidQuery
 from models.ids import first_id
 from models.listing import Sought
 from models.states import JobState
 
-MAX_PAGE = 100
 PARAMETERS = ("limit", "cursor", "state", "created_after", "created_before", "metadata.<key>")
 _METADATA = "metadata."
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
@@ -29,24 +26,11 @@ def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
         else:
             said[name] = values[0]
     before = [first_id(read_instant("created_before", said["created_before"]))] if "created_before" in said else []
-    before += [read_cursor(said["cursor"])] if "cursor" in said else []
+    before += [parse_cursor(said["cursor"])] if "cursor" in said else []
     since = [first_id(read_instant("created_after", said["created_after"]))] if "created_after" in said else []
     bounds = {"before": min(before)} if before else {}
     bounds |= {"since": since[0]} if since else {}
-    return Sought(**bounds, state=_state(said.get("state")), labels=labels), _limit(said.get("limit", "20"))
-
-
-def cursor(job_id: uuid.UUID) -> str:
-    """Where the page after this job begins."""
-    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
-
-
-def read_cursor(text: str) -> uuid.UUID:
-    """Raises InvalidQuery."""
-    try:
-        return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error):
-        raise InvalidQuery("cursor must be a next_cursor of an earlier answer.", parameter="cursor") from None
+    return Sought(**bounds, state=_state(said.get("state")), labels=labels), parse_limit(said.get("limit", "20"))
 
 
 def read_instant(parameter: str, text: str) -> datetime:
@@ -76,9 +60,3 @@ def _state(text: str | None) -> str | None:
     if text is not None and text not in list(JobState):
         raise InvalidQuery(f"state {text[:32]!r} is not a job state.", parameter="state", accepted=[state.value for state in JobState])
     return text
-
-
-def _limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
-        raise InvalidQuery(f"limit must be a whole number from 1 to {MAX_PAGE}.", parameter="limit", accepted={"min": 1, "max": MAX_PAGE})
-    return int(text)

@@ -24,6 +24,7 @@ Problem
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
 ├── InvalidImageRequest   422   no worker could ever render this; `errors` points at each field
+├── InvalidRequest        422   the same for bodies that ask for no image
 ├── InvalidPicture        422   the upload is no picture that can be used
 ├── InvalidQuery          422   the same for query parameters and headers
 ├── IdempotencyKeyReused  422   the key came before with another body
@@ -226,6 +227,12 @@ class InvalidImageRequest(Problem):
     """Fields that no worker could ever render; `errors` has a pointer, a detail and what is accepted for each."""
 
     slug, title, status = "invalid-image-request", "Invalid image request", 422
+
+
+class InvalidRequest(Problem):
+    """Fields that cannot be used; `errors` has a pointer, a detail and what is accepted for each."""
+
+    slug, title, status = "invalid-request", "Invalid request", 422
 
 
 class InvalidPicture(Problem):

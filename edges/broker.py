@@ -43,6 +43,10 @@ class Broker:
         """Say once that a task which is about no job in particular should run; raises BrokerUnavailable."""
         self._send(task_name, queue)
 
+    def ask_to_deliver(self, delivery_id: uuid.UUID) -> None:
+        """Say once that a webhook delivery is due; raises BrokerUnavailable."""
+        self._send(queues.DELIVER_WEBHOOK, queues.WEBHOOKS, kwargs={"delivery_id": str(delivery_id)}, task_id=f"{delivery_id}:deliver")
+
     def waiting(self, queue: str) -> int:
         """Messages in `queue` that no worker has taken."""
         return int(self._ask("llen", queue))

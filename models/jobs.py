@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
-from models import accepting, audit, flows, idempotency, uploads, usage
+from models import accepting, audit, flows, idempotency, uploads, usage, webhooks
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
 from models.idempotency import Once
@@ -233,9 +233,8 @@ def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
 
 
 def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
-    """Set a final state, drop every claim on the job, charge its flow what it really took and settle its entry in the ledger.
-
-    The caller appends the audit event.
+    """Set a final state, drop every claim on the job, charge its flow what it really took, settle its entry in the ledger and note the
+    webhooks that are to tell of it. The caller appends the audit event.
     """
     job.state, job.finished_at = state, func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
@@ -247,6 +246,7 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
         flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
     succeeded, cost = state == JobState.SUCCEEDED, job.cost or Decimal(0)
     usage.settle(session, tenant_id=job.tenant_id, day=job.usage_day, amount=job.megapixel_steps, succeeded=succeeded, cost=cost)
+    webhooks.note(session, job, f"job.{state}")
 
 
 def requeue(job: Job) -> None:

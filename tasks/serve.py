@@ -1,4 +1,4 @@
-"""Start one role of the house: `python -m tasks.serve render | results | maintenance | flower`.
+"""Start one role of the house: `python -m tasks.serve render | results | maintenance | webhooks | flower`.
 
 Each role includes only its own tasks, reads only its own settings, and no role but `render` loads torch.
 """
@@ -24,19 +24,21 @@ from edges.handoff import Gauge, Handoff
 from edges.inputs import Inputs
 from edges.notices import NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.objectstore import ObjectStore
-from edges.progress import CANCELS, WATCHES, Listener, News, ProgressWriter
+from edges.outbound import Outbound
+from edges.progress import CANCELS, ENDINGS, WATCHES, Listener, News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import tier_gate
 from models.database import make_engine
 from policy import admission, queues, tiers
 from policy.fleet import Fleet
-from settings import FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
+from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
 
 log = structlog.get_logger(__name__)
 
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 STORE_THREADS = 4
+DELIVER_THREADS = 16  # most wait for a receiver, with no connection to the database
 HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
 
 
@@ -201,6 +203,27 @@ def serve_maintenance() -> None:
         service.stop()
 
 
+def serve_webhooks() -> None:
+    """Deliver webhooks."""
+    settings = load(CourierSettings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    from tasks.deliver import Courier
+
+    name = _role_name("webhooks")
+    database = make_engine(settings.database_url, pool_size=DELIVER_THREADS // 2)
+    outbound = Outbound(settings.outbound_allowed_networks)
+    courier = Courier(database=database, broker=Broker(settings, fleet), outbound=outbound, name=name)
+    celery = make_celery(settings, fleet)
+    register(celery, queues.DELIVER_WEBHOOK, courier.deliver_webhook)
+    listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    try:
+        _work(celery, [queues.WEBHOOKS], name=name, threads=DELIVER_THREADS)
+    finally:
+        listener.close()
+
+
 def serve_flower() -> None:
     """Flower, which asks for a user and a password."""
     settings = load(FlowerSettings)
@@ -258,7 +281,13 @@ def _role_name(role: str) -> str:
     return f"{role}-{os.getpid()}@{socket.gethostname()}"
 
 
-ROLES = {"render": serve_render, "results": serve_results, "maintenance": serve_maintenance, "flower": serve_flower}
+ROLES = {
+    "render": serve_render,
+    "results": serve_results,
+    "maintenance": serve_maintenance,
+    "webhooks": serve_webhooks,
+    "flower": serve_flower,
+}
 
 
 def main() -> None:

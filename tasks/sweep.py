@@ -23,7 +23,7 @@ from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, workers
+from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import transaction
 from models.releasing import Announced
 from models.states import JobState
@@ -36,6 +36,8 @@ from settings import Settings
 log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
+MOST_HANDED_OUT = 200  # webhook deliveries at a time
+FORGOTTEN_AT_A_TIME = 5000  # rows that are too old
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
 PIECE = 1000  # rows deleted per transaction
@@ -97,6 +99,7 @@ class Sweeper:
             (self._stores, 0),
             (self._releases, 0),
             (self._lost_messages, 0),
+            (self._webhooks, 0),
             (self._gauges, 0),
             (self._etas, 0),
             (self._orphans, MINUTELY_S),
@@ -181,10 +184,20 @@ class Sweeper:
             return []  # a message of a job that is over: it will be dropped, and the next one tells more
         return [job.job_id for job in announced if (next_at - job.announced_at).total_seconds() > OVERTAKEN_BY_S]
 
+    def _webhooks(self) -> None:
+        """Deliveries that are due and that nobody tries: missed at the job's end, or to be tried again."""
+        if self.broker.waiting(queues.WEBHOOKS) > MOST_HANDED_OUT:
+            return
+        with transaction(self.database) as session:
+            due = webhooks.due(session, limit=MOST_HANDED_OUT)
+        for delivery_id in due:
+            self.broker.ask_to_deliver(delivery_id)
+
     def _gauges(self) -> None:
         """What the queues look like, for Prometheus."""
         with transaction(self.database) as session:
             rows = session.execute(text("SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now")).all()
+            telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
             live = [worker.pool for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)]
         telemetry.QUEUE_JOBS.clear()
         telemetry.OLDEST_WAIT.clear()
@@ -229,6 +242,8 @@ class Sweeper:
         with transaction(self.database) as session:
             sweeping.ensure_audit_partitions(session)
             workers.forget_the_silent(session, silent_for_s=HOURLY_S)
+        with transaction(self.database) as session:
+            webhooks.forget_old(session, limit=FORGOTTEN_AT_A_TIME)
         forgotten = PIECE
         while forgotten == PIECE:
             with transaction(self.database) as session:

@@ -312,7 +312,9 @@ def _add_webhooks() -> None:
         sa.CheckConstraint("state IN ('pending', 'delivered', 'gone', 'failed')", name="webhook_deliveries_state_is_known"),
         sa.CheckConstraint("(state = 'pending') = (due_at IS NOT NULL)", name="webhook_deliveries_due_while_pending"),
     )
-    op.create_index("webhook_deliveries_due", "webhook_deliveries", ["due_at"], postgresql_where=sa.text("state = 'pending'"))
+    pending = sa.text("state = 'pending'")
+    op.create_index("webhook_deliveries_due", "webhook_deliveries", ["endpoint_id", "due_at"], postgresql_where=pending)
+    op.create_index("webhook_deliveries_by_job", "webhook_deliveries", ["job_id"], postgresql_where=pending)
     op.create_index("webhook_deliveries_by_endpoint", "webhook_deliveries", ["endpoint_id", "id"])
     claimed = sa.text("claimed_until IS NOT NULL")
     op.create_index("webhook_deliveries_claimed", "webhook_deliveries", ["endpoint_id", "claimed_until"], postgresql_where=claimed)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.listing import cursor, read_cursor, read_instant
+from app.listing import read_instant
+from app.pages import cursor_of, parse_cursor
 from app.problems import InvalidQuery
 from models.ids import first_id
 from tests.app.problem import assert_problem
@@ -161,13 +162,13 @@ def test_a_list_can_be_of_metadata(new_tenant, stranger):
 
 @given(st.uuids())
 def test_a_cursor_comes_back_as_it_was(job_id):
-    assert read_cursor(cursor(job_id)) == job_id
+    assert parse_cursor(cursor_of(job_id)) == job_id
 
 
 @given(st.text(max_size=40))
 def test_every_text_is_a_cursor_or_is_refused(text):
     with contextlib.suppress(InvalidQuery):
-        assert isinstance(read_cursor(text), uuid.UUID)
+        assert isinstance(parse_cursor(text), uuid.UUID)
 
 
 @given(st.datetimes(timezones=st.timezones()))
