@@ -36,4 +36,5 @@ def next_page(request: Request, endpoint: str, ids: Sequence[uuid.UUID], limit: 
     if len(ids) <= limit:
         return None, {}
     cursor = base64.urlsafe_b64encode(ids[limit - 1].bytes).decode().rstrip("=")
-    return cursor, {"Link": f'<{url_for(endpoint, **request.args.to_dict() | {"cursor": cursor})}>; rel="next"'}
+    said = {name: value for name, value in request.args.items() if not name.startswith("_")}  # those are url_for's own
+    return cursor, {"Link": f'<{url_for(endpoint, **said | (request.view_args or {}) | {"cursor": cursor})}>; rel="next"'}
