@@ -138,7 +138,7 @@ def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         _found(session, endpoint_id)
         rows = webhooks.page(session, endpoint_id, limit=limit + 1, before=before, state=state)
-    cursor, link = next_page(request, ".list_deliveries", [delivery.id for delivery, _ in rows], limit, endpoint_id=endpoint_id)
+    cursor, link = next_page(request, ".list_deliveries", [delivery.id for delivery, _ in rows], limit)
     data = [_delivery_view(delivery, attempts) for delivery, attempts in rows[:limit]]
     return jsonify(object="list", data=data, has_more=cursor is not None, next_cursor=cursor), 200, link
 

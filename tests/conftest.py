@@ -1,5 +1,6 @@
 """One real stack for the whole suite: Postgres, Redis, S3 and every process of the house, on free ports in a temporary folder."""
 
+import os
 import shutil
 import signal
 import tempfile
@@ -13,6 +14,7 @@ from darkroom_client import Client
 from edges import telemetry
 from fleet.stack import Stack
 
+os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"  # the receivers of webhooks that tests start are here
 telemetry.configure_logs()  # to standard error, as in every process of the house: what a test reads from standard output is its own
 
 

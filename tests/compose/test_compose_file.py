@@ -10,6 +10,7 @@ import pytest
 from migrations.__main__ import MigrationSettings
 from settings import (
     BrokerSettings,
+    CourierSettings,
     FlowerSettings,
     GatewaySettings,
     ServerSettings,
@@ -26,6 +27,7 @@ SETTINGS_OF = {
     "worker": (WorkerSettings,),
     "results": (StoreSettings,),
     "sweeper": (Settings,),
+    "webhooks": (CourierSettings,),
     "flower": (FlowerSettings,),
 }
 ONE_SHOTS = {"migrate"}
@@ -149,7 +151,14 @@ def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_
     assert {name for name, variables in told.items() if "S3_SECRET_ACCESS_KEY" in variables} == {"api", "results"}
     assert {name for name, variables in told.items() if "API_KEY_PEPPER" in variables} == {"api"}
     assert {name for name, variables in told.items() if "MIGRATION_DATABASE_URL" in variables} == {"migrate"}
-    assert {name for name, variables in told.items() if "DATABASE_URL" in variables} == {"migrate", "api", "worker", "results", "sweeper"}
+    assert {name for name, variables in told.items() if "DATABASE_URL" in variables} == {
+        "migrate",
+        "api",
+        "worker",
+        "results",
+        "webhooks",
+        "sweeper",
+    }
     assert "storage" not in services["worker"]["networks"] + services["flower"]["networks"]
 
 
@@ -188,15 +197,15 @@ def test_a_full_redis_refuses_rather_than_forgets(services: dict[str, Any]):
 
 def test_who_takes_in_work_stops_before_who_finishes_it(services: dict[str, Any]):
     for name in ("api", "worker"):
-        assert {"results", "sweeper"} <= set(services[name]["depends_on"])
-    for name in ("results", "sweeper"):
+        assert {"results", "webhooks", "sweeper"} <= set(services[name]["depends_on"])
+    for name in ("results", "webhooks", "sweeper"):
         assert {"postgres", "redis-broker", "redis-handoff"} <= set(services[name]["depends_on"])
 
 
 def test_nobody_starts_before_the_tables_are_there(services: dict[str, Any]):
     after = {name for name, service in services.items() if "migrate" in service.get("depends_on", {})}
 
-    assert after == {"api", "worker", "results", "sweeper"}
+    assert after == {"api", "worker", "results", "webhooks", "sweeper"}
     assert all(services[name]["depends_on"]["migrate"] == {"condition": "service_completed_successfully"} for name in after)
 
 

@@ -100,7 +100,7 @@ def test_every_container_is_well_and_the_gateway_ready(compose: Compose, client:
     assert client.get("/readyz").json()["status"] == "ready"
 
 
-@pytest.mark.parametrize("service", ["api", "worker", "results", "sweeper", "flower"])
+@pytest.mark.parametrize("service", ["api", "worker", "results", "webhooks", "sweeper", "flower"])
 def test_our_processes_are_nobody_in_particular_and_write_nowhere(compose: Compose, service: str):
     shown = compose("exec", "-T", service, "sh", "-c", "id -u; touch /app/x 2>/dev/null && echo writable; grep CapEff /proc/self/status")
 
@@ -108,7 +108,7 @@ def test_our_processes_are_nobody_in_particular_and_write_nowhere(compose: Compo
 
 
 def test_only_the_worker_can_load_torch(compose: Compose):
-    for service in ("api", "results", "sweeper", "flower"):
+    for service in ("api", "results", "webhooks", "sweeper", "flower"):
         found = "import importlib.util as u; print(u.find_spec('torch'), u.find_spec('diffusers'))"
         assert compose("exec", "-T", service, "python", "-c", found).split() == ["None", "None"]
 
@@ -152,7 +152,7 @@ def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(compose
     compose.wait_until_well()
 
     assert {name: code for name, code in ended.items() if code not in (0, 143)} == {}  # 143: ended by SIGTERM; 137 would be a kill
-    assert {ended[name] for name in ("api", "worker", "results", "sweeper")} == {0}
+    assert {ended[name] for name in ("api", "worker", "results", "webhooks", "sweeper")} == {0}
     assert client.get(f"/v1/jobs/{before['id']}").json()["state"] == "succeeded"
     image = httpx.get(client.get(f"/v1/jobs/{before['id']}/images/0").headers["Location"], trust_env=False)
     assert hashlib.sha256(image.content).hexdigest() == before["images"][0]["content_sha256"]

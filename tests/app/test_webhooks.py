@@ -1,0 +1,314 @@
+"""/v1/webhooks, from an endpoint to what arrives there, with real receivers."""
+
+import base64
+import hashlib
+import hmac
+import time
+import uuid
+
+import openai
+import pytest
+from sqlalchemy import text
+from standardwebhooks import Webhook
+
+from models.database import transaction
+from policy.webhooks import EVENTS, MAX_ENDPOINTS
+from tests.app.problem import assert_problem
+from tests.builders import until
+from tests.receivers import a_receiver
+
+
+@pytest.fixture
+def receiver():
+    with a_receiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture
+def tenant(new_tenant):
+    return new_tenant()
+
+
+def subscribe(tenant, receiver, **fields) -> dict:
+    answer = tenant.post("/v1/webhooks", json={"url": receiver.url, **fields})
+    assert answer.status_code == 201, answer.text
+    return answer.json()
+
+
+def render(tenant, **fields) -> dict:
+    body = {"prompt": "a red circle", "tier": "fast", "steps": 1, **fields}
+    return tenant.post("/v1/jobs", json=body, headers={"Prefer": "wait=60"}).json()
+
+
+def cancel(tenant) -> dict:
+    job = tenant.post("/v1/jobs", json={"prompt": "a red circle", "tier": "batch", "steps": 60, "metadata": {"order": "7"}}).json()
+    return tenant.post(job["urls"]["cancel"]).json()
+
+
+def deliveries(tenant, endpoint, **query) -> list[dict]:
+    return tenant.get(f"/v1/webhooks/{endpoint['id']}/deliveries", params=query).json()["data"]
+
+
+def make_due(database, endpoint) -> None:
+    """Let the time of the back-off have passed."""
+    with transaction(database) as session:
+        query = "UPDATE webhook_deliveries SET due_at = clock_timestamp() WHERE endpoint_id = :id AND state = 'pending'"
+        session.execute(text(query), {"id": endpoint["id"]})
+
+
+def test_an_endpoint_is_made_with_a_secret_that_is_shown_once(tenant, receiver):
+    made = subscribe(tenant, receiver, description="orders")
+
+    assert made["secret"].startswith("whsec_")
+    assert len(base64.b64decode(made["secret"].removeprefix("whsec_"))) == 32
+    assert (made["url"], made["events"], made["description"], made["disabled_at"]) == (receiver.url, list(EVENTS), "orders", None)
+    shown = tenant.get(made["urls"]["self"]).json()
+    assert shown == {key: value for key, value in made.items() if key != "secret"}
+    assert tenant.get("/v1/webhooks").json()["data"] == [shown]
+
+
+def test_a_finished_job_arrives_signed_and_without_its_prompt(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+
+    job = render(tenant, seed=7, metadata={"order": "7"})
+
+    until(lambda: receiver.heard)
+    [heard] = receiver.heard
+    message = Webhook(endpoint["secret"]).verify(heard.body, heard.headers)
+    assert (message["type"], message["timestamp"]) == ("job.succeeded", job["finished_at"])
+    data = message["data"]
+    assert (data["id"], data["state"], data["seed"], data["metadata"]) == (job["id"], "succeeded", 7, {"order": "7"})
+    assert data["images"][0]["pixels_sha256"] == job["images"][0]["pixels_sha256"]
+    assert data["images"][0]["url"] == job["images"][0]["url"]
+    assert b"red circle" not in heard.body
+    until(lambda: deliveries(tenant, endpoint)[0]["state"] == "delivered")
+    [delivery] = deliveries(tenant, endpoint)
+    assert (delivery["id"], delivery["job_id"], delivery["event"]) == (heard.id, job["id"], "job.succeeded")
+    assert [(attempt["attempt"], attempt["status"]) for attempt in delivery["attempts"]] == [(1, 204)]
+
+
+def test_the_openai_client_verifies_it_too(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+    cancel(tenant)
+    until(lambda: receiver.heard)
+
+    client = openai.OpenAI(api_key="none", webhook_secret=endpoint["secret"])
+    client.webhooks.verify_signature(receiver.heard[0].body, receiver.heard[0].headers)
+
+    with pytest.raises(openai.InvalidWebhookSignatureError):
+        client.webhooks.verify_signature(receiver.heard[0].body + b" ", receiver.heard[0].headers)
+
+
+def test_only_events_that_are_wanted_are_sent(tenant, receiver):
+    endpoint = subscribe(tenant, receiver, events=["job.canceled"])
+
+    render(tenant)
+    cancel(tenant)
+
+    until(lambda: receiver.heard)
+    time.sleep(0.5)
+    assert [heard.message["type"] for heard in receiver.heard] == ["job.canceled"]
+    assert [delivery["event"] for delivery in deliveries(tenant, endpoint)] == ["job.canceled"]
+
+
+def test_a_receiver_that_fails_is_tried_again_under_the_same_id_until_it_hears(tenant, receiver, stack_database):
+    endpoint = subscribe(tenant, receiver)
+    receiver.status = 500
+
+    cancel(tenant)
+    until(lambda: receiver.heard and deliveries(tenant, endpoint)[0]["attempts"])
+    [waiting] = deliveries(tenant, endpoint, state="pending")
+    receiver.status = 204
+    make_due(stack_database, endpoint)
+
+    until(lambda: deliveries(tenant, endpoint)[0]["state"] == "delivered")
+    [delivery] = deliveries(tenant, endpoint)
+    assert [attempt["status"] for attempt in delivery["attempts"]] == [500, 204]
+    assert {heard.id for heard in receiver.heard} == {delivery["id"]}
+    assert {heard.body for heard in receiver.heard} == {receiver.heard[0].body}
+    assert waiting["due_at"] > waiting["attempts"][0]["at"]
+
+
+def test_a_receiver_that_is_away_is_found_when_it_is_back(tenant, stack_database):
+    with a_receiver() as receiver:
+        endpoint = subscribe(tenant, receiver)
+        port = receiver._server.server_port
+    cancel(tenant)
+    until(lambda: deliveries(tenant, endpoint)[0]["attempts"])
+    [attempt] = deliveries(tenant, endpoint)[0]["attempts"]
+    assert attempt["status"] is None
+    assert attempt["error"]
+
+    with a_receiver() as back:
+        moved = tenant.patch(endpoint["urls"]["self"], json={"url": back.url})
+        assert moved.status_code == 200
+        make_due(stack_database, endpoint)
+        until(lambda: back.heard)
+
+    assert port
+    until(lambda: deliveries(tenant, endpoint)[0]["state"] == "delivered")
+
+
+def test_a_redirect_to_the_metadata_service_is_a_failure_and_is_not_followed(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+    receiver.status, receiver.location = 302, "http://169.254.169.254/latest/meta-data/"
+
+    cancel(tenant)
+
+    until(lambda: deliveries(tenant, endpoint) and deliveries(tenant, endpoint)[0]["attempts"])
+    [delivery] = deliveries(tenant, endpoint)
+    assert (delivery["state"], delivery["attempts"][0]["status"]) == ("pending", 302)
+    assert delivery["attempts"][0]["error"] == "redirects are not followed"
+
+
+def test_a_receiver_that_says_gone_is_told_nothing_more(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+    receiver.status = 410
+
+    cancel(tenant)
+    until(lambda: tenant.get(endpoint["urls"]["self"]).json()["disabled_at"])
+    cancel(tenant)
+    time.sleep(0.5)
+
+    assert tenant.get(endpoint["urls"]["self"]).json()["disabled_reason"] == "gone"
+    assert [delivery["state"] for delivery in deliveries(tenant, endpoint)] == ["gone"]
+    assert len(receiver.heard) == 1
+
+    receiver.status = 204
+    enabled = tenant.patch(endpoint["urls"]["self"], json={"enabled": True}).json()
+    assert (enabled["disabled_at"], enabled["disabled_reason"]) == (None, None)
+    cancel(tenant)
+    until(lambda: len(receiver.heard) == 2)
+
+
+def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(tenant, receiver, new_tenant):
+    other = new_tenant()
+    subscribe(tenant, receiver)
+    receiver.hang_s = 8
+    for _ in range(8):
+        cancel(tenant)
+    until(lambda: len(receiver.heard) >= 4)
+
+    with a_receiver() as quick:
+        subscribe(other, quick)
+        job = render(other)
+        ended_at = time.monotonic()
+        until(lambda: quick.heard)
+        assert quick.heard[0].at - ended_at < 4
+
+    assert job["state"] == "succeeded"
+    assert len(receiver.heard) == 4  # at most four at a time, whatever waits
+
+
+def test_a_rotated_secret_signs_beside_the_one_before_it(tenant, receiver):
+    first = subscribe(tenant, receiver)["secret"]
+    endpoint = tenant.get("/v1/webhooks").json()["data"][0]
+
+    second = tenant.post(f"{endpoint['urls']['self']}/rotate").json()["secret"]
+    cancel(tenant)
+    until(lambda: receiver.heard)
+    third = tenant.post(f"{endpoint['urls']['self']}/rotate").json()["secret"]
+    cancel(tenant)
+    until(lambda: len(receiver.heard) == 2)
+
+    assert len({first, second, third}) == 3
+    assert verifies(receiver.heard[0], first, second, third) == [True, True, False]
+    assert verifies(receiver.heard[1], first, second, third) == [False, True, True]
+
+
+def verifies(heard, *secrets) -> list[bool]:
+    signed = f"{heard.id}.{heard.headers['webhook-timestamp']}.{heard.body.decode()}".encode()
+    digests = [hmac.digest(base64.b64decode(secret.removeprefix("whsec_")), signed, hashlib.sha256) for secret in secrets]
+    return [f"v1,{base64.b64encode(digest).decode()}" in heard.headers["webhook-signature"].split(" ") for digest in digests]
+
+
+def test_a_delivery_can_be_sent_again_by_hand_under_its_id(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+    cancel(tenant)
+    until(lambda: deliveries(tenant, endpoint) and deliveries(tenant, endpoint)[0]["state"] == "delivered")
+    [delivery] = deliveries(tenant, endpoint)
+
+    answer = tenant.post(f"/v1/webhooks/deliveries/{delivery['id']}/redeliver")
+
+    assert answer.status_code == 202
+    until(lambda: len(receiver.heard) == 2)
+    assert {heard.id for heard in receiver.heard} == {delivery["id"]}
+    until(lambda: len(deliveries(tenant, endpoint)[0]["attempts"]) == 2)
+
+
+def test_a_test_event_can_be_asked_for(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+
+    answer = tenant.post(f"/v1/webhooks/{endpoint['id']}/test")
+
+    assert answer.status_code == 202
+    until(lambda: receiver.heard)
+    assert receiver.heard[0].message["type"] == "webhook.test"
+    assert receiver.heard[0].id == answer.json()["id"]
+
+
+def test_a_deleted_endpoint_is_gone_with_all_that_waited_for_it(tenant, receiver, stack_database):
+    endpoint = subscribe(tenant, receiver)
+    receiver.status = 500
+    cancel(tenant)
+    until(lambda: deliveries(tenant, endpoint) and deliveries(tenant, endpoint)[0]["attempts"])
+    delivery = deliveries(tenant, endpoint)[0]["id"]
+
+    assert tenant.delete(endpoint["urls"]["self"]).status_code == 204
+
+    assert_problem(tenant.get(endpoint["urls"]["self"]), 404, "webhook-not-found")
+    assert_problem(tenant.post(f"/v1/webhooks/deliveries/{delivery}/redeliver"), 404, "delivery-not-found")
+    with transaction(stack_database) as session:
+        assert session.scalar(text("SELECT state FROM webhook_deliveries WHERE id = :id"), {"id": delivery}) == "gone"
+
+
+@pytest.mark.parametrize(
+    ("body", "pointer"),
+    [
+        ({}, "/url"),
+        ({"url": "http://example.com/hook"}, "/url"),
+        ({"url": "https://169.254.169.254/"}, "/url"),
+        ({"url": "https://user:pass@example.com/"}, "/url"),
+        ({"url": "https://example.com/", "events": []}, "/events"),
+        ({"url": "https://example.com/", "events": ["job.started"]}, "/events"),
+        ({"url": "https://example.com/", "events": "job.failed"}, "/events"),
+        ({"url": "https://example.com/", "description": "x" * 257}, "/description"),
+        ({"url": "https://example.com/", "secret": "mine"}, "/secret"),
+    ],
+)
+def test_an_endpoint_that_cannot_be_used_is_refused_with_a_pointer(tenant, body, pointer):
+    problem = assert_problem(tenant.post("/v1/webhooks", json=body), 422, "invalid-request")
+
+    assert problem["errors"][0]["pointer"] == pointer
+    assert tenant.get("/v1/webhooks").json()["data"] == []
+
+
+def test_a_tenant_has_so_many_endpoints_and_no_more(tenant):
+    for number in range(MAX_ENDPOINTS):
+        assert tenant.post("/v1/webhooks", json={"url": f"https://example.com/{number}"}).status_code == 201
+
+    assert_problem(tenant.post("/v1/webhooks", json={"url": "https://example.com/"}), 422, "invalid-request")
+
+
+def test_another_tenant_s_endpoints_are_not_there(tenant, stranger, receiver):
+    endpoint = subscribe(tenant, receiver)
+    own = endpoint["urls"]["self"]
+
+    for method, path in (("GET", own), ("PATCH", own), ("DELETE", own), ("POST", f"{own}/rotate"), ("POST", f"{own}/test")):
+        answer = stranger.request(method, path, json={} if method == "PATCH" else None)
+        assert_problem(answer, 404, "webhook-not-found")
+    assert_problem(stranger.get(f"{own}/deliveries"), 404, "webhook-not-found")
+    assert_problem(stranger.post(f"/v1/webhooks/deliveries/{uuid.uuid4()}/redeliver"), 404, "delivery-not-found")
+
+
+def test_deliveries_come_in_pages(tenant, receiver):
+    endpoint = subscribe(tenant, receiver)
+    for _ in range(3):
+        cancel(tenant)
+
+    first = tenant.get(f"/v1/webhooks/{endpoint['id']}/deliveries", params={"limit": 2})
+    second = tenant.get(first.headers["Link"].partition("<")[2].partition(">")[0])
+
+    assert first.json()["has_more"]
+    assert [len(answer.json()["data"]) for answer in (first, second)] == [2, 1]
+    assert_problem(tenant.get(f"/v1/webhooks/{endpoint['id']}/deliveries", params={"state": "lost"}), 422, "invalid-query")
