@@ -159,9 +159,12 @@ class News:
         return [Step(int(index), *map(int, value.decode().split("/"))) for index, value in sorted(known.items())]
 
     def forget(self, job_id: uuid.UUID) -> None:
-        """Drop what is known of the job's progress; its time runs out by itself if this fails."""
+        """Drop what is known of the job's progress, and the record of its events, in which there may be previews.
+
+        Its time runs out by itself if this fails.
+        """
         try:
-            self._redis.delete(_key(str(job_id)))
+            self._redis.delete(_key(str(job_id)), eventlog.key(job_id))
         except redis.RedisError as error:
             log.info("progress_not_forgotten", job_id=str(job_id), reason=type(error).__name__)
 
