@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import func, or_, select, text, update
+from sqlalchemy import any_, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from models import audit
@@ -162,7 +162,7 @@ def rotate(session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s:
 def note(session: Session, job: Job, event: str) -> None:
     """Write a delivery of `event` for every live endpoint of the job's tenant that wants it; it is due at once."""
     wants = select(WebhookEndpoint.id).where(
-        WebhookEndpoint.tenant_id == job.tenant_id, *_IS_LIVE, WebhookEndpoint.events.contains([event])
+        WebhookEndpoint.tenant_id == job.tenant_id, *_IS_LIVE, literal(event) == any_(WebhookEndpoint.events)
     )
     for endpoint_id in session.scalars(wants):
         session.add(WebhookDelivery(endpoint_id=endpoint_id, tenant_id=job.tenant_id, event=event, job_id=job.id))

@@ -7,6 +7,7 @@ import json
 import os
 import threading
 import uuid
+from types import SimpleNamespace
 
 import psycopg2.pool
 import redis
@@ -22,6 +23,7 @@ def make_application() -> Flask:
     most = 2 * int(os.environ.get("DATABASE_POOL_SIZE", "10"))
     pool = psycopg2.pool.ThreadedConnectionPool(1, most, os.environ["DATABASE_URL"].replace("+psycopg2", ""))
     broker = redis.Redis.from_url(os.environ["BROKER_URL"])
+    app.extensions["darkroom"] = SimpleNamespace(events=SimpleNamespace(close=lambda: None))  # what that configuration closes at the end
     turn = threading.BoundedSemaphore(most)  # psycopg2's pool raises when it is empty; a server waits
 
     @app.post("/v1/jobs")
