@@ -8,10 +8,11 @@ import httpx
 
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.errors import FieldError, ProblemError, UnexpectedAnswer
-from darkroom_client.jobs import Job
+from darkroom_client.jobs import Failure, Job, Progress, Queue, cost_of, part_of
 from darkroom_client.retries import told_s
 
 Read = TypeVar("Read")
+_OF_ESTIMATE = ("can_be_served", "tier", "model", "model_version", "size", "steps", "guidance", "sampler", "seed", "n", "megapixel_steps")
 
 
 @dataclass(frozen=True)
@@ -37,29 +38,46 @@ def read_page(answer: httpx.Response) -> Page:
 def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
     """One for each wish of a batch, in their order."""
 
-    def submission(index: int, item: dict[str, Any]) -> Submission:
-        if item.get("job") is not None:
-            return Submission(index, Job.from_json(item["job"]), None)
-        refusal = item["problem"]
-        return Submission(index, None, problem_of(refusal, int(refusal.get("status", 0)), retry_after_s=refusal.get("retry_after_s")))
+    def submission(item: dict[str, Any]) -> Submission:
+        job, refusal = item.get("job"), item.get("problem")
+        return Submission(job_id=job["id"] if job else None, problem=_refusal(refusal), members=item)
 
-    return _read(answer, "batch", lambda members: tuple(submission(index, item) for index, item in enumerate(members["data"])))
+    return _read(answer, "batch", lambda members: tuple(submission(item) for item in members["data"]))
 
 
 def read_estimate(answer: httpx.Response) -> Estimate:
-    return _read(answer, "estimate", Estimate.from_json)
+    def estimate(members: dict[str, Any]) -> Estimate:
+        plain = {name: members[name] for name in _OF_ESTIMATE}
+        cost, queue = cost_of(members.get("cost")), part_of(Queue, members.get("queue"))
+        return Estimate(**plain, refusal=_refusal(members.get("refusal")), cost=cost, queue=queue, members=members)
+
+    return _read(answer, "estimate", estimate)
 
 
 def read_status(answer: httpx.Response) -> Status:
-    return _read(answer, "status", Status.from_json)
+    def status(members: dict[str, Any]) -> Status:
+        return Status(
+            id=members["id"],
+            state=members["state"],
+            attempt=members.get("attempt"),
+            progress=part_of(Progress, members.get("progress")),
+            queue=part_of(Queue, members.get("queue")),
+            failure=part_of(Failure, members.get("failure")),
+            members=members,
+        )
+
+    return _read(answer, "status", status)
 
 
 def read_file(answer: httpx.Response) -> File:
-    return _read(answer, "file", File.from_json)
+    def file(members: dict[str, Any]) -> File:
+        return File(id=members["id"], width_px=members.get("width_px"), height_px=members.get("height_px"), members=members)
+
+    return _read(answer, "file", file)
 
 
 def read_usage(answer: httpx.Response) -> Usage:
-    return _read(answer, "usage", Usage.from_json)
+    return Usage(members=read_object(answer))
 
 
 def read_nothing(answer: httpx.Response) -> None:
@@ -104,6 +122,13 @@ def problem_of(members: dict[str, Any], status: int, *, retry_after_s: float | N
         request_id=members.get("instance"),
         members=members,
     )
+
+
+def _refusal(members: dict[str, Any] | None) -> ProblemError | None:
+    """A problem that is told within an answer."""
+    if members is None:
+        return None
+    return problem_of(members, int(members.get("status", 0)), retry_after_s=members.get("retry_after_s"))
 
 
 def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Read]) -> Read:

@@ -11,8 +11,9 @@ import httpx
 
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.events import Event, Following, is_stream
-from darkroom_client.flows import Answer, Fetch, Flow, Flows, Pause, Place, Step, Work
+from darkroom_client.flows import Answer, Fetch, Flow, Flows, Pause, Step, Work
 from darkroom_client.jobs import Job
+from darkroom_client.place import Place
 from darkroom_client.retries import Retries
 from darkroom_client.wishes import Picture, Wish
 
@@ -34,9 +35,9 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         place = Place.found(url, api_key)
-        self._flows, self._retries, self._timeout_s = Flows(place, retries), retries, timeout_s
-        self._gateway = httpx.Client(base_url=place.url, headers=place.headers, transport=transport, trust_env=place.is_proxied)
-        self._store = httpx.Client(transport=transport, trust_env=place.is_proxied, timeout=2 * timeout_s)
+        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
+        self._gateway = httpx.Client(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._store = httpx.Client(transport=transport, **place.options, timeout=2 * timeout_s)
 
     def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
         """Ask for images. The job comes back accepted, with every parameter resolved; what is not said is the gateway's to choose.

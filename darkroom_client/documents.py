@@ -5,40 +5,37 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darkroom_client.errors import ProblemError
-from darkroom_client.jobs import FINAL_STATES, Cost, Job, Progress, Queue, cost_of, part_of
+from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Progress, Queue
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What became of one wish of a batch: a job, or the reason why there is none."""
+    """What became of one wish of a batch: a job, of which the id and a few parameters are told, or the reason why there is none."""
 
-    index: int
-    job: Job | None
+    job_id: str | None
     problem: ProblemError | None
+    members: Mapping[str, Any] = field(repr=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate:
-    """What a wish would become now. problem: why it would be refused."""
+    """What a wish would become now. refusal: why it would not be let in; its `retry_after_s` says when it may be."""
 
     can_be_served: bool
-    parameters: Mapping[str, Any]
-    megapixel_steps: float | None
+    refusal: ProblemError | None
+    tier: str
+    model: str
+    model_version: str
+    size: str
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int | None  # None: one is drawn for the job
+    n: int
+    megapixel_steps: float
     cost: Cost | None
     queue: Queue | None
-    members: Mapping[str, Any] = field(repr=False)
-
-    @classmethod
-    def from_json(cls, members: Mapping[str, Any]) -> "Estimate":
-        """Raises KeyError, TypeError or ValueError when this is no estimate."""
-        return cls(
-            can_be_served=bool(members["servable"]),
-            parameters=members["parameters"],
-            megapixel_steps=members.get("megapixel_steps"),
-            cost=cost_of(members.get("cost")),
-            queue=part_of(Queue, members.get("queue")),
-            members=members,
-        )
+    members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came, further parameters included
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,20 +44,16 @@ class Status:
 
     id: str
     state: str
+    attempt: int | None
     progress: Progress | None
     queue: Queue | None
+    failure: Failure | None
     members: Mapping[str, Any] = field(repr=False)
 
     @property
     def is_finished(self) -> bool:
         """Whether the state is final."""
         return self.state in FINAL_STATES
-
-    @classmethod
-    def from_json(cls, members: Mapping[str, Any]) -> "Status":
-        """Raises KeyError when this is no status."""
-        progress, queue = part_of(Progress, members.get("progress")), part_of(Queue, members.get("queue"))
-        return cls(id=members["id"], state=members["state"], progress=progress, queue=queue, members=members)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,18 +65,9 @@ class File:
     height_px: int | None
     members: Mapping[str, Any] = field(repr=False)
 
-    @classmethod
-    def from_json(cls, members: Mapping[str, Any]) -> "File":
-        """Raises KeyError when this is no file."""
-        return cls(id=members["id"], width_px=members.get("width_px"), height_px=members.get("height_px"), members=members)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What the tenant used, and what it may use."""
+    """What the tenant used, and what it may use: read it from `members`."""
 
     members: Mapping[str, Any]
-
-    @classmethod
-    def from_json(cls, members: Mapping[str, Any]) -> "Usage":
-        return cls(members=members)

@@ -68,6 +68,8 @@ class Following:
             if event is not None:
                 self._last_id, self.is_over = event.id, event.is_final
                 yield event
+                if self.is_over:
+                    return
 
     def _read_line(self, line: str) -> Event | None:
         if not line:

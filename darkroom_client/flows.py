@@ -6,7 +6,6 @@ answer. `Client` and `AsyncClient` are two ways of doing the same steps.
 
 import hashlib
 import itertools
-import os
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import httpx
 from darkroom_client import answers, downloads, wire
 from darkroom_client.answers import Page
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
-from darkroom_client.errors import DigestMismatch, ImageNotStored, NotConfigured, UnexpectedAnswer, Unreachable, WaitTimeout
+from darkroom_client.errors import DigestMismatch, ImageNotStored, UnexpectedAnswer, Unreachable, WaitTimeout
 from darkroom_client.jobs import Job
 from darkroom_client.retries import Retries, is_hopeless, is_passing, told_s
 from darkroom_client.wire import Call
@@ -55,38 +54,11 @@ Answer = TypeVar("Answer")
 Flow = Generator[Step, Any, Answer]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where Darkroom is, and with which key."""
-
-    url: str
-    api_key: str
-
-    @classmethod
-    def found(cls, url: str | None, api_key: str | None) -> "Place":
-        """What is not given is DARKROOM_URL and DARKROOM_API_KEY. Raises NotConfigured."""
-        known = {"DARKROOM_URL": url or os.environ.get("DARKROOM_URL"), "DARKROOM_API_KEY": api_key or os.environ.get("DARKROOM_API_KEY")}
-        missing = [name for name, value in known.items() if not value]
-        if missing:
-            raise NotConfigured(f"No {' and no '.join(missing)}: pass it, or set it in the environment.")
-        return cls(str(known["DARKROOM_URL"]), str(known["DARKROOM_API_KEY"]))
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """Of every request to the gateway."""
-        return {"Authorization": f"Bearer {self.api_key}", "Accept": "application/json"}
-
-    @property
-    def is_proxied(self) -> bool:
-        """Whether the environment's proxies count: none of them leads back to our own machine."""
-        return httpx.URL(self.url).host not in ("127.0.0.1", "localhost", "::1")
-
-
 class Flows:
     """Every method of the clients."""
 
-    def __init__(self, place: Place, retries: Retries) -> None:
-        self._url, self._retries = place.url, retries
+    def __init__(self, url: str, retries: Retries) -> None:
+        self._url, self._retries = url, retries
 
     def create_job(self, prompt: str, wish: Mapping[str, Any], key: str | None) -> Flow[Job]:
         said = yield from self._with_pictures({"prompt": prompt, **wish})

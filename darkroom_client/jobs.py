@@ -78,8 +78,8 @@ class Job:
     tier: str
     model: str
     model_version: str
-    prompt: str
-    negative_prompt: str
+    prompt: str | None  # None once the job was erased
+    negative_prompt: str | None
     size: str
     steps: int
     guidance: float

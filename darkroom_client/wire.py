@@ -3,7 +3,7 @@
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
@@ -92,12 +92,12 @@ def list_jobs(
 ) -> Call:
     said = {
         "state": state,
-        "created_after": since.isoformat() if since else None,
-        "created_before": until.isoformat() if until else None,
+        "created_after": _instant(since) if since else None,
+        "created_before": _instant(until) if until else None,
         "limit": limit,
         "cursor": cursor,
     }
-    labels = {f"metadata[{name}]": value for name, value in (metadata or {}).items()}
+    labels = {f"metadata.{name}": value for name, value in (metadata or {}).items()}
     return Call(method="GET", path="/v1/jobs", params=_said(said) | labels)
 
 
@@ -134,6 +134,11 @@ def list_of(resource: str) -> Call:
 
 def _said(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if value is not None}
+
+
+def _instant(at: datetime) -> str:
+    """With its offset; an instant that has none is meant in local time."""
+    return at.astimezone(UTC).isoformat()
 
 
 def _once(key: str) -> dict[str, str]:
