@@ -1,12 +1,13 @@
 """How far a job is, heard or asked, and shown: a bar for people, a line per change for a file."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cli import screen
-from darkroom_client import Client, Event, Job, ProblemError, WaitTimeout
+from darkroom_client import Client, Event, Job, ProblemError
 
 
 @dataclass
@@ -67,14 +68,15 @@ class Sight:
         return self.state
 
 
-def watch(client: Client, job: Job, timeout_s: float, *, cancels: bool) -> Job:
-    """Wait for a job in sight of who waits. cancels: Ctrl-C, which is passed on, cancels the job first."""
+def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -> Job:
+    """Wait for a job in sight of who waits; without a time limit, by its events.
+
+    cancels: Ctrl-C, which is passed on, cancels the job first. Raises WaitTimeout.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[where]}"), TimeElapsedColumn())
-    console = screen.err()
-    sight = Sight.of(job)
+    console, said, sight = screen.err(), "", Sight.of(job)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(job.id[-8:], total=sight.steps_to_do + 1, where=sight.words)
-        said = ""
 
         def show(seen: Sight) -> None:
             nonlocal said
@@ -84,41 +86,28 @@ def watch(client: Client, job: Job, timeout_s: float, *, cancels: bool) -> Job:
                 console.print(f"job {job.id} is {seen.state}", soft_wrap=True)
 
         try:
-            return follow(client, job, timeout_s, show)
+            if timeout_s is None:
+                return follow(client, job, show)
+            return client.wait(job.id, timeout_s, on_progress=lambda seen: show(Sight.of(seen)))
         except KeyboardInterrupt:
-            state = client.cancel(job.id).state if cancels else "left alone"
-            progress.console.print(f"job {job.id} is {state}")
+            what = f"is {client.cancel(job.id).state}" if cancels else "goes on"
+            progress.console.print(f"job {job.id} {what}")
             raise
 
 
-def follow(client: Client, job: Job, timeout_s: float, show: Callable[[Sight], None]) -> Job:
-    """The job when it is finished. By its events where the gateway tells them, else by asking again and again. Raises WaitTimeout."""
-    if not job.is_finished and timeout_s >= 5:
-        sight = Sight.of(job)
-        try:
-            for event in _for_a_while(client.events(job.id), timeout_s):
-                sight.hear(event)
-                show(sight)
-        except ProblemError as refusal:
-            if not _has_no_events(refusal):
-                raise
-    return client.wait(job.id, timeout_s, on_progress=lambda seen: show(Sight.of(seen)))
+def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
+    """The job when it is finished. By its events where the gateway tells them, else by asking again and again."""
+    sight = Sight.of(job)
+    try:
+        for event in client.events(job.id):
+            sight.hear(event)
+            show(sight)
+    except ProblemError as refusal:
+        if not has_no_events(refusal):
+            raise
+    return client.wait(job.id, math.inf, on_progress=lambda seen: show(Sight.of(seen)))
 
 
-def _for_a_while(events: Iterator[Event], seconds: float) -> Iterator[Event]:
-    """What is told within `seconds`; then WaitTimeout would be for `wait` to say."""
-    import time
-
-    deadline = time.monotonic() + seconds
-    for event in events:
-        yield event
-        if time.monotonic() > deadline:
-            return
-
-
-def _has_no_events(refusal: ProblemError) -> bool:
+def has_no_events(refusal: ProblemError) -> bool:
     """An older gateway, or one with as many streams open as it may have."""
-    return refusal.slug in ("not-found", "streams-exhausted", "rate-limited")
-
-
-__all__ = ["Sight", "WaitTimeout", "follow", "watch"]
+    return refusal.slug in ("not-found", "streams-exhausted")
