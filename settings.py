@@ -11,14 +11,16 @@ FleetSettings                fleet.toml
         ├── WorkerSettings   + those of the device
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
+OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway)
 ServerSettings               how gunicorn listens
 """
 
+import ipaddress
 import sys
 from pathlib import Path
 from typing import TypeVar
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
@@ -118,7 +120,22 @@ class StoreSettings(Settings):
     presign_ttl_s: int = Field(600, ge=1, le=604_800)
 
 
-class GatewaySettings(StoreSettings):
+class OutboundSettings(BaseSettings):
+    """What whoever sends requests to addresses of the tenants' choice is handed."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore")
+
+    outbound_allowed_networks: str = ""  # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
+
+    @field_validator("outbound_allowed_networks")
+    @classmethod
+    def _are_networks(cls, text: str) -> str:
+        for part in filter(None, (part.strip() for part in text.split(","))):
+            ipaddress.ip_network(part)
+        return text
+
+
+class GatewaySettings(StoreSettings, OutboundSettings):
     """What the gateway is handed."""
 
     api_key_pepper: SecretStr = Field(min_length=16)  # HMAC key of the stored API keys; changing it revokes all of them

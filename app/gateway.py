@@ -43,17 +43,18 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     """Connections are made at first use: a gateway starts, and says what is not ready, while its surroundings are away."""
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
     broker = Broker(settings, fleet)
+    release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
         fleet=fleet,
         database=database,
         broker=broker,
-        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        release=release,
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         store=ObjectStore(settings),
         news=News(settings.handoff_url),
         endings=Endings(settings.handoff_url),
-        lookout=Lookout(database, fleet, Gauge(settings.handoff_url), worker_silence_s=settings.lease_ttl_s),
+        lookout=Lookout(database, fleet, Gauge(settings.handoff_url), release.room, worker_silence_s=settings.lease_ttl_s),
     )
 
 

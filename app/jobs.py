@@ -12,6 +12,7 @@ from app import accepting, inputs
 from app.auth import caller, require_key
 from app.body import read_job, read_wait_s, wish_of
 from app.gateway import gateway
+from app.idempotency import REPLAYED, read_once
 from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
 from app.views import job_view
 from edges.encoding import FORMATS
@@ -33,13 +34,19 @@ def create_job() -> ResponseReturnValue:
     parts = gateway()
     wait_s = read_wait_s(request, parts.settings.max_wait_s)
     body = read_job(request)
-    wish = wish_of(body, inputs.pictures(body.pictures))
-    job = accepting.accept(accepting.resolve(wish), metadata=body.metadata, start_within_s=body.start_deadline_s)
+    once = read_once(request, body.model_dump(exclude_defaults=True))
+    accepted = accepting.answered(once) if once else None
+    if accepted is None:
+        resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
+        accepted = accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+    job = accepted.job
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
+    if not accepted.is_new:
+        headers[REPLAYED] = "true"
     if wait_s:
         headers["Preference-Applied"] = f"wait={wait_s}"
         return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(job_view(job, place=parts.lookout.place_of(job))), 202, headers
+    return jsonify(job_view(job, place=accepted.place) if accepted.is_new else _view(job, [])), 202, headers
 
 
 @bp.get("/<uuid:job_id>")

@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import TypeVar, cast
 
 from sqlalchemy import Engine
@@ -19,6 +20,7 @@ from edges.handoff import Gauge
 from models import flows, learning, releasing, workers
 from models.database import transaction
 from models.flows import Standing
+from models.releasing import Hands, Room
 from models.states import JobState
 from models.tables import Job
 from policy import admission, prediction
@@ -33,20 +35,29 @@ LEARNT_FOR_S = 2.0
 
 
 @dataclass(frozen=True)
-class Expected:
-    """What is expected of a job at accept: device seconds, and the first guess of its end, from now."""
-
-    predicted_s: float
-    eta_raw_s: float
-    refusal: Refusal | None
-
-
-@dataclass(frozen=True)
 class QueuePlace:
     """Where a job that is not finished stands: jobs of its tier before it (None once it runs), and when it will be done, from now."""
 
     jobs_ahead: int | None
     eta: Eta
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of a job at accept: device seconds, and the first guess of its end, from now; `place` is where it would stand."""
+
+    predicted_s: float
+    eta_raw_s: float
+    place: QueuePlace
+    refusal: Refusal | None
+
+
+class WayOut(Enum):
+    """What a job that is accepted now can hope for."""
+
+    AT_ONCE = auto()  # nobody waits, and there is room: it may be announced as it is written
+    TO_BE_SEEN = auto()  # a release has to look
+    IN_TURN = auto()  # many wait before it: the releases of jobs that end will come to it
 
 
 @dataclass(frozen=True)
@@ -57,13 +68,18 @@ class _Seen:
     standings: list[Standing]
     running: Mapping[str, Running]
     clocks: Mapping[str, float]
+    slots: int
+    hands: Mapping[str, Hands]
 
 
 class Lookout:
     """One per gateway process."""
 
-    def __init__(self, database: Engine, fleet: Fleet, gauge: Gauge, *, worker_silence_s: float) -> None:
-        self._database, self._fleet, self._gauge = database, fleet, gauge
+    def __init__(
+        self, database: Engine, fleet: Fleet, gauge: Gauge, room: Callable[[str, str, int], Room], *, worker_silence_s: float
+    ) -> None:
+        """room: of a (pool, tier) whose live workers hold so many images (Release.room)."""
+        self._database, self._fleet, self._gauge, self._room = database, fleet, gauge, room
         self._worker_silence_s = worker_silence_s
         self._remembered: dict[tuple[object, ...], tuple[float, object]] = {}
         self._lock = threading.Lock()
@@ -86,7 +102,22 @@ class Lookout:
         raw_s = admission.first_guess_s(place, outlook, own_s=own_s, num_images=wish.num_images)
         ratios = self._ratios(wish.pool, wish.tier)
         refused = admission.refusal(self._fleet, outlook, place, ratios, pool=wish.pool, tier=wish.tier, own_s=own_s, draw=random.random())
-        return Expected(own_s, raw_s, refused)
+        return Expected(own_s, raw_s, QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios)), refused)
+
+    def way_out(self, wish: Resolved, tenant_id: uuid.UUID) -> tuple[WayOut, Room]:
+        """What a job of the tenant's can hope for, by what was seen of the queue at most `FRESH_FOR_S` ago; and the room there is.
+
+        Only IN_TURN is a promise that nothing need be done, so it takes a backlog that cannot be gone by now: more than all workers hold.
+        """
+        seen = self._seen(wish.pool)
+        room, hands = self._room(wish.pool, wish.tier, seen.slots), seen.hands.get(wish.tier, Hands())
+        flows = [flow for flow in seen.standings if flow.tier == wish.tier]
+        waiting = sum(flow.queued_jobs for flow in flows) - hands.announced_jobs
+        if waiting <= 0 and hands.images.total() + wish.num_images <= room.slots:
+            return WayOut.AT_ONCE, room
+        sharing = len(hands.images.keys() | {flow.tenant_id for flow in flows} | {tenant_id})
+        is_behind = releasing.is_behind(tenant_id, wish.num_images, hands.images, hands.running, room, sharing)
+        return (WayOut.TO_BE_SEEN if is_behind or waiting <= room.limit_images else WayOut.IN_TURN), room
 
     def place_of(self, job: Job, steps_done: int = 0) -> QueuePlace | None:
         """Where an unfinished job stands; None for one whose tier or pool is not in fleet.toml any more."""
@@ -114,7 +145,9 @@ class Lookout:
         def read(session: Session) -> _Seen:
             running = {tier: Running(cost_s, images) for tier, cost_s, images in releasing.running(session, pool=pool)}
             devices = workers.working(session, pool=pool, silent_for_s=self._worker_silence_s)
-            return _Seen(devices, flows.standings(session, pool=pool), running, flows.clocks(session, pool=pool))
+            slots = workers.live_slots(session, pool=pool, silent_for_s=self._worker_silence_s)
+            standings, clocks = flows.standings(session, pool=pool), flows.clocks(session, pool=pool)
+            return _Seen(devices, standings, running, clocks, slots, releasing.hands(session, pool=pool))
 
         return self._recalled(("seen", pool), FRESH_FOR_S, read)
 

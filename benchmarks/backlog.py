@@ -235,7 +235,7 @@ def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) 
 
 def _expect(queue: Queue, _: Session) -> None:
     """A lookout that remembers nothing: it reads everything anew."""
-    Lookout(queue.app, queue.fleet, queue.gauge, worker_silence_s=15).expect(queue.wish, queue.bulk)
+    Lookout(queue.app, queue.fleet, queue.gauge, queue.sweeper.release.room, worker_silence_s=15).expect(queue.wish, queue.bulk)
 
 
 def _sweep_part(name: str) -> Callable[[Queue, Session], None]:

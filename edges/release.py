@@ -36,14 +36,21 @@ class Release:
         """
         with transaction(self._engine) as session:
             slots = workers.live_slots(session, pool=pool, silent_for_s=self._worker_silence_s)
-            room = Room(
-                slots=admission.tier_slots(self._fleet, tier, slots or self._fleet.pools[pool].slots),
-                limit_images=admission.announced_limit(self._fleet, pool, slots),
-                least_share=admission.least_share(self._fleet, pool),
-                most_of_one=self._fleet.tiers[tier].max_in_hand_per_tenant if tier in self._fleet.tiers else None,
-            )
-            picked = releasing.pick(session, pool=pool, tier=tier, room=room, tenant_id=tenant_id)
+            picked = releasing.pick(session, pool=pool, tier=tier, room=self.room(pool, tier, slots), tenant_id=tenant_id)
         return self._publish(pool, tier, picked)
+
+    def room(self, pool: str, tier: str, live_slots: int) -> Room:
+        """How much of (pool, tier) may be in hand where the live workers hold `live_slots` images."""
+        return Room(
+            slots=admission.tier_slots(self._fleet, tier, live_slots or self._fleet.pools[pool].slots),
+            limit_images=admission.announced_limit(self._fleet, pool, live_slots),
+            least_share=admission.least_share(self._fleet, pool),
+            most_of_one=self._fleet.tiers[tier].max_in_hand_per_tenant if tier in self._fleet.tiers else None,
+        )
+
+    def announce(self, pool: str, tier: str, job_id: uuid.UUID) -> None:
+        """Publish a job that was stamped as it was accepted."""
+        self._publish(pool, tier, [Picked(job_id, is_front=False)])
 
     def again(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
         """Announce jobs whose message was lost; those that a worker took meanwhile are left out."""

@@ -10,6 +10,8 @@ from sqlalchemy.orm import Session
 # libpq: a server that is gone without a word (failover, a NAT that forgot us) is an error after some 8 s, not a hang of minutes.
 _NOTICES_SILENCE = {"keepalives_idle": 5, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 8000}
 
+AFRESH = {"populate_existing": True}  # execution options of a locking read: it is taken to see what is there now
+
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
     """Connections that are checked before use (a restarted Postgres costs a reconnect, not an error), with a limit on every wait."""

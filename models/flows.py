@@ -30,33 +30,12 @@ class Standing:
     finish_tag: float
 
 
-_ENTER = text(
-    """
-    WITH clock AS (
-        SELECT coalesce((SELECT virtual_s FROM fair_clocks WHERE pool = :pool AND tier = :tier),
-                        extract(epoch FROM clock_timestamp())::double precision) AS virtual_s
-    ), cost AS (
-        SELECT CAST(:predicted_s AS double precision) / weight AS virtual_s FROM tenants WHERE id = :tenant_id
-    )
-    INSERT INTO flows AS f (pool, tier, tenant_id, finish_tag)
-        SELECT :pool, :tier, :tenant_id, clock.virtual_s + cost.virtual_s FROM clock, cost
-    ON CONFLICT (pool, tier, tenant_id) DO UPDATE SET
-        finish_tag = greatest(f.finish_tag, (SELECT virtual_s FROM clock)) + (SELECT virtual_s FROM cost)
-    RETURNING finish_tag - (SELECT virtual_s FROM cost)
-    """
-)
-
 _SETTLE = text(
     """
     UPDATE flows SET finish_tag = finish_tag + CAST(:difference_s AS double precision) / (SELECT weight FROM tenants WHERE id = :tenant_id)
     WHERE pool = :pool AND tier = :tier AND tenant_id = :tenant_id
     """
 )
-
-
-def enter(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, predicted_s: float) -> float:
-    """The start tag of the tenant's next job, whose place is behind its own earlier ones. Locks the flow until commit."""
-    return float(session.execute(_ENTER, {"pool": pool, "tier": tier, "tenant_id": tenant_id, "predicted_s": predicted_s}).scalar_one())
 
 
 def settle(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float) -> None:

@@ -13,14 +13,15 @@ from typing import Any
 from sqlalchemy import ARRAY, Uuid, any_, func, literal, select, tuple_
 from sqlalchemy.orm import Session, selectinload
 
-from models import audit, flows, uploads, usage
+from models import accepting, audit, flows, idempotency, uploads, usage
+from models.accepting import WISH, NewJob
+from models.database import AFRESH
+from models.idempotency import Once
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
 SWEEPER = "sweeper"
 _LAST_ID = uuid.UUID(int=2**128 - 1)
-_COLUMNS = [column.name for column in Job.__table__.columns]
-WISH = tuple(_COLUMNS[_COLUMNS.index("pool") : _COLUMNS.index("bucket_rows") + 1])  # every resolved parameter: a job is replayable
 
 
 class JobAlreadyFinished(Exception):
@@ -47,31 +48,30 @@ def accept(
     labels: Mapping[str, str] | None = None,
     requeue_of: uuid.UUID | None = None,
     replay_of: uuid.UUID | None = None,
+    once: Once | None = None,
 ) -> Job:
-    """Write the row, complete and replayable, its images, its place in fair order, its entry in the ledger and its audit event.
+    """Accept one job (`models.accepting` does any number) and read it back, with its images and no attempts.
 
-    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of
-    all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.
-    labels: the tenant's own metadata.
+    once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.
+    Rows are locked in this order, here as everywhere: key, the job it is made from, flow, ledger, audit chain.
     """
-    start_by = func.clock_timestamp() + timedelta(seconds=start_within_s)
-    job = Job(tenant_id=tenant_id, api_key_id=api_key_id, start_by=start_by, currency=currency, **params)
-    job.run_within_s, job.predicted_s, job.eta_raw_s, job.requeue_of = run_within_s, predicted_s, eta_raw_s, requeue_of
-    job.megapixel_steps, job.labels, job.replay_of = megapixel_steps, dict(labels) if labels else None, replay_of
-    job.release_tag = flows.enter(session, pool=job.pool, tier=job.tier, tenant_id=tenant_id, predicted_s=predicted_s)
-    job.usage_day = usage.reserve(session, tenant_id=tenant_id, amount=megapixel_steps)
-    job.images = [Image(index=index, seed=job.seed + index, artifact=None) for index in range(job.num_images)]
-    job.attempts = []
-    session.add(job)
-    session.flush()
-    facts: dict[str, Any] = {"pool": job.pool, "tier": job.tier, "model": job.model, "model_version": job.model_version}
-    facts |= {"seed": str(job.seed), "num_images": job.num_images}
-    if requeue_of is not None:
-        facts["requeue_of"] = str(requeue_of)
-    if replay_of is not None:
-        facts["replay_of"] = str(replay_of)
-    audit.append(session, "job:request:accepted", chain=tenant_id, actor=actor, job_id=job.id, **facts)
-    return job
+    if once is not None:
+        idempotency.claim(session, once, tenant_id=tenant_id)
+    new_job = NewJob(
+        params=params,
+        start_within_s=start_within_s,
+        run_within_s=run_within_s,
+        predicted_s=predicted_s,
+        eta_raw_s=eta_raw_s,
+        megapixel_steps=megapixel_steps,
+        labels=labels,
+        requeue_of=requeue_of,
+        replay_of=replay_of,
+    )
+    (row,) = accepting.accept(session, [new_job], tenant_id=tenant_id, api_key_id=api_key_id, currency=currency, actor=actor)
+    if once is not None:
+        idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
+    return session.scalars(select(Job).where(Job.id == row.id).options(*_whole())).one()
 
 
 def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
@@ -100,7 +100,9 @@ def state_of(session: Session, job_id: uuid.UUID) -> str | None:
 
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
     """Take the job back; None if the tenant has no such job. Harmless when repeated; JobAlreadyFinished if it ended otherwise."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).with_for_update().options(*_whole()))
+    job = session.scalar(
+        select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).with_for_update().options(*_whole()), execution_options=AFRESH
+    )
     if job is None or job.state == JobState.CANCELED:
         return job
     if job.state not in ACTIVE_STATES:
@@ -119,7 +121,8 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
     job = session.scalar(
         select(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < func.clock_timestamp())
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True),
+        execution_options=AFRESH,
     )
     if job is not None:
         finish(session, job, JobState.EXPIRED)
@@ -132,7 +135,8 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
     job = session.scalar(
         select(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.run_by < func.clock_timestamp())
-        .with_for_update(skip_locked=True)
+        .with_for_update(skip_locked=True),
+        execution_options=AFRESH,
     )
     if job is not None:
         detail = f"not rendered within {job.run_within_s:g} s of its start"
@@ -146,7 +150,7 @@ def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, 
 
     Raises JobAlreadyFinished when it was requeued before.
     """
-    dead = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.FAILED).with_for_update())
+    dead = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.FAILED).with_for_update(), execution_options=AFRESH)
     if dead is None:
         return None
     if session.scalar(select(Job.id).where(Job.requeue_of == job_id)) is not None:

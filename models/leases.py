@@ -14,6 +14,7 @@ from sqlalchemy import func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, jobs
+from models.database import AFRESH
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
 
@@ -226,7 +227,10 @@ def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str 
     worker: a worker that has just started under this name and so knows that its predecessor's leases, expired or not, are nobody's.
     """
     is_nobodys = Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).with_for_update(skip_locked=True))
+    job = session.scalar(
+        select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).with_for_update(skip_locked=True),
+        execution_options=AFRESH,
+    )
     if job is None:
         return None
     detail = f"{job.worker} fell silent" if worker is None else f"{job.worker} was started again"
@@ -271,7 +275,8 @@ def note_waste(session: Session, job_id: uuid.UUID, attempt: int, *, device_seco
 def _held(session: Session, lease: Lease) -> Job:
     """The job's row, locked, if it is still this attempt's."""
     job = session.scalar(
-        select(Job).where(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.state == JobState.RUNNING).with_for_update()
+        select(Job).where(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.state == JobState.RUNNING).with_for_update(),
+        execution_options=AFRESH,
     )
     if job is None:
         raise LeaseLost(f"job {lease.job_id} is not attempt {lease.attempt}'s any more")

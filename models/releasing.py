@@ -12,7 +12,7 @@ less urgent. That is how one tenant may use every idle slot without anybody else
 import uuid
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 
 from sqlalchemy import func, or_, select, text, true, update
@@ -92,16 +92,8 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
         return room.most_of_one is not None and in_hand[job.tenant_id] + job.num_images > max(room.most_of_one, job.num_images)
 
     def is_due(job: _Waiting, sharing: int) -> bool:
-        """Must nobody else's work in hand keep it waiting?
-
-        It was in hand before, or its tenant has at most half of its fair share there while somebody runs more than his part. Half: two
-        who both always have work would else meet at the front, where there is nothing to gain for either. Runs: somebody whose jobs
-        only stand in line is in nobody's way, and would never get out of it if each newcomer passed him at the front.
-        """
-        held, share = in_hand[job.tenant_id], max(room.least_share, room.limit_images // sharing)
-        is_behind = held == 0 or 2 * (held + job.num_images) <= share
-        part = max(room.least_share, running.total() // sharing)
-        return job.attempt > 0 or (is_behind and max(running.values(), default=0) > part)
+        """Must nobody else's work in hand keep it waiting? It was in hand before, or its tenant is behind."""
+        return job.attempt > 0 or is_behind(job.tenant_id, job.num_images, in_hand, running, room, sharing)
 
     line = _in_order(session, pool, tier, room, in_hand)
     for job in line:
@@ -125,6 +117,60 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
     if newest_tag is not None:
         flows.advance(session, pool=pool, tier=tier, start_tag=newest_tag)
     return [job for job in chosen.values() if job.job_id in stamped]
+
+
+def is_behind(
+    tenant_id: uuid.UUID, num_images: int, in_hand: Counter[uuid.UUID], running: Counter[uuid.UUID], room: Room, sharing: int
+) -> bool:
+    """Has the tenant, with so many images more, at most half of its fair share in hand while somebody runs more than his part?
+
+    Half: two who both always have work would else meet at the front, where there is nothing to gain for either. Runs: somebody whose jobs
+    only stand in line is in nobody's way, and would never get out of it if each newcomer passed him at the front.
+    in_hand, running: images by tenant.  sharing: how many tenants have any in hand or waiting.
+    """
+    held, share = in_hand[tenant_id], max(room.least_share, room.limit_images // sharing)
+    part = max(room.least_share, running.total() // sharing)
+    return (held == 0 or 2 * (held + num_images) <= share) and max(running.values(), default=0) > part
+
+
+def may_pass_at_once(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.UUID, num_images: int) -> bool:
+    """Is there room for a job that is about to be accepted, with nobody waiting before it? Then no other release runs until commit.
+
+    False also when another one is running right now.
+    """
+    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(hashtext(:name))"), {"name": f"release:{pool}:{tier}"}):
+        return False
+    in_hand, _ = _in_hand(session, pool, tier)
+    if in_hand.total() and in_hand.total() + num_images > room.slots:  # beyond the slots it may have to go to the front
+        return False
+    if room.most_of_one is not None and in_hand[tenant_id] + num_images > max(room.most_of_one, num_images):
+        return False
+    return session.scalar(select(Job.id).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).limit(1)) is None
+
+
+@dataclass(frozen=True)
+class Hands:
+    """Images of one tier in the hands of Celery and the workers, by tenant; those of them that run; and the jobs that are announced."""
+
+    images: Counter[uuid.UUID] = field(default_factory=Counter)
+    running: Counter[uuid.UUID] = field(default_factory=Counter)
+    announced_jobs: int = 0
+
+
+def hands(session: Session, *, pool: str) -> dict[str, Hands]:
+    """What is in hand, by tier."""
+    columns = (Job.tier, Job.tenant_id, Job.state, func.sum(Job.num_images), func.count())
+    query = select(*columns).where(Job.pool == pool, _IN_HAND).group_by(Job.tier, Job.tenant_id, Job.state)
+    found: dict[str, Hands] = {}
+    for tier, tenant_id, state, images, jobs in session.execute(query):
+        here = found.get(tier, Hands())
+        here.images[tenant_id] += int(images)
+        if state == JobState.RUNNING:
+            here.running[tenant_id] += int(images)
+        else:
+            here = replace(here, announced_jobs=here.announced_jobs + jobs)
+        found[tier] = here
+    return found
 
 
 def running(session: Session, *, pool: str) -> list[tuple[str, float, int]]:

@@ -1,7 +1,7 @@
 """The ledger: megapixel-steps reserved when a job is accepted, settled when it succeeds, released when it ends otherwise.
 
 One row per tenant and UTC day, written in the transaction of the job's own transition, so no crash and no flushed Redis can make
-it say something else. A job is booked on the day on which it was accepted.
+it say something else (`models.accepting` reserves). A job is booked on the day on which it was accepted.
 """
 
 import uuid
@@ -11,15 +11,6 @@ from decimal import Decimal
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-_RESERVE = text(
-    """
-    INSERT INTO usage_ledger AS u (tenant_id, day, reserved, jobs_accepted)
-        VALUES (:tenant_id, (clock_timestamp() AT TIME ZONE 'UTC')::date, :amount, :jobs)
-    ON CONFLICT (tenant_id, day) DO UPDATE SET reserved = u.reserved + :amount, jobs_accepted = u.jobs_accepted + :jobs
-    RETURNING day
-    """
-)
-
 _SETTLE = text(
     """
     UPDATE usage_ledger SET reserved = reserved - :amount, settled = settled + CASE WHEN :succeeded THEN :amount ELSE 0 END,
@@ -27,12 +18,6 @@ _SETTLE = text(
     WHERE tenant_id = :tenant_id AND day = :day
     """
 )
-
-
-def reserve(session: Session, *, tenant_id: uuid.UUID, amount: Decimal, jobs: int = 1) -> date:
-    """Book `amount` megapixel-steps on today's row, and lock it until commit; the day it was booked on."""
-    booked: date = session.execute(_RESERVE, {"tenant_id": tenant_id, "amount": amount, "jobs": jobs}).scalar_one()
-    return booked
 
 
 def settle(session: Session, *, tenant_id: uuid.UUID, day: date | None, amount: Decimal, succeeded: bool, cost: Decimal) -> None:

@@ -22,7 +22,7 @@ from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import jobs, learning, leases, releasing, sweeping, uploads, workers
+from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, workers
 from models.database import transaction
 from models.releasing import Announced
 from models.states import JobState
@@ -37,6 +37,7 @@ log = structlog.get_logger(__name__)
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
+PIECE = 1000  # rows deleted per transaction
 _LOCK = 0x5357454550  # "SWEEP"
 
 
@@ -219,10 +220,15 @@ class Sweeper:
             self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
 
     def _tidy(self) -> None:
-        """Partitions of the audit log for the months to come, and rows of workers that never signed off."""
+        """Partitions of the audit log for the months to come, rows of workers that never signed off, idempotency keys of the day before."""
         with transaction(self.database) as session:
             sweeping.ensure_audit_partitions(session)
             workers.forget_the_silent(session, silent_for_s=HOURLY_S)
+        forgotten = PIECE
+        while forgotten == PIECE:
+            with transaction(self.database) as session:
+                forgotten = idempotency.forget_old(session, limit=PIECE)
+            telemetry.SWEPT.labels("idempotency_key").inc(forgotten)
 
     def _count(self, why: str, job_id: uuid.UUID) -> None:
         telemetry.SWEPT.labels(why).inc()

@@ -69,6 +69,75 @@ NEW_TABLES = (
     "webhook_attempts",
 )
 
+# What models/accepting.py does, as a function: planned once a connection, where planning takes longer than running.
+# `asked` reads the jobs; `placed` adds up their cost in virtual seconds within each flow, so that each starts where the one before it ends
+# (models/flows.py). The ledger reads `flow` and the jobs read both: that is the order of the locks. Whatever nobody reads runs last.
+ACCEPT_JOBS = """
+CREATE FUNCTION accept_jobs(_jobs jsonb, _tenant_id uuid, _api_key_id uuid, _currency text, _actor text)
+RETURNS TABLE (id uuid, accepted_at timestamptz, start_by timestamptz, release_tag double precision, usage_day date)
+LANGUAGE plpgsql AS $$
+#variable_conflict use_column
+BEGIN RETURN QUERY
+    WITH asked AS MATERIALIZED (
+        SELECT * FROM jsonb_to_recordset(_jobs) AS asked (
+            place integer, id uuid, event_id uuid, facts jsonb, start_within_s double precision, announced boolean,
+            pool text, tier text, model text, model_version text, prompt text, negative_prompt text, width_px integer,
+            height_px integer, num_steps integer, guidance double precision, sampler text, seed bigint, num_images
+            integer, output_format text, init_file_id uuid, mask_file_id uuid, control_file_id uuid, strength double
+            precision, adapters jsonb, precision text, determinism text, bucket_rows integer, run_within_s double
+            precision, predicted_s double precision, eta_raw_s double precision, megapixel_steps numeric(18, 6), metadata
+            jsonb, requeue_of uuid, replay_of uuid)
+    ), placed AS MATERIALIZED (
+        SELECT asked.*, predicted_s / weight AS own_s, sum(predicted_s / weight) OVER (PARTITION BY pool, tier ORDER BY place) AS upto_s
+        FROM asked, (SELECT weight FROM tenants WHERE id = _tenant_id) tenant
+    ), whole AS MATERIALIZED (
+        SELECT pool, tier, max(upto_s) AS cost_s, coalesce(
+                   (SELECT virtual_s FROM fair_clocks c WHERE c.pool = placed.pool AND c.tier = placed.tier),
+                   extract(epoch FROM clock_timestamp())::double precision) AS clock_s
+        FROM placed GROUP BY pool, tier
+    ), flow AS (
+        INSERT INTO flows AS f (pool, tier, tenant_id, finish_tag)
+            SELECT pool, tier, _tenant_id, clock_s + cost_s FROM whole ORDER BY pool, tier
+        ON CONFLICT (pool, tier, tenant_id) DO UPDATE SET
+            finish_tag = greatest(
+                excluded.finish_tag, f.finish_tag + (SELECT cost_s FROM whole w WHERE (w.pool, w.tier) = (f.pool, f.tier)))
+        RETURNING f.pool, f.tier, f.finish_tag - (SELECT cost_s FROM whole w WHERE (w.pool, w.tier) = (f.pool, f.tier)) AS start_tag
+    ), ledger AS (
+        INSERT INTO usage_ledger AS u (tenant_id, day, reserved, jobs_accepted)
+            SELECT _tenant_id, (clock_timestamp() AT TIME ZONE 'UTC')::date, sum(megapixel_steps), count(*)
+            FROM placed JOIN flow USING (pool, tier)
+        ON CONFLICT (tenant_id, day) DO UPDATE SET
+            reserved = u.reserved + excluded.reserved, jobs_accepted = u.jobs_accepted + excluded.jobs_accepted
+        RETURNING day
+    ), job AS (
+        INSERT INTO jobs (id, tenant_id, api_key_id, currency, start_by, release_tag, usage_day, announced_at,
+                          pool, tier, model, model_version, prompt, negative_prompt, width_px, height_px, num_steps, guidance, sampler,
+                          seed, num_images, output_format, init_file_id, mask_file_id, control_file_id, strength, adapters, precision,
+                          determinism, bucket_rows, run_within_s, predicted_s, eta_raw_s, megapixel_steps, metadata, requeue_of,
+                          replay_of)
+            SELECT id, _tenant_id, _api_key_id, _currency, clock_timestamp() + make_interval(secs => start_within_s),
+                   start_tag + upto_s - own_s, day, CASE WHEN announced THEN clock_timestamp() END,
+                   pool, tier, model, model_version, prompt, negative_prompt, width_px, height_px, num_steps, guidance, sampler,
+                   seed, num_images, output_format, init_file_id, mask_file_id, control_file_id, strength, adapters, precision,
+                   determinism, bucket_rows, run_within_s, predicted_s, eta_raw_s, megapixel_steps, metadata, requeue_of,
+                   replay_of
+            FROM placed JOIN flow USING (pool, tier) CROSS JOIN ledger ORDER BY place
+        RETURNING id, accepted_at, start_by, release_tag, usage_day, seed, num_images, pool, tier, announced_at
+    ), image AS (
+        INSERT INTO images (job_id, index, seed) SELECT id, index, seed + index FROM job, generate_series(0, num_images - 1) index
+    ), clock AS (
+        INSERT INTO fair_clocks AS c (pool, tier, virtual_s)
+            SELECT pool, tier, max(release_tag) FROM job WHERE announced_at IS NOT NULL GROUP BY pool, tier
+        ON CONFLICT (pool, tier) DO UPDATE SET virtual_s = greatest(c.virtual_s, excluded.virtual_s)
+    ), event AS (
+        INSERT INTO audit_events (id, chain_id, seq, event, actor, job_id, facts, prev_hash, hash)
+            SELECT event_id, _tenant_id::text, 0, 'job:request:accepted', _actor, id, facts, '', ''
+            FROM placed JOIN job USING (id) ORDER BY place
+    )
+    SELECT id, accepted_at, start_by, release_tag, usage_day FROM job;
+END $$
+"""
+
 VIEWS = {
     "usage_by_tenant_day": (
         "One row per tenant and UTC day: megapixel-steps reserved by jobs under way and settled by those that succeeded, and money.",
@@ -118,10 +187,12 @@ def upgrade() -> None:
         op.execute(f"COMMENT ON VIEW {name} IS '{about}'")
         op.execute(f"GRANT SELECT ON {name} TO darkroom_app, darkroom_auditor")
     op.execute(f"GRANT SELECT, INSERT, UPDATE ON {', '.join(NEW_TABLES)} TO darkroom_app")
+    op.execute(ACCEPT_JOBS)
     op.execute("GRANT DELETE ON idempotency_keys, webhook_deliveries, webhook_attempts TO darkroom_app")
 
 
 def downgrade() -> None:
+    op.execute("DROP FUNCTION accept_jobs")
     for name in VIEWS:
         op.execute(f"DROP VIEW {name}")
     op.drop_index("jobs_by_metadata", "jobs")

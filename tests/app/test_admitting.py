@@ -1,90 +1,10 @@
 """Who is let in and what is said of the wait: gateways of our own, for pools that only the test knows."""
 
-import time
-import uuid
-from urllib.parse import urlsplit
-
 import pytest
-from sqlalchemy import delete, select
 
-from app.outlook import FRESH_FOR_S
-from models import jobs, workers
-from models.database import transaction
-from models.states import ACTIVE_STATES
-from models.tables import Job, Worker
-from tests.app.conftest import bearer
+from tests.app.conftest import of_this_moment
 from tests.app.problem import assert_problem
-from tests.builders import GONE, a_fleet, a_job, a_lease, a_redis, a_tenant
-
-WISH = {"prompt": "a red circle", "tier": "batch", "n": 8, "seed": 7}
-
-
-class House:
-    """A gateway, and a pool that it serves with as many workers as the test says; nobody renders anything."""
-
-    def __init__(self, open_gateway, database, new_key, changes) -> None:
-        self.pool, self._database, self._new_key = f"pool-{uuid.uuid4().hex[:8]}", database, new_key
-        shape = {"models": ["pocket"], "slots": 8, "max_batch_rows": 4}
-        rows = {"128x128": 4, "128x192": 4}
-        own = {f"pools.{self.pool}": shape, "pools.local": GONE, "models.pocket.tiers.quality.bucket_rows": rows}
-        self.http = open_gateway(a_fleet({**own, **{key.replace("POOL", self.pool): value for key, value in changes.items()}}))
-
-    def with_workers(self, count=1):
-        with transaction(self._database) as session:
-            for number in range(count):
-                workers.heartbeat(session, name=f"gpu{number}@{self.pool}", pool=self.pool, device="cpu", slots=8, facts={})
-        return self
-
-    def tenant(self):
-        """POST a wish and GET a job, as a tenant that has nothing yet."""
-        return Tenant(self, bearer(self._new_key()))
-
-    def runs(self, *, tier="batch", predicted_s):
-        """A worker is at a job of somebody else's that will take so long."""
-        with transaction(self._database) as session:
-            a_lease(session, ttl_s=600, worker=f"gpu0@{self.pool}", pool=self.pool, tier=tier, predicted_s=predicted_s)
-
-    def waits(self, *, tenant=None, count=1, predicted_s):
-        """Somebody submits so many jobs that wait; the tenant comes back."""
-        with transaction(self._database) as session:
-            tenant = tenant or a_tenant(session)
-            for _ in range(count):
-                a_job(session, tenant=tenant, pool=self.pool, tier="batch", predicted_s=predicted_s)
-        return tenant
-
-    def leave(self):
-        """End everything, so that nobody has to look after it."""
-        with transaction(self._database) as session:
-            for job in session.scalars(select(Job).where(Job.pool == self.pool, Job.state.in_(ACTIVE_STATES))).all():
-                jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
-            session.execute(delete(Worker).where(Worker.pool == self.pool))
-
-
-class Tenant:
-    def __init__(self, house, headers) -> None:
-        self._http, self._headers = house.http, headers
-
-    def post(self, **wish):
-        return self._http.post("/v1/jobs", json={**WISH, **wish}, headers=self._headers)
-
-    def get(self, job):
-        return self._http.get(job["urls"]["self"], headers=self._headers).json
-
-
-@pytest.fixture
-def a_house(stack, stack_database, gateway_with, new_key):
-    """Open a house with changes to its fleet file; POOL in a key is its pool's name."""
-    corner = urlsplit(stack.env["BROKER_URL"])._replace(path="/9").geturl()  # where no worker looks
-    opened = []
-
-    def a_house(changes=None, **settings):
-        house = House(lambda fleet: gateway_with(fleet, broker_url=corner, **settings), stack_database, new_key, changes or {})
-        opened.append(house)
-        return house
-
-    yield a_house
-    for house in opened:
-        house.leave()
+from tests.builders import a_redis
 
 
 def refused(answer, status, slug, reason, *, seconds=None) -> dict:
@@ -95,12 +15,6 @@ def refused(answer, status, slug, reason, *, seconds=None) -> dict:
     assert 1 <= retry_after_s <= 600
     assert seconds is None or 0.8 * seconds <= retry_after_s <= 1.2 * seconds + 1
     return problem
-
-
-def of_this_moment(ask):
-    """What `ask()` says once the gateway has looked at the queues again: it does so a few times a second."""
-    time.sleep(FRESH_FOR_S + 0.05)
-    return ask()
 
 
 def test_a_waiting_job_tells_how_many_go_before_it_and_when_it_will_be_done(a_house):

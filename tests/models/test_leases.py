@@ -456,16 +456,16 @@ def test_a_zombie_does_not_drop_what_a_later_attempt_goes_on_from(session):
 
 
 def test_a_worker_that_was_started_again_knows_that_its_predecessor_s_leases_are_nobody_s(session):
-    lease, another_s = a_lease(session, worker="gpu7@here", ttl_s=600), a_lease(session, worker="gpu8@here", ttl_s=600)
-    assert leases.running_on(session, "gpu7@here") == [lease.job_id]
+    lease, another_s = a_lease(session, worker="restarted@here", ttl_s=600), a_lease(session, worker="another@here", ttl_s=600)
+    assert leases.running_on(session, "restarted@here") == [lease.job_id]
 
-    job = leases.lose(session, lease.job_id, max_attempts=5, worker="gpu7@here")
+    job = leases.lose(session, lease.job_id, max_attempts=5, worker="restarted@here")
 
     assert (job.state, job.counted_attempts) == ("queued", 1)
     record = attempt_of(session, job.id)
-    assert (record.outcome, record.waste_class, record.error) == ("lease_lost", "lease_lost", "gpu7@here was started again")
-    assert leases.lose(session, another_s.job_id, max_attempts=5, worker="gpu7@here") is None
-    assert leases.running_on(session, "gpu7@here") == []
+    assert (record.outcome, record.waste_class, record.error) == ("lease_lost", "lease_lost", "restarted@here was started again")
+    assert leases.lose(session, another_s.job_id, max_attempts=5, worker="restarted@here") is None
+    assert leases.running_on(session, "restarted@here") == []
     assert another_s.job.state == "running"
 
 

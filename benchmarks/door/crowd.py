@@ -1,0 +1,44 @@
+"""A crowd that watches jobs: many event streams open at once, in a process of its own.
+
+    python -m benchmarks.door.crowd URL STREAMS < a line "KEY JOB_ID" each; the last line is empty
+
+Prints "open" when every stream has sent its first event, reads whatever comes, and ends when standard input does.
+"""
+
+import asyncio
+import sys
+from urllib.parse import urlsplit
+
+
+async def _watch(address: tuple[str, int], key: str, job_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    reader, writer = await asyncio.open_connection(*address)
+    writer.write(f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: {address[0]}\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
+    head = await reader.readuntil(b"\r\n\r\n")
+    if b" 200 " not in head.split(b"\r\n")[0]:
+        raise SystemExit(f"a stream was refused: {head!r}")
+    while b"event:" not in await reader.readline():
+        pass
+    return reader, writer
+
+
+async def _drain(reader: asyncio.StreamReader) -> None:
+    while await reader.read(65_536):
+        pass
+
+
+async def main(url: str, streams: int) -> None:
+    parts = urlsplit(url)
+    address = (str(parts.hostname), int(parts.port or 80))
+    watched = []
+    while line := sys.stdin.readline().strip():
+        watched.append(line.split())
+    opened = await asyncio.gather(*(_watch(address, *watched[number % len(watched)]) for number in range(streams)))
+    drains = [asyncio.create_task(_drain(reader)) for reader, _ in opened]
+    print("open", flush=True)
+    await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
+    for task in drains:
+        task.cancel()
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], int(sys.argv[2])))

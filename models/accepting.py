@@ -1,0 +1,90 @@
+"""Accept jobs: one statement writes any number of them, with images, places in fair order, ledger entries and audit events.
+
+One statement, because this is the way in: what it costs is what everybody pays, and every further round trip is paid with the tenant's
+place in line locked. It is the database's function `accept_jobs` (migration 0005), so that each connection plans it once; planning it
+costs more than running it. Locks are taken in one order, here and wherever jobs end: flows, ledger, audit chain.
+"""
+
+import json
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any
+
+from sqlalchemy import Uuid, bindparam, text
+from sqlalchemy.orm import Session
+
+from models.ids import new_id
+from models.tables import Job
+
+_COLUMNS = [column.name for column in Job.__table__.columns]
+WISH = tuple(_COLUMNS[_COLUMNS.index("pool") : _COLUMNS.index("bucket_rows") + 1])  # every resolved parameter: a job is replayable
+
+
+@dataclass(frozen=True, kw_only=True)
+class NewJob:
+    """A job to be accepted.
+
+    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of all its
+    images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.  labels: the
+    tenant's own metadata.  announced: it goes to Celery as soon as this is committed.
+    """
+
+    params: Mapping[str, Any]
+    start_within_s: float
+    run_within_s: float | None = None
+    predicted_s: float = 0.0
+    eta_raw_s: float | None = None
+    megapixel_steps: Decimal = Decimal(0)
+    labels: Mapping[str, str] | None = None
+    requeue_of: uuid.UUID | None = None
+    replay_of: uuid.UUID | None = None
+    announced: bool = False
+
+
+@dataclass(frozen=True)
+class AcceptedRow:
+    """What the database made of a job."""
+
+    id: uuid.UUID
+    accepted_at: datetime
+    start_by: datetime
+    release_tag: float
+    usage_day: date
+
+
+_ACCEPT = text(
+    """
+    SELECT id, accepted_at, start_by, release_tag, usage_day
+    FROM accept_jobs(CAST(:jobs AS jsonb), :tenant_id, :api_key_id, :currency, :actor)
+    """
+).bindparams(bindparam("tenant_id", type_=Uuid), bindparam("api_key_id", type_=Uuid))
+
+
+def accept(
+    session: Session, new_jobs: Sequence[NewJob], *, tenant_id: uuid.UUID, api_key_id: uuid.UUID | None, currency: str, actor: str
+) -> list[AcceptedRow]:
+    """Write the tenant's jobs, complete and replayable, in the order of their places in line; what the database made of each.
+
+    Locks the tenant's flows, its ledger of the day and its audit chain until commit.
+    """
+    rows = [_row(place, job) for place, job in enumerate(new_jobs)]
+    given = {"jobs": json.dumps(rows), "tenant_id": tenant_id, "api_key_id": api_key_id, "currency": currency, "actor": actor}
+    made = {row.id: AcceptedRow(*row) for row in session.execute(_ACCEPT, given)}
+    return [made[uuid.UUID(row["id"])] for row in rows]
+
+
+def _row(place: int, job: NewJob) -> dict[str, Any]:
+    wish = {name: _plain(job.params[name]) for name in WISH if name in job.params}
+    facts = {name: wish[name] for name in ("pool", "tier", "model", "model_version", "num_images")} | {"seed": str(wish["seed"])}
+    origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
+    own: dict[str, Any] = {"run_within_s": job.run_within_s, "predicted_s": job.predicted_s, "eta_raw_s": job.eta_raw_s}
+    own |= {"megapixel_steps": str(job.megapixel_steps), "metadata": dict(job.labels) if job.labels else None, **origin}
+    ours = {"place": place, "id": str(new_id()), "event_id": str(new_id()), "facts": facts | origin}
+    return {**ours, "start_within_s": job.start_within_s, "announced": job.announced, **wish, **own}
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, uuid.UUID) else value
