@@ -3,7 +3,8 @@
 import asyncio
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -140,12 +141,12 @@ class Many:
             self._run.begin_again(line.number)
         elif known.get("job"):
             try:
-                return await self._patiently(lambda: self._client.job(known["job"]))
+                return await self._patiently(partial(self._client.job, known["job"]))
             except ProblemError as refusal:
                 if refusal.slug != "job-not-found":
                     raise
                 self._run.begin_again(line.number)
-        return await self._patiently(lambda: self._submit(line))
+        return await self._patiently(partial(self._submit, line))
 
     async def _submit(self, line: Line) -> Job:
         """One request, whose answer is waited for even when we are about to leave: it may be about a job that is there now."""
@@ -161,13 +162,12 @@ class Many:
             self._under_way[line.number] = request.result().id
             self._run.note(line.number, job=request.result().id)
 
-    async def _patiently(self, ask: Any) -> Job:
+    async def _patiently(self, ask: Callable[[], Awaitable[Job]]) -> Job:
         """What `ask()` is answered once it is let in; nothing is given up for a full queue."""
         away_since = None
         while True:
             try:
-                job: Job = await ask()
-                return job
+                return await ask()
             except ProblemError as refusal:
                 if refusal.retry_after_s is None or refusal.status not in (429, 503):
                     raise
@@ -195,7 +195,7 @@ class Many:
         except Unreachable as error:
             self._board.wait(str(error))
         while not job.is_finished:
-            job = await self._patiently(lambda: self._client.job(job.id))
+            job = await self._patiently(partial(self._client.job, job.id))
             self._board.show(line, Sight.of(job))
             if not job.is_finished:
                 await asyncio.sleep(min(_LOOK_EVERY_S, 0.2 * max(1, len(self._under_way))))

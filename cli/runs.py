@@ -1,4 +1,4 @@
-"""What became of every line of a file of prompts, in a small file beside the images, so that a second run goes on where the first one ended."""
+"""What became of every line of a file of prompts, kept in a file beside the images: a second run goes on where the first one ended."""
 
 import hashlib
 import json
