@@ -97,6 +97,8 @@ def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -
 
 def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
     """The job when it is finished. By its events where the gateway tells them, else by asking again and again."""
+    if job.is_finished:
+        return job
     sight = Sight.of(job)
     try:
         for event in client.events(job.id):
