@@ -73,6 +73,15 @@ def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -
 
     cancels: Ctrl-C, which is passed on, cancels the job first. Raises WaitTimeout.
     """
+    try:
+        return _watch(client, job, timeout_s)
+    except KeyboardInterrupt:
+        what = f"is {client.cancel(job.id).state}" if cancels else "goes on"
+        screen.err().print(f"job {job.id} {what}", soft_wrap=True)
+        raise
+
+
+def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
     columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[where]}"), TimeElapsedColumn())
     console, said, sight = screen.err(), "", Sight.of(job)
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -85,14 +94,9 @@ def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -
                 said = seen.state
                 console.print(f"job {job.id} is {seen.state}", soft_wrap=True)
 
-        try:
-            if timeout_s is None:
-                return follow(client, job, show)
-            return client.wait(job.id, timeout_s, on_progress=lambda seen: show(Sight.of(seen)))
-        except KeyboardInterrupt:
-            what = f"is {client.cancel(job.id).state}" if cancels else "goes on"
-            progress.console.print(f"job {job.id} {what}")
-            raise
+        if timeout_s is None:
+            return follow(client, job, show)
+        return client.wait(job.id, timeout_s, on_progress=lambda seen: show(Sight.of(seen)))
 
 
 def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
