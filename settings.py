@@ -11,6 +11,8 @@ FleetSettings                fleet.toml
         ├── WorkerSettings   + those of the device
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
+StreamSettings               how many event streams a gateway process may have (and the gateway's)
+└── ServerSettings           + how gunicorn listens
 OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway)
 ServerSettings               how gunicorn listens
 """
@@ -68,13 +70,19 @@ class FlowerSettings(BrokerSettings):
     flower_bind: str = "127.0.0.1:5555"
 
 
-class ServerSettings(BaseSettings):
-    """How gunicorn listens."""
+class StreamSettings(BaseSettings):
+    """What gunicorn and the gateway in it agree on."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
+    gateway_max_streams: int = Field(512, ge=1)  # live event streams of one process; each holds a thread of its own
+
+
+class ServerSettings(StreamSettings):
+    """How gunicorn listens."""
+
     gateway_bind: str = "127.0.0.1:8080"
-    gateway_threads: int = Field(128, ge=1)  # a waiting client holds a thread, not a database connection
+    gateway_threads: int = Field(128, ge=1)  # beside those of streams; a waiting client holds one, not a database connection
     web_concurrency: int = Field(1, ge=1)  # processes; with more than one, metrics are per process
 
 
@@ -135,12 +143,13 @@ class OutboundSettings(BaseSettings):
         return text
 
 
-class GatewaySettings(StoreSettings, OutboundSettings):
+class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):
     """What the gateway is handed."""
 
     api_key_pepper: SecretStr = Field(min_length=16)  # HMAC key of the stored API keys; changing it revokes all of them
     max_body_bytes: int = Field(262_144, ge=1024)
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
+    event_heartbeat_s: float = Field(10.0, gt=0)  # silence on an event stream; only a write finds out that a client has gone
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)

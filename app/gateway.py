@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from flask import current_app
 from sqlalchemy import Engine
 
+from app.following import Events
 from app.outlook import Lookout
 from edges.broker import Broker
+from edges.events import Reader
 from edges.handoff import Gauge, Handoff
 from edges.objectstore import ObjectStore
 from edges.progress import Endings, News
@@ -33,6 +35,7 @@ class Gateway:
     news: News
     endings: Endings
     lookout: Lookout
+    events: Events
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
@@ -44,6 +47,8 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
+    news = News(settings.handoff_url)
+    lookout = Lookout(database, fleet, Gauge(settings.handoff_url), release.room, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
         fleet=fleet,
@@ -52,9 +57,10 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         release=release,
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         store=ObjectStore(settings),
-        news=News(settings.handoff_url),
+        news=news,
         endings=Endings(settings.handoff_url),
-        lookout=Lookout(database, fleet, Gauge(settings.handoff_url), release.room, worker_silence_s=settings.lease_ttl_s),
+        lookout=lookout,
+        events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
     )
 
 

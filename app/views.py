@@ -61,15 +61,23 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         },
         "cost": _cost(job),
         "images": [_image_view(job, image) for image in job.images],
-        "urls": {"self": url_for("jobs.show_job", job_id=job.id), "cancel": url_for("jobs.cancel_job", job_id=job.id)},
+        "urls": {
+            "self": url_for("jobs.show_job", job_id=job.id),
+            "cancel": url_for("jobs.cancel_job", job_id=job.id),
+            "events": url_for("events.follow_job", job_id=job.id),
+        },
     }
 
 
 def _image_view(job: Job, image: Image) -> dict[str, Any]:
     view: dict[str, Any] = {"index": image.index, "seed": image.seed, "state": image.state}
     names = ("pixels_sha256", "content_sha256", "content_type", "size_bytes", "width_px", "height_px")
-    view["url"] = url_for("jobs.show_image", job_id=job.id, index=image.index) if image.artifact else None
+    view["url"] = image_url(job.id, image.index) if image.artifact else None
     return view | {name: getattr(image.artifact, name) if image.artifact else None for name in names}
+
+
+def image_url(job_id: UUID, index: int) -> str:
+    return url_for("jobs.show_image", job_id=job_id, index=index)
 
 
 def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:

@@ -1,4 +1,10 @@
-"""gunicorn for the gateway: threads, because requests wait (long polls); one process, so that metrics add up by themselves."""
+"""gunicorn for the gateway: threads, because requests wait (long polls, streams); one process, so that metrics add up by themselves."""
+
+import resource
+import signal
+import threading
+from types import FrameType
+from typing import Any
 
 from settings import ServerSettings, load
 
@@ -7,9 +13,23 @@ _settings = load(ServerSettings)
 bind = _settings.gateway_bind
 worker_class = "gthread"
 workers = _settings.web_concurrency
-threads = _settings.gateway_threads
+threads = _settings.gateway_threads + _settings.gateway_max_streams  # made when they are needed; open streams leave POST all of its own
+worker_connections = threads + 1024  # those that wait for their client's next request
 keepalive = 15
 timeout = 90  # longer than the longest wait
 graceful_timeout = 20
 accesslog = None  # the gateway's own metrics and logs say more
 control_socket_disable = True
+
+
+def post_worker_init(worker: Any) -> None:
+    """Room for a file per connection, and streams that end at once on SIGTERM: their clients go on elsewhere."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard))
+    stop = signal.getsignal(signal.SIGTERM)
+
+    def end(signum: int, frame: FrameType | None) -> None:
+        threading.Thread(target=worker.wsgi.extensions["darkroom"].events.close).start()  # a handler must not wait for a lock
+        stop(signum, frame)
+
+    signal.signal(signal.SIGTERM, end)

@@ -1,4 +1,5 @@
-"""News of running jobs, best effort, over the hand-off's Redis: steps for the curious, cancels for the worker, endings for those who wait.
+"""News of running jobs, best effort, over the hand-off's Redis: steps and events for the curious, cancels and watchers for the worker,
+endings for those who wait.
 
 Nothing here is the truth: a lost message costs a stale progress bar, a cancel that takes effect at the next lease
 renewal, or a waiting client that looks again by itself.
@@ -8,18 +9,24 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import redis
 import structlog
+from redis.client import Pipeline
+
+from edges import eventlog
 
 log = structlog.get_logger(__name__)
 
-CANCELS, ENDINGS = "darkroom:cancels", "darkroom:endings"
+CANCELS, ENDINGS, WATCHES = "darkroom:cancels", "darkroom:endings", "darkroom:watches"
 _FLUSH_S = 0.1
 _KEEP_S = 600
+_WATCHED_FOR_S = 30  # followers say every few seconds that they still look
+_MOST_REMEMBERED = 256  # images
 
 
 @dataclass(frozen=True)
@@ -31,20 +38,65 @@ class Step:
     num_steps: int
 
 
+@dataclass(frozen=True)
+class Preview:
+    """What one image of a job looks like by now, as a JPEG."""
+
+    index: int
+    step: int
+    num_steps: int
+    jpeg: bytes
+
+
+@dataclass
+class _Noted:
+    """What is to be sent; of steps and previews the newest of each image."""
+
+    started: list[tuple[str, int]] = field(default_factory=list)
+    steps: dict[tuple[str, int], Step] = field(default_factory=dict)
+    previews: dict[tuple[str, int], Preview] = field(default_factory=dict)
+
+    def jobs(self) -> set[str]:
+        return {job_id for job_id, _ in (*self.started, *self.steps, *self.previews)}
+
+
 class ProgressWriter:
-    """The worker's side: the engine's thread notes steps, a thread of its own sends the newest of each job ten times a second."""
+    """The worker's side: the engine's thread notes what happens, a thread of its own sends it ten times a second."""
 
     def __init__(self, handoff_url: str) -> None:
-        self._redis = _connect(handoff_url)
-        self._newest: dict[tuple[str, int], Step] = {}
+        self._redis = connect(handoff_url)
+        self._unwatched: Callable[[uuid.UUID], None] = _ignore
+        self._noted = _Noted()
+        self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
 
+    def begin(self, job_id: uuid.UUID, attempt: int) -> None:
+        """An attempt has started. Returns at once."""
+        with self._lock:
+            self._noted.started.append((str(job_id), attempt))
+
     def note(self, job_id: uuid.UUID, step: Step) -> None:
         """Returns at once."""
         with self._lock:
-            self._newest[str(job_id), step.index] = step
+            self._noted.steps[str(job_id), step.index] = step
+
+    def show(self, job_id: uuid.UUID, preview: Preview) -> None:
+        """Returns at once."""
+        with self._lock:
+            self._noted.previews[str(job_id), preview.index] = preview
+
+    def is_watched(self, job_id: uuid.UUID) -> bool:
+        """Does anybody look at previews of the job?"""
+        try:
+            return bool(self._redis.exists(_watch_key(job_id)))
+        except redis.RedisError:
+            return False
+
+    def when_unwatched(self, act: Callable[[uuid.UUID], None]) -> None:
+        """Call `act` with every job that still shows previews although nobody looks any more."""
+        self._unwatched = act
 
     def close(self) -> None:
         self._stop.set()
@@ -53,26 +105,50 @@ class ProgressWriter:
     def _run(self) -> None:
         while not self._stop.wait(_FLUSH_S):
             with self._lock:
-                newest, self._newest = self._newest, {}
-            if newest:
-                self._send(newest)
+                noted, self._noted = self._noted, _Noted()
+            try:
+                if noted.jobs():
+                    self._send(noted)
+                if noted.previews:
+                    self._send_previews(noted.previews)
+            except redis.RedisError as error:
+                log.info("progress_not_sent", reason=type(error).__name__)
 
-    def _send(self, newest: dict[tuple[str, int], Step]) -> None:
-        try:
+    def _send(self, noted: _Noted) -> None:
+        pipe = self._redis.pipeline(transaction=True)  # or who waits for news is woken by the first of these and reads only that
+        for job_id, attempt in noted.started:
+            eventlog.append(pipe, job_id, eventlog.STARTED, {"attempt": attempt})
+        for (job_id, index), step in noted.steps.items():
+            pipe.hset(_key(job_id), str(index), f"{step.step}/{step.num_steps}")
+            pipe.expire(_key(job_id), _KEEP_S)
+            eventlog.append(pipe, job_id, eventlog.STEP, {"index": index, "step": step.step, "num_steps": step.num_steps})
+        for job_id in noted.jobs():
+            eventlog.keep(pipe, job_id)
+        pipe.execute()
+
+    def _send_previews(self, previews: Mapping[tuple[str, int], Preview]) -> None:
+        """Each takes the place of one before it, for pictures are large."""
+        for (job_id, index), preview in previews.items():
+            kept = self._kept.setdefault((job_id, index), deque())
             pipe = self._redis.pipeline(transaction=False)
-            for (job_id, index), step in newest.items():
-                pipe.hset(_key(job_id), str(index), f"{step.step}/{step.num_steps}")
-                pipe.expire(_key(job_id), _KEEP_S)
-            pipe.execute()
-        except redis.RedisError as error:
-            log.info("progress_not_sent", reason=type(error).__name__)
+            data = {"index": index, "step": preview.step, "num_steps": preview.num_steps}
+            eventlog.append(pipe, job_id, eventlog.PREVIEW, data, preview.jpeg)
+            pipe.exists(_watch_key(job_id))
+            if len(kept) >= eventlog.KEPT_PREVIEWS:
+                pipe.xdel(eventlog.key(job_id), kept.popleft())
+            event_id, is_watched, *_ = pipe.execute()
+            kept.append(event_id)
+            if not is_watched:
+                self._unwatched(uuid.UUID(job_id))
+        while len(self._kept) > _MOST_REMEMBERED:
+            del self._kept[next(iter(self._kept))]
 
 
 class News:
-    """The gateway's and the results worker's side: read progress, tell of cancels and endings."""
+    """The gateway's and the results worker's side: read progress, tell of cancels, stored images and endings."""
 
     def __init__(self, handoff_url: str) -> None:
-        self._redis = _connect(handoff_url)
+        self._redis = connect(handoff_url)
 
     def steps(self, job_id: uuid.UUID) -> list[Step]:
         """The newest step of every image that was heard of; empty if nothing is known."""
@@ -84,17 +160,43 @@ class News:
 
     def tell_cancel(self, job_id: uuid.UUID) -> None:
         """Ask whichever worker runs the job to stop at its next step."""
-        self._tell(CANCELS, job_id)
+        self._send("cancel", lambda pipe: _publish(pipe, CANCELS, job_id))
 
     def tell_ending(self, job_id: uuid.UUID) -> None:
-        """Wake those who wait for the job."""
-        self._tell(ENDINGS, job_id)
+        """Wake those who wait for the job; the record of its events is of little use from now on."""
 
-    def _tell(self, channel: str, job_id: uuid.UUID) -> None:
+        def write(pipe: Pipeline) -> None:
+            eventlog.keep_ended(pipe, job_id)
+            _publish(pipe, ENDINGS, job_id)
+
+        self._send("ending", write)
+
+    def tell_stored(self, job_id: uuid.UUID, image: Mapping[str, Any]) -> None:
+        """Record that an image is stored. image: what followers are told of it."""
+
+        def write(pipe: Pipeline) -> None:
+            eventlog.append(pipe, job_id, eventlog.STORED, image)
+            eventlog.keep(pipe, job_id)
+
+        self._send("stored", write)
+
+    def tell_watching(self, job_ids: Collection[uuid.UUID]) -> None:
+        """Ask for previews of the jobs for the next half minute, from whichever workers run them, or will."""
+
+        def write(pipe: Pipeline) -> None:
+            for job_id in job_ids:
+                pipe.set(_watch_key(job_id), 1, ex=_WATCHED_FOR_S)
+                _publish(pipe, WATCHES, job_id)
+
+        self._send("watching", write)
+
+    def _send(self, what: str, write: Callable[[Pipeline], None]) -> None:
+        pipe = self._redis.pipeline(transaction=False)
+        write(pipe)
         try:
-            self._redis.publish(channel, json.dumps({"job_id": str(job_id)}))
+            pipe.execute()
         except redis.RedisError as error:
-            log.info("news_not_sent", channel=channel, job_id=str(job_id), reason=type(error).__name__)
+            log.info("news_not_sent", what=what, reason=type(error).__name__)
 
 
 class Listener:
@@ -113,7 +215,7 @@ class Listener:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with _connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                with connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     pubsub.subscribe(self._channel)
                     while not self._stop.is_set():
                         self._dispatch(pubsub.get_message(timeout=1.0))
@@ -178,9 +280,22 @@ class Endings:
                 del self._waiting[job_id]
 
 
-def _connect(url: str) -> redis.Redis:
+def _publish(pipe: Pipeline, channel: str, job_id: uuid.UUID) -> None:
+    pipe.publish(channel, json.dumps({"job_id": str(job_id)}))
+
+
+def connect(url: str) -> redis.Redis:
+    """For what may be lost: nobody waits long for it."""
     return redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=2, health_check_interval=15)
 
 
 def _key(job_id: str) -> str:
     return f"progress:{job_id}"
+
+
+def _watch_key(job_id: object) -> str:
+    return f"watch:{job_id}"
+
+
+def _ignore(job_id: uuid.UUID) -> None:
+    """Nobody is to be told."""

@@ -5,7 +5,7 @@ event in the same transaction. Callers commit.
 """
 
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -17,7 +17,7 @@ from models import accepting, audit, flows, idempotency, uploads, usage
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
 from models.idempotency import Once
-from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
+from models.states import ACTIVE_STATES, FINAL_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
 SWEEPER = "sweeper"
@@ -96,6 +96,11 @@ def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUI
 
 def state_of(session: Session, job_id: uuid.UUID) -> str | None:
     return session.scalar(select(Job.state).where(Job.id == job_id))
+
+
+def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uuid.UUID]:
+    """Those of the jobs that are in a final state."""
+    return session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(FINAL_STATES))).all()
 
 
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:

@@ -18,11 +18,11 @@ from sqlalchemy.exc import OperationalError
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
-from edges.progress import News, ProgressWriter, Step
+from edges.progress import News, Preview, ProgressWriter, Step
 from edges.release import Release
 from edges.snapshots import STORE
 from engine.errors import EngineError, ImageCanceled
-from engine.events import Event, Failed, Finished, Stepped
+from engine.events import Event, Failed, Finished, Previewed, Stepped
 from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.request import Determinism, ImageRequest
@@ -36,6 +36,7 @@ from settings import Settings
 from tasks.checkpoints import Checkpoints, Earlier
 from tasks.health import Health
 from tasks.keeper import ALONE_FROM, Held, LeaseKeeper
+from tasks.previews import Previews
 from tasks.verdicts import Verdicts, persist
 
 log = structlog.get_logger(__name__)
@@ -89,6 +90,7 @@ class Renderer:
     release: Release
     handoff: Handoff
     progress: ProgressWriter
+    previews: Previews
     news: News
 
     def render_job(self, *, job_id: str) -> None:
@@ -122,6 +124,7 @@ class Renderer:
 
     def _render(self, held: Held) -> None:
         work = Work(held)
+        self.progress.begin(held.lease.job_id, held.lease.attempt)
         try:
             for finished in self._finished_images(work):
                 self._hand_on(work, finished)
@@ -134,6 +137,7 @@ class Renderer:
         except BaseException as error:  # noqa: BLE001
             self.verdicts.decide(held, error)
         finally:
+            self.previews.end(held.lease.job_id)
             for handle in work.handles.values():
                 handle.cancel()
             self._note_waste(work)
@@ -150,6 +154,7 @@ class Renderer:
             request, on_event = self._request(lease, index), self._hearer(work, index)
             begun = self.checkpoints.begin(earlier.kept.get(index), request, on_event, within_s=held.run_left_s)
             work.handles[index], work.resumed[index] = begun
+        self.previews.begin(lease.job_id, work.handles)
         held.expected_s = work.expected_s
         if held.lost.is_set() or held.leaving:
             raise LetGo
@@ -172,6 +177,8 @@ class Renderer:
                 self.progress.note(lease.job_id, Step(index, event.step, event.num_steps))
                 if every and event.step % every == 0 and event.step < event.num_steps:
                     self.checkpoints.keep_soon(lease, index, event.request_id)
+            elif isinstance(event, Previewed):
+                self.progress.show(lease.job_id, Preview(index, event.step, lease.job.num_steps, event.jpeg))
             elif isinstance(event, Finished | Failed):
                 work.endings.put(event)
 

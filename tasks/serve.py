@@ -23,7 +23,7 @@ from edges.broker import Broker, make_celery
 from edges.handoff import Gauge, Handoff
 from edges.notices import NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.objectstore import ObjectStore
-from edges.progress import CANCELS, Listener, News, ProgressWriter
+from edges.progress import CANCELS, WATCHES, Listener, News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import tier_gate
@@ -50,6 +50,7 @@ def serve_render() -> None:
     from tasks.health import Health
     from tasks.keeper import LeaseKeeper, WorkerIdentity
     from tasks.preemption import Preemption, wait_while_a_notice_stands
+    from tasks.previews import Previews
     from tasks.render import Renderer
     from tasks.verdicts import Verdicts
 
@@ -69,6 +70,7 @@ def serve_render() -> None:
     broker = Broker(settings, fleet)
     keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
+    previews = Previews(progress)
     gauge = Gauge(settings.handoff_url, trusted_for_s=HANDOFF_MISSED_AFTER_S)
     checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news, fill=gauge.fill)
     preemption = Preemption(keeper, when_empty=lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -85,13 +87,14 @@ def serve_render() -> None:
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         progress=progress,
+        previews=previews,
         news=news,
     )
     register(celery, queues.RENDER_JOB, renderer.render_job)
     shutdown = SignalNotices(settings.shutdown_notice_s)
     worker_shutting_down.connect(lambda **_: shutdown.notify(), weak=False)
     watch = NoticeWatch([*sources, shutdown], preemption.begin)
-    listener = Listener(settings.handoff_url, CANCELS, keeper.drop)
+    listeners = [Listener(settings.handoff_url, CANCELS, keeper.drop), Listener(settings.handoff_url, WATCHES, previews.show)]
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     telemetry.watch_engine(engine.stats)
     names = queues.render_queues(fleet, settings.worker_pool)
@@ -115,7 +118,7 @@ def serve_render() -> None:
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
-        for part in (watch, health, keeper, listener):
+        for part in (watch, health, keeper, *listeners):
             part.close()
         engine.stop()
         checkpoints.close()

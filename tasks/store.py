@@ -88,6 +88,7 @@ class Storekeeper:
             return True
         telemetry.IMAGES_STORED.labels(job.tier, job.output_format).inc()
         telemetry.STORED_BYTES.inc(artifact["size_bytes"])
+        self.news.tell_stored(job.id, {"index": index, "seed": job.seed + index, **_told(artifact)})
         if after.state == JobState.SUCCEEDED:
             log.info("job_succeeded", tier=job.tier, device_seconds=round(after.device_seconds, 4))
             self.news.tell_ending(job.id)
@@ -147,3 +148,8 @@ class Storekeeper:
             log.warning("tidy_postponed", reason=str(error))
         except BaseException as error:
             log.error("tidy_task_failed", exc_info=error)
+
+
+def _told(artifact: dict) -> dict:
+    """What a follower of the job is told of a stored image: not where it lies."""
+    return {name: value for name, value in artifact.items() if name != "object_key"}

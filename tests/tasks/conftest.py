@@ -24,6 +24,7 @@ from tasks.checkpoints import Checkpoints
 from tasks.engines import checkpoint_specs, engine_config
 from tasks.health import Health
 from tasks.keeper import LeaseKeeper, WorkerIdentity
+from tasks.previews import Previews
 from tasks.render import Renderer
 from tasks.verdicts import Verdicts
 from tests.builders import a_fleet, a_job, settings_for
@@ -117,6 +118,7 @@ def a_worker(
         release=Release(database, broker, fleet, worker_silence_s=15),
         handoff=Handoff(settings.handoff_url, ttl_s=60),
         progress=progress,
+        previews=Previews(progress),
         news=news,
     )
     try:

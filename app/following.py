@@ -1,0 +1,196 @@
+"""Follow a job live, as the one who asked for it: from its place in the queue to its end.
+
+What comes by way of Redis may be lost; what ends a stream is Postgres, which is asked about all followed jobs at once every few
+seconds, and about one when its ending is heard.
+"""
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+
+import structlog
+from flask import copy_current_request_context, g
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.outlook import Lookout, QueuePlace
+from app.problems import JobNotFound, StreamsExhausted
+from app.views import image_url, job_view, queue_view
+from edges import telemetry
+from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
+from edges.events import LEAVE, NoSeat, Reader, Seat
+from edges.progress import News
+from models import jobs
+from models.database import transaction
+from models.states import FINAL_STATES, JobState
+from models.tables import Job
+
+log = structlog.get_logger(__name__)
+
+LOOK_EVERY_S = 5.0
+
+
+class Events:
+    """One per gateway process; its threads start with the first follower."""
+
+    def __init__(self, database: Engine, lookout: Lookout, news: News, reader: Reader) -> None:
+        self._database, self._lookout, self._news, self._reader = database, lookout, news, reader
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._net: threading.Thread | None = None
+
+    def follow(
+        self, job_id: uuid.UUID, *, after: str | None = None, previews: bool = False, heartbeat_s: float = 10
+    ) -> Iterator[Event | None]:
+        """What happened to the caller's job after the event `after`, and what happens until its end; None when a heartbeat is due.
+
+        While the job waits, `queued` comes first, and again when the forecast changes; `final` comes last, with the whole job. When
+        this process ends, so does the iterator, without `final`. To be called while answering a request, and may outlive it; closing
+        the iterator, or letting go of it, forgets the follower. Raises JobNotFound, StreamsExhausted.
+        """
+        told = copy_current_request_context(_told)  # views name routes
+        stream = self._stream(job_id, g.caller.tenant_id, after or BEGINNING, previews, heartbeat_s, told)
+        next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
+        return stream
+
+    def close(self) -> None:
+        """Send every follower away: they go on elsewhere from where they are."""
+        self._stop.set()
+        self._reader.close()
+
+    def _stream(
+        self,
+        job_id: uuid.UUID,
+        tenant_id: uuid.UUID,
+        after: str,
+        previews: bool,
+        heartbeat_s: float,
+        told: Callable[[Event, uuid.UUID, Job | None], Event],
+    ) -> Iterator[Event | None]:
+        try:
+            seat, earlier = self._reader.sit_down(job_id, wants_previews=previews, after=after)
+        except NoSeat:
+            raise StreamsExhausted("This process has as many event streams open as it may.", retry_after_s=5) from None
+        try:
+            job = self._find(job_id, tenant_id)  # once seated: no ending goes unheard after this look
+            if job is None:
+                raise JobNotFound(f"There is no job {job_id}.")
+            if previews and job.state not in FINAL_STATES:
+                self._news.tell_watching([job_id])
+            self._start_net()
+            yield None
+            for event in self._events(job, seat, earlier, heartbeat_s):
+                if event is None:
+                    yield None
+                    continue
+                whole = self._ended(job) if event.kind == FINAL else None
+                if event.kind == FINAL and whole is None:
+                    continue  # Postgres is away for now; the net hears of the ending again
+                telemetry.EVENTS_SENT.labels(event.kind).inc()
+                yield told(event, job_id, whole)
+                if event.kind == FINAL:
+                    return
+        finally:
+            self._reader.leave(seat)
+
+    def _events(self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float) -> Iterator[Event | None]:
+        """As they are heard of, without end but for that of this process."""
+        forecast = _Forecast(self._lookout, job)
+        yield from forecast.news()
+        for event in earlier:
+            forecast.hear(event)
+            yield event
+        if job.state in FINAL_STATES:
+            yield Event(None, FINAL, {})
+        beat_at = time.monotonic() + heartbeat_s
+        while (event := seat.get(min(beat_at, forecast.due_at) - time.monotonic())) is not LEAVE:
+            heard = [event] if event is not None else forecast.news()
+            for each in heard:
+                forecast.hear(each)
+                yield each
+            if heard:
+                beat_at = time.monotonic() + heartbeat_s
+            elif time.monotonic() >= beat_at:
+                yield None
+                beat_at = time.monotonic() + heartbeat_s
+
+    def _find(self, job_id: uuid.UUID, tenant_id: uuid.UUID) -> Job | None:
+        with transaction(self._database) as session:
+            return jobs.find(session, job_id, tenant_id=tenant_id)
+
+    def _ended(self, job: Job) -> Job | None:
+        """The job as it ended; None if that cannot be seen."""
+        try:
+            found = self._find(job.id, job.tenant_id)
+        except SQLAlchemyError as error:
+            log.warning("ending_not_seen", job_id=str(job.id), reason=type(error).__name__)
+            return None
+        return found if found is not None and found.state in FINAL_STATES else None
+
+    def _start_net(self) -> None:
+        with self._lock:
+            if self._net is None:
+                self._net = threading.Thread(target=self._catch, name="event-net", daemon=True)
+                self._net.start()
+
+    def _catch(self) -> None:
+        """Look for endings that were not heard, and say which previews are still looked at."""
+        while not self._stop.wait(LOOK_EVERY_S):
+            try:
+                if followed := self._reader.followed():
+                    with transaction(self._database) as session:
+                        ended = jobs.ended_among(session, followed)
+                    self._reader.end(ended)
+                if watched := self._reader.watched():
+                    self._news.tell_watching(watched)
+            except SQLAlchemyError as error:
+                log.warning("endings_not_looked_for", reason=type(error).__name__)
+
+
+class _Forecast:
+    """What a waiting job is told of its place in the queue: at once, and when more has changed than the time."""
+
+    def __init__(self, lookout: Lookout, job: Job) -> None:
+        self._lookout, self._job = lookout, job
+        self._has_told, self._told_at = False, 0.0
+        self._told: QueuePlace | None = None
+        self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
+
+    def hear(self, event: Event) -> None:
+        """An attempt that begins ends the wait; those that are over by now do not."""
+        if event.kind == STARTED and event.data.get("attempt", 0) > self._job.attempt:
+            self.due_at = float("inf")
+
+    def news(self) -> list[Event]:
+        """A `queued` event if it is due to look and there is something to tell."""
+        now = time.monotonic()
+        if now < self.due_at:
+            return []
+        self.due_at = now + LOOK_EVERY_S
+        try:
+            place = self._lookout.place_of(self._job)
+        except SQLAlchemyError:
+            place = None
+        if not self._is_news(place, now):
+            return []
+        self._has_told, self._told, self._told_at = True, place, now
+        return [Event(None, QUEUED, queue_view(place) or {"jobs_ahead": None, "eta_p50_s": None, "eta_p90_s": None})]
+
+    def _is_news(self, place: QueuePlace | None, now: float) -> bool:
+        """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
+        if place is None or place.jobs_ahead is None:
+            return not self._has_told
+        if self._told is None or self._told.jobs_ahead is None:
+            return True
+        moved = abs(place.jobs_ahead - self._told.jobs_ahead)
+        shift_s = (now + place.eta.p50_s) - (self._told_at + self._told.eta.p50_s)
+        return moved > 0.1 * place.jobs_ahead or abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
+
+
+def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
+    """The event as a client sees it."""
+    if ended is not None:
+        return Event(event.id, event.kind, job_view(ended))
+    if event.kind == STORED:
+        return Event(event.id, event.kind, event.data | {"url": image_url(job_id, event.data["index"])})
+    return event

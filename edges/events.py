@@ -1,0 +1,226 @@
+"""Many followers of many jobs over one connection: a gateway process's reader of job streams.
+
+A thread asks Redis for the news of all followed jobs at once and puts them into each follower's queue. Whoever comes catches up by
+itself and misses nothing in between; whoever reads slowly loses steps and previews, nothing else.
+"""
+
+import queue
+import threading
+import time
+import uuid
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import redis
+import structlog
+
+from edges import eventlog, telemetry
+from edges.eventlog import BEGINNING, FINAL, PREVIEW, STEP, Event
+from edges.progress import ENDINGS, Listener, connect
+
+log = structlog.get_logger(__name__)
+
+READ_EVERY_S = 0.05  # what busy jobs tell comes in bundles, 20 a second at most
+_BLOCK_MS = 2000
+_MOST_UNREAD = 256  # events of a follower, before its steps and previews are dropped
+_DROPPABLE = (STEP, PREVIEW)
+LEAVE = Event(None, "leave", {})  # this process ends: follow on elsewhere
+
+
+class NoSeat(Exception):
+    """As many follow already as may."""
+
+
+class Seat:
+    """One follower of one job."""
+
+    def __init__(self, job_id: uuid.UUID, *, wants_previews: bool) -> None:
+        self.job_id, self.wants_previews = job_id, wants_previews
+        self.seen = (0, 0)
+        self._news: queue.SimpleQueue[Event] = queue.SimpleQueue()
+
+    def put(self, event: Event) -> None:
+        """Never waits."""
+        if event.kind == PREVIEW and not self.wants_previews:
+            return
+        if event.kind in _DROPPABLE and self._news.qsize() >= _MOST_UNREAD:
+            telemetry.EVENTS_DROPPED.labels(event.kind).inc()
+            return
+        self._news.put(event)
+
+    def get(self, within_s: float) -> Event | None:
+        """The next event that was not had before: of the job's stream, FINAL when it has ended, LEAVE; None if none comes in time."""
+        deadline = time.monotonic() + within_s
+        while True:
+            try:
+                event = self._news.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                return None
+            if self.is_new(event):
+                return event
+
+    def is_new(self, event: Event) -> bool:
+        """Whether the event was not had before; from now on it was."""
+        if event.id is None:
+            return True
+        if (place := eventlog.order(event.id)) <= self.seen:
+            return False
+        self.seen = place
+        return True
+
+
+class Reader:
+    """One per process; its threads start with the first follower."""
+
+    def __init__(self, handoff_url: str, *, most: int) -> None:
+        self._url, self._most = handoff_url, most
+        self._redis = connect(handoff_url)
+        self._wake_key, self._wake_id = f"events:wake:{uuid.uuid4()}", BEGINNING
+        self._seats: dict[uuid.UUID, list[Seat]] = {}
+        self._positions: dict[uuid.UUID, str] = {}  # what has been read of each followed job
+        self._everybody: set[Seat] = set()
+        self._lock, self._stop = threading.Condition(), threading.Event()
+        self._listener: Listener | None = None
+        self._thread = threading.Thread(target=self._run, name="events", daemon=True)
+
+    def sit_down(self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING) -> tuple[Seat, Sequence[Event]]:
+        """A seat, and what happened after the event `after`; what happens from now on comes to the seat. Raises NoSeat.
+
+        Whoever sits down must `leave`.
+        """
+        seat = Seat(job_id, wants_previews=wants_previews)
+        with self._lock:
+            if len(self._everybody) >= self._most or self._stop.is_set():
+                raise NoSeat
+            self._everybody.add(seat)
+            telemetry.EVENT_STREAMS.set(len(self._everybody))
+            if self._listener is None:
+                self._listener = Listener(self._url, ENDINGS, lambda ended: self.end([ended]))
+                self._thread.start()
+        return seat, self._caught_up(seat, after)
+
+    def leave(self, seat: Seat) -> None:
+        """Forget the follower; harmless when repeated."""
+        with self._lock:
+            self._everybody.discard(seat)
+            telemetry.EVENT_STREAMS.set(len(self._everybody))
+            seats = self._seats.get(seat.job_id, [])
+            if seat in seats:
+                seats.remove(seat)
+                if not seats:
+                    del self._seats[seat.job_id], self._positions[seat.job_id]
+
+    def followed(self) -> list[uuid.UUID]:
+        """The jobs that somebody follows."""
+        with self._lock:
+            return list(self._positions)
+
+    def end(self, job_ids: Collection[uuid.UUID]) -> None:
+        """Tell followers that these jobs have ended, after all that is known of them."""
+        is_there = True
+        for job_id in job_ids:
+            with self._lock:
+                position = self._positions.get(job_id)
+            if position is None:
+                continue
+            try:
+                rest = self._range(job_id, position) if is_there else []
+            except redis.RedisError:
+                rest, is_there = [], False
+            self._hand_out(job_id, [*rest, Event(None, FINAL, {})])
+
+    def watched(self) -> list[uuid.UUID]:
+        """Those of them whose previews somebody wants."""
+        with self._lock:
+            return [job_id for job_id, seats in self._seats.items() if any(seat.wants_previews for seat in seats)]
+
+    def close(self) -> None:
+        """Send every follower away, and stop."""
+        self._stop.set()
+        with self._lock:
+            self._lock.notify_all()
+            for seat in self._everybody:
+                seat.put(LEAVE)
+        self._wake()
+        if self._listener is not None:
+            self._listener.close()
+            self._thread.join(timeout=3)
+
+    def _caught_up(self, seat: Seat, after: str) -> list[Event]:
+        """What happened until the seat was among those that get the news, without gap or overlap."""
+        first = self._tried_range(seat.job_id, after)
+        events = first or []
+        position = (events[-1].id if events else None) or after
+        seat.seen = eventlog.order(after)
+        with self._lock:
+            read_to = self._positions.setdefault(seat.job_id, position)
+            self._seats.setdefault(seat.job_id, []).append(seat)
+            self._lock.notify_all()
+        if eventlog.order(read_to) > eventlog.order(position):  # others were told of these before we came
+            events += self._tried_range(seat.job_id, position) or []
+        if first is not None:  # one wait for a Redis that is away is enough
+            self._wake()
+        return [event for event in events if seat.is_new(event) and (seat.wants_previews or event.kind != PREVIEW)]
+
+    def _tried_range(self, job_id: uuid.UUID, after: str) -> list[Event] | None:
+        try:
+            return self._range(job_id, after)
+        except redis.RedisError as error:
+            log.info("events_not_read", job_id=str(job_id), reason=type(error).__name__)
+            return None
+
+    def _range(self, job_id: uuid.UUID, after: str) -> list[Event]:
+        return _events(self._redis.xrange(eventlog.key(job_id), min=f"({after}"))
+
+    def _wake(self) -> None:
+        """Let the reading thread look at its list of jobs again; it does so by itself after a while."""
+        try:
+            pipe = self._redis.pipeline(transaction=False)
+            pipe.xadd(self._wake_key, {"": ""}, maxlen=1, approximate=False)
+            pipe.expire(self._wake_key, 60)
+            pipe.execute()
+        except redis.RedisError:
+            return
+
+    def _run(self) -> None:
+        while not self._stop.wait(READ_EVERY_S):
+            with self._lock:
+                self._lock.wait_for(lambda: self._positions or self._stop.is_set())
+                positions = {eventlog.key(job_id): position for job_id, position in self._positions.items()}
+            try:
+                self._read(positions)
+            except redis.RedisError as error:
+                log.info("events_not_read", reason=type(error).__name__)
+                self._stop.wait(0.5)
+            except Exception as error:  # one bad entry must not make us deaf to all jobs
+                log.error("events_not_handed_out", exc_info=error)
+                self._stop.wait(0.5)
+
+    def _read(self, positions: dict[str, str]) -> None:
+        for raw_key, entries in self._redis.xread({**positions, self._wake_key: self._wake_id}, block=_BLOCK_MS):
+            name = raw_key.decode()
+            if name == self._wake_key:
+                self._wake_id = entries[-1][0].decode()
+            else:
+                self._hand_out(uuid.UUID(name.partition(":")[2]), _events(entries))
+
+    def _hand_out(self, job_id: uuid.UUID, events: Sequence[Event]) -> None:
+        """Under the lock, so that who sits down meanwhile is told of each event either here or by its own catching up."""
+        with self._lock:
+            if job_id not in self._positions:
+                return
+            newest = max([self._positions[job_id], *(event.id for event in events if event.id is not None)], key=eventlog.order)
+            self._positions[job_id] = newest
+            for seat in self._seats[job_id]:
+                for event in events:
+                    seat.put(event)
+
+
+def _events(entries: list[tuple[bytes, dict[bytes, bytes] | Any]]) -> list[Event]:
+    events = []
+    for raw_id, fields in entries:
+        try:
+            events.append(eventlog.parsed(raw_id, fields))
+        except (ValueError, KeyError, TypeError, OSError, AttributeError):
+            log.warning("event_not_understood", id=raw_id.decode())
+    return events

@@ -1,0 +1,332 @@
+"""GET /v1/jobs/{id}/events: what a client of server-sent events reads, from the place in the queue to the end."""
+
+import base64
+import io
+import json
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+import httpx
+import pytest
+import redis
+from PIL import Image
+from werkzeug.serving import make_server
+
+from app import create_app
+from models.states import FINAL_STATES
+from policy.fleet import parse_fleet
+from settings import REPO, GatewaySettings
+from tests.app.problem import assert_problem
+from tests.builders import settings_for, until
+
+LONG = {"prompt": "a red circle", "tier": "quality", "steps": 30, "n": 2, "seed": 7}
+
+
+@contextmanager
+def following(api, job, *, after=None, path=None, **query):
+    """The open stream, as an iterator of (id, kind, data); a heartbeat is (None, None, None)."""
+    headers = {"Last-Event-ID": after} if after else {}
+    with api.stream("GET", path or job["urls"]["events"], params=query, headers=headers) as answer:
+        assert answer.status_code == 200, answer.read()
+        yield events_of(answer)
+
+
+def events_of(answer):
+    fields = {}
+    for line in answer.iter_lines():
+        if line:
+            name, _, value = line.partition(": ")
+            fields[name] = value
+        else:
+            if "event" in fields:
+                yield fields.get("id"), fields["event"], json.loads(fields["data"])
+            elif "" in fields:
+                yield None, None, None
+            fields = {}
+
+
+def read(api, job, **options):
+    """All events of a stream, which ends by itself."""
+    with following(api, job, **options) as events:
+        return [event for event in events if event[1]]
+
+
+def kinds(events):
+    return [kind for _, kind, _ in events]
+
+
+def create(api, **fields):
+    answer = api.post("/v1/jobs", json={**LONG, **fields})
+    assert answer.status_code == 202, answer.text
+    return answer.json()
+
+
+@pytest.fixture
+def held_worker(stack):
+    """The worker stands still until this is called: what is asked for waits."""
+    pid = stack.pid("worker-1")
+    stack.kill("worker-1", signal.SIGSTOP)
+    yield lambda: stack.kill("worker-1", signal.SIGCONT)
+    if stack.pid("worker-1") == pid:
+        stack.kill("worker-1", signal.SIGCONT)
+
+
+@pytest.fixture
+def served(stack, api):
+    """A gateway of our own behind a real socket, with some settings changed: HTTP as the tenant, and its parts."""
+    opened = []
+
+    def served(**changes):
+        app = create_app(settings_for(GatewaySettings, stack.env, **changes), parse_fleet((REPO / "fleet.toml").read_text()))
+        server = make_server("127.0.0.1", 0, app, threaded=True)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        client = httpx.Client(base_url=f"http://127.0.0.1:{server.port}", headers=api.headers, timeout=30, trust_env=False)
+        opened.append((app.extensions["darkroom"], server, client))
+        return client, app.extensions["darkroom"]
+
+    yield served
+    for parts, server, client in opened:
+        client.close()
+        parts.events.close()
+        parts.endings.close()
+        server.shutdown()
+
+
+@pytest.fixture
+def handoff_redis(stack):
+    with redis.Redis.from_url(stack.env["HANDOFF_URL"]) as client:
+        yield client
+
+
+def test_a_job_is_followed_from_its_place_in_the_queue_to_its_end(api, held_worker):
+    job = create(api)
+
+    with following(api, job, previews="true") as stream:
+        events = [next(stream)]
+        held_worker()
+        events += [event for event in stream if event[1]]
+
+    order = list(dict.fromkeys(kinds(events)))
+    assert order == ["queued", "started", "step", "preview", "stored", "final"]
+    assert kinds(events)[-3:] == ["stored", "stored", "final"]
+    assert events[0][2]["jobs_ahead"] >= 0
+    assert 0 <= events[0][2]["eta_p50_s"] <= events[0][2]["eta_p90_s"]
+    for index in (0, 1):
+        steps = [data["step"] for _, kind, data in events if kind == "step" and data["index"] == index]
+        assert steps == sorted(set(steps))
+        assert steps[-1] == 30
+    ids = [tuple(map(int, id.split("-"))) for id, _, _ in events if id]
+    assert ids == sorted(set(ids))
+
+
+def test_the_end_brings_the_whole_job(api):
+    job = create(api, steps=2)
+
+    *_, (_, kind, final) = read(api, job)
+
+    assert kind == "final"
+    assert final == api.get(job["urls"]["self"]).json()
+    assert final["state"] == "succeeded"
+
+
+def test_a_stored_image_is_told_as_the_job_shows_it(api):
+    job = create(api, steps=2)
+
+    events = read(api, job)
+
+    images = {image["index"]: image for image in events[-1][2]["images"]}
+    stored = [data for _, kind, data in events if kind == "stored"]
+    assert [data["index"] for data in stored] == [0, 1]
+    assert stored == [{name: value for name, value in images[data["index"]].items() if name in data} for data in stored]
+    assert api.get(stored[0]["url"]).status_code == 302
+
+
+def test_a_preview_is_a_small_picture_of_an_image_under_way(api):
+    events = read(api, create(api), previews="true")
+
+    previews = [data for _, kind, data in events if kind == "preview"]
+    assert {data["index"] for data in previews} == {0, 1}
+    for data in previews:
+        picture = Image.open(io.BytesIO(base64.b64decode(data["jpeg_base64"])))
+        assert (picture.format, picture.size) == ("JPEG", (data["width_px"], data["height_px"]))
+        assert 1 <= data["step"] <= data["num_steps"] == 30
+
+
+def test_previews_are_made_only_for_those_who_ask(api, handoff_redis):
+    job = create(api)
+
+    events = read(api, job)
+
+    assert "preview" not in kinds(events)
+    assert not any(b"jpeg" in fields for _, fields in handoff_redis.xrange(f"events:{job['id']}"))
+
+
+def test_who_asks_while_it_is_rendered_sees_previews_too(api):
+    job = create(api)
+    with following(api, job) as plain:
+        next(event for event in plain if event[1] == "step")
+
+        assert "preview" in kinds(read(api, job, previews="true"))
+
+
+def test_who_comes_back_is_told_exactly_the_rest(api):
+    job = create(api, steps=4)
+    events = read(api, job)
+    middle = len(events) // 2
+
+    assert read(api, job, after=events[middle][0]) == events[middle + 1 :]
+
+
+def test_two_followers_are_told_the_same(api):
+    job = create(api)
+
+    with ThreadPoolExecutor() as threads:
+        one, other = threads.map(lambda _: read(api, job), range(2))
+
+    assert [event for event in one if event[0]] == [event for event in other if event[0]]
+    assert one[-1] == other[-1]
+
+
+def test_a_job_that_is_long_over_is_its_end_alone(api, finished_job, handoff_redis):
+    handoff_redis.delete(f"events:{finished_job['id']}")
+
+    [(_, kind, final)] = read(api, finished_job)
+
+    assert (kind, final["id"], final["state"]) == ("final", finished_job["id"], "succeeded")
+
+
+def test_a_cancel_ends_the_stream_at_once(api, held_worker):
+    job = create(api)
+
+    with following(api, job) as stream:
+        assert next(stream)[1] == "queued"
+        canceled_at = time.monotonic()
+        api.post(job["urls"]["cancel"])
+        [(_, kind, final)] = [event for event in stream if event[1]]
+
+    assert (kind, final["state"]) == ("final", "canceled")
+    assert time.monotonic() - canceled_at < 3  # without the news somebody looks after 5 s
+
+
+def test_the_answer_is_a_stream_that_nobody_keeps(api, finished_job):
+    with api.stream("GET", finished_job["urls"]["events"]) as answer:
+        assert answer.headers["Content-Type"].startswith("text/event-stream")
+        assert answer.headers["Cache-Control"] == "no-store"
+        assert answer.headers["X-Accel-Buffering"] == "no"
+        assert next(answer.iter_lines()) == "retry: 2000"
+
+
+def test_an_idle_stream_shows_that_it_is_alive(served, held_worker, api):
+    client, _ = served(event_heartbeat_s=0.2)
+    job = create(api)
+
+    with following(client, job) as stream:
+        beats = [next(stream) for _ in range(4)]
+
+    assert kinds(beats) == ["queued", None, None, None]
+
+
+def test_a_follower_that_left_is_forgotten(served, held_worker, api):
+    client, parts = served(event_heartbeat_s=0.2, gateway_max_streams=1)
+    job = create(api)
+
+    with following(client, job) as stream:
+        next(stream)
+        assert [str(job_id) for job_id in parts.events._reader.followed()] == [job["id"]]
+
+    until(lambda: not parts.events._reader.followed(), within_s=5, what="forgetting it")
+    with following(client, job) as stream:
+        assert next(stream)[1] == "queued"
+
+
+def test_a_process_has_room_for_so_many_streams(served, held_worker, api):
+    client, _ = served(gateway_max_streams=2)
+    job = create(api)
+
+    with following(client, job) as one, following(client, job) as other:
+        next(one), next(other)
+        answer = client.get(job["urls"]["events"])
+
+    assert_problem(answer, 503, "streams-exhausted")
+    assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_another_tenant_s_job_cannot_be_followed(stranger, nobody, finished_job):
+    assert_problem(stranger.get(finished_job["urls"]["events"]), 404, "job-not-found")
+    assert_problem(nobody.get(finished_job["urls"]["events"]), 401, "unauthenticated")
+
+
+@pytest.mark.parametrize("after", ["x", "1-2-3", "-1", "1.5", "9" * 30, "1-", "é".encode()])
+def test_an_id_that_is_none_is_refused(api, finished_job, after):
+    answer = api.get(finished_job["urls"]["events"], headers={"Last-Event-ID": after})
+
+    assert_problem(answer, 422, "invalid-query")
+    assert answer.json()["header"] == "Last-Event-ID"
+
+
+def test_what_previews_may_be_is_said(api, finished_job):
+    answer = api.get(finished_job["urls"]["events"], params={"previews": "maybe"})
+
+    assert_problem(answer, 422, "invalid-query")
+    assert answer.json()["accepted"] == ["true", "false"]
+
+
+def test_a_flushed_redis_does_not_keep_a_stream_from_its_end(api, handoff_redis):
+    job = create(api)
+
+    with following(api, job) as stream:
+        next(event for event in stream if event[1] == "step")
+        handoff_redis.delete(f"events:{job['id']}")
+        events = [event for event in stream if event[1]]
+
+    assert events[-1][1] == "final"
+    assert events[-1][2]["state"] in FINAL_STATES
+
+
+def test_a_redis_that_answers_nothing_does_not_keep_a_stream_from_its_end(api, stack, held_worker):
+    job = create(api)
+
+    with following(api, job) as stream:
+        next(stream)
+        stack.kill("handoff", signal.SIGSTOP)
+        try:
+            canceling = threading.Thread(target=api.post, args=(job["urls"]["cancel"],))
+            canceling.start()
+            *_, (_, kind, final) = [event for event in stream if event[1]]
+        finally:
+            stack.kill("handoff", signal.SIGCONT)
+            canceling.join()
+
+    assert (kind, final["state"]) == ("final", "canceled")
+
+
+def test_a_gateway_that_goes_ends_its_streams_at_once_and_the_next_one_goes_on(api, stack, held_worker):
+    job = create(api)
+
+    with following(api, job) as stream:
+        next(stream)
+        asked_at = time.monotonic()
+        stopping = threading.Thread(target=stack.stop, args=("gateway",))
+        stopping.start()
+        rest = [event for event in stream if event[1]]
+        ended_s = time.monotonic() - asked_at
+    stopping.join()
+    stopped_s = time.monotonic() - asked_at
+    stack.start("gateway")
+    until(lambda: _answers(api), within_s=30, what="the gateway")
+    held_worker()
+
+    assert "final" not in kinds(rest)
+    assert ended_s < 3
+    assert stopped_s < 15  # not the whole grace of 20 s
+    assert kinds(read(api, job))[-1] == "final"
+
+
+def _answers(api):
+    try:
+        return api.get("/healthz").status_code == 200
+    except httpx.TransportError:
+        return False
