@@ -9,11 +9,12 @@ FleetSettings                fleet.toml
     ├── FlowerSettings       + the user and password that Flower asks for
     └── Settings             + Postgres and the hand-off (sweeper)
         ├── WorkerSettings   + those of the device
+        ├── CourierSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
 StreamSettings               how many event streams a gateway process may have (and the gateway's)
 └── ServerSettings           + how gunicorn listens
-OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway)
+OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
 ServerSettings               how gunicorn listens
 """
 
@@ -143,11 +144,19 @@ class OutboundSettings(BaseSettings):
         return text
 
 
+class CourierSettings(Settings, OutboundSettings):
+    """What delivers webhooks is handed."""
+
+
 class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):
     """What the gateway is handed."""
 
     api_key_pepper: SecretStr = Field(min_length=16)  # HMAC key of the stored API keys; changing it revokes all of them
     max_body_bytes: int = Field(262_144, ge=1024)
+    max_batch_bytes: int = Field(4_194_304, ge=1024)  # of POST /v1/jobs:batch
+    max_job_body_bytes: int = Field(4_194_304, ge=1024)  # of POST /v1/jobs, whose pictures may be data URLs
+    max_upload_bytes: int = Field(33_554_432, ge=1024)  # of POST /v1/files, and of a picture fetched by URL
+    fetch_within_s: float = Field(10.0, gt=0)  # a picture by URL, from the first byte sent to the last one received
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
     event_heartbeat_s: float = Field(10.0, gt=0)  # silence on an event stream; only a write finds out that a client has gone
 

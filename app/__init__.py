@@ -8,12 +8,13 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import catalog, events, health, jobs, problems
+from app import batches, catalog, estimates, events, files, health, jobs, problems, webhooks
 from app.gateway import open_gateway
 from edges import telemetry
 from policy.fleet import Fleet
 from settings import GatewaySettings
 
+MAX_FORM_PARTS = 64
 MOST_UNWANTED_BYTES = 8 * 1024 * 1024
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
@@ -22,10 +23,11 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     """The gateway as a WSGI application."""
     app = Flask(__name__)
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
+    app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = settings.max_body_bytes, MAX_FORM_PARTS
     app.json.sort_keys = False
     app.extensions["darkroom"] = open_gateway(settings, fleet)
     problems.register(app)
-    for blueprint in (jobs.bp, events.bp, catalog.bp, health.bp):
+    for blueprint in (jobs.bp, batches.bp, estimates.bp, events.bp, files.bp, webhooks.bp, catalog.bp, health.bp):
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)

@@ -3,15 +3,16 @@
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 from uuid import UUID
 
 from flask import Request
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, MalformedBody, UnsupportedMediaType
+from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, InvalidRequest, MalformedBody, Problem, UnsupportedMediaType
 from policy.catalog import AdapterWish, InvalidWish, Wish
 
+Body = TypeVar("Body", bound=BaseModel)
 PICTURE_FIELDS = ("init_image", "mask", "control_image")
 MAX_METADATA_KEYS = 16
 
@@ -62,13 +63,18 @@ def read_job(request: Request) -> JobBody:
 
 def parse_job(fields: Mapping[str, Any]) -> JobBody:
     """Check names and types of the fields. Raises InvalidImageRequest."""
-    try:
-        body = JobBody.model_validate(fields)
-    except ValidationError as error:
-        errors = [_field_error(e) for e in error.errors()]
-        raise InvalidImageRequest("The request has fields that cannot be used.", errors=errors) from None
+    body = parse(JobBody, fields, problem=InvalidImageRequest)
     _check_metadata(body.metadata)
     return body
+
+
+def parse(kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest) -> Body:
+    """The fields as a `kind`. Raises `problem`, which points at every one that is wrong."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        errors = [_field_error(e, kind) for e in error.errors()]
+        raise problem("The request has fields that cannot be used.", errors=errors) from None
 
 
 def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
@@ -109,11 +115,19 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
     return 0
 
 
+def read_nothing(request: Request) -> None:
+    """Refuse fields where there are none: no body at all, or an empty object. Raises as `read_job` does."""
+    fields = read_object(request) if request.get_data() else {}
+    errors = [{"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []} for name in fields]
+    if errors:
+        raise InvalidImageRequest("This request takes no fields.", errors=errors)
+
+
 def read_object(request: Request) -> dict[str, Any]:
     """The JSON object that the body is. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge."""
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
-    content = request.get_data()
+    content = request.get_data(cache=False)  # not kept for as long as the client waits: it may hold pictures
     if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
         raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
     try:
@@ -131,11 +145,11 @@ def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
-def _field_error(error: Any) -> dict[str, Any]:
+def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
     pointer = "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1")[:64] for part in error["loc"])
     entry = {"pointer": pointer, "detail": error["msg"]}
     if error["type"] == "extra_forbidden":
-        entry |= {"detail": "There is no such field", "accepted": list(JobBody.model_fields)}
+        entry |= {"detail": "There is no such field", "accepted": list(kind.model_fields)}
     elif error["type"] == "missing":
         entry["detail"] = "This field is required"
     return entry

@@ -2,19 +2,22 @@
 
 import random
 import secrets
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from flask import current_app
 from sqlalchemy import Engine
 
 from app.following import Events
 from app.outlook import Lookout
+from app.statuses import Statuses
 from edges.broker import Broker
 from edges.events import Reader
 from edges.handoff import Gauge, Handoff
 from edges.objectstore import ObjectStore
+from edges.outbound import Outbound
 from edges.progress import Endings, News
 from edges.release import Release
+from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy.catalog import Resolved, Wish, resolve
 from policy.fleet import Fleet
@@ -31,11 +34,14 @@ class Gateway:
     broker: Broker
     release: Release
     handoff: Handoff
+    snapshots: Snapshots
     store: ObjectStore
     news: News
     endings: Endings
     lookout: Lookout
     events: Events
+    outbound: Outbound
+    statuses: Statuses = field(default_factory=Statuses)
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
@@ -56,11 +62,13 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         broker=broker,
         release=release,
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         store=ObjectStore(settings),
         news=news,
         endings=Endings(settings.handoff_url),
         lookout=lookout,
         events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
+        outbound=Outbound(settings.outbound_allowed_networks),
     )
 
 

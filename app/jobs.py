@@ -1,23 +1,26 @@
-"""/v1/jobs: accept, show, list, cancel, and the way to the images."""
+"""/v1/jobs: accept, show, list, cancel, replay, erase, and the way to the images."""
 
-import base64
-import binascii
 import uuid
 from typing import Any
 
-from flask import Blueprint, jsonify, redirect, request, url_for
+from flask import Blueprint, json, jsonify, redirect, request, url_for
 from flask.typing import ResponseReturnValue
+from werkzeug import Response
 
-from app import accepting, inputs
+from app import accepting, erasing, inputs, replaying
+from app.accepting import Accepted
 from app.auth import caller, require_key
-from app.body import read_job, read_wait_s, wish_of
+from app.body import read_job, read_nothing, read_wait_s, wish_of
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
-from app.problems import ImageNotFound, ImageNotReady, InvalidQuery, JobAlreadyFinished, JobNotFound
-from app.views import job_view
+from app.listing import read_query
+from app.outlook import QueuePlace
+from app.pages import next_page
+from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
+from app.views import job_view, status_view
 from edges.encoding import FORMATS
 from edges.progress import Step
-from models import jobs
+from models import jobs, listing
 from models.database import transaction
 from models.states import ACTIVE_STATES, FINAL_STATES, JobState
 from models.tables import Job
@@ -25,53 +28,67 @@ from models.tables import Job
 bp = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
 
-MAX_PAGE = 100
-
 
 @bp.post("")
 def create_job() -> ResponseReturnValue:
-    """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds."""
-    parts = gateway()
-    wait_s = read_wait_s(request, parts.settings.max_wait_s)
-    body = read_job(request)
-    once = read_once(request, body.model_dump(exclude_defaults=True))
-    accepted = accepting.answered(once) if once else None
-    if accepted is None:
-        resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
-        accepted = accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
-    job = accepted.job
-    headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
-    if not accepted.is_new:
-        headers[REPLAYED] = "true"
-    if wait_s:
-        headers["Preference-Applied"] = f"wait={wait_s}"
-        return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
-    return jsonify(job_view(job, place=accepted.place) if accepted.is_new else _view(job, [])), 202, headers
+    """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds.
+
+    Under an `Idempotency-Key` that came before with the same request, the answer is the job of then.
+    """
+    wait_s = read_wait_s(request, gateway().settings.max_wait_s)
+    return _answer(_accepted(), wait_s)
+
+
+@bp.post("/<uuid:job_id>/replay")
+def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
+    """Accept a job with every parameter of this one, the version of its model included: as POST /v1/jobs does, with no body."""
+    wait_s = read_wait_s(request, gateway().settings.max_wait_s)
+    read_nothing(request)
+    once = read_once(request, {})
+    if once is not None and (earlier := accepting.answered(once)) is not None:
+        return _answer(Accepted(earlier, is_new=False), wait_s)
+    return _answer(accepting.accept(replaying.resolved_again(_found(job_id)), replay_of=job_id, once=once), wait_s)
 
 
 @bp.get("/<uuid:job_id>")
 def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
     wait_s = read_wait_s(request, gateway().settings.max_wait_s)
-    headers = {"Preference-Applied": f"wait={wait_s}"} if wait_s else {}
-    return jsonify(_view(*_watched(job_id, wait_s))), 200, headers
+    response = jsonify(_view(*_watched(job_id, wait_s)))
+    if wait_s:
+        response.headers["Preference-Applied"] = f"wait={wait_s}"
+    response.headers["Cache-Control"] = "private, no-cache"
+    response.add_etag()
+    return response.make_conditional(request)
+
+
+@bp.get("/<uuid:job_id>/status")
+def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
+    """What changes of a job while one waits for it, as it was at most a second ago: cheap to ask for, with `If-None-Match` cheaper."""
+    status = gateway().statuses.get(caller().tenant_id, job_id, lambda: _read_status(job_id))
+    response = Response(status.content, content_type="application/json")
+    response.headers["Cache-Control"] = "private, max-age=1"
+    response.set_etag(status.etag)
+    return response.make_conditional(request)
 
 
 @bp.get("")
 def list_jobs() -> ResponseReturnValue:
-    """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`."""
-    limit = _read_limit(request.args.get("limit", "20"))
-    state = request.args.get("state")
-    if state is not None and state not in list(JobState):
-        raise InvalidQuery(f"state {state[:32]!r} is not a job state.", parameter="state", accepted=[s.value for s in JobState])
-    before = _read_cursor(request.args.get("cursor"))
+    """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before`, `metadata.<key>`."""
+    sought, limit = read_query(request.args)
     with transaction(gateway().database) as session:
-        rows = jobs.page(session, tenant_id=caller().tenant_id, limit=limit + 1, before=before, state=state)
+        rows = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
         page = [job_view(job) for job in rows[:limit]]
-    has_more = len(rows) > limit
-    next_cursor = _cursor(rows[limit - 1].id) if has_more else None
-    headers = {"Link": f'<{url_for(".list_jobs", **request.args.to_dict() | {"cursor": next_cursor})}>; rel="next"'} if has_more else {}
-    return jsonify(object="list", data=page, has_more=has_more, next_cursor=next_cursor), 200, headers
+    cursor, link = next_page(request, ".list_jobs", [job.id for job in rows], limit)
+    return jsonify(object="list", data=page, has_more=cursor is not None, next_cursor=cursor), 200, link
+
+
+@bp.delete("/<uuid:job_id>")
+def erase_job(job_id: uuid.UUID) -> ResponseReturnValue:
+    """Delete what the job was about: prompts, metadata, images. That it was there, and what it cost, stays. Harmless when repeated."""
+    if not erasing.erase(job_id):
+        raise _not_found(job_id)
+    return "", 204
 
 
 @bp.post("/<uuid:job_id>/cancel")
@@ -86,6 +103,7 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
         raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
     if job is None:
         raise _not_found(job_id)
+    parts.statuses.forget(job.tenant_id, job_id)
     parts.news.tell_cancel(job_id)
     parts.news.tell_ending(job_id)
     return jsonify(view)
@@ -93,11 +111,13 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("/<uuid:job_id>/images/<int:index>")
 def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
-    """302 to a presigned URL of the stored image."""
+    """302 to a presigned URL of the stored image; 410 once the job was erased."""
     job = _found(job_id)
     image = next((image for image in job.images if image.index == index), None)
     if image is None:
         raise ImageNotFound(f"The job has images 0 to {job.num_images - 1}.")
+    if job.erased_at is not None:
+        raise Erased("The images of this job were deleted.")
     if image.artifact is None:
         waiting_helps = job.state in ACTIVE_STATES
         raise ImageNotReady(
@@ -110,9 +130,50 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     return response
 
 
+def _accepted() -> Accepted:
+    """The job of the body, a new one or one that was there. Nobody holds the body, with its pictures, while the client waits."""
+    request.max_content_length = gateway().settings.max_job_body_bytes
+    body = read_job(request)
+    once = read_once(request, body.model_dump(exclude_defaults=True))
+    if once is not None and (earlier := accepting.answered(once)) is not None:
+        return Accepted(earlier, is_new=False)
+    resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
+    return accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+
+
+def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
+    """The answer to a request that came to a job, whether just now or under the same key before."""
+    job = accepted.job
+    headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
+    if not accepted.is_new:
+        headers[REPLAYED] = "true"
+    if wait_s:
+        headers["Preference-Applied"] = f"wait={wait_s}"
+        return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
+    view = job_view(job, place=accepted.place) if accepted.is_new else _view(job, _steps(job))
+    return jsonify(view), 202, headers
+
+
+def _read_status(job_id: uuid.UUID) -> bytes:
+    with transaction(gateway().database) as session:
+        job = jobs.glance(session, job_id, tenant_id=caller().tenant_id)
+    if job is None:
+        raise _not_found(job_id)
+    steps = _steps(job)
+    return json.dumps(status_view(job, steps, _place(job, steps))).encode()
+
+
 def _view(job: Job, steps: list[Step]) -> dict[str, Any]:
+    return job_view(job, steps, _place(job, steps))
+
+
+def _place(job: Job, steps: list[Step]) -> QueuePlace | None:
     is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
-    return job_view(job, steps, gateway().lookout.place_of(job, sum(step.step for step in steps)) if is_waited_for else None)
+    return gateway().lookout.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
+
+
+def _steps(job: Job) -> list[Step]:
+    return gateway().news.steps(job.id) if job.state == JobState.RUNNING else []
 
 
 def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
@@ -123,8 +184,7 @@ def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
         parts.endings.wait(job_id, wait_s, lambda: _has_ended(job_id))
         with transaction(parts.database) as session:
             job = jobs.find(session, job_id, tenant_id=tenant_id) or job
-    steps = parts.news.steps(job_id) if job.state == JobState.RUNNING else []
-    return job, steps
+    return job, _steps(job)
 
 
 def _has_ended(job_id: uuid.UUID) -> bool:
@@ -142,22 +202,3 @@ def _found(job_id: uuid.UUID) -> Job:
 
 def _not_found(job_id: uuid.UUID) -> JobNotFound:
     return JobNotFound(f"There is no job {job_id}.")
-
-
-def _read_limit(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
-        raise InvalidQuery(f"limit must be a whole number from 1 to {MAX_PAGE}.", parameter="limit", accepted={"min": 1, "max": MAX_PAGE})
-    return int(text)
-
-
-def _cursor(job_id: uuid.UUID) -> str:
-    return base64.urlsafe_b64encode(job_id.bytes).decode().rstrip("=")
-
-
-def _read_cursor(text: str | None) -> uuid.UUID | None:
-    if text is None:
-        return None
-    try:
-        return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
-    except (ValueError, binascii.Error):
-        raise InvalidQuery("cursor must be a next_cursor of an earlier answer.", parameter="cursor") from None

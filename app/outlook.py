@@ -61,6 +61,21 @@ class WayOut(Enum):
 
 
 @dataclass(frozen=True)
+class Booked:
+    """Jobs of the caller's that are as good as accepted, and nowhere to be read yet: those before one in its batch."""
+
+    jobs: int = 0
+    cost_s: float = 0.0
+
+    def and_one(self, cost_s: float) -> "Booked":
+        return Booked(self.jobs + 1, self.cost_s + cost_s)
+
+
+Bookings = Mapping[tuple[str, str], Booked]
+NOTHING: Mapping[str, Booked] = {}
+
+
+@dataclass(frozen=True)
 class _Seen:
     """A pool as it was read."""
 
@@ -84,17 +99,21 @@ class Lookout:
         self._remembered: dict[tuple[object, ...], tuple[float, object]] = {}
         self._lock = threading.Lock()
 
-    def expect(self, wish: Resolved, tenant_id: uuid.UUID) -> Expected:
-        """What to expect of a job that this tenant would submit now, and whether it should be refused."""
-        seen = self._seen(wish.pool)
+    def expect(self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None) -> Expected:
+        """What to expect of a job that this tenant would submit now, and whether it should be refused.
+
+        booked: what it is about to submit before this one, by pool and tier.
+        """
+        seen, before = self._seen(wish.pool), {tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool}
         own = next((flow for flow in seen.standings if flow.tier == wish.tier and flow.tenant_id == tenant_id), None)
         lead_s = max(0.0, own.finish_tag - seen.clocks.get(wish.tier, own.finish_tag)) if own else 0.0
-        outlook = self._outlook(seen, tenant_id)
+        lead_s += before.get(wish.tier, Booked()).cost_s / (own.weight if own else 1.0)
+        outlook = self._outlook(seen, tenant_id, before)
         own_s = prediction.predicted_s(
             self._cost((wish.pool, wish.model, wish.width_px, wish.height_px)),
             width_px=wish.width_px,
             height_px=wish.height_px,
-            num_steps=wish.num_steps,
+            num_steps=prediction.steps_to_do(wish.num_steps, wish.strength),
             is_guided=wish.guidance > 1,
             num_images=wish.num_images,
         )
@@ -131,14 +150,18 @@ class Lookout:
         if queued:
             raw_s = admission.first_guess_s(place, outlook, own_s=job.predicted_s, num_images=job.num_images)
             return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
-        left = 1 - steps_done / max(1, job.num_steps * job.num_images)
+        left = 1 - min(1.0, steps_done / (prediction.steps_to_do(job.num_steps, job.strength) * job.num_images))
         raw_s = left * job.predicted_s / job.num_images * place.company
         return QueuePlace(None, prediction.corrected(raw_s, ratios))
 
-    def _outlook(self, seen: _Seen, tenant_id: uuid.UUID) -> Outlook:
-        waiting = [
-            Waiting(flow.tier, flow.weight, flow.queued_jobs, flow.queued_s, is_own=flow.tenant_id == tenant_id) for flow in seen.standings
-        ]
+    def _outlook(self, seen: _Seen, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING) -> Outlook:
+        """The pool as policy sees it; `booked` is what the tenant adds to it, by tier. Its weight there counts as 1 if it is not known."""
+        waiting, added = [], dict(booked)
+        for flow in seen.standings:
+            is_own = flow.tenant_id == tenant_id
+            more = added.pop(flow.tier, Booked()) if is_own else Booked()
+            waiting.append(Waiting(flow.tier, flow.weight, flow.queued_jobs + more.jobs, flow.queued_s + more.cost_s, is_own=is_own))
+        waiting += [Waiting(tier, 1.0, more.jobs, more.cost_s, is_own=True) for tier, more in added.items()]
         return Outlook(seen.devices, waiting, seen.running, self._gauge.fill())
 
     def _seen(self, pool: str) -> _Seen:

@@ -24,6 +24,7 @@ Problem
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
 ├── InvalidImageRequest   422   no worker could ever render this; `errors` points at each field
+├── InvalidRequest        422   the same for bodies that ask for no image
 ├── InvalidPicture        422   the upload is no picture that can be used
 ├── InvalidQuery          422   the same for query parameters and headers
 ├── IdempotencyKeyReused  422   the key came before with another body
@@ -62,8 +63,7 @@ class Problem(Exception):
 
     def response(self) -> Response:
         """The application/problem+json answer."""
-        head = {"type": f"/problems/{self.slug}", "title": self.title, "status": self.status, "detail": self.detail}
-        body = {**head, "instance": f"/requests/{g.get('request_id', 'unknown')}", **self.members, "error": self.openai_error()}
+        body = {**self.summary(), "instance": f"/requests/{g.get('request_id', 'unknown')}", "error": self.openai_error()}
         response = Response(json.dumps(body), self.status, content_type="application/problem+json")
         response.headers["Cache-Control"] = "no-store"
         if self.retry_after_s is not None:
@@ -73,6 +73,10 @@ class Problem(Exception):
         if self.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return response
+
+    def summary(self) -> dict[str, Any]:
+        """What an answer says of it that is about more than this problem."""
+        return {"type": f"/problems/{self.slug}", "title": self.title, "status": self.status, "detail": self.detail, **self.members}
 
     def openai_error(self) -> dict[str, Any]:
         """The same in OpenAI's words: its clients take message, param and code from here."""
@@ -208,7 +212,7 @@ class Erased(Problem):
 
 
 class BodyTooLarge(Problem):
-    """The body is larger than MAX_BODY_BYTES."""
+    """The body is larger than MAX_BODY_BYTES, or a batch than MAX_BATCH_BYTES."""
 
     slug, title, status = "body-too-large", "Body too large", 413
 
@@ -223,6 +227,12 @@ class InvalidImageRequest(Problem):
     """Fields that no worker could ever render; `errors` has a pointer, a detail and what is accepted for each."""
 
     slug, title, status = "invalid-image-request", "Invalid image request", 422
+
+
+class InvalidRequest(Problem):
+    """Fields that cannot be used; `errors` has a pointer, a detail and what is accepted for each."""
+
+    slug, title, status = "invalid-request", "Invalid request", 422
 
 
 class InvalidPicture(Problem):

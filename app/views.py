@@ -11,6 +11,8 @@ from app.outlook import QueuePlace
 from edges.progress import Step
 from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job
+from policy.catalog import Resolved
+from policy.prediction import steps_to_do
 
 
 def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
@@ -19,31 +21,13 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         "id": str(job.id),
         "object": "job",
         "state": job.state,
-        "tier": job.tier,
-        "model": job.model,
-        "model_version": job.model_version,
-        "prompt": job.prompt,
-        "negative_prompt": job.negative_prompt,
-        "size": f"{job.width_px}x{job.height_px}",
-        "steps": job.num_steps,
-        "guidance": job.guidance,
-        "sampler": job.sampler,
-        "seed": job.seed,
-        "n": job.num_images,
-        "output_format": job.output_format,
-        "init_image": _id(job.init_file_id),
-        "mask": _id(job.mask_file_id),
-        "control_image": _id(job.control_file_id),
-        "strength": job.strength,
-        "adapters": job.adapters or [],
-        "precision": job.precision,
-        "determinism": job.determinism,
-        "bucket_rows": job.bucket_rows,
+        **params_view(job),
+        **({"prompt": None, "negative_prompt": None} if job.erased_at else {}),
         "metadata": job.labels or {},
         "replay_of": _id(job.replay_of),
         "megapixel_steps": float(job.megapixel_steps),
         "attempt": job.attempt,
-        "failure": {"code": job.failure_code, "detail": _failure_detail(job)} if job.failure_code else None,
+        "failure": _failure(job),
         "created_at": _instant(job.accepted_at),
         "start_by": _instant(job.start_by),
         "started_at": _instant(job.started_at),
@@ -61,18 +45,65 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         },
         "cost": _cost(job),
         "images": [_image_view(job, image) for image in job.images],
-        "urls": {
-            "self": url_for("jobs.show_job", job_id=job.id),
-            "cancel": url_for("jobs.cancel_job", job_id=job.id),
-            "events": url_for("events.follow_job", job_id=job.id),
-        },
+        "urls": urls_view(job),
+    }
+
+
+def status_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
+    """The little that changes while one waits for a job."""
+    return {
+        "id": str(job.id),
+        "object": "job.status",
+        "state": job.state,
+        "attempt": job.attempt,
+        "progress": _progress(job, steps),
+        "queue": queue_view(place),
+        "images_done": sum(image.state == ImageState.STORED for image in job.images),
+        "n": job.num_images,
+        "failure": _failure(job),
+        "erased_at": _instant(job.erased_at),
+        "urls": urls_view(job),
+    }
+
+
+def urls_view(job: Job) -> dict[str, str]:
+    """Where a job, what changes of it, and what can be done with it are found."""
+    actions = {"self": "show_job", "status": "show_status", "cancel": "cancel_job", "replay": "replay_job"}
+    urls = {name: url_for(f"jobs.{endpoint}", job_id=job.id) for name, endpoint in actions.items()}
+    return urls | {"events": url_for("events.follow_job", job_id=job.id)}
+
+
+def params_view(of: Job | Resolved) -> dict[str, Any]:
+    """Every parameter of a job, or of one that might be."""
+    return {
+        "tier": of.tier,
+        "model": of.model,
+        "model_version": of.model_version,
+        "prompt": of.prompt,
+        "negative_prompt": of.negative_prompt,
+        "size": f"{of.width_px}x{of.height_px}",
+        "steps": of.num_steps,
+        "guidance": of.guidance,
+        "sampler": of.sampler,
+        "seed": of.seed,
+        "n": of.num_images,
+        "output_format": of.output_format,
+        "init_image": _id(of.init_file_id),
+        "mask": _id(of.mask_file_id),
+        "control_image": _id(of.control_file_id),
+        "strength": of.strength,
+        "adapters": of.adapters or [],
+        "precision": of.precision,
+        "determinism": of.determinism,
+        "bucket_rows": of.bucket_rows,
     }
 
 
 def _image_view(job: Job, image: Image) -> dict[str, Any]:
     view: dict[str, Any] = {"index": image.index, "seed": image.seed, "state": image.state}
     names = ("pixels_sha256", "content_sha256", "content_type", "size_bytes", "width_px", "height_px")
-    view["url"] = image_url(job.id, image.index) if image.artifact else None
+    is_there = image.artifact is not None and image.artifact.erased_at is None
+    view["url"] = image_url(job.id, image.index) if is_there else None
     return view | {name: getattr(image.artifact, name) if image.artifact else None for name in names}
 
 
@@ -81,14 +112,18 @@ def image_url(job_id: UUID, index: int) -> str:
 
 
 def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
-    """Steps of all images added up: what is done, of what is to do."""
+    """Steps of all images added up: what is done, of what is to do; what a picture that they start from makes needless is neither."""
     if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
         return None
-    done = {image.index: job.num_steps for image in job.images if image.state != ImageState.PENDING}
+    done = dict.fromkeys(range(job.num_images), 0)
+    to_do = dict.fromkeys(done, steps_to_do(job.num_steps, job.strength))
     for step in steps:
-        done.setdefault(step.index, min(step.step, job.num_steps))
+        to_do[step.index], done[step.index] = step.num_steps, min(step.step, step.num_steps)
+    for image in job.images:
+        if image.state != ImageState.PENDING:
+            to_do[image.index] = done[image.index] = image.steps_done
     stored = sum(image.state == ImageState.STORED for image in job.images)
-    return {"step": sum(done.values()), "num_steps": job.num_steps * job.num_images, "images_done": stored}
+    return {"step": sum(done.values()), "num_steps": sum(to_do.values()), "images_done": stored}
 
 
 def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:
@@ -98,9 +133,12 @@ def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:
     return {"jobs_ahead": place.jobs_ahead, "eta_p50_s": round(place.eta.p50_s, 2), "eta_p90_s": round(place.eta.p90_s, 2)}
 
 
-def _failure_detail(job: Job) -> str | None:
+def _failure(job: Job) -> dict[str, Any] | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
-    return job.failure_detail if job.failure_code in ("unsupported", "not_finite", "out_of_memory", "run_deadline") else None
+    if job.failure_code is None:
+        return None
+    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline")
+    return {"code": job.failure_code, "detail": job.failure_detail if is_told else None}
 
 
 def _cost(job: Job) -> dict[str, Any] | None:

@@ -44,12 +44,14 @@ from benchmarks.serving.cells import percentile
 from edges import telemetry
 from edges.broker import Broker
 from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.stack import Stack
-from models import jobs, leases, releasing, tenants, workers
+from models import jobs, leases, listing, releasing, tenants, workers
 from models.database import make_engine, transaction
+from models.listing import Sought
 from models.releasing import Room
 from models.states import FailureCode, JobState
 from models.tables import Job
@@ -226,7 +228,8 @@ def _pick(*, free: int, only_bulk: bool = False, bulk_at_cap: bool = False) -> C
 
 def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) -> Callable[[Queue, Session], None]:
     def page(queue: Queue, session: Session) -> None:
-        found = jobs.page(session, tenant_id=queue.bulk, limit=PAGE, before=queue.deep if is_deep else None, state=state)
+        sought = Sought(before=queue.deep, state=state) if is_deep else Sought(state=state)
+        found = listing.page(session, sought, tenant_id=queue.bulk, limit=PAGE)
         if len(found) != rows:
             raise SystemExit(f"a page of {len(found)} jobs where {rows} were expected")
 
@@ -309,6 +312,7 @@ def fill(env: dict[str, str], rows: int, number: int) -> Queue:
         release=Release(app, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         news=News(settings.handoff_url),
         fill=gauge.fill,
     )

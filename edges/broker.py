@@ -19,7 +19,7 @@ from policy import queues
 from policy.fleet import Fleet
 from settings import BrokerSettings
 
-VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store"}
+VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store", queues.BRING_INPUTS: "bring"}
 
 
 class BrokerUnavailable(Exception):
@@ -42,6 +42,10 @@ class Broker:
     def ask_for(self, task_name: str, queue: str) -> None:
         """Say once that a task which is about no job in particular should run; raises BrokerUnavailable."""
         self._send(task_name, queue)
+
+    def ask_to_deliver(self, delivery_id: uuid.UUID) -> None:
+        """Say once that a webhook delivery is due; raises BrokerUnavailable."""
+        self._send(queues.DELIVER_WEBHOOK, queues.WEBHOOKS, kwargs={"delivery_id": str(delivery_id)}, task_id=f"{delivery_id}:deliver")
 
     def waiting(self, queue: str) -> int:
         """Messages in `queue` that no worker has taken."""

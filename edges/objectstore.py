@@ -21,6 +21,10 @@ class StoreUnavailable(Exception):
     """The object store refused or could not be reached; try again later."""
 
 
+class ObjectGone(StoreUnavailable):
+    """There is no such object; trying again will not help."""
+
+
 class ObjectStore:
     """One bucket. Thread-safe: boto3 clients are."""
 
@@ -38,11 +42,12 @@ class ObjectStore:
             raise StoreUnavailable(_reason(error)) from error
 
     def get(self, key: str) -> bytes:
-        """Raises StoreUnavailable, also when there is no such key."""
+        """Raises StoreUnavailable; ObjectGone when there is no such key."""
         try:
             return bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
         except (BotoCoreError, ClientError) as error:
-            raise StoreUnavailable(_reason(error)) from error
+            is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
+            raise (ObjectGone if is_gone else StoreUnavailable)(_reason(error)) from error
 
     def delete(self, key: str) -> None:
         """Harmless when there is no such key. Raises StoreUnavailable."""
@@ -68,6 +73,11 @@ class ObjectStore:
 def image_key(tenant_id: uuid.UUID, content_sha256: str, extension: str) -> str:
     """`t/<tenant>/sha256/ab/<hash>.<ext>`: content-addressed, and scoped so that nobody learns what another tenant has."""
     return f"t/{tenant_id}/sha256/{content_sha256[:2]}/{content_sha256}.{extension}"
+
+
+def picture_key(tenant_id: uuid.UUID, content_sha256: str) -> str:
+    """Where a tenant's picture lies; the very object of an image that has the same bytes."""
+    return image_key(tenant_id, content_sha256, "png")
 
 
 def content_sha256(content: bytes) -> str:

@@ -158,6 +158,13 @@ class News:
             return []
         return [Step(int(index), *map(int, value.decode().split("/"))) for index, value in sorted(known.items())]
 
+    def forget(self, job_id: uuid.UUID) -> None:
+        """Drop what is known of the job's progress; its time runs out by itself if this fails."""
+        try:
+            self._redis.delete(_key(str(job_id)))
+        except redis.RedisError as error:
+            log.info("progress_not_forgotten", job_id=str(job_id), reason=type(error).__name__)
+
     def tell_cancel(self, job_id: uuid.UUID) -> None:
         """Ask whichever worker runs the job to stop at its next step."""
         self._send("cancel", lambda pipe: _publish(pipe, CANCELS, job_id))

@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings
 
 from fleet.supervision import Program
 from policy.fleet import Fleet
-from settings import REPO, FlowerSettings, GatewaySettings, ServerSettings, Settings, StoreSettings, WorkerSettings
+from settings import REPO, CourierSettings, FlowerSettings, GatewaySettings, ServerSettings, Settings, StoreSettings, WorkerSettings
 
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
 METRICS_STRIDE = 10
@@ -35,6 +35,7 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
         ),
         _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(flower, FlowerSettings)),
         _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(env, StoreSettings)),
+        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, _only(env, CourierSettings)),
         _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(env, Settings)),
     ]
     return [_with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)]

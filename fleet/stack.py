@@ -256,6 +256,6 @@ class Stack:
 
 def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
     """Who stops together, in order: first who takes in work, then who finishes it, then what it was written to."""
-    finishing, written_to = {"results", "sweeper"}, {"postgres", "broker", "handoff", "s3"}
+    finishing, written_to = {"results", "webhooks", "sweeper"}, {"postgres", "broker", "handoff", "s3"}
     taking = [name for name in by_name if name not in finishing | written_to]
     return [taking, [name for name in by_name if name in finishing], [name for name in by_name if name in written_to]]

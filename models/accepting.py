@@ -8,7 +8,7 @@ costs more than running it. Locks are taken in one order, here and wherever jobs
 import json
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
@@ -32,6 +32,7 @@ class NewJob:
     tenant's own metadata.  announced: it goes to Celery as soon as this is committed.
     """
 
+    id: uuid.UUID = field(default_factory=new_id)
     params: Mapping[str, Any]
     start_within_s: float
     run_within_s: float | None = None
@@ -42,6 +43,11 @@ class NewJob:
     requeue_of: uuid.UUID | None = None
     replay_of: uuid.UUID | None = None
     announced: bool = False
+
+    @property
+    def flow(self) -> tuple[str, str]:
+        """Pool and tier."""
+        return self.params["pool"], self.params["tier"]
 
 
 @dataclass(frozen=True)
@@ -76,13 +82,18 @@ def accept(
     return [made[uuid.UUID(row["id"])] for row in rows]
 
 
+def in_order(new_jobs: Sequence[NewJob]) -> list[NewJob]:
+    """The same with ids that sort as they do, even if they were made within a millisecond."""
+    return [replace(job, id=job_id) for job, job_id in zip(new_jobs, sorted(job.id for job in new_jobs), strict=True)]
+
+
 def _row(place: int, job: NewJob) -> dict[str, Any]:
     wish = {name: _plain(job.params[name]) for name in WISH if name in job.params}
     facts = {name: wish[name] for name in ("pool", "tier", "model", "model_version", "num_images")} | {"seed": str(wish["seed"])}
     origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
     own: dict[str, Any] = {"run_within_s": job.run_within_s, "predicted_s": job.predicted_s, "eta_raw_s": job.eta_raw_s}
     own |= {"megapixel_steps": str(job.megapixel_steps), "metadata": dict(job.labels) if job.labels else None, **origin}
-    ours = {"place": place, "id": str(new_id()), "event_id": str(new_id()), "facts": facts | origin}
+    ours = {"place": place, "id": str(job.id), "event_id": str(new_id()), "facts": facts | origin}
     return {**ours, "start_within_s": job.start_within_s, "announced": job.announced, **wish, **own}
 
 

@@ -1,13 +1,101 @@
 """Pictures that tenants bring: content-addressed, so the same picture twice is one file."""
 
 import uuid
+from collections.abc import Sequence
+from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import ARRAY, Select, Uuid, any_, func, literal, or_, select
+from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
-from models.tables import File
+from models import audit, uploads
+from models.ids import new_id
+from models.states import ACTIVE_STATES
+from models.tables import File, Job
+
+_LAST_ID = uuid.UUID(int=2**128 - 1)
+
+
+class FileInUse(Exception):
+    """A job that is not finished starts from the file; nothing was changed."""
+
+    def __init__(self, file_id: uuid.UUID, job_id: uuid.UUID) -> None:
+        super().__init__(f"job {job_id} starts from file {file_id}")
+        self.file_id, self.job_id = file_id, job_id
 
 
 def find(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID) -> File | None:
     """The tenant's file; None also for an erased one and for another tenant's, for existence is private."""
     return session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id, File.erased_at.is_(None)))
+
+
+def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID) -> File | None:
+    """The tenant's file with these bytes, if it is not erased."""
+    return session.scalar(_live(tenant_id).where(File.content_sha256 == content_sha256))
+
+
+def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None) -> Sequence[File]:
+    """Up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
+    # By the tenant's own index, whatever the planner believes: see jobs.page.
+    is_own = File.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
+    query = select(File).where(is_own, File.erased_at.is_(None), File.id < (before or _LAST_ID))
+    return session.scalars(query.order_by(File.tenant_id.desc(), File.id.desc()).limit(limit)).all()
+
+
+def keep(
+    session: Session,
+    *,
+    tenant_id: uuid.UUID,
+    object_key: str,
+    mode: str,
+    size_bytes: int,
+    width_px: int,
+    height_px: int,
+    content_sha256: str,
+    actor: str,
+) -> File:
+    """The row of a picture whose object is stored; the one that is there already if the tenant brought it before."""
+    picture = {"object_key": object_key, "mode": mode, "size_bytes": size_bytes, "width_px": width_px, "height_px": height_px}
+    row = {"id": new_id(), "tenant_id": tenant_id, "content_sha256": content_sha256, **picture}
+    added: File | None = session.scalar(
+        insert(File)
+        .values(**row)
+        .on_conflict_do_nothing(index_elements=[File.tenant_id, File.content_sha256], index_where=File.erased_at.is_(None))
+        .returning(File)
+    )
+    uploads.end(session, object_key)
+    if added is None:
+        return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()  # committed before us
+    facts: dict[str, Any] = {"file_id": str(added.id), "content_sha256": content_sha256, "size_bytes": size_bytes}
+    facts |= {"width_px": width_px, "height_px": height_px}
+    audit.append(session, "file:content:stored", chain=tenant_id, actor=actor, **facts)
+    return added
+
+
+def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> File | None:
+    """Have the content deleted; the row stays. None if the tenant has no such file; harmless when repeated.
+
+    Raises FileInUse. Whoever tidies the store deletes the object, unless something else has the same content.
+    """
+    file = session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update())
+    if file is None or file.erased_at is not None:
+        return file
+    uses = or_(Job.init_file_id == file_id, Job.mask_file_id == file_id, Job.control_file_id == file_id)
+    user = session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses).limit(1))
+    if user is not None:
+        raise FileInUse(file_id, user)
+    file.erased_at = func.clock_timestamp()
+    uploads.give_up(session, file.object_key)
+    facts: dict[str, Any] = {"file_id": str(file_id), "content_sha256": file.content_sha256}
+    audit.append(session, "file:content:erased", chain=tenant_id, actor=actor, **facts)
+    return file
+
+
+def of_job(job: Job) -> dict[str, uuid.UUID]:
+    """The files that the job starts from, by their role in it."""
+    roles = {"init_image": job.init_file_id, "mask": job.mask_file_id, "control_image": job.control_file_id}
+    return {role: file_id for role, file_id in roles.items() if file_id is not None}
+
+
+def _live(tenant_id: uuid.UUID) -> Select[File]:
+    return select(File).where(File.tenant_id == tenant_id, File.erased_at.is_(None))

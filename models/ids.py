@@ -1,8 +1,12 @@
 """UUIDv7: ids that sort by the time they were made (RFC 9562, section 5.7)."""
 
+import math
 import os
 import time
 import uuid
+from datetime import UTC, datetime, timedelta
+
+_EPOCH, _LAST_MS = datetime.fromtimestamp(0, UTC), 2**48 - 1
 
 
 def new_id() -> uuid.UUID:
@@ -11,3 +15,8 @@ def new_id() -> uuid.UUID:
     value = value & ~(0xF << 76) | 0x7 << 76
     value = value & ~(0x3 << 62) | 0x2 << 62
     return uuid.UUID(int=value)
+
+
+def first_id(at: datetime) -> uuid.UUID:
+    """Not above any id that is made in the millisecond of `at` or later, and above every one made before it."""
+    return uuid.UUID(int=min(_LAST_MS, max(0, math.floor((at - _EPOCH) / timedelta(milliseconds=1)))) << 80)

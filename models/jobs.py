@@ -10,10 +10,10 @@ from datetime import timedelta
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import ARRAY, Uuid, any_, func, literal, select, tuple_
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
-from models import accepting, audit, flows, idempotency, uploads, usage
+from models import accepting, audit, flows, idempotency, uploads, usage, webhooks
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
 from models.idempotency import Once
@@ -21,7 +21,6 @@ from models.states import ACTIVE_STATES, FINAL_STATES, FailureCode, ImageState, 
 from models.tables import Artifact, Attempt, Image, Job
 
 SWEEPER = "sweeper"
-_LAST_ID = uuid.UUID(int=2**128 - 1)
 
 
 class JobAlreadyFinished(Exception):
@@ -30,6 +29,10 @@ class JobAlreadyFinished(Exception):
     def __init__(self, job: Job) -> None:
         super().__init__(f"job {job.id} is {job.state}")
         self.job_id, self.state = job.id, job.state  # values, for the row is expired once its transaction is rolled back
+
+
+class NothingLeft(Exception):
+    """The job was erased: there is nothing to make another one from."""
 
 
 def accept(
@@ -57,6 +60,8 @@ def accept(
     """
     if once is not None:
         idempotency.claim(session, once, tenant_id=tenant_id)
+    if replay_of is not None:
+        hold(session, replay_of)
     new_job = NewJob(
         params=params,
         start_within_s=start_within_s,
@@ -71,27 +76,17 @@ def accept(
     (row,) = accepting.accept(session, [new_job], tenant_id=tenant_id, api_key_id=api_key_id, currency=currency, actor=actor)
     if once is not None:
         idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
-    return session.scalars(select(Job).where(Job.id == row.id).options(*_whole())).one()
+    return session.scalars(select(Job).where(Job.id == row.id).options(*whole())).one()
 
 
 def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
     """The tenant's job with its images, attempts and artifacts; None also for another tenant's, for existence is private."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*_whole()))
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole()))
 
 
-def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None, state: str | None = None) -> Sequence[Job]:
-    """Up to `limit` of the tenant's jobs, newest first, older than `before`."""
-    # Whatever the planner believes of how states and tenants lie among the newest jobs, only the tenant's own indexes have this order.
-    # With `tenant_id = … ORDER BY id` it may read the primary key backwards, past a million newer jobs that are not asked for; `= ANY`
-    # of one and a range of one state are no constants to it, and so part of the order.
-    is_own = Job.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
-    query = select(Job).where(is_own).limit(limit).options(*_whole())
-    if state is None:
-        query = query.where(Job.id < (before or _LAST_ID)).order_by(Job.tenant_id.desc(), Job.id.desc())
-    else:
-        query = query.where(Job.state >= state, tuple_(Job.state, Job.id) < tuple_(state, before or _LAST_ID))
-        query = query.order_by(Job.tenant_id.desc(), Job.state.desc(), Job.id.desc())
-    return session.scalars(query).all()
+def glance(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+    """The tenant's job and its images, without what came of them."""
+    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(selectinload(Job.images)))
 
 
 def state_of(session: Session, job_id: uuid.UUID) -> str | None:
@@ -105,20 +100,29 @@ def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uu
 
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
     """Take the job back; None if the tenant has no such job. Harmless when repeated; JobAlreadyFinished if it ended otherwise."""
-    job = session.scalar(
-        select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).with_for_update().options(*_whole()), execution_options=AFRESH
-    )
+    job = lock(session, job_id, tenant_id=tenant_id)
     if job is None or job.state == JobState.CANCELED:
         return job
     if job.state not in ACTIVE_STATES:
         raise JobAlreadyFinished(job)
     was = job.state
-    if was == JobState.RUNNING:
-        end_attempt(session, job, Outcome.CANCELED)
-    finish(session, job, JobState.CANCELED)
+    take_back(session, job)
     audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
     session.refresh(job)
     return job
+
+
+def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+    """The tenant's job, whole as `find` gives it, and nobody else's to change until commit."""
+    is_it = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
+    return session.scalar(is_it.with_for_update().options(*whole()), execution_options=AFRESH)
+
+
+def take_back(session: Session, job: Job) -> None:
+    """End an active job that its tenant does not want any more. The caller, who locked it, appends the audit event."""
+    if job.state == JobState.RUNNING:
+        end_attempt(session, job, Outcome.CANCELED)
+    finish(session, job, JobState.CANCELED)
 
 
 def expire(session: Session, job_id: uuid.UUID) -> Job | None:
@@ -151,11 +155,12 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
 
 
 def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str) -> Job | None:
-    """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such failed job.
+    """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such job.
 
     Raises JobAlreadyFinished when it was requeued before.
     """
-    dead = session.scalar(select(Job).where(Job.id == job_id, Job.state == JobState.FAILED).with_for_update(), execution_options=AFRESH)
+    is_it = (Job.id == job_id, Job.state == JobState.FAILED, Job.erased_at.is_(None))
+    dead = session.scalar(select(Job).where(*is_it).with_for_update(), execution_options=AFRESH)
     if dead is None:
         return None
     if session.scalar(select(Job.id).where(Job.requeue_of == job_id)) is not None:
@@ -228,9 +233,8 @@ def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
 
 
 def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
-    """Set a final state, drop every claim on the job, charge its flow what it really took and settle its entry in the ledger.
-
-    The caller appends the audit event.
+    """Set a final state, drop every claim on the job, charge its flow what it really took, settle its entry in the ledger and note the
+    webhooks that are to tell of it. The caller appends the audit event.
     """
     job.state, job.finished_at = state, func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
@@ -242,12 +246,20 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
         flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
     succeeded, cost = state == JobState.SUCCEEDED, job.cost or Decimal(0)
     usage.settle(session, tenant_id=job.tenant_id, day=job.usage_day, amount=job.megapixel_steps, succeeded=succeeded, cost=cost)
+    webhooks.note(session, job, f"job.{state}")
 
 
 def requeue(job: Job) -> None:
     """Back to the waiting ones, with its place kept: `release_tag` is not touched. The caller appends the audit event."""
     job.state, job.is_front = JobState.QUEUED, False
     job.lease_expires_at = job.announced_at = job.store_by = job.worker = job.rendered_at = None
+
+
+def hold(session: Session, job_id: uuid.UUID) -> None:
+    """Keep the job from being erased until commit; others may go on with it."""
+    query = select(Job.erased_at).where(Job.id == job_id).with_for_update(read=True, key_share=True)
+    if session.execute(query).scalar_one() is not None:
+        raise NothingLeft
 
 
 def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | None = None) -> None:
@@ -260,5 +272,6 @@ def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | No
         attempt.waste_class = outcome.value
 
 
-def _whole() -> tuple[Any, ...]:
+def whole() -> tuple[Any, ...]:
+    """Options of a query for jobs: with their images, artifacts and attempts."""
     return (selectinload(Job.images).selectinload(Image.artifact), selectinload(Job.attempts))

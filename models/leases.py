@@ -58,6 +58,7 @@ class Left:
 class Rendered:
     """What rendering one image took; the shape of `attempts`."""
 
+    num_steps: int  # of the image, those of earlier attempts included
     steps: int
     shared_steps: int
     max_rows: int
@@ -138,7 +139,7 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     if image.handed_off_attempt == lease.attempt:
         return job  # noted already: the answer to a commit was lost, and this is the second try
     image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
-    image.steps_done = job.num_steps
+    image.steps_done = rendered.num_steps
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()

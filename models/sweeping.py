@@ -71,6 +71,11 @@ def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID
     return set(job_ids) - active
 
 
+def not_running_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Those of these jobs that no worker renders, or that nobody knows."""
+    return set(job_ids) - set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state == JobState.RUNNING)))
+
+
 def ensure_audit_partitions(session: Session) -> None:
     """Make this month's and the next two months' partitions of the audit log, if they are missing."""
     session.execute(text("SELECT audit_ensure_partitions(2)"))

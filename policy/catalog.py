@@ -3,6 +3,7 @@
 Pure: no clock, no randomness of its own (the caller hands a seed and a draw), so a resolved job can be replayed from its row.
 """
 
+import math
 from dataclasses import dataclass
 from typing import TypeVar
 from uuid import UUID
@@ -163,8 +164,8 @@ def _strength(wish: Wish, num_steps: int) -> float | None:
                 raise InvalidWish(field, "needs an init_image")
         return None
     strength = _first(wish.strength, DEFAULT_STRENGTH if wish.mask is None else 1.0)
-    least = 1 / num_steps  # below that no step is left
-    return _within("strength", strength, round(least, 4), 1.0, f"{num_steps} steps")
+    least = math.ceil(10_000 / num_steps) / 10_000  # below that no step is left
+    return _within("strength", strength, least, 1.0, f"{num_steps} steps")
 
 
 def _control(model: Model, model_id: str, wish: Wish) -> UUID | None:

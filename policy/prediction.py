@@ -45,6 +45,14 @@ class Eta:
     p90_s: float
 
 
+def steps_to_do(num_steps: int, strength: float | None) -> int:
+    """Denoise steps of an image: those that a picture it starts from makes needless are skipped. Some families do one more.
+
+    strength: how far from the picture it starts; None without one.
+    """
+    return num_steps if strength is None else max(1, int(num_steps * strength))
+
+
 def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, num_steps: int, is_guided: bool, num_images: int) -> float:
     """Device seconds of a whole job; a guided image has two rows in every forward."""
     megapixels = width_px * height_px / 1e6

@@ -3,11 +3,14 @@
 from policy.fleet import Fleet
 
 MAINTENANCE = "maintenance"
+WEBHOOKS = "webhooks"
 
 RENDER_JOB = "tasks.render.render_job"
 STORE_IMAGES = "tasks.store.store_images"
+BRING_INPUTS = "tasks.bring.bring_inputs"
 TIDY_STORE = "tasks.store.tidy_store"
 SWEEP = "tasks.sweep.sweep"
+DELIVER_WEBHOOK = "tasks.deliver.deliver_webhook"
 
 
 def render_queue(pool: str, tier: str, *, is_front: bool = False) -> str:
@@ -38,4 +41,4 @@ def results_queues(fleet: Fleet) -> list[str]:
 
 def all_queues(fleet: Fleet) -> list[str]:
     """Every queue of the house."""
-    return [*(queue for pool in fleet.pools for queue in render_queues(fleet, pool)), *results_queues(fleet), MAINTENANCE]
+    return [*(queue for pool in fleet.pools for queue in render_queues(fleet, pool)), *results_queues(fleet), MAINTENANCE, WEBHOOKS]

@@ -7,7 +7,7 @@ message unacknowledged.
 import queue
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 
@@ -25,7 +25,7 @@ from engine.errors import EngineError, ImageCanceled
 from engine.events import Event, Failed, Finished, Previewed, Stepped
 from engine.handle import Handle
 from engine.records import FinishedImage
-from engine.request import Determinism, ImageRequest
+from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from models import leases
 from models.database import transaction
 from models.leases import Lease, LeaseLost, Rendered
@@ -35,6 +35,7 @@ from policy.fleet import Fleet
 from settings import Settings
 from tasks.checkpoints import Checkpoints, Earlier
 from tasks.health import Health
+from tasks.inputs import PictureDesk
 from tasks.keeper import ALONE_FROM, Held, LeaseKeeper
 from tasks.previews import Previews
 from tasks.verdicts import Verdicts, persist
@@ -83,6 +84,7 @@ class Renderer:
     fleet: Fleet
     keeper: LeaseKeeper
     checkpoints: Checkpoints
+    desk: PictureDesk
     health: Health
     verdicts: Verdicts
     database: Database
@@ -140,6 +142,7 @@ class Renderer:
             self.previews.end(held.lease.job_id)
             for handle in work.handles.values():
                 handle.cancel()
+            self.desk.drop(held)
             self._note_waste(work)
 
     def _finished_images(self, work: Work) -> Iterator[FinishedImage]:
@@ -149,9 +152,12 @@ class Renderer:
         """
         held, lease = work.held, work.held.lease
         held.when_to_let_go(work.look_up)
+        pictures = self.desk.of(held)
+        if pictures is None:
+            raise LetGo
         earlier = self.checkpoints.of_earlier_attempts(lease)
         for index in lease.pending:
-            request, on_event = self._request(lease, index), self._hearer(work, index)
+            request, on_event = self._request(lease, index, pictures), self._hearer(work, index)
             begun = self.checkpoints.begin(earlier.kept.get(index), request, on_event, within_s=held.run_left_s)
             work.handles[index], work.resumed[index] = begun
         self.previews.begin(lease.job_id, work.handles)
@@ -184,7 +190,7 @@ class Renderer:
 
         return on_event
 
-    def _request(self, lease: Lease, index: int) -> ImageRequest:
+    def _request(self, lease: Lease, index: int, pictures: Mapping[str, Picture]) -> ImageRequest:
         job = lease.job
         return ImageRequest(
             id=f"{job.id}/{lease.attempt}/{index}",
@@ -199,6 +205,11 @@ class Renderer:
             guidance=job.guidance,
             sampler=job.sampler,
             seed=job.seed + index,
+            init_image=pictures.get("init_image"),
+            mask=pictures.get("mask"),
+            control_image=pictures.get("control_image"),
+            strength=1.0 if job.strength is None else job.strength,
+            adapters=tuple(AdapterUse(**adapter) for adapter in job.adapters or ()),
             determinism=Determinism(job.determinism),
             bucket_rows=job.bucket_rows,
             rank=self.fleet.tiers[job.tier].rank if job.tier in self.fleet.tiers else 0,
@@ -229,6 +240,7 @@ class Renderer:
     def _note_hand_off(self, lease: Lease, index: int, steps: int, finished: FinishedImage) -> None:
         record = finished.record
         rendered = Rendered(
+            num_steps=record.num_steps,
             steps=steps,
             shared_steps=min(record.shared_forwards, steps),
             max_rows=record.max_rows,

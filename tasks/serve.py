@@ -1,4 +1,4 @@
-"""Start one role of the house: `python -m tasks.serve render | results | maintenance | flower`.
+"""Start one role of the house: `python -m tasks.serve render | results | maintenance | webhooks | flower`.
 
 Each role includes only its own tasks, reads only its own settings, and no role but `render` loads torch.
 """
@@ -21,21 +21,24 @@ from celery.signals import setup_logging, worker_shutting_down
 from edges import telemetry
 from edges.broker import Broker, make_celery
 from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
 from edges.notices import NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.objectstore import ObjectStore
-from edges.progress import CANCELS, WATCHES, Listener, News, ProgressWriter
+from edges.outbound import Outbound
+from edges.progress import CANCELS, ENDINGS, WATCHES, Listener, News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import tier_gate
 from models.database import make_engine
 from policy import admission, queues, tiers
 from policy.fleet import Fleet
-from settings import FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
+from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
 
 log = structlog.get_logger(__name__)
 
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 STORE_THREADS = 4
+DELIVER_THREADS = 16  # most wait for a receiver, with no connection to the database
 HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
 
 
@@ -48,6 +51,7 @@ def serve_render() -> None:
         sys.exit(f"settings: WORKER_POOL: {settings.worker_pool!r} is not a pool of fleet.toml ({', '.join(fleet.pools)})")
     from tasks.checkpoints import Checkpoints
     from tasks.health import Health
+    from tasks.inputs import PictureDesk
     from tasks.keeper import LeaseKeeper, WorkerIdentity
     from tasks.preemption import Preemption, wait_while_a_notice_stands
     from tasks.previews import Previews
@@ -80,6 +84,7 @@ def serve_render() -> None:
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
+        desk=PictureDesk(fleet=fleet, broker=broker, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
         health=health,
         verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,
@@ -133,24 +138,28 @@ def serve_results() -> None:
     settings = load(StoreSettings)
     telemetry.configure_logs(settings.log_level)
     fleet = load_fleet_or_exit(settings)
+    from tasks.bring import Bringer
     from tasks.store import Storekeeper
 
     name = _role_name("results")
     database = make_engine(settings.database_url, pool_size=STORE_THREADS + 1)
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
+    store = ObjectStore(settings)
+    bringer = Bringer(database=database, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s), store=store)
     storekeeper = Storekeeper(
         settings=settings,
         fleet=fleet,
         database=database,
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        store=ObjectStore(settings),
+        store=store,
         news=News(settings.handoff_url),
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         name=name,
     )
     register(celery, queues.STORE_IMAGES, storekeeper.store_images)
+    register(celery, queues.BRING_INPUTS, bringer.bring_inputs)
     register(celery, queues.TIDY_STORE, storekeeper.tidy_store)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     names = queues.results_queues(fleet)
@@ -180,6 +189,7 @@ def serve_maintenance() -> None:
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
         handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         news=News(settings.handoff_url),
         fill=Gauge(settings.handoff_url).fill,
     )
@@ -191,6 +201,27 @@ def serve_maintenance() -> None:
         _work(celery, [queues.MAINTENANCE], name=_role_name("maintenance"), threads=2)
     finally:
         service.stop()
+
+
+def serve_webhooks() -> None:
+    """Deliver webhooks."""
+    settings = load(CourierSettings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    from tasks.deliver import Courier
+
+    name = _role_name("webhooks")
+    database = make_engine(settings.database_url, pool_size=DELIVER_THREADS // 2)
+    outbound = Outbound(settings.outbound_allowed_networks)
+    courier = Courier(database=database, broker=Broker(settings, fleet), outbound=outbound, name=name)
+    celery = make_celery(settings, fleet)
+    register(celery, queues.DELIVER_WEBHOOK, courier.deliver_webhook)
+    listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    try:
+        _work(celery, [queues.WEBHOOKS], name=name, threads=DELIVER_THREADS)
+    finally:
+        listener.close()
 
 
 def serve_flower() -> None:
@@ -250,7 +281,13 @@ def _role_name(role: str) -> str:
     return f"{role}-{os.getpid()}@{socket.gethostname()}"
 
 
-ROLES = {"render": serve_render, "results": serve_results, "maintenance": serve_maintenance, "flower": serve_flower}
+ROLES = {
+    "render": serve_render,
+    "results": serve_results,
+    "maintenance": serve_maintenance,
+    "webhooks": serve_webhooks,
+    "flower": serve_flower,
+}
 
 
 def main() -> None:

@@ -19,10 +19,11 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
+from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, workers
+from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import transaction
 from models.releasing import Announced
 from models.states import JobState
@@ -35,6 +36,8 @@ from settings import Settings
 log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
+MOST_HANDED_OUT = 200  # webhook deliveries at a time
+FORGOTTEN_AT_A_TIME = 5000  # rows that are too old
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
 PIECE = 1000  # rows deleted per transaction
@@ -52,6 +55,7 @@ class Sweeper:
     release: Release
     handoff: Handoff
     snapshots: Snapshots
+    inputs: Inputs
     news: News
     fill: Callable[[], float]  # of the hand-off
     _done_at: dict[str, float] = field(default_factory=dict, init=False)
@@ -95,6 +99,7 @@ class Sweeper:
             (self._stores, 0),
             (self._releases, 0),
             (self._lost_messages, 0),
+            (self._webhooks, 0),
             (self._gauges, 0),
             (self._etas, 0),
             (self._orphans, MINUTELY_S),
@@ -179,10 +184,20 @@ class Sweeper:
             return []  # a message of a job that is over: it will be dropped, and the next one tells more
         return [job.job_id for job in announced if (next_at - job.announced_at).total_seconds() > OVERTAKEN_BY_S]
 
+    def _webhooks(self) -> None:
+        """Deliveries that are due and that nobody tries: missed at the job's end, or to be tried again."""
+        if self.broker.waiting(queues.WEBHOOKS) > MOST_HANDED_OUT:
+            return
+        with transaction(self.database) as session:
+            due = webhooks.due(session, limit=MOST_HANDED_OUT)
+        for delivery_id in due:
+            self.broker.ask_to_deliver(delivery_id)
+
     def _gauges(self) -> None:
         """What the queues look like, for Prometheus."""
         with transaction(self.database) as session:
             rows = session.execute(text("SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now")).all()
+            telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
             live = [worker.pool for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)]
         telemetry.QUEUE_JOBS.clear()
         telemetry.OLDEST_WAIT.clear()
@@ -204,18 +219,21 @@ class Sweeper:
                 learning.learn_eta(session, ended, ratio_p50=ratios.p50, ratio_p90=ratios.p90)
 
     def _orphans(self) -> None:
-        """Pixels and snapshots that nobody will read, and objects that no artifact names."""
+        """Pixels, snapshots and pictures that nobody will read, and objects that nothing names."""
         kept = {(job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()}
-        with_snapshots = self.snapshots.jobs()
+        with_snapshots, with_inputs = self.snapshots.jobs(), self.inputs.jobs()
         with transaction(self.database) as session:
             awaited = sweeping.awaited_pixels(session, list({job_id for job_id, _, _ in kept}))
             over = sweeping.finished_of(session, with_snapshots)
+            unread = sweeping.not_running_of(session, with_inputs)
             objects = uploads.are_left_behind(session, older_than_s=ORPHAN_AFTER_S)
         orphans = [key for image, key in kept.items() if image not in awaited]
         self.handoff.forget(orphans)
         self.snapshots.drop(over)
+        self.inputs.drop(unread)
         telemetry.SWEPT.labels("orphan_pixels").inc(len(orphans))
         telemetry.SWEPT.labels("orphan_snapshots").inc(len(over))
+        telemetry.SWEPT.labels("orphan_inputs").inc(len(unread))
         if objects:
             self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
 
@@ -224,6 +242,8 @@ class Sweeper:
         with transaction(self.database) as session:
             sweeping.ensure_audit_partitions(session)
             workers.forget_the_silent(session, silent_for_s=HOURLY_S)
+        with transaction(self.database) as session:
+            webhooks.forget_old(session, limit=FORGOTTEN_AT_A_TIME)
         forgotten = PIECE
         while forgotten == PIECE:
             with transaction(self.database) as session:

@@ -33,12 +33,13 @@ from models.leases import Lease, LeaseLost
 from models.states import FailureCode, JobState
 from models.tables import Job
 from tasks.health import Health
+from tasks.inputs import InputGone, InputsLate
 from tasks.keeper import Held
 
 log = structlog.get_logger(__name__)
 
 PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided; pixels are worth some
-AWAY = (HandoffUnavailable, OperationalError, InterfaceError, PoolTimeout)  # a part of the house, for now
+AWAY = (HandoffUnavailable, InputsLate, OperationalError, InterfaceError, PoolTimeout)  # a part of the house, for now
 Answer = TypeVar("Answer")
 
 
@@ -81,6 +82,8 @@ def failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
     match error:
         case UnsupportedRequest() | UnknownCheckpoint():
             return FailureCode.UNSUPPORTED
+        case InputGone():
+            return FailureCode.INPUT_GONE
         case ImageNotFinite():
             return FailureCode.NOT_FINITE
         case DeadlinePassed():
@@ -92,7 +95,7 @@ def failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
 
 def is_unplanned(error: BaseException) -> bool:
     """Is it none of the errors that somebody foresaw?"""
-    return type(error) is EngineError or not isinstance(error, (EngineError, *AWAY))
+    return type(error) is EngineError or not isinstance(error, (EngineError, InputGone, *AWAY))
 
 
 def persist(act: Callable[[], Answer], passing: type[Exception]) -> Answer:

@@ -288,6 +288,7 @@ def a_succeeded_job(session: Session, **params: Any) -> Job:
 def rendered(**record: Any) -> Rendered:
     """What one image took: four steps, alone, half a second."""
     plain = {
+        "num_steps": 4,
         "steps": 4,
         "shared_steps": 0,
         "max_rows": 2,

@@ -268,6 +268,7 @@ def _add_files() -> None:
     )
     op.create_index("files_live", "files", ["tenant_id", "content_sha256"], unique=True, postgresql_where=sa.text("erased_at IS NULL"))
     op.create_index("files_by_key", "files", ["object_key"])
+    op.create_index("files_by_tenant", "files", ["tenant_id", "id"], postgresql_where=sa.text("erased_at IS NULL"))
 
 
 def _add_webhooks() -> None:
@@ -311,7 +312,9 @@ def _add_webhooks() -> None:
         sa.CheckConstraint("state IN ('pending', 'delivered', 'gone', 'failed')", name="webhook_deliveries_state_is_known"),
         sa.CheckConstraint("(state = 'pending') = (due_at IS NOT NULL)", name="webhook_deliveries_due_while_pending"),
     )
-    op.create_index("webhook_deliveries_due", "webhook_deliveries", ["due_at"], postgresql_where=sa.text("state = 'pending'"))
+    pending = sa.text("state = 'pending'")
+    op.create_index("webhook_deliveries_due", "webhook_deliveries", ["endpoint_id", "due_at"], postgresql_where=pending)
+    op.create_index("webhook_deliveries_by_job", "webhook_deliveries", ["job_id"], postgresql_where=pending)
     op.create_index("webhook_deliveries_by_endpoint", "webhook_deliveries", ["endpoint_id", "id"])
     claimed = sa.text("claimed_until IS NOT NULL")
     op.create_index("webhook_deliveries_claimed", "webhook_deliveries", ["endpoint_id", "claimed_until"], postgresql_where=claimed)

@@ -68,7 +68,8 @@ class WebhookDelivery(Base):
     __table_args__ = (
         CheckConstraint(f"state IN {listed(DeliveryState)}", name="webhook_deliveries_state_is_known"),
         CheckConstraint("(state = 'pending') = (due_at IS NOT NULL)", name="webhook_deliveries_due_while_pending"),
-        Index("webhook_deliveries_due", "due_at", postgresql_where=text("state = 'pending'")),
+        Index("webhook_deliveries_due", "endpoint_id", "due_at", postgresql_where=text("state = 'pending'")),
+        Index("webhook_deliveries_by_job", "job_id", postgresql_where=text("state = 'pending'")),
         Index("webhook_deliveries_by_endpoint", "endpoint_id", "id"),
         Index("webhook_deliveries_claimed", "endpoint_id", "claimed_until", postgresql_where=text("claimed_until IS NOT NULL")),
         Index("webhook_deliveries_by_age", "created_at"),

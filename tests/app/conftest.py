@@ -200,8 +200,11 @@ class Tenant:
     def post(self, *, headers=None, **wish):
         return self._http.post("/v1/jobs", json={**WISH, **wish}, headers={**self._headers, **(headers or {})})
 
-    def get(self, job):
-        return self._http.get(job["urls"]["self"], headers=self._headers).json
+    def get(self, job, what="self"):
+        return self._http.get(job["urls"][what], headers=self._headers).json
+
+    def send(self, path, body, *, headers=None):
+        return self._http.post(path, json=body, headers={**self._headers, **(headers or {})})
 
 
 @pytest.fixture

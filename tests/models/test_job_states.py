@@ -7,9 +7,10 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models import jobs, leases, sweeping
+from models import jobs, leases, listing, sweeping
 from models.database import transaction
 from models.jobs import WISH, JobAlreadyFinished
+from models.listing import Sought
 from models.states import FailureCode
 from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
@@ -198,7 +199,7 @@ def test_another_tenant_s_job_does_not_exist(session):
 
     assert jobs.find(session, job.id, tenant_id=stranger.id) is None
     assert jobs.cancel(session, job.id, tenant_id=stranger.id, actor="tests") is None
-    assert jobs.page(session, tenant_id=stranger.id, limit=10) == []
+    assert listing.page(session, Sought(), tenant_id=stranger.id, limit=10) == []
     assert job.state == "queued"
 
 
@@ -211,8 +212,8 @@ def test_a_page_is_newest_first_and_goes_on_where_the_last_one_ended(session):
     tenant = a_tenant(session)
     accepted = sorted((a_job(session, tenant=tenant).id for _ in range(5)), reverse=True)
 
-    first = [job.id for job in jobs.page(session, tenant_id=tenant.id, limit=2)]
-    rest = [job.id for job in jobs.page(session, tenant_id=tenant.id, limit=10, before=first[-1])]
+    first = [job.id for job in listing.page(session, Sought(), tenant_id=tenant.id, limit=2)]
+    rest = [job.id for job in listing.page(session, Sought(before=first[-1]), tenant_id=tenant.id, limit=10)]
 
     assert first + rest == accepted
 
@@ -222,7 +223,7 @@ def test_a_page_can_be_of_one_state(session):
     a_job(session, tenant=tenant)
     canceled = cancel(session, a_job(session, tenant=tenant))
 
-    assert jobs.page(session, tenant_id=tenant.id, limit=10, state="canceled") == [canceled]
+    assert listing.page(session, Sought(state="canceled"), tenant_id=tenant.id, limit=10) == [canceled]
 
 
 def test_a_job_that_nothing_started_in_time_expires(session):

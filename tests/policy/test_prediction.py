@@ -2,12 +2,15 @@
 
 import math
 import random
+import uuid
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.prediction import Cost, EtaRatios, Waiting, ahead_in_tier, corrected, learn_ratios, predicted_s, raw_eta_s
+from policy.catalog import InvalidWish
+from policy.prediction import Cost, EtaRatios, Waiting, ahead_in_tier, corrected, learn_ratios, predicted_s, raw_eta_s, steps_to_do
+from tests.builders import a_fleet, resolved
 
 SECONDS = st.floats(0, 1e6)
 FLOWS = st.lists(st.builds(Waiting, tier=st.just("fast"), weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)))
@@ -116,3 +119,21 @@ def test_nothing_is_learnt_from_a_ratio_that_is_none(nonsense):
     known = EtaRatios(1.25, 2.5)
 
     assert learn_ratios(known, nonsense, observed=7) == known
+
+
+def test_steps_that_a_picture_makes_needless_are_not_to_do():
+    assert steps_to_do(20, None) == 20
+    assert steps_to_do(20, 1.0) == 20
+    assert steps_to_do(20, 0.25) == 5
+    assert steps_to_do(3, 0.1) == 1
+
+
+@given(num_steps=st.integers(1, 200))
+def test_the_least_strength_that_is_accepted_leaves_a_step(num_steps):
+    fleet = a_fleet({"tiers.quality.max_steps": 200})
+    start = {"tier": "quality", "steps": num_steps, "init_image": uuid.uuid4()}
+    with pytest.raises(InvalidWish) as refused:
+        resolved(fleet, **start, strength=0.0)
+
+    least = refused.value.accepted["min"]
+    assert int(num_steps * resolved(fleet, **start, strength=least).strength) == 1

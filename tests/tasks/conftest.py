@@ -11,6 +11,7 @@ from sqlalchemy import Engine as Database
 
 from edges.broker import Broker
 from edges.handoff import Handoff
+from edges.inputs import Inputs
 from edges.notices import FakeNotices
 from edges.progress import News, ProgressWriter
 from edges.release import Release
@@ -23,6 +24,7 @@ from settings import REPO, WorkerSettings
 from tasks.checkpoints import Checkpoints
 from tasks.engines import checkpoint_specs, engine_config
 from tasks.health import Health
+from tasks.inputs import PictureDesk
 from tasks.keeper import LeaseKeeper, WorkerIdentity
 from tasks.previews import Previews
 from tasks.render import Renderer
@@ -111,6 +113,7 @@ def a_worker(
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
+        desk=PictureDesk(fleet=fleet, broker=broker, inputs=Inputs(settings.handoff_url, ttl_s=60), wait_s=3),
         health=health,
         verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,

@@ -1,11 +1,13 @@
 """Workers that have to go: with a notice, and without one. On a stack of its own with two workers, one of which goes."""
 
+import base64
 import shutil
 import signal
 import tempfile
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from sqlalchemy import text
@@ -14,6 +16,7 @@ from darkroom_client import Client
 from fleet.stack import Stack
 from models.database import make_engine
 from tests.builders import until
+from tests.pictures import a_picture, png
 
 LEASE = {"LEASE_TTL_S": "6", "LEASE_RENEW_S": "2", "LEASE_STOP_S": "5"}  # shorter than an operator's, for the sake of the suite
 WISH = {"prompt": "a large red circle on a blue background", "tier": "quality", "steps": 60, "n": 4}
@@ -72,6 +75,12 @@ def progressed(tenant, job, steps: int):
     until(lambda: ((tenant.job(job.id).members["progress"] or {}).get("step") or 0) >= steps, within_s=30, what=f"{steps} steps")
 
 
+def asked_for(pair, wish) -> str:
+    """The id of a new job with fields that the client does not know."""
+    headers = {"Authorization": f"Bearer {pair.env['DARKROOM_API_KEY']}"}
+    return httpx.post(f"{pair.env['DARKROOM_URL']}/v1/jobs", json=wish, headers=headers, trust_env=False).json()["id"]
+
+
 def attempts_of(sql, job):
     return sql("SELECT * FROM attempts WHERE job_id = :id ORDER BY attempt", id=job.id)
 
@@ -107,6 +116,25 @@ def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_ver
     assert (second["started_at"] - first["ended_at"]).total_seconds() < 1
     assert [image.pixels_sha256 for image in ended.images] == [image.pixels_sha256 for image in undisturbed.images]
     assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [{"counted_attempts": 0}]
+
+
+def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(pair, tenant, sql, folder):
+    picture = base64.b64encode(png(a_picture(128, 128))).decode()
+    wish = WISH | {"seed": 35, "init_image": f"data:image/png;base64,{picture}", "strength": 0.9}
+    undisturbed = tenant.wait(asked_for(pair, wish))
+    job = tenant.job(asked_for(pair, wish))
+    progressed(tenant, job, 40)
+    worker = name_of(sql, job)
+
+    notice = folder / f"notice-{worker}"
+    notice.write_text("4")
+    ended = tenant.wait(job.id)
+    notice.unlink()
+
+    first, second = attempts_of(sql, job)
+    assert (first["outcome"], second["resumed_steps"] >= 40) == ("preempted", True)
+    assert second["resumed_steps"] + second["steps"] == 54 * 4
+    assert [image.pixels_sha256 for image in ended.images] == [image.pixels_sha256 for image in undisturbed.images]
 
 
 def test_sigterm_is_a_notice_and_what_can_be_finished_is(pair, tenant, sql):

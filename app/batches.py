@@ -1,0 +1,147 @@
+"""POST /v1/jobs:batch: up to a thousand jobs in one request and one transaction, each of them checked by itself."""
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from flask import Blueprint, jsonify, request
+from flask.typing import ResponseReturnValue
+
+from app import accepting, inputs
+from app.auth import caller, require_key
+from app.body import invalid_wish, parse_job, read_object, wish_of
+from app.gateway import gateway
+from app.idempotency import REPLAYED, read_once
+from app.outlook import Booked
+from app.problems import Problem
+from app.views import urls_view
+from edges import telemetry
+from models import idempotency, listing
+from models.accepting import NewJob, in_order
+from models.database import transaction
+from models.idempotency import Answer, Once
+from models.tables import Job
+from policy.catalog import InvalidWish
+
+bp = Blueprint("batches", __name__)
+bp.before_request(require_key)
+log = structlog.get_logger(__name__)
+
+MAX_JOBS = 1_000
+Outcome = NewJob | Problem
+
+
+@dataclass
+class _Door:
+    """Lets the items of one batch in, one after the other; what it let in counts when the next one is looked at."""
+
+    booked: dict[tuple[str, str], Booked] = field(default_factory=dict)
+    pictures: dict[str, uuid.UUID] = field(default_factory=dict)  # by what the fields say: most items start from the same
+
+    def admit(self, item: object, defaults: Mapping[str, Any]) -> Outcome:
+        """The job to be written, or why it may not be."""
+        try:
+            if not isinstance(item, dict):
+                raise invalid_wish(InvalidWish("", "must be an object with the fields of a job"))
+            body = parse_job({**defaults, **item})
+            resolved = accepting.resolve(wish_of(body, self._pictures(body.pictures)))
+            new, _ = accepting.draft(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, booked=self.booked)
+        except Problem as problem:
+            return problem
+        self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
+        return new
+
+    def _pictures(self, fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
+        said = {name: value for name, value in fields.items() if value is not None}
+        unknown = {name: value for name, value in said.items() if value not in self.pictures}
+        for name, file_id in inputs.pictures(unknown).items():
+            self.pictures[said[name]] = file_id
+        return {name: self.pictures[value] for name, value in said.items()}
+
+
+@bp.post("/v1/jobs:batch")
+def create_jobs() -> ResponseReturnValue:
+    """Accept every job of the batch that can be: 200, and for each item, in order, its job or its problem."""
+    request.max_content_length = gateway().settings.max_batch_bytes
+    items, defaults = _read_batch(read_object(request))
+    once = read_once(request, [items, defaults])
+    if once is not None and (answer := accepting.answer_to(once)) is not None:
+        return jsonify(_view(answer)), 200, {REPLAYED: "true"}
+    door = _Door()
+    outcomes = [door.admit(item, defaults) for item in items]
+    try:
+        answer, headers = _accept(outcomes, once), {}
+    except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
+        answer, headers = error.answer, {REPLAYED: "true"}
+    except idempotency.KeyReused:
+        raise accepting.reused() from None
+    return jsonify(_view(answer)), 200, headers
+
+
+def _accept(outcomes: Sequence[Outcome], once: Once | None) -> Answer:
+    """Write what was let in, if anything was, and announce what there is room for."""
+    parts, tenant_id = gateway(), caller().tenant_id
+    new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
+    outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
+    accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
+    answer = {"items": json.dumps([_noted(outcome) for outcome in outcomes])}  # as text: JSONB has no place for every text that JSON has
+    if accepted:
+        with transaction(parts.database) as session:
+            if once is not None:
+                idempotency.claim(session, once, tenant_id=tenant_id)
+            accepting.write(session, accepted)
+            if once is not None:
+                idempotency.fulfil(session, once, tenant_id=tenant_id, answer=answer)
+    for job in accepted:
+        telemetry.JOBS_ACCEPTED.labels(job.params["tier"], job.params["model"]).inc()
+    log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
+    for pool, tier in sorted({job.flow for job in accepted}):
+        accepting.let_out(pool, tier)
+    return Answer(job_id=None, items=answer)
+
+
+def _noted(outcome: Outcome) -> dict[str, Any]:
+    """What is kept of it for those who ask again."""
+    if isinstance(outcome, NewJob):
+        return {"job_id": str(outcome.id)}
+    problem = outcome.summary()
+    return {"problem": problem | ({"retry_after_s": outcome.retry_after_s} if outcome.retry_after_s is not None else {})}
+
+
+def _view(answer: Answer) -> dict[str, Any]:
+    items = json.loads((answer.items or {}).get("items", "[]"))
+    job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
+    with transaction(gateway().database) as session:
+        jobs = listing.some(session, job_ids, tenant_id=caller().tenant_id)
+    data = list(_items(items, jobs))
+    return {"object": "batch", "accepted": len(job_ids), "refused": len(items) - len(job_ids), "data": data}
+
+
+def _items(items: Sequence[Mapping[str, Any]], jobs: Mapping[uuid.UUID, Job]) -> Iterator[dict[str, Any]]:
+    for item in items:
+        if "job_id" in item:
+            yield {"status": 202, "job": _job_view(jobs[uuid.UUID(item["job_id"])])}
+        else:
+            yield {"status": item["problem"]["status"], "problem": item["problem"]}
+
+
+def _job_view(job: Job) -> dict[str, Any]:
+    names = ("state", "tier", "model", "model_version", "seed")
+    head = {"id": str(job.id), "object": "job", **{name: getattr(job, name) for name in names}, "n": job.num_images}
+    return head | {"urls": urls_view(job)}
+
+
+def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The items, and the fields that all of them share unless they say otherwise. Raises InvalidImageRequest."""
+    for name in body:
+        if name not in ("jobs", "defaults"):
+            raise invalid_wish(InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"]))
+    items, defaults = body.get("jobs"), body.get("defaults", {})
+    if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
+        raise invalid_wish(InvalidWish("jobs", f"must be a list of 1 to {MAX_JOBS} jobs", {"min": 1, "max": MAX_JOBS}))
+    if not isinstance(defaults, dict):
+        raise invalid_wish(InvalidWish("defaults", "must be an object with fields of a job"))
+    return items, defaults

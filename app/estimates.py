@@ -1,0 +1,67 @@
+"""POST /v1/estimate: what a job would be, cost and wait for. Nothing is written, not even a picture."""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from flask import Blueprint, jsonify, request
+from flask.typing import ResponseReturnValue
+
+from app import accepting, inputs
+from app.auth import caller, require_key
+from app.body import read_job, wish_of
+from app.gateway import gateway
+from app.views import params_view, queue_view
+from policy.admission import Refusal
+from policy.cost import megapixel_steps, price
+
+bp = Blueprint("estimates", __name__)
+bp.before_request(require_key)
+
+_UNSEEN = uuid.UUID(int=0)  # a picture that would be fetched or stored only for a job
+
+
+@bp.post("/v1/estimate")
+def estimate() -> ResponseReturnValue:
+    """Every resolved parameter of the job that POST /v1/jobs would make of this body, its price and its wait; or its problem."""
+    parts = gateway()
+    body = read_job(request)
+    resolved = accepting.resolve(wish_of(body, _pictures(body.pictures)))
+    tier = parts.fleet.tiers[resolved.tier]
+    deadline_s = accepting.start_deadline_s(body.start_deadline_s, tier.start_within_s)
+    expected = parts.lookout.expect(resolved, caller().tenant_id)
+    cost = price(parts.fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s)
+    return jsonify(
+        {
+            "object": "estimate",
+            **params_view(resolved),
+            "seed": body.seed,  # one that was not asked for is drawn for the job
+            **{field: value if value and _is_id(value) else None for field, value in body.pictures.items()},
+            "metadata": body.metadata,
+            "start_deadline_s": deadline_s,
+            "megapixel_steps": float(megapixel_steps(parts.fleet, resolved)),
+            "cost": {"gpu_seconds": round(expected.predicted_s, 6), "amount": str(cost), "currency": parts.fleet.currency},
+            "queue": queue_view(expected.place),
+            "can_be_served": expected.refusal is None,
+            "refusal": _refusal_view(expected.refusal) if expected.refusal else None,
+        }
+    )
+
+
+def _pictures(fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
+    """Those that are files already are looked up; of the others it only counts that there is one."""
+    said = {field: value for field, value in fields.items() if value is not None}
+    files = inputs.pictures({field: value for field, value in said.items() if _is_id(value)})
+    return {field: files.get(field, _UNSEEN) for field in said}
+
+
+def _is_id(value: str) -> bool:
+    try:
+        uuid.UUID(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _refusal_view(refusal: Refusal) -> dict[str, Any]:
+    return accepting.problem_of(refusal).summary() | {"retry_after_s": refusal.retry_after_s}

@@ -1,0 +1,133 @@
+"""/v1/files: bring, show, list and erase the pictures that jobs start from."""
+
+import tempfile
+import uuid
+from typing import Any, BinaryIO
+
+import structlog
+from flask import Blueprint, Request, jsonify, redirect, request, url_for
+from flask.typing import ResponseReturnValue
+
+from app import inputs
+from app.auth import caller, require_key
+from app.gateway import gateway
+from app.pages import next_page, read_cursor, read_limit
+from app.problems import BodyTooLarge, FileInUse, FileNotFound, MalformedBody, UnsupportedMediaType
+from edges.broker import BrokerUnavailable
+from models import files
+from models.database import transaction
+from models.tables import File
+from policy import queues
+
+log = structlog.get_logger(__name__)
+bp = Blueprint("files", __name__, url_prefix="/v1/files")
+bp.before_request(require_key)
+
+FIELD = "file"
+_IN_MEMORY_BYTES = 262_144  # of a body that is still coming in; the rest of it waits on disk
+_CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
+
+
+@bp.post("")
+def bring_file() -> ResponseReturnValue:
+    """Keep a picture: 201 and the file, the same one for the same picture. Multipart with the field `file`, or the picture itself."""
+    with uploaded(request) as content:
+        file = inputs.keep(content, field=FIELD)
+    return jsonify(file_view(file)), 201, {"Location": url_for(".show_file", file_id=file.id)}
+
+
+@bp.get("")
+def list_files() -> ResponseReturnValue:
+    """The tenant's files, newest first: `limit` (1 to 100), `cursor`."""
+    limit, before = read_limit(request), read_cursor(request)
+    with transaction(gateway().database) as session:
+        rows = files.page(session, tenant_id=caller().tenant_id, limit=limit + 1, before=before)
+    cursor, link = next_page(request, ".list_files", [row.id for row in rows], limit)
+    return jsonify(object="list", data=[file_view(row) for row in rows[:limit]], has_more=cursor is not None, next_cursor=cursor), 200, link
+
+
+@bp.get("/<uuid:file_id>")
+def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
+    """What is known of the file."""
+    return jsonify(file_view(_found(file_id)))
+
+
+@bp.get("/<uuid:file_id>/content")
+def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
+    """302 to a presigned URL of the picture, as it was encoded again."""
+    file = _found(file_id)
+    response = redirect(gateway().store.presigned_url(file.object_key, content_type="image/png", filename=f"{file.id}.png"), 302)
+    response.headers["Cache-Control"] = "no-store"
+    return response
+
+
+@bp.delete("/<uuid:file_id>")
+def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
+    """204; harmless when repeated. 409 while a job that is not finished starts from it."""
+    parts = gateway()
+    try:
+        with transaction(parts.database) as session:
+            file = files.erase(session, file_id, tenant_id=caller().tenant_id, actor=caller().actor)
+    except files.FileInUse as error:
+        raise FileInUse("A job that is not finished starts from this file.", job_id=str(error.job_id)) from None
+    if file is None:
+        raise _not_found(file_id)
+    try:
+        parts.broker.ask_for(queues.TIDY_STORE, queues.results_queue(parts.fleet, parts.fleet.tiers_by_rank[-1]))
+    except BrokerUnavailable as error:
+        log.warning("tidy_postponed", reason=str(error))  # the sweeper asks for it
+    return "", 204
+
+
+def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
+    """The one picture in the body, not in memory yet. Raises BodyTooLarge, MalformedBody, UnsupportedMediaType."""
+    asked.max_content_length = gateway().settings.max_upload_bytes
+    if asked.mimetype == "multipart/form-data":
+        sent = asked.files.getlist(field)
+        if len(sent) != 1:
+            raise MalformedBody(f"Send one picture in the field `{field}`; there are {len(sent)}.")
+        return sent[0].stream  # type: ignore[return-value]
+    if asked.mimetype not in _CONTENT_TYPES:
+        raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=_CONTENT_TYPES)
+    return _spooled(asked)
+
+
+def _spooled(asked: Request) -> BinaryIO:
+    spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 - the caller closes it
+    length, limit = 0, asked.max_content_length or 0
+    while piece := asked.stream.read(65_536):
+        length += len(piece)
+        spool.write(piece)
+    if asked.content_length is None and length >= limit:  # werkzeug cuts a chunked one off silently
+        raise BodyTooLarge(f"The body is larger than {limit} bytes.")
+    spool.seek(0)
+    return spool  # type: ignore[return-value]
+
+
+def file_view(file: File) -> dict[str, Any]:
+    """A file as a client sees it."""
+    return {
+        "id": str(file.id),
+        "object": "file",
+        "width_px": file.width_px,
+        "height_px": file.height_px,
+        "mode": file.mode,
+        "size_bytes": file.size_bytes,
+        "content_type": "image/png",
+        "content_sha256": file.content_sha256,
+        "created_at": file.created_at.isoformat(),
+        "url": url_for("files.show_content", file_id=file.id),
+        "urls": {"self": url_for("files.show_file", file_id=file.id)},
+    }
+
+
+def _found(file_id: uuid.UUID) -> File:
+    with transaction(gateway().database) as session:
+        file = files.find(session, file_id, tenant_id=caller().tenant_id)
+    if file is None:
+        raise _not_found(file_id)
+    return file
+
+
+def _not_found(file_id: uuid.UUID) -> FileNotFound:
+    return FileNotFound(f"There is no file {file_id}.")

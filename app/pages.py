@@ -1,0 +1,52 @@
+"""Pages of a list, newest first: `limit`, `cursor` and the link to the next page. A cursor is the id of the last row that was shown."""
+
+import base64
+import binascii
+import uuid
+from collections.abc import Sequence
+
+from flask import Request, url_for
+
+from app.problems import InvalidQuery
+
+MAX_PAGE = 100
+
+
+def read_limit(request: Request) -> int:
+    """How many rows are asked for. Raises InvalidQuery."""
+    return parse_limit(request.args.get("limit", "20"))
+
+
+def parse_limit(text: str) -> int:
+    """Raises InvalidQuery."""
+    if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
+        raise InvalidQuery(f"limit must be a whole number from 1 to {MAX_PAGE}.", parameter="limit", accepted={"min": 1, "max": MAX_PAGE})
+    return int(text)
+
+
+def read_cursor(request: Request) -> uuid.UUID | None:
+    """The row behind which the page begins; None for the first page. Raises InvalidQuery."""
+    text = request.args.get("cursor")
+    return None if text is None else parse_cursor(text)
+
+
+def parse_cursor(text: str) -> uuid.UUID:
+    """Raises InvalidQuery."""
+    try:
+        return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
+    except (ValueError, binascii.Error):
+        raise InvalidQuery("cursor must be a next_cursor of an earlier answer.", parameter="cursor") from None
+
+
+def cursor_of(row_id: uuid.UUID) -> str:
+    """Where the page after this row begins."""
+    return base64.urlsafe_b64encode(row_id.bytes).decode().rstrip("=")
+
+
+def next_page(request: Request, endpoint: str, ids: Sequence[uuid.UUID], limit: int) -> tuple[str | None, dict[str, str]]:
+    """The cursor of the next page, None on the last one, and the `Link` to it. ids: of up to `limit` + 1 rows."""
+    if len(ids) <= limit:
+        return None, {}
+    cursor = cursor_of(ids[limit - 1])
+    said = {name: value for name, value in request.args.items() if not name.startswith("_")}  # those are url_for's own
+    return cursor, {"Link": f'<{url_for(endpoint, **said | (request.view_args or {}) | {"cursor": cursor})}>; rel="next"'}

@@ -1,0 +1,39 @@
+"""Content that a tenant has deleted: gone from every row; what happened, and the digests of what came of it, stay.
+
+Objects are put on their way out of the store here; pixels and snapshots in Redis are the caller's, after the commit.
+"""
+
+import uuid
+
+from sqlalchemy import func
+from sqlalchemy.orm import Session
+
+from models import audit, jobs, uploads
+from models.states import ACTIVE_STATES
+from models.tables import Job
+
+
+def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
+    """Empty the job of prompts, metadata and images, canceled first if it is active; None if the tenant has no such job.
+
+    Harmless when repeated.
+    """
+    job = jobs.lock(session, job_id, tenant_id=tenant_id)
+    if job is None or job.erased_at is not None:
+        return job
+    artifacts = [image.artifact for image in job.images if image.artifact is not None]
+    for artifact in artifacts:
+        artifact.erased_at = func.clock_timestamp()
+    session.flush()
+    for object_key in sorted({artifact.object_key for artifact in artifacts}):
+        uploads.give_up(session, object_key)  # before the flow is locked, as where an image is stored
+    was = job.state
+    if was in ACTIVE_STATES:
+        jobs.take_back(session, job)
+    job.prompt, job.negative_prompt, job.labels = "", "", None
+    job.erased_at = func.clock_timestamp()
+    if was in ACTIVE_STATES:
+        audit.append(session, "job:state:canceled", chain=tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
+    audit.append(session, "job:content:erased", chain=tenant_id, actor=actor, job_id=job.id, images=len(artifacts))
+    session.refresh(job)
+    return job

@@ -1,0 +1,142 @@
+"""Tell tenants' webhook endpoints what became of their jobs.
+
+Rows say what is to be told (models/webhooks.py); a task tries one, and goes on with what else is due at that endpoint. Nothing here
+can slow a worker or a gateway: it is a role of its own, and a receiver that hangs holds a few of its threads for some seconds.
+"""
+
+import json
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from sqlalchemy import Engine as Database
+from sqlalchemy.exc import SQLAlchemyError
+
+from edges import telemetry
+from edges.broker import Broker, BrokerUnavailable
+from edges.outbound import Outbound, Unreachable
+from edges.webhooks import headers
+from models import jobs, webhooks
+from models.database import transaction
+from models.tables import Job
+from models.webhooks import Claim, Tried
+from policy.webhooks import GIVE_UP_AFTER_S, next_try_s
+
+log = structlog.get_logger(__name__)
+
+ATTEMPT_S = 10.0
+GO_ON_S = 30.0  # with one endpoint, before others get the thread
+
+
+@dataclass(frozen=True, kw_only=True)
+class Courier:
+    """What delivering needs, made once per process."""
+
+    database: Database
+    broker: Broker
+    outbound: Outbound
+    name: str
+
+    def hear(self, job_id: uuid.UUID) -> None:
+        """A job ended: hand out what is to be told of it. The sweeper does so later if this is missed."""
+        try:
+            with transaction(self.database) as session:
+                found = webhooks.due_of_job(session, job_id)
+            self.hand_out(found)
+        except (SQLAlchemyError, BrokerUnavailable) as error:
+            log.warning("webhooks_not_handed_out", job_id=str(job_id), reason=type(error).__name__)
+
+    def hand_out(self, delivery_ids: Sequence[uuid.UUID]) -> None:
+        """Ask for an attempt at each. Raises BrokerUnavailable."""
+        for delivery_id in delivery_ids:
+            self.broker.ask_to_deliver(delivery_id)
+
+    def deliver_webhook(self, *, delivery_id: str) -> None:
+        """Try the delivery, then what else is due at its endpoint. Harmless when asked twice: only who claims it tries it."""
+        until = time.monotonic() + GO_ON_S
+        following: uuid.UUID | None = uuid.UUID(delivery_id)
+        try:
+            while following is not None and time.monotonic() < until:
+                following = self._deliver(following)
+        except SQLAlchemyError as error:
+            log.warning("delivery_postponed", delivery_id=delivery_id, reason=type(error).__name__)
+        except BaseException as error:
+            log.error("delivery_task_failed", delivery_id=delivery_id, exc_info=error)
+
+    def _deliver(self, delivery_id: uuid.UUID) -> uuid.UUID | None:
+        """One attempt; the next delivery that is due there after one that was heard."""
+        with transaction(self.database) as session:
+            claim = webhooks.claim(session, delivery_id)
+            if claim is None:
+                telemetry.DUPLICATES.labels("deliver").inc()
+                return None
+            job = jobs.find(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
+        tried = self._try(claim, job)
+        with transaction(self.database) as session:
+            state = webhooks.record(session, claim, tried, actor=self.name)
+        outcome = "delivered" if tried.is_delivered else str(tried.status or "unreachable")
+        telemetry.WEBHOOK_ATTEMPTS.labels(outcome if tried.is_delivered or tried.status is None else f"{outcome[0]}xx").inc()
+        telemetry.WEBHOOK_SECONDS.observe(tried.took_s)
+        log.info("webhook_tried", delivery_id=str(claim.id), attempt=claim.attempt, status=tried.status, error=tried.error, state=state)
+        if not tried.is_delivered:
+            return None  # whoever does not hear this one would not hear the next: they come when they are due
+        with transaction(self.database) as session:
+            return webhooks.next_of_endpoint(session, claim.endpoint_id)
+
+    def _try(self, claim: Claim, job: Job | None) -> Tried:
+        at = datetime.now(UTC)
+        body = json.dumps(message(claim, job, at), separators=(",", ":"))
+        started, wish_s, status, error = time.monotonic(), None, None, None
+        try:
+            signed = headers(str(claim.id), at, body, claim.secrets)
+            answer = self.outbound.post(claim.url, body.encode(), signed, timeout_s=ATTEMPT_S)
+            status, wish_s = answer.status, answer.retry_after_s
+            error = "redirects are not followed" if 300 <= status < 400 else None
+        except Unreachable as refused:
+            error = refused.reason
+        try_again_s = next_try_s(claim.attempt, draw=random.random(), wish_s=wish_s)
+        is_last = claim.age_s + try_again_s > GIVE_UP_AFTER_S
+        return Tried(status, error, time.monotonic() - started, None if is_last else try_again_s)
+
+
+def message(claim: Claim, job: Job | None, at: datetime) -> dict[str, Any]:
+    """The body: what happened, when, and to what; no prompt. The same at every attempt, for a job in a final state changes no more."""
+    if job is None:
+        return {"type": claim.event, "timestamp": at.isoformat(), "data": {}}
+    happened_at = job.finished_at or at
+    return {"type": claim.event, "timestamp": happened_at.isoformat(), "data": _facts(job)}
+
+
+def _facts(job: Job) -> dict[str, Any]:
+    names = ("state", "tier", "model", "model_version", "seed")
+    instants = {"created_at": job.accepted_at, "started_at": job.started_at, "finished_at": job.finished_at}
+    own = f"/v1/jobs/{job.id}"
+    return {
+        "id": str(job.id),
+        "object": "job",
+        **{name: getattr(job, name) for name in names},
+        "n": job.num_images,
+        "metadata": job.labels or {},
+        "failure": {"code": job.failure_code} if job.failure_code else None,
+        "cost": {"amount": str(job.cost), "currency": job.currency} if job.cost is not None else None,
+        **{name: at.isoformat() if at else None for name, at in instants.items()},
+        "images": [_image_facts(own, image) for image in job.images],
+        "urls": {"self": own},
+    }
+
+
+def _image_facts(own: str, image: Any) -> dict[str, Any]:
+    names = ("pixels_sha256", "content_sha256", "content_type", "size_bytes", "width_px", "height_px")
+    stored = {name: getattr(image.artifact, name) for name in names} if image.artifact is not None else {}
+    return {
+        "index": image.index,
+        "seed": image.seed,
+        "state": image.state,
+        **stored,
+        "url": f"{own}/images/{image.index}" if stored else None,
+    }

@@ -1,0 +1,80 @@
+"""POST /v1/estimate: what a job would be, cost and wait for, and not a row of it."""
+
+import pytest
+
+from tests.app.conftest import of_this_moment
+from tests.app.problem import assert_problem
+
+BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60, "seed": 7, "n": 2, "metadata": {"a": "b"}}
+URL = "/v1/estimate"
+
+
+def test_an_estimate_says_what_the_job_would_be_and_writes_nothing(a_house, count_jobs):
+    tenant, before = a_house().with_workers().tenant(), count_jobs()
+
+    estimate = tenant.send(URL, BODY).json
+    assert count_jobs() == before
+    job = tenant.send("/v1/jobs", BODY).json
+
+    same = set(estimate) & set(job) - {"object", "cost", "queue"}
+    assert {"model_version", "sampler", "guidance", "size", "seed", "determinism", "megapixel_steps", "metadata"} <= same
+    assert {name: estimate[name] for name in same} == {name: job[name] for name in same}
+    assert estimate["queue"]["jobs_ahead"] == job["queue"]["jobs_ahead"] == 0
+    assert 0 < estimate["queue"]["eta_p50_s"] <= estimate["queue"]["eta_p90_s"]
+    assert (estimate["can_be_served"], estimate["refusal"]) == (True, None)
+
+
+def test_it_has_a_price_as_a_job_has_its_cost(api, finished_job):
+    wish = {"prompt": "a red circle", "n": 2, "steps": 2}
+
+    cost = api.post(URL, json=wish).json()["cost"]
+
+    assert set(cost) == set(finished_job["cost"])
+    assert cost["gpu_seconds"] > 0
+    assert 0 < float(cost["amount"]) < 100 * float(finished_job["cost"]["amount"])
+
+
+def test_twice_the_steps_cost_more_and_count_twice(api):
+    once, twice = (api.post(URL, json={**BODY, "steps": steps}).json() for steps in (30, 60))
+
+    assert twice["megapixel_steps"] == 2 * once["megapixel_steps"]
+    assert twice["cost"]["gpu_seconds"] > once["cost"]["gpu_seconds"]
+
+
+def test_what_could_not_be_served_now_is_told_and_why(a_house):
+    estimate = a_house().tenant().send(URL, BODY)
+
+    assert (estimate.status_code, estimate.json["can_be_served"]) == (200, False)
+    refusal = estimate.json["refusal"]
+    assert (refusal["type"], refusal["status"], refusal["reason"]) == ("/problems/model-unserved", 503, "unserved")
+    assert refusal["retry_after_s"] >= 1
+
+
+def test_with_more_before_it_the_wait_is_longer(a_house):
+    house = a_house().with_workers()
+    tenant = house.tenant()
+    before = of_this_moment(lambda: tenant.send(URL, BODY)).json["queue"]
+
+    house.runs(predicted_s=300)
+
+    assert of_this_moment(lambda: tenant.send(URL, BODY)).json["queue"]["eta_p50_s"] > before["eta_p50_s"]
+
+
+def test_a_seed_that_was_not_asked_for_is_not_promised(api):
+    assert api.post(URL, json={"prompt": "a red circle"}).json()["seed"] is None
+
+
+UNKNOWN = "00000000-0000-4000-8000-000000000000"
+
+
+@pytest.mark.parametrize("change", [{"steps": 100_000}, {"nosuch": 1}, {"start_deadline_s": 1e9}, {"init_image": UNKNOWN}])
+def test_what_no_worker_could_render_is_the_same_problem_as_for_a_job(api, change):
+    problems = [assert_problem(api.post(url, json={**BODY, **change}), 422, "invalid-image-request") for url in (URL, "/v1/jobs")]
+
+    assert problems[0]["errors"] == problems[1]["errors"]
+
+
+def test_a_picture_that_is_not_stored_yet_counts_without_being_stored(api):
+    estimate = api.post(URL, json={**BODY, "init_image": "data:image/png;base64,AAAA"}).json()
+
+    assert (estimate["strength"], estimate["init_image"]) == (0.8, None)

@@ -1,0 +1,116 @@
+"""POST /v1/jobs/{id}/replay: the same parameters again, and from a reproducible tier the same pixels."""
+
+import uuid
+from dataclasses import fields
+
+import pytest
+from sqlalchemy import text
+
+from app.idempotency import REPLAYED
+from models import jobs
+from models.database import transaction
+from models.jobs import WISH
+from policy.catalog import Resolved
+from tests.app.conftest import bearer
+from tests.app.problem import assert_problem
+from tests.builders import GONE, a_fleet
+
+BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60, "metadata": {"a": "b"}}
+_TIMES = {"created_at", "start_by", "started_at", "run_by", "finished_at", "timing"}
+OWN = _TIMES | {"id", "urls", "state", "attempt", "queue", "progress", "images", "metadata", "replay_of"}
+
+
+def replay(client, job, **options):
+    return client.post(f"/v1/jobs/{job['id']}/replay", **options)
+
+
+def test_everything_that_makes_the_image_is_replayed():
+    assert set(WISH) == {field.name for field in fields(Resolved)}
+
+
+def test_a_replay_of_a_reproducible_job_has_the_same_pixels(api):
+    wish = {"prompt": "a green star", "tier": "quality", "steps": 6, "n": 2}  # no seed: the one that was drawn is replayed
+    job = api.post("/v1/jobs", json=wish, headers={"Prefer": "wait=60"}).json()
+    assert (job["state"], job["determinism"]) == ("succeeded", "reproducible")
+
+    again = replay(api, job, headers={"Prefer": "wait=60"})
+
+    assert (again.status_code, again.headers["Preference-Applied"], again.json()["state"]) == (202, "wait=60", "succeeded")
+    assert again.json()["replay_of"] == job["id"] != again.json()["id"]
+    assert [image["pixels_sha256"] for image in again.json()["images"]] == [image["pixels_sha256"] for image in job["images"]]
+
+
+def test_a_job_is_replayed_whatever_became_of_it(api, canceled_job):
+    again = replay(api, canceled_job).json()
+
+    assert {name: again[name] for name in again if name not in OWN} == {name: canceled_job[name] for name in again if name not in OWN}
+    api.post(again["urls"]["cancel"])
+
+
+def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(gateway_with, new_key, stack_database):
+    own = bearer(new_key())
+    retired = [{"id": "0", "source": "pocket/checkpoint", "traffic_weight": 0}, {"id": "1", "source": "pocket/checkpoint"}]
+    client = gateway_with(a_fleet({"models.pocket.versions": retired}))
+    job = client.post("/v1/jobs", json=BODY, headers=own).json
+    with transaction(stack_database) as session:
+        session.execute(text("UPDATE jobs SET model_version = '0' WHERE id = :id"), {"id": job["id"]})
+
+    assert client.post(f"/v1/jobs/{job['id']}/replay", headers=own).json["model_version"] == "0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "gone"),
+    [
+        ({"models.pocket.versions": [{"id": "2", "source": "pocket/checkpoint"}]}, "model_version"),
+        ({"tiers.batch": GONE}, "tier"),
+        ({"pools.local": GONE, "pools.other": {"models": ["pocket"], "slots": 8, "max_batch_rows": 8}}, "pool"),
+    ],
+)
+def test_what_is_not_offered_any_more_cannot_be_replayed(gateway_with, new_key, changes, gone):
+    own = bearer(new_key())
+    job = gateway_with().post("/v1/jobs", json=BODY, headers=own).json
+
+    answer = gateway_with(a_fleet(changes)).post(f"/v1/jobs/{job['id']}/replay", headers=own)
+
+    assert assert_problem(answer, 409, "replay-impossible")["gone"] == gone
+
+
+def test_what_was_erased_cannot_be_replayed(api, canceled_job):
+    api.delete(canceled_job["urls"]["self"])
+
+    assert_problem(replay(api, canceled_job), 409, "replay-impossible")
+
+
+def test_an_erasure_that_comes_between_is_seen_by_the_transaction(api, canceled_job, stack_database):
+    """What the gateway looked up before may be gone by then."""
+    with transaction(stack_database) as session:
+        job = session.get(jobs.Job, uuid.UUID(canceled_job["id"]))
+        wish = {name: getattr(job, name) for name in WISH}
+    api.delete(canceled_job["urls"]["self"])
+
+    options = {"params": wish, "start_within_s": 60, "currency": "EUR", "actor": "tests", "api_key_id": None}
+    with pytest.raises(jobs.NothingLeft), transaction(stack_database) as session:
+        jobs.accept(session, tenant_id=job.tenant_id, replay_of=job.id, **options)
+
+
+def test_a_replay_under_a_key_is_one_job(api, canceled_job):
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+
+    first, second = (replay(api, canceled_job, headers=key) for _ in range(2))
+
+    assert (first.json()["id"], second.headers[REPLAYED]) == (second.json()["id"], "true")
+    assert_problem(api.post("/v1/jobs", json=BODY, headers=key), 422, "idempotency-key-reused")
+    api.post(first.json()["urls"]["cancel"])
+
+
+def test_a_replay_takes_no_fields(api, canceled_job):
+    problem = assert_problem(replay(api, canceled_job, json={"steps": 4}), 422, "invalid-image-request")
+
+    assert problem["errors"][0]["pointer"] == "/steps"
+    again = replay(api, canceled_job, json={})
+    assert again.status_code == 202
+    api.post(again.json()["urls"]["cancel"])
+
+
+def test_another_tenant_s_job_cannot_be_replayed(stranger, canceled_job):
+    assert_problem(replay(stranger, canceled_job), 404, "job-not-found")

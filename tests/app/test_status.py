@@ -1,0 +1,94 @@
+"""GET /v1/jobs/{id}/status and conditional reads: cheap to ask often, and never older than a second."""
+
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+from app.statuses import MAX_KEPT, Statuses
+from tests.app.problem import assert_problem
+
+BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60}
+
+
+def test_a_status_is_the_little_that_changes(api, finished_job):
+    answer = api.get(finished_job["urls"]["status"])
+
+    status = answer.json()
+    assert (answer.status_code, answer.headers["Cache-Control"]) == (200, "private, max-age=1")
+    assert {name: status[name] for name in ("id", "state", "images_done", "n", "failure", "queue")} == {
+        "id": finished_job["id"],
+        "state": "succeeded",
+        "images_done": 2,
+        "n": 2,
+        "failure": None,
+        "queue": None,
+    }
+    assert status["progress"] == finished_job["progress"]
+    assert "prompt" not in status
+
+
+def test_a_waiting_job_s_status_has_its_place_and_eta(a_house):
+    tenant = a_house().with_workers().tenant()
+
+    queue = tenant.get(tenant.post().json, "status")["queue"]
+
+    assert queue["jobs_ahead"] == 0
+    assert 0 < queue["eta_p50_s"] <= queue["eta_p90_s"]
+
+
+def test_what_is_known_already_is_not_sent_again(api, finished_job):
+    for url in (finished_job["urls"]["status"], finished_job["urls"]["self"]):
+        first = api.get(url)
+        again = api.get(url, headers={"If-None-Match": first.headers["ETag"]})
+        changed = api.get(url, headers={"If-None-Match": '"something-else"'})
+
+        assert (again.status_code, again.content, again.headers["ETag"]) == (304, b"", first.headers["ETag"])
+        assert (changed.status_code, changed.json()) == (200, first.json())
+
+
+def test_a_cancel_shows_at_once(api):
+    job = api.post("/v1/jobs", json=BODY).json()
+    before = api.get(job["urls"]["status"])
+    assert before.json()["state"] in ("queued", "running")
+
+    api.post(job["urls"]["cancel"])
+    after = api.get(job["urls"]["status"], headers={"If-None-Match": before.headers["ETag"]})
+
+    assert (after.status_code, after.json()["state"]) == (200, "canceled")
+
+
+def test_a_job_that_goes_on_shows_within_a_second(api):
+    job = api.post("/v1/jobs", json={"prompt": "a red circle", "steps": 1}).json()
+    api.get(job["urls"]["status"])
+    api.get(job["urls"]["self"], headers={"Prefer": "wait=60"})
+    time.sleep(1.0)
+
+    assert api.get(job["urls"]["status"]).json()["state"] == "succeeded"
+
+
+def test_another_tenant_s_status_does_not_exist_even_when_it_is_remembered(api, stranger, finished_job):
+    assert api.get(finished_job["urls"]["status"]).status_code == 200
+
+    assert_problem(stranger.get(finished_job["urls"]["status"]), 404, "job-not-found")
+    assert_problem(api.get(f"/v1/jobs/{uuid.uuid4()}/status"), 404, "job-not-found")
+
+
+def test_a_thousand_looks_at_once_are_one_read():
+    statuses, job_id, reads = Statuses(), uuid.uuid4(), []
+
+    def read():
+        reads.append(time.sleep(0.05))
+        return b"{}"
+
+    with ThreadPoolExecutor(16) as threads:
+        seen = set(threads.map(lambda _: statuses.get(uuid.UUID(int=1), job_id, read).etag, range(1000)))
+
+    assert (len(reads), len(seen)) == (1, 1)
+
+
+def test_what_is_remembered_is_bounded():
+    statuses = Statuses()
+    for number in range(MAX_KEPT + 50):
+        statuses.get(uuid.UUID(int=1), uuid.UUID(int=number), lambda: b"{}")
+
+    assert len(statuses._kept) == MAX_KEPT
