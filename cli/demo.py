@@ -20,9 +20,9 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.text import Text
 
 from cli import screen
-from cli.generate import how_far
 from cli.installation import Installation, pass_installation
 from cli.sql import ask
+from cli.watching import Sight
 from darkroom_client import Client, Job
 from pocket.checker import check
 
@@ -121,8 +121,8 @@ def _run(client: Client, wishes: Sequence[Wish], timeout_s: float) -> list[Job]:
             for index, job in enumerate(jobs):
                 if not job.is_finished:
                     jobs[index] = job = client.job(job.id)
-                    done, where = how_far(job)
-                    progress.update(bars[index], completed=done, where=where)
+                    sight = Sight.of(job)
+                    progress.update(bars[index], completed=sight.done + (job.state == "succeeded"), where=sight.words)
             if all(job.is_finished for job in jobs):
                 break
             time.sleep(_POLL_EVERY_S)

@@ -1,107 +1,85 @@
-"""generate: a prompt becomes image files, with a look at where the time went."""
+"""generate: a prompt becomes image files, with a look at where the time went; or a whole file of prompts does."""
 
+import asyncio
+import hashlib
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import click
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from cli import screen
 from cli.installation import Installation, pass_installation
-from darkroom_client import Client, Job
+from cli.watching import watch
+from cli.wishes import EXTENSIONS, wish_options
+from darkroom_client import Client, Job, downloads
+from darkroom_client.wishes import PICTURE_FIELDS
 
 _FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
-_EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 
 
 @click.command()
-@click.argument("prompt")
-@click.option("--tier", help="Class of service; the fleet's first by default.")
-@click.option("--model", help="Model; the fleet's first by default.")
-@click.option("--size", help="WIDTHxHEIGHT in pixels.")
-@click.option("--steps", type=int, help="Denoise steps.")
-@click.option("--guidance", type=float, help="How strictly the prompt is followed.")
-@click.option("--sampler", help="Sampling method.")
-@click.option("--seed", type=int, help="Seed of the first image; the next have seed + 1, …  [default: random]")
-@click.option("-n", "num_images", type=int, default=1, show_default=True, help="Number of images.")
-@click.option("--negative", "negative_prompt", help="What the image should not show.")
-@click.option("--format", "output_format", type=click.Choice(list(_EXTENSIONS)), help="By default what the output's name says, or png.")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Output file; out-0.png, out-1.png … for several.")
-@click.option("--timeout", "timeout_s", type=float, default=600, show_default=True, help="Seconds to wait for the job.")
+@click.argument("prompt", required=False)
+@click.option("--from", "source", type=click.File("rb"), help="File of prompts, one a line or as JSON objects with any fields; - = stdin.")
+@wish_options
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="Output file; out-0.png, out-1.png … for several. With --from: folder."
+)
+@click.option("--timeout", "timeout_s", type=float, default=600, show_default=True, help="Seconds to wait for the job of PROMPT.")
+@click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="With --from: so many jobs under way at once.")
+@click.option("--cancel-on-interrupt", "cancels", is_flag=True, help="With --from: Ctrl-C cancels the jobs that are under way.")
+@click.option("--retry-failed", is_flag=True, help="With --from: ask again for what failed in an earlier run.")
+@click.option("--fresh", is_flag=True, help="With --from: forget the earlier run in the output folder.")
 @pass_installation
 @click.pass_context
 def generate(
     ctx: click.Context,
     installation: Installation,
-    prompt: str,
-    tier: str | None,
-    model: str | None,
-    size: str | None,
-    steps: int | None,
-    guidance: float | None,
-    sampler: str | None,
-    seed: int | None,
-    num_images: int,
-    negative_prompt: str | None,
-    output_format: str | None,
+    prompt: str | None,
+    source: BinaryIO | None,
     output: Path | None,
     timeout_s: float,
+    parallel: int,
+    cancels: bool,
+    retry_failed: bool,
+    fresh: bool,
+    **wish: Any,
 ) -> None:
-    """Make images of PROMPT. Ctrl-C cancels the job."""
-    wanted_format = output_format or (_FORMATS.get(output.suffix.lower()) if output else None)
+    """Make images of PROMPT, or of every line of a file.
+
+    Ctrl-C cancels the job of PROMPT. With --from it leaves the jobs that are under way to go on (again within two seconds: cancels
+    them), and the same command continues: nothing is asked for twice, and only images that are missing or broken are fetched. They
+    are <folder>/<line>-<seed>-<index>.<format>; what a line says itself wins over the options.
+    """
+    if (prompt is None) == (source is None):
+        raise click.UsageError("give either a PROMPT or --from FILE")
+    if source is not None:
+        options = {"parallel": parallel, "cancels": cancels, "retry_failed": retry_failed, "fresh": fresh}
+        if not _make_many(installation, source, wish, output or Path("out"), **options):
+            ctx.exit(1)
+        return
+    assert prompt is not None
+    wish["output_format"] = wish["output_format"] or (_FORMATS.get(output.suffix.lower()) if output else None)
     with installation.client() as client:
-        job = client.create_job(
-            prompt,
-            negative_prompt=negative_prompt,
-            model=model,
-            tier=tier,
-            size=size,
-            steps=steps,
-            guidance=guidance,
-            sampler=sampler,
-            seed=seed,
-            n=num_images,
-            output_format=wanted_format,
-        )
-        job = watch(client, job, timeout_s)
-        saved = save(client, job, output or Path(f"out{_EXTENSIONS.get(job.output_format, '.png')}"))
-    screen.out().print(timing_table(job))
-    for path in saved:
-        screen.out().print(f"saved {path}")
+        job = watch(client, client.create_job(prompt, **wish), timeout_s=timeout_s, cancels=True)
+        report(client, job, output)
     if job.state != "succeeded":
-        reason = f": {job.failure.code} ({job.failure.detail})" if job.failure else ""
-        screen.complain(f"Job {job.id} is {job.state}{reason}")
         ctx.exit(1)
 
 
-def watch(client: Client, job: Job, timeout_s: float) -> Job:
-    """Wait for a job under a live progress bar. Ctrl-C cancels the job and is passed on."""
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[where]}"), TimeElapsedColumn())
-    with Progress(*columns, console=screen.err(), transient=True) as progress:
-        bar = progress.add_task(job.id[-8:], total=job.steps * job.n + 1, where=job.state)
-
-        def show(seen: Job) -> None:
-            done, where = how_far(seen)
-            progress.update(bar, completed=done, where=where)
-
-        try:
-            return client.wait(job.id, timeout_s, on_progress=show)
-        except KeyboardInterrupt:
-            state = client.cancel(job.id).state
-            progress.console.print(f"job {job.id} is {state}")
-            raise
+def report(client: Client, job: Job, output: Path | None) -> None:
+    """Save what a finished job made and say where its time went; if it failed, why. output: out.png by default."""
+    saved = save(client, job, output or Path(f"out{EXTENSIONS.get(job.output_format, '.png')}"))
+    screen.out().print(timing_table(job))
+    for path in saved:
+        screen.out().print(f"saved {path}")
+    complain_of(job)
 
 
-def how_far(job: Job) -> tuple[int, str]:
-    """Denoise steps done of `steps * n`, plus one for storing; and the same in words."""
-    steps = job.steps * job.n
-    if job.is_finished:
-        return steps + 1, job.state
-    if job.state == "storing":
-        return steps, "storing"
-    if job.state == "running" and job.progress:
-        images = f" · {job.progress.images_done} of {job.n} images stored" if job.n > 1 else ""
-        return min(job.progress.step, steps), f"step {job.progress.step}/{job.progress.num_steps}{images}"
-    return 0, job.state
+def complain_of(job: Job) -> None:
+    """Say why a job did not succeed; nothing of one that did."""
+    if job.state != "succeeded":
+        reason = f": {job.failure.code} ({job.failure.detail})" if job.failure else ""
+        screen.complain(f"Job {job.id} is {job.state}{reason}")
 
 
 def save(client: Client, job: Job, output: Path) -> list[Path]:
@@ -110,8 +88,7 @@ def save(client: Client, job: Job, output: Path) -> list[Path]:
     paths = []
     for image in stored:
         path = output if job.n == 1 else output.with_name(f"{output.stem}-{image.index}{output.suffix}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(client.image(job, image.index))
+        downloads.write(path, client.image(job, image.index))
         paths.append(path)
     return paths
 
@@ -123,3 +100,57 @@ def timing_table(job: Job) -> object:
     timing = job.timing
     row = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s, *cost, job.tier, job.model, job.steps, job.seed)
     return screen.table(columns, [row], numbers=columns[:6])
+
+
+def _make_many(
+    installation: Installation,
+    source: BinaryIO,
+    options: dict[str, Any],
+    folder: Path,
+    *,
+    parallel: int,
+    cancels: bool,
+    retry_failed: bool,
+    fresh: bool,
+) -> bool:
+    """Serve every line of the file; True when all succeeded. Ctrl-C ends it with KeyboardInterrupt, once all is noted."""
+    from cli import prompts
+    from cli.board import Board
+    from cli.many import Interrupted, Many
+    from cli.runs import AnotherRun, Run
+
+    content = source.read()
+    wish = {name: value for name, value in options.items() if value is not None}
+    try:
+        lines = prompts.read(content.decode())
+        run = Run.opened(folder, source=content, options=_fingerprint(wish), fresh=fresh)
+    except (prompts.BadLine, AnotherRun, UnicodeDecodeError) as error:
+        raise click.UsageError(str(error)) from None
+
+    async def go() -> Many:
+        async with installation.async_client() as client:
+            for field in PICTURE_FIELDS:
+                if field in wish:
+                    wish[field] = (await client.upload(wish[field])).id
+            with Board(len(lines)) as board:
+                many = Many(client, run, lines, wish, folder, board, retry_failed=retry_failed)
+                await many.go(parallel, cancels=cancels)
+            return many
+
+    try:
+        many = asyncio.run(go())
+    except Interrupted:
+        raise KeyboardInterrupt from None
+    had = many.num_images - many.num_new
+    there = f", {had} of them there already" if had else ""
+    screen.out().print(f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: {many.num_images} images in {folder}{there}")
+    for line, why in sorted(many.failed, key=lambda failure: failure[0].number):
+        screen.complain(f"line {line.number} ({line.prompt[:40]}): {why}")
+    return not many.failed
+
+
+def _fingerprint(wish: dict[str, Any]) -> dict[str, Any]:
+    """The options as the run remembers them: of a picture, what it shows."""
+    return {
+        name: hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value for name, value in sorted(wish.items())
+    }

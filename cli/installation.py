@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 from dotenv import dotenv_values
 
-from darkroom_client import Client
+from darkroom_client import AsyncClient, Client
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -39,6 +39,10 @@ class Installation:
     def client(self) -> Client:
         """The gateway, as the tenant whose key we have."""
         return Client(self.look_up("DARKROOM_URL"), self.look_up("DARKROOM_API_KEY"))
+
+    def async_client(self) -> AsyncClient:
+        """The same for asyncio."""
+        return AsyncClient(self.look_up("DARKROOM_URL"), self.look_up("DARKROOM_API_KEY"))
 
     @contextmanager
     def transaction(self) -> Iterator["Session"]:

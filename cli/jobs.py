@@ -1,10 +1,13 @@
-"""jobs, cancel: the tenant's jobs over HTTP."""
+"""jobs, watch, cancel, delete: the tenant's jobs over HTTP."""
 
 import itertools
+import re
+from datetime import UTC, datetime, timedelta
 
 import click
 
-from cli import screen
+from cli import screen, watching
+from cli.generate import complain_of, timing_table
 from cli.installation import Installation, pass_installation
 
 _STATES = ["queued", "running", "storing", "succeeded", "failed", "rejected", "canceled", "expired"]
@@ -13,18 +16,31 @@ _PROMPT_CHARS = 48
 
 @click.command()
 @click.option("--state", type=click.Choice(_STATES), help="Only jobs in this state.")
+@click.option("--since", help="Only jobs from then on: 2026-11-26, 2026-11-26T18:00 (UTC), or 15m, 12h, 7d ago.")
+@click.option("--until", help="Only jobs of before then.")
+@click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Only jobs with that in their metadata; all of them if given again.")
 @click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many.")
 @click.option("--json", "as_json", is_flag=True, help="The jobs as the API tells them.")
 @pass_installation
-def jobs(installation: Installation, state: str | None, limit: int, as_json: bool) -> None:
+def jobs(
+    installation: Installation,
+    state: str | None,
+    since: str | None,
+    until: str | None,
+    metadata: tuple[str, ...],
+    limit: int,
+    as_json: bool,
+) -> None:
     """List the tenant's jobs, newest first."""
+    between, labels = (_instant(since, "--since"), _instant(until, "--until")), _pairs(metadata)
     with installation.client() as client:
-        found = list(itertools.islice(client.jobs(state=state, page_size=min(limit, 100)), limit))
+        listed = client.jobs(state=state, since=between[0], until=between[1], metadata=labels, page_size=min(limit, 100))
+        found = list(itertools.islice(listed, limit))
     if as_json:
         screen.print_json([job.members for job in found])
         return
     rows = [
-        (job.id, job.created_at, job.state, job.tier, job.steps, job.n, job.seed, job.timing.total_s, _shortened(job.prompt))
+        (job.id, job.created_at, job.state, job.tier, job.steps, job.n, job.seed, job.timing.total_s, _shortened(job.prompt or "(erased)"))
         for job in found
     ]
     columns = ["job", "created (UTC)", "state", "tier", "steps", "n", "seed", "total s", "prompt"]
@@ -39,6 +55,52 @@ def cancel(installation: Installation, job_id: str) -> None:
     with installation.client() as client:
         job = client.cancel(job_id)
     screen.out().print(f"job {job.id} is {job.state}")
+
+
+@click.command()
+@click.argument("job_id")
+@pass_installation
+@click.pass_context
+def watch(ctx: click.Context, installation: Installation, job_id: str) -> None:
+    """Watch a job until it is finished. Ctrl-C leaves it alone; exit code 1 when it does not succeed."""
+    with installation.client() as client:
+        job = watching.watch(client, client.job(job_id), timeout_s=None, cancels=False)
+    screen.out().print(f"job {job.id} is {job.state}")
+    screen.out().print(timing_table(job))
+    if job.state != "succeeded":
+        complain_of(job)
+        ctx.exit(1)
+
+
+@click.command()
+@click.argument("job_id")
+@click.confirmation_option(prompt="Its prompt and images cannot be brought back. Delete them?")
+@pass_installation
+def delete(installation: Installation, job_id: str) -> None:
+    """Erase a job's prompt, metadata and images. What it cost, and that it was, stay in the audit log."""
+    with installation.client() as client:
+        client.delete(job_id)
+    screen.out().print(f"what job {job_id} was about is erased")
+
+
+def _instant(text: str | None, option: str) -> datetime | None:
+    """A time that was typed, or so long ago."""
+    if text is None:
+        return None
+    if ago := re.fullmatch(r"(\d+)([mhd])", text):
+        return datetime.now(UTC) - timedelta(**{{"m": "minutes", "h": "hours", "d": "days"}[ago[2]]: int(ago[1])})
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter("write 2026-11-26, 2026-11-26T18:00, 15m, 12h or 7d", param_hint=option) from None
+    return at if at.tzinfo else at.replace(tzinfo=UTC)
+
+
+def _pairs(texts: tuple[str, ...]) -> dict[str, str]:
+    for text in texts:
+        if "=" not in text:
+            raise click.BadParameter(f"{text!r} is not KEY=VALUE", param_hint="--metadata")
+    return dict(text.split("=", 1) for text in texts)
 
 
 def _shortened(text: str) -> str:

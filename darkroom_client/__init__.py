@@ -1,38 +1,55 @@
-"""A typed client of Darkroom's HTTP API. Needs httpx, and nothing of the house.
+"""A typed client of Darkroom's HTTP API, for threads and for asyncio. Needs httpx, and nothing of the house.
 
 with Client("http://127.0.0.1:8000", "dr_…") as client:
     job = client.wait(client.create_job("a red circle on a blue background", tier="fast", seed=7).id)
-    png = client.image(job, 0)
+    [path] = client.download(job, "images")
 """
 
+from darkroom_client.async_client import AsyncClient
 from darkroom_client.client import Client
+from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.errors import (
     DarkroomError,
     DigestMismatch,
     FieldError,
     ImageNotStored,
+    NotConfigured,
     ProblemError,
     UnexpectedAnswer,
     Unreachable,
     WaitTimeout,
 )
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Image, Job, Progress, Timing
+from darkroom_client.events import Event
+from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Image, Job, Progress, Queue, Timing
+from darkroom_client.retries import Retries
+from darkroom_client.wishes import Wish
 
 __all__ = [
     "FINAL_STATES",
+    "AsyncClient",
     "Client",
     "Cost",
     "DarkroomError",
     "DigestMismatch",
+    "Estimate",
+    "Event",
     "Failure",
     "FieldError",
+    "File",
     "Image",
     "ImageNotStored",
     "Job",
+    "NotConfigured",
     "ProblemError",
     "Progress",
+    "Queue",
+    "Retries",
+    "Status",
+    "Submission",
     "Timing",
     "UnexpectedAnswer",
     "Unreachable",
+    "Usage",
     "WaitTimeout",
+    "Wish",
 ]

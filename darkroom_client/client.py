@@ -1,71 +1,86 @@
-"""The client that blocks. What it says and reads is in wire.py; this module sends it."""
+"""The client that blocks. What it says and in which order is in flows.py; this module does it."""
 
-import contextlib
-import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Unpack
 
 import httpx
 
-from darkroom_client import wire
-from darkroom_client.errors import DigestMismatch, ImageNotStored, UnexpectedAnswer, Unreachable, WaitTimeout
+from darkroom_client.documents import Estimate, File, Status, Submission, Usage
+from darkroom_client.events import Event, Following, is_stream
+from darkroom_client.flows import Answer, Fetch, Flow, Flows, Pause, Step, Work
 from darkroom_client.jobs import Job
-
-_POLL_EVERY_S = 0.15
-_LONGEST_HOLD_S = 30  # the gateway would hold an answer for 60 s; proxies on the way may not
+from darkroom_client.place import Place
+from darkroom_client.retries import Retries
+from darkroom_client.wishes import Picture, Wish
 
 
 class Client:
-    """Darkroom at `url`, as the tenant whose key this is. Safe to share among threads; close it when done."""
+    """Darkroom at `url`, as the tenant whose key this is. Safe to share among threads; close it when done.
 
-    def __init__(self, url: str, api_key: str, *, transport: httpx.BaseTransport | None = None) -> None:
-        proxied = httpx.URL(url).host not in ("127.0.0.1", "localhost", "::1")  # no proxy leads back to our own machine
-        headers = {"Authorization": f"Bearer {api_key}", "Accept": "application/json"}
-        self._gateway = httpx.Client(base_url=url, headers=headers, transport=transport, trust_env=proxied)
-        self._store = httpx.Client(transport=transport, trust_env=proxied)  # has no key: the presigned URL is the permission
+    url, api_key: DARKROOM_URL and DARKROOM_API_KEY of the environment by default.  timeout_s: of silence, after which a request counts
+    as lost.  retries: what happens then. Every method raises Unreachable when nothing answers, ProblemError when the gateway refuses.
+    """
 
-    def create_job(
+    def __init__(
         self,
-        prompt: str,
+        url: str | None = None,
+        api_key: str | None = None,
         *,
-        negative_prompt: str | None = None,
-        model: str | None = None,
-        tier: str | None = None,
-        size: str | None = None,
-        steps: int | None = None,
-        guidance: float | None = None,
-        sampler: str | None = None,
-        seed: int | None = None,
-        n: int | None = None,
-        output_format: str | None = None,
-    ) -> Job:
-        """Ask for images. The job comes back accepted, with every parameter resolved; what is not said is the gateway's to choose."""
-        wish = {
-            "prompt": prompt,
-            "negative_prompt": negative_prompt,
-            "model": model,
-            "tier": tier,
-            "size": size,
-            "steps": steps,
-            "guidance": guidance,
-            "sampler": sampler,
-            "seed": seed,
-            "n": n,
-            "output_format": output_format,
-        }
-        return wire.read_job(self._send(wire.create_job(wish)))
+        timeout_s: float = 30.0,
+        retries: Retries = Retries(),
+        transport: httpx.BaseTransport | None = None,
+    ) -> None:
+        place = Place.found(url, api_key)
+        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
+        self._gateway = httpx.Client(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._store = httpx.Client(transport=transport, **place.options, timeout=2 * timeout_s)
+
+    def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
+        """Ask for images. The job comes back accepted, with every parameter resolved; what is not said is the gateway's to choose.
+
+        Lost answers and full queues are tried again without a second job. idempotency_key: so that a later call, of another process
+        too, comes by the same job.
+        """
+        return self._run(self._flows.create_job(prompt, wish, idempotency_key))
+
+    def create_jobs(self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> tuple[Submission, ...]:
+        """Up to 1,000 wishes in one request, each a mapping with `prompt` and the fields of `Wish`; some may be refused."""
+        return self._run(self._flows.create_jobs(wishes, idempotency_key))
+
+    def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
+        """What the wish would become now: every parameter, cost and time, and whether it would be let in. No job is made."""
+        return self._run(self._flows.estimate(prompt, wish))
+
+    def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+        """Ask again for exactly what that job was; of a reproducible tier, the same pixels come."""
+        return self._run(self._flows.replay(job_id, idempotency_key))
 
     def job(self, job_id: str, wait_s: int | None = None) -> Job:
         """The job as it is now. wait_s: as it is when it is finished, or after so many seconds."""
-        return wire.read_job(self._send(wire.show_job(job_id, wait_s)))
+        return self._run(self._flows.job(job_id, wait_s))
 
-    def jobs(self, *, state: str | None = None, page_size: int = 50) -> Iterator[Job]:
-        """The tenant's jobs, newest first, page after page as they are asked for."""
+    def status(self, job_id: str) -> Status:
+        """State, progress and place in the queue, which costs the gateway less than the whole job."""
+        return self._run(self._flows.status(job_id))
+
+    def jobs(
+        self,
+        *,
+        state: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+        page_size: int = 50,
+    ) -> Iterator[Job]:
+        """The tenant's jobs, newest first, page after page as they are asked for: of one state, of a time, with all of that metadata."""
         cursor = None
         while True:
-            page = wire.read_page(self._send(wire.list_jobs(state=state, limit=page_size, cursor=cursor)))
+            filters = {"state": state, "since": since, "until": until, "metadata": metadata, "limit": page_size}
+            page = self._run(self._flows.page(**filters, cursor=cursor))
             yield from page.jobs
             if page.next_cursor is None:
                 return
@@ -73,47 +88,67 @@ class Client:
 
     def cancel(self, job_id: str) -> Job:
         """Cancel the job. ProblemError if it is finished already."""
-        return wire.read_job(self._send(wire.cancel_job(job_id)))
+        return self._run(self._flows.cancel(job_id))
+
+    def delete(self, job_id: str) -> None:
+        """Have prompt and images erased; that there was a job stays in the audit log."""
+        self._run(self._flows.delete(job_id))
 
     def wait(self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None) -> Job:
         """The job when it is finished, however it ended. Raises WaitTimeout.
 
-        on_progress: called with the job several times a second, the last time when it is finished.
+        on_progress: called with the job several times a second, less often later, the last time when it is finished.
         """
-        deadline = time.monotonic() + timeout_s
+        return self._run(self._flows.wait(job_id, timeout_s, on_progress))
+
+    def events(self, job_id: str, *, previews: bool = False, after: str | None = None) -> Iterator[Event]:
+        """What happens to the job, as it happens, until it is finished; over a new connection whenever one breaks.
+
+        previews: small pictures on the way, too.  after: only what followed the event of that id.
+        """
+        following = Following(job_id, previews=previews, after=after, retries=self._retries)
         while True:
-            remaining_s = max(0.0, deadline - time.monotonic())
-            job = self.job(job_id) if on_progress else self.job(job_id, wait_s=min(_LONGEST_HOLD_S, int(remaining_s)))
-            if on_progress:
-                on_progress(job)
-            if job.is_finished:
-                return job
-            if remaining_s <= 0:
-                raise WaitTimeout(f"job {job_id} is still {job.state} after {timeout_s:g} s", job)
-            time.sleep(min(_POLL_EVERY_S, remaining_s))
+            try:
+                with self._gateway.stream(**following.call().arguments(self._timeout_s)) as answer:
+                    if is_stream(answer):
+                        for content in answer.iter_bytes():
+                            yield from following.read(content)
+                            if following.is_over:
+                                return
+                        pause_s = following.ended()
+                    else:
+                        answer.read()
+                        pause_s = following.refused(answer)
+            except httpx.TransportError as error:
+                pause_s = following.ended(error)
+            time.sleep(pause_s)
 
     def image(self, job: Job | str, index: int = 0) -> bytes:
         """The stored bytes of one image, checked against the digest that the job tells. Raises ImageNotStored, DigestMismatch."""
-        known = self.job(job) if isinstance(job, str) else job
-        expected = next((image.content_sha256 for image in known.images if image.index == index), None)
-        if expected is None:
-            raise ImageNotStored(f"job {known.id} is {known.state} and has no stored image {index}")
-        location = wire.read_location(self._send(wire.show_image(known.id, index)))
-        with _reaching(location):
-            answer = self._store.get(location, timeout=60)
-        if not answer.is_success:
-            raise UnexpectedAnswer(f"the object store answered {answer.status_code} for image {index} of job {known.id}")
-        if hashlib.sha256(answer.content).hexdigest() != expected:
-            raise DigestMismatch(f"image {index} of job {known.id}: {len(answer.content)} bytes came that are not the stored ones")
-        return answer.content
+        return self._run(self._flows.image(job, index))
+
+    def download(self, job: Job | str, folder: str | Path, names: str = "{job}-{index}") -> tuple[Path, ...]:
+        """Have every stored image of the job in `folder`, and their paths. What is there with the right bytes is not fetched again.
+
+        names: of the files, without extension, from {job}, {index} and {seed}. Raises DigestMismatch.
+        """
+        return self._run(self._flows.download(job, Path(folder), names))
+
+    def upload(self, picture: Picture) -> File:
+        """Keep a picture, bytes or a path, to start images from. The same picture twice is one file."""
+        return self._run(self._flows.upload(picture))
+
+    def usage(self) -> Usage:
+        """What the tenant used, and what it may use."""
+        return self._run(self._flows.usage())
 
     def models(self) -> list[dict[str, Any]]:
         """What can be asked for: every model of the catalog, as the gateway describes it."""
-        return list(wire.read_object(self._send(wire.list_of("models")))["data"])
+        return self._run(self._flows.list_of("models"))
 
     def tiers(self) -> list[dict[str, Any]]:
         """The classes of service, with their limits and defaults."""
-        return list(wire.read_object(self._send(wire.list_of("tiers")))["data"])
+        return self._run(self._flows.list_of("tiers"))
 
     def close(self) -> None:
         """Close the connections."""
@@ -126,16 +161,27 @@ class Client:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
         self.close()
 
-    def _send(self, call: wire.Call) -> httpx.Response:
-        with _reaching(str(self._gateway.base_url)):
-            return self._gateway.request(**call.arguments())
+    def _run(self, flow: Flow[Answer]) -> Answer:
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    came = self._do(step)
+                except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(came)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
 
-
-@contextlib.contextmanager
-def _reaching(url: str) -> Iterator[None]:
-    """Turn httpx's errors into Unreachable."""
-    try:
-        yield
-    except (httpx.TransportError, httpx.InvalidURL) as error:
-        host = httpx.URL(url).copy_with(query=None) if isinstance(error, httpx.TransportError) else url
-        raise Unreachable(f"{host} does not answer: {error or type(error).__name__}") from error
+    def _do(self, step: Step) -> Any:
+        match step:
+            case Fetch(url):
+                return self._store.get(url)
+            case Pause(seconds):
+                return time.sleep(seconds)
+            case Work(do):
+                return do()
+            case call:
+                return self._gateway.request(**call.arguments(self._timeout_s))

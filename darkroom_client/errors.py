@@ -1,12 +1,13 @@
 """Everything that can go wrong between a program and Darkroom.
 
 DarkroomError
-├── Unreachable        no answer at all: wrong address, or the gateway is down; trying again may help
+├── Unreachable        no answer at all, however often it was tried: wrong address, or the gateway is down; trying later may help
 ├── ProblemError       the gateway refused, and says why (problem+json, RFC 9457)
 ├── UnexpectedAnswer   something answered that does not speak this API: a proxy, another service
 ├── ImageNotStored     that image is not there (yet): look at the job's state
 ├── DigestMismatch     the downloaded bytes are not those that were stored; trying again may help
-└── WaitTimeout        the job is not finished in the given time; it goes on, and can be waited for again
+├── WaitTimeout        the job is not finished in the given time; it goes on, and can be waited for again
+└── NotConfigured      nothing says where Darkroom is, or with which key; the message tells how to say it
 """
 
 from collections.abc import Mapping
@@ -54,6 +55,11 @@ class ProblemError(DarkroomError):
         self.errors, self.request_id, self.retry_after_s = errors, request_id, retry_after_s
         self.members = dict(members or {})  # the whole document, further facts included
 
+    @property
+    def slug(self) -> str:
+        """The last part of `type`, such as "fleet-saturated"."""
+        return self.type.rpartition("/")[2]
+
 
 class UnexpectedAnswer(DarkroomError):
     """Something answered that does not speak this API."""
@@ -73,3 +79,7 @@ class WaitTimeout(DarkroomError):
     def __init__(self, message: str, job: Any) -> None:
         super().__init__(message)
         self.job = job
+
+
+class NotConfigured(DarkroomError):
+    """No address or no key was given, and the environment has none."""

@@ -45,6 +45,15 @@ class Cost:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Queue:
+    """Where an unfinished job stands: jobs of its tier before it (None once it runs), and seconds until its images are stored."""
+
+    jobs_ahead: int | None
+    eta_p50_s: float | None
+    eta_p90_s: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Image:
     """One image of a job; what is not known before it is stored is None."""
 
@@ -69,8 +78,8 @@ class Job:
     tier: str
     model: str
     model_version: str
-    prompt: str
-    negative_prompt: str
+    prompt: str | None  # None once the job was erased
+    negative_prompt: str | None
     size: str
     steps: int
     guidance: float
@@ -78,12 +87,20 @@ class Job:
     seed: int
     n: int
     output_format: str
+    init_image: str | None  # ids of files
+    mask: str | None
+    control_image: str | None
+    strength: float | None
+    determinism: str | None
+    metadata: Mapping[str, str]
+    replay_of: str | None
     attempt: int
     failure: Failure | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
     progress: Progress | None
+    queue: Queue | None
     timing: Timing
     cost: Cost | None
     images: tuple[Image, ...]
@@ -98,15 +115,18 @@ class Job:
     def from_json(cls, members: Mapping[str, Any]) -> "Job":
         """Raises KeyError, TypeError or ValueError when this is no job."""
         timing = members.get("timing") or {}
+        plain: dict[str, Any] = {name: members[name] for name in _PLAIN} | {name: members.get(name) for name in _LATER}
         return cls(
-            **{name: members[name] for name in _PLAIN},
-            failure=_of(Failure, members.get("failure")),
+            **plain,
+            metadata=dict(members.get("metadata") or {}),
+            failure=part_of(Failure, members.get("failure")),
             created_at=datetime.fromisoformat(members["created_at"]),
             started_at=_instant(members.get("started_at")),
             finished_at=_instant(members.get("finished_at")),
-            progress=_of(Progress, members.get("progress")),
+            progress=part_of(Progress, members.get("progress")),
+            queue=part_of(Queue, members.get("queue")),
             timing=Timing(**{name: timing.get(name) for name in Timing.__annotations__}),
-            cost=_cost(members.get("cost")),
+            cost=cost_of(members.get("cost")),
             images=tuple(Image(**{name: image.get(name) for name in Image.__annotations__}) for image in members["images"]),
             members=members,
         )
@@ -129,14 +149,15 @@ _PLAIN = (
     "output_format",
     "attempt",
 )
+_LATER = ("init_image", "mask", "control_image", "strength", "determinism", "replay_of")  # not told by every version of the gateway
 
 
-def _of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
+def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
     """`kind` from the members that it knows; None from None."""
     return kind(**{name: members.get(name) for name in kind.__annotations__}) if members is not None else None
 
 
-def _cost(members: Mapping[str, Any] | None) -> Cost | None:
+def cost_of(members: Mapping[str, Any] | None) -> Cost | None:
     if members is None:
         return None
     return Cost(gpu_seconds=float(members["gpu_seconds"]), amount=str(members["amount"]), currency=members["currency"])

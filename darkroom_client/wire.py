@@ -1,15 +1,16 @@
-"""The API as it looks on the wire: requests as values, answers read. No I/O, so that a client of any colour can use it."""
+"""The API as it is asked: requests as values. No I/O, so that a client of any colour can use it; what comes back is read in answers.py."""
 
-from collections.abc import Mapping
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 import httpx
 
-from darkroom_client.errors import FieldError, ProblemError, UnexpectedAnswer
-from darkroom_client.jobs import Job
-
-_ANSWER_IN_S = 30.0
+_LARGE_S = 90.0  # a thousand jobs, or a picture over a thin line
+_HEARTBEATS_S = 15.0  # the gateway sends one every 10 s
+_CONNECTED_IN_S = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,45 +20,85 @@ class Call:
     method: str
     path: str
     params: Mapping[str, Any] = field(default_factory=dict)
-    json: Mapping[str, Any] | None = None
+    json: Any = None
+    file: tuple[str, bytes] | None = None  # name and content of an upload
     headers: Mapping[str, str] = field(default_factory=dict)
-    timeout_s: float = _ANSWER_IN_S
+    held_s: float = 0.0  # how much longer than others it may take
 
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments for httpx."""
-        body = {} if self.json is None else {"json": self.json}
+    def arguments(self, timeout_s: float) -> dict[str, Any]:
+        """Keyword arguments for httpx. timeout_s: of silence, for an answer that takes no longer than others."""
+        body: dict[str, Any] = {} if self.json is None else {"json": self.json}
+        if self.file is not None:
+            body["files"] = {"file": self.file}
         return {
             "method": self.method,
             "url": self.path,
             "params": dict(self.params),
             "headers": dict(self.headers),
-            "timeout": self.timeout_s,
+            "timeout": httpx.Timeout(timeout_s + self.held_s, connect=min(timeout_s, _CONNECTED_IN_S)),
             **body,
         }
 
 
-@dataclass(frozen=True)
-class Page:
-    """One page of a list. next_cursor: None on the last."""
-
-    jobs: tuple[Job, ...]
-    next_cursor: str | None
+def new_key() -> str:
+    """An Idempotency-Key that nobody else has."""
+    return uuid.uuid4().hex
 
 
-def create_job(wish: Mapping[str, Any]) -> Call:
-    """What is None in `wish` is left for the gateway to resolve."""
-    return Call(method="POST", path="/v1/jobs", json={name: value for name, value in wish.items() if value is not None})
+def create_job(wish: Mapping[str, Any], key: str) -> Call:
+    """What is None in `wish` is left for the gateway to resolve. key: the same for the same wish, however often it is sent."""
+    return Call(method="POST", path="/v1/jobs", json=_said(wish), headers=_once(key))
+
+
+def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> Call:
+    """Up to 1,000 at once."""
+    return Call(method="POST", path="/v1/jobs:batch", json={"jobs": [_said(wish) for wish in wishes]}, headers=_once(key), held_s=_LARGE_S)
+
+
+def estimate(wish: Mapping[str, Any]) -> Call:
+    """What the wish would become, without making it a job."""
+    return Call(method="POST", path="/v1/estimate", json=_said(wish))
+
+
+def replay_job(job_id: str, key: str) -> Call:
+    """A new job with every parameter of that one."""
+    return Call(method="POST", path=f"/v1/jobs/{job_id}/replay", headers=_once(key))
+
+
+def delete_job(job_id: str) -> Call:
+    """Prompt and images go, the audit log stays."""
+    return Call(method="DELETE", path=f"/v1/jobs/{job_id}")
 
 
 def show_job(job_id: str, wait_s: int | None = None) -> Call:
     """wait_s: let the gateway hold the answer until the job is finished, at most so long (it allows 60)."""
     headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
-    return Call(method="GET", path=f"/v1/jobs/{job_id}", headers=headers, timeout_s=_ANSWER_IN_S + (wait_s or 0))
+    return Call(method="GET", path=f"/v1/jobs/{job_id}", headers=headers, held_s=wait_s or 0)
 
 
-def list_jobs(*, state: str | None, limit: int, cursor: str | None) -> Call:
-    said = {"state": state, "limit": limit, "cursor": cursor}
-    return Call(method="GET", path="/v1/jobs", params={name: value for name, value in said.items() if value is not None})
+def show_status(job_id: str) -> Call:
+    """The job's state and place, cheap for the gateway."""
+    return Call(method="GET", path=f"/v1/jobs/{job_id}/status")
+
+
+def list_jobs(
+    *,
+    state: str | None,
+    since: datetime | None,
+    until: datetime | None,
+    metadata: Mapping[str, str] | None,
+    limit: int,
+    cursor: str | None,
+) -> Call:
+    said = {
+        "state": state,
+        "created_after": _instant(since) if since else None,
+        "created_before": _instant(until) if until else None,
+        "limit": limit,
+        "cursor": cursor,
+    }
+    labels = {f"metadata.{name}": value for name, value in (metadata or {}).items()}
+    return Call(method="GET", path="/v1/jobs", params=_said(said) | labels)
 
 
 def cancel_job(job_id: str) -> Call:
@@ -69,62 +110,36 @@ def show_image(job_id: str, index: int) -> Call:
     return Call(method="GET", path=f"/v1/jobs/{job_id}/images/{index}")
 
 
+def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:
+    """Server-sent events. after: the id of the last one that was seen."""
+    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store", **({"Last-Event-ID": after} if after else {})}
+    params = {"previews": "true"} if previews else {}
+    return Call(method="GET", path=f"/v1/jobs/{job_id}/events", params=params, headers=headers, held_s=_HEARTBEATS_S)
+
+
+def upload(name: str, content: bytes) -> Call:
+    """A picture to start from."""
+    return Call(method="POST", path="/v1/files", file=(name, content), held_s=_LARGE_S)
+
+
+def show_usage() -> Call:
+    """What the tenant used, and may use."""
+    return Call(method="GET", path="/v1/usage")
+
+
 def list_of(resource: str) -> Call:
     """resource: models or tiers."""
     return Call(method="GET", path=f"/v1/{resource}")
 
 
-def read_job(answer: httpx.Response) -> Job:
-    """Raises ProblemError or UnexpectedAnswer."""
-    members = read_object(answer)
-    try:
-        return Job.from_json(members)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnexpectedAnswer(f"{answer.request.url} answered with something that is no job ({error!r})") from error
+def _said(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if value is not None}
 
 
-def read_page(answer: httpx.Response) -> Page:
-    """Raises ProblemError or UnexpectedAnswer."""
-    members = read_object(answer)
-    try:
-        return Page(tuple(Job.from_json(job) for job in members["data"]), members["next_cursor"] if members["has_more"] else None)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnexpectedAnswer(f"{answer.request.url} answered with something that is no list of jobs ({error!r})") from error
+def _instant(at: datetime) -> str:
+    """With its offset; an instant that has none is meant in local time."""
+    return at.astimezone(UTC).isoformat()
 
 
-def read_location(answer: httpx.Response) -> str:
-    """Where a redirect points. Raises ProblemError or UnexpectedAnswer."""
-    if answer.is_redirect:
-        return str(answer.headers["Location"])
-    read_object(answer)
-    raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} instead of a redirect")
-
-
-def read_object(answer: httpx.Response) -> dict[str, Any]:
-    """The JSON object of a good answer; raises ProblemError for a refusal, UnexpectedAnswer for anything else."""
-    try:
-        members = answer.json()
-    except ValueError:
-        members = None
-    if not isinstance(members, dict):
-        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} with something that is no JSON object")
-    if answer.is_success:
-        return members
-    if "title" not in members:
-        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} without saying why")
-    raise _problem(answer, members)
-
-
-def _problem(answer: httpx.Response, members: Mapping[str, Any]) -> ProblemError:
-    errors = members.get("errors") or ()
-    retry_after = answer.headers.get("Retry-After", "")
-    return ProblemError(
-        status=answer.status_code,
-        retry_after_s=float(retry_after) if retry_after.isdigit() else None,
-        type=str(members.get("type", "about:blank")),
-        title=str(members["title"]),
-        detail=str(members.get("detail") or ""),
-        errors=tuple(FieldError(str(error.get("pointer", "")), str(error.get("detail", "")), error.get("accepted")) for error in errors),
-        request_id=members.get("instance"),
-        members=members,
-    )
+def _once(key: str) -> dict[str, str]:
+    return {"Idempotency-Key": key}

@@ -17,7 +17,7 @@ import redis
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from darkroom_client import Client
+from darkroom_client import Client, Retries
 from edges.objectstore import ObjectStore
 from fleet.stack import Stack
 from models import api_keys, tenants
@@ -63,7 +63,9 @@ class Rig:
         with transaction(self._application) as session:
             tenant = tenants.create(session, name=name)
             _, key = api_keys.issue(session, tenant_id=tenant.id, name=name, pepper=self.env["API_KEY_PEPPER"])
-        return str(tenant.id), Client(self.env["DARKROOM_URL"], key)
+        return str(tenant.id), Client(
+            self.env["DARKROOM_URL"], key, retries=Retries(attempts=1)
+        )  # its customers count what was unknown, and ask again themselves
 
     def live_workers(self) -> int:
         """Workers that the gateway takes for alive; 0 while it cannot say."""

@@ -5,7 +5,7 @@ import hashlib
 import httpx
 import pytest
 
-from darkroom_client import Client, DigestMismatch, ImageNotStored, ProblemError, UnexpectedAnswer, Unreachable, WaitTimeout
+from darkroom_client import Client, DigestMismatch, ImageNotStored, ProblemError, Retries, UnexpectedAnswer, Unreachable, WaitTimeout
 
 PNG = b"\x89PNG and so on"
 
@@ -66,7 +66,7 @@ def a_client(answer):
         seen.append(request)
         return answer(request)
 
-    client = Client("http://gateway.test", "dr_key", transport=httpx.MockTransport(play))
+    client = Client("http://gateway.test", "dr_key", retries=Retries(attempts=1), transport=httpx.MockTransport(play))
     client.seen = seen
     return client
 

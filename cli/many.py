@@ -1,0 +1,206 @@
+"""Many prompts at once: submit, follow, download, a few at a time; whatever interrupts it, a second run goes on from there."""
+
+import asyncio
+import signal
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cli import screen
+from cli.board import Board
+from cli.prompts import Line
+from cli.runs import Run
+from cli.watching import Sight, has_no_events
+from darkroom_client import AsyncClient, DigestMismatch, Job, ProblemError, Unreachable, downloads
+
+_AWAY_FOR_S = 120.0  # so long may the gateway be away before the run ends
+_LOOK_EVERY_S = 5.0
+_SECOND_CTRL_C_S = 2.0
+_LAST_ANSWERS_S = 5.0
+
+
+class Interrupted(Exception):
+    """Ctrl-C; everything is noted."""
+
+
+class Many:
+    """The lines of one run and what is done about them."""
+
+    def __init__(
+        self,
+        client: AsyncClient,
+        run: Run,
+        lines: Sequence[Line],
+        wish: Mapping[str, Any],
+        folder: Path,
+        board: Board,
+        *,
+        retry_failed: bool,
+    ) -> None:
+        self._client, self._run, self._lines, self._wish, self._folder, self._board = client, run, lines, wish, folder, board
+        self._retry_failed = retry_failed
+        self._submitting: set[asyncio.Task[Job]] = set()
+        self._under_way: dict[int, str] = {}
+        self.failed: list[tuple[Line, str]] = []
+        self.num_images = self.num_new = 0
+
+    async def go(self, parallel: int, *, cancels: bool) -> None:
+        """Work until all is done. Raises Interrupted, and whatever nothing can be done about."""
+        interrupts: asyncio.Queue[None] = asyncio.Queue()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupts.put_nowait, None)
+        left = iter(self._lines)
+        workers = [asyncio.create_task(self._work(left)) for _ in range(min(parallel, len(self._lines)))]
+        interrupt = asyncio.create_task(interrupts.get())
+        try:
+            everything = asyncio.gather(*workers)
+            await asyncio.wait([everything, interrupt], return_when=asyncio.FIRST_COMPLETED)
+            if everything.done():
+                everything.result()
+                return
+            await self._stop(workers)
+            await self._leave(interrupts, cancels=cancels)
+            raise Interrupted
+        finally:
+            interrupt.cancel()
+            await self._stop(workers)
+            self._run.save()
+
+    async def _stop(self, workers: Sequence[asyncio.Task[None]]) -> None:
+        """Let the requests that may have made jobs be answered, and nothing else."""
+        for worker in workers:
+            worker.cancel()
+        await asyncio.gather(*workers, return_exceptions=True)
+        if self._submitting:
+            await asyncio.wait(self._submitting, timeout=_LAST_ANSWERS_S)
+
+    async def _leave(self, interrupts: "asyncio.Queue[None]", *, cancels: bool) -> None:
+        """After Ctrl-C: the jobs go on, unless that is not wanted."""
+        self._run.save()
+        ids = dict(self._under_way)
+        if ids and not cancels and screen.err().is_terminal:
+            screen.err().print(f"{_jobs(len(ids))} under way; Ctrl-C again within {_SECOND_CTRL_C_S:.0f} s to cancel")
+            try:
+                await asyncio.wait_for(interrupts.get(), _SECOND_CTRL_C_S)
+                cancels = True
+            except TimeoutError:
+                pass
+        if cancels:
+            await asyncio.gather(*(self._cancel(number, job_id) for number, job_id in ids.items()))
+        what = f"{_jobs(len(ids))} {'canceled' if cancels else 'left under way'}"
+        screen.err().print(f"Interrupted; {what}. The same command again goes on from here.", soft_wrap=True)
+
+    async def _cancel(self, number: int, job_id: str) -> None:
+        try:
+            await self._client.cancel(job_id)
+            self._run.begin_again(number)
+        except ProblemError:
+            pass  # it is finished: the next run finds it so
+
+    async def _work(self, lines: Iterator[Line]) -> None:
+        for line in lines:
+            await self._serve(line)
+
+    async def _serve(self, line: Line) -> None:
+        """From a line to its files."""
+        try:
+            job = await self._job_of(line)
+            self._under_way[line.number] = job.id
+            if not job.is_finished:
+                job = await self._follow(line, job)
+            self._run.note(line.number, state=job.state)
+            await self._settle(line, job)
+        except ProblemError as refusal:
+            await self._fail(line, "refused", f"{refusal.title}: {refusal.detail}")
+        except (FileNotFoundError, DigestMismatch) as error:
+            await self._fail(line, "not done", str(error))
+        self._under_way.pop(line.number, None)
+
+    async def _settle(self, line: Line, job: Job) -> None:
+        names = f"{line.number}-{{seed}}-{{index}}"
+        stored = [(downloads.path_of(self._folder, job, image, names), image.content_sha256) for image in job.images]
+        new = sum(digest is not None and not downloads.is_there(path, digest) for path, digest in stored)
+        paths = await self._client.download(job, self._folder, names)
+        self.num_images, self.num_new = self.num_images + len(paths), self.num_new + new
+        if job.state == "succeeded":
+            self._board.end(line, job.state, paths=paths, new=new)
+        else:
+            why = f"{job.failure.code}" + (f" ({job.failure.detail})" if job.failure.detail else "") if job.failure else f"job {job.id}"
+            await self._fail(line, job.state, why)
+
+    async def _fail(self, line: Line, state: str, why: str) -> None:
+        self._run.note(line.number, state=state, why=why)
+        self.failed.append((line, f"{state}: {why}"))
+        self._board.end(line, state, why=why)
+
+    async def _job_of(self, line: Line) -> Job:
+        """The line's job: the one that it has, or a new one."""
+        known = self._run.of(line.number)
+        if self._retry_failed and known.get("state") in ("failed", "rejected", "canceled", "expired"):
+            self._run.begin_again(line.number)
+        elif known.get("job"):
+            try:
+                return await self._patiently(partial(self._client.job, known["job"]))
+            except ProblemError as refusal:
+                if refusal.slug != "job-not-found":
+                    raise
+                self._run.begin_again(line.number)
+        return await self._patiently(partial(self._submit, line))
+
+    async def _submit(self, line: Line) -> Job:
+        """One request, whose answer is waited for even when we are about to leave: it may be about a job that is there now."""
+        wish = {**self._wish, **line.wish}
+        request = asyncio.create_task(self._client.create_job(line.prompt, idempotency_key=self._run.key(line.number), **wish))
+        self._submitting.add(request)
+        request.add_done_callback(lambda done: self._answered(line, done))
+        return await asyncio.shield(request)
+
+    def _answered(self, line: Line, request: "asyncio.Task[Job]") -> None:
+        self._submitting.discard(request)
+        if not request.cancelled() and request.exception() is None:
+            self._under_way[line.number] = request.result().id
+            self._run.note(line.number, job=request.result().id)
+
+    async def _patiently(self, ask: Callable[[], Awaitable[Job]]) -> Job:
+        """What `ask()` is answered once it is let in; nothing is given up for a full queue."""
+        away_since = None
+        while True:
+            try:
+                return await ask()
+            except ProblemError as refusal:
+                if refusal.retry_after_s is None or refusal.status not in (429, 503):
+                    raise
+                self._board.wait(f"{refusal.title}: trying again in {refusal.retry_after_s:.0f} s")
+                pause_s = refusal.retry_after_s
+            except Unreachable as error:
+                away_since = away_since or time.monotonic()
+                if time.monotonic() - away_since > _AWAY_FOR_S:
+                    raise
+                self._board.wait(str(error))
+                pause_s = 1.0
+            await asyncio.sleep(pause_s)
+
+    async def _follow(self, line: Line, job: Job) -> Job:
+        """The job when it is finished, its row kept up to date."""
+        sight = Sight.of(job)
+        self._board.show(line, sight)
+        try:
+            async for event in self._client.events(job.id):
+                sight.hear(event)
+                self._board.show(line, sight)
+        except ProblemError as refusal:
+            if not has_no_events(refusal):
+                raise
+        except Unreachable as error:
+            self._board.wait(str(error))
+        while not job.is_finished:
+            job = await self._patiently(partial(self._client.job, job.id))
+            self._board.show(line, Sight.of(job))
+            if not job.is_finished:
+                await asyncio.sleep(min(_LOOK_EVERY_S, 0.2 * max(1, len(self._under_way))))
+        return job
+
+
+def _jobs(number: int) -> str:
+    return f"{number} job{'' if number == 1 else 's'}"

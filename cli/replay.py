@@ -1,0 +1,55 @@
+"""replay: ask again for exactly what a job was, and look whether the same comes of it."""
+
+from pathlib import Path
+
+import click
+
+from cli import screen
+from cli.generate import complain_of, save
+from cli.installation import Installation, pass_installation
+from cli.watching import watch
+from cli.wishes import EXTENSIONS
+from darkroom_client import Job
+
+
+@click.command()
+@click.argument("job_id")
+@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Save the new images, too.")
+@click.option("--timeout", "timeout_s", type=float, default=600, show_default=True, help="Seconds to wait for the new job.")
+@pass_installation
+@click.pass_context
+def replay(ctx: click.Context, installation: Installation, job_id: str, output: Path | None, timeout_s: float) -> None:
+    """Make the images of JOB_ID again and compare them, pixel by pixel, by their digests. Exit code 1 when they differ."""
+    with installation.client() as client:
+        original = client.job(job_id)
+        again = watch(client, client.replay(job_id), timeout_s=timeout_s, cancels=True)
+        saved = save(client, again, output if output.suffix else output.with_suffix(EXTENSIONS[again.output_format])) if output else []
+    screen.out().print(f"job {again.id} asked again for what {original.id} asked for")
+    for path in saved:
+        screen.out().print(f"saved {path}")
+    if again.state != "succeeded":
+        complain_of(again)
+        ctx.exit(1)
+    if not _compare(original, again):
+        ctx.exit(1)
+
+
+def _compare(original: Job, again: Job) -> bool:
+    """Print both digests of every image; whether all are the same."""
+    new = {image.index: image.pixels_sha256 for image in again.images}
+    pairs = [(image.index, image.seed, image.pixels_sha256, new.get(image.index)) for image in original.images]
+    is_same = all(before is not None and before == now for _, _, before, now in pairs)
+    rows = [
+        (index, seed, (before or "")[:16] or None, (now or "")[:16] or None, "the same" if before and before == now else "different")
+        for index, seed, before, now in pairs
+    ]
+    screen.out().print(screen.table(["image", "seed", "original", "replay", "pixels"], rows))
+    if is_same:
+        screen.out().print(f"The same pixels: {len(pairs)} of {len(pairs)}.")
+    elif any(before is None for _, _, before, _ in pairs):
+        screen.complain(f"The original is {original.state}: there is nothing to compare with.")
+    elif original.determinism == "best_effort":
+        screen.complain("The pixels differ. Its tier promises best effort only, not the same pixels.")
+    else:
+        screen.complain("The pixels differ.")
+    return is_same

@@ -1,0 +1,119 @@
+"""How far a job is, heard or asked, and shown: a bar for people, a line per change for a file."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from cli import screen
+from darkroom_client import Client, Event, Job, ProblemError
+
+
+@dataclass
+class Sight:
+    """A job as it is seen while it is under way, brought up to date by its events."""
+
+    state: str
+    steps_to_do: int
+    num_images: int
+    steps: dict[int, int]  # done, by image
+    images_stored: int = 0
+    jobs_ahead: int | None = None
+    eta_s: float | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> "Sight":
+        """As the API tells it."""
+        sight = cls(job.state, job.steps * job.n, job.n, {0: job.progress.step} if job.progress else {})
+        if job.progress:
+            sight.images_stored = job.progress.images_done
+        if job.queue:
+            sight.jobs_ahead, sight.eta_s = job.queue.jobs_ahead, job.queue.eta_p50_s
+        if job.state == "succeeded":
+            sight.steps = {0: sight.steps_to_do}
+        return sight
+
+    def hear(self, event: Event) -> None:
+        """Bring it up to date."""
+        index = int(event.data.get("index", 0))
+        if event.kind == "queued":
+            self.state, self.jobs_ahead, self.eta_s = "queued", event.data.get("jobs_ahead"), event.data.get("eta_p50_s")
+        elif event.kind == "started":
+            self.state, self.jobs_ahead = "running", None
+        elif event.kind == "step":
+            self.state = "running"
+            self.steps[index] = max(self.steps.get(index, 0), int(event.data.get("step", 0)))
+        elif event.kind == "stored":
+            self.images_stored += 1
+            self.steps[index] = self.steps_to_do // self.num_images
+            self.state = "storing" if self.done >= self.steps_to_do else "running"
+        elif event.kind == "final":
+            self.state = str(event.data.get("state", "finished"))
+
+    @property
+    def done(self) -> int:
+        """Denoise steps of all images."""
+        return min(sum(self.steps.values()), self.steps_to_do)
+
+    @property
+    def words(self) -> str:
+        """Where it is."""
+        if self.state == "queued":
+            ahead = "" if not self.jobs_ahead else f" · {self.jobs_ahead} ahead"
+            return f"queued{ahead}" + (f" · about {self.eta_s:.0f} s" if self.eta_s is not None else "")
+        if self.state == "running":
+            images = f" · {self.images_stored} of {self.num_images} images stored" if self.num_images > 1 else ""
+            return f"step {self.done}/{self.steps_to_do}{images}"
+        return self.state
+
+
+def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -> Job:
+    """Wait for a job in sight of who waits; without a time limit, by its events.
+
+    cancels: Ctrl-C, which is passed on, cancels the job first. Raises WaitTimeout.
+    """
+    try:
+        return _watch(client, job, timeout_s)
+    except KeyboardInterrupt:
+        what = f"is {client.cancel(job.id).state}" if cancels else "goes on"
+        screen.err().print(f"job {job.id} {what}", soft_wrap=True)
+        raise
+
+
+def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
+    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[where]}"), TimeElapsedColumn())
+    console, said, sight = screen.err(), "", Sight.of(job)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(job.id[-8:], total=sight.steps_to_do + 1, where=sight.words)
+
+        def show(seen: Sight) -> None:
+            nonlocal said
+            progress.update(bar, completed=seen.done + (seen.state == "succeeded"), where=seen.words)
+            if not console.is_terminal and seen.state != said:
+                said = seen.state
+                console.print(f"job {job.id} is {seen.state}", soft_wrap=True)
+
+        if timeout_s is None:
+            return follow(client, job, show)
+        return client.wait(job.id, timeout_s, on_progress=lambda seen: show(Sight.of(seen)))
+
+
+def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
+    """The job when it is finished. By its events where the gateway tells them, else by asking again and again."""
+    if job.is_finished:
+        return job
+    sight = Sight.of(job)
+    try:
+        for event in client.events(job.id):
+            sight.hear(event)
+            show(sight)
+    except ProblemError as refusal:
+        if not has_no_events(refusal):
+            raise
+    return client.wait(job.id, math.inf, on_progress=lambda seen: show(Sight.of(seen)))
+
+
+def has_no_events(refusal: ProblemError) -> bool:
+    """An older gateway, or one with as many streams open as it may have."""
+    return refusal.slug in ("not-found", "streams-exhausted")

@@ -1,0 +1,139 @@
+"""Answers of the API, read: what came in as HTTP leaves as typed values, or as the errors of errors.py. No I/O."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import httpx
+
+from darkroom_client.documents import Estimate, File, Status, Submission, Usage
+from darkroom_client.errors import FieldError, ProblemError, UnexpectedAnswer
+from darkroom_client.jobs import Failure, Job, Progress, Queue, cost_of, part_of
+from darkroom_client.retries import told_s
+
+Read = TypeVar("Read")
+_OF_ESTIMATE = ("can_be_served", "tier", "model", "model_version", "size", "steps", "guidance", "sampler", "seed", "n", "megapixel_steps")
+
+
+@dataclass(frozen=True)
+class Page:
+    """One page of a list. next_cursor: None on the last."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None
+
+
+def read_job(answer: httpx.Response) -> Job:
+    return _read(answer, "job", Job.from_json)
+
+
+def read_page(answer: httpx.Response) -> Page:
+    def page(members: dict[str, Any]) -> Page:
+        jobs = tuple(Job.from_json(job) for job in members["data"])
+        return Page(jobs, members["next_cursor"] if members["has_more"] else None)
+
+    return _read(answer, "list of jobs", page)
+
+
+def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
+    """One for each wish of a batch, in their order."""
+
+    def submission(item: dict[str, Any]) -> Submission:
+        job, refusal = item.get("job"), item.get("problem")
+        return Submission(job_id=job["id"] if job else None, problem=_refusal(refusal), members=item)
+
+    return _read(answer, "batch", lambda members: tuple(submission(item) for item in members["data"]))
+
+
+def read_estimate(answer: httpx.Response) -> Estimate:
+    def estimate(members: dict[str, Any]) -> Estimate:
+        plain = {name: members[name] for name in _OF_ESTIMATE}
+        cost, queue = cost_of(members.get("cost")), part_of(Queue, members.get("queue"))
+        return Estimate(**plain, refusal=_refusal(members.get("refusal")), cost=cost, queue=queue, members=members)
+
+    return _read(answer, "estimate", estimate)
+
+
+def read_status(answer: httpx.Response) -> Status:
+    def status(members: dict[str, Any]) -> Status:
+        return Status(
+            id=members["id"],
+            state=members["state"],
+            attempt=members.get("attempt"),
+            progress=part_of(Progress, members.get("progress")),
+            queue=part_of(Queue, members.get("queue")),
+            failure=part_of(Failure, members.get("failure")),
+            members=members,
+        )
+
+    return _read(answer, "status", status)
+
+
+def read_file(answer: httpx.Response) -> File:
+    def file(members: dict[str, Any]) -> File:
+        return File(id=members["id"], width_px=members.get("width_px"), height_px=members.get("height_px"), members=members)
+
+    return _read(answer, "file", file)
+
+
+def read_usage(answer: httpx.Response) -> Usage:
+    return Usage(members=read_object(answer))
+
+
+def read_nothing(answer: httpx.Response) -> None:
+    """That it was done is all that there is to read."""
+    if not answer.is_success:
+        read_object(answer)
+
+
+def read_location(answer: httpx.Response) -> str:
+    """Where a redirect points."""
+    if answer.is_redirect:
+        return str(answer.headers["Location"])
+    read_object(answer)
+    raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} instead of a redirect")
+
+
+def read_object(answer: httpx.Response) -> dict[str, Any]:
+    """The JSON object of a good answer. Raises ProblemError for a refusal, UnexpectedAnswer for anything else, as all of these do."""
+    try:
+        members = answer.json()
+    except ValueError:
+        members = None
+    if not isinstance(members, dict):
+        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} with something that is no JSON object")
+    if answer.is_success:
+        return members
+    if "title" not in members:
+        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} without saying why")
+    raise problem_of(members, answer.status_code, retry_after_s=told_s(answer))
+
+
+def problem_of(members: dict[str, Any], status: int, *, retry_after_s: float | None) -> ProblemError:
+    """The error that a problem document tells of."""
+    errors = members.get("errors") or ()
+    return ProblemError(
+        status=status,
+        retry_after_s=retry_after_s,
+        type=str(members.get("type", "about:blank")),
+        title=str(members["title"]),
+        detail=str(members.get("detail") or ""),
+        errors=tuple(FieldError(str(error.get("pointer", "")), str(error.get("detail", "")), error.get("accepted")) for error in errors),
+        request_id=members.get("instance"),
+        members=members,
+    )
+
+
+def _refusal(members: dict[str, Any] | None) -> ProblemError | None:
+    """A problem that is told within an answer."""
+    if members is None:
+        return None
+    return problem_of(members, int(members.get("status", 0)), retry_after_s=members.get("retry_after_s"))
+
+
+def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Read]) -> Read:
+    members = read_object(answer)
+    try:
+        return read(members)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UnexpectedAnswer(f"{answer.request.url} answered with something that is no {what} ({error!r})") from error

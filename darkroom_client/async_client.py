@@ -1,0 +1,175 @@
+"""The client for asyncio. What it says and in which order is in flows.py; this module does it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Unpack
+
+import httpx
+
+from darkroom_client.documents import Estimate, File, Status, Submission, Usage
+from darkroom_client.events import Event, Following, is_stream
+from darkroom_client.flows import Answer, Fetch, Flow, Flows, Pause, Step, Work
+from darkroom_client.jobs import Job
+from darkroom_client.place import Place
+from darkroom_client.retries import Retries
+from darkroom_client.wishes import Picture, Wish
+
+
+class AsyncClient:
+    """Darkroom, for programs that run on asyncio: the methods of `Client`, to be awaited. Close it when done.
+
+    `jobs` and `events` are for `async for`.
+    """
+
+    def __init__(
+        self,
+        url: str | None = None,
+        api_key: str | None = None,
+        *,
+        timeout_s: float = 30.0,
+        retries: Retries = Retries(),
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        place = Place.found(url, api_key)
+        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
+        self._gateway = httpx.AsyncClient(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._store = httpx.AsyncClient(transport=transport, **place.options, timeout=2 * timeout_s)
+
+    async def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
+        """As `Client.create_job`."""
+        return await self._run(self._flows.create_job(prompt, wish, idempotency_key))
+
+    async def create_jobs(self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> tuple[Submission, ...]:
+        """As `Client.create_jobs`."""
+        return await self._run(self._flows.create_jobs(wishes, idempotency_key))
+
+    async def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
+        """As `Client.estimate`."""
+        return await self._run(self._flows.estimate(prompt, wish))
+
+    async def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
+        """As `Client.replay`."""
+        return await self._run(self._flows.replay(job_id, idempotency_key))
+
+    async def job(self, job_id: str, wait_s: int | None = None) -> Job:
+        """As `Client.job`."""
+        return await self._run(self._flows.job(job_id, wait_s))
+
+    async def status(self, job_id: str) -> Status:
+        """As `Client.status`."""
+        return await self._run(self._flows.status(job_id))
+
+    async def jobs(
+        self,
+        *,
+        state: str | None = None,
+        since: datetime | None = None,
+        until: datetime | None = None,
+        metadata: Mapping[str, str] | None = None,
+        page_size: int = 50,
+    ) -> AsyncIterator[Job]:
+        """As `Client.jobs`."""
+        cursor = None
+        while True:
+            filters = {"state": state, "since": since, "until": until, "metadata": metadata, "limit": page_size}
+            page = await self._run(self._flows.page(**filters, cursor=cursor))
+            for job in page.jobs:
+                yield job
+            if page.next_cursor is None:
+                return
+            cursor = page.next_cursor
+
+    async def cancel(self, job_id: str) -> Job:
+        """As `Client.cancel`."""
+        return await self._run(self._flows.cancel(job_id))
+
+    async def delete(self, job_id: str) -> None:
+        """As `Client.delete`."""
+        await self._run(self._flows.delete(job_id))
+
+    async def wait(self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None) -> Job:
+        """As `Client.wait`."""
+        return await self._run(self._flows.wait(job_id, timeout_s, on_progress))
+
+    async def events(self, job_id: str, *, previews: bool = False, after: str | None = None) -> AsyncIterator[Event]:
+        """As `Client.events`."""
+        following = Following(job_id, previews=previews, after=after, retries=self._retries)
+        while True:
+            try:
+                async with self._gateway.stream(**following.call().arguments(self._timeout_s)) as answer:
+                    if is_stream(answer):
+                        async for content in answer.aiter_bytes():
+                            for event in following.read(content):
+                                yield event
+                            if following.is_over:
+                                return
+                        pause_s = following.ended()
+                    else:
+                        await answer.aread()
+                        pause_s = following.refused(answer)
+            except httpx.TransportError as error:
+                pause_s = following.ended(error)
+            await asyncio.sleep(pause_s)
+
+    async def image(self, job: Job | str, index: int = 0) -> bytes:
+        """As `Client.image`."""
+        return await self._run(self._flows.image(job, index))
+
+    async def download(self, job: Job | str, folder: str | Path, names: str = "{job}-{index}") -> tuple[Path, ...]:
+        """As `Client.download`."""
+        return await self._run(self._flows.download(job, Path(folder), names))
+
+    async def upload(self, picture: Picture) -> File:
+        """As `Client.upload`."""
+        return await self._run(self._flows.upload(picture))
+
+    async def usage(self) -> Usage:
+        """As `Client.usage`."""
+        return await self._run(self._flows.usage())
+
+    async def models(self) -> list[dict[str, Any]]:
+        """As `Client.models`."""
+        return await self._run(self._flows.list_of("models"))
+
+    async def tiers(self) -> list[dict[str, Any]]:
+        """As `Client.tiers`."""
+        return await self._run(self._flows.list_of("tiers"))
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._gateway.aclose()
+        await self._store.aclose()
+
+    async def __aenter__(self) -> "AsyncClient":
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        await self.close()
+
+    async def _run(self, flow: Flow[Answer]) -> Answer:
+        try:
+            step = next(flow)
+            while True:
+                try:
+                    came = await self._do(step)
+                except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+                    step = flow.throw(error)
+                else:
+                    step = flow.send(came)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer
+
+    async def _do(self, step: Step) -> Any:
+        match step:
+            case Fetch(url):
+                return await self._store.get(url)
+            case Pause(seconds):
+                return await asyncio.sleep(seconds)
+            case Work(do):
+                return await asyncio.to_thread(do)
+            case call:
+                return await self._gateway.request(**call.arguments(self._timeout_s))

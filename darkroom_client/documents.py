@@ -1,0 +1,73 @@
+"""What the API tells beside jobs, typed. Each keeps in `members` the JSON object as it came, with what this version does not know."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from darkroom_client.errors import ProblemError
+from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Progress, Queue
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submission:
+    """What became of one wish of a batch: a job, of which the id and a few parameters are told, or the reason why there is none."""
+
+    job_id: str | None
+    problem: ProblemError | None
+    members: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What a wish would become now. refusal: why it would not be let in; its `retry_after_s` says when it may be."""
+
+    can_be_served: bool
+    refusal: ProblemError | None
+    tier: str
+    model: str
+    model_version: str
+    size: str
+    steps: int
+    guidance: float
+    sampler: str
+    seed: int | None  # None: one is drawn for the job
+    n: int
+    megapixel_steps: float
+    cost: Cost | None
+    queue: Queue | None
+    members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came, further parameters included
+
+
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """A job's state and how far it is, without the rest of it."""
+
+    id: str
+    state: str
+    attempt: int | None
+    progress: Progress | None
+    queue: Queue | None
+    failure: Failure | None
+    members: Mapping[str, Any] = field(repr=False)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the state is final."""
+        return self.state in FINAL_STATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class File:
+    """A picture of the tenant's, as it is kept. The same picture twice is one file."""
+
+    id: str
+    width_px: int | None
+    height_px: int | None
+    members: Mapping[str, Any] = field(repr=False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Usage:
+    """What the tenant used, and what it may use: read it from `members`."""
+
+    members: Mapping[str, Any]

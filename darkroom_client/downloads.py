@@ -1,0 +1,40 @@
+"""Images on their way into files: names, digests, and a write that is whole or not at all."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+
+from darkroom_client.jobs import Image, Job
+
+_EXTENSIONS = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpg"}
+
+
+def path_of(folder: Path, job: Job, image: Image, names: str) -> Path:
+    """Where an image goes: `names` with {job}, {index} and {seed} filled in, and the extension of its kind."""
+    extension = _EXTENSIONS.get(image.content_type or "", job.output_format)
+    return folder / f"{names.format(job=job.id, index=image.index, seed=job.seed)}.{extension}"
+
+
+def is_there(path: Path, content_sha256: str) -> bool:
+    """Whether the file has exactly those bytes."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == content_sha256
+    except FileNotFoundError:
+        return False
+
+
+def write(path: Path, content: bytes) -> None:
+    """Write the file, with the folders above it; whoever looks meanwhile, and after a crash, sees the old file or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

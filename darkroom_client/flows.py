@@ -1,0 +1,180 @@
+"""What each method says, to whom and in which order, with every retry: generators that do no I/O themselves.
+
+A flow yields what is to be done and is sent what came of it, or has the httpx error thrown in; what it returns is the method's
+answer. `Client` and `AsyncClient` are two ways of doing the same steps.
+"""
+
+import hashlib
+import itertools
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+
+from darkroom_client import answers, downloads, wire
+from darkroom_client.answers import Page
+from darkroom_client.documents import Estimate, File, Status, Submission, Usage
+from darkroom_client.errors import DigestMismatch, ImageNotStored, UnexpectedAnswer, Unreachable, WaitTimeout
+from darkroom_client.jobs import Job
+from darkroom_client.retries import Retries, is_hopeless, is_passing, told_s
+from darkroom_client.wire import Call
+from darkroom_client.wishes import PICTURE_FIELDS, Picture, to_upload
+
+_POLL_EVERY_S, _POLL_AT_LEAST_EVERY_S = 0.15, 1.0
+_LONGEST_HOLD_S = 30  # the gateway would hold an answer for 60 s; proxies on the way may not
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """Get a presigned URL from the object store: without the key, for the URL is the permission."""
+
+    url: str
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Wait."""
+
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Work:
+    """Do something with the disk, where nobody has to wait for it."""
+
+    do: Callable[[], Any]
+
+
+Step = Call | Fetch | Pause | Work
+Answer = TypeVar("Answer")
+Flow = Generator[Step, Any, Answer]
+
+
+class Flows:
+    """Every method of the clients."""
+
+    def __init__(self, url: str, retries: Retries) -> None:
+        self._url, self._retries = url, retries
+
+    def create_job(self, prompt: str, wish: Mapping[str, Any], key: str | None) -> Flow[Job]:
+        said = yield from self._with_pictures({"prompt": prompt, **wish})
+        return answers.read_job((yield from self._sent(wire.create_job(said, key or wire.new_key()))))
+
+    def create_jobs(self, wishes: Sequence[Mapping[str, Any]], key: str | None) -> Flow[tuple[Submission, ...]]:
+        said, known = [], dict[bytes | Path, str]()
+        for wish in wishes:
+            said.append((yield from self._with_pictures(wish, known)))
+        return answers.read_submissions((yield from self._sent(wire.create_jobs(said, key or wire.new_key()))))
+
+    def estimate(self, prompt: str, wish: Mapping[str, Any]) -> Flow[Estimate]:
+        said = yield from self._with_pictures({"prompt": prompt, **wish})
+        return answers.read_estimate((yield from self._sent(wire.estimate(said))))
+
+    def replay(self, job_id: str, key: str | None) -> Flow[Job]:
+        return answers.read_job((yield from self._sent(wire.replay_job(job_id, key or wire.new_key()))))
+
+    def job(self, job_id: str, wait_s: int | None) -> Flow[Job]:
+        return answers.read_job((yield from self._sent(wire.show_job(job_id, wait_s))))
+
+    def status(self, job_id: str) -> Flow[Status]:
+        return answers.read_status((yield from self._sent(wire.show_status(job_id))))
+
+    def page(self, **filters: Any) -> Flow[Page]:
+        return answers.read_page((yield from self._sent(wire.list_jobs(**filters))))
+
+    def cancel(self, job_id: str) -> Flow[Job]:
+        return answers.read_job((yield from self._sent(wire.cancel_job(job_id))))
+
+    def delete(self, job_id: str) -> Flow[None]:
+        answers.read_nothing((yield from self._sent(wire.delete_job(job_id))))
+
+    def wait(self, job_id: str, timeout_s: float, on_progress: Callable[[Job], None] | None) -> Flow[Job]:
+        started_at = time.monotonic()
+        while True:
+            spent_s = time.monotonic() - started_at
+            remaining_s = max(0.0, timeout_s - spent_s)
+            job = yield from self.job(job_id, None if on_progress else min(_LONGEST_HOLD_S, int(remaining_s)))
+            if on_progress:
+                on_progress(job)
+            if job.is_finished:
+                return job
+            if remaining_s <= 0:
+                raise WaitTimeout(f"job {job_id} is still {job.state} after {timeout_s:g} s", job)
+            # Who waits for long has no use for a glance every instant, and only so many requests a minute.
+            yield Pause(min(max(_POLL_EVERY_S, min(spent_s / 20, _POLL_AT_LEAST_EVERY_S)), remaining_s))
+
+    def image(self, job: Job | str, index: int) -> Flow[bytes]:
+        known = (yield from self.job(job, None)) if isinstance(job, str) else job
+        expected = next((image.content_sha256 for image in known.images if image.index == index), None)
+        if expected is None:
+            raise ImageNotStored(f"job {known.id} is {known.state} and has no stored image {index}")
+        location = answers.read_location((yield from self._sent(wire.show_image(known.id, index))))
+        answer = yield from self._sent(Fetch(location))
+        if not answer.is_success:
+            raise UnexpectedAnswer(f"the object store answered {answer.status_code} for image {index} of job {known.id}")
+        content: bytes = answer.content
+        if hashlib.sha256(content).hexdigest() != expected:
+            raise DigestMismatch(f"image {index} of job {known.id}: {len(content)} bytes came that are not the stored ones")
+        return content
+
+    def download(self, job: Job | str, folder: Path, names: str) -> Flow[tuple[Path, ...]]:
+        known = (yield from self.job(job, None)) if isinstance(job, str) else job
+        paths = []
+        for image in known.images:
+            if image.content_sha256 is not None:
+                path = downloads.path_of(folder, known, image, names)
+                if not (yield Work(partial(downloads.is_there, path, image.content_sha256))):
+                    content = yield from self.image(known, image.index)
+                    yield Work(partial(downloads.write, path, content))
+                paths.append(path)
+        return tuple(paths)
+
+    def upload(self, picture: Picture) -> Flow[File]:
+        content: bytes = picture if isinstance(picture, bytes) else (yield Work(Path(picture).read_bytes))
+        name = "picture" if isinstance(picture, bytes) else Path(picture).name
+        return answers.read_file((yield from self._sent(wire.upload(name, content))))
+
+    def usage(self) -> Flow[Usage]:
+        return answers.read_usage((yield from self._sent(wire.show_usage())))
+
+    def list_of(self, resource: str) -> Flow[list[dict[str, Any]]]:
+        return list(answers.read_object((yield from self._sent(wire.list_of(resource))))["data"])
+
+    def _with_pictures(self, wish: Mapping[str, Any], known: dict[bytes | Path, str] | None = None) -> Flow[dict[str, Any]]:
+        """The wish with an id in place of each picture that had to be uploaded. known: those that were, and will be."""
+        said, known = dict(wish), {} if known is None else known
+        for field in PICTURE_FIELDS:
+            picture = to_upload(said.get(field))
+            if picture is not None:
+                if picture not in known:
+                    known[picture] = (yield from self.upload(picture)).id
+                said[field] = known[picture]
+        return said
+
+    def _sent(self, step: Call | Fetch) -> Flow[httpx.Response]:
+        """The answer, after as many tries as it takes and the client has. Raises Unreachable."""
+        for attempt in itertools.count(1):
+            try:
+                answer: httpx.Response = yield step
+            except httpx.InvalidURL as error:
+                raise Unreachable(f"{self._where(step)} is no address: {error}") from error
+            except httpx.TransportError as error:
+                pause_s = None if is_hopeless(error) else self._retries.pause_s(attempt)
+                if pause_s is None:
+                    tried = f" after {attempt} tries" if attempt > 1 else ""
+                    raise Unreachable(f"{self._where(step)} does not answer{tried}: {error or type(error).__name__}") from error
+            else:
+                pause_s = self._retries.pause_s(attempt, told_s(answer)) if is_passing(answer) else None
+                if pause_s is None:
+                    return answer
+            yield Pause(pause_s)
+        raise AssertionError("the tries never end by themselves")
+
+    def _where(self, step: Call | Fetch) -> str:
+        if isinstance(step, Call):
+            return self._url
+        return step.url.partition("?")[0]  # what follows is a permission

@@ -1,0 +1,180 @@
+"""generate --from: many prompts, interrupted in every way, and gone on with; on the real stack."""
+
+import hashlib
+import itertools
+import json
+import re
+import signal
+import time
+
+import pytest
+
+from darkroom_client import Client
+from tests.builders import until
+from tests.cli.terminal import Terminal, piped
+
+NUMBERS = itertools.count(1)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    """Six prompts that nobody else has, in a file."""
+    lines = [f"a red circle number {next(NUMBERS)} of {tmp_path.name}" for _ in range(6)]
+    (tmp_path / "prompts.txt").write_text("\n".join(lines) + "\n")
+    return lines
+
+
+@pytest.fixture
+def jobs_of(client: Client):
+    def jobs_of(prompts):
+        return [job for job in itertools.islice(client.jobs(page_size=100), 100) if job.prompt in prompts]
+
+    return jobs_of
+
+
+def run(stack, tmp_path, *options):
+    process = piped(stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", *options, cwd=tmp_path)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def noted(tmp_path):
+    try:
+        lines = json.loads((tmp_path / "images" / ".darkroom-run.json").read_text())["lines"]
+    except FileNotFoundError:
+        return {}
+    return {number: facts["job"] for number, facts in lines.items() if facts.get("job")}
+
+
+def files(tmp_path):
+    return sorted(path.name for path in (tmp_path / "images").iterdir() if not path.name.startswith("."))
+
+
+def assert_all_is_there(tmp_path, jobs, prompts):
+    """One job for each prompt, each image in its file, byte for byte."""
+    assert sorted(job.prompt for job in jobs) == sorted(prompts)
+    assert len(files(tmp_path)) == len(prompts)
+    for job in jobs:
+        path = tmp_path / "images" / f"{prompts.index(job.prompt) + 1}-{job.seed}-0.png"
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == job.images[0].content_sha256
+
+
+def test_every_line_becomes_files_under_its_number_and_one_that_cannot_is_named(stack, tmp_path):
+    wishes = [
+        "a red circle",
+        "",
+        '{"prompt": "a blue star", "n": 2, "seed": 40, "output_format": "webp"}',
+        '{"prompt": "x", "steps": 9999}',
+    ]
+    (tmp_path / "prompts.txt").write_text("\n".join(wishes))
+
+    code, out, err = run(stack, tmp_path, "--tier", "fast", "--seed", 7)
+
+    assert code == 1
+    assert files(tmp_path) == ["1-7-0.png", "3-40-0.webp", "3-40-1.webp"]
+    assert "2 of 3 prompts done: 3 images in images" in out
+    assert "line 4 (x): refused: Invalid image request: steps must be from 1 to 20" in err
+
+
+def test_interrupted_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, prompts, jobs_of):
+    arguments = ["generate", "--from", "prompts.txt", "-o", "images", "--tier", "batch", "--parallel", 3]
+    process = piped(stack.data_dir, *arguments, cwd=tmp_path)
+    until(lambda: len(noted(tmp_path)) >= 3, within_s=60)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    before = noted(tmp_path)
+
+    code, out, _ = run(stack, tmp_path, "--tier", "batch", "--parallel", 3)
+
+    assert process.returncode == 130
+    assert "The same command again goes on from here." in err
+    assert (code, 3 <= len(before) < 6) == (0, True)
+    assert before.items() <= noted(tmp_path).items()
+    assert "6 of 6 prompts done: 6 images in images" in out
+    assert_all_is_there(tmp_path, jobs_of(prompts), prompts)
+
+
+def test_killed_at_any_instant_and_run_again_nothing_is_asked_for_twice(stack, tmp_path, prompts, jobs_of):
+    for _ in range(3):
+        process = piped(
+            stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", "--tier", "fast", "--parallel", 2, cwd=tmp_path
+        )
+        before = len(jobs_of(prompts))
+        until(lambda: len(jobs_of(prompts)) > before or process.poll() is not None, within_s=60)  # noqa: B023
+        process.kill()
+        process.wait()
+
+    assert run(stack, tmp_path, "--tier", "fast", "--parallel", 2)[0] == 0
+
+    assert_all_is_there(tmp_path, jobs_of(prompts), prompts)
+
+
+def test_run_again_only_what_is_missing_or_broken_is_fetched(stack, tmp_path, prompts, jobs_of):
+    assert run(stack, tmp_path, "--tier", "fast")[0] == 0
+    names = files(tmp_path)
+    (tmp_path / "images" / names[0]).unlink()
+    (tmp_path / "images" / names[1]).write_bytes(b"broken")
+    kept = (tmp_path / "images" / names[2]).stat().st_mtime_ns
+
+    code, out, _ = run(stack, tmp_path, "--tier", "fast")
+
+    assert (code, "6 images in images, 4 of them there already" in out) == (0, True)
+    assert (tmp_path / "images" / names[2]).stat().st_mtime_ns == kept
+    assert_all_is_there(tmp_path, jobs_of(prompts), prompts)
+
+
+def test_a_folder_keeps_to_its_prompts_and_options_until_told_otherwise(stack, tmp_path, prompts, jobs_of):
+    (tmp_path / "prompts.txt").write_text(prompts[0])
+    assert run(stack, tmp_path, "--tier", "fast")[0] == 0
+
+    other = run(stack, tmp_path, "--tier", "fast", "--steps", 3)
+    fresh = run(stack, tmp_path, "--tier", "fast", "--steps", 3, "--fresh")
+
+    assert (other[0], "holds a run of other prompts or options" in other[2], fresh[0]) == (2, True, 0)
+    assert sorted(job.steps for job in jobs_of(prompts)) == [3, 4]
+
+
+def test_on_a_terminal_jobs_are_seen_under_way_and_a_second_ctrl_c_cancels_them(stack, tmp_path, prompts, jobs_of):
+    arguments = ["generate", "--from", "prompts.txt", "-o", "images", "--tier", "batch", "--steps", 60, "--parallel", 2]
+    terminal = Terminal(stack.data_dir, *arguments, cwd=tmp_path)
+    terminal.read_until("0 of 6 done", "2 under way", prompts[0][:30])
+    until(lambda: len(jobs_of(prompts)) == 2)
+    terminal.press_ctrl_c()
+    terminal.read_until("2 jobs under way; Ctrl-C again within 2 s to cancel")
+    terminal.press_ctrl_c()
+
+    assert terminal.end() == 130
+
+    assert "2 jobs canceled" in terminal.shown
+    assert [job.state for job in jobs_of(prompts)] == ["canceled", "canceled"]
+    assert noted(tmp_path) == {}
+
+
+def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prompts, jobs_of):
+    terminal = Terminal(
+        stack.data_dir, "generate", "--from", "prompts.txt", "-o", "images", "--tier", "fast", "--parallel", 2, cwd=tmp_path
+    )
+    terminal.read_until("2 under way")
+    until(lambda: len(noted(tmp_path)) == 2)
+    terminal.press_ctrl_c()
+    began = time.monotonic()
+
+    assert terminal.end() == 130
+
+    assert time.monotonic() - began < 10
+    assert re.search(r"Interrupted; \d jobs? left under way", terminal.shown)
+    until(lambda: all(job.state == "succeeded" for job in jobs_of(prompts)), within_s=60)
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [('{"prompt": ', "line 1 begins as JSON does and is none"), ('ok\n{"steps": 3}', 'line 2 has no "prompt"'), (b"\xff", "decode")],
+    ids=["no JSON", "no prompt", "no text"],
+)
+def test_a_file_that_is_no_file_of_prompts_is_refused_before_anything_is_asked_for(stack, tmp_path, text, why):
+    (tmp_path / "prompts.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
+
+    code, _, err = run(stack, tmp_path)
+
+    assert (code, why in err) == (2, True)
+    assert not (tmp_path / "images").exists()

@@ -1,0 +1,105 @@
+"""watch, replay, estimate, delete, jobs: what they print about real jobs, and their exit codes."""
+
+import json
+import re
+
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+
+from cli.main import darkroom
+from tests.cli.terminal import Terminal, piped
+
+NOBODY = "00000000-0000-0000-0000-000000000000"
+
+
+@pytest.fixture(autouse=True)
+def _no_installation_of_the_callers(monkeypatch):
+    for name in ("DARKROOM_URL", "DARKROOM_API_KEY", "DARKROOM_DATA_DIR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def run(stack, *arguments, **options):
+    return CliRunner().invoke(darkroom, ["--data-dir", str(stack.data_dir), *map(str, arguments)], **options)
+
+
+def test_a_job_is_watched_from_the_queue_to_its_end(stack, client, tmp_path):
+    job = client.create_job("a red circle", tier="fast", seed=7)
+
+    process = piped(stack.data_dir, "watch", job.id, cwd=tmp_path)
+    out, err = process.communicate(timeout=120)
+
+    assert process.returncode == 0
+    assert f"job {job.id} is succeeded" in out
+    assert "denoise s" in out
+    assert err.splitlines()[-1] == f"job {job.id} is succeeded"
+
+
+def test_watching_a_job_on_a_terminal_shows_a_bar_and_ctrl_c_leaves_the_job_alone(stack, client, tmp_path):
+    job = client.create_job("a red circle", tier="batch", steps=60, n=2)
+
+    terminal = Terminal(stack.data_dir, "watch", job.id, cwd=tmp_path)
+    terminal.read_until(job.id[-8:], "step ", "/120")
+    terminal.press_ctrl_c()
+
+    assert terminal.end() == 130
+    assert f"job {job.id} goes on" in terminal.shown
+    assert client.cancel(job.id).state == "canceled"
+
+
+def test_a_job_that_did_not_succeed_ends_the_watch_with_1(stack, client):
+    job = client.cancel(client.create_job("a red circle", tier="batch", steps=60).id)
+
+    done = run(stack, "watch", job.id)
+
+    assert (done.exit_code, f"Job {job.id} is canceled" in done.stderr) == (1, True)
+    assert run(stack, "watch", NOBODY).exit_code == 4
+
+
+def test_a_replay_of_a_reproducible_job_shows_the_same_pixels(stack, client, tmp_path):
+    job = client.wait(client.create_job("a blue star", tier="quality", steps=4, n=2, seed=5).id)
+
+    done = run(stack, "replay", job.id, "-o", tmp_path / "again.png")
+
+    assert done.exit_code == 0, done.output
+    assert done.stdout.count("the same") == 2
+    assert "The same pixels: 2 of 2." in done.stdout
+    with Image.open(tmp_path / "again-1.png") as image:
+        assert image.size == (128, 128)
+
+
+def test_an_estimate_tells_price_and_time_and_makes_no_job(stack, client):
+    newest = next(client.jobs()).id
+
+    shown = run(stack, "estimate", "a red circle", "--tier", "quality", "-n", 2)
+    told = json.loads(run(stack, "estimate", "a red circle", "--tier", "quality", "-n", 2, "--json").stdout)
+
+    assert shown.exit_code == 0
+    assert re.search(r"quality +pocket 1 +128x128", shown.stdout)
+    assert (told["can_be_served"], told["n"]) == (True, 2)
+    assert run(stack, "estimate", "a red circle", "--steps", 9999).exit_code == 4
+    assert next(client.jobs()).id == newest
+
+
+def test_a_deletion_asks_first_and_leaves_the_job_without_its_prompt(stack, client):
+    job = client.wait(client.create_job("a secret circle", tier="fast").id)
+
+    assert run(stack, "delete", job.id, input="n\n").exit_code == 1
+    assert client.job(job.id).prompt == "a secret circle"
+    assert run(stack, "delete", job.id, "--yes").exit_code == 0
+
+    assert client.job(job.id).prompt is None
+    assert "(erased)" in run(stack, "jobs", "--limit", 3).stdout
+
+
+def test_jobs_are_found_by_time_and_metadata(stack, client):
+    job = client.create_job("a red circle", tier="fast", metadata={"set": "summer=1", "page": "2"})
+
+    def found(*options):
+        return [each["id"] for each in json.loads(run(stack, "jobs", "--json", *options).stdout)]
+
+    assert found("--metadata", "set=summer=1", "--metadata", "page=2", "--since", "1h") == [job.id]
+    assert found("--metadata", "set=summer=1", "--metadata", "page=3") == []
+    assert found("--metadata", "set=summer=1", "--until", "1h") == []
+    assert run(stack, "jobs", "--since", "yesterday").exit_code == 2
+    assert run(stack, "jobs", "--metadata", "set").exit_code == 2
