@@ -158,6 +158,7 @@ class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):
     max_upload_bytes: int = Field(33_554_432, ge=1024)  # of POST /v1/files, and of a picture fetched by URL
     fetch_within_s: float = Field(10.0, gt=0)  # a picture by URL, from the first byte sent to the last one received
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
+    images_wait_s: int = Field(300, ge=1, le=590)  # a call of /v1/images; OpenAI's clients wait for 600 s
     event_heartbeat_s: float = Field(10.0, gt=0)  # silence on an event stream; only a write finds out that a client has gone
 
 

@@ -8,7 +8,7 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import batches, catalog, estimates, events, files, health, jobs, problems, webhooks
+from app import batches, catalog, estimates, events, files, health, jobs, openai_images, problems, webhooks
 from app.gateway import open_gateway
 from edges import telemetry
 from policy.fleet import Fleet
@@ -27,7 +27,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.json.sort_keys = False
     app.extensions["darkroom"] = open_gateway(settings, fleet)
     problems.register(app)
-    for blueprint in (jobs.bp, batches.bp, estimates.bp, events.bp, files.bp, webhooks.bp, catalog.bp, health.bp):
+    for blueprint in (jobs.bp, batches.bp, estimates.bp, events.bp, files.bp, webhooks.bp, openai_images.bp, catalog.bp, health.bp):
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)

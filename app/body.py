@@ -64,7 +64,7 @@ def read_job(request: Request) -> JobBody:
 def parse_job(fields: Mapping[str, Any]) -> JobBody:
     """Check names and types of the fields. Raises InvalidImageRequest."""
     body = parse(JobBody, fields, problem=InvalidImageRequest)
-    _check_metadata(body.metadata)
+    check_metadata(body.metadata)
     return body
 
 
@@ -84,7 +84,8 @@ def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
     return Wish(**fields, **pictures, adapters=adapters)
 
 
-def _check_metadata(metadata: Mapping[str, str]) -> None:
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises InvalidImageRequest for more than can be kept, or what cannot be printed."""
     accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": 64, "max_value_chars": 512}
     for key, value in metadata.items():
         if not 1 <= len(key) <= 64 or len(value) > 512 or "\x00" in key + value or not (key + value).isprintable():

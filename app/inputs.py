@@ -55,7 +55,7 @@ def pictures(fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
     """
     found = {field: _file(field, value) for field, value in fields.items() if value is not None}
     if "mask" in found and "init_image" in found:
-        _check_shapes(found["init_image"], found["mask"])
+        check_shapes(found["init_image"], found["mask"])
     return {field: file.id for field, file in found.items()}
 
 
@@ -140,7 +140,7 @@ def _may_fetch() -> bool:
     return tenant is not None and tenant.url_inputs
 
 
-def _check_shapes(picture: File, mask: File) -> None:
+def check_shapes(picture: File, mask: File) -> None:
     """A mask is scaled and cut as its picture is: of another shape, it would cover something else."""
     difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
     if difference > picture.width_px + picture.height_px:  # what rounding makes of a picture that was scaled

@@ -7,7 +7,7 @@ from flask import Blueprint, json, jsonify, redirect, request, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug import Response
 
-from app import accepting, erasing, inputs, replaying
+from app import accepting, erasing, inputs, replaying, waiting
 from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_job, read_nothing, read_wait_s, wish_of
@@ -22,7 +22,7 @@ from edges.encoding import FORMATS
 from edges.progress import Step
 from models import jobs, listing
 from models.database import transaction
-from models.states import ACTIVE_STATES, FINAL_STATES, JobState
+from models.states import ACTIVE_STATES, JobState
 from models.tables import Job
 
 bp = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
@@ -47,7 +47,7 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
     once = read_once(request, {})
     if once is not None and (earlier := accepting.answered(once)) is not None:
         return _answer(Accepted(earlier, is_new=False), wait_s)
-    return _answer(accepting.accept(replaying.resolved_again(_found(job_id)), replay_of=job_id, once=once), wait_s)
+    return _answer(accepting.accept(replaying.resolved_again(waiting.found(job_id)), replay_of=job_id, once=once), wait_s)
 
 
 @bp.get("/<uuid:job_id>")
@@ -112,7 +112,7 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
 @bp.get("/<uuid:job_id>/images/<int:index>")
 def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     """302 to a presigned URL of the stored image; 410 once the job was erased."""
-    job = _found(job_id)
+    job = waiting.found(job_id)
     image = next((image for image in job.images if image.index == index), None)
     if image is None:
         raise ImageNotFound(f"The job has images 0 to {job.num_images - 1}.")
@@ -177,27 +177,9 @@ def _steps(job: Job) -> list[Step]:
 
 
 def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
-    """The job, after waiting up to `wait_s` for its end, and what is known of its progress. No connection is held meanwhile."""
-    parts, tenant_id = gateway(), caller().tenant_id
-    job = _found(job_id)
-    if wait_s and job.state not in FINAL_STATES:
-        parts.endings.wait(job_id, wait_s, lambda: _has_ended(job_id))
-        with transaction(parts.database) as session:
-            job = jobs.find(session, job_id, tenant_id=tenant_id) or job
+    """The job, after waiting up to `wait_s` for its end, and what is known of its progress."""
+    job = waiting.watched(job_id, wait_s)
     return job, _steps(job)
-
-
-def _has_ended(job_id: uuid.UUID) -> bool:
-    with transaction(gateway().database) as session:
-        return jobs.state_of(session, job_id) in FINAL_STATES
-
-
-def _found(job_id: uuid.UUID) -> Job:
-    with transaction(gateway().database) as session:
-        job = jobs.find(session, job_id, tenant_id=caller().tenant_id)
-    if job is None:
-        raise _not_found(job_id)
-    return job
 
 
 def _not_found(job_id: uuid.UUID) -> JobNotFound:

@@ -2,6 +2,7 @@
 
 Problem
 ├── MalformedBody         400   not JSON at all
+├── ModerationBlocked     400   the safety rules said no
 ├── NotOffered            400   asked for in OpenAI's words, and nothing here does it
 ├── Unauthenticated       401   no live API key
 ├── Forbidden             403   the key's scopes, or the tenant's tiers and models, do not reach that far
@@ -34,10 +35,13 @@ Problem
 ├── QuotaExceeded         429   with Retry-After: megapixel-steps of this day or month
 ├── TenantQueueFull       429   with Retry-After: this tenant has enough waiting in the tier
 ├── Unexpected            500   says nothing of our insides
+├── JobFailed             500   an image call whose job failed on our side
 ├── PartUnavailable       503   with Retry-After
 ├── StreamsExhausted      503   with Retry-After: this process has as many event streams open as it may
 ├── FleetSaturated        503   with Retry-After: it would not start in time
-└── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
+├── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
+├── JobExpired            503   with Retry-After: an image call whose job nothing started in time
+└── JobUnfinished         504   with Retry-After: an image call that waited as long as it may
 """
 
 from typing import Any
@@ -95,6 +99,13 @@ class MalformedBody(Problem):
     """The body is not what its content type says."""
 
     slug, title, status = "malformed-body", "Malformed body", 400
+
+
+class ModerationBlocked(Problem):
+    """The safety rules refuse the request or what came of it; the same words will be refused again."""
+
+    slug, title, status = "moderation-blocked", "Moderation blocked", 400
+    openai_type = "image_generation_user_error"
 
 
 class NotOffered(Problem):
@@ -306,6 +317,24 @@ class Unexpected(Problem):
     """A fault of ours; the request id finds it in the logs."""
 
     slug, title, status = "unexpected", "Unexpected error", 500
+
+
+class JobFailed(Problem):
+    """The job behind this call failed, and not by what was asked for; `job_id` finds it."""
+
+    slug, title, status = "job-failed", "Job failed", 500
+
+
+class JobExpired(Problem):
+    """The job behind this call was not begun before its start deadline; waiting helps, or a tier with a longer one."""
+
+    slug, title, status = "job-expired", "Job expired", 503
+
+
+class JobUnfinished(Problem):
+    """The job behind this call goes on: the same request, tried again, waits for it, and GET /v1/jobs/{job_id} shows it."""
+
+    slug, title, status = "job-unfinished", "Job unfinished", 504
 
 
 class PartUnavailable(Problem):

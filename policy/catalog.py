@@ -152,7 +152,7 @@ def _check_text(model: Model, wish: Wish) -> None:
             raise InvalidWish(field, f"has {len(text)} characters; at most {model.max_prompt_chars} are accepted", accepted)
         if "\x00" in text or any("\ud800" <= char <= "\udfff" for char in text):
             raise InvalidWish(field, "contains a NUL or a lone surrogate; plain Unicode text is accepted")
-    if not wish.prompt.strip():
+    if not wish.prompt.strip() and wish.init_image is None:  # a picture may say it all
         raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
 
 

@@ -10,6 +10,8 @@ from policy.catalog import checkpoint_name
 from policy.fleet import Fleet, Pool, parse_size
 from settings import DeviceSettings
 
+PREVIEWS_PER_S = 10.0  # of one image, while somebody looks: a millisecond each, and quick images have some, too
+
 
 def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
     """Every version of these models, in the file's order. root: where relative paths start."""
@@ -56,4 +58,5 @@ def engine_config(settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up
         attention=pool.attention,
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,
+        previews_per_s=PREVIEWS_PER_S,
     )

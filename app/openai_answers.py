@@ -1,0 +1,42 @@
+"""What calls of /v1/images answer with, streamed or not: how a job's end is told, and the members that are ours."""
+
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
+from models.states import JobState
+from models.tables import Job
+
+OUR_FAULT = ("internal", "attempts_exhausted")
+NO_TOKENS = {  # nothing here is counted in them; clients need the member
+    "input_tokens": 0,
+    "output_tokens": 0,
+    "total_tokens": 0,
+    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
+}
+
+
+def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
+    """Why a job gave no images; None if it did."""
+    own = {"job_id": str(job_id)}
+    if state == JobState.SUCCEEDED:
+        return None
+    if state == JobState.CANCELED:
+        return JobAlreadyFinished("The job was canceled.", state=state, **own)
+    if state == JobState.EXPIRED:
+        return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, **own)
+    if state == JobState.REJECTED:
+        return ModerationBlocked("The request was refused by the safety rules.", **own)
+    if state == JobState.FAILED and failure_code in OUR_FAULT:
+        return JobFailed("The job failed on our side.", failure_code=failure_code, **own)
+    if state == JobState.FAILED:
+        detail = f"The job cannot be rendered: {failure_code}."
+        return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code, **own)
+    return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, **own)
+
+
+def extras_of(job: Job) -> Mapping[str, Any]:
+    """Members that OpenAI's interface does not have: enough to find the job, and to ask for the same again."""
+    names = ("model", "model_version", "tier", "seed", "guidance", "sampler", "strength")
+    return {"job_id": str(job.id), **{name: getattr(job, name) for name in names}, "steps": job.num_steps}

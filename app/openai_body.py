@@ -1,0 +1,249 @@
+"""OpenAI's words for images to ours, and back. Pure: what a body says, against fleet.toml; pictures are somebody else's.
+
+Facts about the interface, as its Python client 3.57 sends and reads it: fields of a multipart body are strings, also numbers and booleans;
+`extra_body` arrives as further fields, which is where our own parameters ride.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from app.body import check_metadata
+from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
+from policy.catalog import OUTPUT_FORMATS, AdapterWish, Wish
+from policy.fleet import Fleet, parse_size
+
+GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
+MOST_IMAGES, MOST_PARTIALS = 10, 3
+VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
+_QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+_SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
+_NOT_DONE = {
+    "svg": "no model here draws vectors",
+    "frame_count": "no model here makes animations",
+    "frame_duration_ms": "no model here makes animations",
+    "complexity": "no model here takes it",
+    "markup": "no model here takes it; repaint with a mask",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks for; `wish` has no pictures yet. keeps_running: also when the client goes away."""
+
+    kind: str
+    wish: Wish
+    metadata: Mapping[str, str]
+    as_url: bool
+    streams: bool
+    partial_images: int
+    keeps_running: bool
+    quality: str
+    user: str | None
+
+    @property
+    def event(self) -> str:
+        """How the events of its stream begin."""
+        return EDIT if self.kind == EDIT else GENERATION
+
+
+def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
+    """Understand the fields, or say which one cannot be used. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
+    said = _Said({name: value for name, value in fields.items() if value is not None})
+    for name in said.names() & _NOT_DONE.keys():
+        raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
+    _check_formats(said)
+    if (unknown := said.names() - _KNOWN) or (kind == VARIATION and "mask" in said.names()):
+        name = min(unknown) if unknown else "mask"
+        raise _wrong(name[:64], "is not a field of this request", sorted(_KNOWN))
+    streams, count = said.boolean("stream", False), said.number("n", 1, 1, MOST_IMAGES)
+    if streams and (count != 1 or kind == VARIATION):
+        raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
+    quality = said.one_of("quality", "auto", _QUALITIES)
+    asked = Asked(
+        kind=kind,
+        wish=_wish(kind, said, fleet, count, quality),
+        metadata=_metadata(said),
+        as_url=said.one_of("response_format", "b64_json", ("b64_json", "url")) == "url",
+        streams=streams,
+        partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
+        keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
+        quality=_SAID_AS.get(quality, quality),
+        user=said.text("safety_identifier", None) or said.text("user", None),
+    )
+    if streams and asked.as_url:
+        raise NotOffered("A stream carries its images: response_format=url and stream exclude each other.", parameter="response_format")
+    return asked
+
+
+def tier_of(quality: str, fleet: Fleet) -> str:
+    """The tier that a quality stands for: the fewest steps for low, the most for high and above, else the default one."""
+    by_rank = fleet.tiers_by_rank
+    if quality == "low":
+        return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
+    if quality in ("high", "xhigh", "max", "hd"):
+        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)  # the first of equals is the best in rank
+    return fleet.default_tier()
+
+
+def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
+    """The offered size whose shape, and then whose area, is nearest to a picture's."""
+
+    def distance(size: str) -> tuple[float, float]:
+        width, height = parse_size(size)
+        shape = abs(math.log(width / height) - math.log(width_px / height_px))
+        return round(shape, 3), abs(math.log(width * height) - math.log(width_px * height_px))
+
+    return min(sizes, key=distance)
+
+
+class _Said:
+    """The fields, each read as the type it should have: from JSON as it is, from a form out of its text."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def names(self) -> set[str]:
+        return {name.partition("[")[0] if name.startswith("metadata[") else name for name in self._fields}
+
+    def get(self, name: str) -> Any:
+        return self._fields.get(name)
+
+    def items(self) -> Mapping[str, Any]:
+        return self._fields
+
+    def text(self, name: str, default: str | None) -> str | None:
+        value = self._fields.get(name, default)
+        if value is not None and not isinstance(value, str):
+            raise _wrong(name, "must be text")
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._fields.get(name, default)
+        if not _is_boolean(value):
+            raise _wrong(name, "must be true or false", [True, False])
+        return value if isinstance(value, bool) else str(value).lower() == "true"
+
+    def number(self, name: str, default: int, low: int, high: int) -> int:
+        value = self._parsed(name, default, int, "a whole number")
+        if not low <= value <= high:
+            raise _wrong(name, f"must be from {low} to {high}", {"min": low, "max": high})
+        return int(value)
+
+    def maybe_int(self, name: str) -> int | None:
+        return self._parsed(name, None, int, "a whole number") if name in self._fields else None
+
+    def maybe_float(self, name: str) -> float | None:
+        return self._parsed(name, None, float, "a number") if name in self._fields else None
+
+    def one_of(self, name: str, default: str, accepted: tuple[str, ...]) -> str:
+        value = self.text(name, default)
+        if value not in accepted:
+            raise _wrong(name, f"{str(value)[:32]!r} is not offered", list(accepted))
+        return value
+
+    def structure(self, name: str, kind: type, default: Any) -> Any:
+        """A list or an object; in a form, as JSON."""
+        value = self._fields.get(name, default)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise _wrong(name, "is not JSON") from None
+        if not isinstance(value, kind):
+            raise _wrong(name, f"must be {'a list' if kind is list else 'an object'}")
+        return value
+
+    def _parsed(self, name: str, default: Any, kind: Callable[[str], Any], what: str) -> Any:
+        value = self._fields.get(name, default)
+        if isinstance(value, str):
+            try:
+                value = kind(value) if len(value) <= 32 and value.isascii() else None
+            except ValueError:
+                value = None
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not fits or (kind is int and not isinstance(value, int)):
+            raise _wrong(name, f"must be {what}")
+        return value
+
+
+_OURS = {"seed", "steps", "guidance", "tier", "adapters", "sampler", "negative_prompt", "strength", "metadata"}
+_THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
+_THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
+_KNOWN = _OURS | _THEIRS
+
+
+def _check_formats(said: _Said) -> None:
+    """What is a word of the interface and nothing that is done here."""
+    if (output := said.text("output_format", "png")) not in OUTPUT_FORMATS:
+        raise NotOffered(f"output_format {str(output)[:16]!r} is not offered: {', '.join(OUTPUT_FORMATS)}.", parameter="output_format")
+    background = said.get("background")
+    if background is not None and not _is_boolean(background) and background not in ("auto", "opaque"):
+        detail = "No model here makes transparent backgrounds: background takes auto and opaque, and true to keep the job running."
+        raise NotOffered(detail, parameter="background")
+    if said.number("output_compression", 100, 0, 100) != 100:
+        raise NotOffered("output_compression is not offered: files are written at one quality.", parameter="output_compression")
+    said.one_of("moderation", "auto", ("auto", "low"))
+    said.one_of("style", "natural", ("natural", "vivid"))
+    said.one_of("input_fidelity", "high", ("high", "low"))
+
+
+def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wish:
+    model = said.text("model", None)
+    if model is not None and model not in fleet.models:
+        raise ModelNotFound(
+            f"There is no model {model[:64]!r}; offered: {', '.join(fleet.models)}.", parameter="model", accepted=list(fleet.models)
+        )
+    if kind != VARIATION and "prompt" not in said.names():
+        raise _wrong("prompt", "is required")
+    size = said.text("size", "auto")
+    guidance, strength = said.maybe_float("guidance"), said.maybe_float("strength")
+    if kind == VARIATION:  # nothing is asked for in words: with an empty prompt, guidance would be twice the work for the same
+        guidance = 1.0 if guidance is None and not said.get("prompt") else guidance
+        strength = VARIATION_STRENGTH if strength is None else strength
+    elif kind == GENERATION and strength is not None:
+        raise _wrong("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
+    return Wish(
+        prompt=said.text("prompt", "") or "",
+        negative_prompt=said.text("negative_prompt", "") or "",
+        model=model,
+        tier=said.text("tier", None) or tier_of(quality, fleet),
+        size=None if size == "auto" else size,
+        steps=said.maybe_int("steps"),
+        guidance=guidance,
+        sampler=said.text("sampler", None),
+        seed=said.maybe_int("seed"),
+        n=count,
+        output_format=said.text("output_format", "png") or "png",
+        strength=strength,
+        adapters=tuple(_adapter(place, entry) for place, entry in enumerate(said.structure("adapters", list, []))),
+    )
+
+
+def _adapter(place: int, entry: Any) -> AdapterWish:
+    fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
+    strength = entry.get("strength", 1.0) if fits else None
+    if isinstance(strength, bool) or not isinstance(strength, int | float):
+        raise _wrong(f"adapters/{place}", 'must be {"name": …, "strength": …}')
+    return AdapterWish(entry["name"], float(strength))
+
+
+def _metadata(said: _Said) -> Mapping[str, str]:
+    """An object, or in a form the fields that the client makes of one: metadata[key]."""
+    spread = {name[9:-1]: value for name, value in said.items().items() if name.startswith("metadata[") and name.endswith("]")}
+    metadata = spread or said.structure("metadata", dict, {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise _wrong("metadata", "must map text to text")
+    check_metadata(metadata)
+    return metadata
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
+
+
+def _wrong(field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
+    entry = {"pointer": f"/{field}", "detail": detail} | ({"accepted": accepted} if accepted is not None else {})
+    return InvalidImageRequest(f"{field} {detail}.", errors=[entry])

@@ -1,0 +1,292 @@
+"""The official `openai` client, unmodified, against the running stack."""
+
+import base64
+import io
+import itertools
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from PIL import Image
+
+from tests.app.conftest import bearer
+from tests.builders import until
+
+PROMPT = "a large red circle in the center on a blue background"
+
+
+@pytest.fixture(scope="module")
+def key(new_key) -> str:
+    return new_key()
+
+
+@pytest.fixture(scope="module")
+def client(stack, key) -> openai.OpenAI:
+    return a_client(stack, key)
+
+
+@pytest.fixture(scope="module")
+def rest(stack, key):
+    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False) as rest:
+        yield rest
+
+
+def a_client(stack, key, **options) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=key, **{"max_retries": 0, "timeout": 120, **options})
+
+
+def decoded(b64_json) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(b64_json))).convert("RGB"), dtype=float)
+
+
+def distance(one, other) -> float:
+    return float(np.abs(one - other).mean())
+
+
+def a_picture(mode="RGB", colour=(40, 90, 200), size=(128, 128)) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, size, colour).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def a_mask() -> bytes:
+    """Transparent, that is to be repainted, in the right half."""
+    mask = Image.new("RGBA", (128, 128), (0, 0, 0, 255))
+    mask.paste((0, 0, 0, 0), (64, 0, 128, 128))
+    buffer = io.BytesIO()
+    mask.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def jobs_of(rest) -> list[dict]:
+    return rest.get("/v1/jobs", params={"limit": 100}).json()["data"]
+
+
+def test_generate_gives_images_and_our_own_members(client, rest):
+    answer = client.images.generate(
+        model="pocket", prompt=PROMPT, n=2, size="128x128", extra_body={"seed": 7, "steps": 4, "tier": "fast", "guidance": 2.0}
+    )
+
+    first, second = answer.data
+    assert decoded(first.b64_json).shape == (128, 128, 3)
+    assert (first.seed, second.seed) == (7, 8)
+    assert (answer.seed, answer.steps, answer.tier, answer.guidance, answer.model_version) == (7, 4, "fast", 2.0, "1")
+    assert (answer.size, answer.output_format, answer.background) == ("128x128", "png", "opaque")
+    job = rest.get(f"/v1/jobs/{answer.job_id}").json()
+    assert [image["pixels_sha256"] for image in job["images"]] == [first.pixels_sha256, second.pixels_sha256]
+
+
+def test_an_image_can_be_had_as_a_url(client):
+    answer = client.images.generate(prompt=PROMPT, response_format="url", output_format="webp", extra_body={"steps": 2})
+
+    got = httpx.get(answer.data[0].url, trust_env=False)
+
+    assert got.headers["Content-Type"] == "image/webp"
+    assert Image.open(io.BytesIO(got.content)).size == (128, 128)
+
+
+def test_quality_chooses_the_tier(client):
+    low = client.images.generate(prompt=PROMPT, quality="low")
+    high = client.images.generate(prompt=PROMPT, quality="high", extra_body={"steps": 2})
+
+    assert (low.tier, low.quality, high.tier, high.quality) == ("fast", "low", "quality", "high")
+
+
+def test_models_are_listed_and_shown(client):
+    assert [model.id for model in client.models.list()] == ["pocket"]
+    assert client.models.retrieve("pocket").owned_by == "darkroom"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("gpt-image-1")
+
+
+def test_an_edit_stays_near_its_picture_the_nearer_the_weaker(client):
+    picture = a_picture()
+
+    near = client.images.edit(image=picture, prompt=PROMPT, extra_body={"strength": 0.1, "steps": 20, "seed": 1, "tier": "quality"})
+    far = client.images.edit(image=picture, prompt=PROMPT, extra_body={"strength": 0.95, "steps": 20, "seed": 1, "tier": "quality"})
+
+    start = np.asarray(Image.open(io.BytesIO(picture)), dtype=float)
+    assert distance(decoded(near.data[0].b64_json), start) < 15 < distance(decoded(far.data[0].b64_json), start)
+    assert (near.strength, far.strength) == (0.1, 0.95)
+
+
+def test_an_edit_with_a_mask_repaints_where_that_is_transparent(client):
+    picture = a_picture()
+
+    answer = client.images.edit(
+        image=("photo.png", picture, "image/png"), mask=a_mask(), prompt=PROMPT, size="auto", extra_body={"steps": 8, "seed": 3}
+    )
+
+    start, edited = np.asarray(Image.open(io.BytesIO(picture)), dtype=float), decoded(answer.data[0].b64_json)
+    assert distance(edited[:, :48], start[:, :48]) < 12
+    assert distance(edited[:, 80:], start[:, 80:]) > 25
+    assert answer.strength == 1.0
+
+
+def test_a_list_of_one_picture_will_do_and_of_two_is_refused(client):
+    answer = client.images.edit(image=[a_picture()], prompt=PROMPT, extra_body={"steps": 2})
+    assert answer.data
+
+    with pytest.raises(openai.BadRequestError, match="one picture at a time") as refusal:
+        client.images.edit(image=[a_picture(), a_picture()], prompt=PROMPT)
+    assert refusal.value.param == "image"
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_variations_differ_from_each_other_and_not_too_much_from_their_picture(client):
+    drawn = client.images.generate(prompt=PROMPT, extra_body={"seed": 7, "tier": "quality"})
+    picture = base64.b64decode(drawn.data[0].b64_json)
+
+    answer = client.images.create_variation(image=picture, n=2, extra_body={"seed": 5, "steps": 8})
+
+    one, other = (decoded(image.b64_json) for image in answer.data)
+    assert distance(one, other) > 0
+    assert answer.strength == 0.6
+
+
+def test_a_stream_shows_three_partial_images_that_come_ever_nearer(client):
+    events = list(
+        client.images.generate(
+            prompt=PROMPT, stream=True, partial_images=3, extra_body={"steps": 60, "tier": "quality", "seed": 7, "guidance": 3}
+        )
+    )
+
+    kinds = [event.type for event in events]
+    assert kinds == ["image_generation.partial_image"] * 3 + ["image_generation.completed"]
+    assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
+    final = decoded(events[-1].b64_json)
+    height, width, _ = decoded(events[0].b64_json).shape
+    small = np.asarray(Image.fromarray(final.astype("uint8")).resize((width, height)), dtype=float)
+    away = [distance(decoded(event.b64_json), small) for event in events[:3]]
+    assert away[2] < away[0]
+    assert events[-1].seed == 7
+    assert events[-1].usage.total_tokens == 0
+    assert {event.output_format for event in events} == {"png"}
+
+
+def test_an_edit_streams_too(client):
+    events = list(client.images.edit(image=a_picture(), prompt=PROMPT, stream=True, partial_images=1, extra_body={"steps": 20}))
+
+    assert events[-1].type == "image_edit.completed"
+    assert {event.type for event in events[:-1]} <= {"image_edit.partial_image"}
+    assert decoded(events[-1].b64_json).shape == (128, 128, 3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": "x", "output_format": "svg"}, "output_format"),
+        ({"prompt": "x", "output_format": "gif"}, "output_format"),
+        ({"prompt": "x", "background": "transparent"}, "background"),
+        ({"prompt": "x", "n": 11}, "n"),
+        ({"prompt": "x", "size": "1024x1024"}, "size"),
+        ({"prompt": "x", "quality": "superb"}, "quality"),
+        ({"prompt": "x", "output_compression": 50}, "output_compression"),
+        ({"prompt": "x", "extra_body": {"steps": 0}}, "steps"),
+        ({"prompt": "x", "extra_body": {"stepz": 3}}, "stepz"),
+        ({"prompt": "", "extra_body": {}}, "prompt"),
+        ({"prompt": "x", "extra_body": {"frame_count": 4}}, "frame_count"),
+    ],
+)
+def test_what_is_not_offered_or_wrong_is_a_bad_request_that_names_its_parameter(client, fields, param):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.generate(**fields)
+
+    assert refusal.value.param == param
+    assert refusal.value.request_id
+
+
+def test_a_picture_that_is_none_is_a_bad_request(client):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.edit(image=b"<svg xmlns='http://www.w3.org/2000/svg'/>", prompt=PROMPT)
+
+    assert (refusal.value.param, refusal.value.code) == ("image", "invalid_picture")
+
+
+def test_each_class_of_error_is_the_client_s_own(stack, client):
+    with pytest.raises(openai.AuthenticationError):
+        a_client(stack, "dr_nobody").images.generate(prompt=PROMPT)
+    with pytest.raises(openai.NotFoundError) as refusal:
+        client.images.generate(prompt=PROMPT, model="gpt-image-1")
+    assert "pocket" in refusal.value.message
+    with pytest.raises(openai.NotFoundError):
+        client.get(f"/jobs/{uuid.uuid4()}", cast_to=object)
+    with pytest.raises(openai.UnprocessableEntityError):
+        client.post("/jobs", body={"prompt": "x", "steps": 0}, cast_to=object)
+    job = client.post("/jobs", body={"prompt": "x", "steps": 1}, cast_to=object, options={"headers": {"Prefer": "wait=60"}})
+    with pytest.raises(openai.ConflictError):
+        client.post(f"/jobs/{job['id']}/cancel", cast_to=object)
+
+
+def test_a_call_that_times_out_is_tried_again_and_comes_to_the_same_job(stack, new_key):
+    key = new_key()
+    impatient = a_client(stack, key, max_retries=2, timeout=httpx.Timeout(120, read=0.7))
+
+    with pytest.raises(openai.APITimeoutError):
+        impatient.images.generate(prompt=PROMPT, extra_body={"tier": "batch", "steps": 60, "n": 8})
+
+    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), trust_env=False) as rest:
+        assert len(jobs_of(rest)) == 1
+        rest.post(jobs_of(rest)[0]["urls"]["cancel"])
+
+
+def test_two_first_tries_are_two_jobs_and_a_further_try_joins_the_last(rest):
+    body = {"prompt": PROMPT, "steps": 3, "seed": 99}
+
+    first, second = (rest.post("/v1/images/generations", json=body).json()["job_id"] for _ in range(2))
+    again = rest.post("/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}).json()["job_id"]
+
+    assert first != second
+    assert again == second
+
+
+def test_a_client_that_leaves_its_stream_cancels_the_job(client, rest):
+    stream = client.images.generate(prompt=PROMPT, stream=True, partial_images=3, extra_body={"tier": "batch", "steps": 60, "seed": 4711})
+    until(lambda: [job for job in jobs_of(rest) if job["seed"] == 4711])
+    stream.response.close()
+
+    [job] = [job for job in jobs_of(rest) if job["seed"] == 4711]
+    ended = until(lambda: (shown := rest.get(job["urls"]["self"]).json())["state"] in ("canceled", "succeeded") and shown, within_s=20)
+    assert ended["state"] == "canceled"
+
+
+def test_a_job_that_was_asked_for_in_the_background_outlives_its_stream(client, rest):
+    body = {"tier": "batch", "steps": 20, "seed": 4712, "background": True}
+    stream = client.images.generate(prompt=PROMPT, stream=True, extra_body=body)
+    until(lambda: [job for job in jobs_of(rest) if job["seed"] == 4712])
+    stream.response.close()
+
+    [job] = [job for job in jobs_of(rest) if job["seed"] == 4712]
+    assert rest.get(job["urls"]["self"], headers={"Prefer": "wait=60"}).json()["state"] == "succeeded"
+
+
+def test_a_canceled_job_ends_its_call_with_a_conflict_and_its_stream_with_an_error(client, rest):
+    body = {"tier": "batch", "steps": 60, "n": 1}
+    with ThreadPoolExecutor(1) as threads:
+        call = threads.submit(client.images.generate, prompt=PROMPT, extra_body=body | {"seed": 815})
+        [job] = until(lambda: [job for job in jobs_of(rest) if job["seed"] == 815])
+        rest.post(job["urls"]["cancel"])
+        with pytest.raises(openai.ConflictError):
+            call.result()
+
+    stream = client.images.generate(prompt=PROMPT, stream=True, extra_body=body | {"seed": 816})
+    [job] = until(lambda: [job for job in jobs_of(rest) if job["seed"] == 816])
+    rest.post(job["urls"]["cancel"])
+    with pytest.raises(openai.APIError, match="canceled"):
+        list(stream)
+
+
+def test_heartbeats_and_nothing_foreign_are_in_a_stream(rest):
+    body = {"prompt": PROMPT, "stream": True, "tier": "batch", "steps": 60, "partial_images": 1}
+    started = time.monotonic()
+
+    with rest.stream("POST", "/v1/images/generations", json=body) as answer:
+        lines = list(itertools.takewhile(lambda line: line != "data: [DONE]", answer.iter_lines()))
+
+    assert answer.headers["Content-Type"].startswith("text/event-stream")
+    assert all(line == "" or line.startswith((":", "data: {")) for line in lines)
+    assert time.monotonic() - started < 60
