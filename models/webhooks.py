@@ -201,7 +201,7 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
     is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
     query = select(WebhookSecret.secret).where(WebhookSecret.endpoint_id == row.endpoint_id, is_live)
     secrets = session.scalars(query.order_by(WebhookSecret.created_at.desc()))
-    return Claim(delivery_id, row.attempts, row.endpoint_id, row.tenant_id, row.event, row.job_id, row.created_at, row.url, tuple(secrets))
+    return Claim(delivery_id, row.attempts, row.endpoint_id, row.tenant_id, row.event, row.job_id, row.age_s, row.url, tuple(secrets))
 
 
 def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> DeliveryState | None:

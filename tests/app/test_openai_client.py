@@ -122,8 +122,8 @@ def test_an_edit_with_a_mask_repaints_where_that_is_transparent(client):
     )
 
     start, edited = np.asarray(Image.open(io.BytesIO(picture)), dtype=float), decoded(answer.data[0].b64_json)
-    assert distance(edited[:, :48], start[:, :48]) < 12
-    assert distance(edited[:, 80:], start[:, 80:]) > 25
+    kept, repainted = distance(edited[:, :48], start[:, :48]), distance(edited[:, 80:], start[:, 80:])
+    assert kept < 20 < 30 < repainted  # what the VAE alone does to a plain colour is 12
     assert answer.strength == 1.0
 
 

@@ -68,7 +68,7 @@ def test_an_unexpected_error_says_nothing_of_our_insides(stack, gateway_with, ne
     answer = gateway_with(database_url=without_tables).post("/v1/jobs", json={"prompt": "a red circle"}, headers=bearer(new_key()))
 
     problem = assert_problem(answer, 500, "unexpected")
-    assert set(problem) == {"type", "title", "status", "detail", "instance"}
+    assert set(problem) == {"type", "title", "status", "detail", "instance", "error"}
     for inside in ("api_keys", "relation", "psycopg2", "SELECT", "Traceback", "Error:", ".py"):
         assert inside not in answer.text
     assert count_jobs() == before
