@@ -8,13 +8,26 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import batches, catalog, estimates, events, files, health, jobs, openai_images, problems, webhooks
+from app import account, admin, batches, catalog, estimates, events, files, health, jobs, limits, openai_images, problems, webhooks
 from app.gateway import open_gateway
 from edges import telemetry
 from policy.fleet import Fleet
 from settings import GatewaySettings
 
 MAX_FORM_PARTS = 64
+BLUEPRINTS = (
+    jobs.bp,
+    batches.bp,
+    estimates.bp,
+    events.bp,
+    files.bp,
+    webhooks.bp,
+    openai_images.bp,
+    account.bp,
+    admin.bp,
+    catalog.bp,
+    health.bp,
+)
 MOST_UNWANTED_BYTES = 8 * 1024 * 1024
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
@@ -27,7 +40,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.json.sort_keys = False
     app.extensions["darkroom"] = open_gateway(settings, fleet)
     problems.register(app)
-    for blueprint in (jobs.bp, batches.bp, estimates.bp, events.bp, files.bp, webhooks.bp, openai_images.bp, catalog.bp, health.bp):
+    for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)
@@ -47,6 +60,7 @@ def _close_request(response: Response) -> Response:
         _hear_out()
     response.headers["X-Request-Id"] = g.get("request_id", "unknown")
     response.headers["X-Content-Type-Options"] = "nosniff"
+    limits.tell(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
     telemetry.HTTP_REQUESTS.labels(request.method, route, response.status_code).inc()
     if "Preference-Applied" not in response.headers and "opened_at" in g:

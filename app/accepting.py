@@ -9,6 +9,7 @@ import structlog
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
+from app import limits
 from app.auth import caller
 from app.body import invalid_wish
 from app.gateway import gateway
@@ -39,11 +40,13 @@ class Accepted:
 
 
 def resolve(wish: Wish) -> Resolved:
-    """Every parameter of the wish. Raises InvalidImageRequest, which names the field."""
+    """Every parameter of the wish. Raises InvalidImageRequest, which names the field, and Forbidden."""
     try:
-        return gateway().resolve(wish)
+        resolved = gateway().resolve(wish)
     except InvalidWish as error:
         raise invalid_wish(error) from None
+    limits.check_allowed(resolved)
+    return resolved
 
 
 def accept(
@@ -66,7 +69,7 @@ def accept(
     new, expected = draft(resolved, metadata=metadata, start_within_s=start_within_s, replay_of=replay_of)
     way_out, room = parts.lookout.way_out(resolved, tenant_id)
     try:
-        with transaction(parts.database) as session:
+        with limits.charged(new.megapixel_steps), transaction(parts.database) as session:
             if once is not None:
                 idempotency.claim(session, once, tenant_id=tenant_id)
             if replay_of is not None:
@@ -104,6 +107,7 @@ def draft(
 
     booked: what the caller is about to write before it. Raises the Problem of one that may not be let in.
     """
+    limits.check_allowed(resolved)  # a replay was not resolved just now
     fleet, tier = gateway().fleet, gateway().fleet.tiers[resolved.tier]
     deadline_s = start_deadline_s(start_within_s, tier.start_within_s)
     expected = gateway().lookout.expect(resolved, caller().tenant_id, booked)
@@ -124,10 +128,13 @@ def draft(
 
 
 def write(session: Session, new: Sequence[NewJob]) -> list[AcceptedRow]:
-    """Write the caller's jobs."""
+    """Write the caller's jobs, if its stocks allow. Raises QuotaExceeded, TooManyJobs: nothing is written then, by rolling back."""
+    limits.lock(session)
     asking, currency = caller(), gateway().fleet.currency
     of_caller = {"tenant_id": asking.tenant_id, "api_key_id": asking.api_key_id, "actor": asking.actor}
-    return accepting.accept(session, new, currency=currency, **of_caller)
+    rows = accepting.accept(session, new, currency=currency, **of_caller)
+    limits.check_stocks(session)
+    return rows
 
 
 def _as_written(new: NewJob, row: AcceptedRow) -> Job:

@@ -1,5 +1,6 @@
-"""Who is asking: API keys as Bearer tokens."""
+"""Who is asking: API keys as Bearer tokens, and what each may do."""
 
+import time
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -7,9 +8,12 @@ import structlog
 from flask import g, request
 
 from app.gateway import gateway
-from app.problems import Unauthenticated
+from app.problems import Forbidden, RateLimited, Unauthenticated
+from edges import telemetry
+from edges.limits import WINDOW_S
 from models import api_keys
-from models.database import transaction
+from models.api_keys import KnownKey
+from policy.limits import Limits, limits_of
 
 
 @dataclass(frozen=True)
@@ -19,23 +23,61 @@ class Caller:
     tenant_id: UUID
     api_key_id: UUID
     actor: str
+    scopes: frozenset[str]
+    limits: Limits
 
 
 def require_key() -> None:
-    """Set `g.caller`, or raise Unauthenticated: unknown, revoked and expired keys look alike."""
+    """Set `g.caller`, or raise: Unauthenticated, for unknown, revoked and expired keys look alike; Forbidden; RateLimited."""
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
+        telemetry.AUTH_FAILURES.labels("no_key").inc()
         raise Unauthenticated("Send your API key as `Authorization: Bearer dr_…`.")
-    parts = gateway()
-    with transaction(parts.database) as session:
-        row = api_keys.authenticate(session, key.strip(), pepper=parts.settings.api_key_pepper.get_secret_value())
-    if row is None:
+    known = _known(key.strip())
+    if known is None:
+        telemetry.AUTH_FAILURES.labels("bad_key").inc()
         raise Unauthenticated("This API key is unknown, revoked or expired.")
-    g.caller = Caller(tenant_id=row.tenant_id, api_key_id=row.id, actor=f"key:{row.kid}")
-    structlog.contextvars.bind_contextvars(tenant_id=str(row.tenant_id))
+    g.caller = Caller(known.tenant_id, known.id, f"key:{known.kid}", known.scopes, limits_of(known.limits))
+    structlog.contextvars.bind_contextvars(tenant_id=str(known.tenant_id))
+    needed = _needed_scope()
+    if needed not in known.scopes:
+        telemetry.AUTH_FAILURES.labels("scope").inc()
+        raise Forbidden(f"This API key lacks the scope `{needed}`.", scope=needed, scopes=sorted(known.scopes))
+    _count_request(g.caller)
 
 
 def caller() -> Caller:
     """Who `require_key` found."""
     found: Caller = g.caller
     return found
+
+
+def _known(key: str) -> KnownKey | None:
+    kid = api_keys.kid_of(key)
+    if kid is None:
+        return None
+    parts = gateway()
+    known = parts.keyring.find(kid)
+    if known is None or not known.is_live(time.time()):
+        return None
+    return known if api_keys.is_it(key, known.digest, pepper=parts.settings.api_key_pepper.get_secret_value()) else None
+
+
+def _count_request(asking: Caller) -> None:
+    """Count a request of the caller's tenant. Raises RateLimited."""
+    most = asking.limits.requests_per_minute
+    if most is None:
+        return
+    counted = gateway().rates.count(asking.tenant_id, most)
+    g.requests_counted = counted
+    if not counted.passes:
+        telemetry.SHED.labels("rate_limited").inc()
+        detail = f"At most {most} requests a minute are let in."
+        raise RateLimited(detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S)
+
+
+def _needed_scope() -> str:
+    """Reading needs `read`, whatever changes something `generate`, the operator's routes `admin`, which implies neither."""
+    if request.blueprint == "admin":
+        return "admin"
+    return "read" if request.method in ("GET", "HEAD", "OPTIONS") else "generate"

@@ -4,13 +4,14 @@ import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import structlog
 from flask import Blueprint, jsonify, request
 from flask.typing import ResponseReturnValue
 
-from app import accepting, inputs
+from app import accepting, inputs, limits
 from app.auth import caller, require_key
 from app.body import invalid_wish, parse_job, read_object, wish_of
 from app.gateway import gateway
@@ -82,14 +83,18 @@ def create_jobs() -> ResponseReturnValue:
 
 
 def _accept(outcomes: Sequence[Outcome], once: Once | None) -> Answer:
-    """Write what was let in, if anything was, and announce what there is room for."""
+    """Write what was let in, if anything was, and announce what there is room for.
+
+    All of it or nothing: raises BudgetSpent, QuotaExceeded or TooManyJobs if the whole does not fit into the tenant's limits.
+    """
     parts, tenant_id = gateway(), caller().tenant_id
     new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
     outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
     accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
     answer = {"items": json.dumps([_noted(outcome) for outcome in outcomes])}  # as text: JSONB has no place for every text that JSON has
     if accepted:
-        with transaction(parts.database) as session:
+        whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
+        with limits.charged(whole), transaction(parts.database) as session:
             if once is not None:
                 idempotency.claim(session, once, tenant_id=tenant_id)
             accepting.write(session, accepted)

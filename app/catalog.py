@@ -5,7 +5,7 @@ from typing import Any
 from flask import Blueprint, jsonify
 from flask.typing import ResponseReturnValue
 
-from app.auth import require_key
+from app.auth import caller, require_key
 from app.gateway import gateway
 from app.problems import ModelNotFound
 from policy.catalog import OUTPUT_FORMATS
@@ -19,21 +19,21 @@ bp.before_request(require_key)
 def list_models() -> ResponseReturnValue:
     """OpenAI's list shape; our facts are extra members."""
     fleet = gateway().fleet
-    return jsonify(object="list", data=[_model_view(fleet, name) for name in fleet.models])
+    return jsonify(object="list", data=[_model_view(fleet, name) for name in fleet.models if _may_use_model(name)])
 
 
 @bp.get("/models/<name>")
 def show_model(name: str) -> ResponseReturnValue:
     fleet = gateway().fleet
-    if name not in fleet.models:
-        raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=list(fleet.models))
+    if name not in fleet.models or not _may_use_model(name):
+        raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=[own for own in fleet.models if _may_use_model(own)])
     return jsonify(_model_view(fleet, name))
 
 
 @bp.get("/tiers")
 def list_tiers() -> ResponseReturnValue:
     """Tiers in the order in which they are served."""
-    fleet = gateway().fleet
+    fleet, allowed = gateway().fleet, caller().limits.allowed_tiers
     shown = (
         "rank",
         "max_steps",
@@ -46,8 +46,17 @@ def list_tiers() -> ResponseReturnValue:
         "first_preview_s",
         "final_s",
     )
-    tiers = [{"id": name, "object": "tier"} | {key: getattr(fleet.tiers[name], key) for key in shown} for name in fleet.tiers_by_rank]
+    tiers = [
+        {"id": name, "object": "tier"} | {key: getattr(fleet.tiers[name], key) for key in shown}
+        for name in fleet.tiers_by_rank
+        if allowed is None or name in allowed
+    ]
     return jsonify(object="list", data=tiers)
+
+
+def _may_use_model(name: str) -> bool:
+    allowed = caller().limits.allowed_models
+    return allowed is None or name in allowed
 
 
 def _model_view(fleet: Fleet, name: str) -> dict[str, Any]:

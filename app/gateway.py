@@ -8,11 +8,13 @@ from flask import current_app
 from sqlalchemy import Engine
 
 from app.following import Events
+from app.keyring import Keyring
 from app.outlook import Lookout
 from app.statuses import Statuses
 from edges.broker import Broker
 from edges.events import Reader
 from edges.handoff import Gauge, Handoff
+from edges.limits import Budgets, Rates
 from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import Endings, News
@@ -41,6 +43,9 @@ class Gateway:
     lookout: Lookout
     events: Events
     outbound: Outbound
+    keyring: Keyring
+    rates: Rates
+    budgets: Budgets
     statuses: Statuses = field(default_factory=Statuses)
 
     def resolve(self, wish: Wish) -> Resolved:
@@ -69,6 +74,9 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         lookout=lookout,
         events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
         outbound=Outbound(settings.outbound_allowed_networks),
+        keyring=Keyring(database),
+        rates=Rates(settings.handoff_url),
+        budgets=Budgets(settings.handoff_url),
     )
 
 

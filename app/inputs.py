@@ -19,7 +19,7 @@ from edges.outbound import Unreachable
 from edges.pictures import NotAPicture, Picture, TooBusy
 from models import files, uploads
 from models.database import transaction
-from models.tables import File, Tenant
+from models.tables import File
 
 log = structlog.get_logger(__name__)
 
@@ -135,9 +135,7 @@ def _fetched(field: str, url: str) -> bytes:
 
 
 def _may_fetch() -> bool:
-    with transaction(gateway().database) as session:
-        tenant = session.get(Tenant, caller().tenant_id)
-    return tenant is not None and tenant.url_inputs
+    return caller().limits.url_inputs
 
 
 def check_shapes(picture: File, mask: File) -> None:

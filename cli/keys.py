@@ -1,6 +1,7 @@
 """keys: API keys of tenants."""
 
 import uuid
+from datetime import UTC, datetime, timedelta
 
 import click
 from sqlalchemy.orm import Session
@@ -9,13 +10,14 @@ from cli import screen
 from cli.installation import Installation, pass_installation
 from models import api_keys, tenants
 from models.tables import Tenant
+from policy.limits import KEY_GRACE_S, SCOPES
 
 _TENANT = click.option("--tenant", "tenant_name", default="demo", show_default=True, help="Whose keys.")
 
 
 @click.group()
 def keys() -> None:
-    """List, issue and revoke API keys."""
+    """List, issue, rotate and revoke API keys."""
 
 
 @keys.command("list")
@@ -25,21 +27,44 @@ def list_keys(installation: Installation, tenant_name: str) -> None:
     """The tenant's keys, revoked ones included; the keys themselves nobody can show again."""
     with installation.transaction() as session:
         found = api_keys.of_tenant(session, _tenant(session, tenant_name).id)
-    rows = [(key.id, f"dr_{key.kid}_…", key.name, key.created_at, key.expires_at, key.revoked_at) for key in found]
-    screen.out().print(screen.table(["id", "key", "name", "created (UTC)", "expires", "revoked"], rows))
+    rows = [
+        (key.id, f"dr_{key.kid}_…", key.name, " ".join(key.scopes), key.created_at, key.last_used_at, key.expires_at, key.revoked_at)
+        for key in found
+    ]
+    screen.out().print(screen.table(["id", "key", "name", "scopes", "created (UTC)", "used", "expires", "revoked"], rows))
 
 
 @keys.command()
 @_TENANT
 @click.option("--name", default="cli", show_default=True, help="What the key is for.")
+@click.option("--scope", "scopes", multiple=True, type=click.Choice(SCOPES), default=SCOPES[:2], show_default=True, help="What it may do.")
+@click.option("--expires-in-days", type=click.FloatRange(min=0, min_open=True), help="After that it is refused.")
 @pass_installation
-def issue(installation: Installation, tenant_name: str, name: str) -> None:
-    """Print a new key. It is shown this once."""
+def issue(installation: Installation, tenant_name: str, name: str, scopes: tuple[str, ...], expires_in_days: float | None) -> None:
+    """Print a new key. It is shown this once. The scope `admin` is an operator's, over all tenants."""
     pepper = installation.look_up("API_KEY_PEPPER")
+    expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
     with installation.transaction() as session:
-        row, key = api_keys.issue(session, tenant_id=_tenant(session, tenant_name).id, name=name, pepper=pepper)
+        own = {"tenant_id": _tenant(session, tenant_name).id, "name": name, "pepper": pepper}
+        row, key = api_keys.issue(session, scopes=sorted(set(scopes)), expires_at=expires_at, **own)
     click.echo(key)
     screen.err().print(f"id {row.id}; kept nowhere in plain text", style="dim")
+
+
+@keys.command()
+@click.argument("key_id", type=click.UUID)
+@click.option("--grace-hours", type=click.FloatRange(min=0), default=KEY_GRACE_S / 3600, show_default=True, help="The old one lives on.")
+@pass_installation
+def rotate(installation: Installation, key_id: uuid.UUID, grace_hours: float) -> None:
+    """Print a new key with the name and scopes of KEY_ID, which lives on for a while."""
+    pepper = installation.look_up("API_KEY_PEPPER")
+    with installation.transaction() as session:
+        rotated = api_keys.rotate(session, key_id, pepper=pepper, grace_s=grace_hours * 3600)
+    if rotated is None:
+        raise click.UsageError(f"there is no live key with the id {key_id}")
+    row, key = rotated
+    click.echo(key)
+    screen.err().print(f"id {row.id}; the old key is refused in {grace_hours:g} h", style="dim")
 
 
 @keys.command()

@@ -1,16 +1,21 @@
 """tenants: who may have keys."""
 
+from collections.abc import Callable
+from decimal import Decimal, InvalidOperation
+from typing import Any
+
 import click
 from sqlalchemy.exc import IntegrityError
 
 from cli import screen
 from cli.installation import Installation, pass_installation
 from models import tenants as records
+from models import usage
 
 
 @click.group()
 def tenants() -> None:
-    """List and create tenants."""
+    """List and create tenants, and limit what each may use."""
 
 
 @tenants.command("list")
@@ -38,6 +43,80 @@ def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weig
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
     screen.out().print(f"tenant {name} weighs {weight:g}; its jobs accepted from now on count by that")
+
+
+@tenants.command("show")
+@click.argument("name")
+@pass_installation
+@click.pass_context
+def show_tenant(ctx: click.Context, installation: Installation, name: str) -> None:
+    """The tenant's limits, and what it has used today and this month (UTC)."""
+    with installation.transaction() as session:
+        tenant = records.by_name(session, name)
+        stand = usage.stand(session, tenant_id=tenant.id, count_jobs_to=1_000_000) if tenant is not None else None
+    if tenant is None or stand is None:
+        screen.complain(f"There is no tenant {name!r}.")
+        ctx.exit(4)
+    rows: list[tuple[str, Any]] = [(limit, _told(getattr(tenant, limit))) for limit in records.LIMITS]
+    rows += [("megapixel-steps used today", stand.used_today), ("and this month", stand.used_this_month)]
+    rows.append(("jobs under way", stand.active_jobs))
+    screen.out().print(screen.table(["limit", name], rows))
+
+
+@tenants.command("limit")
+@click.argument("name")
+@click.argument("limits", nargs=-1, required=True)
+@pass_installation
+@click.pass_context
+def limit_tenant(ctx: click.Context, installation: Installation, name: str, limits: tuple[str, ...]) -> None:
+    """Set LIMITS of a tenant, each as limit=value; `none` takes one away. They hold within a second.
+
+    requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200 (these two together)
+    max_concurrent_jobs=20  daily_megapixel_steps=5000  monthly_megapixel_steps=100000
+    allowed_tiers=fast,batch  allowed_models=pocket  url_inputs=true
+    """
+    changes = dict(_change(limit) for limit in limits)
+    try:
+        with installation.transaction() as session:
+            tenant = records.by_name(session, name)
+            if tenant is not None:
+                records.limit(session, tenant, changes=changes)
+    except IntegrityError:
+        raise click.UsageError("a rate and a burst of megapixel-steps go together, and limits are above 0") from None
+    if tenant is None:
+        screen.complain(f"There is no tenant {name!r}.")
+        ctx.exit(4)
+    screen.out().print(f"tenant {name}: " + ", ".join(f"{limit} = {_told(value)}" for limit, value in changes.items()), soft_wrap=True)
+
+
+_KINDS: dict[str, Callable[[str], Any]] = {
+    "requests_per_minute": int,
+    "max_concurrent_jobs": int,
+    "daily_megapixel_steps": Decimal,
+    "monthly_megapixel_steps": Decimal,
+    "allowed_tiers": lambda names: names.split(","),
+    "allowed_models": lambda names: names.split(","),
+}
+
+
+def _change(text: str) -> tuple[str, Any]:
+    name, separator, value = text.partition("=")
+    if not separator or name not in records.LIMITS:
+        raise click.UsageError(f"{text!r} is not limit=value; limits: {', '.join(records.LIMITS)}")
+    if name == "url_inputs":
+        return name, value.lower() == "true"
+    if value.lower() == "none":
+        return name, None
+    try:
+        return name, _KINDS.get(name, float)(value)
+    except (ValueError, InvalidOperation):
+        raise click.UsageError(f"{value!r} is no value of {name}") from None
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return "none" if value is None else str(value)
 
 
 @tenants.command("create")

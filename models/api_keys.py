@@ -10,47 +10,113 @@ import secrets
 import string
 import uuid
 import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import func, select, update
+from sqlalchemy import ColumnElement, func, select, update
 from sqlalchemy.orm import Session
 
 from models import audit
-from models.tables import ApiKey
+from models.tables import ApiKey, Tenant
+from models.tenants import LIMITS
 
 _ALPHABET = string.digits + string.ascii_letters
+USE_NOTED_EVERY_M = 5  # minutes
 _KID_CHARS, _SECRET_CHARS, _CHECK_CHARS = 12, 43, 6
 
 
+@dataclass(frozen=True)
+class KnownKey:
+    """A key that was live when it was looked up, and what it may do. expires_at: Unix seconds."""
+
+    id: uuid.UUID
+    tenant_id: uuid.UUID
+    kid: str
+    digest: bytes
+    scopes: frozenset[str]
+    expires_at: float | None
+    is_use_to_be_noted: bool
+    limits: Mapping[str, Any]  # of its tenant, by the names of the columns
+
+    def is_live(self, now: float) -> bool:
+        """Is it still, at `now` in Unix seconds?"""
+        return self.expires_at is None or now < self.expires_at
+
+
 def issue(
-    session: Session, *, tenant_id: uuid.UUID, name: str, pepper: str, expires_at: datetime | None = None, actor: str = "cli"
+    session: Session,
+    *,
+    tenant_id: uuid.UUID,
+    name: str,
+    pepper: str,
+    scopes: Sequence[str] = ("generate", "read"),
+    expires_at: datetime | None = None,
+    actor: str = "cli",
 ) -> tuple[ApiKey, str]:
     """A new key of the tenant: the row, and the key itself, which nobody can show again."""
     kid, secret = _random(_KID_CHARS), _random(_SECRET_CHARS)
     body = f"dr_{kid}_{secret}"
     key = body + _check(body)
-    row = ApiKey(tenant_id=tenant_id, kid=kid, name=name, digest=_digest(pepper, key), expires_at=expires_at)
+    row = ApiKey(tenant_id=tenant_id, kid=kid, name=name, digest=_digest(pepper, key), scopes=sorted(scopes), expires_at=expires_at)
     session.add(row)
     session.flush()
-    audit.append(session, "api-key:secret:issued", chain=tenant_id, actor=actor, api_key_id=str(row.id), kid=kid)
+    audit.append(session, "api-key:secret:issued", chain=tenant_id, actor=actor, api_key_id=str(row.id), kid=kid, scopes=row.scopes)
     return row, key
+
+
+def rotate(session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, actor: str = "cli") -> tuple[ApiKey, str] | None:
+    """A new key with the name and scopes of this one, which lives on for `grace_s`; None if there is no such live key."""
+    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *_is_live()).with_for_update(of=ApiKey))
+    if old is None:
+        return None
+    row, key = issue(session, tenant_id=old.tenant_id, name=old.name, pepper=pepper, scopes=old.scopes, actor=actor)
+    ends_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, grace_s)
+    old.expires_at = func.least(func.coalesce(old.expires_at, ends_at), ends_at)
+    session.flush()
+    ids: dict[str, Any] = {"api_key_id": str(old.id), "kid": old.kid, "successor": str(row.id)}
+    audit.append(session, "api-key:secret:rotated", chain=old.tenant_id, actor=actor, **ids)
+    return row, key
+
+
+def kid_of(key: str) -> str | None:
+    """The public id in a key; None for what cannot be a key: a typo is refused without a query."""
+    if not key.isascii() or _check(key[:-_CHECK_CHARS]) != key[-_CHECK_CHARS:]:
+        return None
+    parts = key.split("_")
+    return parts[1] if len(parts) == 3 and parts[0] == "dr" and parts[1].isalnum() else None
+
+
+def is_it(key: str, digest: bytes, *, pepper: str) -> bool:
+    """Is `key` the one that `digest` was made of?"""
+    return hmac.compare_digest(digest, _digest(pepper, key))
+
+
+def look_up(session: Session, kid: str) -> KnownKey | None:
+    """The live key with this public id, in plain values."""
+    stale = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, USE_NOTED_EVERY_M)
+    is_stale = func.coalesce(ApiKey.last_used_at < stale, True)
+    key = (ApiKey.id, ApiKey.tenant_id, ApiKey.kid, ApiKey.digest, ApiKey.scopes, ApiKey.expires_at, is_stale)
+    query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(Tenant, Tenant.id == ApiKey.tenant_id)
+    row = session.execute(query.where(ApiKey.kid == kid, *_is_live())).one_or_none()
+    if row is None:
+        return None
+    expires_at = row[5].timestamp() if row[5] is not None else None
+    limits = dict(zip(LIMITS, row[7:], strict=True))
+    return KnownKey(row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], limits)
+
+
+def note_use(session: Session, key_id: uuid.UUID) -> None:
+    """The key was used just now."""
+    session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=func.clock_timestamp()))
 
 
 def authenticate(session: Session, key: str, *, pepper: str) -> ApiKey | None:
     """The live key that `key` is, or None: unknown, mistyped, revoked and expired look alike."""
-    if not key.isascii() or _check(key[:-_CHECK_CHARS]) != key[-_CHECK_CHARS:]:
-        return None
-    parts = key.split("_")
-    if len(parts) != 3 or parts[0] != "dr" or not parts[1].isalnum():
-        return None
-    row = session.scalar(
-        select(ApiKey).where(
-            ApiKey.kid == parts[1],
-            ApiKey.revoked_at.is_(None),
-            (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.clock_timestamp()),
-        )
-    )
-    return row if row is not None and hmac.compare_digest(row.digest, _digest(pepper, key)) else None
+    kid = kid_of(key)
+    row = session.scalar(select(ApiKey).where(ApiKey.kid == kid, *_is_live())) if kid is not None else None
+    return row if row is not None and is_it(key, row.digest, pepper=pepper) else None
 
 
 def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey | None:
@@ -65,6 +131,10 @@ def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey
 def of_tenant(session: Session, tenant_id: uuid.UUID) -> list[ApiKey]:
     """The tenant's keys, oldest first, revoked ones included."""
     return list(session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)))
+
+
+def _is_live() -> tuple[ColumnElement[bool], ...]:
+    return ApiKey.revoked_at.is_(None), (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.clock_timestamp())
 
 
 def _random(length: int) -> str:

@@ -1,10 +1,18 @@
 """Tenants."""
 
+import uuid
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from models import audit
 from models.tables import Tenant
+
+_COLUMNS = [column.name for column in Tenant.__table__.columns]
+LIMITS = tuple(_COLUMNS[_COLUMNS.index("requests_per_minute") :])  # what a tenant may use, column by column
 
 
 def create(session: Session, *, name: str, weight: float = 1.0, actor: str = "cli") -> Tenant:
@@ -20,6 +28,26 @@ def weigh(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli"
     """Give the tenant another weight in fair order; jobs that wait keep the places they have."""
     was, tenant.weight = tenant.weight, weight
     audit.append(session, "tenant:weight:changed", chain=tenant.id, actor=actor, was=was, weight=weight)
+
+
+def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli") -> None:
+    """Give the tenant other limits, by the names in `LIMITS`; None takes one away. Keys know of it within a second.
+
+    IntegrityError for what the table does not allow.
+    """
+    for name, value in changes.items():
+        if name not in LIMITS:
+            raise ValueError(f"{name} is no limit")
+        setattr(tenant, name, value)
+    session.flush()
+    told = {name: float(value) if isinstance(value, Decimal) else value for name, value in changes.items()}
+    audit.append(session, "tenant:limits:changed", chain=tenant.id, actor=actor, changes=told)
+
+
+def page(session: Session, *, limit: int, before: uuid.UUID | None) -> Sequence[Tenant]:
+    """Up to `limit` tenants, newest first, older than `before`."""
+    query = select(Tenant) if before is None else select(Tenant).where(Tenant.id < before)
+    return session.scalars(query.order_by(Tenant.id.desc()).limit(limit)).all()
 
 
 def by_name(session: Session, name: str) -> Tenant | None:

@@ -1,0 +1,88 @@
+"""/v1/key and /v1/usage: who a caller is, what it may use and what it has used."""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime, timedelta
+from typing import Any
+
+from flask import Blueprint, Request, jsonify, request
+from flask.typing import ResponseReturnValue
+
+from app.auth import caller, require_key
+from app.gateway import gateway
+from app.problems import InvalidQuery
+from models import usage
+from models.database import transaction
+from models.tables import UsageDay
+from policy.limits import Limits
+
+bp = Blueprint("account", __name__, url_prefix="/v1")
+bp.before_request(require_key)
+
+MOST_DAYS = 366
+
+
+@bp.get("/key")
+def show_key() -> ResponseReturnValue:
+    """The key that asks: its id, its tenant, its scopes, and the tenant's limits."""
+    asking = caller()
+    ids = {"id": str(asking.api_key_id), "object": "key", "tenant_id": str(asking.tenant_id), "actor": asking.actor}
+    return jsonify(ids | {"scopes": sorted(asking.scopes), "limits": limits_view(asking.limits)})
+
+
+@bp.get("/usage")
+def show_usage() -> ResponseReturnValue:
+    """The tenant's ledger by UTC days, `from` and `to` included (this month), with its limits and where it stands."""
+    since, until = read_days(request)
+    with transaction(gateway().database) as session:
+        rows = usage.days(session, tenant_id=caller().tenant_id, since=since, until=until)
+        stand = usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
+    now = {"today": float(stand.used_today), "this_month": float(stand.used_this_month), "active_jobs": stand.active_jobs}
+    return jsonify(usage_view(rows, since, until) | {"limits": limits_view(caller().limits), "used_megapixel_steps": now})
+
+
+def read_days(asked: Request) -> tuple[date, date]:
+    """`from` and `to`, by default this month. Raises InvalidQuery."""
+    today = datetime.now(UTC).date()
+    since, until = _day(asked, "from", today.replace(day=1)), _day(asked, "to", today)
+    if not since <= until <= since + timedelta(days=MOST_DAYS):
+        raise InvalidQuery(f"to must be from `from` to {MOST_DAYS} days later.", parameter="to")
+    return since, until
+
+
+def usage_view(rows: Sequence[UsageDay], since: date, until: date) -> dict[str, Any]:
+    """Days of a ledger."""
+    days = [
+        {
+            "day": row.day.isoformat(),
+            "jobs_accepted": row.jobs_accepted,
+            "jobs_succeeded": row.jobs_succeeded,
+            "reserved_megapixel_steps": float(row.reserved),
+            "settled_megapixel_steps": float(row.settled),
+            "cost": str(row.cost),
+        }
+        for row in rows
+    ]
+    return {"object": "usage", "from": since.isoformat(), "to": until.isoformat(), "currency": gateway().fleet.currency, "data": days}
+
+
+def limits_view(limits: Limits) -> dict[str, Any]:
+    """A tenant's limits; null is none."""
+    return {name: _plain(value) for name, value in vars(limits).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return list(value)
+    return value if value is None or isinstance(value, bool | int | float) else float(value)
+
+
+def _day(asked: Request, name: str, default: date) -> date:
+    text = asked.args.get(name)
+    if text is None:
+        return default
+    try:
+        if len(text) == 10:
+            return date.fromisoformat(text)
+    except ValueError:
+        pass
+    raise InvalidQuery(f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD")

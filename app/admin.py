@@ -1,0 +1,235 @@
+"""/v1/admin: an operator's routes over the whole installation: tenants with their limits, keys, usage. Keys need the scope `admin`."""
+
+import uuid
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Annotated, Any, Literal
+
+from flask import Blueprint, jsonify, request, url_for
+from flask.typing import ResponseReturnValue
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.account import limits_view, read_days, usage_view
+from app.auth import caller, require_key
+from app.body import parse, read_object
+from app.gateway import gateway
+from app.pages import next_page, read_cursor, read_limit
+from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
+from models import api_keys, tenants, usage
+from models.database import transaction
+from models.tables import ApiKey, Tenant
+from models.tenants import LIMITS
+from policy.limits import KEY_GRACE_S, limits_of
+
+bp = Blueprint("admin", __name__, url_prefix="/v1/admin")
+bp.before_request(require_key)
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
+Amount = Annotated[float, Field(gt=0, le=1e11)]
+Quota = Annotated[float, Field(ge=0, le=1e11)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class TenantBody(_Body):
+    """The body of POST /v1/admin/tenants."""
+
+    name: Name
+    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+
+
+class TenantChange(_Body):
+    """The body of PATCH /v1/admin/tenants/{id}; what is not there stays, null takes a limit away."""
+
+    weight: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    requests_per_minute: Count | None = None
+    megapixel_steps_per_minute: Amount | None = None
+    burst_megapixel_steps: Amount | None = None
+    max_concurrent_jobs: Count | None = None
+    daily_megapixel_steps: Quota | None = None
+    monthly_megapixel_steps: Quota | None = None
+    allowed_tiers: list[str] | None = None
+    allowed_models: list[str] | None = None
+    url_inputs: bool | None = None
+
+
+class KeyBody(_Body):
+    """The body of POST /v1/admin/tenants/{id}/keys."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "api"
+    scopes: Annotated[list[Literal["generate", "read", "admin"]], Field(min_length=1)] = ["generate", "read"]
+    expires_at: str | None = None
+
+
+class RotateBody(_Body):
+    """The body of POST /v1/admin/keys/{id}/rotate."""
+
+    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400)] = KEY_GRACE_S
+
+
+@bp.get("/tenants")
+def list_tenants() -> ResponseReturnValue:
+    """Every tenant, newest first: `limit` (1 to 100), `cursor`."""
+    limit, before = read_limit(request), read_cursor(request)
+    with transaction(gateway().database) as session:
+        rows = tenants.page(session, limit=limit + 1, before=before)
+        data = [_tenant_view(row) for row in rows[:limit]]
+    cursor, link = next_page(request, ".list_tenants", [row.id for row in rows], limit)
+    return jsonify(object="list", data=data, has_more=cursor is not None, next_cursor=cursor), 200, link
+
+
+@bp.post("/tenants")
+def create_tenant() -> ResponseReturnValue:
+    """A new tenant, without limits and without keys: 201."""
+    body = parse(TenantBody, read_object(request))
+    try:
+        with transaction(gateway().database) as session:
+            tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
+            session.refresh(tenant)
+            view = _tenant_view(tenant)
+    except IntegrityError:
+        raise TenantExists(f"There is a tenant {body.name!r} already.") from None
+    return jsonify(view), 201, {"Location": url_for(".show_tenant", tenant_id=view["id"])}
+
+
+@bp.get("/tenants/<uuid:tenant_id>")
+def show_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """One tenant with its limits."""
+    with transaction(gateway().database) as session:
+        return jsonify(_tenant_view(_tenant(session, tenant_id)))
+
+
+@bp.patch("/tenants/<uuid:tenant_id>")
+def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """Change weight and limits; they hold in every process within a second."""
+    fields = read_object(request)
+    body = parse(TenantChange, fields)
+    _check_catalog(body)
+    changes = {name: getattr(body, name) for name in LIMITS if name in fields}
+    for name in ("daily_megapixel_steps", "monthly_megapixel_steps"):
+        if changes.get(name) is not None:
+            changes[name] = Decimal(str(changes[name])).quantize(Decimal("0.000001"))
+    if "url_inputs" in changes:
+        changes["url_inputs"] = bool(changes["url_inputs"])
+    try:
+        with transaction(gateway().database) as session:
+            tenant = _tenant(session, tenant_id)
+            if body.weight is not None:
+                tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
+            if changes:
+                tenants.limit(session, tenant, changes=changes, actor=caller().actor)
+            view = _tenant_view(tenant)
+    except IntegrityError:
+        detail = "megapixel_steps_per_minute and burst_megapixel_steps are set, and taken away, together"
+        raise _refused("burst_megapixel_steps", detail, None) from None
+    return jsonify(view)
+
+
+@bp.get("/tenants/<uuid:tenant_id>/keys")
+def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """The tenant's keys, oldest first, revoked ones included; what they are, nobody can show."""
+    with transaction(gateway().database) as session:
+        _tenant(session, tenant_id)
+        data = [_key_view(key) for key in api_keys.of_tenant(session, tenant_id)]
+    return jsonify(object="list", data=data, has_more=False, next_cursor=None)
+
+
+@bp.post("/tenants/<uuid:tenant_id>/keys")
+def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """A new key of the tenant: 201, with `key`, which is shown this once."""
+    body = parse(KeyBody, read_object(request))
+    expires_at = _instant(body.expires_at)
+    with transaction(gateway().database) as session:
+        own = {"tenant_id": _tenant(session, tenant_id).id, "pepper": _pepper(), "actor": caller().actor}
+        row, key = api_keys.issue(session, name=body.name, scopes=sorted(set(body.scopes)), expires_at=expires_at, **own)
+        session.refresh(row)
+        view = _key_view(row) | {"key": key}
+    return jsonify(view), 201
+
+
+@bp.post("/keys/<uuid:key_id>/rotate")
+def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
+    """A new key with the same name and scopes: 201. The old one lives on for `grace_s` (a day), so that nobody is locked out."""
+    body = parse(RotateBody, read_object(request) if request.get_data() else {})
+    with transaction(gateway().database) as session:
+        rotated = api_keys.rotate(session, key_id, pepper=_pepper(), grace_s=body.grace_s, actor=caller().actor)
+        if rotated is None:
+            raise KeyNotFound(f"There is no live key {key_id}.")
+        row, key = rotated
+        session.refresh(row)
+        view = _key_view(row) | {"key": key, "former_key_id": str(key_id), "former_key_lives_for_s": body.grace_s}
+    return jsonify(view), 201
+
+
+@bp.delete("/keys/<uuid:key_id>")
+def revoke_key(key_id: uuid.UUID) -> ResponseReturnValue:
+    """Refuse the key from now on: within a second, in every process. 204."""
+    with transaction(gateway().database) as session:
+        if api_keys.revoke(session, key_id, actor=caller().actor) is None:
+            raise KeyNotFound(f"There is no live key {key_id}.")
+    return "", 204
+
+
+@bp.get("/tenants/<uuid:tenant_id>/usage")
+def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """The tenant's ledger by UTC days, `from` and `to` included (this month)."""
+    since, until = read_days(request)
+    with transaction(gateway().database) as session:
+        _tenant(session, tenant_id)
+        rows = usage.days(session, tenant_id=tenant_id, since=since, until=until)
+    return jsonify(usage_view(rows, since, until) | {"tenant_id": str(tenant_id)})
+
+
+def _tenant(session: Session, tenant_id: uuid.UUID) -> Tenant:
+    tenant = session.get(Tenant, tenant_id)
+    if tenant is None:
+        raise TenantNotFound(f"There is no tenant {tenant_id}.")
+    return tenant
+
+
+def _check_catalog(body: TenantChange) -> None:
+    fleet = gateway().fleet
+    for name, said, offered in (
+        ("allowed_tiers", body.allowed_tiers, fleet.tiers),
+        ("allowed_models", body.allowed_models, fleet.models),
+    ):
+        if said is not None and (not said or set(said) - offered.keys()):
+            raise _refused(name, "must name at least one, and only those of fleet.toml", list(offered))
+
+
+def _refused(field: str, detail: str, accepted: object) -> InvalidRequest:
+    entry = {"pointer": f"/{field}", "detail": detail} | ({"accepted": accepted} if accepted is not None else {})
+    return InvalidRequest(f"{field}: {detail}.", errors=[entry])
+
+
+def _instant(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text.upper())
+    except ValueError:
+        at = None
+    if at is None or at.tzinfo is None or at <= datetime.now(UTC):
+        raise _refused("expires_at", "must be an instant in the future, with its offset", "2027-01-31T00:00:00Z")
+    return at
+
+
+def _pepper() -> str:
+    return gateway().settings.api_key_pepper.get_secret_value()
+
+
+def _tenant_view(tenant: Tenant) -> dict[str, Any]:
+    limits = limits_view(limits_of({name: getattr(tenant, name) for name in LIMITS}))
+    own = {"id": str(tenant.id), "object": "tenant", "name": tenant.name, "weight": tenant.weight}
+    return own | {"created_at": tenant.created_at.isoformat(), "limits": limits}
+
+
+def _key_view(key: ApiKey) -> dict[str, Any]:
+    instants = ("created_at", "expires_at", "revoked_at", "last_used_at")
+    told = {name: at.isoformat() if (at := getattr(key, name)) else None for name in instants}
+    return {"id": str(key.id), "object": "key", "kid": key.kid, "name": key.name, "scopes": key.scopes, **told}

@@ -1,0 +1,106 @@
+"""A tenant's limits at the door: which refusal each is, when asking again helps, and the headers that tell where one stands.
+
+Headers: `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers, a policy per limit that is spent by the minute.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+
+from flask import Response, g
+from sqlalchemy.orm import Session
+
+from app.auth import Caller, caller
+from app.body import invalid_wish
+from app.gateway import gateway
+from app.problems import BudgetSpent, Forbidden, QuotaExceeded, TooManyJobs
+from edges import telemetry
+from edges.limits import WINDOW_S, Counted, Taken
+from models import usage
+from policy.catalog import InvalidWish, Resolved
+
+
+def check_allowed(resolved: Resolved) -> None:
+    """Raises Forbidden for a tier or model that the caller's tenant may not use."""
+    limits = caller().limits
+    if not limits.allows(tier=resolved.tier, model=resolved.model):
+        tiers, models = limits.allowed_tiers, limits.allowed_models
+        accepted = {"tiers": list(tiers) if tiers is not None else None, "models": list(models) if models is not None else None}
+        detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
+        raise Forbidden(detail, accepted={name: allowed for name, allowed in accepted.items() if allowed is not None})
+
+
+@contextmanager
+def charged(amount: Decimal) -> Iterator[None]:
+    """Take `amount` megapixel-steps out of the caller's budget; what is raised within gives them back.
+
+    Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
+    """
+    asking, limits = caller(), caller().limits
+    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    if per_minute is None or burst is None:
+        yield
+        return
+    if amount > Decimal(str(burst)):
+        detail = f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
+    budget = {"per_minute": per_minute, "burst": burst, "amount": float(amount)}
+    taken: Taken = gateway().budgets.take(asking.tenant_id, **budget)
+    g.budget_taken = taken
+    if not taken.passes:
+        telemetry.SHED.labels("budget_spent").inc()
+        detail = f"{amount} megapixel-steps are asked for and {taken.left:.2f} are left; {per_minute:g} come back each minute."
+        raise BudgetSpent(detail, retry_after_s=max(1, math.ceil(taken.wait_s)), policy="megapixel-steps")
+    try:
+        yield
+    except BaseException:
+        gateway().budgets.give_back(asking.tenant_id, **budget)
+        raise
+
+
+def lock(session: Session) -> None:
+    """Let no other job of a tenant with stocks be written until commit; to be called before anything is."""
+    if caller().limits.has_stocks:
+        usage.lock(session, tenant_id=caller().tenant_id)
+
+
+def check_stocks(session: Session) -> None:
+    """Is what was just written, and all before it, within the caller's stocks? Raises QuotaExceeded, TooManyJobs."""
+    limits = caller().limits
+    if not limits.has_stocks:
+        return
+    stand = usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+    if limits.max_concurrent_jobs is not None and stand.active_jobs > limits.max_concurrent_jobs:
+        telemetry.SHED.labels("too_many_jobs").inc()
+        detail = f"At most {limits.max_concurrent_jobs} jobs may be under way at once."
+        raise TooManyJobs(detail, retry_after_s=2, max_concurrent_jobs=limits.max_concurrent_jobs)
+    for period, used, most, left_s in (
+        ("day", stand.used_today, limits.daily_megapixel_steps, stand.day_ends_in_s),
+        ("month", stand.used_this_month, limits.monthly_megapixel_steps, stand.month_ends_in_s),
+    ):
+        if most is not None and used > most:
+            telemetry.SHED.labels("quota_exceeded").inc()
+            detail = f"With this request {used} of {most} megapixel-steps of this {period} (UTC) would be used."
+            raise QuotaExceeded(detail, retry_after_s=math.ceil(left_s), period=period, quota=float(most))
+
+
+def tell(response: Response) -> None:
+    """Put on the answer where the caller's tenant stands."""
+    asking: Caller | None = g.get("caller")
+    if asking is None:
+        return
+    limits, policies, stands = asking.limits, [], []
+    counted: Counted | None = g.get("requests_counted")
+    if counted is not None:
+        policies.append(f'"requests";q={limits.requests_per_minute};w={WINDOW_S}')
+        stands.append(f'"requests";r={counted.remaining};t={counted.reset_s}')
+    if limits.megapixel_steps_per_minute is not None:
+        policies.append(f'"megapixel-steps";q={limits.megapixel_steps_per_minute:.0f};w={WINDOW_S}')
+        taken: Taken | None = g.get("budget_taken")
+        if taken is not None:
+            stands.append(f'"megapixel-steps";r={max(0, math.floor(taken.left))};t={math.ceil(taken.wait_s)}')
+    if policies:
+        response.headers["RateLimit-Policy"] = ", ".join(policies)
+    if stands:
+        response.headers["RateLimit"] = ", ".join(stands)

@@ -1,0 +1,100 @@
+"""/v1/admin: an operator hands out tenants, keys and limits over HTTP."""
+
+import time
+import uuid
+
+import httpx
+import pytest
+
+from models import api_keys, tenants
+from models.database import transaction
+from tests.app.conftest import bearer
+from tests.app.problem import assert_problem
+
+
+@pytest.fixture(scope="module")
+def admin(stack, stack_database):
+    """HTTP as an operator."""
+    with transaction(stack_database) as session:
+        tenant = tenants.create(session, name=f"app-operators-{uuid.uuid4().hex[:8]}", actor="tests")
+        own = {"tenant_id": tenant.id, "name": "operator", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+        _, key = api_keys.issue(session, scopes=["admin"], **own)
+    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=30, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture
+def tenant(admin) -> dict:
+    answer = admin.post("/v1/admin/tenants", json={"name": f"app-{uuid.uuid4().hex[:8]}"})
+    assert answer.status_code == 201
+    assert admin.get(answer.headers["Location"]).json() == answer.json()
+    return answer.json()
+
+
+def test_a_tenant_is_made_listed_limited_and_unlimited_again(admin, tenant):
+    own = f"/v1/admin/tenants/{tenant['id']}"
+    limits = {"requests_per_minute": 60, "daily_megapixel_steps": 12.5, "allowed_tiers": ["fast"], "url_inputs": True}
+
+    changed = admin.patch(own, json=limits | {"weight": 2.0}).json()
+    without = admin.patch(own, json={"requests_per_minute": None, "allowed_tiers": None}).json()
+
+    assert {name: changed["limits"][name] for name in limits} == limits
+    assert changed["weight"] == 2.0
+    assert (without["limits"]["requests_per_minute"], without["limits"]["daily_megapixel_steps"]) == (None, 12.5)
+    assert tenant["id"] in [row["id"] for row in admin.get("/v1/admin/tenants", params={"limit": 100}).json()["data"]]
+
+
+def test_a_key_is_issued_used_rotated_and_revoked(admin, tenant, nobody):
+    keys = f"/v1/admin/tenants/{tenant['id']}/keys"
+    issued = admin.post(keys, json={"name": "web", "scopes": ["read"], "expires_at": "2099-01-01T00:00:00Z"}).json()
+    assert nobody.get("/v1/key", headers=bearer(issued["key"])).json()["scopes"] == ["read"]
+
+    rotated = admin.post(f"/v1/admin/keys/{issued['id']}/rotate", json={"grace_s": 0}).json()
+    assert nobody.get("/v1/key", headers=bearer(rotated["key"])).json()["tenant_id"] == tenant["id"]
+    assert admin.delete(f"/v1/admin/keys/{rotated['id']}").status_code == 204
+    time.sleep(1)
+
+    assert {nobody.get("/v1/key", headers=bearer(key["key"])).status_code for key in (issued, rotated)} == {401}
+    listed = admin.get(keys).json()["data"]
+    assert [(key["name"], key["scopes"], key["revoked_at"] is None) for key in listed] == [
+        ("web", ["read"], True),
+        ("web", ["read"], False),
+    ]
+    assert all("key" not in key and "digest" not in key for key in listed)
+    assert_problem(admin.delete(f"/v1/admin/keys/{rotated['id']}"), 404, "key-not-found")
+
+
+def test_usage_is_told_by_days(admin, tenant):
+    told = admin.get(f"/v1/admin/tenants/{tenant['id']}/usage", params={"from": "2026-11-01", "to": "2026-11-30"}).json()
+
+    assert (told["from"], told["to"], told["data"], told["tenant_id"]) == ("2026-11-01", "2026-11-30", [], tenant["id"])
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        ({"requests_per_minute": 0}, "/requests_per_minute"),
+        ({"requests_per_minute": "60"}, "/requests_per_minute"),
+        ({"megapixel_steps_per_minute": 5.0}, "/burst_megapixel_steps"),
+        ({"allowed_tiers": []}, "/allowed_tiers"),
+        ({"allowed_tiers": ["express"]}, "/allowed_tiers"),
+        ({"allowed_models": ["dall-e-3"]}, "/allowed_models"),
+        ({"requests": 5}, "/requests"),
+        ({"weight": -1.0}, "/weight"),
+    ],
+)
+def test_a_limit_that_cannot_be_is_refused_with_a_pointer(admin, tenant, change, pointer):
+    problem = assert_problem(admin.patch(f"/v1/admin/tenants/{tenant['id']}", json=change), 422, "invalid-request")
+
+    assert problem["errors"][0]["pointer"] == pointer
+    assert admin.get(f"/v1/admin/tenants/{tenant['id']}").json() == tenant
+
+
+def test_names_and_keys_that_cannot_be_are_refused(admin, tenant):
+    assert_problem(admin.post("/v1/admin/tenants", json={"name": tenant["name"]}), 409, "tenant-exists")
+    assert_problem(admin.post("/v1/admin/tenants", json={"name": "no spaces"}), 422, "invalid-request")
+    keys = f"/v1/admin/tenants/{tenant['id']}/keys"
+    for body in ({"scopes": ["root"]}, {"scopes": []}, {"expires_at": "2001-01-01T00:00:00Z"}, {"expires_at": "soon"}):
+        assert_problem(admin.post(keys, json=body), 422, "invalid-request")
+    assert_problem(admin.get(f"/v1/admin/tenants/{uuid.uuid4()}"), 404, "tenant-not-found")
+    assert_problem(admin.get(f"/v1/admin/tenants/{tenant['id']}/usage", params={"from": "yesterday"}), 422, "invalid-query")

@@ -1,0 +1,214 @@
+"""What a tenant may use: exact under races, over processes, and whatever becomes of Redis."""
+
+import time
+import uuid
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+
+import httpx
+import pytest
+import redis
+from sqlalchemy import text
+
+from models import api_keys, tenants
+from models.database import transaction
+from tests.app.conftest import bearer
+from tests.app.problem import assert_problem
+
+BODY = {"prompt": "a red circle", "tier": "batch", "steps": 10}
+COST = 128 * 128 / 1e6 * 10
+
+
+@pytest.fixture
+def limited(stack, stack_database):
+    """HTTP as a new tenant with these limits; its jobs are taken back in the end."""
+    made = []
+
+    def limited(**limits) -> httpx.Client:
+        with transaction(stack_database) as session:
+            tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
+            tenants.limit(session, tenant, changes=limits, actor="tests")
+            _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+        client = httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False)
+        made.append((tenant.id, client))
+        return client
+
+    yield limited
+    for tenant_id, client in made:
+        client.close()
+        with transaction(stack_database) as session:
+            query = "SELECT id FROM jobs WHERE tenant_id = :id AND state IN ('queued', 'running')"
+            ids = list(session.scalars(text(query), {"id": tenant_id}))
+        with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=client.headers, timeout=90, trust_env=False) as again:
+            for job_id in ids:
+                again.post(f"/v1/jobs/{job_id}/cancel")
+
+
+def racing(sends, count=160) -> Counter:
+    """So many requests at once, in turns through the ways to send one; how many answers there were of each status."""
+    with ThreadPoolExecutor(40) as threads:
+        return Counter(threads.map(lambda number: sends[number % len(sends)](), range(count)))
+
+
+def through(client):
+    return lambda: client.post("/v1/jobs", json=BODY).status_code
+
+
+def in_process(gateway_with, client):
+    """The same through another gateway, a process's worth of its own: nothing is shared but the stack's Redis and Postgres."""
+    app = gateway_with(max_wait_s=59).application
+    key = {"Authorization": client.headers["Authorization"]}
+    return lambda: app.test_client().post("/v1/jobs", json=BODY, headers=key).status_code
+
+
+def test_of_160_racing_requests_exactly_as_many_pass_as_the_minute_allows(limited, gateway_with):
+    client = limited(requests_per_minute=50)
+
+    answers = racing([through(client), in_process(gateway_with, client)])
+
+    assert answers == {202: 50, 429: 110}
+    problem = assert_problem(refused := client.get("/v1/jobs"), 429, "rate-limited")
+    assert problem["quota"] == 50
+    assert 1 <= int(refused.headers["Retry-After"]) <= 120
+
+
+def test_the_headers_tell_where_one_stands(limited):
+    client = limited(requests_per_minute=100, megapixel_steps_per_minute=600, burst_megapixel_steps=60)
+
+    answer = client.post("/v1/jobs", json=BODY)
+
+    assert answer.headers["RateLimit-Policy"] == '"requests";q=100;w=60, "megapixel-steps";q=600;w=60'
+    requests, budget = answer.headers["RateLimit"].split(", ")
+    assert requests.startswith('"requests";r=99;t=')
+    assert budget == '"megapixel-steps";r=59;t=0'
+
+
+def test_a_tenant_without_limits_is_told_of_none(api):
+    assert not {"RateLimit", "RateLimit-Policy"} & set(api.get("/v1/jobs").headers)
+
+
+def test_the_budget_is_exact_under_160_racing_requests_and_fills_again(limited, gateway_with):
+    burst = 50 * COST + 0.01
+    client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=burst)
+
+    answers = racing([through(client), in_process(gateway_with, client)])
+
+    assert answers == {202: 50, 429: 110}
+    answer = client.post("/v1/jobs", json=BODY)
+    problem = assert_problem(answer, 429, "budget-spent")
+    assert problem["policy"] == "megapixel-steps"
+    assert 1 <= int(answer.headers["Retry-After"]) <= COST / 0.001 + 1
+
+
+def test_a_job_that_no_budget_ever_holds_is_refused_for_good(limited):
+    client = limited(megapixel_steps_per_minute=60, burst_megapixel_steps=COST / 2)
+
+    problem = assert_problem(client.post("/v1/jobs", json=BODY), 422, "invalid-image-request")
+
+    assert problem["errors"][0]["accepted"] == {"max_megapixel_steps": COST / 2}
+
+
+def test_what_came_to_nothing_costs_no_budget(limited):
+    client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5, max_concurrent_jobs=1)
+    key = {"Idempotency-Key": uuid.uuid4().hex}
+
+    first = client.post("/v1/jobs", json=BODY, headers=key)
+    replayed = client.post("/v1/jobs", json=BODY, headers=key)
+
+    assert (first.status_code, replayed.status_code) == (202, 202)
+    assert first.json()["id"] == replayed.json()["id"]
+    small = {**BODY, "steps": 4}
+    assert_problem(client.post("/v1/jobs", json=small), 429, "too-many-jobs")
+    client.post(first.json()["urls"]["cancel"])
+    assert client.post("/v1/jobs", json=small).status_code == 202  # the refused one was given back
+
+
+def test_of_160_racing_jobs_exactly_as_many_are_under_way_as_may_be(limited, gateway_with):
+    client = limited(max_concurrent_jobs=50)
+
+    answers = racing([through(client), in_process(gateway_with, client)])
+
+    active = sum(job["state"] in ("queued", "running", "storing") for job in client.get("/v1/jobs", params={"limit": 100}).json()["data"])
+    assert answers[202] >= 50
+    assert answers[202] + answers[429] == 160
+    assert active <= 50
+
+
+def test_the_daily_quota_is_exact_under_160_racing_jobs_and_survives_a_flushed_redis(limited, gateway_with, stack):
+    client = limited(daily_megapixel_steps=Decimal("50") * Decimal(str(COST)))
+
+    answers = racing([through(client), in_process(gateway_with, client)])
+    with redis.Redis.from_url(stack.env["HANDOFF_URL"]) as handoff:
+        handoff.flushall()
+
+    assert answers == {202: 50, 429: 110}
+    answer = client.post("/v1/jobs", json=BODY)
+    problem = assert_problem(answer, 429, "quota-exceeded")
+    assert (problem["period"], problem["error"]["type"]) == ("day", "insufficient_quota")
+    assert 1 <= int(answer.headers["Retry-After"]) <= 86_400
+    used = client.get("/v1/usage").json()
+    assert used["used_megapixel_steps"]["today"] == pytest.approx(50 * COST)
+    assert used["limits"]["daily_megapixel_steps"] == pytest.approx(50 * COST)
+
+
+def test_what_is_taken_back_is_released_and_what_succeeds_is_settled(limited):
+    client = limited(monthly_megapixel_steps=Decimal(str(COST)))
+    first = client.post("/v1/jobs", json=BODY).json()
+    assert assert_problem(client.post("/v1/jobs", json=BODY), 429, "quota-exceeded")["period"] == "month"
+
+    client.post(first["urls"]["cancel"])
+    second = client.post("/v1/jobs", json=BODY, headers={"Prefer": "wait=60"}).json()
+
+    assert second["state"] == "succeeded"
+    [day] = client.get("/v1/usage").json()["data"]
+    assert (day["jobs_accepted"], day["jobs_succeeded"], day["reserved_megapixel_steps"]) == (2, 1, 0.0)
+    assert day["settled_megapixel_steps"] == pytest.approx(COST)
+    assert Decimal(day["cost"]) == Decimal(second["cost"]["amount"])
+    assert_problem(client.post("/v1/jobs", json=BODY), 429, "quota-exceeded")
+
+
+def test_a_batch_that_does_not_fit_is_refused_as_a_whole(limited):
+    client = limited(max_concurrent_jobs=3)
+
+    assert_problem(client.post("/v1/jobs:batch", json={"jobs": [BODY] * 4}), 429, "too-many-jobs")
+    assert client.get("/v1/jobs").json()["data"] == []
+
+    assert client.post("/v1/jobs:batch", json={"jobs": [BODY] * 3}).json()["accepted"] == 3
+
+
+def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limited):
+    client = limited(allowed_tiers=["batch"])
+
+    for way in ("/v1/jobs", "/v1/estimate"):
+        problem = assert_problem(client.post(way, json={**BODY, "tier": "fast", "steps": 4}), 403, "forbidden")
+        assert problem["accepted"] == {"tiers": ["batch"]}
+    assert [tier["id"] for tier in client.get("/v1/tiers").json()["data"]] == ["batch"]
+    assert client.post("/v1/jobs", json=BODY).status_code == 202
+
+    without = limited(allowed_models=["another"])
+    assert without.get("/v1/models").json()["data"] == []
+    assert_problem(without.get("/v1/models/pocket"), 404, "model-not-found")
+    assert_problem(without.post("/v1/jobs", json=BODY), 403, "forbidden")
+
+
+def test_without_redis_requests_are_counted_by_each_process_and_budgets_by_nobody(limited, gateway_with, elsewhere):
+    client = limited(requests_per_minute=5, megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST)
+    app = gateway_with(**elsewhere("handoff")).application
+    key = {"Authorization": client.headers["Authorization"]}
+
+    answers = [app.test_client().post("/v1/jobs", json=BODY, headers=key).status_code for _ in range(7)]
+
+    assert answers == [202] * 5 + [429] * 2
+
+
+def test_a_changed_limit_holds_within_a_second(limited, stack_database):
+    client = limited(requests_per_minute=1000)
+    assert client.get("/v1/jobs").status_code == 200
+
+    with transaction(stack_database) as session:
+        tenant = session.get(tenants.Tenant, uuid.UUID(client.get("/v1/key").json()["tenant_id"]))
+        tenants.limit(session, tenant, changes={"requests_per_minute": 1}, actor="tests")
+    time.sleep(1)
+
+    assert {client.get("/v1/jobs").status_code for _ in range(4)} == {429}
