@@ -193,7 +193,7 @@ def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limit
 
 
 def test_without_redis_requests_are_counted_by_each_process_and_budgets_by_nobody(limited, gateway_with, elsewhere):
-    client = limited(requests_per_minute=5, megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST)
+    client = limited(requests_per_minute=5, megapixel_steps_per_minute=0.06, burst_megapixel_steps=1.5 * COST)
     app = gateway_with(**elsewhere("handoff")).application
     key = {"Authorization": client.headers["Authorization"]}
 
@@ -211,4 +211,4 @@ def test_a_changed_limit_holds_within_a_second(limited, stack_database):
         tenants.limit(session, tenant, changes={"requests_per_minute": 1}, actor="tests")
     time.sleep(1)
 
-    assert {client.get("/v1/jobs").status_code for _ in range(4)} == {429}
+    assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200, 429, 429]
