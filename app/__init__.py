@@ -8,7 +8,7 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import account, admin, batches, catalog, estimates, events, files, health, jobs, limits, openai_images, problems, webhooks
+from app import account, admin, batches, catalog, estimates, events, files, health, jobs, limits, openai_images, openapi, problems, webhooks
 from app.gateway import open_gateway
 from edges import telemetry
 from policy.fleet import Fleet
@@ -26,6 +26,7 @@ BLUEPRINTS = (
     account.bp,
     admin.bp,
     catalog.bp,
+    openapi.bp,
     health.bp,
 )
 MOST_UNWANTED_BYTES = 8 * 1024 * 1024

@@ -1,0 +1,52 @@
+"""/openapi.json and /docs: what this gateway can do, for programs and for people. Neither asks for a key; nothing comes from elsewhere."""
+
+import hashlib
+
+from flask import Blueprint, Response, current_app, json, request
+
+from app.gateway import gateway
+from app.spec.document import build
+
+bp = Blueprint("openapi", __name__)
+
+# The viewer draws its own styles and pictures; scripts come from here alone.
+POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'"
+)
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Darkroom API</title>
+<link rel="icon" href="data:,">
+<script type="module" src="/static/docs/rapidoc-min.js"></script>
+</head>
+<body style="margin: 0">
+<rapi-doc spec-url="/openapi.json" render-style="read" show-header="false" allow-authentication="true" allow-server-selection="false"
+  load-fonts="false" schema-style="table" persist-auth="false" regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
+</rapi-doc>
+</body>
+</html>
+"""
+
+
+@bp.get("/openapi.json")
+def show_spec() -> Response:
+    """The OpenAPI 3.1 document."""
+    content = current_app.extensions.get("openapi")
+    if content is None:
+        content = json.dumps(build(current_app, gateway().fleet))
+        current_app.extensions["openapi"] = content
+    response = Response(content, content_type="application/json")
+    response.headers["Cache-Control"] = "public, max-age=60"
+    response.set_etag(hashlib.sha256(content.encode()).hexdigest()[:32])
+    return response.make_conditional(request)
+
+
+@bp.get("/docs")
+def show_docs() -> Response:
+    """The same, to read and to try."""
+    response = Response(PAGE, content_type="text/html; charset=utf-8")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response

@@ -1,0 +1,133 @@
+"""What can be asked: for each route its parameters, its body, an example that runs, and what a good answer is."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel
+
+from app.admin import KeyBody, RotateBody, TenantBody, TenantChange
+from app.body import JobBody
+from app.spec.schemas import DAY, FLAG, INSTANT, TEXT, WHOLE, Schema, maybe, one_of
+from app.webhooks import EndpointBody, EndpointChange
+from models.states import DeliveryState, JobState
+
+JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"
+PROMPT = "a large red circle in the center on a blue background"
+PICTURE: Schema = {"type": "string", "contentMediaType": "application/octet-stream"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One route and method. answer: the schema of a good answer; None: it has no JSON.  body: a model, or a schema; optional if `bare`."""
+
+    status: int = 200
+    answer: str | None = None
+    media_type: str = JSON
+    body: type[BaseModel] | Schema | None = None
+    body_type: str = JSON
+    bare: bool = False
+    query: dict[str, Schema] = field(default_factory=dict)
+    headers: dict[str, Schema] = field(default_factory=dict)
+    example: dict[str, Any] | None = None
+    others: tuple[int, ...] = ()  # further good answers, without a body
+
+
+_PAGE: dict[str, Schema] = {"limit": {"type": "integer", "minimum": 1, "maximum": 100}, "cursor": TEXT}
+_DAYS: dict[str, Schema] = {"from": DAY, "to": DAY}
+_WAIT: dict[str, Schema] = {"Prefer": {"type": "string", "pattern": "^wait=[0-9]$"}}  # wait=N: answer at the end, or after N seconds
+_ONCE: dict[str, Schema] = {"Idempotency-Key": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}}
+_IF_NONE: dict[str, Schema] = {"If-None-Match": {"type": "string", "pattern": '^"[a-z0-9]{1,40}"$'}}
+_RESUME: dict[str, Schema] = {"Last-Event-ID": {"type": "string", "pattern": "^[0-9]{1,15}-[0-9]{1,15}$"}}
+_JOBS = {"state": one_of(*JobState), "created_after": INSTANT, "created_before": INSTANT}
+
+_BATCH: Schema = {
+    "type": "object",
+    "required": ["jobs"],
+    "additionalProperties": False,
+    "properties": {
+        "jobs": {"type": "array", "minItems": 1, "maxItems": 1000, "items": {"$ref": "#/components/schemas/JobBody"}},
+        "defaults": {"type": "object"},
+    },
+}
+_OPENAI: dict[str, Schema] = {
+    "prompt": TEXT,
+    "model": maybe(TEXT),
+    "n": {"type": ["integer", "null"], "minimum": 1, "maximum": 10},
+    "size": maybe(TEXT),
+    "quality": maybe(one_of("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")),
+    "output_format": maybe(one_of("png", "webp", "jpeg")),
+    "response_format": maybe(one_of("b64_json", "url")),
+    "user": maybe(TEXT),
+    "seed": maybe(WHOLE),
+    "steps": maybe(WHOLE),
+    "guidance": {"type": ["number", "null"]},
+    "tier": maybe(TEXT),
+    "sampler": maybe(TEXT),
+    "negative_prompt": maybe(TEXT),
+}
+_GENERATE: Schema = {
+    "type": "object",
+    "required": ["prompt"],
+    "properties": _OPENAI | {"stream": maybe(FLAG), "partial_images": {"type": ["integer", "null"], "minimum": 0, "maximum": 3}},
+}
+_EDIT: Schema = {
+    "type": "object",
+    "required": ["image", "prompt"],
+    "properties": {"image": PICTURE, "mask": PICTURE, "prompt": TEXT, "steps": TEXT, "strength": TEXT, "tier": TEXT, "seed": TEXT},
+}
+_VARY: Schema = {"type": "object", "required": ["image"], "properties": {"image": PICTURE, "n": TEXT, "steps": TEXT, "tier": TEXT}}
+_UPLOAD: Schema = {"type": "object", "required": ["file"], "properties": {"file": PICTURE}}
+_ONE_JOB = {"prompt": PROMPT, "tier": "batch", "steps": 4, "seed": 7, "metadata": {"order": "7"}}
+
+OPERATIONS: dict[tuple[str, str], Operation] = {
+    ("POST", "/v1/jobs"): Operation(status=202, answer="Job", body=JobBody, headers=_ONCE | _WAIT, example=_ONE_JOB),
+    ("GET", "/v1/jobs"): Operation(answer="JobPage", query=_PAGE | _JOBS),
+    ("GET", "/v1/jobs/{job_id}"): Operation(answer="Job", headers=_IF_NONE | _WAIT, others=(304,)),
+    ("GET", "/v1/jobs/{job_id}/status"): Operation(answer="JobStatus", headers=_IF_NONE, others=(304,)),
+    ("GET", "/v1/jobs/{job_id}/events"): Operation(media_type=STREAM, query={"previews": one_of("true", "false")}, headers=_RESUME),
+    ("POST", "/v1/jobs/{job_id}/cancel"): Operation(answer="Job"),
+    ("POST", "/v1/jobs/{job_id}/replay"): Operation(status=202, answer="Job", headers=_ONCE),
+    ("DELETE", "/v1/jobs/{job_id}"): Operation(status=204),
+    ("GET", "/v1/jobs/{job_id}/images/{index}"): Operation(status=302),
+    ("POST", "/v1/jobs:batch"): Operation(
+        answer="Batch", body=_BATCH, headers=_ONCE, example={"jobs": [_ONE_JOB, {**_ONE_JOB, "seed": 8}]}
+    ),
+    ("POST", "/v1/estimate"): Operation(answer="Estimate", body=JobBody, example=_ONE_JOB),
+    ("POST", "/v1/files"): Operation(status=201, answer="File", body=_UPLOAD, body_type=FORM),
+    ("GET", "/v1/files"): Operation(answer="FilePage", query=_PAGE),
+    ("GET", "/v1/files/{file_id}"): Operation(answer="File"),
+    ("GET", "/v1/files/{file_id}/content"): Operation(status=302),
+    ("DELETE", "/v1/files/{file_id}"): Operation(status=204),
+    ("POST", "/v1/webhooks"): Operation(
+        status=201, answer="Webhook", body=EndpointBody, example={"url": "https://example.com/hook", "events": ["job.succeeded"]}
+    ),
+    ("GET", "/v1/webhooks"): Operation(answer="WebhookPage"),
+    ("GET", "/v1/webhooks/{endpoint_id}"): Operation(answer="Webhook"),
+    ("PATCH", "/v1/webhooks/{endpoint_id}"): Operation(answer="Webhook", body=EndpointChange, example={"enabled": False}),
+    ("DELETE", "/v1/webhooks/{endpoint_id}"): Operation(status=204),
+    ("POST", "/v1/webhooks/{endpoint_id}/rotate"): Operation(answer="Webhook"),
+    ("POST", "/v1/webhooks/{endpoint_id}/test"): Operation(status=202, answer="Delivery"),
+    ("GET", "/v1/webhooks/{endpoint_id}/deliveries"): Operation(answer="DeliveryPage", query=_PAGE | {"state": one_of(*DeliveryState)}),
+    ("POST", "/v1/webhooks/deliveries/{delivery_id}/redeliver"): Operation(status=202, answer="Delivery"),
+    ("POST", "/v1/images/generations"): Operation(
+        answer="Images", body=_GENERATE, example={"prompt": PROMPT, "size": "128x128", "seed": 7, "steps": 4}
+    ),
+    ("POST", "/v1/images/edits"): Operation(answer="Images", body=_EDIT, body_type=FORM),
+    ("POST", "/v1/images/variations"): Operation(answer="Images", body=_VARY, body_type=FORM),
+    ("GET", "/v1/models"): Operation(answer="Models"),
+    ("GET", "/v1/models/{name}"): Operation(answer="Model"),
+    ("GET", "/v1/tiers"): Operation(answer="Tiers"),
+    ("GET", "/v1/key"): Operation(answer="OwnKey"),
+    ("GET", "/v1/usage"): Operation(answer="Usage", query=_DAYS),
+    ("GET", "/v1/admin/tenants"): Operation(answer="TenantPage", query=_PAGE),
+    ("POST", "/v1/admin/tenants"): Operation(status=201, answer="Tenant", body=TenantBody, example={"name": "acme", "weight": 1.0}),
+    ("GET", "/v1/admin/tenants/{tenant_id}"): Operation(answer="Tenant"),
+    ("PATCH", "/v1/admin/tenants/{tenant_id}"): Operation(answer="Tenant", body=TenantChange, example={"requests_per_minute": 600}),
+    ("GET", "/v1/admin/tenants/{tenant_id}/keys"): Operation(answer="KeyPage"),
+    ("POST", "/v1/admin/tenants/{tenant_id}/keys"): Operation(
+        status=201, answer="Key", body=KeyBody, example={"name": "web", "scopes": ["generate", "read"]}
+    ),
+    ("POST", "/v1/admin/keys/{key_id}/rotate"): Operation(status=201, answer="Key", body=RotateBody, bare=True, example={"grace_s": 3600}),
+    ("DELETE", "/v1/admin/keys/{key_id}"): Operation(status=204),
+    ("GET", "/v1/admin/tenants/{tenant_id}/usage"): Operation(answer="Usage", query=_DAYS),
+}
