@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
@@ -9,6 +10,7 @@ from models.states import JobState
 from models.tables import Job
 
 OUR_FAULT = ("internal", "attempts_exhausted")
+JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
 NO_TOKENS = {  # nothing here is counted in them; clients need the member
     "input_tokens": 0,
     "output_tokens": 0,
@@ -34,6 +36,20 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
         detail = f"The job cannot be rendered: {failure_code}."
         return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code, **own)
     return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, **own)
+
+
+def may_still_answer(job: Job, *, streams: bool) -> bool:
+    """Whether another try of a call is to come to this job: one that is under way, or that ended a moment ago with what a new one would.
+
+    Not one that a new one may do better than, nor one whose client had left its stream, nor one of an earlier time of day: its first try
+    may never have reached us.
+    """
+    if job.finished_at is None:
+        return True
+    is_ours = job.state == JobState.EXPIRED or (job.state == JobState.FAILED and job.failure_code in OUR_FAULT)
+    has_left = job.state == JobState.CANCELED and streams
+    ended_s = (datetime.now(UTC) - job.finished_at).total_seconds()
+    return not is_ours and not has_left and job.erased_at is None and ended_s < JOINED_FOR_S
 
 
 def extras_of(job: Job) -> Mapping[str, Any]:

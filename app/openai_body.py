@@ -6,7 +6,7 @@ Facts about the interface, as its Python client 3.57 sends and reads it: fields 
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,10 @@ from policy.catalog import OUTPUT_FORMATS, AdapterWish, Wish
 from policy.fleet import Fleet, parse_size
 
 GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
-MOST_IMAGES, MOST_PARTIALS = 10, 3
+MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
 VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
 _QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+_TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
 _SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
 _NOT_DONE = {
     "svg": "no model here draws vectors",
@@ -71,11 +72,26 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
         partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
         keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
         quality=_SAID_AS.get(quality, quality),
-        user=said.text("safety_identifier", None) or said.text("user", None),
+        user=_user(said),
     )
     if streams and asked.as_url:
         raise NotOffered("A stream carries its images: response_format=url and stream exclude each other.", parameter="response_format")
     return asked
+
+
+def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The fields of a form as the body of JSON would have them. Raises InvalidImageRequest.
+
+    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`.
+    """
+    names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
+    fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in ("adapters[][name]", "adapters[][strength]")}
+    if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
+        raise _wrong("adapters", "in a form need a name each, and a strength each or none at all")
+    if names:
+        with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
+        fields["adapters"] = [{"name": name, "strength": strength} for name, strength in with_strength]
+    return fields
 
 
 def tier_of(quality: str, fleet: Fleet) -> str:
@@ -106,7 +122,7 @@ class _Said:
         self._fields = fields
 
     def names(self) -> set[str]:
-        return {name.partition("[")[0] if name.startswith("metadata[") else name for name in self._fields}
+        return {name.partition("[")[0] if name.startswith(("metadata[", "svg[")) else name for name in self._fields}
 
     def get(self, name: str) -> Any:
         return self._fields.get(name)
@@ -163,7 +179,7 @@ class _Said:
                 value = kind(value) if len(value) <= 32 and value.isascii() else None
             except ValueError:
                 value = None
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
         if not fits or (kind is int and not isinstance(value, int)):
             raise _wrong(name, f"must be {what}")
         return value
@@ -224,10 +240,10 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
 
 def _adapter(place: int, entry: Any) -> AdapterWish:
     fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
-    strength = entry.get("strength", 1.0) if fits else None
-    if isinstance(strength, bool) or not isinstance(strength, int | float):
+    if not fits:
         raise _wrong(f"adapters/{place}", 'must be {"name": …, "strength": …}')
-    return AdapterWish(entry["name"], float(strength))
+    strength = _Said({f"adapters/{place}/strength": entry.get("strength", 1.0)}).maybe_float(f"adapters/{place}/strength")
+    return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
 
 
 def _metadata(said: _Said) -> Mapping[str, str]:
@@ -238,6 +254,16 @@ def _metadata(said: _Said) -> Mapping[str, str]:
         raise _wrong("metadata", "must map text to text")
     check_metadata(metadata)
     return metadata
+
+
+def _user(said: _Said) -> str | None:
+    """On whose behalf, in the words of the tenant; kept as metadata."""
+    for name in ("safety_identifier", "user"):
+        if user := said.text(name, None):
+            if len(user) > MOST_USER_CHARS or not user.isprintable():
+                raise _wrong(name, "is too long or not printable", {"max_chars": MOST_USER_CHARS})
+            return user
+    return None
 
 
 def _is_boolean(value: Any) -> bool:

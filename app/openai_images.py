@@ -15,8 +15,8 @@ from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_object
 from app.gateway import gateway
-from app.idempotency import HEADER, read_once
-from app.openai_answers import NO_TOKENS, extras_of, problem_of_end
+from app.idempotency import read_once
+from app.openai_answers import NO_TOKENS, extras_of, may_still_answer, problem_of_end
 from app.openai_body import EDIT, GENERATION, VARIATION, Asked, nearest_size
 from app.problems import (
     InvalidImageRequest,
@@ -80,7 +80,7 @@ def vary() -> ResponseReturnValue:
     return _serve(asked, replace(_sized(asked.wish, init), init_image=init.id), [fields, init.content_sha256])
 
 
-def _read_form() -> tuple[dict[str, str], FileStorage, FileStorage | None]:
+def _read_form() -> tuple[dict[str, Any], FileStorage, FileStorage | None]:
     """The fields, the one picture and the mask. Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge."""
     if request.mimetype != "multipart/form-data":
         raise UnsupportedMediaType("Send the picture as multipart/form-data.", accepted=["multipart/form-data"])
@@ -91,7 +91,10 @@ def _read_form() -> tuple[dict[str, str], FileStorage, FileStorage | None]:
     if not images:
         detail = "is required: one picture, as a file of the form"
         raise InvalidImageRequest(f"image {detail}.", errors=[{"pointer": "/image", "detail": detail}])
-    return request.form.to_dict(), images[0], request.files.get("mask")
+    for name in request.files.keys() - {"image", "image[]", "mask"}:
+        detail = f"{name[:64]} is not offered as a file: image and mask are."
+        raise NotOffered(detail, parameter=name[:64])
+    return openai_body.gathered(request.form.to_dict(flat=False)), images[0], request.files.get("mask")
 
 
 def _sized(wish: Wish, picture: File) -> Wish:
@@ -115,18 +118,26 @@ def _serve(asked: Asked, wish: Wish, asks_for: list[Any]) -> ResponseReturnValue
 
 
 def _accept(asked: Asked, wish: Wish, asks_for: list[Any]) -> Accepted:
-    """The job of this call: a new one for a first try, for a further one that of the first, if it comes within the day."""
-    if request.headers.get(HEADER) is not None:
-        once = read_once(request, asks_for)
-    else:
-        canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
-        digest = hashlib.sha256(canonical.encode()).hexdigest()
-        is_first = request.headers.get(RETRY_COUNT, "0") == "0"
-        once = Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)  # no header can carry that arrow
+    """The job of this call: a new one for a first try, for a further one that of the try before, as long as that may still answer it."""
     metadata = dict(asked.metadata) | ({"user": asked.user} if asked.user and "user" not in asked.metadata else {})
-    if once is not None and not once.renew and (earlier := accepting.answered(once)) is not None:
+    once = read_once(request, asks_for)
+    if once is None:
+        once = _by_itself(asks_for)
+        if not once.renew and (earlier := accepting.answered(once)) is not None:
+            if may_still_answer(earlier, streams=asked.streams):
+                return Accepted(earlier, is_new=False)
+            once = replace(once, renew=True)
+    elif (earlier := accepting.answered(once)) is not None:
         return Accepted(earlier, is_new=False)
     return accepting.accept(accepting.resolve(wish), metadata=metadata, once=once)
+
+
+def _by_itself(asks_for: list[Any]) -> Once:
+    """What a call without an idempotency key is known by when it is tried again."""
+    canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    is_first = request.headers.get(RETRY_COUNT, "0") == "0"
+    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)  # no header can carry that arrow
 
 
 def _view(asked: Asked, job: Job) -> dict[str, Any]:

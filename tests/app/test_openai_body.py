@@ -1,0 +1,185 @@
+"""OpenAI's words for images, read against a fleet: what they come to, and that nothing else than a problem comes of nonsense."""
+
+import json
+import uuid
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from openai import OpenAI
+
+from app.openai_answers import may_still_answer
+from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read, tier_of
+from app.problems import InvalidImageRequest, ModelNotFound, NotOffered, Problem
+from models.tables import Job
+from policy.catalog import AdapterWish
+from policy.fleet import parse_size
+from tests.builders import a_fleet
+
+FLEET = a_fleet()
+WORDS = ["prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"]
+WORDS += ["partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity", "seed", "steps", "guidance", "tier"]
+WORDS += ["adapters", "sampler", "negative_prompt", "strength", "metadata", "metadata[a]", "svg", "frame_count", "image", "mask"]
+SPREAD = ["adapters[][name]", "adapters[][strength]"]
+SLOWLY = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+ODD = st.sampled_from(["true", "auto", "transparent", "1", "-1", "1e999", "nan", "9" * 31, "\x00", "\ud800", 10**400, -(10**400), 1e308])
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20) | ODD,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["name", "strength", "k"]), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+def as_form(fields) -> dict[str, list[str]]:
+    """The fields as the client spreads them over a form."""
+    spread = OpenAI(api_key="none")._serialize_multipartform(fields)
+    return {name: value if isinstance(value, list) else [value] for name, value in spread.items()}
+
+
+def a_job_that(state, *, failure_code=None, ended_ago_s=None, erased=False) -> Job:
+    now = datetime.now(UTC)
+    finished_at = None if ended_ago_s is None else now - timedelta(seconds=ended_ago_s)
+    erased_at = now if erased else None
+    return Job(id=uuid.uuid4(), state=state, failure_code=failure_code, finished_at=finished_at, erased_at=erased_at)
+
+
+def understood(read_it) -> Asked | None:
+    """None if it was refused by a problem that names a field."""
+    try:
+        return read_it()
+    except Problem as problem:
+        named = problem.openai_error()["param"]
+    assert named
+    return None
+
+
+@pytest.mark.parametrize("kind", [GENERATION, EDIT, VARIATION])
+@SLOWLY
+@given(fields=st.dictionaries(st.sampled_from(WORDS), VALUES, max_size=4))
+def test_any_fields_at_all_are_understood_or_refused_with_a_problem_that_names_one(kind, fields):
+    asked = understood(lambda: read(kind, {"prompt": "x", **fields}, FLEET))
+
+    assert asked is None or 1 <= asked.wish.n <= 10
+    assert asked is None or 0 <= asked.partial_images <= 3
+    assert asked is None or asked.user is None or asked.user.isprintable()
+
+
+@SLOWLY
+@given(form=st.dictionaries(st.sampled_from([*WORDS, *SPREAD]), st.lists(st.text(max_size=9), min_size=1, max_size=3), max_size=4))
+def test_any_form_at_all_is_understood_or_refused_with_a_problem_that_names_a_field(form):
+    understood(lambda: read(EDIT, gathered({"prompt": ["x"], **form}), FLEET))
+
+
+@SLOWLY
+@given(
+    seed=st.integers(0, 2**31),
+    steps=st.integers(1, 50),
+    guidance=st.floats(0, 10),
+    adapters=st.lists(st.tuples(st.sampled_from(["sepia", "comic"]), st.floats(-4, 4)), max_size=3),
+    metadata=st.dictionaries(st.from_regex(r"[a-z]{1,8}", fullmatch=True), st.from_regex(r"[a-z ]{1,8}", fullmatch=True), max_size=3),
+    background=st.booleans(),
+)
+def test_a_form_asks_for_the_same_as_the_json_of_it(seed, steps, guidance, adapters, metadata, background):
+    fields = {"prompt": "x", "n": 2, "seed": seed, "steps": steps, "guidance": guidance, "metadata": metadata, "background": background}
+    fields["adapters"] = [{"name": name, "strength": strength} for name, strength in adapters]
+
+    assert read(EDIT, gathered(as_form(fields)), FLEET) == read(EDIT, json.loads(json.dumps(fields)), FLEET)
+
+
+def test_adapters_in_a_form_may_leave_out_their_strengths_all_or_none():
+    bare = gathered({"prompt": ["x"], "adapters[][name]": ["sepia", "comic"]})
+    mixed = {"prompt": ["x"], "adapters[][name]": ["sepia", "comic"], "adapters[][strength]": ["0.5"]}
+
+    assert read(EDIT, bare, FLEET).wish.adapters == (AdapterWish("sepia", 1.0), AdapterWish("comic", 1.0))
+    with pytest.raises(InvalidImageRequest, match="adapters"):
+        gathered(mixed)
+
+
+@pytest.mark.parametrize("field", ["n", "seed", "steps", "guidance", "strength", "partial_images"])
+def test_a_number_too_large_for_any_float_is_refused_by_name(field):
+    with pytest.raises(InvalidImageRequest) as refusal:
+        read(EDIT, {"prompt": "x", field: 10**400}, FLEET)
+
+    assert refusal.value.openai_error()["param"] == field
+
+
+@pytest.mark.parametrize("field", ["user", "safety_identifier"])
+@pytest.mark.parametrize("value", ["a\x00b", "u" * 513])
+def test_a_user_that_could_not_be_kept_is_refused_by_name(field, value):
+    with pytest.raises(InvalidImageRequest) as refusal:
+        read(GENERATION, {"prompt": "x", field: value}, FLEET)
+
+    assert refusal.value.openai_error()["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"output_format": "gif"}, "output_format"),
+        ({"output_format": "svg"}, "output_format"),
+        ({"svg[model]": "m"}, "svg"),
+        ({"frame_count": 2}, "frame_count"),
+        ({"markup": "x"}, "markup"),
+        ({"background": "transparent"}, "background"),
+        ({"output_compression": 80}, "output_compression"),
+        ({"stream": True, "n": 2}, "stream"),
+        ({"stream": True, "response_format": "url"}, "response_format"),
+    ],
+)
+def test_what_is_not_done_here_says_so(fields, param):
+    with pytest.raises(NotOffered) as refusal:
+        read(GENERATION, {"prompt": "x", **fields}, FLEET)
+
+    assert (refusal.value.status, refusal.value.openai_error()["param"]) == (400, param)
+
+
+def test_an_unknown_model_is_not_found_and_the_message_says_what_there_is():
+    with pytest.raises(ModelNotFound, match=FLEET.default_model()) as refusal:
+        read(GENERATION, {"prompt": "x", "model": "gpt-image-1"}, FLEET)
+
+    assert refusal.value.status == 404
+
+
+def test_a_background_that_is_a_boolean_is_ours_and_a_word_is_theirs():
+    keeps = {said: read(GENERATION, {"prompt": "x", "background": said}, FLEET).keeps_running for said in (True, "true", "auto", "opaque")}
+
+    assert keeps == {True: True, "true": True, "auto": False, "opaque": False}
+
+
+def test_more_quality_never_has_fewer_steps_and_a_tier_that_is_named_wins():
+    steps = [FLEET.tiers[tier_of(quality, FLEET)].default_steps for quality in ("low", "medium", "high")]
+
+    assert steps == sorted(steps)
+    for tier in FLEET.tiers:
+        assert read(GENERATION, {"prompt": "x", "quality": "low", "tier": tier}, FLEET).wish.tier == tier
+
+
+@SLOWLY
+@given(
+    sizes=st.lists(st.sampled_from(["128x128", "128x192", "192x128", "512x512", "1024x512"]), min_size=1, unique=True),
+    width=st.integers(1, 8000),
+    height=st.integers(1, 8000),
+)
+def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_size_keeps_it(sizes, width, height):
+    assert nearest_size(tuple(sizes), width, height) in sizes
+    for size in sizes:
+        assert nearest_size(tuple(sizes), *parse_size(size)) == size
+
+
+@pytest.mark.parametrize(
+    ("job", "streams", "joins"),
+    [
+        (a_job_that("running"), False, True),
+        (a_job_that("succeeded", ended_ago_s=30), False, True),
+        (a_job_that("succeeded", ended_ago_s=3600), False, False),
+        (a_job_that("succeeded", ended_ago_s=30, erased=True), False, False),
+        (a_job_that("expired", ended_ago_s=5), False, False),
+        (a_job_that("failed", failure_code="internal", ended_ago_s=5), False, False),
+        (a_job_that("failed", failure_code="unsupported", ended_ago_s=5), False, True),
+        (a_job_that("canceled", ended_ago_s=5), False, True),
+        (a_job_that("canceled", ended_ago_s=5), True, False),
+    ],
+)
+def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(job, streams, joins):
+    assert may_still_answer(job, streams=streams) is joins
