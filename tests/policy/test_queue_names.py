@@ -22,6 +22,7 @@ def test_every_pool_and_tier_has_a_render_queue_and_every_tier_a_results_queue()
         "results.quality",
         "results.batch",
         "maintenance",
+        "webhooks",
     ]
 
 

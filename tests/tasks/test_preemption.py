@@ -118,6 +118,7 @@ def test_a_worker_with_a_notice_gives_its_jobs_up_and_another_goes_on_at_the_ver
     assert sql("SELECT counted_attempts FROM jobs WHERE id = :id", id=job.id) == [{"counted_attempts": 0}]
 
 
+@pytest.mark.slow
 def test_a_job_that_starts_from_a_picture_goes_on_at_the_very_step_too(pair, tenant, sql, folder):
     picture = base64.b64encode(png(a_picture(128, 128))).decode()
     wish = WISH | {"seed": 35, "init_image": f"data:image/png;base64,{picture}", "strength": 0.9}
