@@ -24,6 +24,7 @@ def list_models() -> ResponseReturnValue:
 
 @bp.get("/models/<name>")
 def show_model(name: str) -> ResponseReturnValue:
+    """One model: sizes, samplers, versions, defaults by tier."""
     fleet = gateway().fleet
     if name not in fleet.models or not _may_use_model(name):
         raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=[own for own in fleet.models if _may_use_model(own)])

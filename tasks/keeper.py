@@ -121,7 +121,8 @@ class LeaseKeeper:
             yield held
         finally:
             with self._lock:
-                del self._held[job_id]
+                if self._held.get(job_id) is held:  # a later attempt may be here, too, if this one's lease was lost
+                    del self._held[job_id]
 
     @contextmanager
     def alone(self, held: Held) -> Iterator[bool]:

@@ -1,5 +1,6 @@
 """The running gateway, as two tenants and as nobody; and gateways of our own with a part that is broken."""
 
+import contextlib
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from sqlalchemy import Engine, delete, make_url, select, text
 
 from app import create_app
 from app.outlook import FRESH_FOR_S
+from edges.progress import News
 from models import api_keys, jobs, tenants, workers
 from models.database import make_engine, transaction
 from models.states import ACTIVE_STATES
@@ -22,6 +24,8 @@ from models.tables import Job, Worker
 from policy.fleet import Fleet, parse_fleet
 from settings import REPO, GatewaySettings
 from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant, settings_for
+
+OPEN: list[tuple[Engine, News]] = []  # the stack's database and news, once a test asked for them
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -36,8 +40,25 @@ def plain_logs():
 def stack_database(stack) -> Iterator[Engine]:
     """The stack's Postgres, as the gateway sees it."""
     engine = make_engine(stack.env["DATABASE_URL"], pool_size=1)
+    OPEN.append((engine, News(stack.env["HANDOFF_URL"])))
     yield engine
+    OPEN.clear()
     engine.dispose()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_left_to_do():
+    """What this room's tests asked for and did not wait for is taken back, or the one worker renders it while others wait."""
+    yield
+    for engine, news in OPEN:
+        with transaction(engine) as session:
+            query = """SELECT j.id, j.tenant_id FROM jobs j JOIN tenants t ON t.id = j.tenant_id
+                       WHERE t.name LIKE 'app-%' AND j.state IN ('queued', 'running', 'storing')"""
+            left = session.execute(text(query)).all()
+        for job_id, tenant_id in left:
+            with contextlib.suppress(jobs.JobAlreadyFinished), transaction(engine) as session:
+                jobs.cancel(session, job_id, tenant_id=tenant_id, actor="tests")
+            news.tell_cancel(job_id)
 
 
 @pytest.fixture(scope="session")

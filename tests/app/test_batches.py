@@ -22,6 +22,7 @@ _SECOND = timedelta(seconds=1)
 DEEP = {"tiers.batch.max_queued_s_per_tenant": 1e9}
 
 
+@pytest.mark.slow
 def test_a_thousand_jobs_are_accepted_in_their_order_within_seconds(a_house, stack):
     tenant = a_house(DEEP).with_workers().tenant()
     began = time.monotonic()

@@ -164,6 +164,7 @@ def test_previews_are_made_only_for_those_who_ask(api, handoff_redis):
     assert not any(b"jpeg" in fields for _, fields in handoff_redis.xrange(f"events:{job['id']}"))
 
 
+@pytest.mark.slow
 def test_who_asks_while_it_is_rendered_sees_previews_too(api):
     job = create(api)
     with following(api, job) as plain:
@@ -286,6 +287,7 @@ def test_a_flushed_redis_does_not_keep_a_stream_from_its_end(api, handoff_redis)
     assert events[-1][2]["state"] in FINAL_STATES
 
 
+@pytest.mark.slow
 def test_a_redis_that_answers_nothing_does_not_keep_a_stream_from_its_end(api, stack, held_worker):
     job = create(api)
 
@@ -303,6 +305,7 @@ def test_a_redis_that_answers_nothing_does_not_keep_a_stream_from_its_end(api, s
     assert (kind, final["state"]) == ("final", "canceled")
 
 
+@pytest.mark.slow
 def test_a_gateway_that_goes_ends_its_streams_at_once_and_the_next_one_goes_on(api, stack, held_worker):
     job = create(api)
 

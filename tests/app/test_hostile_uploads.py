@@ -50,6 +50,7 @@ def test_no_hostile_upload_is_accepted_or_is_a_fault_and_memory_stays_bounded(ne
         print(f" [{count} hostile uploads: gateway {before >> 20} MiB before, {peak >> 20} at most, {after >> 20} after]", end="")
 
 
+@pytest.mark.slow
 def test_strange_pictures_are_accepted_and_nothing_else_of_them_is_kept(new_tenant, gateway_memory):
     tenant = new_tenant()
 

@@ -95,5 +95,5 @@ def test_another_tenant_s_things_are_in_no_list_and_start_no_job(app, stranger, 
     assert stranger.post("/v1/jobs", json=body).status_code == 422
 
 
-def test_every_blueprint_asks_for_a_key_but_that_of_health():
-    assert {blueprint.name for blueprint in BLUEPRINTS if not blueprint.before_request_funcs} == {"health"}
+def test_every_blueprint_asks_for_a_key_but_those_of_health_and_of_the_document():
+    assert {blueprint.name for blueprint in BLUEPRINTS if not blueprint.before_request_funcs} == {"health", "openapi"}

@@ -55,6 +55,7 @@ def a_mask(*, mode: str = "L") -> bytes:
     return png(picture)
 
 
+@pytest.mark.slow
 def test_the_lower_the_strength_the_nearer_the_image_stays(api, start):
     at = {strength: render(api, init_image=start["file"]["id"], strength=strength) for strength in (0.1, 0.5, 0.95)}
 

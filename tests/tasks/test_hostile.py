@@ -2,6 +2,7 @@
 
 import threading
 import time
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import tasks.verdicts
 from edges.broker import job_of_message
 from edges.notices import FakeNotices, NoticeWatch
 from engine.engine import Engine
+from models import leases
 from models.database import transaction
 from settings import REPO
 from tasks.engines import checkpoint_specs, engine_config
@@ -342,3 +344,18 @@ def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
     assert row.announced_at is not None
     with redis.Redis.from_url(here.settings.broker_url) as client:
         assert job.id in {job_of_message(raw) for raw in client.lrange("local.fast", 0, -1)}
+
+
+def test_a_job_that_came_back_to_the_same_worker_is_not_forgotten_when_the_attempt_before_it_ends(here):
+    """Its lease was lost while the worker stood still; the old task is still about to notice when the new one has begun."""
+    job = here.accept()
+    with ExitStack() as first, ExitStack() as second:
+        first.enter_context(here.keeper.leased(job.id))
+        with transaction(here.database) as session:
+            session.execute(text("UPDATE jobs SET lease_expires_at = clock_timestamp() WHERE id = :id"), {"id": job.id})
+            leases.lose(session, job.id, max_attempts=5)
+        again = second.enter_context(here.keeper.leased(job.id))
+
+        first.close()
+
+        assert here.keeper.all_held() == [again]
