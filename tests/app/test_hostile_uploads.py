@@ -9,6 +9,8 @@ import pytest
 from tests.app.problem import assert_problem
 from tests.pictures import SECRET, decoded, harmless, hostile
 
+pytestmark = pytest.mark.slow
+
 MOST_MEMORY = 1_000_000_000  # what AT_ONCE decodes of the largest pictures may add, and some more
 
 
@@ -50,7 +52,6 @@ def test_no_hostile_upload_is_accepted_or_is_a_fault_and_memory_stays_bounded(ne
         print(f" [{count} hostile uploads: gateway {before >> 20} MiB before, {peak >> 20} at most, {after >> 20} after]", end="")
 
 
-@pytest.mark.slow
 def test_strange_pictures_are_accepted_and_nothing_else_of_them_is_kept(new_tenant, gateway_memory):
     tenant = new_tenant()
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import uuid
 
@@ -115,6 +116,7 @@ def test_the_page_loads_nothing_from_elsewhere(nobody):
 
 
 @pytest.mark.browser
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_the_page_shows_the_operations(stack, tmp_path):
     """In a real browser; what it draws is in shadow roots, so we look at the picture's size and at the dumped text."""
     picture = tmp_path / "docs.png"

@@ -9,6 +9,8 @@ from PIL import Image
 
 from tests.pictures import decoded, png
 
+pytestmark = pytest.mark.slow
+
 WISH = {"prompt": "a large red circle in the center on a blue background", "tier": "quality", "steps": 20, "seed": 11}
 
 
@@ -55,7 +57,6 @@ def a_mask(*, mode: str = "L") -> bytes:
     return png(picture)
 
 
-@pytest.mark.slow
 def test_the_lower_the_strength_the_nearer_the_image_stays(api, start):
     at = {strength: render(api, init_image=start["file"]["id"], strength=strength) for strength in (0.1, 0.5, 0.95)}
 

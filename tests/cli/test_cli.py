@@ -1,6 +1,7 @@
 """The darkroom command: what it prints, and with which exit code it ends."""
 
 import json
+import time
 from pathlib import Path
 
 import psycopg2
@@ -189,6 +190,7 @@ def test_a_key_works_until_it_is_revoked(stack, monkeypatch):
 
     key_id = issued.stderr.split()[1].rstrip(";")
     assert run(stack.data_dir, "keys", "revoke", key_id).exit_code == 0
+    time.sleep(1)  # a gateway trusts a key for less than that
 
     refused = run(stack.data_dir, "jobs")
     assert (refused.exit_code, "Unauthenticated" in refused.stderr) == (4, True)
