@@ -12,7 +12,10 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from sqlalchemy import text
 
+from models import api_keys, tenants
+from models.database import transaction
 from tests.app.conftest import bearer
 from tests.builders import until
 
@@ -243,6 +246,57 @@ def test_two_first_tries_are_two_jobs_and_a_further_try_joins_the_last(rest):
 
     assert first != second
     assert again == second
+
+
+def test_a_further_try_whose_first_is_long_over_is_a_new_job(rest, stack_database):
+    body = {"prompt": PROMPT, "steps": 2, "seed": 98}
+    first = rest.post("/v1/images/generations", json=body).json()["job_id"]
+    with transaction(stack_database) as session:
+        session.execute(text("UPDATE jobs SET finished_at = finished_at - interval '11 minutes' WHERE id = :id"), {"id": first})
+
+    further = {"headers": {"X-Stainless-Retry-Count": "1"}}
+    second, third = (rest.post("/v1/images/generations", json=body, **further).json()["job_id"] for _ in range(2))
+
+    assert second != first
+    assert third == second
+
+
+def test_adapters_that_an_edit_asks_for_are_read_out_of_its_form(client):
+    with pytest.raises(openai.BadRequestError, match="adapters are not offered by model pocket") as refusal:
+        client.images.edit(image=a_picture(), prompt=PROMPT, extra_body={"adapters": [{"name": "sepia", "strength": 0.5}]})
+
+    assert refusal.value.param == "adapters"
+
+
+def test_a_file_that_nothing_reads_is_refused_and_not_passed_over(client):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.edit(image=a_picture(), markup=a_picture(), prompt=PROMPT)
+
+    assert refusal.value.param == "markup"
+
+
+@pytest.mark.parametrize(("field", "value"), [("seed", 10**400), ("user", "a\x00b")])
+def test_what_no_database_holds_is_a_bad_request(client, field, value):
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.generate(prompt=PROMPT, extra_body={field: value})
+
+    assert refusal.value.param == field
+
+
+def test_a_tenant_s_limits_are_the_client_s_own_errors(stack, stack_database):
+    with transaction(stack_database) as session:
+        tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
+        tenants.limit(session, tenant, changes={"requests_per_minute": 2, "allowed_tiers": ["fast"]}, actor="tests")
+        _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+    limited = a_client(stack, key)
+
+    with pytest.raises(openai.PermissionDeniedError):
+        limited.images.generate(prompt=PROMPT, extra_body={"tier": "batch"})
+    limited.images.generate(prompt=PROMPT, extra_body={"tier": "fast", "steps": 2})
+    with pytest.raises(openai.RateLimitError) as refusal:
+        limited.images.generate(prompt=PROMPT)
+
+    assert int(refusal.value.response.headers["Retry-After"]) >= 1
 
 
 def test_a_client_that_leaves_its_stream_cancels_the_job(client, rest):
