@@ -4,8 +4,11 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
+from typing import Any, cast
 
 import structlog
+from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
@@ -22,12 +25,14 @@ from models.accepting import AcceptedRow, NewJob
 from models.database import transaction
 from models.idempotency import Answer, Once
 from models.states import ImageState, JobState
-from models.tables import Image, Job
+from models.tables import Job
 from policy.admission import Refusal
 from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
 
 log = structlog.get_logger(__name__)
+
+_NOTHING_YET: Mapping[str, Any] = dict.fromkeys(inspect(Job).column_attrs.keys())
 
 
 @dataclass(frozen=True)
@@ -138,14 +143,16 @@ def write(session: Session, new: Sequence[NewJob]) -> list[AcceptedRow]:
 
 
 def _as_written(new: NewJob, row: AcceptedRow) -> Job:
-    """The job as it stands in the database, without asking again: what a view shows of one that has just been accepted."""
-    job = Job(id=row.id, tenant_id=caller().tenant_id, state=JobState.QUEUED, attempt=0, device_seconds=0.0, **new.params)
-    job.accepted_at, job.start_by, job.release_tag = row.accepted_at, row.start_by, row.release_tag
-    job.predicted_s, job.megapixel_steps, job.labels = new.predicted_s, new.megapixel_steps, dict(new.labels or {})
-    job.replay_of = new.replay_of
+    """The job as it stands in the database, without asking again: what a view shows of one that has just been accepted.
+
+    It only looks like a row: what makes attributes persistent costs more than all the rest of the answer.
+    """
     seed, images = new.params["seed"], range(new.params["num_images"])
-    job.images = [Image(index=index, seed=seed + index, state=ImageState.PENDING, artifact=None) for index in images]
-    return job
+    written = {"id": row.id, "tenant_id": caller().tenant_id, "state": JobState.QUEUED, "attempt": 0, "device_seconds": 0.0}
+    written |= {"accepted_at": row.accepted_at, "start_by": row.start_by, "release_tag": row.release_tag, "replay_of": new.replay_of}
+    written |= {"predicted_s": new.predicted_s, "megapixel_steps": new.megapixel_steps, "labels": new.labels}
+    written["images"] = [SimpleNamespace(index=index, seed=seed + index, state=ImageState.PENDING, artifact=None) for index in images]
+    return cast("Job", SimpleNamespace(**_NOTHING_YET | new.params | written))
 
 
 def answered(once: Once) -> Job | None:

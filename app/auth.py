@@ -13,7 +13,7 @@ from edges import telemetry
 from edges.limits import WINDOW_S
 from models import api_keys
 from models.api_keys import KnownKey
-from policy.limits import Limits, limits_of
+from policy.limits import Limits
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ def require_key() -> None:
     if known is None:
         telemetry.AUTH_FAILURES.labels("bad_key").inc()
         raise Unauthenticated("This API key is unknown, revoked or expired.")
-    g.caller = Caller(known.tenant_id, known.id, f"key:{known.kid}", known.scopes, limits_of(known.limits))
+    g.caller = Caller(known.tenant_id, known.id, f"key:{known.kid}", known.scopes, known.limits)
     structlog.contextvars.bind_contextvars(tenant_id=str(known.tenant_id))
     needed = _needed_scope()
     if needed not in known.scopes:

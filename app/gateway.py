@@ -2,6 +2,7 @@
 
 import random
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from flask import current_app
@@ -59,7 +60,9 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     news = News(settings.handoff_url)
-    lookout = Lookout(database, fleet, Gauge(settings.handoff_url), release.room, worker_silence_s=settings.lease_ttl_s)
+    refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
+    gauge = Gauge(settings.handoff_url)
+    lookout = Lookout(database, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
         fleet=fleet,
@@ -74,7 +77,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         lookout=lookout,
         events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
         outbound=Outbound(settings.outbound_allowed_networks),
-        keyring=Keyring(database),
+        keyring=Keyring(database, refresher),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
     )

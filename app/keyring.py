@@ -1,8 +1,14 @@
 """The API keys that were used in the last moment, so that most requests ask the database nothing."""
 
+import itertools
+import math
 import threading
 import time
+import uuid
 from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import Engine
@@ -15,38 +21,80 @@ from models.database import transaction
 log = structlog.get_logger(__name__)
 
 TRUSTED_FOR_S = 0.75  # after that a key is looked up again: a revoked one is refused within a second, in every process
+REFRESHED_AFTER_S = 0.4  # from then on those in use are all looked up again, behind the requests' back
+IN_USE_FOR_S = 5.0
+MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
+
+
+@dataclass
+class _Entry:
+    read_at: float
+    used_at: float
+    known: KnownKey | None
 
 
 class Keyring:
     """What is known of the keys that were used in the last moment, by their public ids; unknown ones are remembered as such."""
 
-    def __init__(self, database: Engine) -> None:
-        self._database = database
-        self._known: OrderedDict[str, tuple[float, KnownKey | None]] = OrderedDict()
-        self._lock = threading.Lock()
+    def __init__(self, database: Engine, refresher: Executor) -> None:
+        self._database, self._refresher = database, refresher
+        self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one used last comes last
+        self._lock, self._turn = threading.Lock(), threading.Lock()
 
     def find(self, kid: str) -> KnownKey | None:
         """The live key with that public id, as it was at most `TRUSTED_FOR_S` ago."""
         now = time.monotonic()
         with self._lock:
-            read_at, known = self._known.get(kid, (-TRUSTED_FOR_S, None))
-        if now - read_at < TRUSTED_FOR_S:
-            return known
-        with transaction(self._database) as session:
-            known = api_keys.look_up(session, kid)
-        with self._lock:
-            self._known[kid] = (now, known)
-            self._known.move_to_end(kid)
-            while len(self._known) > MOST_REMEMBERED:
-                self._known.popitem(last=False)
-        if known is not None and known.is_use_to_be_noted:
-            self._note_use(known)
-        return known
+            entry = self._entries.get(kid)
+            if entry is not None:
+                entry.used_at = now
+                self._entries.move_to_end(kid)
+        age_s = now - entry.read_at if entry is not None else math.inf
+        has_turn = age_s > REFRESHED_AFTER_S and self._turn.acquire(blocking=False)
+        if entry is not None and age_s < TRUSTED_FOR_S:
+            if has_turn:
+                self._refresher.submit(self._refresh)
+            return entry.known
+        return (self._read_all({kid}) if has_turn else self._read({kid})).get(kid)
 
-    def _note_use(self, known: KnownKey) -> None:
+    def _refresh(self) -> None:
+        try:
+            self._read_all(set())
+        except SQLAlchemyError as error:  # nobody trusts what is there for much longer, and then asks by himself
+            log.info("keys_not_refreshed", reason=type(error).__name__)
+
+    def _read_all(self, kids: set[str]) -> dict[str, KnownKey]:
+        """Read these, and all that are in use; whoever has the turn calls it, and gives it up by that."""
+        try:
+            return self._read(kids | self._in_use(time.monotonic()))
+        finally:
+            self._turn.release()
+
+    def _in_use(self, now: float) -> set[str]:
+        """The keys used last, as many as are worth asking for at once."""
+        with self._lock:
+            latest = itertools.islice(reversed(self._entries.items()), MOST_AT_ONCE)
+            return {kid for kid, entry in latest if now - entry.used_at < IN_USE_FOR_S}
+
+    def _read(self, kids: set[str]) -> dict[str, KnownKey]:
+        now = time.monotonic()
+        with transaction(self._database) as session:
+            found = api_keys.look_up(session, list(kids))
+        with self._lock:
+            for kid in kids:
+                used_at = self._entries[kid].used_at if kid in self._entries else now
+                self._entries[kid] = _Entry(now, used_at, found.get(kid))
+            while len(self._entries) > MOST_REMEMBERED:
+                self._entries.popitem(last=False)
+        self._note_use([known.id for known in found.values() if known.is_use_to_be_noted])
+        return found
+
+    def _note_use(self, key_ids: Sequence[uuid.UUID]) -> None:
+        if not key_ids:
+            return
         try:
             with transaction(self._database) as session:
-                api_keys.note_use(session, known.id)
+                api_keys.note_use(session, key_ids)
         except SQLAlchemyError as error:
-            log.info("key_use_not_noted", api_key_id=str(known.id), reason=type(error).__name__)
+            log.info("key_use_not_noted", keys=len(key_ids), reason=type(error).__name__)

@@ -9,6 +9,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TypeVar, cast
@@ -30,7 +31,7 @@ from policy.fleet import Fleet
 from policy.prediction import Cost, Eta, EtaRatios, Waiting
 
 Read = TypeVar("Read")
-FRESH_FOR_S = 0.25
+FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
 
 
@@ -91,12 +92,20 @@ class Lookout:
     """One per gateway process."""
 
     def __init__(
-        self, database: Engine, fleet: Fleet, gauge: Gauge, room: Callable[[str, str, int], Room], *, worker_silence_s: float
+        self,
+        database: Engine,
+        fleet: Fleet,
+        gauge: Gauge,
+        room: Callable[[str, str, int], Room],
+        refresher: Executor,
+        *,
+        worker_silence_s: float,
     ) -> None:
-        """room: of a (pool, tier) whose live workers hold so many images (Release.room)."""
+        """room: of a (pool, tier) whose live workers hold so many images (Release.room).  refresher: reads again what grows old."""
         self._database, self._fleet, self._gauge, self._room = database, fleet, gauge, room
         self._worker_silence_s = worker_silence_s
-        self._remembered: dict[tuple[object, ...], tuple[float, object]] = {}
+        self._refresher = refresher
+        self._remembered: dict[tuple[object, ...], tuple[float, float, object]] = {}  # when it was read, and last asked for
         self._lock = threading.Lock()
 
     def expect(self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None) -> Expected:
@@ -166,11 +175,10 @@ class Lookout:
 
     def _seen(self, pool: str) -> _Seen:
         def read(session: Session) -> _Seen:
-            running = {tier: Running(cost_s, images) for tier, cost_s, images in releasing.running(session, pool=pool)}
-            devices = workers.working(session, pool=pool, silent_for_s=self._worker_silence_s)
-            slots = workers.live_slots(session, pool=pool, silent_for_s=self._worker_silence_s)
-            standings, clocks = flows.standings(session, pool=pool), flows.clocks(session, pool=pool)
-            return _Seen(devices, standings, running, clocks, slots, releasing.hands(session, pool=pool))
+            slots, devices = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
+            hands = releasing.hands(session, pool=pool)
+            running = {tier: Running(work.running_s, work.running.total()) for tier, work in hands.items() if work.running}
+            return _Seen(devices, flows.standings(session, pool=pool), running, flows.clocks(session, pool=pool), slots, hands)
 
         return self._recalled(("seen", pool), FRESH_FOR_S, read)
 
@@ -189,16 +197,26 @@ class Lookout:
         return self._recalled(("ratios", pool, tier), LEARNT_FOR_S, read)
 
     def _recalled(self, key: tuple[object, ...], fresh_for_s: float, read: Callable[[Session], Read]) -> Read:
-        """What `read(session)` gave within the last `fresh_for_s`; else read anew, by one thread while others take the old answer."""
+        """What `read(session)` gave within the last `fresh_for_s`; else read anew, by one thread while others take the old answer.
+
+        Half way there it is read again behind the requests' back, so that under load no request waits for it.
+        """
         now = time.monotonic()
         with self._lock:
-            read_at, known = self._remembered.get(key, (-math.inf, None))
-            if now - read_at < fresh_for_s:
+            read_at, asked_at, known = self._remembered.get(key, (-math.inf, -math.inf, None))
+            if now - asked_at < fresh_for_s / 2:
                 return cast("Read", known)
             if key in self._remembered:
-                self._remembered[key] = (now, known)
+                self._remembered[key] = (read_at, now, known)
+        if now - read_at < fresh_for_s:
+            self._refresher.submit(self._read, key, read)
+            return cast("Read", known)
+        return self._read(key, read)
+
+    def _read(self, key: tuple[object, ...], read: Callable[[Session], Read]) -> Read:
+        began = time.monotonic()
         with transaction(self._database) as session:
             answer = read(session)
         with self._lock:
-            self._remembered[key] = (now, answer)
+            self._remembered[key] = (began, began, answer)
         return answer

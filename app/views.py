@@ -68,9 +68,8 @@ def status_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None =
 
 def urls_view(job: Job) -> dict[str, str]:
     """Where a job, what changes of it, and what can be done with it are found."""
-    actions = {"self": "show_job", "status": "show_status", "cancel": "cancel_job", "replay": "replay_job"}
-    urls = {name: url_for(f"jobs.{endpoint}", job_id=job.id) for name, endpoint in actions.items()}
-    return urls | {"events": url_for("events.follow_job", job_id=job.id)}
+    own = url_for("jobs.show_job", job_id=job.id)
+    return {"self": own} | {name: f"{own}/{name}" for name in ("status", "cancel", "replay", "events")}
 
 
 def params_view(of: Job | Resolved) -> dict[str, Any]:

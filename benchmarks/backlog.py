@@ -216,7 +216,7 @@ def _pick(*, free: int, only_bulk: bool = False, bulk_at_cap: bool = False) -> C
     """What a release does in the database. free: images for which there is room."""
 
     def pick(queue: Queue, session: Session) -> int:
-        workers.live_slots(session, pool=POOL, silent_for_s=15)
+        workers.capacity(session, pool=POOL, silent_for_s=15)
         room = Room(slots=SLOTS, limit_images=queue.in_hand + free, least_share=4, most_of_one=queue.of_bulk if bulk_at_cap else None)
         picked = releasing.pick(session, pool=POOL, tier=TIER, room=room, tenant_id=queue.bulk if only_bulk else None)
         if len(picked) < free:

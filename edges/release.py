@@ -35,7 +35,7 @@ class Release:
         tenant_id: whose job was just accepted; only this tenant is looked at when the tier's own room is full.
         """
         with transaction(self._engine) as session:
-            slots = workers.live_slots(session, pool=pool, silent_for_s=self._worker_silence_s)
+            slots = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s).slots
             picked = releasing.pick(session, pool=pool, tier=tier, room=self.room(pool, tier, slots), tenant_id=tenant_id)
         return self._publish(pool, tier, picked)
 

@@ -10,7 +10,7 @@ import secrets
 import string
 import uuid
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 from models import audit
 from models.tables import ApiKey, Tenant
 from models.tenants import LIMITS
+from policy.limits import Limits, limits_of
 
 _ALPHABET = string.digits + string.ascii_letters
 USE_NOTED_EVERY_M = 5  # minutes
@@ -38,7 +39,7 @@ class KnownKey:
     scopes: frozenset[str]
     expires_at: float | None
     is_use_to_be_noted: bool
-    limits: Mapping[str, Any]  # of its tenant, by the names of the columns
+    limits: Limits  # of its tenant
 
     def is_live(self, now: float) -> bool:
         """Is it still, at `now` in Unix seconds?"""
@@ -93,30 +94,19 @@ def is_it(key: str, digest: bytes, *, pepper: str) -> bool:
     return hmac.compare_digest(digest, _digest(pepper, key))
 
 
-def look_up(session: Session, kid: str) -> KnownKey | None:
-    """The live key with this public id, in plain values."""
+def look_up(session: Session, kids: Sequence[str]) -> dict[str, KnownKey]:
+    """The live keys with these public ids, by them, in plain values; others are left out."""
     stale = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, USE_NOTED_EVERY_M)
     is_stale = func.coalesce(ApiKey.last_used_at < stale, True)
     key = (ApiKey.id, ApiKey.tenant_id, ApiKey.kid, ApiKey.digest, ApiKey.scopes, ApiKey.expires_at, is_stale)
     query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(Tenant, Tenant.id == ApiKey.tenant_id)
-    row = session.execute(query.where(ApiKey.kid == kid, *_is_live())).one_or_none()
-    if row is None:
-        return None
-    expires_at = row[5].timestamp() if row[5] is not None else None
-    limits = dict(zip(LIMITS, row[7:], strict=True))
-    return KnownKey(row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], limits)
+    return {row[2]: _known(row) for row in session.execute(query.where(ApiKey.kid.in_(kids), *_is_live()))}
 
 
-def note_use(session: Session, key_id: uuid.UUID) -> None:
-    """The key was used just now."""
-    session.execute(update(ApiKey).where(ApiKey.id == key_id).values(last_used_at=func.clock_timestamp()))
-
-
-def authenticate(session: Session, key: str, *, pepper: str) -> ApiKey | None:
-    """The live key that `key` is, or None: unknown, mistyped, revoked and expired look alike."""
-    kid = kid_of(key)
-    row = session.scalar(select(ApiKey).where(ApiKey.kid == kid, *_is_live())) if kid is not None else None
-    return row if row is not None and is_it(key, row.digest, pepper=pepper) else None
+def note_use(session: Session, key_ids: Sequence[uuid.UUID]) -> None:
+    """The keys were used just now. One that somebody else is writing to is left to the next time."""
+    free = select(ApiKey.id).where(ApiKey.id.in_(key_ids)).with_for_update(skip_locked=True)
+    session.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.clock_timestamp()))
 
 
 def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey | None:
@@ -131,6 +121,13 @@ def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey
 def of_tenant(session: Session, tenant_id: uuid.UUID) -> list[ApiKey]:
     """The tenant's keys, oldest first, revoked ones included."""
     return list(session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)))
+
+
+def _known(row: Sequence[Any]) -> KnownKey:
+    expires_at = row[5].timestamp() if row[5] is not None else None
+    return KnownKey(
+        row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], limits_of(dict(zip(LIMITS, row[7:], strict=True)))
+    )
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:

@@ -1,29 +1,54 @@
 """One engine per process, one transaction per `with`."""
 
+import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, func, select
+from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, event, func, select
+from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.orm import Session
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 # libpq: a server that is gone without a word (failover, a NAT that forgot us) is an error after some 8 s, not a hang of minutes.
 _NOTICES_SILENCE = {"keepalives_idle": 5, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 8000}
+
+CHECKED_AFTER_S = 0.5  # of idleness; a check costs a round trip, and a Postgres that restarts is away for about as long
 
 AFRESH = {"populate_existing": True}  # execution options of a locking read: it is taken to see what is there now
 
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
-    """Connections that are checked before use (a restarted Postgres costs a reconnect, not an error), with a limit on every wait."""
+    """Connections that are checked after they were idle (a restarted Postgres costs a reconnect, not an error), every wait limited."""
     options = "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
-    return create_engine(
+    engine = create_engine(
         database_url,
         pool_size=pool_size,
         max_overflow=pool_size,
-        pool_pre_ping=True,
+        pool_use_lifo=True,  # those in use stay few and warm
         pool_timeout=10,
         connect_args={"options": options, "connect_timeout": 5, "application_name": "darkroom", **_NOTICES_SILENCE},
     )
+    _check_idle_ones(engine)
+    return engine
+
+
+def _check_idle_ones(engine: Engine) -> None:
+    def note_use(connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
+        record.info["used_at"] = time.monotonic()
+
+    def check(connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+        if time.monotonic() - record.info.get("used_at", math.inf) < CHECKED_AFTER_S:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error as error:
+            raise InvalidatePoolError from error  # the pool makes all its connections anew
+
+    event.listen(engine, "checkin", note_use)
+    event.listen(engine, "checkout", check)
 
 
 @contextmanager

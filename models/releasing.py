@@ -10,9 +10,9 @@ less urgent. That is how one tenant may use every idle slot without anybody else
 """
 
 import uuid
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 
 from sqlalchemy import func, or_, select, text, true, update
@@ -148,35 +148,33 @@ def may_pass_at_once(session: Session, *, pool: str, tier: str, room: Room, tena
     return session.scalar(select(Job.id).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).limit(1)) is None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Hands:
-    """Images of one tier in the hands of Celery and the workers, by tenant; those of them that run; and the jobs that are announced."""
+    """What of one tier is in the hands of Celery and the workers.
+
+    images, running: images by tenant, and those of them that run.  running_s: predicted device seconds of these.  announced_jobs: the rest.
+    """
 
     images: Counter[uuid.UUID] = field(default_factory=Counter)
     running: Counter[uuid.UUID] = field(default_factory=Counter)
+    running_s: float = 0.0
     announced_jobs: int = 0
 
 
 def hands(session: Session, *, pool: str) -> dict[str, Hands]:
     """What is in hand, by tier."""
-    columns = (Job.tier, Job.tenant_id, Job.state, func.sum(Job.num_images), func.count())
+    columns = (Job.tier, Job.tenant_id, Job.state, func.sum(Job.num_images), func.sum(Job.predicted_s), func.count())
     query = select(*columns).where(Job.pool == pool, _IN_HAND).group_by(Job.tier, Job.tenant_id, Job.state)
-    found: dict[str, Hands] = {}
-    for tier, tenant_id, state, images, jobs in session.execute(query):
-        here = found.get(tier, Hands())
+    found: defaultdict[str, Hands] = defaultdict(Hands)
+    for tier, tenant_id, state, images, cost_s, jobs in session.execute(query):
+        here = found[tier]
         here.images[tenant_id] += int(images)
         if state == JobState.RUNNING:
             here.running[tenant_id] += int(images)
+            here.running_s += float(cost_s)
         else:
-            here = replace(here, announced_jobs=here.announced_jobs + jobs)
-        found[tier] = here
+            here.announced_jobs += jobs
     return found
-
-
-def running(session: Session, *, pool: str) -> list[tuple[str, float, int]]:
-    """(tier, predicted device seconds, images) of the pool's running jobs."""
-    query = select(Job.tier, func.sum(Job.predicted_s), func.sum(Job.num_images)).where(Job.pool == pool, Job.state == JobState.RUNNING)
-    return [(tier, float(cost_s), int(images)) for tier, cost_s, images in session.execute(query.group_by(Job.tier))]
 
 
 def _in_hand(session: Session, pool: str, tier: str) -> tuple[Counter[uuid.UUID], Counter[uuid.UUID]]:

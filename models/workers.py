@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import delete, func, select
 from sqlalchemy.dialects.postgresql import insert
@@ -28,16 +28,18 @@ def live(session: Session, *, silent_for_s: float) -> Sequence[Worker]:
     return session.scalars(select(Worker).where(Worker.seen_at > fresh).order_by(Worker.name)).all()
 
 
-def live_slots(session: Session, *, pool: str, silent_for_s: float) -> int:
-    """Images that the pool's live workers can hold at once."""
-    fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
-    return session.scalar(select(func.coalesce(func.sum(Worker.slots), 0)).where(Worker.pool == pool, Worker.seen_at > fresh)) or 0
+class Capacity(NamedTuple):
+    """Images that a pool's live workers can hold at once, and how many of them take jobs: one that is leaving has no slots any more."""
+
+    slots: int
+    devices: int
 
 
-def working(session: Session, *, pool: str, silent_for_s: float) -> int:
-    """The pool's live workers that take jobs; one that is leaving has no slots any more."""
+def capacity(session: Session, *, pool: str, silent_for_s: float) -> Capacity:
+    """What the workers heard of in the last `silent_for_s` can do."""
     fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
-    return session.scalar(select(func.count()).where(Worker.pool == pool, Worker.seen_at > fresh, Worker.slots > 0)) or 0
+    columns = func.coalesce(func.sum(Worker.slots), 0), func.count().filter(Worker.slots > 0)
+    return Capacity(*session.execute(select(*columns).where(Worker.pool == pool, Worker.seen_at > fresh)).one())
 
 
 def forget_the_silent(session: Session, *, silent_for_s: float) -> None:

@@ -150,10 +150,18 @@ def _check_text(model: Model, wish: Wish) -> None:
         if len(text) > model.max_prompt_chars:
             accepted = {"max_chars": model.max_prompt_chars}
             raise InvalidWish(field, f"has {len(text)} characters; at most {model.max_prompt_chars} are accepted", accepted)
-        if "\x00" in text or any("\ud800" <= char <= "\udfff" for char in text):
+        if "\x00" in text or not _is_unicode(text):
             raise InvalidWish(field, "contains a NUL or a lone surrogate; plain Unicode text is accepted")
     if not wish.prompt.strip() and wish.init_image is None:  # a picture may say it all
         raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate
+        return False
+    return True
 
 
 def _strength(wish: Wish, num_steps: int) -> float | None:

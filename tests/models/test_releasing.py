@@ -191,7 +191,9 @@ def test_what_runs_is_told_by_tier_in_device_seconds_and_images(session, pool):
     dump(session, pool, 3, tenant)
     pick(session, pool, limit_images=4)
 
-    assert releasing.running(session, pool=pool) == [("fast", 3, 2)]
+    fast = releasing.hands(session, pool=pool)["fast"]
+    assert (fast.running, fast.running_s, fast.announced_jobs) == ({tenant.id: 2}, 3, 2)
+    assert fast.images == {tenant.id: 4}
     assert in_hand(session, pool) == 4
 
 

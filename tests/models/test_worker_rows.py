@@ -28,17 +28,24 @@ def test_the_slots_of_live_workers_add_up(session, pool):
     beat(session, pool, "gpu1", slots=8)
     beat(session, pool, "gpu1", slots=8)
 
-    assert workers.live_slots(session, pool=pool, silent_for_s=15) == 24
+    assert workers.capacity(session, pool=pool, silent_for_s=15) == (24, 2)
+
+
+def test_a_worker_that_leaves_takes_no_jobs_any_more(session, pool):
+    beat(session, pool, "gpu0", slots=16)
+    beat(session, pool, "gpu1", slots=0)
+
+    assert workers.capacity(session, pool=pool, silent_for_s=15) == (16, 1)
 
 
 def test_a_silent_worker_does_not_count_until_it_speaks_again(session, pool):
     beat(session, pool)
     silence(session, pool, 20)
-    assert workers.live_slots(session, pool=pool, silent_for_s=15) == 0
+    assert workers.capacity(session, pool=pool, silent_for_s=15) == (0, 0)
 
     beat(session, pool)
 
-    assert workers.live_slots(session, pool=pool, silent_for_s=15) == 16
+    assert workers.capacity(session, pool=pool, silent_for_s=15) == (16, 1)
 
 
 def test_a_worker_that_leaves_is_gone_and_one_that_died_is_forgotten(session, pool):
