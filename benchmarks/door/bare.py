@@ -20,8 +20,8 @@ LIST = "bare"
 def make_application() -> Flask:
     """The route, with as many connections as the gateway may have."""
     app = Flask(__name__)
-    most = 2 * int(os.environ.get("DATABASE_POOL_SIZE", "10"))
-    pool = psycopg2.pool.ThreadedConnectionPool(1, most, os.environ["DATABASE_URL"].replace("+psycopg2", ""))
+    most = 2 * int(os.environ.get("DATABASE_POOL_SIZE", "10"))  # all are made at once: this pool closes what it has beyond its least
+    pool = psycopg2.pool.ThreadedConnectionPool(most, most, os.environ["DATABASE_URL"].replace("+psycopg2", ""))
     broker = redis.Redis.from_url(os.environ["BROKER_URL"])
     app.extensions["darkroom"] = SimpleNamespace(events=SimpleNamespace(close=lambda: None))  # what that configuration closes at the end
     turn = threading.BoundedSemaphore(most)  # psycopg2's pool raises when it is empty; a server waits
