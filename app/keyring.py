@@ -1,7 +1,6 @@
 """The API keys that were used in the last moment, so that most requests ask the database nothing."""
 
 import itertools
-import math
 import threading
 import time
 import uuid
@@ -50,29 +49,38 @@ class Keyring:
             if entry is not None:
                 entry.used_at = now
                 self._entries.move_to_end(kid)
-        age_s = now - entry.read_at if entry is not None else math.inf
-        has_turn = age_s > REFRESHED_AFTER_S and self._turn.acquire(blocking=False)
-        if entry is not None and age_s < TRUSTED_FOR_S:
-            if has_turn:
-                self._refresher.submit(self._refresh)
-            return entry.known
-        return (self._read_all({kid}) if has_turn else self._read({kid})).get(kid)
+        if entry is None:
+            return self._read({kid}).get(kid)
+        if now - entry.read_at >= TRUSTED_FOR_S:
+            return self._known_anew(kid)
+        if now - entry.read_at > REFRESHED_AFTER_S and self._turn.acquire(blocking=False):
+            self._refresher.submit(self._refresh)
+        return entry.known
 
-    def _refresh(self) -> None:
+    def _known_anew(self, kid: str) -> KnownKey | None:
+        """Whoever has the turn reads for all; who gets it late, because the database hangs, reads for himself."""
+        if not self._turn.acquire(timeout=1.0):
+            return self._read({kid}).get(kid)
         try:
-            self._read_all(set())
-        except SQLAlchemyError as error:  # nobody trusts what is there for much longer, and then asks by himself
-            log.info("keys_not_refreshed", reason=type(error).__name__)
-
-    def _read_all(self, kids: set[str]) -> dict[str, KnownKey]:
-        """Read these, and all that are in use; whoever has the turn calls it, and gives it up by that."""
-        try:
-            return self._read(kids | self._in_use(time.monotonic()))
+            with self._lock:
+                entry = self._entries.get(kid)
+            if entry is not None and time.monotonic() - entry.read_at < TRUSTED_FOR_S:
+                return entry.known
+            return self._read(self._in_use() | {kid}).get(kid)
         finally:
             self._turn.release()
 
-    def _in_use(self, now: float) -> set[str]:
+    def _refresh(self) -> None:
+        try:
+            self._read(self._in_use())
+        except SQLAlchemyError as error:  # nobody trusts what is there for much longer, and then asks by himself
+            log.info("keys_not_refreshed", reason=type(error).__name__)
+        finally:
+            self._turn.release()
+
+    def _in_use(self) -> set[str]:
         """The keys used last, as many as are worth asking for at once."""
+        now = time.monotonic()
         with self._lock:
             latest = itertools.islice(reversed(self._entries.items()), MOST_AT_ONCE)
             return {kid for kid, entry in latest if now - entry.used_at < IN_USE_FOR_S}

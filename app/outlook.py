@@ -25,10 +25,10 @@ from models.releasing import Hands, Room
 from models.states import JobState
 from models.tables import Job
 from policy import admission, prediction
-from policy.admission import Outlook, Refusal, Running
+from policy.admission import Outlook, Own, Refusal, Running
 from policy.catalog import Resolved
 from policy.fleet import Fleet
-from policy.prediction import Cost, Eta, EtaRatios, Waiting
+from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
 
 Read = TypeVar("Read")
 FRESH_FOR_S = 0.5
@@ -78,14 +78,16 @@ NOTHING: Mapping[str, Booked] = {}
 
 @dataclass(frozen=True)
 class _Seen:
-    """A pool as it was read."""
+    """A pool as it was read. flows: by tier and tenant.  sharing: by tier, the tenants that have any in hand or waiting."""
 
     devices: int
-    standings: list[Standing]
+    slots: int
+    flows: Mapping[tuple[str, uuid.UUID], Standing]
+    lines: Mapping[str, Line]
     running: Mapping[str, Running]
     clocks: Mapping[str, float]
-    slots: int
     hands: Mapping[str, Hands]
+    sharing: Mapping[str, frozenset[uuid.UUID]]
 
 
 class Lookout:
@@ -114,7 +116,7 @@ class Lookout:
         booked: what it is about to submit before this one, by pool and tier.
         """
         seen, before = self._seen(wish.pool), {tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool}
-        own = next((flow for flow in seen.standings if flow.tier == wish.tier and flow.tenant_id == tenant_id), None)
+        own = seen.flows.get((wish.tier, tenant_id))
         lead_s = max(0.0, own.finish_tag - seen.clocks.get(wish.tier, own.finish_tag)) if own else 0.0
         lead_s += before.get(wish.tier, Booked()).cost_s / (own.weight if own else 1.0)
         outlook = self._outlook(seen, tenant_id, before)
@@ -139,11 +141,12 @@ class Lookout:
         """
         seen = self._seen(wish.pool)
         room, hands = self._room(wish.pool, wish.tier, seen.slots), seen.hands.get(wish.tier, Hands())
-        flows = [flow for flow in seen.standings if flow.tier == wish.tier]
-        waiting = sum(flow.queued_jobs for flow in flows) - hands.announced_jobs
+        line = seen.lines.get(wish.tier)
+        waiting = (line.jobs if line is not None else 0) - hands.announced_jobs
         if waiting <= 0 and hands.images.total() + wish.num_images <= room.slots:
             return WayOut.AT_ONCE, room
-        sharing = len(hands.images.keys() | {flow.tenant_id for flow in flows} | {tenant_id})
+        others = seen.sharing.get(wish.tier, frozenset())
+        sharing = len(others) + (tenant_id not in others)
         is_behind = releasing.is_behind(tenant_id, wish.num_images, hands.images, hands.running, room, sharing)
         return (WayOut.TO_BE_SEEN if is_behind or waiting <= room.limit_images else WayOut.IN_TURN), room
 
@@ -165,20 +168,38 @@ class Lookout:
 
     def _outlook(self, seen: _Seen, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING) -> Outlook:
         """The pool as policy sees it; `booked` is what the tenant adds to it, by tier. Its weight there counts as 1 if it is not known."""
-        waiting, added = [], dict(booked)
-        for flow in seen.standings:
-            is_own = flow.tenant_id == tenant_id
-            more = added.pop(flow.tier, Booked()) if is_own else Booked()
-            waiting.append(Waiting(flow.tier, flow.weight, flow.queued_jobs + more.jobs, flow.queued_s + more.cost_s, is_own=is_own))
-        waiting += [Waiting(tier, 1.0, more.jobs, more.cost_s, is_own=True) for tier, more in added.items()]
-        return Outlook(seen.devices, waiting, seen.running, self._gauge.fill())
+        own = {}
+        for tier in self._fleet.tiers:
+            flow, more = seen.flows.get((tier, tenant_id)), booked.get(tier)
+            counted = Waiting(flow.weight, flow.queued_jobs, flow.queued_s) if flow is not None else Waiting(1.0, 0, 0.0)
+            if flow is not None or more is not None:
+                own[tier] = Own(
+                    counted, counted if more is None else Waiting(counted.weight, counted.jobs + more.jobs, counted.cost_s + more.cost_s)
+                )
+        return Outlook(seen.devices, seen.lines, seen.running, self._gauge.fill(), own)
 
     def _seen(self, pool: str) -> _Seen:
         def read(session: Session) -> _Seen:
             slots, devices = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
-            hands = releasing.hands(session, pool=pool)
-            running = {tier: Running(work.running_s, work.running.total()) for tier, work in hands.items() if work.running}
-            return _Seen(devices, flows.standings(session, pool=pool), running, flows.clocks(session, pool=pool), slots, hands)
+            standings, hands = flows.standings(session, pool=pool), releasing.hands(session, pool=pool)
+            by_tier = {tier: [flow for flow in standings if flow.tier == tier] for tier in {flow.tier for flow in standings}}
+            lines = {tier: Line(Waiting(flow.weight, flow.queued_jobs, flow.queued_s) for flow in here) for tier, here in by_tier.items()}
+            sharing = {
+                tier: frozenset(
+                    {flow.tenant_id for flow in by_tier.get(tier, ())} | (hands[tier].images.keys() if tier in hands else set())
+                )
+                for tier in by_tier.keys() | hands.keys()
+            }
+            return _Seen(
+                devices=devices,
+                slots=slots,
+                flows={(flow.tier, flow.tenant_id): flow for flow in standings},
+                lines=lines,
+                running={tier: Running(work.running_s, work.running.total()) for tier, work in hands.items() if work.running},
+                clocks=flows.clocks(session, pool=pool),
+                hands=hands,
+                sharing=sharing,
+            )
 
         return self._recalled(("seen", pool), FRESH_FOR_S, read)
 

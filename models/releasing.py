@@ -14,8 +14,9 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
-from sqlalchemy import func, or_, select, text, true, update
+from sqlalchemy import ARRAY, Integer, Select, Text, Uuid, all_, bindparam, func, or_, select, text, true, update
 from sqlalchemy.orm import Session
 
 from models import flows
@@ -71,6 +72,20 @@ class _Waiting:
 _COLUMNS = (Job.id, Job.tenant_id, Job.num_images, Job.release_tag, Job.attempt)
 _IN_HAND = or_((Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING)
 _IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None))
+
+
+def _heads_statement() -> Select[Any]:
+    """Made once: to make it costs more than to execute it. Tenants that are `only`, if that is said, and not in `without`."""
+    pool, tier, only = bindparam("pool", type_=Text), bindparam("tier", type_=Text), bindparam("only", type_=Uuid)
+    without = bindparam("without", type_=ARRAY(Uuid))
+    flow = select(Flow.tenant_id).where(Flow.pool == pool, Flow.tier == tier, Flow.queued_jobs > 0, Flow.tenant_id != all_(without))
+    tenant = flow.where(or_(only.is_(None), Flow.tenant_id == only)).subquery()
+    waiting = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, Job.tenant_id == tenant.c.tenant_id, *_IS_WAITING)
+    head = waiting.order_by(Job.release_tag, Job.id).limit(bindparam("of_each", type_=Integer)).lateral()
+    return select(head).select_from(tenant).join(head, true()).order_by(head.c.release_tag, head.c.id).limit(MOST_HEADS)
+
+
+_HEADS = _heads_statement()
 
 
 def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.UUID | None = None) -> list[Picked]:
@@ -209,14 +224,8 @@ def _heads(
     without: Sequence[uuid.UUID] = (),
 ) -> list[_Waiting]:
     """The first waiting jobs of each tenant, in fair order: one probe of an index a tenant, whatever the length of its backlog."""
-    flow = select(Flow.tenant_id).where(Flow.pool == pool, Flow.tier == tier, Flow.queued_jobs > 0, Flow.tenant_id.not_in(without))
-    if only is not None:
-        flow = flow.where(Flow.tenant_id == only)
-    tenant = flow.subquery()
-    waiting = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, Job.tenant_id == tenant.c.tenant_id, *_IS_WAITING)
-    head = waiting.order_by(Job.release_tag, Job.id).limit(of_each).lateral()
-    query = select(head).select_from(tenant).join(head, true()).order_by(head.c.release_tag, head.c.id).limit(MOST_HEADS)
-    return [_Waiting(*row) for row in session.execute(query)]
+    asked = {"pool": pool, "tier": tier, "of_each": of_each, "only": only, "without": list(without)}
+    return [_Waiting(*row) for row in session.execute(_HEADS, asked)]
 
 
 def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:

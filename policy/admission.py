@@ -1,11 +1,11 @@
 """Who is let in, how long they will wait, and how much may be in the hands of Celery and its workers at once."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from policy.fleet import Fleet
-from policy.prediction import EtaRatios, Waiting, ahead_in_tier, raw_eta_s
+from policy.prediction import EtaRatios, Line, Waiting, raw_eta_s
 
 HANDOFF_FULL = 0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
 HANDOFF_OVERFULL = 0.9
@@ -44,13 +44,27 @@ class Running:
 
 
 @dataclass(frozen=True)
+class Own:
+    """What the asking tenant has waiting in one tier: as its line counts it, and with what it adds right now."""
+
+    counted: Waiting
+    now: Waiting
+
+    def added_before(self, lead_s: float) -> tuple[float, float]:
+        """(device seconds, jobs) before a place, beyond what the line knows of."""
+        (known_s, known), (now_s, now) = self.counted.before(lead_s), self.now.before(lead_s)
+        return now_s - known_s, now - known
+
+
+@dataclass(frozen=True)
 class Outlook:
-    """A pool at one moment: its working devices, what waits, what runs, how full the hand-off is."""
+    """A pool at one moment: its working devices, what waits by tier, what runs, how full the hand-off is; and the asking tenant's own."""
 
     devices: int
-    flows: Sequence[Waiting] = ()
+    lines: Mapping[str, Line] = field(default_factory=dict)
     running: Mapping[str, Running] = field(default_factory=dict)
     handoff_fill: float = 0.0
+    own: Mapping[str, Own] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,13 +93,15 @@ def place_in(fleet: Fleet, outlook: Outlook, *, pool: str, tier: str, num_images
     """
     rank = fleet.tiers[tier].rank
     better = {name for name, other in fleet.tiers.items() if other.rank < rank}
-    ahead_s, jobs = ahead_in_tier([flow for flow in outlook.flows if flow.tier == tier], lead_s=lead_s)
-    ahead_s += sum(flow.cost_s for flow in outlook.flows if flow.tier in better)
+    line, own = outlook.lines.get(tier, Line()), outlook.own.get(tier)
+    (ahead_s, jobs), (added_s, added) = line.before(lead_s), own.added_before(lead_s) if own is not None else (0.0, 0.0)
+    ahead_s += added_s + sum(outlook.lines[name].cost_s for name in better & outlook.lines.keys())
+    ahead_s += sum(work.now.cost_s - work.counted.cost_s for name, work in outlook.own.items() if name in better)
     ahead_s += sum(work.cost_s for name, work in outlook.running.items() if name in better or name == tier)
     slots = fleet.pools[pool].slots
     devices = max(1, outlook.devices)
     images = num_images + sum(work.images for work in outlook.running.values())
-    return Place(ahead_s, jobs, company=min(float(slots), max(float(min(num_images, slots)), images / devices)))
+    return Place(ahead_s, round(jobs + added), company=min(float(slots), max(float(min(num_images, slots)), images / devices)))
 
 
 def first_guess_s(place: Place, outlook: Outlook, *, own_s: float, num_images: int) -> float:
@@ -111,9 +127,9 @@ def refusal(
     shape, limits = fleet.pools[pool], fleet.tiers[tier]
     if not outlook.devices and not shape.warm_floor and not shape.scalable:
         return Refusal("unserved", f"No worker of pool {pool} is alive, and nothing starts one.", _jittered(60, draw))
-    own = next((flow for flow in outlook.flows if flow.tier == tier and flow.is_own), None)
+    own = outlook.own[tier].now if tier in outlook.own else None
     if own is not None and own.cost_s + own_s > limits.max_queued_s_per_tenant:
-        weights = sum(flow.weight for flow in outlook.flows if flow.tier == tier)
+        weights = max(own.weight, outlook.lines.get(tier, Line()).weights)
         excess_s = own.cost_s + own_s - limits.max_queued_s_per_tenant
         wait_s = excess_s * weights / own.weight / max(1, outlook.devices)
         most_s = limits.max_queued_s_per_tenant

@@ -1,8 +1,10 @@
 """What a job will take and when it will be done: guesses from what was learnt of others like it, corrected by how wrong the last were."""
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 
 UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
 UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
@@ -28,13 +30,48 @@ class EtaRatios:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What one tenant has queued in one tier: a flow of fair queuing."""
+    """What one tenant has queued in one tier: a flow of fair queuing. cost_s: device seconds."""
 
-    tier: str
     weight: float
     jobs: int
-    cost_s: float  # device seconds
-    is_own: bool = False
+    cost_s: float
+
+    def before(self, lead_s: float) -> tuple[float, float]:
+        """(device seconds, jobs) of it that are released while virtual time moves by `lead_s`: weight * lead_s of them, or all it has."""
+        given_s = min(self.cost_s, max(0.0, lead_s) * self.weight)
+        return given_s, self.jobs * given_s / self.cost_s if self.cost_s > 0 else self.jobs
+
+
+class Line:
+    """What all tenants have queued in one tier, laid out so that what goes before a place is found without a walk through all flows.
+
+    jobs, cost_s, weights: of all flows, added up.
+    """
+
+    def __init__(self, flows: Iterable[Waiting] = ()) -> None:
+        ordered = sorted(flows, key=_span_s)
+        self._spans_s = [_span_s(flow) for flow in ordered]
+        self._costs_s = list(accumulate((flow.cost_s for flow in ordered), initial=0.0))
+        self._jobs = list(accumulate((flow.jobs for flow in ordered), initial=0))
+        self._weights = list(accumulate((flow.weight for flow in ordered), initial=0.0))
+        self._rates = list(accumulate((flow.jobs / span if (span := _span_s(flow)) > 0 else 0.0 for flow in ordered), initial=0.0))
+        self.jobs, self.cost_s, self.weights = self._jobs[-1], self._costs_s[-1], self._weights[-1]
+
+    def before(self, lead_s: float) -> tuple[float, float]:
+        """(device seconds, jobs) that start-time fair queuing releases before a job whose start tag is `lead_s` ahead of virtual time.
+
+        As each of its flows for itself: some are through by then, of the others each has had its part. A little more of its own tenant's
+        work may be ahead than that: rounding to whole jobs is left to the learnt ratios.
+        """
+        lead_s = max(0.0, lead_s)
+        through = bisect_right(self._spans_s, lead_s)
+        seconds = self._costs_s[through] + lead_s * (self.weights - self._weights[through])
+        return seconds, self._jobs[through] + lead_s * (self._rates[-1] - self._rates[through])
+
+
+def _span_s(flow: Waiting) -> float:
+    """How far virtual time moves until all of the flow is released."""
+    return flow.cost_s / flow.weight
 
 
 @dataclass(frozen=True)
@@ -59,20 +96,6 @@ def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, num_steps: 
     known = cost or Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
     rows = 2 if is_guided else 1
     return num_images * (num_steps * rows * known.row_step_s + known.fixed_s)
-
-
-def ahead_in_tier(flows: Iterable[Waiting], *, lead_s: float) -> tuple[float, int]:
-    """(device seconds, jobs) that start-time fair queuing releases before a job whose start tag is `lead_s` ahead of virtual time.
-
-    While virtual time moves by `lead_s`, a flow of weight w is given w * lead_s of the device, or all it has. A little more of its
-    own tenant's work may be ahead than that: rounding to whole jobs is left to the learnt ratios.
-    """
-    seconds, jobs = 0.0, 0.0
-    for flow in flows:
-        given_s = min(flow.cost_s, max(0.0, lead_s) * flow.weight)
-        seconds += given_s
-        jobs += flow.jobs * given_s / flow.cost_s if flow.cost_s > 0 else flow.jobs
-    return seconds, round(jobs)
 
 
 def raw_eta_s(*, ahead_s: float, own_s: float, devices: int, company: float) -> float:

@@ -1,5 +1,7 @@
 """Who is let in, and how long they will wait: by what goes before them, and by nothing that comes after."""
 
+from dataclasses import dataclass
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from policy.admission import (
     LONGEST_RETRY_S,
     SHORTEST_RETRY_S,
     Outlook,
+    Own,
     Place,
     Running,
     first_guess_s,
@@ -16,30 +19,45 @@ from policy.admission import (
     place_in,
     refusal,
 )
-from policy.prediction import EtaRatios, Waiting
+from policy.prediction import EtaRatios, Line, Waiting
 from tests.builders import a_fleet
 
 NOTHING_AHEAD = Place(ahead_s=0.0, jobs_ahead=0, company=1.0)
 DRAWS = st.floats(0, 1, exclude_max=True)
 
 
-def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Waiting:
-    return Waiting(tier, weight, jobs, cost_s, is_own)
+@dataclass(frozen=True)
+class Flow:
+    """What a tenant has waiting, and where; is_own: it is the one who asks."""
+
+    tier: str
+    waiting: Waiting
+    is_own: bool
+
+
+def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Flow:
+    return Flow(tier, Waiting(weight, jobs, cost_s), is_own)
+
+
+def an_outlook(flows, *, devices=1, running=None, handoff_fill=0.0) -> Outlook:
+    lines = {tier: Line(flow.waiting for flow in flows if flow.tier == tier) for tier in {flow.tier for flow in flows}}
+    own = {flow.tier: Own(flow.waiting, flow.waiting) for flow in flows if flow.is_own}
+    return Outlook(devices, lines, running or {}, handoff_fill, own)
 
 
 def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, running=None):
     """Where a job of the pool of 16 slots stands."""
-    outlook = Outlook(devices, flows, running or {})
+    outlook = an_outlook(flows, devices=devices, running=running)
     return place_in(a_fleet(), outlook, pool="local", tier=tier, num_images=num_images, lead_s=lead_s)
 
 
 def guess_s(*flows, own_s=1.0, devices=1, num_images=1, **where) -> float:
     there = place(*flows, devices=devices, num_images=num_images, **where)
-    return first_guess_s(there, Outlook(devices, flows, where.get("in_hand") or {}), own_s=own_s, num_images=num_images)
+    return first_guess_s(there, an_outlook(flows, devices=devices), own_s=own_s, num_images=num_images)
 
 
 def refused(*flows, there=NOTHING_AHEAD, ratios=None, tier="fast", own_s=1.0, draw=0.5, devices=1, handoff_fill=0.0, fleet=None):
-    outlook = Outlook(devices, flows, {}, handoff_fill)
+    outlook = an_outlook(flows, devices=devices, handoff_fill=handoff_fill)
     return refusal(fleet or a_fleet(), outlook, there, ratios, pool="local", tier=tier, own_s=own_s, draw=draw)
 
 
@@ -61,6 +79,18 @@ def test_what_may_always_be_in_hand_is_enough_for_one_person_and_no_more_than_a_
         )
         == 2
     )
+
+
+def test_what_a_batch_adds_goes_before_its_own_next_item_and_counts_against_the_tenant():
+    own = {"fast": Own(Waiting(1.0, 2, 20.0), Waiting(1.0, 5, 50.0))}
+    outlook = Outlook(1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own)
+    fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 50.5})
+
+    there = place_in(fleet, outlook, pool="local", tier="fast", num_images=1, lead_s=50)
+
+    assert (there.ahead_s, there.jobs_ahead) == (50 + 40, 5 + 4)
+    assert place_in(fleet, outlook, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s == 50 + 40
+    assert refusal(fleet, outlook, there, None, pool="local", tier="fast", own_s=1.0, draw=0.5).reason == "tenant_queue_full"
 
 
 def test_the_longer_one_s_own_backlog_the_longer_one_waits():

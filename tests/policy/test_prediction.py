@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.catalog import InvalidWish
-from policy.prediction import Cost, EtaRatios, Waiting, ahead_in_tier, corrected, learn_ratios, predicted_s, raw_eta_s, steps_to_do
+from policy.prediction import Cost, EtaRatios, Line, Waiting, corrected, learn_ratios, predicted_s, raw_eta_s, steps_to_do
 from tests.builders import a_fleet, resolved
 
 SECONDS = st.floats(0, 1e6)
-FLOWS = st.lists(st.builds(Waiting, tier=st.just("fast"), weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)))
+FLOWS = st.lists(st.builds(Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)))
 
 
 def cost_of(cost=None, **changes) -> float:
@@ -40,25 +40,36 @@ def test_what_was_never_seen_is_guessed_by_its_pixels_and_never_free():
 
 
 def test_in_fair_order_a_flow_is_given_its_weight_s_part_of_the_lead_or_all_it_has():
-    flows = [Waiting("fast", 1, 10, 100.0), Waiting("fast", 2, 10, 100.0), Waiting("fast", 1, 2, 4.0)]
+    flows = [Waiting(1, 10, 100.0), Waiting(2, 10, 100.0), Waiting(1, 2, 4.0)]
 
-    seconds, jobs = ahead_in_tier(flows, lead_s=20)
+    seconds, jobs = Line(flows).before(20)
 
-    assert (seconds, jobs) == (20 + 40 + 4, 2 + 4 + 2)
+    assert (seconds, jobs) == pytest.approx((20 + 40 + 4, 2 + 4 + 2))
 
 
 def test_nothing_is_ahead_of_who_starts_level():
-    assert ahead_in_tier([Waiting("fast", 1, 10, 100.0)], lead_s=0) == (0, 0)
-    assert ahead_in_tier([Waiting("fast", 1, 10, 100.0)], lead_s=-5) == (0, 0)
+    assert Line([Waiting(1, 10, 100.0)]).before(0) == (0, 0)
+    assert Line([Waiting(1, 10, 100.0)]).before(-5) == (0, 0)
 
 
 @given(flows=FLOWS, lead_s=SECONDS, more_s=SECONDS)
 def test_the_further_behind_the_more_is_ahead_and_never_more_than_there_is(flows, lead_s, more_s):
-    near_s, near = ahead_in_tier(flows, lead_s=lead_s)
-    far_s, far = ahead_in_tier(flows, lead_s=lead_s + more_s)
+    near_s, near = Line(flows).before(lead_s)
+    far_s, far = Line(flows).before(lead_s + more_s)
 
-    assert near_s <= far_s <= sum(flow.cost_s for flow in flows) + 1e-6
-    assert near <= far <= sum(flow.jobs for flow in flows)
+    assert near_s - 1e-6 <= far_s <= sum(flow.cost_s for flow in flows) + 1e-6
+    assert near - 1e-6 <= far <= sum(flow.jobs for flow in flows) + 1e-6
+
+
+@given(flows=FLOWS, lead_s=SECONDS)
+def test_a_line_gives_what_its_flows_give_each_for_itself(flows, lead_s):
+    given_s, jobs = zip(*(flow.before(lead_s) for flow in flows), strict=True) if flows else ((), ())
+
+    assert Line(flows).before(lead_s) == pytest.approx((sum(given_s), sum(jobs)), abs=1e-6)
+
+
+def test_a_flow_whose_cost_is_not_known_goes_before_whoever_comes_with_all_it_has():
+    assert Line([Waiting(1, 3, 0.0), Waiting(1, 10, 100.0)]).before(0) == (0, 3)
 
 
 def test_all_that_is_ahead_is_spread_over_the_devices_and_the_job_shares_its_own():
