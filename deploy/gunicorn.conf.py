@@ -1,5 +1,6 @@
 """gunicorn for the gateway: threads, because requests wait (long polls, streams); one process, so that metrics add up by themselves."""
 
+import gc
 import resource
 import signal
 import threading
@@ -24,6 +25,8 @@ control_socket_disable = True
 
 def post_worker_init(worker: Any) -> None:
     """Room for a file per connection, and streams that end at once on SIGTERM: their clients go on elsewhere."""
+    gc.collect()
+    gc.freeze()  # what is there now lives as long as the process: no collection has to walk through it again
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard))
     stop = signal.getsignal(signal.SIGTERM)
