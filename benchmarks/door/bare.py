@@ -22,7 +22,7 @@ def make_application() -> Flask:
     app = Flask(__name__)
     most = 2 * int(os.environ.get("DATABASE_POOL_SIZE", "10"))  # all are made at once: this pool closes what it has beyond its least
     pool = psycopg2.pool.ThreadedConnectionPool(most, most, os.environ["DATABASE_URL"].replace("+psycopg2", ""))
-    broker = redis.Redis.from_url(os.environ["BROKER_URL"])
+    broker = redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(os.environ["BROKER_URL"], max_connections=most))
     app.extensions["darkroom"] = SimpleNamespace(events=SimpleNamespace(close=lambda: None))  # what that configuration closes at the end
     turn = threading.BoundedSemaphore(most)  # psycopg2's pool raises when it is empty; a server waits
 
