@@ -60,9 +60,10 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     news = News(settings.handoff_url)
+    aside = make_engine(settings.database_url, pool_size=2)  # so that who may come in, and what waits, is read however many write
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
-    lookout = Lookout(database, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
+    lookout = Lookout(aside, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
         fleet=fleet,
@@ -77,7 +78,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         lookout=lookout,
         events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
         outbound=Outbound(settings.outbound_allowed_networks),
-        keyring=Keyring(database, refresher),
+        keyring=Keyring(aside, refresher),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
     )
