@@ -75,6 +75,7 @@ def accept(
     way_out, room = parts.lookout.way_out(resolved, tenant_id)
     try:
         with limits.charged(new.megapixel_steps), transaction(parts.database) as session:
+            limits.lock(session)
             if once is not None:
                 idempotency.claim(session, once, tenant_id=tenant_id)
             if replay_of is not None:
@@ -133,8 +134,10 @@ def draft(
 
 
 def write(session: Session, new: Sequence[NewJob]) -> list[AcceptedRow]:
-    """Write the caller's jobs, if its stocks allow. Raises QuotaExceeded, TooManyJobs: nothing is written then, by rolling back."""
-    limits.lock(session)
+    """Write the caller's jobs, if its stocks allow. Raises QuotaExceeded, TooManyJobs: nothing is written then, by rolling back.
+
+    To be called in a transaction that began with `limits.lock`.
+    """
     asking, currency = caller(), gateway().fleet.currency
     of_caller = {"tenant_id": asking.tenant_id, "api_key_id": asking.api_key_id, "actor": asking.actor}
     rows = accepting.accept(session, new, currency=currency, **of_caller)

@@ -95,6 +95,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> Answer:
     if accepted:
         whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
         with limits.charged(whole), transaction(parts.database) as session:
+            limits.lock(session)
             if once is not None:
                 idempotency.claim(session, once, tenant_id=tenant_id)
             accepting.write(session, accepted)

@@ -60,7 +60,10 @@ def charged(amount: Decimal) -> Iterator[None]:
 
 
 def lock(session: Session) -> None:
-    """Let no other job of a tenant with stocks be written until commit; to be called before anything is."""
+    """Let no other job of a tenant with stocks be written until commit.
+
+    To be called first in the transaction: who waits here must not keep a tier's releases, or the row of a key, from others.
+    """
     if caller().limits.has_stocks:
         usage.lock(session, tenant_id=caller().tenant_id)
 

@@ -1,7 +1,7 @@
 """A request under a key of the tenant's own comes to one answer, however often and from however many places it is sent.
 
 The entry is written in the transaction that inserts what the request asked for: one that fails leaves none, and one that comes meanwhile
-waits for the first to commit. Its row is the first that such a transaction locks.
+waits for the first to commit. Only the tenant's own lock is taken before its row.
 """
 
 import uuid
@@ -77,7 +77,7 @@ def look_up(session: Session, once: Once, *, tenant_id: uuid.UUID) -> Answer | N
 
 
 def claim(session: Session, once: Once, *, tenant_id: uuid.UUID) -> None:
-    """Take the key for this transaction, first of all that it locks; `fulfil` it before the end.
+    """Take the key for this transaction, before any other row; `fulfil` it before the end.
 
     Waits for another transaction that has it. Raises AlreadyAnswered when that one came to an answer, or KeyReused.
     """

@@ -11,10 +11,11 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from models import api_keys, tenants
+from models import api_keys, tenants, usage
 from models.database import transaction
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
+from tests.builders import until
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 10}
 COST = 128 * 128 / 1e6 * 10
@@ -212,3 +213,17 @@ def test_a_changed_limit_holds_within_a_second(limited, stack_database):
     time.sleep(1)
 
     assert [client.get("/v1/jobs").status_code for _ in range(3)] == [200, 429, 429]
+
+
+def test_a_tenant_that_waits_for_its_own_lock_keeps_no_tier_s_releases_from_others(limited, stack_database):
+    client = limited(max_concurrent_jobs=5)
+    tenant_id = client.get("/v1/key").json()["tenant_id"]
+
+    with ThreadPoolExecutor(1) as elsewhere, transaction(stack_database) as session:
+        usage.lock(session, tenant_id=uuid.UUID(tenant_id))
+        answer = elsewhere.submit(client.post, "/v1/jobs", json=BODY)
+        until(lambda: session.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")) > 0)
+        is_free = session.scalar(text("SELECT pg_try_advisory_xact_lock(hashtext('release:local:batch'))"))
+
+    assert is_free
+    assert answer.result().status_code == 202
