@@ -1,0 +1,106 @@
+"""The keys in use: looked up together and seldom, and never trusted for longer than that takes."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from sqlalchemy import event
+
+from app.keyring import MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
+from models import api_keys, tenants
+from models.database import make_engine, transaction
+
+PEPPER = "a pepper of sixteen letters"
+
+
+class Counted(Keyring):
+    """A keyring, and how many keys each of its look-ups was for."""
+
+    def __init__(self, *parts) -> None:
+        super().__init__(*parts)
+        self.asked_for: list[int] = []
+
+    def _read(self, kids):
+        self.asked_for.append(len(kids))
+        return super()._read(kids)
+
+
+@pytest.fixture
+def engine(stack):
+    engine = make_engine(stack.env["DATABASE_URL"], pool_size=2)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def ring(engine):
+    with ThreadPoolExecutor(1) as refresher:
+        yield Counted(engine, refresher)
+
+
+@pytest.fixture
+def kids(engine):
+    """Twenty live keys of one tenant."""
+    with transaction(engine) as session:
+        tenant = tenants.create(session, name=f"app-keyring-{time.time_ns()}", actor="tests")
+        return [api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=PEPPER, actor="tests")[0].kid for _ in range(20)]
+
+
+def used_for(ring, kids, seconds: float) -> None:
+    """All of them in turns."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        for kid in kids:
+            assert ring.find(kid).kid == kid
+        time.sleep(0.05)
+
+
+def test_keys_in_use_are_looked_up_all_at_once(ring, kids):
+    used_for(ring, kids, 0.1)
+    before = len(ring.asked_for)
+
+    used_for(ring, kids, 2.0)
+
+    since = ring.asked_for[before:]
+    assert 1 <= len(since) <= 2.0 / 0.4 + 2
+    assert set(since) == {20}
+
+
+def test_keys_that_were_left_alone_for_a_while_are_looked_up_once_for_all_who_come_back(ring, kids):
+    used_for(ring, kids, 0.1)
+    before = len(ring.asked_for)
+    time.sleep(TRUSTED_FOR_S + 0.1)
+
+    with ThreadPoolExecutor(20) as threads:
+        list(threads.map(ring.find, kids))
+
+    assert ring.asked_for[before:] == [20]
+
+
+def test_while_one_look_up_hangs_the_others_see_for_themselves(ring, kids, engine):
+    used_for(ring, kids, 0.1)
+    time.sleep(TRUSTED_FOR_S + 0.1)
+    hangs, entered = threading.Event(), threading.Event()
+
+    @event.listens_for(engine, "before_cursor_execute")
+    def hang(*given) -> None:
+        if not entered.is_set():
+            entered.set()
+            hangs.wait(10)
+
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(ring.find, kids[0])
+        entered.wait(10)
+        second = threads.submit(ring.find, kids[1])
+        assert second.result(5).kid == kids[1]
+        assert not first.done()
+        hangs.set()
+        assert first.result(5).kid == kids[0]
+
+
+def test_unknown_keys_are_remembered_as_such_and_not_without_end(ring):
+    assert ring.find("unknownkid00") is None
+    assert ring.find("unknownkid00") is None
+    assert ring.asked_for == [1]
+    assert MOST_REMEMBERED <= 10_000
