@@ -8,11 +8,11 @@ import structlog
 from flask import g, request
 
 from app.gateway import gateway
+from app.keyring import Known
 from app.problems import Forbidden, RateLimited, Unauthenticated
 from edges import telemetry
 from edges.limits import WINDOW_S
 from models import api_keys
-from models.api_keys import KnownKey
 from policy.limits import Limits
 
 
@@ -37,12 +37,13 @@ def require_key() -> None:
     if known is None:
         telemetry.AUTH_FAILURES.labels("bad_key").inc()
         raise Unauthenticated("This API key is unknown, revoked or expired.")
-    g.caller = Caller(known.tenant_id, known.id, f"key:{known.kid}", known.scopes, known.limits)
-    structlog.contextvars.bind_contextvars(tenant_id=str(known.tenant_id))
+    found = known.key
+    g.caller = Caller(found.tenant_id, found.id, f"key:{found.kid}", found.scopes, known.limits)
+    structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
     needed = _needed_scope()
-    if needed not in known.scopes:
+    if needed not in found.scopes:
         telemetry.AUTH_FAILURES.labels("scope").inc()
-        raise Forbidden(f"This API key lacks the scope `{needed}`.", scope=needed, scopes=sorted(known.scopes))
+        raise Forbidden(f"This API key lacks the scope `{needed}`.", scope=needed, scopes=sorted(found.scopes))
     _count_request(g.caller)
 
 
@@ -52,15 +53,15 @@ def caller() -> Caller:
     return found
 
 
-def _known(key: str) -> KnownKey | None:
+def _known(key: str) -> Known | None:
     kid = api_keys.kid_of(key)
     if kid is None:
         return None
     parts = gateway()
     known = parts.keyring.find(kid)
-    if known is None or not known.is_live(time.time()):
+    if known is None or not known.key.is_live(time.time()):
         return None
-    return known if api_keys.is_it(key, known.digest, pepper=parts.settings.api_key_pepper.get_secret_value()) else None
+    return known if api_keys.is_it(key, known.key.digest, pepper=parts.settings.api_key_pepper.get_secret_value()) else None
 
 
 def _count_request(asking: Caller) -> None:

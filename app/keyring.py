@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import structlog
 from sqlalchemy import Engine
@@ -16,6 +17,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from models import api_keys
 from models.api_keys import KnownKey
 from models.database import transaction
+from policy.limits import Limits, limits_of
 
 log = structlog.get_logger(__name__)
 
@@ -26,11 +28,18 @@ MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
 
 
+class Known(NamedTuple):
+    """A live key, and the limits of its tenant."""
+
+    key: KnownKey
+    limits: Limits
+
+
 @dataclass
 class _Entry:
     read_at: float
     used_at: float
-    known: KnownKey | None
+    known: Known | None
 
 
 class Keyring:
@@ -41,7 +50,7 @@ class Keyring:
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # the one used last comes last
         self._lock, self._turn = threading.Lock(), threading.Lock()
 
-    def find(self, kid: str) -> KnownKey | None:
+    def find(self, kid: str) -> Known | None:
         """The live key with that public id, as it was at most `TRUSTED_FOR_S` ago."""
         now = time.monotonic()
         with self._lock:
@@ -57,7 +66,7 @@ class Keyring:
             self._refresher.submit(self._refresh)
         return entry.known
 
-    def _known_anew(self, kid: str) -> KnownKey | None:
+    def _known_anew(self, kid: str) -> Known | None:
         """Whoever has the turn reads for all; who gets it late, because the database hangs, reads for himself."""
         if not self._turn.acquire(timeout=1.0):
             return self._read({kid}).get(kid)
@@ -85,17 +94,18 @@ class Keyring:
             latest = itertools.islice(reversed(self._entries.items()), MOST_AT_ONCE)
             return {kid for kid, entry in latest if now - entry.used_at < IN_USE_FOR_S}
 
-    def _read(self, kids: set[str]) -> dict[str, KnownKey]:
+    def _read(self, kids: set[str]) -> dict[str, Known]:
         now = time.monotonic()
         with transaction(self._database) as session:
-            found = api_keys.look_up(session, list(kids))
+            keys = api_keys.look_up(session, list(kids))
+        found = {kid: Known(key, limits_of(key.limits)) for kid, key in keys.items()}
         with self._lock:
             for kid in kids:
                 used_at = self._entries[kid].used_at if kid in self._entries else now
                 self._entries[kid] = _Entry(now, used_at, found.get(kid))
             while len(self._entries) > MOST_REMEMBERED:
                 self._entries.popitem(last=False)
-        self._note_use([known.id for known in found.values() if known.is_use_to_be_noted])
+        self._note_use([key.id for key in keys.values() if key.is_use_to_be_noted])
         return found
 
     def _note_use(self, key_ids: Sequence[uuid.UUID]) -> None:

@@ -10,7 +10,7 @@ import secrets
 import string
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -21,7 +21,6 @@ from sqlalchemy.orm import Session
 from models import audit
 from models.tables import ApiKey, Tenant
 from models.tenants import LIMITS
-from policy.limits import Limits, limits_of
 
 _ALPHABET = string.digits + string.ascii_letters
 USE_NOTED_EVERY_M = 5  # minutes
@@ -39,7 +38,7 @@ class KnownKey:
     scopes: frozenset[str]
     expires_at: float | None
     is_use_to_be_noted: bool
-    limits: Limits  # of its tenant
+    limits: Mapping[str, Any]  # of its tenant, by the names of the columns
 
     def is_live(self, now: float) -> bool:
         """Is it still, at `now` in Unix seconds?"""
@@ -125,9 +124,7 @@ def of_tenant(session: Session, tenant_id: uuid.UUID) -> list[ApiKey]:
 
 def _known(row: Sequence[Any]) -> KnownKey:
     expires_at = row[5].timestamp() if row[5] is not None else None
-    return KnownKey(
-        row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], limits_of(dict(zip(LIMITS, row[7:], strict=True)))
-    )
+    return KnownKey(row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], dict(zip(LIMITS, row[7:], strict=True)))
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:

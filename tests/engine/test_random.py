@@ -16,7 +16,7 @@ from engine.events import Parked, Resumed, Stepped
 from engine.request import AdapterUse
 from engine.snapshots import from_bytes
 
-WISHES, STRANGERS = 300, 60
+WISHES, STRANGERS = 150, 40
 CHANCES = {"join": 0.25, "stranger": 0.06, "cancel": 0.08, "move": 0.04, "rank": 0.05}
 
 
@@ -149,7 +149,7 @@ def test_reproducible_images_have_the_bits_they_have_alone_whatever_happens_arou
 
     records = [image.record for image in finished]
     assert len(finished) == WISHES
-    assert min(company.done[what] for what in ("parked", "resumed", "moved", "canceled", "strangers")) >= 10, company.done
+    assert min(company.done[what] for what in ("parked", "resumed", "moved", "canceled", "strangers")) >= 5, company.done
     assert sum(record.shared_forwards for record in records) > sum(record.forwards for record in records) / 2
-    assert engine.stats()["adapter_misses"] > 20
+    assert engine.stats()["adapter_misses"] > 10
     assert [name for name in alone if not torch.equal(alone[name], latents[name])] == []
