@@ -52,7 +52,7 @@ def test_an_erased_job_is_empty_and_its_bill_and_digests_stay(api, stack_databas
         row = session.execute(text("SELECT prompt, negative_prompt, metadata FROM jobs WHERE id = :id"), {"id": job["id"]}).one()
         assert tuple(row) == ("", "", None)
         assert session.scalar(text("SELECT prompt FROM job_history WHERE job_id = :id"), {"id": job["id"]}) == ""
-    until(lambda: httpx.get(object_url, trust_env=False).status_code in (403, 404), within_s=30, what="the object's deletion")
+    until(lambda: httpx.get(object_url, trust_env=False).status_code in (403, 404), within_s=75, what="the object's deletion")
 
 
 def test_a_job_under_way_is_taken_back_first(api, owner):
@@ -75,7 +75,7 @@ def test_an_image_that_another_job_made_too_stays(api):
 
     api.delete(first["urls"]["self"])
     api.delete(witness["urls"]["self"])
-    until(lambda: httpx.get(gone, trust_env=False).status_code != 200, within_s=30, what="the other object's deletion")
+    until(lambda: httpx.get(gone, trust_env=False).status_code != 200, within_s=75, what="the other object's deletion")
 
     kept = httpx.get(api.get(second["images"][0]["url"]).headers["Location"], trust_env=False)
     assert kept.status_code == 200
