@@ -9,16 +9,22 @@ import asyncio
 import sys
 from urllib.parse import urlsplit
 
+TRIES, WAIT_S = 20, 3.0
+
 
 async def _watch(address: tuple[str, int], key: str, job_id: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    reader, writer = await asyncio.open_connection(*address)
-    writer.write(f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: {address[0]}\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
-    head = await reader.readuntil(b"\r\n\r\n")
-    if b" 200 " not in head.split(b"\r\n")[0]:
-        raise SystemExit(f"a stream was refused: {head!r}")
-    while b"event:" not in await reader.readline():
-        pass
-    return reader, writer
+    """An open stream. A refusal is waited out: the gateway notices at a heartbeat that the crowd before this one has gone."""
+    for _ in range(TRIES):
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(f"GET /v1/jobs/{job_id}/events HTTP/1.1\r\nHost: {address[0]}\r\nAuthorization: Bearer {key}\r\n\r\n".encode())
+        head = await reader.readuntil(b"\r\n\r\n")
+        if b" 200 " in head.split(b"\r\n")[0]:
+            while b"event:" not in await reader.readline():
+                pass
+            return reader, writer
+        writer.close()
+        await asyncio.sleep(WAIT_S)
+    raise SystemExit(f"a stream was refused: {head!r}")
 
 
 async def _drain(reader: asyncio.StreamReader) -> None:
