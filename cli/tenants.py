@@ -6,13 +6,23 @@ from typing import Any
 
 import click
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from cli import screen
 from cli.installation import Installation, pass_installation
 from models import tenants as records
 from models import usage
+from models.tables import Tenant
 
 _URL_INPUTS = {"true": True, "false": False, "none": False}  # as null is over HTTP
+
+
+def named(session: Session, name: str) -> Tenant:
+    """The tenant that an option names. Raises click.UsageError."""
+    tenant = records.by_name(session, name)
+    if tenant is None:
+        raise click.UsageError(f"there is no tenant {name!r}; `darkroom tenants list` shows them")
+    return tenant
 
 
 @click.group()

@@ -1,8 +1,9 @@
-"""tenants, keys: what an operator sets by them holds at the gateway, and what they show is what it counts by."""
+"""tenants, keys, usage: what an operator sets by them holds at the gateway, and what they show is what it counts by."""
 
 import re
 import time
 import uuid
+from decimal import Decimal
 
 import pytest
 from click.testing import CliRunner
@@ -143,13 +144,14 @@ def test_a_limit_that_is_set_holds_at_the_gateway_within_a_second(stack, tenant,
     assert (refused.exit_code, "Forbidden" in refused.stderr) == (4, True)
 
 
-def test_a_tenant_that_is_not_there_has_neither_limits_nor_keys(stack):
+def test_a_tenant_that_is_not_there_has_neither_limits_nor_keys_nor_usage(stack):
     limited = run(stack, "tenants", "limit", "nobody", "requests_per_minute=5")
     shown = run(stack, "tenants", "show", "nobody")
+    used = run(stack, "usage", "--tenant", "nobody")
     key = run(stack, "keys", "issue", "--tenant", "nobody")
 
-    assert [done.exit_code for done in (limited, shown, key)] == [4, 4, 2]
-    for done in (limited, shown, key):
+    assert [done.exit_code for done in (limited, shown, used, key)] == [4, 4, 2, 2]
+    for done in (limited, shown, used, key):
         assert "here is no tenant 'nobody'" in done.stderr
 
 
@@ -206,3 +208,38 @@ def test_a_key_rotated_without_grace_is_refused_within_a_second(stack, tenant, a
     for gone in (old_id, NOBODY):
         again = run(stack, "keys", "rotate", gone)
         assert (again.exit_code, f"no live key with the id {gone}" in again.stderr) == (2, True)
+
+
+def used(stack, *options) -> dict[str, list[str]]:
+    """What `usage` prints: the cells of each line, by its first one."""
+    done = run(stack, "usage", *options)
+    assert done.exit_code == 0, done.output
+    lines = [re.split(r"\s{2,}", line.strip()) for line in done.stdout.splitlines()[1:]]
+    return {line[0]: line[1:] for line in lines}
+
+
+def test_usage_is_told_by_days_with_a_total(stack, tenant, as_key, tmp_path):
+    query = """INSERT INTO usage_ledger (tenant_id, day, reserved, settled, jobs_accepted, jobs_succeeded, cost)
+               SELECT id, (clock_timestamp() AT TIME ZONE 'UTC')::date - 2, 0.5, 1.25, 4, 2, 0.125 FROM tenants WHERE name = %s
+               RETURNING day::text, (day + 2)::text"""
+    earlier, today = ask(stack.env["MIGRATION_DATABASE_URL"], query, [tenant]).rows[0]
+    key, _ = issued(stack, "issue", "--tenant", tenant)
+    assert as_key(key, "generate", "a red circle", "--tier", "fast", "--steps", 4, "-o", tmp_path / "out.png").exit_code == 0
+
+    days = used(stack, "--tenant", tenant, "--days", 3)
+
+    cost = ask(stack.env["AUDITOR_DATABASE_URL"], "SELECT cost FROM usage_by_tenant_day WHERE tenant = %s AND day = %s", [tenant, today])
+    [(cost_today,)] = cost.rows
+    assert list(days) == [earlier, today, "total"]
+    assert days[earlier] == ["4", "2", "0.500000", "1.250000", "0.125000 USD"]
+    assert days[today] == ["1", "1", "0.000000", "0.065536", f"{cost_today:.6f} USD"]
+    assert days["total"] == ["5", "3", "0.500000", "1.315536", f"{cost_today + Decimal('0.125'):.6f} USD"]
+    assert list(used(stack, "--tenant", tenant, "--days", 2)) == [today, "total"]
+
+
+def test_a_tenant_that_used_nothing_has_a_total_of_nothing(stack, tenant):
+    assert used(stack, "--tenant", tenant) == {"total": ["0", "0", "0.000000", "0.000000", "0.000000 USD"]}
+
+
+def test_usage_of_no_day_at_all_is_a_wrong_command_line(stack):
+    assert run(stack, "usage", "--days", 0).exit_code == 2
