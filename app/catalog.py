@@ -34,7 +34,7 @@ def show_model(name: str) -> ResponseReturnValue:
 @bp.get("/tiers")
 def list_tiers() -> ResponseReturnValue:
     """Tiers in the order in which they are served."""
-    fleet, allowed = gateway().fleet, caller().limits.allowed_tiers
+    fleet = gateway().fleet
     shown = (
         "rank",
         "max_steps",
@@ -50,7 +50,7 @@ def list_tiers() -> ResponseReturnValue:
     tiers = [
         {"id": name, "object": "tier"} | {key: getattr(fleet.tiers[name], key) for key in shown}
         for name in fleet.tiers_by_rank
-        if allowed is None or name in allowed
+        if _may_use_tier(name)
     ]
     return jsonify(object="list", data=tiers)
 
@@ -60,10 +60,17 @@ def _may_use_model(name: str) -> bool:
     return allowed is None or name in allowed
 
 
+def _may_use_tier(name: str) -> bool:
+    allowed = caller().limits.allowed_tiers
+    return allowed is None or name in allowed
+
+
 def _model_view(fleet: Fleet, name: str) -> dict[str, Any]:
     model = fleet.models[name]
     per_tier = {}
     for tier_name, tier in fleet.tiers.items():
+        if not _may_use_tier(tier_name):
+            continue
         own = model.tiers.get(tier_name, ModelTier())
         guidance = model.default_guidance if own.default_guidance is None else own.default_guidance
         per_tier[tier_name] = {"default_steps": own.default_steps or tier.default_steps, "default_guidance": guidance}

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from fleet.stack import Stack
+    from policy.fleet import Fleet
 
 
 class NoInstallation(Exception):
@@ -55,6 +56,15 @@ class Installation:
                 yield session
         finally:
             engine.dispose()
+
+    def load_fleet(self) -> "Fleet":
+        """What the installation serves, by its fleet file; ends the process with one line per wrong key."""
+        from settings import FleetSettings, load, load_fleet_or_exit
+
+        settings = load(FleetSettings)
+        if self.fleet_file is not None:
+            settings = settings.model_copy(update={"fleet_file": self.fleet_file})
+        return load_fleet_or_exit(settings)
 
     def stack(self, *, workers: int = 1) -> "Stack":
         """The stack of the data directory."""

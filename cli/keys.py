@@ -4,12 +4,11 @@ import uuid
 from datetime import UTC, datetime, timedelta
 
 import click
-from sqlalchemy.orm import Session
 
 from cli import screen
 from cli.installation import Installation, pass_installation
-from models import api_keys, tenants
-from models.tables import Tenant
+from cli.tenants import named
+from models import api_keys
 from policy.limits import KEY_GRACE_S, SCOPES
 
 _TENANT = click.option("--tenant", "tenant_name", default="demo", show_default=True, help="Whose keys.")
@@ -26,7 +25,7 @@ def keys() -> None:
 def list_keys(installation: Installation, tenant_name: str) -> None:
     """The tenant's keys, revoked ones included; the keys themselves nobody can show again."""
     with installation.transaction() as session:
-        found = api_keys.of_tenant(session, _tenant(session, tenant_name).id)
+        found = api_keys.of_tenant(session, named(session, tenant_name).id)
     rows = [
         (key.id, f"dr_{key.kid}_…", key.name, " ".join(key.scopes), key.created_at, key.last_used_at, key.expires_at, key.revoked_at)
         for key in found
@@ -45,7 +44,7 @@ def issue(installation: Installation, tenant_name: str, name: str, scopes: tuple
     pepper = installation.look_up("API_KEY_PEPPER")
     expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
     with installation.transaction() as session:
-        own = {"tenant_id": _tenant(session, tenant_name).id, "name": name, "pepper": pepper}
+        own = {"tenant_id": named(session, tenant_name).id, "name": name, "pepper": pepper}
         row, key = api_keys.issue(session, scopes=sorted(set(scopes)), expires_at=expires_at, **own)
     click.echo(key)
     screen.err().print(f"id {row.id}; kept nowhere in plain text", style="dim")
@@ -77,10 +76,3 @@ def revoke(installation: Installation, key_id: uuid.UUID) -> None:
     if row is None:
         raise click.UsageError(f"there is no live key with the id {key_id}")
     screen.out().print(f"key dr_{row.kid}_… is revoked")
-
-
-def _tenant(session: Session, name: str) -> Tenant:
-    tenant = tenants.by_name(session, name)
-    if tenant is None:
-        raise click.UsageError(f"there is no tenant {name!r}; `darkroom tenants list` shows them")
-    return tenant

@@ -41,6 +41,7 @@ _MODULES = {  # command -> the module that holds it, imported when it is called:
     "sql": "cli.sql",
     "tenants": "cli.tenants",
     "keys": "cli.keys",
+    "usage": "cli.usage",
     "audit": "cli.audit",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",

@@ -1,16 +1,28 @@
 """tenants: who may have keys."""
 
-from collections.abc import Callable
-from decimal import Decimal, InvalidOperation
+from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 import click
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from cli import screen
 from cli.installation import Installation, pass_installation
 from models import tenants as records
 from models import usage
+from models.tables import Tenant
+
+_URL_INPUTS = {"true": True, "false": False, "none": False}  # as null is over HTTP
+
+
+def named(session: Session, name: str) -> Tenant:
+    """The tenant that an option names. Raises click.UsageError."""
+    tenant = records.by_name(session, name)
+    if tenant is None:
+        raise click.UsageError(f"there is no tenant {name!r}; `darkroom tenants list` shows them")
+    return tenant
 
 
 @click.group()
@@ -75,47 +87,71 @@ def limit_tenant(ctx: click.Context, installation: Installation, name: str, limi
     max_concurrent_jobs=20  daily_megapixel_steps=5000  monthly_megapixel_steps=100000
     allowed_tiers=fast,batch  allowed_models=pocket  url_inputs=true
     """
-    changes = dict(_change(limit) for limit in limits)
+    changes = dict(_change(installation, limit) for limit in limits)
     try:
         with installation.transaction() as session:
             tenant = records.by_name(session, name)
             if tenant is not None:
                 records.limit(session, tenant, changes=changes)
     except IntegrityError:
-        raise click.UsageError("a rate and a burst of megapixel-steps go together, and limits are above 0") from None
+        raise click.UsageError("megapixel_steps_per_minute and burst_megapixel_steps are set, and taken away, together") from None
     if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
     screen.out().print(f"tenant {name}: " + ", ".join(f"{limit} = {_told(value)}" for limit, value in changes.items()), soft_wrap=True)
 
 
-_KINDS: dict[str, Callable[[str], Any]] = {
-    "requests_per_minute": int,
-    "max_concurrent_jobs": int,
-    "daily_megapixel_steps": Decimal,
-    "monthly_megapixel_steps": Decimal,
-    "allowed_tiers": lambda names: names.split(","),
-    "allowed_models": lambda names: names.split(","),
-}
-
-
-def _change(text: str) -> tuple[str, Any]:
-    name, separator, value = text.partition("=")
+def _change(installation: Installation, text: str) -> tuple[str, Any]:
+    name, separator, said = text.partition("=")
     if not separator or name not in records.LIMITS:
         raise click.UsageError(f"{text!r} is not limit=value; limits: {', '.join(records.LIMITS)}")
+    word = said.strip().lower()
     if name == "url_inputs":
-        return name, value.lower() == "true"
-    if value.lower() == "none":
+        if word not in _URL_INPUTS:
+            raise _refused(name, said, "true or false")
+        return name, _URL_INPUTS[word]
+    if word == "none":
         return name, None
+    return name, _names(installation, name, said) if name in ("allowed_tiers", "allowed_models") else _number(name, said)
+
+
+def _names(installation: Installation, limit: str, said: str) -> list[str]:
+    fleet = installation.load_fleet()
+    offered = fleet.tiers_by_rank if limit == "allowed_tiers" else tuple(fleet.models)
+    names = [name.strip() for name in said.split(",")]
+    unknown = [name for name in names if name not in offered]
+    if unknown:
+        raise _refused(limit, ",".join(unknown), f"one or more of {', '.join(offered)}, with commas between them, or none")
+    return names
+
+
+def _number(limit: str, said: str) -> int | float | Decimal:
+    from pydantic import ValidationError
+
+    from app.admin import TenantChange  # the same bounds as over HTTP; here, for it loads the gateway
+
     try:
-        return name, _KINDS.get(name, float)(value)
-    except (ValueError, InvalidOperation):
-        raise click.UsageError(f"{value!r} is no value of {name}") from None
+        number = getattr(TenantChange.model_validate({limit: said}, strict=False), limit)
+    except ValidationError:
+        raise _refused(limit, said, _bounds(TenantChange.model_json_schema()["properties"][limit]["anyOf"][0])) from None
+    return Decimal(str(number)) if limit in ("daily_megapixel_steps", "monthly_megapixel_steps") else number
+
+
+def _bounds(schema: Mapping[str, Any]) -> str:
+    kind = "a whole number" if schema["type"] == "integer" else "a number"
+    least = f"above {schema['exclusiveMinimum']}" if "exclusiveMinimum" in schema else f"from {schema['minimum']}"
+    return f"{kind} {least}, at most {schema['maximum']:.0f}, or none"
+
+
+def _refused(limit: str, said: str, accepted: str) -> click.UsageError:
+    return click.UsageError(f"{limit} takes {accepted}; not {said!r}")
 
 
 def _told(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(value)
+    if isinstance(value, bool):
+        return str(value).lower()
     return "none" if value is None else str(value)
 
 

@@ -185,6 +185,8 @@ def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limit
         problem = assert_problem(client.post(way, json={**BODY, "tier": "fast", "steps": 4}), 403, "forbidden")
         assert problem["accepted"] == {"tiers": ["batch"]}
     assert [tier["id"] for tier in client.get("/v1/tiers").json()["data"]] == ["batch"]
+    for model in (client.get("/v1/models").json()["data"][0], client.get("/v1/models/pocket").json()):
+        assert list(model["tiers"]) == ["batch"]
     assert client.post("/v1/jobs", json=BODY).status_code == 202
 
     without = limited(allowed_models=["another"])

@@ -47,6 +47,7 @@ def test_help_names_every_command_and_exit_code():
         "delete",
         "sql",
         "keys",
+        "usage",
         "tenants",
         "audit",
         "demo",
@@ -56,7 +57,9 @@ def test_help_names_every_command_and_exit_code():
         assert word in shown
 
 
-@pytest.mark.parametrize("arguments", [["jobs"], ["sql", "select 1"], ["keys", "list"], ["env"], ["audit", "verify"], ["status"]])
+@pytest.mark.parametrize(
+    "arguments", [["jobs"], ["sql", "select 1"], ["keys", "list"], ["usage"], ["env"], ["audit", "verify"], ["status"]]
+)
 def test_without_a_stack_a_command_says_so_in_one_line(tmp_path, arguments):
     done = run(tmp_path, *arguments)
 
