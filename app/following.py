@@ -7,6 +7,7 @@ seconds, and about one when its ending is heard.
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import structlog
@@ -29,6 +30,27 @@ from models.tables import Job
 log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 5.0
+
+
+class Watchers:
+    """How many clients of this process watch which job."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[uuid.UUID] = Counter()
+        self._lock = threading.Lock()
+
+    def enter(self, job_id: uuid.UUID) -> None:
+        with self._lock:
+            self._counts[job_id] += 1
+
+    def leave(self, job_id: uuid.UUID) -> bool:
+        """Was it the last one?"""
+        with self._lock:
+            self._counts[job_id] -= 1
+            is_last = self._counts[job_id] == 0
+            if is_last:
+                del self._counts[job_id]
+            return is_last
 
 
 class Events:

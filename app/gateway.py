@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from flask import current_app
 from sqlalchemy import Engine
 
-from app.following import Events
+from app.following import Events, Watchers
 from app.keyring import Keyring
 from app.outlook import Lookout
 from app.statuses import Statuses
@@ -48,6 +48,7 @@ class Gateway:
     rates: Rates
     budgets: Budgets
     statuses: Statuses = field(default_factory=Statuses)
+    watchers: Watchers = field(default_factory=Watchers)
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""

@@ -1,7 +1,8 @@
 """An image call as server-sent events, as OpenAI's clients read them: partial images from the latents on the way, then the image.
 
 Their decoder takes every block for an event of theirs, so there is no `id:`, no `retry:`, no event of ours; a heartbeat is a comment. It is
-also how we notice that a client has gone: the job is then canceled, unless it was asked to keep running.
+also how we notice that a client has gone: with the last of those who watch it through this process the job is canceled, unless it was asked
+to keep running. Nobody knows of watchers in other processes: a client tries again where its connection leads.
 """
 
 import base64
@@ -46,6 +47,7 @@ def respond(asked: Asked, job: Job) -> Response:
 
     def lines() -> Iterator[str]:
         is_over = False
+        parts.watchers.enter(job.id)
         try:
             yield ": begin\n\n"
             for event in events:
@@ -56,7 +58,8 @@ def respond(asked: Asked, job: Job) -> Response:
                 yield _data(_error(PartUnavailable("The gateway is being restarted; ask again.", part="gateway")))
             yield "data: [DONE]\n\n"
         finally:
-            if not is_over and not asked.keeps_running:
+            is_last = parts.watchers.leave(job.id)
+            if is_last and not is_over and not asked.keeps_running:
                 _cancel(parts, job.id, tenant_id=asking.tenant_id, actor=asking.actor)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Darkroom-Job-Id": str(job.id)}

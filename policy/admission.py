@@ -127,13 +127,12 @@ def refusal(
     shape, limits = fleet.pools[pool], fleet.tiers[tier]
     if not outlook.devices and not shape.warm_floor and not shape.scalable:
         return Refusal("unserved", f"No worker of pool {pool} is alive, and nothing starts one.", _jittered(60, draw))
-    own = outlook.own[tier].now if tier in outlook.own else None
-    if own is not None and own.cost_s + own_s > limits.max_queued_s_per_tenant:
-        weights = max(own.weight, outlook.lines.get(tier, Line()).weights)
-        excess_s = own.cost_s + own_s - limits.max_queued_s_per_tenant
-        wait_s = excess_s * weights / own.weight / max(1, outlook.devices)
-        most_s = limits.max_queued_s_per_tenant
-        detail = f"Your jobs waiting in tier {tier} need {own.cost_s:.0f} device seconds; at most {most_s:.0f} may wait."
+    own, most_s = outlook.own.get(tier), limits.max_queued_s_per_tenant
+    if own is not None and own.now.cost_s + own_s > most_s:
+        others = outlook.lines.get(tier, Line()).weights - (own.counted.weight if own.counted.jobs else 0.0)
+        excess_s = own.now.cost_s + own_s - most_s
+        wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, outlook.devices)
+        detail = f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds; at most {most_s:.0f} may wait."
         return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
     if outlook.handoff_fill > HANDOFF_OVERFULL:
         return Refusal("handoff_full", "Images are made faster than they can be stored.", _jittered(5, draw))

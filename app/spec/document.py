@@ -58,15 +58,14 @@ def build(app: Flask, fleet: Fleet) -> dict[str, Any]:
 
 
 def _described(operation: Operation, endpoint: str, about: str, arguments: dict[str, Schema], bodies: dict[str, Schema]) -> dict[str, Any]:
-    summary, _, rest = " ".join(about.split()).partition(". ")
     parameters = [_parameter("path", name, schema, required=True) for name, schema in arguments.items()]
     parameters += [_parameter("query", name, schema) for name, schema in operation.query.items()]
     parameters += [_parameter("header", name, schema) for name, schema in operation.headers.items()]
     described: dict[str, Any] = {
         "operationId": endpoint.replace(".", "_"),
         "tags": [endpoint.partition(".")[0]],
-        "summary": summary.rstrip("."),
-        "description": rest or summary,
+        "summary": operation.summary,
+        "description": " ".join(about.split()),
         "parameters": parameters,
         "responses": _responses(operation),
     }

@@ -18,8 +18,13 @@ PICTURE: Schema = {"type": "string", "contentMediaType": "application/octet-stre
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One route and method. answer: the schema of a good answer; None: it has no JSON.  body: a model, or a schema; optional if `bare`."""
+    """One route and method.
 
+    summary: what a list of operations shows.  answer: the schema of a good answer; None: it has no JSON.  body: a model, or a schema;
+    optional if `bare`.
+    """
+
+    summary: str
     status: int = 200
     answer: str | None = None
     media_type: str = JSON
@@ -80,54 +85,77 @@ _UPLOAD: Schema = {"type": "object", "required": ["file"], "properties": {"file"
 _ONE_JOB = {"prompt": PROMPT, "tier": "batch", "steps": 4, "seed": 7, "metadata": {"order": "7"}}
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
-    ("POST", "/v1/jobs"): Operation(status=202, answer="Job", body=JobBody, headers=_ONCE | _WAIT, example=_ONE_JOB),
-    ("GET", "/v1/jobs"): Operation(answer="JobPage", query=_PAGE | _JOBS),
-    ("GET", "/v1/jobs/{job_id}"): Operation(answer="Job", headers=_IF_NONE | _WAIT, others=(304,)),
-    ("GET", "/v1/jobs/{job_id}/status"): Operation(answer="JobStatus", headers=_IF_NONE, others=(304,)),
-    ("GET", "/v1/jobs/{job_id}/events"): Operation(media_type=STREAM, query={"previews": one_of("true", "false")}, headers=_RESUME),
-    ("POST", "/v1/jobs/{job_id}/cancel"): Operation(answer="Job"),
-    ("POST", "/v1/jobs/{job_id}/replay"): Operation(status=202, answer="Job", headers=_ONCE),
-    ("DELETE", "/v1/jobs/{job_id}"): Operation(status=204),
-    ("GET", "/v1/jobs/{job_id}/images/{index}"): Operation(status=302),
+    ("POST", "/v1/jobs"): Operation(
+        summary="Accept a job", status=202, answer="Job", body=JobBody, headers=_ONCE | _WAIT, example=_ONE_JOB
+    ),
+    ("GET", "/v1/jobs"): Operation(summary="List jobs", answer="JobPage", query=_PAGE | _JOBS),
+    ("GET", "/v1/jobs/{job_id}"): Operation(summary="Show a job", answer="Job", headers=_IF_NONE | _WAIT, others=(304,)),
+    ("GET", "/v1/jobs/{job_id}/status"): Operation(summary="Show how a job stands", answer="JobStatus", headers=_IF_NONE, others=(304,)),
+    ("GET", "/v1/jobs/{job_id}/events"): Operation(
+        summary="Follow a job live", media_type=STREAM, query={"previews": one_of("true", "false")}, headers=_RESUME
+    ),
+    ("POST", "/v1/jobs/{job_id}/cancel"): Operation(summary="Cancel a job", answer="Job"),
+    ("POST", "/v1/jobs/{job_id}/replay"): Operation(summary="Replay a job", status=202, answer="Job", headers=_ONCE),
+    ("DELETE", "/v1/jobs/{job_id}"): Operation(summary="Erase what a job was about", status=204),
+    ("GET", "/v1/jobs/{job_id}/images/{index}"): Operation(summary="Fetch an image of a job", status=302),
     ("POST", "/v1/jobs:batch"): Operation(
-        answer="Batch", body=_BATCH, headers=_ONCE, example={"jobs": [_ONE_JOB, {**_ONE_JOB, "seed": 8}]}
+        summary="Accept a batch of jobs", answer="Batch", body=_BATCH, headers=_ONCE, example={"jobs": [_ONE_JOB, {**_ONE_JOB, "seed": 8}]}
     ),
-    ("POST", "/v1/estimate"): Operation(answer="Estimate", body=JobBody, example=_ONE_JOB),
-    ("POST", "/v1/files"): Operation(status=201, answer="File", body=_UPLOAD, body_type=FORM),
-    ("GET", "/v1/files"): Operation(answer="FilePage", query=_PAGE),
-    ("GET", "/v1/files/{file_id}"): Operation(answer="File"),
-    ("GET", "/v1/files/{file_id}/content"): Operation(status=302),
-    ("DELETE", "/v1/files/{file_id}"): Operation(status=204),
+    ("POST", "/v1/estimate"): Operation(summary="Estimate a job", answer="Estimate", body=JobBody, example=_ONE_JOB),
+    ("POST", "/v1/files"): Operation(summary="Upload a picture", status=201, answer="File", body=_UPLOAD, body_type=FORM),
+    ("GET", "/v1/files"): Operation(summary="List pictures", answer="FilePage", query=_PAGE),
+    ("GET", "/v1/files/{file_id}"): Operation(summary="Show a picture's record", answer="File"),
+    ("GET", "/v1/files/{file_id}/content"): Operation(summary="Fetch a picture", status=302),
+    ("DELETE", "/v1/files/{file_id}"): Operation(summary="Delete a picture", status=204),
     ("POST", "/v1/webhooks"): Operation(
-        status=201, answer="Webhook", body=EndpointBody, example={"url": "https://example.com/hook", "events": ["job.succeeded"]}
+        summary="Add a webhook",
+        status=201,
+        answer="Webhook",
+        body=EndpointBody,
+        example={"url": "https://example.com/hook", "events": ["job.succeeded"]},
     ),
-    ("GET", "/v1/webhooks"): Operation(answer="WebhookPage"),
-    ("GET", "/v1/webhooks/{endpoint_id}"): Operation(answer="Webhook"),
-    ("PATCH", "/v1/webhooks/{endpoint_id}"): Operation(answer="Webhook", body=EndpointChange, example={"enabled": False}),
-    ("DELETE", "/v1/webhooks/{endpoint_id}"): Operation(status=204),
-    ("POST", "/v1/webhooks/{endpoint_id}/rotate"): Operation(answer="Webhook"),
-    ("POST", "/v1/webhooks/{endpoint_id}/test"): Operation(status=202, answer="Delivery"),
-    ("GET", "/v1/webhooks/{endpoint_id}/deliveries"): Operation(answer="DeliveryPage", query=_PAGE | {"state": one_of(*DeliveryState)}),
-    ("POST", "/v1/webhooks/deliveries/{delivery_id}/redeliver"): Operation(status=202, answer="Delivery"),
+    ("GET", "/v1/webhooks"): Operation(summary="List webhooks", answer="WebhookPage"),
+    ("GET", "/v1/webhooks/{endpoint_id}"): Operation(summary="Show a webhook", answer="Webhook"),
+    ("PATCH", "/v1/webhooks/{endpoint_id}"): Operation(
+        summary="Change a webhook", answer="Webhook", body=EndpointChange, example={"enabled": False}
+    ),
+    ("DELETE", "/v1/webhooks/{endpoint_id}"): Operation(summary="Delete a webhook", status=204),
+    ("POST", "/v1/webhooks/{endpoint_id}/rotate"): Operation(summary="Rotate a webhook's secret", answer="Webhook"),
+    ("POST", "/v1/webhooks/{endpoint_id}/test"): Operation(summary="Send a test to a webhook", status=202, answer="Delivery"),
+    ("GET", "/v1/webhooks/{endpoint_id}/deliveries"): Operation(
+        summary="List a webhook's deliveries", answer="DeliveryPage", query=_PAGE | {"state": one_of(*DeliveryState)}
+    ),
+    ("POST", "/v1/webhooks/deliveries/{delivery_id}/redeliver"): Operation(
+        summary="Deliver a webhook again", status=202, answer="Delivery"
+    ),
     ("POST", "/v1/images/generations"): Operation(
-        answer="Images", body=_GENERATE, example={"prompt": PROMPT, "size": "128x128", "seed": 7, "steps": 4}
+        summary="Generate images (OpenAI)",
+        answer="Images",
+        body=_GENERATE,
+        example={"prompt": PROMPT, "size": "128x128", "seed": 7, "steps": 4},
     ),
-    ("POST", "/v1/images/edits"): Operation(answer="Images", body=_EDIT, body_type=FORM),
-    ("POST", "/v1/images/variations"): Operation(answer="Images", body=_VARY, body_type=FORM),
-    ("GET", "/v1/models"): Operation(answer="Models"),
-    ("GET", "/v1/models/{name}"): Operation(answer="Model"),
-    ("GET", "/v1/tiers"): Operation(answer="Tiers"),
-    ("GET", "/v1/key"): Operation(answer="OwnKey"),
-    ("GET", "/v1/usage"): Operation(answer="Usage", query=_DAYS),
-    ("GET", "/v1/admin/tenants"): Operation(answer="TenantPage", query=_PAGE),
-    ("POST", "/v1/admin/tenants"): Operation(status=201, answer="Tenant", body=TenantBody, example={"name": "acme", "weight": 1.0}),
-    ("GET", "/v1/admin/tenants/{tenant_id}"): Operation(answer="Tenant"),
-    ("PATCH", "/v1/admin/tenants/{tenant_id}"): Operation(answer="Tenant", body=TenantChange, example={"requests_per_minute": 600}),
-    ("GET", "/v1/admin/tenants/{tenant_id}/keys"): Operation(answer="KeyPage"),
+    ("POST", "/v1/images/edits"): Operation(summary="Edit a picture (OpenAI)", answer="Images", body=_EDIT, body_type=FORM),
+    ("POST", "/v1/images/variations"): Operation(summary="Vary a picture (OpenAI)", answer="Images", body=_VARY, body_type=FORM),
+    ("GET", "/v1/models"): Operation(summary="List models", answer="Models"),
+    ("GET", "/v1/models/{name}"): Operation(summary="Show a model", answer="Model"),
+    ("GET", "/v1/tiers"): Operation(summary="List tiers", answer="Tiers"),
+    ("GET", "/v1/key"): Operation(summary="Show the key that asks", answer="OwnKey"),
+    ("GET", "/v1/usage"): Operation(summary="Show your usage", answer="Usage", query=_DAYS),
+    ("GET", "/v1/admin/tenants"): Operation(summary="List tenants", answer="TenantPage", query=_PAGE),
+    ("POST", "/v1/admin/tenants"): Operation(
+        summary="Create a tenant", status=201, answer="Tenant", body=TenantBody, example={"name": "acme", "weight": 1.0}
+    ),
+    ("GET", "/v1/admin/tenants/{tenant_id}"): Operation(summary="Show a tenant", answer="Tenant"),
+    ("PATCH", "/v1/admin/tenants/{tenant_id}"): Operation(
+        summary="Change a tenant's limits", answer="Tenant", body=TenantChange, example={"requests_per_minute": 600}
+    ),
+    ("GET", "/v1/admin/tenants/{tenant_id}/keys"): Operation(summary="List a tenant's keys", answer="KeyPage"),
     ("POST", "/v1/admin/tenants/{tenant_id}/keys"): Operation(
-        status=201, answer="Key", body=KeyBody, example={"name": "web", "scopes": ["generate", "read"]}
+        summary="Issue a key", status=201, answer="Key", body=KeyBody, example={"name": "web", "scopes": ["generate", "read"]}
     ),
-    ("POST", "/v1/admin/keys/{key_id}/rotate"): Operation(status=201, answer="Key", body=RotateBody, bare=True, example={"grace_s": 3600}),
-    ("DELETE", "/v1/admin/keys/{key_id}"): Operation(status=204),
-    ("GET", "/v1/admin/tenants/{tenant_id}/usage"): Operation(answer="Usage", query=_DAYS),
+    ("POST", "/v1/admin/keys/{key_id}/rotate"): Operation(
+        summary="Rotate a key", status=201, answer="Key", body=RotateBody, bare=True, example={"grace_s": 3600}
+    ),
+    ("DELETE", "/v1/admin/keys/{key_id}"): Operation(summary="Revoke a key", status=204),
+    ("GET", "/v1/admin/tenants/{tenant_id}/usage"): Operation(summary="Show a tenant's usage", answer="Usage", query=_DAYS),
 }

@@ -309,6 +309,21 @@ def test_a_client_that_leaves_its_stream_cancels_the_job(client, rest):
     assert ended["state"] == "canceled"
 
 
+def test_of_two_who_watch_one_job_only_the_last_to_leave_cancels_it(rest):
+    body = {"prompt": PROMPT, "stream": True, "tier": "batch", "steps": 60, "seed": 4713}
+    with rest.stream("POST", "/v1/images/generations", json=body) as first:
+        with rest.stream("POST", "/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}) as second:
+            job_id = first.headers["X-Darkroom-Job-Id"]
+            assert second.headers["X-Darkroom-Job-Id"] == job_id
+            next(first.iter_raw())
+            next(second.iter_raw())
+        time.sleep(4)  # a client that has gone is noticed at the second heartbeat
+        assert rest.get(f"/v1/jobs/{job_id}").json()["state"] != "canceled"
+
+    ended = until(lambda: (shown := rest.get(f"/v1/jobs/{job_id}").json())["state"] in ("canceled", "succeeded") and shown, within_s=20)
+    assert ended["state"] == "canceled"
+
+
 def test_a_job_that_was_asked_for_in_the_background_outlives_its_stream(client, rest):
     body = {"tier": "batch", "steps": 20, "seed": 4712, "background": True}
     stream = client.images.generate(prompt=PROMPT, stream=True, extra_body=body)

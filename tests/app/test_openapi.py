@@ -50,10 +50,13 @@ def test_every_route_is_in_it_and_nothing_else(gateway_with):
     assert set(paths_of(gateway_with().application)) == set(OPERATIONS)
 
 
-def test_every_operation_says_what_it_does(spec):
-    silent = [path for path, methods in spec["paths"].items() for operation in methods.values() if len(operation["summary"]) < 10]
+def test_every_operation_says_what_it_does_in_a_few_words_of_its_own_and_at_length(spec):
+    operations = [operation for methods in spec["paths"].values() for operation in methods.values()]
+    summaries = [operation["summary"] for operation in operations]
 
-    assert silent == []
+    assert len(set(summaries)) == len(summaries)
+    assert [summary for summary in summaries if not re.fullmatch(r"[A-Z][A-Za-z' ()]{5,39}", summary)] == []
+    assert [operation["operationId"] for operation in operations if len(operation["description"]) < 20] == []
 
 
 def test_it_is_served_to_anybody_and_cheaply(nobody):
