@@ -176,7 +176,7 @@ def load(kind: type[AnySettings]) -> AnySettings:
         raise SystemExit(78) from None  # EX_CONFIG
 
 
-def load_fleet_or_exit(settings: BrokerSettings) -> Fleet:
+def load_fleet_or_exit(settings: FleetSettings) -> Fleet:
     """`settings.load_fleet()` for entry points: ends the process with one line per wrong key."""
     try:
         return settings.load_fleet()

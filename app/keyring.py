@@ -22,7 +22,8 @@ from policy.limits import Limits, limits_of
 log = structlog.get_logger(__name__)
 
 TRUSTED_FOR_S = 0.75  # after that a key is looked up again: a revoked one is refused within a second, in every process
-REFRESHED_AFTER_S = 0.4  # from then on those in use are all looked up again, behind the requests' back
+REFRESHED_AFTER_S = 0.25  # from then on those in use are all looked up again, behind the requests' back
+PATIENCE_S = 5.0  # with whoever looks up for all: under load another look-up makes it later still
 IN_USE_FOR_S = 5.0
 MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
@@ -68,7 +69,7 @@ class Keyring:
 
     def _known_anew(self, kid: str) -> Known | None:
         """Whoever has the turn reads for all; who gets it late, because the database hangs, reads for himself."""
-        if not self._turn.acquire(timeout=1.0):
+        if not self._turn.acquire(timeout=PATIENCE_S):
             return self._read({kid}).get(kid)
         try:
             with self._lock:

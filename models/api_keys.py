@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy import ARRAY, ColumnElement, Select, Text, any_, bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from models import audit
@@ -95,11 +95,7 @@ def is_it(key: str, digest: bytes, *, pepper: str) -> bool:
 
 def look_up(session: Session, kids: Sequence[str]) -> dict[str, KnownKey]:
     """The live keys with these public ids, by them, in plain values; others are left out."""
-    stale = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, USE_NOTED_EVERY_M)
-    is_stale = func.coalesce(ApiKey.last_used_at < stale, True)
-    key = (ApiKey.id, ApiKey.tenant_id, ApiKey.kid, ApiKey.digest, ApiKey.scopes, ApiKey.expires_at, is_stale)
-    query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(Tenant, Tenant.id == ApiKey.tenant_id)
-    return {row[2]: _known(row) for row in session.execute(query.where(ApiKey.kid.in_(kids), *_is_live()))}
+    return {row[2]: _known(row) for row in session.execute(_LOOK_UP, {"kids": list(kids)})}
 
 
 def note_use(session: Session, key_ids: Sequence[uuid.UUID]) -> None:
@@ -120,6 +116,15 @@ def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey
 def of_tenant(session: Session, tenant_id: uuid.UUID) -> list[ApiKey]:
     """The tenant's keys, oldest first, revoked ones included."""
     return list(session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)))
+
+
+def _look_up_statement() -> Select[Any]:
+    """Made once: a gateway looks its keys up all the time."""
+    stale = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, USE_NOTED_EVERY_M)
+    is_stale = func.coalesce(ApiKey.last_used_at < stale, True)
+    key = (ApiKey.id, ApiKey.tenant_id, ApiKey.kid, ApiKey.digest, ApiKey.scopes, ApiKey.expires_at, is_stale)
+    query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(Tenant, Tenant.id == ApiKey.tenant_id)
+    return query.where(ApiKey.kid == any_(bindparam("kids", type_=ARRAY(Text))), *_is_live())
 
 
 def _known(row: Sequence[Any]) -> KnownKey:
@@ -145,3 +150,6 @@ def _check(body: str) -> str:
 
 def _digest(pepper: str, key: str) -> bytes:
     return hmac.digest(pepper.encode(), key.encode(), hashlib.sha256)
+
+
+_LOOK_UP = _look_up_statement()
