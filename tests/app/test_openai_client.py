@@ -3,6 +3,8 @@
 import base64
 import io
 import itertools
+import os
+import signal
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -309,14 +311,23 @@ def test_a_client_that_leaves_its_stream_cancels_the_job(client, rest):
     assert ended["state"] == "canceled"
 
 
+@pytest.fixture
+def a_worker_that_stands_still(stack):
+    """For less than its leases live: what is asked for meanwhile waits."""
+    os.kill(stack.pid("worker-1"), signal.SIGSTOP)
+    yield
+    os.kill(stack.pid("worker-1"), signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("a_worker_that_stands_still")
 def test_of_two_who_watch_one_job_only_the_last_to_leave_cancels_it(rest):
     body = {"prompt": PROMPT, "stream": True, "tier": "batch", "steps": 60, "seed": 4713}
     with rest.stream("POST", "/v1/images/generations", json=body) as first:
         with rest.stream("POST", "/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}) as second:
             job_id = first.headers["X-Darkroom-Job-Id"]
             assert second.headers["X-Darkroom-Job-Id"] == job_id
-            next(first.iter_raw())
-            next(second.iter_raw())
+            chunks = first.iter_raw(), second.iter_raw()  # kept: with the iterator goes the connection
+            assert all(next(each) for each in chunks)
         time.sleep(4)  # a client that has gone is noticed at the second heartbeat
         assert rest.get(f"/v1/jobs/{job_id}").json()["state"] != "canceled"
 
