@@ -14,6 +14,18 @@ VERSION = "1.0.0"
 PROBLEM = "application/problem+json"
 ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal is `application/problem+json` that names
 the field and what would be accepted. Members may be added to answers at any time: ignore those you do not know."""
+TAGS = {  # blueprint -> the heading of its operations, in the order in which the page shows them
+    "jobs": "Jobs",
+    "batches": "Jobs",
+    "estimates": "Jobs",
+    "events": "Jobs",
+    "files": "Pictures",
+    "openai_images": "OpenAI images",
+    "catalog": "Models and tiers",
+    "webhooks": "Webhooks",
+    "account": "Your key and usage",
+    "admin": "Administration",
+}
 _KINDS: dict[str, Schema] = {"uuid": {"type": "string", "format": "uuid"}, "int": {"type": "integer", "minimum": 0}, "": {"type": "string"}}
 _ARGUMENT = re.compile(r"<(?:(\w+):)?(\w+)>")
 
@@ -48,6 +60,7 @@ def build(app: Flask, fleet: Fleet) -> dict[str, Any]:
         },
         "servers": [{"url": "/"}],
         "security": [{"key": []}],
+        "tags": [{"name": name} for name in dict.fromkeys(TAGS.values())],
         "paths": paths,
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
@@ -63,7 +76,7 @@ def _described(operation: Operation, endpoint: str, about: str, arguments: dict[
     parameters += [_parameter("header", name, schema) for name, schema in operation.headers.items()]
     described: dict[str, Any] = {
         "operationId": endpoint.replace(".", "_"),
-        "tags": [endpoint.partition(".")[0]],
+        "tags": [TAGS[endpoint.partition(".")[0]]],
         "summary": operation.summary,
         "description": " ".join(about.split()),
         "parameters": parameters,
