@@ -11,6 +11,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
+from concurrent.futures import Future
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address
 from typing import Any
@@ -36,6 +37,10 @@ class Unreachable(Exception):
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
         self.reason = reason
+
+
+class _Unresolved(requests.ConnectionError):
+    """No address for the name; the text says why."""
 
 
 @dataclass(frozen=True)
@@ -122,14 +127,34 @@ class Outbound:
             raise Unreachable(TOO_LONG)
         return answered
 
+    def address_in_time(self, parts: SplitResult, within_s: float) -> str:
+        """Find the address to connect to, or give up after `within_s`. Raises InvalidIPAddress, ConnectionError.
+
+        In a thread of its own, for `getaddrinfo` has no deadline: a name server that says nothing would hold the caller for as
+        long as it likes, and an attempt would outlive its claim.
+        """
+        found: Future[str] = Future()
+
+        def resolve() -> None:
+            try:
+                found.set_result(self.address_of(parts))
+            except Exception as error:  # noqa: BLE001 - it is raised where it was asked for
+                found.set_exception(error)
+
+        threading.Thread(target=resolve, name="resolve", daemon=True).start()
+        try:
+            return found.result(timeout=within_s)
+        except TimeoutError as error:
+            raise _Unresolved("its name was not resolved in time") from error
+
     def address_of(self, parts: SplitResult) -> str:
-        """The address to connect to. Raises InvalidIPAddress, ConnectionError."""
+        """Find the address to connect to. Raises InvalidIPAddress, ConnectionError."""
         host, port = str(parts.hostname), parts.port or (443 if parts.scheme == "https" else 80)
         if self._allowed:
             try:
                 first = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][4][0]
             except OSError as error:
-                raise requests.ConnectionError("the name cannot be resolved") from error
+                raise _Unresolved("its name cannot be resolved") from error
             address = ipaddress.ip_address(first)
             if self._is_allowed(address):
                 return f"[{address}]" if address.version == 6 else str(address)
@@ -158,7 +183,7 @@ class _Adapter(IPFilterAdapter):
         request.headers["Host"] = self._parts.netloc
         if self._parts.scheme == "https":
             pool_kwargs["assert_hostname"] = pool_kwargs["server_hostname"] = self._parts.hostname
-        host_params["host"] = self._outbound.address_of(self._parts)
+        host_params["host"] = self._outbound.address_in_time(self._parts, _CONNECT_S)
         return host_params, pool_kwargs
 
     def get_connection_with_tls_context(self, *arguments: Any, **named: Any) -> Any:
@@ -253,6 +278,8 @@ def _reason(error: BaseException) -> str:
     """What went wrong, without the URL."""
     if isinstance(error, InvalidIPAddress):
         return "its name leads to an address that is not allowed"
+    if isinstance(error, _Unresolved):
+        return str(error)
     for cause in (error, *getattr(error, "args", ())):
         reason = getattr(cause, "reason", None)
         if reason is not None:

@@ -46,6 +46,9 @@ EVENTS_SENT = Counter("darkroom_events_sent_total", "Events given to followers",
 EVENTS_DROPPED = Counter("darkroom_events_dropped_total", "Events that a follower was too slow for", ["kind"])
 WEBHOOK_ATTEMPTS = Counter("darkroom_webhook_attempts_total", "Attempts at deliveries: delivered, 3xx, 4xx, 5xx, unreachable", ["outcome"])
 WEBHOOK_SECONDS = Histogram("darkroom_webhook_attempt_seconds", "Until a receiver answered, or did not")
+WEBHOOKS_DEFERRED = Counter(
+    "darkroom_webhooks_deferred_total", "Deliveries put off: enough of their endpoint, tenant or of slow endpoints is under way"
+)
 WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over")
 AUTH_FAILURES = Counter("darkroom_auth_failures_total", "Requests refused for their API key: no_key, bad_key, scope", ["why"])
 LIMITS_LOCAL = Counter("darkroom_limits_local_total", "Limits counted in one process or not at all, for Redis was away", ["limit"])

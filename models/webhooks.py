@@ -18,45 +18,82 @@ from models.ids import new_id
 from models.states import DeliveryState
 from models.tables import Job, WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 
-AT_ONCE = 4  # deliveries of one endpoint: whoever hangs takes no more threads than that
+# Attempts under way at once, over all processes of the role; each holds a thread for up to 10 s.
+AT_ONCE_PER_ENDPOINT = 4
+AT_ONCE_PER_TENANT = 4
+SLOW_AT_ONCE = 4  # at endpoints whose last attempt was slow, over all tenants; of each tenant one
 CLAIM_S = 30.0  # longer than any attempt takes
 KEPT_FOR_S = 30 * 86_400.0
+OVERDUE_S = 3600.0  # due for so long and not tried: its endpoint is disabled
 GONE, OWN_WISH = "gone", "by the tenant"
 
 _IS_LIVE = (WebhookEndpoint.disabled_at.is_(None), WebhookEndpoint.deleted_at.is_(None))
 _IS_PENDING = WebhookDelivery.state == DeliveryState.PENDING
 
-# The endpoints that have anything pending, one probe of the index each, and of each the deliveries that are due and nobody's.
-_DUE = text(
+# The next endpoints that have anything pending, in the order of their ids: one probe of the index each.
+_WITH_PENDING = text(
     """
     WITH RECURSIVE waiting (id) AS (
-        (SELECT endpoint_id FROM webhook_deliveries WHERE state = 'pending' ORDER BY endpoint_id LIMIT 1)
+        (SELECT endpoint_id FROM webhook_deliveries
+         WHERE state = 'pending' AND endpoint_id > :after ORDER BY endpoint_id LIMIT 1)
         UNION ALL
-        SELECT (SELECT endpoint_id FROM webhook_deliveries d WHERE d.state = 'pending' AND d.endpoint_id > waiting.id
+        SELECT (SELECT endpoint_id FROM webhook_deliveries d
+                WHERE d.state = 'pending' AND d.endpoint_id > waiting.id
                 ORDER BY endpoint_id LIMIT 1)
         FROM waiting WHERE waiting.id IS NOT NULL
     )
-    SELECT due.id FROM waiting CROSS JOIN LATERAL (
-        SELECT d.id FROM webhook_deliveries d
-        WHERE d.endpoint_id = waiting.id AND d.state = 'pending' AND d.due_at <= (SELECT clock_timestamp())
-              AND (d.claimed_until IS NULL OR d.claimed_until <= (SELECT clock_timestamp()))
-        ORDER BY d.due_at LIMIT :of_each
-    ) due LIMIT :limit
+    SELECT id FROM waiting WHERE id IS NOT NULL LIMIT :limit
     """
 )
 
-_CLAIM = text(
+# Of each of these endpoints the deliveries that are due and that nobody tries, no more than may be tried at once.
+_DUE = text(
     """
-    UPDATE webhook_deliveries d SET claimed_until = clock_timestamp() + make_interval(secs => :claim_s), attempts = attempts + 1
+    SELECT id FROM (
+        SELECT due.id, e.is_slow,
+               row_number() OVER (PARTITION BY e.tenant_id, e.is_slow ORDER BY due.due_at) AS nth
+        FROM webhook_endpoints e CROSS JOIN LATERAL (
+            SELECT d.id, d.due_at FROM webhook_deliveries d
+            WHERE d.endpoint_id = e.id AND d.state = 'pending'
+                  AND d.due_at <= (SELECT clock_timestamp())
+                  AND (d.claimed_until IS NULL OR d.claimed_until <= (SELECT clock_timestamp()))
+                  AND (e.disabled_at IS NULL OR d.event = 'webhook.test')
+            ORDER BY d.due_at LIMIT :of_endpoint
+        ) due
+        WHERE e.id = ANY(:endpoints) AND e.deleted_at IS NULL
+    ) listed
+    WHERE nth <= CASE WHEN is_slow THEN 1 ELSE :of_tenant END
+    """
+)
+
+_IS_CLAIMABLE = """
+    d.id = :id AND d.state = 'pending' AND d.due_at <= clock_timestamp()
+    AND (d.claimed_until IS NULL OR d.claimed_until <= clock_timestamp())
+    AND e.id = d.endpoint_id AND e.deleted_at IS NULL
+    AND (e.disabled_at IS NULL OR d.event = 'webhook.test')
+"""
+_LOOK = text(f"SELECT d.tenant_id, e.is_slow FROM webhook_deliveries d, webhook_endpoints e WHERE {_IS_CLAIMABLE}")
+_CLAIM = text(
+    f"""
+    WITH under_way AS (
+        SELECT o.endpoint_id, o.tenant_id, oe.is_slow
+        FROM webhook_deliveries o JOIN webhook_endpoints oe ON oe.id = o.endpoint_id
+        WHERE o.claimed_until > clock_timestamp()
+    )
+    UPDATE webhook_deliveries d
+    SET claimed_until = clock_timestamp() + make_interval(secs => :claim_s), attempts = attempts + 1
     FROM webhook_endpoints e
-    WHERE d.id = :id AND d.state = 'pending' AND d.due_at <= clock_timestamp() AND e.id = d.endpoint_id AND e.deleted_at IS NULL
-          AND (e.disabled_at IS NULL OR d.event = 'webhook.test') AND (d.claimed_until IS NULL OR d.claimed_until <= clock_timestamp())
-          AND :at_once > (SELECT count(*) FROM webhook_deliveries o
-                          WHERE o.endpoint_id = d.endpoint_id AND o.claimed_until > clock_timestamp())
-    RETURNING d.attempts, d.endpoint_id, d.tenant_id, d.event, d.job_id, e.url,
+    WHERE {_IS_CLAIMABLE}
+          AND (SELECT count(*) FROM under_way u WHERE u.endpoint_id = d.endpoint_id) < :of_endpoint
+          AND (SELECT count(*) FROM under_way u WHERE u.tenant_id = d.tenant_id) < :of_tenant
+          AND (NOT e.is_slow
+               OR (SELECT count(*) FROM under_way u WHERE u.is_slow) < :slow
+                  AND NOT EXISTS (SELECT 1 FROM under_way u WHERE u.is_slow AND u.tenant_id = d.tenant_id))
+    RETURNING d.attempts, d.endpoint_id, d.tenant_id, d.event, d.job_id, e.url, e.is_slow,
               extract(epoch FROM clock_timestamp() - d.created_at)::double precision AS age_s
     """
 )
+_TAKE_TURNS = text("SELECT pg_advisory_xact_lock(hashtextextended(:name, 0))")
 
 
 @dataclass(frozen=True)
@@ -71,7 +108,12 @@ class Claim:
     job_id: uuid.UUID | None
     age_s: float
     url: str
+    is_slow: bool  # its endpoint, by the attempt before this one
     secrets: tuple[str, ...]
+
+
+class TooManyUnderWay(Exception):
+    """The delivery is due, but its endpoint, its tenant or the slow ones have enough attempts under way; the sweeper asks again."""
 
 
 @dataclass(frozen=True)
@@ -175,9 +217,19 @@ def note_test(session: Session, endpoint: WebhookEndpoint, event: str) -> Webhoo
     return delivery
 
 
-def due(session: Session, *, limit: int) -> list[uuid.UUID]:
-    """Deliveries that should be tried now and that nobody has claimed, a few of each endpoint."""
-    return list(session.scalars(_DUE, {"of_each": AT_ONCE, "limit": limit}))
+def endpoints_with_pending(session: Session, *, after: uuid.UUID | None, limit: int) -> list[uuid.UUID]:
+    """List up to `limit` endpoints that anything waits for, by id, beginning after `after`; None: at the first."""
+    start = uuid.UUID(int=0) if after is None else after
+    return list(session.scalars(_WITH_PENDING, {"after": start, "limit": limit}))
+
+
+def due(session: Session, endpoint_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
+    """List the endpoints' deliveries that should be tried now and that nobody has claimed.
+
+    No more of an endpoint and of a tenant than may be under way at once, one of a tenant's slow endpoints, none of disabled ones.
+    """
+    caps = {"of_endpoint": AT_ONCE_PER_ENDPOINT, "of_tenant": AT_ONCE_PER_TENANT}
+    return list(session.scalars(_DUE, {"endpoints": list(endpoint_ids), **caps}))
 
 
 def due_of_job(session: Session, job_id: uuid.UUID) -> list[uuid.UUID]:
@@ -194,14 +246,49 @@ def next_of_endpoint(session: Session, endpoint_id: uuid.UUID) -> uuid.UUID | No
 
 
 def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
-    """Take the delivery for `CLAIM_S`; None if it is over, not due, somebody else's, or its endpoint has enough under way."""
-    row = session.execute(_CLAIM, {"id": delivery_id, "claim_s": CLAIM_S, "at_once": AT_ONCE}).one_or_none()
-    if row is None:
+    """Take the delivery for `CLAIM_S`; None if it is over, not due, somebody else's, or its endpoint takes none.
+
+    Raises TooManyUnderWay. Claims of one tenant take turns, and those of slow endpoints over all tenants, so that the caps are
+    exact; in this order, so that nobody waits in a circle.
+    """
+    found = session.execute(_LOOK, {"id": delivery_id}).one_or_none()
+    if found is None:
         return None
+    session.execute(_TAKE_TURNS, {"name": f"webhooks:{found.tenant_id}"})
+    if found.is_slow:
+        session.execute(_TAKE_TURNS, {"name": "webhooks:slow"})
+    asked = {
+        "id": delivery_id,
+        "claim_s": CLAIM_S,
+        "of_endpoint": AT_ONCE_PER_ENDPOINT,
+        "of_tenant": AT_ONCE_PER_TENANT,
+        "slow": SLOW_AT_ONCE,
+    }
+    row = session.execute(_CLAIM, asked).one_or_none()
+    if row is None:
+        if session.execute(_LOOK, {"id": delivery_id}).one_or_none() is None:
+            return None
+        raise TooManyUnderWay
     is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
     query = select(WebhookSecret.secret).where(WebhookSecret.endpoint_id == row.endpoint_id, is_live)
     secrets = session.scalars(query.order_by(WebhookSecret.created_at.desc()))
-    return Claim(delivery_id, row.attempts, row.endpoint_id, row.tenant_id, row.event, row.job_id, row.age_s, row.url, tuple(secrets))
+    return Claim(
+        id=delivery_id,
+        attempt=row.attempts,
+        endpoint_id=row.endpoint_id,
+        tenant_id=row.tenant_id,
+        event=row.event,
+        job_id=row.job_id,
+        age_s=row.age_s,
+        url=row.url,
+        is_slow=row.is_slow,
+        secrets=tuple(secrets),
+    )
+
+
+def note_speed(session: Session, endpoint_id: uuid.UUID, *, is_slow: bool) -> None:
+    """Remember whether the endpoint's last attempt took long: slow ones share a few threads."""
+    session.execute(update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id).values(is_slow=is_slow))
 
 
 def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> DeliveryState | None:
@@ -261,6 +348,24 @@ def redeliver(session: Session, delivery_id: uuid.UUID, *, tenant_id: uuid.UUID,
 def pending(session: Session) -> int:
     """Deliveries that are not over."""
     return session.scalar(select(func.count()).where(_IS_PENDING)) or 0
+
+
+def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
+    """End up to `limit` deliveries that were written so long ago and that nobody may try; return how many there were.
+
+    They wait for an endpoint that was disabled and never enabled again. One that was asked for again by hand is due anew.
+    """
+    old = select(WebhookDelivery.id).where(
+        _IS_PENDING,
+        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
+        WebhookDelivery.due_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, OVERDUE_S),
+        or_(WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until < now_once()),
+    )
+    ids = list(session.scalars(old.limit(limit).with_for_update(skip_locked=True)))
+    over = update(WebhookDelivery).where(WebhookDelivery.id.in_(ids), _IS_PENDING)
+    ended = over.values(state=DeliveryState.FAILED.value, due_at=None, claimed_until=None, ended_at=func.clock_timestamp())
+    session.execute(ended.execution_options(synchronize_session=False))
+    return len(ids)
 
 
 def forget_old(session: Session, *, limit: int) -> int:

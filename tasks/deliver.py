@@ -24,8 +24,8 @@ from edges.webhooks import headers
 from models import jobs, webhooks
 from models.database import transaction
 from models.tables import Job
-from models.webhooks import Claim, Tried
-from policy.webhooks import GIVE_UP_AFTER_S, next_try_s
+from models.webhooks import Claim, TooManyUnderWay, Tried
+from policy.webhooks import GIVE_UP_AFTER_S, SLOW_AFTER_S, next_try_s
 
 log = structlog.get_logger(__name__)
 
@@ -71,7 +71,11 @@ class Courier:
     def _deliver(self, delivery_id: uuid.UUID) -> uuid.UUID | None:
         """One attempt; the next delivery that is due there after one that was heard."""
         with transaction(self.database) as session:
-            claim = webhooks.claim(session, delivery_id)
+            try:
+                claim = webhooks.claim(session, delivery_id)
+            except TooManyUnderWay:
+                telemetry.WEBHOOKS_DEFERRED.inc()
+                return None
             if claim is None:
                 telemetry.DUPLICATES.labels("deliver").inc()
                 return None
@@ -79,6 +83,10 @@ class Courier:
         tried = self._try(claim, job)
         with transaction(self.database) as session:
             state = webhooks.record(session, claim, tried, actor=self.name)
+        is_slow = tried.took_s >= SLOW_AFTER_S
+        if is_slow != claim.is_slow:
+            with transaction(self.database) as session:
+                webhooks.note_speed(session, claim.endpoint_id, is_slow=is_slow)
         outcome = "delivered" if tried.is_delivered else str(tried.status or "unreachable")
         telemetry.WEBHOOK_ATTEMPTS.labels(outcome if tried.is_delivered or tried.status is None else f"{outcome[0]}xx").inc()
         telemetry.WEBHOOK_SECONDS.observe(tried.took_s)

@@ -31,12 +31,14 @@ from models.uploads import ORPHAN_AFTER_S
 from policy import queues
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
+from policy.webhooks import GIVE_UP_AFTER_S
 from settings import Settings
 
 log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
-MOST_HANDED_OUT = 200  # webhook deliveries at a time
+MOST_HANDED_OUT = 200  # webhook deliveries that nobody has taken yet
+ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
 FORGOTTEN_AT_A_TIME = 5000  # rows that are too old
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
@@ -60,6 +62,7 @@ class Sweeper:
     fill: Callable[[], float]  # of the hand-off
     _done_at: dict[str, float] = field(default_factory=dict, init=False)
     _lenient_until: float = field(default=-math.inf, init=False)
+    _endpoints_after: uuid.UUID | None = field(default=None, init=False)
 
     def sweep(self) -> None:
         """One pass over everything. A part that fails does not keep the others from their turn."""
@@ -102,6 +105,7 @@ class Sweeper:
             (self._webhooks, 0),
             (self._gauges, 0),
             (self._etas, 0),
+            (self._undeliverable, MINUTELY_S),
             (self._orphans, MINUTELY_S),
             (self._tidy, HOURLY_S),
         )
@@ -189,9 +193,20 @@ class Sweeper:
         if self.broker.waiting(queues.WEBHOOKS) > MOST_HANDED_OUT:
             return
         with transaction(self.database) as session:
-            due = webhooks.due(session, limit=MOST_HANDED_OUT)
+            endpoints = webhooks.endpoints_with_pending(session, after=self._endpoints_after, limit=ENDPOINTS_AT_A_TIME)
+            due = webhooks.due(session, endpoints)
         for delivery_id in due:
             self.broker.ask_to_deliver(delivery_id)
+        # The next sweep goes on where this one ended, so that no endpoint waits behind those that always have something pending.
+        self._endpoints_after = endpoints[-1] if len(endpoints) == ENDPOINTS_AT_A_TIME else None
+
+    def _undeliverable(self) -> None:
+        """Deliveries that are older than anybody tries to deliver one: their endpoint was disabled all the time."""
+        ended = PIECE
+        while ended == PIECE:
+            with transaction(self.database) as session:
+                ended = webhooks.give_up_old(session, older_than_s=GIVE_UP_AFTER_S, limit=PIECE)
+            telemetry.SWEPT.labels("webhook_given_up").inc(ended)
 
     def _gauges(self) -> None:
         """What the queues look like, for Prometheus."""

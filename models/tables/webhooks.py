@@ -25,6 +25,7 @@ class WebhookEndpoint(Base):
     disabled_at: Mapped[datetime | None]
     disabled_reason: Mapped[str | None]  # gone (its receiver answered 410), or the tenant's own wish
     deleted_at: Mapped[datetime | None]
+    is_slow: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # its last attempt took long
 
     secrets: Mapped[list["WebhookSecret"]] = relationship(order_by="WebhookSecret.created_at", lazy="raise")
 

@@ -12,6 +12,7 @@ from sqlalchemy import text
 from standardwebhooks import Webhook
 
 from models.database import transaction
+from models.webhooks import AT_ONCE_PER_TENANT
 from policy.webhooks import EVENTS, MAX_ENDPOINTS
 from tests.app.problem import assert_problem
 from tests.builders import until
@@ -198,6 +199,29 @@ def test_a_receiver_that_hangs_holds_up_neither_jobs_nor_other_receivers(tenant,
 
     assert job["state"] == "succeeded"
     assert len(receiver.heard) == 4  # at most four at a time, whatever waits
+
+
+def test_one_tenant_s_hanging_receivers_hold_up_nobody_else_s_webhooks(tenant, receiver, new_tenant):
+    """Twenty endpoints that never answer, each with ten events: the first attempts hold a few threads, the later ones fewer."""
+    for _ in range(MAX_ENDPOINTS):
+        subscribe(tenant, receiver)
+    receiver.hang_s = 60
+    for _ in range(10):
+        cancel(tenant)
+    until(lambda: len(receiver.heard) >= AT_ONCE_PER_TENANT)
+
+    other = new_tenant()
+    with a_receiver() as quick:
+        subscribe(other, quick)
+        for number in range(1, 5):
+            sent_at = time.monotonic()
+            cancel(other)
+            until(lambda number=number: len(quick.heard) == number)
+            assert quick.heard[-1].at - sent_at < 5
+            time.sleep(3)
+
+    for endpoint in tenant.get("/v1/webhooks").json()["data"]:
+        tenant.delete(endpoint["urls"]["self"])
 
 
 def test_a_rotated_secret_signs_beside_the_one_before_it(tenant, receiver):

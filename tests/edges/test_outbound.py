@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+import edges.outbound
 from edges.outbound import MAX_URL_CHARS, Outbound, Unreachable
 
 PRIVATE = [
@@ -153,6 +154,24 @@ def test_nothing_takes_longer_than_it_may(url, path):
         Outbound("127.0.0.1/32").post(url + path, b"{}", {}, timeout_s=0.5)
 
     assert time.monotonic() - started < 2
+
+
+def test_a_name_server_that_says_nothing_holds_nobody_longer_than_a_connection_may_take(monkeypatch):
+    asked, heard = threading.Event(), threading.Event()
+
+    def says_nothing(*_, **__):
+        asked.set()
+        heard.wait(60)
+        raise OSError
+
+    monkeypatch.setattr(edges.outbound.socket, "getaddrinfo", says_nothing)
+    monkeypatch.setattr(edges.outbound, "_CONNECT_S", 0.3)
+    try:
+        with pytest.raises(Unreachable, match="not resolved in time"):
+            Outbound("127.0.0.1/32").post("https://example.com/", b"{}", {}, timeout_s=2)
+        assert asked.is_set()
+    finally:
+        heard.set()
 
 
 def test_a_fetch_ends_where_its_bytes_do(url):

@@ -1,0 +1,44 @@
+"""Which webhook endpoints are slow, so that they share a few threads and hold up nobody else.
+
+Works beside the code of 0005: the column has a default, and the view only gains a column.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0014"
+down_revision = "0005"
+branch_labels = None
+depends_on = None
+
+WEBHOOKS_NOW = """
+    SELECT t.name AS tenant, e.id AS endpoint_id, e.disabled_at, e.disabled_reason, d.pending, d.oldest_pending_s,
+           a.at AS last_attempt_at, a.status AS last_status, a.error AS last_error, a.took_s AS last_took_s, e.is_slow
+    FROM webhook_endpoints e
+    JOIN tenants t ON t.id = e.tenant_id
+    LEFT JOIN LATERAL (
+        SELECT count(*) AS pending, round(extract(epoch FROM clock_timestamp() - min(created_at)), 1) AS oldest_pending_s
+        FROM webhook_deliveries WHERE endpoint_id = e.id AND state = 'pending'
+    ) d ON true
+    LEFT JOIN LATERAL (
+        SELECT wa.at, wa.status, wa.error, wa.took_s FROM webhook_attempts wa JOIN webhook_deliveries wd ON wd.id = wa.delivery_id
+        WHERE wd.endpoint_id = e.id ORDER BY wd.id DESC, wa.attempt DESC LIMIT 1
+    ) a ON true
+    WHERE e.deleted_at IS NULL
+"""
+ABOUT = "One row per webhook endpoint that is not deleted: what waits for it, since when, and how the last attempt ended."
+
+
+def upgrade() -> None:
+    op.add_column("webhook_endpoints", sa.Column("is_slow", sa.Boolean(), server_default=sa.text("false"), nullable=False))
+    op.execute(f"CREATE OR REPLACE VIEW webhooks_now AS {WEBHOOKS_NOW}")
+    op.execute(f"COMMENT ON VIEW webhooks_now IS '{ABOUT}'")
+
+
+def downgrade() -> None:
+    op.execute("DROP VIEW webhooks_now")
+    without = WEBHOOKS_NOW.replace(", a.took_s AS last_took_s, e.is_slow", "")
+    op.execute(f"CREATE VIEW webhooks_now AS {without}")
+    op.execute(f"COMMENT ON VIEW webhooks_now IS '{ABOUT}'")
+    op.execute("GRANT SELECT ON webhooks_now TO darkroom_app, darkroom_auditor")
+    op.drop_column("webhook_endpoints", "is_slow")

@@ -1,0 +1,195 @@
+"""Which deliveries of webhooks are tried, how many at once, and which never again; in a database that no courier looks at."""
+
+import uuid
+from datetime import timedelta
+from functools import partial
+
+import pytest
+from sqlalchemy import select, text
+from sqlalchemy.orm import Session
+
+from models import tenants, webhooks
+from models.database import transaction
+from models.states import DeliveryState
+from models.tables import WebhookDelivery, WebhookEndpoint
+from models.webhooks import AT_ONCE_PER_ENDPOINT, AT_ONCE_PER_TENANT, SLOW_AT_ONCE, TooManyUnderWay, Tried
+from policy.webhooks import GIVE_UP_AFTER_S, TEST_EVENT
+from tests.models.facts import at_once
+
+HEARD = Tried(status=204, error=None, took_s=0.1, try_again_s=5.0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_waits(database):
+    with transaction(database.app) as session:
+        session.execute(text("DELETE FROM webhook_deliveries"))
+
+
+@pytest.fixture
+def session(database):
+    """Committed, unlike the room's usual one: claims of several sessions are counted together."""
+    with Session(database.app, expire_on_commit=False) as session:
+        yield session
+        session.rollback()
+
+
+def a_tenant(session) -> uuid.UUID:
+    return tenants.create(session, name=f"t-{uuid.uuid4().hex[:12]}").id
+
+
+def an_endpoint(session, tenant_id=None, *, is_slow=False, deliveries=1, **columns) -> WebhookEndpoint:
+    """An endpoint with test events (they are about no job) that are due; disabled ones refuse others."""
+    tenant_id = tenant_id or a_tenant(session)
+    made = webhooks.create(
+        session, tenant_id=tenant_id, url="https://example.com/", events=[], description="", secret="whsec_AAAA", actor="tests"
+    )
+    session.flush()
+    made.is_slow = is_slow
+    for name, value in columns.items():
+        setattr(made, name, value)
+    for _ in range(deliveries):
+        session.add(WebhookDelivery(endpoint_id=made.id, tenant_id=tenant_id, event="job.canceled"))
+    session.commit()
+    return made
+
+
+def all_due(session, *, limit=1000) -> list[uuid.UUID]:
+    return webhooks.due(session, webhooks.endpoints_with_pending(session, after=None, limit=limit))
+
+
+def of(session, *endpoints) -> list[uuid.UUID]:
+    here = WebhookDelivery.endpoint_id.in_([endpoint.id for endpoint in endpoints])
+    return list(session.scalars(select(WebhookDelivery.id).where(here).order_by(WebhookDelivery.id)))
+
+
+def claim_all(session, delivery_ids) -> tuple[list[webhooks.Claim], int]:
+    """The claims that were granted, and how many deliveries were put off."""
+    claims, put_off = [], 0
+    for delivery_id in delivery_ids:
+        try:
+            claims.append(webhooks.claim(session, delivery_id))
+        except TooManyUnderWay:
+            put_off += 1
+        session.commit()
+    return claims, put_off
+
+
+def test_due_leaves_out_what_waits_for_disabled_and_deleted_endpoints(session, database):
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    an_endpoint(session, disabled_at=now)
+    an_endpoint(session, deleted_at=now)
+    live = an_endpoint(session)
+
+    assert all_due(session) == of(session, live)
+
+
+def test_due_finds_a_retry_behind_any_number_of_disabled_endpoints(session):
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    for _ in range(12):
+        an_endpoint(session, deliveries=4, disabled_at=now)
+    live = an_endpoint(session)
+    assert live.id == webhooks.endpoints_with_pending(session, after=None, limit=100)[-1]
+
+    found, after = [], None
+    for _ in range(13):  # sweeps that look at one endpoint each
+        [after] = webhooks.endpoints_with_pending(session, after=after, limit=1)
+        found += webhooks.due(session, [after])
+
+    assert found == of(session, live)
+
+
+def test_due_lists_no_more_of_a_tenant_than_may_be_under_way_at_once(session):
+    tenant = a_tenant(session)
+    for _ in range(6):
+        an_endpoint(session, tenant, deliveries=6)
+    for _ in range(6):
+        an_endpoint(session, tenant, deliveries=6, is_slow=True)
+    other = an_endpoint(session)
+
+    due = all_due(session)
+
+    assert len(due) == AT_ONCE_PER_TENANT + 1 + 1
+    assert of(session, other)[0] in due
+
+
+def test_a_tenant_has_a_few_attempts_under_way_however_many_endpoints_it_has(session):
+    tenant = a_tenant(session)
+    endpoints = [an_endpoint(session, tenant, deliveries=2) for _ in range(6)]
+    other = an_endpoint(session, deliveries=AT_ONCE_PER_ENDPOINT)
+
+    claims, put_off = claim_all(session, of(session, *endpoints))
+    others, _ = claim_all(session, of(session, other))
+
+    assert (len(claims), put_off) == (AT_ONCE_PER_TENANT, 12 - AT_ONCE_PER_TENANT)
+    assert len(others) == AT_ONCE_PER_ENDPOINT
+
+
+def test_slow_endpoints_share_a_few_attempts_over_all_tenants_and_one_of_each(session):
+    tenant = a_tenant(session)
+    slow_of_one = [an_endpoint(session, tenant, is_slow=True, deliveries=3) for _ in range(3)]
+    slow_of_others = [an_endpoint(session, is_slow=True) for _ in range(SLOW_AT_ONCE + 2)]
+    quick = an_endpoint(session, tenant)
+
+    of_one, _ = claim_all(session, of(session, *slow_of_one))
+    of_others, put_off = claim_all(session, of(session, *slow_of_others))
+    quick_ones, _ = claim_all(session, of(session, quick))
+
+    assert (len(of_one), len(of_others), put_off) == (1, SLOW_AT_ONCE - 1, 3)
+    assert len(quick_ones) == 1
+
+
+def test_claims_at_the_same_moment_keep_the_caps(session, database):
+    tenant = a_tenant(session)
+    wanted = of(session, *[an_endpoint(session, tenant, deliveries=3) for _ in range(5)])
+    slow = of(session, *[an_endpoint(session, is_slow=True) for _ in range(10)])
+
+    def claimed(delivery_id) -> bool:
+        try:
+            with transaction(database.app) as own:
+                return webhooks.claim(own, delivery_id) is not None
+        except TooManyUnderWay:
+            return False
+
+    granted = at_once(*(partial(claimed, delivery_id) for delivery_id in [*wanted, *slow]))
+
+    assert sum(granted[: len(wanted)]) == AT_ONCE_PER_TENANT
+    assert sum(granted[len(wanted) :]) == SLOW_AT_ONCE
+
+
+def test_an_endpoint_that_is_quick_again_leaves_the_slow_ones(session):
+    endpoint = an_endpoint(session, is_slow=True, deliveries=3)
+    [claim], put_off = claim_all(session, of(session, endpoint)[:2])
+    assert (claim.is_slow, put_off) == (True, 1)
+
+    webhooks.record(session, claim, HEARD, actor="tests")
+    webhooks.note_speed(session, endpoint.id, is_slow=False)
+    session.commit()
+    claims, put_off = claim_all(session, of(session, endpoint)[1:])
+
+    assert ([claim.is_slow for claim in claims], put_off) == ([False, False], 0)
+
+
+def test_what_nobody_may_deliver_ends_after_three_days_and_what_is_asked_for_again_does_not(session):
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    old = now - timedelta(seconds=GIVE_UP_AFTER_S + 60)
+    disabled = an_endpoint(session, deliveries=3, disabled_at=old)
+    young, asked_again, overdue = (session.get(WebhookDelivery, id) for id in of(session, disabled))
+    asked_again.created_at, asked_again.due_at = old, now
+    overdue.created_at, overdue.due_at = old, old
+    session.commit()
+
+    assert webhooks.give_up_old(session, older_than_s=GIVE_UP_AFTER_S, limit=100) == 1
+    session.commit()
+
+    session.expire_all()
+    states = [delivery.state for delivery in (young, asked_again, overdue)]
+    assert states == [DeliveryState.PENDING, DeliveryState.PENDING, DeliveryState.FAILED]
+
+
+def test_a_test_event_reaches_a_disabled_endpoint(session):
+    endpoint = an_endpoint(session, deliveries=0, disabled_at=session.scalar(text("SELECT clock_timestamp()")))
+    delivery = webhooks.note_test(session, endpoint, TEST_EVENT)
+    session.commit()
+
+    assert all_due(session) == [delivery.id]
+    assert len(claim_all(session, [delivery.id])[0]) == 1
