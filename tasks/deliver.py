@@ -22,7 +22,7 @@ from edges.broker import Broker, BrokerUnavailable
 from edges.outbound import Outbound, Unreachable
 from edges.webhooks import headers
 from models import jobs, webhooks
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.tables import Job
 from models.webhooks import Claim, Tried
 from policy.webhooks import GIVE_UP_AFTER_S, next_try_s
@@ -77,8 +77,7 @@ class Courier:
                 return None
             job = jobs.find(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
         tried = self._try(claim, job)
-        with transaction(self.database) as session:
-            state = webhooks.record(session, claim, tried, actor=self.name)
+        state = run_transaction(self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name))
         outcome = "delivered" if tried.is_delivered else str(tried.status or "unreachable")
         telemetry.WEBHOOK_ATTEMPTS.labels(outcome if tried.is_delivered or tried.status is None else f"{outcome[0]}xx").inc()
         telemetry.WEBHOOK_SECONDS.observe(tried.took_s)
