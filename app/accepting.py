@@ -18,11 +18,20 @@ from app.body import invalid_wish
 from app.gateway import gateway
 from app.idempotency import HEADER
 from app.outlook import Bookings, Expected, QueuePlace, WayOut
-from app.problems import FleetSaturated, IdempotencyKeyReused, ModelUnserved, Problem, ReplayImpossible, TenantQueueFull
+from app.problems import (
+    FleetSaturated,
+    IdempotencyKeyReused,
+    InvalidImageRequest,
+    ModelUnserved,
+    Problem,
+    ReplayImpossible,
+    TenantQueueFull,
+)
 from edges import telemetry
 from models import accepting, idempotency, jobs, releasing
 from models.accepting import AcceptedRow, NewJob
-from models.database import transaction
+from models.database import run_transaction, transaction
+from models.files import FileGone
 from models.idempotency import Answer, Once
 from models.states import ImageState, JobState
 from models.tables import Job
@@ -71,27 +80,35 @@ def accept(
     if once is not None and (earlier := answered(once)) is not None:
         return Accepted(earlier, is_new=False)
     parts, tenant_id = gateway(), caller().tenant_id
-    new, expected = draft(resolved, metadata=metadata, start_within_s=start_within_s, replay_of=replay_of)
+    drafted, expected = draft(resolved, metadata=metadata, start_within_s=start_within_s, replay_of=replay_of)
     way_out, room = parts.lookout.way_out(resolved, tenant_id)
+
+    def written(session: Session) -> tuple[NewJob, AcceptedRow]:
+        new = drafted
+        limits.lock(session)
+        if once is not None:
+            idempotency.claim(session, once, tenant_id=tenant_id)
+        if replay_of is not None:
+            jobs.hold(session, replay_of)
+        if way_out is WayOut.AT_ONCE:
+            of_it = {"pool": resolved.pool, "tier": resolved.tier, "tenant_id": tenant_id, "num_images": resolved.num_images}
+            new = replace(new, announced=releasing.may_pass_at_once(session, room=room, **of_it))
+        (row,) = write(session, [new])
+        if once is not None:
+            idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
+        return new, row
+
     try:
-        with limits.charged(new.megapixel_steps), transaction(parts.database) as session:
-            limits.lock(session)
-            if once is not None:
-                idempotency.claim(session, once, tenant_id=tenant_id)
-            if replay_of is not None:
-                jobs.hold(session, replay_of)
-            if way_out is WayOut.AT_ONCE:
-                of_it = {"pool": resolved.pool, "tier": resolved.tier, "tenant_id": tenant_id, "num_images": resolved.num_images}
-                new = replace(new, announced=releasing.may_pass_at_once(session, room=room, **of_it))
-            (row,) = write(session, [new])
-            if once is not None:
-                idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
+        with limits.charged(drafted.megapixel_steps):
+            new, row = run_transaction(parts.database, written)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
         return Accepted(_job_of(error.answer), is_new=False)
     except idempotency.KeyReused:
         raise reused() from None
     except jobs.NothingLeft:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
+    except FileGone as error:  # since it was looked up, a moment ago
+        raise picture_gone(error) from None
     telemetry.JOBS_ACCEPTED.labels(resolved.tier, resolved.model).inc()
     log.info("job_accepted", job_id=str(row.id), tier=resolved.tier, model=resolved.model)
     if new.announced:
@@ -198,6 +215,12 @@ def _job_of(answer: Answer) -> Job:
     if job is None:
         raise reused()
     return job
+
+
+def picture_gone(error: FileGone) -> InvalidImageRequest:
+    """The problem of a picture that was erased while the request that names it was being read."""
+    detail = f"The picture {error.file_id} was deleted meanwhile."
+    return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}])
 
 
 def reused() -> IdempotencyKeyReused:

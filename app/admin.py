@@ -18,7 +18,7 @@ from app.gateway import gateway
 from app.pages import next_page, read_cursor, read_limit
 from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
 from models import api_keys, tenants, usage
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.tables import ApiKey, Tenant
 from models.tenants import LIMITS
 from policy.limits import KEY_GRACE_S, limits_of
@@ -87,11 +87,14 @@ def list_tenants() -> ResponseReturnValue:
 def create_tenant() -> ResponseReturnValue:
     """A new tenant, without limits and without keys: 201."""
     body = parse(TenantBody, read_object(request))
+
+    def create(session: Session) -> dict[str, Any]:
+        tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
+        session.refresh(tenant)
+        return _tenant_view(tenant)
+
     try:
-        with transaction(gateway().database) as session:
-            tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
-            session.refresh(tenant)
-            view = _tenant_view(tenant)
+        view = run_transaction(gateway().database, create)
     except IntegrityError:
         raise TenantExists(f"There is a tenant {body.name!r} already.") from None
     return jsonify(view), 201, {"Location": url_for(".show_tenant", tenant_id=view["id"])}
@@ -116,14 +119,17 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
             changes[name] = Decimal(str(changes[name])).quantize(Decimal("0.000001"))
     if "url_inputs" in changes:
         changes["url_inputs"] = bool(changes["url_inputs"])
+
+    def change(session: Session) -> dict[str, Any]:
+        tenant = _tenant(session, tenant_id)
+        if body.weight is not None:
+            tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
+        if changes:
+            tenants.limit(session, tenant, changes=changes, actor=caller().actor)
+        return _tenant_view(tenant)
+
     try:
-        with transaction(gateway().database) as session:
-            tenant = _tenant(session, tenant_id)
-            if body.weight is not None:
-                tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
-            if changes:
-                tenants.limit(session, tenant, changes=changes, actor=caller().actor)
-            view = _tenant_view(tenant)
+        view = run_transaction(gateway().database, change)
     except IntegrityError:
         detail = "megapixel_steps_per_minute and burst_megapixel_steps are set, and taken away, together"
         raise _refused("burst_megapixel_steps", detail, None) from None
@@ -144,34 +150,38 @@ def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """A new key of the tenant: 201, with `key`, which is shown this once."""
     body = parse(KeyBody, read_object(request))
     expires_at = _instant(body.expires_at)
-    with transaction(gateway().database) as session:
+
+    def issue(session: Session) -> dict[str, Any]:
         own = {"tenant_id": _tenant(session, tenant_id).id, "pepper": _pepper(), "actor": caller().actor}
         row, key = api_keys.issue(session, name=body.name, scopes=sorted(set(body.scopes)), expires_at=expires_at, **own)
         session.refresh(row)
-        view = _key_view(row) | {"key": key}
-    return jsonify(view), 201
+        return _key_view(row) | {"key": key}
+
+    return jsonify(run_transaction(gateway().database, issue)), 201
 
 
 @bp.post("/keys/<uuid:key_id>/rotate")
 def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """A new key with the same name and scopes: 201. The old one lives on for `grace_s` (a day), so that nobody is locked out."""
     body = parse(RotateBody, read_object(request) if request.get_data() else {})
-    with transaction(gateway().database) as session:
+
+    def rotate(session: Session) -> dict[str, Any]:
         rotated = api_keys.rotate(session, key_id, pepper=_pepper(), grace_s=body.grace_s, actor=caller().actor)
         if rotated is None:
             raise KeyNotFound(f"There is no live key {key_id}.")
         row, key = rotated
         session.refresh(row)
-        view = _key_view(row) | {"key": key, "former_key_id": str(key_id), "former_key_lives_for_s": body.grace_s}
-    return jsonify(view), 201
+        return _key_view(row) | {"key": key, "former_key_id": str(key_id), "former_key_lives_for_s": body.grace_s}
+
+    return jsonify(run_transaction(gateway().database, rotate)), 201
 
 
 @bp.delete("/keys/<uuid:key_id>")
 def revoke_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """Refuse the key from now on: within a second, in every process. 204."""
-    with transaction(gateway().database) as session:
-        if api_keys.revoke(session, key_id, actor=caller().actor) is None:
-            raise KeyNotFound(f"There is no live key {key_id}.")
+    actor = caller().actor
+    if run_transaction(gateway().database, lambda session: api_keys.revoke(session, key_id, actor=actor)) is None:
+        raise KeyNotFound(f"There is no live key {key_id}.")
     return "", 204
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import structlog
 from flask import Blueprint, jsonify, request
 from flask.typing import ResponseReturnValue
+from sqlalchemy.orm import Session
 
 from app import accepting, inputs, limits
 from app.auth import caller, require_key
@@ -22,7 +23,8 @@ from app.views import urls_view
 from edges import telemetry
 from models import idempotency, listing
 from models.accepting import NewJob, in_order
-from models.database import transaction
+from models.database import run_transaction, transaction
+from models.files import FileGone
 from models.idempotency import Answer, Once
 from models.tables import Job
 from policy.catalog import InvalidWish
@@ -79,6 +81,8 @@ def create_jobs() -> ResponseReturnValue:
         answer, headers = error.answer, {REPLAYED: "true"}
     except idempotency.KeyReused:
         raise accepting.reused() from None
+    except FileGone as error:
+        raise accepting.picture_gone(error) from None
     return jsonify(_view(answer)), 200, headers
 
 
@@ -94,13 +98,17 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> Answer:
     answer = {"items": json.dumps([_noted(outcome) for outcome in outcomes])}  # as text: JSONB has no place for every text that JSON has
     if accepted:
         whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
-        with limits.charged(whole), transaction(parts.database) as session:
+
+        def write(session: Session) -> None:
             limits.lock(session)
             if once is not None:
                 idempotency.claim(session, once, tenant_id=tenant_id)
             accepting.write(session, accepted)
             if once is not None:
                 idempotency.fulfil(session, once, tenant_id=tenant_id, answer=answer)
+
+        with limits.charged(whole):
+            run_transaction(parts.database, write)
     for job in accepted:
         telemetry.JOBS_ACCEPTED.labels(job.params["tier"], job.params["model"]).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))

@@ -11,7 +11,7 @@ from edges import telemetry
 from edges.broker import BrokerUnavailable
 from edges.snapshots import SnapshotsUnavailable
 from models import erasing
-from models.database import transaction
+from models.database import run_transaction
 from models.tables import Job
 from policy import queues
 
@@ -21,8 +21,8 @@ log = structlog.get_logger(__name__)
 def erase(job_id: uuid.UUID) -> bool:
     """Erase the caller's job, canceled first if it is under way; False if there is none. Harmless when repeated."""
     parts, asking = gateway(), caller()
-    with transaction(parts.database) as session:
-        job = erasing.erase(session, job_id, tenant_id=asking.tenant_id, actor=asking.actor)
+    own = {"tenant_id": asking.tenant_id, "actor": asking.actor}
+    job = run_transaction(parts.database, lambda session: erasing.erase(session, job_id, **own))
     if job is None:
         return False
     parts.statuses.forget(asking.tenant_id, job_id)

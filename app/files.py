@@ -15,7 +15,7 @@ from app.pages import next_page, read_cursor, read_limit
 from app.problems import BodyTooLarge, FileInUse, FileNotFound, MalformedBody, UnsupportedMediaType
 from edges.broker import BrokerUnavailable
 from models import files
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.tables import File
 from policy import queues
 
@@ -64,10 +64,9 @@ def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
 @bp.delete("/<uuid:file_id>")
 def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
     """204; harmless when repeated. 409 while a job that is not finished starts from it."""
-    parts = gateway()
+    parts, own = gateway(), {"tenant_id": caller().tenant_id, "actor": caller().actor}
     try:
-        with transaction(parts.database) as session:
-            file = files.erase(session, file_id, tenant_id=caller().tenant_id, actor=caller().actor)
+        file = run_transaction(parts.database, lambda session: files.erase(session, file_id, **own))
     except files.FileInUse as error:
         raise FileInUse("A job that is not finished starts from this file.", job_id=str(error.job_id)) from None
     if file is None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import BinaryIO
 
 import structlog
+from sqlalchemy.orm import Session
 
 from app.auth import caller
 from app.gateway import gateway
@@ -18,7 +19,7 @@ from edges.objectstore import StoreUnavailable, content_sha256, picture_key
 from edges.outbound import Unreachable
 from edges.pictures import NotAPicture, Picture, TooBusy
 from models import files, uploads
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.tables import File
 
 log = structlog.get_logger(__name__)
@@ -90,14 +91,14 @@ def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
 def _store(picture: Picture, digest: str) -> File:
     parts, asking = gateway(), caller()
     key = picture_key(asking.tenant_id, digest)
-    with transaction(parts.database) as session:
-        uploads.begin(session, key)
+    run_transaction(parts.database, lambda session: uploads.begin(session, key))
     try:
         parts.store.put(key, picture.content, content_type="image/png")
     except StoreUnavailable as error:
         log.warning("picture_not_stored", reason=str(error))
         raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
-    with transaction(parts.database) as session:
+
+    def keep_row(session: Session) -> File:
         return files.keep(
             session,
             tenant_id=asking.tenant_id,
@@ -109,6 +110,8 @@ def _store(picture: Picture, digest: str) -> File:
             content_sha256=digest,
             actor=asking.actor,
         )
+
+    return run_transaction(parts.database, keep_row)
 
 
 def _decoded(field: str, value: str) -> bytes:

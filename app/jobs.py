@@ -21,7 +21,7 @@ from app.views import job_view, status_view
 from edges.encoding import FORMATS
 from edges.progress import Step
 from models import jobs, listing
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Job
 
@@ -94,11 +94,9 @@ def erase_job(job_id: uuid.UUID) -> ResponseReturnValue:
 @bp.post("/<uuid:job_id>/cancel")
 def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """Take the job back. Harmless when repeated; 409 if it ended otherwise."""
-    parts = gateway()
+    parts, own = gateway(), {"tenant_id": caller().tenant_id, "actor": caller().actor}
     try:
-        with transaction(parts.database) as session:
-            job = jobs.cancel(session, job_id, tenant_id=caller().tenant_id, actor=caller().actor)
-            view = job_view(job) if job else None
+        job = run_transaction(parts.database, lambda session: jobs.cancel(session, job_id, **own))
     except jobs.JobAlreadyFinished as error:
         raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
     if job is None:
@@ -106,7 +104,7 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
     parts.statuses.forget(job.tenant_id, job_id)
     parts.news.tell_cancel(job_id)
     parts.news.tell_ending(job_id)
-    return jsonify(view)
+    return jsonify(job_view(job))
 
 
 @bp.get("/<uuid:job_id>/images/<int:index>")

@@ -27,7 +27,7 @@ from edges.encoding import FORMATS, encode
 from edges.eventlog import FINAL, PREVIEW, Event
 from edges.objectstore import StoreUnavailable, image_key
 from models import jobs
-from models.database import transaction
+from models.database import run_transaction
 from models.states import JobState
 from models.tables import Job
 
@@ -135,8 +135,7 @@ def _data(told: Mapping[str, Any]) -> str:
 def _cancel(parts: Gateway, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> None:
     """The client has gone: nobody would see the image."""
     try:
-        with transaction(parts.database) as session:
-            job = jobs.cancel(session, job_id, tenant_id=tenant_id, actor=actor)
+        job = run_transaction(parts.database, lambda session: jobs.cancel(session, job_id, tenant_id=tenant_id, actor=actor))
     except (jobs.JobAlreadyFinished, SQLAlchemyError) as error:
         log.info("left_job_not_canceled", job_id=str(job_id), reason=type(error).__name__)
         return

@@ -52,6 +52,8 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import HTTPException
 
+from models.database import conflict
+
 log = structlog.get_logger(__name__)
 
 
@@ -379,6 +381,9 @@ def _from_werkzeug(error: HTTPException) -> Response:
 
 
 def _database_away(error: Exception) -> Response:
+    if (why := conflict(error)) is not None:  # every try of the transaction lost; the database itself is well
+        log.warning("transaction_conflicts", why=why)
+        return PartUnavailable("Too much is being changed here at once; the same request will do in a moment.", retry_after_s=1).response()
     log.warning("database_away", reason=type(error).__name__)
     return PartUnavailable("The database cannot be reached right now.", retry_after_s=2, part="database").response()
 

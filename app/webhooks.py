@@ -19,7 +19,7 @@ from app.problems import DeliveryNotFound, InvalidQuery, InvalidRequest, Webhook
 from edges.broker import BrokerUnavailable
 from edges.webhooks import new_secret
 from models import webhooks
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.states import DeliveryState
 from models.tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy.webhooks import EVENTS, MAX_ENDPOINTS, SECRET_GRACE_S, TEST_EVENT
@@ -59,14 +59,17 @@ def create_webhook() -> ResponseReturnValue:
     body = parse(EndpointBody, read_object(request))
     _check(body.url, body.events, body.description)
     secret = new_secret()
-    with transaction(gateway().database) as session:
+
+    def create(session: Session) -> dict[str, Any]:
         if webhooks.count(session, tenant_id=caller().tenant_id) >= MAX_ENDPOINTS:
             raise InvalidRequest(f"There are {MAX_ENDPOINTS} endpoints; delete one first.", accepted={"max_endpoints": MAX_ENDPOINTS})
         by = {"tenant_id": caller().tenant_id, "actor": caller().actor}
         endpoint = webhooks.create(session, url=body.url, events=_in_order(body.events), description=body.description, secret=secret, **by)
         session.refresh(endpoint)
-        view = _endpoint_view(endpoint)
-    return jsonify(view | {"secret": secret}), 201, {"Location": url_for(".show_webhook", endpoint_id=endpoint.id)}
+        return _endpoint_view(endpoint)
+
+    view = run_transaction(gateway().database, create)
+    return jsonify(view | {"secret": secret}), 201, {"Location": url_for(".show_webhook", endpoint_id=view["id"])}
 
 
 @bp.get("")
@@ -91,18 +94,21 @@ def change_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     _check(body.url, body.events, body.description)
     events = None if body.events is None else _in_order(body.events)
     changes = {"url": body.url, "events": events, "description": body.description, "enabled": body.enabled}
-    with transaction(gateway().database) as session:
-        endpoint = _found(session, endpoint_id)
+
+    def change(session: Session) -> dict[str, Any]:
+        endpoint = _locked(session, endpoint_id)
         webhooks.change(session, endpoint, actor=caller().actor, **changes)
         session.refresh(endpoint)
-        return jsonify(_endpoint_view(endpoint))
+        return _endpoint_view(endpoint)
+
+    return jsonify(run_transaction(gateway().database, change))
 
 
 @bp.delete("/<uuid:endpoint_id>")
 def delete_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """Send nothing there any more, not even what waits."""
-    with transaction(gateway().database) as session:
-        webhooks.delete(session, _found(session, endpoint_id), actor=caller().actor)
+    actor = caller().actor
+    run_transaction(gateway().database, lambda session: webhooks.delete(session, _locked(session, endpoint_id), actor=actor))
     return "", 204
 
 
@@ -110,22 +116,29 @@ def delete_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 def rotate_secret(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """A new secret, shown this once. For a day the one before it signs, too: receivers may change over at their leisure."""
     secret = new_secret()
-    with transaction(gateway().database) as session:
-        endpoint = _found(session, endpoint_id)
+
+    def rotate(session: Session) -> dict[str, Any]:
+        endpoint = _locked(session, endpoint_id)
         webhooks.rotate(session, endpoint, secret=secret, grace_s=SECRET_GRACE_S, actor=caller().actor)
-        return jsonify(_endpoint_view(endpoint) | {"secret": secret, "former_secret_signs_for_s": int(SECRET_GRACE_S)})
+        return _endpoint_view(endpoint)
+
+    view = run_transaction(gateway().database, rotate)
+    return jsonify(view | {"secret": secret, "former_secret_signs_for_s": int(SECRET_GRACE_S)})
 
 
 @bp.post("/<uuid:endpoint_id>/test")
 def send_test(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """Send an event of the type `webhook.test` there: 202 and the delivery."""
-    with transaction(gateway().database) as session:
+
+    def note(session: Session) -> WebhookDelivery:
         delivery = webhooks.note_test(session, _found(session, endpoint_id), TEST_EVENT)
         session.flush()
         session.refresh(delivery)
-        view = _delivery_view(delivery, [])
+        return delivery
+
+    delivery = run_transaction(gateway().database, note)
     _hand_out(delivery.id)
-    return jsonify(view), 202
+    return jsonify(_delivery_view(delivery, [])), 202
 
 
 @bp.get("/<uuid:endpoint_id>/deliveries")
@@ -146,13 +159,12 @@ def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 @bp.post("/deliveries/<uuid:delivery_id>/redeliver")
 def redeliver(delivery_id: uuid.UUID) -> ResponseReturnValue:
     """Send it again, under the id that it has: 202 and the delivery."""
-    with transaction(gateway().database) as session:
-        delivery = webhooks.redeliver(session, delivery_id, tenant_id=caller().tenant_id, actor=caller().actor)
-        if delivery is None:
-            raise DeliveryNotFound(f"There is no delivery {delivery_id}.")
-        view = _delivery_view(delivery, [])
+    own = {"tenant_id": caller().tenant_id, "actor": caller().actor}
+    delivery = run_transaction(gateway().database, lambda session: webhooks.redeliver(session, delivery_id, **own))
+    if delivery is None:
+        raise DeliveryNotFound(f"There is no delivery {delivery_id}.")
     _hand_out(delivery_id)
-    return jsonify(view), 202
+    return jsonify(_delivery_view(delivery, [])), 202
 
 
 def _hand_out(delivery_id: uuid.UUID) -> None:
@@ -164,6 +176,13 @@ def _hand_out(delivery_id: uuid.UUID) -> None:
 
 def _found(session: Session, endpoint_id: uuid.UUID) -> WebhookEndpoint:
     endpoint = webhooks.find(session, endpoint_id, tenant_id=caller().tenant_id)
+    if endpoint is None:
+        raise WebhookNotFound(f"There is no webhook {endpoint_id}.")
+    return endpoint
+
+
+def _locked(session: Session, endpoint_id: uuid.UUID) -> WebhookEndpoint:
+    endpoint = webhooks.lock(session, endpoint_id, tenant_id=caller().tenant_id)
     if endpoint is None:
         raise WebhookNotFound(f"There is no webhook {endpoint_id}.")
     return endpoint

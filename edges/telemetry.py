@@ -11,6 +11,10 @@ from typing import Any
 
 import structlog
 from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from sqlalchemy import Engine, event
+from sqlalchemy.engine import ExceptionContext
+
+from models.database import CONFLICTS
 
 log = structlog.get_logger(__name__)
 
@@ -51,6 +55,7 @@ WEBHOOKS_DEFERRED = Counter(
 )
 WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over")
 AUTH_FAILURES = Counter("darkroom_auth_failures_total", "Requests refused for their API key: no_key, bad_key, scope", ["why"])
+CONFLICTED = Counter("darkroom_transaction_conflicts_total", "Transactions begun again, for another was in their way", ["kind"])
 LIMITS_LOCAL = Counter("darkroom_limits_local_total", "Limits counted in one process or not at all, for Redis was away", ["limit"])
 HANDOFF_FILL = Gauge("darkroom_handoff_fill_ratio", "Memory of the hand-off in use / its maxmemory")
 QUEUE_JOBS = Gauge("darkroom_queue_jobs", "Unfinished jobs", ["pool", "tier", "state"])
@@ -63,6 +68,13 @@ PARKED = Gauge("darkroom_engine_parked_images", "Images whose seat a better rank
 ENGINE_SECONDS = Gauge("darkroom_engine_seconds", "Device time since start", ["stage"])
 CACHE_LOOKUPS = Gauge("darkroom_engine_cache_lookups", "Lookups since start; hits / (hits + misses) is the hit rate", ["cache", "outcome"])
 CACHE_BYTES = Gauge("darkroom_engine_cache_bytes", "What a cache holds", ["cache"])
+
+
+@event.listens_for(Engine, "handle_error")
+def _note_conflict(failed: ExceptionContext) -> None:
+    kind = CONFLICTS.get(getattr(failed.original_exception, "pgcode", None) or "")
+    if kind is not None:
+        CONFLICTED.labels(kind).inc()
 
 
 def _write(line: str) -> None:

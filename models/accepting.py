@@ -2,7 +2,7 @@
 
 One statement, because this is the way in: what it costs is what everybody pays, and every further round trip is paid with the tenant's
 place in line locked. It is the database's function `accept_jobs` (migration 0005), so that each connection plans it once; planning it
-costs more than running it. Locks are taken in one order, here and wherever jobs end: flows, ledger, audit chain.
+costs more than running it. Locks are taken in the order of models/__init__.py: the files that jobs start from, flows, ledger, audit chain.
 """
 
 import json
@@ -15,11 +15,14 @@ from typing import Any
 
 from sqlalchemy.orm import Session
 
+from models import files
 from models.ids import new_id
 from models.tables import Job
 
 _COLUMNS = [column.name for column in Job.__table__.columns]
 WISH = tuple(_COLUMNS[_COLUMNS.index("pool") : _COLUMNS.index("bucket_rows") + 1])  # every resolved parameter: a job is replayable
+
+FILE_COLUMNS = ("init_file_id", "mask_file_id", "control_file_id")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +74,11 @@ def accept(
 ) -> list[AcceptedRow]:
     """Write the tenant's jobs, complete and replayable, in the order of their places in line; what the database made of each.
 
-    Locks the tenant's flows, its ledger of the day and its audit chain until commit.
+    Locks the tenant's flows, its ledger of the day and its audit chain until commit, and before these the files that the jobs name,
+    which the statement's own foreign keys would only get to at its end. Raises FileGone.
     """
+    named = {file_id for job in new_jobs for column in FILE_COLUMNS if (file_id := job.params.get(column)) is not None}
+    files.hold(session, named, tenant_id=tenant_id)
     rows = [_row(place, job) for place, job in enumerate(new_jobs)]
     ids = {"tenant_id": str(tenant_id), "api_key_id": _plain(api_key_id)}
     given = {"jobs": json.dumps(rows), "currency": currency, "actor": actor, **ids}

@@ -68,7 +68,8 @@ def issue(
 
 def rotate(session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, actor: str = "cli") -> tuple[ApiKey, str] | None:
     """A new key with the name and scopes of this one, which lives on for `grace_s`; None if there is no such live key."""
-    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *_is_live()).with_for_update(of=ApiKey))
+    # Jobs are accepted under the key meanwhile: they only name it.
+    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *_is_live()).with_for_update(of=ApiKey, key_share=True))
     if old is None:
         return None
     row, key = issue(session, tenant_id=old.tenant_id, name=old.name, pepper=pepper, scopes=old.scopes, actor=actor)
@@ -100,7 +101,7 @@ def look_up(session: Session, kids: Sequence[str]) -> dict[str, KnownKey]:
 
 def note_use(session: Session, key_ids: Sequence[uuid.UUID]) -> None:
     """The keys were used just now. One that somebody else is writing to is left to the next time."""
-    free = select(ApiKey.id).where(ApiKey.id.in_(key_ids)).with_for_update(skip_locked=True)
+    free = select(ApiKey.id).where(ApiKey.id.in_(key_ids)).with_for_update(skip_locked=True, key_share=True)
     session.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.clock_timestamp()))
 
 

@@ -1,14 +1,15 @@
-"""One engine per process, one transaction per `with`."""
+"""One engine per process, one transaction per `with`, or one that is tried again when another got into its way."""
 
 import math
+import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, event, func, select
 from sqlalchemy.engine.interfaces import DBAPIConnection
-from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
@@ -16,6 +17,11 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 _NOTICES_SILENCE = {"keepalives_idle": 5, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 8000}
 
 CHECKED_AFTER_S = 0.5  # of idleness; a check costs a round trip, and a Postgres that restarts is away for about as long
+
+CONFLICTS = {"40P01": "deadlock", "40001": "serialization"}  # by SQLSTATE: what ended is sound, and so is the database
+TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each of them a second
+
+Answer = TypeVar("Answer")
 
 AFRESH = {"populate_existing": True}  # execution options of a locking read: it is taken to see what is there now
 
@@ -56,6 +62,29 @@ def transaction(engine: Engine) -> Iterator[Session]:
     """A session that commits when the block ends well and rolls back when it does not."""
     with Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
+
+
+def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer:
+    """Do `work` in a transaction and commit it; what it returned.
+
+    A transaction that the database ended only because of another one beside it is begun again, from `work`'s first line, up to
+    TRIES times in all: so `work` touches nothing but its session. Raises what the last try raised.
+    """
+    for tried in range(1, TRIES):
+        try:
+            with transaction(engine) as session:
+                return work(session)
+        except DBAPIError as error:
+            if conflict(error) is None:
+                raise
+            time.sleep(random.uniform(0, 0.01 * 2**tried))  # apart: two who lost to each other would else meet again
+    with transaction(engine) as session:
+        return work(session)
+
+
+def conflict(error: BaseException) -> str | None:
+    """What the transaction failed of if all that was wrong is what ran beside it, so that another try will do; else None."""
+    return CONFLICTS.get(getattr(error.orig, "pgcode", None) or "") if isinstance(error, DBAPIError) else None
 
 
 def now_once() -> ScalarSelect[Any]:

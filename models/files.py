@@ -1,7 +1,7 @@
 """Pictures that tenants bring: content-addressed, so the same picture twice is one file."""
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from sqlalchemy import ARRAY, Select, Uuid, any_, func, literal, or_, select
@@ -22,6 +22,22 @@ class FileInUse(Exception):
     def __init__(self, file_id: uuid.UUID, job_id: uuid.UUID) -> None:
         super().__init__(f"job {job_id} starts from file {file_id}")
         self.file_id, self.job_id = file_id, job_id
+
+
+class FileGone(Exception):
+    """A file that a job is to start from is not there any more, or never was the tenant's; nothing was changed."""
+
+    def __init__(self, file_id: uuid.UUID) -> None:
+        super().__init__(f"file {file_id} is gone")
+        self.file_id = file_id
+
+
+def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID) -> None:
+    """Keep the tenant's files from being erased until commit, for a job that is to start from them. Raises FileGone."""
+    live = select(File.id).where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None)).order_by(File.id)
+    held = set(session.scalars(live.with_for_update(read=True, key_share=True))) if file_ids else set()
+    for file_id in sorted(set(file_ids) - held):
+        raise FileGone(file_id)
 
 
 def find(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID) -> File | None:

@@ -55,8 +55,7 @@ def accept(
 ) -> Job:
     """Accept one job (`models.accepting` does any number) and read it back, with its images and no attempts.
 
-    once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.
-    Rows are locked in this order, here as everywhere: key, the job it is made from, flow, ledger, audit chain.
+    once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.  Raises NothingLeft, FileGone.
     """
     if once is not None:
         idempotency.claim(session, once, tenant_id=tenant_id)

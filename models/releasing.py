@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import ARRAY, Integer, Select, Text, Uuid, all_, bindparam, func, or_, select, text, true, update
+from sqlalchemy import ARRAY, ColumnElement, Integer, Select, Text, Uuid, all_, bindparam, func, or_, select, text, true, update
 from sqlalchemy.orm import Session
 
 from models import flows
@@ -230,7 +230,7 @@ def _heads(
 
 def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:
     fronts = [job.job_id for job in chosen if job.is_front]
-    statement = update(Job).where(Job.id.in_([job.job_id for job in chosen]), *_IS_WAITING)
+    statement = update(Job).where(Job.id.in_(_in_turn([job.job_id for job in chosen], *_IS_WAITING)))
     stamped = statement.values(announced_at=func.clock_timestamp(), is_front=Job.id.in_(fronts)).returning(Job.id)
     return set(session.scalars(stamped.execution_options(synchronize_session=False)))
 
@@ -239,14 +239,22 @@ def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picke
     """Stamp jobs anew whose message was lost; those that are still queued come back."""
     if not job_ids:
         return []
-    statement = update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(announced_at=func.clock_timestamp())
+    queued = _in_turn(job_ids, Job.state == JobState.QUEUED)
+    statement = update(Job).where(Job.id.in_(queued)).values(announced_at=func.clock_timestamp())
     rows = session.execute(statement.returning(Job.id, Job.is_front).execution_options(synchronize_session=False))
     return [Picked(job_id, is_front) for job_id, is_front in rows]
 
 
 def withdraw(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
     """Take the stamp back: the message could not be published."""
-    session.execute(update(Job).where(Job.id.in_(job_ids), Job.state == JobState.QUEUED).values(announced_at=None, is_front=False))
+    queued = _in_turn(job_ids, Job.state == JobState.QUEUED)
+    statement = update(Job).where(Job.id.in_(queued)).values(announced_at=None, is_front=False)
+    session.execute(statement.execution_options(synchronize_session=False))
+
+
+def _in_turn(job_ids: Sequence[uuid.UUID], *conditions: ColumnElement[bool]) -> Select[Any]:
+    """Those of the jobs that are so, locked by ascending id: in the order of locks, as nobody who updates a list of ids at once does."""
+    return select(Job.id).where(Job.id.in_(job_ids), *conditions).order_by(Job.id).with_for_update(key_share=True)
 
 
 def announced(session: Session, *, pool: str, tier: str, older_than_s: float) -> list[Announced]:

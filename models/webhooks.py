@@ -13,7 +13,7 @@ from sqlalchemy import any_, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from models import audit
-from models.database import now_once
+from models.database import AFRESH, now_once
 from models.ids import new_id
 from models.states import DeliveryState
 from models.tables import Job, WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
@@ -143,7 +143,7 @@ def create(
 
 def count(session: Session, *, tenant_id: uuid.UUID) -> int:
     """The tenant's endpoints, disabled ones included; its row stays locked, so that nobody adds one meanwhile."""
-    session.execute(text("SELECT 1 FROM tenants WHERE id = :id FOR UPDATE"), {"id": tenant_id})
+    session.execute(text("SELECT 1 FROM tenants WHERE id = :id FOR NO KEY UPDATE"), {"id": tenant_id})  # jobs may name it
     query = select(func.count()).where(WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
     return session.scalar(query) or 0
 
@@ -158,6 +158,12 @@ def find(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> W
     """The tenant's endpoint; None also for another tenant's and for one that was deleted."""
     own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
     return session.scalar(select(WebhookEndpoint).where(*own))
+
+
+def lock(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> WebhookEndpoint | None:
+    """As `find`, and nobody else's to change until commit. Before its secrets and deliveries: that is the order of locks."""
+    own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
+    return session.scalar(select(WebhookEndpoint).where(*own).with_for_update(key_share=True), execution_options=AFRESH)
 
 
 def change(
@@ -296,6 +302,8 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
 
     A 410 disables the endpoint.
     """
+    is_gone = tried.status == 410
+    endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update={"key_share": True}) if is_gone else None
     delivery = session.get(WebhookDelivery, claim.id, with_for_update=True)
     if delivery is None or delivery.attempts != claim.attempt or delivery.state != DeliveryState.PENDING:
         return None
@@ -303,15 +311,15 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
         WebhookAttempt(delivery_id=claim.id, attempt=claim.attempt, status=tried.status, error=tried.error, took_s=round(tried.took_s, 4))
     )
     delivery.claimed_until = None
-    if tried.is_delivered or tried.status == 410 or tried.try_again_s is None:
-        gone = DeliveryState.GONE if tried.status == 410 else DeliveryState.FAILED
+    if tried.is_delivered or is_gone or tried.try_again_s is None:
+        gone = DeliveryState.GONE if is_gone else DeliveryState.FAILED
         delivery.state = DeliveryState.DELIVERED if tried.is_delivered else gone
         delivery.due_at, delivery.ended_at = None, func.clock_timestamp()
     else:
         delivery.due_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, tried.try_again_s)
     state = DeliveryState(delivery.state)
     session.flush()
-    if tried.status == 410 and (endpoint := session.get(WebhookEndpoint, claim.endpoint_id, with_for_update=True)) is not None:
+    if endpoint is not None:
         endpoint.disabled_at, endpoint.disabled_reason = endpoint.disabled_at or func.clock_timestamp(), GONE
         _end_pending(session, endpoint.id)
         audit.append(session, "webhook:endpoint:disabled", chain=claim.tenant_id, actor=actor, endpoint_id=str(endpoint.id), reason=GONE)

@@ -22,7 +22,7 @@ from edges.broker import Broker, BrokerUnavailable
 from edges.outbound import Outbound, Unreachable
 from edges.webhooks import headers
 from models import jobs, webhooks
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.tables import Job
 from models.webhooks import Claim, TooManyUnderWay, Tried
 from policy.webhooks import GIVE_UP_AFTER_S, SLOW_AFTER_S, next_try_s
@@ -81,8 +81,7 @@ class Courier:
                 return None
             job = jobs.find(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
         tried = self._try(claim, job)
-        with transaction(self.database) as session:
-            state = webhooks.record(session, claim, tried, actor=self.name)
+        state = run_transaction(self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name))
         is_slow = tried.took_s >= SLOW_AFTER_S
         if is_slow != claim.is_slow:
             with transaction(self.database) as session:

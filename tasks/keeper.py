@@ -11,6 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import structlog
@@ -19,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from edges import telemetry
 from models import learning, leases, workers
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.learning import CostKey, Observed
 from models.leases import Lease
 
@@ -106,8 +107,8 @@ class LeaseKeeper:
     @contextmanager
     def leased(self, job_id: uuid.UUID) -> Iterator[Held | None]:
         """The job, kept for the length of the block; None if it is finished or someone else holds it."""
-        with transaction(self._database) as session:
-            lease = leases.take(session, job_id, worker=self.identity.name, device=self.identity.device, ttl_s=self._ttl_s)
+        who, ttl_s = {"worker": self.identity.name, "device": self.identity.device}, self._ttl_s
+        lease = run_transaction(self._database, lambda session: leases.take(session, job_id, ttl_s=ttl_s, **who))
         if lease is None:
             yield None
             return
@@ -196,8 +197,8 @@ class LeaseKeeper:
         with transaction(self._database) as session:
             left = leases.running_on(session, self.identity.name)
         for job_id in left:
-            with transaction(self._database) as session:
-                job = leases.lose(session, job_id, max_attempts=max_attempts, worker=self.identity.name)
+            own = {"max_attempts": max_attempts, "worker": self.identity.name}
+            job = run_transaction(self._database, partial(leases.lose, job_id=job_id, **own))
             if job is not None:
                 log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
 

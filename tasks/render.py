@@ -27,7 +27,7 @@ from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from models import leases
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.leases import Lease, LeaseLost, Rendered
 from policy import queues
 from policy.catalog import checkpoint_name
@@ -254,12 +254,12 @@ class Renderer:
             fingerprint=record.fingerprint,
             fingerprint_facts=record.fingerprint_facts,
         )
-        with transaction(self.database) as session:
-            leases.hand_off(session, lease, index, rendered=rendered, store_within_s=self.settings.store_within_s)
+        told = {"rendered": rendered, "store_within_s": self.settings.store_within_s}
+        run_transaction(self.database, lambda session: leases.hand_off(session, lease, index, **told))
 
     def _give_back(self, lease: Lease, reason: str) -> None:
-        with suppress(LeaseLost), transaction(self.database) as session:
-            leases.give_back(session, lease, reason=reason)
+        with suppress(LeaseLost):
+            run_transaction(self.database, lambda session: leases.give_back(session, lease, reason=reason))
 
     def _let_go(self, work: Work) -> None:
         """A lost lease: nothing more is written. A worker that leaves: hand on what is finished, give the rest up with snapshots."""
@@ -272,8 +272,8 @@ class Renderer:
             left = self.checkpoints.withdraw(lease, work.open_handles())
             for finished in _drained(work):
                 self._hand_on(work, finished)
-            with transaction(self.database) as session:
-                leases.preempt(session, lease, reason=held.leaving, left=left, store=STORE)
+            told = {"reason": held.leaving, "left": left, "store": STORE}
+            run_transaction(self.database, lambda session: leases.preempt(session, lease, **told))
             work.left = {image.index for image in left}
             telemetry.PREEMPTED.inc()
             log.info("job_preempted", attempt=lease.attempt, snapshots=len(left), after_s=round(time.monotonic() - started, 3))
@@ -294,8 +294,8 @@ class Renderer:
     def _note_resumption(self, work: Work, earlier: Earlier) -> None:
         """Put on record what snapshots spared this attempt, and what it does again."""
         lost = {index: max(0, earlier.reached.get(index, 0) - step) for index, step in work.resumed.items()}
-        with transaction(self.database) as session:
-            cause = leases.note_resumption(session, work.held.lease, resumed=work.resumed, lost_steps=sum(lost.values()))
+        told = {"resumed": work.resumed, "lost_steps": sum(lost.values())}
+        cause = run_transaction(self.database, lambda session: leases.note_resumption(session, work.held.lease, **told))
         telemetry.STEPS_RESUMED.inc(sum(work.resumed.values()))
         if cause is not None:
             telemetry.STEPS_LOST.labels(cause).inc(sum(lost.values()))

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import structlog
 from sqlalchemy import Engine as Database
+from sqlalchemy.orm import Session
 
 from edges import telemetry
 from edges.encoding import FORMATS, encode
@@ -15,7 +16,7 @@ from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import jobs, leases, uploads
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.states import FINAL_STATES, JobState
 from models.tables import Job
 from policy.cost import price
@@ -71,8 +72,9 @@ class Storekeeper:
         if pixels is None:
             return self._is_settled(job.id, index)
         artifact = self._upload(job, pixels)
-        with transaction(self.database) as session:
-            after = jobs.store(
+
+        def store(session: Session) -> Job | None:
+            return jobs.store(
                 session,
                 job_id=job.id,
                 index=index,
@@ -82,6 +84,8 @@ class Storekeeper:
                 store_within_s=self.settings.store_within_s,
                 actor=self.name,
             )
+
+        after = run_transaction(self.database, store)
         self.handoff.drop(job.id, index, attempt)
         if after is None:
             telemetry.DUPLICATES.labels("store").inc()
@@ -102,8 +106,7 @@ class Storekeeper:
         content = encode(pixels.array, job.output_format)
         digest = content_sha256(content)
         key = image_key(job.tenant_id, digest, kind.extension)
-        with transaction(self.database) as session:
-            uploads.begin(session, key)
+        run_transaction(self.database, lambda session: uploads.begin(session, key))
         self.store.put(key, content, content_type=kind.content_type)
         height_px, width_px, _ = pixels.array.shape
         return {
@@ -123,8 +126,7 @@ class Storekeeper:
 
     def _render_again(self, job: Job, gone: list[int], waiting: dict[int, int]) -> None:
         log.warning("handoff_gone", indexes=gone)
-        with transaction(self.database) as session:
-            leases.lose_hand_off(session, job.id, gone, attempt_of=waiting)
+        run_transaction(self.database, lambda session: leases.lose_hand_off(session, job.id, gone, attempt_of=waiting))
         self.release.release(job.pool, job.tier)
 
     def _tidy_one(self) -> bool:

@@ -9,12 +9,14 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import structlog
 from sqlalchemy import Engine as Database
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
@@ -24,9 +26,10 @@ from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
-from models.database import transaction
+from models.database import conflict, run_transaction, transaction
 from models.releasing import Announced
 from models.states import JobState
+from models.sweeping import Unstored
 from models.uploads import ORPHAN_AFTER_S
 from policy import queues
 from policy.fleet import Fleet
@@ -84,7 +87,7 @@ class Sweeper:
                 part()
                 self._done_at[part.__name__] = now
             except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
-                if isinstance(error, OperationalError):
+                if isinstance(error, OperationalError) and conflict(error) is None:
                     self._note_outage()
                 log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
             except Exception as error:  # one row that nobody foresaw must not keep all others from their turn
@@ -115,8 +118,7 @@ class Sweeper:
         with transaction(self.database) as session:
             expired = sweeping.expired_leases(session)
         for job_id in expired:
-            with transaction(self.database) as session:
-                job = leases.lose(session, job_id, max_attempts=self.settings.max_attempts)
+            job = run_transaction(self.database, partial(leases.lose, job_id=job_id, max_attempts=self.settings.max_attempts))
             if job is not None:
                 self._count("lease_expired", job_id)
                 if job.state == JobState.FAILED:
@@ -128,8 +130,7 @@ class Sweeper:
             missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
         for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
             for job_id in job_ids:
-                with transaction(self.database) as session:
-                    job = end(session, job_id)
+                job = run_transaction(self.database, partial(end, job_id=job_id))
                 if job is not None:
                     self._count(why, job_id)
                     self.news.tell_ending(job_id)
@@ -141,13 +142,15 @@ class Sweeper:
         for unstored in overdue:
             held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
             gone = [index for index, here in held.items() if not here]
-            with transaction(self.database) as session:
-                if gone:
-                    leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=unstored.attempt_of)
-                sweeping.postpone_store(session, unstored.job_id, store_within_s=self.settings.store_within_s)
+            run_transaction(self.database, partial(self._postpone, unstored=unstored, gone=gone))
             if any(held.values()):
                 self.broker.announce(queues.STORE_IMAGES, queues.results_queue(self.fleet, unstored.tier), unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
+
+    def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> None:
+        if gone:
+            leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=unstored.attempt_of)
+        sweeping.postpone_store(session, unstored.job_id, store_within_s=self.settings.store_within_s)
 
     def _releases(self) -> None:
         """Waiting jobs for which there is room: missed at accept, or put back since."""

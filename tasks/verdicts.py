@@ -13,6 +13,7 @@ import structlog
 from sqlalchemy import Engine as Database
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
 from edges import telemetry
 from edges.handoff import HandoffUnavailable
@@ -28,7 +29,7 @@ from engine.errors import (
     UnsupportedRequest,
 )
 from models import leases
-from models.database import transaction
+from models.database import run_transaction
 from models.leases import Lease, LeaseLost
 from models.states import FailureCode, JobState
 from models.tables import Job
@@ -67,7 +68,7 @@ class Verdicts:
             self.news.tell_ending(job.id)
 
     def _decided(self, lease: Lease, error: BaseException, *, is_alone: bool, is_ours: bool) -> Job:
-        with transaction(self.database) as session:
+        def decide(session: Session) -> Job:
             if (code := failure_code(error, is_alone=is_alone)) is not None:
                 return leases.fail(session, lease, code=code, detail=str(error))
             was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
@@ -75,6 +76,8 @@ class Verdicts:
                 return leases.give_back(session, lease, reason=type(error).__name__)
             detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.max_attempts)
+
+        return run_transaction(self.database, decide)
 
 
 def failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:

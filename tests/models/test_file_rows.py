@@ -1,12 +1,14 @@
 """Rows of pictures that tenants bring: one per content, erased only while nobody needs it, and its object's end."""
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
 
 from models import files, jobs, uploads
-from tests.builders import a_job, a_succeeded_job, a_tenant
+from models.database import transaction
+from tests.builders import a_job, a_succeeded_job, a_tenant, until
 
 
 @pytest.fixture
@@ -103,3 +105,38 @@ def test_what_is_given_up_while_it_is_stored_again_is_not_deleted(session):
     uploads.give_up(session, key)
 
     assert uploads.left_behind(session, older_than_s=600) is None
+
+
+def test_no_job_is_accepted_that_starts_from_an_erased_or_a_stranger_s_file(session, tenant):
+    erased, strange = keep(session, tenant), keep(session, a_tenant(session))
+    erase(session, erased)
+
+    for file in (erased, strange):
+        with pytest.raises(files.FileGone) as caught:
+            a_job(session, tenant=tenant, init_file_id=file.id, strength=0.5)
+        assert caught.value.file_id == file.id
+
+
+def test_who_erases_a_file_waits_for_a_job_that_is_being_accepted_and_then_finds_it_in_use(database):
+    with transaction(database.app) as session:
+        tenant = a_tenant(session)
+        file = keep(session, tenant)
+
+    def erase_it():
+        with transaction(database.app) as session:
+            return erase(session, file)
+
+    with ThreadPoolExecutor(1) as threads:
+        with transaction(database.app) as session:
+            a_job(session, tenant=tenant, init_file_id=file.id, strength=0.5)
+            erasing = threads.submit(erase_it)
+            until(lambda: waits_for_a_lock(database), what="the erasure")
+
+        with pytest.raises(files.FileInUse):
+            erasing.result()
+
+
+def waits_for_a_lock(database) -> bool:
+    with transaction(database.owner) as session:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        return session.scalar(text(query)) > 0
