@@ -112,7 +112,7 @@ def accept(
     telemetry.JOBS_ACCEPTED.labels(resolved.tier, resolved.model).inc()
     log.info("job_accepted", job_id=str(row.id), tier=resolved.tier, model=resolved.model)
     if new.announced:
-        parts.release.announce(resolved.pool, resolved.tier, row.id)
+        parts.release.announce(resolved.pool, resolved.tier, row.id, num_images=resolved.num_images)
     elif way_out is not WayOut.IN_TURN:
         let_out(resolved.pool, resolved.tier)
     return Accepted(_as_written(new, row), is_new=True, place=expected.place)

@@ -1,7 +1,7 @@
 """The only publisher: turns a job that should be looked at into a Celery message. The one module of `edges` that knows Celery.
 
-A message carries the job's id and nothing else. Its task id is `<job id>:<verb>`, so that Flower, the sweeper and a
-human at redis-cli can all tell which job a message means.
+A message carries the job's id; one to render it also says how many images that are, which a worker has to know before it asks for the
+lease. Its task id is `<job id>:<verb>`, so that Flower, the sweeper and a human at redis-cli can all tell which job a message means.
 """
 
 import base64
@@ -35,9 +35,13 @@ class Broker:
         self._celery = make_celery(settings, fleet, broker_transport_options=options)
         self._redis = redis.Redis.from_url(settings.broker_url, socket_timeout=5, socket_connect_timeout=2)
 
-    def announce(self, task_name: str, queue: str, job_id: uuid.UUID) -> None:
-        """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again."""
-        self._send(task_name, queue, kwargs={"job_id": str(job_id)}, task_id=f"{job_id}:{VERBS[task_name]}")
+    def announce(self, task_name: str, queue: str, job_id: uuid.UUID, *, num_images: int | None = None) -> None:
+        """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again.
+
+        num_images: of a job that is to be rendered.
+        """
+        headers = {queues.NUM_IMAGES: num_images} if num_images is not None else {}
+        self._send(task_name, queue, kwargs={"job_id": str(job_id)}, task_id=f"{job_id}:{VERBS[task_name]}", headers=headers)
 
     def ask_for(self, task_name: str, queue: str) -> None:
         """Say once that a task which is about no job in particular should run; raises BrokerUnavailable."""

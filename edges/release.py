@@ -48,9 +48,9 @@ class Release:
             most_of_one=self._fleet.tiers[tier].max_in_hand_per_tenant if tier in self._fleet.tiers else None,
         )
 
-    def announce(self, pool: str, tier: str, job_id: uuid.UUID) -> None:
+    def announce(self, pool: str, tier: str, job_id: uuid.UUID, *, num_images: int) -> None:
         """Publish a job that was stamped as it was accepted."""
-        self._publish(pool, tier, [Picked(job_id, is_front=False)])
+        self._publish(pool, tier, [Picked(job_id, is_front=False, num_images=num_images)])
 
     def again(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
         """Announce jobs whose message was lost; those that a worker took meanwhile are left out."""
@@ -68,7 +68,8 @@ class Release:
     def _publish(self, pool: str, tier: str, picked: Sequence[Picked]) -> int:
         for position, job in enumerate(picked):
             try:
-                self._broker.announce(queues.RENDER_JOB, queues.render_queue(pool, tier, is_front=job.is_front), job.job_id)
+                queue = queues.render_queue(pool, tier, is_front=job.is_front)
+                self._broker.announce(queues.RENDER_JOB, queue, job.job_id, num_images=job.num_images)
             except BrokerUnavailable as error:
                 log.warning("announce_failed", job_id=str(job.job_id), reason=str(error))
                 with transaction(self._engine) as session:

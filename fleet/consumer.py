@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import redis
@@ -21,6 +22,18 @@ from celery.worker.consumer.tasks import Tasks
 log = logging.getLogger(__name__)
 
 LATE_ACK_TRIES = 20
+
+
+@dataclass(frozen=True)
+class TakenTask:
+    """An unfinished task of this worker: where it came from, what it is called with, and the headers of our own in its message."""
+
+    queue: str
+    kwargs: Mapping[str, Any]
+    headers: Mapping[str, Any]
+
+
+MayTake = Callable[[str, Sequence[TakenTask]], bool]  # (queue, this worker's unfinished tasks) -> may another one be taken from it?
 
 
 class FleetConsumer(Consumer):
@@ -58,17 +71,17 @@ class TierCycle:
     is what makes the gate exact.
     """
 
-    def __init__(self, queues: Sequence[str], may_take: Callable[[str, Mapping[str, int]], bool]) -> None:
+    def __init__(self, queues: Sequence[str], may_take: MayTake) -> None:
         self._queues, self._may_take = queues, may_take
         self._active: set[str] = set(queues)
 
     def consume(self, n: int) -> list[str]:
         """The queues to ask, highest rank first; [] = ask for nothing now."""
         del n
-        taken: dict[str, int] = {}
-        for request in list(state.requests.values()):
-            queue = request.delivery_info.get("routing_key", "")
-            taken[queue] = taken.get(queue, 0) + 1
+        taken = [
+            TakenTask(request.delivery_info.get("routing_key", ""), request.kwargs or {}, request.request_dict)
+            for request in list(state.requests.values())
+        ]
         return [queue for queue in self._queues if queue in self._active and self._may_take(queue, taken)]
 
     def update(self, queues: Sequence[str]) -> None:
@@ -79,11 +92,8 @@ class TierCycle:
         """The order is by rank, whatever was used last."""
 
 
-def tier_gate(queues: Sequence[str], may_take: Callable[[str, Mapping[str, int]], bool]) -> type[bootsteps.StartStopStep]:
-    """A consumer bootstep that puts a TierCycle on the channel, again after each reconnect.
-
-    may_take(queue, taken) is asked with the number of this worker's unfinished tasks by queue.
-    """
+def tier_gate(queues: Sequence[str], may_take: MayTake) -> type[bootsteps.StartStopStep]:
+    """A consumer bootstep that puts a TierCycle on the channel, again after each reconnect."""
 
     class TierGate(bootsteps.StartStopStep):
         requires = (Tasks,)

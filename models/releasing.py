@@ -43,6 +43,7 @@ class Picked:
 
     job_id: uuid.UUID
     is_front: bool
+    num_images: int
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.
     newest_tag: float | None = None
 
     def choose(job: _Waiting, *, is_front: bool) -> None:
-        chosen[job.job_id] = Picked(job.job_id, is_front)
+        chosen[job.job_id] = Picked(job.job_id, is_front, job.num_images)
         in_hand[job.tenant_id] += job.num_images
 
     def is_capped(job: _Waiting) -> bool:
@@ -241,8 +242,9 @@ def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picke
         return []
     queued = _in_turn(job_ids, Job.state == JobState.QUEUED)
     statement = update(Job).where(Job.id.in_(queued)).values(announced_at=func.clock_timestamp())
-    rows = session.execute(statement.returning(Job.id, Job.is_front).execution_options(synchronize_session=False))
-    return [Picked(job_id, is_front) for job_id, is_front in rows]
+    columns = (Job.id, Job.is_front, Job.num_images)
+    rows = session.execute(statement.returning(*columns).execution_options(synchronize_session=False))
+    return [Picked(*row) for row in rows]
 
 
 def withdraw(session: Session, job_ids: Sequence[uuid.UUID]) -> None:

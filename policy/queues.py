@@ -12,6 +12,8 @@ TIDY_STORE = "tasks.store.tidy_store"
 SWEEP = "tasks.sweep.sweep"
 DELIVER_WEBHOOK = "tasks.deliver.deliver_webhook"
 
+NUM_IMAGES = "num_images"  # header of a job's render message: what it counts in a worker's hand until the lease tells
+
 
 def render_queue(pool: str, tier: str, *, is_front: bool = False) -> str:
     """Where jobs of `tier` wait for a worker of `pool`; the front queue is taken from first, and beyond a worker's slots."""

@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -90,6 +90,7 @@ class LeaseKeeper:
         self._database, self.identity = database, identity
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
+        self._asked: Counter[uuid.UUID] = Counter()  # tasks that know whether they have got the lease, by job
         self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._solitude = threading.Lock()
@@ -109,13 +110,15 @@ class LeaseKeeper:
         """The job, kept for the length of the block; None if it is finished or someone else holds it."""
         who, ttl_s = {"worker": self.identity.name, "device": self.identity.device}, self._ttl_s
         lease = run_transaction(self._database, lambda session: leases.take(session, job_id, ttl_s=ttl_s, **who))
-        if lease is None:
+        held = Held(lease, unrendered=len(lease.pending)) if lease is not None else None
+        with self._lock:
+            self._asked[job_id] += 1
+            if held is not None:
+                self._held[job_id] = held
+            leaving = self.leaving
+        if held is None:
             yield None
             return
-        held = Held(lease, unrendered=len(lease.pending))
-        with self._lock:
-            self._held[job_id] = held
-            leaving = self.leaving
         if leaving:  # it was about to take the job when it heard that it has to go
             held.leave(leaving)
         try:
@@ -163,16 +166,26 @@ class LeaseKeeper:
             sums.denoise_s += denoise_s
             sums.fixed_s += fixed_s
 
-    def images_held(self) -> Counter[str]:
-        """Unrendered images in hand, by tier."""
-        counts: Counter[str] = Counter()
-        for held in self.all_held():
-            counts[held.lease.job.tier] += held.unrendered
-        return counts
+    def end_task(self, job_id: uuid.UUID) -> None:
+        """Note that a task ends which asked for the job's lease."""
+        with self._lock:
+            self._asked[job_id] -= 1
+            if self._asked[job_id] <= 0:
+                del self._asked[job_id]
 
-    def jobs_held(self) -> Counter[str]:
-        """Jobs in hand, by tier."""
-        return Counter(held.lease.job.tier for held in self.all_held())
+    def images_in_hand(self, taken: Mapping[uuid.UUID, tuple[str, int]]) -> Counter[str]:
+        """Images by tier that this worker has to render: of the leases it holds, and of the jobs that it may be about to hold.
+
+        taken: tier and images of each job whose message was taken. They count until the lease is here, or refused.
+        """
+        counts: Counter[str] = Counter()
+        with self._lock:  # at one moment: a job that gets its lease meanwhile must not be in neither of the two
+            for held in self._held.values():
+                counts[held.lease.job.tier] += held.unrendered
+            for job_id, (tier, images) in taken.items():
+                if job_id not in self._asked:
+                    counts[tier] += images
+        return counts
 
     def all_held(self) -> list[Held]:
         """Every lease in hand, at this moment."""

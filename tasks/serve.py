@@ -8,9 +8,10 @@ import os
 import signal
 import socket
 import sys
+import uuid
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import structlog
@@ -28,7 +29,7 @@ from edges.outbound import Outbound
 from edges.progress import CANCELS, ENDINGS, WATCHES, Listener, News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
-from fleet.consumer import tier_gate
+from fleet.consumer import TakenTask, tier_gate
 from models.database import make_engine
 from policy import admission, queues, tiers
 from policy.fleet import Fleet
@@ -65,7 +66,7 @@ def serve_render() -> None:
     wait_while_a_notice_stands(sources)
     pool = fleet.pools[settings.worker_pool]
     engine = _start_engine(settings, fleet)
-    threads = tiers.OVERFULL * pool.slots + SPARE_THREADS
+    threads = tiers.most_jobs(fleet, pool.slots) + SPARE_THREADS
     database = make_engine(settings.database_url, pool_size=pool.slots + SPARE_THREADS)
     identity = WorkerIdentity(
         name=name, pool=settings.worker_pool, device=engine.config.device, slots=pool.slots, facts={"load_s": round(engine.load_s, 3)}
@@ -104,14 +105,14 @@ def serve_render() -> None:
     telemetry.watch_engine(engine.stats)
     names = queues.render_queues(fleet, settings.worker_pool)
 
-    def may_take(queue: str, taken: Mapping[str, int]) -> bool:
-        """Counts images; a task that has not got its lease yet counts as one."""
+    def may_take(queue: str, taken: Sequence[TakenTask]) -> bool:
+        """Counts images; a task that has not got its lease yet, by what its message says."""
         tier, is_front = queues.tier_of(queue)
         if keeper.leaving or keeper.is_reserved():
             return False
         if gauge.fill() > admission.HANDOFF_FULL and not is_front:  # those who come back empty it: their snapshots are in it
             return False
-        held = keeper.images_held() + _without_lease(taken, keeper.jobs_held())
+        held = keeper.images_in_hand(_images_by_job(fleet, taken))
         return tiers.may_take(fleet, tier, held, pool.slots, is_front=is_front)
 
     celery.steps["consumer"].add(tier_gate(names, may_take))
@@ -261,12 +262,15 @@ def _notice_sources(settings: WorkerSettings, name: str) -> list[NoticeSource]:
         sys.exit(f"settings: PREEMPTION_NOTICES: {error}")
 
 
-def _without_lease(taken: Mapping[str, int], leased: Counter[str]) -> Counter[str]:
-    """Tasks that were taken and hold no lease (yet), by tier."""
-    by_tier: Counter[str] = Counter()
-    for queue, tasks in taken.items():
-        by_tier[queues.tier_of(queue)[0]] += tasks
-    return Counter({tier: max(0, tasks - leased[tier]) for tier, tasks in by_tier.items()})
+def _images_by_job(fleet: Fleet, taken: Sequence[TakenTask]) -> dict[uuid.UUID, tuple[str, int]]:
+    """Tier and images of each job whose message this worker has. One that does not say counts as the largest of its tier."""
+    by_job = {}
+    for task in taken:
+        tier, images = queues.tier_of(task.queue)[0], task.headers.get(queues.NUM_IMAGES)
+        with suppress(KeyError, ValueError):  # a message that is none of ours: its task ends at once
+            job_id = uuid.UUID(task.kwargs["job_id"])
+            by_job[job_id] = tier, images if isinstance(images, int) and images > 0 else fleet.tiers[tier].max_images
+    return by_job
 
 
 def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -53,6 +53,13 @@ class Door:
             self.was_refused.set()
             stopped.wait(min(LONGEST_WAIT_S, float(answer.headers.get("Retry-After", 1))))
         return None
+
+    def ask_for_all(self, wanted: Sequence[Mapping[str, Any]]) -> list[str]:
+        """The ids of accepted jobs, asked for in one request. SystemExit unless all were accepted."""
+        answer = self._http.post("/v1/jobs:batch", json={"jobs": list(wanted)})
+        if answer.status_code != httpx.codes.OK or answer.json()["refused"]:
+            raise SystemExit(f"a batch was refused: {answer.status_code} {answer.text[:500]}")
+        return [str(item["job"]["id"]) for item in answer.json()["data"]]
 
     def cancel(self, job_ids: Iterable[str]) -> None:
         """Cancel these jobs, several at a time; those that ended otherwise stay as they are."""

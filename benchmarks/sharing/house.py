@@ -47,15 +47,15 @@ class House:
 
 
 @contextmanager
-def running_house(tenant_names: Sequence[str], changes: Changes | None = None) -> Iterator[House]:
-    """Start one CPU worker and all that belongs to it; stop it and throw its data away. changes: to a copy of fleet.toml."""
+def running_house(tenant_names: Sequence[str], changes: Changes | None = None, *, workers: int = 1) -> Iterator[House]:
+    """Start one CPU worker, or more, and all that belongs to it; stop it and throw its data away. changes: to a copy of fleet.toml."""
     text = altered((REPO / "fleet.toml").read_text(), changes or {})
     fleet = parse_fleet(text)
     ended_politely = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit on a benchmark still ends the stack
     with tempfile.TemporaryDirectory(prefix="darkroom-bench-") as folder, contextlib.ExitStack() as open_things:
         fleet_file = Path(folder) / "fleet.toml"
         fleet_file.write_text(text)
-        stack = Stack(Path(folder), fleet_file=fleet_file)
+        stack = Stack(Path(folder), fleet_file=fleet_file, workers=workers)
         open_things.callback(signal.signal, signal.SIGTERM, ended_politely)
         open_things.callback(stack.down)
         meter = _start(stack)

@@ -31,6 +31,17 @@ SELECT t.name AS tenant, j.state, coalesce(j.failure_detail, j.failure_code) AS 
 FROM jobs j JOIN tenants t ON t.id = j.tenant_id WHERE j.id = ANY(CAST(:job_ids AS uuid[])) ORDER BY j.id
 """
 
+_WAITS = """
+SELECT j.state, extract(epoch FROM coalesce(j.started_at, j.finished_at, clock_timestamp()) - j.accepted_at)::float AS wait_s,
+       extract(epoch FROM coalesce(j.finished_at, clock_timestamp()) - j.accepted_at)::float AS total_s
+FROM jobs j WHERE j.id = ANY(CAST(:job_ids AS uuid[])) ORDER BY j.id
+"""
+
+_HELD = """
+SELECT split_part(j.worker, '@', 1) AS worker, j.tier, count(*) AS images FROM jobs j JOIN images i ON i.job_id = j.id
+WHERE j.state = 'running' AND i.state = 'pending' GROUP BY 1, 2
+"""
+
 _FORWARDS = """
 SELECT coalesce(sum(a.steps), 0) AS steps, coalesce(sum(a.denoise_s), 0)::float AS denoise_s
 FROM attempts a WHERE a.job_id = ANY(CAST(:job_ids AS uuid[]))
@@ -57,6 +68,15 @@ class Levels:
 
     unfinished: Mapping[str, int]
     running: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Wait:
+    """How long a job waited for its first lease, or its end without one; how long for its end."""
+
+    state: str
+    wait_s: float
+    total_s: float
 
 
 @dataclass(frozen=True)
@@ -118,6 +138,24 @@ class Ledger:
         for row in rows:
             latencies_s.setdefault(row["tenant"], []).append(row["total_s"])
         return latencies_s
+
+    def waits(self, job_ids: Sequence[str]) -> list[Wait]:
+        """Of each of these jobs."""
+        return [Wait(**row) for row in self._rows(_WAITS, job_ids=list(job_ids))]
+
+    def held_by_worker(self) -> dict[str, int]:
+        """Unrendered images of running jobs, by worker: worker-1 and so on."""
+        held: dict[str, int] = {}
+        for row in self._rows(_HELD):
+            held[row["worker"]] = held.get(row["worker"], 0) + int(row["images"])
+        return held
+
+    def held_of_one_worker(self) -> dict[str, int]:
+        """The most of these images that any one worker has, by tier."""
+        held: dict[str, int] = {}
+        for row in self._rows(_HELD):
+            held[row["tier"]] = max(held.get(row["tier"], 0), int(row["images"]))
+        return held
 
     def forwards(self, job_ids: Sequence[str]) -> tuple[int, float]:
         """Denoise steps of these jobs' images and their share of those forwards' seconds."""

@@ -59,16 +59,18 @@ def broker_away(settings) -> Broker:
     return Broker(StoreSettings(**{**settings.model_dump(), "broker_url": f"redis://127.0.0.1:{a_closed_port()}/0"}), a_fleet())
 
 
-def test_a_message_carries_the_job_s_id_and_nothing_else(broker, broker_redis):
+def test_a_message_carries_the_job_s_id_and_how_many_images_it_is_to_make(broker, broker_redis):
     job_id = uuid.uuid4()
 
-    broker.announce(queues.RENDER_JOB, FAST, job_id)
+    broker.announce(queues.STORE_IMAGES, FAST, job_id)
+    broker.announce(queues.RENDER_JOB, FAST, job_id, num_images=3)
 
-    [raw] = broker_redis.lrange(FAST, 0, -1)
-    message = json.loads(raw)
-    arguments, keywords, _ = json.loads(base64.b64decode(message["body"]))
+    render, store = (json.loads(raw) for raw in broker_redis.lrange(FAST, 0, -1))
+    arguments, keywords, _ = json.loads(base64.b64decode(render["body"]))
     assert (arguments, keywords) == ([], {"job_id": str(job_id)})
-    assert (message["headers"]["task"], message["headers"]["id"]) == (queues.RENDER_JOB, f"{job_id}:render")
+    assert (render["headers"]["task"], render["headers"]["id"]) == (queues.RENDER_JOB, f"{job_id}:render")
+    assert render["headers"][queues.NUM_IMAGES] == 3
+    assert queues.NUM_IMAGES not in store["headers"]
 
 
 def test_a_message_lies_in_its_own_queue_only(broker, broker_redis):

@@ -1,5 +1,6 @@
 """From waiting rows to messages: stamped, committed, published; nothing is lost when the broker is."""
 
+import json
 import uuid
 
 import pytest
@@ -10,6 +11,7 @@ from edges.release import Release
 from models import jobs, workers
 from models.database import transaction
 from models.tables import Job
+from policy import queues
 from settings import StoreSettings
 from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant
 
@@ -53,6 +55,11 @@ def messages(broker_redis, pool, tier="fast", *, is_front=False) -> list[uuid.UU
     """The jobs of the messages in the queue, the one that is taken first in front."""
     queue = f"{pool}.{tier}.front" if is_front else f"{pool}.{tier}"
     return [job_of_message(raw) for raw in reversed(broker_redis.lrange(queue, 0, -1))]
+
+
+def sizes(broker_redis, pool, tier="fast") -> list[int]:
+    """What the messages in the queue say of how many images they are."""
+    return [json.loads(raw)["headers"][queues.NUM_IMAGES] for raw in reversed(broker_redis.lrange(f"{pool}.{tier}", 0, -1))]
 
 
 def stamped(database, pool) -> int:
@@ -206,3 +213,14 @@ def test_a_job_that_waits_no_more_is_not_passed_on(release, pool, broker_redis, 
     release.pass_on(job_id)
 
     assert broker_redis.keys(f"{pool}*") == []
+
+
+def test_every_message_says_how_many_images_it_is_however_it_came_to_be_sent(release, pool, broker_redis, database):
+    with transaction(database.app) as session:
+        small, large = (a_job(session, pool=pool, num_images=images, release_tag=float(images)) for images in (1, 3))
+
+    release.release(pool, "fast")
+    release.again(pool, "fast", [large.id])
+    release.announce(pool, "fast", small.id, num_images=1)
+
+    assert sizes(broker_redis, pool) == [1, 3, 3, 1]

@@ -7,13 +7,14 @@ tasks are noted in a Redis that no test disturbs.
 import json
 import os
 import time
+from collections.abc import Sequence
 
 import redis
 from celery import Celery
 from kombu import Queue
 
 import celeryconfig
-from fleet.consumer import tier_gate
+from fleet.consumer import TakenTask, tier_gate
 from policy.fleet import parse_fleet
 from settings import REPO, BrokerSettings
 
@@ -43,8 +44,8 @@ def main() -> None:
         notes.hincrby("running", queue, -1)
         notes.rpush("ended", name)
 
-    def may_take(queue: str, taken: dict[str, int]) -> bool:
-        return taken.get(queue, 0) < FACTS["caps"][queue]
+    def may_take(queue: str, taken: Sequence[TakenTask]) -> bool:
+        return sum(task.headers.get("weight", 1) for task in taken if task.queue == queue) < FACTS["caps"][queue]
 
     celery.steps["consumer"].add(tier_gate(QUEUES, may_take))
     threads, queues = FACTS["threads"], ",".join(QUEUES)

@@ -54,8 +54,8 @@ class Rig:
         eventually(lambda: b"ready." in (self.folder / f"{name}.log").read_bytes(), within_s=30)
         return process
 
-    def send(self, name: str, seconds: float, queue: str = "batch") -> None:
-        self.app.send_task("sleep", kwargs={"name": name, "seconds": seconds, "queue": queue}, queue=queue)
+    def send(self, name: str, seconds: float, queue: str = "batch", **headers: int) -> None:
+        self.app.send_task("sleep", kwargs={"name": name, "seconds": seconds, "queue": queue}, queue=queue, headers=headers)
 
     def started(self) -> list[str]:
         return [name.decode() for name in self.notes.lrange("started", 0, -1)]
@@ -170,6 +170,16 @@ def test_a_lower_tier_stays_below_its_cap_and_the_higher_one_does_not_wait(rig):
     eventually(lambda: "urgent" in rig.started(), within_s=0.5)
     eventually(lambda: len(rig.ended()) == 9, within_s=20)
     assert max(int(value) for value in rig.notes.lrange("peak:batch", 0, -1)) <= 2
+
+
+def test_the_gate_is_told_of_every_task_in_hand_and_what_its_message_says(rig):
+    rig.worker(threads=8, caps={"batch": 5})  # open while less than 5 is in hand: a weight of 4, and one more message
+    for number in range(4):
+        rig.send(f"batch-{number}", 0.7, weight=4)
+
+    eventually(lambda: len(rig.ended()) == 4, within_s=20)
+
+    assert max(int(value) for value in rig.notes.lrange("peak:batch", 0, -1)) == 2
 
 
 def test_a_misspelt_queue_is_an_error_and_not_a_place_where_jobs_wait_for_ever(rig):

@@ -67,21 +67,45 @@ def test_from_the_front_queue_a_worker_takes_up_to_twice_its_slots_less_what_the
         assert filled_by(other, 16, held)[other] >= promised[other]
 
 
-def test_a_worker_with_a_single_slot_serves_every_tier():
-    assert all(may_take(a_fleet(), tier, {}, 1) for tier in TIERS)
+def test_the_front_queue_is_open_whenever_the_tier_s_own_queue_is():
+    crowded = {"batch": 40, "quality": 40, "fast": 12}
+
+    assert may_take(a_fleet(), "fast", crowded, 16)
+    assert may_take(a_fleet(), "fast", crowded, 16, is_front=True)
 
 
-@given(slots=st.integers(1, 64), order=st.lists(st.sampled_from(TIERS), max_size=200))
-def test_whatever_comes_slots_are_never_exceeded_and_higher_tiers_never_shut_out_by_lower_ones(slots, order):
-    fleet, held = a_fleet(), Counter()
-    for tier in order:
-        if may_take(fleet, tier, held, slots):
-            held[tier] += 1
+@pytest.mark.parametrize("slots", [1, 2, 4])
+def test_on_a_small_worker_a_tier_with_a_share_keeps_one_slot_whoever_fills_the_rest(slots):
+    assert all(may_take(a_fleet(), tier, {}, slots) for tier in TIERS)
+    assert may_take(a_fleet(), "batch", {"fast": 10, "quality": 10}, slots)
+    assert not may_take(a_fleet(), "batch", {"fast": 10, "quality": 10, "batch": 1}, slots)
 
-    assert held.total() <= 3 * slots
-    assert held["fast"] <= slots
-    assert may_take(fleet, "fast", held, slots) == (held["fast"] < slots), "whatever lower tiers had taken before"
-    assert held["batch"] <= max(1, slots - guaranteed_slots(fleet, "fast", slots) - guaranteed_slots(fleet, "quality", slots))
+
+def test_a_tier_without_a_share_is_promised_nothing():
+    fleet = a_fleet({"tiers.batch.guaranteed_share": 0.0})
+
+    assert guaranteed_slots(fleet, "batch", 16) == 0
+    assert not may_take(fleet, "batch", {"fast": 16}, 16)
+
+
+@given(
+    slots=st.integers(1, 64),
+    tier=st.sampled_from(TIERS),
+    held=st.dictionaries(st.sampled_from((*TIERS, "gone")), st.integers(0, 500)),
+    is_front=st.booleans(),
+)
+def test_a_tier_within_its_guarantee_gets_in_whatever_others_hold(slots, tier, held, is_front):
+    held[tier] = min(held.get(tier, 0), guaranteed_slots(a_fleet(), tier, slots) - 1)
+
+    assert may_take(a_fleet(), tier, held, slots, is_front=is_front)
+
+
+@given(slots=st.integers(1, 64), tier=st.sampled_from(TIERS), held=st.dictionaries(st.sampled_from(TIERS), st.integers(0, 200)))
+def test_what_is_held_of_lower_tiers_keeps_nobody_out(slots, tier, held):
+    fleet = a_fleet()
+    better = {name: images for name, images in held.items() if fleet.tiers[name].rank <= fleet.tiers[tier].rank}
+
+    assert may_take(fleet, tier, held, slots) == may_take(fleet, tier, better, slots)
 
 
 @pytest.mark.parametrize(("live_slots", "limit"), [(0, 32), (16, 32), (48, 64)])

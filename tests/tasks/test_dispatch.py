@@ -4,13 +4,14 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 
 import httpx
 import pytest
 import redis
 from sqlalchemy import text
 
-from darkroom_client import Client, Job
+from darkroom_client import Client, Job, ProblemError
 from models.database import make_engine
 from policy import queues
 
@@ -59,6 +60,34 @@ def test_forty_jobs_over_all_tiers_all_succeed_and_share_batches(client, sql):
     assert sql("SELECT * FROM audit_verify()") == []
     stored = sql("SELECT count(*) AS n FROM artifacts WHERE job_id = ANY(:ids)", ids=ids)
     assert stored == [{"n": 40}]
+
+
+def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(client, second_tenant, sql):
+    """Of 16 slots batch has 10 beside those kept for better tiers, quality 12; the last job of each may stick out by 7 images."""
+    wishes = [{"prompt": SHAPES[n % 3], "tier": ("batch", "quality")[n % 2], "seed": n, "steps": 30, "n": 8} for n in range(12)]
+    burst = [submission.job_id for submission in client.create_jobs(wishes)]
+    held: list[dict[str, int]] = []
+
+    def took_what_it_may() -> bool:
+        rows = sql(
+            "SELECT j.tier, count(*) AS images FROM jobs j JOIN images i ON i.job_id = j.id"
+            " WHERE j.state = 'running' AND i.state = 'pending' GROUP BY j.tier"
+        )
+        held.append({row["tier"]: row["images"] for row in rows})
+        return held[-1].get("batch", 0) >= 10 and held[-1].get("quality", 0) >= 10
+
+    try:
+        eventually(took_what_it_may)
+        for _ in range(8):
+            assert finished(second_tenant.client, second_tenant.client.create_job(SHAPES[0], tier="fast")).state == "succeeded"
+            took_what_it_may()
+    finally:
+        for job_id in burst:
+            with suppress(ProblemError):  # it has ended
+                client.cancel(job_id)
+
+    assert max(images.get("batch", 0) for images in held) <= 17
+    assert max(images.get("quality", 0) for images in held) <= 19
 
 
 def test_a_reproducible_image_is_the_same_alone_and_in_company(client, sql):
