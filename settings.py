@@ -16,42 +16,207 @@ StreamSettings               how many event streams a gateway process may have (
 └── ServerSettings           + how gunicorn listens
 OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
 ServerSettings               how gunicorn listens
+└── GatewayProcessSettings   + all that the gateway is handed: what gunicorn's master checks before it starts a worker
+
+Every variable NAME may be given as NAME_FILE, the path of a file that holds its value: how Docker and Kubernetes hand out secrets.
+What is wrong ends the process with exit code 78 and one line per variable; no line tells the value of one.
 """
 
+import functools
 import ipaddress
+import os
+import re
 import sys
+from collections.abc import Iterable, Iterator, Mapping
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TypeVar
+from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
+from urllib.parse import parse_qs, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
 
 REPO = Path(__file__).resolve().parent
+EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start will not help
+DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
 
 
-class FleetSettings(BaseSettings):
-    """What everybody is handed. Names of variables are the field names in capitals."""
+class SettingsInvalid(Exception):
+    """The environment cannot be used; `problems` holds one line per variable, without its value."""
+
+    def __init__(self, problems: list[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _authority(text: str) -> None:
+    """Check the part of a URL between // and the path. Raises ValueError; says nothing of what is in it."""
+    parts = urlsplit(f"any:{text}")
+    encode = "a password with @ : / ? # % in it must be percent-encoded"
+    try:
+        port_is_sound = parts.port is None or parts.port > 0
+    except ValueError:
+        port_is_sound = False
+    if not port_is_sound:
+        raise ValueError(f"its port is not a number from 1 to 65535; {encode}")
+    if parts.netloc.count("@") > 1:
+        raise ValueError(f"there is more than one @ before its path; {encode}")
+    if parts.password == "":
+        raise ValueError("its password is empty")
+
+
+def _scheme(text: str, accepted: str) -> tuple[str, str]:
+    """The scheme of a URL, and the rest from // on."""
+    scheme, separator, rest = text.partition("://")
+    if not text:
+        raise ValueError(f"is empty; accepted: {accepted}")
+    if not separator:
+        raise ValueError(f"is not a URL; accepted: {accepted}")
+    return scheme.lower(), f"//{rest}"
+
+
+def _postgres_url(text: str) -> str:
+    """As SQLAlchemy and psycopg2 read it; `postgres://` and `postgresql://`, which everybody writes, are taken for it."""
+    accepted = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
+    scheme, rest = _scheme(text, accepted)
+    if scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
+        known = scheme if re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme) else "something else"
+        raise ValueError(f"begins with {known}://; accepted: {accepted}, also with postgres:// or postgresql+psycopg2://")
+    _authority(rest)
+    return f"postgresql+psycopg2:{rest}"
+
+
+def _redis_url(text: str) -> str:
+    accepted = "redis://USER:PASSWORD@HOST:PORT/NUMBER, with TLS rediss://"
+    scheme, rest = _scheme(text, accepted)
+    if scheme not in ("redis", "rediss"):
+        known = scheme if re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme) else "something else"
+        raise ValueError(f"begins with {known}://; accepted: {accepted}")
+    _authority(rest)
+    parts = urlsplit(f"any:{rest}")
+    if not parts.hostname:
+        raise ValueError(f"names no host; accepted: {accepted}")
+    if parts.path.strip("/") and not parts.path.strip("/").isdigit():
+        raise ValueError(f"its path is not the number of a database; accepted: {accepted}")
+    if not set(parse_qs(parts.query).get("ssl_cert_reqs", [])) <= {"none", "optional", "required"}:
+        raise ValueError("its ssl_cert_reqs is unknown; accepted: none, optional, required")
+    return f"{scheme}:{rest}"
+
+
+def _http_url(text: str) -> str:
+    accepted = "http://HOST:PORT or https://HOST:PORT"
+    scheme, rest = _scheme(text, accepted)
+    if scheme not in ("http", "https") or not urlsplit(f"any:{rest}").hostname:
+        raise ValueError(f"is not a URL of HTTP; accepted: {accepted}")
+    _authority(rest)
+    return text
+
+
+def _listener(text: str) -> str:
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ValueError("is not an address to listen on; accepted: HOST:PORT, as 127.0.0.1:8080")
+    return text
+
+
+PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+HttpUrl = Annotated[str, AfterValidator(_http_url)]
+Listener = Annotated[str, AfterValidator(_listener)]
+LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(lambda text: str(text).upper())]
+
+_environment: ContextVar[Mapping[str, str] | None] = ContextVar("_environment", default=None)  # None: the process's own
+
+
+class _Variables(EnvSettingsSource):
+    """Variables, and for each NAME that is not there the content of the file that NAME_FILE names."""
+
+    def _load_env_vars(self) -> Mapping[str, str | None]:
+        environment = _environment.get()
+        found: dict[str, str | None] = {name.lower(): text for name, text in (os.environ if environment is None else environment).items()}
+        problems = []
+        for name in self.settings_cls.model_fields:
+            path = found.get(f"{name}_file")
+            if path is None:
+                continue
+            if name in found:
+                problems.append(f"{name.upper()}_FILE: {name.upper()} is set as well; keep one of the two")
+                continue
+            try:
+                found[name] = Path(path).read_text().rstrip("\r\n")
+            except (OSError, UnicodeDecodeError) as error:
+                problems.append(f"{name.upper()}_FILE: {unreadable(Path(path), error)}")
+        if problems:
+            raise SettingsInvalid(problems)
+        return found
+
+
+class Environment(BaseSettings):
+    """What every class of settings has. Names of variables are the field names in capitals."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
+    published_at: str = ""  # where clients and browsers reach this deployment: addresses or URLs, with commas
+    allow_development_secrets: bool = False  # also beyond the loopback
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Variables(settings_cls)
+
+    @model_validator(mode="after")
+    def _has_secrets_of_its_own(self) -> Self:
+        """Refuse secrets that anybody can read in the repository once anybody can come by."""
+        places = [place for place in self.published() if not is_loopback(place)]
+        if not places or self.allow_development_secrets:
+            return self
+        why = f"holds a {DEVELOPMENT_ONLY} secret, and {places[0]} is beyond the loopback"
+        cure = "set a secret of your own; ALLOW_DEVELOPMENT_SECRETS=true lets it pass"
+        held = [name.upper() for name in type(self).model_fields if DEVELOPMENT_ONLY in _plain(getattr(self, name))]
+        if held:
+            raise ValueError("\n".join(f"{name}: {why}; {cure}" for name in held))
+        return self
+
+    def published(self) -> list[str]:
+        """Where others reach us, as far as this process is told: what PUBLISHED_AT says, or else what it listens on itself.
+
+        A container listens on all its interfaces and is published by somebody else: then PUBLISHED_AT is the word that counts.
+        """
+        told = [place.strip() for place in self.published_at.split(",") if place.strip()]
+        own = [getattr(self, name, "") for name in ("gateway_bind", "flower_bind")]
+        public = getattr(self, "s3_public_endpoint_url", None)
+        return [*(told or filter(None, own)), *([public] if public else [])]
+
+
+class FleetSettings(Environment):
+    """What everybody is handed."""
+
     fleet_file: Path = REPO / "fleet.toml"
-    log_level: str = "INFO"
+    log_level: LogLevel = "INFO"
 
     def load_fleet(self) -> Fleet:
         """Read and validate fleet.toml; raises FleetInvalid, which names the key of every offending line."""
         try:
             text = self.fleet_file.read_text()
-        except OSError as error:
-            raise FleetInvalid([f"{self.fleet_file}: cannot be read ({error.strerror})"]) from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise FleetInvalid([unreadable(self.fleet_file, error)]) from None
         return parse_fleet(text)
 
 
 class DeviceSettings(FleetSettings):
     """What an engine is started with."""
 
-    device: str = "auto"  # cpu, cuda:0, or auto: the first visible GPU, else the CPU
+    # The first visible GPU with auto, or the CPU where there is none.
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:NUMBER")
     torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
     checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
     curves_folder: Path | None = None  # what `darkroom calibrate` measured; None: every start measures for itself
@@ -60,21 +225,19 @@ class DeviceSettings(FleetSettings):
 class BrokerSettings(FleetSettings):
     """What whoever knows the queues is handed."""
 
-    broker_url: str  # Redis of Celery's queues; noeviction, holds ids only
+    broker_url: RedisUrl  # Redis of Celery's queues; noeviction, holds ids only
 
 
 class FlowerSettings(BrokerSettings):
     """What Flower is handed; it asks for this user and password."""
 
-    flower_user: str = "operator"
+    flower_user: str = Field("operator", min_length=1)
     flower_password: SecretStr = Field(min_length=8)
-    flower_bind: str = "127.0.0.1:5555"
+    flower_bind: Listener = "127.0.0.1:5555"
 
 
-class StreamSettings(BaseSettings):
+class StreamSettings(Environment):
     """What gunicorn and the gateway in it agree on."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     gateway_max_streams: int = Field(512, ge=1)  # live event streams of one process; each holds a thread of its own
 
@@ -82,7 +245,7 @@ class StreamSettings(BaseSettings):
 class ServerSettings(StreamSettings):
     """How gunicorn listens."""
 
-    gateway_bind: str = "127.0.0.1:8080"
+    gateway_bind: Listener = "127.0.0.1:8080"
     gateway_threads: int = Field(128, ge=1)  # beside those of streams; a waiting client holds one, not a database connection
     web_concurrency: int = Field(1, ge=1)  # processes; with more than one, metrics are per process
 
@@ -90,8 +253,8 @@ class ServerSettings(StreamSettings):
 class Settings(BrokerSettings):
     """What every process that moves jobs is handed."""
 
-    database_url: str  # SQLAlchemy URL of the application role (INSERT only on the audit log)
-    handoff_url: str  # another Redis: decoded pixels on their way to storage, progress, cancels
+    database_url: PostgresUrl  # of the role of this kind of process (migrations/roles.py)
+    handoff_url: RedisUrl  # another Redis: decoded pixels on their way to storage, progress, cancels
 
     lease_ttl_s: float = Field(15.0, gt=0)  # a worker renews every 5 s: three missed beats lose the lease
     lease_renew_s: float = Field(5.0, gt=0)
@@ -104,6 +267,24 @@ class Settings(BrokerSettings):
     metrics_port: int = Field(0, ge=0, le=65535)  # Prometheus text on metrics_host; 0 = none
     metrics_host: str = "127.0.0.1"
 
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        """Refuse what is sound by itself and not together."""
+        problems = []
+        if not self.lease_renew_s < self.lease_stop_s:
+            problems.append(f"LEASE_STOP_S: must be more than LEASE_RENEW_S ({self.lease_renew_s:g}): no worker could renew in time")
+        if not self.lease_stop_s < self.lease_ttl_s:
+            problems.append(f"LEASE_STOP_S: must be less than LEASE_TTL_S ({self.lease_ttl_s:g}): two workers would render one job")
+        if not self.store_within_s < self.handoff_ttl_s:
+            problems.append(f"STORE_WITHIN_S: must be less than HANDOFF_TTL_S ({self.handoff_ttl_s}): pixels would be gone when looked for")
+        if _server(self.broker_url) == _server(self.handoff_url):
+            problems.append(
+                "HANDOFF_URL: is the Redis database of BROKER_URL; one full of pixels would take no messages: use another Redis"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
 
 class WorkerSettings(Settings, DeviceSettings):
     """What a GPU worker is handed; its pool decides which models it holds."""
@@ -112,27 +293,26 @@ class WorkerSettings(Settings, DeviceSettings):
     worker_name: str = ""  # gpuN@host; the launcher sets it
     preemption_notices: str = ""  # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its name)
     engine_stuck_after_s: float = Field(300.0, gt=0)  # a turn of the engine that takes longer is a device that hangs: the worker ends
-    shutdown_notice_s: float = Field(20.0, gt=0)  # what SIGTERM gives: less than whoever sends it waits before SIGKILL
+    shutdown_notice_s: float = Field(20.0, gt=0, le=3600)  # what SIGTERM gives: less than whoever sends it waits before SIGKILL
     cuda_visible_devices: str | None = None  # the launcher starts a process for each of these; unset = all
 
 
 class StoreSettings(Settings):
     """What is needed to reach the object store, any that speaks S3."""
 
-    s3_bucket: str
-    s3_access_key_id: SecretStr
-    s3_secret_access_key: SecretStr
-    s3_endpoint_url: str | None = None  # None = AWS
-    s3_public_endpoint_url: str | None = None  # what clients can reach; presigned URLs carry it
+    s3_bucket: str = Field(min_length=3)
+    s3_access_key_id: SecretStr = Field(min_length=1)
+    s3_secret_access_key: SecretStr = Field(min_length=1)
+    s3_endpoint_url: HttpUrl | None = None  # None = AWS
+    s3_public_endpoint_url: HttpUrl | None = None  # what clients can reach; presigned URLs carry it
+    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"  # auto: path at an endpoint of one's own, else what AWS prefers
     s3_region: str = "us-east-1"
-    s3_checksums: str = Field("when_required", pattern="^(when_required|when_supported)$")  # older servers refuse CRC trailers
+    s3_checksums: Literal["when_required", "when_supported"] = "when_required"  # older servers refuse CRC trailers
     presign_ttl_s: int = Field(600, ge=1, le=604_800)
 
 
-class OutboundSettings(BaseSettings):
+class OutboundSettings(Environment):
     """What whoever sends requests to addresses of the tenants' choice is handed."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     outbound_allowed_networks: str = ""  # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
 
@@ -140,7 +320,10 @@ class OutboundSettings(BaseSettings):
     @classmethod
     def _are_networks(cls, text: str) -> str:
         for part in filter(None, (part.strip() for part in text.split(","))):
-            ipaddress.ip_network(part)
+            try:
+                ipaddress.ip_network(part)
+            except ValueError:
+                raise ValueError("is not a list of networks; accepted: networks as 10.2.0.0/16, with commas") from None
         return text
 
 
@@ -162,25 +345,169 @@ class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):
     event_heartbeat_s: float = Field(10.0, gt=0)  # silence on an event stream; only a write finds out that a client has gone
 
 
+class GatewayProcessSettings(GatewaySettings, ServerSettings):
+    """All that the gateway and the gunicorn around it are handed."""
+
+    def hints(self) -> list[str]:
+        """What is allowed and hardly meant."""
+        links_lead_to = self.s3_public_endpoint_url or self.s3_endpoint_url
+        beyond = [place for place in self.published() if not is_loopback(place)]
+        if links_lead_to and is_loopback(links_lead_to) and beyond:
+            told = f"links to images lead to {links_lead_to}, which is each client's own machine, while {beyond[0]} is published"
+            return [f"S3_PUBLIC_ENDPOINT_URL: {told}; set it to the object store's address as clients reach it"]
+        return []
+
+
+class MigrationSettings(Environment):
+    """What the migration job is handed: the owner's login, and the passwords of the roles that it lets in."""
+
+    migration_database_url: PostgresUrl
+    database_url: PostgresUrl
+    auditor_database_url: PostgresUrl | None = None
+    gateway_password: SecretStr | None = Field(None, min_length=1)
+    worker_password: SecretStr | None = Field(None, min_length=1)
+    results_password: SecretStr | None = Field(None, min_length=1)
+    sweeper_password: SecretStr | None = Field(None, min_length=1)
+    webhooks_password: SecretStr | None = Field(None, min_length=1)
+
+
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
+
+
+def read(kind: type[AnySettings], environment: Mapping[str, str] | None = None) -> AnySettings:
+    """Read `environment`, by default the process's own, into `kind`. Raises SettingsInvalid."""
+    token = _environment.set(environment)
+    try:
+        return kind()
+    except ValidationError as error:
+        problems = [line for problem in error.errors() for line in _told(kind, problem)]
+        raise SettingsInvalid(problems) from None
+    finally:
+        _environment.reset(token)
 
 
 def load(kind: type[AnySettings]) -> AnySettings:
     """Read the environment into `kind`, or end the process with one line per variable that is missing or wrong."""
     try:
-        return kind()
-    except ValidationError as error:
-        for problem in error.errors():
-            name = "_".join(str(part) for part in problem["loc"]).upper()
-            print(f"settings: {name}: {problem['msg'].lower()}", file=sys.stderr)
-        raise SystemExit(78) from None  # EX_CONFIG
+        return read(kind)
+    except SettingsInvalid as error:
+        refuse(f"settings: {problem}" for problem in error.problems)
 
 
 def load_fleet_or_exit(settings: FleetSettings) -> Fleet:
-    """`settings.load_fleet()` for entry points: ends the process with one line per wrong key."""
+    """`settings.load_fleet()` for entry points: ends the process with one line per wrong key, and per setting that does not fit it."""
     try:
-        return settings.load_fleet()
+        fleet = settings.load_fleet()
     except FleetInvalid as error:
-        for problem in error.problems:
-            print(f"fleet.toml: {problem}", file=sys.stderr)
-        raise SystemExit(78) from None
+        refuse(f"fleet.toml: {problem}" for problem in error.problems)
+    if problems := misfits(settings, fleet):
+        refuse(f"settings: {problem}" for problem in problems)
+    return fleet
+
+
+@functools.cache
+def load_gateway() -> tuple[GatewayProcessSettings, Fleet]:
+    """What the gateway works with, read once: gunicorn's master does, before it starts a worker, and the workers inherit it.
+
+    A worker that read for itself could fail where the master did not, and gunicorn would start another one without end.
+    """
+    settings = load(GatewayProcessSettings)
+    return settings, load_fleet_or_exit(settings)
+
+
+def misfits(settings: FleetSettings, fleet: Fleet) -> list[str]:
+    """What is sound in the settings and in fleet.toml and does not fit together."""
+    problems = []
+    if isinstance(settings, WorkerSettings) and settings.worker_pool not in fleet.pools:
+        problems.append(f"WORKER_POOL: is not a pool of fleet.toml; accepted: {', '.join(fleet.pools)}")
+    if isinstance(settings, Settings):
+        for name, tier in fleet.tiers.items():
+            if settings.handoff_ttl_s < tier.run_within_s:
+                least = f"tiers.{name}.run_within_s of fleet.toml ({tier.run_within_s:g})"
+                problems.append(f"HANDOFF_TTL_S: must not be less than {least}: what a job left for its next try would be gone before")
+    return problems
+
+
+def refuse(lines: Iterable[str]) -> NoReturn:
+    """End the process because of its configuration."""
+    for line in lines:
+        print(line, file=sys.stderr)
+    raise SystemExit(EX_CONFIG) from None
+
+
+def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
+    """Why a file that an operator mounted cannot be read, and by whom."""
+    if isinstance(error, UnicodeDecodeError):
+        return f"{path} is not text in UTF-8"
+    if isinstance(error, PermissionError):
+        return f"{path} cannot be read by uid {os.geteuid()} ({error.strerror}); make it readable for others (chmod o+r)"
+    if isinstance(error, IsADirectoryError):
+        return f"{path} is a folder; Docker makes one where the file of a mount is missing on the host"
+    return f"{path} cannot be read ({error.strerror})"
+
+
+def is_loopback(place: str) -> bool:
+    """Whether an address or URL leads to the machine itself; a port alone stands for every address that the machine has."""
+    host = (urlsplit(place).hostname or "") if "://" in place else place.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _server(url: str) -> tuple[str | None, int, str]:
+    parts = urlsplit(url)
+    return parts.hostname, parts.port or 6379, parts.path.strip("/") or "0"
+
+
+def _plain(value: object) -> str:
+    return value.get_secret_value() if isinstance(value, SecretStr) else value if isinstance(value, str) else ""
+
+
+def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
+    """One line for a variable that is missing or wrong: what is wrong, and what is accepted. Never its value."""
+    error = problem.get("ctx", {}).get("error")
+    if not problem["loc"]:  # of several variables together, which name themselves
+        yield from str(error or problem["msg"]).splitlines()
+        return
+    name = str(problem["loc"][0])
+    if isinstance(error, ValueError):
+        yield f"{name.upper()}: {error}"
+        return
+    wrong = {
+        "missing": "is not set",
+        "string_too_short": "is too short",
+        "too_short": "is too short",
+        "literal_error": "is unknown",
+        "string_pattern_mismatch": "is unknown",
+        "bool_parsing": "is neither true nor false",
+    }
+    what = wrong.get(problem["type"], "is not a number" if "parsing" in problem["type"] else "is out of range")
+    yield f"{name.upper()}: {what}; accepted: {_accepted(kind.model_fields[name])}"
+
+
+def _accepted(field: FieldInfo) -> str:
+    """What a variable may be, in words."""
+    if field.description:
+        return field.description
+    for fact in field.metadata:
+        if isinstance(fact, AfterValidator) and fact.func in _EXAMPLES:
+            return _EXAMPLES[fact.func]
+    bounds = {name: getattr(fact, name) for fact in field.metadata for name in ("gt", "ge", "le", "min_length") if hasattr(fact, name)}
+    if "min_length" in bounds:
+        return f"at least {bounds['min_length']} characters" if bounds["min_length"] > 1 else "any text"
+    if choices := [choice for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)]:
+        return ", ".join(choices)
+    if field.annotation not in _NUMBERS:
+        return "true, false" if field.annotation is bool else "any text"
+    words = {"gt": "above", "ge": "from", "le": "to"}
+    return " ".join([_NUMBERS[field.annotation], *(f"{words[name]} {bound}" for name, bound in bounds.items())])
+
+
+_NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
+_EXAMPLES: dict[Any, str] = {
+    _postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+    _redis_url: "redis://USER:PASSWORD@HOST:PORT/NUMBER",
+    _http_url: "http://HOST:PORT or https://HOST:PORT",
+    _listener: "HOST:PORT",
+}

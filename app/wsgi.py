@@ -1,10 +1,15 @@
 """The door that gunicorn opens: `gunicorn -c deploy/gunicorn.conf.py app.wsgi:application`."""
 
+import structlog
+
 from app import create_app
 from edges import telemetry
-from settings import GatewaySettings, load, load_fleet_or_exit
+from settings import load_gateway
 
-settings = load(GatewaySettings)
+log = structlog.get_logger(__name__)
+settings, fleet = load_gateway()
 telemetry.configure_logs(settings.log_level)
-application = create_app(settings, load_fleet_or_exit(settings))
+for hint in settings.hints():
+    log.warning("settings_hint", hint=hint)
+application = create_app(settings, fleet)
 telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)

@@ -7,9 +7,11 @@ import threading
 from types import FrameType
 from typing import Any
 
-from settings import ServerSettings, load
+from settings import load_gateway
 
-_settings = load(ServerSettings)
+# Here, in the master, what is wrong ends the gateway. If only a worker noticed, gunicorn would start the next one, for ever.
+load_gateway.cache_clear()  # on SIGHUP this file is read anew
+_settings, _ = load_gateway()
 
 bind = _settings.gateway_bind
 worker_class = "gthread"

@@ -86,9 +86,10 @@ def content_sha256(content: bytes) -> str:
 
 
 def _client(settings: StoreSettings, endpoint_url: str | None) -> BaseClient:
+    style = settings.s3_addressing_style
     config = Config(
         signature_version="s3v4",
-        s3={"addressing_style": "path" if endpoint_url else "auto"},
+        s3={"addressing_style": "path" if endpoint_url and style == "auto" else style},
         request_checksum_calculation=settings.s3_checksums,
         response_checksum_validation=settings.s3_checksums,
         connect_timeout=3,

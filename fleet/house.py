@@ -14,7 +14,7 @@ from pydantic_settings import BaseSettings
 
 from fleet.supervision import Program
 from policy.fleet import Fleet
-from settings import REPO, CourierSettings, FlowerSettings, GatewaySettings, ServerSettings, Settings, StoreSettings, WorkerSettings
+from settings import REPO, CourierSettings, FlowerSettings, GatewayProcessSettings, Settings, StoreSettings, WorkerSettings
 
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
 METRICS_STRIDE = 10
@@ -28,7 +28,7 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
     worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
     own_names = worker_names if num_workers > 1 else [""] * num_workers  # "" leaves the naming to the launcher
     started = [
-        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(env, GatewaySettings, ServerSettings)),
+        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(env, GatewayProcessSettings)),
         *(
             _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, _worker_environment(env, fleet, own_name))
             for name, own_name in zip(worker_names, own_names, strict=True)

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from settings import WorkerSettings, load
+from settings import EX_CONFIG, WorkerSettings, load, load_fleet_or_exit
 
 SERVE = [sys.executable, "-m", "tasks.serve", "render"]
 BACK_OFF_S = (1, 2, 5, 10, 30)
@@ -35,6 +35,7 @@ def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
 
 def main() -> None:
     settings = load(WorkerSettings)
+    load_fleet_or_exit(settings)
     host = socket.gethostname()
     gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
     if not gpus:
@@ -62,18 +63,21 @@ class Launcher:
     """Keeps one process alive per environment until it is told to stop."""
 
     def __init__(self, environments: list[dict[str, str]]) -> None:
-        self._stopping = False
+        self._stopping = self._is_refused = False
         self._children = [_Child(env, _spawn(env), time.monotonic()) for env in environments]
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
     def run(self) -> int:
-        """Return when every child has ended for good: 0 if they were told to."""
+        """Return when every child has ended for good: 0 if they were told to, EX_CONFIG if one refuses its configuration.
+
+        That is the configuration of all of them, and another start would not change it.
+        """
         while any(child.process.poll() is None or child.again_at is not None for child in self._children):
             for child in self._children:
                 self._look_after(child)
             time.sleep(0.2)
-        return 0 if self._stopping else 1
+        return EX_CONFIG if self._is_refused else 0 if self._stopping else 1
 
     def _look_after(self, child: _Child) -> None:
         now = time.monotonic()
@@ -82,6 +86,9 @@ class Launcher:
                 child.again_at = None
             elif now >= child.again_at:
                 child.process, child.started_at, child.again_at = _spawn(child.environment), now, None
+        elif child.process.poll() == EX_CONFIG and not self._stopping:
+            self._is_refused = True
+            self._pass_on(signal.SIGTERM, None)
         elif child.process.poll() is not None and not self._stopping:
             child.crashes = 0 if now - child.started_at > HEALTHY_AFTER_S else child.crashes + 1
             wait_s = BACK_OFF_S[min(child.crashes, len(BACK_OFF_S)) - 1] if child.crashes else BACK_OFF_S[0]

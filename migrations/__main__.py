@@ -4,25 +4,12 @@ MIGRATION_DATABASE_URL is the owner's; the users and passwords of DATABASE_URL a
 roles that the migrations made. An owner's URL in their place is left as it is.
 """
 
-import sys
-
-from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import create_engine, make_url, text
 
 import migrations
-from settings import load
+from settings import MigrationSettings, load, refuse
 
 ROLES = {"database_url": "darkroom_app", "auditor_database_url": "darkroom_auditor"}
-
-
-class MigrationSettings(BaseSettings):
-    """What the migration job is handed."""
-
-    model_config = SettingsConfigDict(frozen=True, extra="ignore")
-
-    migration_database_url: str
-    database_url: str
-    auditor_database_url: str | None = None
 
 
 def main() -> None:
@@ -35,7 +22,7 @@ def main() -> None:
         if user is None or user.username == owner:
             continue
         if user.username != role:
-            sys.exit(f"migrations: {field.upper()}: the user must be {role!r}, is {user.username!r}")
+            refuse([f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"])
         _let_in(settings.migration_database_url, role, str(user.password or ""))
 
 

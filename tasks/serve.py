@@ -33,7 +33,7 @@ from fleet.consumer import TakenTask, tier_gate
 from models.database import make_engine
 from policy import admission, queues, tiers
 from policy.fleet import Fleet
-from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit
+from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit, refuse
 
 log = structlog.get_logger(__name__)
 
@@ -48,8 +48,6 @@ def serve_render() -> None:
     settings = load(WorkerSettings)
     telemetry.configure_logs(settings.log_level)
     fleet = load_fleet_or_exit(settings)
-    if settings.worker_pool not in fleet.pools:
-        sys.exit(f"settings: WORKER_POOL: {settings.worker_pool!r} is not a pool of fleet.toml ({', '.join(fleet.pools)})")
     from tasks.checkpoints import Checkpoints
     from tasks.health import Health
     from tasks.inputs import PictureDesk
@@ -247,11 +245,15 @@ def register(celery: Celery, name: str, promise: Callable[..., None]) -> None:
 def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Any:
     """The engine with every version of every model of the pool, loaded and warm."""
     from engine.engine import Engine
+    from engine.errors import CheckpointCorrupt, UnsupportedRequest
     from tasks.engines import checkpoint_specs, engine_config
 
     pool = fleet.pools[settings.worker_pool]
     engine = Engine(engine_config(settings, fleet, pool), checkpoint_specs(fleet, pool.models, settings.checkpoint_root))
-    engine.start()
+    try:
+        engine.start()
+    except (CheckpointCorrupt, UnsupportedRequest) as problem:
+        refuse([f"fleet.toml: a model of pool {settings.worker_pool!r} cannot be loaded: {problem}"])
     return engine
 
 
@@ -259,7 +261,7 @@ def _notice_sources(settings: WorkerSettings, name: str) -> list[NoticeSource]:
     try:
         return sources_from(settings.preemption_notices.replace("{worker}", name))
     except ValueError as error:
-        sys.exit(f"settings: PREEMPTION_NOTICES: {error}")
+        refuse([f"settings: PREEMPTION_NOTICES: {error}"])
 
 
 def _images_by_job(fleet: Fleet, taken: Sequence[TakenTask]) -> dict[uuid.UUID, tuple[str, int]]:

@@ -10,15 +10,22 @@ from pydantic_core import PydanticUndefined
 from settings import (
     REPO,
     BrokerSettings,
+    CourierSettings,
     DeviceSettings,
     FlowerSettings,
+    GatewayProcessSettings,
     GatewaySettings,
+    MigrationSettings,
     ServerSettings,
     Settings,
+    SettingsInvalid,
     StoreSettings,
     WorkerSettings,
+    is_loopback,
     load,
     load_fleet_or_exit,
+    misfits,
+    read,
 )
 
 ENOUGH = {
@@ -30,8 +37,31 @@ ENOUGH = {
     "S3_SECRET_ACCESS_KEY": "store-secret",
     "API_KEY_PEPPER": "a pepper of sixteen letters",
     "FLOWER_PASSWORD": "flower-secret",
+    "MIGRATION_DATABASE_URL": "postgresql://darkroom_owner:owner-secret@127.0.0.1:1/darkroom",
 }
-ROLES = [DeviceSettings, BrokerSettings, FlowerSettings, ServerSettings, Settings, WorkerSettings, StoreSettings, GatewaySettings]
+ROLES = [
+    DeviceSettings,
+    BrokerSettings,
+    FlowerSettings,
+    ServerSettings,
+    Settings,
+    WorkerSettings,
+    CourierSettings,
+    StoreSettings,
+    GatewaySettings,
+    GatewayProcessSettings,
+    MigrationSettings,
+]
+# What each process is started by, and a variable that it cannot do without.
+PROCESSES = {
+    "gateway": (["-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"], "API_KEY_PEPPER"),
+    "worker": (["-m", "fleet.worker"], "HANDOFF_URL"),
+    "results": (["-m", "tasks.serve", "results"], "S3_BUCKET"),
+    "sweeper": (["-m", "tasks.serve", "maintenance"], "DATABASE_URL"),
+    "webhooks": (["-m", "tasks.serve", "webhooks"], "BROKER_URL"),
+    "flower": (["-m", "tasks.serve", "flower"], "FLOWER_PASSWORD"),
+    "migrations": (["-m", "migrations"], "MIGRATION_DATABASE_URL"),
+}
 
 
 def required(kind) -> list[str]:
@@ -43,6 +73,7 @@ def environment(monkeypatch):
     """Enough for every role, and nothing of the machine's own."""
     for name in {name.upper() for kind in ROLES for name in kind.model_fields}:
         monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(f"{name}_FILE", raising=False)
     for name, value in ENOUGH.items():
         monkeypatch.setenv(name, value)
     return monkeypatch
@@ -65,7 +96,8 @@ def test_enough_is_enough(environment, kind):
 def test_a_missing_variable_is_told_by_its_name(environment, capsys, kind, name):
     environment.delenv(name)
 
-    assert refusal(capsys, kind) == [f"settings: {name}: field required"]
+    [line] = refusal(capsys, kind)
+    assert line.startswith(f"settings: {name}: is not set; accepted: ")
 
 
 def test_all_missing_variables_are_told_at_once(environment, capsys):
@@ -74,7 +106,7 @@ def test_all_missing_variables_are_told_at_once(environment, capsys):
 
     told = {line.split(": ")[1] for line in refusal(capsys, GatewaySettings)}
 
-    assert told == set(ENOUGH) - {"FLOWER_PASSWORD"}
+    assert told == set(ENOUGH) - {"FLOWER_PASSWORD", "MIGRATION_DATABASE_URL"}
 
 
 @pytest.mark.parametrize(
@@ -84,10 +116,18 @@ def test_all_missing_variables_are_told_at_once(environment, capsys):
         ("LEASE_TTL_S", "0"),
         ("MAX_ATTEMPTS", "0"),
         ("METRICS_PORT", "70000"),
-        ("API_KEY_PEPPER", "short"),
+        ("API_KEY_PEPPER", "brief"),
         ("PRESIGN_TTL_S", "9999999"),
         ("MAX_WAIT_S", "61"),
         ("S3_CHECKSUMS", "sometimes"),
+        ("S3_ADDRESSING_STYLE", "vhost"),
+        ("S3_ENDPOINT_URL", "s3.example"),
+        ("S3_ENDPOINT_URL", ""),
+        ("LOG_LEVEL", "loud"),
+        ("OUTBOUND_ALLOWED_NETWORKS", "here"),
+        ("S3_SECRET_ACCESS_KEY", ""),
+        ("DATABASE_URL", ""),
+        ("ALLOW_DEVELOPMENT_SECRETS", "perhaps"),
     ],
 )
 def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(environment, capsys, name, value):
@@ -96,32 +136,207 @@ def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(environment,
     [line] = refusal(capsys, GatewaySettings)
 
     assert line.startswith(f"settings: {name}: ")
-    assert value not in line or value == "0"
+    assert "; accepted: " in line
+    assert value not in line or value in ("0", "")
+
+
+@pytest.mark.parametrize("url", ["postgres://u:p@h/d", "postgresql://u:p@h/d", "postgresql+psycopg2://u:p@h/d"])
+def test_every_way_to_write_a_postgres_url_is_taken(environment, url):
+    environment.setenv("DATABASE_URL", url)
+
+    assert load(Settings).database_url == "postgresql+psycopg2://u:p@h/d"
 
 
 @pytest.mark.parametrize(
-    ("command", "missing"),
+    ("name", "value", "told"),
     [
-        (["-c", "import app.wsgi"], "API_KEY_PEPPER"),
-        (["-m", "tasks.serve", "results"], "S3_BUCKET"),
-        (["-m", "migrations"], "MIGRATION_DATABASE_URL"),
+        ("DATABASE_URL", "mysql://u:tulip@h/d", "begins with mysql://"),
+        ("DATABASE_URL", "postgresql+asyncpg://u:tulip@h/d", "begins with postgresql+asyncpg://"),
+        ("DATABASE_URL", "u:tulip@h/d", "is not a URL"),
+        ("DATABASE_URL", "postgres://u:tu/lip@h/d", "must be percent-encoded"),
+        ("DATABASE_URL", "postgres://u:tu@lip@h/d", "must be percent-encoded"),
+        ("DATABASE_URL", "postgres://u:@h/d", "its password is empty"),
+        ("BROKER_URL", "amqp://u:tulip@h", "begins with amqp://"),
+        ("BROKER_URL", "redis://:@h/0", "its password is empty"),
+        ("BROKER_URL", "redis:///0", "names no host"),
+        ("BROKER_URL", "redis://h/tasks", "is not the number of a database"),
+        ("HANDOFF_URL", "rediss://h/0?ssl_cert_reqs=CERT_NONE", "accepted: none, optional, required"),
     ],
 )
-def test_a_process_does_not_start_without_a_variable_that_it_needs(command, missing):
-    environment = {name: value for name, value in ENOUGH.items() if name != missing} | {"PATH": os.environ.get("PATH", "")}
+def test_a_wrong_url_is_told_without_its_password(environment, capsys, name, value, told):
+    environment.setenv(name, value)
 
-    ended = subprocess.run([sys.executable, *command], cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+    [line] = refusal(capsys, GatewaySettings)
 
-    assert ended.returncode == 78
-    assert f"settings: {missing}: field required" in ended.stderr.splitlines()
+    assert line.startswith(f"settings: {name}: ")
+    assert told in line
+    assert not any(secret in line for secret in ("tulip", "tu/lip", "tu@lip"))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"), [("rank = first", "not TOML"), ("currency = 'EUR'", "tiers: Field required"), (None, "cannot be read")]
+    ("changed", "named"),
+    [
+        ({"LEASE_RENEW_S": "12"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S"),
+        ({"LEASE_STOP_S": "15"}, "LEASE_STOP_S: must be less than LEASE_TTL_S"),
+        ({"STORE_WITHIN_S": "3600"}, "STORE_WITHIN_S: must be less than HANDOFF_TTL_S"),
+        ({"HANDOFF_URL": "redis://:other@127.0.0.1:1/0"}, "HANDOFF_URL: is the Redis database of BROKER_URL"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(environment, capsys, changed, named):
+    for name, value in changed.items():
+        environment.setenv(name, value)
+
+    [line] = refusal(capsys, WorkerSettings)
+
+    assert line.startswith(f"settings: {named}")
+
+
+def test_settings_that_do_not_go_with_the_fleet_are_refused(environment):
+    environment.setenv("WORKER_POOL", "elsewhere")
+    environment.setenv("HANDOFF_TTL_S", "60")
+    settings = load(WorkerSettings)
+
+    told = misfits(settings, settings.load_fleet())
+
+    assert told[0] == "WORKER_POOL: is not a pool of fleet.toml; accepted: local"
+    assert {line.partition(":")[0] for line in told[1:]} == {"HANDOFF_TTL_S"}
+
+
+def test_a_secret_may_come_from_a_file(environment, tmp_path):
+    secret = tmp_path / "pepper"
+    secret.write_text("a pepper out of a file\n")
+    environment.delenv("API_KEY_PEPPER")
+    environment.setenv("API_KEY_PEPPER_FILE", str(secret))
+
+    assert load(GatewaySettings).api_key_pepper.get_secret_value() == "a pepper out of a file"
+
+
+def test_a_secret_twice_is_refused(environment, capsys, tmp_path):
+    environment.setenv("API_KEY_PEPPER_FILE", str(tmp_path))
+
+    assert refusal(capsys, GatewaySettings) == ["settings: API_KEY_PEPPER_FILE: API_KEY_PEPPER is set as well; keep one of the two"]
+
+
+def test_a_secret_s_file_that_cannot_be_read_is_named(environment, capsys, tmp_path):
+    environment.delenv("API_KEY_PEPPER")
+    environment.setenv("API_KEY_PEPPER_FILE", str(tmp_path / "nothing"))
+
+    [line] = refusal(capsys, GatewaySettings)
+
+    assert line == f"settings: API_KEY_PEPPER_FILE: {tmp_path}/nothing cannot be read (No such file or directory)"
+
+
+@pytest.mark.parametrize(
+    ("place", "stays_here"),
+    [
+        ("127.0.0.1:8080", True),
+        ("[::1]:8080", True),
+        ("localhost:8080", True),
+        ("http://127.0.0.1:8333", True),
+        ("0.0.0.0:8080", False),
+        ("8080", False),
+        ("192.168.1.4:8080", False),
+        ("https://images.example.com", False),
+    ],
+)
+def test_what_is_beyond_the_loopback(place, stays_here):
+    assert is_loopback(place) is stays_here
+
+
+@pytest.mark.parametrize(
+    "published",
+    [
+        {"PUBLISHED_AT": "127.0.0.1:8080,0.0.0.0:8333"},
+        {"PUBLISHED_AT": "8080"},
+        {"S3_PUBLIC_ENDPOINT_URL": "https://images.example.com"},
+        {"GATEWAY_BIND": "0.0.0.0:8080"},
+    ],
+)
+def test_secrets_from_the_repository_are_refused_beyond_the_loopback(environment, capsys, published):
+    environment.setenv("API_KEY_PEPPER", "development-only-pepper")
+    environment.setenv("DATABASE_URL", "postgresql://darkroom_app:development-only-app@postgres/darkroom")
+    for name, value in published.items():
+        environment.setenv(name, value)
+
+    told = refusal(capsys, GatewayProcessSettings)
+
+    assert {line.split(": ")[1] for line in told} == {"API_KEY_PEPPER", "DATABASE_URL"}
+    assert all("ALLOW_DEVELOPMENT_SECRETS" in line for line in told)
+
+    environment.setenv("ALLOW_DEVELOPMENT_SECRETS", "true")
+    assert load(GatewayProcessSettings).allow_development_secrets
+
+
+def test_secrets_from_the_repository_will_do_on_the_loopback(environment):
+    environment.setenv("API_KEY_PEPPER", "development-only-pepper")
+    environment.setenv("GATEWAY_BIND", "0.0.0.0:8080")  # of a container, whose port is published on the loopback
+    environment.setenv("PUBLISHED_AT", "127.0.0.1:8080,127.0.0.1:8333")
+
+    assert load(GatewayProcessSettings).hints() == []
+
+
+def test_links_that_lead_to_the_client_s_own_machine_are_told(environment):
+    environment.setenv("S3_PUBLIC_ENDPOINT_URL", "http://127.0.0.1:8333")
+    environment.setenv("PUBLISHED_AT", "0.0.0.0:8080")
+
+    [hint] = load(GatewayProcessSettings).hints()
+
+    assert hint.startswith("S3_PUBLIC_ENDPOINT_URL: links to images lead to http://127.0.0.1:8333")
+
+
+def test_an_environment_of_another_process_can_be_read(environment):
+    with pytest.raises(SettingsInvalid, match="BROKER_URL: is not set"):
+        read(Settings, {name: value for name, value in ENOUGH.items() if name != "BROKER_URL"})
+
+    assert isinstance(load(Settings), Settings)
+
+
+def ended(command: list[str], environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
+    """A process that is expected to end by itself."""
+    whole = {"PATH": os.environ.get("PATH", ""), **environment}
+    return subprocess.run([sys.executable, *command], cwd=REPO, env=whole, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("process", PROCESSES)
+def test_a_process_does_not_start_without_a_variable_that_it_needs(process):
+    command, missing = PROCESSES[process]
+
+    end = ended(command, {name: value for name, value in ENOUGH.items() if name != missing})
+
+    assert end.returncode == 78
+    [line] = end.stderr.splitlines()
+    assert line.startswith(f"settings: {missing}: is not set; accepted: ")
+
+
+@pytest.mark.parametrize("process", PROCESSES.keys() - {"migrations"})
+def test_a_process_does_not_start_with_a_wrong_fleet_file(process, tmp_path):
+    (tmp_path / "fleet.toml").write_text((REPO / "fleet.toml").read_text().replace("rank = 0", "rank = -1"))
+
+    end = ended(PROCESSES[process][0], ENOUGH | {"FLEET_FILE": str(tmp_path / "fleet.toml")})
+
+    assert end.returncode == 78
+    [line] = end.stderr.splitlines()
+    assert line.startswith("fleet.toml: tiers.fast.rank: ")
+
+
+def test_a_model_that_is_not_there_ends_the_worker(tmp_path):
+    (tmp_path / "fleet.toml").write_text((REPO / "fleet.toml").read_text().replace("pocket/checkpoint", "pocket/nothing"))
+
+    end = ended(["-m", "tasks.serve", "render"], ENOUGH | {"FLEET_FILE": str(tmp_path / "fleet.toml"), "DEVICE": "cpu"})
+
+    assert end.returncode == 78
+    assert end.stderr.splitlines()[-1].startswith("fleet.toml: a model of pool 'local' cannot be loaded: ")
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("rank = first", "not TOML"), ("currency = 'EUR'", "tiers: Field required"), (None, "cannot be read"), ("folder", "is a folder")],
 )
 def test_a_wrong_fleet_file_ends_the_start_with_its_key(environment, capsys, tmp_path, text, told):
     file = tmp_path / "fleet.toml"
-    if text is not None:
+    if text == "folder":
+        file.mkdir()
+    elif text is not None:
         file.write_text(text)
     environment.setenv("FLEET_FILE", str(file))
 

@@ -7,13 +7,12 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from migrations.__main__ import MigrationSettings
 from settings import (
     BrokerSettings,
     CourierSettings,
     FlowerSettings,
-    GatewaySettings,
-    ServerSettings,
+    GatewayProcessSettings,
+    MigrationSettings,
     Settings,
     StoreSettings,
     WorkerSettings,
@@ -23,7 +22,7 @@ from tests.compose.conftest import REPO, variables_of
 
 SETTINGS_OF = {
     "migrate": (MigrationSettings,),
-    "api": (GatewaySettings, ServerSettings),
+    "api": (GatewayProcessSettings,),
     "worker": (WorkerSettings,),
     "results": (StoreSettings,),
     "sweeper": (Settings,),

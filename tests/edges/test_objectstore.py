@@ -112,3 +112,17 @@ def test_a_store_that_is_away_says_so_and_tells_no_address(settings, key):
         store.get(key)
 
     assert str(refusal.value) == "EndpointConnectionError"
+
+
+@pytest.mark.parametrize(
+    ("style", "address"),
+    [
+        ("auto", "http://objects.example:81/pictures/"),
+        ("path", "http://objects.example:81/pictures/"),
+        ("virtual", "http://pictures.objects.example:81/"),
+    ],
+)
+def test_the_bucket_is_in_the_path_or_in_the_host_s_name_as_the_store_wants_it(settings, key, style, address):
+    store = changed(settings, s3_bucket="pictures", s3_public_endpoint_url="http://objects.example:81", s3_addressing_style=style)
+
+    assert store.presigned_url(key, content_type="image/png", filename="1.png").startswith(address)

@@ -26,7 +26,7 @@ def test_the_visible_gpus_are_those_that_cuda_was_told_of(given, gpus):
 def launcher(tmp_path):
     """The launcher with two GPUs and a child that only tells what it was given."""
     program = f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {CHILD!r}]; worker.main()"
-    needed = {"DATABASE_URL": "postgresql://x", "BROKER_URL": "redis://x", "HANDOFF_URL": "redis://x"}
+    needed = {"DATABASE_URL": "postgresql://x", "BROKER_URL": "redis://x/0", "HANDOFF_URL": "redis://x/1"}
     environment = os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log)
