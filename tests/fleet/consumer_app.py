@@ -6,6 +6,7 @@ tasks are noted in a Redis that no test disturbs.
 
 import json
 import os
+import sys
 import time
 from collections.abc import Sequence
 
@@ -14,7 +15,7 @@ from celery import Celery
 from kombu import Queue
 
 import celeryconfig
-from fleet.consumer import TakenTask, tier_gate
+from fleet.consumer import TakenTask, run_worker, tier_gate
 from policy.fleet import parse_fleet
 from settings import REPO, BrokerSettings
 
@@ -50,7 +51,7 @@ def main() -> None:
     celery.steps["consumer"].add(tier_gate(QUEUES, may_take))
     threads, queues = FACTS["threads"], ",".join(QUEUES)
     arguments = ["worker", "--pool=threads", f"--concurrency={threads}", f"--queues={queues}", f"--hostname={FACTS['name']}@test"]
-    celery.worker_main([*arguments, "--without-mingle", "--without-gossip", "--loglevel=INFO"])
+    sys.exit(run_worker(celery, [*arguments, "--without-mingle", "--without-gossip", "--loglevel=INFO"]))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
+from benchmarks.survival.refusals import REPLIES, RefusingProxy
 from fleet.addresses import free_ports
 from settings import REPO
 from tests.fleet.consumer_app import make_app
@@ -29,10 +30,11 @@ class Rig:
     processes: list[subprocess.Popen] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.broker_url, self.notes_url = (f"redis://127.0.0.1:{port}/0" for port in self.ports)
+        self.broker_url, self.notes_url = (f"redis://127.0.0.1:{port}/0" for port in self.ports[:2])
         self.broker, self.notes = redis.Redis.from_url(self.broker_url), redis.Redis.from_url(self.notes_url)
         self.broker_process = self.start_redis(self.ports[0])
         self.start_redis(self.ports[1])
+        self.proxy = RefusingProxy(self.ports[2], self.ports[0])  # the workers' way to the broker; ours leads past it
         self.app = make_app(self.broker_url)
 
     def start_redis(self, port: int) -> subprocess.Popen:
@@ -42,8 +44,9 @@ class Rig:
         eventually(lambda: _answers(redis.Redis.from_url(f"redis://127.0.0.1:{port}")))
         return process
 
-    def worker(self, *, threads: int = 4, caps: dict[str, int] | None = None, name: str = "w") -> subprocess.Popen:
-        facts = {"broker_url": self.broker_url, "notes_url": self.notes_url, "threads": threads, "name": name}
+    def worker(self, *, threads: int = 4, caps: dict[str, int] | None = None, name: str = "w", is_awaited: bool = True) -> subprocess.Popen:
+        proxied = f"redis://127.0.0.1:{self.ports[2]}/0"
+        facts = {"broker_url": proxied, "notes_url": self.notes_url, "threads": threads, "name": name}
         facts["caps"] = {"fast": threads, "batch": threads} | (caps or {})
         log = (self.folder / f"{name}.log").open("wb")
         environment = os.environ | {"CONSUMER_APP": json.dumps(facts)}
@@ -51,7 +54,8 @@ class Rig:
             [sys.executable, "-m", "tests.fleet.consumer_app"], cwd=REPO, env=environment, stdout=log, stderr=subprocess.STDOUT
         )
         self.processes.append(process)
-        eventually(lambda: b"ready." in (self.folder / f"{name}.log").read_bytes(), within_s=30)
+        if is_awaited:
+            eventually(lambda: b"ready." in (self.folder / f"{name}.log").read_bytes(), within_s=30)
         return process
 
     def send(self, name: str, seconds: float, queue: str = "batch", **headers: int) -> None:
@@ -64,6 +68,7 @@ class Rig:
         return [name.decode() for name in self.notes.lrange("ended", 0, -1)]
 
     def close(self) -> None:
+        self.proxy.close()
         for process in reversed(self.processes):
             if process.poll() is None:
                 process.kill()
@@ -86,7 +91,7 @@ def eventually(is_true: Callable[[], bool], within_s: float = 10) -> None:
 
 @pytest.fixture
 def rig(tmp_path) -> Iterator[Rig]:
-    rig = Rig(tmp_path, free_ports(2))
+    rig = Rig(tmp_path, free_ports(3))
     yield rig
     rig.close()
 
@@ -120,6 +125,66 @@ def test_a_worker_survives_a_broker_outage_with_tasks_in_flight(rig):
     eventually(lambda: len(rig.ended()) == 4)
     assert worker.poll() is None
     assert len(rig.started()) == 4
+
+
+def test_a_worker_outlives_every_error_the_broker_answers_with_and_goes_on(rig):
+    worker = rig.worker()
+    for number, (name, reply) in enumerate(REPLIES.items()):
+        rig.send(f"running-{number}", 1.0)  # its ack falls into the outage; a thread is free, so a BRPOP is pending
+        eventually(lambda: f"running-{number}" in rig.started(), within_s=5)  # noqa: B023 - called at once
+
+        with rig.proxy.refusing(reply):
+            eventually(lambda: f"running-{number}" in rig.ended())  # noqa: B023
+            rig.send(f"waiting-{number}", 0.0)
+        assert worker.poll() is None, name
+
+        eventually(lambda: f"waiting-{number}" in rig.ended(), within_s=5)  # noqa: B023
+
+    assert sorted(rig.started()) == sorted(set(rig.started())), "no task ran twice"
+    eventually(lambda: rig.broker.hlen("unacked") == 0)
+
+
+def test_a_failover_to_a_replica_and_back_ends_no_worker(rig):
+    worker = rig.worker()
+    rig.send("before", 3)
+    eventually(lambda: rig.started() == ["before"])
+
+    rig.broker.execute_command("REPLICAOF", "127.0.0.1", "1")
+    eventually(lambda: rig.ended() == ["before"])
+    rig.broker.execute_command("REPLICAOF", "NO", "ONE")
+    rig.send("after", 0.1)
+
+    eventually(lambda: rig.ended() == ["before", "after"], within_s=5)
+    assert worker.poll() is None
+
+
+def test_a_worker_whose_broker_answers_with_errors_still_stops_when_it_is_told_to(rig):
+    worker = rig.worker()
+    rig.proxy.refuse(REPLIES["NOPERM"])
+
+    eventually(lambda: b"Trying to re-establish" in (rig.folder / "w.log").read_bytes())
+    worker.send_signal(signal.SIGTERM)
+
+    assert worker.wait(timeout=10) == 0
+
+
+def test_a_worker_that_ends_because_of_an_error_says_so_by_its_exit_status(rig):
+    worker = rig.worker(caps={"fast": "many"}, is_awaited=False)  # the gate compares it with a number
+
+    assert worker.wait(timeout=20) == 1
+    assert b"Unrecoverable error" in (rig.folder / "w.log").read_bytes()
+
+
+def test_a_worker_that_starts_while_its_broker_answers_with_errors_waits_for_it(rig):
+    rig.proxy.refuse(REPLIES["LOADING"])
+    worker = rig.worker(is_awaited=False)
+    eventually(lambda: b"Cannot connect" in (rig.folder / "w.log").read_bytes(), within_s=30)
+
+    rig.proxy.relent()
+    rig.send("at last", 0.1)
+
+    eventually(lambda: rig.ended() == ["at last"])
+    assert worker.poll() is None
 
 
 def test_running_tasks_are_not_run_twice_when_connections_are_cut(rig):
