@@ -13,6 +13,7 @@ from app.keyring import Keyring
 from app.outlook import Lookout
 from app.statuses import Statuses
 from edges.broker import Broker
+from edges.decoders import Decoders
 from edges.events import Reader
 from edges.handoff import Gauge, Handoff
 from edges.limits import Budgets, Rates
@@ -47,6 +48,7 @@ class Gateway:
     keyring: Keyring
     rates: Rates
     budgets: Budgets
+    decoders: Decoders = field(default_factory=Decoders)
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 

@@ -15,9 +15,10 @@ from app.gateway import gateway
 from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable
 from edges import pictures as encoding
 from edges import telemetry
+from edges.decoders import TooBusy
 from edges.objectstore import StoreUnavailable, content_sha256, picture_key
 from edges.outbound import Unreachable
-from edges.pictures import NotAPicture, Picture, TooBusy
+from edges.pictures import NotAPicture, Picture
 from models import files, uploads
 from models.database import run_transaction, transaction
 from models.tables import File
@@ -79,7 +80,7 @@ def _file(field: str, value: str) -> File:
 def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
     try:
         with telemetry.PICTURE_SECONDS.time():
-            return encoding.normalise(content)
+            return gateway().decoders.normalise(content, tenant=caller().tenant_id)
     except NotAPicture as error:
         telemetry.PICTURES_REFUSED.inc()
         entry = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}

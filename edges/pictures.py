@@ -1,31 +1,32 @@
 """Pictures that strangers send: looked at before a pixel is decoded, then encoded again as plain PNG, so that nothing else of them is left.
 
-PNG, JPEG and WebP, one frame, of a size that fits into memory. What comes out is 8 bits, sRGB, upright and without metadata; what hid
-behind or inside the file is gone. How many are decoded at once in a process is limited, and with it what decoding takes of memory.
+PNG, JPEG and WebP, one frame, of a size that fits into memory; a larger JPEG is decoded at a half, a quarter or an eighth of its size.
+What comes out is 8 bits, sRGB, upright and without metadata; what hid behind or inside the file is gone. Strangers' bytes are decoded in
+processes of their own (edges/decoders.py).
 """
 
 import io
-import re
-import struct
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageCms, ImageOps
 
-MAX_PIXELS, MAX_SIDE_PX = 16_800_000, 8192
-ACCEPTED = {"formats": ["PNG", "JPEG", "WebP"], "max_pixels": MAX_PIXELS, "max_side_px": MAX_SIDE_PX, "frames": 1}
-AT_ONCE = 2  # some 350 MB each at worst
-WAIT_S = 10.0
-MAX_PARTS = 20_000  # chunks of a PNG: a file of millions of empty ones keeps its reader busy
-MAX_SCANS = 100  # of a JPEG: each is another pass over all of its pixels
-MAX_ICC_BYTES = 4_000_000
+from edges.containers import Container, NotAContainer, take_apart
 
-_ORIENTATION = 0x0112
+MAX_PIXELS, MAX_SIDE_PX = 16_800_000, 8192
+MAX_JPEG_PIXELS, MAX_JPEG_SIDE_PX = 64_000_000, 16_384  # of one that is scaled down while it is decoded
+ACCEPTED = {
+    "formats": ["PNG", "JPEG", "WebP"],
+    "max_pixels": MAX_PIXELS,
+    "max_side_px": MAX_SIDE_PX,
+    "max_jpeg_pixels": MAX_JPEG_PIXELS,
+    "frames": 1,
+}
+MAX_SCANNED_PIXELS = 600_000_000  # of a JPEG: each scan is another pass over all of its pixels
+_SCALES = (1, 2, 4, 8)  # what a JPEG can be decoded at
+
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -35,16 +36,11 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_JPEG_MARKER = re.compile(rb"\xff+([^\x00\xd0-\xd7\xff])")  # not stuffing, not a restart
-_slots = threading.BoundedSemaphore(AT_ONCE)
+_slots = threading.BoundedSemaphore(2)  # of pictures that are ours already
 
 
 class NotAPicture(Exception):
     """What was sent cannot be used; the message continues "the picture …" and says why. ACCEPTED says what could be."""
-
-
-class TooBusy(Exception):
-    """As many pictures are being decoded as may be at once; a moment later will do."""
 
 
 @dataclass(frozen=True)
@@ -57,25 +53,22 @@ class Picture:
     height_px: int
 
 
-def normalise(source: bytes | BinaryIO) -> Picture:
-    """Decode what a stranger sent and encode it again. Raises NotAPicture, TooBusy.
-
-    source: a file is read only once it is this picture's turn, so that those that wait take no memory.
-    """
-    with _turn():
-        content = source if isinstance(source, bytes) else source.read()
-        kind = _kind(content)
-        _check_structure(kind, content)
-        try:
-            with Image.open(io.BytesIO(content), formats=[kind]) as image:
-                _check_header(image)
-                return _encoded(_plain(image))
-        except NotAPicture:
-            raise
-        except Image.DecompressionBombError:
-            raise NotAPicture(f"has more than {MAX_PIXELS} pixels") from None
-        except Exception as error:
-            raise NotAPicture("is damaged or cut off") from error
+def normalise(content: bytes) -> Picture:
+    """Decode what a stranger sent and encode it again. Raises NotAPicture."""
+    try:
+        container = take_apart(content)
+        with Image.open(io.BytesIO(container.essence), formats=[container.kind]) as image:
+            _scale_down(image, container)
+            _check_header(image, container)
+            return _encoded(_plain(image, container))
+    except (NotAPicture, NotAContainer) as error:
+        raise NotAPicture(str(error)) from None
+    except Image.DecompressionBombError:
+        raise NotAPicture(f"has more than {MAX_PIXELS} pixels") from None
+    except MemoryError:
+        raise NotAPicture("takes more memory to decode than any picture may") from None
+    except Exception as error:
+        raise NotAPicture("is damaged or cut off") from error
 
 
 def fitted(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
@@ -91,100 +84,73 @@ def fitted(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
 
 
 def fitted_mask(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
-    """A kept picture as a mask [h, w], 255 where it is repainted: where it is transparent, or white if it is transparent nowhere."""
+    """A kept picture as a mask [h, w], 255 where it is repainted.
+
+    That is where it is transparent: at least half, in a part that can be seen at this size. White decides if it is transparent nowhere,
+    or equally so everywhere while its colours tell one part from another: an alpha that says the same of all pixels says nothing.
+    """
     with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        alpha = image.getchannel("A") if image.mode == "RGBA" else None
-        if alpha is None or alpha.getextrema() == (255, 255):
-            grey = image.convert("RGB").convert("L")
-        else:
-            grey = ImageOps.invert(alpha)
-        soft = ImageOps.fit(grey, (width_px, height_px), Image.Resampling.BOX)
+        light = _selected(image.convert("RGB").convert("L"), width_px, height_px)
+        if image.mode != "RGBA":
+            return light
+        alpha = image.getchannel("A")
+        holes = _selected(ImageOps.invert(alpha), width_px, height_px)
+    least, most = alpha.getextrema()
+    says_nothing = least == most and light.any() and not light.all()
+    return light if says_nothing or not holes.any() else holes
+
+
+def has_hole(content: bytes, width_px: int, height_px: int) -> bool:
+    """Is there a part of a kept picture that is transparent, and can be seen to be at this size?"""
+    with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
+        return image.mode == "RGBA" and bool(_selected(ImageOps.invert(image.getchannel("A")), width_px, height_px).any())
+
+
+def selects(content: bytes, width_px: int, height_px: int) -> bool:
+    """Would anything be repainted with this mask?"""
+    return bool(fitted_mask(content, width_px, height_px).any())
+
+
+def _selected(grey: Image.Image, width_px: int, height_px: int) -> NDArray[np.uint8]:
+    soft = ImageOps.fit(grey, (width_px, height_px), Image.Resampling.BOX)
     return np.asarray(soft.point(lambda value: 255 if value >= 128 else 0))
 
 
-@contextmanager
-def _turn() -> Iterator[None]:
-    if not _slots.acquire(timeout=WAIT_S):
-        raise TooBusy
-    try:
-        yield
-    finally:
-        _slots.release()
+def _scale_down(image: Image.Image, container: Container) -> None:
+    """Have a JPEG that is too large decoded at a part of its size: no more than that part is ever in memory."""
+    width_px, height_px = image.size
+    if container.kind != "JPEG" or width_px * height_px > MAX_JPEG_PIXELS or max(image.size) > MAX_JPEG_SIDE_PX:
+        return
+    if container.scans * width_px * height_px > MAX_SCANNED_PIXELS:
+        raise NotAPicture(f"takes {container.scans} passes over its {width_px}x{height_px} pixels to decode, more than any picture needs")
+    for scale in _SCALES:
+        if -(-width_px // scale) * -(-height_px // scale) <= MAX_PIXELS and -(-max(image.size) // scale) <= MAX_SIDE_PX:
+            image.draft(image.mode, (width_px // scale, height_px // scale))
+            return
 
 
-def _kind(content: bytes) -> str:
-    if content.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG"
-    if content.startswith(b"\xff\xd8\xff"):
-        return "JPEG"
-    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
-        return "WEBP"
-    raise NotAPicture("is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes")
-
-
-def _check_structure(kind: str, content: bytes) -> None:
-    """Is the file whole, and not one that was made to keep its reader busy? Raises NotAPicture."""
-    parts, is_whole = {"PNG": _png_parts, "JPEG": _jpeg_scans, "WEBP": _webp_parts}[kind](content)
-    if not is_whole:
-        raise NotAPicture("is cut off")
-    if parts > (MAX_SCANS if kind == "JPEG" else MAX_PARTS):
-        raise NotAPicture(f"consists of more parts than any picture needs ({parts} or more)")
-
-
-def _png_parts(content: bytes) -> tuple[int, bool]:
-    """Its chunks, and whether its end is there."""
-    at = 8
-    for count in range(1, MAX_PARTS + 2):
-        if at + 12 > len(content):
-            return count, False
-        length, name = struct.unpack_from(">I4s", content, at)
-        at += 12 + length
-        if name == b"IEND":
-            return count, at <= len(content)
-    return MAX_PARTS + 1, True
-
-
-def _jpeg_scans(content: bytes) -> tuple[int, bool]:
-    """Its scans, and whether its end is there."""
-    at, scans = 2, 0
-    while scans <= MAX_SCANS and (found := _JPEG_MARKER.search(content, at)):
-        marker, at = found[1][0], found.end()
-        if marker == 0xD9:
-            return scans, True
-        if marker == 0x01 or at + 2 > len(content):
-            continue
-        scans += marker == 0xDA
-        at += struct.unpack_from(">H", content, at)[0]
-    return scans, scans > MAX_SCANS
-
-
-def _webp_parts(content: bytes) -> tuple[int, bool]:
-    return 1, len(content) >= 20 and struct.unpack_from("<I", content, 4)[0] + 8 <= len(content)
-
-
-def _check_header(image: Image.Image) -> None:
+def _check_header(image: Image.Image, container: Container) -> None:
     """Raises NotAPicture; no pixel is decoded yet."""
     width_px, height_px = image.size
+    is_jpeg = container.kind == "JPEG"
     if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE_PX:
-        raise NotAPicture(f"is {width_px}x{height_px} pixels; each side must be from 1 to {MAX_SIDE_PX}")
+        most = MAX_JPEG_SIDE_PX if is_jpeg else MAX_SIDE_PX
+        raise NotAPicture(f"is {width_px}x{height_px} pixels; each side must be from 1 to {most}")
     if width_px * height_px > MAX_PIXELS:
-        raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {MAX_PIXELS} pixels are accepted")
-    frames = getattr(image, "n_frames", 1)
-    if frames != 1 and image.format != "MPO":  # what some cameras call a JPEG with further pictures behind it
-        raise NotAPicture(f"is animated: it has {frames} frames")
+        most = f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
+        raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {most} pixels are accepted")
 
 
-def _plain(image: Image.Image) -> Image.Image:
+def _plain(image: Image.Image, container: Container) -> Image.Image:
     """The decoded picture: L, RGB or RGBA, sRGB, upright."""
     image.load()
-    orientation, profile = _orientation(image), image.info.get("icc_profile")
     plain = _of_8_bits(image)
-    if isinstance(profile, bytes) and len(profile) <= MAX_ICC_BYTES:
-        plain = _to_srgb(plain, profile)
+    if container.profile is not None:
+        plain = _to_srgb(plain, container.profile)
     elif plain.mode == "CMYK":
         plain = plain.convert("RGB")
-    if orientation in _UPRIGHT:
-        plain = plain.transpose(_UPRIGHT[orientation])
+    if container.orientation in _UPRIGHT:
+        plain = plain.transpose(_UPRIGHT[container.orientation])
     return plain
 
 
@@ -212,14 +178,6 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     if alpha is not None:
         result.putalpha(alpha)
     return result.convert("L") if image.mode == "L" else result
-
-
-def _orientation(image: Image.Image) -> int:
-    """By the EXIF of a loaded picture (of another it would be loaded here, and errors lost); 1, upright, where that cannot be read."""
-    try:
-        return int(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # noqa: BLE001 - as above
-        return 1
 
 
 def _encoded(plain: Image.Image) -> Picture:

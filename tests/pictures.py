@@ -112,6 +112,20 @@ def harmless() -> Iterator[tuple[str, bytes]]:
     text = PngImagePlugin.PngInfo()
     text.add_text("Comment", SECRET.decode() * 1000)
     yield "PNG with text", png(pnginfo=text)
+    for name, before in _metadata():
+        yield f"PNG with {name}", raw_png(8, 8, b"\0" * 72, before=before)
+    yield "PNG with text that unpacks to 60 MB, behind the pixels", raw_png(8, 8, b"\0" * 72, after=_unpacking(60_000_000))
+    yield "PNG with damaged text", raw_png(8, 8, b"\0" * 72, before=_unpacking(1000)[:-4] + b"crc!")
+    for kind in KINDS:
+        yield f"{kind} whose EXIF leads nowhere", encoded(a_picture(), kind, exif=b"MM\0*\xff\xff\xff\xff")
+        yield f"{kind} whose EXIF says the same 60,000 times", encoded(a_picture(), kind, exif=_endless_exif())
+    yield "JPEG with 20 MB of EXIF", _with_segments(b"".join(_segment(0xE1, b"Exif\0\0" + b"\0" * 65_000) for _ in range(300)))
+    yield (
+        "JPEG with 20 MB of profile",
+        _with_segments(b"".join(_segment(0xE2, b"ICC_PROFILE\0" + bytes([n % 255 + 1, 255]) + b"\0" * 65_000) for n in range(300))),
+    )
+    yield "JPEG with a long run of FF", _with_segments(b"\xff" * 2_000_000)
+    yield "JPEG of 24 megapixels", encoded(Image.new("L", (6000, 4000)), "JPEG")
     yield "PNG with 4 MB of text", raw_png(8, 8, b"\0" * 72, before=chunk(b"tEXt", b"a\0" + SECRET * 190_000))
     yield "PNG with many parts", raw_png(8, 8, b"\0" * 72, before=chunk(b"prIv") * 15_000)
     yield "PNG with more pixels than it says", raw_png(8, 8, b"\0" * 20_000_000)
@@ -160,6 +174,32 @@ def _unpacking(size_bytes: int, name: bytes = b"zTXt") -> bytes:
     return chunk(name, b"a\0\0" + zlib.compress(b"A" * size_bytes, 9))
 
 
+def _metadata() -> Iterator[tuple[str, bytes]]:
+    """Chunks that are thrown away, whatever they hold: (what, chunks)."""
+    workflow = SECRET * 90_000
+    yield "2 MB of packed text", chunk(b"zTXt", b"workflow\0\0" + zlib.compress(workflow))
+    yield "2 MB of packed international text", chunk(b"iTXt", b"workflow\0\1\0en\0\0" + zlib.compress(workflow))
+    yield "text that unpacks to 60 MB", _unpacking(60_000_000)
+    yield "a profile that unpacks to 60 MB", _unpacking(60_000_000, b"iCCP")
+    yield "90 MB of packed text", _unpacking(1_000_000) * 90
+
+
+def _segment(marker: int, data: bytes) -> bytes:
+    return bytes([0xFF, marker]) + struct.pack(">H", len(data) + 2) + data
+
+
+def _with_segments(segments: bytes) -> bytes:
+    """A sound JPEG that begins with these."""
+    jpeg = encoded(a_picture(), "JPEG")
+    return jpeg[:2] + segments + jpeg[2:]
+
+
+def _endless_exif() -> bytes:
+    """Entries that each mean the same 40 kB."""
+    entries = b"".join(struct.pack(">HHII", 0x8000 + n % 0x7000, 7, 40_000, 8) for n in range(5_000))
+    return b"Exif\0\0" + b"MM\0*" + struct.pack(">IH", 8, 60_000) + entries
+
+
 def _documents() -> dict[str, bytes]:
     return {
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
@@ -186,12 +226,12 @@ def _bombs() -> Iterator[tuple[str, bytes]]:
     ):
         yield f"PNG {width_px}x{height_px}", raw_png(width_px, height_px, b"\0" * min(10_000_000, height_px * (width_px + 1)))
     flat = Image.new("L", (9000, 2000))
-    for kind in KINDS:
+    for kind in ("PNG", "WEBP"):
         yield f"{kind} 9000x2000", encoded(flat, kind)
-    yield "PNG with text that unpacks to 60 MB", raw_png(8, 8, b"\0" * 72, before=_unpacking(60_000_000))
-    yield "PNG with text that unpacks to 60 MB, behind the pixels", raw_png(8, 8, b"\0" * 72, after=_unpacking(60_000_000))
-    yield "PNG with a profile that unpacks to 60 MB", raw_png(8, 8, b"\0" * 72, before=_unpacking(60_000_000, b"iCCP"))
-    yield "PNG with 90 MB of packed text", raw_png(8, 8, b"\0" * 72, before=_unpacking(1_000_000) * 90)
+    for width_px, height_px in ((9000, 8000), (17_000, 100)):
+        yield f"JPEG {width_px}x{height_px}", encoded(Image.new("L", (width_px, height_px)), "JPEG")
+    yield "JPEG with nothing but FF", b"\xff\xd8" + b"\xff" * 4_000_000 + b"\0" * 8
+    yield "JPEG with a million comments", b"\xff\xd8" + _segment(0xFE, b"") * 1_000_000
     yield "PNG with a million parts", raw_png(8, 8, b"\0" * 72, before=chunk(b"prIv") * 1_000_000)
     progressive = encoded(Image.new("RGB", (4000, 4000)), "JPEG", progressive=True)
     scan = progressive[progressive.rindex(b"\xff\xda") : -2]

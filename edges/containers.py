@@ -1,0 +1,200 @@
+"""Take the files of PNG, JPEG and WebP apart: what a decoder needs of them, and what there is beside it.
+
+Metadata is read here, as little of it as is needed, and a decoder never sees it: it is thrown away in any case, so neither its size nor
+its state may decide whether a picture is sound. Every loop is bounded by `MAX_PARTS` and linear in the file.
+"""
+
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+MAX_PARTS = 20_000  # chunks, segments: a file of millions of empty ones keeps its reader busy
+MAX_ICC_BYTES = 4_000_000
+MAX_TAGS = 512  # of an EXIF, looked through for the one that is needed
+
+_ORIENTATION = 0x0112
+_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG_NEEDED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # not stuffing, not a restart; of a run of FF the last one counts
+_WINDOW_BYTES = 65_536  # searched at once: a search that never returns to Python keeps all other threads from running
+_EOI, _SOS, _TEM, _COM, _APP0, _APP1, _APP2, _APP14, _APP15 = 0xD9, 0xDA, 0x01, 0xFE, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF
+_ICC_HEAD, _EXIF_HEAD = b"ICC_PROFILE\0", b"Exif\0\0"
+_WEBP_NEEDED = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
+_WEBP_WITHOUT = ~0x2C  # the flags of VP8X that promise a profile, EXIF and XMP
+
+
+class NotAContainer(Exception):
+    """The file cannot be taken apart; the message continues "the picture …" and says why."""
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file, taken apart.
+
+    kind: as Pillow calls it.  essence: the same picture without anything beside it.  orientation: 1 to 8, as EXIF counts; 1 is upright.
+    scans: of a JPEG, how often a decoder passes over all of its pixels.
+    """
+
+    kind: str
+    essence: bytes
+    profile: bytes | None = None
+    orientation: int = 1
+    scans: int = 1
+
+
+def take_apart(content: bytes) -> Container:
+    """Raises NotAContainer for what is none of the three, is cut off, animated, or made of more parts than any picture needs."""
+    if content.startswith(_PNG):
+        return _png(content)
+    if content.startswith(b"\xff\xd8\xff"):
+        return _jpeg(content)
+    if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
+        return _webp(content)
+    raise NotAContainer("is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes")
+
+
+def _png(content: bytes) -> Container:
+    whole, needed = memoryview(content), [memoryview(_PNG)]
+    profile, orientation, at = None, 1, len(_PNG)
+    for _ in range(MAX_PARTS):
+        if at + 12 > len(content):
+            raise NotAContainer("is cut off")
+        length, name = struct.unpack_from(">I4s", content, at)
+        data, end = whole[at + 8 : at + 8 + length], at + 12 + length
+        if end > len(content):
+            raise NotAContainer("is cut off")
+        if name in _PNG_NEEDED:
+            needed.append(whole[at:end])
+        elif name == b"acTL" and length >= 4 and struct.unpack_from(">I", data)[0] > 1:
+            raise _animated(struct.unpack_from(">I", data)[0])
+        elif name == b"iCCP" and profile is None:
+            profile = _unpacked_profile(bytes(data))
+        elif name == b"eXIf":
+            orientation = _orientation(data)
+        at = end
+        if name == b"IEND":
+            return Container("PNG", b"".join(needed), profile, orientation)
+    raise _too_many(MAX_PARTS)
+
+
+def _unpacked_profile(data: bytes) -> bytes | None:
+    """The profile of a chunk iCCP; none if it is damaged or larger than any is."""
+    _, _, packed = data.partition(b"\0")
+    unpacking = zlib.decompressobj()
+    try:
+        profile = unpacking.decompress(packed[1:], MAX_ICC_BYTES + 1)
+    except zlib.error:
+        return None
+    return profile if unpacking.eof and len(profile) <= MAX_ICC_BYTES else None
+
+
+def _jpeg(content: bytes) -> Container:
+    whole, needed = memoryview(content), [memoryview(b"\xff\xd8")]
+    profile, orientation, scans, data_at = list[memoryview](), 0, 0, None
+    for marker, at, end in _segments(content):
+        if marker == _EOI:
+            needed.append(whole[at:end] if data_at is None else whole[data_at:end])
+            upright = orientation or 1
+            return Container("JPEG", b"".join(needed), _joined_profile(profile), upright, scans)
+        scans += marker == _SOS
+        if data_at is None and marker == _SOS:
+            data_at = at  # from here on parts are not taken out any more: pixels lie between them
+        elif data_at is None and marker == _APP1 and not orientation and whole[at + 4 : at + 10] == _EXIF_HEAD:
+            orientation = _orientation(whole[at + 4 : end])
+        elif data_at is None and marker == _APP2 and whole[at + 4 : at + 16] == _ICC_HEAD:
+            profile.append(whole[at + 16 : end])
+        elif data_at is None and (marker in (_APP0, _APP14) or not (marker == _COM or _APP0 <= marker <= _APP15)):
+            needed.append(whole[at:end])
+    raise NotAContainer("is cut off")
+
+
+def _segments(content: bytes) -> Iterator[tuple[int, int, int]]:
+    """(marker, where it begins, where its segment ends) of each, those between the pixels included."""
+    at = 2
+    for _ in range(MAX_PARTS):
+        if (found := _next_marker(content, at)) is None:
+            return
+        marker, begin, at = found[1][0], found.start(), found.end()
+        if marker not in (_EOI, _TEM):
+            if at + 2 > len(content):
+                return
+            length = struct.unpack_from(">H", content, at)[0]
+            if length < 2:
+                raise NotAContainer("is damaged or cut off")
+            at += length
+        yield marker, begin, min(at, len(content))
+        if marker == _EOI:
+            return
+    raise _too_many(MAX_PARTS)
+
+
+def _next_marker(content: bytes, at: int) -> re.Match[bytes] | None:
+    while at < len(content):
+        if (found := _MARKER.search(content, at, at + _WINDOW_BYTES + 1)) is not None:
+            return found
+        at += _WINDOW_BYTES
+    return None
+
+
+def _joined_profile(parts: list[memoryview]) -> bytes | None:
+    """The profile of segments that each begin with their number and how many there are."""
+    if not parts or sum(map(len, parts)) > MAX_ICC_BYTES or any(len(part) < 2 for part in parts):
+        return None
+    return b"".join(part[2:] for part in sorted(parts, key=lambda part: part[0]))
+
+
+def _webp(content: bytes) -> Container:
+    stop = struct.unpack_from("<I", content, 4)[0] + 8
+    if len(content) < 20 or stop > len(content):
+        raise NotAContainer("is cut off")
+    whole, needed = memoryview(content), list[memoryview | bytes]()
+    profile, orientation, frames, at = None, 1, 0, 12
+    for _ in range(MAX_PARTS):
+        if at + 8 > stop:
+            body = b"".join(needed)
+            return Container("WEBP", b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body, profile, orientation)
+        name, length = struct.unpack_from("<4sI", content, at)
+        data, end = whole[at + 8 : at + 8 + length], at + 8 + length + length % 2
+        if at + 8 + length > stop:
+            raise NotAContainer("is damaged or cut off")
+        frames += name == b"ANMF"
+        if frames > 1:
+            raise _animated(frames)
+        if name == b"VP8X" and length:
+            needed += [whole[at : at + 8], bytes([data[0] & _WEBP_WITHOUT & 0xFF]), whole[at + 9 : end]]
+        elif name in _WEBP_NEEDED:
+            needed.append(whole[at:end])
+        elif name == b"ICCP" and profile is None and length <= MAX_ICC_BYTES:
+            profile = bytes(data)
+        elif name == b"EXIF":
+            orientation = _orientation(data)
+        at = end
+    raise _too_many(MAX_PARTS)
+
+
+def _orientation(exif: memoryview) -> int:
+    """How the picture has to be turned, by the first directory of its EXIF; 1 where that does not say."""
+    head = len(_EXIF_HEAD) if exif[: len(_EXIF_HEAD)] == _EXIF_HEAD else 0
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(exif[head : head + 4]))
+    if order is None:
+        return 1
+    try:
+        at = head + struct.unpack_from(order + "I", exif, head + 4)[0]
+        for place in range(min(struct.unpack_from(order + "H", exif, at)[0], MAX_TAGS)):
+            tag, kind, count, value = struct.unpack_from(order + "HHI4s", exif, at + 2 + 12 * place)
+            if tag == _ORIENTATION and count == 1 and kind in (3, 4):
+                said = struct.unpack(order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4])[0]
+                return said if 1 <= said <= 8 else 1
+    except struct.error:  # it leads out of what there is
+        pass
+    return 1
+
+
+def _animated(frames: int) -> NotAContainer:
+    return NotAContainer(f"is animated: it has {frames} frames")
+
+
+def _too_many(parts: int) -> NotAContainer:
+    return NotAContainer(f"consists of more parts than any picture needs ({parts} or more)")
