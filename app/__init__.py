@@ -20,6 +20,7 @@ from app import (
     health,
     jobs,
     limits,
+    links,
     openai_images,
     openapi,
     problems,
@@ -44,6 +45,7 @@ BLUEPRINTS = (
     admin.bp,
     catalog.bp,
     openapi.bp,
+    links.bp,
     health.bp,
 )
 MOST_UNWANTED_BYTES = 8 * 1024 * 1024
