@@ -15,6 +15,7 @@ FleetSettings                fleet.toml
 StreamSettings               how many event streams a gateway process may have (and the gateway's)
 └── ServerSettings           + how gunicorn listens
 OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
+PublicSettings               where clients reach the gateway (gateway, courier)
 ServerSettings               how gunicorn listens
 └── GatewayProcessSettings   + all that the gateway is handed: what gunicorn's master checks before it starts a worker
 
@@ -42,6 +43,8 @@ from policy.fleet import Fleet, FleetInvalid, parse_fleet
 REPO = Path(__file__).resolve().parent
 EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start will not help
 DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
+PATH_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,8}")
 
 
 class SettingsInvalid(Exception):
@@ -308,7 +311,7 @@ class StoreSettings(Settings):
     s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"  # auto: path at an endpoint of one's own, else what AWS prefers
     s3_region: str = "us-east-1"
     s3_checksums: Literal["when_required", "when_supported"] = "when_required"  # older servers refuse CRC trailers
-    presign_ttl_s: int = Field(600, ge=1, le=604_800)
+    presign_ttl_s: int = Field(3600, ge=1, le=604_800)  # OpenAI's clients are told that a URL lives for 60 minutes
 
 
 class OutboundSettings(Environment):
@@ -327,11 +330,27 @@ class OutboundSettings(Environment):
         return text
 
 
-class CourierSettings(Settings, OutboundSettings):
+class PublicSettings(Environment):
+    """What whoever writes links to the gateway is handed."""
+
+    public_url: str = ""  # https://images.example.com/darkroom: the gateway as clients reach it, with the path a proxy puts before it
+
+    @field_validator("public_url")
+    @classmethod
+    def _is_an_address(cls, text: str) -> str:
+        text = text.rstrip("/")
+        parts = urlsplit(text)
+        is_plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or parts.username)
+        if text and not (is_plain and (not parts.path or PATH_PREFIX.fullmatch(parts.path))):
+            raise ValueError("must be an address such as https://images.example.com or https://example.com/darkroom")
+        return text
+
+
+class CourierSettings(Settings, OutboundSettings, PublicSettings):
     """What delivers webhooks is handed."""
 
 
-class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):
+class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSettings):
     """What the gateway is handed."""
 
     api_key_pepper: SecretStr = Field(min_length=16)  # HMAC key of the stored API keys; changing it revokes all of them
@@ -343,6 +362,17 @@ class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings):
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
     images_wait_s: int = Field(300, ge=1, le=590)  # a call of /v1/images; OpenAI's clients wait for 600 s
     event_heartbeat_s: float = Field(10.0, gt=0)  # silence on an event stream; only a write finds out that a client has gone
+    cors_allowed_origins: str = ""  # "https://app.example.com, http://localhost:5173", or *: pages of these may call from a browser
+    trust_forwarded_headers: bool = False  # X-Forwarded-Prefix, -Host and -Proto come from a proxy that sets or removes them itself
+    image_delivery: Literal["redirect", "proxy"] = "redirect"  # images: 302 to the object store, or through the gateway
+
+    @field_validator("cors_allowed_origins")
+    @classmethod
+    def _are_origins(cls, text: str) -> str:
+        origins = [part.strip() for part in text.split(",") if part.strip()]
+        if origins != ["*"] and not all(_ORIGIN.fullmatch(origin) for origin in origins):
+            raise ValueError("must be origins such as https://app.example.com, in lower case and without a path, or * alone")
+        return ",".join(origins)
 
 
 class GatewayProcessSettings(GatewaySettings, ServerSettings):

@@ -8,8 +8,26 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import account, admin, batches, catalog, estimates, events, files, health, jobs, limits, openai_images, openapi, problems, webhooks
+from app import (
+    account,
+    admin,
+    batches,
+    catalog,
+    cors,
+    estimates,
+    events,
+    files,
+    health,
+    jobs,
+    limits,
+    links,
+    openai_images,
+    openapi,
+    problems,
+    webhooks,
+)
 from app.gateway import open_gateway
+from app.prefix import PathPrefix
 from edges import telemetry
 from policy.fleet import Fleet
 from settings import GatewaySettings
@@ -27,6 +45,7 @@ BLUEPRINTS = (
     admin.bp,
     catalog.bp,
     openapi.bp,
+    links.bp,
     health.bp,
 )
 MOST_UNWANTED_BYTES = 8 * 1024 * 1024
@@ -45,6 +64,8 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)
+    cors.register(app, settings.cors_allowed_origins)  # after _open_request, and before any blueprint asks for a key
+    app.wsgi_app = PathPrefix(app.wsgi_app, settings)  # type: ignore[method-assign]
     return app
 
 

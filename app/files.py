@@ -5,10 +5,10 @@ import uuid
 from typing import Any, BinaryIO
 
 import structlog
-from flask import Blueprint, Request, jsonify, redirect, request, url_for
+from flask import Blueprint, Request, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 
-from app import inputs
+from app import delivery, inputs
 from app.auth import caller, require_key
 from app.gateway import gateway
 from app.pages import next_page, read_cursor, read_limit
@@ -54,11 +54,8 @@ def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("/<uuid:file_id>/content")
 def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
-    """302 to a presigned URL of the picture, as it was encoded again."""
-    file = _found(file_id)
-    response = redirect(gateway().store.presigned_url(file.object_key, content_type="image/png", filename=f"{file.id}.png"), 302)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    """The picture, as it was encoded again: 302 to a presigned URL, or with `?redirect=false` the bytes themselves."""
+    return delivery.deliver(delivery.Stored.file(_found(file_id)))
 
 
 @bp.delete("/<uuid:file_id>")

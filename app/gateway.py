@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from app.following import Events, Watchers
 from app.keyring import Keyring
 from app.outlook import Lookout
+from app.signing import LinkSigner
 from app.statuses import Statuses
 from edges.broker import Broker
 from edges.decoders import Decoders
@@ -48,6 +49,7 @@ class Gateway:
     keyring: Keyring
     rates: Rates
     budgets: Budgets
+    links: LinkSigner
     decoders: Decoders = field(default_factory=Decoders)
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
@@ -84,6 +86,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         keyring=Keyring(aside, refresher),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
+        links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),
     )
 
 

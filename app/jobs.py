@@ -3,11 +3,11 @@
 import uuid
 from typing import Any
 
-from flask import Blueprint, json, jsonify, redirect, request, url_for
+from flask import Blueprint, json, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug import Response
 
-from app import accepting, erasing, inputs, replaying, waiting
+from app import accepting, delivery, erasing, inputs, replaying, waiting
 from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_job, read_nothing, read_wait_s, wish_of
@@ -18,7 +18,6 @@ from app.outlook import QueuePlace
 from app.pages import next_page
 from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
 from app.views import job_view, status_view
-from edges.encoding import FORMATS
 from edges.progress import Step
 from models import jobs, listing
 from models.database import run_transaction, transaction
@@ -109,7 +108,7 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("/<uuid:job_id>/images/<int:index>")
 def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
-    """302 to a presigned URL of the stored image; 410 once the job was erased."""
+    """The stored image: 302 to a presigned URL, or with `?redirect=false` the bytes themselves; 410 once the job was erased."""
     job = waiting.found(job_id)
     image = next((image for image in job.images if image.index == index), None)
     if image is None:
@@ -121,11 +120,7 @@ def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
         raise ImageNotReady(
             f"The job is {job.state}; this image is not stored.", retry_after_s=1 if waiting_helps else None, state=job.state
         )
-    filename = f"{job.id}-{index}.{FORMATS[job.output_format].extension}"
-    url = gateway().store.presigned_url(image.artifact.object_key, content_type=image.artifact.content_type, filename=filename)
-    response = redirect(url, 302)
-    response.headers["Cache-Control"] = "no-store"
-    return response
+    return delivery.deliver(delivery.Stored.image(image.artifact))
 
 
 def _accepted() -> Accepted:

@@ -10,7 +10,7 @@ from flask import Blueprint, Response, jsonify, request
 from flask.typing import ResponseReturnValue
 from werkzeug.datastructures import FileStorage
 
-from app import accepting, inputs, openai_body, openai_stream, waiting
+from app import accepting, delivery, inputs, openai_body, openai_stream, waiting
 from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_object
@@ -27,7 +27,6 @@ from app.problems import (
     Problem,
     UnsupportedMediaType,
 )
-from edges.encoding import FORMATS
 from edges.objectstore import StoreUnavailable
 from models.idempotency import Once
 from models.tables import Artifact, File, Job
@@ -158,10 +157,7 @@ def _image_view(asked: Asked, artifact: Artifact) -> dict[str, Any]:
     parts = gateway()
     digests = {"pixels_sha256": artifact.pixels_sha256, "content_sha256": artifact.content_sha256}
     if asked.as_url:
-        extension = next(kind.extension for kind in FORMATS.values() if kind.content_type == artifact.content_type)
-        filename = f"{artifact.job_id}-{artifact.index}.{extension}"
-        url = parts.store.presigned_url(artifact.object_key, content_type=artifact.content_type, filename=filename)
-        return {"url": url, **digests}
+        return {"url": delivery.url_of(artifact), **digests}
     try:
         return {"b64_json": base64.b64encode(parts.store.get(artifact.object_key)).decode(), **digests}
     except StoreUnavailable:

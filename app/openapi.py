@@ -3,11 +3,14 @@
 import hashlib
 
 from flask import Blueprint, Response, current_app, json, request
+from markupsafe import escape
 
 from app.gateway import gateway
 from app.spec.document import build
 
 bp = Blueprint("openapi", __name__)
+
+MOST_PREFIXES = 8  # for which the document is kept: a proxy may give the gateway several
 
 # The viewer draws its own styles and pictures; scripts come from here alone.
 POLICY = (
@@ -20,10 +23,11 @@ PAGE = """<!doctype html>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Darkroom API</title>
 <link rel="icon" href="data:,">
-<script type="module" src="/static/docs/rapidoc-min.js"></script>
+<script type="module" src="{prefix}/static/docs/rapidoc-min.js"></script>
 </head>
 <body style="margin: 0">
-<rapi-doc spec-url="/openapi.json" render-style="read" show-header="false" allow-authentication="true" allow-server-selection="false"
+<rapi-doc spec-url="{prefix}/openapi.json" render-style="read" show-header="false" allow-authentication="true"
+  allow-server-selection="false"
   load-fonts="false" schema-style="table" persist-auth="false" regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
 </rapi-doc>
 </body>
@@ -34,10 +38,13 @@ PAGE = """<!doctype html>
 @bp.get("/openapi.json")
 def show_spec() -> Response:
     """The OpenAPI 3.1 document."""
-    content = current_app.extensions.get("openapi")
+    known = current_app.extensions.setdefault("openapi", {})
+    content = known.get(request.script_root)
     if content is None:
-        content = json.dumps(build(current_app, gateway().fleet))
-        current_app.extensions["openapi"] = content
+        document = build(current_app, gateway().fleet, root=request.script_root or "/")
+        if len(known) >= MOST_PREFIXES:
+            known.clear()
+        known[request.script_root] = content = json.dumps(document)
     response = Response(content, content_type="application/json")
     response.headers["Cache-Control"] = "public, max-age=60"
     response.set_etag(hashlib.sha256(content.encode()).hexdigest()[:32])
@@ -47,6 +54,6 @@ def show_spec() -> Response:
 @bp.get("/docs")
 def show_docs() -> Response:
     """The same, to read and to try."""
-    response = Response(PAGE, content_type="text/html; charset=utf-8")
+    response = Response(PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8")
     response.headers["Content-Security-Policy"] = POLICY
     return response

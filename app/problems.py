@@ -6,6 +6,7 @@ Problem
 ├── NotOffered            400   asked for in OpenAI's words, and nothing here does it
 ├── Unauthenticated       401   no live API key
 ├── Forbidden             403   the key's scopes, or the tenant's tiers and models, do not reach that far
+├── LinkExpired           403   a link to one image that is over, or was never ours
 ├── NotFound              404   no such route
 ├── JobNotFound           404   also for another tenant's job: existence is private
 ├── ImageNotFound         404   the job has no such image
@@ -24,6 +25,7 @@ Problem
 ├── Erased                410   the tenant had it deleted
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
+├── RangeNotSatisfiable   416   the picture is shorter than the part that is asked for
 ├── InvalidImageRequest   422   no worker could ever render this; `errors` points at each field
 ├── InvalidRequest        422   the same for bodies that ask for no image
 ├── InvalidPicture        422   the upload is no picture that can be used
@@ -76,6 +78,8 @@ class Problem(Exception):
             response.headers["Retry-After"] = str(self.retry_after_s)
         elif self.status in (409, 429):
             response.headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and it would not help
+        if self.status == 416:
+            response.headers["Content-Range"] = f"bytes */{self.members['size_bytes']}"
         if self.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return response
@@ -126,6 +130,12 @@ class Forbidden(Problem):
     """The key is live and may not do this: it lacks the scope, or its tenant is not allowed the tier or model."""
 
     slug, title, status = "forbidden", "Forbidden", 403
+
+
+class LinkExpired(Problem):
+    """A link to an image holds for a while; GET /v1/jobs/{job_id}/images/{index} with a key always leads there."""
+
+    slug, title, status = "link-expired", "Link expired", 403
 
 
 class NotFound(Problem):
@@ -234,6 +244,12 @@ class UnsupportedMediaType(Problem):
     """Send JSON as application/json."""
 
     slug, title, status = "unsupported-media-type", "Unsupported media type", 415
+
+
+class RangeNotSatisfiable(Problem):
+    """The picture has no such bytes; `size_bytes` says how many it has."""
+
+    slug, title, status = "range-not-satisfiable", "Range not satisfiable", 416
 
 
 class InvalidImageRequest(Problem):

@@ -106,7 +106,7 @@ def cancel_job(job_id: str) -> Call:
 
 
 def show_image(job_id: str, index: int) -> Call:
-    """Answered with a redirect to a presigned URL of the object store."""
+    """Answered with a redirect to a presigned URL of the object store, or with the image itself."""
     return Call(method="GET", path=f"/v1/jobs/{job_id}/images/{index}")
 
 

@@ -6,6 +6,9 @@ writes the same bytes, and the truth about what exists is in Postgres.
 
 import hashlib
 import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
 import boto3
 from botocore.client import BaseClient
@@ -14,7 +17,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 
 from settings import StoreSettings
 
-IMMUTABLE = "public, max-age=31536000, immutable"
+PRIVATE = "private, max-age=600"  # no cache but the client's own keeps a picture that a tenant may erase
+PIECE_BYTES = 65_536
 
 
 class StoreUnavailable(Exception):
@@ -23,6 +27,32 @@ class StoreUnavailable(Exception):
 
 class ObjectGone(StoreUnavailable):
     """There is no such object; trying again will not help."""
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of an object: from its byte `first` to its byte `last`, both included."""
+
+    first: int
+    last: int
+
+
+class Pieces:
+    """An object on its way, in pieces of PIECE_BYTES. To be closed, read to the end or not."""
+
+    def __init__(self, body: Any) -> None:
+        self._body = body
+
+    def __iter__(self) -> Iterator[bytes]:
+        """Raises StoreUnavailable when the store falls silent in the middle."""
+        try:
+            yield from self._body.iter_chunks(PIECE_BYTES)
+        except BotoCoreError as error:
+            raise StoreUnavailable(_reason(error)) from error
+
+    def close(self) -> None:
+        """Let go of the connection."""
+        self._body.close()
 
 
 class ObjectStore:
@@ -37,7 +67,7 @@ class ObjectStore:
     def put(self, key: str, content: bytes, *, content_type: str) -> None:
         """Store `content` under `key`. Raises StoreUnavailable."""
         try:
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type, CacheControl=IMMUTABLE)
+            self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type, CacheControl=PRIVATE)
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(_reason(error)) from error
 
@@ -46,8 +76,15 @@ class ObjectStore:
         try:
             return bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
         except (BotoCoreError, ClientError) as error:
-            is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
-            raise (ObjectGone if is_gone else StoreUnavailable)(_reason(error)) from error
+            raise _failure(error) from error
+
+    def open(self, key: str, span: Span | None = None) -> Pieces:
+        """The object, or a part of it, to be read as it comes. Raises StoreUnavailable; ObjectGone when there is no such key."""
+        part = {} if span is None else {"Range": f"bytes={span.first}-{span.last}"}
+        try:
+            return Pieces(self._client.get_object(Bucket=self._bucket, Key=key, **part)["Body"])
+        except (BotoCoreError, ClientError) as error:
+            raise _failure(error) from error
 
     def delete(self, key: str) -> None:
         """Harmless when there is no such key. Raises StoreUnavailable."""
@@ -59,7 +96,8 @@ class ObjectStore:
     def presigned_url(self, key: str, *, content_type: str, filename: str) -> str:
         """A URL that shows the object to whoever has it, for `presign_ttl_s`; signed for the public endpoint."""
         disposition = f'inline; filename="{filename}"'
-        parameters = {"Bucket": self._bucket, "Key": key, "ResponseContentType": content_type, "ResponseContentDisposition": disposition}
+        told = {"ResponseContentType": content_type, "ResponseContentDisposition": disposition, "ResponseCacheControl": PRIVATE}
+        parameters = {"Bucket": self._bucket, "Key": key, **told}
         return str(self._public.generate_presigned_url("get_object", Params=parameters, ExpiresIn=self._presign_ttl_s))
 
     def ping(self) -> None:
@@ -105,6 +143,11 @@ def _client(settings: StoreSettings, endpoint_url: str | None) -> BaseClient:
         aws_secret_access_key=settings.s3_secret_access_key.get_secret_value(),
         config=config,
     )
+
+
+def _failure(error: BotoCoreError | ClientError) -> StoreUnavailable:
+    is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
+    return (ObjectGone if is_gone else StoreUnavailable)(_reason(error))
 
 
 def _reason(error: Exception) -> str:

@@ -41,6 +41,7 @@ class Courier:
     broker: Broker
     outbound: Outbound
     name: str
+    public_url: str = ""  # where links to the gateway begin
 
     def hear(self, job_id: uuid.UUID) -> None:
         """A job ended: hand out what is to be told of it. The sweeper does so later if this is missed."""
@@ -97,7 +98,7 @@ class Courier:
 
     def _try(self, claim: Claim, job: Job | None) -> Tried:
         at = datetime.now(UTC)
-        body = json.dumps(message(claim, job, at), separators=(",", ":"))
+        body = json.dumps(message(claim, job, at, public_url=self.public_url), separators=(",", ":"))
         started, wish_s, status, error = time.monotonic(), None, None, None
         try:
             signed = headers(str(claim.id), at, body, claim.secrets)
@@ -111,18 +112,21 @@ class Courier:
         return Tried(status, error, time.monotonic() - started, None if is_last else try_again_s)
 
 
-def message(claim: Claim, job: Job | None, at: datetime) -> dict[str, Any]:
-    """The body: what happened, when, and to what; no prompt. The same at every attempt, for a job in a final state changes no more."""
+def message(claim: Claim, job: Job | None, at: datetime, *, public_url: str = "") -> dict[str, Any]:
+    """The body: what happened, when, and to what; no prompt. The same at every attempt, for a job in a final state changes no more.
+
+    public_url: where its links begin; without one they are paths.
+    """
     if job is None:
         return {"type": claim.event, "timestamp": at.isoformat(), "data": {}}
     happened_at = job.finished_at or at
-    return {"type": claim.event, "timestamp": happened_at.isoformat(), "data": _facts(job)}
+    return {"type": claim.event, "timestamp": happened_at.isoformat(), "data": _facts(job, public_url)}
 
 
-def _facts(job: Job) -> dict[str, Any]:
+def _facts(job: Job, public_url: str) -> dict[str, Any]:
     names = ("state", "tier", "model", "model_version", "seed")
     instants = {"created_at": job.accepted_at, "started_at": job.started_at, "finished_at": job.finished_at}
-    own = f"/v1/jobs/{job.id}"
+    own = f"{public_url}/v1/jobs/{job.id}"
     return {
         "id": str(job.id),
         "object": "job",

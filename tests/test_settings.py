@@ -128,6 +128,14 @@ def test_all_missing_variables_are_told_at_once(environment, capsys):
         ("S3_SECRET_ACCESS_KEY", ""),
         ("DATABASE_URL", ""),
         ("ALLOW_DEVELOPMENT_SECRETS", "perhaps"),
+        ("CORS_ALLOWED_ORIGINS", "https://app.example/"),
+        ("CORS_ALLOWED_ORIGINS", "app.example"),
+        ("CORS_ALLOWED_ORIGINS", "*,https://app.example"),
+        ("CORS_ALLOWED_ORIGINS", "null"),
+        ("PUBLIC_URL", "example.com/darkroom"),
+        ("PUBLIC_URL", "https://example.com/dark room"),
+        ("PUBLIC_URL", "https://user:secret@example.com"),
+        ("IMAGE_DELIVERY", "pigeon"),
     ],
 )
 def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(environment, capsys, name, value):
@@ -347,6 +355,16 @@ def test_a_wrong_fleet_file_ends_the_start_with_its_key(environment, capsys, tmp
     assert end.value.code == 78
     assert first.startswith("fleet.toml: ")
     assert told in first
+
+
+def test_origins_and_the_public_address_are_read_as_people_write_them(environment):
+    environment.setenv("CORS_ALLOWED_ORIGINS", "https://app.example, http://localhost:5173,capacitor://localhost ,http://[::1]:8080")
+    environment.setenv("PUBLIC_URL", "https://example.com/darkroom/")
+
+    settings = load(GatewaySettings)
+
+    assert settings.cors_allowed_origins == "https://app.example,http://localhost:5173,capacitor://localhost,http://[::1]:8080"
+    assert settings.public_url == "https://example.com/darkroom"
 
 
 def test_settings_cannot_be_changed(environment):

@@ -8,6 +8,7 @@ from pydantic import BaseModel
 
 from app.spec.operations import JSON, OPERATIONS, Operation
 from app.spec.schemas import SCHEMAS, Schema, ref
+from edges.encoding import FORMATS
 from policy.fleet import Fleet
 
 VERSION = "1.0.0"
@@ -26,7 +27,12 @@ TAGS = {  # blueprint -> the heading of its operations, in the order in which th
     "account": "Your key and usage",
     "admin": "Administration",
 }
-_KINDS: dict[str, Schema] = {"uuid": {"type": "string", "format": "uuid"}, "int": {"type": "integer", "minimum": 0}, "": {"type": "string"}}
+_KINDS: dict[str, Schema] = {
+    "uuid": {"type": "string", "format": "uuid"},
+    "int": {"type": "integer", "minimum": 0},
+    "path": {"type": "string"},
+    "": {"type": "string"},
+}
 _ARGUMENT = re.compile(r"<(?:(\w+):)?(\w+)>")
 
 
@@ -41,8 +47,8 @@ def paths_of(app: Flask) -> dict[tuple[str, str], tuple[str, dict[str, Schema]]]
     return found
 
 
-def build(app: Flask, fleet: Fleet) -> dict[str, Any]:
-    """The document. KeyError for a route that `OPERATIONS` does not describe."""
+def build(app: Flask, fleet: Fleet, root: str = "/") -> dict[str, Any]:
+    """The document; `root` is the path under which clients reach the gateway. KeyError for a route that `OPERATIONS` does not describe."""
     bodies: dict[str, Schema] = {}
     paths: dict[str, dict[str, Any]] = {}
     for (method, path), (endpoint, arguments) in sorted(paths_of(app).items(), key=lambda item: item[0][::-1]):
@@ -58,7 +64,7 @@ def build(app: Flask, fleet: Fleet) -> dict[str, Any]:
             "description": ABOUT,
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
-        "servers": [{"url": "/"}],
+        "servers": [{"url": root}],
         "security": [{"key": []}],
         "tags": [{"name": name} for name in dict.fromkeys(TAGS.values())],
         "paths": paths,
@@ -96,7 +102,10 @@ def _responses(operation: Operation) -> dict[str, Any]:
         good["content"] = {JSON: {"schema": ref(operation.answer)}}
     elif operation.media_type != JSON:
         good["content"] = {operation.media_type: {"schema": {"type": "string"}}}
-    others = {str(status): {"description": "Nothing has changed"} for status in operation.others}
+    others: dict[str, Any] = {str(status): {"description": "Nothing has changed"} for status in operation.others}
+    if operation.is_picture:
+        pixels = {kind.content_type: {} for kind in FORMATS.values()}
+        others |= {"200": {"description": "The picture", "content": pixels}, "206": {"description": "A part of it", "content": pixels}}
     problem = {"$ref": "#/components/responses/Problem"}
     return {str(operation.status): good, **others, "4XX": problem, "5XX": problem}
 

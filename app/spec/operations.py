@@ -35,6 +35,7 @@ class Operation:
     headers: dict[str, Schema] = field(default_factory=dict)
     example: dict[str, Any] | None = None
     others: tuple[int, ...] = ()  # further good answers, without a body
+    is_picture: bool = False  # it may also answer with a picture, or a part of one
 
 
 _PAGE: dict[str, Schema] = {"limit": {"type": "integer", "minimum": 1, "maximum": 100}, "cursor": TEXT}
@@ -42,6 +43,7 @@ _DAYS: dict[str, Schema] = {"from": DAY, "to": DAY}
 _WAIT: dict[str, Schema] = {"Prefer": {"type": "string", "pattern": "^wait=[0-9]$"}}  # wait=N: answer at the end, or after N seconds
 _ONCE: dict[str, Schema] = {"Idempotency-Key": {"type": "string", "pattern": "^[A-Za-z0-9_-]{1,64}$"}}
 _IF_NONE: dict[str, Schema] = {"If-None-Match": {"type": "string", "pattern": '^"[a-z0-9]{1,40}"$'}}
+_DIRECT: dict[str, Schema] = {"redirect": one_of("true", "false")}
 _RESUME: dict[str, Schema] = {"Last-Event-ID": {"type": "string", "pattern": "^[0-9]{1,15}-[0-9]{1,15}$"}}
 _JOBS = {"state": one_of(*JobState), "created_after": INSTANT, "created_before": INSTANT}
 
@@ -97,7 +99,9 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/jobs/{job_id}/cancel"): Operation(summary="Cancel a job", answer="Job"),
     ("POST", "/v1/jobs/{job_id}/replay"): Operation(summary="Replay a job", status=202, answer="Job", headers=_ONCE),
     ("DELETE", "/v1/jobs/{job_id}"): Operation(summary="Erase what a job was about", status=204),
-    ("GET", "/v1/jobs/{job_id}/images/{index}"): Operation(summary="Fetch an image of a job", status=302),
+    ("GET", "/v1/jobs/{job_id}/images/{index}"): Operation(
+        summary="Fetch an image of a job", status=302, query=_DIRECT, others=(304,), is_picture=True
+    ),
     ("POST", "/v1/jobs:batch"): Operation(
         summary="Accept a batch of jobs", answer="Batch", body=_BATCH, headers=_ONCE, example={"jobs": [_ONE_JOB, {**_ONE_JOB, "seed": 8}]}
     ),
@@ -105,7 +109,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/files"): Operation(summary="Upload a picture", status=201, answer="File", body=_UPLOAD, body_type=FORM),
     ("GET", "/v1/files"): Operation(summary="List pictures", answer="FilePage", query=_PAGE),
     ("GET", "/v1/files/{file_id}"): Operation(summary="Show a picture's record", answer="File"),
-    ("GET", "/v1/files/{file_id}/content"): Operation(summary="Fetch a picture", status=302),
+    ("GET", "/v1/files/{file_id}/content"): Operation(summary="Fetch a picture", status=302, query=_DIRECT, others=(304,), is_picture=True),
     ("DELETE", "/v1/files/{file_id}"): Operation(summary="Delete a picture", status=204),
     ("POST", "/v1/webhooks"): Operation(
         summary="Add a webhook",

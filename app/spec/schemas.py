@@ -15,7 +15,7 @@ ID: Schema = {"type": "string", "format": "uuid"}
 INSTANT: Schema = {"type": "string", "format": "date-time"}
 DAY: Schema = {"type": "string", "format": "date"}
 SHA256: Schema = {"type": "string", "pattern": "^[0-9a-f]{64}$"}
-PATH: Schema = {"type": "string", "pattern": "^/v1/"}
+PATH: Schema = {"type": "string", "pattern": "^(/[^/]+)*/v1/"}  # behind the prefix of a proxy
 TEXTS: Schema = {"type": "object", "additionalProperties": TEXT}
 ANYTHING: Schema = {}
 

@@ -5,15 +5,19 @@ import hashlib
 import hmac
 import time
 import uuid
+from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import openai
 import pytest
 from sqlalchemy import text
 from standardwebhooks import Webhook
 
+from models import jobs
 from models.database import transaction
 from models.webhooks import AT_ONCE_PER_TENANT
 from policy.webhooks import EVENTS, MAX_ENDPOINTS
+from tasks.deliver import message
 from tests.app.problem import assert_problem
 from tests.builders import until
 from tests.receivers import a_receiver
@@ -86,6 +90,18 @@ def test_a_finished_job_arrives_signed_and_without_its_prompt(tenant, receiver):
     [delivery] = deliveries(tenant, endpoint)
     assert (delivery["id"], delivery["job_id"], delivery["event"]) == (heard.id, job["id"], "job.succeeded")
     assert [(attempt["attempt"], attempt["status"]) for attempt in delivery["attempts"]] == [(1, 204)]
+
+
+def test_links_of_a_message_begin_with_the_public_address_where_there_is_one(stack_database, finished_job, api):
+    key = api.get("/v1/key").json()
+    with transaction(stack_database) as session:
+        job = jobs.find(session, uuid.UUID(finished_job["id"]), tenant_id=uuid.UUID(key["tenant_id"]))
+    claim = SimpleNamespace(event="job.succeeded")
+
+    data = message(claim, job, datetime.now(UTC), public_url="https://images.example/darkroom")["data"]
+
+    assert data["urls"]["self"] == f"https://images.example/darkroom{finished_job['urls']['self']}"
+    assert data["images"][1]["url"] == f"https://images.example/darkroom{finished_job['images'][1]['url']}"
 
 
 def test_the_openai_client_verifies_it_too(tenant, receiver):

@@ -1,0 +1,69 @@
+"""Which pages may call this gateway from a browser: CORS, by CORS_ALLOWED_ORIGINS; by default none.
+
+Credentials in the sense of CORS (cookies) are never allowed. A page sends its key itself, in Authorization, so being allowed
+here gives it nothing that the key does not. Browsers ask first, by OPTIONS and without the key: that is answered to anybody,
+as is every other OPTIONS.
+"""
+
+import re
+
+from flask import Flask, Response, current_app, request
+
+METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
+EXPOSED = (  # what a page may read of an answer, beside what every page may
+    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Idempotency-Replayed, Link, Location, "
+    "Preference-Applied, RateLimit, RateLimit-Policy, Retry-After, X-Darkroom-Job-Id, X-Request-Id, X-Should-Retry"
+)
+ASKED_AGAIN_AFTER_S = 600
+_HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(\s*,\s*[A-Za-z0-9-]{1,64}){0,63}")
+
+
+def register(app: Flask, allowed_origins: str) -> None:
+    """Answer every OPTIONS of `app`, and let pages of these origins, with commas between, read what it answers."""
+    origins = frozenset(filter(None, allowed_origins.split(",")))
+
+    def answer_options() -> Response | None:
+        if request.method != "OPTIONS":
+            return None
+        is_preflight = "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+        if request.routing_exception is not None and not (is_preflight and origins):
+            return None  # 404. But a page learns of that only from the request after its preflight
+        response = Response(status=204)
+        response.headers["Allow"] = METHODS
+        if request.routing_exception is None:
+            response.headers["Allow"] = ", ".join(sorted(current_app.create_url_adapter(request).allowed_methods()))
+        if is_preflight and _allowed(origins) is not None:
+            _permit(response)
+        return response
+
+    def tell_origin(response: Response) -> Response:
+        if not origins:
+            return response
+        if origins != {"*"}:
+            response.vary.add("Origin")  # also without one: a cache must not give that answer to a page
+        allowed = _allowed(origins)
+        if allowed is not None:
+            response.headers["Access-Control-Allow-Origin"] = allowed
+            response.headers["Access-Control-Expose-Headers"] = EXPOSED
+        return response
+
+    app.before_request(answer_options)
+    app.after_request(tell_origin)
+
+
+def _allowed(origins: frozenset[str]) -> str | None:
+    """The value of Access-Control-Allow-Origin for this request; None for a page that may not call, and for what is no page."""
+    origin = request.headers.get("Origin")
+    if origin is None:
+        return None
+    return "*" if "*" in origins else origin if origin in origins else None
+
+
+def _permit(response: Response) -> None:
+    """Let the request follow that the preflight asks for, with any headers: without cookies, none of them means harm."""
+    response.headers["Access-Control-Allow-Methods"] = METHODS
+    wanted = request.headers.get("Access-Control-Request-Headers", "").strip()
+    if _HEADER_NAMES.fullmatch(wanted):
+        response.headers["Access-Control-Allow-Headers"] = wanted
+    response.headers["Access-Control-Max-Age"] = str(ASKED_AGAIN_AFTER_S)
+    response.vary.update(("Access-Control-Request-Method", "Access-Control-Request-Headers"))
