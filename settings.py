@@ -342,7 +342,7 @@ class PublicSettings(Environment):
         parts = urlsplit(text)
         is_plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or parts.username)
         if text and not (is_plain and (not parts.path or PATH_PREFIX.fullmatch(parts.path))):
-            raise ValueError("must be an address such as https://images.example.com or https://example.com/darkroom")
+            raise ValueError("is not an address; accepted: such as https://images.example.org or https://example.org/images")
         return text
 
 
@@ -371,7 +371,7 @@ class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSet
     def _are_origins(cls, text: str) -> str:
         origins = [part.strip() for part in text.split(",") if part.strip()]
         if origins != ["*"] and not all(_ORIGIN.fullmatch(origin) for origin in origins):
-            raise ValueError("must be origins such as https://app.example.com, in lower case and without a path, or * alone")
+            raise ValueError("is not a list of origins; accepted: such as https://pages.example.org, lower case, no path, or * alone")
         return ",".join(origins)
 
 
