@@ -36,6 +36,7 @@ PICTURE_SECONDS = Histogram("darkroom_picture_seconds", "Time to check a tenant'
 INPUTS_BROUGHT = Counter("darkroom_inputs_brought_total", "Pictures brought to the hand-off for jobs that start from them")
 INPUTS_GONE = Counter("darkroom_inputs_gone_total", "Pictures that a job starts from and that are not in the store")
 INPUT_WAIT_SECONDS = Histogram("darkroom_input_wait_seconds", "How long a leased job waited for the pictures it starts from")
+PREVIEWS_DROPPED = Counter("darkroom_previews_dropped_total", "Previews not kept, for the hand-off was half full")
 IMAGES_STORED = Counter("darkroom_images_stored_total", "Artifacts committed", ["tier", "format"])
 STORED_BYTES = Counter("darkroom_stored_bytes_total", "Bytes of committed artifacts")
 DUPLICATES = Counter("darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"])
