@@ -85,7 +85,7 @@ def serve_render() -> None:
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
-        desk=PictureDesk(fleet=fleet, broker=broker, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
+        desk=PictureDesk(inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
         health=health,
         verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,
@@ -147,7 +147,13 @@ def serve_results() -> None:
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
     store = ObjectStore(settings)
-    bringer = Bringer(database=database, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s), store=store)
+    bringer = Bringer(
+        database=database,
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=store,
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        fill=Gauge(settings.handoff_url).fill,
+    )
     storekeeper = Storekeeper(
         settings=settings,
         fleet=fleet,
