@@ -20,7 +20,8 @@ from models.tables import Job
 OF_EACH_TENANT = 2  # that has none asked for, while the others' fill the window
 LONGEST_WAIT_S = 3600.0  # for pictures past the start deadline, where the job has no run deadline to go by
 
-# The window in fair order, and beyond it, up to twice as much, a little for each tenant that has nothing in it.
+# The window in fair order, and beyond it, up to twice as much, a little for each tenant that has nothing in it. Written so that it takes
+# a few steps in the indexes, however many wait.
 _ASK = text(
     """
     WITH asked AS MATERIALIZED (
@@ -44,15 +45,16 @@ _ASK = text(
         ORDER BY head.release_tag, head.id LIMIT greatest(0, 2 * :most - (SELECT jobs FROM total))
     )
     UPDATE jobs SET inputs_asked_at = clock_timestamp()
-    WHERE id IN (SELECT id FROM line UNION SELECT id FROM heads) AND state = 'queued' AND lacks_inputs
+    WHERE id = ANY(ARRAY(SELECT id FROM line UNION ALL SELECT id FROM heads)) AND state = 'queued' AND lacks_inputs
     RETURNING id
     """
 )
 
 _LACKING = text(
     """
-    SELECT name FROM unnest(CAST(:tiers AS text[])) name
-    WHERE EXISTS (SELECT FROM jobs WHERE pool = :pool AND tier = name AND state = 'queued' AND lacks_inputs)
+    SELECT name FROM unnest(CAST(:tiers AS text[])) name CROSS JOIN LATERAL (
+        SELECT FROM jobs WHERE pool = :pool AND tier = name AND state = 'queued' AND lacks_inputs ORDER BY release_tag, id LIMIT 1
+    ) lacking
     """
 )
 
