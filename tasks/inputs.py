@@ -1,6 +1,5 @@
 """A worker's side of pictures that jobs start from: they are in the hand-off before it is asked; take them, drop them in the end."""
 
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -37,8 +36,9 @@ class PictureDesk:
         wanted = files.of_job(job)
         if not wanted:
             return {}
-        brought = self._brought(job.id)
+        brought = self._brought(job)
         if not brought.keys() >= wanted.keys():
+            self.drop(job)  # or what is there of them would be taken for all
             raise InputsMissing("the pictures it starts from are not in the hand-off")
         return {role: _picture(brought[role]) for role in wanted}
 
@@ -48,10 +48,11 @@ class PictureDesk:
             with suppress(HandoffUnavailable):
                 self.inputs.drop([job.id])
 
-    def _brought(self, job_id: uuid.UUID) -> dict[str, Brought]:
+    def _brought(self, job: Job) -> dict[str, Brought]:
         try:
-            return self.inputs.of(job_id)
-        except HandoffUnavailable as error:
+            return self.inputs.of(job.id)
+        except HandoffUnavailable as error:  # or they are spoilt: others must come in their place
+            self.drop(job)
             raise InputsMissing(str(error)) from error
 
 

@@ -168,6 +168,19 @@ def test_a_job_whose_pictures_vanished_is_given_back_at_once_and_has_them_brough
     assert here.row(job).state == JobState.STORING
 
 
+def test_spoilt_pictures_are_thrown_away_and_brought_again(here, shelf):
+    job = accept(here, shelf)
+    bring(shelf, job)
+    redis.Redis.from_url(here.settings.handoff_url).hset(f"input:{job.id}", "init_image", b"\x00\x00\x00\x02{}")
+
+    here.render(job).join(timeout=30)
+    assert here.row(job).lacks_inputs
+
+    bring(shelf, job)
+    here.render(job).join(timeout=30)
+    assert here.row(job).state == JobState.STORING
+
+
 def test_a_job_that_leaves_its_worker_leaves_its_pictures_for_the_next_one(here, shelf):
     job = accept(here, shelf, tier="quality", num_steps=60)
     bring(shelf, job)
