@@ -57,8 +57,8 @@ class Bringer:
     def _bring(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = session.get(Job, job_id)
-        # Running without them: on a worker of an older version, which waits for them.
-        if job is None or job.state not in (JobState.QUEUED, JobState.RUNNING) or not job.lacks_inputs:
+        # One that runs has them, unless its worker is of an older version, which asks with the lease in its hand.
+        if job is None or not (job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)):
             telemetry.DUPLICATES.labels("bring").inc()
             return
         if not self.inputs.are_there(job_id):
