@@ -18,7 +18,7 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from edges.handoff import Gauge
-from models import flows, learning, releasing, workers
+from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
 from models.flows import Standing
 from models.releasing import Hands, Room
@@ -88,6 +88,7 @@ class _Seen:
     clocks: Mapping[str, float]
     hands: Mapping[str, Hands]
     sharing: Mapping[str, frozenset[uuid.UUID]]
+    lacking_inputs: frozenset[str]  # tiers with jobs that wait for their pictures, not for workers
 
 
 class Lookout:
@@ -141,6 +142,8 @@ class Lookout:
         """
         seen = self._seen(wish.pool)
         room, hands = self._room(wish.pool, wish.tier, seen.slots), seen.hands.get(wish.tier, Hands())
+        if wish.init_file_id is not None or wish.control_file_id is not None or wish.tier in seen.lacking_inputs:
+            return WayOut.TO_BE_SEEN, room  # its pictures are to be asked for; or how many of those that wait are before it is not known
         line = seen.lines.get(wish.tier)
         waiting = (line.jobs if line is not None else 0) - hands.announced_jobs
         if waiting <= 0 and hands.images.total() + wish.num_images <= room.slots:
@@ -199,6 +202,7 @@ class Lookout:
                 clocks=flows.clocks(session, pool=pool),
                 hands=hands,
                 sharing=sharing,
+                lacking_inputs=inputs.tiers_lacking(session, pool=pool, tiers=list(self._fleet.tiers)),
             )
 
         return self._recalled(("seen", pool), FRESH_FOR_S, read)

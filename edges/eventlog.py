@@ -5,7 +5,7 @@ in Postgres, so that whoever follows a job sees it end whatever becomes of this 
 
 What one job may take of the hand-off's memory: 1000 events of some 70 bytes, and two previews of at most 25 KB for each of its (at
 most 8) images. So 0.5 MB while somebody watches previews, 75 KB otherwise, 5 KB as a rule; until ten minutes after the last event,
-or one after the job's end.
+or one after the job's end. Where the hand-off is half full, previews are not kept at all (edges/progress.py).
 """
 
 import base64

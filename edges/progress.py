@@ -18,7 +18,8 @@ import redis
 import structlog
 from redis.client import Pipeline
 
-from edges import eventlog
+from edges import eventlog, telemetry
+from policy import admission
 
 log = structlog.get_logger(__name__)
 
@@ -61,10 +62,14 @@ class _Noted:
 
 
 class ProgressWriter:
-    """The worker's side: the engine's thread notes what happens, a thread of its own sends it ten times a second."""
+    """The worker's side: the engine's thread notes what happens, a thread of its own sends it ten times a second.
 
-    def __init__(self, handoff_url: str) -> None:
+    fill: how full the hand-off is; where it is half full, previews are dropped, for what is rendered needs the room more.
+    """
+
+    def __init__(self, handoff_url: str, *, fill: Callable[[], float] = lambda: 0.0) -> None:
         self._redis = connect(handoff_url)
+        self._fill = fill
         self._unwatched: Callable[[uuid.UUID], None] = _ignore
         self._noted = _Noted()
         self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
@@ -128,6 +133,11 @@ class ProgressWriter:
 
     def _send_previews(self, previews: Mapping[tuple[str, int], Preview]) -> None:
         """Each takes the place of one before it, for pictures are large."""
+        if self._fill() > admission.HANDOFF_FULL_FOR_PREVIEWS:
+            telemetry.PREVIEWS_DROPPED.inc(len(previews))
+            for job_id in {job_id for job_id, _ in previews}:
+                self._unwatched(uuid.UUID(job_id))  # none is made until a follower says again that he looks
+            return
         for (job_id, index), preview in previews.items():
             kept = self._kept.setdefault((job_id, index), deque())
             pipe = self._redis.pipeline(transaction=False)

@@ -1,7 +1,7 @@
 """From waiting rows to messages: stamp in Postgres, commit, publish. Called at accept, at finish and by the sweeper.
 
 A crash between the stamp and the message, or a broker that is down, costs seconds: the sweeper sees a stamped row
-whose message is nowhere and announces it again.
+whose message is nowhere and announces it again. A job that starts from pictures has them brought first (models/inputs.py).
 """
 
 import uuid
@@ -11,7 +11,7 @@ import structlog
 from sqlalchemy import Engine
 
 from edges.broker import Broker, BrokerUnavailable
-from models import releasing, workers
+from models import inputs, releasing, workers
 from models.database import transaction
 from models.releasing import Picked, Room
 from models.states import JobState
@@ -36,8 +36,18 @@ class Release:
         """
         with transaction(self._engine) as session:
             slots = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s).slots
-            picked = releasing.pick(session, pool=pool, tier=tier, room=self.room(pool, tier, slots), tenant_id=tenant_id)
+            room = self.room(pool, tier, slots)
+            picked = releasing.pick(session, pool=pool, tier=tier, room=room, tenant_id=tenant_id)
+            lacking = inputs.ask(session, pool=pool, tier=tier, most=room.limit_images)
+        self._ask_for_inputs(tier, lacking)
         return self._publish(pool, tier, picked)
+
+    def ask_for_inputs_again(self, pool: str, tier: str, *, asked_before_s: float) -> int:
+        """Have pictures brought that were asked for that long ago and did not come; how many jobs wait for theirs is returned."""
+        with transaction(self._engine) as session:
+            lacking = inputs.ask_again(session, pool=pool, tier=tier, asked_before_s=asked_before_s)
+        self._ask_for_inputs(tier, lacking)
+        return len(lacking)
 
     def room(self, pool: str, tier: str, live_slots: int) -> Room:
         """How much of (pool, tier) may be in hand where the live workers hold `live_slots` images."""
@@ -64,6 +74,16 @@ class Release:
             job = session.get(Job, job_id)
         if job is not None and job.state == JobState.QUEUED:
             self.again(job.pool, job.tier, [job_id])
+
+    def _ask_for_inputs(self, tier: str, job_ids: Sequence[uuid.UUID]) -> None:
+        for position, job_id in enumerate(job_ids):
+            try:
+                self._broker.announce(queues.BRING_INPUTS, queues.results_queue(self._fleet, tier), job_id)
+            except BrokerUnavailable as error:
+                log.warning("inputs_not_asked_for", job_id=str(job_id), reason=str(error))
+                with transaction(self._engine) as session:
+                    inputs.forget_asking(session, job_ids[position:])
+                return
 
     def _publish(self, pool: str, tier: str, picked: Sequence[Picked]) -> int:
         for position, job in enumerate(picked):

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, selectinload
 
-from models import accepting, audit, flows, idempotency, uploads, usage, webhooks
+from models import accepting, audit, flows, idempotency, inputs, uploads, usage, webhooks
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
 from models.idempotency import Once
@@ -128,7 +128,7 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
     """End a job that nothing started before its deadline; None if something did meanwhile."""
     job = session.scalar(
         select(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < func.clock_timestamp())
+        .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.attempt == 0, inputs.start_deadline() < func.clock_timestamp())
         .with_for_update(skip_locked=True),
         execution_options=AFRESH,
     )

@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy import func, or_, select, tuple_, update
 from sqlalchemy.orm import Session
 
-from models import audit, jobs
+from models import audit, inputs, jobs
 from models.database import AFRESH
 from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
@@ -77,11 +77,12 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
     """Give `worker` the job until the database's now + `ttl_s`; None if it is finished or someone else holds it.
 
     A single UPDATE, so two workers cannot both win. Only queued jobs are given: a silent worker's job is first put back by
-    `lose`, the one place that counts lost leases.
+    `lose`, the one place that counts lost leases. And none whose pictures are not there, for it would only hold its slots.
     """
+    in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp()) | Job.inputs_asked_at.is_not(None)
     taken = session.execute(
         update(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED, (Job.attempt > 0) | (Job.start_by > func.clock_timestamp()))
+        .where(Job.id == job_id, Job.state == JobState.QUEUED, ~Job.lacks_inputs, in_time)
         .values(
             state=JobState.RUNNING,
             worker=worker,
@@ -153,11 +154,16 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     return job
 
 
-def give_back(session: Session, lease: Lease, *, reason: str) -> Job:
-    """Return the job unharmed: the try does not count towards the cap. Raises LeaseLost."""
+def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool = False) -> Job:
+    """Return the job unharmed: the try does not count towards the cap. Raises LeaseLost.
+
+    lacks_inputs: the pictures it starts from are not in the hand-off; it waits until they were brought again.
+    """
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.RETURNED, error=reason)
     jobs.requeue(job)
+    if lacks_inputs:
+        inputs.lose(job)
     facts: dict[str, Any] = {"attempt": lease.attempt, "reason": reason}
     audit.append(session, "job:lease:returned", chain=job.tenant_id, actor=lease.worker, job_id=job.id, **facts)
     return job
@@ -261,6 +267,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
         return None
     if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
+        inputs.lose(job)  # they were dropped with the last image
     audit.append(
         session, "job:hand-off:lost", chain=job.tenant_id, actor=jobs.SWEEPER, job_id=job_id, attempt=job.attempt, indexes=sorted(gone)
     )

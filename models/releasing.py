@@ -7,6 +7,8 @@ Room is as many images as the live workers can hold, and a batch more, so that t
 can hold, a tenant with much less than its fair share there is let out to the front queue, also when all room is taken; a job that
 comes back from another worker always is. Workers take from the front queue first, and beyond their slots: their engine parks what is
 less urgent. That is how one tenant may use every idle slot without anybody else having to wait for them.
+
+A job whose pictures are not in the hand-off yet stands in no line and takes no room (models/inputs.py): others pass it.
 """
 
 import uuid
@@ -72,7 +74,7 @@ class _Waiting:
 
 _COLUMNS = (Job.id, Job.tenant_id, Job.num_images, Job.release_tag, Job.attempt)
 _IN_HAND = or_((Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING)
-_IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None))
+_IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None), ~Job.lacks_inputs)
 
 
 def _heads_statement() -> Select[Any]:

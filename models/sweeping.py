@@ -8,7 +8,7 @@ from datetime import timedelta
 from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
-from models import jobs
+from models import inputs, jobs
 from models.database import now_once
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
@@ -29,7 +29,8 @@ def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, Job.start_by < now_once())
+    is_late = (Job.start_by < now_once(), inputs.start_deadline() < now_once())  # the first by its index
+    query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, *is_late)
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
 
@@ -71,9 +72,10 @@ def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID
     return set(job_ids) - active
 
 
-def not_running_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Those of these jobs that no worker renders, or that nobody knows."""
-    return set(job_ids) - set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state == JobState.RUNNING)))
+def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
+    """Those of these jobs that no worker renders or will, or that nobody knows."""
+    to_render = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+    return set(job_ids) - set(session.scalars(to_render))
 
 
 def ensure_audit_partitions(session: Session) -> None:

@@ -9,6 +9,8 @@ from policy.prediction import EtaRatios, Line, Waiting, raw_eta_s
 
 HANDOFF_FULL = 0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
 HANDOFF_OVERFULL = 0.9
+HANDOFF_FULL_FOR_INPUTS = 0.7  # below what closes the workers: pictures that wait for a worker must not keep it from taking their jobs
+HANDOFF_FULL_FOR_PREVIEWS = 0.5  # whoever watches must not be able to close anything
 MOST_PESSIMISM = 4.0  # p90 of past jobs / their guess: beyond this it says more about an incident than about the queue
 JITTER = 0.2  # of Retry-After, so that those refused together do not come back together
 LONGEST_RETRY_S, SHORTEST_RETRY_S = 600, 1

@@ -1,6 +1,6 @@
-"""Bring the pictures that a job starts from to its GPU: out of the object store, in the job's size, into the hand-off.
+"""Bring the pictures that a job starts from towards its GPU: out of the object store, in the job's size, into the hand-off.
 
-A GPU worker has no key to the store, so it asks; whoever stores results answers.
+A GPU worker has no key to the store, so whoever stores results does it, before a worker is asked: the job is announced when they are there.
 """
 
 import uuid
@@ -17,10 +17,12 @@ from edges.handoff import HandoffUnavailable
 from edges.inputs import Brought, Gone, Inputs
 from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.pictures import fitted, fitted_mask
-from models import files
+from edges.release import Release
+from models import files, inputs
 from models.database import transaction
 from models.states import JobState
 from models.tables import Job
+from policy import admission
 
 log = structlog.get_logger(__name__)
 
@@ -38,9 +40,11 @@ class Bringer:
     database: Database
     inputs: Inputs
     store: ObjectStore
+    release: Release
+    fill: Callable[[], float]  # of the hand-off
 
     def bring_inputs(self, *, job_id: str) -> None:
-        """Bring every picture of a job that runs and has not got them. Harmless when repeated: whoever waits asks again."""
+        """Bring every picture of a job that lacks them, and let it out. Harmless when repeated: the sweeper asks again."""
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id)
         try:
@@ -53,12 +57,21 @@ class Bringer:
     def _bring(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = session.get(Job, job_id)
-        if job is None or job.state != JobState.RUNNING or self.inputs.are_there(job_id):
+        # One that runs has them, unless its worker is of an older version, which asks with the lease in its hand.
+        if job is None or not (job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)):
             telemetry.DUPLICATES.labels("bring").inc()
             return
-        brought = {role: self._picture(job, role, file_id) for role, file_id in files.of_job(job).items()}
-        self.inputs.bring(job_id, brought)
-        telemetry.INPUTS_BROUGHT.inc(len(brought))
+        if not self.inputs.are_there(job_id):
+            if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:
+                raise HandoffUnavailable("it has no room for pictures")
+            brought = {role: self._picture(job, role, file_id) for role, file_id in files.of_job(job).items()}
+            self.inputs.bring(job_id, brought)
+            telemetry.INPUTS_BROUGHT.inc(len(brought))
+        with transaction(self.database) as session:
+            noted = inputs.note_brought(session, job_id)
+        if noted is not None:
+            telemetry.INPUT_WAIT_SECONDS.observe(noted.waited_s)
+            self.release.release(noted.pool, noted.tier)
 
     def _picture(self, job: Job, role: str, file_id: uuid.UUID) -> Brought:
         with transaction(self.database) as session:

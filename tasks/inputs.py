@@ -1,87 +1,59 @@
-"""A worker's side of pictures that jobs start from: ask for them, wait until they are in the hand-off, drop them in the end."""
+"""A worker's side of pictures that jobs start from: they are in the hand-off before it is asked; take them, drop them in the end."""
 
-import time
-import uuid
 from contextlib import suppress
 from dataclasses import dataclass
 
 import structlog
 
-from edges import telemetry
-from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import HandoffUnavailable
 from edges.inputs import Brought, Gone, Inputs
 from engine.request import Picture
 from models import files
-from policy import queues
-from policy.fleet import Fleet
-from tasks.keeper import Held
+from models.tables import Job
 
 log = structlog.get_logger(__name__)
-
-LOOK_EVERY_S = 0.02
-ASK_EVERY_S = 2.0
 
 
 class InputGone(Exception):
     """A picture that the job starts from is not in the store any more: no retry helps. The message may be told to the tenant."""
 
 
-class InputsLate(Exception):
-    """Nobody brought the pictures in time: the store, the results workers or the broker are away. The job itself is sound."""
+class InputsMissing(Exception):
+    """The pictures are not in the hand-off, or it is away. The job itself is sound: it waits until they were brought again."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PictureDesk:
     """One per worker."""
 
-    fleet: Fleet
-    broker: Broker
     inputs: Inputs
-    wait_s: float = 30.0
 
-    def of(self, held: Held) -> dict[str, Picture] | None:
-        """The job's pictures by role, {} if it starts from none; None as soon as the job is to be let go of.
+    def of(self, job: Job) -> dict[str, Picture]:
+        """Take the job's pictures by role, {} if it starts from none.
 
-        Raises InputGone, InputsLate.
+        Raises InputGone, and InputsMissing at once: a lease is no place to wait.
         """
-        job = held.lease.job
         wanted = files.of_job(job)
         if not wanted:
             return {}
-        started = time.monotonic()
-        asked_at = -ASK_EVERY_S
-        while (waited_s := time.monotonic() - started) < self.wait_s:
-            if held.lost.is_set() or held.leaving:
-                return None
-            brought = self._brought(job.id)
-            if brought.keys() >= wanted.keys():
-                telemetry.INPUT_WAIT_SECONDS.observe(waited_s)
-                return {role: _picture(brought[role]) for role in wanted}
-            if waited_s - asked_at >= ASK_EVERY_S:
-                asked_at = waited_s
-                self._ask(job.tier, job.id)
-            held.lost.wait(LOOK_EVERY_S)
-        raise InputsLate(f"the pictures it starts from did not come within {self.wait_s:g} s")
+        brought = self._brought(job)
+        if not brought.keys() >= wanted.keys():
+            self.drop(job)  # or what is there of them would be taken for all
+            raise InputsMissing("the pictures it starts from are not in the hand-off")
+        return {role: _picture(brought[role]) for role in wanted}
 
-    def drop(self, held: Held) -> None:
-        """The job is in the engine no more: whoever renders it next asks again."""
-        if files.of_job(held.lease.job):
+    def drop(self, job: Job) -> None:
+        """The job will not be rendered again; should it be, they are brought again."""
+        if files.of_job(job):
             with suppress(HandoffUnavailable):
-                self.inputs.drop([held.lease.job_id])
+                self.inputs.drop([job.id])
 
-    def _brought(self, job_id: uuid.UUID) -> dict[str, Brought]:
+    def _brought(self, job: Job) -> dict[str, Brought]:
         try:
-            return self.inputs.of(job_id)
-        except HandoffUnavailable as error:
-            log.info("inputs_not_seen", reason=str(error))
-            return {}
-
-    def _ask(self, tier: str, job_id: uuid.UUID) -> None:
-        try:
-            self.broker.announce(queues.BRING_INPUTS, queues.results_queue(self.fleet, tier), job_id)
-        except BrokerUnavailable as error:
-            log.warning("inputs_not_asked_for", reason=str(error))
+            return self.inputs.of(job.id)
+        except HandoffUnavailable as error:  # or they are spoilt: others must come in their place
+            self.drop(job)
+            raise InputsMissing(str(error)) from error
 
 
 def _picture(brought: Brought) -> Picture:

@@ -133,6 +133,7 @@ class Renderer:
         try:
             for finished in self._finished_images(work):
                 self._hand_on(work, finished)
+            self.desk.drop(held.lease.job)
             # As a rule the last hand-off has ended the lease; but one of an earlier attempt may have vanished meanwhile.
             self._give_back(held.lease, "an image of an earlier attempt is to be rendered again")
         except LetGo:
@@ -140,12 +141,12 @@ class Renderer:
         except (LeaseLost, ImageCanceled):
             self._drop(work)
         except BaseException as error:  # noqa: BLE001
-            self.verdicts.decide(held, error)
+            if self.verdicts.decide(held, error):
+                self.desk.drop(held.lease.job)
         finally:
             self.previews.end(held.lease.job_id)
             for handle in work.handles.values():
                 handle.cancel()
-            self.desk.drop(held)
             self._note_waste(work)
 
     def _finished_images(self, work: Work) -> Iterator[FinishedImage]:
@@ -155,9 +156,7 @@ class Renderer:
         """
         held, lease = work.held, work.held.lease
         held.when_to_let_go(work.look_up)
-        pictures = self.desk.of(held)
-        if pictures is None:
-            raise LetGo
+        pictures = self.desk.of(lease.job)
         earlier = self.checkpoints.of_earlier_attempts(lease)
         for index in lease.pending:
             request, on_event = self._request(lease, index, pictures), self._hearer(work, index)

@@ -72,9 +72,9 @@ def serve_render() -> None:
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
     keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
-    progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
-    previews = Previews(progress)
     gauge = Gauge(settings.handoff_url, trusted_for_s=HANDOFF_MISSED_AFTER_S)
+    progress, news = ProgressWriter(settings.handoff_url, fill=gauge.fill), News(settings.handoff_url)
+    previews = Previews(progress)
     checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news, fill=gauge.fill)
     preemption = Preemption(keeper, when_empty=lambda: os.kill(os.getpid(), signal.SIGTERM))
     health = Health(engine, stuck_after_s=settings.engine_stuck_after_s, leave=preemption.begin)
@@ -83,7 +83,7 @@ def serve_render() -> None:
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
-        desk=PictureDesk(fleet=fleet, broker=broker, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
+        desk=PictureDesk(inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
         health=health,
         verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,
@@ -145,7 +145,13 @@ def serve_results() -> None:
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
     store = ObjectStore(settings)
-    bringer = Bringer(database=database, inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s), store=store)
+    bringer = Bringer(
+        database=database,
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=store,
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        fill=Gauge(settings.handoff_url).fill,
+    )
     storekeeper = Storekeeper(
         settings=settings,
         fleet=fleet,

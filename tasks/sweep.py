@@ -25,7 +25,7 @@ from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models import idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import conflict, run_transaction, transaction
 from models.releasing import Announced
 from models.states import JobState
@@ -43,6 +43,8 @@ LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lo
 MOST_HANDED_OUT = 200  # webhook deliveries that nobody has taken yet
 ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
 FORGOTTEN_AT_A_TIME = 5000  # rows that are too old
+INPUTS_LATE_AFTER_S = 5.0  # pictures that were asked for that long ago: the store may be back
+INPUTS_LOST_AFTER_S = 60.0  # or, while other messages wait in that queue, theirs may have been lost
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
 PIECE = 1000  # rows deleted per transaction
@@ -105,6 +107,7 @@ class Sweeper:
             (self._stores, 0),
             (self._releases, 0),
             (self._lost_messages, 0),
+            (self._late_inputs, 0),
             (self._webhooks, 0),
             (self._gauges, 0),
             (self._etas, 0),
@@ -191,6 +194,16 @@ class Sweeper:
             return []  # a message of a job that is over: it will be dropped, and the next one tells more
         return [job.job_id for job in announced if (next_at - job.announced_at).total_seconds() > OVERTAKEN_BY_S]
 
+    def _late_inputs(self) -> None:
+        """Pictures that did not come: ask again, but not while whoever brings them has not looked at what he was asked before."""
+        for pool in self.fleet.pools:
+            for tier in self.fleet.tiers:
+                is_heard = self.broker.waiting(queues.results_queue(self.fleet, tier)) == 0
+                late_s = INPUTS_LATE_AFTER_S if is_heard else INPUTS_LOST_AFTER_S
+                late = self.release.ask_for_inputs_again(pool, tier, asked_before_s=late_s)
+                if late:
+                    telemetry.SWEPT.labels("inputs_late").inc(late)
+
     def _webhooks(self) -> None:
         """Deliveries that are due and that nobody tries: missed at the job's end, or to be tried again."""
         if self.broker.waiting(queues.WEBHOOKS) > MOST_HANDED_OUT:
@@ -217,7 +230,11 @@ class Sweeper:
             rows = session.execute(text("SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now")).all()
             telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
             live = [worker.pool for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)]
+            lacking = inputs.asked_and_lacking(session)
         telemetry.QUEUE_JOBS.clear()
+        telemetry.JOBS_LACKING_INPUTS.clear()
+        for (pool, tier), jobs_lacking in lacking.items():
+            telemetry.JOBS_LACKING_INPUTS.labels(pool, tier).set(jobs_lacking)
         telemetry.OLDEST_WAIT.clear()
         for pool, tier, waiting, announced, running, storing, oldest_wait_s in rows:
             for state, count in {"waiting": waiting, "announced": announced, "running": running, "storing": storing}.items():
@@ -243,7 +260,7 @@ class Sweeper:
         with transaction(self.database) as session:
             awaited = sweeping.awaited_pixels(session, list({job_id for job_id, _, _ in kept}))
             over = sweeping.finished_of(session, with_snapshots)
-            unread = sweeping.not_running_of(session, with_inputs)
+            unread = sweeping.rendered_of(session, with_inputs)
             objects = uploads.are_left_behind(session, older_than_s=ORPHAN_AFTER_S)
         orphans = [key for image, key in kept.items() if image not in awaited]
         self.handoff.forget(orphans)

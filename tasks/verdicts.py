@@ -34,13 +34,13 @@ from models.leases import Lease, LeaseLost
 from models.states import FailureCode, JobState
 from models.tables import Job
 from tasks.health import Health
-from tasks.inputs import InputGone, InputsLate
+from tasks.inputs import InputGone, InputsMissing
 from tasks.keeper import Held
 
 log = structlog.get_logger(__name__)
 
 PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided; pixels are worth some
-AWAY = (HandoffUnavailable, InputsLate, OperationalError, InterfaceError, PoolTimeout)  # a part of the house, for now
+AWAY = (HandoffUnavailable, InputsMissing, OperationalError, InterfaceError, PoolTimeout)  # a part of the house, for now
 Answer = TypeVar("Answer")
 
 
@@ -53,8 +53,8 @@ class Verdicts:
     health: Health
     max_attempts: int
 
-    def decide(self, held: Held, error: BaseException) -> None:
-        """Write down what becomes of the job; nothing if it is not ours any more."""
+    def decide(self, held: Held, error: BaseException) -> bool:
+        """Write down what becomes of the job; nothing if it is not ours any more. Is it over?"""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
         log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
         if isinstance(error, EngineStopped):
@@ -63,9 +63,10 @@ class Verdicts:
         try:
             job = persist(lambda: self._decided(held.lease, error, is_alone=held.is_alone, is_ours=is_ours), OperationalError)
         except LeaseLost:
-            return
+            return False
         if job.state == JobState.FAILED:
             self.news.tell_ending(job.id)
+        return job.state == JobState.FAILED
 
     def _decided(self, lease: Lease, error: BaseException, *, is_alone: bool, is_ours: bool) -> Job:
         def decide(session: Session) -> Job:
@@ -73,7 +74,7 @@ class Verdicts:
                 return leases.fail(session, lease, code=code, detail=str(error))
             was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
             if is_ours or was_stopped or isinstance(error, AWAY):
-                return leases.give_back(session, lease, reason=type(error).__name__)
+                return leases.give_back(session, lease, reason=type(error).__name__, lacks_inputs=isinstance(error, InputsMissing))
             detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.max_attempts)
 

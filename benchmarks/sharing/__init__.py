@@ -1,4 +1,4 @@
-"""How work shares one worker: what `benchmarks.tiers` and `benchmarks.tenants` have in common.
+"""How work shares one worker: what `benchmarks.tiers`, `tenants` and `bursts` have in common.
 
 `house.py` starts a house of its own and makes tenants; `door.py` asks it for images as a tenant would, patient when refused. `ledger.py`
 reads what happened from Postgres, `meter.py` what the device did from the worker's metrics: both by the servers' clocks, for client

@@ -15,6 +15,7 @@ from models.tables.base import NOW, Base, Megapixels, listed
 from models.tables.tenants import Tenant
 
 _FLOW = ("pool", "tier", "tenant_id")
+_IS_WAITING = "state = 'queued' AND announced_at IS NULL AND NOT lacks_inputs"
 
 
 class Job(Base):
@@ -56,6 +57,8 @@ class Job(Base):
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
     announced_at: Mapped[datetime | None]
     is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # announced ahead of its tier's queue
+    lacks_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # the pictures it starts from are to be brought
+    inputs_asked_at: Mapped[datetime | None]  # of whoever brings them, the last time
     start_by: Mapped[datetime]
     run_within_s: Mapped[float | None]  # from its first start to its last pixels
     run_by: Mapped[datetime | None]
@@ -96,14 +99,17 @@ class Job(Base):
         CheckConstraint("(determinism = 'reproducible') = (bucket_rows IS NOT NULL)", name="jobs_bucket_when_reproducible"),
         CheckConstraint("num_images >= 1 AND num_steps >= 1 AND seed >= 0", name="jobs_counts_are_positive"),
         CheckConstraint("width_px >= 1 AND height_px >= 1", name="jobs_sides_are_positive"),
-        Index("jobs_waiting", "pool", "tier", "release_tag", "id", postgresql_where=text("state = 'queued' AND announced_at IS NULL")),
+        Index("jobs_waiting", "pool", "tier", "release_tag", "id", postgresql_where=text(_IS_WAITING)),
         Index("jobs_announced", "pool", "tier", "announced_at", postgresql_where=text("state = 'queued' AND announced_at IS NOT NULL")),
         # Not by lease_expires_at: a renewal then touches no index at all, and the rows of what runs are few.
         Index("jobs_running", "pool", "tier", postgresql_where=text("state = 'running'")),
         Index("jobs_storing", "store_by", postgresql_where=text("state = 'storing'")),
         Index("jobs_start_by", "start_by", postgresql_where=text("state = 'queued' AND attempt = 0")),
         Index("jobs_run_by", "run_by", postgresql_where=text("state = 'queued' AND run_by IS NOT NULL")),
-        Index("jobs_waiting_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text("state = 'queued' AND announced_at IS NULL")),
+        Index("jobs_waiting_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text(_IS_WAITING)),
+        Index("jobs_lacking_inputs", "pool", "tier", "release_tag", "id", postgresql_where=text("state = 'queued' AND lacks_inputs")),
+        Index("jobs_lacking_inputs_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text("state = 'queued' AND lacks_inputs")),
+        Index("jobs_inputs_asked", "pool", "tier", postgresql_where=text("state = 'queued' AND inputs_asked_at IS NOT NULL")),
         Index("jobs_oldest", "pool", "tier", "accepted_at", postgresql_where=text("state = 'queued'")),
         Index("jobs_succeeded", "finished_at", postgresql_where=text("state = 'succeeded'")),
         Index("jobs_dead", "finished_at", postgresql_where=text("state = 'failed'")),

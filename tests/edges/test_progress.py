@@ -7,7 +7,7 @@ import uuid
 
 import pytest
 
-from edges.progress import CANCELS, ENDINGS, Endings, Listener, News, ProgressWriter, Step
+from edges.progress import CANCELS, ENDINGS, Endings, Listener, News, Preview, ProgressWriter, Step
 from tests.builders import a_closed_port, until
 from tests.edges.conftest import CORNER
 
@@ -186,3 +186,20 @@ def test_endings_and_cancels_are_told_apart(news, heard):
 
     assert heard.get(timeout=5) == job_id
     assert ENDINGS != CANCELS
+
+
+def test_previews_are_dropped_while_the_hand_off_is_half_full_and_their_making_ends(settings, handoff_redis):
+    fill, unwatched = [0.6], queue.SimpleQueue()
+    writer = ProgressWriter(settings.handoff_url, fill=lambda: fill[0])
+    writer.when_unwatched(unwatched.put)
+    job_id = uuid.uuid4()
+    try:
+        writer.show(job_id, Preview(0, 1, 4, b"jpeg"))
+        assert unwatched.get(timeout=5) == job_id
+        assert [fields[b"kind"] for _, fields in handoff_redis.xrange(f"events:{job_id}")] == []
+
+        fill[0] = 0.4
+        writer.show(job_id, Preview(0, 2, 4, b"jpeg"))
+        until(lambda: [fields[b"kind"] for _, fields in handoff_redis.xrange(f"events:{job_id}")] == [b"preview"], within_s=5)
+    finally:
+        writer.close()

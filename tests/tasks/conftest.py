@@ -113,7 +113,7 @@ def a_worker(
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
-        desk=PictureDesk(fleet=fleet, broker=broker, inputs=Inputs(settings.handoff_url, ttl_s=60), wait_s=3),
+        desk=PictureDesk(inputs=Inputs(settings.handoff_url, ttl_s=60)),
         health=health,
         verdicts=Verdicts(database=database, news=news, health=health, max_attempts=settings.max_attempts),
         database=database,

@@ -1,23 +1,23 @@
-"""Pictures that jobs start from: asked for by the worker, brought by who may read the store, dropped in the end."""
+"""Pictures that jobs start from: brought by who may read the store before a worker is asked, dropped in the end."""
 
-import time
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
 import pytest
+import redis
 
+from edges.broker import job_of_message
 from edges.inputs import Inputs
 from edges.objectstore import ObjectStore, content_sha256, picture_key
 from engine.errors import ImageNotFinite
-from models import files, sweeping
+from models import files, inputs, jobs, sweeping
 from models.database import transaction
 from models.states import JobState
 from models.tables import Attempt, File, Job, Tenant
 from policy import queues
 from settings import StoreSettings
 from tasks.bring import Bringer
-from tasks.inputs import InputGone, InputsLate
+from tasks.inputs import InputGone, InputsMissing
 from tasks.verdicts import failure_code, is_unplanned
 from tests.builders import a_job, a_tenant, settings_for, until
 from tests.pictures import a_picture, png
@@ -38,7 +38,7 @@ class Shelf:
 def shelf(stack, here, settings_here) -> Shelf:
     changes = {"broker_url": settings_here.broker_url, "handoff_url": settings_here.handoff_url}
     store = ObjectStore(settings_for(StoreSettings, stack.env, **changes))
-    inputs = Inputs(settings_here.handoff_url, ttl_s=60)
+    kept = Inputs(settings_here.handoff_url, ttl_s=60)
     with transaction(here.database) as session:
         tenant = a_tenant(session)
         content = png(a_picture(128, 128))
@@ -55,7 +55,8 @@ def shelf(stack, here, settings_here) -> Shelf:
             actor="tests",
         )
     store.put(key, content, content_type="image/png")
-    return Shelf(Bringer(database=here.database, inputs=inputs, store=store), inputs, store, tenant, file)
+    bringer = Bringer(database=here.database, inputs=kept, store=store, release=here.renderer.release, fill=lambda: 0.0)
+    return Shelf(bringer, kept, store, tenant, file)
 
 
 def accept(here, shelf, **params) -> Job:
@@ -63,37 +64,75 @@ def accept(here, shelf, **params) -> Job:
         return a_job(session, tenant=shelf.tenant, init_file_id=shelf.file.id, strength=0.5, **params)
 
 
-def bring(here, shelf, job) -> None:
-    until(lambda: here.row(job).state == JobState.RUNNING)
+def bring(shelf, job) -> None:
     shelf.bringer.bring_inputs(job_id=str(job.id))
 
 
-def test_a_worker_asks_whoever_stores_results_and_renders_when_the_picture_is_there(here, shelf):
+def announced(here, tier="fast") -> list[uuid.UUID]:
+    """The jobs whose render messages wait for a worker."""
+    raw = redis.Redis.from_url(here.settings.broker_url).lrange(queues.render_queue("local", tier), 0, -1)
+    return [job_of_message(message) for message in reversed(raw)]
+
+
+@pytest.fixture
+def no_messages(settings_here):
+    """Nothing in the corner's queues."""
+    redis.Redis.from_url(settings_here.broker_url).flushdb()
+
+
+def test_pictures_are_brought_before_a_worker_is_asked(here, shelf, no_messages):
     job = accept(here, shelf, num_images=2)
+    results = queues.results_queue(here.renderer.fleet, "fast")
 
-    thread = here.render(job)
-    until(lambda: here.renderer.broker.next_job(queues.results_queue(here.renderer.fleet, "fast")) is not None)
-    bring(here, shelf, job)
-    thread.join(timeout=30)
+    here.renderer.release.release("local", "fast")
+    assert here.renderer.broker.next_job(results) == job.id, "whoever stores results was asked for them"
+    assert job.id not in announced(here)
 
+    bring(shelf, job)
+    assert job.id in announced(here)
+
+    here.render(job).join(timeout=30)
     assert here.row(job).state == JobState.STORING
     assert not shelf.inputs.are_there(job.id), "dropped: the job is rendered"
     with transaction(here.database) as session:
         assert session.get(Attempt, (job.id, 1)).steps == 4, "half of the four steps of both images"
 
 
-def test_bringing_again_is_harmless_and_for_a_job_that_does_not_run_nothing_is_brought(here, shelf):
+def test_a_job_without_its_pictures_gets_no_lease(here, shelf):
     job = accept(here, shelf)
-    shelf.bringer.bring_inputs(job_id=str(job.id))
-    shelf.bringer.bring_inputs(job_id=str(uuid.uuid4()))
-    assert not shelf.inputs.are_there(job.id)
 
-    thread = here.render(job)
+    here.render(job).join(timeout=30)
+
+    row = here.row(job)
+    assert (row.state, row.attempt) == (JobState.QUEUED, 0)
+
+
+def test_bringing_again_is_harmless_and_for_a_job_that_lacks_nothing_nothing_is_brought(here, shelf):
+    job, plain = accept(here, shelf), here.accept()
     for _ in range(3):
-        bring(here, shelf, job)
-    thread.join(timeout=30)
+        bring(shelf, job)
+    bring(shelf, plain)
+    shelf.bringer.bring_inputs(job_id=str(uuid.uuid4()))
+    assert shelf.inputs.are_there(job.id)
+    assert not shelf.inputs.are_there(plain.id)
+
+    here.render(job).join(timeout=30)
+    bring(shelf, job)
 
     assert here.row(job).state == JobState.STORING
+    assert not shelf.inputs.are_there(job.id)
+
+
+def test_a_hand_off_with_little_room_is_given_no_pictures(here, shelf):
+    job = accept(here, shelf)
+    full = replace(shelf.bringer, fill=lambda: 0.75)
+
+    full.bring_inputs(job_id=str(job.id))
+    assert not shelf.inputs.are_there(job.id)
+    assert here.row(job).lacks_inputs
+
+    bring(shelf, job)
+    assert not here.row(job).lacks_inputs
 
 
 @pytest.mark.parametrize("what", ["row", "object"])
@@ -105,9 +144,8 @@ def test_a_picture_that_is_gone_fails_the_job_and_says_so(here, shelf, what):
     else:
         shelf.store.delete(shelf.file.object_key)
 
-    thread = here.render(job)
-    bring(here, shelf, job)
-    thread.join(timeout=30)
+    bring(shelf, job)
+    here.render(job).join(timeout=30)
 
     row = here.row(job)
     assert (row.state, row.failure_code) == (JobState.FAILED, "input_gone")
@@ -115,53 +153,81 @@ def test_a_picture_that_is_gone_fails_the_job_and_says_so(here, shelf, what):
     assert not shelf.inputs.are_there(job.id)
 
 
-def test_a_job_whose_picture_does_not_come_is_given_back_and_that_is_not_held_against_it(here, shelf):
+def test_a_job_whose_pictures_vanished_is_given_back_at_once_and_has_them_brought_again(here, shelf, no_messages):
     job = accept(here, shelf)
+    bring(shelf, job)
+    shelf.inputs.drop([job.id])
 
     here.render(job).join(timeout=30)
 
     row = here.row(job)
-    assert (row.state, row.counted_attempts) == (JobState.QUEUED, 0)
+    assert (row.state, row.counted_attempts, row.lacks_inputs) == (JobState.QUEUED, 0, True)
+    assert here.renderer.broker.next_job(queues.results_queue(here.renderer.fleet, "fast")) == job.id, "asked for anew as it was given back"
+    bring(shelf, job)
+    here.render(job).join(timeout=30)
+    assert here.row(job).state == JobState.STORING
 
 
-def test_a_cancel_ends_the_wait_at_once(here, shelf):
+def test_spoilt_pictures_are_thrown_away_and_brought_again(here, shelf):
     job = accept(here, shelf)
-    thread = here.render(job)
-    until(lambda: here.keeper.all_held())
+    bring(shelf, job)
+    redis.Redis.from_url(here.settings.handoff_url).hset(f"input:{job.id}", "init_image", b"\x00\x00\x00\x02{}")
 
-    began = time.monotonic()
-    here.keeper.drop(job.id)
-    thread.join(timeout=30)
+    here.render(job).join(timeout=30)
+    assert here.row(job).lacks_inputs
 
-    assert time.monotonic() - began < 1
+    bring(shelf, job)
+    here.render(job).join(timeout=30)
+    assert here.row(job).state == JobState.STORING
 
 
-def test_a_worker_that_has_to_go_does_not_wait_either(here, shelf):
-    job = accept(here, shelf)
+def test_a_job_that_leaves_its_worker_leaves_its_pictures_for_the_next_one(here, shelf):
+    job = accept(here, shelf, tier="quality", num_steps=60)
+    bring(shelf, job)
     thread = here.render(job)
     [held] = until(lambda: here.keeper.all_held())
 
     held.leave("a notice")
-    thread.join(timeout=2)
+    thread.join(timeout=30)
 
-    assert not thread.is_alive()
-    assert here.row(job).state == JobState.QUEUED
+    row = here.row(job)
+    assert (row.state, row.lacks_inputs) == (JobState.QUEUED, False)
+    assert shelf.inputs.are_there(job.id)
 
 
-def test_what_a_dead_worker_left_is_found_by_the_sweeper(here, shelf):
-    job = accept(here, shelf)
-    shelf.inputs.bring(job.id, {"init_image": np.zeros((2, 2, 3), np.uint8)})
-
-    assert job.id in shelf.inputs.jobs()
+def test_pictures_are_kept_as_long_as_somebody_may_render_from_them_and_found_by_the_sweeper_after_that(here, shelf):
+    waiting, over = accept(here, shelf), accept(here, shelf)
+    for job in (waiting, over):
+        bring(shelf, job)
     with transaction(here.database) as session:
-        assert job.id in sweeping.not_running_of(session, shelf.inputs.jobs())
-    shelf.inputs.drop([job.id])
-    assert job.id not in shelf.inputs.jobs()
+        jobs.cancel(session, over.id, tenant_id=shelf.tenant.id, actor="tests")
+
+    with transaction(here.database) as session:
+        unread = sweeping.rendered_of(session, shelf.inputs.jobs())
+
+    assert over.id in unread
+    assert waiting.id not in unread
+
+
+def test_pictures_that_were_asked_for_in_vain_are_asked_for_again(here, shelf, no_messages):
+    job = accept(here, shelf)
+    release = here.renderer.release
+    release.release("local", "fast")
+
+    assert release.ask_for_inputs_again("local", "fast", asked_before_s=60) == 0, "not yet"
+    asked = release.ask_for_inputs_again("local", "fast", asked_before_s=-1)
+
+    assert asked >= 1
+    with transaction(here.database) as session:
+        assert inputs.asked_and_lacking(session)["local", "fast"] == asked
+    bring(shelf, job)
+    with transaction(here.database) as session:
+        assert inputs.asked_and_lacking(session).get(("local", "fast"), 0) == asked - 1
 
 
 def test_what_an_error_about_pictures_means():
     assert failure_code(InputGone("init_image: file x was erased"), is_alone=False) == "input_gone"
-    assert failure_code(InputsLate("late"), is_alone=True) is None
+    assert failure_code(InputsMissing("late"), is_alone=True) is None
     assert not is_unplanned(InputGone("gone"))
-    assert not is_unplanned(InputsLate("late"))
+    assert not is_unplanned(InputsMissing("late"))
     assert failure_code(ImageNotFinite("nan"), is_alone=False) == "not_finite"

@@ -14,6 +14,7 @@ from sqlalchemy import text
 from darkroom_client import Client, Job, ProblemError
 from models.database import make_engine
 from policy import queues
+from tests.pictures import a_picture, png
 
 SHAPES = ("a large red circle on a blue background", "a small green star at the top on a white background", "a yellow square on black")
 
@@ -167,6 +168,27 @@ def test_rendered_jobs_wait_for_a_results_worker_and_are_stored_once(client, sql
 
     assert ended.state == "succeeded"
     assert sql("SELECT count(*) AS n FROM artifacts WHERE job_id = :id", id=job.id) == [{"n": 1}]
+
+
+@pytest.mark.parametrize("part", ["results", "s3"])
+def test_jobs_that_wait_for_their_pictures_are_in_nobody_s_way(client, second_tenant, sql, stack, part):
+    file = client.upload(png(a_picture(128, 128)))
+    wish = {"tier": "quality", "steps": 4, "init_image": file.id}
+    stack.stop(part)
+    try:
+        waiting = client.create_jobs([{"prompt": SHAPES[n % 3], "seed": n, **wish} for n in range(40)])
+        waiting_ids = [uuid.UUID(submission.job_id) for submission in waiting]
+        for tenant in (client, second_tenant.client):
+            for tier in ("fast", "quality", "batch"):
+                job = tenant.create_job(SHAPES[0], tier=tier, steps=4)
+                eventually(lambda job=job, tenant=tenant: tenant.job(job.id).state == "storing")
+        assert sql("SELECT DISTINCT state, attempt FROM jobs WHERE id = ANY(:ids)", ids=waiting_ids) == [{"state": "queued", "attempt": 0}]
+    finally:
+        stack.start(part)
+
+    assert {finished(client, client.job(str(job_id))).state for job_id in waiting_ids} == {"succeeded"}
+    rows = sql("SELECT count(*) AS attempts FROM attempts WHERE job_id = ANY(:ids)", ids=waiting_ids)
+    assert rows == [{"attempts": 40}], "each got its lease once, when its picture was there"
 
 
 def test_a_vanished_hand_off_is_rendered_again_without_counting_as_a_try(client, sql, stack):
