@@ -8,6 +8,7 @@ import sys
 
 from pydantic_settings import BaseSettings, SettingsConfigDict
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 import migrations
 from settings import load
@@ -27,7 +28,16 @@ class MigrationSettings(BaseSettings):
 
 def main() -> None:
     settings = load(MigrationSettings)
-    migrations.upgrade(settings.migration_database_url)
+    try:
+        migrations.upgrade(settings.migration_database_url, say=_say)
+        _let_all_in(settings)
+    except migrations.MigrationFailed as error:
+        sys.exit(f"migrations: {error}")
+    except DBAPIError as error:
+        sys.exit(f"migrations: Postgres: {' '.join(str(error.orig).split())}")
+
+
+def _let_all_in(settings: MigrationSettings) -> None:
     owner = make_url(settings.migration_database_url).username
     for field, role in ROLES.items():
         url = getattr(settings, field)
@@ -37,6 +47,10 @@ def main() -> None:
         if user.username != role:
             sys.exit(f"migrations: {field.upper()}: the user must be {role!r}, is {user.username!r}")
         _let_in(settings.migration_database_url, role, str(user.password or ""))
+
+
+def _say(line: str) -> None:
+    print(f"migrations: {line}", flush=True)
 
 
 def _let_in(owner_url: str, role: str, password: str) -> None:
