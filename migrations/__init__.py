@@ -17,6 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
+from migrations.log_settings import keep_prompts_out_of_logs
 from migrations.online import LOCK_TIMEOUT
 
 _LOCK = 0x4461726B726F6F6D  # "Darkroom": only one process migrates at a time
@@ -54,6 +55,7 @@ def upgrade(owner_url: str, revision: str = "head", *, say: Callable[[str], None
                     )
                 time.sleep(_PAUSE_S)
             after = current_revision(engine)
+            keep_prompts_out_of_logs(engine, say)
     finally:
         engine.dispose()
     say(f"at revision {after}, nothing to do" if before == after else f"at revision {after}, was {before or 'empty'}")
