@@ -46,7 +46,10 @@ EVENTS_SENT = Counter("darkroom_events_sent_total", "Events given to followers",
 EVENTS_DROPPED = Counter("darkroom_events_dropped_total", "Events that a follower was too slow for", ["kind"])
 WEBHOOK_ATTEMPTS = Counter("darkroom_webhook_attempts_total", "Attempts at deliveries: delivered, 3xx, 4xx, 5xx, unreachable", ["outcome"])
 WEBHOOK_SECONDS = Histogram("darkroom_webhook_attempt_seconds", "Until a receiver answered, or did not")
-WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over")
+WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over; 10,000 stands for that many or more")
+AUDIT_MONTHS_AHEAD = Gauge(
+    "darkroom_audit_months_ahead", "Months to come for which the audit log has its partition: 12, or fewer for a while"
+)
 AUTH_FAILURES = Counter("darkroom_auth_failures_total", "Requests refused for their API key: no_key, bad_key, scope", ["why"])
 LIMITS_LOCAL = Counter("darkroom_limits_local_total", "Limits counted in one process or not at all, for Redis was away", ["limit"])
 HANDOFF_FILL = Gauge("darkroom_handoff_fill_ratio", "Memory of the hand-off in use / its maxmemory")

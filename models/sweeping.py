@@ -13,6 +13,8 @@ from models.database import now_once
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
 
+AUDIT_MONTHS_AHEAD = 12
+
 
 @dataclass(frozen=True)
 class Unstored:
@@ -76,6 +78,10 @@ def not_running_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.U
     return set(job_ids) - set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state == JobState.RUNNING)))
 
 
-def ensure_audit_partitions(session: Session) -> None:
-    """Make this month's and the next two months' partitions of the audit log, if they are missing."""
-    session.execute(text("SELECT audit_ensure_partitions(2)"))
+def ensure_audit_partitions(session: Session) -> int:
+    """Make the partitions of the audit log for this month and a year ahead, if they are missing; how many months ahead there are.
+
+    Those are fewer than AUDIT_MONTHS_AHEAD while somebody reads the log: nobody is made to wait for that. To be tried again later.
+    """
+    session.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
+    return session.scalar(text("SELECT audit_partitions_ahead()")) or 0

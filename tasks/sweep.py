@@ -37,10 +37,11 @@ log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
 MOST_HANDED_OUT = 200  # webhook deliveries at a time
-FORGOTTEN_AT_A_TIME = 5000  # rows that are too old
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
+AGAIN_AFTER_S = 60.0  # what comes every minute or hour and fails; not at the next sweep, for it may have made others wait
 PIECE = 1000  # rows deleted per transaction
+AT_MOST_S = 1.0  # that one part deletes for; leases and deadlines must not wait for it
 _LOCK = 0x5357454550  # "SWEEP"
 
 
@@ -58,7 +59,7 @@ class Sweeper:
     inputs: Inputs
     news: News
     fill: Callable[[], float]  # of the hand-off
-    _done_at: dict[str, float] = field(default_factory=dict, init=False)
+    _due_at: dict[str, float] = field(default_factory=dict, init=False)
     _lenient_until: float = field(default=-math.inf, init=False)
 
     def sweep(self) -> None:
@@ -74,12 +75,13 @@ class Sweeper:
     def _sweep(self) -> None:
         for part, every_s in self._parts():
             now = time.monotonic()
-            is_early = now - self._done_at.get(part.__name__, -math.inf) < every_s
+            is_early = now < self._due_at.get(part.__name__, -math.inf)
             if is_early or (part == self._leases and now < self._lenient_until):
                 continue
+            self._due_at[part.__name__] = now + min(every_s, AGAIN_AFTER_S)
             try:
-                part()
-                self._done_at[part.__name__] = now
+                is_done = part() is not False
+                self._due_at[part.__name__] = now + every_s if is_done else now
             except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
                 if isinstance(error, OperationalError):
                     self._note_outage()
@@ -91,8 +93,8 @@ class Sweeper:
         """When Postgres is back, workers first get the time to renew: it was not they who were silent."""
         self._lenient_until = time.monotonic() + self.settings.lease_renew_s
 
-    def _parts(self) -> Sequence[tuple[Callable[[], None], float]]:
-        """What is looked at, and how often at most."""
+    def _parts(self) -> Sequence[tuple[Callable[[], bool | None], float]]:
+        """What is looked at, and how often at most; one that returns False has more to do and comes again at the next sweep."""
         return (
             (self._leases, 0),
             (self._deadlines, 0),
@@ -103,7 +105,10 @@ class Sweeper:
             (self._gauges, 0),
             (self._etas, 0),
             (self._orphans, MINUTELY_S),
-            (self._tidy, HOURLY_S),
+            (self._audit_partitions, HOURLY_S),
+            (self._silent_workers, HOURLY_S),
+            (self._old_deliveries, HOURLY_S),
+            (self._old_idempotency_keys, HOURLY_S),
         )
 
     def _leases(self) -> None:
@@ -237,18 +242,38 @@ class Sweeper:
         if objects:
             self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
 
-    def _tidy(self) -> None:
-        """Partitions of the audit log for the months to come, rows of workers that never signed off, idempotency keys of the day before."""
+    def _audit_partitions(self) -> None:
+        """Partitions of the audit log for the months to come."""
         with transaction(self.database) as session:
-            sweeping.ensure_audit_partitions(session)
+            months_ahead = sweeping.ensure_audit_partitions(session)
+        telemetry.AUDIT_MONTHS_AHEAD.set(months_ahead)
+        if months_ahead < sweeping.AUDIT_MONTHS_AHEAD:
+            log.warning("audit_partitions_postponed", months_ahead=months_ahead)  # somebody reads the log; in an hour they may have ended
+
+    def _silent_workers(self) -> None:
+        """Rows of workers that never signed off."""
+        with transaction(self.database) as session:
             workers.forget_the_silent(session, silent_for_s=HOURLY_S)
-        with transaction(self.database) as session:
-            webhooks.forget_old(session, limit=FORGOTTEN_AT_A_TIME)
-        forgotten = PIECE
-        while forgotten == PIECE:
+
+    def _old_deliveries(self) -> bool:
+        """Webhook deliveries that ended a month ago."""
+        return self._forget("webhook_delivery", webhooks.forget_old)
+
+    def _old_idempotency_keys(self) -> bool:
+        """Idempotency keys of the day before."""
+        return self._forget("idempotency_key", idempotency.forget_old)
+
+    def _forget(self, why: str, forget_old: Callable[..., int]) -> bool:
+        """Delete what is too old, a piece per transaction; False if there was more than one sweep has time for."""
+        ends_at = time.monotonic() + AT_MOST_S
+        while True:
             with transaction(self.database) as session:
-                forgotten = idempotency.forget_old(session, limit=PIECE)
-            telemetry.SWEPT.labels("idempotency_key").inc(forgotten)
+                forgotten = forget_old(session, limit=PIECE)
+            telemetry.SWEPT.labels(why).inc(forgotten)
+            if forgotten < PIECE:
+                return True
+            if time.monotonic() > ends_at:
+                return False
 
     def _count(self, why: str, job_id: uuid.UUID) -> None:
         telemetry.SWEPT.labels(why).inc()
