@@ -43,6 +43,7 @@ _MODULES = {  # command -> the module that holds it, imported when it is called:
     "keys": "cli.keys",
     "usage": "cli.usage",
     "audit": "cli.audit",
+    "prune": "cli.prune",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",
 }

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from models import jobs
 from models.database import now_once
+from models.ids import first_id
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
 
@@ -76,6 +77,30 @@ def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID
 def not_running_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Those of these jobs that no worker renders, or that nobody knows."""
     return set(job_ids) - set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state == JobState.RUNNING)))
+
+
+@dataclass(frozen=True)
+class Aged:
+    """A job of long ago. is_due: it ended long enough ago, and its content is there."""
+
+    job_id: uuid.UUID
+    tenant_id: uuid.UUID
+    tier: str
+    is_due: bool
+    is_erased: bool
+
+
+def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[Aged]:
+    """Up to `limit` jobs with ids above `after` that were accepted before `older_than` ago, the oldest first."""
+    now = session.scalar(select(now_once()))
+    assert now is not None
+    columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
+    query = select(*columns).where(Job.id > after, Job.id < first_id(now - older_than)).order_by(Job.id).limit(limit)
+    found = []
+    for job_id, tenant_id, tier, finished_at, erased_at in session.execute(query):
+        is_due = erased_at is None and finished_at is not None and finished_at < now - older_than
+        found.append(Aged(job_id, tenant_id, tier, is_due, is_erased=erased_at is not None))
+    return found
 
 
 def ensure_audit_partitions(session: Session) -> int:

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import structlog
 from sqlalchemy import Engine as Database
@@ -23,7 +24,7 @@ from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models import erasing, idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import transaction
 from models.releasing import Announced
 from models.states import JobState
@@ -41,6 +42,7 @@ OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was 
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
 AGAIN_AFTER_S = 60.0  # what comes every minute or hour and fails; not at the next sweep, for it may have made others wait
 PIECE = 1000  # rows deleted per transaction
+LOOKED_AT = 2000  # jobs at a time whose content may be too old
 AT_MOST_S = 1.0  # that one part deletes for; leases and deadlines must not wait for it
 _LOCK = 0x5357454550  # "SWEEP"
 
@@ -60,6 +62,7 @@ class Sweeper:
     news: News
     fill: Callable[[], float]  # of the hand-off
     _due_at: dict[str, float] = field(default_factory=dict, init=False)
+    _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
     _lenient_until: float = field(default=-math.inf, init=False)
 
     def sweep(self) -> None:
@@ -106,6 +109,7 @@ class Sweeper:
             (self._etas, 0),
             (self._orphans, MINUTELY_S),
             (self._audit_partitions, HOURLY_S),
+            (self._retention, HOURLY_S),
             (self._silent_workers, HOURLY_S),
             (self._old_deliveries, HOURLY_S),
             (self._old_idempotency_keys, HOURLY_S),
@@ -249,6 +253,33 @@ class Sweeper:
         telemetry.AUDIT_MONTHS_AHEAD.set(months_ahead)
         if months_ahead < sweeping.AUDIT_MONTHS_AHEAD:
             log.warning("audit_partitions_postponed", months_ahead=months_ahead)  # somebody reads the log; in an hour they may have ended
+
+    def _retention(self) -> bool:
+        """Content of jobs that is older than their tier keeps it; False if there was more than one sweep has time for."""
+        ends_at = time.monotonic() + AT_MOST_S
+        kept = {name: timedelta(days=tier.retention_days) for name, tier in self.fleet.tiers.items() if tier.retention_days}
+        return all(self._erase_old(tier, older_than, ends_at) for tier, older_than in kept.items())
+
+    def _erase_old(self, tier: str, older_than: timedelta, ends_at: float) -> bool:
+        """Erase as a tenant does. Begins where everything before is erased, as far as this process knows; at its start it looks at all."""
+        after = self._erased_upto.get(tier, uuid.UUID(int=0))
+        is_all_erased = True
+        while True:
+            with transaction(self.database) as session:
+                some = sweeping.aged(session, older_than=older_than, after=after, limit=LOOKED_AT)
+            for job in some:
+                if time.monotonic() > ends_at:
+                    return False
+                if job.tier == tier and job.is_due:
+                    with transaction(self.database) as session:
+                        erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
+                    self._count("retention", job.job_id)
+                is_all_erased &= job.tier != tier or job.is_due or job.is_erased  # or its time comes later
+                after = job.job_id
+                if is_all_erased:
+                    self._erased_upto[tier] = after
+            if len(some) < LOOKED_AT:
+                return True
 
     def _silent_workers(self) -> None:
         """Rows of workers that never signed off."""

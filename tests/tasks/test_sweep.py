@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import null, text
@@ -13,11 +14,13 @@ from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots
-from models import webhooks
-from models.database import transaction
+from models import jobs, webhooks
+from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookDelivery, WebhookEndpoint
 from tasks.sweep import Sweeper
-from tests.builders import a_tenant
+from tests.builders import a_fleet, a_job, a_succeeded_job, a_tenant
+from tests.models.conftest import a_database
+from tests.models.test_pruning import age
 
 
 @pytest.fixture
@@ -142,6 +145,49 @@ def test_a_sweep_has_an_end_however_much_is_too_old(sweeper, database_here, old_
         left.append(count_of(database_here, "webhook_deliveries", tenant))
 
     assert left == [7, 4, 1, 0]
+
+
+@pytest.fixture
+def keeps_for_a_month(stack, sweeper):
+    """A sweeper of a fleet whose tier `fast` keeps content for thirty days, and the owner of its database."""
+    with a_database(stack.env) as database:
+        owner = make_engine(database.owner_url, pool_size=2)
+        yield replace(sweeper, fleet=a_fleet({"tiers.fast.retention_days": 30}), database=database.app), owner
+        owner.dispose()
+
+
+@pytest.mark.parametrize("at_a_time", [2000, 2])
+def test_content_is_erased_once_its_tier_has_kept_it_long_enough(keeps_for_a_month, monkeypatch, at_a_time):
+    monkeypatch.setattr(tasks.sweep, "LOOKED_AT", at_a_time)
+    sweeper, owner = keeps_for_a_month
+    with transaction(owner) as session:
+        tenant = a_tenant(session)
+
+        def canceled(**params):
+            return jobs.cancel(session, a_job(session, tenant=tenant, **params).id, tenant_id=tenant.id, actor="tests")
+
+        old = [age(session, a_succeeded_job(session, tenant=tenant)), age(session, canceled())]
+        unfinished = age(session, a_job(session, tenant=tenant))
+        other_tier, young = age(session, canceled(tier="batch")), canceled().id
+        late = age(session, canceled())
+
+    def erased():
+        with transaction(owner) as session:
+            return set(session.scalars(text("SELECT id FROM jobs WHERE erased_at IS NOT NULL AND prompt = ''")))
+
+    sweeper.sweep()
+    assert erased() == {*old, late}
+    with transaction(owner) as session:
+        assert session.scalar(text("SELECT count(*) FROM uploads WHERE started_at = to_timestamp(0)")) == 1
+        event = session.execute(text("SELECT actor FROM audit_log WHERE job_id = :id AND event = 'job:content:erased'"), {"id": late}).one()
+        assert event.actor == "sweeper"
+        moved = "UPDATE jobs SET state = 'canceled', finished_at = clock_timestamp() - interval '40 days' WHERE id = :id"
+        session.execute(text(moved), {"id": unfinished})
+
+    sweeper._due_at.clear()
+    sweeper.sweep()
+    assert erased() == {*old, late, unfinished}
+    assert not erased() & {other_tier, young}
 
 
 def test_pending_deliveries_are_counted_up_to_a_number_and_no_further(database_here, monkeypatch):
