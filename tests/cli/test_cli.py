@@ -54,6 +54,8 @@ def test_help_names_every_command_and_exit_code():
         "demo",
         "calibrate",
         "prune",
+        "backup",
+        "restore",
         "130",
     ):
         assert word in shown
