@@ -76,9 +76,9 @@ def list_jobs() -> ResponseReturnValue:
     """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before`, `metadata.<key>`."""
     sought, limit = read_query(request.args)
     with transaction(gateway().database) as session:
-        rows = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
-        page = [job_view(job) for job in rows[:limit]]
-    cursor, link = next_page(request, ".list_jobs", [job.id for job in rows], limit)
+        found = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
+        page = [job_view(job) for job in found.jobs[:limit]]
+    cursor, link = next_page(request, ".list_jobs", [job.id for job in found.jobs], limit, more_before=found.more_before)
     return jsonify(object="list", data=page, has_more=cursor is not None, next_cursor=cursor), 200, link
 
 

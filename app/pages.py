@@ -43,10 +43,15 @@ def cursor_of(row_id: uuid.UUID) -> str:
     return base64.urlsafe_b64encode(row_id.bytes).decode().rstrip("=")
 
 
-def next_page(request: Request, endpoint: str, ids: Sequence[uuid.UUID], limit: int) -> tuple[str | None, dict[str, str]]:
-    """The cursor of the next page, None on the last one, and the `Link` to it. ids: of up to `limit` + 1 rows."""
-    if len(ids) <= limit:
+def next_page(
+    request: Request, endpoint: str, ids: Sequence[uuid.UUID], limit: int, *, more_before: uuid.UUID | None = None
+) -> tuple[str | None, dict[str, str]]:
+    """The cursor of the next page, None on the last one, and the `Link` to it.
+
+    ids: of up to `limit` + 1 rows.  more_before: with fewer rows than that there is another page all the same, and it begins there.
+    """
+    if len(ids) <= limit and more_before is None:
         return None, {}
-    cursor = cursor_of(ids[limit - 1])
+    cursor = cursor_of(ids[limit - 1] if len(ids) > limit else more_before or ids[-1])
     said = {name: value for name, value in request.args.items() if not name.startswith("_")}  # those are url_for's own
     return cursor, {"Link": f'<{url_for(endpoint, **said | (request.view_args or {}) | {"cursor": cursor})}>; rel="next"'}

@@ -229,7 +229,7 @@ def _pick(*, free: int, only_bulk: bool = False, bulk_at_cap: bool = False) -> C
 def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) -> Callable[[Queue, Session], None]:
     def page(queue: Queue, session: Session) -> None:
         sought = Sought(before=queue.deep, state=state) if is_deep else Sought(state=state)
-        found = listing.page(session, sought, tenant_id=queue.bulk, limit=PAGE)
+        found = listing.page(session, sought, tenant_id=queue.bulk, limit=PAGE).jobs
         if len(found) != rows:
             raise SystemExit(f"a page of {len(found)} jobs where {rows} were expected")
 
@@ -245,7 +245,8 @@ def _sweep_part(name: str) -> Callable[[Queue, Session], None]:
     return lambda queue, _: getattr(queue.sweeper, name)()
 
 
-SWEEP_PARTS = ("_leases", "_deadlines", "_stores", "_releases", "_lost_messages", "_gauges", "_etas", "_orphans", "_tidy")
+SWEEP_PARTS = ("_leases", "_deadlines", "_stores", "_releases", "_lost_messages", "_gauges", "_etas", "_orphans")
+SWEEP_PARTS += ("_audit_partitions", "_silent_workers", "_old_deliveries", "_old_idempotency_keys")
 ACTS = (
     Act("claim", "claim", _claim, "commit", _end),
     Act("release at accept, room full", "release", _pick(free=0, only_bulk=True)),

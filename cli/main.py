@@ -43,6 +43,9 @@ _MODULES = {  # command -> the module that holds it, imported when it is called:
     "keys": "cli.keys",
     "usage": "cli.usage",
     "audit": "cli.audit",
+    "prune": "cli.prune",
+    "backup": "cli.backup",
+    "restore": "cli.backup",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",
 }

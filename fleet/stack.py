@@ -20,7 +20,7 @@ from typing import Any
 import httpx
 from sqlalchemy.exc import SQLAlchemyError
 
-from fleet import house, services
+from fleet import backup, house, services
 from fleet.addresses import LISTENERS, Addresses, read_env, write_env
 from fleet.supervision import ProcessStatus, StackError, Supervisor
 from models import api_keys, tenants
@@ -85,6 +85,31 @@ class Stack:
             for wave in _waves(by_name):
                 self._supervisor.stop(wave)
             self._supervisor.shut_down()
+
+    def back_up(self, folder: Path) -> backup.Manifest:
+        """Write all that this stack would need to begin again into a new folder, while it runs. Raises StackError."""
+        if self.pid("postgres") is None:
+            raise StackError("Postgres does not run; a backup is made of a running stack")
+        fleet_file = self.fleet_file or REPO / "fleet.toml"
+        return backup.write(folder, data_dir=self.data_dir, addresses=Addresses.from_env(self.env), fleet_file=fleet_file)
+
+    def restore(self, folder: Path, wait_s: float = 120) -> backup.Manifest:
+        """Make the data directory, which must be new, what another one was when `folder` was written. It is down afterwards.
+
+        Secrets are those of the backup; ports, too, where they are free. Raises StackError.
+        """
+        if self.env or (self.data_dir / "postgres").exists():
+            raise StackError(f"{self.data_dir} has data; a backup is restored into a new data directory (--data-dir)")
+        backup.check(folder)
+        with self._lock():
+            write_env(self.env_path, read_env(folder / backup.ENV))
+            try:
+                addresses = self._up_services(time.monotonic() + wait_s)
+                return backup.read(folder, data_dir=self.data_dir, addresses=addresses)
+            except StackError as error:
+                raise StackError(f"{error}\n{self.data_dir} is restored in part: remove it before you try again") from None
+            finally:
+                self._supervisor.shut_down()
 
     def status(self) -> list[ProcessStatus]:
         """Every process of the stack; empty when it is down."""

@@ -1,23 +1,119 @@
-"""How the tables got here, one story per file. `python -m migrations` brings a database up to date."""
+"""How the tables got here, one story per file. `python -m migrations` brings a database up to date.
 
+MigrationFailed
+├── UnknownRevision   a newer version migrated it: start that one, or restore the backup of before
+└── DatabaseBusy      somebody held a lock all the time: end that transaction, then try again
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
-from sqlalchemy import Connection, create_engine, text
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.exc import OperationalError
+
+from migrations.log_settings import keep_prompts_out_of_logs
+from migrations.online import LOCK_TIMEOUT
 
 _LOCK = 0x4461726B726F6F6D  # "Darkroom": only one process migrates at a time
+_LOCK_NOT_AVAILABLE = "55P03"
+_PAUSE_S = 2.0  # between two tries; whom the first one made wait is served meanwhile
+_WAIT_S = 600.0
 
 
-def upgrade(owner_url: str, revision: str = "head") -> None:
-    """Run every migration that the database has not seen, as its owner. Safe when several start at once."""
+class MigrationFailed(Exception):
+    """The database is not up to date; the text says what to do."""
+
+
+class UnknownRevision(MigrationFailed):
+    """This version does not know the database's revision."""
+
+
+class DatabaseBusy(MigrationFailed):
+    """A lock could not be had, however often it was tried."""
+
+
+def upgrade(owner_url: str, revision: str = "head", *, say: Callable[[str], None] = lambda line: None, wait_s: float = _WAIT_S) -> None:
+    """Run every migration that the database has not seen, as its owner. Safe when several start at once, and beside running code.
+
+    say: is told what is done, a line at a time.  wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
+    """
     engine = create_engine(owner_url)
+    deadline = time.monotonic() + wait_s
+    try:
+        with _only_one(engine, deadline, say):
+            before = _check_revision(engine)
+            while not _try(engine, revision, say):
+                if time.monotonic() > deadline:
+                    raise DatabaseBusy(
+                        f"a table stayed locked for {wait_s:g} s; end the transaction that holds it (see pg_stat_activity) and try again"
+                    )
+                time.sleep(_PAUSE_S)
+            after = current_revision(engine)
+            keep_prompts_out_of_logs(engine, say)
+    finally:
+        engine.dispose()
+    say(f"at revision {after}, nothing to do" if before == after else f"at revision {after}, was {before or 'empty'}")
+
+
+def current_revision(engine: Engine) -> str | None:
+    """The revision of the database; None for an empty one."""
     with engine.connect() as connection:
-        connection.execute(text("SELECT pg_advisory_lock(:key)"), {"key": _LOCK})
-        connection.commit()
-        command.upgrade(_config(connection), revision)
-        connection.commit()
-    engine.dispose()
+        return MigrationContext.configure(connection).get_current_revision()
+
+
+@contextmanager
+def _only_one(engine: Engine, deadline: float, say: Callable[[str], None]) -> Iterator[None]:
+    """Take turns with whoever else migrates.
+
+    Asks again and again: a statement that waits for the lock would have a snapshot, and for its end waits whoever builds an index.
+    """
+    with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+        is_told = False
+        while not connection.scalar(text("SELECT pg_try_advisory_lock(:key)"), {"key": _LOCK}):
+            if not is_told:
+                say("another process is migrating this database; waiting for it")
+            is_told = True
+            if time.monotonic() > deadline:
+                raise DatabaseBusy("another process is migrating this database and does not end")
+            time.sleep(0.2)
+        try:
+            yield
+        finally:
+            connection.execute(text("SELECT pg_advisory_unlock(:key)"), {"key": _LOCK})
+
+
+def _check_revision(engine: Engine) -> str | None:
+    """The database's revision. Raises UnknownRevision."""
+    revision = current_revision(engine)
+    known = {script.revision for script in ScriptDirectory(str(Path(__file__).parent)).walk_revisions()}
+    if revision is not None and revision not in known:
+        raise UnknownRevision(
+            f"the database is at revision {revision}, which this version does not know, so a newer one migrated it:"
+            " start that version again, or go back to the backup that was made before the upgrade (docs/operations.md)"
+        )
+    return revision
+
+
+def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> bool:
+    """Run what is missing; False if a lock was not to be had in time. What was done by then stays, or is done again harmlessly."""
+    try:
+        with engine.connect() as connection:
+            connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
+            connection.commit()
+            command.upgrade(_config(connection), revision)
+            connection.commit()
+    except OperationalError as error:
+        if getattr(error.orig, "pgcode", None) != _LOCK_NOT_AVAILABLE:
+            raise
+        say(f"a table is in use ({' '.join(str(error.orig).split())}); trying again")
+        return False
+    return True
 
 
 def _config(connection: Connection) -> Config:

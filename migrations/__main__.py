@@ -5,6 +5,7 @@ roles that the migrations made. An owner's URL in their place is left as it is.
 """
 
 from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import DBAPIError
 
 import migrations
 from settings import MigrationSettings, load, refuse
@@ -14,7 +15,16 @@ ROLES = {"database_url": "darkroom_app", "auditor_database_url": "darkroom_audit
 
 def main() -> None:
     settings = load(MigrationSettings)
-    migrations.upgrade(settings.migration_database_url)
+    try:
+        migrations.upgrade(settings.migration_database_url, say=_say)
+        _let_all_in(settings)
+    except migrations.MigrationFailed as error:
+        sys.exit(f"migrations: {error}")
+    except DBAPIError as error:
+        sys.exit(f"migrations: Postgres: {' '.join(str(error.orig).split())}")
+
+
+def _let_all_in(settings: MigrationSettings) -> None:
     owner = make_url(settings.migration_database_url).username
     for field, role in ROLES.items():
         url = getattr(settings, field)
@@ -24,6 +34,10 @@ def main() -> None:
         if user.username != role:
             refuse([f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"])
         _let_in(settings.migration_database_url, role, str(user.password or ""))
+
+
+def _say(line: str) -> None:
+    print(f"migrations: {line}", flush=True)
 
 
 def _let_in(owner_url: str, role: str, password: str) -> None:

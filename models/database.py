@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, event, func, select
-from sqlalchemy.engine.interfaces import DBAPIConnection
+from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
 from sqlalchemy.exc import DBAPIError, InvalidatePoolError
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -35,10 +35,27 @@ def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
         max_overflow=pool_size,
         pool_use_lifo=True,  # those in use stay few and warm
         pool_timeout=10,
+        hide_parameters=True,  # in what an error says, and so in logs
         connect_args={"options": options, "connect_timeout": 5, "application_name": "darkroom", **_NOTICES_SILENCE},
     )
     _check_idle_ones(engine)
+    event.listen(engine, "handle_error", _keep_values_out)
     return engine
+
+
+def _keep_values_out(context: ExceptionContext) -> None:
+    """Leave of an error what went wrong, and not with which row: the lines after the first one quote it, prompt and all.
+
+    `error.orig.diag` still has every part.
+    """
+    original, wrapped = context.original_exception, context.sqlalchemy_exception
+    told = str(original).partition("\n")[0]
+    if str(getattr(original, "pgcode", "") or "").startswith("22"):  # a value that cannot be used, quoted at the end
+        told = told.partition('"')[0]
+    if told != str(original):
+        original.args = (told,)
+        if wrapped is not None:
+            wrapped.args = (f"({type(original).__module__}.{type(original).__name__}) {told}",)
 
 
 def _check_idle_ones(engine: Engine) -> None:

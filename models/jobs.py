@@ -257,7 +257,8 @@ def requeue(job: Job) -> None:
 def hold(session: Session, job_id: uuid.UUID) -> None:
     """Keep the job from being erased until commit; others may go on with it."""
     query = select(Job.erased_at).where(Job.id == job_id).with_for_update(read=True, key_share=True)
-    if session.execute(query).scalar_one() is not None:
+    row = session.execute(query).one_or_none()
+    if row is None or row.erased_at is not None:  # without a row: it was pruned
         raise NothingLeft
 
 

@@ -10,8 +10,11 @@ from sqlalchemy.orm import Session
 
 from models import inputs, jobs
 from models.database import now_once
+from models.ids import first_id
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
+
+AUDIT_MONTHS_AHEAD = 12
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,34 @@ def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID
     return set(job_ids) - set(session.scalars(to_render))
 
 
-def ensure_audit_partitions(session: Session) -> None:
-    """Make this month's and the next two months' partitions of the audit log, if they are missing."""
-    session.execute(text("SELECT audit_ensure_partitions(2)"))
+@dataclass(frozen=True)
+class Aged:
+    """A job of long ago. is_due: it ended long enough ago, and its content is there."""
+
+    job_id: uuid.UUID
+    tenant_id: uuid.UUID
+    tier: str
+    is_due: bool
+    is_erased: bool
+
+
+def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[Aged]:
+    """Up to `limit` jobs with ids above `after` that were accepted before `older_than` ago, the oldest first."""
+    now = session.scalar(select(now_once()))
+    assert now is not None
+    columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
+    query = select(*columns).where(Job.id > after, Job.id < first_id(now - older_than)).order_by(Job.id).limit(limit)
+    found = []
+    for job_id, tenant_id, tier, finished_at, erased_at in session.execute(query):
+        is_due = erased_at is None and finished_at is not None and finished_at < now - older_than
+        found.append(Aged(job_id, tenant_id, tier, is_due, is_erased=erased_at is not None))
+    return found
+
+
+def ensure_audit_partitions(session: Session) -> int:
+    """Make the partitions of the audit log for this month and a year ahead, if they are missing; how many months ahead there are.
+
+    Those are fewer than AUDIT_MONTHS_AHEAD while somebody reads the log: nobody is made to wait for that. To be tried again later.
+    """
+    session.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
+    return session.scalar(text("SELECT audit_partitions_ahead()")) or 0

@@ -1,5 +1,6 @@
 """Store what was rendered: encode, upload under a content-addressed key, commit artifact, state, cost and audit event at once."""
 
+import time
 import uuid
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ from policy.fleet import Fleet
 from settings import StoreSettings
 
 log = structlog.get_logger(__name__)
+
+TIDY_FOR_S = 30.0  # of each minute: images are stored by the same few threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,9 +145,13 @@ class Storekeeper:
         return True
 
     def tidy_store(self) -> None:
-        """Delete objects that a crash between upload and commit left behind. Harmless when repeated, or when several do it."""
+        """Delete objects that a crash between upload and commit left behind, or that were given up; what is left is asked for again.
+
+        Harmless when repeated, or when several do it.
+        """
+        ends_at = time.monotonic() + TIDY_FOR_S
         try:
-            while self._tidy_one():
+            while self._tidy_one() and time.monotonic() < ends_at:
                 pass
         except StoreUnavailable as error:
             log.warning("tidy_postponed", reason=str(error))

@@ -9,6 +9,7 @@ import time
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 
 import structlog
@@ -25,7 +26,7 @@ from edges.inputs import Inputs
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import conflict, run_transaction, transaction
 from models.releasing import Announced
 from models.states import JobState
@@ -42,12 +43,14 @@ log = structlog.get_logger(__name__)
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
 MOST_HANDED_OUT = 200  # webhook deliveries that nobody has taken yet
 ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
-FORGOTTEN_AT_A_TIME = 5000  # rows that are too old
 INPUTS_LATE_AFTER_S = 5.0  # pictures that were asked for that long ago: the store may be back
 INPUTS_LOST_AFTER_S = 60.0  # or, while other messages wait in that queue, theirs may have been lost
 OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
+AGAIN_AFTER_S = 60.0  # what comes every minute or hour and fails; not at the next sweep, for it may have made others wait
 PIECE = 1000  # rows deleted per transaction
+LOOKED_AT = 2000  # jobs at a time whose content may be too old
+AT_MOST_S = 1.0  # that one part deletes for; leases and deadlines must not wait for it
 _LOCK = 0x5357454550  # "SWEEP"
 
 
@@ -65,7 +68,8 @@ class Sweeper:
     inputs: Inputs
     news: News
     fill: Callable[[], float]  # of the hand-off
-    _done_at: dict[str, float] = field(default_factory=dict, init=False)
+    _due_at: dict[str, float] = field(default_factory=dict, init=False)
+    _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
     _lenient_until: float = field(default=-math.inf, init=False)
     _endpoints_after: uuid.UUID | None = field(default=None, init=False)
 
@@ -82,12 +86,13 @@ class Sweeper:
     def _sweep(self) -> None:
         for part, every_s in self._parts():
             now = time.monotonic()
-            is_early = now - self._done_at.get(part.__name__, -math.inf) < every_s
+            is_early = now < self._due_at.get(part.__name__, -math.inf)
             if is_early or (part == self._leases and now < self._lenient_until):
                 continue
+            self._due_at[part.__name__] = now + min(every_s, AGAIN_AFTER_S)
             try:
-                part()
-                self._done_at[part.__name__] = now
+                is_done = part() is not False
+                self._due_at[part.__name__] = now + every_s if is_done else now
             except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
                 if isinstance(error, OperationalError) and conflict(error) is None:
                     self._note_outage()
@@ -99,8 +104,8 @@ class Sweeper:
         """When Postgres is back, workers first get the time to renew: it was not they who were silent."""
         self._lenient_until = time.monotonic() + self.settings.lease_renew_s
 
-    def _parts(self) -> Sequence[tuple[Callable[[], None], float]]:
-        """What is looked at, and how often at most."""
+    def _parts(self) -> Sequence[tuple[Callable[[], bool | None], float]]:
+        """What is looked at, and how often at most; one that returns False has more to do and comes again at the next sweep."""
         return (
             (self._leases, 0),
             (self._deadlines, 0),
@@ -113,7 +118,11 @@ class Sweeper:
             (self._etas, 0),
             (self._undeliverable, MINUTELY_S),
             (self._orphans, MINUTELY_S),
-            (self._tidy, HOURLY_S),
+            (self._audit_partitions, HOURLY_S),
+            (self._retention, HOURLY_S),
+            (self._silent_workers, HOURLY_S),
+            (self._old_deliveries, HOURLY_S),
+            (self._old_idempotency_keys, HOURLY_S),
         )
 
     def _leases(self) -> None:
@@ -216,13 +225,9 @@ class Sweeper:
         # The next sweep goes on where this one ended, so that no endpoint waits behind those that always have something pending.
         self._endpoints_after = endpoints[-1] if len(endpoints) == ENDPOINTS_AT_A_TIME else None
 
-    def _undeliverable(self) -> None:
+    def _undeliverable(self) -> bool:
         """Deliveries that are older than anybody tries to deliver one: their endpoint was disabled all the time."""
-        ended = PIECE
-        while ended == PIECE:
-            with transaction(self.database) as session:
-                ended = webhooks.give_up_old(session, older_than_s=GIVE_UP_AFTER_S, limit=PIECE)
-            telemetry.SWEPT.labels("webhook_given_up").inc(ended)
+        return self._forget("webhook_given_up", partial(webhooks.give_up_old, older_than_s=GIVE_UP_AFTER_S))
 
     def _gauges(self) -> None:
         """What the queues look like, for Prometheus."""
@@ -272,18 +277,65 @@ class Sweeper:
         if objects:
             self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
 
-    def _tidy(self) -> None:
-        """Partitions of the audit log for the months to come, rows of workers that never signed off, idempotency keys of the day before."""
+    def _audit_partitions(self) -> None:
+        """Partitions of the audit log for the months to come."""
         with transaction(self.database) as session:
-            sweeping.ensure_audit_partitions(session)
-            workers.forget_the_silent(session, silent_for_s=HOURLY_S)
-        with transaction(self.database) as session:
-            webhooks.forget_old(session, limit=FORGOTTEN_AT_A_TIME)
-        forgotten = PIECE
-        while forgotten == PIECE:
+            months_ahead = sweeping.ensure_audit_partitions(session)
+        telemetry.AUDIT_MONTHS_AHEAD.set(months_ahead)
+        if months_ahead < sweeping.AUDIT_MONTHS_AHEAD:
+            log.warning("audit_partitions_postponed", months_ahead=months_ahead)  # somebody reads the log; in an hour they may have ended
+
+    def _retention(self) -> bool:
+        """Content of jobs that is older than their tier keeps it; False if there was more than one sweep has time for."""
+        ends_at = time.monotonic() + AT_MOST_S
+        kept = {name: timedelta(days=tier.retention_days) for name, tier in self.fleet.tiers.items() if tier.retention_days}
+        return all(self._erase_old(tier, older_than, ends_at) for tier, older_than in kept.items())
+
+    def _erase_old(self, tier: str, older_than: timedelta, ends_at: float) -> bool:
+        """Erase as a tenant does. Begins where everything before is erased, as far as this process knows; at its start it looks at all."""
+        after = self._erased_upto.get(tier, uuid.UUID(int=0))
+        is_all_erased = True
+        while True:
             with transaction(self.database) as session:
-                forgotten = idempotency.forget_old(session, limit=PIECE)
-            telemetry.SWEPT.labels("idempotency_key").inc(forgotten)
+                some = sweeping.aged(session, older_than=older_than, after=after, limit=LOOKED_AT)
+            for job in some:
+                if time.monotonic() > ends_at:
+                    return False
+                if job.tier == tier and job.is_due:
+                    with transaction(self.database) as session:
+                        erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
+                    self._count("retention", job.job_id)
+                is_all_erased &= job.tier != tier or job.is_due or job.is_erased  # or its time comes later
+                after = job.job_id
+                if is_all_erased:
+                    self._erased_upto[tier] = after
+            if len(some) < LOOKED_AT:
+                return True
+
+    def _silent_workers(self) -> None:
+        """Rows of workers that never signed off."""
+        with transaction(self.database) as session:
+            workers.forget_the_silent(session, silent_for_s=HOURLY_S)
+
+    def _old_deliveries(self) -> bool:
+        """Webhook deliveries that ended a month ago."""
+        return self._forget("webhook_delivery", webhooks.forget_old)
+
+    def _old_idempotency_keys(self) -> bool:
+        """Idempotency keys of the day before."""
+        return self._forget("idempotency_key", idempotency.forget_old)
+
+    def _forget(self, why: str, forget_old: Callable[..., int]) -> bool:
+        """Delete what is too old, a piece per transaction; False if there was more than one sweep has time for."""
+        ends_at = time.monotonic() + AT_MOST_S
+        while True:
+            with transaction(self.database) as session:
+                forgotten = forget_old(session, limit=PIECE)
+            telemetry.SWEPT.labels(why).inc(forgotten)
+            if forgotten < PIECE:
+                return True
+            if time.monotonic() > ends_at:
+                return False
 
     def _count(self, why: str, job_id: uuid.UUID) -> None:
         telemetry.SWEPT.labels(why).inc()

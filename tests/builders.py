@@ -200,6 +200,7 @@ def a_job(
     predicted_s: float = 0.0,
     eta_raw_s: float | None = None,
     release_tag: float | None = None,
+    labels: Mapping[str, str] | None = None,
     **params: Any,
 ) -> Job:
     """An accepted job, of a tenant of its own unless one is given."""
@@ -231,6 +232,7 @@ def a_job(
         run_within_s=run_within_s,
         predicted_s=predicted_s,
         eta_raw_s=eta_raw_s,
+        labels=labels,
         currency="EUR",
         actor="tests",
     )

@@ -1,11 +1,14 @@
 """Fair release: tenants' flows and their virtual clocks, what jobs were seen to take, and what an attempt leaves to the next one.
 
 Works beside the code of 0003: new columns have defaults, and a job that old code inserts is counted by the trigger and gets
-a release tag by the wall clock, from which the virtual clocks start as well.
+a release tag by the wall clock, from which the virtual clocks start as well. Writers wait while queued jobs are counted, about a second
+for a million.
 """
 
 import sqlalchemy as sa
 from alembic import op
+
+from migrations import online
 
 revision = "0004"
 down_revision = "0003"
@@ -114,11 +117,10 @@ NEW_TABLES = "flows, fair_clocks, learnt_costs, learnt_etas, uploads"
 
 def upgrade() -> None:
     _add_columns()
-    _add_tables()
     for name, (columns, condition) in INDEXES.items():
-        where = sa.text(condition) if condition else None
-        op.create_index(name, "jobs", columns, unique=name == "jobs_requeued", postgresql_where=where)
-    _index_running(RUNNING)
+        online.create_index(name, "jobs", columns, unique=name == "jobs_requeued", where=condition)
+    online.replace_index("jobs_running", "jobs", RUNNING, where="state = 'running'")
+    _add_tables()
     op.execute(COUNT_QUEUED)
     for trigger in TRIGGERS:
         op.execute(trigger)
@@ -144,7 +146,8 @@ def downgrade() -> None:
     op.execute("DROP FUNCTION flows_count_queued")
     for name in INDEXES:
         op.drop_index(name, "jobs")
-    _index_running(RUNNING_BEFORE)
+    op.drop_index("jobs_running", "jobs")
+    op.create_index("jobs_running", "jobs", RUNNING_BEFORE, postgresql_where=sa.text("state = 'running'"))
     for table in NEW_TABLES.split(", "):
         op.drop_table(table)
     for column in ("predicted_s", "eta_raw_s", "is_front", "run_within_s", "run_by", "requeue_of"):
@@ -155,26 +158,32 @@ def downgrade() -> None:
     _restore_queue_now()
 
 
-def _index_running(columns: list[str]) -> None:
-    op.drop_index("jobs_running", "jobs")
-    op.create_index("jobs_running", "jobs", columns, postgresql_where=sa.text("state = 'running'"))
-
-
 def _add_columns() -> None:
-    op.add_column("tenants", sa.Column("weight", sa.Double(), server_default=sa.text("1"), nullable=False))
-    op.create_check_constraint("tenants_weight_is_positive", "tenants", "weight > 0")
-    op.add_column("jobs", sa.Column("predicted_s", sa.Double(), server_default=sa.text("0"), nullable=False))
-    op.add_column("jobs", sa.Column("eta_raw_s", sa.Double(), nullable=True))
-    op.add_column("jobs", sa.Column("is_front", sa.Boolean(), server_default=sa.text("false"), nullable=False))
-    op.add_column("jobs", sa.Column("run_within_s", sa.Double(), nullable=True))
-    op.add_column("jobs", sa.Column("run_by", sa.DateTime(timezone=True), nullable=True))
-    op.add_column("jobs", sa.Column("requeue_of", sa.Uuid(), nullable=True))
-    op.create_foreign_key("jobs_requeue_of_fkey", "jobs", "jobs", ["requeue_of"], ["id"])
-    for name in ("resumed_steps", "lost_steps"):
-        op.add_column("attempts", sa.Column(name, sa.Integer(), server_default=sa.text("0"), nullable=False))
-    op.add_column("attempts", sa.Column("lost_cause", sa.Text(), nullable=True))
-    op.add_column("attempts", sa.Column("snapshot_bytes", sa.BigInteger(), server_default=sa.text("0"), nullable=False))
-    op.add_column("attempts", sa.Column("snapshot_store", sa.Text(), nullable=True))
+    zero = {"server_default": sa.text("0"), "nullable": False}
+    online.add_columns("tenants", [sa.Column("weight", sa.Double(), server_default=sa.text("1"), nullable=False)])
+    online.add_check("tenants", "tenants_weight_is_positive", "weight > 0")
+    online.add_columns(
+        "jobs",
+        [
+            sa.Column("predicted_s", sa.Double(), **zero),
+            sa.Column("eta_raw_s", sa.Double()),
+            sa.Column("is_front", sa.Boolean(), server_default=sa.text("false"), nullable=False),
+            sa.Column("run_within_s", sa.Double()),
+            sa.Column("run_by", sa.DateTime(timezone=True)),
+            sa.Column("requeue_of", sa.Uuid()),
+        ],
+    )
+    online.add_foreign_key("jobs", "requeue_of", "jobs")
+    online.add_columns(
+        "attempts",
+        [
+            sa.Column("resumed_steps", sa.Integer(), **zero),
+            sa.Column("lost_steps", sa.Integer(), **zero),
+            sa.Column("lost_cause", sa.Text()),
+            sa.Column("snapshot_bytes", sa.BigInteger(), **zero),
+            sa.Column("snapshot_store", sa.Text()),
+        ],
+    )
 
 
 def _add_tables() -> None:

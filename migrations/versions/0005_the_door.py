@@ -7,6 +7,8 @@ import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 
+from migrations import online
+
 revision = "0005"
 down_revision = "0004"
 branch_labels = None
@@ -170,18 +172,17 @@ VIEWS = {
 
 def upgrade() -> None:
     for table, columns in NEW_COLUMNS.items():
-        for name, kind, default in columns:
-            is_optional = default is None
-            op.add_column(table, sa.Column(name, kind, server_default=None if is_optional else sa.text(default), nullable=is_optional))
+        online.add_columns(table, [_column(name, kind, default) for name, kind, default in columns])
     for table, name, condition in CHECKS:
-        op.create_check_constraint(name, table, condition)
-    _add_ledger()
-    _add_files()
-    _add_webhooks()
+        online.add_check(table, name, condition)
+    online.create_index("jobs_by_metadata", "jobs", ["metadata"], using="gin", where="metadata IS NOT NULL")
+    with op.get_context().autocommit_block():  # before what names it, which is committed at once
+        _add_files()
     for column in ("init_file_id", "mask_file_id", "control_file_id"):
-        op.create_foreign_key(f"jobs_{column}_fkey", "jobs", "files", [column], ["id"])
-    op.create_foreign_key("jobs_replay_of_fkey", "jobs", "jobs", ["replay_of"], ["id"])
-    op.create_index("jobs_by_metadata", "jobs", ["metadata"], postgresql_using="gin", postgresql_where=sa.text("metadata IS NOT NULL"))
+        online.add_foreign_key("jobs", column, "files")
+    online.add_foreign_key("jobs", "replay_of", "jobs")
+    _add_ledger()
+    _add_webhooks()
     for name, (about, query) in VIEWS.items():
         op.execute(f"CREATE VIEW {name} AS {query}")
         op.execute(f"COMMENT ON VIEW {name} IS '{about}'")
@@ -203,6 +204,10 @@ def downgrade() -> None:
             op.drop_column(table, name)
     for table in reversed(NEW_TABLES):
         op.drop_table(table)
+
+
+def _column(name: str, kind: sa.types.TypeEngine, default: str | None) -> sa.Column:
+    return sa.Column(name, kind, server_default=None if default is None else sa.text(default), nullable=default is None)
 
 
 def _id() -> sa.Column:
@@ -265,10 +270,12 @@ def _add_files() -> None:
         _text("content_sha256"),
         _created(),
         _instant("erased_at"),
+        if_not_exists=True,
     )
-    op.create_index("files_live", "files", ["tenant_id", "content_sha256"], unique=True, postgresql_where=sa.text("erased_at IS NULL"))
-    op.create_index("files_by_key", "files", ["object_key"])
-    op.create_index("files_by_tenant", "files", ["tenant_id", "id"], postgresql_where=sa.text("erased_at IS NULL"))
+    live, again = sa.text("erased_at IS NULL"), {"if_not_exists": True}
+    op.create_index("files_live", "files", ["tenant_id", "content_sha256"], unique=True, postgresql_where=live, **again)
+    op.create_index("files_by_key", "files", ["object_key"], **again)
+    op.create_index("files_by_tenant", "files", ["tenant_id", "id"], postgresql_where=live, **again)
 
 
 def _add_webhooks() -> None:

@@ -7,13 +7,14 @@ tenants ─┬─ api_keys, usage_ledger, idempotency_keys
          │                     └─ webhook_deliveries ── webhook_attempts
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
 audit_events ── audit_chains (heads)              workers (who is alive)
+             ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
 """
 
-from models.tables.audit import AuditChain, AuditEvent
+from models.tables.audit import AuditChain, AuditCheckpoint, AuditEvent
 from models.tables.base import NOW, Base
 from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
 from models.tables.files import File, Upload
-from models.tables.jobs import Artifact, Attempt, Image, Job
+from models.tables.jobs import Artifact, Attempt, Image, Job, JobLabel
 from models.tables.tenants import ApiKey, IdempotencyKey, Tenant, UsageDay
 from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
 from models.tables.workers import Worker
@@ -24,6 +25,7 @@ __all__ = [
     "Artifact",
     "Attempt",
     "AuditChain",
+    "AuditCheckpoint",
     "AuditEvent",
     "Base",
     "FairClock",
@@ -32,6 +34,7 @@ __all__ = [
     "IdempotencyKey",
     "Image",
     "Job",
+    "JobLabel",
     "LearntCost",
     "LearntEta",
     "Tenant",

@@ -36,6 +36,16 @@ class AuditEvent(Base):
     )
 
 
+class AuditCheckpoint(Base):
+    """An event that went with its month and that a later one links to. Written where months are pruned, by the owner alone."""
+
+    __tablename__ = "audit_checkpoints"
+
+    chain_id: Mapped[str] = mapped_column(primary_key=True)
+    seq: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
+    hash: Mapped[bytes]
+
+
 class AuditChain(Base):
     """The head of a chain: what the next event links to. Only the trigger writes it."""
 

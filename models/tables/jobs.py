@@ -116,10 +116,24 @@ class Job(Base):
         Index("jobs_requeued", "requeue_of", unique=True, postgresql_where=text("requeue_of IS NOT NULL")),
         CheckConstraint("mask_file_id IS NULL OR init_file_id IS NOT NULL", name="jobs_mask_needs_init"),
         CheckConstraint("(init_file_id IS NULL) = (strength IS NULL)", name="jobs_strength_with_init"),
-        Index("jobs_by_metadata", "metadata", postgresql_using="gin", postgresql_where=text("metadata IS NOT NULL")),
         Index("jobs_by_tenant", "tenant_id", "id"),
         Index("jobs_by_tenant_state", "tenant_id", "state", "id"),
+        # For whoever removes a job or a file: what names it is found.
+        Index("jobs_replayed", "replay_of", postgresql_where=text("replay_of IS NOT NULL")),
+        Index("jobs_by_init_file", "init_file_id", postgresql_where=text("init_file_id IS NOT NULL")),
+        Index("jobs_by_mask_file", "mask_file_id", postgresql_where=text("mask_file_id IS NOT NULL")),
+        Index("jobs_by_control_file", "control_file_id", postgresql_where=text("control_file_id IS NOT NULL")),
     )
+
+
+class JobLabel(Base):
+    """A job in the list of those that have one entry of metadata in common; triggers on `jobs` keep it. label: a digest of the entry."""
+
+    __tablename__ = "job_labels"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    label: Mapped[uuid.UUID] = mapped_column(primary_key=True)
+    job_id: Mapped[uuid.UUID] = mapped_column(primary_key=True)
 
 
 class Image(Base):
@@ -145,6 +159,7 @@ class Image(Base):
         CheckConstraint(f"state IN {listed(ImageState)}", name="images_state_is_known"),
         CheckConstraint("(state = 'stored') = (artifact_id IS NOT NULL)", name="images_stored_have_artifact"),
         CheckConstraint("(state = 'pending') = (handed_off_attempt IS NULL)", name="images_handed_off_by_attempt"),
+        Index("images_by_artifact", "artifact_id", postgresql_where=text("artifact_id IS NOT NULL")),
     )
 
 

@@ -94,4 +94,7 @@ class IdempotencyKey(Base):
     answer: Mapped[dict[str, Any] | None]  # of a batch: what each item came to
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
-    __table_args__ = (Index("idempotency_keys_by_age", "created_at"),)
+    __table_args__ = (
+        Index("idempotency_keys_by_age", "created_at"),
+        Index("idempotency_keys_by_job", "job_id", postgresql_where=text("job_id IS NOT NULL")),
+    )

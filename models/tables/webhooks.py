@@ -74,6 +74,7 @@ class WebhookDelivery(Base):
         Index("webhook_deliveries_by_endpoint", "endpoint_id", "id"),
         Index("webhook_deliveries_claimed", "endpoint_id", "claimed_until", postgresql_where=text("claimed_until IS NOT NULL")),
         Index("webhook_deliveries_by_age", "created_at"),
+        Index("webhook_deliveries_of_job", "job_id", postgresql_where=text("job_id IS NOT NULL")),
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import psycopg2
@@ -52,6 +53,9 @@ def test_help_names_every_command_and_exit_code():
         "audit",
         "demo",
         "calibrate",
+        "prune",
+        "backup",
+        "restore",
         "130",
     ):
         assert word in shown
@@ -215,11 +219,14 @@ def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
     try:
         found = run(stack.data_dir, "audit", "verify", "--chain", "edited")
         everywhere = run(stack.data_dir, "audit", "verify")
+        of_today = run(stack.data_dir, "audit", "verify", "--since", datetime.now(UTC).strftime("%Y-%m-%d"))
+        of_tomorrow = run(stack.data_dir, "audit", "verify", "--since", (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d"))
     finally:
         rewrite("nobody", "cli")
         connection.close()
 
     assert (found.exit_code, everywhere.exit_code) == (1, 1)
+    assert (of_today.exit_code, of_tomorrow.exit_code) == (1, 0)
     assert "chain edited, event 1" in found.stderr
     assert run(stack.data_dir, "audit", "verify").exit_code == 0
 

@@ -1,6 +1,7 @@
 """The audit log: append-only, linked by hash, and honest about every edit."""
 
 import uuid
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
@@ -231,7 +232,7 @@ def test_the_log_is_partitioned_by_month_and_the_coming_months_are_there(databas
             connection.scalars(text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'audit_events'::regclass"))
         )
         months = connection.scalars(
-            text("SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), 'YYYY_MM') FROM generate_series(0, 2) ahead")
+            text("SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), 'YYYY_MM') FROM generate_series(0, 12) ahead")
         )
         assert partitions == {"audit_events_default", *(f"audit_events_{month}" for month in months)}
         assert connection.scalar(text("SELECT pg_get_partkeydef('audit_events'::regclass)")) == "RANGE (at)"
@@ -248,8 +249,55 @@ def test_an_event_lies_in_the_partition_of_its_month(database, chain):
 
 
 def test_the_application_can_make_the_partitions_of_the_coming_months_again_and_again(session):
-    sweeping.ensure_audit_partitions(session)
-    sweeping.ensure_audit_partitions(session)
+    assert sweeping.ensure_audit_partitions(session) == 12
+    assert sweeping.ensure_audit_partitions(session) == 12
+
+
+@pytest.fixture
+def without_the_last_month(database):
+    """The log as it is when a month has passed: the partition of the month a year ahead is missing. Gives back its name."""
+    with database.owner.begin() as connection:
+        name = connection.scalar(
+            text("SELECT 'audit_events_' || to_char(now() AT TIME ZONE 'UTC' + make_interval(months => 12), 'YYYY_MM')")
+        )
+        connection.execute(text(f"DROP TABLE {name}"))
+    yield name
+    with transaction(database.app) as session:
+        assert sweeping.ensure_audit_partitions(session) == 12
+
+
+def make_partitions(database) -> int:
+    with transaction(database.app) as session:
+        return sweeping.ensure_audit_partitions(session)
+
+
+def test_making_a_partition_stops_nobody_who_appends_whoever_reads_the_log(database, chain, without_the_last_month):
+    with database.auditor.connect() as reader, ThreadPoolExecutor(1) as other:
+        reader.execute(text("SELECT count(*) FROM audit_log"))  # its lock stays until the transaction ends, as a dump's does
+        made = other.submit(make_partitions, database)
+
+        while not made.done():
+            with transaction(database.app) as session:
+                session.execute(text("SET LOCAL lock_timeout = '1s'"))
+                append(session, chain)
+
+        assert made.result() == 11
+    assert make_partitions(database) == 12
+
+
+def test_a_partition_that_is_made_later_refuses_changes_as_the_others_do(database, without_the_last_month):
+    make_partitions(database)
+
+    triggers = """SELECT tgrelid::regclass::text, array_agg(tgname ORDER BY tgname) FROM pg_trigger
+                  WHERE tgrelid::regclass::text LIKE 'audit_events_2%' GROUP BY 1"""
+    indexes = "SELECT tablename, count(*) FROM pg_indexes WHERE tablename LIKE 'audit_events_2%' GROUP BY 1"
+    with database.owner.connect() as connection:
+        triggers_of = dict(connection.execute(text(triggers)).all())
+        indexes_of = dict(connection.execute(text(indexes)).all())
+
+    assert triggers_of[without_the_last_month] == ["audit_link", "audit_no_change", "audit_no_truncate"]
+    assert set(map(tuple, triggers_of.values())) == {tuple(triggers_of[without_the_last_month])}
+    assert set(indexes_of.values()) == {3}
 
 
 def test_an_event_without_a_partition_is_kept_and_linked_all_the_same(session, chain):

@@ -199,7 +199,7 @@ def test_another_tenant_s_job_does_not_exist(session):
 
     assert jobs.find(session, job.id, tenant_id=stranger.id) is None
     assert jobs.cancel(session, job.id, tenant_id=stranger.id, actor="tests") is None
-    assert listing.page(session, Sought(), tenant_id=stranger.id, limit=10) == []
+    assert listing.page(session, Sought(), tenant_id=stranger.id, limit=10).jobs == []
     assert job.state == "queued"
 
 
@@ -212,8 +212,8 @@ def test_a_page_is_newest_first_and_goes_on_where_the_last_one_ended(session):
     tenant = a_tenant(session)
     accepted = sorted((a_job(session, tenant=tenant).id for _ in range(5)), reverse=True)
 
-    first = [job.id for job in listing.page(session, Sought(), tenant_id=tenant.id, limit=2)]
-    rest = [job.id for job in listing.page(session, Sought(before=first[-1]), tenant_id=tenant.id, limit=10)]
+    first = [job.id for job in listing.page(session, Sought(), tenant_id=tenant.id, limit=2).jobs]
+    rest = [job.id for job in listing.page(session, Sought(before=first[-1]), tenant_id=tenant.id, limit=10).jobs]
 
     assert first + rest == accepted
 
@@ -223,7 +223,7 @@ def test_a_page_can_be_of_one_state(session):
     a_job(session, tenant=tenant)
     canceled = cancel(session, a_job(session, tenant=tenant))
 
-    assert listing.page(session, Sought(state="canceled"), tenant_id=tenant.id, limit=10) == [canceled]
+    assert listing.page(session, Sought(state="canceled"), tenant_id=tenant.id, limit=10).jobs == [canceled]
 
 
 def test_a_job_that_nothing_started_in_time_expires(session):

@@ -1,0 +1,37 @@
+"""backup, restore: the stack of this machine, as a folder."""
+
+from pathlib import Path
+
+import click
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+
+_FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=False))
+
+
+@click.command()
+@_FOLDER
+@pass_installation
+def backup(installation: Installation, folder: Path) -> None:
+    """Write everything that the stack needs to begin again into FOLDER, a new one, while it runs.
+
+    Database, objects and every secret: keep it where nobody else can read it. docs/backup.md tells what is left out, and why.
+    """
+    with screen.err().status("copying"):
+        made = installation.stack().back_up(folder.absolute())
+    screen.out().print(f"{folder}: revision {made.revision}, {made.objects} objects, {made.object_bytes} bytes", soft_wrap=True)
+
+
+@click.command()
+@_FOLDER
+@pass_installation
+def restore(installation: Installation, folder: Path) -> None:
+    """Make a stack of the backup in FOLDER, with its tenants, keys, jobs, images and audit log. The data directory must be a new one.
+
+    It is down afterwards: `darkroom up` starts it, and migrates it if this version is newer.
+    """
+    stack = installation.stack()
+    with screen.err().status("restoring"):
+        made = stack.restore(folder.absolute())
+    screen.out().print(f"{stack.data_dir}: as of {made.made_at}, {made.objects} objects; start it with `darkroom up`", soft_wrap=True)

@@ -1,0 +1,175 @@
+"""prune: remove what is older than it has to be kept. As the owner of the tables, for nobody else may."""
+
+import gzip
+import hashlib
+import re
+import time
+from collections.abc import Callable
+from datetime import UTC, date, datetime, timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+from sqlalchemy.exc import OperationalError
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+from models import pruning
+from models.database import make_engine, transaction
+
+if TYPE_CHECKING:
+    from sqlalchemy import Engine
+    from sqlalchemy.orm import Session
+
+PIECE = 200  # jobs per transaction: their tenants accept no job meanwhile
+TRIES, PAUSE_S = 60, 2.0  # for a lock that somebody holds, and what others get done between two tries
+
+T = TypeVar("T")
+
+
+class Age(click.ParamType):
+    """A number of days, `90d`, as a timedelta."""
+
+    name = "DAYS"
+
+    def __init__(self, at_least: timedelta) -> None:
+        self._at_least = at_least
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+        found = re.fullmatch(r"(\d{1,5})d", str(value))
+        if not found or timedelta(days=int(found[1])) < self._at_least:
+            self.fail(f"{value!r} is not a number of days, {self._at_least.days}d or more.", param, ctx)
+        return timedelta(days=int(found[1]))
+
+
+@click.command()
+@click.option(
+    "--older-than", type=Age(pruning.NEWEST_JOBS), help="Jobs that ended so long ago, and files that none of the others starts from."
+)
+@click.option("--tier", help="Only jobs of this tier, and no files.")
+@click.option("--usage-older-than", type=Age(pruning.NEWEST_USAGE), help="Days of the ledger: what invoices are made from.")
+@click.option("--audit-older-than", type=Age(timedelta(days=1)), help="Months of the audit log that ended so long ago.")
+@click.option(
+    "--export", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Write months of the audit log to files here first."
+)
+@click.option("--yes", is_flag=True, help="Do it. Without this, only say what would go.")
+@pass_installation
+def prune(
+    installation: Installation,
+    older_than: timedelta | None,
+    tier: str | None,
+    usage_older_than: timedelta | None,
+    audit_older_than: timedelta | None,
+    export: Path | None,
+    yes: bool,
+) -> None:
+    """Remove jobs, files, ledger entries and months of the audit log for good. It can run beside everything else.
+
+    Objects leave the store within minutes. What is left of the audit log can be verified as before.
+    """
+    if not any((older_than, usage_older_than, audit_older_than)):
+        raise click.UsageError("say how old: --older-than 90d, --usage-older-than 800d, --audit-older-than 400d")
+    database = make_engine(installation.look_up("MIGRATION_DATABASE_URL"), pool_size=1)
+    now = datetime.now(UTC)
+    rows: list[tuple[str, Any]] = []
+    try:
+        if older_than:
+            rows += _jobs(database, now - older_than, tier, yes)
+        if usage_older_than:
+            rows += _usage(database, (now - usage_older_than).date(), yes)
+        if audit_older_than:
+            rows += _audit(database, (now - audit_older_than).date(), export, yes)
+    finally:
+        database.dispose()
+    screen.out().print(screen.table(["what", "removed" if yes else "would be removed"], rows, numbers=["removed", "would be removed"]))
+    if not yes:
+        screen.err().print("nothing was changed; --yes does it", style="dim")
+
+
+def _jobs(database: "Engine", before: datetime, tier: str | None, yes: bool) -> list[tuple[str, Any]]:
+    with transaction(database) as session:
+        due = pruning.due(session, before=before, tier=tier)
+    if yes:
+        jobs, after = 0, pruning.FIRST_ID
+        while True:
+            piece = _patiently(
+                database, lambda session, after=after: pruning.prune_jobs(session, before=before, after=after, limit=PIECE, tier=tier)
+            )
+            jobs += piece.jobs
+            if piece.last_id is None:
+                break
+            after = piece.last_id
+        rows: list[tuple[str, Any]] = [("jobs", jobs), ("their images", due.images), ("bytes of images", due.size_bytes)]
+    else:
+        rows = [("jobs", due.jobs), ("their images", due.images), ("bytes of images", due.size_bytes)]
+    if tier is None:
+        files = due.files
+        if yes:
+            files = _all(database, lambda session: pruning.prune_files(session, before=before, limit=PIECE))
+            _all(database, lambda session: pruning.prune_endpoints(session, before=before, limit=PIECE))
+        rows += [("files", files), ("bytes of files", due.file_bytes)]
+    return rows
+
+
+def _usage(database: "Engine", before: date, yes: bool) -> list[tuple[str, Any]]:
+    if yes:
+        return [("days of tenants in the ledger", _patiently(database, lambda session: pruning.prune_usage(session, before=before)))]
+    with transaction(database) as session:
+        return [("days of tenants in the ledger", pruning.usage_due(session, before=before))]
+
+
+def _audit(database: "Engine", before: date, export: Path | None, yes: bool) -> list[tuple[str, Any]]:
+    rows = []
+    with transaction(database) as session:
+        months = pruning.audit_months(session, before=before)
+    for month in months:
+        if yes:
+            sha256 = _export(database, month, export) if export else None
+            events = _patiently(
+                database, lambda session, month=month, sha256=sha256: pruning.prune_audit_month(session, month, sha256=sha256)
+            )
+        else:
+            with transaction(database) as session:
+                events = pruning.audit_events(session, month)
+        rows.append((f"audit events of {month:%Y-%m}", events))
+    return rows or [("months of the audit log", 0)]
+
+
+def _export(database: "Engine", month: date, folder: Path) -> str:
+    """Write a month's events as JSON lines, by chain and number; the digest of the file. One that is not whole has another name."""
+    path, unfinished = folder / f"audit-{month:%Y-%m}.jsonl.gz", folder / f"audit-{month:%Y-%m}.jsonl.gz.unfinished"
+    events = f"SELECT to_jsonb(e) FROM {pruning.partition_of(month)} e ORDER BY chain_id, seq"
+    # As CSV whose delimiter and quote are in no JSON: Postgres' own text format would double every backslash.
+    query = f"COPY ({events}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
+    connection = database.raw_connection()
+    try:
+        with connection.cursor() as cursor, gzip.open(unfinished, "wb") as file:
+            cursor.execute("SET LOCAL statement_timeout = 0")
+            cursor.copy_expert(query, file)
+    finally:
+        connection.close()
+    with unfinished.open("rb") as written:
+        digest = hashlib.file_digest(written, "sha256").hexdigest()
+    unfinished.replace(path)
+    return digest
+
+
+def _all(database: "Engine", act: "Callable[[Session], int]") -> int:
+    """Do it until nothing is left; how much there was."""
+    done = 0
+    while some := _patiently(database, act):
+        done += some
+    return done
+
+
+def _patiently(database: "Engine", act: "Callable[[Session], T]") -> T:
+    """In a transaction of its own; again a little later when others held a lock, for they come first."""
+    for tried in range(1, TRIES + 1):
+        try:
+            with transaction(database) as session:
+                return act(session)
+        except OperationalError as error:
+            if getattr(error.orig, "pgcode", None) not in ("55P03", "40P01") or tried == TRIES:
+                raise
+            time.sleep(PAUSE_S)
+    raise AssertionError("unreachable")

@@ -1,0 +1,219 @@
+"""Rows that are too old to be kept: jobs with all that belongs to them, files, ledger entries, months of the audit log. As the owner.
+
+The application has no right to remove any of these. Everything goes in small pieces, each with its audit event; objects are put on their
+way out of the store as where a tenant deletes a job, and the digests of what was stored stay in the audit log until their month goes.
+"""
+
+import json
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ARRAY, Date, Text, TextClause, Uuid, bindparam, text
+from sqlalchemy.orm import Session
+
+from models import audit
+from models.ids import first_id
+
+ACTOR = "operator"
+NEWEST_JOBS = timedelta(days=1)  # younger ones are none of pruning's business: an idempotency key may name them
+NEWEST_USAGE = timedelta(days=62)  # quotas count the month that is under way, and the one before may still be billed
+FIRST_ID = uuid.UUID(int=0)
+
+# Every table with a foreign key to `jobs`, and what becomes of its rows; a test compares this with the database.
+OF_A_JOB = ("idempotency_keys", "webhook_deliveries", "images", "artifacts", "attempts")  # in this order: images name artifacts
+NAME_ANOTHER_JOB = ("requeue_of", "replay_of")
+
+
+@dataclass(frozen=True)
+class Due:
+    """What is older than asked for. size_bytes: of the stored images."""
+
+    jobs: int
+    images: int
+    size_bytes: int
+    files: int
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One transaction's worth of jobs. last_id: where the next one begins; None when there are no others."""
+
+    jobs: int
+    last_id: uuid.UUID | None
+
+
+def _ids(statement: str) -> TextClause:
+    return text(statement).bindparams(bindparam("ids", type_=ARRAY(Uuid)))
+
+
+_IS_OLD = "j.id < :upto AND j.finished_at < :before AND (CAST(:tier AS text) IS NULL OR j.tier = :tier)"
+_UNUSED = """f.created_at < :before AND NOT EXISTS (SELECT FROM jobs j WHERE j.init_file_id = f.id)
+    AND NOT EXISTS (SELECT FROM jobs j WHERE j.mask_file_id = f.id) AND NOT EXISTS (SELECT FROM jobs j WHERE j.control_file_id = f.id)"""
+
+_COUNT_JOBS = text(
+    f"""
+    SELECT count(*), coalesce(sum(a.images), 0), coalesce(sum(a.size_bytes), 0) FROM jobs j LEFT JOIN LATERAL (
+        SELECT count(*) AS images, sum(size_bytes) AS size_bytes FROM artifacts WHERE job_id = j.id AND erased_at IS NULL
+    ) a ON true WHERE {_IS_OLD}
+    """
+)
+_COUNT_FILES = text(f"SELECT count(*), coalesce(sum(f.size_bytes), 0) FROM files f WHERE f.erased_at IS NULL AND {_UNUSED}")
+_NEXT_JOBS = text(
+    f"""
+    SELECT j.id, j.tenant_id FROM jobs j WHERE j.id > :after AND {_IS_OLD} ORDER BY j.id LIMIT :limit FOR UPDATE SKIP LOCKED
+    """
+)
+# In order of their keys: whoever stores the same object again takes the same rows.
+_GIVE_UP = text(
+    """
+    INSERT INTO uploads AS u (object_key, started_at) SELECT key, to_timestamp(0) FROM unnest(:keys) key ORDER BY key
+    ON CONFLICT (object_key) DO UPDATE SET started_at = u.started_at
+    """
+).bindparams(bindparam("keys", type_=ARRAY(Text)))
+
+
+_OLD_FILES = text(
+    f"SELECT f.id, f.tenant_id, f.object_key, f.content_sha256 FROM files f WHERE f.erased_at IS NULL AND {_UNUSED}"
+    " ORDER BY f.tenant_id, f.id LIMIT :limit FOR UPDATE SKIP LOCKED"
+)
+# A day after its content: a job that was just being accepted with it has found it erased by then.
+_FORGET_FILES = text(
+    f"""
+    DELETE FROM files WHERE id IN (
+        SELECT f.id FROM files f WHERE f.erased_at < clock_timestamp() - interval '1 day' AND {_UNUSED} LIMIT :limit FOR UPDATE SKIP LOCKED)
+    """
+)
+_FORGET_ENDPOINTS = text(
+    """
+    WITH old AS (
+        SELECT e.id FROM webhook_endpoints e WHERE e.deleted_at < :before
+        AND NOT EXISTS (SELECT FROM webhook_deliveries d WHERE d.endpoint_id = e.id) LIMIT :limit FOR UPDATE SKIP LOCKED
+    ), secret AS (DELETE FROM webhook_secrets WHERE endpoint_id IN (SELECT id FROM old))
+    DELETE FROM webhook_endpoints WHERE id IN (SELECT id FROM old)
+    """
+)
+_MONTHS = text(
+    """
+    SELECT to_date(right(inhrelid::regclass::text, 7), 'YYYY_MM') AS month FROM pg_inherits
+    WHERE inhparent = 'audit_events'::regclass AND inhrelid::regclass::text ~ '^audit_events_\\d{4}_\\d{2}$' ORDER BY 1
+    """
+)
+
+
+def due(session: Session, *, before: datetime, tier: str | None = None) -> Due:
+    """What `prune_jobs` and `prune_files` would remove."""
+    _take_time(session)
+    jobs, images, size_bytes = session.execute(_COUNT_JOBS, _old(before, tier)).one()
+    files, file_bytes = session.execute(_COUNT_FILES, {"before": before}).one()
+    return Due(jobs, int(images), int(size_bytes), files, int(file_bytes))
+
+
+def prune_jobs(session: Session, *, before: datetime, after: uuid.UUID = FIRST_ID, limit: int, tier: str | None = None) -> Piece:
+    """Remove up to `limit` jobs with larger ids than `after` that ended before `before`, of one tier or of all.
+
+    Their objects go as soon as the store is tidied. One audit event for each tenant says how many jobs went and which was the newest.
+    """
+    rows = session.execute(_NEXT_JOBS, {**_old(before, tier), "after": after, "limit": limit}).all()
+    if not rows:
+        return Piece(0, None)
+    ids = [row.id for row in rows]
+    named = _ids("SELECT DISTINCT object_key FROM artifacts WHERE job_id = ANY(:ids) AND erased_at IS NULL")
+    _give_up(session, session.scalars(named, {"ids": ids}).all())
+    for column in NAME_ANOTHER_JOB:
+        session.execute(_ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)"), {"ids": ids})
+    for table in OF_A_JOB:
+        session.execute(_ids(f"DELETE FROM {table} WHERE job_id = ANY(:ids)"), {"ids": ids})
+    session.execute(_ids("DELETE FROM jobs WHERE id = ANY(:ids)"), {"ids": ids})
+    for tenant_id in sorted({row.tenant_id for row in rows}, key=str):
+        own = [row.id for row in rows if row.tenant_id == tenant_id]
+        facts: dict[str, Any] = {"jobs": len(own), "newest": str(own[-1]), "before": before.isoformat()}
+        audit.append(session, "tenant:jobs:pruned", chain=tenant_id, actor=ACTOR, **facts)
+    return Piece(len(ids), ids[-1])
+
+
+def prune_files(session: Session, *, before: datetime, limit: int) -> int:
+    """Erase up to `limit` files that were brought before `before` and that no job starts from any more, as DELETE does; how many.
+
+    The rows of those that were erased a day ago or more, also by their tenants, go for good.
+    """
+    rows = session.execute(_OLD_FILES, {"before": before, "limit": limit}).all()
+    session.execute(_ids("UPDATE files SET erased_at = clock_timestamp() WHERE id = ANY(:ids)"), {"ids": [row.id for row in rows]})
+    _give_up(session, [row.object_key for row in rows])
+    session.execute(_FORGET_FILES, {"before": before, "limit": limit})
+    for row in rows:  # chains in order, as they were read
+        facts: dict[str, Any] = {"file_id": str(row.id), "content_sha256": row.content_sha256}
+        audit.append(session, "file:content:erased", chain=row.tenant_id, actor=ACTOR, **facts)
+    return len(rows)
+
+
+def prune_endpoints(session: Session, *, before: datetime, limit: int) -> int:
+    """Remove up to `limit` webhook endpoints that were deleted before `before` and have no deliveries left; how many."""
+    return _count(session, _FORGET_ENDPOINTS, before=before, limit=limit)
+
+
+def usage_due(session: Session, *, before: date) -> int:
+    """Days of tenants that `prune_usage` would remove from the ledger."""
+    return session.scalar(text("SELECT count(*) FROM usage_ledger WHERE day < :before"), {"before": before}) or 0
+
+
+def prune_usage(session: Session, *, before: date) -> int:
+    """Remove the days before `before` from every tenant's ledger; how many there were."""
+    _take_time(session)
+    days = _count(session, text("DELETE FROM usage_ledger WHERE day < :before"), before=before)
+    if days:
+        audit.append(session, "usage:days:pruned", chain=audit.SYSTEM, actor=ACTOR, days=days, before=before.isoformat())
+    return days
+
+
+def audit_months(session: Session, *, before: date) -> list[date]:
+    """The months of the audit log that ended before `before`, by their first days, oldest first. The default partition is none of them."""
+    months = session.scalars(_MONTHS.columns(month=Date)).all()
+    return [month for month in months if _next_month(month) <= before]
+
+
+def audit_events(session: Session, month: date) -> int:
+    """How many events the month has."""
+    _take_time(session)
+    return session.scalar(text(f"SELECT count(*) FROM {partition_of(month)}")) or 0
+
+
+def prune_audit_month(session: Session, month: date, *, sha256: str | None = None) -> int:
+    """Remove a month of the audit log; the rest can still be verified. How many events it had.
+
+    sha256: of the file they were written to before.  Fails with LockNotAvailable while somebody reads the log; try again.
+    """
+    _take_time(session)
+    query = text("SELECT audit_prune_month(:month, :actor, CAST(:facts AS jsonb))")
+    facts = json.dumps({"exported_sha256": sha256} if sha256 else {})
+    return session.scalar(query, {"month": month, "actor": ACTOR, "facts": facts}) or 0
+
+
+def partition_of(month: date) -> str:
+    """The table that holds a month of the audit log."""
+    return f"audit_events_{month:%Y_%m}"
+
+
+def _take_time(session: Session) -> None:
+    """Let a statement that reads a whole table run for as long as it takes."""
+    session.execute(text("SET LOCAL statement_timeout = 0"))
+
+
+def _next_month(month: date) -> date:
+    return (month.replace(day=1) + timedelta(days=32)).replace(day=1)
+
+
+def _old(before: datetime, tier: str | None) -> dict[str, Any]:
+    return {"before": before, "upto": first_id(before), "tier": tier}
+
+
+def _give_up(session: Session, object_keys: Sequence[str]) -> None:
+    if object_keys:
+        session.execute(_GIVE_UP, {"keys": sorted(set(object_keys))})
+
+
+def _count(session: Session, statement: TextClause, **values: Any) -> int:
+    return session.execute(statement, values).rowcount  # type: ignore[attr-defined,no-any-return]

@@ -1,0 +1,85 @@
+"""Lists of a tenant's jobs by metadata: in order, complete, and never longer at work than for so many looks into an index."""
+
+import uuid
+
+import pytest
+from sqlalchemy import text
+
+from models import erasing, jobs, listing
+from models.listing import Sought
+from tests.builders import a_job, a_tenant
+
+
+def some_jobs(session, tenant, *labels):
+    """A job with each of these labels, oldest first."""
+    return [a_job(session, tenant=tenant, labels=own) for own in labels]
+
+
+def a_walk(session, tenant, sought, *, limit=2):
+    """Ids of all pages, and how many pages there were."""
+    ids, pages, before = [], 0, sought.before
+    while True:
+        page = listing.page(session, Sought(sought.since, before, sought.state, sought.labels), tenant_id=tenant.id, limit=limit)
+        ids += [job.id for job in page.jobs]
+        pages += 1
+        if page.more_before is None and len(page.jobs) < limit:
+            return ids, pages
+        before = page.more_before or page.jobs[-1].id
+
+
+@pytest.mark.parametrize("probes", [listing.MOST_PROBES, 4, 3])
+def test_a_list_by_metadata_is_complete_however_short_each_page_s_work_is(session, monkeypatch, probes):
+    monkeypatch.setattr(listing, "MOST_PROBES", probes)
+    tenant, stranger = a_tenant(session), a_tenant(session)
+    both, one, other = {"set": "x", "user": "1"}, {"set": "x"}, {"set": "y", "user": "1"}
+    made = some_jobs(session, tenant, both, one, one, other, both, one, other, None, both)
+    some_jobs(session, stranger, both, both)
+    newest_first = [job.id for job in reversed(made)]
+    has_both = [made[8].id, made[4].id, made[0].id]
+
+    assert a_walk(session, tenant, Sought(labels=both))[0] == has_both
+    with_x = {job.id for job in made if job.labels and job.labels["set"] == "x"}
+    assert a_walk(session, tenant, Sought(labels=one))[0] == [job_id for job_id in newest_first if job_id in with_x]
+    assert a_walk(session, tenant, Sought(labels={"set": "z"}))[0] == []
+    assert a_walk(session, tenant, Sought(labels=both, before=made[8].id, since=made[4].id))[0] == [made[4].id]
+
+
+def test_a_list_by_metadata_can_be_of_one_state(session):
+    tenant = a_tenant(session)
+    made = some_jobs(session, tenant, *[{"set": "x"}] * 4)
+    jobs.cancel(session, made[1].id, tenant_id=tenant.id, actor="tests")
+
+    assert a_walk(session, tenant, Sought(state="canceled", labels={"set": "x"}))[0] == [made[1].id]
+    assert a_walk(session, tenant, Sought(state="failed", labels={"set": "x"}))[0] == []
+
+
+def test_a_page_s_work_is_bounded_where_two_frequent_labels_have_nothing_in_common(session, monkeypatch):
+    monkeypatch.setattr(listing, "MOST_PROBES", 10)
+    tenant = a_tenant(session)
+    some_jobs(session, tenant, *[{"a": "1"}, {"b": "1"}] * 20)
+
+    page = listing.page(session, Sought(labels={"a": "1", "b": "1"}), tenant_id=tenant.id, limit=5)
+    found, pages = a_walk(session, tenant, Sought(labels={"a": "1", "b": "1"}), limit=5)
+
+    assert (page.jobs, page.more_before is not None) == ([], True)
+    assert (found, pages > 2) == ([], True)
+
+
+def test_a_job_whose_metadata_were_erased_is_in_no_list_by_them(session):
+    tenant = a_tenant(session)
+    (job,) = some_jobs(session, tenant, {"set": "x"})
+
+    erasing.erase(session, job.id, tenant_id=tenant.id, actor="tests")
+
+    assert listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=5).jobs == []
+    assert session.scalar(text("SELECT count(*) FROM job_labels WHERE job_id = :id"), {"id": job.id}) == 0
+
+
+def test_a_list_by_metadata_reads_no_job_of_another_tenant(session):
+    """Whoever else has the same metadata, and however many jobs with them."""
+    plan = session.scalars(
+        text("EXPLAIN SELECT job_id FROM job_labels WHERE tenant_id = :id AND label = :id AND job_id <= :id ORDER BY job_id DESC LIMIT 1"),
+        {"id": uuid.uuid4()},
+    ).all()
+
+    assert any("Index Only Scan Backward using job_labels_pkey" in line for line in plan), plan

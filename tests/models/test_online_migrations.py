@@ -1,0 +1,190 @@
+"""Migrations beside running code: what they may ask of a table that is in use, that nobody waits for them for long, and what they say."""
+
+import re
+import subprocess
+import sys
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, event, inspect, make_url, text
+
+import migrations
+from migrations import online
+from settings import REPO
+from tests.builders import until
+
+FIRST_RELEASE = "0003"  # whatever comes later may meet rows, readers and writers
+
+# Statements that read or write a whole table while nobody else may, and what to do in their stead.
+FORBIDDEN = {
+    r"CREATE (UNIQUE )?INDEX (?!CONCURRENTLY)": "online.create_index",
+    r"DROP INDEX (?!CONCURRENTLY)": "online.drop_index",
+    r"ALTER TABLE \S+ ADD CONSTRAINT (?!.*NOT VALID)": "online.add_check, online.add_foreign_key",
+    r"ALTER TABLE \S+ ADD COLUMN (?!IF NOT EXISTS)": "online.add_columns",
+    r"ALTER TABLE \S+ ALTER COLUMN \S+ (TYPE|SET NOT NULL|SET DATA)": "another column, filled in pieces",
+    r"ADD COLUMN .*DEFAULT [^,]*(random|clock_timestamp|now)\(": "a constant as its default",
+}
+
+
+def revisions() -> list[str]:
+    """All of them, oldest first."""
+    found = ScriptDirectory(str(Path(migrations.__file__).parent)).walk_revisions()
+    return [script.revision for script in found][::-1]
+
+
+@pytest.fixture(scope="module")
+def statements(stack) -> dict[str, list[tuple[str, set[str]]]]:
+    """By revision: every statement of its upgrade, with the tables that were there before it."""
+    from tests.models.conftest import a_database
+
+    ran: dict[str, list[tuple[str, set[str]]]] = {}
+    with a_database(stack.env, migrated_to=None) as database:
+        for revision in revisions():
+            with database.owner.connect() as connection:
+                before = set(inspect(connection).get_table_names())
+            ran[revision] = []
+
+            def note(connection, cursor, statement, parameters, context, executemany, into=ran[revision], before=before):
+                into.append((" ".join(statement.split()), before))
+
+            event.listen(migrations.Engine, "before_cursor_execute", note)
+            try:
+                migrations.upgrade(database.owner_url, revision)
+            finally:
+                event.remove(migrations.Engine, "before_cursor_execute", note)
+    return ran
+
+
+@pytest.mark.parametrize("revision", [revision for revision in revisions() if revision > FIRST_RELEASE])
+def test_a_migration_locks_no_table_that_is_in_use_for_long(statements, revision):
+    assert statements[revision]
+    for statement, tables in statements[revision]:
+        for pattern, instead in FORBIDDEN.items():
+            if re.match(pattern, statement, re.IGNORECASE):
+                table = re.search(r" (?:ON|TABLE) (?:ONLY )?(\w+)", f" {statement}")
+                assert table is not None
+                assert table[1] not in tables, f"{revision}: {statement}: {table[1]} is in use; {instead} changes it while others write"
+
+
+class Traffic:
+    """A client of the tables that were there at the first release: reads and writes all the time, and how long that took."""
+
+    def __init__(self, owner_url: str) -> None:
+        self._engine = create_engine(owner_url, connect_args={"options": "-c lock_timeout=4000"})
+        self._is_over = False
+        self.rounds = 0
+
+    def run(self) -> None:
+        """Until `stop`. Raises if anything has to wait for a lock for longer than somebody in front of it may wait."""
+        while not self._is_over:
+            with self._engine.begin() as connection:
+                tenant = {"id": uuid.uuid4(), "name": f"t-{uuid.uuid4()}"}
+                connection.execute(text("INSERT INTO tenants (id, name) VALUES (:id, :name)"), tenant)
+                connection.execute(text("UPDATE jobs SET worker = 'w'"))
+                connection.execute(text("SELECT count(*) FROM jobs"))
+            self.rounds += 1
+
+    def stop(self) -> None:
+        self._is_over = True
+
+
+def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(stack):
+    from tests.models.conftest import a_database
+
+    with a_database(stack.env, migrated_to=FIRST_RELEASE) as database, ThreadPoolExecutor(2) as threads:
+        told: list[str] = []
+        with database.owner.connect() as forgotten:
+            forgotten.execute(text("SELECT count(*) FROM jobs"))  # its lock stays, and with it whoever wants the table for himself
+            traffic = Traffic(database.owner_url)
+            client = threads.submit(traffic.run)
+            until(lambda: traffic.rounds, what="traffic")
+            migrated = threads.submit(migrations.upgrade, database.owner_url, say=told.append)
+
+            until(lambda: len(told) >= 2, within_s=60, what="a second try")  # each had to give way to the traffic
+            rounds = traffic.rounds
+            until(lambda: traffic.rounds > rounds, within_s=30)
+            assert not migrated.done()
+        migrated.result(timeout=120)
+        traffic.stop()
+        client.result(timeout=30)
+
+    assert {line.partition(" (")[0] for line in told[:-1]} == {"a table is in use"}
+    assert told[-1].startswith("at revision ")
+
+
+def test_a_migration_that_was_cut_short_anywhere_begins_again(stack, monkeypatch):
+    """After each of the changes that are committed at once."""
+    from tests.models.conftest import a_database
+
+    class CutShort(Exception):
+        pass
+
+    done, stop_at = 0, 0
+
+    def then_cut(run):
+        def run_some(statement):
+            nonlocal done
+            run(statement)
+            done += 1
+            if done == stop_at:
+                raise CutShort
+
+        return run_some
+
+    for name in ("_run", "_run_for_long"):
+        monkeypatch.setattr(online, name, then_cut(getattr(online, name)))
+    with a_database(stack.env, migrated_to=FIRST_RELEASE) as database:
+        while True:
+            done, stop_at = 0, stop_at + 1
+            try:
+                migrations.upgrade(database.owner_url)
+                break
+            except CutShort:
+                continue
+        with database.owner.connect() as connection:
+            invalid = connection.scalars(text("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")).all()
+            unchecked = connection.scalars(text("SELECT conname FROM pg_constraint WHERE NOT convalidated")).all()
+
+    assert stop_at > 8
+    assert (invalid, unchecked) == ([], [])
+
+
+def migrate(env, database, **changes) -> subprocess.CompletedProcess[str]:
+    """`python -m migrations` on a database of one's own."""
+    names = ("MIGRATION_DATABASE_URL", "DATABASE_URL", "AUDITOR_DATABASE_URL")
+    urls = {name: make_url(env[name]).set(database=make_url(database.owner_url).database) for name in names}
+    variables = {name: url.render_as_string(hide_password=False) for name, url in urls.items()}
+    command = [sys.executable, "-m", "migrations"]
+    return subprocess.run(command, cwd=REPO, env={**variables, **changes}, capture_output=True, text=True, timeout=120)
+
+
+def test_the_migrations_say_at_which_revision_the_database_is(stack, empty_database):
+    head = revisions()[-1]
+
+    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {head}, was empty\n"
+    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {head}, nothing to do\n"
+
+
+def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(stack, empty_database):
+    migrations.upgrade(empty_database.owner_url)
+    with empty_database.owner.begin() as connection:
+        connection.execute(text("UPDATE alembic_version SET version_num = '9999'"))
+
+    done = migrate(stack.env, empty_database)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("migrations: the database is at revision 9999, which this version does not know")
+    assert len(done.stderr.splitlines()) == 1
+    assert "docs/operations.md" in done.stderr
+
+
+def test_a_wrong_password_ends_the_migrations_with_one_line(stack, empty_database):
+    url = make_url(empty_database.owner_url).set(password="wrong").render_as_string(hide_password=False)
+
+    done = migrate(stack.env, empty_database, MIGRATION_DATABASE_URL=url)
+
+    assert done.returncode == 1
+    assert re.fullmatch(r"migrations: Postgres: .*password authentication failed.*\n", done.stderr)

@@ -1,0 +1,205 @@
+"""The sweeper's own time: what fails comes again a little later, what there is too much of goes on at the next sweep."""
+
+import time
+import uuid
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import null, text
+
+import tasks.sweep
+from edges.broker import Broker
+from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
+from edges.progress import News
+from edges.release import Release
+from edges.snapshots import Snapshots
+from models import jobs, webhooks
+from models.database import make_engine, transaction
+from models.tables import IdempotencyKey, WebhookDelivery, WebhookEndpoint
+from tasks.sweep import Sweeper
+from tests.builders import a_fleet, a_job, a_succeeded_job, a_tenant
+from tests.models.conftest import a_database
+from tests.models.test_pruning import age
+
+
+@pytest.fixture
+def sweeper(fleet_here, settings_here, database_here) -> Sweeper:
+    """One that is asked by nobody but the test."""
+    broker = Broker(settings_here, fleet_here)
+    return Sweeper(
+        settings=settings_here,
+        fleet=fleet_here,
+        database=database_here,
+        broker=broker,
+        release=Release(database_here, broker, fleet_here, worker_silence_s=15),
+        handoff=Handoff(settings_here.handoff_url, ttl_s=60),
+        snapshots=Snapshots(settings_here.handoff_url, ttl_s=60),
+        inputs=Inputs(settings_here.handoff_url, ttl_s=60),
+        news=News(settings_here.handoff_url),
+        fill=Gauge(settings_here.handoff_url).fill,
+    )
+
+
+@pytest.fixture
+def parts(sweeper, monkeypatch):
+    """Have the sweeper consist of these parts, (what it does, how often) by its name; counts how often each was called."""
+    called = dict[str, int]()
+
+    def parts(**own):
+        def named(name, act):
+            def part():
+                called[name] = called.get(name, 0) + 1
+                return act()
+
+            part.__name__ = name
+            return part
+
+        made = [(named(name, act), every_s) for name, (act, every_s) in own.items()]
+        monkeypatch.setattr(Sweeper, "_parts", lambda self: made)
+        return called
+
+    return parts
+
+
+def fails():
+    raise ValueError("nobody foresaw this")
+
+
+def test_a_part_that_fails_is_tried_again_later_and_not_at_each_sweep(sweeper, parts, monkeypatch):
+    called = parts(hourly=(fails, 3600), always=(fails, 0))
+
+    for _ in range(3):
+        sweeper.sweep()
+    assert called == {"hourly": 1, "always": 3}
+
+    now = time.monotonic
+    monkeypatch.setattr(tasks.sweep.time, "monotonic", lambda: now() + tasks.sweep.AGAIN_AFTER_S)
+    sweeper.sweep()
+    assert called == {"hourly": 2, "always": 4}
+
+
+def test_a_part_that_has_more_to_do_comes_again_at_the_next_sweep(sweeper, parts):
+    left = [True, False, False]
+    called = parts(hourly=(lambda: left.pop(), 3600))
+
+    for _ in range(5):
+        sweeper.sweep()
+
+    assert called == {"hourly": 3}
+
+
+@pytest.fixture
+def old_rows(database_here):
+    """So many webhook deliveries of forty days ago, and idempotency keys of the day before yesterday."""
+
+    def old_rows(count):
+        with transaction(database_here) as session:
+            tenant = a_tenant(session)
+            endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[])
+            session.add(endpoint)
+            session.flush()
+            old = text("SELECT clock_timestamp() - interval '40 days'")
+            at = session.scalar(old)
+            for _ in range(count):
+                session.add(
+                    WebhookDelivery(
+                        endpoint_id=endpoint.id,
+                        tenant_id=tenant.id,
+                        event="job.succeeded",
+                        state="delivered",
+                        created_at=at,
+                        due_at=null(),
+                        ended_at=at,
+                    )
+                )
+                session.add(IdempotencyKey(tenant_id=tenant.id, key=uuid.uuid4().hex, request_sha256="", created_at=at))
+        return tenant
+
+    return old_rows
+
+
+def count_of(database, table, tenant) -> int:
+    with transaction(database) as session:
+        return session.scalar(text(f"SELECT count(*) FROM {table} WHERE tenant_id = :id"), {"id": tenant.id})
+
+
+@pytest.mark.parametrize("table", ["webhook_deliveries", "idempotency_keys"])
+def test_everything_that_is_too_old_goes_in_one_sweep_in_small_pieces(sweeper, database_here, old_rows, monkeypatch, table):
+    monkeypatch.setattr(tasks.sweep, "PIECE", 3)
+    tenant = old_rows(10)
+
+    sweeper.sweep()
+
+    assert count_of(database_here, table, tenant) == 0
+
+
+def test_a_sweep_has_an_end_however_much_is_too_old(sweeper, database_here, old_rows, monkeypatch):
+    monkeypatch.setattr(tasks.sweep, "PIECE", 3)
+    monkeypatch.setattr(tasks.sweep, "AT_MOST_S", 0)
+    tenant = old_rows(10)
+
+    left = []
+    for _ in range(4):
+        sweeper.sweep()
+        left.append(count_of(database_here, "webhook_deliveries", tenant))
+
+    assert left == [7, 4, 1, 0]
+
+
+@pytest.fixture
+def keeps_for_a_month(stack, sweeper):
+    """A sweeper of a fleet whose tier `fast` keeps content for thirty days, and the owner of its database."""
+    with a_database(stack.env) as database:
+        owner = make_engine(database.owner_url, pool_size=2)
+        yield replace(sweeper, fleet=a_fleet({"tiers.fast.retention_days": 30}), database=database.app), owner
+        owner.dispose()
+
+
+@pytest.mark.parametrize("at_a_time", [2000, 2])
+def test_content_is_erased_once_its_tier_has_kept_it_long_enough(keeps_for_a_month, monkeypatch, at_a_time):
+    monkeypatch.setattr(tasks.sweep, "LOOKED_AT", at_a_time)
+    sweeper, owner = keeps_for_a_month
+    with transaction(owner) as session:
+        tenant = a_tenant(session)
+
+        def canceled(**params):
+            return jobs.cancel(session, a_job(session, tenant=tenant, **params).id, tenant_id=tenant.id, actor="tests")
+
+        old = [age(session, a_succeeded_job(session, tenant=tenant)), age(session, canceled())]
+        unfinished = age(session, a_job(session, tenant=tenant))
+        other_tier, young = age(session, canceled(tier="batch")), canceled().id
+        late = age(session, canceled())
+
+    def erased():
+        with transaction(owner) as session:
+            return set(session.scalars(text("SELECT id FROM jobs WHERE erased_at IS NOT NULL AND prompt = ''")))
+
+    sweeper.sweep()
+    assert erased() == {*old, late}
+    with transaction(owner) as session:
+        assert session.scalar(text("SELECT count(*) FROM uploads WHERE started_at = to_timestamp(0)")) == 1
+        event = session.execute(text("SELECT actor FROM audit_log WHERE job_id = :id AND event = 'job:content:erased'"), {"id": late}).one()
+        assert event.actor == "sweeper"
+        moved = "UPDATE jobs SET state = 'canceled', finished_at = clock_timestamp() - interval '40 days' WHERE id = :id"
+        session.execute(text(moved), {"id": unfinished})
+
+    sweeper._due_at.clear()
+    sweeper.sweep()
+    assert erased() == {*old, late, unfinished}
+    assert not erased() & {other_tier, young}
+
+
+def test_pending_deliveries_are_counted_up_to_a_number_and_no_further(database_here, monkeypatch):
+    with transaction(database_here) as session:
+        tenant = a_tenant(session)
+        endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[])
+        session.add(endpoint)
+        session.flush()
+        for _ in range(5):
+            session.add(WebhookDelivery(endpoint_id=endpoint.id, tenant_id=tenant.id, event="job.succeeded"))
+        session.flush()
+        monkeypatch.setattr(webhooks, "PENDING_COUNTED", 3)
+
+        assert webhooks.pending(session) == 3
+        session.rollback()
