@@ -64,7 +64,7 @@ class Broker:
 
     def check(self) -> None:
         """Raises BrokerUnavailable unless it takes what is written: one that is read-only answers a ping."""
-        self._ask("setex", PROBE, 60, 1)
+        self._ask("set", PROBE, 1, 60)  # seconds
 
     def _send(self, task_name: str, queue: str, **options: Any) -> None:
         try:
