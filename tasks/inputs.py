@@ -59,8 +59,8 @@ class PictureDesk:
                 telemetry.INPUT_WAIT_SECONDS.observe(waited_s)
                 return {role: _picture(brought[role]) for role in wanted}
             if waited_s - asked_at >= ASK_EVERY_S:
+                self._ask(job.tier, job.id, is_first=asked_at < 0)
                 asked_at = waited_s
-                self._ask(job.tier, job.id)
             held.lost.wait(LOOK_EVERY_S)
         raise InputsLate(f"the pictures it starts from did not come within {self.wait_s:g} s")
 
@@ -77,9 +77,12 @@ class PictureDesk:
             log.info("inputs_not_seen", reason=str(error))
             return {}
 
-    def _ask(self, tier: str, job_id: uuid.UUID) -> None:
+    def _ask(self, tier: str, job_id: uuid.UUID, *, is_first: bool) -> None:
+        """Ask once; again only when nothing waits to be taken: while nobody takes anything, messages would be all that multiplies."""
+        queue = queues.results_queue(self.fleet, tier)
         try:
-            self.broker.announce(queues.BRING_INPUTS, queues.results_queue(self.fleet, tier), job_id)
+            if is_first or not self.broker.waiting(queue):
+                self.broker.announce(queues.BRING_INPUTS, queue, job_id)
         except BrokerUnavailable as error:
             log.warning("inputs_not_asked_for", reason=str(error))
 
