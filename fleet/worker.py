@@ -68,12 +68,13 @@ class Launcher:
             signal.signal(number, self._pass_on)
 
     def run(self) -> int:
-        """Return when every child has ended for good: 0 if they were told to."""
+        """Return when every child has ended for good: 0 if they were told to, and did so without an error."""
         while any(child.process.poll() is None or child.again_at is not None for child in self._children):
             for child in self._children:
                 self._look_after(child)
             time.sleep(0.2)
-        return 0 if self._stopping else 1
+        as_told = (0, -signal.SIGTERM, -signal.SIGINT)
+        return 0 if self._stopping and all(child.process.returncode in as_told for child in self._children) else 1
 
     def _look_after(self, child: _Child) -> None:
         now = time.monotonic()
