@@ -15,6 +15,7 @@ from typing import Any
 from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, event, func, select
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
 from sqlalchemy.exc import InvalidatePoolError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
@@ -36,6 +37,13 @@ class DatabaseAway(OperationalError):
 
     def __init__(self, cause: BaseException, *, is_session_over: bool) -> None:
         super().__init__(None, None, cause, connection_invalidated=is_session_over)
+
+
+def is_away(error: BaseException) -> bool:
+    """Does the error tell of a server that cannot be reached or used at all, rather than of this one statement (a deadlock)?"""
+    if isinstance(error, OperationalError):
+        return isinstance(error, DatabaseAway) or getattr(error.orig, "pgcode", None) is None
+    return isinstance(error, PoolTimeout)
 
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:

@@ -26,7 +26,7 @@ from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
-from models.database import transaction
+from models.database import is_away, transaction
 from models.releasing import Announced
 from models.states import JobState
 from models.uploads import ORPHAN_AFTER_S
@@ -65,6 +65,8 @@ class Sweeper:
     _lenient_until: float = field(default=-math.inf, init=False)
     _well_at: float = field(default_factory=time.monotonic, init=False)  # when every part was last seen well
     _saw_outage: bool = field(default=False, init=False)  # since then
+    _may_judge: bool = field(default=False, init=False)
+    _away: set[str] = field(default_factory=set, init=False)  # parts that take nothing, at the last look
 
     def sweep(self) -> None:
         """One pass over everything. A part that fails does not keep the others from their turn."""
@@ -75,7 +77,8 @@ class Sweeper:
                 else:  # whoever sweeps right now looks after all of it
                     self._well_at, self._saw_outage = time.monotonic(), False
         except (OperationalError, PoolTimeout) as error:
-            self._note_outage()
+            if is_away(error):
+                self._note_outage()
             telemetry.AWAY_SECONDS.labels("database").set(time.monotonic() - self._well_at)
             log.warning("sweep_postponed", reason=type(error).__name__)
 
@@ -90,7 +93,7 @@ class Sweeper:
                 part()
                 self._done_at[part.__name__] = now
             except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
-                if isinstance(error, OperationalError):
+                if is_away(error):
                     self._note_outage()
                 log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
             except Exception as error:  # one row that nobody foresaw must not keep all others from their turn
@@ -120,21 +123,23 @@ class Sweeper:
     def _outages(self) -> None:
         """While the broker, the hand-off or Postgres is away no worker is given a job: that does not count against deadlines."""
         now = time.monotonic()
+        self._may_judge = False  # deadlines, until those that an outage endangered are moved
         checks = {"broker": self.broker.check, "handoff": self.handoff.check}
-        away = {part: not _passes(check) for part, check in checks.items()}
-        for part, is_away in away.items():
-            telemetry.AWAY_SECONDS.labels(part).set(now - self._well_at if is_away else 0)
+        self._away = {part for part, check in checks.items() if not _passes(check)}
+        for part in checks:
+            telemetry.AWAY_SECONDS.labels(part).set(now - self._well_at if part in self._away else 0)
         telemetry.AWAY_SECONDS.labels("database").set(0)
-        self._saw_outage |= any(away.values())
+        self._saw_outage |= bool(self._away)
         if self._saw_outage:
             lasted_s = now - self._well_at
             with transaction(self.database) as session:
                 prolonged = sweeping.prolong_deadlines(session, lasted_s=lasted_s)
             telemetry.SWEPT.labels("deadline_prolonged").inc(prolonged)
-            parts = [part for part, is_away in away.items() if is_away]
-            log.warning("outage" if parts else "outage_over", away=parts, lasted_s=round(lasted_s, 1), prolonged=prolonged)
-        if not any(away.values()):
+            told = {"away": sorted(self._away), "lasted_s": round(lasted_s, 1), "prolonged": prolonged}
+            log.warning("outage" if self._away else "outage_over", **told)
+        if not self._away:
             self._well_at, self._saw_outage = now, False
+        self._may_judge = True
 
     def _leases(self) -> None:
         """Workers that fell silent: their jobs go back, or fail if it was one time too many."""
@@ -150,6 +155,8 @@ class Sweeper:
 
     def _deadlines(self) -> None:
         """Jobs that nothing started in time, and those that were given back and have no time left."""
+        if not self._may_judge:
+            return
         with transaction(self.database) as session:
             missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
         for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
@@ -173,6 +180,7 @@ class Sweeper:
         for queue in {queues.results_queue(self.fleet, unstored.tier) for unstored in overdue}:
             missing[queue] -= self.broker.waiting(queue)
         for unstored in overdue:
+            self.on_turn()
             queue = queues.results_queue(self.fleet, unstored.tier)
             held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
             gone = [index for index, here in held.items() if not here]
@@ -187,8 +195,11 @@ class Sweeper:
 
     def _releases(self) -> None:
         """Waiting jobs for which there is room: missed at accept, or put back since."""
+        if "broker" in self._away:
+            return
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
+                self.on_turn()
                 released = self.release.release(pool, tier)
                 if released:
                     telemetry.SWEPT.labels("released").inc(released)
@@ -197,6 +208,7 @@ class Sweeper:
         """Announced jobs whose message the broker lost. Announcing twice is harmless, so a guess is good enough."""
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
+                self.on_turn()
                 lost = self._lost(pool, tier)
                 if lost:
                     log.warning("messages_lost", pool=pool, tier=tier, jobs=len(lost))

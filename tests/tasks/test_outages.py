@@ -10,7 +10,9 @@ from urllib.parse import urlsplit
 import pytest
 import redis
 from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
 
+import models.sweeping
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
 from edges.broker import Broker
 from edges.handoff import Handoff
@@ -161,6 +163,25 @@ def test_a_deadline_that_leaves_time_enough_stays_where_it_is(sweeping):
     sweeping.sweeper.sweep()
 
     assert sweeping.row(job).start_by == before
+
+
+def test_a_database_that_comes_back_in_the_midst_of_a_sweep_does_not_make_it_hasty(sweeping, monkeypatch):
+    sweeping.sweeper.sweep()
+    job = sweeping.accept(start_within_s=0.3)
+    time.sleep(0.4)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models.sweeping, "prolong_deadlines", fails)
+        with refusing(sweeping, "broker"):
+            sweeping.sweeper.sweep()
+    assert sweeping.row(job).state == "queued"
+
+    sweeping.sweeper.sweep()
+    assert sweeping.can_start(job)
+
+
+def fails(*arguments, **keywords):
+    raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
 
 
 def test_without_an_outage_a_deadline_is_a_deadline(sweeping):
