@@ -1,13 +1,21 @@
 """Say whether a container does its work: exit code 0 or 1, and one line that `docker inspect` keeps.
 
-`python -m deploy.health URL` asks a server on the loopback. `python -m deploy.health worker` looks for this host's
-worker among the live ones in Postgres, where its heartbeat arrives only after the models are loaded and as long as its leases
-are renewed; a port that answers would say less.
+`python -m deploy.health URL` asks a server on the loopback; where it tells when the loops of its process last moved, as
+/metrics does, each must have within the last STALE_AFTER_S: a port that answers says nothing of a thread that died. `python -m
+deploy.health worker` looks for this host's worker among the live ones in Postgres, where its heartbeat arrives only after the
+models are loaded and as long as its leases are renewed, and asks for its loops; while Postgres is away, for which no worker
+should be started again, for these alone.
 """
 
+import re
 import socket
 import sys
+import time
 import urllib.request
+from contextlib import suppress
+
+STALE_AFTER_S = 60.0  # twice what any single wait of a loop may take
+_TURN = re.compile(r'^darkroom_last_turn_timestamp_seconds\{loop="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
 def main() -> None:
@@ -17,17 +25,31 @@ def main() -> None:
 
 
 def _answer(url: str) -> str:
-    """The status line of a good answer; anything else ends the process."""
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the host is no way to our own loopback
+    """The status line of a good answer; anything else ends the process, a loop that stands still by its name."""
     try:
-        with direct.open(url, timeout=5) as answer:
-            return f"{url}: {answer.status}"
+        status, text = _get(url)
     except OSError as error:
         sys.exit(f"{url}: {error}")
+    moving = _moving(url, text)
+    return f"{url}: {status}" + (f", {', '.join(moving)} moving" if moving else "")
+
+
+def _get(url: str) -> tuple[int, str]:
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the host is no way to our own loopback
+    with direct.open(url, timeout=5) as answer:
+        return answer.status, answer.read().decode(errors="replace")
+
+
+def _moving(url: str, text: str) -> list[str]:
+    """The loops that the answer tells of; one that stands still ends the process."""
+    ages = {name: time.time() - float(at) for name, at in _TURN.findall(text)}
+    if stale := [f"{name} for {age:.0f} s" for name, age in ages.items() if age > STALE_AFTER_S]:
+        sys.exit(f"{url}: stands still: {', '.join(stale)}")
+    return list(ages)
 
 
 def _worker() -> str:
-    """The names of this host's live workers; none ends the process."""
+    """The names of this host's live workers; none ends the process, unless only Postgres could tell."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from models import workers
@@ -40,8 +62,14 @@ def _worker() -> str:
         with transaction(engine) as session:
             names = [worker.name for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
     except SQLAlchemyError as error:
-        sys.exit(f"Postgres: {type(error).__name__}")
+        if not settings.metrics_port:
+            sys.exit(f"Postgres: {type(error).__name__}")
+        return f"Postgres is away ({type(error).__name__}); {_answer(f'http://127.0.0.1:{settings.metrics_port}/metrics')}"
     here = [name for name in names if name.endswith(f"@{socket.gethostname()}")]
+    for place in range(len(here) if settings.metrics_port else 0):  # the launcher gives each GPU's worker the next port
+        url = f"http://127.0.0.1:{settings.metrics_port + place}/metrics"
+        with suppress(OSError):  # its leases are renewed, so it is there
+            _moving(url, _get(url)[1])
     return ", ".join(here) or sys.exit("no live worker of this host")
 
 

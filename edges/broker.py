@@ -15,10 +15,12 @@ from celery.exceptions import QueueNotFound
 from kombu.exceptions import KombuError
 
 import celeryconfig
+from edges.connections import connect
 from policy import queues
 from policy.fleet import Fleet
 from settings import BrokerSettings
 
+PROBE = "darkroom:probe"  # written to see whether anything can be
 VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store", queues.BRING_INPUTS: "bring"}
 
 
@@ -33,7 +35,7 @@ class Broker:
         # An app of its own, for publishing alone: retry=False does not keep kombu from trying to connect for 6 s, this does.
         options = celeryconfig.delivery(settings, fleet)["broker_transport_options"] | {"max_retries": 0}
         self._celery = make_celery(settings, fleet, broker_transport_options=options)
-        self._redis = redis.Redis.from_url(settings.broker_url, socket_timeout=5, socket_connect_timeout=2)
+        self._redis = connect(settings.broker_url, socket_timeout=5)
 
     def announce(self, task_name: str, queue: str, job_id: uuid.UUID, *, num_images: int | None = None) -> None:
         """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again.
@@ -64,9 +66,18 @@ class Broker:
         """Raises BrokerUnavailable."""
         self._ask("ping")
 
+    def check(self) -> None:
+        """Raises BrokerUnavailable unless it takes what is written: one that is read-only answers a ping."""
+        self._ask("set", PROBE, 1, 60)  # seconds
+
     def _send(self, task_name: str, queue: str, **options: Any) -> None:
         try:
-            self._celery.send_task(task_name, queue=queue, retry=False, **options)
+            with self._celery.producer_or_acquire() as producer:
+                try:
+                    self._celery.send_task(task_name, queue=queue, retry=False, producer=producer, **options)
+                except (KombuError, redis.RedisError):
+                    producer.connection.collect()  # a primary that was demoted keeps who stays: the next message takes a new one
+                    raise
         except (KombuError, redis.RedisError, OSError, QueueNotFound) as error:
             raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
 

@@ -16,6 +16,10 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
+from edges.connections import connect
+
+PROBE = "darkroom:probe"  # written to see whether anything can be
+
 
 class HandoffUnavailable(Exception):
     """The hand-off cannot be reached, or is full."""
@@ -37,7 +41,7 @@ class Handoff:
     """`put` by the worker, `get` and `drop` by the results task."""
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
-        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=10, socket_connect_timeout=2)
+        self._redis = connect(handoff_url, socket_timeout=10)
         self._ttl_s = ttl_s
 
     def put(self, job_id: uuid.UUID, index: int, attempt: int, pixels: NDArray[np.uint8]) -> str:
@@ -108,16 +112,23 @@ class Handoff:
         except redis.RedisError as error:
             raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
+    def check(self) -> None:
+        """Raises HandoffUnavailable unless it takes what is written: one that is read-only answers a ping."""
+        try:
+            self._redis.set(PROBE, 1, ex=60)
+        except redis.RedisError as error:
+            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
+
 
 class Gauge:
     """How full the hand-off is: pixels that are not stored fast enough fill it, and whoever makes or accepts more should wait.
 
-    Asked as often as one likes; Redis is asked at most once a second. While it does not answer the last answer holds, for
-    `trusted_for_s`; after that it counts as full.
+    Asked as often as one likes; Redis is asked at most once a second. While it does not answer, or refuses what is written,
+    the last answer holds, for `trusted_for_s`; after that it counts as full.
     """
 
     def __init__(self, handoff_url: str, *, trusted_for_s: float = math.inf) -> None:
-        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=1, socket_connect_timeout=1)
+        self._redis = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
         self._trusted_for_s = trusted_for_s
         self._fill, self._asked_at, self._answered_at = 0.0, -math.inf, time.monotonic()
 
@@ -129,6 +140,7 @@ class Gauge:
             try:
                 memory = self._redis.info("memory")
                 self._fill = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+                self._redis.set(PROBE, 1, ex=60)
                 self._answered_at = now
             except redis.RedisError:
                 pass

@@ -13,6 +13,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
+from edges.connections import connect
 from edges.handoff import HandoffUnavailable
 
 ROLES = ("init_image", "mask", "control_image")
@@ -32,7 +33,7 @@ class Inputs:
     """`bring` by the results task, `of` and `drop` by the worker; `jobs` and `drop` by the sweeper."""
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
-        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=10, socket_connect_timeout=2)
+        self._redis = connect(handoff_url, socket_timeout=10)
         self._ttl_s = ttl_s
 
     def bring(self, job_id: uuid.UUID, brought: Mapping[str, Brought]) -> None:

@@ -16,6 +16,7 @@ from limits.storage import MemoryStorage, RedisStorage
 from limits.strategies import SlidingWindowCounterRateLimiter
 
 from edges import telemetry
+from edges.connections import connect
 
 log = structlog.get_logger(__name__)
 
@@ -64,7 +65,8 @@ class Rates:
     """Requests per minute."""
 
     def __init__(self, handoff_url: str) -> None:
-        shared = RedisStorage(handoff_url, socket_timeout=1, socket_connect_timeout=1)
+        client = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
+        shared = RedisStorage(handoff_url, connection_pool=client.connection_pool)
         self._shared = SlidingWindowCounterRateLimiter(shared)
         self._own = SlidingWindowCounterRateLimiter(MemoryStorage())
 
@@ -89,7 +91,7 @@ class Budgets:
     """Megapixel-steps, in token buckets."""
 
     def __init__(self, handoff_url: str) -> None:
-        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=1, socket_connect_timeout=1)
+        self._redis = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
         self._script = self._redis.register_script(_TAKE)
 
     def take(self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float) -> Taken:

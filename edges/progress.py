@@ -18,7 +18,7 @@ import redis
 import structlog
 from redis.client import Pipeline
 
-from edges import eventlog, telemetry
+from edges import connections, eventlog, telemetry
 from policy import admission
 
 log = structlog.get_logger(__name__)
@@ -74,6 +74,7 @@ class ProgressWriter:
         self._noted = _Noted()
         self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._note_turn = telemetry.loop("progress")
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
 
@@ -109,6 +110,7 @@ class ProgressWriter:
 
     def _run(self) -> None:
         while not self._stop.wait(_FLUSH_S):
+            self._note_turn()
             with self._lock:
                 noted, self._noted = self._noted, _Noted()
             try:
@@ -225,6 +227,7 @@ class Listener:
     def __init__(self, handoff_url: str, channel: str, hear: Callable[[uuid.UUID], None]) -> None:
         self._url, self._channel, self._hear = handoff_url, channel, hear
         self._stop = threading.Event()
+        self._note_turn = telemetry.loop(channel.removeprefix("darkroom:"))
         self._thread = threading.Thread(target=self._run, name=f"listen-{channel}", daemon=True)
         self._thread.start()
 
@@ -238,9 +241,11 @@ class Listener:
                 with connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
                     pubsub.subscribe(self._channel)
                     while not self._stop.is_set():
+                        self._note_turn()
                         self._dispatch(pubsub.get_message(timeout=1.0))
             except redis.RedisError as error:
                 log.info("listener_reconnects", channel=self._channel, reason=type(error).__name__)
+                self._note_turn()
                 self._stop.wait(0.5)
 
     def _dispatch(self, message: dict[str, Any] | None) -> None:
@@ -306,7 +311,7 @@ def _publish(pipe: Pipeline, channel: str, job_id: uuid.UUID) -> None:
 
 def connect(url: str) -> redis.Redis:
     """For what may be lost: nobody waits long for it."""
-    return redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=2, health_check_interval=15)
+    return connections.connect(url, socket_timeout=5, health_check_interval=15)
 
 
 def _key(job_id: str) -> str:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import redis
 
+from edges.connections import connect
+
 STORE = "handoff"  # what `attempts.snapshot_store` says of it
 
 _PUT = """
@@ -42,7 +44,7 @@ class Snapshots:
     """`put` by the worker that has to go, or now and then; `of` by the one that goes on; `drop` by the sweeper."""
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
-        self._redis = redis.Redis.from_url(handoff_url, socket_timeout=5, socket_connect_timeout=2)
+        self._redis = connect(handoff_url, socket_timeout=5)
         self._put = self._redis.register_script(_PUT)
         self._ttl_s = ttl_s
 

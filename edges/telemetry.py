@@ -44,6 +44,8 @@ JOBS_LACKING_INPUTS = Gauge("darkroom_jobs_lacking_inputs", "Jobs whose pictures
 PREVIEWS_DROPPED = Counter("darkroom_previews_dropped_total", "Previews not kept, for the hand-off was half full")
 IMAGES_STORED = Counter("darkroom_images_stored_total", "Artifacts committed", ["tier", "format"])
 STORED_BYTES = Counter("darkroom_stored_bytes_total", "Bytes of committed artifacts")
+LAST_TURN = Gauge("darkroom_last_turn_timestamp_seconds", "When a loop of this process last moved, in Unix time", ["loop"])
+AWAY_SECONDS = Gauge("darkroom_away_seconds", "How long a part has not taken what is written to it, as the sweeper sees it", ["part"])
 DUPLICATES = Counter("darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"])
 SWEPT = Counter("darkroom_swept_total", "Rows the sweeper acted on", ["why"])
 SHED = Counter("darkroom_shed_total", "Requests refused although they could be rendered", ["reason"])
@@ -135,6 +137,16 @@ def configure_logs(level: str = "INFO") -> None:
     root.setLevel(level.upper())
     for name in ("botocore", "boto3", "urllib3", "kombu", "celery.redirected", "celery.worker.strategy", "celery.app.trace"):
         logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def loop(name: str) -> Callable[[], None]:
+    """A function to call whenever the loop of this name moves; from now on `deploy.health` expects that it does.
+
+    A loop moves also while it waits for a part that is away: who started it again then would gain nothing.
+    """
+    last_turn = LAST_TURN.labels(name)
+    last_turn.set_to_current_time()
+    return last_turn.set_to_current_time
 
 
 def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 LATE_ACK_TRIES = 60
 RECONNECT_S = (0.1, 0.2, 0.5, 1.0)  # waits between tries; the last one until the broker is itself again
+SAID_EVERY = 30  # tries
 HEALTHY_AFTER_S = 5.0  # of consuming, after which the next outage begins with the shortest wait
 
 
@@ -100,12 +101,14 @@ class FleetConsumer(Consumer):
 
     def on_connection_error_before_connected(self, exc: Exception) -> None:
         """Wait a moment before the next try."""
-        if self._failures == 0:
-            log.error(CONNECTION_ERROR, self.conninfo.as_uri(), exc, "Trying until it does ...")
+        if self._failures % SAID_EVERY == 0:
+            log.error(CONNECTION_ERROR, self.conninfo.as_uri(), exc, "Trying again and again ...")
         self._wait_before_the_next_try()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
         """Reconnect without putting the messages of running tasks back, and without reading from the dead connection."""
+        if self._failures % SAID_EVERY == 0:
+            log.warning("the broker answers: %s", exc)  # Celery says the error's kind alone
         if self.connection is not None:
             for channel in _channels(self.connection):
                 channel.do_restore = False

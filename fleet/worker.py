@@ -69,15 +69,18 @@ class Launcher:
             signal.signal(number, self._pass_on)
 
     def run(self) -> int:
-        """Return when every child has ended for good: 0 if they were told to, EX_CONFIG if one refuses its configuration.
+        """Return when every child has ended for good: 0 if they were told to and did so without an error.
 
-        That is the configuration of all of them, and another start would not change it.
+        EX_CONFIG if one refuses its configuration: that is the configuration of all of them, and another start would not change it.
         """
         while any(child.process.poll() is None or child.again_at is not None for child in self._children):
             for child in self._children:
                 self._look_after(child)
             time.sleep(0.2)
-        return EX_CONFIG if self._is_refused else 0 if self._stopping else 1
+        if self._is_refused:
+            return EX_CONFIG
+        as_told = (0, -signal.SIGTERM, -signal.SIGINT)
+        return 0 if self._stopping and all(child.process.returncode in as_told for child in self._children) else 1
 
     def _look_after(self, child: _Child) -> None:
         now = time.monotonic()

@@ -4,6 +4,8 @@ MIGRATION_DATABASE_URL is the owner's; the users and passwords of DATABASE_URL a
 roles that the migrations made. An owner's URL in their place is left as it is.
 """
 
+import sys
+
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 

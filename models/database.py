@@ -1,7 +1,13 @@
-"""One engine per process, one transaction per `with`, or one that is tried again when another got into its way."""
+"""One engine per process, one transaction per `with`, or one that is tried again when another got into its way.
+
+A server that is not itself for a while is one kind of error: DatabaseAway is raised for a Postgres that restarts, shuts down, was
+demoted to a replica, has no connection, disk or memory left, or broke a connection, whatever class the driver gave the error. It is
+an OperationalError, so whoever outlives one that cannot be reached outlives all of these.
+"""
 
 import math
 import random
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +15,8 @@ from typing import Any, TypeVar
 
 from sqlalchemy import DateTime, Engine, ScalarSelect, create_engine, event, func, select
 from sqlalchemy.engine.interfaces import DBAPIConnection, ExceptionContext
-from sqlalchemy.exc import DBAPIError, InvalidatePoolError
+from sqlalchemy.exc import DBAPIError, InvalidatePoolError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
@@ -23,11 +30,34 @@ TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each 
 
 Answer = TypeVar("Answer")
 
+# SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server ends sessions, or all of them.
+# 53: no connections, disk or memory left. 58: its files cannot be read or written.
+_SERVER_AWAY = re.compile("08...|25006|25P03|53...|57P..|58...")
+_SESSION_OVER = re.compile("08...|25006|25P03|57P..")  # of these: nothing will come of any connection that there is
+
 AFRESH = {"populate_existing": True}  # execution options of a locking read: it is taken to see what is there now
 
 
+class DatabaseAway(OperationalError):
+    """The server cannot do what it is there for right now; the same will do later."""
+
+    def __init__(self, cause: BaseException, *, is_session_over: bool) -> None:
+        super().__init__(None, None, cause, connection_invalidated=is_session_over)
+
+
+def is_away(error: BaseException) -> bool:
+    """Does the error tell of a server that cannot be reached or used at all, rather than of this one statement (a deadlock)?"""
+    if isinstance(error, OperationalError):
+        return isinstance(error, DatabaseAway) or getattr(error.orig, "pgcode", None) is None
+    return isinstance(error, PoolTimeout)
+
+
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
-    """Connections that are checked after they were idle (a restarted Postgres costs a reconnect, not an error), every wait limited."""
+    """Connections to a server that can be written to, checked after they were idle, every wait limited.
+
+    A restarted Postgres costs a reconnect, not an error; so does one that was demoted, where the URL leads to its successor:
+    with several hosts in it, to the one of them that is the primary.
+    """
     options = "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
     engine = create_engine(
         database_url,
@@ -36,10 +66,17 @@ def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
         pool_use_lifo=True,  # those in use stay few and warm
         pool_timeout=10,
         hide_parameters=True,  # in what an error says, and so in logs
-        connect_args={"options": options, "connect_timeout": 5, "application_name": "darkroom", **_NOTICES_SILENCE},
+        connect_args={
+            "options": options,
+            "connect_timeout": 5,
+            "application_name": "darkroom",
+            "target_session_attrs": "read-write",
+            **_NOTICES_SILENCE,
+        },
     )
     _check_idle_ones(engine)
     event.listen(engine, "handle_error", _keep_values_out)
+    event.listen(engine, "handle_error", _to_one_kind)
     return engine
 
 
@@ -66,12 +103,37 @@ def _check_idle_ones(engine: Engine) -> None:
         if time.monotonic() - record.info.get("used_at", math.inf) < CHECKED_AFTER_S:
             return
         try:
-            engine.dialect.do_ping(connection)
+            is_read_only = _is_read_only(connection)
         except engine.dialect.loaded_dbapi.Error as error:
             raise InvalidatePoolError from error  # the pool makes all its connections anew
+        if is_read_only:
+            raise InvalidatePoolError  # a primary that was demoted answers reads, ever older ones, to whoever stays
 
     event.listen(engine, "checkin", note_use)
     event.listen(engine, "checkout", check)
+
+
+def _is_read_only(connection: Any) -> bool:
+    """Ask the server, outside of any transaction."""
+    before, connection.autocommit = connection.autocommit, True
+    try:
+        with connection.cursor() as cursor:
+            cursor.execute("SHOW transaction_read_only")
+            return bool(cursor.fetchone() == ("on",))
+    finally:
+        if not connection.closed:
+            connection.autocommit = before
+
+
+def _to_one_kind(context: ExceptionContext) -> DatabaseAway | None:
+    """The error to raise instead, if it tells of a server that is not itself; the pool drops connections that are of no use."""
+    cause = context.original_exception
+    sqlstate = getattr(cause, "pgcode", None) or ""
+    if _SESSION_OVER.fullmatch(sqlstate):
+        context.is_disconnect = True
+    if _SERVER_AWAY.fullmatch(sqlstate) or context.is_disconnect:
+        return DatabaseAway(cause, is_session_over=context.is_disconnect)
+    return None
 
 
 @contextmanager

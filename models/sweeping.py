@@ -1,11 +1,12 @@
 """What the sweeper looks for: rows whose time has come. Each list is read through a partial index, so it costs what has changed."""
 
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 from sqlalchemy.orm import Session
 
 from models import inputs, jobs
@@ -15,6 +16,7 @@ from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
 
 AUDIT_MONTHS_AHEAD = 12
+LONGEST_STORE_WAIT = 6  # times `store_within_s`: between two tries to have a job stored
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,43 @@ def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
     return [Unstored(job_id, tier, jobs.handed_off(session, job_id)) for job_id, tier in overdue]
 
 
+def storing_by_tier(session: Session) -> Counter[str]:
+    """How many jobs wait to be stored, or are being stored, by tier."""
+    query = select(Job.tier, func.count()).where(Job.state == JobState.STORING).group_by(Job.tier)
+    return Counter({tier: int(count) for tier, count in session.execute(query)})
+
+
 def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
-    """Give a storing job, announced again, another deadline."""
+    """Give a storing job another deadline: as far off as it has waited by now, from 1 to LONGEST_STORE_WAIT times `store_within_s`."""
     job = session.get(Job, job_id, with_for_update=True)
     if job is not None and job.state == JobState.STORING:
-        job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
+        shortest, longest = timedelta(seconds=store_within_s), timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
+        waited = func.clock_timestamp() - func.coalesce(Job.rendered_at, func.clock_timestamp())
+        job.store_by = func.clock_timestamp() + func.least(func.greatest(waited, shortest), longest)
+
+
+def hasten_stores(session: Session) -> None:
+    """Make every storing job overdue: storing works again."""
+    waiting = select(Job.id).where(Job.state == JobState.STORING, Job.store_by > now_once()).with_for_update(skip_locked=True)
+    statement = update(Job).where(Job.id.in_(waiting)).values(store_by=func.clock_timestamp())
+    session.execute(statement.execution_options(synchronize_session=False))
+
+
+def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
+    """Leave every waiting job at least `lasted_s` from now until its start or run deadline: nobody could be given it for so long.
+
+    Jobs whose deadline had passed before that are left alone. How many were prolonged is returned. Harmless when repeated.
+    """
+    lasted, prolonged = timedelta(seconds=lasted_s), 0
+    for deadline, is_waiting in ((Job.start_by, Job.attempt == 0), (Job.run_by, Job.attempt > 0)):
+        near = select(Job.id).where(
+            Job.state == JobState.QUEUED, is_waiting, deadline > now_once() - lasted, deadline < now_once() + lasted
+        )
+        # Rows that somebody holds are just being given to a worker, or ended: they are not waited for.
+        statement = update(Job).where(Job.id.in_(near.with_for_update(skip_locked=True))).values({deadline: now_once() + lasted})
+        done = session.execute(statement.returning(Job.id).execution_options(synchronize_session=False))
+        prolonged += len(done.all())
+    return prolonged
 
 
 def awaited_pixels(session: Session, job_ids: Sequence[uuid.UUID]) -> set[tuple[uuid.UUID, int, int]]:

@@ -11,6 +11,8 @@ import numpy as np
 import structlog
 from numpy.typing import NDArray
 from sqlalchemy import Engine as Database
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from edges import telemetry
 from edges.handoff import HandoffUnavailable
@@ -49,8 +51,8 @@ class Bringer:
         structlog.contextvars.bind_contextvars(job_id=job_id)
         try:
             self._bring(uuid.UUID(job_id))
-        except (StoreUnavailable, HandoffUnavailable) as error:
-            log.warning("inputs_postponed", reason=str(error))
+        except (StoreUnavailable, HandoffUnavailable, OperationalError, PoolTimeout) as error:
+            log.warning("inputs_postponed", reason=f"{type(error).__name__}: {error}"[:300])
         except BaseException as error:
             log.error("bring_task_failed", exc_info=error)
 

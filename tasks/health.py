@@ -28,6 +28,7 @@ class Health:
     def __init__(self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]) -> None:
         self._engine, self._stuck_after_s, self._leave = engine, stuck_after_s, leave
         self._strikes: set[str] = set()  # jobs that ended in an unplanned error since the last image
+        self.gave_up = ""  # why; then the process ends because of an error
         self._lock, self._stop = threading.Lock(), threading.Event()
         threading.Thread(target=self._run, name="health", daemon=True).start()
 
@@ -48,6 +49,7 @@ class Health:
     def give_up(self, reason: str) -> None:
         """Have the worker leave; its supervisor starts another."""
         telemetry.UNFIT.inc()
+        self.gave_up = reason
         self._leave(Notice("health", LEAVE_WITHIN_S, reason))
 
     def close(self) -> None:

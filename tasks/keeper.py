@@ -16,7 +16,8 @@ from typing import Any
 
 import structlog
 from sqlalchemy import Engine
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 
 from edges import telemetry
 from models import learning, leases, workers
@@ -96,12 +97,18 @@ class LeaseKeeper:
         self._solitude = threading.Lock()
         self._renewed_at = time.monotonic()
         self.leaving = ""  # why nothing more is taken here
+        self._note_turn: Callable[[], None] = _nothing
         self._threads = [threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True) for run in (self._renew, self._watch)]
 
     def start(self, *, max_attempts: int) -> None:
-        """Say that this worker is alive and begin to renew; what a predecessor of its name held is put back or fails first."""
-        self._take_over(max_attempts)
-        self._beat()
+        """Say that this worker is alive and begin to renew; what a predecessor of its name held is put back or fails first.
+
+        Waits for a database that is away: the models are loaded already.
+        """
+        self._note_turn = telemetry.loop("renewal")
+        while not self._begins(max_attempts):
+            self._note_turn()
+            self._stop.wait(RETRY_S)
         for thread in self._threads:
             thread.start()
 
@@ -205,6 +212,15 @@ class LeaseKeeper:
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
 
+    def _begins(self, max_attempts: int) -> bool:
+        try:
+            self._take_over(max_attempts)
+            self._beat()
+            return True
+        except (OperationalError, PoolTimeout) as error:
+            log.warning("worker_waits_for_the_database", reason=type(error).__name__)
+            return False
+
     def _take_over(self, max_attempts: int) -> None:
         """Put back what a predecessor of this name held when it was killed, instead of waiting for its leases to run out."""
         with transaction(self._database) as session:
@@ -218,6 +234,7 @@ class LeaseKeeper:
     def _renew(self) -> None:
         wait_s = self._renew_s
         while not self._stop.wait(wait_s):
+            self._note_turn()
             wait_s = self._renew_s
             try:
                 self._beat()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 
 import structlog
 from sqlalchemy import Engine as Database
-from sqlalchemy.exc import OperationalError
 
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
@@ -33,6 +32,7 @@ from policy import queues
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
 from settings import Settings
+from tasks import verdicts
 from tasks.checkpoints import Checkpoints, Earlier
 from tasks.health import Health
 from tasks.inputs import PictureDesk
@@ -109,6 +109,8 @@ class Renderer:
                     return
                 self._render_in_due_company(held)
             self.release.release(held.lease.job.pool, held.lease.job.tier)
+        except verdicts.DATABASE_AWAY as error:  # the job waits on: the sweeper sees that nobody has it
+            log.warning("render_postponed", reason=type(error).__name__)
         except BaseException as error:
             log.error("render_task_failed", exc_info=error)
         finally:
@@ -222,8 +224,13 @@ class Renderer:
         lease, job, record = work.held.lease, work.held.lease.job, finished.record
         index = int(finished.request.id.rpartition("/")[2])
         steps = record.num_steps - work.resumed[index]
-        persist(lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels), HandoffUnavailable)
-        persist(lambda: self._note_hand_off(lease, index, steps, finished), OperationalError)
+        persist(
+            lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels),
+            HandoffUnavailable,
+            patience_s=verdicts.PIXELS_PATIENCE_S,
+            is_vain=lambda: work.held.lost.is_set() or bool(work.held.leaving),
+        )
+        persist(lambda: self._note_hand_off(lease, index, steps, finished), verdicts.DATABASE_AWAY)
         work.held.unrendered -= 1
         self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()

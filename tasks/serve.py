@@ -12,7 +12,7 @@ import uuid
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn, cast
 
 import structlog
 from celery import Celery
@@ -29,7 +29,7 @@ from edges.outbound import Outbound
 from edges.progress import CANCELS, ENDINGS, WATCHES, Listener, News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
-from fleet.consumer import TakenTask, tier_gate
+from fleet.consumer import TakenTask, on_turn, run_worker, tier_gate
 from models.database import make_engine
 from policy import admission, queues, tiers
 from policy.fleet import Fleet
@@ -43,13 +43,13 @@ DELIVER_THREADS = 16  # most wait for a receiver, with no connection to the data
 HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
 
 
-def serve_render() -> None:
+def serve_render() -> NoReturn:
     """Load and warm the pool's models, then take jobs."""
     settings = load(WorkerSettings)
     telemetry.configure_logs(settings.log_level)
     fleet = load_fleet_or_exit(settings)
     from tasks.checkpoints import Checkpoints
-    from tasks.health import Health
+    from tasks.health import EX_SOFTWARE, Health
     from tasks.inputs import PictureDesk
     from tasks.keeper import LeaseKeeper, WorkerIdentity
     from tasks.preemption import Preemption, wait_while_a_notice_stands
@@ -118,7 +118,7 @@ def serve_render() -> None:
     try:
         keeper.start(max_attempts=settings.max_attempts)
         log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
-        _work(celery, names, name=name, threads=threads)
+        status = _work(celery, names, name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
     finally:
@@ -127,12 +127,14 @@ def serve_render() -> None:
         engine.stop()
         checkpoints.close()
         progress.close()
+    if health.gave_up:
+        status = EX_SOFTWARE  # it was told to end, but by itself
     # Taking down an interpreter that has loaded torch and diffusers takes seconds that a notice may not have; all is put away.
     logging.shutdown()
     os._exit(status)
 
 
-def serve_results() -> None:
+def serve_results() -> int:
     """Store what was rendered."""
     settings = load(StoreSettings)
     telemetry.configure_logs(settings.log_level)
@@ -169,22 +171,19 @@ def serve_results() -> None:
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     names = queues.results_queues(fleet)
     celery.steps["consumer"].add(tier_gate(names, lambda queue, taken: True))
-    _work(celery, names, name=name, threads=STORE_THREADS)
+    return _work(celery, names, name=name, threads=STORE_THREADS)
 
 
-def serve_maintenance() -> None:
-    """Sweep, by a beat of its own; several may run."""
+def serve_maintenance() -> int:
+    """Sweep, every so often and when asked to; several may run."""
     settings = load(Settings)
     telemetry.configure_logs(settings.log_level)
     fleet = load_fleet_or_exit(settings)
-    from celery.beat import EmbeddedService
-
-    from tasks.sweep import Sweeper
+    from tasks.sweep import Sweeper, SweepLoop
 
     database = make_engine(settings.database_url, pool_size=3)
-    every_s = settings.sweep_every_s
-    beat = {"sweep": {"task": queues.SWEEP, "schedule": every_s, "options": {"queue": queues.MAINTENANCE, "expires": 5 * every_s}}}
-    celery = make_celery(settings, fleet, beat_schedule=beat)
+    celery = make_celery(settings, fleet)
+    note_turn = telemetry.loop("sweep")
     broker = Broker(settings, fleet)
     sweeper = Sweeper(
         settings=settings,
@@ -197,18 +196,19 @@ def serve_maintenance() -> None:
         inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         news=News(settings.handoff_url),
         fill=Gauge(settings.handoff_url).fill,
+        on_turn=note_turn,
     )
     register(celery, queues.SWEEP, sweeper.sweep)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
-    service = EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler")  # its schedule is in memory: no file to own
-    service.start()
+    loop = SweepLoop(sweeper.sweep, every_s=settings.sweep_every_s, on_turn=note_turn)
+    loop.start()
     try:
-        _work(celery, [queues.MAINTENANCE], name=_role_name("maintenance"), threads=2)
+        return _work(celery, [queues.MAINTENANCE], name=_role_name("maintenance"), threads=2)
     finally:
-        service.stop()
+        loop.stop()
 
 
-def serve_webhooks() -> None:
+def serve_webhooks() -> int:
     """Deliver webhooks."""
     settings = load(CourierSettings)
     telemetry.configure_logs(settings.log_level)
@@ -225,12 +225,12 @@ def serve_webhooks() -> None:
     listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     try:
-        _work(celery, [queues.WEBHOOKS], name=name, threads=DELIVER_THREADS)
+        return _work(celery, [queues.WEBHOOKS], name=name, threads=DELIVER_THREADS)
     finally:
         listener.close()
 
 
-def serve_flower() -> None:
+def serve_flower() -> int | None:
     """Flower, which asks for a user and a password."""
     settings = load(FlowerSettings)
     telemetry.configure_logs("WARNING")
@@ -238,7 +238,7 @@ def serve_flower() -> None:
     # By the environment and not by an argument: arguments are for everybody to see.
     os.environ["FLOWER_BASIC_AUTH"] = f"{settings.flower_user}:{settings.flower_password.get_secret_value()}"
     celery = make_celery(settings, load_fleet_or_exit(settings))
-    celery.start(["flower", f"--address={host}", f"--port={port}"])
+    return cast("int | None", celery.start(["flower", f"--address={host}", f"--port={port}"]))
 
 
 def register(celery: Celery, name: str, promise: Callable[..., None]) -> None:
@@ -282,19 +282,20 @@ def _images_by_job(fleet: Fleet, taken: Sequence[TakenTask]) -> dict[uuid.UUID, 
     return by_job
 
 
-def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:
-    """Consume `names` until SIGTERM, which lets running tasks end."""
+def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> int:
+    """Consume `names` until SIGTERM, which lets running tasks end. The exit status: 0 only if it was told to end."""
+    celery.steps["consumer"].add(on_turn(telemetry.loop("consumer")))
     warnings.filterwarnings("ignore", category=SecurityWarning)  # Celery warns of root because of pickle; we accept JSON alone
     setup_logging.connect(lambda **_: None, weak=False)  # or Celery sets the root logger's level: LOG_LEVEL is what counts
     arguments = ["--quiet", "worker", "--pool=threads", f"--concurrency={threads}", f"--queues={','.join(names)}", f"--hostname={name}"]
-    celery.worker_main([*arguments, "--without-mingle", "--without-gossip", "--loglevel=WARNING"])
+    return run_worker(celery, [*arguments, "--without-mingle", "--without-gossip", "--loglevel=WARNING"])
 
 
 def _role_name(role: str) -> str:
     return f"{role}-{os.getpid()}@{socket.gethostname()}"
 
 
-ROLES = {
+ROLES: dict[str, Callable[[], int | None]] = {
     "render": serve_render,
     "results": serve_results,
     "maintenance": serve_maintenance,
@@ -306,7 +307,7 @@ ROLES = {
 def main() -> None:
     if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
         sys.exit(f"usage: python -m tasks.serve {'|'.join(ROLES)}")
-    ROLES[sys.argv[1]]()
+    sys.exit(ROLES[sys.argv[1]]())
 
 
 if __name__ == "__main__":

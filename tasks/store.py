@@ -3,10 +3,13 @@
 import time
 import uuid
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event
 
 import structlog
 from sqlalchemy import Engine as Database
+from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
 from edges import telemetry
@@ -16,7 +19,7 @@ from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, ima
 from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import jobs, leases, uploads
+from models import jobs, leases, sweeping, uploads
 from models.database import run_transaction, transaction
 from models.states import FINAL_STATES, JobState
 from models.tables import Job
@@ -42,6 +45,7 @@ class Storekeeper:
     news: News
     release: Release
     name: str
+    _is_behind: Event = field(default_factory=Event, init=False)  # something could not be stored since the last time that it could
 
     def store_images(self, *, job_id: str) -> None:
         """Store every image of the job whose pixels wait. Harmless when delivered twice, or late, or killed anywhere."""
@@ -49,8 +53,10 @@ class Storekeeper:
         structlog.contextvars.bind_contextvars(job_id=job_id)
         try:
             self._store_images(uuid.UUID(job_id))
-        except (StoreUnavailable, HandoffUnavailable) as error:
-            log.warning("store_postponed", reason=str(error))  # the sweeper announces it again when `store_by` has passed
+            self._hasten_others()
+        except (StoreUnavailable, HandoffUnavailable, OperationalError, PoolTimeout) as error:
+            self._is_behind.set()
+            log.warning("store_postponed", reason=f"{type(error).__name__}: {error}"[:300])  # announced again when `store_by` has passed
         except BaseException as error:
             log.error("store_task_failed", exc_info=error)
 
@@ -64,6 +70,13 @@ class Storekeeper:
         gone = [index for index, attempt in waiting.items() if not self._store_image(job, index, attempt)]
         if gone:
             self._render_again(job, gone, waiting)
+
+    def _hasten_others(self) -> None:
+        """What could not be stored is due at once when storing works again; else each job waits for the time of its next try."""
+        if self._is_behind.is_set():
+            self._is_behind.clear()
+            with transaction(self.database) as session:
+                sweeping.hasten_stores(session)
 
     def _store_image(self, job: Job, index: int, attempt: int) -> bool:
         """False if the pixels are gone."""

@@ -5,8 +5,10 @@ leaves. Every look goes through a partial index, so a sweep costs what has chang
 """
 
 import math
+import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -27,7 +29,7 @@ from edges.progress import News
 from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
-from models.database import conflict, run_transaction, transaction
+from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
 from models.states import JobState
 from models.sweeping import Unstored
@@ -68,10 +70,15 @@ class Sweeper:
     inputs: Inputs
     news: News
     fill: Callable[[], float]  # of the hand-off
+    on_turn: Callable[[], None] = lambda: None  # told of every step of a pass
     _due_at: dict[str, float] = field(default_factory=dict, init=False)
     _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
     _lenient_until: float = field(default=-math.inf, init=False)
     _endpoints_after: uuid.UUID | None = field(default=None, init=False)
+    _well_at: float = field(default_factory=time.monotonic, init=False)  # when every part was last seen well
+    _saw_outage: bool = field(default=False, init=False)  # since then
+    _may_judge: bool = field(default=False, init=False)
+    _away: set[str] = field(default_factory=set, init=False)  # parts that take nothing, at the last look
 
     def sweep(self) -> None:
         """One pass over everything. A part that fails does not keep the others from their turn."""
@@ -79,12 +86,17 @@ class Sweeper:
             with self.database.connect() as lock:
                 if lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
                     self._sweep()
+                else:  # whoever sweeps right now looks after all of it
+                    self._well_at, self._saw_outage = time.monotonic(), False
         except (OperationalError, PoolTimeout) as error:
-            self._note_outage()
+            if is_away(error):
+                self._note_outage()
+            telemetry.AWAY_SECONDS.labels("database").set(time.monotonic() - self._well_at)
             log.warning("sweep_postponed", reason=type(error).__name__)
 
     def _sweep(self) -> None:
         for part, every_s in self._parts():
+            self.on_turn()
             now = time.monotonic()
             is_early = now < self._due_at.get(part.__name__, -math.inf)
             if is_early or (part == self._leases and now < self._lenient_until):
@@ -94,7 +106,7 @@ class Sweeper:
                 is_done = part() is not False
                 self._due_at[part.__name__] = now + every_s if is_done else now
             except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
-                if isinstance(error, OperationalError) and conflict(error) is None:
+                if is_away(error):
                     self._note_outage()
                 log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
             except Exception as error:  # one row that nobody foresaw must not keep all others from their turn
@@ -102,11 +114,13 @@ class Sweeper:
 
     def _note_outage(self) -> None:
         """When Postgres is back, workers first get the time to renew: it was not they who were silent."""
+        self._saw_outage = True
         self._lenient_until = time.monotonic() + self.settings.lease_renew_s
 
     def _parts(self) -> Sequence[tuple[Callable[[], bool | None], float]]:
         """What is looked at, and how often at most; one that returns False has more to do and comes again at the next sweep."""
         return (
+            (self._outages, 0),
             (self._leases, 0),
             (self._deadlines, 0),
             (self._stores, 0),
@@ -125,6 +139,27 @@ class Sweeper:
             (self._old_idempotency_keys, HOURLY_S),
         )
 
+    def _outages(self) -> None:
+        """While the broker, the hand-off or Postgres is away no worker is given a job: that does not count against deadlines."""
+        now = time.monotonic()
+        self._may_judge = False  # deadlines, until those that an outage endangered are moved
+        checks = {"broker": self.broker.check, "handoff": self.handoff.check}
+        self._away = {part for part, check in checks.items() if not _passes(check)}
+        for part in checks:
+            telemetry.AWAY_SECONDS.labels(part).set(now - self._well_at if part in self._away else 0)
+        telemetry.AWAY_SECONDS.labels("database").set(0)
+        self._saw_outage |= bool(self._away)
+        if self._saw_outage:
+            lasted_s = now - self._well_at
+            with transaction(self.database) as session:
+                prolonged = sweeping.prolong_deadlines(session, lasted_s=lasted_s)
+            telemetry.SWEPT.labels("deadline_prolonged").inc(prolonged)
+            told = {"away": sorted(self._away), "lasted_s": round(lasted_s, 1), "prolonged": prolonged}
+            log.warning("outage" if self._away else "outage_over", **told)
+        if not self._away:
+            self._well_at, self._saw_outage = now, False
+        self._may_judge = True
+
     def _leases(self) -> None:
         """Workers that fell silent: their jobs go back, or fail if it was one time too many."""
         with transaction(self.database) as session:
@@ -138,6 +173,8 @@ class Sweeper:
 
     def _deadlines(self) -> None:
         """Jobs that nothing started in time, and those that were given back and have no time left."""
+        if not self._may_judge:
+            return
         with transaction(self.database) as session:
             missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
         for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
@@ -148,15 +185,26 @@ class Sweeper:
                     self.news.tell_ending(job_id)
 
     def _stores(self) -> None:
-        """Rendered jobs that nobody stored: announce them again while their pixels live, render again when they do not."""
+        """Rendered jobs that nobody stored: announce them again while their pixels live, render again when they do not.
+
+        A queue never gets more messages than there are jobs to be stored from it, however long nobody takes any.
+        """
         with transaction(self.database) as session:
-            overdue = sweeping.overdue_stores(session)
+            overdue, storing = sweeping.overdue_stores(session), sweeping.storing_by_tier(session)
+        missing: Counter[str] = Counter()  # messages, by queue
+        for tier, count in storing.items():
+            missing[queues.results_queue(self.fleet, tier)] += count
+        for queue in {queues.results_queue(self.fleet, unstored.tier) for unstored in overdue}:
+            missing[queue] -= self.broker.waiting(queue)
         for unstored in overdue:
+            self.on_turn()
+            queue = queues.results_queue(self.fleet, unstored.tier)
             held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
             gone = [index for index, here in held.items() if not here]
             run_transaction(self.database, partial(self._postpone, unstored=unstored, gone=gone))
-            if any(held.values()):
-                self.broker.announce(queues.STORE_IMAGES, queues.results_queue(self.fleet, unstored.tier), unstored.job_id)
+            if any(held.values()) and missing[queue] > 0:
+                missing[queue] -= 1
+                self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
 
     def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> None:
@@ -166,8 +214,11 @@ class Sweeper:
 
     def _releases(self) -> None:
         """Waiting jobs for which there is room: missed at accept, or put back since."""
+        if "broker" in self._away:
+            return
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
+                self.on_turn()
                 released = self.release.release(pool, tier)
                 if released:
                     telemetry.SWEPT.labels("released").inc(released)
@@ -176,6 +227,7 @@ class Sweeper:
         """Announced jobs whose message the broker lost. Announcing twice is harmless, so a guess is good enough."""
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
+                self.on_turn()
                 lost = self._lost(pool, tier)
                 if lost:
                     log.warning("messages_lost", pool=pool, tier=tier, jobs=len(lost))
@@ -274,8 +326,9 @@ class Sweeper:
         telemetry.SWEPT.labels("orphan_pixels").inc(len(orphans))
         telemetry.SWEPT.labels("orphan_snapshots").inc(len(over))
         telemetry.SWEPT.labels("orphan_inputs").inc(len(unread))
-        if objects:
-            self.broker.ask_for(queues.TIDY_STORE, queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1]))
+        last_queue = queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1])
+        if objects and self.broker.waiting(last_queue) <= MOST_HANDED_OUT:  # else nobody takes anything for now
+            self.broker.ask_for(queues.TIDY_STORE, last_queue)
 
     def _audit_partitions(self) -> None:
         """Partitions of the audit log for the months to come."""
@@ -340,3 +393,38 @@ class Sweeper:
     def _count(self, why: str, job_id: uuid.UUID) -> None:
         telemetry.SWEPT.labels(why).inc()
         log.info("swept", why=why, job_id=str(job_id))
+
+
+class SweepLoop:
+    """Sweeps every so many seconds from a thread of its own. No broker says when: what is due is to be seen also while it is away."""
+
+    def __init__(self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]) -> None:
+        self._sweep, self._every_s, self._on_turn = sweep, every_s, on_turn
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Let the pass that runs end, and begin no other."""
+        self._stop.set()
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            self._on_turn()
+            try:
+                self._sweep()
+            except Exception as error:  # nothing may end the one loop that finds what fell through
+                log.error("sweep_failed", exc_info=error)
+            self._stop.wait(self._every_s)
+
+
+def _passes(check: Callable[[], None]) -> bool:
+    try:
+        check()
+        return True
+    except (BrokerUnavailable, HandoffUnavailable) as error:
+        log.warning("part_away", reason=str(error)[:300])
+        return False

@@ -5,7 +5,7 @@ worker's, does not count; anything unplanned does.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -39,8 +39,10 @@ from tasks.keeper import Held
 
 log = structlog.get_logger(__name__)
 
-PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided; pixels are worth some
-AWAY = (HandoffUnavailable, InputsMissing, OperationalError, InterfaceError, PoolTimeout)  # a part of the house, for now
+PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided
+PIXELS_PATIENCE_S = (*PATIENCE_S, 5, 5, 5, 5)  # as long as a failover may take; to render again costs more than to wait
+DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
+AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of the house, for now
 Answer = TypeVar("Answer")
 
 
@@ -61,7 +63,7 @@ class Verdicts:
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
         try:
-            job = persist(lambda: self._decided(held.lease, error, is_alone=held.is_alone, is_ours=is_ours), OperationalError)
+            job = persist(lambda: self._decided(held.lease, error, is_alone=held.is_alone, is_ours=is_ours), DATABASE_AWAY)
         except LeaseLost:
             return False
         if job.state == JobState.FAILED:
@@ -102,12 +104,24 @@ def is_unplanned(error: BaseException) -> bool:
     return type(error) is EngineError or not isinstance(error, (EngineError, InputGone, *AWAY))
 
 
-def persist(act: Callable[[], Answer], passing: type[Exception]) -> Answer:
-    """Do `act`, again after each wait of PATIENCE_S when it raises `passing`."""
-    for wait_s in PATIENCE_S:
+def _never() -> bool:
+    return False
+
+
+def persist(
+    act: Callable[[], Answer],
+    passing: type[Exception] | tuple[type[Exception], ...],
+    *,
+    patience_s: Sequence[float] | None = None,
+    is_vain: Callable[[], bool] = _never,
+) -> Answer:
+    """Do `act`, again after each wait of `patience_s`, or PATIENCE_S, when it raises `passing`; no more once it `is_vain`."""
+    for wait_s in PATIENCE_S if patience_s is None else patience_s:
         try:
             return act()
         except passing as error:
+            if is_vain():
+                raise
             log.warning("tried_again", reason=type(error).__name__)
             time.sleep(wait_s)
     return act()

@@ -135,7 +135,7 @@ def test_every_module_says_what_it_is_for():
 
 
 def dispatched() -> set[str]:
-    """Task names that are published anywhere: what `announce` is handed, by their constants in `policy.queues`, and the beat's."""
+    """Task names that are published anywhere: what `announce` is handed, by their constants in `policy.queues`, and what operators may."""
     names = {queues.SWEEP}
     for room in ROOMS:
         for path in modules(room):
@@ -177,7 +177,7 @@ def test_every_name_that_is_announced_has_a_verb():
 LOADED = {
     "gateway": "import app.wsgi",
     "results": "import tasks.serve, sys; tasks.serve._work = lambda *a, **k: None; tasks.serve.serve_results()",
-    "maintenance": "import tasks.serve, tasks.sweep, celery.beat",
+    "maintenance": "import tasks.serve, tasks.sweep",
     "command line": "import cli.main",
     "client": "import darkroom_client",
 }

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import threading
 from collections.abc import Iterator
+from urllib.parse import urlsplit
 
 # One of each kind that Redis documents for a server, a cluster or a client that is not in its usual state.
 REPLIES = {
@@ -60,6 +61,10 @@ class RefusingProxy:
     def relent(self) -> None:
         """Pass everything on again."""
         self._reply = None
+
+    def lead_to(self, url: str) -> None:
+        """Lead who comes from now on to another server; who is there stays where it is."""
+        self._port_behind = urlsplit(url).port or 0
 
     def close(self) -> None:
         """Let go of everybody."""

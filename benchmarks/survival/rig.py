@@ -99,12 +99,18 @@ def hears_notices() -> bool:
 
 @contextlib.contextmanager
 def running(
-    fleet_file: Callable[[Path], Path], *, workers: int, variables: Mapping[str, str], wait_s: float, keep: Callable[[], bool]
+    fleet_file: Callable[[Path], Path],
+    *,
+    workers: int,
+    variables: Mapping[str, str],
+    wait_s: float,
+    keep: Callable[[], bool],
+    kind: type[Stack] = Stack,
 ) -> Iterator[Rig]:
     """A stack in a folder of its own, stopped in any case.
 
     fleet_file: writes fleet.toml into the folder it is given and says where.  variables: settings of every process.
-    keep: asked in the end, whether the folder shall stay.
+    keep: asked in the end, whether the folder shall stay.  kind: of stack.
     """
     folder = Path(tempfile.mkdtemp(prefix="darkroom-bench-"))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # whoever ends us ends the stack
@@ -113,7 +119,7 @@ def running(
         (folder / "notices").mkdir()
         notices = {NOTICES: f"file:{folder}/notices/{{worker}}"}
     os.environ |= {"LOG_LEVEL": "INFO", "DEVICE": "cpu", **variables, **notices}  # the stack hands on what its processes know the name of
-    stack = Stack(folder / "data", fleet_file=fleet_file(folder), workers=workers)
+    stack = kind(folder / "data", fleet_file=fleet_file(folder), workers=workers)
     try:
         stack.up(wait_s=wait_s, on_stage=say)
         rig = Rig(stack, parse_fleet((folder / "fleet.toml").read_text()), folder)

@@ -1,11 +1,13 @@
 """/healthz and /readyz, and what a client sees when a part of the house is away."""
 
+import contextlib
+
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import create_engine, make_url, text
 
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
-from tests.builders import a_fleet
+from tests.builders import a_fleet, until
 
 PARTS = ["database", "broker", "handoff", "object_store", "workers"]
 
@@ -59,6 +61,41 @@ def test_without_the_database_the_client_is_asked_to_come_back(elsewhere, gatewa
 
     assert assert_problem(answer, 503, "part-unavailable")["part"] == "database"
     assert answer.headers["Retry-After"] == "2"
+
+
+def test_a_read_only_database_asks_clients_to_come_back_and_is_used_again_by_itself(stack, api):
+    wish = {"prompt": "a red circle", "tier": "batch"}
+    assert api.post("/v1/jobs", json=wish).status_code == 202
+
+    with read_only_postgres(stack):
+        for _ in range(3):
+            answer = until(lambda: refused(api, wish), what="a refusal")
+            problem = assert_problem(answer, 503, "part-unavailable")
+            assert (problem["part"], answer.headers["Retry-After"]) == ("database", "2")
+
+    until(lambda: api.post("/v1/jobs", json=wish).status_code == 202, what="the database")
+
+
+@contextlib.contextmanager
+def read_only_postgres(stack):
+    """What a failover leaves behind: every session, those that are there too, is refused its writes."""
+    server = create_engine(stack.env["MIGRATION_DATABASE_URL"], isolation_level="AUTOCOMMIT", pool_size=1)
+    with server.connect() as connection:
+        connection.execute(text("SET default_transaction_read_only = off"))
+        connection.execute(text("ALTER SYSTEM SET default_transaction_read_only = on"))
+        connection.execute(text("SELECT pg_reload_conf()"))
+        try:
+            yield
+        finally:
+            connection.execute(text("ALTER SYSTEM RESET default_transaction_read_only"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+    server.dispose()
+
+
+def refused(api, wish):
+    """The answer, once it is another than 202: the server takes a moment to reload its configuration."""
+    answer = api.post("/v1/jobs", json=wish)
+    return answer if answer.status_code != 202 else None
 
 
 def test_an_unexpected_error_says_nothing_of_our_insides(stack, gateway_with, new_key, count_jobs):

@@ -45,6 +45,14 @@ def test_every_service_says_how_to_tell_whether_it_is_well(services: dict[str, A
     assert all(service["restart"] == "unless-stopped" for name, service in services.items() if name not in ONE_SHOTS)
 
 
+def test_roles_that_take_messages_are_asked_whether_their_loops_move_and_not_only_whether_a_port_answers(services: dict[str, Any]):
+    for name in ("results", "sweeper", "webhooks"):
+        port = services[name]["environment"]["METRICS_PORT"]
+        assert services[name]["healthcheck"]["test"][-2:] == ["deploy.health", f"http://127.0.0.1:{port}/metrics"]
+    assert services["worker"]["healthcheck"]["test"][-1] == "worker"
+    assert services["worker"]["environment"]["METRICS_PORT"] != "0"
+
+
 def test_every_service_that_runs_on_has_time_to_stop_and_a_limit_on_its_logs(services: dict[str, Any]):
     assert all("stop_grace_period" in service for name, service in services.items() if name not in ONE_SHOTS)
     assert all({"max-size", "max-file"} <= set(service["logging"]["options"]) for service in services.values())

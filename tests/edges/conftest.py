@@ -1,13 +1,14 @@
 """The stack's real Redis, S3 and Postgres, each with a corner that no process of the house looks into."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
 
 import pytest
 import redis
 
+from benchmarks.survival.refusals import RefusingProxy
 from settings import StoreSettings
-from tests.builders import a_redis, settings_for
+from tests.builders import a_closed_port, a_redis, settings_for
 from tests.models.conftest import database  # noqa: F401
 
 CORNER = 9  # of Redis's sixteen numbered databases
@@ -36,6 +37,21 @@ def handoff_redis(settings) -> Iterator[redis.Redis]:
         client.flushdb()
         yield client
         client.flushdb()
+
+
+@pytest.fixture
+def proxied() -> Iterator[Callable[[str], tuple[RefusingProxy, str]]]:
+    """Puts a proxy before a Redis: the proxy, and the URL that leads through it."""
+    opened: list[RefusingProxy] = []
+
+    def proxied(url: str) -> tuple[RefusingProxy, str]:
+        parts, port = urlsplit(url), a_closed_port()
+        opened.append(RefusingProxy(port, parts.port or 0))
+        return opened[-1], parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
+
+    yield proxied
+    for proxy in opened:
+        proxy.close()
 
 
 @pytest.fixture(scope="session")

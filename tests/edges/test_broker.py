@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import redis
 
+from benchmarks.survival.refusals import REPLIES
 from edges.broker import Broker, BrokerUnavailable, job_of_message
 from policy import queues
 from settings import StoreSettings
-from tests.builders import a_closed_port, a_fleet, until
+from tests.builders import a_closed_port, a_fleet, a_redis, until
 
 FAST = "local.fast"
 
@@ -148,3 +149,49 @@ def test_a_broker_that_is_away_is_the_same_error_whatever_is_asked(broker_away):
     for ask in (broker_away.ping, lambda: broker_away.waiting(FAST), lambda: broker_away.next_job(FAST)):
         with pytest.raises(BrokerUnavailable):
             ask()
+
+
+def test_every_error_that_a_broker_answers_with_is_one_kind_and_passes(settings, broker_redis, proxied):
+    proxy, url = proxied(settings.broker_url)
+    broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": url}), a_fleet())
+    broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
+
+    for reply in REPLIES.values():
+        with proxy.refusing(reply):
+            for ask in (
+                broker.check,
+                broker.ping,
+                lambda: broker.waiting(FAST),
+                lambda: broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4()),
+            ):
+                with pytest.raises(BrokerUnavailable):
+                    ask()
+        broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
+
+    assert broker.waiting(FAST) == 1 + len(REPLIES)
+
+
+def test_a_broker_that_is_read_only_answers_a_ping_and_fails_the_check(mortal_redis, settings):
+    broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": mortal_redis.url}), a_fleet())
+    broker.check()
+
+    redis.Redis.from_url(mortal_redis.url).execute_command("REPLICAOF", "127.0.0.1", "1")
+
+    broker.ping()
+    with pytest.raises(BrokerUnavailable, match="ReadOnly"):
+        broker.check()
+
+
+def test_a_publisher_leaves_a_server_that_was_demoted_for_the_one_that_took_over(mortal_redis, settings, proxied, tmp_path):
+    proxy, url = proxied(mortal_redis.url)
+    broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": url}), a_fleet())
+    broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
+
+    with a_redis(tmp_path) as successor:
+        redis.Redis.from_url(mortal_redis.url).execute_command("REPLICAOF", "127.0.0.1", "1")
+        proxy.lead_to(successor)
+        with pytest.raises(BrokerUnavailable):
+            broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
+        broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4())
+
+        assert redis.Redis.from_url(successor).llen(FAST) == 1

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import redis
 
+from benchmarks.survival.refusals import REPLIES
 from edges.handoff import Gauge, Handoff, HandoffCorrupt, HandoffUnavailable, pixels_sha256
-from tests.builders import a_closed_port, a_redis, some_pixels
+from tests.builders import a_closed_port, a_redis, some_pixels, until
 
 
 @pytest.fixture
@@ -150,6 +151,53 @@ def test_a_key_that_is_none_of_ours_is_an_error_and_not_an_orphan(handoff, hando
 def test_a_full_hand_off_says_so(small_redis):
     with pytest.raises(HandoffUnavailable):
         Handoff(small_redis, ttl_s=60).put(uuid.uuid4(), 0, 1, some_pixels(256, 256))
+
+
+def test_every_error_that_a_hand_off_answers_with_is_one_kind_and_passes(settings, handoff_redis, proxied):
+    proxy, url = proxied(settings.handoff_url)
+    handoff, job_id = Handoff(url, ttl_s=60), uuid.uuid4()
+    handoff.put(job_id, 0, 1, some_pixels())
+    asks = {
+        "put": lambda: handoff.put(job_id, 1, 1, some_pixels()),
+        "get": lambda: handoff.get(job_id, 0, 1),
+        "holds": lambda: handoff.holds(job_id, 0, 1),
+        "kept": lambda: list(handoff.kept()),
+        "forget": lambda: handoff.forget(["handoff:x:0:1"]),
+        "check": handoff.check,
+    }
+
+    for reply in REPLIES.values():
+        with proxy.refusing(reply):
+            for ask in asks.values():
+                with pytest.raises(HandoffUnavailable):
+                    ask()
+
+    assert handoff.holds(job_id, 0, 1)
+
+
+def test_a_hand_off_that_was_demoted_is_left_for_the_one_that_took_over_and_no_write_fails(proxied, tmp_path):
+    with a_redis(tmp_path) as url_before, a_redis(tmp_path) as successor:
+        proxy, url = proxied(url_before)
+        handoff, job_id = Handoff(url, ttl_s=60), uuid.uuid4()
+        handoff.put(job_id, 0, 1, some_pixels())
+
+        redis.Redis.from_url(url_before).execute_command("REPLICAOF", "127.0.0.1", "1")
+        proxy.lead_to(successor)
+        handoff.put(job_id, 1, 1, some_pixels())
+
+        assert redis.Redis.from_url(successor).dbsize() == 1
+
+
+def test_one_that_takes_nothing_counts_as_full_for_whoever_trusts_its_last_answer_only_so_long(settings, handoff_redis, proxied):
+    proxy, url = proxied(settings.handoff_url)
+    gauge = Gauge(url, trusted_for_s=1.0)
+    assert gauge.fill() < 0.9
+
+    proxy.refuse(REPLIES["READONLY"])
+    until(lambda: gauge.fill() == 1.0)
+
+    proxy.relent()
+    until(lambda: gauge.fill() < 0.9)
 
 
 def test_how_full_the_hand_off_is_is_the_memory_in_use_of_what_may_be_used(settings, handoff_redis, small_redis):

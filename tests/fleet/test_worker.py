@@ -1,5 +1,6 @@
 """The launcher: one process per visible GPU, each pinned to its own, started again when it crashes, ended with the launcher."""
 
+import contextlib
 import json
 import os
 import signal
@@ -25,12 +26,18 @@ def test_the_visible_gpus_are_those_that_cuda_was_told_of(given, gpus):
 @pytest.fixture
 def launcher(tmp_path):
     """The launcher with two GPUs and a child that only tells what it was given."""
-    program = f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {CHILD!r}]; worker.main()"
+    with launched(tmp_path, CHILD) as process:
+        yield process, tmp_path / "log"
+
+
+@contextlib.contextmanager
+def launched(tmp_path, child):
+    program = f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; worker.main()"
     needed = {"DATABASE_URL": "postgresql://x", "BROKER_URL": "redis://x/0", "HANDOFF_URL": "redis://x/1"}
     environment = os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"}
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log)
-    yield process, tmp_path / "log"
+    yield process
     process.kill()
     process.wait()
 
@@ -69,6 +76,16 @@ def test_a_crashed_worker_is_started_again_and_a_stop_ends_all(launcher):
 
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=10) == 0
+
+
+def test_a_launcher_says_by_its_exit_status_that_a_worker_ended_in_an_error(tmp_path):
+    fails = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70)); print('{}', flush=True); time.sleep(60)"
+    with launched(tmp_path, fails) as process:
+        told(tmp_path / "log", 2)
+
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(timeout=10) == 1
 
 
 def test_a_killed_launcher_takes_its_workers_along(launcher):

@@ -1,13 +1,13 @@
-"""Connections of the pool: a server that went away costs who comes next a reconnect, not an error. And transactions that conflict."""
+"""Connections of the pool: what a server that went away, or is not itself, costs who comes next. And transactions that conflict."""
 
 from threading import Barrier
 
 import pytest
-from sqlalchemy import text
-from sqlalchemy.exc import IntegrityError, OperationalError
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import DBAPIError, IntegrityError, OperationalError
 
 from models import database
-from models.database import TRIES, conflict, make_engine, run_transaction, transaction
+from models.database import TRIES, DatabaseAway, conflict, make_engine, run_transaction, transaction
 from tests.models.facts import at_once
 
 
@@ -116,3 +116,98 @@ def test_a_transaction_begun_again_leaves_nothing_of_its_first_try(engine):
         return session.scalar(text("SELECT count(*) FROM noted"))
 
     assert run_transaction(engine, work) == 1
+
+
+def backend_raising(engine, sqlstate: str) -> int:
+    """The backend in which the server raised this."""
+    with transaction(engine) as session:
+        pid = session.scalar(text("SELECT pg_backend_pid()"))
+        with pytest.raises(DBAPIError) as raised:
+            session.execute(text(f"DO $$ BEGIN RAISE EXCEPTION 'so be it' USING ERRCODE = '{sqlstate}'; END $$"))
+        raise raised.value.with_traceback(None) from PidKnown(pid)
+
+
+class PidKnown(Exception):
+    """Carries a backend's pid out of a transaction."""
+
+
+def raised(engine, sqlstate: str) -> tuple[DBAPIError, int]:
+    with pytest.raises(DBAPIError) as error:
+        backend_raising(engine, sqlstate)
+    return error.value, error.value.__cause__.args[0]
+
+
+# Every state in which a server says that it is not itself: PostgreSQL's appendix on error codes, classes 08, 25, 53, 57, 58.
+@pytest.mark.parametrize("sqlstate", ["08000", "08003", "08006", "08P01", "25006", "25P03", "57P01", "57P02", "57P03", "57P04", "57P05"])
+def test_a_server_that_is_not_itself_is_one_kind_of_error_and_its_connections_are_dropped(engine, sqlstate):
+    error, before = raised(engine, sqlstate)
+
+    assert isinstance(error, DatabaseAway)
+    assert error.connection_invalidated
+    assert backend(engine) != before
+
+
+@pytest.mark.parametrize("sqlstate", ["53000", "53100", "53200", "53300", "53400", "58000", "58030"])
+def test_a_server_that_lacks_something_is_the_same_kind_and_its_connections_are_good(engine, sqlstate):
+    error, before = raised(engine, sqlstate)
+
+    assert isinstance(error, DatabaseAway)
+    assert backend(engine) == before
+
+
+@pytest.mark.parametrize("sqlstate", ["23505", "22012", "25001", "42501", "42P01", "57014", "XX000"])
+def test_any_other_error_is_told_as_it_is(engine, sqlstate):
+    error, before = raised(engine, sqlstate)
+
+    assert not isinstance(error, DatabaseAway)
+    assert backend(engine) == before
+
+
+def demote(engine) -> int:
+    """Make the pool's only connection one to a server that takes no writes any more; its backend."""
+    with engine.connect() as connection:
+        connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
+        connection.commit()
+    return backend(engine)
+
+
+def test_a_connection_to_a_primary_that_was_demoted_is_made_anew_when_it_was_idle(engine, monkeypatch):
+    before = demote(engine)
+
+    monkeypatch.setattr(database, "CHECKED_AFTER_S", 0.0)
+
+    assert backend(engine) != before
+
+
+def test_one_that_was_in_use_fails_one_write_and_is_made_anew(engine, monkeypatch):
+    monkeypatch.setattr(database, "CHECKED_AFTER_S", 60.0)
+    before = demote(engine)
+
+    with pytest.raises(DatabaseAway), transaction(engine) as session:
+        session.execute(text("DELETE FROM workers WHERE name = 'nobody'"))
+
+    assert backend(engine) != before
+    with transaction(engine) as session:
+        session.execute(text("DELETE FROM workers WHERE name = 'nobody'"))
+
+
+def test_a_server_that_takes_no_writes_is_away_until_it_does(database):
+    name = database.app.url.database
+    server = create_engine(database.owner_url, isolation_level="AUTOCOMMIT")
+    app = make_engine(database.app.url.render_as_string(hide_password=False), pool_size=1)
+
+    def set_read_only(value: str) -> None:
+        with server.connect() as connection:
+            connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ WRITE"))
+            connection.execute(text(f"ALTER DATABASE {name} SET default_transaction_read_only = {value}"))
+
+    set_read_only("on")
+    try:
+        with pytest.raises(OperationalError):
+            backend(app)
+    finally:
+        set_read_only("off")
+
+    assert backend(app)
+    app.dispose()
+    server.dispose()

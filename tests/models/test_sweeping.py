@@ -21,6 +21,55 @@ def test_who_waits_again_past_the_run_deadline_is_found_the_earliest_deadline_fi
     assert [job_id for job_id in found if job_id in (late.id, later.id, in_time.id, running.id)] == [later.id, late.id]
 
 
+def seconds_until(session, column: str, job) -> float:
+    return float(session.scalar(text(f"SELECT extract(epoch FROM {column} - clock_timestamp()) FROM jobs WHERE id = :id"), {"id": job.id}))
+
+
+def test_an_outage_leaves_who_waits_as_long_again_as_it_lasted_and_nobody_less_than_he_had(session):
+    overdue, near, far = (a_job(session, start_within_s=seconds) for seconds in (-20, 2, 100))
+    again = a_lease(session, run_within_s=3).job
+    preempt(session, a_lease_of(session, again))
+    running = a_lease(session, run_within_s=3).job
+
+    assert sweeping.prolong_deadlines(session, lasted_s=10) >= 2
+
+    left = {job.id: seconds_until(session, "start_by", job) for job in (overdue, near, far)}
+    assert left[overdue.id] < -19
+    assert 9 < left[near.id] <= 10
+    assert 99 < left[far.id] <= 100
+    assert 9 < seconds_until(session, "run_by", again) <= 10
+    assert seconds_until(session, "run_by", running) <= 3
+
+
+def a_lease_of(session, job) -> leases.Lease:
+    """The lease under which the job runs."""
+    return leases.Lease(job=job, attempt=job.attempt, worker=job.worker, pending=(0,))
+
+
+def test_tries_to_have_a_job_stored_come_further_and_further_apart_up_to_a_limit(session):
+    lease = a_lease(session)
+    job = hand_off(session, lease)
+
+    for rendered_ago_s, next_in_s in ((0, 10), (25, 25), (1000, 60)):
+        session.execute(
+            text("UPDATE jobs SET rendered_at = clock_timestamp() - make_interval(secs => :ago) WHERE id = :id"),
+            {"ago": rendered_ago_s, "id": job.id},
+        )
+        sweeping.postpone_store(session, job.id, store_within_s=10)
+        session.flush()
+        assert next_in_s - 1 < seconds_until(session, "store_by", job) <= next_in_s + 1
+
+
+def test_when_storing_works_again_every_storing_job_is_due(session):
+    job = hand_off(session, a_lease(session), store_within_s=60)
+    assert job.id not in [unstored.job_id for unstored in sweeping.overdue_stores(session)]
+
+    sweeping.hasten_stores(session)
+
+    assert job.id in [unstored.job_id for unstored in sweeping.overdue_stores(session)]
+    assert sweeping.storing_by_tier(session)["fast"] >= 1
+
+
 def test_pixels_are_awaited_from_the_moment_a_worker_has_the_job_until_they_are_stored(session):
     lease = a_lease(session, num_images=2)
     job_id = lease.job_id

@@ -156,6 +156,21 @@ def test_flushed_redises_lose_no_job(client, stack):
     assert {finished(client, job).state for job in jobs} == {"succeeded"}
 
 
+@pytest.mark.parametrize("url", ["BROKER_URL", "HANDOFF_URL"])
+def test_a_failover_ends_no_process_and_no_job(client, stack, url):
+    before, server = {status.name: status.pid for status in stack.status()}, redis.Redis.from_url(stack.env[url])
+
+    server.execute_command("REPLICAOF", "127.0.0.1", "1")
+    try:
+        jobs = [client.create_job(SHAPES[n % 3], tier="fast", seed=n) for n in range(4)]
+        time.sleep(3)  # as long as the servers need to agree on a new primary
+    finally:
+        server.execute_command("REPLICAOF", "NO", "ONE")
+
+    assert {finished(client, job).state for job in jobs} == {"succeeded"}
+    assert {status.name: status.pid for status in stack.status()} == before
+
+
 def test_rendered_jobs_wait_for_a_results_worker_and_are_stored_once(client, sql, stack):
     stack.stop("results")
     try:

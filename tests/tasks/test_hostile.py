@@ -222,7 +222,7 @@ def test_a_lost_answer_to_a_commit_bills_an_image_once(here):
 
 
 def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(here, handoff_redis, monkeypatch):
-    monkeypatch.setattr(tasks.verdicts, "PATIENCE_S", (0.1,))
+    monkeypatch.setattr(tasks.verdicts, "PIXELS_PATIENCE_S", (0.1,))
     job = here.accept()
     handoff_redis.config_set("maxmemory", "1")
 
@@ -233,6 +233,20 @@ def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(here, handoff
     handoff_redis.config_set("maxmemory", "1gb")
     (row,) = ended(here, job)
     assert row.state == "storing"
+
+
+def test_pixels_wait_for_a_hand_off_that_takes_nothing_for_some_seconds_and_are_not_rendered_again(here, handoff_redis, monkeypatch):
+    monkeypatch.setattr(tasks.verdicts, "PATIENCE_S", (0.1,))
+    job = here.accept()
+    handoff_redis.config_set("maxmemory", "1")
+    thread = here.render(job)
+    until(lambda: here.row(job).state == "running")
+
+    time.sleep(2)  # longer than any other write would be tried for
+    handoff_redis.config_set("maxmemory", "1gb")
+    thread.join()
+
+    assert (here.row(job).state, outcomes(here, job)) == ("storing", ["rendered"])
 
 
 def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be_kept(here, handoff_redis):

@@ -1,0 +1,242 @@
+"""Surroundings that answer with errors and are well again some seconds later: how each such state is brought about, and ended.
+
+Redis, broker or hand-off: what can be had from the real server is had from it; what it says only in a cluster, while it loads or
+after a failed save is said by a proxy on the way to it (refusals.py). Postgres: the real server throughout.
+"""
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psycopg2  # type: ignore[import-untyped]
+import redis
+
+from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from benchmarks.survival.rig import Rig
+from fleet.addresses import Addresses, free_ports
+from fleet.stack import Stack
+
+PROXIED = {"broker": "BROKER_URL", "handoff": "HANDOFF_URL"}
+
+
+@dataclass(frozen=True)
+class Outage:
+    """One part that answers with one kind of error for the length of `lasting`."""
+
+    part: str
+    error: str
+    lasting: Callable[[], contextlib.AbstractContextManager[None]]
+    how: str = "real"
+
+    def __str__(self) -> str:
+        return f"{self.part}: {self.error} ({self.how})"
+
+
+class ProxiedStack(Stack):
+    """A stack whose processes reach both Redis through proxies, which can be told to refuse."""
+
+    def __init__(self, data_dir: Path, *, fleet_file: Path | None = None, workers: int = 1) -> None:
+        super().__init__(data_dir, fleet_file=fleet_file, workers=workers)
+        self.proxies: dict[str, RefusingProxy] = {}
+        self._proxied: dict[str, str] = {}
+
+    def close(self) -> None:
+        for proxy in self.proxies.values():
+            proxy.close()
+
+    def _house_env(self, addresses: Addresses) -> dict[str, str]:
+        env = super()._house_env(addresses)
+        for part, variable in PROXIED.items():
+            if part not in self.proxies:
+                (port,), url = free_ports(1), urlsplit(env[variable])
+                self.proxies[part] = RefusingProxy(port, addresses.ports[part])
+                self._proxied[variable] = url._replace(netloc=url.netloc.replace(f":{url.port}", f":{port}")).geturl()
+        return env | self._proxied
+
+
+def outages(rig: Rig) -> list[Outage]:
+    """All of them."""
+    stack = rig.stack
+    assert isinstance(stack, ProxiedStack)
+    found = []
+    for part, variable in PROXIED.items():
+        server = Server(rig.env[variable], stack.data_dir / part)
+        found += [Outage(part, name, act) for name, act in server.ways().items()]
+        for name, reply in REPLIES.items():
+            proxy = stack.proxies[part]
+            found.append(Outage(part, name, lambda proxy=proxy, reply=reply: proxy.refusing(reply), "proxied"))  # type: ignore[misc]
+    postgres = Postgres(rig)
+    return [*found, *(Outage("postgres", name, act) for name, act in postgres.ways().items())]
+
+
+class Server:
+    """A real Redis and what can be done to it over one connection that stays."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self._url, self._folder = url, folder
+        self._redis = redis.Redis.from_url(url, socket_timeout=10, single_connection_client=True)
+
+    def ways(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        return {
+            "READONLY, UNBLOCKED": self.demoted,
+            "MASTERDOWN": self.cut_off,
+            "OOM": lambda: self._set("maxmemory", "1"),
+            "NOREPLICAS": lambda: self._set("min-replicas-to-write", "1"),
+            "MISCONF": self.unable_to_save,
+            "NOPERM": self.forbidden,
+            "WRONGPASS": self.with_another_password,
+            "BUSY": self.busy,
+            "max number of clients": self.crowded,
+        }
+
+    @contextlib.contextmanager
+    def demoted(self) -> Iterator[None]:
+        self._do("REPLICAOF", "127.0.0.1", "1")
+        try:
+            yield
+        finally:
+            self._do("REPLICAOF", "NO", "ONE")
+
+    @contextlib.contextmanager
+    def cut_off(self) -> Iterator[None]:
+        with self._set("replica-serve-stale-data", "no"), self.demoted():
+            yield
+
+    @contextlib.contextmanager
+    def unable_to_save(self) -> Iterator[None]:
+        """A folder where its file should be: no user may write that."""
+        in_the_way = self._folder / "dump.rdb"
+        with contextlib.suppress(FileNotFoundError):
+            in_the_way.unlink()
+        in_the_way.mkdir()
+        with self._set("save", "3600 1"):
+            self._do("BGSAVE")
+            try:
+                yield
+            finally:
+                in_the_way.rmdir()
+
+    @contextlib.contextmanager
+    def forbidden(self) -> Iterator[None]:
+        self._do("ACL", "SETUSER", "default", "-@write", "-@blocking")
+        try:
+            yield
+        finally:
+            self._do("ACL", "SETUSER", "default", "+@all")
+
+    @contextlib.contextmanager
+    def with_another_password(self) -> Iterator[None]:
+        with self._set("requirepass", "another"):
+            self._send_everybody_away()
+            yield
+
+    @contextlib.contextmanager
+    def crowded(self) -> Iterator[None]:
+        with self._set("maxclients", "1"):
+            self._send_everybody_away()
+            yield
+
+    @contextlib.contextmanager
+    def busy(self) -> Iterator[None]:
+        def run() -> None:
+            with redis.Redis.from_url(self._url) as other, contextlib.suppress(redis.RedisError):
+                other.eval("while true do end", 0)
+
+        with self._set("busy-reply-threshold", "50"):
+            script = threading.Thread(target=run)
+            script.start()
+            try:
+                yield
+            finally:
+                self._do("SCRIPT", "KILL")
+                script.join()
+
+    @contextlib.contextmanager
+    def _set(self, name: str, value: str) -> Iterator[None]:
+        before = self._redis.config_get(name)[name]
+        self._redis.config_set(name, value)
+        try:
+            yield
+        finally:
+            self._redis.config_set(name, before)
+
+    def _send_everybody_away(self) -> None:
+        for kind in ("pubsub", "normal"):
+            self._redis.client_kill_filter(_type=kind, skipme=True)
+
+    def _do(self, *command: str) -> None:
+        self._redis.execute_command(*command)
+
+
+class Postgres:
+    """The real Postgres, told so by its owner over a connection that stays writable."""
+
+    def __init__(self, rig: Rig) -> None:
+        self._rig = rig
+
+    def ways(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
+        return {
+            "read-only (25006)": self.read_only,
+            "restarts (57P01, 57P03)": self.restarting,
+            "sessions ended, again and again (57P01)": self.ending_sessions,
+            "too many connections (53300)": lambda: self._altered("CONNECTION LIMIT 0", "CONNECTION LIMIT -1"),
+            "login refused (28000)": lambda: self._altered("NOLOGIN", "LOGIN"),
+        }
+
+    @contextlib.contextmanager
+    def read_only(self) -> Iterator[None]:
+        self._do("ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()")
+        try:
+            yield
+        finally:
+            self._do("ALTER SYSTEM RESET default_transaction_read_only", "SELECT pg_reload_conf()")
+
+    @contextlib.contextmanager
+    def restarting(self) -> Iterator[None]:
+        self._rig.stack.stop("postgres")
+        try:
+            yield
+        finally:
+            self._rig.stack.start("postgres")
+
+    @contextlib.contextmanager
+    def ending_sessions(self) -> Iterator[None]:
+        enough = threading.Event()
+
+        def run() -> None:
+            while not enough.wait(0.5):
+                self._end_sessions()
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        try:
+            yield
+        finally:
+            enough.set()
+            thread.join()
+
+    @contextlib.contextmanager
+    def _altered(self, to: str, back: str) -> Iterator[None]:
+        self._do(f"ALTER ROLE darkroom_app {to}")
+        self._end_sessions()
+        try:
+            yield
+        finally:
+            self._do(f"ALTER ROLE darkroom_app {back}")
+
+    def _end_sessions(self) -> None:
+        self._do("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'darkroom_app'")
+
+    def _do(self, *statements: str) -> None:
+        url = self._rig.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", "")
+        connection = psycopg2.connect(url, options="-c default_transaction_read_only=off")
+        try:
+            connection.autocommit = True
+            with connection.cursor() as cursor:
+                for statement in statements:
+                    cursor.execute(statement)
+        finally:
+            connection.close()

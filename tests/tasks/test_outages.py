@@ -1,0 +1,263 @@
+"""The sweeper while its surroundings answer with errors: what it does not hold against jobs, and what it does not multiply."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit
+
+import pytest
+import redis
+from sqlalchemy import create_engine, text
+from sqlalchemy.exc import OperationalError
+
+import models.sweeping
+from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from edges.broker import Broker
+from edges.handoff import Handoff
+from edges.inputs import Inputs
+from edges.progress import News
+from edges.release import Release
+from edges.snapshots import Snapshots
+from models import leases
+from models.database import transaction
+from models.tables import Job
+from policy import queues
+from settings import Settings
+from tasks.keeper import LeaseKeeper, WorkerIdentity
+from tasks.sweep import Sweeper, SweepLoop
+from tests.builders import a_closed_port, a_fleet, a_job, a_lease, hand_off, settings_for, some_pixels
+from tests.models.conftest import Database, a_database
+
+CORNER = 7  # of Redis's sixteen numbered databases: nobody else looks there
+
+
+@dataclass
+class Sweeping:
+    """A sweeper that sweeps when it is told to, and the ways to its broker and hand-off."""
+
+    sweeper: Sweeper
+    database: Database
+    ways: dict[str, RefusingProxy]
+    broker: redis.Redis
+    handoff: Handoff
+
+    def accept(self, **params) -> Job:
+        with transaction(self.database.app) as session:
+            return a_job(session, **params)
+
+    def row(self, job: Job) -> Job:
+        with transaction(self.database.app) as session:
+            found = session.get(Job, job.id)
+            session.expunge(found)
+            return found
+
+    def left_s(self, job: Job) -> float:
+        """Seconds until the job's start deadline."""
+        with transaction(self.database.app) as session:
+            query = text("SELECT extract(epoch FROM start_by - clock_timestamp()) FROM jobs WHERE id = :id")
+            return float(session.scalar(query, {"id": job.id}))
+
+    def can_start(self, job: Job) -> bool:
+        with transaction(self.database.app) as session:
+            return leases.take(session, job.id, worker="gpu0@here", device="cpu", ttl_s=15) is not None
+
+    def sweep_for(self, seconds: float) -> None:
+        until_at = time.monotonic() + seconds
+        while time.monotonic() < until_at:
+            self.sweeper.sweep()
+            time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def own_database(stack) -> Iterator[Database]:
+    with a_database(stack.env) as database:
+        yield database
+
+
+@pytest.fixture
+def sweeping(stack, own_database) -> Iterator[Sweeping]:
+    urls, ways, clients = {}, {}, {}
+    for name in ("broker", "handoff"):
+        parts, port = urlsplit(stack.env[f"{name.upper()}_URL"])._replace(path=f"/{CORNER}"), a_closed_port()
+        ways[name] = RefusingProxy(port, parts.port)
+        urls[f"{name}_url"] = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
+        clients[name] = redis.Redis.from_url(parts.geturl())
+        clients[name].flushdb()
+    settings, fleet = settings_for(Settings, stack.env, **urls), a_fleet()
+    broker, handoff = Broker(settings, fleet), Handoff(settings.handoff_url, ttl_s=60)
+    sweeper = Sweeper(
+        settings=settings,
+        fleet=fleet,
+        database=own_database.app,
+        broker=broker,
+        release=Release(own_database.app, broker, fleet, worker_silence_s=15),
+        handoff=handoff,
+        snapshots=Snapshots(settings.handoff_url, ttl_s=60),
+        inputs=Inputs(settings.handoff_url, ttl_s=60),
+        news=News(settings.handoff_url),
+        fill=lambda: 0.0,
+    )
+    yield Sweeping(sweeper, own_database, ways, clients["broker"], handoff)
+    for way in ways.values():
+        way.close()
+    for client in clients.values():
+        client.flushdb()
+
+
+@contextmanager
+def refusing(sweeping: Sweeping, part: str) -> Iterator[None]:
+    if part != "postgres":
+        with sweeping.ways[part].refusing(REPLIES["READONLY"]):
+            yield
+        return
+    url, name = sweeping.database.owner_url, sweeping.database.app.url.database
+    server = create_engine(url, isolation_level="AUTOCOMMIT", connect_args={"options": "-c default_transaction_read_only=off"})
+
+    def say(statement: str) -> None:
+        with server.connect() as connection:
+            connection.execute(text(statement))
+
+    say(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
+    say("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND usename = 'darkroom_app'")
+    try:
+        yield
+    finally:
+        say(f"ALTER DATABASE {name} RESET default_transaction_read_only")
+        server.dispose()
+
+
+@pytest.mark.parametrize("part", ["broker", "handoff", "postgres"])
+def test_a_start_deadline_that_falls_into_an_outage_is_moved_by_what_that_lasted(sweeping, part):
+    sweeping.sweeper.sweep()
+    job = sweeping.accept(start_within_s=1.0)
+
+    with refusing(sweeping, part):
+        sweeping.sweep_for(1.5)
+    sweeping.sweeper.sweep()
+
+    assert sweeping.row(job).state == "queued"
+    assert 1.0 < sweeping.left_s(job) < 2.5
+    assert sweeping.can_start(job)
+
+
+def test_a_job_that_was_overdue_before_the_outage_expires(sweeping):
+    sweeping.sweeper.sweep()
+    job = sweeping.accept(start_within_s=-0.5)
+    time.sleep(0.1)
+
+    with refusing(sweeping, "broker"):
+        sweeping.sweeper.sweep()
+
+    assert sweeping.row(job).state == "expired"
+
+
+def test_a_deadline_that_leaves_time_enough_stays_where_it_is(sweeping):
+    sweeping.sweeper.sweep()
+    job = sweeping.accept(start_within_s=600)
+    before = sweeping.row(job).start_by
+
+    with refusing(sweeping, "broker"):
+        sweeping.sweep_for(0.5)
+    sweeping.sweeper.sweep()
+
+    assert sweeping.row(job).start_by == before
+
+
+def test_a_database_that_comes_back_in_the_midst_of_a_sweep_does_not_make_it_hasty(sweeping, monkeypatch):
+    sweeping.sweeper.sweep()
+    job = sweeping.accept(start_within_s=0.3)
+    time.sleep(0.4)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(models.sweeping, "prolong_deadlines", fails)
+        with refusing(sweeping, "broker"):
+            sweeping.sweeper.sweep()
+    assert sweeping.row(job).state == "queued"
+
+    sweeping.sweeper.sweep()
+    assert sweeping.can_start(job)
+
+
+def fails(*arguments, **keywords):
+    raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
+
+
+def test_without_an_outage_a_deadline_is_a_deadline(sweeping):
+    job = sweeping.accept(start_within_s=0.3)
+
+    sweeping.sweep_for(0.6)
+
+    assert sweeping.row(job).state == "expired"
+
+
+def test_what_waits_in_an_outage_of_the_broker_is_announced_by_the_first_sweep_after_it(sweeping):
+    with refusing(sweeping, "broker"):
+        job = sweeping.accept()
+        sweeping.sweeper.sweep()
+        assert sweeping.row(job).announced_at is None
+
+    sweeping.sweeper.sweep()
+
+    assert sweeping.row(job).announced_at is not None
+    assert sweeping.broker.llen("local.fast") == 1
+
+
+def a_storing_job(sweeping: Sweeping) -> Job:
+    with transaction(sweeping.database.app) as session:
+        lease = a_lease(session)
+        sweeping.handoff.put(lease.job_id, 0, lease.attempt, some_pixels())
+        return hand_off(session, lease)
+
+
+def make_overdue(sweeping: Sweeping) -> None:
+    with transaction(sweeping.database.app) as session:
+        session.execute(text("UPDATE jobs SET store_by = clock_timestamp() - interval '1 second' WHERE state = 'storing'"))
+
+
+def test_while_nobody_stores_a_queue_gets_no_more_messages_than_there_are_jobs_to_store(sweeping):
+    queue = queues.results_queue(sweeping.sweeper.fleet, "fast")
+    stored = [a_storing_job(sweeping) for _ in range(3)]
+
+    for _ in range(4):
+        make_overdue(sweeping)
+        sweeping.sweeper.sweep()
+        assert sweeping.broker.llen(queue) == len(stored)
+
+    sweeping.broker.rpop(queue)  # a results worker took one, and was killed
+    make_overdue(sweeping)
+    sweeping.sweeper.sweep()
+    assert sweeping.broker.llen(queue) == len(stored)
+
+
+def test_a_sweep_that_fails_is_followed_by_the_next_and_the_loop_tells_that_it_moves():
+    turns, swept, enough = [], [], threading.Event()
+
+    def sweep() -> None:
+        swept.append(time.monotonic())
+        if len(swept) >= 3:
+            enough.set()
+        raise RuntimeError("nobody foresaw this")
+
+    loop = SweepLoop(sweep, every_s=0.01, on_turn=lambda: turns.append(1))
+    loop.start()
+
+    assert enough.wait(5)
+    loop.stop()
+    assert len(turns) >= 3
+
+
+def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
+    identity = WorkerIdentity(name="cpu0@early", pool="local", device="cpu", slots=4, facts={})
+    keeper = LeaseKeeper(sweeping.database.app, identity, ttl_s=6, renew_s=1, stop_s=5)
+    starting = threading.Thread(target=lambda: keeper.start(max_attempts=5))
+
+    with refusing(sweeping, "postgres"):
+        starting.start()
+        starting.join(timeout=1.5)
+        assert starting.is_alive()
+
+    starting.join(timeout=10)
+    assert not starting.is_alive()
+    keeper.close()
