@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pydantic_settings import BaseSettings
 
+from fleet.addresses import as_handed_to
 from fleet.supervision import Program
 from policy.fleet import Fleet
 from settings import REPO, CourierSettings, FlowerSettings, GatewayProcessSettings, Settings, StoreSettings, WorkerSettings
@@ -24,19 +25,20 @@ _TAKES_IN_WORK, _FINISHES_IT = 90, 50  # priorities: the former stop first, so t
 def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[Program]:
     """What runs on top of the services. env: the stack's own variables, which win over the caller's."""
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
-    flower = {**env, "FLOWER_BIND": env["FLOWER_URL"].removeprefix("http://")}
+    own = {name: as_handed_to(name, env) for name in ("gateway", "worker", "flower", "results", "webhooks", "sweeper")}
+    own["flower"]["FLOWER_BIND"] = env["FLOWER_URL"].removeprefix("http://")
     worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
     own_names = worker_names if num_workers > 1 else [""] * num_workers  # "" leaves the naming to the launcher
     started = [
-        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(env, GatewayProcessSettings)),
+        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(own["gateway"], GatewayProcessSettings)),
         *(
-            _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, _worker_environment(env, fleet, own_name))
+            _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, _worker_environment(own["worker"], fleet, own_name))
             for name, own_name in zip(worker_names, own_names, strict=True)
         ),
-        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(flower, FlowerSettings)),
-        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(env, StoreSettings)),
-        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, _only(env, CourierSettings)),
-        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(env, Settings)),
+        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(own["flower"], FlowerSettings)),
+        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(own["results"], StoreSettings)),
+        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, _only(own["webhooks"], CourierSettings)),
+        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(own["sweeper"], Settings)),
     ]
     return [_with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)]
 

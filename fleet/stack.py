@@ -26,7 +26,7 @@ from fleet.supervision import ProcessStatus, StackError, Supervisor
 from models import api_keys, tenants
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from settings import REPO
+from settings import REPO, MigrationSettings
 
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
 
@@ -148,7 +148,7 @@ class Stack:
 
     def _migrate(self, addresses: Addresses) -> None:
         """Bring the tables and the roles up to date."""
-        names = ("MIGRATION_DATABASE_URL", "DATABASE_URL", "AUDITOR_DATABASE_URL")
+        names = {name.upper() for name in MigrationSettings.model_fields}
         variables = {name: value for name, value in addresses.env().items() if name in names}
         done = subprocess.run(
             [sys.executable, "-m", "migrations"],

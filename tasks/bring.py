@@ -17,7 +17,7 @@ from edges.handoff import HandoffUnavailable
 from edges.inputs import Brought, Gone, Inputs
 from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.pictures import fitted, fitted_mask
-from models import files
+from models import files, jobs
 from models.database import transaction
 from models.states import JobState
 from models.tables import Job
@@ -52,7 +52,7 @@ class Bringer:
 
     def _bring(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
-            job = session.get(Job, job_id)
+            job = jobs.without_words(session, job_id)
         if job is None or job.state != JobState.RUNNING or self.inputs.are_there(job_id):
             telemetry.DUPLICATES.labels("bring").inc()
             return

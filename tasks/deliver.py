@@ -75,7 +75,7 @@ class Courier:
             if claim is None:
                 telemetry.DUPLICATES.labels("deliver").inc()
                 return None
-            job = jobs.find(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
+            job = jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
         tried = self._try(claim, job)
         with transaction(self.database) as session:
             state = webhooks.record(session, claim, tried, actor=self.name)

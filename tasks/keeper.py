@@ -226,7 +226,9 @@ class LeaseKeeper:
         with transaction(self._database) as session:
             kept = leases.renew(session, [(held.lease.job_id, held.lease.attempt) for held in snapshot], ttl_s=self._ttl_s)
             who, slots = self.identity, 0 if self.leaving else self.identity.slots
-            workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
+            workers.heartbeat(
+                session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts, silent_after_s=self._ttl_s
+            )
             learning.observe(session, seen)
         self._renewed_at = started_at
         gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.lost.is_set()]

@@ -40,6 +40,9 @@ SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 STORE_THREADS = 4
 DELIVER_THREADS = 16  # most wait for a receiver, with no connection to the database
 HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
+# What a worker does for whoever has the broker's password: it tells of itself. Celery would also stop, or take other queues.
+INSPECTIONS = {"ping", "active", "reserved", "scheduled", "registered", "stats", "active_queues", "conf", "query_task", "revoked", "clock"}
+INSPECTIONS |= {"report", "enable_events"}  # the last is what Flower says all the time; events are on as it is
 
 
 def serve_render() -> None:
@@ -230,6 +233,7 @@ def serve_flower() -> None:
     # By the environment and not by an argument: arguments are for everybody to see.
     os.environ["FLOWER_BASIC_AUTH"] = f"{settings.flower_user}:{settings.flower_password.get_secret_value()}"
     celery = make_celery(settings, load_fleet_or_exit(settings))
+    _keep_flower_from_acting()
     celery.start(["flower", f"--address={host}", f"--port={port}"])
 
 
@@ -271,8 +275,31 @@ def _without_lease(taken: Mapping[str, int], leased: Counter[str]) -> Counter[st
     return Counter({tier: max(0, tasks - leased[tier]) for tier, tasks in by_tier.items()})
 
 
+def _keep_flower_from_acting() -> None:
+    """Take Flower's routes away that start, stop or change something: it is there to look. Leans on names of Flower 2.2."""
+    from flower import urls
+    from flower.api import control, tasks
+
+    acting = {tasks.TaskApply, tasks.TaskAsyncApply, tasks.TaskSend, tasks.TaskAbort}
+
+    def acts(route: Any) -> bool:
+        handler = getattr(route, "handler_class", None) or route[1]
+        return handler in acting or handler.__module__ == control.__name__
+
+    urls.handlers[:] = [route for route in urls.handlers if not acts(route)]
+
+
+def _answer_inspections_only() -> None:
+    """Forget every remote-control command but INSPECTIONS. Leans on a private name of Celery 5.7."""
+    from celery.worker.control import Panel
+
+    for name in Panel.data.keys() - INSPECTIONS:
+        del Panel.data[name]
+
+
 def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> None:
     """Consume `names` until SIGTERM, which lets running tasks end."""
+    _answer_inspections_only()
     warnings.filterwarnings("ignore", category=SecurityWarning)  # Celery warns of root because of pickle; we accept JSON alone
     setup_logging.connect(lambda **_: None, weak=False)  # or Celery sets the root logger's level: LOG_LEVEL is what counts
     arguments = ["--quiet", "worker", "--pool=threads", f"--concurrency={threads}", f"--queues={','.join(names)}", f"--hostname={name}"]

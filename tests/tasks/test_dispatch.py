@@ -11,8 +11,12 @@ import redis
 from sqlalchemy import text
 
 from darkroom_client import Client, Job
+from edges.broker import Broker, make_celery
 from models.database import make_engine
 from policy import queues
+from policy.fleet import parse_fleet
+from settings import REPO, BrokerSettings
+from tests.builders import until
 
 SHAPES = ("a large red circle on a blue background", "a small green star at the top on a white background", "a yellow square on black")
 
@@ -100,6 +104,29 @@ def test_flower_lists_the_worker_its_queues_and_the_tasks(client, stack):
     eventually(lambda: queues.RENDER_JOB in {task["name"] for task in flower.get("/api/tasks").json().values()})
 
 
+def test_flower_has_no_route_that_acts(stack):
+    env = stack.env
+    with httpx.Client(base_url=env["FLOWER_URL"], timeout=20, auth=(env["FLOWER_USER"], env["FLOWER_PASSWORD"])) as flower:
+        for route in ("worker/shutdown/x", "worker/pool/grow/x", "worker/queue/add-consumer/x", "task/revoke/x", "task/timeout/x"):
+            assert flower.post(f"/api/{route}").text.find("Unknown") < 0, route
+        for route in ("task/apply", "task/async-apply", "task/send-task"):
+            assert flower.post(f"/api/{route}/{queues.SWEEP}", json={}).status_code == 404, route
+
+
+def test_a_worker_answers_inspections_and_obeys_nobody(stack):
+    celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
+    before = {name: stack.pid(name) for name in ("worker", "results", "webhooks", "sweeper")}
+    asked = until(lambda: celery.control.inspect(timeout=2).ping())
+
+    celery.control.broadcast("shutdown")
+    celery.control.broadcast("cancel_consumer", arguments={"queue": queues.MAINTENANCE})
+
+    assert until(lambda: (celery.control.inspect(timeout=2).ping() or {}).keys() == asked.keys(), within_s=30)
+    assert {name: stack.pid(name) for name in before} == before
+    consumed = celery.control.inspect(timeout=2).active_queues()
+    assert queues.MAINTENANCE in {queue["name"] for own in consumed.values() for queue in own}
+
+
 def test_a_killed_worker_loses_no_job_and_doubles_no_image(client, sql, stack):
     jobs = [client.create_job(SHAPES[n % 3], tier="batch", seed=n, steps=40, n=2) for n in range(6)]
     eventually(lambda: sql("SELECT count(*) AS n FROM jobs WHERE state = 'running'")[0]["n"] > 0)
@@ -182,9 +209,6 @@ def test_a_running_job_stops_when_it_is_canceled(client, sql):
 
 def test_a_message_delivered_twice_renders_once(client, sql, stack):
     job = finished(client, client.create_job(SHAPES[1], tier="fast", seed=3))
-    from edges.broker import Broker
-    from policy.fleet import parse_fleet
-    from settings import REPO, BrokerSettings
 
     broker = Broker(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
     for _ in range(3):
