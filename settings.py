@@ -371,6 +371,24 @@ class MigrationSettings(Environment):
     webhooks_password: SecretStr | None = Field(None, min_length=1)
 
 
+class OperatorSettings(Environment):
+    """What the command line in a container is handed: logins of the operator and the auditor, and where the gateway is."""
+
+    database_url: PostgresUrl | None = None
+    auditor_database_url: PostgresUrl | None = None
+    api_key_pepper: SecretStr | None = Field(None, min_length=16)
+    darkroom_url: HttpUrl | None = None
+    darkroom_api_key: SecretStr | None = None
+
+
+class DeploymentSettings(GatewayProcessSettings, FlowerSettings, MigrationSettings):
+    """Every secret of a deployment: what `darkroom check deployment` looks at before anything is started."""
+
+    broker_password: SecretStr = Field(min_length=1)
+    handoff_password: SecretStr = Field(min_length=1)
+    flower_broker_password: SecretStr = Field(min_length=1)
+
+
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)
 
 

@@ -63,8 +63,13 @@ def _program(name: str, module: list[str], priority: int, stop_wait_s: int, envi
 
 
 def _worker_environment(env: Mapping[str, str], fleet: Fleet, name: str) -> dict[str, str]:
-    own = {"WORKER_POOL": os.environ.get("WORKER_POOL", next(iter(fleet.pools))), "WORKER_NAME": name and f"{name}@{socket.gethostname()}"}
+    own = {"WORKER_POOL": worker_pool(fleet), "WORKER_NAME": name and f"{name}@{socket.gethostname()}"}
     return _only({**env, **own}, WorkerSettings)
+
+
+def worker_pool(fleet: Fleet) -> str:
+    """The pool of the stack's workers: what the caller says, or the first of the file."""
+    return os.environ.get("WORKER_POOL") or next(iter(fleet.pools))
 
 
 def _only(env: Mapping[str, str], *settings: type[BaseSettings]) -> dict[str, str]:

@@ -23,7 +23,8 @@ from psycopg2 import sql
 
 from fleet import redis_users
 from fleet.addresses import BUCKET, DATABASE, FLOWER_BROKER, HOST, OWNER, Addresses
-from fleet.supervision import Program, StackError
+from fleet.errors import StackError
+from fleet.supervision import Program
 
 # A save point that is never reached makes Redis write its memory when it is told to stop, and at no other time: the snapshots of
 # images under way outlive a `down`. (`shutdown-on-sigterm save` says it better, from Redis 7 on.)

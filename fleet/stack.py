@@ -22,7 +22,8 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fleet import house, services
 from fleet.addresses import LISTENERS, Addresses, read_env, write_env
-from fleet.supervision import ProcessStatus, StackError, Supervisor
+from fleet.errors import StackError
+from fleet.supervision import ProcessStatus, Supervisor
 from models import api_keys, tenants
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
@@ -128,6 +129,10 @@ class Stack:
             self._wait_until(service.probe, service.program.name, deadline)
         services.create_database(addresses)
         return addresses
+
+    def house_env(self) -> dict[str, str]:
+        """What the processes of the house are handed, each its part of it."""
+        return self._house_env(Addresses.from_env(self.env))
 
     def _house_env(self, addresses: Addresses) -> dict[str, str]:
         own = {"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {}

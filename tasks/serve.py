@@ -30,7 +30,7 @@ from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import tier_gate
 from models.database import make_engine
-from policy import admission, queues, tiers
+from policy import admission, connections, queues, tiers
 from policy.fleet import Fleet
 from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit, refuse
 
@@ -67,13 +67,16 @@ def serve_render() -> None:
     pool = fleet.pools[settings.worker_pool]
     engine = _start_engine(settings, fleet)
     threads = tiers.OVERFULL * pool.slots + SPARE_THREADS
-    database = make_engine(settings.database_url, pool_size=pool.slots + SPARE_THREADS)
+    database = make_engine(settings.database_url, pool_size=connections.WORKER)
+    beats = make_engine(settings.database_url, pool_size=connections.WORKER_BEATS)
     identity = WorkerIdentity(
         name=name, pool=settings.worker_pool, device=engine.config.device, slots=pool.slots, facts={"load_s": round(engine.load_s, 3)}
     )
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
-    keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
+    keeper = LeaseKeeper(
+        database, identity, beats=beats, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s
+    )
     progress, news = ProgressWriter(settings.handoff_url), News(settings.handoff_url)
     previews = Previews(progress)
     gauge = Gauge(settings.handoff_url, trusted_for_s=HANDOFF_MISSED_AFTER_S)
@@ -119,6 +122,7 @@ def serve_render() -> None:
     status = 0
     try:
         keeper.start(max_attempts=settings.max_attempts)
+        log.info("database_connections", at_most=connections.at_most("worker"))
         log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
         _work(celery, names, name=name, threads=threads)
     except SystemExit as end:
@@ -143,7 +147,7 @@ def serve_results() -> None:
     from tasks.store import Storekeeper
 
     name = _role_name("results")
-    database = make_engine(settings.database_url, pool_size=STORE_THREADS + 1)
+    database = make_engine(settings.database_url, pool_size=connections.RESULTS)
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
     store = ObjectStore(settings)
@@ -165,6 +169,7 @@ def serve_results() -> None:
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     names = queues.results_queues(fleet)
     celery.steps["consumer"].add(tier_gate(names, lambda queue, taken: True))
+    log.info("database_connections", at_most=connections.at_most("results"))
     _work(celery, names, name=name, threads=STORE_THREADS)
 
 
@@ -177,7 +182,7 @@ def serve_maintenance() -> None:
 
     from tasks.sweep import Sweeper
 
-    database = make_engine(settings.database_url, pool_size=3)
+    database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
     every_s = settings.sweep_every_s
     beat = {"sweep": {"task": queues.SWEEP, "schedule": every_s, "options": {"queue": queues.MAINTENANCE, "expires": 5 * every_s}}}
     celery = make_celery(settings, fleet, beat_schedule=beat)
@@ -196,6 +201,7 @@ def serve_maintenance() -> None:
     )
     register(celery, queues.SWEEP, sweeper.sweep)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    log.info("database_connections", at_most=connections.at_most("sweeper"))
     service = EmbeddedService(celery, thread=True, scheduler_cls="celery.beat:Scheduler")  # its schedule is in memory: no file to own
     service.start()
     try:
@@ -212,12 +218,13 @@ def serve_webhooks() -> None:
     from tasks.deliver import Courier
 
     name = _role_name("webhooks")
-    database = make_engine(settings.database_url, pool_size=DELIVER_THREADS // 2)
+    database = make_engine(settings.database_url, pool_size=connections.WEBHOOKS)
     outbound = Outbound(settings.outbound_allowed_networks)
     courier = Courier(database=database, broker=Broker(settings, fleet), outbound=outbound, name=name)
     celery = make_celery(settings, fleet)
     register(celery, queues.DELIVER_WEBHOOK, courier.deliver_webhook)
     listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
+    log.info("database_connections", at_most=connections.at_most("webhooks"))
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     try:
         _work(celery, [queues.WEBHOOKS], name=name, threads=DELIVER_THREADS)
