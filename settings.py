@@ -159,6 +159,7 @@ class Environment(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
+    log_level: LogLevel = "INFO"
     published_at: str = ""  # where clients and browsers reach this deployment: addresses or URLs, with commas
     allow_development_secrets: bool = False  # also beyond the loopback
 
@@ -201,7 +202,6 @@ class FleetSettings(Environment):
     """What everybody is handed."""
 
     fleet_file: Path = REPO / "fleet.toml"
-    log_level: LogLevel = "INFO"
 
     def load_fleet(self) -> Fleet:
         """Read and validate fleet.toml; raises FleetInvalid, which names the key of every offending line."""
