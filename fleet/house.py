@@ -4,10 +4,12 @@ A process gets the variables that its class in `settings.py` names, and no other
 the pepper of the API keys. Tuning variables of that class (LOG_LEVEL, SWEEP_EVERY_S …) are taken over from the caller.
 """
 
+import math
 import os
 import socket
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 from pydantic_settings import BaseSettings
@@ -15,8 +17,26 @@ from pydantic_settings import BaseSettings
 from fleet.addresses import as_handed_to
 from fleet.supervision import Program
 from policy.fleet import Fleet
-from settings import REPO, CourierSettings, FlowerSettings, GatewayProcessSettings, Settings, StoreSettings, WorkerSettings
+from settings import (
+    REPO,
+    CourierSettings,
+    FlowerSettings,
+    GatewayProcessSettings,
+    Settings,
+    SettingsInvalid,
+    StoreSettings,
+    WorkerSettings,
+    read,
+)
 
+_KINDS: dict[str, type[BaseSettings]] = {
+    "gateway": GatewayProcessSettings,
+    "worker": WorkerSettings,
+    "flower": FlowerSettings,
+    "results": StoreSettings,
+    "webhooks": CourierSettings,
+    "sweeper": Settings,
+}
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
 METRICS_STRIDE = 10
 _TAKES_IN_WORK, _FINISHES_IT = 90, 50  # priorities: the former stop first, so that the latter still can
@@ -32,7 +52,7 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
     started = [
         _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(own["gateway"], GatewayProcessSettings)),
         *(
-            _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, _worker_environment(own["worker"], fleet, own_name))
+            _worker(name, _worker_environment(own["worker"], fleet, own_name))
             for name, own_name in zip(worker_names, own_names, strict=True)
         ),
         _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(own["flower"], FlowerSettings)),
@@ -60,6 +80,25 @@ def _program(name: str, module: list[str], priority: int, stop_wait_s: int, envi
         priority=priority,
         stop_wait_s=stop_wait_s,
     )
+
+
+def _worker(name: str, environment: Mapping[str, str]) -> Program:
+    """A worker is given the time that it was promised on SIGTERM, and some to put its snapshots away."""
+    with suppress(SettingsInvalid):  # then it will not start, and says why
+        notice_s = read(WorkerSettings, environment).shutdown_notice_s
+        return _program(name, ["fleet.worker"], _TAKES_IN_WORK, max(45, math.ceil(notice_s) + 25), environment)
+    return _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, environment)
+
+
+def problems(programs: Sequence[Program]) -> list[str]:
+    """What is wrong with the settings that these are handed, once for all whom it concerns."""
+    found: dict[str, None] = {}
+    for program in programs:
+        try:
+            read(_KINDS[program.name.partition("-")[0]], program.environment)
+        except SettingsInvalid as error:
+            found |= dict.fromkeys(error.problems)
+    return list(found)
 
 
 def _worker_environment(env: Mapping[str, str], fleet: Fleet, name: str) -> dict[str, str]:

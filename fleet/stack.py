@@ -122,6 +122,8 @@ class Stack:
         addresses = self._addresses(keep={status.name for status in self.status() if status.pid})
         prepared = services.prepare(self.data_dir, addresses)
         programs = house.programs(self._house_env(addresses), fleet, num_workers=self.workers)
+        if problems := house.problems(programs):
+            raise StackError("\n".join(f"settings: {problem}" for problem in problems))
         self._supervisor.run([*(service.program for service in prepared), *programs])
         for service in prepared:
             self._supervisor.start(service.program.name)

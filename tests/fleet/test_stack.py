@@ -129,6 +129,23 @@ def test_a_stack_of_an_older_version_gets_the_passwords_that_it_lacks():
     assert {name: env[name] for name in older} == older
 
 
+def test_a_wrong_setting_is_told_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEASE_STOP_S", "20")
+    stack = Stack(tmp_path / "data")
+
+    with pytest.raises(StackError, match=r"^settings: LEASE_STOP_S: must be less than LEASE_TTL_S[^\n]*$"):
+        stack.up()
+
+    assert stack.status() == []
+
+
+def test_a_worker_gets_the_time_that_it_was_promised(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHUTDOWN_NOTICE_S", "100")
+    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
+
+    assert {program.name: program.stop_wait_s for program in programs}["worker-1"] == 125
+
+
 def test_an_unusable_fleet_file_is_told_by_its_key(tmp_path):
     (tmp_path / "fleet.toml").write_text("[tiers.fast]\nrank = -1\n")
 
