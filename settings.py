@@ -162,6 +162,7 @@ class Environment(BaseSettings):
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
+    log_level: LogLevel = "INFO"
     published_at: str = ""  # where clients and browsers reach this deployment: addresses or URLs, with commas
     allow_development_secrets: bool = False  # also beyond the loopback
 
@@ -204,7 +205,6 @@ class FleetSettings(Environment):
     """What everybody is handed."""
 
     fleet_file: Path = REPO / "fleet.toml"
-    log_level: LogLevel = "INFO"
 
     def load_fleet(self) -> Fleet:
         """Read and validate fleet.toml; raises FleetInvalid, which names the key of every offending line."""
@@ -399,6 +399,24 @@ class MigrationSettings(Environment):
     results_password: SecretStr | None = Field(None, min_length=1)
     sweeper_password: SecretStr | None = Field(None, min_length=1)
     webhooks_password: SecretStr | None = Field(None, min_length=1)
+
+
+class OperatorSettings(Environment):
+    """What the command line in a container is handed: logins of the operator and the auditor, and where the gateway is."""
+
+    database_url: PostgresUrl | None = None
+    auditor_database_url: PostgresUrl | None = None
+    api_key_pepper: SecretStr | None = Field(None, min_length=16)
+    darkroom_url: HttpUrl | None = None
+    darkroom_api_key: SecretStr | None = None
+
+
+class DeploymentSettings(GatewayProcessSettings, FlowerSettings, MigrationSettings):
+    """Every secret of a deployment: what `darkroom check deployment` looks at before anything is started."""
+
+    broker_password: SecretStr = Field(min_length=1)
+    handoff_password: SecretStr = Field(min_length=1)
+    flower_broker_password: SecretStr = Field(min_length=1)
 
 
 AnySettings = TypeVar("AnySettings", bound=BaseSettings)

@@ -4,6 +4,7 @@ import structlog
 
 from app import create_app
 from edges import telemetry
+from policy import connections
 from settings import load_gateway
 
 log = structlog.get_logger(__name__)
@@ -11,5 +12,7 @@ settings, fleet = load_gateway()
 telemetry.configure_logs(settings.log_level)
 for hint in settings.hints():
     log.warning("settings_hint", hint=hint)
+at_most = connections.at_most("gateway", gateway_pool_size=settings.database_pool_size, web_concurrency=settings.web_concurrency)
+log.info("database_connections", at_most=at_most)
 application = create_app(settings, fleet)
 telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)

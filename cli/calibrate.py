@@ -3,7 +3,7 @@
 import click
 
 from cli import screen
-from cli.installation import Installation, pass_installation
+from cli.installation import Installation, NoInstallation, pass_installation
 
 
 @click.command()
@@ -15,8 +15,12 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
 
     Nothing else should run on the device meanwhile. A worker without a curve for its device measures a shorter one at every start.
     """
-    from engine import calibrate as engine_calibrate
-    from engine.errors import EngineError
+    try:
+        from engine import calibrate as engine_calibrate
+        from engine.errors import EngineError
+    except ModuleNotFoundError as error:
+        where = "docker compose run --rm worker darkroom calibrate MODEL"
+        raise NoInstallation(f"`darkroom calibrate` works where the engine is ({error.name} is not installed here): {where}.") from None
     from settings import DeviceSettings, load, load_fleet_or_exit
     from tasks.engines import checkpoint_specs, engine_config
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.text import Text
 
 from cli import screen
-from cli.installation import Installation, pass_installation
+from cli.installation import Installation, NoInstallation, pass_installation
 
 _COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_yellow", "bright_magenta", "bright_blue")
 _LOOK_EVERY_S = 0.3
@@ -24,6 +24,8 @@ _LOOK_EVERY_S = 0.3
 def logs(ctx: click.Context, installation: Installation, name: str | None, is_following: bool, lines: int) -> None:
     """Print the end of the logs, of all processes or of NAME."""
     folder = installation.data_dir / "logs"
+    if not folder.exists() and not name:
+        raise NoInstallation(f"There are no logs in {folder}: start a stack here, or with containers, docker compose logs.")
     wanted = "worker-1" if name == "worker" else name
     if wanted and not (folder / f"{wanted}.log").exists():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.log"))) or "none yet"

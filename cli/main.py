@@ -10,6 +10,7 @@ Exit codes
 130  interrupted with Ctrl-C
 """
 
+import errno
 import importlib
 import sys
 from pathlib import Path
@@ -46,9 +47,30 @@ _MODULES = {  # command -> the module that holds it, imported when it is called:
     "prune": "cli.prune",
     "backup": "cli.backup",
     "restore": "cli.backup",
+    "check": "cli.check",
     "calibrate": "cli.calibrate",
     "demo": "cli.demo",
 }
+
+
+_STACK = "the stack of one machine (`make up`) has it, a container does not"
+_ELSEWHERE = {  # commands that need what an image does not hold, and what to do there instead
+    "up": f"{_STACK}: docker compose up --detach",
+    "down": f"{_STACK}: docker compose down",
+    "status": f"{_STACK}: docker compose ps, or darkroom check",
+    "env": f"{_STACK}: the settings are in the .env beside docker-compose.yml",
+    "demo": f"{_STACK}: darkroom generate makes an image",
+}
+
+
+def _not_here(name: str, *, missing: str) -> click.Command:
+    """A command that says in one sentence where it works."""
+
+    def tell() -> None:
+        raise NoInstallation(f"`darkroom {name}` does not work here ({missing} is not installed): {_ELSEWHERE[name]}.")
+
+    settings = {"ignore_unknown_options": True, "allow_extra_args": True}
+    return click.Command(name, callback=tell, help=f"Not here: {_ELSEWHERE[name]}.", context_settings=settings)
 
 
 class Door(click.Group):
@@ -60,7 +82,12 @@ class Door(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _MODULES:
             return None
-        command = getattr(importlib.import_module(_MODULES[cmd_name]), cmd_name)
+        try:
+            command = getattr(importlib.import_module(_MODULES[cmd_name]), cmd_name)
+        except ModuleNotFoundError as error:
+            if cmd_name not in _ELSEWHERE:
+                raise
+            return _not_here(cmd_name, missing=error.name or "")
         assert isinstance(command, click.Command)
         return command
 
@@ -86,12 +113,14 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
         return UNREACHABLE, str(error)
     if isinstance(error, DarkroomError):
         return BAD_ANSWER, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.ENOSPC) and error.filename:
+        return BAD_ANSWER, f"{error.filename}: {error.strerror}"
     if type(error).__module__.startswith(("click", "builtins")):
         return None
     from sqlalchemy.exc import DBAPIError, OperationalError
 
     from cli.sql import StatementRefused
-    from fleet.supervision import StackError
+    from fleet.errors import StackError
 
     if isinstance(error, StackError):
         return NO_STACK, str(error)

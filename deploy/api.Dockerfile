@@ -1,6 +1,8 @@
 # Everything but pixels: gateway, results, sweeper, Flower, migrations and the command line. No torch in here.
 # Build it from the repository's root: docker build -f deploy/api.Dockerfile .
-FROM python:3.11-slim
+# To pin it by digest: python:3.11-slim@sha256:…
+ARG PYTHON_IMAGE=python:3.11-slim
+FROM ${PYTHON_IMAGE}
 
 # Arguments, not settings: pip sees them while the image is built, the image does not remember them. Empty means pip's own default.
 ARG PIP_INDEX_URL=
@@ -28,6 +30,8 @@ COPY tasks tasks
 COPY app app
 COPY darkroom_client darkroom_client
 COPY cli cli
+# `darkroom` wherever one is; -P: that folder has no say in what is imported.
+RUN printf '#!/bin/sh\nPYTHONPATH=/app exec python -P -m cli "$@"\n' > /usr/local/bin/darkroom && chmod 755 /usr/local/bin/darkroom
 # A checkout with a strict umask must not become an image that its own user cannot read.
 RUN chmod -R a+rX /app && PYTHONDONTWRITEBYTECODE= python -m compileall -q /app
 

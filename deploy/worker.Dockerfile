@@ -1,6 +1,8 @@
 # A GPU worker, or a CPU one: the engine with torch, and the pocket checkpoint, so that it can work without a download.
 # Build it from the repository's root: docker build -f deploy/worker.Dockerfile .
-FROM python:3.11-slim
+# To pin it by digest: python:3.11-slim@sha256:…
+ARG PYTHON_IMAGE=python:3.11-slim
+FROM ${PYTHON_IMAGE}
 
 # Arguments, not settings: pip sees them while the image is built, the image does not remember them. Empty means pip's own default.
 ARG PIP_INDEX_URL=
@@ -32,9 +34,11 @@ COPY edges edges
 COPY engine engine
 COPY fleet fleet
 COPY tasks tasks
-# For `python -m cli calibrate MODEL`, which must run where the device is.
+# For `darkroom calibrate MODEL`, which must run where the device is.
 COPY darkroom_client darkroom_client
 COPY cli cli
+# `darkroom` wherever one is; -P: that folder has no say in what is imported.
+RUN printf '#!/bin/sh\nPYTHONPATH=/app exec python -P -m cli "$@"\n' > /usr/local/bin/darkroom && chmod 755 /usr/local/bin/darkroom
 # A checkout with a strict umask must not become an image that its own user cannot read.
 RUN chmod -R a+rX /app && PYTHONDONTWRITEBYTECODE= python -m compileall -q /app
 

@@ -17,6 +17,8 @@ from dotenv import dotenv_values
 HOST = "127.0.0.1"
 LISTENERS = ("gateway", "flower", "postgres", "broker", "handoff", "s3")
 DATABASE, OWNER, APP, AUDITOR = "darkroom", "darkroom_owner", "darkroom_app", "darkroom_auditor"
+PROCESSES = ("gateway", "worker", "results", "sweeper", "webhooks")  # each with a password of its own, for Postgres and both Redis
+FLOWER_BROKER = "flower_broker"  # what Flower tells the broker; people tell Flower another one
 BUCKET, FLOWER_USER = "darkroom", "darkroom"
 
 _LOWEST_PORT, _HIGHEST_PORT = 20_000, 32_000  # below the ephemeral range: no outgoing connection takes a port while its owner restarts
@@ -27,7 +29,7 @@ class Addresses:
     """Everything that is decided at the first start. `env()` is what the rest of the world reads."""
 
     ports: Mapping[str, int]
-    passwords: Mapping[str, str]  # of OWNER, APP, AUDITOR, broker, handoff, flower
+    passwords: Mapping[str, str]  # of OWNER, APP, AUDITOR, broker, handoff, flower, FLOWER_BROKER and PROCESSES
     s3_access_key_id: str
     s3_secret_access_key: str
     api_key_pepper: str
@@ -37,7 +39,7 @@ class Addresses:
     @classmethod
     def fresh(cls) -> "Addresses":
         """Free ports and random secrets."""
-        owners = (OWNER, APP, AUDITOR, "broker", "handoff", "flower")
+        owners = (OWNER, APP, AUDITOR, "broker", "handoff", "flower", FLOWER_BROKER, *PROCESSES)
         return cls(
             ports=dict(zip(LISTENERS, free_ports(len(LISTENERS)), strict=True)),
             passwords={owner: secrets.token_hex(16) for owner in owners},
@@ -55,6 +57,8 @@ class Addresses:
             passwords={
                 **{name: urls[name].password or "" for name in (OWNER, APP, AUDITOR, "broker", "handoff")},
                 "flower": env["FLOWER_PASSWORD"],
+                # A stack that an older version started has none for its processes yet.
+                **{name: env.get(password_of(name)) or secrets.token_hex(16) for name in (FLOWER_BROKER, *PROCESSES)},
             },
             s3_access_key_id=env["S3_ACCESS_KEY_ID"],
             s3_secret_access_key=env["S3_SECRET_ACCESS_KEY"],
@@ -85,6 +89,7 @@ class Addresses:
             "FLOWER_URL": f"http://{at['flower']}",
             "FLOWER_USER": FLOWER_USER,
             "FLOWER_PASSWORD": self.passwords["flower"],
+            **{password_of(name): self.passwords[name] for name in (FLOWER_BROKER, *PROCESSES)},
             "GATEWAY_BIND": at["gateway"],
             **self.extra,
         }
@@ -106,6 +111,21 @@ _URLS = {
     APP: "DATABASE_URL",
     AUDITOR: "AUDITOR_DATABASE_URL",
 }
+
+
+def password_of(process: str) -> str:
+    """The variable that holds its password."""
+    return f"{process.upper()}_PASSWORD"
+
+
+def as_handed_to(process: str, env: Mapping[str, str]) -> dict[str, str]:
+    """`env` with URLs that open Postgres and both Redis to this process by its own name and password alone."""
+    key = FLOWER_BROKER if process == "flower" else process
+    handed = dict(env)
+    for variable, user in (("DATABASE_URL", f"darkroom_{process}"), ("BROKER_URL", process), ("HANDOFF_URL", process)):
+        scheme, _, rest = env[variable].partition("://")
+        handed[variable] = f"{scheme}://{user}:{env[password_of(key)]}@{rest.rpartition('@')[2]}"
+    return handed
 
 
 def read_env(path: Path) -> dict[str, str]:

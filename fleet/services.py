@@ -13,7 +13,7 @@ import stat
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,9 +21,14 @@ import psycopg2  # type: ignore[import-untyped]
 import redis
 from psycopg2 import sql
 
-from fleet.addresses import BUCKET, DATABASE, HOST, OWNER, Addresses
-from fleet.supervision import Program, StackError
+from fleet import redis_users
+from fleet.addresses import BUCKET, DATABASE, FLOWER_BROKER, HOST, OWNER, Addresses
+from fleet.errors import StackError
+from fleet.supervision import Program
 
+# A save point that is never reached makes Redis write its memory when it is told to stop, and at no other time: the snapshots of
+# images under way outlive a `down`. (`shutdown-on-sigterm save` says it better, from Redis 7 on.)
+SAVED_AT_STOP = "86400 1000000000"
 _POSTGRES_USER = "pgserver"  # Postgres refuses to run as root; the name is the wheel's own choice
 
 
@@ -39,8 +44,8 @@ def prepare(data_dir: Path, addresses: Addresses) -> list[Service]:
     """Make the folders ready (harmless when they are) and return the services, in the order in which they start."""
     return [
         _postgres(data_dir / "postgres", addresses),
-        _redis(data_dir, "broker", addresses, {"maxmemory": "256mb", "appendonly": "yes", "appendfsync": "everysec", "save": '""'}),
-        _redis(data_dir, "handoff", addresses, {"maxmemory": "1gb", "appendonly": "no", "save": '""'}),
+        _redis(data_dir, "broker", addresses, redis_users.BROKER, {"maxmemory": "256mb", "appendonly": "yes", "save": '""'}),
+        _redis(data_dir, "handoff", addresses, redis_users.HANDOFF, {"maxmemory": "1gb", "appendonly": "no", "save": SAVED_AT_STOP}),
         _object_store(data_dir / "s3", addresses),
     ]
 
@@ -80,7 +85,7 @@ def _postgres(folder: Path, addresses: Addresses) -> Service:
     return Service(program, lambda: connect(addresses, "postgres").close())
 
 
-def _redis(data_dir: Path, name: str, addresses: Addresses, options: dict[str, str]) -> Service:
+def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, str], options: dict[str, str]) -> Service:
     """A Redis with a cap on its memory that refuses writes when it is full rather than forgetting something."""
     folder = data_dir / name
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -95,7 +100,9 @@ def _redis(data_dir: Path, name: str, addresses: Addresses, options: dict[str, s
         "set-proc-title": "no",  # a title is written over the environment, and with it over the mark that finds strays
         **options,
     }
-    _write_private(config, "".join(f"{key} {value}\n" for key, value in lines.items()))  # not on the command line, which `ps` shows
+    passwords = {**addresses.passwords, "flower": addresses.passwords[FLOWER_BROKER]}
+    text = [*(f"{key} {value}" for key, value in lines.items()), *redis_users.lines(users, passwords)]
+    _write_private(config, "".join(f"{line}\n" for line in text))  # not on the command line, which `ps` shows
 
     def probe() -> None:
         with redis.Redis(host=HOST, port=port, password=password, socket_timeout=2) as client:

@@ -22,11 +22,12 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from fleet import backup, house, services
 from fleet.addresses import LISTENERS, Addresses, read_env, write_env
-from fleet.supervision import ProcessStatus, StackError, Supervisor
+from fleet.errors import StackError
+from fleet.supervision import ProcessStatus, Supervisor
 from models import api_keys, tenants
 from models.database import make_engine, transaction
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
-from settings import REPO
+from settings import REPO, MigrationSettings
 
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
 
@@ -146,6 +147,8 @@ class Stack:
         addresses = self._addresses(keep={status.name for status in self.status() if status.pid})
         prepared = services.prepare(self.data_dir, addresses)
         programs = house.programs(self._house_env(addresses), fleet, num_workers=self.workers)
+        if problems := house.problems(programs):
+            raise StackError("\n".join(f"settings: {problem}" for problem in problems))
         self._supervisor.run([*(service.program for service in prepared), *programs])
         for service in prepared:
             self._supervisor.start(service.program.name)
@@ -153,6 +156,10 @@ class Stack:
             self._wait_until(service.probe, service.program.name, deadline)
         services.create_database(addresses)
         return addresses
+
+    def house_env(self) -> dict[str, str]:
+        """What the processes of the house are handed, each its part of it."""
+        return self._house_env(Addresses.from_env(self.env))
 
     def _house_env(self, addresses: Addresses) -> dict[str, str]:
         own = {"FLEET_FILE": str(self.fleet_file)} if self.fleet_file else {}
@@ -173,7 +180,7 @@ class Stack:
 
     def _migrate(self, addresses: Addresses) -> None:
         """Bring the tables and the roles up to date."""
-        names = ("MIGRATION_DATABASE_URL", "DATABASE_URL", "AUDITOR_DATABASE_URL")
+        names = {name.upper() for name in MigrationSettings.model_fields}
         variables = {name: value for name, value in addresses.env().items() if name in names}
         done = subprocess.run(
             [sys.executable, "-m", "migrations"],

@@ -24,14 +24,12 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]
 
+from fleet.errors import StackError
+
 MARK = "DARKROOM_STACK"  # in the environment of every process of a stack: how strays of a killed supervisord are found
 _INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
 _INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "HF_", "OMP_", "MKL_", "HIP_", "ROCR_")
 _LONGEST_SOCKET_PATH = 90  # the kernel allows 107 bytes, and supervisord adds a suffix of its own while it binds
-
-
-class StackError(Exception):
-    """The stack cannot do what was asked; the text says why and, where a process failed, ends with the tail of its log."""
 
 
 @dataclass(frozen=True, kw_only=True)

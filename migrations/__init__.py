@@ -17,6 +17,7 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
+from migrations import roles
 from migrations.log_settings import keep_prompts_out_of_logs
 from migrations.online import LOCK_TIMEOUT
 
@@ -39,7 +40,9 @@ class DatabaseBusy(MigrationFailed):
 
 
 def upgrade(owner_url: str, revision: str = "head", *, say: Callable[[str], None] = lambda line: None, wait_s: float = _WAIT_S) -> None:
-    """Run every migration that the database has not seen, as its owner. Safe when several start at once, and beside running code.
+    """Run every migration that the database has not seen, as its owner, and apply the grants.
+
+    Safe when several start at once, and beside running code.
 
     say: is told what is done, a line at a time.  wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
     """
@@ -107,6 +110,8 @@ def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> bool:
             connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
             connection.commit()
             command.upgrade(_config(connection), revision)
+            if revision == "head":
+                roles.grant(connection)
             connection.commit()
     except OperationalError as error:
         if getattr(error.orig, "pgcode", None) != _LOCK_NOT_AVAILABLE:

@@ -1,7 +1,9 @@
-"""Bring the database up to date, and let the application and the auditor log in.
+"""Bring the database up to date, and let every kind of process, the operator and the auditor log in.
 
 MIGRATION_DATABASE_URL is the owner's; the users and passwords of DATABASE_URL and AUDITOR_DATABASE_URL are given to the
-roles that the migrations made. An owner's URL in their place is left as it is.
+roles that the migrations made, as are GATEWAY_PASSWORD, WORKER_PASSWORD and their like. An owner's URL in their place is left as it is.
+
+Exit codes: 0 done; 1 the database refuses, or is away, or is newer than this program; 78 a setting is wrong.
 """
 
 import sys
@@ -10,32 +12,47 @@ from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.exc import DBAPIError
 
 import migrations
+from migrations import roles
 from settings import MigrationSettings, load, refuse
 
-ROLES = {"database_url": "darkroom_app", "auditor_database_url": "darkroom_auditor"}
+WRONG_PASSWORD = (
+    "Postgres keeps the owner's password from its first start: tell it the new one first, "
+    "ALTER ROLE {owner} PASSWORD '...', then start again"
+)
 
 
 def main() -> None:
     settings = load(MigrationSettings)
+    owner = make_url(settings.migration_database_url).username or ""
+    passwords = _passwords(settings, owner)
     try:
         migrations.upgrade(settings.migration_database_url, say=_say)
-        _let_all_in(settings)
+        for role, password in passwords.items():
+            _let_in(settings.migration_database_url, role, password)
     except migrations.MigrationFailed as error:
         sys.exit(f"migrations: {error}")
     except DBAPIError as error:
-        sys.exit(f"migrations: Postgres: {' '.join(str(error.orig).split())}")
+        reason = " ".join(str(error.orig).split())
+        hint = f". {WRONG_PASSWORD.format(owner=owner)}" if "authentication failed" in reason else ""
+        sys.exit(f"migrations: Postgres: {reason}{hint}")
+    _say(f"logins of {', '.join(passwords) or 'nobody'} set")
 
 
-def _let_all_in(settings: MigrationSettings) -> None:
-    owner = make_url(settings.migration_database_url).username
-    for field, role in ROLES.items():
+def _passwords(settings: MigrationSettings, owner: str) -> dict[str, str]:
+    """The password of every role that is to log in."""
+    found = {}
+    for field, role in (("database_url", roles.OPERATOR), ("auditor_database_url", roles.AUDITOR)):
         url = getattr(settings, field)
         user = make_url(url) if url else None
         if user is None or user.username == owner:
             continue
         if user.username != role:
             refuse([f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"])
-        _let_in(settings.migration_database_url, role, str(user.password or ""))
+        found[role] = str(user.password or "")
+    for kind, role in roles.OF_PROCESS.items():
+        if (password := getattr(settings, f"{kind}_password")) is not None:
+            found[role] = password.get_secret_value()
+    return found
 
 
 def _say(line: str) -> None:

@@ -234,10 +234,8 @@ def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str 
     worker: a worker that has just started under this name and so knows that its predecessor's leases, expired or not, are nobody's.
     """
     is_nobodys = Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
-    job = session.scalar(
-        select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).with_for_update(skip_locked=True),
-        execution_options=AFRESH,
-    )
+    nobodys = select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).options(*jobs.WITHOUT_WORDS)
+    job = session.scalar(nobodys.with_for_update(skip_locked=True), execution_options=AFRESH)
     if job is None:
         return None
     detail = f"{job.worker} fell silent" if worker is None else f"{job.worker} was started again"
@@ -254,7 +252,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
 
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
     """
-    job = session.get(Job, job_id, with_for_update=True)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is None or job.state not in ACTIVE_STATES:
         return None
     gone = []

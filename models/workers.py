@@ -11,9 +11,12 @@ from sqlalchemy.orm import Session
 from models.tables import Worker
 
 
-def heartbeat(session: Session, *, name: str, pool: str, device: str, slots: int, facts: dict[str, Any]) -> None:
-    """Say that the worker is alive, now by the database's clock."""
+def heartbeat(
+    session: Session, *, name: str, pool: str, device: str, slots: int, facts: dict[str, Any], silent_after_s: float = 15.0
+) -> None:
+    """Say that the worker is alive, now by the database's clock, and that it is gone when nothing is heard for `silent_after_s`."""
     row = {"pool": pool, "device": device, "slots": slots, "facts": facts, "seen_at": func.clock_timestamp()}
+    row |= {"silent_after_s": silent_after_s}
     session.execute(insert(Worker).values(name=name, **row).on_conflict_do_update(index_elements=[Worker.name], set_=row))
 
 

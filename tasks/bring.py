@@ -20,7 +20,7 @@ from edges.inputs import Brought, Gone, Inputs
 from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.pictures import fitted, fitted_mask
 from edges.release import Release
-from models import files, inputs
+from models import files, inputs, jobs
 from models.database import transaction
 from models.states import JobState
 from models.tables import Job
@@ -58,7 +58,7 @@ class Bringer:
 
     def _bring(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
-            job = session.get(Job, job_id)
+            job = jobs.without_words(session, job_id)
         # One that runs has them, unless its worker is of an older version, which asks with the lease in its hand.
         if job is None or not (job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)):
             telemetry.DUPLICATES.labels("bring").inc()

@@ -80,7 +80,7 @@ class Courier:
             if claim is None:
                 telemetry.DUPLICATES.labels("deliver").inc()
                 return None
-            job = jobs.find(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
+            job = jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
         tried = self._try(claim, job)
         state = run_transaction(self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name))
         is_slow = tried.took_s >= SLOW_AFTER_S

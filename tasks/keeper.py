@@ -87,8 +87,11 @@ class Held:
 class LeaseKeeper:
     """Takes leases and keeps them; also the worker's heartbeat."""
 
-    def __init__(self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float) -> None:
-        self._database, self.identity = database, identity
+    def __init__(
+        self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float, beats: Engine | None = None
+    ) -> None:
+        """beats: connections for renewals and heartbeats alone, so that no task keeps them waiting; None: those of `database`."""
+        self._database, self._beats, self.identity = database, beats or database, identity
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
         self._asked: Counter[uuid.UUID] = Counter()  # tasks that know whether they have got the lease, by job
@@ -254,10 +257,12 @@ class LeaseKeeper:
         with self._lock:
             seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
-        with transaction(self._database) as session:
+        with transaction(self._beats) as session:
             kept = leases.renew(session, [(held.lease.job_id, held.lease.attempt) for held in snapshot], ttl_s=self._ttl_s)
             who, slots = self.identity, 0 if self.leaving else self.identity.slots
-            workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
+            workers.heartbeat(
+                session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts, silent_after_s=self._ttl_s
+            )
             learning.observe(session, seen)
         self._renewed_at = started_at
         gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.lost.is_set()]

@@ -31,7 +31,7 @@ from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import TakenTask, on_turn, run_worker, tier_gate
 from models.database import make_engine
-from policy import admission, queues, tiers
+from policy import admission, connections, queues, tiers
 from policy.fleet import Fleet
 from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit, refuse
 
@@ -41,6 +41,9 @@ SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 STORE_THREADS = 4
 DELIVER_THREADS = 16  # most wait for a receiver, with no connection to the database
 HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
+# What a worker does for whoever has the broker's password: it tells of itself. Celery would also stop, or take other queues.
+INSPECTIONS = {"ping", "active", "reserved", "scheduled", "registered", "stats", "active_queues", "conf", "query_task", "revoked", "clock"}
+INSPECTIONS |= {"report", "enable_events"}  # the last is what Flower says all the time; events are on as it is
 
 
 def serve_render() -> NoReturn:
@@ -65,13 +68,16 @@ def serve_render() -> NoReturn:
     pool = fleet.pools[settings.worker_pool]
     engine = _start_engine(settings, fleet)
     threads = tiers.most_jobs(fleet, pool.slots) + SPARE_THREADS
-    database = make_engine(settings.database_url, pool_size=pool.slots + SPARE_THREADS)
+    database = make_engine(settings.database_url, pool_size=connections.WORKER)
+    beats = make_engine(settings.database_url, pool_size=connections.WORKER_BEATS)
     identity = WorkerIdentity(
         name=name, pool=settings.worker_pool, device=engine.config.device, slots=pool.slots, facts={"load_s": round(engine.load_s, 3)}
     )
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
-    keeper = LeaseKeeper(database, identity, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s)
+    keeper = LeaseKeeper(
+        database, identity, beats=beats, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s
+    )
     gauge = Gauge(settings.handoff_url, trusted_for_s=HANDOFF_MISSED_AFTER_S)
     progress, news = ProgressWriter(settings.handoff_url, fill=gauge.fill), News(settings.handoff_url)
     previews = Previews(progress)
@@ -117,6 +123,7 @@ def serve_render() -> NoReturn:
     status = 0
     try:
         keeper.start(max_attempts=settings.max_attempts)
+        log.info("database_connections", at_most=connections.at_most("worker"))
         log.info("worker_ready", worker=name, device=engine.config.device, load_s=round(engine.load_s, 2))
         status = _work(celery, names, name=name, threads=threads)
     except SystemExit as end:
@@ -143,7 +150,7 @@ def serve_results() -> int:
     from tasks.store import Storekeeper
 
     name = _role_name("results")
-    database = make_engine(settings.database_url, pool_size=STORE_THREADS + 1)
+    database = make_engine(settings.database_url, pool_size=connections.RESULTS)
     celery = make_celery(settings, fleet)
     broker = Broker(settings, fleet)
     store = ObjectStore(settings)
@@ -171,6 +178,7 @@ def serve_results() -> int:
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     names = queues.results_queues(fleet)
     celery.steps["consumer"].add(tier_gate(names, lambda queue, taken: True))
+    log.info("database_connections", at_most=connections.at_most("results"))
     return _work(celery, names, name=name, threads=STORE_THREADS)
 
 
@@ -181,7 +189,7 @@ def serve_maintenance() -> int:
     fleet = load_fleet_or_exit(settings)
     from tasks.sweep import Sweeper, SweepLoop
 
-    database = make_engine(settings.database_url, pool_size=3)
+    database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
     celery = make_celery(settings, fleet)
     note_turn = telemetry.loop("sweep")
     broker = Broker(settings, fleet)
@@ -200,6 +208,7 @@ def serve_maintenance() -> int:
     )
     register(celery, queues.SWEEP, sweeper.sweep)
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    log.info("database_connections", at_most=connections.at_most("sweeper"))
     loop = SweepLoop(sweeper.sweep, every_s=settings.sweep_every_s, on_turn=note_turn)
     loop.start()
     try:
@@ -216,13 +225,14 @@ def serve_webhooks() -> int:
     from tasks.deliver import Courier
 
     name = _role_name("webhooks")
-    database = make_engine(settings.database_url, pool_size=DELIVER_THREADS // 2)
+    database = make_engine(settings.database_url, pool_size=connections.WEBHOOKS)
     outbound = Outbound(settings.outbound_allowed_networks)
     broker = Broker(settings, fleet)
     courier = Courier(database=database, broker=broker, outbound=outbound, name=name, public_url=settings.public_url)
     celery = make_celery(settings, fleet)
     register(celery, queues.DELIVER_WEBHOOK, courier.deliver_webhook)
     listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
+    log.info("database_connections", at_most=connections.at_most("webhooks"))
     telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
     try:
         return _work(celery, [queues.WEBHOOKS], name=name, threads=DELIVER_THREADS)
@@ -238,6 +248,7 @@ def serve_flower() -> int | None:
     # By the environment and not by an argument: arguments are for everybody to see.
     os.environ["FLOWER_BASIC_AUTH"] = f"{settings.flower_user}:{settings.flower_password.get_secret_value()}"
     celery = make_celery(settings, load_fleet_or_exit(settings))
+    _keep_flower_from_acting()
     return cast("int | None", celery.start(["flower", f"--address={host}", f"--port={port}"]))
 
 
@@ -282,8 +293,31 @@ def _images_by_job(fleet: Fleet, taken: Sequence[TakenTask]) -> dict[uuid.UUID, 
     return by_job
 
 
+def _keep_flower_from_acting() -> None:
+    """Take Flower's routes away that start, stop or change something: it is there to look. Leans on names of Flower 2.2."""
+    from flower import urls
+    from flower.api import control, tasks
+
+    acting = {tasks.TaskApply, tasks.TaskAsyncApply, tasks.TaskSend, tasks.TaskAbort}
+
+    def acts(route: Any) -> bool:
+        handler = getattr(route, "handler_class", None) or route[1]
+        return handler in acting or handler.__module__ == control.__name__
+
+    urls.handlers[:] = [route for route in urls.handlers if not acts(route)]
+
+
+def _answer_inspections_only() -> None:
+    """Forget every remote-control command but INSPECTIONS. Leans on a private name of Celery 5.7."""
+    from celery.worker.control import Panel
+
+    for name in Panel.data.keys() - INSPECTIONS:
+        del Panel.data[name]
+
+
 def _work(celery: Celery, names: list[str], *, name: str, threads: int) -> int:
     """Consume `names` until SIGTERM, which lets running tasks end. The exit status: 0 only if it was told to end."""
+    _answer_inspections_only()
     celery.steps["consumer"].add(on_turn(telemetry.loop("consumer")))
     warnings.filterwarnings("ignore", category=SecurityWarning)  # Celery warns of root because of pickle; we accept JSON alone
     setup_logging.connect(lambda **_: None, weak=False)  # or Celery sets the root logger's level: LOG_LEVEL is what counts

@@ -62,7 +62,7 @@ class Storekeeper:
 
     def _store_images(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
-            job = session.get(Job, job_id)
+            job = jobs.without_words(session, job_id)
             waiting = jobs.handed_off(session, job_id) if job is not None and job.state not in FINAL_STATES else {}
         if job is None or not waiting:
             telemetry.DUPLICATES.labels("store").inc()

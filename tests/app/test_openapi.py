@@ -112,6 +112,7 @@ def test_the_page_loads_nothing_from_elsewhere(nobody):
     page = nobody.get("/docs")
 
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
+    assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
     assert re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page.text) == ["/static/docs/rapidoc-min.js"]
     assert "http" not in page.text.replace("http-equiv", "")
     script = nobody.get("/static/docs/rapidoc-min.js")

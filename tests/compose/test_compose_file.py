@@ -6,21 +6,31 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
+from deploy.make_env import made
+from fleet import redis_users
+from fleet.services import SAVED_AT_STOP
 from settings import (
-    BrokerSettings,
     CourierSettings,
+    DeploymentSettings,
+    FleetSettings,
     FlowerSettings,
     GatewayProcessSettings,
     MigrationSettings,
+    OperatorSettings,
     Settings,
+    SettingsInvalid,
     StoreSettings,
     WorkerSettings,
     load,
+    read,
 )
-from tests.compose.conftest import REPO, variables_of
+from tests.compose.conftest import REPO, variables_of, with_defaults
 
 SETTINGS_OF = {
+    "check": (DeploymentSettings,),
+    "cli": (OperatorSettings,),
     "migrate": (MigrationSettings,),
     "api": (GatewayProcessSettings,),
     "worker": (WorkerSettings,),
@@ -29,8 +39,9 @@ SETTINGS_OF = {
     "webhooks": (CourierSettings,),
     "flower": (FlowerSettings,),
 }
-ONE_SHOTS = {"migrate"}
-SECRET = re.compile(r"PASSWORD|SECRET|PEPPER|KEY|TOKEN")
+ONE_SHOTS = {"check", "migrate", "cli"}
+SECRET = re.compile(r"PASSWORD|SECRET(?!S)|PEPPER|(?<!API_)KEY|TOKEN")
+PROCESSES = {"api": "gateway", "worker": "worker", "results": "results", "sweeper": "sweeper", "webhooks": "webhooks"}
 
 
 def test_it_is_the_whole_system(services: dict[str, Any]):
@@ -56,6 +67,86 @@ def test_roles_that_take_messages_are_asked_whether_their_loops_move_and_not_onl
 def test_every_service_that_runs_on_has_time_to_stop_and_a_limit_on_its_logs(services: dict[str, Any]):
     assert all("stop_grace_period" in service for name, service in services.items() if name not in ONE_SHOTS)
     assert all({"max-size", "max-file"} <= set(service["logging"]["options"]) for service in services.values())
+
+
+def test_every_service_has_limits_and_only_the_capabilities_that_it_needs(services: dict[str, Any]):
+    for name, service in services.items():
+        assert service["mem_limit"], name
+        assert service["pids_limit"] >= 512, name
+        assert service["cap_drop"] == ["ALL"], name
+        assert set(service.get("cap_add", [])) <= {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}, name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+    assert not any("cap_add" in services[name] for name in SETTINGS_OF)
+
+
+def test_only_who_has_to_reaches_other_machines(services: dict[str, Any], compose_text: str):
+    networks = yaml.safe_load(compose_text)["networks"]
+    closed = {name for name, network in networks.items() if network.get("internal")}
+
+    open_to = {name for name, service in services.items() if set(service["networks"]) - closed}
+
+    assert closed == {"house", "storage"}
+    assert open_to == {"api", "webhooks", "flower", "objectstore"}
+    assert {name for name, service in services.items() if "ports" in service} <= open_to
+
+
+def test_the_worker_is_told_to_leave_before_it_is_killed(services: dict[str, Any]):
+    grace_s = float(services["worker"]["stop_grace_period"].removesuffix("s"))
+
+    assert float(services["worker"]["environment"]["SHUTDOWN_NOTICE_S"]) + 10 <= grace_s
+
+
+def test_settings_are_checked_before_anything_starts(services: dict[str, Any]):
+    for name in ("postgres", "redis-broker", "redis-handoff", "objectstore"):
+        assert services[name]["depends_on"]["check"] == {"condition": "service_completed_successfully"}
+    assert services["check"]["command"] == ["darkroom", "check", "--offline", "deployment"]
+
+
+def test_each_process_has_a_name_and_a_password_of_its_own(services: dict[str, Any]):
+    for service, process in PROCESSES.items():
+        environment = services[service]["environment"]
+        users = {variable: urlsplit(environment[variable]).username for variable in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")}
+        passwords = {urlsplit(environment[variable]).password for variable in users}
+        assert users == {"DATABASE_URL": f"darkroom_{process}", "BROKER_URL": process, "HANDOFF_URL": process}
+        assert passwords == {services["migrate"]["environment"][f"{process.upper()}_PASSWORD"]}
+
+
+@pytest.mark.parametrize(("service", "users"), [("redis-broker", redis_users.BROKER), ("redis-handoff", redis_users.HANDOFF)])
+def test_the_users_of_redis_are_those_of_the_one_machine_stack(services: dict[str, Any], service: str, users: dict[str, str]):
+    variables = {name: f"$${name.upper()}_PASSWORD" for name in users} | {"flower": "$$FLOWER_BROKER_PASSWORD"}
+
+    said = [line.strip() for line in services[service]["command"][-1].splitlines() if line.strip().startswith("user ")]
+
+    assert said == redis_users.lines(users, variables)
+    told = services[service]["environment"]
+    assert all(variable.strip("$") in told for name, variable in variables.items() if name in users)
+
+
+def test_an_empty_secret_is_handed_on_as_it_is_and_refused(compose_text: str):
+    assert not re.search(r"\$\{\w+:-development-only", compose_text)
+
+
+def test_make_env_gives_every_secret_a_value_of_its_own():
+    example = (REPO / "deploy/compose.env.example").read_text()
+
+    values = dict(re.findall(r"^(\w+)=(.+)$", made(example), re.MULTILINE))
+
+    assert values.keys() == {name for name, value in re.findall(r"^#(\w+)=(.*)$", example, re.MULTILINE) if "development-only" in value}
+    assert len(set(values.values())) == len(values)
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for value in values.values())
+
+
+@pytest.mark.parametrize("listen", ["GATEWAY_LISTEN", "OBJECT_STORE_LISTEN", "FLOWER_LISTEN"])
+def test_default_secrets_are_refused_once_a_port_is_published(compose_text: str, listen: str):
+    published = re.sub(rf"\$\{{{listen}[^}}]*\}}", "0.0.0.0:1", compose_text)
+    environment = with_defaults(yaml.safe_load(published))["services"]["check"]["environment"]
+
+    with pytest.raises(SettingsInvalid) as refused:
+        read(DeploymentSettings, environment)
+
+    named = {problem.partition(":")[0] for problem in refused.value.problems}
+    assert {"API_KEY_PEPPER", "S3_SECRET_ACCESS_KEY", "WORKER_PASSWORD", "FLOWER_PASSWORD", "BROKER_PASSWORD"} <= named
+    assert isinstance(read(DeploymentSettings, environment | {"ALLOW_DEVELOPMENT_SECRETS": "true"}), DeploymentSettings)
 
 
 def test_ports_are_bound_to_the_loopback_unless_told_otherwise(services: dict[str, Any]):
@@ -106,7 +197,7 @@ def test_everything_an_image_copies_is_let_through_by_dockerignore(services: dic
 def test_every_default_secret_says_that_it_is_for_development_only(compose_text: str):
     secrets = [variable for variable in variables_of(compose_text) if SECRET.search(variable.name)]
 
-    assert len({variable.name for variable in secrets}) == 9
+    assert len({variable.name for variable in secrets}) == 15
     for variable in secrets:
         assert variable.default.startswith("development-only"), variable.name
 
@@ -148,17 +239,19 @@ def test_a_service_is_told_everything_that_its_settings_ask_for(services: dict[s
 
     for kind in SETTINGS_OF[name]:
         loaded = load(kind)
-        if isinstance(loaded, BrokerSettings):
+        if isinstance(loaded, FleetSettings):
             loaded.load_fleet()
 
 
 def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_pepper(services: dict[str, Any]):
     told = {name: set(service["environment"]) for name, service in services.items()}
 
-    assert {name for name, variables in told.items() if "S3_SECRET_ACCESS_KEY" in variables} == {"api", "results"}
-    assert {name for name, variables in told.items() if "API_KEY_PEPPER" in variables} == {"api"}
-    assert {name for name, variables in told.items() if "MIGRATION_DATABASE_URL" in variables} == {"migrate"}
+    assert {name for name, variables in told.items() if "S3_SECRET_ACCESS_KEY" in variables} == {"api", "results", "check"}
+    assert {name for name, variables in told.items() if "API_KEY_PEPPER" in variables} == {"api", "check", "cli"}
+    assert {name for name, variables in told.items() if "MIGRATION_DATABASE_URL" in variables} == {"migrate", "check"}
     assert {name for name, variables in told.items() if "DATABASE_URL" in variables} == {
+        "check",
+        "cli",
         "migrate",
         "api",
         "worker",
@@ -170,7 +263,7 @@ def test_a_worker_holds_no_key_of_the_object_store_and_only_the_gateway_has_the_
 
 
 def test_addresses_lead_to_services_of_the_file(services: dict[str, Any]):
-    for name in SETTINGS_OF:
+    for name in SETTINGS_OF.keys() - {"check"}:  # that one connects to nothing
         for variable, value in services[name]["environment"].items():
             if variable.endswith("_URL") and variable not in ("S3_PUBLIC_ENDPOINT_URL", "PUBLIC_URL"):
                 host = urlsplit(value).hostname
@@ -179,27 +272,23 @@ def test_addresses_lead_to_services_of_the_file(services: dict[str, Any]):
 
 def test_passwords_are_the_same_on_both_sides(services: dict[str, Any]):
     def password(url: str) -> str | None:
-        return urlsplit(services["migrate"]["environment"].get(url) or services["api"]["environment"][url]).password
-
-    def option(service: str) -> str:
-        command = services[service]["command"]
-        return str(command[command.index("--requirepass") + 1])
+        return urlsplit(services["check"]["environment"][url]).password
 
     assert password("MIGRATION_DATABASE_URL") == services["postgres"]["environment"]["POSTGRES_PASSWORD"]
-    assert password("BROKER_URL") == option("redis-broker") == services["redis-broker"]["environment"]["REDISCLI_AUTH"]
-    assert password("HANDOFF_URL") == option("redis-handoff") == services["redis-handoff"]["environment"]["REDISCLI_AUTH"]
+    assert password("BROKER_URL") == services["redis-broker"]["environment"]["REDISCLI_AUTH"]
+    assert password("HANDOFF_URL") == services["redis-handoff"]["environment"]["REDISCLI_AUTH"]
     for ours, theirs in {"S3_ACCESS_KEY_ID": "AWS_ACCESS_KEY_ID", "S3_SECRET_ACCESS_KEY": "AWS_SECRET_ACCESS_KEY"}.items():
         assert services["api"]["environment"][ours] == services["objectstore"]["environment"][theirs] != ""
     assert services["api"]["environment"]["S3_BUCKET"] == services["objectstore"]["environment"]["S3_BUCKET"]
 
 
 def test_a_full_redis_refuses_rather_than_forgets(services: dict[str, Any]):
-    def options(name: str) -> dict[str, str]:
-        arguments = services[name]["command"][1:]
-        return dict(zip(arguments[::2], arguments[1::2], strict=True))
+    def options(name: str) -> list[str]:
+        return [line.strip() for line in services[name]["command"][-1].splitlines()]
 
-    assert options("redis-broker").items() >= {"--maxmemory": "256mb", "--maxmemory-policy": "noeviction", "--appendonly": "yes"}.items()
-    assert options("redis-handoff").items() >= {"--maxmemory": "1gb", "--maxmemory-policy": "noeviction", "--save": ""}.items()
+    assert {"maxmemory 256mb", "maxmemory-policy noeviction", "appendonly yes"} <= set(options("redis-broker"))
+    assert {"maxmemory 1gb", "maxmemory-policy noeviction", f"save {SAVED_AT_STOP}"} <= set(options("redis-handoff"))
+    assert any(volume.endswith(":/data") for volume in services["redis-handoff"]["volumes"])
 
 
 def test_who_takes_in_work_stops_before_who_finishes_it(services: dict[str, Any]):

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -40,11 +41,20 @@ class Compose:
             "FLOWER_LISTEN": f"127.0.0.1:{flower}",
         }
 
+    def run(self, *arguments: str) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run([*self._command, *arguments], env=self._environment, capture_output=True, text=True, check=False)
+
     def __call__(self, *arguments: str) -> str:
         """Standard output; a command that fails is a failed test that shows its errors."""
-        done = subprocess.run([*self._command, *arguments], env=self._environment, capture_output=True, text=True, check=False)
+        done = self.run(*arguments)
         assert done.returncode == 0, f"{' '.join(arguments)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
         return done.stdout
+
+    def told(self, *arguments: str) -> str:
+        """Both outputs of a command that ends well."""
+        done = self.run(*arguments)
+        assert done.returncode == 0, f"{' '.join(arguments)}: {done.stdout[-3000:]}{done.stderr[-3000:]}"
+        return done.stdout + done.stderr
 
     def states(self) -> dict[str, dict[str, Any]]:
         """What Docker says of every container, by service."""
@@ -89,8 +99,8 @@ def compose(request: pytest.FixtureRequest) -> Iterator[Compose]:
 @pytest.fixture(scope="module")
 def client(compose: Compose) -> Iterator[httpx.Client]:
     """The gateway, with a key that was issued as an operator would."""
-    compose("exec", "-T", "api", "python", "-m", "cli", "tenants", "create", "acme")
-    key = compose("exec", "-T", "api", "python", "-m", "cli", "keys", "issue", "--tenant", "acme").strip()
+    compose("run", "--rm", "-T", "cli", "tenants", "create", "acme")
+    key = compose("run", "--rm", "-T", "cli", "keys", "issue", "--tenant", "acme").strip()
     with httpx.Client(base_url=compose.gateway, headers={"Authorization": f"Bearer {key}"}, timeout=90, trust_env=False) as client:
         yield client
 
@@ -105,6 +115,32 @@ def test_our_processes_are_nobody_in_particular_and_write_nowhere(compose: Compo
     shown = compose("exec", "-T", service, "sh", "-c", "id -u; touch /app/x 2>/dev/null && echo writable; grep CapEff /proc/self/status")
 
     assert shown.split() == ["10001", "CapEff:", "0000000000000000"]
+
+
+def test_the_command_line_works_in_its_container(compose: Compose, client: httpx.Client):
+    _finished(client, WISH)
+
+    assert "nothing is wrong" in compose.told("run", "--rm", "-T", "api", "darkroom", "check", "gateway")
+    assert "acme" in compose("run", "--rm", "-T", "cli", "sql", "SELECT DISTINCT tenant FROM job_history")
+    assert compose("run", "--rm", "-T", "cli", "audit", "verify").startswith("intact: ")
+    assert "tenants" in compose("run", "--rm", "-T", "cli", "--help")
+
+
+@pytest.mark.parametrize("service", ["worker", "results", "sweeper", "postgres", "redis-handoff"])
+def test_who_need_not_reach_other_machines_cannot(compose: Compose, service: str):
+    assert compose("exec", "-T", service, "sh", "-c", "cat /proc/net/route").count("00000000") == 0, "a way out"
+
+
+def test_an_edited_fleet_file_with_an_error_ends_the_start(compose: Compose, tmp_path: Path):
+    wrong = tmp_path / "fleet.toml"
+    wrong.write_text((REPO / "fleet.toml").read_text().replace("rank = 0", "rank = -1"))
+    wrong.chmod(0o644)
+    mounted = f"{wrong}:/app/fleet.toml:ro"
+
+    for service in ("api", "worker", "results", "sweeper", "webhooks", "flower"):
+        ended = compose.run("run", "--rm", "-T", "--no-deps", "-v", mounted, service)
+        assert ended.returncode == 78, service
+        assert "fleet.toml: tiers.fast.rank: " in ended.stdout + ended.stderr, service
 
 
 def test_only_the_worker_can_load_torch(compose: Compose):
@@ -152,6 +188,7 @@ def test_a_restart_keeps_everything_and_every_process_ends_in_good_order(compose
     compose.wait_until_well()
 
     assert {name: code for name, code in ended.items() if code not in (0, 143)} == {}  # 143: ended by SIGTERM; 137 would be a kill
+    assert ended["check"] == 0
     assert {ended[name] for name in ("api", "worker", "results", "webhooks", "sweeper")} == {0}
     assert client.get(f"/v1/jobs/{before['id']}").json()["state"] == "succeeded"
     image = httpx.get(client.get(f"/v1/jobs/{before['id']}/images/0").headers["Location"], trust_env=False)

@@ -8,6 +8,7 @@ import stat
 import tempfile
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import boto3
 import psutil
@@ -16,9 +17,10 @@ import redis
 
 from cli.sql import ask
 from fleet import house
-from fleet.addresses import LISTENERS, Addresses, free_ports, is_free, read_env, write_env
+from fleet.addresses import LISTENERS, Addresses, as_handed_to, free_ports, is_free, read_env, write_env
 from fleet.stack import Stack, StackError
 from fleet.supervision import MARK
+from migrations import roles
 
 SERVICES = {"postgres", "broker", "handoff", "s3"}
 
@@ -110,8 +112,38 @@ def test_each_process_is_handed_only_what_its_settings_name(tmp_path):
     assert not {"DATABASE_URL", "HANDOFF_URL", "S3_SECRET_ACCESS_KEY"} & programs["flower"].keys()
     assert "FLOWER_PASSWORD" in programs["flower"]
     assert programs["worker-1"]["WORKER_NAME"] != programs["worker-2"]["WORKER_NAME"]
+    users = {name: urlsplit(environment["BROKER_URL"]).username for name, environment in programs.items()}
+    assert users == {name: name.partition("-")[0] for name in programs}
+    assert {urlsplit(programs[name].get("DATABASE_URL", "")).username for name in programs} == {*roles.OF_PROCESS.values(), None}
+    assert {urlsplit(programs[name].get("HANDOFF_URL", "")).username for name in programs} == {*roles.OF_PROCESS, None}
     for environment in programs.values():
         assert not {"MIGRATION_DATABASE_URL", "AUDITOR_DATABASE_URL", "DARKROOM_API_KEY"} & environment.keys()
+
+
+def test_a_stack_of_an_older_version_gets_the_passwords_that_it_lacks():
+    older = {name: value for name, value in Addresses.fresh().env().items() if name not in ("WORKER_PASSWORD", "FLOWER_BROKER_PASSWORD")}
+
+    env = Addresses.from_env(older).env()
+
+    assert len(env["WORKER_PASSWORD"]) == len(env["FLOWER_BROKER_PASSWORD"]) == 32
+    assert {name: env[name] for name in older} == older
+
+
+def test_a_wrong_setting_is_told_before_anything_starts(tmp_path, monkeypatch):
+    monkeypatch.setenv("LEASE_STOP_S", "20")
+    stack = Stack(tmp_path / "data")
+
+    with pytest.raises(StackError, match=r"^settings: LEASE_STOP_S: must be less than LEASE_TTL_S[^\n]*$"):
+        stack.up()
+
+    assert stack.status() == []
+
+
+def test_a_worker_gets_the_time_that_it_was_promised(tmp_path, monkeypatch):
+    monkeypatch.setenv("SHUTDOWN_NOTICE_S", "100")
+    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
+
+    assert {program.name: program.stop_wait_s for program in programs}["worker-1"] == 125
 
 
 def test_an_unusable_fleet_file_is_told_by_its_key(tmp_path):
@@ -161,8 +193,40 @@ def test_secrets_are_for_their_owner_only_and_on_no_command_line(services):
         assert stat.S_IMODE((services.data_dir / name).stat().st_mode) == 0o600
     command_lines = " ".join(" ".join(process.cmdline()) for process in marked(services))
     secrets = [value for name, value in services.env.items() if name.endswith(("SECRET_ACCESS_KEY", "PASSWORD", "PEPPER"))]
-    assert len(secrets) == 3
+    assert len(secrets) == 9
     assert not [secret for secret in secrets if secret in command_lines]
+
+
+REFUSED = {
+    ("gateway", "BROKER_URL"): ["FLUSHALL", "CONFIG GET requirepass", "ACL LIST", "SHUTDOWN NOSAVE", "KEYS *"],
+    ("gateway", "HANDOFF_URL"): ["FLUSHALL", "GET input:x", "SET anything 1"],
+    ("worker", "HANDOFF_URL"): ["FLUSHDB", "GET budget:x", "SET LIMITS:x 1", "CLIENT KILL TYPE normal"],
+    ("results", "HANDOFF_URL"): ["GET budget:x", "GET watch:x", "DEBUG SLEEP 0"],
+    ("webhooks", "HANDOFF_URL"): ["GET snapshot:x", "PUBLISH darkroom:cancels x", "SET events:x 1"],
+    ("flower", "BROKER_URL"): ["LPUSH local.fast x", "FLUSHALL", "SET x 1"],
+}
+
+
+@pytest.mark.parametrize(("process", "server"), REFUSED)
+def test_a_process_can_do_in_redis_what_it_has_to_and_no_more(services, process, server):
+    env = as_handed_to(process, services.env)
+
+    with redis.Redis.from_url(env[server]) as client:
+        assert client.ping()
+        for command in REFUSED[process, server]:
+            with pytest.raises(redis.exceptions.NoPermissionError):
+                client.execute_command(*command.split())
+
+
+def test_what_is_in_the_hand_off_outlives_a_stop(services):
+    handoff = redis.Redis.from_url(services.env["HANDOFF_URL"])
+    handoff.set("snapshot:kept", b"latents", ex=600)
+
+    services.stop("handoff")
+    services.start("handoff")
+
+    until(lambda: state_of(services, "handoff") == "running")
+    assert handoff.get("snapshot:kept") == b"latents"
 
 
 def test_a_service_that_is_killed_comes_back_with_its_data(services):

@@ -1,14 +1,19 @@
 """The tables as the migrations build them, and who may do what with them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import Connection, inspect, text
+from sqlalchemy import Connection, inspect, make_url, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 import migrations
 from models.tables import Base
+from settings import REPO
 from tests.builders import a_job
 from tests.models.facts import at_once
 
@@ -166,3 +171,28 @@ def test_a_row_that_contradicts_itself_is_refused_by_the_database(session, colum
 
     with pytest.raises(DBAPIError, match=constraint):
         session.execute(text(f"UPDATE jobs SET {column} = {value} WHERE id = :id"), {"id": job.id})
+
+
+def migrate(database, **changed: str) -> "subprocess.CompletedProcess[str]":
+    """What the migrate service runs, against a database of the tests'."""
+    variables = {"MIGRATION_DATABASE_URL": database.owner_url, "DATABASE_URL": database.owner_url} | changed
+    command = [sys.executable, "-m", "migrations"]
+    return subprocess.run(command, cwd=REPO, env={"PATH": os.environ["PATH"], **variables}, capture_output=True, text=True, timeout=120)
+
+
+def test_a_wrong_password_is_one_line_that_says_what_to_do(database):
+    wrong = make_url(database.owner_url).set(password="wrong").render_as_string(hide_password=False)
+
+    end = migrate(database, MIGRATION_DATABASE_URL=wrong)
+
+    [line] = end.stderr.splitlines()
+    assert end.returncode == 1
+    assert line.startswith("migrations: Postgres: ")
+    assert "ALTER ROLE darkroom_owner PASSWORD" in line
+
+
+def test_a_login_for_a_role_that_is_none_of_ours_is_refused(database):
+    end = migrate(database, DATABASE_URL="postgresql://somebody:else@127.0.0.1/darkroom")
+
+    assert end.returncode == 78
+    assert end.stderr == "settings: DATABASE_URL: its user is 'somebody'; accepted: 'darkroom_app', or the owner\n"

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import text
 
 from models import workers
+from tests.builders import a_job
 
 
 @pytest.fixture
@@ -58,3 +59,12 @@ def test_a_worker_that_leaves_is_gone_and_one_that_died_is_forgotten(session, po
     workers.forget_the_silent(session, silent_for_s=3600)
 
     assert session.scalar(text("SELECT count(*) FROM workers WHERE pool = :pool"), {"pool": pool}) == 0
+
+
+def test_a_worker_is_counted_as_live_for_as_long_as_it_said(session, pool):
+    a_job(session, pool=pool)
+    for name, silent_after_s in (("patient", 60.0), ("hasty", 5.0)):
+        workers.heartbeat(session, name=f"{name}@{pool}", pool=pool, device="cpu", slots=1, facts={}, silent_after_s=silent_after_s)
+    silence(session, pool, 20)
+
+    assert session.scalar(text("SELECT live_workers FROM queue_now WHERE pool = :pool"), {"pool": pool}) == 1

@@ -12,8 +12,12 @@ import redis
 from sqlalchemy import text
 
 from darkroom_client import Client, Job, ProblemError
+from edges.broker import Broker, make_celery
 from models.database import make_engine
 from policy import queues
+from policy.fleet import parse_fleet
+from settings import REPO, BrokerSettings
+from tests.builders import until
 from tests.pictures import a_picture, png
 
 SHAPES = ("a large red circle on a blue background", "a small green star at the top on a white background", "a yellow square on black")
@@ -128,6 +132,29 @@ def test_flower_lists_the_worker_its_queues_and_the_tasks(client, stack):
     consumed = {queue["name"] for queue in worker["active_queues"]}
     assert consumed == {f"local.{tier}{front}" for tier in ("fast", "quality", "batch") for front in ("", ".front")}, name
     eventually(lambda: queues.RENDER_JOB in {task["name"] for task in flower.get("/api/tasks").json().values()})
+
+
+def test_flower_has_no_route_that_acts(stack):
+    env = stack.env
+    with httpx.Client(base_url=env["FLOWER_URL"], timeout=20, auth=(env["FLOWER_USER"], env["FLOWER_PASSWORD"])) as flower:
+        for route in ("worker/shutdown/x", "worker/pool/grow/x", "worker/queue/add-consumer/x", "task/revoke/x", "task/timeout/x"):
+            assert flower.post(f"/api/{route}").text.find("Unknown") < 0, route
+        for route in ("task/apply", "task/async-apply", "task/send-task"):
+            assert flower.post(f"/api/{route}/{queues.SWEEP}", json={}).status_code == 404, route
+
+
+def test_a_worker_answers_inspections_and_obeys_nobody(stack):
+    celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
+    before = {name: stack.pid(name) for name in ("worker", "results", "webhooks", "sweeper")}
+    asked = until(lambda: celery.control.inspect(timeout=2).ping())
+
+    celery.control.broadcast("shutdown")
+    celery.control.broadcast("cancel_consumer", arguments={"queue": queues.MAINTENANCE})
+
+    assert until(lambda: (celery.control.inspect(timeout=2).ping() or {}).keys() == asked.keys(), within_s=30)
+    assert {name: stack.pid(name) for name in before} == before
+    consumed = celery.control.inspect(timeout=2).active_queues()
+    assert queues.MAINTENANCE in {queue["name"] for own in consumed.values() for queue in own}
 
 
 def test_a_killed_worker_loses_no_job_and_doubles_no_image(client, sql, stack):
@@ -248,9 +275,6 @@ def test_a_running_job_stops_when_it_is_canceled(client, sql):
 
 def test_a_message_delivered_twice_renders_once(client, sql, stack):
     job = finished(client, client.create_job(SHAPES[1], tier="fast", seed=3))
-    from edges.broker import Broker
-    from policy.fleet import parse_fleet
-    from settings import REPO, BrokerSettings
 
     broker = Broker(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
     for _ in range(3):

@@ -1,0 +1,229 @@
+"""check: is this deployment's configuration one with which everything can work? One line for each thing that is not as it should be."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from typing import NamedTuple
+
+import click
+
+from cli import screen
+from cli.installation import Installation, pass_installation
+from policy import connections
+from policy.fleet import Fleet, FleetInvalid
+from settings import (
+    CourierSettings,
+    DeploymentSettings,
+    FleetSettings,
+    FlowerSettings,
+    GatewayProcessSettings,
+    MigrationSettings,
+    Settings,
+    SettingsInvalid,
+    StoreSettings,
+    WorkerSettings,
+    misfits,
+    read,
+)
+
+ROLES: dict[str, type[FleetSettings] | type[MigrationSettings]] = {
+    "gateway": GatewayProcessSettings,
+    "worker": WorkerSettings,
+    "results": StoreSettings,
+    "sweeper": Settings,
+    "webhooks": CourierSettings,
+    "flower": FlowerSettings,
+    "migrations": MigrationSettings,
+    "deployment": DeploymentSettings,
+}
+
+
+class Finding(NamedTuple):
+    """Something that is `wrong`, or a `hint`."""
+
+    kind: str
+    subject: str
+    text: str
+
+
+@click.command()
+@click.argument("roles", nargs=-1, type=click.Choice(list(ROLES)))
+@click.option("--offline", is_flag=True, help="Settings and fleet.toml alone; nothing is connected to.")
+@pass_installation
+@click.pass_context
+def check(ctx: click.Context, installation: Installation, roles: tuple[str, ...], offline: bool) -> None:
+    """Check settings, fleet.toml, Postgres, both Redis, the object store and who is alive.
+
+    ROLES: whose settings; by default those of every process of this machine's stack or, in a container, of whichever its environment is
+    complete for. Exit code 1 when something is wrong.
+    """
+    environments = _environments(installation, roles)
+    findings: list[Finding] = []
+    loaded: dict[str, FleetSettings | MigrationSettings] = {}
+    for name, environment in environments.items():
+        try:
+            loaded[name] = read(ROLES[name.partition("-")[0]], environment)
+        except SettingsInvalid as error:
+            findings += [Finding("wrong", name, problem) for problem in error.problems]
+    fleet = _fleet(loaded, findings)
+    if not offline:
+        findings += _connected(loaded, fleet)
+    told: dict[tuple[str, str], list[str]] = {}  # what is wrong for several is one line
+    for finding in findings:
+        told.setdefault((finding.kind, finding.text), []).append(finding.subject)
+    for (kind, text), subjects in told.items():
+        screen.out().print(f"{kind:5}  {', '.join(subjects)}: {text}", soft_wrap=True, markup=False)
+    wrong = sum(kind == "wrong" for kind, _ in told)
+    if not environments:
+        screen.complain("Nothing to check here: no process's settings are complete. Name one, as `darkroom check gateway`.")
+        ctx.exit(1)
+    screen.err().print(f"{', '.join(environments)}: {'nothing is wrong' if not wrong else f'{wrong} wrong'}", style="dim")
+    ctx.exit(1 if wrong else 0)
+
+
+def _environments(installation: Installation, roles: tuple[str, ...]) -> dict[str, Mapping[str, str]]:
+    """What each process to be checked is handed, by its name."""
+    if (installation.data_dir / "env").exists():
+        from fleet import house
+        from fleet.addresses import as_handed_to
+
+        env = {**os.environ, **installation.stack().house_env()}
+        with suppress(FleetInvalid):  # or it is told in its place
+            env["WORKER_POOL"] = house.worker_pool(read(FleetSettings, env).load_fleet())
+        return {name: as_handed_to(name, env) for name in roles or ("gateway", "worker", "results", "sweeper", "webhooks", "flower")}
+    own = dict(os.environ)
+    if installation.fleet_file is not None:
+        own["FLEET_FILE"] = str(installation.fleet_file)
+    if roles:
+        return dict.fromkeys(roles, own)
+    return {name: own for name, kind in ROLES.items() if _has_all(kind, own)}
+
+
+def _has_all(kind: type[FleetSettings] | type[MigrationSettings], environment: Mapping[str, str]) -> bool:
+    needed = [name.upper() for name, field in kind.model_fields.items() if field.is_required()]
+    return bool(needed) and all(name in environment or f"{name}_FILE" in environment for name in needed)
+
+
+def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | None:
+    """The fleet that the settings name, checked against all of them."""
+    fleet = None
+    told: set[str] = set()
+    for name, settings in loaded.items():
+        if not isinstance(settings, FleetSettings):
+            continue
+        try:
+            fleet = settings.load_fleet()
+        except FleetInvalid as error:
+            findings += [Finding("wrong", "fleet.toml", problem) for problem in error.problems if problem not in told]
+            told |= set(error.problems)
+            continue
+        findings += [Finding("wrong", name, problem) for problem in misfits(settings, fleet)]
+        if isinstance(settings, GatewayProcessSettings):
+            findings += [Finding("hint", name, hint) for hint in settings.hints()]
+    return fleet
+
+
+def _connected(loaded: Mapping[str, object], fleet: Fleet | None) -> Iterator[Finding]:
+    """What the parts that the settings lead to answer."""
+    asked: set[object] = set()
+
+    def once(what: str, ask: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+        if what not in asked:
+            asked.add(what)
+            yield from ask()
+
+    for name, settings in loaded.items():
+        if isinstance(settings, Settings):
+            yield from once(settings.database_url, lambda name=name, url=settings.database_url: _database(name, url))  # type: ignore[misc]
+            yield from once(settings.handoff_url, lambda name=name, url=settings.handoff_url: _redis(name, "HANDOFF_URL", url))  # type: ignore[misc]
+        if isinstance(settings, (Settings, FlowerSettings)):
+            yield from once(settings.broker_url, lambda name=name, url=settings.broker_url: _redis(name, "BROKER_URL", url))  # type: ignore[misc]
+        if isinstance(settings, StoreSettings):
+            yield from once("store", lambda name=name, settings=settings: _store(name, settings))  # type: ignore[misc]
+    gateway = loaded.get("gateway")
+    if isinstance(gateway, GatewayProcessSettings) and fleet is not None:
+        yield from _roles(gateway, fleet)
+
+
+def _database(name: str, url: str) -> Iterator[Finding]:
+    from sqlalchemy import text
+    from sqlalchemy.exc import DBAPIError
+
+    from models.database import make_engine
+
+    engine = make_engine(url, pool_size=1)
+    try:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT state FROM jobs LIMIT 1"))
+            read_only = connection.scalar(text("SHOW transaction_read_only"))
+    except DBAPIError as error:
+        yield Finding("wrong", name, f"DATABASE_URL: Postgres: {' '.join(str(error.orig).split())}")
+    else:
+        if read_only == "on":
+            yield Finding("wrong", name, "DATABASE_URL: this Postgres takes no writes: it is a standby, or was one until now")
+    finally:
+        engine.dispose()
+
+
+def _redis(name: str, variable: str, url: str) -> Iterator[Finding]:
+    import redis
+
+    try:
+        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=2) as client:
+            client.ping()
+            if name == "flower":
+                return
+            memory, who = client.info("memory"), client.info("replication")
+    except redis.exceptions.NoPermissionError:
+        return  # a user who may do its work and no more, as a courier in the hand-off
+    except redis.RedisError as error:
+        yield Finding("wrong", name, f"{variable}: Redis: {' '.join(str(error).split())}")
+        return
+    if memory.get("maxmemory_policy") != "noeviction":
+        yield Finding("wrong", name, f"{variable}: maxmemory-policy is {memory.get('maxmemory_policy')}; it must be noeviction")
+    if not memory.get("maxmemory"):
+        yield Finding("hint", name, f"{variable}: has no maxmemory: nothing tells when it is full until its machine is")
+    if who.get("role") != "master":
+        yield Finding("wrong", name, f"{variable}: is a replica, which takes no writes")
+
+
+def _store(name: str, settings: StoreSettings) -> Iterator[Finding]:
+    from edges.objectstore import ObjectStore, StoreUnavailable
+
+    try:
+        ObjectStore(settings).ping()
+    except StoreUnavailable as error:
+        yield Finding("wrong", name, f"S3_BUCKET: the object store does not open it: {error}")
+
+
+def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
+    """Who is alive, and whether all of them together find a connection to Postgres."""
+    from sqlalchemy import text
+    from sqlalchemy.exc import DBAPIError
+
+    from models import workers
+    from models.database import make_engine, transaction
+
+    engine = make_engine(settings.database_url, pool_size=1)
+    try:
+        with transaction(engine) as session:
+            live = [worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
+            limits = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+            most = int(session.scalar(text(limits)) or 0)
+    except DBAPIError:
+        return  # told already
+    finally:
+        engine.dispose()
+    for name, pool in fleet.pools.items():
+        if live.count(name) < pool.warm_floor:
+            yield Finding("wrong", f"pool {name}", f"{live.count(name)} live workers, warm_floor is {pool.warm_floor}")
+    needed = {
+        "gateway": connections.at_most("gateway", gateway_pool_size=settings.database_pool_size, web_concurrency=settings.web_concurrency)
+    }
+    needed["worker"] = max(1, len(live)) * connections.at_most("worker")
+    needed |= {kind: connections.at_most(kind) for kind in ("results", "sweeper", "webhooks")}
+    total, parts = sum(needed.values()), " + ".join(f"{kind} {count}" for kind, count in needed.items())
+    if total > most:
+        yield Finding("wrong", "Postgres", f"max_connections leaves {most}, and one of each process may open {total}: {parts}")
+    elif total > 0.8 * most:
+        yield Finding("hint", "Postgres", f"{total} of {most} connections may be taken: {parts}")

@@ -1,0 +1,189 @@
+"""Who may do what with the tables: a role for each kind of process, and grants that are applied anew after every migration.
+
+    darkroom_owner      the tables are his; migrates, and nothing else
+    darkroom_app        the operator: everything the processes below may do together (command line, one login for all of it)
+    darkroom_gateway    what requests need: not the secrets that webhooks are signed with
+    darkroom_worker     what rendering needs: no key, no webhook address, no picture's place in the store
+    darkroom_results    what storing needs: no prompt
+    darkroom_sweeper    what sweeping needs: no prompt, no key
+    darkroom_webhooks   what delivering needs: no prompt, and of jobs nothing to change
+    darkroom_auditor    views only
+
+Migrations grant to the operator what a new table needs. Here is said what of it each process gets, table by table, and a test asks
+for every table; a column that is added to one later is treated as the others of that table. Grants are computed, so that they
+can say "all columns but these".
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import Connection, text
+
+OPERATOR, AUDITOR = "darkroom_app", "darkroom_auditor"
+KINDS = ("gateway", "worker", "results", "sweeper", "webhooks")
+OF_PROCESS = {kind: f"darkroom_{kind}" for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class May:
+    """Privileges on one table. only: on these columns; but: on all columns but these; neither: on the table."""
+
+    table: str
+    privileges: str
+    only: tuple[str, ...] = ()
+    but: tuple[str, ...] = ()
+
+
+WISH = ("prompt", "negative_prompt", "metadata")  # what tenants write
+IDENTITY = ("id", "tenant_id", "api_key_id", "accepted_at", "usage_day", "megapixel_steps", "currency")
+
+# Whoever moves a job on to its next state, whatever that is, touches these: models/jobs.py, finish.
+_MOVES_JOBS = (
+    May("jobs", "UPDATE", but=(*WISH, *IDENTITY)),
+    May("images", "SELECT, UPDATE"),
+    May("attempts", "SELECT, UPDATE"),
+    May("flows", "SELECT, INSERT, UPDATE"),
+    May("fair_clocks", "SELECT, INSERT, UPDATE"),
+    May("usage_ledger", "SELECT, INSERT, UPDATE"),
+    May("tenants", "SELECT", only=("id", "name", "weight")),
+    May("workers", "SELECT"),
+    May("webhook_endpoints", "SELECT", only=("id", "tenant_id", "events", "disabled_at", "deleted_at")),
+    May("webhook_deliveries", "SELECT, INSERT"),
+    May("audit_events", "INSERT"),
+)
+
+GRANTS: dict[str, tuple[May, ...]] = {
+    "gateway": (
+        May("tenants", "SELECT, INSERT, UPDATE"),
+        May("api_keys", "SELECT, INSERT, UPDATE"),
+        May("jobs", "SELECT, INSERT, UPDATE"),
+        May("images", "SELECT, INSERT, UPDATE"),
+        May("attempts", "SELECT, UPDATE"),
+        May("artifacts", "SELECT, UPDATE"),
+        May("files", "SELECT, INSERT, UPDATE"),
+        May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
+        May("flows", "SELECT, INSERT, UPDATE"),
+        May("fair_clocks", "SELECT, INSERT, UPDATE"),
+        May("usage_ledger", "SELECT, INSERT, UPDATE"),
+        May("idempotency_keys", "SELECT, INSERT, UPDATE, DELETE"),
+        May("learnt_costs", "SELECT"),
+        May("learnt_etas", "SELECT"),
+        May("workers", "SELECT"),
+        May("webhook_endpoints", "SELECT, INSERT, UPDATE"),
+        May("webhook_secrets", "SELECT", but=("secret",)),
+        May("webhook_secrets", "INSERT"),
+        May("webhook_secrets", "UPDATE", only=("expires_at",)),
+        May("webhook_deliveries", "SELECT, INSERT, UPDATE"),
+        May("webhook_attempts", "SELECT"),
+        May("audit_events", "INSERT"),
+    ),
+    "worker": (
+        *_MOVES_JOBS,
+        May("jobs", "SELECT"),
+        May("attempts", "INSERT"),
+        May("workers", "INSERT, UPDATE, DELETE"),
+        May("learnt_costs", "SELECT, INSERT, UPDATE"),
+    ),
+    "results": (
+        *_MOVES_JOBS,
+        May("jobs", "SELECT", but=WISH),
+        May("artifacts", "SELECT, INSERT"),
+        May("files", "SELECT"),
+        May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
+    ),
+    "sweeper": (
+        *_MOVES_JOBS,
+        May("jobs", "SELECT", but=WISH),
+        May("workers", "DELETE"),
+        May("learnt_costs", "SELECT, INSERT, UPDATE"),
+        May("learnt_etas", "SELECT, INSERT, UPDATE"),
+        May("artifacts", "SELECT"),
+        May("files", "SELECT"),
+        May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
+        May("idempotency_keys", "SELECT", only=("tenant_id", "key", "created_at")),
+        May("idempotency_keys", "UPDATE", only=("created_at",)),  # locking a row asks for it
+        May("idempotency_keys", "DELETE"),
+        May("webhook_deliveries", "UPDATE, DELETE"),
+        May("webhook_attempts", "SELECT, DELETE"),
+        May("queue_now", "SELECT"),
+    ),
+    "webhooks": (
+        May("jobs", "SELECT", but=("prompt", "negative_prompt")),  # a tenant's own metadata are part of what is told
+        May("images", "SELECT"),
+        May("attempts", "SELECT"),
+        May("artifacts", "SELECT"),
+        May("webhook_endpoints", "SELECT"),
+        May("webhook_endpoints", "UPDATE", only=("disabled_at", "disabled_reason")),
+        May("webhook_secrets", "SELECT"),
+        May("webhook_deliveries", "SELECT, UPDATE"),
+        May("webhook_attempts", "SELECT, INSERT"),
+        May("audit_events", "INSERT"),
+    ),
+}
+
+# Tables that no process but the migrations touches, and why that is right.
+NOBODYS = {"audit_chains": "written by the trigger of audit_events alone", "alembic_version": "the migrations' own"}
+
+# Maintenance is the sweeper's, by functions that run as their owner: whichever the operator may call.
+FUNCTIONS_OF = "sweeper"
+
+_CREATE = """
+DO $$ BEGIN
+    IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = '{0}') THEN CREATE ROLE {0} NOLOGIN; END IF;
+EXCEPTION WHEN duplicate_object OR unique_violation THEN NULL;
+END $$
+"""
+
+
+def create(connection: Connection) -> None:
+    """Make the roles that are missing. They belong to the whole server and cannot log in until somebody gives them a password."""
+    for role in OF_PROCESS.values():
+        connection.execute(text(_CREATE.format(role)))
+
+
+def grant(connection: Connection) -> None:
+    """Give every kind of process what GRANTS says, and take whatever else it had."""
+    columns = _columns(connection)
+    for kind, role in OF_PROCESS.items():
+        statements = [
+            f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}",
+            f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA public FROM {role}",
+            f"GRANT USAGE ON SCHEMA public TO {role}",
+            *(_statement(may, role, columns) for may in GRANTS[kind] if may.table in columns),
+        ]
+        if kind == FUNCTIONS_OF:
+            statements += [f"GRANT EXECUTE ON FUNCTION {function} TO {role}" for function in _operators_functions(connection)]
+        for statement in statements:
+            connection.execute(text(statement))
+
+
+def take_back(connection: Connection) -> None:
+    """Leave the roles without any right in this database."""
+    for role in OF_PROCESS.values():
+        connection.execute(text(f"DROP OWNED BY {role}"))
+
+
+def _statement(may: May, role: str, columns: dict[str, list[str]]) -> str:
+    if not may.only and not may.but:
+        return f'GRANT {may.privileges} ON "{may.table}" TO {role}'
+    names: Sequence[str] = may.only or [name for name in columns[may.table] if name not in may.but]
+    listed = ", ".join(f'"{name}"' for name in names if name in columns[may.table])
+    each = ", ".join(f"{privilege} ({listed})" for privilege in may.privileges.split(", "))
+    return f'GRANT {each} ON "{may.table}" TO {role}'
+
+
+def _columns(connection: Connection) -> dict[str, list[str]]:
+    rows = connection.execute(text("SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"))
+    found: dict[str, list[str]] = {}
+    for table, column in rows:
+        found.setdefault(table, []).append(column)
+    return found
+
+
+def _operators_functions(connection: Connection) -> list[str]:
+    """Functions that not everybody may call and the operator may."""
+    query = text(
+        """SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'public'::regnamespace AND prosecdef
+           AND has_function_privilege(:operator, p.oid, 'EXECUTE') AND prorettype <> 'trigger'::regtype"""
+    )
+    return list(connection.scalars(query, {"operator": OPERATOR}))

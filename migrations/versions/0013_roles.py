@@ -1,0 +1,37 @@
+"""A role for each kind of process, with rights of its own (migrations/roles.py), and workers that say after how long they count as gone.
+
+Works beside the code of before: the operator's role keeps all its rights, and a worker that says nothing counts as gone after 15 s.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from migrations import roles
+
+revision = "0013"
+down_revision = "0005"
+branch_labels = None
+depends_on = None
+
+FIXED = "w.seen_at > (clock_timestamp() - '00:00:15'::interval)"
+OWN = "w.seen_at > (clock_timestamp() - make_interval(secs => w.silent_after_s))"
+
+
+def upgrade() -> None:
+    roles.create(op.get_bind())
+    op.add_column("workers", sa.Column("silent_after_s", sa.Double(), server_default=sa.text("15"), nullable=False))
+    _count_live_workers_by(FIXED, OWN)
+
+
+def downgrade() -> None:
+    _count_live_workers_by(OWN, FIXED)
+    op.drop_column("workers", "silent_after_s")
+    roles.take_back(op.get_bind())
+
+
+def _count_live_workers_by(was: str, will_be: str) -> None:
+    """Change that condition of the view and leave the rest of it as it stands."""
+    text = op.get_bind().execute(sa.text("SELECT pg_get_viewdef('queue_now'::regclass, true)")).scalar_one()
+    if was not in text:
+        raise RuntimeError("queue_now does not count live workers as it did")
+    op.get_bind().exec_driver_sql(f"CREATE OR REPLACE VIEW queue_now AS {text.replace(was, will_be)}".replace("%", "%%"))

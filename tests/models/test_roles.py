@@ -1,0 +1,156 @@
+"""What each kind of process may do with the tables, tried as that process."""
+
+import pytest
+from sqlalchemy import create_engine, make_url, text
+from sqlalchemy.exc import ProgrammingError
+from sqlalchemy.orm import Session
+
+from migrations import roles
+from models import jobs, leases, webhooks, workers
+from models.tables import Base
+from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
+
+REFUSED = {
+    "gateway": [
+        "SELECT secret FROM webhook_secrets",
+        "SELECT * FROM audit_events",
+        "UPDATE workers SET slots = 1000",
+        "DELETE FROM jobs",
+        "SELECT audit_ensure_partitions(1000000)",
+    ],
+    "worker": [
+        "SELECT digest FROM api_keys",
+        "SELECT secret FROM webhook_secrets",
+        "SELECT url FROM webhook_endpoints",
+        "SELECT requests_per_minute FROM tenants",
+        "UPDATE tenants SET max_concurrent_jobs = NULL",
+        "UPDATE jobs SET prompt = ''",
+        "UPDATE jobs SET tenant_id = gen_random_uuid()",
+        "INSERT INTO jobs DEFAULT VALUES",
+        "SELECT object_key FROM artifacts",
+        "SELECT * FROM files",
+        "SELECT * FROM audit_events",
+        "SELECT * FROM audit_log",
+        "SELECT * FROM job_history",
+        "SELECT audit_ensure_partitions(1000000)",
+        "SELECT * FROM audit_verify()",
+    ],
+    "results": [
+        "SELECT prompt FROM jobs",
+        "SELECT * FROM jobs",
+        "SELECT digest FROM api_keys",
+        "SELECT secret FROM webhook_secrets",
+        "DELETE FROM artifacts",
+        "UPDATE artifacts SET object_key = ''",
+        "SELECT * FROM job_history",
+    ],
+    "sweeper": [
+        "SELECT prompt FROM jobs",
+        "SELECT metadata FROM jobs",
+        "SELECT digest FROM api_keys",
+        "SELECT secret FROM webhook_secrets",
+        "SELECT answer FROM idempotency_keys",
+        "DELETE FROM jobs",
+        "DELETE FROM audit_events",
+    ],
+    "webhooks": [
+        "SELECT prompt FROM jobs",
+        "UPDATE jobs SET state = 'canceled'",
+        "SELECT digest FROM api_keys",
+        "SELECT * FROM tenants",
+        "UPDATE webhook_endpoints SET url = ''",
+        "INSERT INTO webhook_deliveries DEFAULT VALUES",
+        "SELECT * FROM files",
+    ],
+}
+
+
+@pytest.fixture(scope="module")
+def as_process(stack, database):
+    """An engine for each kind of process, logged in as it is."""
+    engines = {}
+    for kind, role in roles.OF_PROCESS.items():
+        url = make_url(database.owner_url).set(username=role, password=stack.env[f"{kind.upper()}_PASSWORD"])
+        engines[kind] = create_engine(url)
+    yield engines
+    for engine in engines.values():
+        engine.dispose()
+
+
+def test_every_table_says_who_may_touch_it():
+    named = {may.table for grants in roles.GRANTS.values() for may in grants} | roles.NOBODYS.keys()
+
+    assert {table.name for table in Base.metadata.sorted_tables} - named == set()
+
+
+@pytest.mark.parametrize(("kind", "statement"), [(kind, statement) for kind, all_of_them in REFUSED.items() for statement in all_of_them])
+def test_a_process_cannot(as_process, kind, statement):
+    with as_process[kind].connect() as connection, pytest.raises(ProgrammingError, match="permission denied"):
+        connection.execute(text(statement))
+
+
+def test_a_process_is_never_the_owner_nor_another_role(as_process):
+    for kind, engine in as_process.items():
+        with engine.connect() as connection:
+            query = "SELECT rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
+            assert connection.scalar(text(query)) is False, kind
+            assert connection.scalar(text("SELECT count(*) FROM pg_auth_members WHERE member = current_user::regrole")) == 0
+
+
+def test_a_worker_takes_renders_and_fails_jobs(as_process, database):
+    with Session(database.app) as session, session.begin():
+        first, second = a_job(session).id, a_job(session).id
+
+    with Session(as_process["worker"], expire_on_commit=False) as session, session.begin():
+        workers.heartbeat(session, name="gpu0@roles", pool="local", device="cpu", slots=1, facts={})
+        lease = leases.take(session, first, worker="gpu0@roles", device="cpu", ttl_s=15)
+        leases.renew(session, [(first, lease.attempt)], ttl_s=15)
+        hand_off(session, lease)
+        other = leases.take(session, second, worker="gpu0@roles", device="cpu", ttl_s=15)
+        leases.fail(session, other, code="unsupported", detail="")
+        workers.leave(session, "gpu0@roles")
+        assert lease.job.prompt
+
+    with Session(database.app) as session:
+        assert [jobs.state_of(session, job_id) for job_id in (first, second)] == ["storing", "failed"]
+
+
+def test_a_results_worker_stores_what_it_cannot_read_the_wish_of(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        lease = a_lease(session)
+        hand_off(session, lease)
+
+    with Session(as_process["results"], expire_on_commit=False) as session, session.begin():
+        job = store(session, jobs.without_words(session, lease.job_id))
+        assert job.state == "succeeded"
+
+
+def test_the_sweeper_ends_jobs_that_it_cannot_read(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        job_id = a_job(session, start_within_s=0).id
+
+    with Session(as_process["sweeper"], expire_on_commit=False) as session, session.begin():
+        assert jobs.expire(session, job_id).state == "expired"
+
+
+def test_a_courier_reads_what_is_to_be_told_without_the_prompt(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        job = a_succeeded_job(session)
+
+    with Session(as_process["webhooks"], expire_on_commit=False) as session, session.begin():
+        told = jobs.find_without_prompts(session, job.id, tenant_id=job.tenant_id)
+        assert told.state == "succeeded"
+        assert webhooks.due(session, limit=1) == []
+
+
+def test_the_grants_are_the_same_however_often_they_are_applied(as_process, database):
+    query = text(
+        "SELECT grantee, table_name, column_name, privilege_type FROM information_schema.column_privileges WHERE grantee LIKE 'darkroom_%'"
+    )
+    with database.owner.connect() as connection:
+        before = set(connection.execute(query))
+        roles.grant(connection)
+        after = set(connection.execute(query))
+        connection.rollback()
+
+    assert after == before != set()
