@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 
 from models import audit, jobs
 from models.database import AFRESH
-from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
+from models.states import ACTIVE_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
 
 OVERDUE_S = 30.0  # past its run deadline
@@ -212,8 +212,8 @@ def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> J
     """End the job: no retry helps. Raises LeaseLost."""
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
-    jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
-    audit.append(session, "job:state:failed", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, code=code)
+    facts = {"code": code} | jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
+    audit.append(session, "job:state:failed", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts)
     return job
 
 
@@ -267,10 +267,18 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     return job
 
 
-def note_waste(session: Session, job_id: uuid.UUID, attempt: int, *, device_seconds: float) -> None:
-    """Add device time that bought no image to the attempt's record; its `waste_class` says why."""
-    if device_seconds > 0 and (row := session.get(Attempt, (job_id, attempt), with_for_update=True)) is not None:
-        row.device_seconds += device_seconds
+def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_done: Mapping[int, int]) -> None:
+    """Add device time that bought no image to the attempt's record; its `waste_class` says why.
+
+    steps_done: how far the images had come that it was spent on, by index. If the tenant took the job back, that is booked on its account.
+    """
+    job = session.get(Job, lease.job_id, with_for_update={"key_share": True})
+    row = session.get(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
+    if job is None or row is None or row.worker != lease.worker:
+        return
+    row.device_seconds += device_seconds
+    if job.state in TAKEN_BACK and job.attempt == lease.attempt:
+        jobs.abandon(session, job, steps_done, actor=lease.worker)
 
 
 def _held(session: Session, lease: Lease) -> Job:
@@ -289,7 +297,7 @@ def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_att
     job.counted_attempts += 1
     facts = {"counted_attempts": job.counted_attempts, "outcome": outcome.value}
     if job.counted_attempts >= max_attempts:
-        jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
+        facts |= jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
         event, facts["code"] = "job:state:failed", FailureCode.ATTEMPTS_EXHAUSTED
     else:
         jobs.requeue(job)

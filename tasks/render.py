@@ -27,7 +27,7 @@ from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from models import leases
-from models.database import run_transaction, transaction
+from models.database import run_transaction
 from models.leases import Lease, LeaseLost, Rendered
 from policy import queues
 from policy.catalog import checkpoint_name
@@ -57,6 +57,7 @@ class Work:
     handles: dict[int, Handle] = field(default_factory=dict)
     resumed: dict[int, int] = field(default_factory=dict)  # the step at which a snapshot let it begin
     left: set[int] = field(default_factory=set)  # withdrawn: another attempt goes on
+    handed_on: set[int] = field(default_factory=set)
     endings: "queue.SimpleQueue[Finished | Failed | None]" = field(default_factory=queue.SimpleQueue)
 
     def open_handles(self) -> dict[int, Handle]:
@@ -222,6 +223,7 @@ class Renderer:
         steps = record.num_steps - work.resumed[index]
         persist(lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels), HandoffUnavailable)
         persist(lambda: self._note_hand_off(lease, index, steps, finished), OperationalError)
+        work.handed_on.add(index)
         work.held.unrendered -= 1
         self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
@@ -301,12 +303,16 @@ class Renderer:
             telemetry.STEPS_LOST.labels(cause).inc(sum(lost.values()))
 
     def _note_waste(self, work: Work) -> None:
-        """Device time of images that were not finished goes on the attempt's account, not on the tenant's bill."""
-        unfinished = [handle for index, handle in work.handles.items() if index not in work.left and not _is_finished(handle)]
-        wasted_s = sum(handle.progress().device_seconds for handle in unfinished)
+        """Device time of images that were not handed on goes on the attempt's account; of a job that was canceled, on its tenant's.
+
+        An image that was finished when its job was canceled is one of them, too.
+        """
+        spent = {index: handle.progress() for index, handle in work.handles.items() if index not in work.left | work.handed_on}
+        wasted_s = sum(image.device_seconds for image in spent.values())
         if wasted_s:
-            with transaction(self.database) as session:
-                leases.note_waste(session, work.held.lease.job_id, work.held.lease.attempt, device_seconds=wasted_s)
+            told = {"device_seconds": wasted_s, "steps_done": {index: image.step for index, image in spent.items()}}
+            lease = work.held.lease
+            persist(lambda: run_transaction(self.database, lambda session: leases.note_waste(session, lease, **told)), OperationalError)
 
 
 def _drained(work: Work) -> Iterator[FinishedImage]:
@@ -314,10 +320,3 @@ def _drained(work: Work) -> Iterator[FinishedImage]:
     while not work.endings.empty():
         if isinstance(event := work.endings.get(), Finished):
             yield event.image
-
-
-def _is_finished(handle: Handle) -> bool:
-    try:
-        return handle.done() and handle.result(0) is not None
-    except EngineError:
-        return False

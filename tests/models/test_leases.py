@@ -308,7 +308,7 @@ def test_pixels_of_a_newer_attempt_are_not_taken_for_the_lost_ones(session):
 def test_wasted_device_time_goes_on_the_attempt_s_account(session):
     lease = a_lease(session)
 
-    leases.note_waste(session, lease.job_id, 1, device_seconds=1.5)
+    leases.note_waste(session, lease, device_seconds=1.5, steps_done={0: 3})
     leases.count_error(session, lease, detail="x", max_attempts=5)
 
     record = attempt_of(session, lease.job_id)
