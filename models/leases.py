@@ -247,6 +247,8 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     """The pixels of these images are gone: render them again, which does not count as a try. None if they were stored meanwhile.
 
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
+    A job that was rendered has kept its run deadline: while its pixels waited for a store in vain nothing ran, and it is
+    given the whole time again.
     """
     job = session.get(Job, job_id, with_for_update=True)
     if job is None or job.state not in ACTIVE_STATES:
@@ -261,6 +263,8 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
         return None
     if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
+        if job.run_within_s is not None:
+            job.run_by = func.clock_timestamp() + timedelta(seconds=job.run_within_s)
     audit.append(
         session, "job:hand-off:lost", chain=job.tenant_id, actor=jobs.SWEEPER, job_id=job_id, attempt=job.attempt, indexes=sorted(gone)
     )

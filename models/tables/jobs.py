@@ -57,7 +57,7 @@ class Job(Base):
     announced_at: Mapped[datetime | None]
     is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # announced ahead of its tier's queue
     start_by: Mapped[datetime]
-    run_within_s: Mapped[float | None]  # from its first start to its last pixels
+    run_within_s: Mapped[float | None]  # from its first start to its last pixels; anew when these are lost before they are stored
     run_by: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     rendered_at: Mapped[datetime | None]

@@ -271,6 +271,30 @@ def test_a_vanished_hand_off_sends_back_only_what_is_gone(session):
     assert jobs.handed_off(session, job.id) == {2: 1}
 
 
+def test_the_time_that_rendered_pixels_waited_for_the_store_does_not_use_up_the_run_deadline(session):
+    lease = a_lease(session, run_within_s=60)
+    hand_off(session, lease)
+    session.execute(text("UPDATE jobs SET run_by = run_by - interval '1 hour' WHERE id = :id"), {"id": lease.job_id})
+
+    job = leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
+
+    session.flush()
+    assert sweeping.overruns(session) == []
+    assert jobs.overrun(session, job.id) is None
+    assert 55 < a_lease(session, job).run_within_s <= 60
+
+
+def test_pixels_that_vanish_while_the_job_still_runs_do_not_prolong_its_run_deadline(session):
+    lease = a_lease(session, num_images=2, run_within_s=60)
+    hand_off(session, lease, 0)
+    run_by = lease.job.run_by
+
+    leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
+
+    session.refresh(lease.job)
+    assert lease.job.run_by == run_by
+
+
 def test_a_hand_off_that_vanished_while_the_job_waits_is_rendered_with_the_rest(session):
     lease = a_lease(session, num_images=2, ttl_s=-1)
     hand_off(session, lease, 0)
