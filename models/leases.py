@@ -2,6 +2,11 @@
 
 The attempt number is the fence: it grows with every lease, and every later write of a worker names it. Whoever comes
 late finds another number and is told LeaseLost. No row lock outlives its statement.
+
+All of this takes a commit that was answered for one that stays: a standby that takes over has to have it (synchronous replication,
+`synchronous_standby_names` and `synchronous_commit` at `on` or above). One that has lost the last commits may give an attempt's number
+to a second worker. So the worker's name is part of the fence: the two cannot renew each other's lease or write under it. What the loss
+of commits did besides, nobody can tell any more.
 """
 
 import uuid
@@ -108,20 +113,27 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
     return lease
 
 
-def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, ttl_s: float) -> set[uuid.UUID]:
-    """Prolong all of a worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
+def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float) -> set[uuid.UUID]:
+    """Prolong all of the worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
 
     A job past its run deadline should have been stopped by its engine; when that is clearly not coming, its lease is not renewed.
     """
     if not held:
         return set()
-    statement = (
-        update(Job)
+    own = (
+        select(Job.id)
         .where(
             tuple_(Job.id, Job.attempt).in_(held),
             Job.state == JobState.RUNNING,
+            Job.worker == worker,
             or_(Job.run_by.is_(None), Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S)),
         )
+        .order_by(Job.id)
+        .with_for_update(key_share=True)
+    )
+    statement = (
+        update(Job)
+        .where(Job.id.in_(own))
         .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s))
         .returning(Job.id)
         .execution_options(synchronize_session=False)
@@ -287,10 +299,8 @@ def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_d
 
 def _held(session: Session, lease: Lease) -> Job:
     """The job's row, locked, if it is still this attempt's."""
-    job = session.scalar(
-        select(Job).where(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.state == JobState.RUNNING).with_for_update(),
-        execution_options=AFRESH,
-    )
+    is_its = (Job.attempt == lease.attempt, Job.worker == lease.worker, Job.state == JobState.RUNNING)
+    job = session.scalar(select(Job).where(Job.id == lease.job_id, *is_its).with_for_update(), execution_options=AFRESH)
     if job is None:
         raise LeaseLost(f"job {lease.job_id} is not attempt {lease.attempt}'s any more")
     return job

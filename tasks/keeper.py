@@ -225,8 +225,9 @@ class LeaseKeeper:
             seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
         with transaction(self._database) as session:
-            kept = leases.renew(session, [(held.lease.job_id, held.lease.attempt) for held in snapshot], ttl_s=self._ttl_s)
             who, slots = self.identity, 0 if self.leaving else self.identity.slots
+            own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
+            kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
             workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
             learning.observe(session, seen)
         self._renewed_at = started_at

@@ -1,6 +1,7 @@
 """Leases: one worker at a time, fenced by the attempt; what counts as a try and what does not."""
 
 import uuid
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
@@ -101,7 +102,7 @@ def test_renewing_prolongs_one_s_own_leases_and_tells_which_they_are(session):
     jobs.cancel(session, canceled.job_id, tenant_id=canceled.job.tenant_id, actor="tests")
     held = [(lease.job_id, lease.attempt) for lease in (mine, lost, canceled)]
 
-    kept = leases.renew(session, held, ttl_s=60)
+    kept = leases.renew(session, held, worker=mine.worker, ttl_s=60)
 
     assert kept == {mine.job_id}
     assert lease_seconds(session, mine.job) > 50
@@ -109,7 +110,23 @@ def test_renewing_prolongs_one_s_own_leases_and_tells_which_they_are(session):
 
 
 def test_renewing_nothing_asks_nothing(session):
-    assert leases.renew(session, [], ttl_s=15) == set()
+    assert leases.renew(session, [], worker="gpu0@here", ttl_s=15) == set()
+
+
+def test_two_workers_that_were_given_the_same_attempt_are_kept_apart_by_their_names(session):
+    """As after a failover to a standby that had not got the last commits."""
+    mine = a_lease(session, worker="gpu0@here")
+    theirs = replace(mine, worker="gpu1@there")
+    held = [(mine.job_id, mine.attempt)]
+
+    assert leases.renew(session, held, worker=theirs.worker, ttl_s=60) == set()
+    with pytest.raises(LeaseLost):
+        hand_off(session, theirs)
+    with pytest.raises(LeaseLost):
+        leases.count_error(session, theirs, detail="no", max_attempts=5)
+
+    assert leases.renew(session, held, worker=mine.worker, ttl_s=60) == {mine.job_id}
+    assert hand_off(session, mine).state == "storing"
 
 
 def test_an_expired_lease_is_offered_to_the_next_worker(session):
@@ -125,7 +142,7 @@ def test_an_expired_lease_is_offered_to_the_next_worker(session):
 
 def test_a_lease_that_was_renewed_meanwhile_is_not_lost(session):
     lease = a_lease(session, ttl_s=-1)
-    leases.renew(session, [(lease.job_id, lease.attempt)], ttl_s=15)
+    leases.renew(session, [(lease.job_id, lease.attempt)], worker=lease.worker, ttl_s=15)
 
     assert lose(session, lease.job) is None
     assert lease.job.state == "running"
