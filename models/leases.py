@@ -11,11 +11,11 @@ of commits did besides, nobody can tell any more.
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, tuple_, update
+from sqlalchemy import func, or_, select, text, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, jobs
@@ -34,7 +34,8 @@ class LeaseLost(Exception):
 class Lease:
     """The right to run `job`; `attempt` fences every write made under it. `pending` are the images still to render.
 
-    run_within_s: what is left of the job's run deadline; None = it has none.
+    run_within_s: what is left of the job's run deadline; None = it has none.  reached: how far earlier attempts had come with each of the
+    pending images, by index.
     """
 
     job: Job
@@ -42,6 +43,7 @@ class Lease:
     worker: str
     pending: tuple[int, ...]
     run_within_s: float | None = None
+    reached: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def job_id(self) -> uuid.UUID:
@@ -100,13 +102,15 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
     if taken is None:
         return None
     row, run_left_s = taken
-    pending = session.scalars(select(Image.index).where(Image.job_id == job_id, Image.state == ImageState.PENDING).order_by(Image.index))
+    is_pending = (Image.job_id == job_id, Image.state == ImageState.PENDING)
+    pending = session.execute(select(Image.index, Image.reached_step).where(*is_pending).order_by(Image.index)).all()
     lease = Lease(
         job=row,
         attempt=row.attempt,
         worker=worker,
-        pending=tuple(pending),
+        pending=tuple(index for index, _ in pending),
         run_within_s=None if run_left_s is None else max(0.0, float(run_left_s)),
+        reached={index: step for index, step in pending if step},
     )
     session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
     audit.append(session, "job:lease:taken", chain=row.tenant_id, actor=worker, job_id=job_id, attempt=row.attempt)
@@ -141,6 +145,26 @@ def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: st
     return set(session.scalars(statement))
 
 
+_NOTE_STEPS = text(
+    """
+    UPDATE images i SET reached_step = n.step
+    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:indexes AS integer[]), CAST(:steps AS integer[])) AS n (job_id, index, step)
+    WHERE i.job_id = n.job_id AND i.index = n.index AND i.state = 'pending' AND i.reached_step < n.step
+    """
+)
+
+
+def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -> None:
+    """Note how far images have come, by job and index, of jobs whose leases this transaction has just renewed.
+
+    What a later attempt does again is told by this when nothing else is left of the images: neither snapshots nor progress.
+    """
+    if reached:
+        rows = [(str(job_id), index, step) for (job_id, index), step in sorted(reached.items())]
+        job_ids, indexes, steps = (list(column) for column in zip(*rows, strict=True))
+        session.execute(_NOTE_STEPS, {"job_ids": job_ids, "indexes": indexes, "steps": steps})
+
+
 def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float) -> Job:
     """Note that the image's pixels wait in the hand-off; with the last image the job is `storing` and the lease is over.
 
@@ -151,7 +175,7 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     if image.handed_off_attempt == lease.attempt:
         return job  # noted already: the answer to a commit was lost, and this is the second try
     image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
-    image.steps_done = rendered.num_steps
+    image.steps_done = image.reached_step = rendered.num_steps
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
@@ -182,6 +206,7 @@ def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left]
     for image in left:
         row = session.get_one(Image, (job.id, image.index))
         row.snapshot_ref, row.steps_done = image.snapshot_ref, image.steps_done
+        row.reached_step = max(row.reached_step, image.steps_done)
         row.device_seconds += image.device_seconds  # bought something: it is the tenant's, once the image is finished from there
         attempt.device_seconds += image.device_seconds
     attempt.snapshot_bytes, attempt.snapshot_store = sum(image.size_bytes for image in left), store if left else None
@@ -207,13 +232,11 @@ def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int
     _held(session, lease)
     attempt = session.get_one(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
     attempt.resumed_steps, attempt.lost_steps = sum(resumed.values()), lost_steps
-    anew = [index for index, step in resumed.items() if not step]
-    session.execute(
-        update(Image)
-        .where(Image.job_id == lease.job_id, Image.index.in_(anew), Image.state == ImageState.PENDING)
-        .values(device_seconds=0.0, snapshot_ref=None, steps_done=0)
-        .execution_options(synchronize_session=False)
-    )
+    pending = select(Image).where(Image.job_id == lease.job_id, Image.index.in_(resumed), Image.state == ImageState.PENDING)
+    for image in session.scalars(pending.order_by(Image.index)):
+        image.steps_done = image.reached_step = resumed[image.index]
+        if not image.steps_done:
+            image.device_seconds, image.snapshot_ref = 0.0, None
     if lost_steps:
         earlier = select(Attempt.outcome).where(Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt)
         attempt.lost_cause = session.scalar(earlier.order_by(Attempt.attempt.desc()).limit(1))
@@ -269,7 +292,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
         if image.state == ImageState.HANDED_OFF and image.handed_off_attempt == attempt_of[image.index]:
             image.state, image.handed_off_attempt, image.handed_off_at = ImageState.PENDING, None, None
-            image.device_seconds = 0.0
+            image.device_seconds, image.steps_done = 0.0, 0  # `reached_step` stays: they are done again
             gone.append(image.index)
     if not gone:
         return None

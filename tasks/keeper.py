@@ -8,7 +8,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -45,6 +45,11 @@ def _nothing() -> None:
     """Nobody is to be told."""
 
 
+def _no_steps() -> Mapping[int, int]:
+    """Nothing has been begun."""
+    return {}
+
+
 @dataclass(eq=False)
 class Held:
     """A lease in this worker's hands, and why it should be let go of: it is `lost`, or its worker is `leaving`."""
@@ -57,6 +62,7 @@ class Held:
     is_alone: bool = False  # or waits until it is
     on_change: Callable[[], None] = _nothing
     expected_s: Callable[[], float | None] = lambda: None  # until its last pixels; None: nobody can say
+    steps: Callable[[], Mapping[int, int]] = _no_steps  # how far each of its images has come, by index
 
     def lose(self) -> None:
         """Let go: the job is somebody else's, or nobody's any more."""
@@ -228,6 +234,8 @@ class LeaseKeeper:
             who, slots = self.identity, 0 if self.leaving else self.identity.slots
             own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
             kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
+            going_on = [held for held in snapshot if held.lease.job_id in kept]
+            leases.note_steps(session, {(held.lease.job_id, index): step for held in going_on for index, step in held.steps().items()})
             workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
             learning.observe(session, seen)
         self._renewed_at = started_at

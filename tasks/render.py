@@ -62,7 +62,7 @@ class Work:
 
     def open_handles(self) -> dict[int, Handle]:
         """The images that have not ended."""
-        return {index: handle for index, handle in self.handles.items() if not handle.done()}
+        return {index: handle for index, handle in list(self.handles.items()) if not handle.done()}
 
     def look_up(self) -> None:
         """Wake whoever waits for an ending; a lost lease stops the images at their next step whatever that one is busy with."""
@@ -70,6 +70,10 @@ class Work:
             for handle in list(self.handles.values()):
                 handle.cancel()
         self.endings.put(None)
+
+    def steps(self) -> dict[int, int]:
+        """How far each image that has not ended has come."""
+        return {index: handle.progress().step for index, handle in self.open_handles().items()}
 
     def expected_s(self) -> float | None:
         """Seconds until the last image's pixels; None while an image has not begun."""
@@ -167,6 +171,7 @@ class Renderer:
             raise LetGo
         if lease.attempt > 1:
             self._note_resumption(work, earlier)
+        held.steps = work.steps  # only now: until then the rows say how far the attempts before had come
         for _ in lease.pending:
             while (event := work.endings.get()) is None:
                 if held.lost.is_set() or held.leaving:

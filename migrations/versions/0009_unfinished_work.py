@@ -1,6 +1,6 @@
-"""What is stored is paid also when its job does not succeed, and the work of jobs that were taken back counts.
+"""What is stored is paid also when its job does not succeed, the work of jobs that were taken back counts, and lost steps are known.
 
-Works beside the code of 0005: the new column has a default, and views only get further columns at their end. Jobs that ended before
+Works beside the code of 0005: new columns have defaults, and views only get further columns at their end. Jobs that ended before
 are left as they were booked.
 """
 
@@ -36,6 +36,7 @@ OF_IMAGES = """
 
 def upgrade() -> None:
     op.add_column("usage_ledger", sa.Column("abandoned", sa.Numeric(18, 6), server_default=sa.text("0"), nullable=False))
+    op.add_column("images", sa.Column("reached_step", sa.Integer(), server_default=sa.text("0"), nullable=False))
     comment, query = import_module("migrations.versions.0003_views_and_roles").VIEWS["job_history"]
     head, tail = query.split("FROM jobs j", 1)
     columns = "i.stored AS images_stored, CASE WHEN j.state IN ('canceled', 'rejected') THEN i.steps_unstored ELSE 0 END AS steps_abandoned"
@@ -49,6 +50,7 @@ def downgrade() -> None:
         op.execute(f"DROP VIEW {view}")
         _replace(view, *import_module(f"migrations.versions.{module}").VIEWS[view])
         op.execute(f"GRANT SELECT ON {view} TO darkroom_app, darkroom_auditor")
+    op.drop_column("images", "reached_step")
     op.drop_column("usage_ledger", "abandoned")
 
 

@@ -128,7 +128,8 @@ class Image(Base):
     handed_off_attempt: Mapped[int | None]
     handed_off_at: Mapped[datetime | None]
     snapshot_ref: Mapped[str | None]
-    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of it there is something to show for: pixels, a snapshot
+    reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # as last noted, whatever is left of it
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
 

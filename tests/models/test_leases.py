@@ -129,6 +129,37 @@ def test_two_workers_that_were_given_the_same_attempt_are_kept_apart_by_their_na
     assert hand_off(session, mine).state == "storing"
 
 
+def test_how_far_images_have_come_is_noted_and_told_to_the_next_attempt(session):
+    lease = a_lease(session, num_images=3, num_steps=20, ttl_s=-1)
+    hand_off(session, lease, 0, num_steps=20)
+
+    for steps in ({0: 20, 1: 7, 2: 3}, {1: 6, 2: 9}):  # the second was heard late: nothing goes back
+        leases.note_steps(session, {(lease.job_id, index): step for index, step in steps.items()})
+    leases.note_steps(session, {})
+
+    again = a_lease(session, lose(session, lease.job))
+    assert again.reached == {1: 7, 2: 9}
+    note_resumption(session, again, {1: 5, 2: 0}, lost_steps=11)
+    assert a_lease(session, lose_now(session, again)).reached == {1: 5}
+
+
+def test_an_image_whose_pixels_vanished_had_come_to_its_end(session):
+    lease = a_lease(session, num_steps=20)
+    hand_off(session, lease, num_steps=20)
+
+    job = leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
+
+    assert a_lease(session, job).reached == {0: 20}
+    assert image_of(session, job).steps_done == 0, "nothing is left of it"
+
+
+def lose_now(session, lease):
+    """Let the lease run out and be found."""
+    query = "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1 s' WHERE id = :id"
+    session.execute(text(query), {"id": lease.job_id})
+    return lose(session, lease.job)
+
+
 def test_an_expired_lease_is_offered_to_the_next_worker(session):
     first = a_lease(session, ttl_s=-1)
     assert first.job_id in sweeping.expired_leases(session)
