@@ -17,6 +17,7 @@ from typing import Any
 import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from edges import telemetry
 from models import learning, leases, workers
@@ -230,7 +231,8 @@ class LeaseKeeper:
         with self._lock:
             seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
-        with transaction(self._database) as session:
+
+        def renew(session: Session) -> set[uuid.UUID]:
             who, slots = self.identity, 0 if self.leaving else self.identity.slots
             own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
             kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
@@ -238,6 +240,9 @@ class LeaseKeeper:
             leases.note_steps(session, {(held.lease.job_id, index): step for held in going_on for index, step in held.steps().items()})
             workers.heartbeat(session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts)
             learning.observe(session, seen)
+            return kept
+
+        kept = run_transaction(self._database, renew)
         self._renewed_at = started_at
         gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.lost.is_set()]
         self._lose(gone)
