@@ -10,6 +10,7 @@ import random
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -21,7 +22,7 @@ from sqlalchemy import Engine, event, text
 
 from app import create_app
 from models import api_keys, jobs, leases, tenants, webhooks, workers
-from models.database import CONFLICTS, run_transaction, transaction
+from models.database import CONFLICTS, TRIES, run_transaction, transaction
 from models.webhooks import Claim, Tried
 from policy.fleet import parse_fleet
 from settings import REPO, GatewaySettings
@@ -257,6 +258,47 @@ def test_every_operation_that_is_raced_does_something(house, operation):
 def test_no_two_operations_deadlock_that_once_did(house, are_strangers):
     for first, second in itertools.combinations_with_replacement(LIKELY, 2):
         race(house, first, second, are_strangers=are_strangers, tries=8)
+
+
+@contextmanager
+def conflicts(house: House, code: str, times: int) -> Iterator[None]:
+    """The first transactions that insert a job end as a conflict would; a sequence counts them, for that is not rolled back."""
+    make = (
+        "CREATE SEQUENCE tries",
+        f"""CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+            BEGIN IF nextval('tries') <= {times} THEN RAISE EXCEPTION 'as if' USING ERRCODE = '{code}'; END IF; RETURN NEW; END $$""",
+        "CREATE TRIGGER a_conflict BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION conflict()",
+    )
+    with transaction(house.database.owner) as session:
+        for statement in make:
+            session.execute(text(statement))
+    yield
+    with transaction(house.database.owner) as session:
+        session.execute(text("DROP FUNCTION conflict CASCADE"))
+        session.execute(text("DROP SEQUENCE tries"))
+    house.deadlocks.clear()
+
+
+@pytest.mark.parametrize("code", CONFLICTS)
+def test_a_request_that_conflicts_is_tried_again_and_its_client_does_not_hear_of_it(house, code):
+    tenant = house.tenant()
+
+    with conflicts(house, code, TRIES - 1):
+        status, job = tenant.send("POST", "/v1/jobs", json=JOB)
+
+    assert status == 202, job
+    assert [listed["id"] for listed in tenant.send("GET", "/v1/jobs")[1]["data"]] == [job["id"]]
+
+
+def test_a_request_that_conflicts_every_time_is_told_to_come_again_and_not_that_the_database_is_away(house):
+    tenant = house.tenant()
+
+    with conflicts(house, "40P01", TRIES):
+        status, problem = tenant.send("POST", "/v1/jobs", json=JOB)
+
+    assert (status, problem["type"]) == (503, "/problems/part-unavailable")
+    assert "database" not in problem["detail"]
+    assert tenant.send("GET", "/v1/jobs")[1]["data"] == []
 
 
 def test_two_who_rotate_a_webhook_s_secret_at_once_leave_one_that_lasts(house):
