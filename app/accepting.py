@@ -108,6 +108,8 @@ def accept(
     except jobs.NothingLeft:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
     except FileGone as error:  # since it was looked up, a moment ago
+        if replay_of is not None:
+            raise ReplayImpossible("A picture that the job starts from was deleted.") from None
         raise picture_gone(error) from None
     telemetry.JOBS_ACCEPTED.labels(resolved.tier, resolved.model).inc()
     log.info("job_accepted", job_id=str(row.id), tier=resolved.tier, model=resolved.model)

@@ -58,6 +58,7 @@ def usage_view(rows: Sequence[UsageDay], since: date, until: date) -> dict[str, 
             "jobs_succeeded": row.jobs_succeeded,
             "reserved_megapixel_steps": float(row.reserved),
             "settled_megapixel_steps": float(row.settled),
+            "abandoned_megapixel_steps": float(row.abandoned),
             "cost": str(row.cost),
         }
         for row in rows

@@ -5,7 +5,8 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import structlog
 from flask import Blueprint, jsonify, request
@@ -26,6 +27,7 @@ from models.accepting import NewJob, in_order
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
+from models.states import JobState
 from models.tables import Job
 from policy.catalog import InvalidWish
 
@@ -76,18 +78,18 @@ def create_jobs() -> ResponseReturnValue:
     door = _Door()
     outcomes = [door.admit(item, defaults) for item in items]
     try:
-        answer, headers = _accept(outcomes, once), {}
+        answer, written = _accept(outcomes, once)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
-        answer, headers = error.answer, {REPLAYED: "true"}
+        return jsonify(_view(error.answer)), 200, {REPLAYED: "true"}
     except idempotency.KeyReused:
         raise accepting.reused() from None
     except FileGone as error:
         raise accepting.picture_gone(error) from None
-    return jsonify(_view(answer)), 200, headers
+    return jsonify(_view(answer, written)), 200
 
 
-def _accept(outcomes: Sequence[Outcome], once: Once | None) -> Answer:
-    """Write what was let in, if anything was, and announce what there is room for.
+def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, list[NewJob]]:
+    """Write what was let in, if anything was, and announce what there is room for; the answer, and the jobs that were written.
 
     All of it or nothing: raises BudgetSpent, QuotaExceeded or TooManyJobs if the whole does not fit into the tenant's limits.
     """
@@ -114,7 +116,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> Answer:
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
         accepting.let_out(pool, tier)
-    return Answer(job_id=None, items=answer)
+    return Answer(job_id=None, items=answer), accepted
 
 
 def _noted(outcome: Outcome) -> dict[str, Any]:
@@ -125,21 +127,30 @@ def _noted(outcome: Outcome) -> dict[str, Any]:
     return {"problem": problem | ({"retry_after_s": outcome.retry_after_s} if outcome.retry_after_s is not None else {})}
 
 
-def _view(answer: Answer) -> dict[str, Any]:
+def _view(answer: Answer, written: Sequence[NewJob] = ()) -> dict[str, Any]:
+    """What the batch came to. Jobs that were written just now are not read back: they are accepted, whatever becomes of the database."""
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
-    with transaction(gateway().database) as session:
-        jobs = listing.some(session, job_ids, tenant_id=caller().tenant_id)
-    data = list(_items(items, jobs))
+    views = {job.id: _new_job_view(job) for job in written}
+    if job_ids and not written:
+        with transaction(gateway().database) as session:
+            jobs = listing.some(session, job_ids, tenant_id=caller().tenant_id)
+        views = {job_id: _job_view(job) for job_id, job in jobs.items()}
+    data = list(_items(items, views))
     return {"object": "batch", "accepted": len(job_ids), "refused": len(items) - len(job_ids), "data": data}
 
 
-def _items(items: Sequence[Mapping[str, Any]], jobs: Mapping[uuid.UUID, Job]) -> Iterator[dict[str, Any]]:
+def _items(items: Sequence[Mapping[str, Any]], views: Mapping[uuid.UUID, dict[str, Any]]) -> Iterator[dict[str, Any]]:
     for item in items:
         if "job_id" in item:
-            yield {"status": 202, "job": _job_view(jobs[uuid.UUID(item["job_id"])])}
+            yield {"status": 202, "job": views[uuid.UUID(item["job_id"])]}
         else:
             yield {"status": item["problem"]["status"], "problem": item["problem"]}
+
+
+def _new_job_view(job: NewJob) -> dict[str, Any]:
+    said = {name: job.params[name] for name in ("tier", "model", "model_version", "seed", "num_images")}
+    return _job_view(cast(Job, SimpleNamespace(id=job.id, state=JobState.QUEUED, **said)))
 
 
 def _job_view(job: Job) -> dict[str, Any]:

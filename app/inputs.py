@@ -43,7 +43,7 @@ def keep(content: bytes | BinaryIO, *, field: str, way: str = "upload") -> File:
     digest, tenant_id = content_sha256(picture.content), caller().tenant_id
     with transaction(gateway().database) as session:
         file = files.find_content(session, digest, tenant_id=tenant_id)
-    if file is None:
+    if file is None or not _is_stored(file):
         file = _store(picture, digest)
     telemetry.PICTURES_KEPT.labels(way).inc()
     log.info("picture_kept", file_id=str(file.id), way=way, width_px=file.width_px, height_px=file.height_px)
@@ -87,6 +87,14 @@ def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
         raise InvalidPicture(f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED) from None
     except TooBusy:
         raise PartUnavailable("Many pictures are being read right now.", retry_after_s=2, part="pictures") from None
+
+
+def _is_stored(file: File) -> bool:
+    """Has the store still got it? What it has lost is there again with whoever brings it again. If it cannot say: yes."""
+    try:
+        return gateway().store.holds(file.object_key)
+    except StoreUnavailable:
+        return True
 
 
 def _store(picture: Picture, digest: str) -> File:

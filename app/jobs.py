@@ -3,8 +3,10 @@
 import uuid
 from typing import Any
 
+import structlog
 from flask import Blueprint, json, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import SQLAlchemyError
 from werkzeug import Response
 
 from app import accepting, delivery, erasing, inputs, replaying, waiting
@@ -23,6 +25,8 @@ from models import jobs, listing
 from models.database import run_transaction, transaction
 from models.states import ACTIVE_STATES, JobState
 from models.tables import Job
+
+log = structlog.get_logger(__name__)
 
 bp = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
@@ -141,8 +145,13 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
     if not accepted.is_new:
         headers[REPLAYED] = "true"
     if wait_s:
-        headers["Preference-Applied"] = f"wait={wait_s}"
-        return jsonify(_view(*_watched(job.id, wait_s))), 202, headers
+        try:
+            view = _view(*_watched(job.id, wait_s))
+        except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
+            log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
+        else:
+            headers["Preference-Applied"] = f"wait={wait_s}"
+            return jsonify(view), 202, headers
     view = job_view(job, place=accepted.place) if accepted.is_new else _view(job, _steps(job))
     return jsonify(view), 202, headers
 

@@ -6,10 +6,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
-from models.states import JobState
+from models.states import OUR_FAULT, JobState
 from models.tables import Job
 
-OUR_FAULT = ("internal", "attempts_exhausted")
 JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
 NO_TOKENS = {  # nothing here is counted in them; clients need the member
     "input_tokens": 0,

@@ -266,7 +266,7 @@ ACTS = (
     Act("list: rejected, of which there are 5", "list", _page(state="rejected", rows=5), "read"),
     Act("queue_now", "", lambda queue, session: session.execute(text("SELECT * FROM queue_now")).all(), "read"),
     Act("lookout", "", _expect, "own"),
-    Act("renew 64 leases", "", lambda queue, session: leases.renew(session, queue.held, ttl_s=A_DAY_S), "commit"),
+    Act("renew 64 leases", "", lambda queue, session: leases.renew(session, queue.held, worker=WORKER, ttl_s=A_DAY_S), "commit"),
 )
 
 

@@ -7,6 +7,7 @@ import click
 from cli import screen
 from cli.installation import Installation, pass_installation
 from models import jobs
+from models.files import FileGone
 
 START_WITHIN_S = 86_400.0  # an operator who tries again is not in the hurry that the tenant was in
 
@@ -23,6 +24,9 @@ def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -
     try:
         with installation.transaction() as session:
             job = jobs.requeue_dead(session, job_id, start_within_s=START_WITHIN_S, actor="operator")
+    except FileGone as error:
+        screen.complain(f"Job {job_id} starts from file {error.file_id}, which its tenant has deleted.")
+        ctx.exit(4)
     except jobs.JobAlreadyFinished:
         screen.complain(f"Job {job_id} was requeued before; dead_letters.requeued_as says as what.")
         ctx.exit(4)

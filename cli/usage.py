@@ -12,7 +12,7 @@ from cli.tenants import named
 from models import usage as ledger
 from models.tables import UsageDay
 
-_SUMMED = ("jobs_accepted", "jobs_succeeded", "reserved", "settled", "cost")
+_SUMMED = ("jobs_accepted", "jobs_succeeded", "reserved", "settled", "abandoned", "cost")
 
 
 @click.command()
@@ -22,7 +22,8 @@ _SUMMED = ("jobs_accepted", "jobs_succeeded", "reserved", "settled", "cost")
 def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
     """Show what a tenant used, by UTC days; a day without a job has no line.
 
-    Jobs count on the day on which they were accepted. Reserved are the megapixel-steps of those under way, settled of those that succeeded.
+    Jobs count on the day on which they were accepted. Reserved are the megapixel-steps of those under way, settled of stored images,
+    abandoned what was done of others for jobs that were canceled; quotas count all three, and money is asked for the stored ones.
     """
     today = datetime.now(UTC).date()
     with installation.transaction() as session:
@@ -30,10 +31,10 @@ def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
         days = ledger.days(session, tenant_id=tenant_id, since=today - timedelta(days=num_days - 1), until=today)
     currency = installation.load_fleet().currency
     rows = [*(_line(str(day.day), [day], currency) for day in days), _line("total", days, currency)]
-    columns = ["day (UTC)", "accepted", "succeeded", "reserved Mpx-steps", "settled Mpx-steps", "cost"]
+    columns = ["day (UTC)", "accepted", "succeeded", "reserved Mpx-steps", "settled Mpx-steps", "abandoned Mpx-steps", "cost"]
     screen.out().print(screen.table(columns, rows, numbers=columns[1:]))
 
 
 def _line(label: str, days: Sequence[UsageDay], currency: str) -> tuple[Any, ...]:
-    accepted, succeeded, reserved, settled, cost = (sum(getattr(day, column) for day in days) for column in _SUMMED)
-    return label, accepted, succeeded, f"{reserved:.6f}", f"{settled:.6f}", f"{cost:.6f} {currency}"
+    accepted, succeeded, reserved, settled, abandoned, cost = (sum(getattr(day, column) for day in days) for column in _SUMMED)
+    return label, accepted, succeeded, f"{reserved:.6f}", f"{settled:.6f}", f"{abandoned:.6f}", f"{cost:.6f} {currency}"

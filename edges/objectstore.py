@@ -86,6 +86,16 @@ class ObjectStore:
         except (BotoCoreError, ClientError) as error:
             raise _failure(error) from error
 
+    def holds(self, key: str) -> bool:
+        """Is there such an object? Raises StoreUnavailable."""
+        try:
+            self._client.head_object(Bucket=self._bucket, Key=key)
+        except (BotoCoreError, ClientError) as error:
+            if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound"):
+                return False
+            raise StoreUnavailable(_reason(error)) from error
+        return True
+
     def delete(self, key: str) -> None:
         """Harmless when there is no such key. Raises StoreUnavailable."""
         try:

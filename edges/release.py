@@ -9,10 +9,12 @@ from collections.abc import Sequence
 
 import structlog
 from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
 
 from edges.broker import Broker, BrokerUnavailable
 from models import inputs, releasing, workers
-from models.database import transaction
+from models.database import run_transaction, transaction
 from models.releasing import Picked, Room
 from models.states import JobState
 from models.tables import Job
@@ -34,11 +36,14 @@ class Release:
 
         tenant_id: whose job was just accepted; only this tenant is looked at when the tier's own room is full.
         """
-        with transaction(self._engine) as session:
+
+        def pick(session: Session) -> tuple[list[Picked], list[uuid.UUID]]:
             slots = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s).slots
             room = self.room(pool, tier, slots)
             picked = releasing.pick(session, pool=pool, tier=tier, room=room, tenant_id=tenant_id)
-            lacking = inputs.ask(session, pool=pool, tier=tier, most=room.limit_images)
+            return picked, inputs.ask(session, pool=pool, tier=tier, most=room.limit_images)
+
+        picked, lacking = run_transaction(self._engine, pick)
         self._ask_for_inputs(tier, lacking)
         return self._publish(pool, tier, picked)
 
@@ -64,8 +69,7 @@ class Release:
 
     def again(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
         """Announce jobs whose message was lost; those that a worker took meanwhile are left out."""
-        with transaction(self._engine) as session:
-            picked = releasing.announce_again(session, job_ids)
+        picked = run_transaction(self._engine, lambda session: releasing.announce_again(session, job_ids))
         return self._publish(pool, tier, picked)
 
     def pass_on(self, job_id: uuid.UUID) -> None:
@@ -92,7 +96,13 @@ class Release:
                 self._broker.announce(queues.RENDER_JOB, queue, job.job_id, num_images=job.num_images)
             except BrokerUnavailable as error:
                 log.warning("announce_failed", job_id=str(job.job_id), reason=str(error))
-                with transaction(self._engine) as session:
-                    releasing.withdraw(session, [left.job_id for left in picked[position:]])
+                self._withdraw([left.job_id for left in picked[position:]])
                 return position
         return len(picked)
+
+    def _withdraw(self, job_ids: Sequence[uuid.UUID]) -> None:
+        """Take the stamps back; where even that fails, the sweeper finds stamps without messages. The jobs are accepted all the same."""
+        try:
+            run_transaction(self._engine, lambda session: releasing.withdraw(session, job_ids))
+        except SQLAlchemyError as error:
+            log.warning("withdrawal_failed", jobs=len(job_ids), reason=type(error).__name__)

@@ -27,13 +27,10 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
     session.flush()
     for object_key in sorted({artifact.object_key for artifact in artifacts}):
         uploads.give_up(session, object_key)  # before the flow is locked, as where an image is stored
-    was = job.state
-    if was in ACTIVE_STATES:
-        jobs.take_back(session, job)
+    if job.state in ACTIVE_STATES:
+        jobs.take_back(session, job, actor=actor)
     job.prompt, job.negative_prompt, job.labels = "", "", None
     job.erased_at = func.clock_timestamp()
-    if was in ACTIVE_STATES:
-        audit.append(session, "job:state:canceled", chain=tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
     audit.append(session, "job:content:erased", chain=tenant_id, actor=actor, job_id=job.id, images=len(artifacts))
     session.refresh(job)
     return job

@@ -17,7 +17,7 @@ from models import accepting, audit, flows, idempotency, inputs, uploads, usage,
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
 from models.idempotency import Once
-from models.states import ACTIVE_STATES, FINAL_STATES, FailureCode, ImageState, JobState, Outcome
+from models.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
 
 SWEEPER = "sweeper"
@@ -118,9 +118,7 @@ def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
         return job
     if job.state not in ACTIVE_STATES:
         raise JobAlreadyFinished(job)
-    was = job.state
-    take_back(session, job)
-    audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was)
+    take_back(session, job, actor=actor)
     session.refresh(job)
     return job
 
@@ -131,11 +129,33 @@ def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | 
     return session.scalar(is_it.with_for_update().options(*whole()), execution_options=AFRESH)
 
 
-def take_back(session: Session, job: Job) -> None:
-    """End an active job that its tenant does not want any more. The caller, who locked it, appends the audit event."""
-    if job.state == JobState.RUNNING:
+def take_back(session: Session, job: Job, *, actor: str) -> None:
+    """End an active job, which the caller locked, that its tenant does not want any more."""
+    was = job.state
+    if was == JobState.RUNNING:
         end_attempt(session, job, Outcome.CANCELED)
-    finish(session, job, JobState.CANCELED)
+    bill = finish(session, job, JobState.CANCELED)
+    audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was, **bill)
+
+
+def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor: str) -> None:
+    """Book the work on images of a canceled job, which the caller locked, that was not known of when it was canceled.
+
+    steps_done: how far each had come, by index. Nothing for what is stored, or is in the row already.
+    """
+    rows = session.scalars(select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)).all()
+    before = sum(row.steps_done for row in rows)
+    for row in rows:
+        row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), job.num_steps))
+    steps = sum(row.steps_done for row in rows) - before
+    if not steps:
+        return
+    shares = _shares(job)
+    amount = shares.of_steps(before + steps) - shares.of_steps(before)
+    session.flush()
+    usage.abandon(session, amount, tenant_id=job.tenant_id, day=job.usage_day)
+    facts = {"steps": steps, "abandoned": str(amount)}
+    audit.append(session, "job:work:abandoned", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
 
 
 def expire(session: Session, job_id: uuid.UUID) -> Job | None:
@@ -164,8 +184,8 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
     )
     if job is not None:
         detail = f"not rendered within {job.run_within_s:g} s of its start"
-        finish(session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail)
-        audit.append(session, "job:state:failed", chain=job.tenant_id, actor=SWEEPER, job_id=job.id, code=FailureCode.RUN_DEADLINE)
+        facts = {"code": FailureCode.RUN_DEADLINE} | finish(session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail)
+        audit.append(session, "job:state:failed", chain=job.tenant_id, actor=SWEEPER, job_id=job.id, **facts)
     return job
 
 
@@ -207,7 +227,7 @@ def store(
     store_within_s: float,
     actor: str,
 ) -> Job | None:
-    """Record an uploaded image; with the last one the job succeeds and gets its price, in the same transaction.
+    """Record an uploaded image, and what the job costs by now; with the last one it succeeds, in the same transaction.
 
     artifact: columns of Artifact from `object_key` to `content_sha256`.  price: device seconds of the job to money.
     None, and nothing is written, if the image is stored already, belongs to another attempt, or the job ended otherwise.
@@ -224,6 +244,7 @@ def store(
     session.flush()
     image.state, image.artifact_id = ImageState.STORED, row.id
     job.device_seconds += image.device_seconds
+    job.cost = price(job.device_seconds)
     digests = {"pixels_sha256": row.pixels_sha256, "content_sha256": row.content_sha256}
     facts = {"index": index, "artifact_id": str(row.id), **digests}
     session.flush()
@@ -233,7 +254,6 @@ def store(
             job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
         audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
         return job
-    job.cost = price(job.device_seconds)
     finish(session, job, JobState.SUCCEEDED)
     audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
     bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
@@ -247,9 +267,10 @@ def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
     return {index: attempt for index, attempt in session.execute(query.order_by(Image.index)) if attempt is not None}
 
 
-def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> None:
+def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> dict[str, Any]:
     """Set a final state, drop every claim on the job, charge its flow what it really took, settle its entry in the ledger and note the
-    webhooks that are to tell of it. The caller appends the audit event.
+    webhooks that are to tell of it. The caller appends the audit event, with the facts that are returned: what it came to if it came to
+    anything without succeeding.
     """
     job.state, job.finished_at = state, func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
@@ -259,9 +280,35 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
         actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
         difference_s = actual_s - job.predicted_s
         flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
-    succeeded, cost = state == JobState.SUCCEEDED, job.cost or Decimal(0)
-    usage.settle(session, tenant_id=job.tenant_id, day=job.usage_day, amount=job.megapixel_steps, succeeded=succeeded, cost=cost)
+    stored, steps = _came_to(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
+    shares = _shares(job)
+    booking = usage.Booking(
+        reserved=job.megapixel_steps,
+        settled=shares.of_images(stored),
+        abandoned=shares.of_steps(steps) if state in TAKEN_BACK else Decimal(0),
+        cost=job.cost or Decimal(0),
+        succeeded=state == JobState.SUCCEEDED,
+    )
+    usage.settle(session, booking, tenant_id=job.tenant_id, day=job.usage_day)
     webhooks.note(session, job, f"job.{state}")
+    if booking.succeeded or not (stored or booking.abandoned):
+        return {}
+    in_words = {name: str(getattr(booking, name)) for name in ("settled", "abandoned", "cost")}
+    return {"images_stored": stored, **in_words, "currency": job.currency}
+
+
+def _shares(job: Job) -> usage.Shares:
+    return usage.Shares(job.megapixel_steps, job.num_images, job.num_steps)
+
+
+def _came_to(session: Session, job: Job) -> tuple[int, int]:
+    """How many of the job's images are stored, and the denoise steps that its rows know of the others."""
+    if job.attempt == 0:
+        return 0, 0
+    is_stored = Image.state == ImageState.STORED
+    sums = (func.count().filter(is_stored), func.coalesce(func.sum(Image.steps_done).filter(~is_stored), 0))
+    stored, steps = session.execute(select(*sums).where(Image.job_id == job.id)).one()
+    return stored, steps
 
 
 def requeue(job: Job) -> None:

@@ -2,20 +2,25 @@
 
 The attempt number is the fence: it grows with every lease, and every later write of a worker names it. Whoever comes
 late finds another number and is told LeaseLost. No row lock outlives its statement.
+
+All of this takes a commit that was answered for one that stays: a standby that takes over has to have it (synchronous replication,
+`synchronous_standby_names` and `synchronous_commit` at `on` or above). One that has lost the last commits may give an attempt's number
+to a second worker. So the worker's name is part of the fence: the two cannot renew each other's lease or write under it. What the loss
+of commits did besides, nobody can tell any more.
 """
 
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from sqlalchemy import func, or_, select, tuple_, update
+from sqlalchemy import func, or_, select, text, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, inputs, jobs
 from models.database import AFRESH
-from models.states import ACTIVE_STATES, FailureCode, ImageState, JobState, Outcome
+from models.states import ACTIVE_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
 
 OVERDUE_S = 30.0  # past its run deadline
@@ -29,7 +34,8 @@ class LeaseLost(Exception):
 class Lease:
     """The right to run `job`; `attempt` fences every write made under it. `pending` are the images still to render.
 
-    run_within_s: what is left of the job's run deadline; None = it has none.
+    run_within_s: what is left of the job's run deadline; None = it has none.  reached: how far earlier attempts had come with each of the
+    pending images, by index.
     """
 
     job: Job
@@ -37,6 +43,7 @@ class Lease:
     worker: str
     pending: tuple[int, ...]
     run_within_s: float | None = None
+    reached: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def job_id(self) -> uuid.UUID:
@@ -96,38 +103,67 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
     if taken is None:
         return None
     row, run_left_s = taken
-    pending = session.scalars(select(Image.index).where(Image.job_id == job_id, Image.state == ImageState.PENDING).order_by(Image.index))
+    is_pending = (Image.job_id == job_id, Image.state == ImageState.PENDING)
+    pending = session.execute(select(Image.index, Image.reached_step).where(*is_pending).order_by(Image.index)).all()
     lease = Lease(
         job=row,
         attempt=row.attempt,
         worker=worker,
-        pending=tuple(pending),
+        pending=tuple(index for index, _ in pending),
         run_within_s=None if run_left_s is None else max(0.0, float(run_left_s)),
+        reached={index: step for index, step in pending if step},
     )
     session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
     audit.append(session, "job:lease:taken", chain=row.tenant_id, actor=worker, job_id=job_id, attempt=row.attempt)
     return lease
 
 
-def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, ttl_s: float) -> set[uuid.UUID]:
-    """Prolong all of a worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
+def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float) -> set[uuid.UUID]:
+    """Prolong all of the worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
 
     A job past its run deadline should have been stopped by its engine; when that is clearly not coming, its lease is not renewed.
     """
     if not held:
         return set()
-    statement = (
-        update(Job)
+    own = (
+        select(Job.id)
         .where(
             tuple_(Job.id, Job.attempt).in_(held),
             Job.state == JobState.RUNNING,
+            Job.worker == worker,
             or_(Job.run_by.is_(None), Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S)),
         )
+        .order_by(Job.id)
+        .with_for_update(key_share=True)
+    )
+    statement = (
+        update(Job)
+        .where(Job.id.in_(own))
         .values(lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s))
         .returning(Job.id)
         .execution_options(synchronize_session=False)
     )
     return set(session.scalars(statement))
+
+
+_NOTE_STEPS = text(
+    """
+    UPDATE images i SET reached_step = n.step
+    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:indexes AS integer[]), CAST(:steps AS integer[])) AS n (job_id, index, step)
+    WHERE i.job_id = n.job_id AND i.index = n.index AND i.state = 'pending' AND i.reached_step < n.step
+    """
+)
+
+
+def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -> None:
+    """Note how far images have come, by job and index, of jobs whose leases this transaction has just renewed.
+
+    What a later attempt does again is told by this when nothing else is left of the images: neither snapshots nor progress.
+    """
+    if reached:
+        rows = [(str(job_id), index, step) for (job_id, index), step in sorted(reached.items())]
+        job_ids, indexes, steps = (list(column) for column in zip(*rows, strict=True))
+        session.execute(_NOTE_STEPS, {"job_ids": job_ids, "indexes": indexes, "steps": steps})
 
 
 def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float) -> Job:
@@ -140,7 +176,7 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     if image.handed_off_attempt == lease.attempt:
         return job  # noted already: the answer to a commit was lost, and this is the second try
     image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
-    image.steps_done = rendered.num_steps
+    image.steps_done = image.reached_step = rendered.num_steps
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
@@ -176,6 +212,7 @@ def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left]
     for image in left:
         row = session.get_one(Image, (job.id, image.index))
         row.snapshot_ref, row.steps_done = image.snapshot_ref, image.steps_done
+        row.reached_step = max(row.reached_step, image.steps_done)
         row.device_seconds += image.device_seconds  # bought something: it is the tenant's, once the image is finished from there
         attempt.device_seconds += image.device_seconds
     attempt.snapshot_bytes, attempt.snapshot_store = sum(image.size_bytes for image in left), store if left else None
@@ -201,13 +238,11 @@ def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int
     _held(session, lease)
     attempt = session.get_one(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
     attempt.resumed_steps, attempt.lost_steps = sum(resumed.values()), lost_steps
-    anew = [index for index, step in resumed.items() if not step]
-    session.execute(
-        update(Image)
-        .where(Image.job_id == lease.job_id, Image.index.in_(anew), Image.state == ImageState.PENDING)
-        .values(device_seconds=0.0, snapshot_ref=None, steps_done=0)
-        .execution_options(synchronize_session=False)
-    )
+    pending = select(Image).where(Image.job_id == lease.job_id, Image.index.in_(resumed), Image.state == ImageState.PENDING)
+    for image in session.scalars(pending.order_by(Image.index)):
+        image.steps_done = image.reached_step = resumed[image.index]
+        if not image.steps_done:
+            image.device_seconds, image.snapshot_ref = 0.0, None
     if lost_steps:
         earlier = select(Attempt.outcome).where(Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt)
         attempt.lost_cause = session.scalar(earlier.order_by(Attempt.attempt.desc()).limit(1))
@@ -218,8 +253,8 @@ def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> J
     """End the job: no retry helps. Raises LeaseLost."""
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
-    jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
-    audit.append(session, "job:state:failed", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, code=code)
+    facts = {"code": code} | jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
+    audit.append(session, "job:state:failed", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts)
     return job
 
 
@@ -251,6 +286,8 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     """The pixels of these images are gone: render them again, which does not count as a try. None if they were stored meanwhile.
 
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
+    A job that was rendered has kept its run deadline: while its pixels waited for a store in vain nothing ran, and it is
+    given the whole time again.
     """
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is None or job.state not in ACTIVE_STATES:
@@ -259,31 +296,39 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
         if image.state == ImageState.HANDED_OFF and image.handed_off_attempt == attempt_of[image.index]:
             image.state, image.handed_off_attempt, image.handed_off_at = ImageState.PENDING, None, None
-            image.device_seconds = 0.0
+            image.device_seconds, image.steps_done = 0.0, 0  # `reached_step` stays: they are done again
             gone.append(image.index)
     if not gone:
         return None
     if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
         inputs.lose(job)  # they were dropped with the last image
+        if job.run_within_s is not None:
+            job.run_by = func.clock_timestamp() + timedelta(seconds=job.run_within_s)
     audit.append(
         session, "job:hand-off:lost", chain=job.tenant_id, actor=jobs.SWEEPER, job_id=job_id, attempt=job.attempt, indexes=sorted(gone)
     )
     return job
 
 
-def note_waste(session: Session, job_id: uuid.UUID, attempt: int, *, device_seconds: float) -> None:
-    """Add device time that bought no image to the attempt's record; its `waste_class` says why."""
-    if device_seconds > 0 and (row := session.get(Attempt, (job_id, attempt), with_for_update=True)) is not None:
-        row.device_seconds += device_seconds
+def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_done: Mapping[int, int]) -> None:
+    """Add device time that bought no image to the attempt's record; its `waste_class` says why.
+
+    steps_done: how far the images had come that it was spent on, by index. If the tenant took the job back, that is booked on its account.
+    """
+    job = session.get(Job, lease.job_id, with_for_update={"key_share": True})
+    row = session.get(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
+    if job is None or row is None or row.worker != lease.worker:
+        return
+    row.device_seconds += device_seconds
+    if job.state in TAKEN_BACK and job.attempt == lease.attempt:
+        jobs.abandon(session, job, steps_done, actor=lease.worker)
 
 
 def _held(session: Session, lease: Lease) -> Job:
     """The job's row, locked, if it is still this attempt's."""
-    job = session.scalar(
-        select(Job).where(Job.id == lease.job_id, Job.attempt == lease.attempt, Job.state == JobState.RUNNING).with_for_update(),
-        execution_options=AFRESH,
-    )
+    is_its = (Job.attempt == lease.attempt, Job.worker == lease.worker, Job.state == JobState.RUNNING)
+    job = session.scalar(select(Job).where(Job.id == lease.job_id, *is_its).with_for_update(), execution_options=AFRESH)
     if job is None:
         raise LeaseLost(f"job {lease.job_id} is not attempt {lease.attempt}'s any more")
     return job
@@ -294,7 +339,7 @@ def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_att
     job.counted_attempts += 1
     facts = {"counted_attempts": job.counted_attempts, "outcome": outcome.value}
     if job.counted_attempts >= max_attempts:
-        jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
+        facts |= jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
         event, facts["code"] = "job:state:failed", FailureCode.ATTEMPTS_EXHAUSTED
     else:
         jobs.requeue(job)

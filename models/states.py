@@ -17,6 +17,7 @@ class JobState(StrEnum):
 
 
 FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.REJECTED, JobState.CANCELED, JobState.EXPIRED)
+TAKEN_BACK = (JobState.CANCELED, JobState.REJECTED)  # by what its tenant did or asked for: work that came to nothing is the tenant's
 ACTIVE_STATES = (JobState.QUEUED, JobState.RUNNING, JobState.STORING)
 
 
@@ -56,3 +57,16 @@ class FailureCode(StrEnum):
     INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
     RUN_DEADLINE = "run_deadline"  # it was not rendered within run_within_s of its first start
     INTERNAL = "internal"
+
+
+# Whose doing a failure is. Ours: what was asked for is offered, and the same request may do better on another try. The rest is the
+# request's own: it comes to the same however often it is tried.
+OUR_FAULT = frozenset(
+    {
+        FailureCode.ATTEMPTS_EXHAUSTED,
+        FailureCode.OUT_OF_MEMORY,  # of a size and number of images that fleet.toml offers
+        FailureCode.INPUT_GONE,  # a file that a job under way starts from cannot be erased: the store has lost it
+        FailureCode.RUN_DEADLINE,
+        FailureCode.INTERNAL,
+    }
+)

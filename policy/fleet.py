@@ -61,7 +61,7 @@ class Tier(_Table):
     determinism: Literal["best_effort", "reproducible"]
     price_weight: float = Field(gt=0)
     start_within_s: int = Field(ge=1)
-    run_within_s: float = Field(3600.0, gt=0)  # from the first start to the last pixels; then the job fails
+    run_within_s: float = Field(3600.0, gt=0)  # from the first start to the last pixels, storing not counted; then the job fails
     checkpoint_every_steps: int = Field(10, ge=0)  # what a killed worker loses at most, of each image; 0: everything
     retention_days: int | None = Field(None, ge=1)  # after a job's end its prompts and images are erased; None: kept
     max_in_hand_per_tenant: int | None = Field(None, ge=1)  # images announced or running; None: as many as there is room for

@@ -29,7 +29,11 @@ WITHDRAW_WITHIN_S = 20.0  # a snapshot is taken at the next step boundary; no st
 
 @dataclass(frozen=True)
 class Earlier:
-    """What earlier attempts left of a job's images, by index: the newest snapshot of each, and the step it was last heard at."""
+    """What earlier attempts left of a job's images, by index: the newest snapshot of each, and the step that it had come to.
+
+    That is the later of two: what was heard of its progress last, which is gone with the hand-off, and what its row says, which is a
+    heartbeat old.
+    """
 
     kept: Mapping[int, Kept]
     reached: Mapping[int, int]
@@ -52,7 +56,8 @@ class Checkpoints:
         """What there is to go on from."""
         if lease.attempt == 1:
             return Earlier({}, {})
-        reached = {step.index: step.step for step in self._news.steps(lease.job_id)}
+        heard = {step.index: step.step for step in self._news.steps(lease.job_id)}
+        reached = {index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending}
         try:
             return Earlier(self._snapshots.of(lease.job_id), reached)
         except SnapshotsUnavailable as error:

@@ -18,6 +18,7 @@ import structlog
 from sqlalchemy import Engine
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.orm import Session
 
 from edges import telemetry
 from models import learning, leases, workers
@@ -46,6 +47,11 @@ def _nothing() -> None:
     """Nobody is to be told."""
 
 
+def _no_steps() -> Mapping[int, int]:
+    """Nothing has been begun."""
+    return {}
+
+
 @dataclass(eq=False)
 class Held:
     """A lease in this worker's hands, and why it should be let go of: it is `lost`, or its worker is `leaving`."""
@@ -58,6 +64,7 @@ class Held:
     is_alone: bool = False  # or waits until it is
     on_change: Callable[[], None] = _nothing
     expected_s: Callable[[], float | None] = lambda: None  # until its last pixels; None: nobody can say
+    steps: Callable[[], Mapping[int, int]] = _no_steps  # how far each of its images has come, by index
 
     def lose(self) -> None:
         """Let go: the job is somebody else's, or nobody's any more."""
@@ -257,13 +264,20 @@ class LeaseKeeper:
         with self._lock:
             seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
-        with transaction(self._beats) as session:
-            kept = leases.renew(session, [(held.lease.job_id, held.lease.attempt) for held in snapshot], ttl_s=self._ttl_s)
+
+        def renew(session: Session) -> set[uuid.UUID]:
             who, slots = self.identity, 0 if self.leaving else self.identity.slots
+            own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
+            kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
+            going_on = [held for held in snapshot if held.lease.job_id in kept]
+            leases.note_steps(session, {(held.lease.job_id, index): step for held in going_on for index, step in held.steps().items()})
             workers.heartbeat(
                 session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts, silent_after_s=self._ttl_s
             )
             learning.observe(session, seen)
+            return kept
+
+        kept = run_transaction(self._beats, renew)
         self._renewed_at = started_at
         gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.lost.is_set()]
         self._lose(gone)

@@ -26,7 +26,7 @@ from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from models import leases
-from models.database import run_transaction, transaction
+from models.database import run_transaction
 from models.leases import Lease, LeaseLost, Rendered
 from policy import queues
 from policy.catalog import checkpoint_name
@@ -57,11 +57,12 @@ class Work:
     handles: dict[int, Handle] = field(default_factory=dict)
     resumed: dict[int, int] = field(default_factory=dict)  # the step at which a snapshot let it begin
     left: set[int] = field(default_factory=set)  # withdrawn: another attempt goes on
+    handed_on: set[int] = field(default_factory=set)
     endings: "queue.SimpleQueue[Finished | Failed | None]" = field(default_factory=queue.SimpleQueue)
 
     def open_handles(self) -> dict[int, Handle]:
         """The images that have not ended."""
-        return {index: handle for index, handle in self.handles.items() if not handle.done()}
+        return {index: handle for index, handle in list(self.handles.items()) if not handle.done()}
 
     def look_up(self) -> None:
         """Wake whoever waits for an ending; a lost lease stops the images at their next step whatever that one is busy with."""
@@ -69,6 +70,10 @@ class Work:
             for handle in list(self.handles.values()):
                 handle.cancel()
         self.endings.put(None)
+
+    def steps(self) -> dict[int, int]:
+        """How far each image that has not ended has come."""
+        return {index: handle.progress().step for index, handle in self.open_handles().items()}
 
     def expected_s(self) -> float | None:
         """Seconds until the last image's pixels; None while an image has not begun."""
@@ -170,6 +175,7 @@ class Renderer:
             raise LetGo
         if lease.attempt > 1:
             self._note_resumption(work, earlier)
+        held.steps = work.steps  # only now: until then the rows say how far the attempts before had come
         for _ in lease.pending:
             while (event := work.endings.get()) is None:
                 if held.lost.is_set() or held.leaving:
@@ -231,6 +237,7 @@ class Renderer:
             is_vain=lambda: work.held.lost.is_set() or bool(work.held.leaving),
         )
         persist(lambda: self._note_hand_off(lease, index, steps, finished), verdicts.DATABASE_AWAY)
+        work.handed_on.add(index)
         work.held.unrendered -= 1
         self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
@@ -310,12 +317,16 @@ class Renderer:
             telemetry.STEPS_LOST.labels(cause).inc(sum(lost.values()))
 
     def _note_waste(self, work: Work) -> None:
-        """Device time of images that were not finished goes on the attempt's account, not on the tenant's bill."""
-        unfinished = [handle for index, handle in work.handles.items() if index not in work.left and not _is_finished(handle)]
-        wasted_s = sum(handle.progress().device_seconds for handle in unfinished)
+        """Device time of images that were not handed on goes on the attempt's account; of a job that was canceled, on its tenant's.
+
+        An image that was finished when its job was canceled is one of them, too.
+        """
+        spent = {index: handle.progress() for index, handle in work.handles.items() if index not in work.left | work.handed_on}
+        wasted_s = sum(image.device_seconds for image in spent.values())
         if wasted_s:
-            with transaction(self.database) as session:
-                leases.note_waste(session, work.held.lease.job_id, work.held.lease.attempt, device_seconds=wasted_s)
+            told = {"device_seconds": wasted_s, "steps_done": {index: image.step for index, image in spent.items()}}
+            lease = work.held.lease
+            persist(lambda: run_transaction(self.database, lambda session: leases.note_waste(session, lease, **told)), verdicts.DATABASE_AWAY)
 
 
 def _drained(work: Work) -> Iterator[FinishedImage]:
@@ -323,10 +334,3 @@ def _drained(work: Work) -> Iterator[FinishedImage]:
     while not work.endings.empty():
         if isinstance(event := work.endings.get(), Finished):
             yield event.image
-
-
-def _is_finished(handle: Handle) -> bool:
-    try:
-        return handle.done() and handle.result(0) is not None
-    except EngineError:
-        return False

@@ -204,6 +204,7 @@ SCHEMAS: dict[str, Schema] = {
         jobs_succeeded=WHOLE,
         reserved_megapixel_steps=NUMBER,
         settled_megapixel_steps=NUMBER,
+        abandoned_megapixel_steps=NUMBER,
         cost=TEXT,
     ),
     "Usage": has({"limits": ref("Limits"), "used_megapixel_steps": {"type": "object"}}, **_USAGE, data=many(ref("UsageDay"))),

@@ -60,7 +60,7 @@ class Job(Base):
     lacks_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # the pictures it starts from are to be brought
     inputs_asked_at: Mapped[datetime | None]  # of whoever brings them, the last time
     start_by: Mapped[datetime]
-    run_within_s: Mapped[float | None]  # from its first start to its last pixels
+    run_within_s: Mapped[float | None]  # from its first start to its last pixels; anew when these are lost before they are stored
     run_by: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     rendered_at: Mapped[datetime | None]
@@ -148,7 +148,8 @@ class Image(Base):
     handed_off_attempt: Mapped[int | None]
     handed_off_at: Mapped[datetime | None]
     snapshot_ref: Mapped[str | None]
-    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of it there is something to show for: pixels, a snapshot
+    reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # as last noted, whatever is left of it
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
 

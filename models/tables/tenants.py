@@ -69,7 +69,7 @@ class ApiKey(Base):
 
 
 class UsageDay(Base):
-    """The ledger of one tenant and UTC day: reserved when a job is accepted, settled when it succeeds, released when it does not."""
+    """The ledger of one tenant and UTC day; models/usage.py says what is booked when."""
 
     __tablename__ = "usage_ledger"
 
@@ -77,6 +77,7 @@ class UsageDay(Base):
     day: Mapped[date] = mapped_column(primary_key=True)
     reserved: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # megapixel-steps
     settled: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
+    abandoned: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
     jobs_accepted: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     jobs_succeeded: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     cost: Mapped[Decimal] = mapped_column(server_default=text("0"), default=Decimal(0))  # money

@@ -12,10 +12,12 @@ import httpx
 import pytest
 from sqlalchemy import text
 
+from edges.objectstore import ObjectStore
 from models.database import make_engine, transaction
+from settings import StoreSettings
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
-from tests.builders import until
+from tests.builders import settings_for, until
 from tests.pictures import a_picture, decoded, png
 
 LOOPBACK = "127.0.0.1/32"
@@ -43,6 +45,18 @@ def sql(stack):
 
 def bring(tenant, content=None, **options):
     return tenant.post("/v1/files", files={"file": ("picture", png() if content is None else content)}, **options)
+
+
+def test_a_picture_that_the_store_has_lost_is_there_again_once_it_is_brought_again(tenant, stack, sql):
+    content = png(a_picture(40, 24, seed=5))
+    file = bring(tenant, content).json()
+    [row] = sql("SELECT object_key FROM files WHERE id = :id", id=file["id"])
+    ObjectStore(settings_for(StoreSettings, stack.env)).delete(row["object_key"])
+
+    again = bring(tenant, content).json()
+
+    assert again["id"] == file["id"]
+    assert fetched(tenant, again).status_code == 200
 
 
 def fetched(tenant, file) -> httpx.Response:

@@ -6,8 +6,11 @@ lock in different orders meet within a few tries, where in production it takes a
 
 import io
 import itertools
+import random
+import time
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from decimal import Decimal
 from functools import cached_property
@@ -19,7 +22,7 @@ from sqlalchemy import Engine, event, text
 
 from app import create_app
 from models import api_keys, jobs, leases, tenants, webhooks, workers
-from models.database import CONFLICTS, run_transaction, transaction
+from models.database import CONFLICTS, TRIES, run_transaction, transaction
 from models.webhooks import Claim, Tried
 from policy.fleet import parse_fleet
 from settings import REPO, GatewaySettings
@@ -29,14 +32,14 @@ from tests.models.conftest import Database, a_database
 from tests.models.facts import at_once
 from tests.pictures import a_picture, png
 
-TRIES = 3
+AT_MOST_APART_S = 0.03  # what comes before the first lock of one operation and not of another
 SLOW = """
 CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS $$
-BEGIN PERFORM pg_sleep(0.001 + random() * 0.004); RETURN coalesce(NEW, OLD); END $$
+BEGIN PERFORM pg_sleep(random() * 0.01); RETURN coalesce(NEW, OLD); END $$
 """
 LOCKED = ("tenants", "api_keys", "jobs", "files", "uploads", "flows", "usage_ledger", "webhook_endpoints", "webhook_deliveries")
 A_DAY_S = 86_400.0
-JOB = {"prompt": "a red circle", "tier": "batch", "steps": 1, "n": 2}
+JOB = {"prompt": "a red circle", "tier": "batch", "steps": 4, "n": 2}
 _colours = itertools.count()
 
 
@@ -222,23 +225,80 @@ def house(stack) -> Iterator[House]:
         parts.database.dispose()
 
 
-def race(house: House, first: str, second: str, *, are_strangers: bool) -> None:
-    """Both at the same moment, twice each, a few times."""
-    for _ in range(TRIES):
+def race(house: House, first: str, second: str, *, are_strangers: bool, tries: int) -> None:
+    """Both at nearly the same moment, twice each, some times."""
+
+    def soon(act: Act) -> Act:
+        def start() -> tuple[int, dict]:
+            time.sleep(random.uniform(0, AT_MOST_APART_S))
+            return act()
+
+        return start
+
+    for _ in range(tries):
         one = house.tenant()
         other = house.tenant() if are_strangers else one
         acts = [OPERATIONS[name](tenant) for name, tenant in ((first, one), (second, other)) for _ in range(2)]
 
-        answers = at_once(*acts)
+        answers = at_once(*map(soon, acts))
 
         assert [body for status, body in answers if status >= 500] == [], (first, second)
         assert house.deadlocks == [], (first, second)
 
 
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_that_is_raced_does_something(house, operation):
+    status, body = OPERATIONS[operation](house.tenant())()
+
+    assert status < 300, body
+    assert body.get("refused", 0) == 0
+
+
 @pytest.mark.parametrize("are_strangers", [False, True], ids=["one tenant", "two tenants"])
 def test_no_two_operations_deadlock_that_once_did(house, are_strangers):
     for first, second in itertools.combinations_with_replacement(LIKELY, 2):
-        race(house, first, second, are_strangers=are_strangers)
+        race(house, first, second, are_strangers=are_strangers, tries=8)
+
+
+@contextmanager
+def conflicts(house: House, code: str, times: int) -> Iterator[None]:
+    """The first transactions that insert a job end as a conflict would; a sequence counts them, for that is not rolled back."""
+    make = (
+        "CREATE SEQUENCE tries",
+        f"""CREATE FUNCTION conflict() RETURNS trigger LANGUAGE plpgsql SECURITY DEFINER AS $$
+            BEGIN IF nextval('tries') <= {times} THEN RAISE EXCEPTION 'as if' USING ERRCODE = '{code}'; END IF; RETURN NEW; END $$""",
+        "CREATE TRIGGER a_conflict BEFORE INSERT ON jobs FOR EACH ROW EXECUTE FUNCTION conflict()",
+    )
+    with transaction(house.database.owner) as session:
+        for statement in make:
+            session.execute(text(statement))
+    yield
+    with transaction(house.database.owner) as session:
+        session.execute(text("DROP FUNCTION conflict CASCADE"))
+        session.execute(text("DROP SEQUENCE tries"))
+    house.deadlocks.clear()
+
+
+@pytest.mark.parametrize("code", CONFLICTS)
+def test_a_request_that_conflicts_is_tried_again_and_its_client_does_not_hear_of_it(house, code):
+    tenant = house.tenant()
+
+    with conflicts(house, code, TRIES - 1):
+        status, job = tenant.send("POST", "/v1/jobs", json=JOB)
+
+    assert status == 202, job
+    assert [listed["id"] for listed in tenant.send("GET", "/v1/jobs")[1]["data"]] == [job["id"]]
+
+
+def test_a_request_that_conflicts_every_time_is_told_to_come_again_and_not_that_the_database_is_away(house):
+    tenant = house.tenant()
+
+    with conflicts(house, "40P01", TRIES):
+        status, problem = tenant.send("POST", "/v1/jobs", json=JOB)
+
+    assert (status, problem["type"]) == (503, "/problems/part-unavailable")
+    assert "database" not in problem["detail"]
+    assert tenant.send("GET", "/v1/jobs")[1]["data"] == []
 
 
 def test_two_who_rotate_a_webhook_s_secret_at_once_leave_one_that_lasts(house):
@@ -257,4 +317,4 @@ def test_two_who_rotate_a_webhook_s_secret_at_once_leave_one_that_lasts(house):
 def test_no_two_operations_deadlock(house, are_strangers):
     assert len(PAIRS) > 200
     for first, second in PAIRS:
-        race(house, first, second, are_strangers=are_strangers)
+        race(house, first, second, are_strangers=are_strangers, tries=4)

@@ -9,9 +9,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
-from app.openai_answers import may_still_answer
+from app.openai_answers import may_still_answer, problem_of_end
 from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read, tier_of
-from app.problems import InvalidImageRequest, ModelNotFound, NotOffered, Problem
+from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
+from models.states import FailureCode
 from models.tables import Job
 from policy.catalog import AdapterWish
 from policy.fleet import parse_size
@@ -176,6 +177,7 @@ def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_siz
         (a_job_that("succeeded", ended_ago_s=30, erased=True), False, False),
         (a_job_that("expired", ended_ago_s=5), False, False),
         (a_job_that("failed", failure_code="internal", ended_ago_s=5), False, False),
+        (a_job_that("failed", failure_code="run_deadline", ended_ago_s=5), False, False),
         (a_job_that("failed", failure_code="unsupported", ended_ago_s=5), False, True),
         (a_job_that("canceled", ended_ago_s=5), False, True),
         (a_job_that("canceled", ended_ago_s=5), True, False),
@@ -183,3 +185,20 @@ def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_siz
 )
 def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(job, streams, joins):
     assert may_still_answer(job, streams=streams) is joins
+
+
+OURS = ("attempts_exhausted", "internal", "out_of_memory", "input_gone", "run_deadline")
+THEIRS = ("unsupported", "not_finite")
+
+
+def test_every_failure_is_somebody_s_fault():
+    assert sorted([*OURS, *THEIRS]) == sorted(FailureCode)
+
+
+@pytest.mark.parametrize("code", [*OURS, *THEIRS])
+def test_a_failure_of_ours_is_a_server_error_that_clients_try_again_and_one_of_the_request_s_is_not(code):
+    problem = problem_of_end(uuid.uuid4(), "failed", code)
+
+    assert isinstance(problem, JobFailed if code in OURS else InvalidImageRequest)
+    assert (problem.status >= 500) is (code in OURS)
+    assert problem.members["failure_code"] == code

@@ -231,14 +231,14 @@ def test_usage_is_told_by_days_with_a_total(stack, tenant, as_key, tmp_path):
     cost = ask(stack.env["AUDITOR_DATABASE_URL"], "SELECT cost FROM usage_by_tenant_day WHERE tenant = %s AND day = %s", [tenant, today])
     [(cost_today,)] = cost.rows
     assert list(days) == [earlier, today, "total"]
-    assert days[earlier] == ["4", "2", "0.500000", "1.250000", "0.125000 USD"]
-    assert days[today] == ["1", "1", "0.000000", "0.065536", f"{cost_today:.6f} USD"]
-    assert days["total"] == ["5", "3", "0.500000", "1.315536", f"{cost_today + Decimal('0.125'):.6f} USD"]
+    assert days[earlier] == ["4", "2", "0.500000", "1.250000", "0.000000", "0.125000 USD"]
+    assert days[today] == ["1", "1", "0.000000", "0.065536", "0.000000", f"{cost_today:.6f} USD"]
+    assert days["total"] == ["5", "3", "0.500000", "1.315536", "0.000000", f"{cost_today + Decimal('0.125'):.6f} USD"]
     assert list(used(stack, "--tenant", tenant, "--days", 2)) == [today, "total"]
 
 
 def test_a_tenant_that_used_nothing_has_a_total_of_nothing(stack, tenant):
-    assert used(stack, "--tenant", tenant) == {"total": ["0", "0", "0.000000", "0.000000", "0.000000 USD"]}
+    assert used(stack, "--tenant", tenant) == {"total": ["0", "0", "0.000000", "0.000000", "0.000000", "0.000000 USD"]}
 
 
 def test_usage_of_no_day_at_all_is_a_wrong_command_line(stack):

@@ -46,6 +46,14 @@ def test_a_key_that_is_not_there_is_an_error_with_a_name(store, key):
         store.get(key)
 
 
+def test_a_key_is_there_from_its_put_to_its_end(store, key):
+    assert not store.holds(key)
+    store.put(key, b"an image", content_type="image/png")
+    assert store.holds(key)
+    store.delete(key)
+    assert not store.holds(key)
+
+
 def test_keys_are_content_addressed_and_scoped_to_the_tenant():
     tenant_id = uuid.UUID(int=7)
 

@@ -1,6 +1,7 @@
 """Leases: one worker at a time, fenced by the attempt; what counts as a try and what does not."""
 
 import uuid
+from dataclasses import replace
 
 import pytest
 from sqlalchemy import text
@@ -101,7 +102,7 @@ def test_renewing_prolongs_one_s_own_leases_and_tells_which_they_are(session):
     jobs.cancel(session, canceled.job_id, tenant_id=canceled.job.tenant_id, actor="tests")
     held = [(lease.job_id, lease.attempt) for lease in (mine, lost, canceled)]
 
-    kept = leases.renew(session, held, ttl_s=60)
+    kept = leases.renew(session, held, worker=mine.worker, ttl_s=60)
 
     assert kept == {mine.job_id}
     assert lease_seconds(session, mine.job) > 50
@@ -109,7 +110,54 @@ def test_renewing_prolongs_one_s_own_leases_and_tells_which_they_are(session):
 
 
 def test_renewing_nothing_asks_nothing(session):
-    assert leases.renew(session, [], ttl_s=15) == set()
+    assert leases.renew(session, [], worker="gpu0@here", ttl_s=15) == set()
+
+
+def test_two_workers_that_were_given_the_same_attempt_are_kept_apart_by_their_names(session):
+    """As after a failover to a standby that had not got the last commits."""
+    mine = a_lease(session, worker="gpu0@here")
+    theirs = replace(mine, worker="gpu1@there")
+    held = [(mine.job_id, mine.attempt)]
+
+    assert leases.renew(session, held, worker=theirs.worker, ttl_s=60) == set()
+    with pytest.raises(LeaseLost):
+        hand_off(session, theirs)
+    with pytest.raises(LeaseLost):
+        leases.count_error(session, theirs, detail="no", max_attempts=5)
+
+    assert leases.renew(session, held, worker=mine.worker, ttl_s=60) == {mine.job_id}
+    assert hand_off(session, mine).state == "storing"
+
+
+def test_how_far_images_have_come_is_noted_and_told_to_the_next_attempt(session):
+    lease = a_lease(session, num_images=3, num_steps=20, ttl_s=-1)
+    hand_off(session, lease, 0, num_steps=20)
+
+    for steps in ({0: 20, 1: 7, 2: 3}, {1: 6, 2: 9}):  # the second was heard late: nothing goes back
+        leases.note_steps(session, {(lease.job_id, index): step for index, step in steps.items()})
+    leases.note_steps(session, {})
+
+    again = a_lease(session, lose(session, lease.job))
+    assert again.reached == {1: 7, 2: 9}
+    note_resumption(session, again, {1: 5, 2: 0}, lost_steps=11)
+    assert a_lease(session, lose_now(session, again)).reached == {1: 5}
+
+
+def test_an_image_whose_pixels_vanished_had_come_to_its_end(session):
+    lease = a_lease(session, num_steps=20)
+    hand_off(session, lease, num_steps=20)
+
+    job = leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
+
+    assert a_lease(session, job).reached == {0: 20}
+    assert image_of(session, job).steps_done == 0, "nothing is left of it"
+
+
+def lose_now(session, lease):
+    """Let the lease run out and be found."""
+    query = "UPDATE jobs SET lease_expires_at = clock_timestamp() - interval '1 s' WHERE id = :id"
+    session.execute(text(query), {"id": lease.job_id})
+    return lose(session, lease.job)
 
 
 def test_an_expired_lease_is_offered_to_the_next_worker(session):
@@ -125,7 +173,7 @@ def test_an_expired_lease_is_offered_to_the_next_worker(session):
 
 def test_a_lease_that_was_renewed_meanwhile_is_not_lost(session):
     lease = a_lease(session, ttl_s=-1)
-    leases.renew(session, [(lease.job_id, lease.attempt)], ttl_s=15)
+    leases.renew(session, [(lease.job_id, lease.attempt)], worker=lease.worker, ttl_s=15)
 
     assert lose(session, lease.job) is None
     assert lease.job.state == "running"
@@ -271,6 +319,30 @@ def test_a_vanished_hand_off_sends_back_only_what_is_gone(session):
     assert jobs.handed_off(session, job.id) == {2: 1}
 
 
+def test_the_time_that_rendered_pixels_waited_for_the_store_does_not_use_up_the_run_deadline(session):
+    lease = a_lease(session, run_within_s=60)
+    hand_off(session, lease)
+    session.execute(text("UPDATE jobs SET run_by = run_by - interval '1 hour' WHERE id = :id"), {"id": lease.job_id})
+
+    job = leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
+
+    session.flush()
+    assert sweeping.overruns(session) == []
+    assert jobs.overrun(session, job.id) is None
+    assert 55 < a_lease(session, job).run_within_s <= 60
+
+
+def test_pixels_that_vanish_while_the_job_still_runs_do_not_prolong_its_run_deadline(session):
+    lease = a_lease(session, num_images=2, run_within_s=60)
+    hand_off(session, lease, 0)
+    run_by = lease.job.run_by
+
+    leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1})
+
+    session.refresh(lease.job)
+    assert lease.job.run_by == run_by
+
+
 def test_a_hand_off_that_vanished_while_the_job_waits_is_rendered_with_the_rest(session):
     lease = a_lease(session, num_images=2, ttl_s=-1)
     hand_off(session, lease, 0)
@@ -308,7 +380,7 @@ def test_pixels_of_a_newer_attempt_are_not_taken_for_the_lost_ones(session):
 def test_wasted_device_time_goes_on_the_attempt_s_account(session):
     lease = a_lease(session)
 
-    leases.note_waste(session, lease.job_id, 1, device_seconds=1.5)
+    leases.note_waste(session, lease, device_seconds=1.5, steps_done={0: 3})
     leases.count_error(session, lease, detail="x", max_attempts=5)
 
     record = attempt_of(session, lease.job_id)

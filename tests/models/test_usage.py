@@ -1,4 +1,4 @@
-"""The ledger: reserved when a job is accepted, settled when it succeeds, released when it ends otherwise; sums of days and months."""
+"""The ledger: reserved when a job is accepted, settled when it succeeds, released when it comes to nothing; sums of days and months."""
 
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
@@ -21,8 +21,8 @@ def a_counted_job(session, tenant, amount=A_JOB, **params):
     return jobs.accept(session, params=vars(resolved()) | params, start_within_s=600, megapixel_steps=amount, **own)
 
 
-def a_day(session, tenant, day, *, reserved=NOTHING, settled=NOTHING):
-    session.add(UsageDay(tenant_id=tenant.id, day=day, reserved=reserved, settled=settled))
+def a_day(session, tenant, day, *, reserved=NOTHING, settled=NOTHING, abandoned=NOTHING):
+    session.add(UsageDay(tenant_id=tenant.id, day=day, reserved=reserved, settled=settled, abandoned=abandoned))
     session.flush()
 
 
@@ -156,22 +156,25 @@ def test_a_job_is_booked_on_the_day_on_which_it_was_accepted(session):
 def test_a_job_of_before_there_was_a_ledger_is_settled_nowhere(session):
     tenant = a_tenant(session)
 
-    usage.settle(session, tenant_id=tenant.id, day=None, amount=A_JOB, succeeded=True, cost=Decimal(1))
+    booking = usage.Booking(reserved=A_JOB, settled=A_JOB, abandoned=NOTHING, cost=Decimal(1), succeeded=True)
+
+    usage.settle(session, booking, tenant_id=tenant.id, day=None)
+    usage.abandon(session, A_JOB, tenant_id=tenant.id, day=None)
 
     assert ledger_of(session, tenant) == []
 
 
-def test_the_stand_is_what_is_reserved_and_settled_today_and_this_month(session):
+def test_the_stand_is_what_is_reserved_settled_and_abandoned_today_and_this_month(session):
     tenant, today = a_tenant(session), today_of(session)
     this_month, last_month = today.replace(day=2 if today.day == 1 else 1), today.replace(day=1) - timedelta(days=1)
-    a_day(session, tenant, today, reserved=Decimal("0.5"), settled=Decimal("0.25"))
+    a_day(session, tenant, today, reserved=Decimal("0.5"), settled=Decimal("0.25"), abandoned=Decimal("0.125"))
     a_day(session, tenant, this_month, settled=Decimal(10), reserved=Decimal(1))
     a_day(session, tenant, last_month, settled=Decimal(100))
     a_day(session, a_tenant(session), today, settled=Decimal(1000))
 
     stand = stand_of(session, tenant)
 
-    assert (stand.used_today, stand.used_this_month) == (Decimal("0.75"), Decimal("11.75"))
+    assert (stand.used_today, stand.used_this_month) == (Decimal("0.875"), Decimal("11.875"))
 
 
 def test_the_stand_follows_the_jobs_of_the_same_transaction(session):

@@ -331,6 +331,39 @@ def test_a_damaged_snapshot_costs_its_steps_and_not_the_image(here):
         assert tuple(session.execute(query, {"id": job.id}).one()) == (12, 0)
 
 
+def test_steps_that_are_done_again_are_on_record_also_when_the_hand_off_has_lost_everything(here, handoff_redis):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    until(lambda: here.snapshots.of(job.id), within_s=30, what="a checkpoint")
+    held.leave("a test wants it")
+    thread.join(timeout=30)
+    with transaction(here.database) as session:
+        left = session.scalar(text("SELECT reached_step FROM images WHERE job_id = :id"), {"id": job.id})
+
+    handoff_redis.flushall()
+    (row,) = ended(here, job)
+
+    assert row.state == "storing"
+    with transaction(here.database) as session:
+        query = text("SELECT resumed_steps, lost_steps, lost_cause FROM attempts WHERE job_id = :id AND attempt = 2")
+        assert tuple(session.execute(query, {"id": job.id}).one()) == (0, left, "preempted")
+    assert left > 0
+
+
+def test_how_far_a_running_image_has_come_is_in_its_row_with_every_heartbeat(here):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+
+    def reached() -> int:
+        with transaction(here.database) as session:
+            return session.scalar(text("SELECT reached_step FROM images WHERE job_id = :id"), {"id": job.id})
+
+    until(lambda: here.keeper._beat() or reached() > 1, within_s=30, what="a second step")
+    here.keeper.drop(job.id)
+    thread.join(timeout=30)
+
+
 def test_a_resumed_image_has_the_bits_it_would_have_had(here):
     whole = here.accept(**{**LONG, "num_steps": 12}, seed=5)
     parted = here.accept(**{**LONG, "num_steps": 12}, seed=5)
