@@ -47,7 +47,7 @@ _MOVES_JOBS = (
     May("usage_ledger", "SELECT, INSERT, UPDATE"),
     May("tenants", "SELECT", only=("id", "name", "weight")),
     May("workers", "SELECT"),
-    May("webhook_endpoints", "SELECT", only=("id", "tenant_id", "events", "disabled_at", "deleted_at")),
+    May("webhook_endpoints", "SELECT", only=("id", "tenant_id", "events", "disabled_at", "deleted_at", "is_slow")),
     May("webhook_deliveries", "SELECT, INSERT"),
     May("audit_events", "INSERT"),
 )
@@ -57,6 +57,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("tenants", "SELECT, INSERT, UPDATE"),
         May("api_keys", "SELECT, INSERT, UPDATE"),
         May("jobs", "SELECT, INSERT, UPDATE"),
+        May("job_labels", "SELECT"),
         May("images", "SELECT, INSERT, UPDATE"),
         May("attempts", "SELECT, UPDATE"),
         May("artifacts", "SELECT, UPDATE"),
@@ -97,7 +98,8 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("workers", "DELETE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
         May("learnt_etas", "SELECT, INSERT, UPDATE"),
-        May("artifacts", "SELECT"),
+        May("jobs", "UPDATE", only=WISH),  # to empty them, when they are older than their tier keeps them; never to read them
+        May("artifacts", "SELECT, UPDATE"),
         May("files", "SELECT"),
         May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
         May("idempotency_keys", "SELECT", only=("tenant_id", "key", "created_at")),
@@ -113,7 +115,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("attempts", "SELECT"),
         May("artifacts", "SELECT"),
         May("webhook_endpoints", "SELECT"),
-        May("webhook_endpoints", "UPDATE", only=("disabled_at", "disabled_reason")),
+        May("webhook_endpoints", "UPDATE", only=("disabled_at", "disabled_reason", "is_slow")),
         May("webhook_secrets", "SELECT"),
         May("webhook_deliveries", "SELECT, UPDATE"),
         May("webhook_attempts", "SELECT, INSERT"),
@@ -122,7 +124,11 @@ GRANTS: dict[str, tuple[May, ...]] = {
 }
 
 # Tables that no process but the migrations touches, and why that is right.
-NOBODYS = {"audit_chains": "written by the trigger of audit_events alone", "alembic_version": "the migrations' own"}
+NOBODYS = {
+    "audit_chains": "written by the trigger of audit_events alone",
+    "audit_checkpoints": "the owner's, who prunes",
+    "alembic_version": "the migrations' own",
+}
 
 # Maintenance is the sweeper's, by functions that run as their owner: whichever the operator may call.
 FUNCTIONS_OF = "sweeper"

@@ -18,7 +18,7 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
 
     Harmless when repeated.
     """
-    job = jobs.lock(session, job_id, tenant_id=tenant_id)
+    job = jobs.lock(session, job_id, tenant_id=tenant_id, options=jobs.WITHOUT_WORDS)
     if job is None or job.erased_at is not None:
         return job
     artifacts = [image.artifact for image in job.images if image.artifact is not None]
@@ -32,5 +32,5 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
     job.prompt, job.negative_prompt, job.labels = "", "", None
     job.erased_at = func.clock_timestamp()
     audit.append(session, "job:content:erased", chain=tenant_id, actor=actor, job_id=job.id, images=len(artifacts))
-    session.refresh(job)
+    session.refresh(job, ["erased_at"])
     return job

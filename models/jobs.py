@@ -123,10 +123,10 @@ def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     return job
 
 
-def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
-    """The tenant's job, whole as `find` gives it, and nobody else's to change until commit."""
+def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, options: Sequence[Any] = ()) -> Job | None:
+    """The tenant's job, whole as `find` gives it, and nobody else's to change until commit. options: what of it is left out."""
     is_it = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
-    return session.scalar(is_it.with_for_update().options(*whole()), execution_options=AFRESH)
+    return session.scalar(is_it.with_for_update().options(*whole(), *options), execution_options=AFRESH)
 
 
 def take_back(session: Session, job: Job, *, actor: str) -> None:

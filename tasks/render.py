@@ -326,7 +326,9 @@ class Renderer:
         if wasted_s:
             told = {"device_seconds": wasted_s, "steps_done": {index: image.step for index, image in spent.items()}}
             lease = work.held.lease
-            persist(lambda: run_transaction(self.database, lambda session: leases.note_waste(session, lease, **told)), verdicts.DATABASE_AWAY)
+            persist(
+                lambda: run_transaction(self.database, lambda session: leases.note_waste(session, lease, **told)), verdicts.DATABASE_AWAY
+            )
 
 
 def _drained(work: Work) -> Iterator[FinishedImage]:

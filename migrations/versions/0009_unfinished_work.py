@@ -9,6 +9,8 @@ from importlib import import_module
 import sqlalchemy as sa
 from alembic import op
 
+from migrations import online
+
 revision = "0009"
 down_revision = "0005"
 branch_labels = None
@@ -35,8 +37,8 @@ OF_IMAGES = """
 
 
 def upgrade() -> None:
-    op.add_column("usage_ledger", sa.Column("abandoned", sa.Numeric(18, 6), server_default=sa.text("0"), nullable=False))
-    op.add_column("images", sa.Column("reached_step", sa.Integer(), server_default=sa.text("0"), nullable=False))
+    online.add_columns("usage_ledger", [sa.Column("abandoned", sa.Numeric(18, 6), server_default=sa.text("0"), nullable=False)])
+    online.add_columns("images", [sa.Column("reached_step", sa.Integer(), server_default=sa.text("0"), nullable=False)])
     comment, query = import_module("migrations.versions.0003_views_and_roles").VIEWS["job_history"]
     head, tail = query.split("FROM jobs j", 1)
     columns = "i.stored AS images_stored, CASE WHEN j.state IN ('canceled', 'rejected') THEN i.steps_unstored ELSE 0 END AS steps_abandoned"

@@ -1,23 +1,26 @@
 """Pictures first: a job that starts from pictures waits for them before it is announced, in nobody's way.
 
 Works beside the code of 0005: a trigger marks the jobs that old code accepts; a worker to whom old code announces one leaves it until its
-pictures are there. Until the last old process is gone its releases find waiting jobs by another index, more slowly. `jobs` is locked while
-the two indexes of waiting jobs are built anew; they hold no row that has ended.
+pictures are there. Until the last old process is gone its releases find waiting jobs by another index, more slowly.
 """
 
 import sqlalchemy as sa
 from alembic import op
 
+from migrations import online
+
 revision = "0011"
-down_revision = "0005"
+down_revision = "0010"
 branch_labels = None
 depends_on = None
 
 FLOW = ["pool", "tier", "tenant_id"]
 ORDER = ["release_tag", "id"]
 WAITING = "state = 'queued' AND announced_at IS NULL"
-REPLACED = {"jobs_waiting": ["pool", "tier", *ORDER], "jobs_waiting_by_tenant": [*FLOW, *ORDER]}
+BEFORE = {"jobs_waiting": ["pool", "tier", *ORDER], "jobs_waiting_by_tenant": [*FLOW, *ORDER]}
 NEW = {
+    "jobs_ready": (["pool", "tier", *ORDER], f"{WAITING} AND NOT lacks_inputs"),
+    "jobs_ready_by_tenant": ([*FLOW, *ORDER], f"{WAITING} AND NOT lacks_inputs"),
     "jobs_lacking_inputs": (["pool", "tier", *ORDER], "state = 'queued' AND lacks_inputs"),
     "jobs_lacking_inputs_by_tenant": ([*FLOW, *ORDER], "state = 'queued' AND lacks_inputs"),
     "jobs_inputs_asked": (["pool", "tier"], "state = 'queued' AND inputs_asked_at IS NOT NULL"),
@@ -37,21 +40,18 @@ CREATE TRIGGER jobs_mark_lacking_inputs BEFORE INSERT ON jobs FOR EACH ROW
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '5s'")
-    op.add_column("jobs", sa.Column("lacks_inputs", sa.Boolean(), server_default=sa.text("false"), nullable=False))
-    op.add_column("jobs", sa.Column("inputs_asked_at", sa.DateTime(timezone=True), nullable=True))
+    lacks_inputs = sa.Column("lacks_inputs", sa.Boolean(), server_default=sa.text("false"), nullable=False)
+    online.add_columns("jobs", [lacks_inputs, sa.Column("inputs_asked_at", sa.DateTime(timezone=True), nullable=True)])
+    for name, (columns, where) in NEW.items():
+        online.create_index(name, "jobs", columns, where=where)
+    for name in BEFORE:
+        online.drop_index(name)
     op.execute(MARK)
     op.execute(TRIGGER)
-    for name, (columns, where) in NEW.items():
-        op.create_index(name, "jobs", columns, postgresql_where=sa.text(where))  # of hardly any rows yet
-    for name, columns in REPLACED.items():
-        op.drop_index(name, "jobs")
-        op.create_index(name, "jobs", columns, postgresql_where=sa.text(f"{WAITING} AND NOT lacks_inputs"))
 
 
 def downgrade() -> None:
-    for name, columns in REPLACED.items():
-        op.drop_index(name, "jobs")
+    for name, columns in BEFORE.items():
         op.create_index(name, "jobs", columns, postgresql_where=sa.text(WAITING))
     for name in NEW:
         op.drop_index(name, "jobs")

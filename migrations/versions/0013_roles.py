@@ -6,10 +6,10 @@ Works beside the code of before: the operator's role keeps all its rights, and a
 import sqlalchemy as sa
 from alembic import op
 
-from migrations import roles
+from migrations import online, roles
 
 revision = "0013"
-down_revision = "0005"
+down_revision = "0011"
 branch_labels = None
 depends_on = None
 
@@ -18,8 +18,8 @@ OWN = "w.seen_at > (clock_timestamp() - make_interval(secs => w.silent_after_s))
 
 
 def upgrade() -> None:
+    online.add_columns("workers", [sa.Column("silent_after_s", sa.Double(), server_default=sa.text("15"), nullable=False)])
     roles.create(op.get_bind())
-    op.add_column("workers", sa.Column("silent_after_s", sa.Double(), server_default=sa.text("15"), nullable=False))
     _count_live_workers_by(FIXED, OWN)
 
 

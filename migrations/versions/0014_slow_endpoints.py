@@ -6,8 +6,10 @@ Works beside the code of 0005: the column has a default, and the view only gains
 import sqlalchemy as sa
 from alembic import op
 
+from migrations import online
+
 revision = "0014"
-down_revision = "0005"
+down_revision = "0013"
 branch_labels = None
 depends_on = None
 
@@ -30,7 +32,7 @@ ABOUT = "One row per webhook endpoint that is not deleted: what waits for it, si
 
 
 def upgrade() -> None:
-    op.add_column("webhook_endpoints", sa.Column("is_slow", sa.Boolean(), server_default=sa.text("false"), nullable=False))
+    online.add_columns("webhook_endpoints", [sa.Column("is_slow", sa.Boolean(), server_default=sa.text("false"), nullable=False)])
     op.execute(f"CREATE OR REPLACE VIEW webhooks_now AS {WEBHOOKS_NOW}")
     op.execute(f"COMMENT ON VIEW webhooks_now IS '{ABOUT}'")
 
