@@ -188,6 +188,7 @@ class LeaseKeeper:
     def close(self) -> None:
         """Stop renewing and sign off; leases still held run out."""
         self._stop.set()
+        telemetry.end_loop("renewal")
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=10)
