@@ -41,12 +41,12 @@ def test_a_loop_that_never_moved_since_it_was_made_is_named(metrics):
 
 
 def test_a_loop_that_ended_on_purpose_is_not_missed(metrics):
-    telemetry.loop("renewal")
-    telemetry.LAST_TURN.labels("renewal").set(time.time() - health.STALE_AFTER_S - 1)
+    telemetry.loop("leases")
+    telemetry.LAST_TURN.labels("leases").set(time.time() - health.STALE_AFTER_S - 1)
 
-    telemetry.end_loop("renewal")
+    telemetry.end_loop("leases")
 
-    assert "renewal" not in health._answer(metrics)
+    assert "leases" not in health._answer(metrics)
 
 
 def test_a_port_that_nobody_listens_on_is_not_well():
