@@ -1,6 +1,6 @@
 """The failover drill: broker, hand-off and Postgres answer with errors for some seconds under load, by each that they document.
 
-    python -m benchmarks.drill [--quick] [--for-s 10] [--only WORD] [--keep]
+    python -m benchmarks.drill [--quick] [--for-s 10] [--only WORD ...] [--keep]
 
 fleet.toml's own deadlines hold: a fast job that nothing starts within 30 s expires. While a part answers with errors, and after,
 no process may end, no job be lost, doubled or expired. `back_s`: from the end of the outage to the first image stored after it.
@@ -133,7 +133,7 @@ def _is_the_part(name: str, outage: Outage) -> bool:
 
 def chosen(all_of_them: Sequence[Outage], options: argparse.Namespace) -> list[Outage]:
     """Those that were asked for."""
-    words = [options.only] if options.only else list(QUICK) if options.quick else [""]
+    words = options.only or (QUICK if options.quick else ("",))
     named = [one for one in all_of_them if any(word.lower() in str(one).lower() for word in words)]
     return [one for one in named if one.how == "real"] if options.quick else named
 
@@ -153,7 +153,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help=f"each part read-only for {QUICK_FOR_S:g} s; ends within a minute")
     parser.add_argument("--for-s", type=float, help=f"how long each outage lasts; {FOR_S:g}")
-    parser.add_argument("--only", help="outages with this in their name: broker, READONLY, postgres, real, proxied ...")
+    parser.add_argument("--only", nargs="+", metavar="WORD", help="outages with this in their name: broker, READONLY, proxied ...")
     parser.add_argument("--keep", action="store_true", help="leave the data where they are when something was wrong")
     options = parser.parse_args()
     for_s = options.for_s or (QUICK_FOR_S if options.quick else FOR_S)
@@ -173,6 +173,7 @@ def main() -> int:
         for outage in chosen(outages(stack), options):
             one = drill(stack, outage, for_s)
             drilled.append(one)
+            say(f"{outage}: {one.figures()}")
             checks = jobs_checks(stack, one.run)
             checks.append(Check("no process ended", "every process", tuple(Wrong(f"{name} ended") for name in one.ended)))
             wrong += sum(len(check.wrong) for check in checks)

@@ -107,6 +107,7 @@ class ProgressWriter:
     def close(self) -> None:
         self._stop.set()
         self._thread.join(timeout=2)
+        telemetry.end_loop("progress")
 
     def _run(self) -> None:
         while not self._stop.wait(_FLUSH_S):
@@ -227,13 +228,15 @@ class Listener:
     def __init__(self, handoff_url: str, channel: str, hear: Callable[[uuid.UUID], None]) -> None:
         self._url, self._channel, self._hear = handoff_url, channel, hear
         self._stop = threading.Event()
-        self._note_turn = telemetry.loop(channel.removeprefix("darkroom:"))
+        self._loop = channel.removeprefix("darkroom:")
+        self._note_turn = telemetry.loop(self._loop)
         self._thread = threading.Thread(target=self._run, name=f"listen-{channel}", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
         self._stop.set()
         self._thread.join(timeout=3)
+        telemetry.end_loop(self._loop)
 
     def _run(self) -> None:
         while not self._stop.is_set():

@@ -149,6 +149,12 @@ def loop(name: str) -> Callable[[], None]:
     return last_turn.set_to_current_time
 
 
+def end_loop(name: str) -> None:
+    """The loop of this name ends on purpose: nobody expects it to move any more."""
+    with contextlib.suppress(KeyError):
+        LAST_TURN.remove(name)
+
+
 def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
     """Let a scrape read the engine's own numbers."""
 

@@ -115,7 +115,7 @@ class LeaseKeeper:
 
         Waits for a database that is away: the models are loaded already.
         """
-        self._note_turn = telemetry.loop("renewal")
+        self._note_turn = telemetry.loop("leases")
         while not self._begins(max_attempts):
             self._note_turn()
             self._stop.wait(RETRY_S)
@@ -212,6 +212,7 @@ class LeaseKeeper:
     def close(self) -> None:
         """Stop renewing and sign off; leases still held run out."""
         self._stop.set()
+        telemetry.end_loop("leases")
         for thread in self._threads:
             if thread.is_alive():
                 thread.join(timeout=10)
@@ -244,7 +245,6 @@ class LeaseKeeper:
     def _renew(self) -> None:
         wait_s = self._renew_s
         while not self._stop.wait(wait_s):
-            self._note_turn()
             wait_s = self._renew_s
             try:
                 self._beat()
@@ -255,6 +255,7 @@ class LeaseKeeper:
     def _watch(self) -> None:
         """Drop all work when nothing was renewed for too long. A thread of its own, for a renewal may hang instead of failing."""
         while not self._stop.wait(RETRY_S):
+            self._note_turn()  # here, for a renewal that hangs is no reason to load the models again; Postgres sees that none comes
             if time.monotonic() - self._renewed_at > self._stop_s:
                 self._lose([held for held in self.all_held() if not held.lost.is_set()])
 

@@ -145,7 +145,7 @@ class Server:
             with redis.Redis.from_url(self._url) as other, contextlib.suppress(redis.RedisError):
                 other.eval("while true do end", 0)
 
-        with self._set("busy-reply-threshold", "50"):
+        with self._set("lua-time-limit", "50"):
             script = threading.Thread(target=run)
             script.start()
             try:

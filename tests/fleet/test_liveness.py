@@ -10,10 +10,16 @@ from tests.builders import a_closed_port
 
 
 @pytest.fixture(scope="module")
-def metrics() -> str:
-    """The metrics of this process, as a container's health check asks for them."""
+def port() -> int:
     port = a_closed_port()
     telemetry.serve_metrics(port)
+    return port
+
+
+@pytest.fixture
+def metrics(port) -> str:
+    """The metrics of this process, as a container's health check asks for them; no loop has moved yet."""
+    telemetry.LAST_TURN.clear()
     return f"http://127.0.0.1:{port}/metrics"
 
 
@@ -32,6 +38,15 @@ def test_a_loop_that_never_moved_since_it_was_made_is_named(metrics):
 
     telemetry.loop("sweep")()
     assert "sweep" in health._answer(metrics)
+
+
+def test_a_loop_that_ended_on_purpose_is_not_missed(metrics):
+    telemetry.loop("leases")
+    telemetry.LAST_TURN.labels("leases").set(time.time() - health.STALE_AFTER_S - 1)
+
+    telemetry.end_loop("leases")
+
+    assert "leases" not in health._answer(metrics)
 
 
 def test_a_port_that_nobody_listens_on_is_not_well():
