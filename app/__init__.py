@@ -29,6 +29,7 @@ BLUEPRINTS = (
     openapi.bp,
     health.bp,
 )
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"})  # of RFC 9110 and 5789
 MOST_UNWANTED_BYTES = 8 * 1024 * 1024
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
@@ -54,6 +55,8 @@ def _open_request() -> None:
     g.opened_at = time.monotonic()
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
+    if request.method not in METHODS:
+        raise problems.MethodUnknown("This method is not known here.", accepted=sorted(METHODS))
 
 
 def _close_request(response: Response) -> Response:
@@ -63,9 +66,10 @@ def _close_request(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
     limits.tell(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
-    telemetry.HTTP_REQUESTS.labels(request.method, route, response.status_code).inc()
+    method = request.method if request.method in METHODS else "unknown"  # no client may choose what a label says
+    telemetry.HTTP_REQUESTS.labels(method, route, response.status_code).inc()
     if "Preference-Applied" not in response.headers and "opened_at" in g:
-        telemetry.HTTP_SECONDS.labels(request.method, route).observe(time.monotonic() - g.opened_at)
+        telemetry.HTTP_SECONDS.labels(method, route).observe(time.monotonic() - g.opened_at)
     return response
 
 

@@ -36,6 +36,7 @@ Problem
 ├── TenantQueueFull       429   with Retry-After: this tenant has enough waiting in the tier
 ├── Unexpected            500   says nothing of our insides
 ├── JobFailed             500   an image call whose job failed on our side
+├── MethodUnknown         501   no method of HTTP
 ├── PartUnavailable       503   with Retry-After
 ├── StreamsExhausted      503   with Retry-After: this process has as many event streams open as it may
 ├── FleetSaturated        503   with Retry-After: it would not start in time
@@ -184,6 +185,12 @@ class MethodNotAllowed(Problem):
     """The route exists; `Allow` says for which methods."""
 
     slug, title, status = "method-not-allowed", "Method not allowed", 405
+
+
+class MethodUnknown(Problem):
+    """The request's method is none that any route here knows."""
+
+    slug, title, status = "method-unknown", "Method unknown", 501
 
 
 class ImageNotReady(Problem):
