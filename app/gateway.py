@@ -11,6 +11,7 @@ from sqlalchemy import Engine
 from app.following import Events, Watchers
 from app.keyring import Keyring
 from app.outlook import Lookout
+from app.readiness import Readiness, checks
 from app.statuses import Statuses
 from edges.broker import Broker
 from edges.events import Reader
@@ -47,6 +48,7 @@ class Gateway:
     keyring: Keyring
     rates: Rates
     budgets: Budgets
+    readiness: Readiness
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
@@ -64,6 +66,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     aside = make_engine(settings.database_url, pool_size=2)  # so that who may come in, and what waits, is read however many write
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
+    handoff, store = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s), ObjectStore(settings)
     lookout = Lookout(aside, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
@@ -71,9 +74,9 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         database=database,
         broker=broker,
         release=release,
-        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        handoff=handoff,
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        store=ObjectStore(settings),
+        store=store,
         news=news,
         endings=Endings(settings.handoff_url),
         lookout=lookout,
@@ -82,6 +85,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         keyring=Keyring(aside, refresher),
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
+        readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
     )
 
 

@@ -150,7 +150,13 @@ def gateway_with(stack) -> Iterator[Callable[..., FlaskClient]]:
 
     yield gateway_with
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda app: app.extensions["darkroom"].endings.close(), opened.values()))
+        list(threads.map(_close, opened.values()))
+
+
+def _close(app: Flask) -> None:
+    parts = app.extensions["darkroom"]
+    parts.readiness.close()
+    parts.endings.close()
 
 
 @pytest.fixture(scope="session")
