@@ -1,6 +1,5 @@
 """HTTP in, JSON out: a blueprint per resource. Names tasks instead of importing them, so no web process loads the engine."""
 
-import contextlib
 import re
 import time
 import uuid
@@ -30,7 +29,6 @@ BLUEPRINTS = (
     health.bp,
 )
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"})  # of RFC 9110 and 5789
-MOST_UNWANTED_BYTES = 8 * 1024 * 1024
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
@@ -60,8 +58,6 @@ def _open_request() -> None:
 
 
 def _close_request(response: Response) -> Response:
-    if response.status_code == 413:
-        _hear_out()
     response.headers["X-Request-Id"] = g.get("request_id", "unknown")
     response.headers["X-Content-Type-Options"] = "nosniff"
     limits.tell(response)
@@ -71,11 +67,3 @@ def _close_request(response: Response) -> Response:
     if "Preference-Applied" not in response.headers and "opened_at" in g:
         telemetry.HTTP_SECONDS.labels(method, route).observe(time.monotonic() - g.opened_at)
     return response
-
-
-def _hear_out() -> None:
-    """Read on for a while before refusing a large body: a client whose connection is closed while it sends never sees the answer."""
-    left = MOST_UNWANTED_BYTES
-    with contextlib.suppress(OSError, ValueError):
-        while left > 0 and (piece := request.environ["wsgi.input"].read(min(left, 65_536))):
-            left -= len(piece)

@@ -16,6 +16,7 @@ Problem
 ├── KeyNotFound           404   (admin)
 ├── ModelNotFound         404
 ├── MethodNotAllowed      405
+├── RequestTimeout        408   the body did not come in time
 ├── ImageNotReady         409   with Retry-After while it may still come
 ├── JobAlreadyFinished    409   the cancel came too late
 ├── ReplayImpossible      409   its parameters, or what they need, are gone
@@ -51,7 +52,7 @@ import structlog
 from flask import Flask, Response, g, json
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 log = structlog.get_logger(__name__)
 
@@ -189,6 +190,12 @@ class MethodNotAllowed(Problem):
 
 class MethodUnknown(Problem):
     """The request's method is none that any route here knows."""
+class RequestTimeout(Problem):
+    """The body did not come in time, or stopped coming; send it again over a connection that keeps up."""
+
+    slug, title, status = "request-timeout", "Request timeout", 408
+
+
 
     slug, title, status = "method-unknown", "Method unknown", 501
 
@@ -371,6 +378,7 @@ def explain(slug: str) -> Response:
             return Response(json.dumps(about), content_type="application/json")
     raise NotFound(f"There is no problem {slug[:64]!r}.")
 
+    app.register_error_handler(ClientDisconnected, _body_not_there)
 
 def _from_werkzeug(error: HTTPException) -> Response:
     status = error.code or 500
@@ -393,3 +401,7 @@ def _database_away(error: Exception) -> Response:
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected_error", exc_info=error)
     return Unexpected("Something went wrong on our side; quote the request id when you report it.").response()
+def _body_not_there(error: ClientDisconnected) -> Response:
+    return RequestTimeout("The body did not come in time.").response()
+
+

@@ -6,5 +6,4 @@ from settings import GatewaySettings, load, load_fleet_or_exit
 
 settings = load(GatewaySettings)
 telemetry.configure_logs(settings.log_level)
-application = create_app(settings, load_fleet_or_exit(settings))
-telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+application = create_app(settings, load_fleet_or_exit(settings))  # its metrics are served by deploy/gunicorn.conf.py, for all processes
