@@ -7,7 +7,23 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import account, admin, batches, catalog, estimates, events, files, health, jobs, limits, openai_images, openapi, problems, webhooks
+from app import (
+    account,
+    admin,
+    batches,
+    catalog,
+    estimates,
+    events,
+    files,
+    health,
+    jobs,
+    limits,
+    openai_images,
+    openapi,
+    problems,
+    uploads,
+    webhooks,
+)
 from app.gateway import open_gateway
 from edges import telemetry
 from policy.fleet import Fleet
@@ -35,6 +51,7 @@ _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     """The gateway as a WSGI application."""
     app = Flask(__name__)
+    app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = settings.max_body_bytes, MAX_FORM_PARTS
     app.json.sort_keys = False
@@ -44,6 +61,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)
+    app.teardown_request(uploads.release)
     return app
 
 

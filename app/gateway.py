@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from flask import current_app
 from sqlalchemy import Engine
 
+from app.capacity import Capacity
 from app.following import Events, Watchers
 from app.keyring import Keyring
 from app.outlook import Lookout
 from app.readiness import Readiness, checks
 from app.statuses import Statuses
+from app.uploads import Uploads
+from edges import telemetry
 from edges.broker import Broker
 from edges.events import Reader
 from edges.handoff import Gauge, Handoff
@@ -49,6 +52,8 @@ class Gateway:
     rates: Rates
     budgets: Budgets
     readiness: Readiness
+    waits: Capacity
+    uploads: Uploads
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
@@ -66,7 +71,9 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     aside = make_engine(settings.database_url, pool_size=2)  # so that who may come in, and what waits, is read however many write
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
+    keyring = Keyring(aside, refresher)
     handoff, store = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s), ObjectStore(settings)
+    reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
     lookout = Lookout(aside, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
@@ -80,12 +87,14 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         news=news,
         endings=Endings(settings.handoff_url),
         lookout=lookout,
-        events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
+        events=Events(database, lookout, news, reader, keyring, most=settings.gateway_max_streams),
         outbound=Outbound(settings.outbound_allowed_networks),
-        keyring=Keyring(aside, refresher),
+        keyring=keyring,
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
+        waits=Capacity(settings.max_waits, telemetry.WAITS),
+        uploads=Uploads(settings),
     )
 
 

@@ -40,6 +40,8 @@ Problem
 ├── MethodUnknown         501   no method of HTTP
 ├── PartUnavailable       503   with Retry-After
 ├── StreamsExhausted      503   with Retry-After: this process has as many event streams open as it may
+├── WaitsExhausted        503   with Retry-After: and as many image calls that wait
+├── UploadsExhausted      503   with Retry-After: and as many uploads, or no room for them
 ├── FleetSaturated        503   with Retry-After: it would not start in time
 ├── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
 ├── JobExpired            503   with Retry-After: an image call whose job nothing started in time
@@ -188,14 +190,14 @@ class MethodNotAllowed(Problem):
     slug, title, status = "method-not-allowed", "Method not allowed", 405
 
 
-class MethodUnknown(Problem):
-    """The request's method is none that any route here knows."""
 class RequestTimeout(Problem):
     """The body did not come in time, or stopped coming; send it again over a connection that keeps up."""
 
     slug, title, status = "request-timeout", "Request timeout", 408
 
 
+class MethodUnknown(Problem):
+    """The request's method is none that any route here knows."""
 
     slug, title, status = "method-unknown", "Method unknown", 501
 
@@ -315,6 +317,18 @@ class StreamsExhausted(Problem):
     slug, title, status = "streams-exhausted", "Streams exhausted", 503
 
 
+class WaitsExhausted(Problem):
+    """This gateway process has as many clients waiting as it may; no job was made. Ask again in a moment, or POST /v1/jobs and look."""
+
+    slug, title, status = "waits-exhausted", "Waits exhausted", 503
+
+
+class UploadsExhausted(Problem):
+    """This gateway process has as many large bodies coming in as it may, or no room left for them; a moment later will do."""
+
+    slug, title, status = "uploads-exhausted", "Uploads exhausted", 503
+
+
 class FleetSaturated(Problem):
     """More is asked of all workers together than they can begin in time; waiting helps, and so does a tier with a longer deadline."""
 
@@ -364,6 +378,7 @@ def register(app: Flask) -> None:
     """Make every error of `app` a problem."""
     app.register_error_handler(Problem, Problem.response)
     app.register_error_handler(HTTPException, _from_werkzeug)
+    app.register_error_handler(ClientDisconnected, _body_not_there)
     app.register_error_handler(OperationalError, _database_away)
     app.register_error_handler(PoolTimeout, _database_away)
     app.register_error_handler(Exception, _unexpected)
@@ -378,7 +393,6 @@ def explain(slug: str) -> Response:
             return Response(json.dumps(about), content_type="application/json")
     raise NotFound(f"There is no problem {slug[:64]!r}.")
 
-    app.register_error_handler(ClientDisconnected, _body_not_there)
 
 def _from_werkzeug(error: HTTPException) -> Response:
     status = error.code or 500
@@ -393,6 +407,10 @@ def _from_werkzeug(error: HTTPException) -> Response:
     return response
 
 
+def _body_not_there(error: ClientDisconnected) -> Response:
+    return RequestTimeout("The body did not come in time.").response()
+
+
 def _database_away(error: Exception) -> Response:
     log.warning("database_away", reason=type(error).__name__)
     return PartUnavailable("The database cannot be reached right now.", retry_after_s=2, part="database").response()
@@ -401,7 +419,3 @@ def _database_away(error: Exception) -> Response:
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected_error", exc_info=error)
     return Unexpected("Something went wrong on our side; quote the request id when you report it.").response()
-def _body_not_there(error: ClientDisconnected) -> Response:
-    return RequestTimeout("The body did not come in time.").response()
-
-
