@@ -12,7 +12,7 @@ FleetSettings                fleet.toml
         ├── CourierSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
-StreamSettings               how many event streams a gateway process may have (and the gateway's)
+StreamSettings               how many threads a gateway process has, and what for (and the gateway's)
 └── ServerSettings           + how gunicorn listens
 OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
 PublicSettings               where clients reach the gateway (gateway, courier)
@@ -45,6 +45,7 @@ EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start wil
 DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 PATH_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,8}")
+SMALL_BODY_BYTES = 65_536  # of a request: is read by gunicorn's loop before a thread is taken
 
 
 class SettingsInvalid(Exception):
@@ -243,14 +244,49 @@ class StreamSettings(Environment):
     """What gunicorn and the gateway in it agree on."""
 
     gateway_max_streams: int = Field(512, ge=1)  # live event streams of one process; each holds a thread of its own
+    gateway_threads: int = Field(128, ge=4)  # beside those of streams; a waiting client holds one, not a database connection
+    gateway_max_waits: int | None = Field(None, ge=1)  # clients that wait for a job's end, of one process; None: half of the threads
+    gateway_max_uploads: int | None = Field(None, ge=1)  # bodies over 64 KiB that come in at once; None: an eighth of the threads
+    upload_spool_bytes: int | None = Field(None, ge=1)  # of uploads in the temporary folder; None: four fifths of what is free at start
+    web_concurrency: int = Field(1, ge=1)  # processes
+
+    @property
+    def max_waits(self) -> int:
+        """Waiting clients of one process."""
+        return self.gateway_max_waits or self.gateway_threads // 2
+
+    @property
+    def max_uploads(self) -> int:
+        """Large bodies that one process reads at once."""
+        return self.gateway_max_uploads or max(1, self.gateway_threads // 8)
+
+    @model_validator(mode="after")
+    def _leaves_threads_to_others(self) -> Self:
+        if self.max_waits + self.max_uploads >= self.gateway_threads:
+            held = f"GATEWAY_MAX_WAITS ({self.max_waits}) and GATEWAY_MAX_UPLOADS ({self.max_uploads}) together"
+            raise ValueError(f"GATEWAY_THREADS: is too few; accepted: more than {held}")
+        return self
 
 
 class ServerSettings(StreamSettings):
-    """How gunicorn listens."""
+    """How gunicorn listens, and how long it waits for a client."""
 
     gateway_bind: Listener = "127.0.0.1:8080"
-    gateway_threads: int = Field(128, ge=1)  # beside those of streams; a waiting client holds one, not a database connection
-    web_concurrency: int = Field(1, ge=1)  # processes; with more than one, metrics are per process
+    gateway_max_connections: int = Field(8192, ge=64)  # of one process; beyond, the one that was silent for longest makes room
+    keepalive_s: int = Field(75, ge=1)  # longer than load balancers keep a connection (60 s), or they use one that we just closed
+    header_timeout_s: float = Field(10.0, gt=0)  # for the head of a request
+    body_timeout_s: float = Field(20.0, gt=0)  # for its body, and as much longer as gateway_min_bytes_per_s gives
+    gateway_min_bytes_per_s: int = Field(32_768, ge=1)
+    metrics_port: int = Field(0, ge=0, le=65535)
+    metrics_host: str = "127.0.0.1"
+
+    @model_validator(mode="after")
+    def _has_connections_to_spare(self) -> Self:
+        threads = self.gateway_threads + self.gateway_max_streams
+        if self.gateway_max_connections <= threads:
+            least = f"GATEWAY_THREADS and GATEWAY_MAX_STREAMS together ({threads})"
+            raise ValueError(f"GATEWAY_MAX_CONNECTIONS: is too few; accepted: more than {least}")
+        return self
 
 
 class Settings(BrokerSettings):

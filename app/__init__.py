@@ -1,6 +1,5 @@
 """HTTP in, JSON out: a blueprint per resource. Names tasks instead of importing them, so no web process loads the engine."""
 
-import contextlib
 import re
 import time
 import uuid
@@ -24,6 +23,7 @@ from app import (
     openai_images,
     openapi,
     problems,
+    uploads,
     webhooks,
 )
 from app.gateway import open_gateway
@@ -48,13 +48,14 @@ BLUEPRINTS = (
     links.bp,
     health.bp,
 )
-MOST_UNWANTED_BYTES = 8 * 1024 * 1024
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"})  # of RFC 9110 and 5789
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
 def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     """The gateway as a WSGI application."""
     app = Flask(__name__)
+    app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = settings.max_body_bytes, MAX_FORM_PARTS
     app.json.sort_keys = False
@@ -66,6 +67,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.after_request(_close_request)
     cors.register(app, settings.cors_allowed_origins)  # after _open_request, and before any blueprint asks for a key
     app.wsgi_app = PathPrefix(app.wsgi_app, settings)  # type: ignore[method-assign]
+    app.teardown_request(uploads.release)
     return app
 
 
@@ -75,24 +77,17 @@ def _open_request() -> None:
     g.opened_at = time.monotonic()
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
+    if request.method not in METHODS:
+        raise problems.MethodUnknown("This method is not known here.", accepted=sorted(METHODS))
 
 
 def _close_request(response: Response) -> Response:
-    if response.status_code == 413:
-        _hear_out()
     response.headers["X-Request-Id"] = g.get("request_id", "unknown")
     response.headers["X-Content-Type-Options"] = "nosniff"
     limits.tell(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
-    telemetry.HTTP_REQUESTS.labels(request.method, route, response.status_code).inc()
+    method = request.method if request.method in METHODS else "unknown"  # no client may choose what a label says
+    telemetry.HTTP_REQUESTS.labels(method, route, response.status_code).inc()
     if "Preference-Applied" not in response.headers and "opened_at" in g:
-        telemetry.HTTP_SECONDS.labels(request.method, route).observe(time.monotonic() - g.opened_at)
+        telemetry.HTTP_SECONDS.labels(method, route).observe(time.monotonic() - g.opened_at)
     return response
-
-
-def _hear_out() -> None:
-    """Read on for a while before refusing a large body: a client whose connection is closed while it sends never sees the answer."""
-    left = MOST_UNWANTED_BYTES
-    with contextlib.suppress(OSError, ValueError):
-        while left > 0 and (piece := request.environ["wsgi.input"].read(min(left, 65_536))):
-            left -= len(piece)

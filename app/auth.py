@@ -8,7 +8,7 @@ import structlog
 from flask import g, request
 
 from app.gateway import gateway
-from app.keyring import Known
+from app.keyring import NO_LIVE_KEY, Known
 from app.problems import Forbidden, RateLimited, Unauthenticated
 from edges import telemetry
 from edges.limits import WINDOW_S
@@ -22,6 +22,7 @@ class Caller:
 
     tenant_id: UUID
     api_key_id: UUID
+    kid: str
     actor: str
     scopes: frozenset[str]
     limits: Limits
@@ -36,21 +37,29 @@ def require_key() -> None:
     known = _known(key.strip())
     if known is None:
         telemetry.AUTH_FAILURES.labels("bad_key").inc()
-        raise Unauthenticated("This API key is unknown, revoked or expired.")
+        raise Unauthenticated(NO_LIVE_KEY)
     found = known.key
-    g.caller = Caller(found.tenant_id, found.id, f"key:{found.kid}", found.scopes, known.limits)
+    g.caller = Caller(found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits)
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
     needed = _needed_scope()
     if needed not in found.scopes:
         telemetry.AUTH_FAILURES.labels("scope").inc()
         raise Forbidden(f"This API key lacks the scope `{needed}`.", scope=needed, scopes=sorted(found.scopes))
-    _count_request(g.caller)
+    if needed != "admin":  # or an operator whose tenant is at its limits could not raise them
+        _count_request(g.caller)
+    gateway().uploads.admit(request)
 
 
 def caller() -> Caller:
     """Who `require_key` found."""
     found: Caller = g.caller
     return found
+
+
+def check_key() -> None:
+    """Raises Unauthenticated if the caller's key was revoked, or has expired, since the request began."""
+    if not gateway().keyring.is_live(caller().kid):
+        raise Unauthenticated(NO_LIVE_KEY)
 
 
 def _known(key: str) -> Known | None:

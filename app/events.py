@@ -3,12 +3,13 @@
 import re
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 
 from flask import Blueprint, Response, json, request
 
 from app.auth import require_key
 from app.gateway import gateway
-from app.problems import InvalidQuery
+from app.problems import InvalidQuery, Unauthenticated
 from edges.eventlog import Event
 
 bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
@@ -32,12 +33,13 @@ def follow_job(job_id: uuid.UUID) -> Response:
 
 def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
-    for event in stream:
-        if event is None:
-            yield ": still here\n\n"
-        else:
-            id_line = f"id: {event.id}\n" if event.id is not None else ""
-            yield f"{id_line}event: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
+    with suppress(Unauthenticated):  # the key was revoked: the client hears of it when it comes back
+        for event in stream:
+            if event is None:
+                yield ": still here\n\n"
+            else:
+                id_line = f"id: {event.id}\n" if event.id is not None else ""
+                yield f"{id_line}event: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
 
 
 def _read_last_id() -> str | None:

@@ -1,6 +1,5 @@
 """/v1/files: bring, show, list and erase the pictures that jobs start from."""
 
-import tempfile
 import uuid
 from typing import Any, BinaryIO
 
@@ -13,6 +12,7 @@ from app.auth import caller, require_key
 from app.gateway import gateway
 from app.pages import next_page, read_cursor, read_limit
 from app.problems import BodyTooLarge, FileInUse, FileNotFound, MalformedBody, UnsupportedMediaType
+from app.uploads import Spool
 from edges.broker import BrokerUnavailable
 from models import files
 from models.database import run_transaction, transaction
@@ -24,7 +24,6 @@ bp = Blueprint("files", __name__, url_prefix="/v1/files")
 bp.before_request(require_key)
 
 FIELD = "file"
-_IN_MEMORY_BYTES = 262_144  # of a body that is still coming in; the rest of it waits on disk
 _CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
 
 
@@ -89,7 +88,7 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
 
 
 def _spooled(asked: Request) -> BinaryIO:
-    spool = tempfile.SpooledTemporaryFile(max_size=_IN_MEMORY_BYTES)  # noqa: SIM115 - the caller closes it
+    spool = Spool()  # the caller closes it
     length, limit = 0, asked.max_content_length or 0
     while piece := asked.stream.read(65_536):
         length += len(piece)

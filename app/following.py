@@ -15,8 +15,10 @@ from flask import copy_current_request_context, g
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.capacity import Capacity, Holding
+from app.keyring import NO_LIVE_KEY, Keyring
 from app.outlook import Lookout, QueuePlace
-from app.problems import JobNotFound, StreamsExhausted
+from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
 from app.views import image_url, job_view, queue_view
 from edges import telemetry
 from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
@@ -30,6 +32,8 @@ from models.tables import Job
 log = structlog.get_logger(__name__)
 
 LOOK_EVERY_S = 5.0
+CHECK_KEYS_EVERY_S = 0.5
+_REVOKED = Event(None, "revoked", {})
 
 
 class Watchers:
@@ -56,22 +60,41 @@ class Watchers:
 class Events:
     """One per gateway process; its threads start with the first follower."""
 
-    def __init__(self, database: Engine, lookout: Lookout, news: News, reader: Reader) -> None:
-        self._database, self._lookout, self._news, self._reader = database, lookout, news, reader
+    def __init__(self, database: Engine, lookout: Lookout, news: News, reader: Reader, keyring: Keyring, *, most: int) -> None:
+        self._database, self._lookout, self._news, self._reader, self._keyring = database, lookout, news, reader, keyring
+        self._places = Capacity(most)
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._kids: dict[Seat, str] = {}  # the key that each follower came with
         self._net: threading.Thread | None = None
 
+    def take_place(self) -> Holding:
+        """A place for one more stream of the caller's tenant. Raises StreamsExhausted."""
+        place = self._places.take(g.caller.tenant_id)
+        if place is None:
+            telemetry.SHED.labels("streams_exhausted").inc()
+            whose = f"your tenant has {self._places.held_by(g.caller.tenant_id)} of {self._places.most}"
+            raise StreamsExhausted(f"This process has as many event streams open as it may; {whose}.", retry_after_s=5)
+        return place
+
     def follow(
-        self, job_id: uuid.UUID, *, after: str | None = None, previews: bool = False, heartbeat_s: float = 10
+        self,
+        job_id: uuid.UUID,
+        *,
+        after: str | None = None,
+        previews: bool = False,
+        heartbeat_s: float = 10,
+        place: Holding | None = None,
     ) -> Iterator[Event | None]:
         """What happened to the caller's job after the event `after`, and what happens until its end; None when a heartbeat is due.
 
         While the job waits, `queued` comes first, and again when the forecast changes; `final` comes last, with the whole job. When
-        this process ends, so does the iterator, without `final`. To be called while answering a request, and may outlive it; closing
-        the iterator, or letting go of it, forgets the follower. Raises JobNotFound, StreamsExhausted.
+        this process ends, so does the iterator, without `final`; when the caller's key is revoked or expires, it raises Unauthenticated.
+        To be called while answering a request, and may outlive it; closing the iterator, or letting go of it, forgets the follower and
+        leaves its place. Raises JobNotFound, StreamsExhausted.
         """
         told = copy_current_request_context(_told)  # views name routes
-        stream = self._stream(job_id, g.caller.tenant_id, after or BEGINNING, previews, heartbeat_s, told)
+        place = place or self.take_place()
+        stream = self._stream(job_id, g.caller.tenant_id, g.caller.kid, after or BEGINNING, previews, heartbeat_s, told, place)
         next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
         return stream
 
@@ -84,15 +107,23 @@ class Events:
         self,
         job_id: uuid.UUID,
         tenant_id: uuid.UUID,
+        kid: str,
         after: str,
         previews: bool,
         heartbeat_s: float,
         told: Callable[[Event, uuid.UUID, Job | None], Event],
+        place: Holding,
     ) -> Iterator[Event | None]:
         try:
             seat, earlier = self._reader.sit_down(job_id, wants_previews=previews, after=after)
         except NoSeat:
+            place.release()
             raise StreamsExhausted("This process has as many event streams open as it may.", retry_after_s=5) from None
+        except BaseException:
+            place.release()
+            raise
+        with self._lock:
+            self._kids[seat] = kid
         try:
             job = self._find(job_id, tenant_id)  # once seated: no ending goes unheard after this look
             if job is None:
@@ -113,7 +144,10 @@ class Events:
                 if event.kind == FINAL:
                     return
         finally:
+            with self._lock:
+                del self._kids[seat]
             self._reader.leave(seat)
+            place.release()
 
     def _events(self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float) -> Iterator[Event | None]:
         """As they are heard of, without end but for that of this process."""
@@ -126,6 +160,8 @@ class Events:
             yield Event(None, FINAL, {})
         beat_at = time.monotonic() + heartbeat_s
         while (event := seat.get(min(beat_at, forecast.due_at) - time.monotonic())) is not LEAVE:
+            if event is _REVOKED:
+                raise Unauthenticated(NO_LIVE_KEY)
             heard = [event] if event is not None else forecast.news()
             for each in heard:
                 forecast.hear(each)
@@ -154,6 +190,7 @@ class Events:
             if self._net is None:
                 self._net = threading.Thread(target=self._catch, name="event-net", daemon=True)
                 self._net.start()
+                threading.Thread(target=self._check_keys, name="event-keys", daemon=True).start()
 
     def _catch(self) -> None:
         """Look for endings that were not heard, and say which previews are still looked at."""
@@ -167,6 +204,16 @@ class Events:
                     self._news.tell_watching(watched)
             except SQLAlchemyError as error:
                 log.warning("endings_not_looked_for", reason=type(error).__name__)
+
+    def _check_keys(self) -> None:
+        """End the streams whose key is not live any more."""
+        while not self._stop.wait(CHECK_KEYS_EVERY_S):
+            with self._lock:
+                followers = dict(self._kids)
+            ended = {kid for kid in set(followers.values()) if not self._keyring.is_live(kid)}
+            for seat, kid in followers.items():
+                if kid in ended:
+                    seat.put(_REVOKED)
 
 
 class _Forecast:

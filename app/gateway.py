@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from flask import current_app
 from sqlalchemy import Engine
 
+from app.capacity import Capacity
 from app.following import Events, Watchers
 from app.keyring import Keyring
 from app.outlook import Lookout
+from app.readiness import Readiness, checks
 from app.signing import LinkSigner
 from app.statuses import Statuses
+from app.uploads import Uploads
+from edges import telemetry
 from edges.broker import Broker
 from edges.decoders import Decoders
 from edges.events import Reader
@@ -51,6 +55,9 @@ class Gateway:
     rates: Rates
     budgets: Budgets
     links: LinkSigner
+    readiness: Readiness
+    waits: Capacity
+    uploads: Uploads
     decoders: Decoders = field(default_factory=Decoders)
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
@@ -71,6 +78,9 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     )  # so that who may come in, and what waits, is read however many write
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
+    keyring = Keyring(aside, refresher)
+    handoff, store = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s), ObjectStore(settings)
+    reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
     lookout = Lookout(aside, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
@@ -78,18 +88,21 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         database=database,
         broker=broker,
         release=release,
-        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        handoff=handoff,
         snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        store=ObjectStore(settings),
+        store=store,
         news=news,
         endings=Endings(settings.handoff_url),
         lookout=lookout,
-        events=Events(database, lookout, news, Reader(settings.handoff_url, most=settings.gateway_max_streams)),
+        events=Events(database, lookout, news, reader, keyring, most=settings.gateway_max_streams),
         outbound=Outbound(settings.outbound_allowed_networks),
-        keyring=Keyring(aside, refresher),
+        keyring=keyring,
         rates=Rates(settings.handoff_url),
         budgets=Budgets(settings.handoff_url),
         links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),
+        readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
+        waits=Capacity(settings.max_waits, telemetry.WAITS),
+        uploads=Uploads(settings),
     )
 
 

@@ -56,9 +56,10 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
 @bp.get("/<uuid:job_id>")
 def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
-    wait_s = read_wait_s(request, gateway().settings.max_wait_s)
-    response = jsonify(_view(*_watched(job_id, wait_s)))
-    if wait_s:
+    asked_s = read_wait_s(request, gateway().settings.max_wait_s)
+    with waiting.admitted(asked_s) as wait_s:
+        response = jsonify(_view(*_watched(job_id, wait_s)))
+    if asked_s:
         response.headers["Preference-Applied"] = f"wait={wait_s}"
     response.headers["Cache-Control"] = "private, no-cache"
     response.add_etag()
@@ -145,13 +146,14 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
     if not accepted.is_new:
         headers[REPLAYED] = "true"
     if wait_s:
-        try:
-            view = _view(*_watched(job.id, wait_s))
-        except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
-            log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
-        else:
-            headers["Preference-Applied"] = f"wait={wait_s}"
-            return jsonify(view), 202, headers
+        with waiting.admitted(wait_s) as applied_s:
+            try:
+                view = _view(*_watched(job.id, applied_s))
+            except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
+                log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
+            else:
+                headers["Preference-Applied"] = f"wait={applied_s}"
+                return jsonify(view), 202, headers
     view = job_view(job, place=accepted.place) if accepted.is_new else _view(job, _steps(job))
     return jsonify(view), 202, headers
 

@@ -27,6 +27,7 @@ PATIENCE_S = 5.0  # with whoever looks up for all: under load another look-up ma
 IN_USE_FOR_S = 5.0
 MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
+NO_LIVE_KEY = "This API key is unknown, revoked or expired."
 
 
 class Known(NamedTuple):
@@ -66,6 +67,14 @@ class Keyring:
         if now - entry.read_at > REFRESHED_AFTER_S and self._turn.acquire(blocking=False):
             self._refresher.submit(self._refresh)
         return entry.known
+
+    def is_live(self, kid: str) -> bool:
+        """Whether the key with that public id, which was live, still is; yes while nobody can say."""
+        try:
+            known = self.find(kid)
+        except SQLAlchemyError:
+            return True
+        return known is not None and known.key.is_live(time.time())
 
     def _known_anew(self, kid: str) -> Known | None:
         """Whoever has the turn reads for all; who gets it late, because the database hangs, reads for himself."""

@@ -107,10 +107,15 @@ def _sized(wish: Wish, picture: File) -> Wish:
 
 
 def _serve(asked: Asked, wish: Wish, asks_for: list[Any]) -> ResponseReturnValue:
-    accepted = _accept(asked, wish, asks_for)
     if asked.streams:
-        return openai_stream.respond(asked, accepted.job)
-    job = waiting.watched(accepted.job.id, gateway().settings.images_wait_s)
+        place = gateway().events.take_place()  # before there is a job that nobody could watch
+        try:
+            return openai_stream.respond(asked, _accept(asked, wish, asks_for).job, place)
+        except BaseException:
+            place.release()
+            raise
+    with waiting.required():
+        job = waiting.watched(_accept(asked, wish, asks_for).job.id, gateway().settings.images_wait_s)
     if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
         raise problem
     return jsonify(_view(asked, job)), 200, {"X-Darkroom-Job-Id": str(job.id)}

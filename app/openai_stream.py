@@ -19,10 +19,11 @@ from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth import caller
+from app.capacity import Holding
 from app.gateway import Gateway, gateway
 from app.openai_answers import NO_TOKENS, extras_of, problem_of_end
 from app.openai_body import Asked
-from app.problems import PartUnavailable, Problem
+from app.problems import PartUnavailable, Problem, Unauthenticated
 from edges.encoding import FORMATS, encode
 from edges.eventlog import FINAL, PREVIEW, Event
 from edges.objectstore import StoreUnavailable, image_key
@@ -37,10 +38,10 @@ HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
 _UNREAD_FOR_S = 30
 
 
-def respond(asked: Asked, job: Job) -> Response:
-    """The stream of a job that was just accepted, or of one that was there. Raises StreamsExhausted."""
+def respond(asked: Asked, job: Job, place: Holding) -> Response:
+    """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
     parts, asking = gateway(), caller()
-    events = parts.events.follow(job.id, previews=asked.partial_images > 0, heartbeat_s=HEARTBEAT_S)
+    events = parts.events.follow(job.id, previews=asked.partial_images > 0, heartbeat_s=HEARTBEAT_S, place=place)
     if (sock := request.environ.get("gunicorn.socket")) is not None:
         sock.settimeout(_UNREAD_FOR_S)
     told = _Told(asked, job, parts)
@@ -57,6 +58,9 @@ def respond(asked: Asked, job: Job) -> Response:
                 is_over = True
                 yield _data(_error(PartUnavailable("The gateway is being restarted; ask again.", part="gateway")))
             yield "data: [DONE]\n\n"
+        except Unauthenticated as problem:  # whoever holds the key now says nothing about the job
+            is_over = True
+            yield _data(_error(problem))
         finally:
             is_last = parts.watchers.leave(job.id)
             if is_last and not is_over and not asked.keeps_running:

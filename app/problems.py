@@ -17,6 +17,7 @@ Problem
 ├── KeyNotFound           404   (admin)
 ├── ModelNotFound         404
 ├── MethodNotAllowed      405
+├── RequestTimeout        408   the body did not come in time
 ├── ImageNotReady         409   with Retry-After while it may still come
 ├── JobAlreadyFinished    409   the cancel came too late
 ├── ReplayImpossible      409   its parameters, or what they need, are gone
@@ -38,8 +39,11 @@ Problem
 ├── TenantQueueFull       429   with Retry-After: this tenant has enough waiting in the tier
 ├── Unexpected            500   says nothing of our insides
 ├── JobFailed             500   an image call whose job failed on our side
+├── MethodUnknown         501   no method of HTTP
 ├── PartUnavailable       503   with Retry-After
 ├── StreamsExhausted      503   with Retry-After: this process has as many event streams open as it may
+├── WaitsExhausted        503   with Retry-After: and as many image calls that wait
+├── UploadsExhausted      503   with Retry-After: and as many uploads, or no room for them
 ├── FleetSaturated        503   with Retry-After: it would not start in time
 ├── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
 ├── JobExpired            503   with Retry-After: an image call whose job nothing started in time
@@ -52,7 +56,7 @@ import structlog
 from flask import Flask, Response, g, json
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import ClientDisconnected, HTTPException
 
 from models.database import conflict
 
@@ -198,6 +202,18 @@ class MethodNotAllowed(Problem):
     slug, title, status = "method-not-allowed", "Method not allowed", 405
 
 
+class RequestTimeout(Problem):
+    """The body did not come in time, or stopped coming; send it again over a connection that keeps up."""
+
+    slug, title, status = "request-timeout", "Request timeout", 408
+
+
+class MethodUnknown(Problem):
+    """The request's method is none that any route here knows."""
+
+    slug, title, status = "method-unknown", "Method unknown", 501
+
+
 class ImageNotReady(Problem):
     """The image is not stored; waiting helps only while the job is active."""
 
@@ -319,6 +335,18 @@ class StreamsExhausted(Problem):
     slug, title, status = "streams-exhausted", "Streams exhausted", 503
 
 
+class WaitsExhausted(Problem):
+    """This gateway process has as many clients waiting as it may; no job was made. Ask again in a moment, or POST /v1/jobs and look."""
+
+    slug, title, status = "waits-exhausted", "Waits exhausted", 503
+
+
+class UploadsExhausted(Problem):
+    """This gateway process has as many large bodies coming in as it may, or no room left for them; a moment later will do."""
+
+    slug, title, status = "uploads-exhausted", "Uploads exhausted", 503
+
+
 class FleetSaturated(Problem):
     """More is asked of all workers together than they can begin in time; waiting helps, and so does a tier with a longer deadline."""
 
@@ -368,6 +396,7 @@ def register(app: Flask) -> None:
     """Make every error of `app` a problem."""
     app.register_error_handler(Problem, Problem.response)
     app.register_error_handler(HTTPException, _from_werkzeug)
+    app.register_error_handler(ClientDisconnected, _body_not_there)
     app.register_error_handler(OperationalError, _database_away)
     app.register_error_handler(PoolTimeout, _database_away)
     app.register_error_handler(Exception, _unexpected)
@@ -394,6 +423,10 @@ def _from_werkzeug(error: HTTPException) -> Response:
     if allowed := getattr(error, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
     return response
+
+
+def _body_not_there(error: ClientDisconnected) -> Response:
+    return RequestTimeout("The body did not come in time.").response()
 
 
 def _database_away(error: Exception) -> Response:

@@ -14,5 +14,4 @@ for hint in settings.hints():
     log.warning("settings_hint", hint=hint)
 at_most = connections.at_most("gateway", gateway_pool_size=settings.database_pool_size, web_concurrency=settings.web_concurrency)
 log.info("database_connections", at_most=at_most)
-application = create_app(settings, fleet)
-telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+application = create_app(settings, fleet)  # its metrics are served by deploy/gunicorn.conf.py, for all processes

@@ -102,7 +102,9 @@ def _readiness(url: str) -> str:
     except (httpx.HTTPError, ValueError, KeyError):
         return f"the gateway does not answer at {url}"
     waiting = [f"{name}: {part.get('detail', 'not ready')}" for name, part in parts.items() if not part["ready"]]
-    return f"not ready · {' · '.join(waiting)}" if waiting else f"ready at {url}"
+    if not waiting:
+        return f"ready at {url}"
+    return f"{'not ready' if answer.status_code == 503 else 'accepts jobs, but not all is well'} · {' · '.join(waiting)}"
 
 
 def _age(now: datetime, process: ProcessStatus) -> str | None:

@@ -20,7 +20,7 @@ RUN groupadd --system --gid 10001 darkroom \
     && useradd --system --uid 10001 --gid 10001 --no-create-home --home-dir /tmp --shell /usr/sbin/nologin darkroom
 
 COPY settings.py celeryconfig.py fleet.toml ./
-COPY deploy/gunicorn.conf.py deploy/health.py deploy/
+COPY deploy/gunicorn.conf.py deploy/connections.py deploy/health.py deploy/
 COPY models models
 COPY migrations migrations
 COPY policy policy

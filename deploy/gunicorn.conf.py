@@ -1,40 +1,88 @@
-"""gunicorn for the gateway: threads, because requests wait (long polls, streams); one process, so that metrics add up by themselves."""
+"""gunicorn for the gateway: threads, because requests wait (long polls, streams); one process, unless WEB_CONCURRENCY asks for more."""
 
 import gc
+import os
 import resource
+import shutil
 import signal
+import socket
+import tempfile
 import threading
 from types import FrameType
 from typing import Any
 
+from deploy.connections import BoundedWorker, Pace
 from settings import load_gateway
 
 # Here, in the master, what is wrong ends the gateway. If only a worker noticed, gunicorn would start the next one, for ever.
 load_gateway.cache_clear()  # on SIGHUP this file is read anew
 _settings, _ = load_gateway()
 
+
+class GatewayWorker(BoundedWorker):
+    """The worker at the pace of the settings."""
+
+    pace = Pace(_settings.header_timeout_s, _settings.body_timeout_s, _settings.gateway_min_bytes_per_s)
+
+
+worker_class = GatewayWorker
 bind = _settings.gateway_bind
-worker_class = "gthread"
 workers = _settings.web_concurrency
 threads = _settings.gateway_threads + _settings.gateway_max_streams  # made when they are needed; open streams leave POST all of its own
-worker_connections = threads + 1024  # those that wait for their client's next request
-keepalive = 15
-timeout = 90  # longer than the longest wait
+worker_connections = _settings.gateway_max_connections
+backlog = 2048
+keepalive = _settings.keepalive_s
+timeout = 90  # of the loop, which waits for nobody
 graceful_timeout = 20
+sendfile = False  # what a client does not take at once is left to the loop, which has it in memory
 accesslog = None  # the gateway's own metrics and logs say more
 control_socket_disable = True
+
+_metrics: socket.socket | None = None  # one for all processes: whichever answers a scrape tells of all of them
+if workers > 1:  # before anybody imports prometheus_client, which looks once
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="darkroom-metrics-")
+
+
+def on_starting(server: Any) -> None:
+    """Take the port of the metrics once, for whichever processes there will be."""
+    global _metrics
+    if _settings.metrics_port:
+        try:
+            _metrics = socket.create_server((_settings.metrics_host, _settings.metrics_port))
+        except OSError as error:
+            server.log.warning("metrics_port_taken: %s: %s", _settings.metrics_port, error)
 
 
 def post_worker_init(worker: Any) -> None:
     """Room for a file per connection, and streams that end at once on SIGTERM: their clients go on elsewhere."""
+    from edges import telemetry
+
+    parts = worker.wsgi.extensions["darkroom"]
     gc.collect()
     gc.freeze()  # what is there now lives as long as the process: no collection has to walk through it again
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard))
+    if _metrics is not None:
+        telemetry.serve_metrics_on(_metrics, of_all_processes=workers > 1)
+    parts.readiness.start()
     stop = signal.getsignal(signal.SIGTERM)
 
     def end(signum: int, frame: FrameType | None) -> None:
-        threading.Thread(target=worker.wsgi.extensions["darkroom"].events.close).start()  # a handler must not wait for a lock
+        threading.Thread(target=parts.events.close).start()  # a handler must not wait for a lock
         stop(signum, frame)
 
     signal.signal(signal.SIGTERM, end)
+
+
+def child_exit(server: Any, worker: Any) -> None:
+    """What a process had open is not open any more; what it counted stays counted."""
+    if workers > 1:
+        from prometheus_client import multiprocess
+
+        multiprocess.mark_process_dead(worker.pid)
+
+
+def on_exit(server: Any) -> None:
+    """Leave nothing in the temporary folder."""
+    if workers > 1:
+        shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

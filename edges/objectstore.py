@@ -62,6 +62,7 @@ class ObjectStore:
         self._bucket, self._presign_ttl_s = settings.s3_bucket, settings.presign_ttl_s
         self._client = _client(settings, settings.s3_endpoint_url)
         public = settings.s3_public_endpoint_url
+        self._probe = _client(settings, settings.s3_endpoint_url, read_timeout_s=1, retries=0)
         self._public = self._client if public in (None, settings.s3_endpoint_url) else _client(settings, public)
 
     def put(self, key: str, content: bytes, *, content_type: str) -> None:
@@ -113,7 +114,7 @@ class ObjectStore:
     def ping(self) -> None:
         """Raises StoreUnavailable if the bucket cannot be seen."""
         try:
-            self._client.head_bucket(Bucket=self._bucket)
+            self._probe.head_bucket(Bucket=self._bucket)
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(_reason(error)) from error
 
@@ -133,16 +134,16 @@ def content_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _client(settings: StoreSettings, endpoint_url: str | None) -> BaseClient:
+def _client(settings: StoreSettings, endpoint_url: str | None, *, read_timeout_s: float = 20, retries: int = 3) -> BaseClient:
     style = settings.s3_addressing_style
     config = Config(
         signature_version="s3v4",
         s3={"addressing_style": "path" if endpoint_url and style == "auto" else style},
         request_checksum_calculation=settings.s3_checksums,
         response_checksum_validation=settings.s3_checksums,
-        connect_timeout=3,
-        read_timeout=20,
-        retries={"mode": "standard", "max_attempts": 3},
+        connect_timeout=min(3, read_timeout_s),
+        read_timeout=read_timeout_s,
+        retries={"mode": "standard", "max_attempts": retries},
         max_pool_connections=32,
     )
     return boto3.session.Session().client(

@@ -265,6 +265,10 @@ class Listener:
             log.error("news_not_handled", channel=self._channel, job_id=str(job_id), exc_info=error)
 
 
+LOOK_EVERY_S = 2.0
+_GIVES_UP_WITHIN_S = 0.5
+
+
 class Endings:
     """Lets many threads wait for jobs to end, over one subscription per process."""
 
@@ -273,13 +277,19 @@ class Endings:
         self._lock = threading.Lock()
         self._listener = Listener(handoff_url, ENDINGS, self._hear)
 
-    def wait(self, job_id: uuid.UUID, timeout_s: float, is_over: Callable[[], bool]) -> None:
-        """Return when `is_over()`, asked at first, at the job's ending and every 2 s for lost news, or after `timeout_s`."""
+    def wait(self, job_id: uuid.UUID, timeout_s: float, is_over: Callable[[], bool], gives_up: Callable[[], bool] = lambda: False) -> None:
+        """Return when `is_over()`, asked at first, at the job's ending and every 2 s for lost news, or after `timeout_s`.
+
+        gives_up: whether it is not to be waited for any longer; asked twice a second, so it must cost nothing.
+        """
         deadline = time.monotonic() + timeout_s
         event = self._enter(job_id)
         try:
             while not is_over() and (left_s := deadline - time.monotonic()) > 0:
-                if event.wait(min(left_s, 2.0)) and not is_over():
+                is_heard = _heard(event, min(left_s, LOOK_EVERY_S), gives_up)
+                if gives_up():
+                    return
+                if is_heard and not is_over():
                     time.sleep(0.05)  # heard, but not seen in the database yet
         finally:
             self._leave(job_id)
@@ -306,6 +316,17 @@ class Endings:
                 self._waiting[job_id] = event, count - 1
             else:
                 del self._waiting[job_id]
+
+
+def _heard(event: threading.Event, within_s: float, gives_up: Callable[[], bool]) -> bool:
+    """Whether it was set within that time, or before `gives_up()`."""
+    deadline = time.monotonic() + within_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        if event.wait(min(left_s, _GIVES_UP_WITHIN_S)):
+            return True
+        if gives_up():
+            return False
+    return False
 
 
 def _publish(pipe: Pipeline, channel: str, job_id: uuid.UUID) -> None:

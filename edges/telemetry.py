@@ -6,11 +6,16 @@ A log event is constant and its data are fields; ids, never whole objects or pro
 import contextlib
 import logging
 import os
+import socket
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
+from wsgiref.simple_server import WSGIRequestHandler
 
 import structlog
-from prometheus_client import Counter, Gauge, Histogram, start_http_server
+from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
+from prometheus_client.exposition import ThreadingWSGIServer
+from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import Engine, event
 from sqlalchemy.engine import ExceptionContext
 
@@ -49,7 +54,10 @@ AWAY_SECONDS = Gauge("darkroom_away_seconds", "How long a part has not taken wha
 DUPLICATES = Counter("darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"])
 SWEPT = Counter("darkroom_swept_total", "Rows the sweeper acted on", ["why"])
 SHED = Counter("darkroom_shed_total", "Requests refused although they could be rendered", ["reason"])
-EVENT_STREAMS = Gauge("darkroom_event_streams", "Followers of jobs in this gateway process")
+EVENT_STREAMS = Gauge("darkroom_event_streams", "Followers of jobs", multiprocess_mode="livesum")
+WAITS = Gauge("darkroom_waiting_clients", "Clients whose request waits for a job's end", multiprocess_mode="livesum")
+UPLOADS = Gauge("darkroom_uploads_in_progress", "Bodies over 64 KiB that are coming in or in use", multiprocess_mode="livesum")
+SPOOLED_BYTES = Gauge("darkroom_upload_spool_reserved_bytes", "Of the temporary folder, for these", multiprocess_mode="livesum")
 EVENTS_SENT = Counter("darkroom_events_sent_total", "Events given to followers", ["kind"])
 EVENTS_DROPPED = Counter("darkroom_events_dropped_total", "Events that a follower was too slow for", ["kind"])
 WEBHOOK_ATTEMPTS = Counter("darkroom_webhook_attempts_total", "Attempts at deliveries: delivered, 3xx, 4xx, 5xx, unreachable", ["outcome"])
@@ -64,7 +72,7 @@ AUDIT_MONTHS_AHEAD = Gauge(
 AUTH_FAILURES = Counter("darkroom_auth_failures_total", "Requests refused for their API key: no_key, bad_key, scope", ["why"])
 CONFLICTED = Counter("darkroom_transaction_conflicts_total", "Transactions begun again, for another was in their way", ["kind"])
 LIMITS_LOCAL = Counter("darkroom_limits_local_total", "Limits counted in one process or not at all, for Redis was away", ["limit"])
-HANDOFF_FILL = Gauge("darkroom_handoff_fill_ratio", "Memory of the hand-off in use / its maxmemory")
+HANDOFF_FILL = Gauge("darkroom_handoff_fill_ratio", "Memory of the hand-off in use / its maxmemory", multiprocess_mode="livemax")
 QUEUE_JOBS = Gauge("darkroom_queue_jobs", "Unfinished jobs", ["pool", "tier", "state"])
 OLDEST_WAIT = Gauge("darkroom_queue_oldest_wait_seconds", "Age of the oldest queued job", ["pool", "tier"])
 LIVE_WORKERS = Gauge("darkroom_live_workers", "Workers heard of within a lease", ["pool"])
@@ -182,3 +190,24 @@ def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
             start_http_server(port, addr=host)
         except OSError as error:
             log.warning("metrics_port_taken", port=port, reason=str(error))
+
+
+def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None:
+    """Serve /metrics on a socket that several processes may share: whichever of them answers, tells of itself, or of all of them."""
+    registry = REGISTRY
+    if of_all_processes:
+        registry = CollectorRegistry()
+        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+    listener.setblocking(False)  # another process may be faster
+    server = ThreadingWSGIServer(listener.getsockname()[:2], _SilentHandler, bind_and_activate=False)
+    server.socket.close()
+    server.socket = listener
+    server.server_name, server.server_port = listener.getsockname()[:2]
+    server.setup_environ()
+    server.set_app(make_wsgi_app(registry))
+    threading.Thread(target=server.serve_forever, name="metrics", daemon=True).start()
+
+
+class _SilentHandler(WSGIRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""

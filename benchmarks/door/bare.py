@@ -23,7 +23,8 @@ def make_application() -> Flask:
     most = 2 * int(os.environ.get("DATABASE_POOL_SIZE", "10"))  # all are made at once: this pool closes what it has beyond its least
     pool = psycopg2.pool.ThreadedConnectionPool(most, most, os.environ["DATABASE_URL"].replace("+psycopg2", ""))
     broker = redis.Redis(connection_pool=redis.BlockingConnectionPool.from_url(os.environ["BROKER_URL"], max_connections=most))
-    app.extensions["darkroom"] = SimpleNamespace(events=SimpleNamespace(close=lambda: None))  # what that configuration closes at the end
+    unused = {"events": SimpleNamespace(close=lambda: None), "readiness": SimpleNamespace(start=lambda: None)}
+    app.extensions["darkroom"] = SimpleNamespace(**unused)  # what that configuration starts and ends
     turn = threading.BoundedSemaphore(most)  # psycopg2's pool raises when it is empty; a server waits
 
     @app.post("/v1/jobs")

@@ -1,6 +1,10 @@
 """The running gateway, as two tenants and as nobody; and gateways of our own with a part that is broken."""
 
 import contextlib
+import os
+import signal
+import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,8 +26,8 @@ from models.database import make_engine, transaction
 from models.states import ACTIVE_STATES
 from models.tables import Job, Worker
 from policy.fleet import Fleet, parse_fleet
-from settings import REPO, GatewaySettings
-from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant, settings_for
+from settings import REPO, GatewaySettings, ServerSettings
+from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant, settings_for, until
 
 OPEN: list[tuple[Engine, News]] = []  # the stack's database and news, once a test asked for them
 
@@ -150,7 +154,45 @@ def gateway_with(stack) -> Iterator[Callable[..., FlaskClient]]:
 
     yield gateway_with
     with ThreadPoolExecutor() as threads:
-        list(threads.map(lambda app: app.extensions["darkroom"].endings.close(), opened.values()))
+        list(threads.map(_close, opened.values()))
+
+
+def _close(app: Flask) -> None:
+    parts = app.extensions["darkroom"]
+    parts.readiness.close()
+    parts.endings.close()
+
+
+@pytest.fixture(scope="module")
+def a_gateway(stack, tmp_path_factory) -> Iterator[Callable[..., str]]:
+    """The URL of a gateway of our own as it is served, gunicorn and all, with these variables changed; one for all who want the same."""
+    opened: dict[str, tuple[subprocess.Popen, str]] = {}
+
+    def a_gateway(**changes: object) -> str:
+        which = str(sorted(changes.items()))
+        if which not in opened:
+            url = f"127.0.0.1:{a_closed_port()}"
+            names = {name.upper() for kind in (GatewaySettings, ServerSettings) for name in kind.model_fields}
+            env = {name: value for name, value in stack.env.items() if name in names} | {"METRICS_PORT": "0"}
+            env |= {"PATH": os.environ["PATH"], "GATEWAY_BIND": url} | {name.upper(): str(value) for name, value in changes.items()}
+            command = [sys.executable, "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
+            with (tmp_path_factory.mktemp("gateway") / "log").open("w") as log:
+                opened[which] = subprocess.Popen(command, cwd=REPO, env=env, stderr=log), f"http://{url}"
+            until(lambda: _serves(opened[which][1]), within_s=60, what="the gateway's start")
+        return opened[which][1]
+
+    yield a_gateway
+    for process, _ in opened.values():
+        process.send_signal(signal.SIGQUIT)
+    for process, _ in opened.values():
+        process.wait(timeout=30)
+
+
+def _serves(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/healthz", timeout=2, trust_env=False).status_code == 200
+    except httpx.TransportError:
+        return False
 
 
 @pytest.fixture(scope="session")

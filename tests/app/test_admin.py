@@ -98,3 +98,16 @@ def test_names_and_keys_that_cannot_be_are_refused(admin, tenant):
         assert_problem(admin.post(keys, json=body), 422, "invalid-request")
     assert_problem(admin.get(f"/v1/admin/tenants/{uuid.uuid4()}"), 404, "tenant-not-found")
     assert_problem(admin.get(f"/v1/admin/tenants/{tenant['id']}/usage", params={"from": "yesterday"}), 422, "invalid-query")
+
+
+def test_an_operator_at_the_limits_of_his_tenant_can_still_raise_them(stack, stack_database, nobody):
+    with transaction(stack_database) as session:
+        tenant = tenants.create(session, name=f"app-operators-{uuid.uuid4().hex[:8]}", actor="tests")
+        own = {"tenant_id": tenant.id, "name": "operator", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+        _, key = api_keys.issue(session, scopes=["admin", "read"], **own)
+        tenants.limit(session, tenant, changes={"requests_per_minute": 1}, actor="tests")
+    assert [nobody.get("/v1/key", headers=bearer(key)).status_code for _ in range(2)] == [200, 429]
+
+    answer = nobody.patch(f"/v1/admin/tenants/{tenant.id}", json={"requests_per_minute": None}, headers=bearer(key))
+
+    assert (answer.status_code, answer.json()["limits"]["requests_per_minute"]) == (200, None)

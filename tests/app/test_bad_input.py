@@ -266,3 +266,8 @@ def test_a_problem_s_type_leads_to_its_explanation(nobody, slug):
 
 def test_an_unknown_problem_is_one(nobody):
     assert_problem(nobody.get("/problems/none-such"), 404, "not-found")
+
+
+@pytest.mark.parametrize("path", ["/v1/jobs", "/nowhere"])
+def test_a_method_that_does_not_exist_is_told_so_wherever_it_leads(api, path):
+    assert "POST" in assert_problem(api.request("BREW", path), 501, "method-unknown")["accepted"]

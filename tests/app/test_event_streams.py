@@ -244,7 +244,7 @@ def test_a_follower_that_left_is_forgotten(served, held_worker, api):
 
 
 def test_a_process_has_room_for_so_many_streams(served, held_worker, api):
-    client, _ = served(gateway_max_streams=2)
+    client, _ = served(gateway_max_streams=3)  # of which a tenant may have two: one is for others
     job = create(api)
 
     with following(client, job) as one, following(client, job) as other:

@@ -1,10 +1,12 @@
 """/healthz and /readyz, and what a client sees when a part of the house is away."""
 
 import contextlib
+import threading
 
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
+from app.readiness import Readiness
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import a_fleet, until
@@ -16,32 +18,93 @@ def test_the_gateway_is_alive(nobody):
     assert nobody.get("/healthz").json() == {"status": "alive"}
 
 
-def test_the_stack_is_ready_and_every_part_says_so(nobody):
-    answer = nobody.get("/readyz")
+def told(client, about=lambda parts: True):
+    """What /readyz says once every part was asked, and about this."""
 
-    assert (answer.status_code, answer.json()["status"]) == (200, "ready")
+    def tell():
+        answer = client.get("/readyz")
+        parts = _body(answer)["parts"]
+        return answer if all(part.get("detail") != "not asked yet" for part in parts.values()) and about(parts) else None
+
+    return until(tell, within_s=15, what="an answer of every part")
+
+
+def _body(answer):
+    return answer.json() if callable(answer.json) else answer.json
+
+
+def test_the_stack_is_ready_and_every_part_says_so(nobody):
+    answer = told(nobody)
+
+    assert (answer.status_code, answer.json()["status"], answer.json()["degraded"]) == (200, "ready", [])
     assert {name: part["ready"] for name, part in answer.json()["parts"].items()} == dict.fromkeys(PARTS, True)
 
 
 @pytest.mark.parametrize("part", ["broker", "handoff", "object_store"])
-def test_the_part_that_is_not_ready_is_named(elsewhere, gateway_with, part):
-    answer = gateway_with(**elsewhere(part)).get("/readyz")
+def test_a_part_that_is_away_is_named_and_jobs_are_accepted_all_the_same(elsewhere, gateway_with, part):
+    answer = told(gateway_with(**elsewhere(part)))
 
-    assert (answer.status_code, answer.json["status"], answer.headers["Retry-After"]) == (503, "not_ready", "2")
+    assert (answer.status_code, answer.json["status"], answer.json["degraded"]) == (200, "ready", [part])
     assert [name for name, found in answer.json["parts"].items() if not found["ready"]] == [part]
 
 
-def test_without_the_database_nobody_knows_of_workers_either(elsewhere, gateway_with):
-    answer = gateway_with(**elsewhere("database")).get("/readyz")
+def test_without_the_database_no_job_is_accepted_and_nobody_knows_of_workers(elsewhere, gateway_with):
+    answer = told(gateway_with(**elsewhere("database")))
 
-    assert [name for name, found in answer.json["parts"].items() if not found["ready"]] == ["database", "workers"]
+    assert (answer.status_code, answer.json["status"], answer.headers["Retry-After"]) == (503, "not_ready", "2")
+    assert answer.json["degraded"] == ["database", "workers"]
+
+
+def test_a_database_that_takes_no_writes_accepts_no_jobs(stack, gateway_with):
+    owner = create_engine(stack.env["MIGRATION_DATABASE_URL"])
+    with owner.begin() as connection:  # a role that finds the database as everybody finds one that was demoted
+        connection.execute(text("CREATE ROLE darkroom_app_demoted LOGIN PASSWORD 'demoted' IN ROLE darkroom_app"))
+        connection.execute(text("ALTER ROLE darkroom_app_demoted SET default_transaction_read_only = on"))
+    owner.dispose()
+    demoted = make_url(stack.env["DATABASE_URL"]).set(username="darkroom_app_demoted", password="demoted")
+
+    answer = told(gateway_with(database_url=demoted.render_as_string(hide_password=False)))
+
+    assert (answer.status_code, answer.json["parts"]["database"]) == (503, {"ready": False, "detail": "read-only"})
 
 
 def test_a_pool_without_its_warm_workers_is_named(gateway_with):
-    answer = gateway_with(a_fleet({"pools.big.warm_floor": 1})).get("/readyz")
+    answer = told(gateway_with(a_fleet({"pools.big.warm_floor": 1})))
 
-    assert answer.status_code == 503
+    assert (answer.status_code, answer.json["degraded"]) == (200, ["workers"])
     assert "pool big" in answer.json["parts"]["workers"]["detail"]
+
+
+def test_a_part_that_hangs_keeps_nobody_waiting():
+    hangs = threading.Event()
+    readiness = Readiness({"database": lambda: {"ready": True}, "broker": lambda: {"ready": hangs.wait()}})
+
+    parts = until(lambda: _says(readiness, "broker", "does not answer"), within_s=5, what="noticing it")
+    assert parts["database"] == {"ready": True}
+
+    hangs.set()
+    until(lambda: readiness.parts()["broker"]["ready"], within_s=5, what="seeing it come back")
+    readiness.close()
+
+
+def test_a_part_that_fails_in_a_new_way_is_asked_again():
+    failures = iter([ValueError("a library's own")])
+
+    def check():
+        for failure in failures:
+            raise failure
+        return {"ready": True}
+
+    readiness = Readiness({"database": check})
+
+    assert until(lambda: _says(readiness, "database", "ValueError"), within_s=5, what="the failure")
+    until(lambda: readiness.parts()["database"]["ready"], within_s=5, what="the second look")
+    readiness.close()
+
+
+def _says(readiness, part, detail):
+    parts = readiness.parts()
+    return parts if parts[part].get("detail") == detail else None
 
 
 def test_an_unready_gateway_is_still_alive(elsewhere, gateway_with):
@@ -50,10 +113,10 @@ def test_an_unready_gateway_is_still_alive(elsewhere, gateway_with):
 
 def test_neither_address_nor_password_is_told(elsewhere, gateway_with):
     for part in ("database", "broker", "handoff", "object_store"):
-        told = gateway_with(**elsewhere(part)).get("/readyz").text
+        said = told(gateway_with(**elsewhere(part))).text
 
-        assert "127.0.0.1" not in told
-        assert "://" not in told
+        assert "127.0.0.1" not in said
+        assert "://" not in said
 
 
 def test_without_the_database_the_client_is_asked_to_come_back(elsewhere, gateway_with, new_key):

@@ -282,6 +282,17 @@ def test_passwords_are_the_same_on_both_sides(services: dict[str, Any]):
     assert services["api"]["environment"]["S3_BUCKET"] == services["objectstore"]["environment"]["S3_BUCKET"]
 
 
+def test_the_gateway_s_temporary_folder_holds_several_uploads_and_is_part_of_its_memory(services: dict[str, Any]):
+    api = services["api"]
+    [found] = [re.fullmatch(r"/tmp:size=(\d+)m,mode=1777", mount) for mount in api["tmpfs"]]
+    memory = re.fullmatch(r"(\d+)m", str(api["mem_limit"]))
+
+    assert found is not None
+    assert memory is not None
+    assert int(found[1]) * 2**20 * 4 // 5 >= 6 * int(api["environment"]["MAX_UPLOAD_BYTES"])
+    assert int(memory[1]) >= 1024 + int(found[1])
+
+
 def test_a_full_redis_refuses_rather_than_forgets(services: dict[str, Any]):
     def options(name: str) -> list[str]:
         return [line.strip() for line in services[name]["command"][-1].splitlines()]

@@ -1,0 +1,130 @@
+"""Whether this gateway can accept jobs, and which parts of the house it could not reach a moment ago.
+
+Every part is asked in a thread of its own, every two seconds, so that whoever wants to know is answered from memory, at once, also while a
+part does not answer at all. Ready is who can accept jobs, and for that the database must take writes. The rest may be away for a while:
+jobs wait, and other gateways would be no better off.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import structlog
+from sqlalchemy import text
+from sqlalchemy.exc import SQLAlchemyError
+
+from edges.broker import Broker, BrokerUnavailable
+from edges.handoff import Handoff, HandoffUnavailable
+from edges.objectstore import ObjectStore, StoreUnavailable
+from models import workers
+from models.database import make_engine, transaction
+from policy.fleet import Fleet
+from settings import GatewaySettings
+
+log = structlog.get_logger(__name__)
+
+CHECK_EVERY_S = 2.0
+ANSWERS_WITHIN_S = 1.0
+NEEDED = "database"
+Check = Callable[[], dict[str, Any]]
+
+
+@dataclass
+class _Part:
+    """What is known of one part. asked_at: since when it has not answered, if it is being asked."""
+
+    said: dict[str, Any] | None = None
+    asked_at: float | None = None
+
+
+class Readiness:
+    """One per gateway process; its threads start with `start()`, or with the first who wants to know."""
+
+    def __init__(self, checks: Mapping[str, Check]) -> None:
+        self._checks = checks
+        self._parts = {name: _Part() for name in checks}
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._has_started = False
+
+    def start(self) -> None:
+        """Begin to ask; harmless when repeated."""
+        with self._lock:
+            if self._has_started:
+                return
+            self._has_started = True
+        for name in self._checks:
+            threading.Thread(target=self._ask_again_and_again, args=(name,), name=f"ready-{name}", daemon=True).start()
+
+    def close(self) -> None:
+        """Ask no more."""
+        self._stop.set()
+
+    def parts(self) -> dict[str, dict[str, Any]]:
+        """Every part, `ready` or with the reason why not, as it was at most three seconds ago; from memory."""
+        self.start()
+        now = time.monotonic()
+        with self._lock:
+            return {name: _said(part, now) for name, part in self._parts.items()}
+
+    def _ask_again_and_again(self, name: str) -> None:
+        part = self._parts[name]
+        while True:
+            with self._lock:
+                part.asked_at = time.monotonic()
+            said = _answer(self._checks[name])
+            with self._lock:
+                if part.said is None or part.said["ready"] != said["ready"]:
+                    log.info("part_ready" if said["ready"] else "part_not_ready", part=name, detail=said.get("detail"))
+                part.said, part.asked_at = said, None
+            if self._stop.wait(CHECK_EVERY_S):
+                return
+
+
+def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore) -> dict[str, Check]:
+    """How each part is asked; the database over connections of its own, so that no crowd keeps it from being asked."""
+    database = make_engine(settings.database_url, pool_size=1)
+
+    def takes_writes() -> dict[str, Any]:
+        with transaction(database) as session:
+            session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
+            is_read_only = session.scalar(text("SHOW transaction_read_only")) == "on"  # a primary that was demoted keeps its connections
+        return {"ready": False, "detail": "read-only"} if is_read_only else {"ready": True}
+
+    def has_workers() -> dict[str, Any]:
+        """Whether every pool with a warm floor has that many live workers; jobs for the others wait in Postgres."""
+        with transaction(database) as session:
+            live = [worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
+        short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
+        detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
+        return {"ready": not short, "live": len(live), **detail}
+
+    return {
+        "database": takes_writes,
+        "broker": lambda: _pinged(broker.ping),
+        "handoff": lambda: _pinged(handoff.ping),
+        "object_store": lambda: _pinged(store.ping),
+        "workers": has_workers,
+    }
+
+
+def _pinged(ping: Callable[[], None]) -> dict[str, Any]:
+    ping()
+    return {"ready": True}
+
+
+def _answer(check: Check) -> dict[str, Any]:
+    try:
+        return check()
+    except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, StoreUnavailable) as error:
+        return {"ready": False, "detail": type(error).__name__}
+    except Exception as error:  # whatever a library makes of a part that is half there: the next check must come
+        log.error("part_not_checked", exc_info=error)
+        return {"ready": False, "detail": type(error).__name__}
+
+
+def _said(part: _Part, now: float) -> dict[str, Any]:
+    if part.asked_at is not None and now - part.asked_at > ANSWERS_WITHIN_S:
+        return {"ready": False, "detail": "does not answer"}
+    return part.said or {"ready": False, "detail": "not asked yet"}

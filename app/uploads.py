@@ -1,0 +1,111 @@
+"""Large bodies: how many come in at once, and where uploads lie until they are read.
+
+Reading one keeps a thread for as long as its client takes, and uploads are written to the temporary folder meanwhile, so both have an end:
+a request takes its share of them before the first byte is read (`admit`) and gives it back when it waits for something else, or is over.
+"""
+
+import errno
+import shutil
+import tempfile
+from contextlib import suppress
+from typing import IO, Any
+
+import structlog
+from flask import Request, g, request
+
+from app.capacity import Capacity, Holding
+from app.problems import UploadsExhausted
+from edges import telemetry
+from settings import SMALL_BODY_BYTES, GatewaySettings
+
+log = structlog.get_logger(__name__)
+
+IN_MEMORY_BYTES = 262_144  # of an upload; what is longer lies on disk
+RETRY_AFTER_S = 2
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Uploads:
+    """How many large bodies one process takes in at once, and how many bytes of its temporary folder they may fill."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._largest_bytes = settings.max_upload_bytes
+        self._bodies = Capacity(settings.max_uploads, telemetry.UPLOADS)
+        free = shutil.disk_usage(tempfile.gettempdir()).free
+        room = settings.upload_spool_bytes or free * 4 // 5 // settings.web_concurrency
+        if room < self._largest_bytes:
+            log.warning("upload_spool_too_small", free_bytes=free, room_bytes=room, largest_bytes=self._largest_bytes)
+        self._spool = Capacity(max(room, self._largest_bytes), telemetry.SPOOLED_BYTES)  # one upload may always try
+
+    def admit(self, asked: Request) -> None:
+        """Take what the body needs, if it is a large one. Raises UploadsExhausted."""
+        size = asked.content_length
+        if size is None and "chunked" in asked.headers.get("Transfer-Encoding", "").lower():
+            size = self._largest_bytes
+        if size is None or not SMALL_BODY_BYTES < size <= self._largest_bytes:  # beyond that, whoever reads refuses it
+            return
+        self._take(self._bodies, 1, "as many uploads coming in as it may")
+        if asked.mimetype != "application/json":
+            self._take(self._spool, size, "no room for another upload of this size")
+
+    @staticmethod
+    def _take(capacity: Capacity, amount: int, what: str) -> None:
+        tenant_id = g.caller.tenant_id
+        holding = capacity.take(tenant_id, amount)
+        if holding is None:
+            telemetry.SHED.labels("uploads_exhausted").inc()
+            whose = f", of which your tenant holds {capacity.held_by(tenant_id)} of {capacity.most}"
+            raise UploadsExhausted(f"This gateway process has {what}{whose}.", retry_after_s=RETRY_AFTER_S)
+        g.setdefault("upload_holdings", []).append(holding)
+
+
+def release(error: BaseException | None = None) -> None:
+    """Let go of what this request's body took; harmless when repeated. What was not read of it is gone."""
+    holdings: list[Holding] = g.get("upload_holdings", [])
+    if holdings:
+        request.close()
+    while holdings:
+        holdings.pop().release()
+
+
+class Spool(tempfile.SpooledTemporaryFile[bytes]):
+    """An upload on its way: in memory while it is small, else in the temporary folder. A full one is a 503, not a fault of ours."""
+
+    def __init__(self) -> None:
+        super().__init__(max_size=IN_MEMORY_BYTES, mode="w+b")
+
+    def write(self, data: Any) -> int:
+        """Raises UploadsExhausted."""
+        try:
+            return int(super().write(data))
+        except OSError as error:
+            raise _full(error) from error
+
+    def seek(self, *where: int) -> int:
+        """Raises UploadsExhausted: what was written may only now go to the disk."""
+        try:
+            return int(super().seek(*where))
+        except OSError as error:
+            raise _full(error) from error
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+    def __exit__(self, *raised: Any) -> None:
+        self.close()
+
+
+class SpoolingRequest(Request):
+    """A request whose forms keep their files in spools."""
+
+    def _get_file_stream(self, *args: Any, **kwargs: Any) -> IO[bytes]:
+        return Spool()
+
+
+def _full(error: OSError) -> Exception:
+    if error.errno not in _FULL:
+        return error
+    telemetry.SHED.labels("uploads_exhausted").inc()
+    log.error("upload_spool_full", reason=error.strerror)
+    return UploadsExhausted("The temporary folder of this gateway process is full.", retry_after_s=RETRY_AFTER_S)

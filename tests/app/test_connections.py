@@ -1,0 +1,361 @@
+"""The gateway as it is served, and clients that are slow, silent or many: nobody else waits for them."""
+
+import json
+import socket
+import time
+from contextlib import ExitStack, contextmanager, suppress
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+import pytest
+
+from settings import ServerSettings
+from tests.app.conftest import bearer
+from tests.builders import a_closed_port, until
+
+MORE_THAN_THREADS = 40
+TIGHT = {
+    "gateway_threads": 8,
+    "gateway_max_streams": 2,
+    "gateway_max_waits": 4,
+    "gateway_max_uploads": 3,
+    "gateway_max_connections": 64,
+    "header_timeout_s": 1,
+    "body_timeout_s": 1,
+    "keepalive_s": 2,
+}
+LARGE = 100_000
+
+
+@pytest.fixture(scope="module")
+def gateway(a_gateway):
+    """One with few threads and little patience."""
+    return a_gateway(**TIGHT)
+
+
+@pytest.fixture(scope="module")
+def patient_gateway(a_gateway):
+    """One with few threads and much patience: whoever is slow stays for the whole test."""
+    return a_gateway(**TIGHT | {"header_timeout_s": 60, "body_timeout_s": 60, "keepalive_s": 60, "gateway_max_connections": 1000})
+
+
+@pytest.fixture(scope="module")
+def key(new_key):
+    return new_key()
+
+
+@contextmanager
+def connected(url, count=1, **options):
+    """So many connections of our own."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(_connect(url, **options)) for _ in range(count)]
+
+
+def _connect(url, receive_buffer=None):
+    sock = socket.socket()
+    if receive_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(20)
+    address = urlsplit(url)
+    sock.connect((address.hostname, address.port))
+    return sock
+
+
+def heard(sock, *, until_closed=True):
+    """What the server sends until it closes, or until it has sent one answer with a short body."""
+    data = b""
+    while piece := sock.recv(65_536):
+        data += piece
+        if not until_closed and b"\r\n\r\n" in data:
+            head, _, body = data.partition(b"\r\n\r\n")
+            length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
+            if len(body) >= length:
+                break
+    return data
+
+
+@contextmanager
+def frozen(pid):
+    """The process and its children stand still: connections stay open, and nobody answers."""
+    processes = [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]
+    for process in processes:
+        process.suspend()
+    try:
+        yield
+    finally:
+        for process in processes:
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
+def status_of(answer):
+    return int(answer.split(b" ", 2)[1])
+
+
+def works(url, key):
+    """Whether a stranger's request is answered soon, one that needs a thread and the database."""
+    answer = httpx.get(f"{url}/v1/jobs", headers=bearer(key), timeout=5, trust_env=False)
+    return answer.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"G",
+        b"GET /healthz HTTP/1.1\r\nHost: x\r\n",
+        b"\r\n\r\n\r\n",
+        b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 2000\r\n\r\n{",
+    ],
+    ids=["nothing", "a letter", "half a head", "empty lines", "half a body"],
+)
+def test_requests_that_do_not_come_take_no_thread(patient_gateway, key, sent):
+    with connected(patient_gateway, MORE_THAN_THREADS) as silent:
+        for sock in silent:
+            sock.sendall(sent)
+
+        assert works(patient_gateway, key)
+
+
+def test_answers_that_nobody_reads_take_no_thread(patient_gateway, key):
+    with connected(patient_gateway, MORE_THAN_THREADS, receive_buffer=2048) as deaf:
+        for sock in deaf:
+            sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20)  # more than the system's buffers hold
+
+        assert works(patient_gateway, key)
+
+
+def test_an_answer_that_is_read_slowly_comes_whole(gateway):
+    whole = httpx.get(f"{gateway}/openapi.json", trust_env=False).content
+    with connected(gateway, receive_buffer=2048) as [sock]:
+        sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        time.sleep(0.5)
+
+        answer = heard(sock)
+
+    assert answer.partition(b"\r\n\r\n")[2] == whole
+
+
+def test_clients_that_do_not_close_hold_up_nobody(patient_gateway, key):
+    with connected(patient_gateway, MORE_THAN_THREADS) as left_open:
+        for sock in left_open:
+            sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+        assert works(patient_gateway, key)
+        assert {status_of(heard(sock)) for sock in left_open} == {200}
+
+
+def test_a_body_that_nobody_reads_is_not_waited_for(patient_gateway, key):
+    with connected(patient_gateway, MORE_THAN_THREADS) as slow:
+        for sock in slow:
+            sock.sendall(b"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nContent-Length: 3000000\r\n\r\n{")  # no key: 401
+
+        assert works(patient_gateway, key)
+
+
+def test_a_client_that_sends_a_large_body_in_vain_still_hears_why(gateway):
+    answer = httpx.post(f"{gateway}/v1/files", content=bytes(6_000_000), headers={"Content-Type": "image/png"}, trust_env=False)
+
+    assert answer.status_code == 401
+
+
+@pytest.mark.parametrize("sent", [b"GET /healthz HTTP/1.1\r\n", b"POST /v1/jobs HTTP/1.1\r\nContent-Length: 9\r\n\r\n{"])
+def test_a_request_that_does_not_come_in_time_is_told_so(gateway, sent):
+    with connected(gateway) as [sock]:
+        sock.sendall(sent)
+
+        answer = heard(sock)
+
+    assert status_of(answer) == 408
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["type"] == "/problems/request-timeout"
+
+
+def test_a_large_body_that_stops_coming_is_told_so(gateway, key):
+    with connected(gateway) as [sock]:
+        sock.sendall(_upload(key, LARGE) + bytes(1000))
+
+        answer = heard(sock)
+
+    assert status_of(answer) == 408
+
+
+def test_a_large_body_may_take_its_time_while_it_comes_fast_enough(a_gateway, key):
+    url = a_gateway(**TIGHT | {"gateway_min_bytes_per_s": 10_000, "body_timeout_s": 1})
+    with connected(url) as [sock]:
+        sock.sendall(_upload(key, LARGE))
+        for _ in range(20):
+            sock.sendall(bytes(LARGE // 20))
+            time.sleep(0.1)  # two seconds altogether
+
+        answer = heard(sock, until_closed=False)
+
+    assert status_of(answer) == 422  # it is no picture, but it was read
+
+
+def test_slow_uploads_of_one_tenant_leave_threads_and_room_to_others(patient_gateway, key, new_key):
+    with connected(patient_gateway, 3) as slow:
+        for sock in slow:
+            sock.sendall(_upload(key, LARGE))
+        refused = [sock for sock in slow if _is_refused(sock)]
+
+        assert len(refused) == 1  # two of three are its share
+        assert works(patient_gateway, key)
+        other = httpx.post(f"{patient_gateway}/v1/files", content=bytes(LARGE), headers=_picture(new_key()), trust_env=False)
+        assert other.status_code == 422  # no picture, but it was read
+
+
+def test_a_head_that_does_not_end_is_refused(gateway):
+    with connected(gateway) as [sock]:
+        sock.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000)
+
+        assert status_of(heard(sock)) == 431
+
+
+def test_requests_behind_one_another_are_answered_in_their_order(gateway):
+    with connected(gateway) as [sock]:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\nGET /nowhere HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+        answer = heard(sock)
+
+    assert answer.index(b"HTTP/1.1 200") < answer.index(b"HTTP/1.1 404")
+
+
+def test_a_request_in_small_pieces_is_one_request(gateway, key):
+    body = json.dumps({"prompt": "a red circle", "steps": -1}).encode()
+    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    sent = head.encode() + f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+    with connected(gateway) as [sock]:
+        for place in range(0, len(sent), 16):
+            sock.sendall(sent[place : place + 16])
+            time.sleep(0.005)
+
+        answer = heard(sock, until_closed=False)
+
+    assert status_of(answer) == 422
+    assert b"/steps" in answer
+
+
+@pytest.mark.parametrize("how", ["chunked", "expect"])
+def test_a_body_may_be_chunked_or_wait_to_be_asked_for(gateway, key, how):
+    body = json.dumps({"prompt": "a red circle", "steps": -1}).encode()
+    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    with connected(gateway) as [sock]:
+        if how == "expect":
+            sock.sendall(f"{head}Content-Length: {len(body)}\r\nExpect: 100-continue\r\n\r\n".encode())
+            assert sock.recv(100).startswith(b"HTTP/1.1 100")
+            sock.sendall(body)
+        else:
+            sock.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n{len(body):x}\r\n".encode() + body + b"\r\n0\r\n\r\n")
+
+        assert status_of(heard(sock, until_closed=False)) == 422
+
+
+def test_an_idle_connection_is_kept_longer_than_load_balancers_do():
+    assert ServerSettings().keepalive_s > 60
+
+
+def test_an_idle_connection_is_closed_after_its_time_and_not_before(gateway):
+    with connected(gateway) as [sock]:
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        heard(sock, until_closed=False)
+        time.sleep(1)
+        sock.sendall(b"GET /healthz HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert status_of(heard(sock, until_closed=False)) == 200
+        answered_at = time.monotonic()
+
+        assert heard(sock) == b""
+        assert 1 < time.monotonic() - answered_at < 10
+
+
+def test_silent_connections_make_room_for_those_that_ask(gateway, key):
+    with connected(gateway, 100):  # of 64 that may be
+        assert works(gateway, key)
+
+
+def test_the_gateway_is_alive_while_all_its_threads_are_taken(stack, patient_gateway, key):
+    asked = f"GET /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\n\r\n".encode()
+    with frozen(stack.pid("postgres")), connected(patient_gateway, MORE_THAN_THREADS) as waiting:
+        for sock in waiting:
+            sock.sendall(asked)
+        time.sleep(0.5)
+
+        assert httpx.get(f"{patient_gateway}/healthz", timeout=2, trust_env=False).status_code == 200
+        readiness = until(lambda: _unready(patient_gateway), within_s=10, what="telling that the database is away")
+
+    assert readiness["parts"]["database"] == {"ready": False, "detail": "does not answer"}
+    until(lambda: httpx.get(f"{patient_gateway}/readyz", trust_env=False).status_code == 200, within_s=30, what="being ready again")
+
+
+def test_every_process_is_in_the_metrics_whichever_answers(a_gateway):
+    port = a_closed_port()
+    url = a_gateway(web_concurrency=2, metrics_port=port, gateway_threads=8, gateway_max_streams=2)
+
+    for _ in range(30):
+        with httpx.Client(base_url=url, trust_env=False) as client:  # a connection each: whichever process takes it
+            client.get("/nowhere")
+
+    counted = [_counted(port, route="unknown") for _ in range(5)]
+    assert counted == [30] * 5
+
+
+def test_no_client_chooses_what_a_metric_is_called(a_gateway, key):
+    port = a_closed_port()
+    url = a_gateway(metrics_port=port, gateway_threads=8, gateway_max_streams=2)
+    _odd_requests(url, key, "first")
+    before = _series(port)
+
+    _odd_requests(url, key, "second")
+
+    assert _series(port) == before
+
+
+def _odd_requests(url, key, word):
+    """Everything in a request that somebody might take for a label, with a word of the client's choice."""
+    with httpx.Client(base_url=url, trust_env=False, headers=bearer(key)) as client:
+        assert client.request(word.upper(), "/v1/jobs").status_code == 501
+        assert client.request(word.upper(), f"/{word}").status_code == 501
+        for path in (f"/{word}", f"/v1/jobs/{word}", f"/problems/{word}", f"/docs/{word}", f"/v1/jobs?{word}={word}", f"/v1/models/{word}"):
+            client.get(path)
+        fields = {"prompt": word, "tier": word, "model": word, "sampler": word, "output_format": word, word: word}
+        for name, value in fields.items():
+            client.post("/v1/jobs", json={"prompt": "x", name: value, "steps": -1})
+            client.post("/v1/images/generations", json={"prompt": "x", name: value, "steps": -1})
+        client.get("/v1/jobs", headers={"Authorization": f"{word} {word}", "X-Request-Id": word, "Prefer": f"{word}=1", "Host": word})
+        client.post("/v1/files", content=word.encode(), headers={"Content-Type": f"image/{word}"})
+
+
+def _series(port):
+    """Names and labels of everything in the metrics, but for buckets' and values."""
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines()
+    return {line.rpartition(" ")[0] for line in lines if not line.startswith("#")}
+
+
+def _counted(port, *, route):
+    lines = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text.splitlines()
+    return sum(
+        float(line.rpartition(" ")[2]) for line in lines if line.startswith("darkroom_http_requests_total{") and f'"{route}"' in line
+    )
+
+
+def _unready(url):
+    answer = httpx.get(f"{url}/readyz", timeout=2, trust_env=False)
+    return answer.json() if answer.status_code == 503 else None
+
+
+def _picture(key):
+    return {**bearer(key), "Content-Type": "image/png"}
+
+
+def _upload(key, length):
+    head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: image/png\r\n"
+    return f"{head}Content-Length: {length}\r\n\r\n".encode()
+
+
+def _is_refused(sock):
+    """Whether it was told so within a moment; a body that is let in is still waited for."""
+    sock.settimeout(1.5)
+    try:
+        return status_of(sock.recv(65_536)) == 503
+    except TimeoutError:
+        return False

@@ -1,0 +1,83 @@
+"""Uploads that are many, large or slow: how many bodies come in at once, and what happens when the temporary folder is full."""
+
+import io
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+from PIL import Image
+
+from app import uploads
+from app.problems import UploadsExhausted
+from tests.app.conftest import bearer
+from tests.app.problem import assert_problem
+
+ROOM = 4_000_000
+
+
+@pytest.fixture(scope="module")
+def gateway(a_gateway):
+    """One whose temporary folder may hold little."""
+    return a_gateway(upload_spool_bytes=ROOM, max_upload_bytes=3_000_000, gateway_threads=64)
+
+
+def a_large_picture():
+    """A PNG of some 1.5 MB: noise does not shrink."""
+    out = io.BytesIO()
+    Image.fromarray(np.random.default_rng(7).integers(0, 256, (720, 720, 3), dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("how", ["itself", "form"])
+def test_more_uploads_than_there_is_room_for_are_asked_to_come_back(gateway, new_key, how):
+    picture, key = a_large_picture(), new_key()
+
+    def bring(_):
+        if how == "form":
+            return httpx.post(f"{gateway}/v1/files", files={"file": picture}, headers=bearer(key), timeout=60, trust_env=False)
+        headers = {**bearer(key), "Content-Type": "image/png"}
+        return httpx.post(f"{gateway}/v1/files", content=picture, headers=headers, timeout=60, trust_env=False)
+
+    with ThreadPoolExecutor(12) as threads:
+        answers = list(threads.map(bring, range(12)))
+
+    assert {answer.status_code for answer in answers} == {201, 503}
+    for answer in answers:
+        if answer.status_code == 503:
+            assert_problem(answer, 503, "uploads-exhausted")
+            assert int(answer.headers["Retry-After"]) > 0
+    assert bring(None).status_code == 201  # what they held was given back
+
+
+def test_a_full_temporary_folder_is_a_503_and_no_fault(monkeypatch, gateway_with, new_key):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **options: open("/dev/full", "w+b"))  # noqa: SIM115
+
+    for body in ({"data": a_large_picture(), "content_type": "image/png"}, {"data": {"file": (io.BytesIO(a_large_picture()), "x.png")}}):
+        answer = gateway_with().post("/v1/files", headers=bearer(new_key()), **body)
+
+        assert_problem(answer, 503, "uploads-exhausted")
+        assert int(answer.headers["Retry-After"]) > 0
+
+
+def test_a_small_upload_needs_no_disk(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **options: open("/dev/full", "w+b"))  # noqa: SIM115
+
+    with uploads.Spool() as spool:
+        spool.write(bytes(uploads.IN_MEMORY_BYTES))
+        spool.seek(0)
+        assert len(spool.read()) == uploads.IN_MEMORY_BYTES
+
+
+def test_a_disk_that_is_full_is_told_whenever_it_shows(monkeypatch):
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda *args, **options: open("/dev/full", "w+b"))  # noqa: SIM115
+    spool = uploads.Spool()
+
+    def fill():
+        while True:
+            spool.write(bytes(65_536))
+
+    with pytest.raises(UploadsExhausted):
+        fill()
+    spool.close()  # which would write what is left
