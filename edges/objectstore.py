@@ -31,6 +31,7 @@ class ObjectStore:
     def __init__(self, settings: StoreSettings) -> None:
         self._bucket, self._presign_ttl_s = settings.s3_bucket, settings.presign_ttl_s
         self._client = _client(settings, settings.s3_endpoint_url)
+        self._hasty = _client(settings, settings.s3_endpoint_url, read_timeout_s=3, attempts=1)
         public = settings.s3_public_endpoint_url
         self._public = self._client if public in (None, settings.s3_endpoint_url) else _client(settings, public)
 
@@ -41,10 +42,11 @@ class ObjectStore:
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(_reason(error)) from error
 
-    def get(self, key: str) -> bytes:
-        """Raises StoreUnavailable; ObjectGone when there is no such key."""
+    def get(self, key: str, *, soon: bool = False) -> bytes:
+        """Raises StoreUnavailable, also for a store that takes more than a few seconds if `soon`; ObjectGone when there is no such key."""
+        client = self._hasty if soon else self._client
         try:
-            return bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
+            return bytes(client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
         except (BotoCoreError, ClientError) as error:
             is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
             raise (ObjectGone if is_gone else StoreUnavailable)(_reason(error)) from error
@@ -85,15 +87,15 @@ def content_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _client(settings: StoreSettings, endpoint_url: str | None) -> BaseClient:
+def _client(settings: StoreSettings, endpoint_url: str | None, *, read_timeout_s: int = 20, attempts: int = 3) -> BaseClient:
     config = Config(
         signature_version="s3v4",
         s3={"addressing_style": "path" if endpoint_url else "auto"},
         request_checksum_calculation=settings.s3_checksums,
         response_checksum_validation=settings.s3_checksums,
         connect_timeout=3,
-        read_timeout=20,
-        retries={"mode": "standard", "max_attempts": 3},
+        read_timeout=read_timeout_s,
+        retries={"mode": "standard", "max_attempts": attempts},
         max_pool_connections=32,
     )
     return boto3.session.Session().client(
