@@ -9,6 +9,8 @@ import re
 
 SCHEME = "data:"
 _ESCAPED = re.compile(rb"%([0-9A-Fa-f]{2})")
+_HEX = "0123456789ABCDEFabcdef"
+_MEANT = {(high + low).encode(): bytes([int(high + low, 16)]) for high in _HEX for low in _HEX}
 _WHITE = b" \t\n\f\r"
 _IS_BASE64 = re.compile(r";[ ]*base64[ ]*\Z", re.IGNORECASE)
 _MAX_TYPE_CHARS = 1024
@@ -33,7 +35,7 @@ def decoded(text: str) -> bytes:
     _check_kind(kind[: marked.start()] if marked else kind)
     data = body.partition("#")[0].encode("utf-8", "surrogatepass")
     if b"%" in data:
-        data = _ESCAPED.sub(lambda escape: bytes.fromhex(escape[1].decode()), data)
+        data = _ESCAPED.sub(lambda escape: _MEANT[escape[1]], data)
     return _from_base64(data) if marked else data
 
 
