@@ -17,6 +17,7 @@ from app.auth import caller
 from app.body import invalid_wish
 from app.gateway import gateway
 from app.idempotency import HEADER
+from app.inputs import Intake
 from app.outlook import Bookings, Expected, QueuePlace, WayOut
 from app.problems import (
     FleetSaturated,
@@ -40,6 +41,8 @@ from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
 
 log = structlog.get_logger(__name__)
+
+COLUMN_OF = {"init_image": "init_file_id", "mask": "mask_file_id", "control_image": "control_file_id"}
 
 _NOTHING_YET: Mapping[str, Any] = dict.fromkeys(inspect(Job).column_attrs.keys())
 
@@ -118,6 +121,20 @@ def accept(
     elif way_out is not WayOut.IN_TURN:
         let_out(resolved.pool, resolved.tier)
     return Accepted(_as_written(new, row), is_new=True, place=expected.place)
+
+
+def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: Intake) -> Resolved:
+    """The same with the files that its fields stand for, brought if they are new. Raises as `Intake.files` and `check_mask` do."""
+    found = intake.files(fields)
+    if "mask" in found:
+        intake.check_mask(found["mask"], resolved.width_px, resolved.height_px)
+    return replace(resolved, **{COLUMN_OF[field]: file.id for field, file in found.items()})
+
+
+def foresee(resolved: Resolved, *, start_within_s: float | None = None) -> None:
+    """Raise what the job would be refused for now. Nothing is written: for pictures that would be decoded and stored for nothing."""
+    new, _ = draft(resolved, metadata=None, start_within_s=start_within_s)
+    limits.foresee(new.megapixel_steps)
 
 
 def draft(

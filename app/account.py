@@ -1,7 +1,7 @@
 """/v1/key and /v1/usage: who a caller is, what it may use and what it has used."""
 
 from collections.abc import Sequence
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, date, datetime
 from typing import Any
 
 from flask import Blueprint, Request, jsonify, request
@@ -10,7 +10,7 @@ from flask.typing import ResponseReturnValue
 from app.auth import caller, require_key
 from app.gateway import gateway
 from app.problems import InvalidQuery
-from models import usage
+from models import files, usage
 from models.database import transaction
 from models.tables import UsageDay
 from policy.limits import Limits
@@ -36,15 +36,17 @@ def show_usage() -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         rows = usage.days(session, tenant_id=caller().tenant_id, since=since, until=until)
         stand = usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
+        count, size_bytes = files.stored(session, tenant_id=caller().tenant_id)
     now = {"today": float(stand.used_today), "this_month": float(stand.used_this_month), "active_jobs": stand.active_jobs}
-    return jsonify(usage_view(rows, since, until) | {"limits": limits_view(caller().limits), "used_megapixel_steps": now})
+    own = {"limits": limits_view(caller().limits), "used_megapixel_steps": now, "stored_files": {"count": count, "size_bytes": size_bytes}}
+    return jsonify(usage_view(rows, since, until) | own)
 
 
 def read_days(asked: Request) -> tuple[date, date]:
     """`from` and `to`, by default this month. Raises InvalidQuery."""
     today = datetime.now(UTC).date()
     since, until = _day(asked, "from", today.replace(day=1)), _day(asked, "to", today)
-    if not since <= until <= since + timedelta(days=MOST_DAYS):
+    if not 0 <= (until - since).days <= MOST_DAYS:
         raise InvalidQuery(f"to must be from `from` to {MOST_DAYS} days later.", parameter="to")
     return since, until
 

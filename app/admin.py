@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from app.account import limits_view, read_days, usage_view
 from app.auth import caller, require_key
-from app.body import parse, read_object
+from app.body import AS_WHOLE, parse, read_object
 from app.gateway import gateway
 from app.pages import next_page, read_cursor, read_limit
 from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
@@ -21,14 +21,17 @@ from models import api_keys, tenants, usage
 from models.database import run_transaction, transaction
 from models.tables import ApiKey, Tenant
 from models.tenants import LIMITS
-from policy.limits import KEY_GRACE_S, limits_of
+from policy.limits import KEY_GRACE_S, MAX_WEIGHT, MIN_WEIGHT, limits_of
+from policy.text import is_human
 
 bp = Blueprint("admin", __name__, url_prefix="/v1/admin")
 bp.before_request(require_key)
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
-Amount = Annotated[float, Field(gt=0, le=1e11)]
+Count = Annotated[int, Field(gt=0, le=1_000_000_000), AS_WHOLE]
+Amount = Annotated[float, Field(ge=0.001, le=1e11)]  # a budget that needs longer than Redis keeps anything would never fill
+Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
+Bytes = Annotated[int, Field(ge=0, le=10**15), AS_WHOLE]
 Quota = Annotated[float, Field(ge=0, le=1e11)]
 
 
@@ -40,13 +43,13 @@ class TenantBody(_Body):
     """The body of POST /v1/admin/tenants."""
 
     name: Name
-    weight: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    weight: Weight = 1.0
 
 
 class TenantChange(_Body):
     """The body of PATCH /v1/admin/tenants/{id}; what is not there stays, null takes a limit away."""
 
-    weight: Annotated[float, Field(gt=0, le=1e6)] | None = None
+    weight: Weight | None = None
     requests_per_minute: Count | None = None
     megapixel_steps_per_minute: Amount | None = None
     burst_megapixel_steps: Amount | None = None
@@ -55,6 +58,7 @@ class TenantChange(_Body):
     monthly_megapixel_steps: Quota | None = None
     allowed_tiers: list[str] | None = None
     allowed_models: list[str] | None = None
+    max_stored_bytes: Bytes | None = None
     url_inputs: bool | None = None
 
 
@@ -149,6 +153,8 @@ def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
 def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """A new key of the tenant: 201, with `key`, which is shown this once."""
     body = parse(KeyBody, read_object(request))
+    if not is_human(body.name):
+        raise _refused("name", "must not have control characters in it", {"max_chars": 64})
     expires_at = _instant(body.expires_at)
 
     def issue(session: Session) -> dict[str, Any]:
@@ -222,9 +228,10 @@ def _instant(text: str | None) -> datetime | None:
         return None
     try:
         at = datetime.fromisoformat(text.upper())
-    except ValueError:
-        at = None
-    if at is None or at.tzinfo is None or at <= datetime.now(UTC):
+        is_future = at.tzinfo is not None and at.astimezone(UTC) > datetime.now(UTC)
+    except (ValueError, OverflowError):  # no instant, or one that no calendar has in UTC
+        is_future = False
+    if not is_future:
         raise _refused("expires_at", "must be an instant in the future, with its offset", "2027-01-31T00:00:00Z")
     return at
 

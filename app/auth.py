@@ -41,11 +41,12 @@ def require_key() -> None:
     found = known.key
     g.caller = Caller(found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits)
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
-    needed = _needed_scope()
-    if needed not in found.scopes:
+    enough = _scopes_that_do()
+    if not found.scopes & set(enough):
         telemetry.AUTH_FAILURES.labels("scope").inc()
-        raise Forbidden(f"This API key lacks the scope `{needed}`.", scope=needed, scopes=sorted(found.scopes))
-    if needed != "admin":  # or an operator whose tenant is at its limits could not raise them
+        detail = f"This API key lacks the scope {' or '.join(f'`{scope}`' for scope in enough)}."
+        raise Forbidden(detail, scope=enough[0], scopes=sorted(found.scopes))
+    if "admin" not in enough:  # or an operator whose tenant is at its limits could not raise them
         _count_request(g.caller)
     gateway().uploads.admit(request)
 
@@ -86,8 +87,11 @@ def _count_request(asking: Caller) -> None:
         raise RateLimited(detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S)
 
 
-def _needed_scope() -> str:
-    """Reading needs `read`, whatever changes something `generate`, the operator's routes `admin`, which implies neither."""
+def _scopes_that_do() -> tuple[str, ...]:
+    """Those of which one is enough: reading needs `read`, whatever changes something `generate`, the operator's routes `admin`, which
+    implies neither. An estimate changes nothing and says what whoever generates must know."""
     if request.blueprint == "admin":
-        return "admin"
-    return "read" if request.method in ("GET", "HEAD", "OPTIONS") else "generate"
+        return ("admin",)
+    if request.blueprint == "estimates":
+        return ("read", "generate")
+    return ("read",) if request.method in ("GET", "HEAD", "OPTIONS") else ("generate",)

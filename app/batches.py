@@ -3,7 +3,7 @@
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,11 +15,11 @@ from sqlalchemy.orm import Session
 
 from app import accepting, inputs, limits
 from app.auth import caller, require_key
-from app.body import invalid_wish, parse_job, read_object, wish_of
+from app.body import invalid_wish, parse_job, parse_shared, read_object, wish_of
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
 from app.outlook import Booked
-from app.problems import Problem
+from app.problems import InvalidImageRequest, Problem
 from app.views import urls_view
 from edges import telemetry
 from models import idempotency, listing
@@ -29,14 +29,33 @@ from models.files import FileGone
 from models.idempotency import Answer, Once
 from models.states import JobState
 from models.tables import Job
-from policy.catalog import InvalidWish
+from policy.catalog import InvalidWish, Resolved
 
 bp = Blueprint("batches", __name__)
 bp.before_request(require_key)
 log = structlog.get_logger(__name__)
 
 MAX_JOBS = 1_000
+MAX_PROBLEM_CHARS = 262_144  # of what a batch says of the items that it refuses; of those beyond it says less
+MAX_SHORT_DETAIL_CHARS = 160
 Outcome = NewJob | Problem
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An item that may be let in but for its pictures, which nobody has looked at."""
+
+    job: NewJob
+    resolved: Resolved
+    pictures: Mapping[str, str | None]
+
+    def complete(self, intake: inputs.Intake) -> Outcome:
+        """The job to be written, with its pictures; or why they cannot be used."""
+        try:
+            resolved = accepting.with_pictures(self.resolved, self.pictures, intake)
+        except Problem as problem:
+            return problem
+        return replace(self.job, params=vars(resolved))
 
 
 @dataclass
@@ -44,39 +63,31 @@ class _Door:
     """Lets the items of one batch in, one after the other; what it let in counts when the next one is looked at."""
 
     booked: dict[tuple[str, str], Booked] = field(default_factory=dict)
-    pictures: dict[str, uuid.UUID] = field(default_factory=dict)  # by what the fields say: most items start from the same
 
-    def admit(self, item: object, defaults: Mapping[str, Any]) -> Outcome:
-        """The job to be written, or why it may not be."""
+    def admit(self, item: object, defaults: Mapping[str, Any]) -> _Draft | Problem:
+        """What may be let in if its pictures can be used, or why it may not be."""
         try:
             if not isinstance(item, dict):
                 raise invalid_wish(InvalidWish("", "must be an object with the fields of a job"))
             body = parse_job({**defaults, **item})
-            resolved = accepting.resolve(wish_of(body, self._pictures(body.pictures)))
+            resolved = accepting.resolve(wish_of(body, inputs.unseen(body.pictures)))
             new, _ = accepting.draft(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, booked=self.booked)
         except Problem as problem:
             return problem
         self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
-        return new
-
-    def _pictures(self, fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
-        said = {name: value for name, value in fields.items() if value is not None}
-        unknown = {name: value for name, value in said.items() if value not in self.pictures}
-        for name, file_id in inputs.pictures(unknown).items():
-            self.pictures[said[name]] = file_id
-        return {name: self.pictures[value] for name, value in said.items()}
+        return _Draft(new, resolved, body.pictures)
 
 
 @bp.post("/v1/jobs:batch")
 def create_jobs() -> ResponseReturnValue:
     """Accept every job of the batch that can be: 200, and for each item, in order, its job or its problem."""
     request.max_content_length = gateway().settings.max_batch_bytes
-    items, defaults = _read_batch(read_object(request))
+    items, defaults = _read_batch(read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS}))
     once = read_once(request, [items, defaults])
     if once is not None and (answer := accepting.answer_to(once)) is not None:
         return jsonify(_view(answer)), 200, {REPLAYED: "true"}
     door = _Door()
-    outcomes = [door.admit(item, defaults) for item in items]
+    outcomes = _complete([door.admit(item, defaults) for item in items])
     try:
         answer, written = _accept(outcomes, once)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
@@ -88,6 +99,17 @@ def create_jobs() -> ResponseReturnValue:
     return jsonify(_view(answer, written)), 200
 
 
+def _complete(drafts: Sequence[_Draft | Problem]) -> list[Outcome]:
+    """Look at the pictures of those that could be let in. Raises as `limits.foresee` does, before a new one is looked at."""
+    admitted = [draft for draft in drafts if isinstance(draft, _Draft)]
+    said = {value for draft in admitted for value in draft.pictures.values() if value is not None}
+    if any(map(inputs.is_new, said)):
+        limits.foresee(sum((draft.job.megapixel_steps for draft in admitted), Decimal(0)), jobs=len(admitted))
+    intake = inputs.Intake()
+    intake.look_up(said)
+    return [draft.complete(intake) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+
 def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, list[NewJob]]:
     """Write what was let in, if anything was, and announce what there is room for; the answer, and the jobs that were written.
 
@@ -97,7 +119,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
     new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
     outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
     accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
-    answer = {"items": json.dumps([_noted(outcome) for outcome in outcomes])}  # as text: JSONB has no place for every text that JSON has
+    answer = {"items": json.dumps(list(_noted(outcomes)))}  # as text: JSONB has no place for every text that JSON has
     if accepted:
         whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
 
@@ -119,12 +141,26 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
     return Answer(job_id=None, items=answer), accepted
 
 
-def _noted(outcome: Outcome) -> dict[str, Any]:
-    """What is kept of it for those who ask again."""
-    if isinstance(outcome, NewJob):
-        return {"job_id": str(outcome.id)}
-    problem = outcome.summary()
-    return {"problem": problem | ({"retry_after_s": outcome.retry_after_s} if outcome.retry_after_s is not None else {})}
+def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """What is answered of each, and kept for those who ask again; of many problems the first ones in full."""
+    left = MAX_PROBLEM_CHARS
+    for outcome in outcomes:
+        if isinstance(outcome, NewJob):
+            yield {"job_id": str(outcome.id)}
+            continue
+        wait = {"retry_after_s": outcome.retry_after_s} if outcome.retry_after_s is not None else {}
+        problem = outcome.summary() | wait
+        left -= len(json.dumps(problem))
+        yield {"problem": problem if left >= 0 else _shortened(problem) | wait}
+
+
+def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
+    """What it is, and the first field that it is about."""
+    short = {name: problem[name] for name in ("type", "title", "status")} | {"detail": problem["detail"][:MAX_SHORT_DETAIL_CHARS]}
+    if errors := problem.get("errors"):
+        first = {"pointer": errors[0]["pointer"], "detail": errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS]}
+        short |= {"errors": [first], "errors_left_out": len(errors) - 1 + problem.get("errors_left_out", 0)}
+    return short
 
 
 def _view(answer: Answer, written: Sequence[NewJob] = ()) -> dict[str, Any]:
@@ -169,4 +205,5 @@ def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
         raise invalid_wish(InvalidWish("jobs", f"must be a list of 1 to {MAX_JOBS} jobs", {"min": 1, "max": MAX_JOBS}))
     if not isinstance(defaults, dict):
         raise invalid_wish(InvalidWish("defaults", "must be an object with fields of a job"))
+    parse_shared(defaults)
     return items, defaults

@@ -2,19 +2,34 @@
 
 import json
 import math
-from collections.abc import Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, TypeVar
 from uuid import UUID
 
 from flask import Request
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, InvalidRequest, MalformedBody, Problem, UnsupportedMediaType
 from policy.catalog import AdapterWish, InvalidWish, Wish
+from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
 PICTURE_FIELDS = ("init_image", "mask", "control_image")
 MAX_METADATA_KEYS = 16
+MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
+MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
+MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
+NO_LISTS: Mapping[str, int] = {}
+_MISSING = "This field is required"
+
+
+def _as_whole(value: object) -> object:
+    """JSON has one kind of number: 1.0 and 1e2 are whole."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+AS_WHOLE = BeforeValidator(_as_whole)
+Whole = Annotated[int, AS_WHOLE]
 
 
 class AdapterBody(BaseModel):
@@ -36,11 +51,11 @@ class JobBody(BaseModel):
     model: str | None = None
     tier: str | None = None
     size: str | None = None
-    steps: int | None = None
+    steps: Whole | None = None
     guidance: float | None = None
     sampler: str | None = None
-    seed: int | None = None
-    n: int = 1
+    seed: Whole | None = None
+    n: Whole = 1
     output_format: str = "png"
     init_image: str | None = None
     mask: str | None = None
@@ -58,7 +73,7 @@ class JobBody(BaseModel):
 
 def read_job(request: Request) -> JobBody:
     """Parse the body. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest."""
-    return parse_job(read_object(request))
+    return parse_job(read_object(request, problem=InvalidImageRequest))
 
 
 def parse_job(fields: Mapping[str, Any]) -> JobBody:
@@ -73,8 +88,17 @@ def parse(kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem]
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        errors = [_field_error(e, kind) for e in error.errors()]
-        raise problem("The request has fields that cannot be used.", errors=errors) from None
+        raise problem("The request has fields that cannot be used.", **_told(field_errors(error, kind))) from None
+
+
+def parse_shared(fields: Mapping[str, Any]) -> None:
+    """Check names and types of fields of a job that its other fields are to complete. Raises InvalidImageRequest."""
+    try:
+        JobBody.model_validate(fields)
+    except ValidationError as error:
+        if errors := [entry for entry in field_errors(error, JobBody) if entry["detail"] != _MISSING]:
+            within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
+            raise InvalidImageRequest("The defaults have fields that cannot be used.", **_told(within)) from None
 
 
 def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
@@ -85,11 +109,12 @@ def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raises InvalidImageRequest for more than can be kept, or what cannot be printed."""
+    """Raises InvalidImageRequest for more than can be kept, and for text that nobody wrote."""
     accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": 64, "max_value_chars": 512}
     for key, value in metadata.items():
-        if not 1 <= len(key) <= 64 or len(value) > 512 or "\x00" in key + value or not (key + value).isprintable():
-            raise invalid_wish(InvalidWish("metadata", f"has an entry that is too long or not printable: {key[:64]!r}", accepted))
+        if not 1 <= len(key) <= 64 or len(value) > 512 or not is_human(key + value):
+            detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
+            raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
         raise invalid_wish(InvalidWish("metadata", f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted", accepted))
 
@@ -121,36 +146,95 @@ def read_nothing(request: Request) -> None:
     fields = read_object(request) if request.get_data() else {}
     errors = [{"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []} for name in fields]
     if errors:
-        raise InvalidImageRequest("This request takes no fields.", errors=errors)
+        raise InvalidImageRequest("This request takes no fields.", **_told(errors))
 
 
-def read_object(request: Request) -> dict[str, Any]:
-    """The JSON object that the body is. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge."""
+def read_object(request: Request, *, problem: type[Problem] = InvalidRequest, lists: Mapping[str, int] = NO_LISTS) -> dict[str, Any]:
+    """The JSON object that the body is, bounded in whatever makes a small body expensive.
+
+    lists: how many entries those lists may have that may have more than others, by their pointers. Raises UnsupportedMediaType,
+    MalformedBody, BodyTooLarge, and `problem`, which points at what is too much.
+    """
     if request.mimetype != "application/json":
         raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
     content = request.get_data(cache=False)  # not kept for as long as the client waits: it may hold pictures
     if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
         raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
     try:
-        body = json.loads(content, parse_constant=_refuse_constant)
+        body = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError:
         raise MalformedBody("The body is nested too deeply.") from None
     except (ValueError, UnicodeDecodeError) as error:
         raise MalformedBody(f"The body is not JSON: {str(error)[:200]}") from None
     if not isinstance(body, dict):
         raise MalformedBody("The body must be a JSON object.")
+    check_bounds(body, problem=problem, lists=lists)
     return body
+
+
+def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Problem], lists: Mapping[str, int] = NO_LISTS) -> None:
+    """Raises `problem` for a JSON value that is larger than any request needs, and MalformedBody for one that is nested too deeply.
+
+    Before anything else looks at it: what checks types, names errors or makes text of it takes time and memory for each value.
+    """
+    left, inner = MAX_VALUES, [("", body, 1)]
+    while inner:
+        pointer, value, depth = inner.pop()
+        if depth > MAX_DEPTH:
+            raise MalformedBody("The body is nested too deeply.")
+        is_object = isinstance(value, Mapping)
+        most = MAX_MEMBERS if is_object else lists.get(pointer, MAX_ENTRIES)
+        if len(value) > most:
+            raise _too_much(
+                problem, pointer, f"has {len(value)} {'members' if is_object else 'entries'}; at most {most} are accepted", most
+            )
+        left -= len(value)
+        if left < 0:
+            raise _too_much(problem, pointer, f"is of a body with more than {MAX_VALUES} values", MAX_VALUES)
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        inner += [(f"{pointer}/{_escaped(name)}", each, depth + 1) for name, each in named if isinstance(each, dict | list)]
+
+
+def _too_much(problem: type[Problem], pointer: str, detail: str, most: int) -> Problem:
+    return problem(f"{pointer or 'The body'} {detail}.", errors=[{"pointer": pointer or "/", "detail": detail, "accepted": {"max": most}}])
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of an object; one that is there twice could be read in two ways. Raises ValueError."""
+    found = dict(members)
+    if len(found) < len(members):
+        seen = set[str]()
+        name = next(name for name, _ in members if name in seen or seen.add(name))
+        raise ValueError(f"an object has the member {name[:64]!r} more than once")
+    return found
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is not a JSON number")
 
 
+def field_errors(error: ValidationError, kind: type[BaseModel]) -> list[dict[str, Any]]:
+    """What a problem says of each wrong field."""
+    return [_field_error(entry, kind) for entry in error.errors(include_url=False, include_context=False, include_input=False)]
+
+
 def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
-    pointer = "/" + "/".join(str(part).replace("~", "~0").replace("/", "~1")[:64] for part in error["loc"])
+    pointer = "/" + "/".join(_escaped(part) for part in error["loc"])
     entry = {"pointer": pointer, "detail": error["msg"]}
     if error["type"] == "extra_forbidden":
-        entry |= {"detail": "There is no such field", "accepted": list(kind.model_fields)}
+        names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields  # the only objects within one
+        entry |= {"detail": "There is no such field", "accepted": list(names)}
     elif error["type"] == "missing":
-        entry["detail"] = "This field is required"
+        entry["detail"] = _MISSING
     return entry
+
+
+def _told(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The members of a problem: the first errors, and how many more there are."""
+    more = len(errors) - MAX_ERRORS
+    return {"errors": errors[:MAX_ERRORS]} | ({"errors_left_out": more} if more > 0 else {})
+
+
+def _escaped(part: object) -> str:
+    """A part of a JSON pointer."""
+    return str(part).replace("~", "~0").replace("/", "~1")[:64]

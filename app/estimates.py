@@ -13,18 +13,18 @@ from app.body import read_job, wish_of
 from app.gateway import gateway
 from app.views import params_view, queue_view
 from policy.admission import Refusal
+from policy.catalog import RANDOM_SEED
 from policy.cost import megapixel_steps, price
 
 bp = Blueprint("estimates", __name__)
 bp.before_request(require_key)
-
-_UNSEEN = uuid.UUID(int=0)  # a picture that would be fetched or stored only for a job
 
 
 @bp.post("/v1/estimate")
 def estimate() -> ResponseReturnValue:
     """Every resolved parameter of the job that POST /v1/jobs would make of this body, its price and its wait; or its problem."""
     parts = gateway()
+    request.max_content_length = parts.settings.max_job_body_bytes
     body = read_job(request)
     resolved = accepting.resolve(wish_of(body, _pictures(body.pictures)))
     tier = parts.fleet.tiers[resolved.tier]
@@ -35,7 +35,7 @@ def estimate() -> ResponseReturnValue:
         {
             "object": "estimate",
             **params_view(resolved),
-            "seed": body.seed,  # one that was not asked for is drawn for the job
+            "seed": None if body.seed == RANDOM_SEED else body.seed,  # one that was not asked for is drawn for the job
             **{field: value if value and _is_id(value) else None for field, value in body.pictures.items()},
             "metadata": body.metadata,
             "start_deadline_s": deadline_s,
@@ -51,8 +51,8 @@ def estimate() -> ResponseReturnValue:
 def _pictures(fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
     """Those that are files already are looked up; of the others it only counts that there is one."""
     said = {field: value for field, value in fields.items() if value is not None}
-    files = inputs.pictures({field: value for field, value in said.items() if _is_id(value)})
-    return {field: files.get(field, _UNSEEN) for field in said}
+    files = inputs.Intake().files({field: value for field, value in said.items() if not inputs.is_new(value)})
+    return inputs.unseen(said) | {field: file.id for field, file in files.items()}
 
 
 def _is_id(value: str) -> bool:

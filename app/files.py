@@ -1,11 +1,13 @@
 """/v1/files: bring, show, list and erase the pictures that jobs start from."""
 
+import io
 import uuid
 from typing import Any, BinaryIO
 
 import structlog
 from flask import Blueprint, Request, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
+from werkzeug.datastructures import FileStorage
 
 from app import delivery, inputs
 from app.auth import caller, require_key
@@ -24,6 +26,7 @@ bp = Blueprint("files", __name__, url_prefix="/v1/files")
 bp.before_request(require_key)
 
 FIELD = "file"
+_SAID_FOR_NOTHING = ("purpose",)  # OpenAI's clients have to say it
 _CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
 
 
@@ -78,13 +81,20 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
     """The one picture in the body, not in memory yet. Raises BodyTooLarge, MalformedBody, UnsupportedMediaType."""
     asked.max_content_length = gateway().settings.max_upload_bytes
     if asked.mimetype == "multipart/form-data":
-        sent = asked.files.getlist(field)
+        sent = [file for file in asked.files.getlist(field) if not is_left_out(file)]
         if len(sent) != 1:
             raise MalformedBody(f"Send one picture in the field `{field}`; there are {len(sent)}.")
+        for name in ({*asked.files} | {*asked.form}) - {field, *_SAID_FOR_NOTHING}:
+            raise MalformedBody(f"The form has a field {name[:64]!r}; `{field}` is the only one that is read.")
         return sent[0].stream  # type: ignore[return-value]
     if asked.mimetype not in _CONTENT_TYPES:
         raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=_CONTENT_TYPES)
     return _spooled(asked)
+
+
+def is_left_out(file: FileStorage) -> bool:
+    """Is it what a browser sends for a file that nobody chose?"""
+    return not file.filename and not file.stream.seek(0, io.SEEK_END)
 
 
 def _spooled(asked: Request) -> BinaryIO:

@@ -59,6 +59,7 @@ class Gateway:
     waits: Capacity
     uploads: Uploads
     decoders: Decoders = field(default_factory=Decoders)
+    judged: dict[tuple[str, str, int, int], bool] = field(default_factory=dict)  # what pictures select as masks, by content and size
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 

@@ -135,7 +135,10 @@ def _accepted() -> Accepted:
     once = read_once(request, body.model_dump(exclude_defaults=True))
     if once is not None and (earlier := accepting.answered(once)) is not None:
         return Accepted(earlier, is_new=False)
-    resolved = accepting.resolve(wish_of(body, inputs.pictures(body.pictures)))
+    resolved = accepting.resolve(wish_of(body, inputs.unseen(body.pictures)))
+    if any(map(inputs.is_new, body.pictures.values())):
+        accepting.foresee(resolved, start_within_s=body.start_deadline_s)
+    resolved = accepting.with_pictures(resolved, body.pictures, inputs.Intake())
     return accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
 
 

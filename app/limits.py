@@ -6,6 +6,7 @@ Headers: `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-head
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from decimal import Decimal
 
 from flask import Response, g
@@ -14,10 +15,12 @@ from sqlalchemy.orm import Session
 from app.auth import Caller, caller
 from app.body import invalid_wish
 from app.gateway import gateway
-from app.problems import BudgetSpent, Forbidden, QuotaExceeded, TooManyJobs
+from app.problems import BudgetSpent, Forbidden, QuotaExceeded, StorageQuotaExceeded, TooManyJobs
 from edges import telemetry
 from edges.limits import WINDOW_S, Counted, Taken
-from models import usage
+from models import files, usage
+from models.database import transaction
+from models.usage import Stand
 from policy.catalog import InvalidWish, Resolved
 
 
@@ -42,21 +45,51 @@ def charged(amount: Decimal) -> Iterator[None]:
     if per_minute is None or burst is None:
         yield
         return
-    if amount > Decimal(str(burst)):
-        detail = f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
-        raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
+    _check_burst(amount, burst)
     budget = {"per_minute": per_minute, "burst": burst, "amount": float(amount)}
     taken: Taken = gateway().budgets.take(asking.tenant_id, **budget)
     g.budget_taken = taken
     if not taken.passes:
-        telemetry.SHED.labels("budget_spent").inc()
-        detail = f"{amount} megapixel-steps are asked for and {taken.left:.2f} are left; {per_minute:g} come back each minute."
-        raise BudgetSpent(detail, retry_after_s=max(1, math.ceil(taken.wait_s)), policy="megapixel-steps")
+        raise _budget_spent(amount, taken, per_minute)
     try:
         yield
     except BaseException:
         gateway().budgets.give_back(asking.tenant_id, **budget)
         raise
+
+
+def foresee(amount: Decimal, *, jobs: int = 1) -> None:
+    """Raise what so many jobs of so many megapixel-steps together would be refused for now. Nothing is taken and nothing locked.
+
+    For work that is done before they are written, and would be done for nothing; what decides is `charged` and `check_stocks`.
+    """
+    asking, limits = caller(), caller().limits
+    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    if per_minute is not None and burst is not None:
+        _check_burst(amount, burst)
+        held = gateway().budgets.take(asking.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
+        if held.left < float(amount):
+            raise _budget_spent(amount, replace(held, wait_s=(float(amount) - held.left) / per_minute * 60), per_minute)
+    if limits.has_stocks:
+        with transaction(gateway().database) as session:
+            stand = usage.stand(session, tenant_id=asking.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+        used = {"used_today": stand.used_today + amount, "used_this_month": stand.used_this_month + amount}
+        _check_stand(replace(stand, active_jobs=stand.active_jobs + jobs, **used))
+
+
+def check_room(session: Session, size_bytes: int = 0) -> None:
+    """May the caller's tenant store so many bytes more than it has? Raises StorageQuotaExceeded.
+
+    Exact for who has just written a file in this session, and asks for none beside it.
+    """
+    most = caller().limits.max_stored_bytes
+    if most is None:
+        return
+    _, now = files.stored(session, tenant_id=caller().tenant_id)
+    if now + size_bytes > most:
+        telemetry.SHED.labels("storage_quota_exceeded").inc()
+        detail = f"With this picture {now + size_bytes} of {most} bytes would be stored; delete pictures that are not needed."
+        raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
 
 
 def lock(session: Session) -> None:
@@ -73,7 +106,23 @@ def check_stocks(session: Session) -> None:
     limits = caller().limits
     if not limits.has_stocks:
         return
-    stand = usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+    _check_stand(usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs))
+
+
+def _check_burst(amount: Decimal, burst: float) -> None:
+    if amount > Decimal(str(burst)):
+        detail = f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
+
+
+def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpent:
+    telemetry.SHED.labels("budget_spent").inc()
+    detail = f"{amount} megapixel-steps are asked for and {held.left:.2f} are left; {per_minute:g} come back each minute."
+    return BudgetSpent(detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps")
+
+
+def _check_stand(stand: Stand) -> None:
+    limits = caller().limits
     if limits.max_concurrent_jobs is not None and stand.active_jobs > limits.max_concurrent_jobs:
         telemetry.SHED.labels("too_many_jobs").inc()
         detail = f"At most {limits.max_concurrent_jobs} jobs may be under way at once."

@@ -10,6 +10,7 @@ from app.problems import InvalidQuery
 from models.ids import first_id
 from models.listing import Sought
 from models.states import JobState
+from policy.text import is_human
 
 PARAMETERS = ("limit", "cursor", "state", "created_after", "created_before", "metadata.<key>")
 _METADATA = "metadata."
@@ -52,8 +53,8 @@ def _check(name: str, values: list[str]) -> None:
         raise InvalidQuery(f"There is no parameter {shown!r}.", parameter=shown, accepted=list(PARAMETERS))
     if len(values) > 1:
         raise InvalidQuery(f"{shown} is there {len(values)} times; once is enough.", parameter=shown)
-    if name.startswith(_METADATA) and not (len(name) > len(_METADATA) and (name + values[0]).isprintable()):
-        raise InvalidQuery("metadata.<key>=<value> takes a key and printable text.", parameter=shown)
+    if name.startswith(_METADATA) and not (len(name) > len(_METADATA) and is_human(name + values[0])):
+        raise InvalidQuery("metadata.<key>=<value> takes a key and text without control characters.", parameter=shown)
 
 
 def _state(text: str | None) -> str | None:

@@ -10,14 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from app.body import check_metadata
+from app.body import check_bounds, check_metadata
 from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
 from policy.catalog import OUTPUT_FORMATS, AdapterWish, Wish
 from policy.fleet import Fleet, parse_size
+from policy.text import is_human
 
 GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
 MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
 VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
+PICTURES = ("image", "image[]", "mask", "mask[]")  # the files of a form, and how clients name them
+SPREAD = ("adapters[][name]", "adapters[][strength]")
 _QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 _TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
 _SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
@@ -82,10 +85,16 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
 def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """The fields of a form as the body of JSON would have them. Raises InvalidImageRequest.
 
-    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`.
+    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`. Any other field is there once: of two, one would not
+    be read.
     """
+    for name, values in form.items():
+        if name in PICTURES and any(values):
+            raise _wrong(name.removesuffix("[]"), "must be a file of the form; in a body of JSON it may be a data URL")
+        if name not in SPREAD and name not in PICTURES and len(values) > 1:
+            raise _wrong(name[:64], f"is there {len(values)} times; once is enough")
     names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
-    fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in ("adapters[][name]", "adapters[][strength]")}
+    fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
     if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
         raise _wrong("adapters", "in a form need a name each, and a strength each or none at all")
     if names:
@@ -170,15 +179,15 @@ class _Said:
                 raise _wrong(name, "is not JSON") from None
         if not isinstance(value, kind):
             raise _wrong(name, f"must be {'a list' if kind is list else 'an object'}")
+        check_bounds(value, problem=InvalidImageRequest)
         return value
 
     def _parsed(self, name: str, default: Any, kind: Callable[[str], Any], what: str) -> Any:
         value = self._fields.get(name, default)
         if isinstance(value, str):
-            try:
-                value = kind(value) if len(value) <= 32 and value.isascii() else None
-            except ValueError:
-                value = None
+            value = _number_of(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1.0 is a whole number
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
         if not fits or (kind is int and not isinstance(value, int)):
             raise _wrong(name, f"must be {what}")
@@ -260,9 +269,21 @@ def _user(said: _Said) -> str | None:
     """On whose behalf, in the words of the tenant; kept as metadata."""
     for name in ("safety_identifier", "user"):
         if user := said.text(name, None):
-            if len(user) > MOST_USER_CHARS or not user.isprintable():
-                raise _wrong(name, "is too long or not printable", {"max_chars": MOST_USER_CHARS})
+            if len(user) > MOST_USER_CHARS or not is_human(user):
+                raise _wrong(name, "is too long or has control characters in it", {"max_chars": MOST_USER_CHARS})
             return user
+    return None
+
+
+def _number_of(text: str) -> int | float | None:
+    """What a form's text says; None if that is no number."""
+    if len(text) > 32 or not text.isascii():
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
     return None
 
 

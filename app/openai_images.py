@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import json
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from flask import Blueprint, Response, jsonify, request
@@ -14,6 +15,7 @@ from app import accepting, delivery, inputs, openai_body, openai_stream, waiting
 from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_object
+from app.files import is_left_out
 from app.gateway import gateway
 from app.idempotency import read_once
 from app.openai_answers import NO_TOKENS, extras_of, may_still_answer, problem_of_end
@@ -50,50 +52,132 @@ def as_bad_request(problem: Problem) -> Response:
 @bp.post("/generations")
 def generate() -> ResponseReturnValue:
     """Images from a prompt; with `stream`, server-sent events with partial images on the way."""
-    fields = read_object(request)
-    asked = openai_body.read(GENERATION, fields, gateway().fleet)
-    return _serve(asked, asked.wish, [fields])
+    fields = read_object(request, problem=InvalidImageRequest)
+    return _serve(openai_body.read(GENERATION, fields, gateway().fleet), None, fields)
 
 
 @bp.post("/edits")
 def edit() -> ResponseReturnValue:
-    """A picture painted over as the prompt says; with a mask, only where that is transparent (or white, if it has no transparency)."""
-    fields, image, mask = _read_form()
-    asked = openai_body.read(EDIT, fields, gateway().fleet)
-    init = inputs.keep(image.stream, field="image", way="openai")
-    repainted = inputs.keep(mask.stream, field="mask", way="openai") if mask is not None else None
-    if repainted is not None:
-        inputs.check_shapes(init, repainted)
-    wish = replace(_sized(asked.wish, init), init_image=init.id, mask=repainted.id if repainted is not None else None)
-    return _serve(asked, wish, [fields, init.content_sha256, repainted and repainted.content_sha256])
+    """A picture painted over as the prompt says; with a mask, only where that is transparent (or white, if it has no transparency).
+
+    Without one, a part of the picture that is transparent is the mask. As a form, or as JSON with `images` and `mask` that each hold an
+    `image_url` (a data URL) or a `file_id`.
+    """
+    fields, sent = _read_edit()
+    return _serve(openai_body.read(EDIT, fields, gateway().fleet), sent, fields)
 
 
 @bp.post("/variations")
 def vary() -> ResponseReturnValue:
     """Pictures like the one that is sent."""
-    fields, image, mask = _read_form()
-    if mask is not None:
+    fields, sent = _read_edit()
+    if sent.mask is not None:
         raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")
-    asked = openai_body.read(VARIATION, fields, gateway().fleet)
-    init = inputs.keep(image.stream, field="image", way="openai")
-    return _serve(asked, replace(_sized(asked.wish, init), init_image=init.id), [fields, init.content_sha256])
+    return _serve(openai_body.read(VARIATION, fields, gateway().fleet), sent, fields)
 
 
-def _read_form() -> tuple[dict[str, Any], FileStorage, FileStorage | None]:
+Source = FileStorage | str  # a file of a form; the id of a file, a data URL or a URL
+
+
+@dataclass(frozen=True)
+class _Sent:
+    """The picture that a call is about, and its mask, as they came: nobody has looked at them."""
+
+    image: Source
+    mask: Source | None
+
+    def digests(self) -> list[str | None]:
+        """What tells these from others."""
+        return [_digest(source) if source is not None else None for source in (self.image, self.mask)]
+
+    @property
+    def is_new(self) -> bool:
+        """Is there one that is not a file of ours already?"""
+        return any(isinstance(source, FileStorage) or inputs.is_new(source) for source in (self.image, self.mask) if source is not None)
+
+    def unseen(self, wish: Wish) -> Wish:
+        """The wish with stand-ins for its pictures, to ask whether it could be served before they are looked at."""
+        return replace(wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None)
+
+    def bring(self, wish: Wish) -> Wish:
+        """The wish with its pictures; its size, if it has none, is that of the picture. Raises as app.inputs does."""
+        intake = inputs.Intake()
+        init = _brought(intake, self.image, "image")
+        wish = _sized(wish, init)
+        resolved = accepting.resolve(replace(wish, init_image=init.id, mask=None))
+        size = (resolved.width_px, resolved.height_px)
+        if self.mask is not None:
+            mask = _brought(intake, self.mask, "mask")
+            inputs.check_shapes(init, mask)
+            intake.check_mask(mask, *size)
+            return replace(wish, init_image=init.id, mask=mask.id)
+        return replace(wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None)
+
+
+def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
+    if isinstance(source, FileStorage):
+        return intake.keep(source.stream, field=field, way="openai")  # type: ignore[arg-type]
+    return intake.files({field: source})[field]
+
+
+def _digest(source: Source) -> str:
+    if isinstance(source, str):
+        return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+    source.stream.seek(0)
+    digest = hashlib.file_digest(source.stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    source.stream.seek(0)
+    return digest
+
+
+def _read_edit() -> tuple[dict[str, Any], _Sent]:
     """The fields, the one picture and the mask. Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge."""
-    if request.mimetype != "multipart/form-data":
-        raise UnsupportedMediaType("Send the picture as multipart/form-data.", accepted=["multipart/form-data"])
-    request.max_content_length = gateway().settings.max_upload_bytes
-    images = request.files.getlist("image") + request.files.getlist("image[]")
-    if len(images) > 1:
-        raise NotOffered(f"The models here take one picture at a time; there are {len(images)}.", parameter="image")
+    if request.mimetype == "multipart/form-data":
+        request.max_content_length = gateway().settings.max_upload_bytes
+        return _read_form()
+    if request.mimetype == "application/json":
+        request.max_content_length = gateway().settings.max_job_body_bytes
+        fields = read_object(request, problem=InvalidImageRequest)
+        return fields, _sent_in(fields)
+    accepted = ["multipart/form-data", "application/json"]
+    raise UnsupportedMediaType("Send the picture as multipart/form-data, or as a data URL in JSON.", accepted=accepted)
+
+
+def _read_form() -> tuple[dict[str, Any], _Sent]:
+    files = {name: [file for file in sent if not is_left_out(file)] for name, sent in request.files.lists()}
+    images = files.pop("image", []) + files.pop("image[]", [])
+    masks = files.pop("mask", []) + files.pop("mask[]", [])
+    for name in (name for name, sent in files.items() if sent):
+        raise NotOffered(f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64])
+    fields = openai_body.gathered(request.form.to_dict(flat=False))
+    return fields, _only(images, masks, "one picture, as a file of the form")
+
+
+def _sent_in(fields: dict[str, Any]) -> _Sent:
+    """Take the pictures out of the fields: `image` or `images`, and `mask`, each as text or {"image_url": …} or {"file_id": …}."""
+    images = [fields.pop(name) for name in ("image", "images") if fields.get(name) is not None]
+    listed = [each for said in images for each in (said if isinstance(said, list) else [said])]
+    mask = fields.pop("mask", None)
+    sources = [_source(each, "image") for each in listed]
+    return _only(sources, [_source(mask, "mask")] if mask is not None else [], 'one picture: "images": [{"image_url": "data:…"}]')
+
+
+def _source(said: object, field: str) -> str:
+    if isinstance(said, dict) and len(said) == 1 and said.keys() <= {"image_url", "file_id"}:
+        said = next(iter(said.values()))
+    if not isinstance(said, str):
+        detail = 'must be text, {"image_url": a data URL} or {"file_id": the id of a file}'
+        raise InvalidImageRequest(f"{field} {detail}.", errors=[{"pointer": f"/{field}", "detail": detail}])
+    return said
+
+
+def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Sent:
+    for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
+        if len(sent) > 1:
+            raise NotOffered(f"The models here take one {what} at a time; there are {len(sent)}.", parameter=field)
     if not images:
-        detail = "is required: one picture, as a file of the form"
+        detail = f"is required: {wanted}"
         raise InvalidImageRequest(f"image {detail}.", errors=[{"pointer": "/image", "detail": detail}])
-    for name in request.files.keys() - {"image", "image[]", "mask"}:
-        detail = f"{name[:64]} is not offered as a file: image and mask are."
-        raise NotOffered(detail, parameter=name[:64])
-    return openai_body.gathered(request.form.to_dict(flat=False)), images[0], request.files.get("mask")
+    return _Sent(images[0], masks[0] if masks else None)
 
 
 def _sized(wish: Wish, picture: File) -> Wish:
@@ -106,23 +190,27 @@ def _sized(wish: Wish, picture: File) -> Wish:
     return replace(wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px))
 
 
-def _serve(asked: Asked, wish: Wish, asks_for: list[Any]) -> ResponseReturnValue:
+def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
+    asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
         place = gateway().events.take_place()  # before there is a job that nobody could watch
         try:
-            return openai_stream.respond(asked, _accept(asked, wish, asks_for).job, place)
+            return openai_stream.respond(asked, _accept(asked, sent, asks_for).job, place)
         except BaseException:
             place.release()
             raise
     with waiting.required():
-        job = waiting.watched(_accept(asked, wish, asks_for).job.id, gateway().settings.images_wait_s)
+        job = waiting.watched(_accept(asked, sent, asks_for).job.id, gateway().settings.images_wait_s)
     if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
         raise problem
     return jsonify(_view(asked, job)), 200, {"X-Darkroom-Job-Id": str(job.id)}
 
 
-def _accept(asked: Asked, wish: Wish, asks_for: list[Any]) -> Accepted:
-    """The job of this call: a new one for a first try, for a further one that of the try before, as long as that may still answer it."""
+def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+    """The job of this call: a new one for a first try, for a further one that of the try before, as long as that may still answer it.
+
+    Pictures are looked at last, if there is a job to be made of them.
+    """
     metadata = dict(asked.metadata) | ({"user": asked.user} if asked.user and "user" not in asked.metadata else {})
     once = read_once(request, asks_for)
     if once is None:
@@ -133,6 +221,12 @@ def _accept(asked: Asked, wish: Wish, asks_for: list[Any]) -> Accepted:
             once = replace(once, renew=True)
     elif (earlier := accepting.answered(once)) is not None:
         return Accepted(earlier, is_new=False)
+    wish = asked.wish
+    if sent is not None:
+        unseen = accepting.resolve(sent.unseen(wish))
+        if sent.is_new:
+            accepting.foresee(unseen)
+        wish = sent.bring(wish)
     return accepting.accept(accepting.resolve(wish), metadata=metadata, once=once)
 
 

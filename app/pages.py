@@ -4,6 +4,7 @@ import base64
 import binascii
 import uuid
 from collections.abc import Sequence
+from urllib.parse import urlencode
 
 from flask import Request, url_for
 
@@ -14,7 +15,7 @@ MAX_PAGE = 100
 
 def read_limit(request: Request) -> int:
     """How many rows are asked for. Raises InvalidQuery."""
-    return parse_limit(request.args.get("limit", "20"))
+    return parse_limit(_once(request, "limit") or "20")
 
 
 def parse_limit(text: str) -> int:
@@ -26,7 +27,7 @@ def parse_limit(text: str) -> int:
 
 def read_cursor(request: Request) -> uuid.UUID | None:
     """The row behind which the page begins; None for the first page. Raises InvalidQuery."""
-    text = request.args.get("cursor")
+    text = _once(request, "cursor")
     return None if text is None else parse_cursor(text)
 
 
@@ -36,6 +37,13 @@ def parse_cursor(text: str) -> uuid.UUID:
         return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
         raise InvalidQuery("cursor must be a next_cursor of an earlier answer.", parameter="cursor") from None
+
+
+def _once(request: Request, parameter: str) -> str | None:
+    values = request.args.getlist(parameter)
+    if len(values) > 1:
+        raise InvalidQuery(f"{parameter} is there {len(values)} times; once is enough.", parameter=parameter)
+    return values[0] if values else None
 
 
 def cursor_of(row_id: uuid.UUID) -> str:
@@ -53,5 +61,6 @@ def next_page(
     if len(ids) <= limit and more_before is None:
         return None, {}
     cursor = cursor_of(ids[limit - 1] if len(ids) > limit else more_before or ids[-1])
-    said = {name: value for name, value in request.args.items() if not name.startswith("_")}  # those are url_for's own
-    return cursor, {"Link": f'<{url_for(endpoint, **said | (request.view_args or {}) | {"cursor": cursor})}>; rel="next"'}
+    said = {name: value for name, value in request.args.items() if name != "cursor"}
+    query = urlencode(said | {"cursor": cursor})  # not by url_for: it has parameters of its own, and clients choose these names
+    return cursor, {"Link": f'<{url_for(endpoint, **request.view_args or {})}?{query}>; rel="next"'}

@@ -23,6 +23,7 @@ Problem
 ├── ReplayImpossible      409   its parameters, or what they need, are gone
 ├── FileInUse             409   a job under way starts from it
 ├── TenantExists          409   (admin) the name is taken
+├── StorageQuotaExceeded  409   the tenant's pictures take as much room as they may
 ├── Erased                410   the tenant had it deleted
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
@@ -242,6 +243,13 @@ class TenantExists(Problem):
     """Another tenant has that name."""
 
     slug, title, status = "tenant-exists", "Tenant exists", 409
+
+
+class StorageQuotaExceeded(Problem):
+    """The pictures that the tenant has stored take as many bytes as they may; delete some, waiting does not help."""
+
+    slug, title, status = "storage-quota-exceeded", "Storage quota exceeded", 409
+    openai_type = "insufficient_quota"
 
 
 class Erased(Problem):

@@ -22,6 +22,7 @@ from models import webhooks
 from models.database import run_transaction, transaction
 from models.states import DeliveryState
 from models.tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
+from policy.text import is_human
 from policy.webhooks import EVENTS, MAX_ENDPOINTS, SECRET_GRACE_S, TEST_EVENT
 
 log = structlog.get_logger(__name__)
@@ -194,10 +195,9 @@ def _check(url: str | None, events: Sequence[str] | None, description: str | Non
         raise _refused("url", why, "an https URL of a public host")
     if events is not None and (not events or set(events) - set(EVENTS)):
         raise _refused("events", "must name at least one event, and only those there are", list(EVENTS))
-    if description is not None and not (len(description) <= MAX_DESCRIPTION_CHARS and (description.isprintable())):
-        raise _refused(
-            "description", f"must be printable text of at most {MAX_DESCRIPTION_CHARS} characters", {"max_chars": MAX_DESCRIPTION_CHARS}
-        )
+    if description is not None and not (len(description) <= MAX_DESCRIPTION_CHARS and is_human(description)):
+        detail = f"must be text of at most {MAX_DESCRIPTION_CHARS} characters, without control characters"
+        raise _refused("description", detail, {"max_chars": MAX_DESCRIPTION_CHARS})
 
 
 def _refused(field: str, detail: str, accepted: object) -> InvalidRequest:

@@ -10,9 +10,10 @@ from sqlalchemy.orm import Session
 
 from cli import screen
 from cli.installation import Installation, pass_installation
+from models import files, usage
 from models import tenants as records
-from models import usage
 from models.tables import Tenant
+from policy.limits import MAX_WEIGHT, MIN_WEIGHT
 
 _URL_INPUTS = {"true": True, "false": False, "none": False}  # as null is over HTTP
 
@@ -42,7 +43,7 @@ def list_tenants(installation: Installation) -> None:
 
 @tenants.command("weigh")
 @click.argument("name")
-@click.argument("weight", type=click.FloatRange(min=0, min_open=True))
+@click.argument("weight", type=click.FloatRange(MIN_WEIGHT, MAX_WEIGHT))
 @pass_installation
 @click.pass_context
 def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weight: float) -> None:
@@ -66,12 +67,13 @@ def show_tenant(ctx: click.Context, installation: Installation, name: str) -> No
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
         stand = usage.stand(session, tenant_id=tenant.id, count_jobs_to=1_000_000) if tenant is not None else None
+        count, size_bytes = files.stored(session, tenant_id=tenant.id) if tenant is not None else (0, 0)
     if tenant is None or stand is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
     rows: list[tuple[str, Any]] = [(limit, _told(getattr(tenant, limit))) for limit in records.LIMITS]
     rows += [("megapixel-steps used today", stand.used_today), ("and this month", stand.used_this_month)]
-    rows.append(("jobs under way", stand.active_jobs))
+    rows += [("jobs under way", stand.active_jobs), ("pictures stored", count), ("and their bytes", size_bytes)]
     screen.out().print(screen.table(["limit", name], rows))
 
 
@@ -85,7 +87,7 @@ def limit_tenant(ctx: click.Context, installation: Installation, name: str, limi
 
     requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200 (these two together)
     max_concurrent_jobs=20  daily_megapixel_steps=5000  monthly_megapixel_steps=100000
-    allowed_tiers=fast,batch  allowed_models=pocket  url_inputs=true
+    allowed_tiers=fast,batch  allowed_models=pocket  max_stored_bytes=5000000000  url_inputs=true
     """
     changes = dict(_change(installation, limit) for limit in limits)
     try:
@@ -158,7 +160,7 @@ def _told(value: Any) -> str:
 @tenants.command("create")
 @click.argument("name")
 @click.option(
-    "--weight", type=click.FloatRange(min=0, min_open=True), default=1.0, show_default=True, help="Its share, against the others'."
+    "--weight", type=click.FloatRange(MIN_WEIGHT, MAX_WEIGHT), default=1.0, show_default=True, help="Its share, against the others'."
 )
 @pass_installation
 @click.pass_context

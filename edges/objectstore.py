@@ -61,6 +61,7 @@ class ObjectStore:
     def __init__(self, settings: StoreSettings) -> None:
         self._bucket, self._presign_ttl_s = settings.s3_bucket, settings.presign_ttl_s
         self._client = _client(settings, settings.s3_endpoint_url)
+        self._hasty = _client(settings, settings.s3_endpoint_url, read_timeout_s=3, retries=0)
         public = settings.s3_public_endpoint_url
         self._probe = _client(settings, settings.s3_endpoint_url, read_timeout_s=1, retries=0)
         self._public = self._client if public in (None, settings.s3_endpoint_url) else _client(settings, public)
@@ -72,10 +73,11 @@ class ObjectStore:
         except (BotoCoreError, ClientError) as error:
             raise StoreUnavailable(_reason(error)) from error
 
-    def get(self, key: str) -> bytes:
-        """Raises StoreUnavailable; ObjectGone when there is no such key."""
+    def get(self, key: str, *, soon: bool = False) -> bytes:
+        """Raises StoreUnavailable, also for a store that takes more than a few seconds if `soon`; ObjectGone when there is no such key."""
+        client = self._hasty if soon else self._client
         try:
-            return bytes(self._client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
+            return bytes(client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
         except (BotoCoreError, ClientError) as error:
             raise _failure(error) from error
 

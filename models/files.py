@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from models import audit, uploads
 from models.ids import new_id
 from models.states import ACTIVE_STATES
-from models.tables import File, Job
+from models.tables import File, Job, StoredFiles
 
 _LAST_ID = uuid.UUID(int=2**128 - 1)
 
@@ -105,6 +105,21 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     facts: dict[str, Any] = {"file_id": str(file_id), "content_sha256": file.content_sha256}
     audit.append(session, "file:content:erased", chain=tenant_id, actor=actor, **facts)
     return file
+
+
+def stored(session: Session, *, tenant_id: uuid.UUID) -> tuple[int, int]:
+    """How many files the tenant has, and their bytes, with what this transaction has written.
+
+    Exact until commit for who has just kept or erased one: the count is locked by that.
+    """
+    row = session.execute(select(StoredFiles.files, StoredFiles.size_bytes).where(StoredFiles.tenant_id == tenant_id)).one_or_none()
+    return (row.files, row.size_bytes) if row is not None else (0, 0)
+
+
+def find_all(session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID) -> dict[uuid.UUID, File]:
+    """Those of these files that are the tenant's and not erased, by their ids."""
+    is_one = File.id == any_(literal(list(file_ids), ARRAY(Uuid)))
+    return {file.id: file for file in session.scalars(select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None)))}
 
 
 def of_job(job: Job) -> dict[str, uuid.UUID]:

@@ -11,6 +11,7 @@ from uuid import UUID
 from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+RANDOM_SEED = -1  # what the programs of others say for one that is drawn
 OUTPUT_FORMATS = ("png", "webp", "jpeg")
 DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
 CONTROLLED_FAMILIES = ("pipeline", "plain")  # whether the pipeline itself has a control network its own call decides
@@ -48,7 +49,7 @@ class Wish:
     steps: int | None = None
     guidance: float | None = None
     sampler: str | None = None
-    seed: int | None = None
+    seed: int | None = None  # RANDOM_SEED: the same as none
     n: int = 1
     output_format: str = "png"
     init_image: UUID | None = None  # ids of files; that they are there, and whose, is the caller's to check
@@ -102,7 +103,6 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
     num_images = _within("n", wish.n, 1, tier.max_images, f"tier {tier_id}")
     steps = _first(wish.steps, own.default_steps, tier.default_steps)
     guidance = _first(wish.guidance, own.default_guidance, model.default_guidance)
-    seed = default_seed if wish.seed is None else wish.seed
     return Resolved(
         prompt=wish.prompt,
         negative_prompt=wish.negative_prompt,
@@ -115,7 +115,7 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         num_steps=_within("steps", steps, 1, tier.max_steps, f"tier {tier_id}"),
         guidance=_within("guidance", guidance, 0.0, model.max_guidance, f"model {model_id}"),
         sampler=_one_of("sampler", _first(wish.sampler, model.default_sampler), model.samplers),
-        seed=_within("seed", seed, 0, MAX_SEED - num_images, "every model"),
+        seed=_seed(wish, default_seed, num_images),
         num_images=num_images,
         output_format=_one_of("output_format", wish.output_format, OUTPUT_FORMATS),
         init_file_id=wish.init_image,
@@ -162,6 +162,15 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:  # a lone surrogate
         return False
     return True
+
+
+def _seed(wish: Wish, default_seed: int, num_images: int) -> int:
+    """The seed of image 0; RANDOM_SEED stands for one that is drawn."""
+    seed, most = default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed, MAX_SEED - num_images
+    if not 0 <= seed <= most:
+        detail = f"must be from 0 to {most}, or {RANDOM_SEED} for one that is drawn"
+        raise InvalidWish("seed", detail, {"min": RANDOM_SEED, "max": most})
+    return seed
 
 
 def _strength(wish: Wish, num_steps: int) -> float | None:

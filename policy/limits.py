@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 SCOPES = ("generate", "read", "admin")
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1e6  # of a tenant: virtual time is device seconds divided by it, and has to stay a number
 KEY_GRACE_S = 86_400.0  # how long a key lives on after it was rotated
 
 
@@ -21,6 +22,7 @@ class Limits:
     monthly_megapixel_steps: Decimal | None = None
     allowed_tiers: tuple[str, ...] | None = None
     allowed_models: tuple[str, ...] | None = None
+    max_stored_bytes: int | None = None  # of pictures that it brought and did not erase
     url_inputs: bool = False  # may the gateway fetch pictures for it?
 
     @property

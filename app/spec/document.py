@@ -92,7 +92,8 @@ def _described(operation: Operation, endpoint: str, about: str, arguments: dict[
         content: dict[str, Any] = {"schema": _body(operation.body, bodies)}
         if operation.example is not None:
             content["example"] = operation.example
-        described["requestBody"] = {"required": not operation.bare, "content": {operation.body_type: content}}
+        kinds = {operation.body_type: content} | ({JSON: {"schema": operation.json_body}} if operation.json_body is not None else {})
+        described["requestBody"] = {"required": not operation.bare, "content": kinds}
     return described
 
 

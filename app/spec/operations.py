@@ -30,6 +30,7 @@ class Operation:
     media_type: str = JSON
     body: type[BaseModel] | Schema | None = None
     body_type: str = JSON
+    json_body: Schema | None = None  # beside `body`, which is a form then
     bare: bool = False
     query: dict[str, Schema] = field(default_factory=dict)
     headers: dict[str, Schema] = field(default_factory=dict)
@@ -82,6 +83,23 @@ _EDIT: Schema = {
     "required": ["image", "prompt"],
     "properties": {"image": PICTURE, "mask": PICTURE, "prompt": TEXT, "steps": TEXT, "strength": TEXT, "tier": TEXT, "seed": TEXT},
 }
+_DOT = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGM8ISfHwMDAxMDAwMDAAAANBAEIfXHKZgAAAABJRU5ErkJggg=="
+_SOURCE: Schema = {
+    "anyOf": [
+        TEXT,
+        {"type": "object", "required": ["image_url"], "additionalProperties": False, "properties": {"image_url": TEXT}},
+        {"type": "object", "required": ["file_id"], "additionalProperties": False, "properties": {"file_id": TEXT}},
+    ]
+}
+_IMAGES: Schema = {"type": "array", "minItems": 1, "maxItems": 1, "items": _SOURCE}
+_ANY_SOURCE: Schema = {"anyOf": [*_SOURCE["anyOf"], {"type": "null"}]}
+_EDIT_JSON: Schema = {
+    "type": "object",
+    "required": ["images", "prompt"],
+    "properties": _OPENAI | {"images": _IMAGES, "mask": _ANY_SOURCE, "strength": {"type": ["number", "null"]}},
+    "example": {"prompt": PROMPT, "images": [{"image_url": _DOT}], "steps": 4, "tier": "fast"},
+}
+_VARY_JSON: Schema = {"type": "object", "required": ["images"], "properties": _OPENAI | {"images": _IMAGES}}
 _VARY: Schema = {"type": "object", "required": ["image"], "properties": {"image": PICTURE, "n": TEXT, "steps": TEXT, "tier": TEXT}}
 _UPLOAD: Schema = {"type": "object", "required": ["file"], "properties": {"file": PICTURE}}
 _ONE_JOB = {"prompt": PROMPT, "tier": "batch", "steps": 4, "seed": 7, "metadata": {"order": "7"}}
@@ -138,8 +156,12 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         body=_GENERATE,
         example={"prompt": PROMPT, "size": "128x128", "seed": 7, "steps": 4},
     ),
-    ("POST", "/v1/images/edits"): Operation(summary="Edit a picture (OpenAI)", answer="Images", body=_EDIT, body_type=FORM),
-    ("POST", "/v1/images/variations"): Operation(summary="Vary a picture (OpenAI)", answer="Images", body=_VARY, body_type=FORM),
+    ("POST", "/v1/images/edits"): Operation(
+        summary="Edit a picture (OpenAI)", answer="Images", body=_EDIT, body_type=FORM, json_body=_EDIT_JSON
+    ),
+    ("POST", "/v1/images/variations"): Operation(
+        summary="Vary a picture (OpenAI)", answer="Images", body=_VARY, body_type=FORM, json_body=_VARY_JSON
+    ),
     ("GET", "/v1/models"): Operation(summary="List models", answer="Models"),
     ("GET", "/v1/models/{name}"): Operation(summary="Show a model", answer="Model"),
     ("GET", "/v1/tiers"): Operation(summary="List tiers", answer="Tiers"),

@@ -195,6 +195,7 @@ SCHEMAS: dict[str, Schema] = {
         **{name: maybe(NUMBER) for name in (*_LIMIT_NAMES, *_QUOTA_NAMES)},
         allowed_tiers=maybe(many(TEXT)),
         allowed_models=maybe(many(TEXT)),
+        max_stored_bytes=maybe(WHOLE),
         url_inputs=FLAG,
     ),
     "OwnKey": has(id=ID, object=one_of("key"), tenant_id=ID, actor=TEXT, scopes=many(TEXT), limits=ref("Limits")),
@@ -207,7 +208,11 @@ SCHEMAS: dict[str, Schema] = {
         abandoned_megapixel_steps=NUMBER,
         cost=TEXT,
     ),
-    "Usage": has({"limits": ref("Limits"), "used_megapixel_steps": {"type": "object"}}, **_USAGE, data=many(ref("UsageDay"))),
+    "Usage": has(
+        {"limits": ref("Limits"), "used_megapixel_steps": {"type": "object"}, "stored_files": has(count=WHOLE, size_bytes=WHOLE)},
+        **_USAGE,
+        data=many(ref("UsageDay")),
+    ),
     "Tenant": has(id=ID, object=one_of("tenant"), name=TEXT, weight=NUMBER, created_at=INSTANT, limits=ref("Limits")),
     "Key": has(
         {"key": TEXT, "former_key_id": ID, "former_key_lives_for_s": NUMBER},

@@ -13,7 +13,7 @@ audit_events ── audit_chains (heads)              workers (who is alive)
 from models.tables.audit import AuditChain, AuditCheckpoint, AuditEvent
 from models.tables.base import NOW, Base
 from models.tables.fairness import FairClock, Flow, LearntCost, LearntEta
-from models.tables.files import File, Upload
+from models.tables.files import File, StoredFiles, Upload
 from models.tables.jobs import Artifact, Attempt, Image, Job, JobLabel
 from models.tables.tenants import ApiKey, IdempotencyKey, Tenant, UsageDay
 from models.tables.webhooks import WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
@@ -37,6 +37,7 @@ __all__ = [
     "JobLabel",
     "LearntCost",
     "LearntEta",
+    "StoredFiles",
     "Tenant",
     "Upload",
     "UsageDay",

@@ -34,6 +34,16 @@ class File(Base):
     )
 
 
+class StoredFiles(Base):
+    """How much a tenant has stored, counted by a trigger on `files` in the transaction that changes it."""
+
+    __tablename__ = "stored_files"
+
+    tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
+    files: Mapped[int] = mapped_column(BigInteger)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
 class Upload(Base):
     """An object that is being stored: written before the upload, gone with the commit that names its artifact."""
 

@@ -5,7 +5,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from typing import Any
 
-from sqlalchemy import CheckConstraint, ForeignKey, Index, text
+from sqlalchemy import BigInteger, CheckConstraint, ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
@@ -31,6 +31,7 @@ class Tenant(Base):
     monthly_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     allowed_tiers: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of pictures that it brought and did not erase
     url_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # may the gateway fetch pictures for it?
 
     __table_args__ = (
@@ -41,6 +42,7 @@ class Tenant(Base):
             name="tenants_limits_are_positive",
         ),
         CheckConstraint("least(daily_megapixel_steps, monthly_megapixel_steps) >= 0", name="tenants_quotas_are_not_negative"),
+        CheckConstraint("max_stored_bytes >= 0", name="tenants_max_stored_bytes_is_not_negative"),
     )
 
 

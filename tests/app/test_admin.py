@@ -111,3 +111,31 @@ def test_an_operator_at_the_limits_of_his_tenant_can_still_raise_them(stack, sta
     answer = nobody.patch(f"/v1/admin/tenants/{tenant.id}", json={"requests_per_minute": None}, headers=bearer(key))
 
     assert (answer.status_code, answer.json()["limits"]["requests_per_minute"]) == (200, None)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"name": "a\x00b"},
+        {"name": "a\nb"},
+        {"name": "x", "expires_at": "9999-12-31T23:59:59-14:00"},
+        {"name": "x", "expires_at": "0001-01-01T00:00:00+14:00"},
+    ],
+)
+def test_a_key_that_no_calendar_or_list_could_show_is_refused(admin, tenant, body):
+    assert_problem(admin.post(f"/v1/admin/tenants/{tenant['id']}/keys", json=body), 422, "invalid-request")
+
+
+@pytest.mark.parametrize(
+    "change", [{"weight": 1e-300}, {"weight": 1e7}, {"megapixel_steps_per_minute": 1e-300, "burst_megapixel_steps": 1}]
+)
+def test_a_limit_that_arithmetic_cannot_hold_is_refused(admin, tenant, change):
+    assert_problem(admin.patch(f"/v1/admin/tenants/{tenant['id']}", json=change), 422, "invalid-request")
+
+
+def test_a_limit_may_be_written_as_any_number_that_is_whole(admin, tenant):
+    limits = {"requests_per_minute": 60.0, "max_stored_bytes": 5e9}
+
+    changed = admin.patch(f"/v1/admin/tenants/{tenant['id']}", json=limits).json()
+
+    assert (changed["limits"]["requests_per_minute"], changed["limits"]["max_stored_bytes"]) == (60, 5_000_000_000)

@@ -156,6 +156,20 @@ def test_a_form_has_one_picture_in_the_field_file(tenant, fields):
     assert_problem(tenant.post("/v1/files", files=fields), 400, "malformed-body")
 
 
+def test_a_file_input_that_nobody_filled_in_is_no_picture(tenant):
+    empty = b'--x\r\nContent-Disposition: form-data; name="file"; filename=""\r\n\r\n\r\n--x--\r\n'
+    answer = tenant.post("/v1/files", content=empty, headers={"Content-Type": "multipart/form-data; boundary=x"})
+
+    assert "there are 0" in assert_problem(answer, 400, "malformed-body")["detail"]
+
+
+def test_what_nothing_reads_in_a_form_is_refused_and_openai_s_purpose_is_let_be(tenant):
+    assert bring(tenant, data={"purpose": "vision"}).status_code == 201
+    assert "'expires'" in assert_problem(bring(tenant, data={"expires": "1"}), 400, "malformed-body")["detail"]
+    two = tenant.post("/v1/files", files={"file": ("a", png()), "mask": ("b", png())})
+    assert "'mask'" in assert_problem(two, 400, "malformed-body")["detail"]
+
+
 def test_a_body_of_another_kind_is_refused_and_says_which_ones_are_not(tenant):
     problem = assert_problem(tenant.post("/v1/files", json={"file": "x"}), 415, "unsupported-media-type")
 
@@ -263,22 +277,30 @@ def test_a_data_url_of_some_megabytes_is_taken(tenant):
         "",
         "no-id",
         "data:",
-        "data:image/png,abc",
+        "data:image/png;base64",
         "data:text/html;base64,AAAA",
         "data:image/png;base64,A",
-        "data:image/png;base64,AA AA",
+        "data:image/png;base64,AA-_",
         "data:image/png;base64,AAAA%3D",
         "ftp://example.com/a.png",
         "file:///etc/passwd",
         "00000000-0000-7000-8000-000000000000",
     ],
 )
-@pytest.mark.parametrize("field", ["init_image", "mask", "control_image"])
+@pytest.mark.parametrize("field", ["init_image", "mask"])
 def test_what_stands_for_no_picture_is_refused_and_says_what_would(tenant, field, value):
-    error = error_of(assert_problem(create(tenant, **{field: value}), 422, "invalid-image-request"))
+    start = {"init_image": bring(tenant).json()["id"]} if field == "mask" else {}
+
+    error = error_of(assert_problem(create(tenant, **start, **{field: value}), 422, "invalid-image-request"))
 
     assert error["pointer"] == f"/{field}"
     assert len(error["accepted"]) == 2
+
+
+def test_a_picture_that_the_model_could_not_follow_is_not_looked_at(tenant):
+    error = error_of(assert_problem(create(tenant, control_image="no-id"), 422, "invalid-image-request"))
+
+    assert (error["pointer"], "is not followed by model" in error["detail"]) == ("/control_image", True)
 
 
 @pytest.mark.parametrize("content", [b"", b"<svg/>", png()[:100]])

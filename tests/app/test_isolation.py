@@ -65,7 +65,8 @@ def test_a_key_of_the_wrong_scope_opens_none(app, nobody, owned, stack, stack_da
         wrong = keys["generate" if method == "GET" else "read"]
         return nobody.request(method, filled(rule, owned), headers=bearer(wrong)).status_code
 
-    answers = {(method, rule): status(rule, method) for rule, method in every_route(app)}
+    either = ("/v1/estimate", "POST")  # changes nothing, and whoever generates must know what it says
+    answers = {(method, rule): status(rule, method) for rule, method in every_route(app) if (rule, method) != either}
     assert {route: status for route, status in answers.items() if status != 403} == {}
 
 

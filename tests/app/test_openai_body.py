@@ -16,6 +16,7 @@ from models.states import FailureCode
 from models.tables import Job
 from policy.catalog import AdapterWish
 from policy.fleet import parse_size
+from policy.text import is_human
 from tests.builders import a_fleet
 
 FLEET = a_fleet()
@@ -63,7 +64,7 @@ def test_any_fields_at_all_are_understood_or_refused_with_a_problem_that_names_o
 
     assert asked is None or 1 <= asked.wish.n <= 10
     assert asked is None or 0 <= asked.partial_images <= 3
-    assert asked is None or asked.user is None or asked.user.isprintable()
+    assert asked is None or asked.user is None or is_human(asked.user)
 
 
 @SLOWLY

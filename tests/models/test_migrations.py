@@ -25,6 +25,7 @@ VIEWS = [
     "images_by_tenant_day",
     "job_history",
     "queue_now",
+    "stored_files_by_tenant",
     "usage_by_tenant_day",
     "webhooks_now",
 ]

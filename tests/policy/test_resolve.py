@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.catalog import MAX_SEED, InvalidWish, pick_version, resolve
+from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidWish, pick_version, resolve
 from policy.fleet import parse_size
 from tests.builders import a_fleet, a_wish, resolved
 
@@ -74,8 +74,8 @@ def test_a_reproducible_tier_pins_the_bucket_of_its_size(size, rows):
         ({"guidance": float("inf")}, "guidance", {"min": 0.0, "max": 15.0}),
         ({"sampler": "plms"}, "sampler", ["ddim", "euler"]),
         ({"sampler": ""}, "sampler", ["ddim", "euler"]),
-        ({"seed": -1}, "seed", {"min": 0, "max": MAX_SEED - 1}),
-        ({"seed": 2**63}, "seed", {"min": 0, "max": MAX_SEED - 1}),
+        ({"seed": -2}, "seed", {"min": RANDOM_SEED, "max": MAX_SEED - 1}),
+        ({"seed": 2**63}, "seed", {"min": RANDOM_SEED, "max": MAX_SEED - 1}),
         ({"n": 0}, "n", {"min": 1, "max": 4}),
         ({"n": 5}, "n", {"min": 1, "max": 4}),
         ({"output_format": "gif"}, "output_format", ["png", "webp", "jpeg"]),
@@ -102,6 +102,10 @@ def test_a_tier_accepts_no_size_above_its_megapixels():
 
     assert (refusal.value.field, refusal.value.accepted) == ("size", ["128x128"])
     assert resolve(fleet, a_wish(size="128x192", tier="batch"), default_seed=7, draw=0.0).height_px == 192
+
+
+def test_a_seed_of_minus_one_is_one_that_is_drawn():
+    assert resolved(seed=RANDOM_SEED) == resolved(seed=None)
 
 
 def test_the_seed_of_the_last_image_is_still_exact_in_json():
