@@ -77,6 +77,7 @@ def params_view(of: Job | Resolved) -> dict[str, Any]:
     return {
         "tier": of.tier,
         "model": of.model,
+        "model_alias": of.model_alias,
         "model_version": of.model_version,
         "prompt": of.prompt,
         "negative_prompt": of.negative_prompt,

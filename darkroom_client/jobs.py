@@ -77,6 +77,7 @@ class Job:
     state: str
     tier: str
     model: str
+    model_alias: str | None  # what the request called the model, where that is not its id
     model_version: str
     prompt: str | None  # None once the job was erased
     negative_prompt: str | None
@@ -149,7 +150,7 @@ _PLAIN = (
     "output_format",
     "attempt",
 )
-_LATER = ("init_image", "mask", "control_image", "strength", "determinism", "replay_of")  # not told by every version of the gateway
+_LATER = ("model_alias", "init_image", "mask", "control_image", "strength", "determinism", "replay_of")  # not told by every version of the gateway
 
 
 def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:

@@ -88,6 +88,8 @@ def in_order(new_jobs: Sequence[NewJob]) -> list[NewJob]:
 def _row(place: int, job: NewJob) -> dict[str, Any]:
     wish = {name: _plain(job.params[name]) for name in WISH if name in job.params}
     facts = {name: wish[name] for name in ("pool", "tier", "model", "model_version", "num_images")} | {"seed": str(wish["seed"])}
+    if wish.get("model_alias"):
+        facts["model_alias"] = wish["model_alias"]
     origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
     own: dict[str, Any] = {"run_within_s": job.run_within_s, "predicted_s": job.predicted_s, "eta_raw_s": job.eta_raw_s}
     own |= {"megapixel_steps": str(job.megapixel_steps), "metadata": dict(job.labels) if job.labels else None, **origin}

@@ -30,6 +30,7 @@ class Job(Base):
     pool: Mapped[str]
     tier: Mapped[str]
     model: Mapped[str]
+    model_alias: Mapped[str | None]  # what the request called the model, where that is not its id
     model_version: Mapped[str]
     prompt: Mapped[str]
     negative_prompt: Mapped[str]
