@@ -112,7 +112,7 @@ class Many:
             self._run.note(line.number, state=job.state)
             await self._settle(line, job)
         except ProblemError as refusal:
-            await self._fail(line, "refused", f"{refusal.title}: {refusal.detail}")
+            await self._fail(line, "refused", str(refusal))
         except (FileNotFoundError, DigestMismatch) as error:
             await self._fail(line, "not done", str(error))
         self._under_way.pop(line.number, None)

@@ -236,6 +236,18 @@ def test_what_is_not_offered_or_wrong_is_a_bad_request_that_names_its_parameter(
     assert refusal.value.request_id
 
 
+def test_a_refusal_s_message_names_each_wrong_field_and_what_is_accepted(client):
+    with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        client.post("/jobs", body={"prompt": "x", "seed": "six", "stepz": 3}, cast_to=object)
+
+    message = refusal.value.body["message"]
+    assert "seed: Input should be a valid integer" in message
+    assert "stepz: There is no such field (accepted: prompt, negative_prompt, " in message
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.generate(prompt="x", size="1024x1024")
+    assert refusal.value.body["message"].count("128x128") == 1
+
+
 def test_a_picture_that_is_none_is_a_bad_request(client):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.images.edit(image=b"<svg xmlns='http://www.w3.org/2000/svg'/>", prompt=PROMPT)
