@@ -1,10 +1,12 @@
 """A job as the API shows it, typed. Members that this version does not know are kept in `Job.members`."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FINAL_STATES = frozenset({"succeeded", "failed", "rejected", "canceled", "expired"})
 
 
@@ -114,9 +116,15 @@ class Job:
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> "Job":
-        """Raises KeyError, TypeError or ValueError when this is no job."""
+        """Raises KeyError, TypeError or ValueError when this is no job.
+
+        What may become part of a file's name cannot lead elsewhere, whoever answers: an id has no dots or slashes, a number is one.
+        """
         timing = members.get("timing") or {}
         plain: dict[str, Any] = {name: members[name] for name in _PLAIN} | {name: members.get(name) for name in _LATER}
+        if not _ID.fullmatch(plain["id"]):
+            raise ValueError("an id is letters, digits, - and _")
+        plain["seed"] = int(plain["seed"])
         return cls(
             **plain,
             metadata=dict(members.get("metadata") or {}),
@@ -128,7 +136,7 @@ class Job:
             queue=part_of(Queue, members.get("queue")),
             timing=Timing(**{name: timing.get(name) for name in Timing.__annotations__}),
             cost=cost_of(members.get("cost")),
-            images=tuple(Image(**{name: image.get(name) for name in Image.__annotations__}) for image in members["images"]),
+            images=tuple(_image(image) for image in members["images"]),
             members=members,
         )
 
@@ -150,7 +158,20 @@ _PLAIN = (
     "output_format",
     "attempt",
 )
-_LATER = ("model_alias", "init_image", "mask", "control_image", "strength", "determinism", "replay_of")  # not told by every version of the gateway
+_LATER = (
+    "model_alias",
+    "init_image",
+    "mask",
+    "control_image",
+    "strength",
+    "determinism",
+    "replay_of",
+)  # not told by every version of the gateway
+
+
+def _image(members: Mapping[str, Any]) -> Image:
+    plain: dict[str, Any] = {name: members.get(name) for name in Image.__annotations__}
+    return Image(**plain | {name: int(members[name]) for name in ("index", "seed")})
 
 
 def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
