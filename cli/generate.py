@@ -89,7 +89,14 @@ def report(client: Client, job: Job, output: Path | None) -> None:
     screen.out().print(timing_table(job))
     for path in saved:
         screen.out().print(f"saved {path}")
+    warn_of(job)
     complain_of(job)
+
+
+def warn_of(job: Job) -> None:
+    """Say what of the job's texts had no effect."""
+    for warning in job.warnings:
+        screen.warn(warning.detail)
 
 
 def complain_of(job: Job) -> None:
@@ -161,6 +168,8 @@ def _make_many(
     had = many.num_images - many.num_new
     there = f", {had} of them there already" if had else ""
     screen.out().print(f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: {many.num_images} images in {folder}{there}")
+    for line, what in sorted(many.warned, key=lambda warned: warned[0].number):
+        screen.warn(f"line {line.number} ({line.prompt[:40]}): {what}")
     for line, why in sorted(many.failed, key=lambda failure: failure[0].number):
         screen.complain(f"line {line.number} ({line.prompt[:40]}): {why}")
     return not many.failed

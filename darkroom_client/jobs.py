@@ -19,6 +19,15 @@ class Failure:
 
 
 @dataclass(frozen=True, kw_only=True)
+class JobWarning:
+    """What the job says and the model did not look at: a stable code, the field of the request, and a sentence."""
+
+    code: str
+    field: str
+    detail: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Progress:
     """How far the renderer is: denoise steps done of those to do, all images of the job added up, and how many images are stored."""
 
@@ -99,6 +108,7 @@ class Job:
     replay_of: str | None
     attempt: int
     failure: Failure | None
+    warnings: tuple[JobWarning, ...]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -129,6 +139,7 @@ class Job:
             **plain,
             metadata=dict(members.get("metadata") or {}),
             failure=part_of(Failure, members.get("failure")),
+            warnings=tuple(part_of(JobWarning, warning) for warning in members.get("warnings") or ()),
             created_at=datetime.fromisoformat(members["created_at"]),
             started_at=_instant(members.get("started_at")),
             finished_at=_instant(members.get("finished_at")),

@@ -1,6 +1,6 @@
-"""Jobs tell what a request called its model, where that was an alias.
+"""Jobs tell more of what was asked and what was read: the name that a request had for its model, and warnings about its texts.
 
-Works beside the code of the migrations before it: the column may be empty, and whoever accepts jobs without an alias leaves it so.
+Works beside the code of the migrations before it: both columns may be empty, and whoever accepts jobs without an alias leaves it so.
 """
 
 import re
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import sqlalchemy as sa
 from alembic import op
+from sqlalchemy.dialects.postgresql import JSONB
 
 revision = "0008"
 down_revision = "0005"
@@ -18,6 +19,8 @@ depends_on = None
 # These are changed where they stand rather than the whole function replaced: other migrations change other parts of it.
 ACCEPTS_MORE = (
     ("model text, model_version text", "model text, model_alias text, model_version text"),
+    ("metadata jsonb, requeue_of uuid", "metadata jsonb, warnings jsonb, requeue_of uuid"),
+    ("metadata, requeue_of,", "metadata, warnings, requeue_of,"),
     (
         "pool, tier, model, model_version, prompt, negative_prompt, width_px, height_px, num_steps, guidance, sampler,",
         "pool, tier, model, model_alias, model_version, prompt, negative_prompt, width_px, height_px, num_steps, guidance, sampler,",
@@ -27,11 +30,13 @@ ACCEPTS_MORE = (
 
 def upgrade() -> None:
     op.add_column("jobs", sa.Column("model_alias", sa.Text(), nullable=True))
+    op.add_column("jobs", sa.Column("warnings", JSONB(), nullable=True))
     _rewrite_accept_jobs(ACCEPTS_MORE)
 
 
 def downgrade() -> None:
     _rewrite_accept_jobs([(after, before) for before, after in ACCEPTS_MORE])
+    op.drop_column("jobs", "warnings")
     op.drop_column("jobs", "model_alias")
 
 

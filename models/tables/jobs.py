@@ -72,6 +72,7 @@ class Job(Base):
 
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
+    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))  # what of its texts had no effect
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
     replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
     labels: Mapped[dict[str, Any] | None] = mapped_column(

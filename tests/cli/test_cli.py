@@ -298,3 +298,14 @@ def test_a_replay_is_saved_under_no_other_format_either(stack, client, tmp_path)
     done = run(stack.data_dir, "replay", job.id, "-o", tmp_path / "x.webp")
 
     assert (done.exit_code, "the images are png" in done.stderr) == (2, True)
+
+
+def test_what_the_model_did_not_read_is_told_with_the_image(stack, tmp_path):
+    prompt = "a red circle" + ", very detailed picture" * 20
+
+    done = run(stack.data_dir, "generate", prompt, "--tier", "fast", "-o", tmp_path / "x.png")
+
+    assert done.exit_code == 0
+    assert "The model reads the first 22 tokens of prompt" in done.stderr
+    estimated = run(stack.data_dir, "estimate", "a red circle", "--negative", "blue", "--guidance", "1")
+    assert "negative_prompt has no effect at guidance 1" in estimated.stderr

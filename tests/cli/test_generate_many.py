@@ -219,3 +219,13 @@ def test_fields_of_a_job_stand_in_a_list_too_and_a_refusal_names_the_field(stack
     assert "line 2 (x): refused: Invalid image request" in err
     assert "/seed: Input should be a valid integer" in err
     assert "/stepz: There is no such field (accepted: prompt," in err
+
+
+def test_what_a_model_does_not_read_of_a_line_is_told(stack, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star" + ", very detailed picture" * 20)
+
+    code, _, err = run(stack, tmp_path, "--tier", "fast")
+
+    assert code == 0
+    assert "line 2 (a blue star, very detailed" in err
+    assert "The model reads the first 22 tokens of prompt" in err

@@ -242,6 +242,16 @@ def test_an_image_that_comes_through_the_gateway_is_taken_from_there():
     assert [request.url.path for request in client.seen] == ["/v1/jobs/j1/images/0"]
 
 
+def test_what_the_model_did_not_read_is_told_with_the_job():
+    warning = {"code": "prompt_truncated", "field": "prompt", "detail": "The model reads less.", "tokens_given": 30, "tokens_read": 22}
+    client = a_client(lambda request: httpx.Response(200, json=a_job(warnings=[warning])))
+
+    [told] = client.job("j1").warnings
+
+    assert (told.code, told.field, told.detail) == ("prompt_truncated", "prompt", "The model reads less.")
+    assert client_job().warnings == ()
+
+
 def test_the_client_imports_nothing_of_the_house():
     import subprocess
     import sys
