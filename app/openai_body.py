@@ -20,7 +20,7 @@ MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
 VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
 _QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 _TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
-_ANSWER_URLS = ("dall-e-2", "dall-e-3")  # by default, as OpenAI's do: programs of their days read nothing else
+_DALL_E = ("dall-e-2", "dall-e-3")
 _SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
 _NOT_DONE = {
     "svg": "no model here draws vectors",
@@ -64,7 +64,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
     if streams and (count != 1 or kind == VARIATION):
         raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
     quality = said.one_of("quality", "auto", _QUALITIES)
-    answers_url = said.get("model") in _ANSWER_URLS and not streams
+    answers_url = not streams and _is_of_dall_e(said, quality)
     asked = Asked(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
@@ -202,6 +202,14 @@ _OURS = {"seed", "steps", "guidance", "tier", "adapters", "sampler", "negative_p
 _THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
 _THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
 _KNOWN = _OURS | _THEIRS
+
+
+def _is_of_dall_e(said: _Said, quality: str) -> bool:
+    """Whether the request was made for DALL-E: by the model, or in words that OpenAI's newer models refuse.
+
+    It is answered with URLs by default then, as OpenAI does: programs of those days read nothing else.
+    """
+    return said.get("model") in _DALL_E or quality in ("standard", "hd") or "style" in said.names()
 
 
 def _check_formats(said: _Said) -> None:

@@ -202,12 +202,23 @@ def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(job, 
 
 
 @pytest.mark.parametrize(
-    ("model", "is_url"), [("dall-e-2", True), ("dall-e-3", True), ("gpt-image-1", False), ("pocket", False), (None, False)]
+    ("fields", "is_url"),
+    [
+        ({"model": "dall-e-2"}, True),
+        ({"model": "dall-e-3"}, True),
+        ({"model": "pocket", "quality": "standard"}, True),
+        ({"quality": "hd"}, True),
+        ({"style": "vivid"}, True),
+        ({"model": "gpt-image-1"}, False),
+        ({"model": "pocket", "quality": "medium"}, False),
+        ({}, False),
+    ],
 )
-def test_what_asks_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(model, is_url):
+def test_what_was_made_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
     fleet = a_fleet({"models.pocket.aliases": ["dall-e-2", "dall-e-3", "gpt-image-1"]})
+    wish = {"prompt": "x", **fields}
 
-    assert read(GENERATION, {"prompt": "x", "model": model}, fleet).as_url is is_url
-    assert read(GENERATION, {"prompt": "x", "model": model, "response_format": "b64_json"}, fleet).as_url is False
-    assert read(GENERATION, {"prompt": "x", "model": model, "response_format": "url"}, fleet).as_url is True
-    assert read(GENERATION, {"prompt": "x", "model": model, "stream": True}, fleet).as_url is False
+    assert read(GENERATION, wish, fleet).as_url is is_url
+    assert read(GENERATION, {**wish, "response_format": "b64_json"}, fleet).as_url is False
+    assert read(GENERATION, {**wish, "response_format": "url"}, fleet).as_url is True
+    assert read(GENERATION, {**wish, "stream": True}, fleet).as_url is False
