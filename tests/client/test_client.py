@@ -242,6 +242,31 @@ def test_an_image_that_comes_through_the_gateway_is_taken_from_there():
     assert [request.url.path for request in client.seen] == ["/v1/jobs/j1/images/0"]
 
 
+@pytest.mark.parametrize("store", ["away", "refuses"])
+def test_where_the_store_is_of_no_use_the_gateway_brings_the_image_and_the_next_ones(store):
+    def answer(request):
+        if request.url.host != "store.test":
+            is_direct = request.url.params.get("redirect") == "false"
+            return httpx.Response(200, content=PNG) if is_direct else httpx.Response(302, headers={"Location": "http://store.test/key"})
+        if store == "away":
+            raise httpx.ConnectError("refused")
+        return httpx.Response(403)
+
+    client = a_client(answer)
+
+    assert [client.image(client_job()), client.image(client_job())] == [PNG, PNG]
+    assert [request.url.host for request in client.seen] == ["gateway.test", "store.test", "gateway.test", "gateway.test"]
+
+
+def test_with_a_gateway_that_always_redirects_the_store_s_refusal_is_the_error():
+    def answer(request):
+        is_store = request.url.host == "store.test"
+        return httpx.Response(403) if is_store else httpx.Response(302, headers={"Location": "http://store.test/key"})
+
+    with pytest.raises(UnexpectedAnswer, match="the object store answered 403"):
+        a_client(answer).image(client_job())
+
+
 def test_what_the_model_did_not_read_is_told_with_the_job():
     warning = {"code": "prompt_truncated", "field": "prompt", "detail": "The model reads less.", "tokens_given": 30, "tokens_read": 22}
     client = a_client(lambda request: httpx.Response(200, json=a_job(warnings=[warning])))
