@@ -36,6 +36,7 @@ from models.files import FileGone
 from models.idempotency import Answer, Once
 from models.states import ImageState, JobState
 from models.tables import Job
+from policy import warnings
 from policy.admission import Refusal
 from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
@@ -164,6 +165,7 @@ def draft(
         eta_raw_s=expected.eta_raw_s,
         megapixel_steps=megapixel_steps(fleet, resolved),
         labels=metadata,
+        warnings=warnings.expected(fleet.models[resolved.model], resolved),
         replay_of=replay_of,
     )
     return new, expected
@@ -190,6 +192,7 @@ def _as_written(new: NewJob, row: AcceptedRow) -> Job:
     written = {"id": row.id, "tenant_id": caller().tenant_id, "state": JobState.QUEUED, "attempt": 0, "device_seconds": 0.0}
     written |= {"accepted_at": row.accepted_at, "start_by": row.start_by, "release_tag": row.release_tag, "replay_of": new.replay_of}
     written |= {"predicted_s": new.predicted_s, "megapixel_steps": new.megapixel_steps, "labels": new.labels}
+    written["warnings"] = new.warnings
     written["images"] = [SimpleNamespace(index=index, seed=seed + index, state=ImageState.PENDING, artifact=None) for index in images]
     return cast("Job", SimpleNamespace(**_NOTHING_YET | new.params | written))
 

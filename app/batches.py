@@ -190,7 +190,7 @@ def _new_job_view(job: NewJob) -> dict[str, Any]:
 
 
 def _job_view(job: Job) -> dict[str, Any]:
-    names = ("state", "tier", "model", "model_version", "seed")
+    names = ("state", "tier", "model", "model_alias", "model_version", "seed")
     head = {"id": str(job.id), "object": "job", **{name: getattr(job, name) for name in names}, "n": job.num_images}
     return head | {"urls": urls_view(job)}
 

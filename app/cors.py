@@ -29,6 +29,7 @@ def register(app: Flask, allowed_origins: str) -> None:
         if request.routing_exception is not None and not (is_preflight and origins):
             return None  # 404. But a page learns of that only from the request after its preflight
         response = Response(status=204)
+        del response.headers["Content-Type"]
         response.headers["Allow"] = METHODS
         if request.routing_exception is None:
             response.headers["Allow"] = ", ".join(sorted(current_app.create_url_adapter(request).allowed_methods()))

@@ -12,6 +12,7 @@ from app.auth import caller, require_key
 from app.body import read_job, wish_of
 from app.gateway import gateway
 from app.views import params_view, queue_view
+from policy import warnings
 from policy.admission import Refusal
 from policy.catalog import RANDOM_SEED
 from policy.cost import megapixel_steps, price
@@ -39,6 +40,7 @@ def estimate() -> ResponseReturnValue:
             **{field: value if value and _is_id(value) else None for field, value in body.pictures.items()},
             "metadata": body.metadata,
             "start_deadline_s": deadline_s,
+            "warnings": warnings.expected(parts.fleet.models[resolved.model], resolved),
             "megapixel_steps": float(megapixel_steps(parts.fleet, resolved)),
             "cost": {"gpu_seconds": round(expected.predicted_s, 6), "amount": str(cost), "currency": parts.fleet.currency},
             "queue": queue_view(expected.place),

@@ -53,5 +53,5 @@ def may_still_answer(job: Job, *, streams: bool) -> bool:
 
 def extras_of(job: Job) -> Mapping[str, Any]:
     """Members that OpenAI's interface does not have: enough to find the job, and to ask for the same again."""
-    names = ("model", "model_version", "tier", "seed", "guidance", "sampler", "strength")
-    return {"job_id": str(job.id), **{name: getattr(job, name) for name in names}, "steps": job.num_steps}
+    names = ("model", "model_alias", "model_version", "tier", "seed", "guidance", "sampler", "strength")
+    return {"job_id": str(job.id), **{name: getattr(job, name) for name in names}, "steps": job.num_steps, "warnings": job.warnings or []}

@@ -23,6 +23,7 @@ PICTURES = ("image", "image[]", "mask", "mask[]")  # the files of a form, and ho
 SPREAD = ("adapters[][name]", "adapters[][strength]")
 _QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
 _TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
+_DALL_E = ("dall-e-2", "dall-e-3")
 _SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
 _NOT_DONE = {
     "svg": "no model here draws vectors",
@@ -66,11 +67,12 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
     if streams and (count != 1 or kind == VARIATION):
         raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
     quality = said.one_of("quality", "auto", _QUALITIES)
+    answers_url = not streams and _is_of_dall_e(said, quality)
     asked = Asked(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
         metadata=_metadata(said),
-        as_url=said.one_of("response_format", "b64_json", ("b64_json", "url")) == "url",
+        as_url=said.one_of("response_format", "url" if answers_url else "b64_json", ("b64_json", "url")) == "url",
         streams=streams,
         partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
         keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
@@ -111,6 +113,17 @@ def tier_of(quality: str, fleet: Fleet) -> str:
     if quality in ("high", "xhigh", "max", "hd"):
         return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)  # the first of equals is the best in rank
     return fleet.default_tier()
+
+
+def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
+    """The steps that a quality stands for in its tier; None: that tier's own.
+
+    Medium has as many times the steps of low as high has of its own, so that the three differ where low and medium share a tier.
+    """
+    if quality not in ("medium", "standard"):
+        return None
+    low, high = (fleet.default_steps(model, tier_of(end, fleet)) for end in ("low", "high"))
+    return min(round(math.sqrt(low * high)), fleet.tiers[tier_of(quality, fleet)].max_steps)
 
 
 def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
@@ -200,6 +213,14 @@ _THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identi
 _KNOWN = _OURS | _THEIRS
 
 
+def _is_of_dall_e(said: _Said, quality: str) -> bool:
+    """Whether the request was made for DALL-E: by the model, or in words that OpenAI's newer models refuse.
+
+    It is answered with URLs by default then, as OpenAI does: programs of those days read nothing else.
+    """
+    return said.get("model") in _DALL_E or quality in ("standard", "hd") or "style" in said.names()
+
+
 def _check_formats(said: _Said) -> None:
     """What is a word of the interface and nothing that is done here."""
     if (output := said.text("output_format", "png")) not in OUTPUT_FORMATS:
@@ -217,13 +238,16 @@ def _check_formats(said: _Said) -> None:
 
 def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wish:
     model = said.text("model", None)
-    if model is not None and model not in fleet.models:
-        raise ModelNotFound(
-            f"There is no model {model[:64]!r}; offered: {', '.join(fleet.models)}.", parameter="model", accepted=list(fleet.models)
-        )
+    if model is not None and model not in fleet.model_ids:
+        offered = list(fleet.model_ids)
+        raise ModelNotFound(f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.", parameter="model", accepted=offered)
     if kind != VARIATION and "prompt" not in said.names():
         raise _wrong("prompt", "is required")
     size = said.text("size", "auto")
+    tier, steps = said.text("tier", None) or None, said.maybe_int("steps")
+    if tier is None:
+        tier = tier_of(quality, fleet)
+        steps = steps_of(quality, fleet, fleet.model_ids[model or fleet.default_model()]) if steps is None else steps
     guidance, strength = said.maybe_float("guidance"), said.maybe_float("strength")
     if kind == VARIATION:  # nothing is asked for in words: with an empty prompt, guidance would be twice the work for the same
         guidance = 1.0 if guidance is None and not said.get("prompt") else guidance
@@ -234,9 +258,9 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
         prompt=said.text("prompt", "") or "",
         negative_prompt=said.text("negative_prompt", "") or "",
         model=model,
-        tier=said.text("tier", None) or tier_of(quality, fleet),
+        tier=tier,
         size=None if size == "auto" else size,
-        steps=said.maybe_int("steps"),
+        steps=steps,
         guidance=guidance,
         sampler=said.text("sampler", None),
         seed=said.maybe_int("seed"),

@@ -185,7 +185,7 @@ def _sized(wish: Wish, picture: File) -> Wish:
     if wish.size is not None:
         return wish
     fleet = gateway().fleet
-    model = wish.model or fleet.default_model()
+    model = fleet.model_ids[wish.model or fleet.default_model()]
     tier = wish.tier if wish.tier in fleet.tiers else fleet.default_tier()
     return replace(wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px))
 

@@ -114,7 +114,7 @@ class _Told:
             return _error(PartUnavailable("The object store cannot be reached right now.", part="object_store"))
         digests = {name: image[name] for name in ("pixels_sha256", "content_sha256")}
         user = {"safety_identifier": self._asked.user} if self._asked.user else {}
-        return self._head("completed", content) | {"usage": NO_TOKENS, **user, **digests, **self._extras}
+        return self._head("completed", content) | {"usage": NO_TOKENS, **user, **digests, **self._extras, "warnings": job["warnings"]}
 
     def _head(self, what: str, content: bytes) -> dict[str, Any]:
         return {

@@ -51,6 +51,7 @@ Problem
 └── JobUnfinished         504   with Retry-After: an image call that waited as long as it may
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import structlog
@@ -62,6 +63,8 @@ from werkzeug.exceptions import ClientDisconnected, HTTPException
 from models.database import conflict
 
 log = structlog.get_logger(__name__)
+
+MOST_NAMED = 5  # wrong fields in one sentence
 
 
 class Problem(Exception):
@@ -97,13 +100,32 @@ class Problem(Exception):
         """The same in OpenAI's words: its clients take message, param and code from here."""
         by_status = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = self.openai_type or by_status.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"message": self.detail, "type": kind, "param": self._param(), "code": self.slug.replace("-", "_")}
+        return {"message": self._message(), "type": kind, "param": self._param(), "code": self.slug.replace("-", "_")}
+
+    def _message(self) -> str:
+        """The detail, and the wrong fields that it does not name, each with what would be accepted."""
+        named = [error for error in self.members.get("errors") or () if error["detail"] not in self.detail]
+        fields = [f"{_field(error)}: {error['detail']}{_accepted(error.get('accepted'))}" for error in named[:MOST_NAMED]]
+        more = [f"and {len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
+        return f"{self.detail} {'; '.join([*fields, *more])}." if named else self.detail
 
     def _param(self) -> str | None:
         errors = self.members.get("errors")
         if errors:
-            return str(errors[0]["pointer"]).removeprefix("/").replace("/", ".")
+            return _field(errors[0])
         return self.members.get("parameter") or self.members.get("header")
+
+
+def _field(error: Mapping[str, Any]) -> str:
+    """A pointer, as OpenAI writes it."""
+    return str(error["pointer"]).removeprefix("/").replace("/", ".")
+
+
+def _accepted(accepted: Any) -> str:
+    """What an error says would be accepted, in words."""
+    if isinstance(accepted, Mapping):
+        return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
+    return f" (accepted: {', '.join(map(str, accepted))})" if isinstance(accepted, list | tuple) and accepted else ""
 
 
 class MalformedBody(Problem):

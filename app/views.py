@@ -28,6 +28,7 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         "megapixel_steps": float(job.megapixel_steps),
         "attempt": job.attempt,
         "failure": _failure(job),
+        "warnings": job.warnings or [],
         "created_at": _instant(job.accepted_at),
         "start_by": _instant(job.start_by),
         "started_at": _instant(job.started_at),
@@ -61,6 +62,7 @@ def status_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None =
         "images_done": sum(image.state == ImageState.STORED for image in job.images),
         "n": job.num_images,
         "failure": _failure(job),
+        "warnings": job.warnings or [],
         "erased_at": _instant(job.erased_at),
         "urls": urls_view(job),
     }
@@ -77,6 +79,7 @@ def params_view(of: Job | Resolved) -> dict[str, Any]:
     return {
         "tier": of.tier,
         "model": of.model,
+        "model_alias": of.model_alias,
         "model_version": of.model_version,
         "prompt": of.prompt,
         "negative_prompt": of.negative_prompt,

@@ -14,12 +14,17 @@ from cli.wishes import EXTENSIONS, wish_options
 from darkroom_client import Client, Job, downloads
 from darkroom_client.wishes import PICTURE_FIELDS
 
-_FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
+FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
 
 @click.command()
 @click.argument("prompt", required=False)
-@click.option("--from", "source", type=click.File("rb"), help="File of prompts, one a line or as JSON objects with any fields; - = stdin.")
+@click.option(
+    "--from",
+    "source",
+    type=click.File("rb"),
+    help="File of prompts, one a line, as text or JSON with any fields, or one JSON list of these; - = stdin.",
+)
 @wish_options
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Output file; out-0.png, out-1.png … for several. With --from: folder."
@@ -58,12 +63,24 @@ def generate(
             ctx.exit(1)
         return
     assert prompt is not None
-    wish["output_format"] = wish["output_format"] or (_FORMATS.get(output.suffix.lower()) if output else None)
+    wish["output_format"] = _format(output, wish["output_format"])
     with installation.client() as client:
         job = watch(client, client.create_job(prompt, **wish), timeout_s=timeout_s, cancels=True)
         report(client, job, output)
     if job.state != "succeeded":
         ctx.exit(1)
+
+
+def _format(output: Path | None, asked: str | None) -> str | None:
+    """The format to ask for: what the option says, or the file's name. Raises UsageError for a name that says another, or none we have."""
+    if output is None or not output.suffix:
+        return asked
+    named = FORMATS.get(output.suffix.lower())
+    if named is None:
+        raise click.UsageError(f"{output.name}: there is no format {output.suffix}; offered: {', '.join(FORMATS)}")
+    if asked not in (None, named):
+        raise click.UsageError(f"{output.name} says {named} and --format {asked}")
+    return named
 
 
 def report(client: Client, job: Job, output: Path | None) -> None:
@@ -72,7 +89,14 @@ def report(client: Client, job: Job, output: Path | None) -> None:
     screen.out().print(timing_table(job))
     for path in saved:
         screen.out().print(f"saved {path}")
+    warn_of(job)
     complain_of(job)
+
+
+def warn_of(job: Job) -> None:
+    """Say what of the job's texts had no effect."""
+    for warning in job.warnings:
+        screen.warn(warning.detail)
 
 
 def complain_of(job: Job) -> None:
@@ -122,9 +146,9 @@ def _make_many(
     content = source.read()
     wish = {name: value for name, value in options.items() if value is not None}
     try:
-        lines = prompts.read(content.decode())
+        lines = prompts.read(prompts.decoded(content))
         run = Run.opened(folder, source=content, options=_fingerprint(wish), fresh=fresh)
-    except (prompts.BadLine, AnotherRun, UnicodeDecodeError) as error:
+    except (prompts.BadLine, AnotherRun) as error:
         raise click.UsageError(str(error)) from None
 
     async def go() -> Many:
@@ -144,6 +168,8 @@ def _make_many(
     had = many.num_images - many.num_new
     there = f", {had} of them there already" if had else ""
     screen.out().print(f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: {many.num_images} images in {folder}{there}")
+    for line, what in sorted(many.warned, key=lambda warned: warned[0].number):
+        screen.warn(f"line {line.number} ({line.prompt[:40]}): {what}")
     for line, why in sorted(many.failed, key=lambda failure: failure[0].number):
         screen.complain(f"line {line.number} ({line.prompt[:40]}): {why}")
     return not many.failed

@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import click
 
 from cli import screen, watching
-from cli.generate import complain_of, timing_table
+from cli.generate import complain_of, timing_table, warn_of
 from cli.installation import Installation, pass_installation
 
 _STATES = ["queued", "running", "storing", "succeeded", "failed", "rejected", "canceled", "expired"]
@@ -67,6 +67,7 @@ def watch(ctx: click.Context, installation: Installation, job_id: str) -> None:
         job = watching.watch(client, client.job(job_id), timeout_s=None, cancels=False)
     screen.out().print(f"job {job.id} is {job.state}")
     screen.out().print(timing_table(job))
+    warn_of(job)
     if job.state != "succeeded":
         complain_of(job)
         ctx.exit(1)

@@ -133,9 +133,7 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
 
 def describe(problem: ProblemError) -> str:
     """A problem in one line: title, detail, and each wrong field with what would have been accepted."""
-    text = f"{problem.title}: {problem.detail}" if problem.detail else problem.title
-    fields = [f"{error.pointer}: {error.detail}" for error in problem.errors if error.detail not in text]
-    return " · ".join([text, *fields])
+    return str(problem)
 
 
 @click.group(cls=Door, epilog="\b\n" + (__doc__ or "").partition("\n\n")[2], context_settings={"help_option_names": ["-h", "--help"]})

@@ -44,6 +44,7 @@ class Many:
         self._submitting: set[asyncio.Task[Job]] = set()
         self._under_way: dict[int, str] = {}
         self.failed: list[tuple[Line, str]] = []
+        self.warned: list[tuple[Line, str]] = []
         self.num_images = self.num_new = 0
 
     async def go(self, parallel: int, *, cancels: bool) -> None:
@@ -112,7 +113,7 @@ class Many:
             self._run.note(line.number, state=job.state)
             await self._settle(line, job)
         except ProblemError as refusal:
-            await self._fail(line, "refused", f"{refusal.title}: {refusal.detail}")
+            await self._fail(line, "refused", str(refusal))
         except (FileNotFoundError, DigestMismatch) as error:
             await self._fail(line, "not done", str(error))
         self._under_way.pop(line.number, None)
@@ -122,6 +123,7 @@ class Many:
         stored = [(downloads.path_of(self._folder, job, image, names), image.content_sha256) for image in job.images]
         new = sum(digest is not None and not downloads.is_there(path, digest) for path, digest in stored)
         paths = await self._client.download(job, self._folder, names)
+        self.warned += [(line, warning.detail) for warning in job.warnings]
         self.num_images, self.num_new = self.num_images + len(paths), self.num_new + new
         if job.state == "succeeded":
             self._board.end(line, job.state, paths=paths, new=new)

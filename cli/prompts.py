@@ -1,8 +1,16 @@
-"""A file of prompts: one a line, or JSON objects with any fields of a job's request."""
+"""A file of prompts: one a line, as text or as a JSON object with any fields of a job's request; or the whole file one JSON list of these.
+
+What begins as JSON does is JSON or an error that names its line, never a prompt: a job is paid for.
+"""
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Any
+
+_LINE_ENDS = re.compile(r"\r\n|\n|\r")  # and no others: Unicode's may stand in a prompt
+_NO_FIELDS = ("self", "idempotency_key")  # words of the client that asks, not of a job
+_HINT = 'A prompt that begins so is written {"prompt": "…"}.'
 
 
 class BadLine(Exception):
@@ -18,19 +26,62 @@ class Line:
     wish: dict[str, Any]
 
 
-def read(text: str) -> list[Line]:
-    """Every line that is not blank, under its number in the file. Raises BadLine."""
-    return [_line(number, line.strip()) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-
-
-def _line(number: int, text: str) -> Line:
-    if not text.startswith("{"):
-        return Line(number, text, {})
+def decoded(content: bytes) -> str:
+    """The text of a file, without the mark that editors put before it. Raises BadLine."""
     try:
-        fields = json.loads(text)
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise BadLine(f"line {number} is not UTF-8: {error}. Save the file as UTF-8.") from None
+
+
+def read(text: str) -> list[Line]:
+    """Every line that is not blank, under its number in the file; of a JSON list every entry, under its place. Raises BadLine."""
+    whole = _whole(text)
+    if whole is not None:
+        return [_line(number, f"entry {number}", entry) for number, entry in enumerate(whole, 1)]
+    lines = ((number, line.lstrip("\ufeff").strip()) for number, line in enumerate(_LINE_ENDS.split(text), 1))
+    return [_line(number, f"line {number}", _parsed(number, line)) for number, line in lines if line]
+
+
+def _whole(text: str) -> list[Any] | None:
+    """The entries of a file that is one JSON document, on however many lines; None for one that is read by lines."""
+    if not text.lstrip().startswith(("[", "{")):
+        return None
+    try:
+        document = json.loads(text)
     except ValueError as error:
-        raise BadLine(f"line {number} begins as JSON does and is none: {error}") from None
+        if text.lstrip().startswith("{"):  # objects, one a line
+            return None
+        number = getattr(error, "lineno", 1)
+        raise BadLine(f"line {number}: the file begins as a JSON list does and is none: {error}. {_HINT}") from None
+    except RecursionError:
+        raise BadLine("line 1: the file is nested too deeply") from None
+    return document if isinstance(document, list) else [document]
+
+
+def _parsed(number: int, line: str) -> Any:
+    """Text as it is; what is JSON, as what it says."""
+    is_string = line.startswith('"') and line.endswith('"')
+    if not line.startswith(("{", "[")) and not is_string:
+        return line
+    try:
+        return json.loads(line)
+    except (ValueError, RecursionError) as error:
+        if is_string:  # "this" and "that"
+            return line
+        raise BadLine(f"line {number} begins as JSON does and is none: {error}. {_HINT}") from None
+
+
+def _line(number: int, place: str, said: Any) -> Line:
+    if isinstance(said, str):
+        return Line(number, said, {})
+    if not isinstance(said, dict):
+        raise BadLine(f"{place} is neither a text nor an object with the fields of a job. {_HINT}")
+    fields = dict(said)
     prompt = fields.pop("prompt", None)
     if not isinstance(prompt, str):
-        raise BadLine(f'line {number} has no "prompt"')
+        raise BadLine(f'{place} has no "prompt"')
+    if unknown := [name for name in _NO_FIELDS if name in fields]:
+        raise BadLine(f'{place}: "{unknown[0]}" is no field of a job')
     return Line(number, prompt, fields)

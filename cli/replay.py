@@ -5,7 +5,7 @@ from pathlib import Path
 import click
 
 from cli import screen
-from cli.generate import complain_of, save
+from cli.generate import FORMATS, complain_of, save
 from cli.installation import Installation, pass_installation
 from cli.watching import watch
 from cli.wishes import EXTENSIONS
@@ -22,6 +22,8 @@ def replay(ctx: click.Context, installation: Installation, job_id: str, output: 
     """Make the images of JOB_ID again and compare them, pixel by pixel, by their digests. Exit code 1 when they differ."""
     with installation.client() as client:
         original = client.job(job_id)
+        if output and output.suffix and FORMATS.get(output.suffix.lower()) != original.output_format:
+            raise click.UsageError(f"{output.name}: the images are {original.output_format}, as those of the job are")
         again = watch(client, client.replay(job_id), timeout_s=timeout_s, cancels=True)
         saved = save(client, again, output if output.suffix else output.with_suffix(EXTENSIONS[again.output_format])) if output else []
     screen.out().print(f"job {again.id} asked again for what {original.id} asked for")

@@ -33,6 +33,11 @@ def complain(message: str) -> None:
         console.print(escape(rest), soft_wrap=True)
 
 
+def warn(message: str) -> None:
+    """One yellow line about what went well and is not what was meant."""
+    err().print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
+
+
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, numbers: Iterable[str] = ()) -> Table:
     """A plain table of any values. numbers: the columns to be set flush right."""
     flush_right = set(numbers)

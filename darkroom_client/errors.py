@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+_MOST_FIELDS = 5  # in one line
+
 
 class DarkroomError(Exception):
     """The root: catch this to catch all of them."""
@@ -50,7 +52,7 @@ class ProblemError(DarkroomError):
         members: Mapping[str, Any] | None = None,
         retry_after_s: float | None = None,
     ) -> None:
-        super().__init__(f"{title}: {detail}" if detail else title)
+        super().__init__(_told(title, detail, errors))
         self.status, self.type, self.title, self.detail = status, type, title, detail
         self.errors, self.request_id, self.retry_after_s = errors, request_id, retry_after_s
         self.members = dict(members or {})  # the whole document, further facts included
@@ -59,6 +61,20 @@ class ProblemError(DarkroomError):
     def slug(self) -> str:
         """The last part of `type`, such as "fleet-saturated"."""
         return self.type.rpartition("/")[2]
+
+
+def _told(title: str, detail: str, errors: tuple[FieldError, ...]) -> str:
+    """One line: title, detail, and each wrong field that the detail does not name, with what would have been accepted."""
+    text = f"{title}: {detail}" if detail else title
+    fields = [f"{error.pointer}: {error.detail}{_accepted(error.accepted)}" for error in errors if error.detail not in text]
+    more = [f"and {len(fields) - _MOST_FIELDS} more"] if len(fields) > _MOST_FIELDS else []
+    return " · ".join([text, *fields[:_MOST_FIELDS], *more])
+
+
+def _accepted(accepted: Any) -> str:
+    if isinstance(accepted, Mapping):
+        return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
+    return f" (accepted: {', '.join(map(str, accepted))})" if isinstance(accepted, list | tuple) and accepted else ""
 
 
 class UnexpectedAnswer(DarkroomError):

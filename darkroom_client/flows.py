@@ -59,6 +59,7 @@ class Flows:
 
     def __init__(self, url: str, retries: Retries) -> None:
         self._url, self._retries = url, retries
+        self._store_is_far = False
 
     def create_job(self, prompt: str, wish: Mapping[str, Any], key: str | None) -> Flow[Job]:
         said = yield from self._with_pictures({"prompt": prompt, **wish})
@@ -112,15 +113,27 @@ class Flows:
         expected = next((image.content_sha256 for image in known.images if image.index == index), None)
         if expected is None:
             raise ImageNotStored(f"job {known.id} is {known.state} and has no stored image {index}")
-        answer = yield from self._sent(wire.show_image(known.id, index))
+        answer = yield from self._sent(wire.show_image(known.id, index, direct=self._store_is_far))
         if not answer.is_success:  # a redirect, unless images come through the gateway
-            answer = yield from self._sent(Fetch(answers.read_location(answer)))
-        if not answer.is_success:
-            raise UnexpectedAnswer(f"the object store answered {answer.status_code} for image {index} of job {known.id}")
+            answer = yield from self._fetched(known.id, index, answers.read_location(answer))
         content: bytes = answer.content
         if hashlib.sha256(content).hexdigest() != expected:
             raise DigestMismatch(f"image {index} of job {known.id}: {len(content)} bytes came that are not the stored ones")
         return content
+
+    def _fetched(self, job_id: str, index: int, url: str) -> Flow[httpx.Response]:
+        """The image from the object store; where that cannot be reached from here, or refuses, from the gateway, and so from then on."""
+        try:
+            answer = yield from self._sent(Fetch(url))
+            if answer.is_success:
+                return answer
+            raise UnexpectedAnswer(f"the object store answered {answer.status_code} for image {index} of job {job_id}")
+        except (Unreachable, UnexpectedAnswer):
+            direct = yield from self._sent(wire.show_image(job_id, index, direct=True))
+            if not direct.is_success:  # a gateway that always redirects
+                raise
+            self._store_is_far = True
+            return direct
 
     def download(self, job: Job | str, folder: Path, names: str) -> Flow[tuple[Path, ...]]:
         known = (yield from self.job(job, None)) if isinstance(job, str) else job

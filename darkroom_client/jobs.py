@@ -1,10 +1,12 @@
 """A job as the API shows it, typed. Members that this version does not know are kept in `Job.members`."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
+_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FINAL_STATES = frozenset({"succeeded", "failed", "rejected", "canceled", "expired"})
 
 
@@ -14,6 +16,15 @@ class Failure:
 
     code: str
     detail: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobWarning:
+    """What the job says and the model did not look at: a stable code, the field of the request, and a sentence."""
+
+    code: str
+    field: str
+    detail: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +88,7 @@ class Job:
     state: str
     tier: str
     model: str
+    model_alias: str | None  # what the request called the model, where that is not its id
     model_version: str
     prompt: str | None  # None once the job was erased
     negative_prompt: str | None
@@ -96,6 +108,7 @@ class Job:
     replay_of: str | None
     attempt: int
     failure: Failure | None
+    warnings: tuple[JobWarning, ...]
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -113,13 +126,20 @@ class Job:
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> "Job":
-        """Raises KeyError, TypeError or ValueError when this is no job."""
+        """Raises KeyError, TypeError or ValueError when this is no job.
+
+        What may become part of a file's name cannot lead elsewhere, whoever answers: an id has no dots or slashes, a number is one.
+        """
         timing = members.get("timing") or {}
         plain: dict[str, Any] = {name: members[name] for name in _PLAIN} | {name: members.get(name) for name in _LATER}
+        if not _ID.fullmatch(plain["id"]):
+            raise ValueError("an id is letters, digits, - and _")
+        plain["seed"] = int(plain["seed"])
         return cls(
             **plain,
             metadata=dict(members.get("metadata") or {}),
             failure=part_of(Failure, members.get("failure")),
+            warnings=tuple(part_of(JobWarning, warning) for warning in members.get("warnings") or ()),
             created_at=datetime.fromisoformat(members["created_at"]),
             started_at=_instant(members.get("started_at")),
             finished_at=_instant(members.get("finished_at")),
@@ -127,7 +147,7 @@ class Job:
             queue=part_of(Queue, members.get("queue")),
             timing=Timing(**{name: timing.get(name) for name in Timing.__annotations__}),
             cost=cost_of(members.get("cost")),
-            images=tuple(Image(**{name: image.get(name) for name in Image.__annotations__}) for image in members["images"]),
+            images=tuple(_image(image) for image in members["images"]),
             members=members,
         )
 
@@ -149,7 +169,20 @@ _PLAIN = (
     "output_format",
     "attempt",
 )
-_LATER = ("init_image", "mask", "control_image", "strength", "determinism", "replay_of")  # not told by every version of the gateway
+_LATER = (
+    "model_alias",
+    "init_image",
+    "mask",
+    "control_image",
+    "strength",
+    "determinism",
+    "replay_of",
+)  # not told by every version of the gateway
+
+
+def _image(members: Mapping[str, Any]) -> Image:
+    plain: dict[str, Any] = {name: members.get(name) for name in Image.__annotations__}
+    return Image(**plain | {name: int(members[name]) for name in ("index", "seed")})
 
 
 def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:

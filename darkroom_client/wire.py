@@ -105,9 +105,9 @@ def cancel_job(job_id: str) -> Call:
     return Call(method="POST", path=f"/v1/jobs/{job_id}/cancel")
 
 
-def show_image(job_id: str, index: int) -> Call:
-    """Answered with a redirect to a presigned URL of the object store, or with the image itself."""
-    return Call(method="GET", path=f"/v1/jobs/{job_id}/images/{index}")
+def show_image(job_id: str, index: int, *, direct: bool = False) -> Call:
+    """Answered with a redirect to a presigned URL of the object store, or with the image itself. direct: the latter, please."""
+    return Call(method="GET", path=f"/v1/jobs/{job_id}/images/{index}", params={"redirect": "false"} if direct else {})
 
 
 def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:

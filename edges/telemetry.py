@@ -30,6 +30,7 @@ JOBS_ERASED = Counter("darkroom_jobs_erased_total", "Requests to delete what a j
 REQUESTS_REPLAYED = Counter("darkroom_requests_replayed_total", "Requests that came again under their Idempotency-Key")
 IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off", ["tier", "model"])
 DEVICE_SECONDS = Counter("darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"])
+TEXTS_UNREAD = Counter("darkroom_texts_unread_total", "Jobs of whose texts the model did not read all", ["model", "code"])
 RENDER_ERRORS = Counter("darkroom_render_errors_total", "Attempts that ended in an error", ["kind"])
 LEASES_LOST = Counter("darkroom_leases_lost_total", "Leases that a worker found gone")
 PREEMPTED = Counter("darkroom_jobs_preempted_total", "Jobs given up with snapshots because the worker had to go")

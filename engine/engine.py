@@ -532,6 +532,7 @@ class Engine:
         watch = self._device.stopwatch()
         try:
             self._with_room(launch)
+            unread = self._runner.unread(image)
         except Exception as problem:  # noqa: BLE001  one image's trouble must not become its neighbours'
             self._fail(image, _in_our_words(problem, "encode"))
             return
@@ -541,9 +542,9 @@ class Engine:
         self._scheduler.settle(work)
         self._ledger.enter_encode(work, watch)
         if is_new:
-            self._tell(image, Started(request_id=image.id))
+            self._tell(image, Started(request_id=image.id, unread=unread))
         else:
-            self._tell(image, Resumed(request_id=image.id, step=first_step))
+            self._tell(image, Resumed(request_id=image.id, step=first_step, unread=unread))
 
     def _denoise(self, batch: Batch) -> None:
         """Move every image of the batch on by one step. An image that cannot be moved fails alone; the others do not notice."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from engine.errors import EngineError
+from engine.texts import UnreadText
 
 if TYPE_CHECKING:
     from engine.records import FinishedImage
@@ -27,6 +28,7 @@ class Started:
     """The prompt is encoded and the noise drawn; the next denoise step may include it."""
 
     request_id: str
+    unread: tuple[UnreadText, ...] = ()  # what of its texts has no effect
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +64,7 @@ class Resumed:
 
     request_id: str
     step: int
+    unread: tuple[UnreadText, ...] = ()  # as `Started` tells it; empty after `Parked`
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -23,6 +23,7 @@ from engine.loading import LoadedCheckpoint
 from engine.previews import Projector
 from engine.request import AdapterUse
 from engine.scheduler import Batch
+from engine.texts import UnreadText
 
 
 class Developing:
@@ -75,6 +76,10 @@ class Runner:
         """Let the image go on from another's latents at `image.step`, instead of starting it."""
         with self._encoding(image) as recall:
             self._family_of(image).fork(image, latents, recall)
+
+    def unread(self, image: InFlight) -> tuple[UnreadText, ...]:
+        """What of the image's texts has no effect. On the engine's thread only: tokenizers are shared with `encode`."""
+        return self._family_of(image).unread(image.request)
 
     @torch.inference_mode()
     def predict(self, batch: Batch) -> list[Any]:

@@ -62,6 +62,7 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("attempts", "SELECT, UPDATE"),
         May("artifacts", "SELECT, UPDATE"),
         May("files", "SELECT, INSERT, UPDATE"),
+        May("stored_files", "SELECT, INSERT, UPDATE"),
         May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
         May("flows", "SELECT, INSERT, UPDATE"),
         May("fair_clocks", "SELECT, INSERT, UPDATE"),

@@ -31,7 +31,8 @@ class NewJob:
 
     params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of all its
     images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.  labels: the
-    tenant's own metadata.  announced: it goes to Celery as soon as this is committed.
+    tenant's own metadata.  warnings: what of its texts has no effect, as far as is known.  announced: it goes to Celery as soon as this
+    is committed.
     """
 
     id: uuid.UUID = field(default_factory=new_id)
@@ -42,6 +43,7 @@ class NewJob:
     eta_raw_s: float | None = None
     megapixel_steps: Decimal = Decimal(0)
     labels: Mapping[str, str] | None = None
+    warnings: Sequence[Mapping[str, Any]] = ()
     requeue_of: uuid.UUID | None = None
     replay_of: uuid.UUID | None = None
     announced: bool = False
@@ -94,8 +96,13 @@ def in_order(new_jobs: Sequence[NewJob]) -> list[NewJob]:
 def _row(place: int, job: NewJob) -> dict[str, Any]:
     wish = {name: _plain(job.params[name]) for name in WISH if name in job.params}
     facts = {name: wish[name] for name in ("pool", "tier", "model", "model_version", "num_images")} | {"seed": str(wish["seed"])}
+    if wish.get("model_alias"):
+        facts["model_alias"] = wish["model_alias"]
+    if job.warnings:
+        facts["warnings"] = [warning["code"] for warning in job.warnings]
     origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
     own: dict[str, Any] = {"run_within_s": job.run_within_s, "predicted_s": job.predicted_s, "eta_raw_s": job.eta_raw_s}
+    own |= {"warnings": list(job.warnings) or None}
     own |= {"megapixel_steps": str(job.megapixel_steps), "metadata": dict(job.labels) if job.labels else None, **origin}
     ours = {"place": place, "id": str(job.id), "event_id": str(new_id()), "facts": facts | origin}
     return {**ours, "start_within_s": job.start_within_s, "announced": job.announced, **wish, **own}

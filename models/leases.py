@@ -249,6 +249,24 @@ def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int
     return attempt.lost_cause
 
 
+def warn(session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Put on the job what of its texts turned out to have no effect; those that were not there yet. Raises LeaseLost.
+
+    warnings: `code` and `field` of each, with what else is to be told.
+    """
+    job = _held(session, lease)
+    known = job.warnings or []
+    new = [dict(each) for each in warnings if not any((each["code"], each["field"]) == (old["code"], old["field"]) for old in known)]
+    if new:
+        job.warnings = [*known, *new]
+    for each in new:
+        facts = {name: value for name, value in each.items() if name != "detail"}
+        audit.append(
+            session, "job:text:left-unread", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
+        )
+    return new
+
+
 def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> Job:
     """End the job: no retry helps. Raises LeaseLost."""
     job = _held(session, lease)

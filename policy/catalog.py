@@ -66,6 +66,7 @@ class Resolved:
     prompt: str
     negative_prompt: str
     model: str
+    model_alias: str | None = None  # what the wish called the model, where that is not its id
     model_version: str
     pool: str
     tier: str
@@ -92,7 +93,8 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
 
     default_seed: used when the wish names none.  draw: in [0, 1), picks the model version by traffic weight.
     """
-    model_id = _one_of("model", _first(wish.model, fleet.default_model()), tuple(fleet.models))
+    model_name = _one_of("model", _first(wish.model, fleet.default_model()), tuple(fleet.model_ids))
+    model_id = fleet.model_ids[model_name]
     tier_id = _one_of("tier", _first(wish.tier, fleet.default_tier()), tuple(fleet.tiers))
     model, tier = fleet.models[model_id], fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
@@ -101,12 +103,13 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
     size = _one_of("size", _first(wish.size, sizes[0]), sizes)
     width_px, height_px = parse_size(size)
     num_images = _within("n", wish.n, 1, tier.max_images, f"tier {tier_id}")
-    steps = _first(wish.steps, own.default_steps, tier.default_steps)
+    steps = _first(wish.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(wish.guidance, own.default_guidance, model.default_guidance)
     return Resolved(
         prompt=wish.prompt,
         negative_prompt=wish.negative_prompt,
         model=model_id,
+        model_alias=model_name if model_name != model_id else None,
         model_version=pick_version(model, draw).id,
         pool=fleet.pool_of(model_id),
         tier=tier_id,

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
+ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
 MAX_SIDE_PX = 4096
 
 
@@ -96,6 +97,7 @@ class Model(_Table):
     """An entry of the catalog: what clients may ask of one family of weights."""
 
     title: str
+    aliases: tuple[ModelAlias, ...] = ()  # further ids that a request may say; its jobs are this model's
     family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
     pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
     options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
@@ -149,6 +151,17 @@ class Fleet(_Table):
         """The pool that serves `model`; KeyError if the fleet has no such model."""
         return next(name for name, pool in self.pools.items() if model in pool.models)
 
+    @cached_property
+    def model_ids(self) -> dict[str, str]:
+        """What a request may say for a model, to the id of that model: the ids themselves in front, then the aliases."""
+        aliases = {alias: model_id for model_id, model in self.models.items() for alias in model.aliases}
+        return {model_id: model_id for model_id in self.models} | aliases
+
+    def default_steps(self, model: str, tier: str) -> int:
+        """Denoise steps of a request that says none."""
+        own = self.models[model].tiers.get(tier, ModelTier())
+        return own.default_steps or self.tiers[tier].default_steps
+
     def sizes_of(self, model: str, tier: str) -> tuple[str, ...]:
         """The sizes of `model` that are within the limit of `tier`, the default in front."""
         most_px = self.tiers[tier].max_megapixels * 1e6
@@ -199,7 +212,9 @@ def _contradictions(fleet: Fleet) -> list[str]:
         for tier_name, tier in fleet.tiers.items():
             if tier.max_images > pool.slots:
                 problems.append(f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})")
+    said = Counter([*fleet.models, *(alias for model in fleet.models.values() for alias in model.aliases)])
     for name, model in fleet.models.items():
+        problems += [f"models.{name}.aliases: {alias!r} is taken" for alias in model.aliases if said[alias] > 1]
         problems += _contradictions_of_model(fleet, name, model, homes[name])
     return problems
 

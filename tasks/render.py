@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 import structlog
 from sqlalchemy import Engine as Database
@@ -21,14 +22,15 @@ from edges.progress import News, Preview, ProgressWriter, Step
 from edges.release import Release
 from edges.snapshots import STORE
 from engine.errors import EngineError, ImageCanceled
-from engine.events import Event, Failed, Finished, Previewed, Stepped
+from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
 from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
+from engine.texts import UnreadText
 from models import leases
 from models.database import run_transaction
 from models.leases import Lease, LeaseLost, Rendered
-from policy import queues
+from policy import queues, warnings
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
 from settings import Settings
@@ -51,14 +53,17 @@ class LetGo(Exception):
 
 @dataclass
 class Work:
-    """A job's images in this worker's engine, by index, and their endings as they come; None among these: look up, something changed."""
+    """A job's images in this worker's engine, by index, and their endings as they come.
+
+    Among these: what one has to tell of its texts, and None: look up, something changed.
+    """
 
     held: Held
     handles: dict[int, Handle] = field(default_factory=dict)
     resumed: dict[int, int] = field(default_factory=dict)  # the step at which a snapshot let it begin
     left: set[int] = field(default_factory=set)  # withdrawn: another attempt goes on
     handed_on: set[int] = field(default_factory=set)
-    endings: "queue.SimpleQueue[Finished | Failed | None]" = field(default_factory=queue.SimpleQueue)
+    endings: "queue.SimpleQueue[Finished | Failed | tuple[UnreadText, ...] | None]" = field(default_factory=queue.SimpleQueue)
 
     def open_handles(self) -> dict[int, Handle]:
         """The images that have not ended."""
@@ -177,9 +182,11 @@ class Renderer:
             self._note_resumption(work, earlier)
         held.steps = work.steps  # only now: until then the rows say how far the attempts before had come
         for _ in lease.pending:
-            while (event := work.endings.get()) is None:
+            while not isinstance(event := work.endings.get(), Finished | Failed):
                 if held.lost.is_set() or held.leaving:
                     raise LetGo
+                if event is not None:
+                    self._warn(lease, event)
             if isinstance(event, Failed):
                 raise event.error
             yield event.image
@@ -195,10 +202,23 @@ class Renderer:
                     self.checkpoints.keep_soon(lease, index, event.request_id)
             elif isinstance(event, Previewed):
                 self.progress.show(lease.job_id, Preview(index, event.step, lease.job.num_steps, event.jpeg))
+            elif isinstance(event, Started | Resumed) and event.unread:
+                work.endings.put(event.unread)
             elif isinstance(event, Finished | Failed):
                 work.endings.put(event)
 
         return on_event
+
+    def _warn(self, lease: Lease, unread: tuple[UnreadText, ...]) -> None:
+        """Tell the tenant what of the job's texts has no effect. All images of a job have the same."""
+
+        def note() -> list[dict[str, Any]]:
+            return run_transaction(self.database, lambda session: leases.warn(session, lease, told))
+
+        counted = [(text.field, text.tokens_given, text.tokens_read) for text in unread]
+        told = [warnings.unread(name, tokens_given=given, tokens_read=read, guidance=lease.job.guidance) for name, given, read in counted]
+        for warning in persist(note, verdicts.DATABASE_AWAY):
+            telemetry.TEXTS_UNREAD.labels(lease.job.model, warning["code"]).inc()
 
     def _request(self, lease: Lease, index: int, pictures: Mapping[str, Picture]) -> ImageRequest:
         job = lease.job

@@ -127,7 +127,7 @@ def _body(body: type[BaseModel] | Schema, bodies: dict[str, Schema]) -> Schema:
 def _narrow(bodies: dict[str, Schema], fleet: Fleet) -> None:
     """What fleet.toml offers, where a field takes one of a few values."""
     offered = {
-        "model": list(fleet.models),
+        "model": list(fleet.model_ids),
         "tier": list(fleet.tiers),
         "size": sorted({size for model in fleet.models.values() for size in model.sizes}),
         "sampler": sorted({sampler for model in fleet.models.values() for sampler in model.samplers}),

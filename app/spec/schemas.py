@@ -51,6 +51,7 @@ def page_of(name: str) -> Schema:
 _PARAMETERS = {
     "tier": TEXT,
     "model": TEXT,
+    "model_alias": maybe(TEXT),
     "model_version": TEXT,
     "prompt": maybe(TEXT),
     "negative_prompt": maybe(TEXT),
@@ -71,6 +72,7 @@ _PARAMETERS = {
 }
 _STATE = one_of(*JobState)
 _FAILURE = maybe(has(code=TEXT, detail=maybe(TEXT)))
+_WARNINGS = many(has({"tokens_given": WHOLE, "tokens_read": WHOLE}, code=TEXT, field=TEXT, detail=TEXT))
 _PROGRESS = maybe(has(step=WHOLE, num_steps=WHOLE, images_done=WHOLE))
 _HEAD = {"id": ID, "object": one_of("job"), "state": _STATE}
 _LIMIT_NAMES = ("requests_per_minute", "megapixel_steps_per_minute", "burst_megapixel_steps", "max_concurrent_jobs")
@@ -111,6 +113,7 @@ SCHEMAS: dict[str, Schema] = {
         megapixel_steps=NUMBER,
         attempt=WHOLE,
         failure=_FAILURE,
+        warnings=_WARNINGS,
         created_at=INSTANT,
         start_by=INSTANT,
         started_at=maybe(INSTANT),
@@ -135,6 +138,7 @@ SCHEMAS: dict[str, Schema] = {
         images_done=WHOLE,
         n=WHOLE,
         failure=_FAILURE,
+        warnings=_WARNINGS,
         erased_at=maybe(INSTANT),
     ),
     "Batch": has(
@@ -143,7 +147,7 @@ SCHEMAS: dict[str, Schema] = {
         refused=WHOLE,
         data=many(has({"job": has(**_HEAD), "problem": {"type": "object"}}, status=WHOLE)),
     ),
-    "Estimate": has(**_PARAMETERS, megapixel_steps=NUMBER, can_be_served=FLAG),
+    "Estimate": has(**_PARAMETERS, warnings=_WARNINGS, megapixel_steps=NUMBER, can_be_served=FLAG),
     "File": has(
         id=ID,
         object=one_of("file"),
@@ -187,9 +191,12 @@ SCHEMAS: dict[str, Schema] = {
         usage=_NO_TOKENS,
         job_id=ID,
         seed=WHOLE,
+        model=TEXT,
+        model_alias=maybe(TEXT),
         model_version=TEXT,
         tier=TEXT,
         steps=WHOLE,
+        warnings=_WARNINGS,
     ),
     "Limits": has(
         **{name: maybe(NUMBER) for name in (*_LIMIT_NAMES, *_QUOTA_NAMES)},
@@ -227,10 +234,12 @@ SCHEMAS: dict[str, Schema] = {
         last_used_at=maybe(INSTANT),
     ),
     "Model": has(
+        {"alias_of": TEXT},
         id=TEXT,
         object=one_of("model"),
         created=WHOLE,
         owned_by=TEXT,
+        aliases=many(TEXT),
         sizes=many(TEXT),
         samplers=many(TEXT),
         versions=many(ANYTHING),

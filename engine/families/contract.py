@@ -24,6 +24,7 @@ from engine.config import CheckpointSpec
 from engine.inflight import InFlight
 from engine.previews import Projector
 from engine.request import ImageRequest
+from engine.texts import UnreadText
 
 Rows = dict[str, Tensor]
 """Named tensors, each [b, ...] with the same b."""
@@ -86,6 +87,9 @@ class Family(Protocol):
         """Padded length of its text in tokens, chosen from its own prompt alone: part of the batch key."""
 
     # --- of an image ---
+
+    def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
+        """What of its texts has no effect, by the tokens that its encoders take; empty where a family cannot tell."""
 
     def start(self, image: InFlight, recall: Recall) -> None:
         """Encode and draw: sets `image.held` and `image.num_steps` (where the family finds out only now: rows and batch key too)."""

@@ -10,7 +10,7 @@ in fp32.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -81,6 +81,10 @@ class Flux(FlowFamily):
         if self._is_distilled:
             return float(request.options.get("true_cfg_scale", 1.0))
         return request.guidance if request.negative_prompt else 1.0
+
+    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+        """See the base. T5 alone: what CLIP reads is one vector for the whole."""
+        return [(self._tokenizers["tokenizer_2"], self.text_tokens(request))]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond; "guidance": [rows] if distilled."""

@@ -24,6 +24,7 @@ from engine.previews import Projector, clean_latents, fit
 from engine.request import ImageRequest
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
+from engine.texts import UnreadText, cut_off, ignored
 
 PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own VAE
 
@@ -53,6 +54,14 @@ class LatentFamily(ABC):
     @abstractmethod
     def networks(self) -> Mapping[str, nn.Module]:
         """See the contract."""
+
+    @abstractmethod
+    def rows(self, request: ImageRequest) -> int:
+        """See the contract."""
+
+    @abstractmethod
+    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+        """The tokenizer of each text encoder that reads the whole text, and the length to which it pads and cuts."""
 
     @abstractmethod
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
@@ -103,6 +112,15 @@ class LatentFamily(ABC):
         return latents
 
     # --- what all of them do ---
+
+    def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
+        """See the contract. Without a second row nothing is denoised under the negative prompt."""
+        readers = self.readers(request)
+        found = [cut_off("prompt", request.prompt, readers)]
+        if request.negative_prompt.strip():
+            is_read = self.rows(request) > 1
+            found.append((cut_off if is_read else ignored)("negative_prompt", request.negative_prompt, readers))
+        return tuple(text for text in found if text is not None)
 
     def start(self, image: InFlight, recall: Recall) -> None:
         """See the contract."""

@@ -47,6 +47,7 @@ from engine.inflight import BatchKey, InFlight
 from engine.previews import Projector, clean_latents, fit
 from engine.request import ImageRequest, Option, Picture
 from engine.samplers import FLOW_SAMPLERS, SAMPLERS, Recipe, check_sampler, fresh_sampler
+from engine.texts import UnreadText
 
 log = logging.getLogger(__name__)
 
@@ -104,6 +105,10 @@ class CalledPipeline(ABC):
         scale = int(getattr(pipe, "vae_scale_factor", 8))
         # UNets shrink latents themselves, and their pipelines ask for multiples of 8; transformers take them in patches of 2x2.
         self.pixels_per_latent: int = max(8, scale) if "unet" in ours else 2 * scale
+
+    def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
+        """See the contract: what a call makes of its texts is its own affair."""
+        return ()
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ serves nothing else.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,6 +115,10 @@ class StableDiffusion(LatentFamily):
         return int(self._tokenizer.model_max_length)
 
     # --- of an image ---
+
+    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+        """See the base."""
+        return [(self._tokenizer, int(self._tokenizer.model_max_length))]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """See the base: {"text": [rows, tokens, width]}, uncond before cond. The negative prompt skips no layers, as in `pipe(...)`."""

@@ -7,7 +7,7 @@ take the masked picture as context (no public checkpoint is one).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -61,6 +61,12 @@ class StableDiffusion3(FlowFamily):
     @property
     def _clip_tokens(self) -> int:
         return int(self._tokenizers["tokenizer"].model_max_length)
+
+    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+        """See the base. T5, where it is there, reads further than CLIP."""
+        clips = [(self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")]
+        t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))] if "text_encoder_3" in self._networks else []
+        return clips + t5
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond."""

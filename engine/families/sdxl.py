@@ -7,7 +7,7 @@ it has one text encoder and an aesthetic score.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,10 @@ class StableDiffusionXL(StableDiffusion):
         """The last layer is never used, and one is left."""
         encoders = (self._text_encoder, self._text_encoder_2)
         return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
+
+    def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
+        """See the base."""
+        return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in (self._tokenizer, self._tokenizer_2)]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """See the base: {"text": [rows, tokens, width], "pooled": [rows, width], "time_ids": [rows, 6]}, uncond before cond."""

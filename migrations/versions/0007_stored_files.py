@@ -1,12 +1,13 @@
 """What a tenant's pictures take in the object store: counted as they come and go, with a limit of its own.
 
 A trigger counts, so that code of before this migration is counted, too, and no path through the code can be forgotten. The count of what
-is there already holds `files` against writers for as long as it takes to read it once; a lock that is not had within two seconds is
-given up rather than waited for, for behind one that waits everybody waits.
+is there already holds `files` against writers for as long as it takes to read it once.
 """
 
 import sqlalchemy as sa
 from alembic import op
+
+from migrations import online
 
 revision = "0007"
 down_revision = "0005"
@@ -35,10 +36,8 @@ ABOUT = "One row per tenant: the pictures that it brought and did not erase, the
 
 
 def upgrade() -> None:
-    op.execute("SET LOCAL lock_timeout = '2s'")
-    op.add_column("tenants", sa.Column("max_stored_bytes", sa.BigInteger(), nullable=True))
-    op.execute("ALTER TABLE tenants ADD CONSTRAINT tenants_max_stored_bytes_is_not_negative CHECK (max_stored_bytes >= 0) NOT VALID")
-    op.execute("ALTER TABLE tenants VALIDATE CONSTRAINT tenants_max_stored_bytes_is_not_negative")
+    online.add_columns("tenants", [sa.Column("max_stored_bytes", sa.BigInteger(), nullable=True)])
+    online.add_check("tenants", "tenants_max_stored_bytes_is_not_negative", "max_stored_bytes >= 0")
     op.create_table(
         "stored_files",
         sa.Column("tenant_id", sa.Uuid(), sa.ForeignKey("tenants.id"), primary_key=True),

@@ -31,6 +31,7 @@ class Job(Base):
     pool: Mapped[str]
     tier: Mapped[str]
     model: Mapped[str]
+    model_alias: Mapped[str | None]  # what the request called the model, where that is not its id
     model_version: Mapped[str]
     prompt: Mapped[str]
     negative_prompt: Mapped[str]
@@ -74,6 +75,7 @@ class Job(Base):
 
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
+    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))  # what of its texts had no effect
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
     replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
     labels: Mapped[dict[str, Any] | None] = mapped_column(

@@ -2,7 +2,9 @@
 
 from policy.fleet import parse_fleet
 from settings import REPO
+from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
+from tests.builders import a_fleet
 
 FLEET = parse_fleet((REPO / "fleet.toml").read_text())
 
@@ -19,7 +21,7 @@ def test_models_have_openai_s_list_shape(api):
 
 
 def test_a_model_tells_what_it_accepts(api):
-    [model] = api.get("/v1/models").json()["data"]
+    model = api.get("/v1/models").json()["data"][0]
 
     expected = FLEET.models["pocket"]
     assert (model["id"], tuple(model["sizes"]), tuple(model["samplers"])) == ("pocket", expected.sizes, expected.samplers)
@@ -34,7 +36,25 @@ def test_nothing_of_where_the_weights_lie_is_told(api):
 
 
 def test_an_unknown_model_is_not_found_and_the_known_ones_are_told(api):
-    assert assert_problem(api.get("/v1/models/dall-e-9"), 404, "model-not-found")["accepted"] == ["pocket"]
+    assert assert_problem(api.get("/v1/models/dall-e-9"), 404, "model-not-found")["accepted"] == list(FLEET.model_ids)
+
+
+def test_aliases_are_listed_after_the_models_and_found_by_their_names(api):
+    listed = {model["id"]: model for model in api.get("/v1/models").json()["data"]}
+
+    assert list(listed) == ["pocket", *FLEET.models["pocket"].aliases]
+    assert "alias_of" not in listed["pocket"]
+    assert listed["pocket"]["aliases"] == list(FLEET.models["pocket"].aliases)
+    for alias in FLEET.models["pocket"].aliases:
+        assert listed[alias] == listed["pocket"] | {"id": alias, "alias_of": "pocket"} == api.get(f"/v1/models/{alias}").json()
+
+
+def test_an_alias_with_a_slash_is_found_too(gateway_with, new_key):
+    fleet = a_fleet({"models.large.aliases": ["stabilityai/stable-diffusion-3.5-large", "flux:dev"]})
+
+    for alias in fleet.models["large"].aliases:
+        answer = gateway_with(fleet).get(f"/v1/models/{alias}", headers=bearer(new_key()))
+        assert (answer.status_code, answer.json["id"], answer.json["alias_of"]) == (200, alias, "large")
 
 
 def test_tiers_come_in_the_order_in_which_they_are_served(api):

@@ -10,13 +10,14 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from app.openai_answers import may_still_answer, problem_of_end
-from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read, tier_of
+from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
 from models.states import FailureCode
 from models.tables import Job
 from policy.catalog import AdapterWish
-from policy.fleet import parse_size
+from policy.fleet import parse_fleet, parse_size
 from policy.text import is_human
+from settings import REPO
 from tests.builders import a_fleet
 
 FLEET = a_fleet()
@@ -149,10 +150,25 @@ def test_a_background_that_is_a_boolean_is_ours_and_a_word_is_theirs():
     assert keeps == {True: True, "true": True, "auto": False, "opaque": False}
 
 
-def test_more_quality_never_has_fewer_steps_and_a_tier_that_is_named_wins():
-    steps = [FLEET.tiers[tier_of(quality, FLEET)].default_steps for quality in ("low", "medium", "high")]
+def steps_of_wish(wish, fleet) -> int:
+    return wish.steps or fleet.default_steps(fleet.default_model(), wish.tier)
 
-    assert steps == sorted(steps)
+
+@pytest.mark.parametrize("fleet", [FLEET, parse_fleet((REPO / "fleet.toml").read_text())], ids=["of tests", "as shipped"])
+def test_more_quality_has_more_steps(fleet):
+    wishes = [read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish for quality in ("low", "medium", "high")]
+
+    assert [wish.tier for wish in wishes] == ["fast", "fast", "quality"]
+    assert [steps_of_wish(wish, fleet) for wish in wishes] == [4, 9, 20]
+    for older, newer in (("standard", "medium"), ("hd", "high")):
+        same = [read(GENERATION, {"prompt": "x", "quality": quality}, fleet).wish for quality in (older, newer)]
+        assert same[0] == same[1]
+
+
+def test_steps_and_a_tier_that_are_named_win_over_quality():
+    for quality in ("low", "medium", "high"):
+        assert read(GENERATION, {"prompt": "x", "quality": quality, "steps": 3}, FLEET).wish.steps == 3
+        assert read(GENERATION, {"prompt": "x", "quality": quality, "tier": "batch"}, FLEET).wish.steps is None
     for tier in FLEET.tiers:
         assert read(GENERATION, {"prompt": "x", "quality": "low", "tier": tier}, FLEET).wish.tier == tier
 
@@ -203,3 +219,26 @@ def test_a_failure_of_ours_is_a_server_error_that_clients_try_again_and_one_of_t
     assert isinstance(problem, JobFailed if code in OURS else InvalidImageRequest)
     assert (problem.status >= 500) is (code in OURS)
     assert problem.members["failure_code"] == code
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_url"),
+    [
+        ({"model": "dall-e-2"}, True),
+        ({"model": "dall-e-3"}, True),
+        ({"model": "pocket", "quality": "standard"}, True),
+        ({"quality": "hd"}, True),
+        ({"style": "vivid"}, True),
+        ({"model": "gpt-image-1"}, False),
+        ({"model": "pocket", "quality": "medium"}, False),
+        ({}, False),
+    ],
+)
+def test_what_was_made_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
+    fleet = a_fleet({"models.pocket.aliases": ["dall-e-2", "dall-e-3", "gpt-image-1"]})
+    wish = {"prompt": "x", **fields}
+
+    assert read(GENERATION, wish, fleet).as_url is is_url
+    assert read(GENERATION, {**wish, "response_format": "b64_json"}, fleet).as_url is False
+    assert read(GENERATION, {**wish, "response_format": "url"}, fleet).as_url is True
+    assert read(GENERATION, {**wish, "stream": True}, fleet).as_url is False

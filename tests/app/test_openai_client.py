@@ -94,6 +94,36 @@ def test_an_image_can_be_had_as_a_url(client):
     assert Image.open(io.BytesIO(got.content)).size == (128, 128)
 
 
+@pytest.mark.parametrize("model", ["gpt-image-1", "dall-e-3"])
+def test_a_program_gets_images_by_the_model_that_it_has_built_in(client, rest, model):
+    answer = client.images.generate(model=model, prompt=PROMPT, size="128x128")
+
+    job = rest.get(f"/v1/jobs/{answer.job_id}").json()
+    assert (answer.model, answer.model_alias) == (job["model"], job["model_alias"]) == ("pocket", model)
+    assert client.models.retrieve(model).id == model
+    assert model in [listed.id for listed in client.models.list()]
+
+
+def test_a_program_of_the_days_of_dall_e_reads_a_url_that_opens(client):
+    """As LangChain's DallEAPIWrapper asks: no response_format, and nothing but `url` is read."""
+    answer = client.images.generate(model="dall-e-3", prompt=PROMPT, size="128x128", quality="standard", n=1)
+
+    shown = httpx.get(answer.data[0].url, trust_env=False)
+    assert (shown.status_code, shown.headers["Content-Type"]) == (200, "image/png")
+    assert answer.data[0].b64_json is None
+
+
+def test_the_alias_is_in_the_audit_log_and_in_a_replay(client, rest, stack_database):
+    job_id = client.images.generate(model="dall-e-3", prompt=PROMPT, extra_body={"steps": 2}).job_id
+
+    replayed = rest.post(f"/v1/jobs/{job_id}/replay").json()
+
+    assert (replayed["model"], replayed["model_alias"]) == ("pocket", "dall-e-3")
+    with transaction(stack_database) as session:
+        query = "SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:request:accepted'"
+        assert session.scalar(text(query), {"id": job_id})["model_alias"] == "dall-e-3"
+
+
 def test_quality_chooses_the_tier(client):
     low = client.images.generate(prompt=PROMPT, quality="low")
     high = client.images.generate(prompt=PROMPT, quality="high", extra_body={"steps": 2})
@@ -102,10 +132,10 @@ def test_quality_chooses_the_tier(client):
 
 
 def test_models_are_listed_and_shown(client):
-    assert [model.id for model in client.models.list()] == ["pocket"]
+    assert next(iter(client.models.list())).id == "pocket"
     assert client.models.retrieve("pocket").owned_by == "darkroom"
     with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("gpt-image-1")
+        client.models.retrieve("sora-2")
 
 
 def test_an_edit_stays_near_its_picture_the_nearer_the_weaker(client):
@@ -206,6 +236,18 @@ def test_what_is_not_offered_or_wrong_is_a_bad_request_that_names_its_parameter(
     assert refusal.value.request_id
 
 
+def test_a_refusal_s_message_names_each_wrong_field_and_what_is_accepted(client):
+    with pytest.raises(openai.UnprocessableEntityError) as refusal:
+        client.post("/jobs", body={"prompt": "x", "seed": "six", "stepz": 3}, cast_to=object)
+
+    message = refusal.value.body["message"]
+    assert "seed: Input should be a valid integer" in message
+    assert "stepz: There is no such field (accepted: prompt, negative_prompt, " in message
+    with pytest.raises(openai.BadRequestError) as refusal:
+        client.images.generate(prompt="x", size="1024x1024")
+    assert refusal.value.body["message"].count("128x128") == 1
+
+
 def test_a_picture_that_is_none_is_a_bad_request(client):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.images.edit(image=b"<svg xmlns='http://www.w3.org/2000/svg'/>", prompt=PROMPT)
@@ -217,7 +259,7 @@ def test_each_class_of_error_is_the_client_s_own(stack, client):
     with pytest.raises(openai.AuthenticationError):
         a_client(stack, "dr_nobody").images.generate(prompt=PROMPT)
     with pytest.raises(openai.NotFoundError) as refusal:
-        client.images.generate(prompt=PROMPT, model="gpt-image-1")
+        client.images.generate(prompt=PROMPT, model="sora-2")
     assert "pocket" in refusal.value.message
     with pytest.raises(openai.NotFoundError):
         client.get(f"/jobs/{uuid.uuid4()}", cast_to=object)

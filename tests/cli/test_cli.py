@@ -358,3 +358,42 @@ def test_a_tenant_can_be_given_another_weight(stack):
 
     rows = ask(stack.env["MIGRATION_DATABASE_URL"], "SELECT weight FROM tenants WHERE name = 'heavy'").rows
     assert (rows, unknown.exit_code, weightless.exit_code) == ([(3.0,)], 4, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        (["-o", "x.gif"], "x.gif: there is no format .gif; offered: .png, .webp, .jpg, .jpeg"),
+        (["-o", "x.v2"], "there is no format .v2"),
+        (["-o", "x.gif", "--format", "png"], "there is no format .gif"),
+        (["-o", "x.jpg", "--format", "png"], "x.jpg says jpeg and --format png"),
+    ],
+)
+def test_a_file_s_name_that_says_another_format_is_refused_at_once(stack, client, tmp_path, monkeypatch, arguments, why):
+    monkeypatch.chdir(tmp_path)
+    before = next(iter(client.jobs())).id
+
+    done = run(stack.data_dir, "generate", "a red circle", *arguments)
+
+    assert (done.exit_code, why in done.stderr) == (2, True)
+    assert next(iter(client.jobs())).id == before
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_replay_is_saved_under_no_other_format_either(stack, client, tmp_path):
+    job = client.wait(client.create_job("a red circle", tier="fast", steps=2).id)
+
+    done = run(stack.data_dir, "replay", job.id, "-o", tmp_path / "x.webp")
+
+    assert (done.exit_code, "the images are png" in done.stderr) == (2, True)
+
+
+def test_what_the_model_did_not_read_is_told_with_the_image(stack, tmp_path):
+    prompt = "a red circle" + ", very detailed picture" * 20
+
+    done = run(stack.data_dir, "generate", prompt, "--tier", "fast", "-o", tmp_path / "x.png")
+
+    assert done.exit_code == 0
+    assert "The model reads the first 22 tokens of prompt" in done.stderr
+    estimated = run(stack.data_dir, "estimate", "a red circle", "--negative", "blue", "--guidance", "1")
+    assert "negative_prompt has no effect at guidance 1" in estimated.stderr

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from cli.prompts import decoded, read
 from darkroom_client import Client
 from tests.builders import until
 from tests.cli.terminal import Terminal, piped
@@ -168,8 +169,17 @@ def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prom
 
 @pytest.mark.parametrize(
     ("text", "why"),
-    [('{"prompt": ', "line 1 begins as JSON does and is none"), ('ok\n{"steps": 3}', 'line 2 has no "prompt"'), (b"\xff", "decode")],
-    ids=["no JSON", "no prompt", "no text"],
+    [
+        ('{"prompt": ', "line 1 begins as JSON does and is none"),
+        ('ok\n{"steps": 3}', 'line 2 has no "prompt"'),
+        ('["a red circle",\n"a blue', "line 2: the file begins as a JSON list does and is none"),
+        ("a red circle\n[a blue star]", "line 2 begins as JSON does and is none"),
+        ('["a red circle", 7]', "entry 2 is neither a text nor an object"),
+        ('{"prompt": "x", "idempotency_key": "k"}', '"idempotency_key" is no field of a job'),
+        (b"\xff", "decode"),
+        ("a red circle".encode("utf-16"), "line 1 is not UTF-8"),
+    ],
+    ids=["no JSON", "no prompt", "no list", "no list in a line", "a number", "a word of ours", "no text", "UTF-16"],
 )
 def test_a_file_that_is_no_file_of_prompts_is_refused_before_anything_is_asked_for(stack, tmp_path, text, why):
     (tmp_path / "prompts.txt").write_bytes(text if isinstance(text, bytes) else text.encode())
@@ -178,3 +188,44 @@ def test_a_file_that_is_no_file_of_prompts_is_refused_before_anything_is_asked_f
 
     assert (code, why in err) == (2, True)
     assert not (tmp_path / "images").exists()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeffa red circle of BOM\r\n\ufeffa blue star of BOM\r\n",
+        '\ufeff{"prompt": "a red circle of BOM"}\n{"prompt": "a blue star of BOM"}\n',
+        '["a red circle of BOM", {"prompt": "a blue star of BOM"}]',
+        '[\n  {"prompt": "a red circle of BOM"},\n  "a blue star of BOM"\n]\n',
+        '"a red circle of BOM"\n"a blue star of BOM"\n',
+    ],
+    ids=["text with marks", "JSON lines with a mark", "a list", "a list on lines", "JSON strings"],
+)
+def test_prompts_are_what_the_file_says_however_it_was_saved(text):
+    assert [line.prompt for line in read(decoded(text.encode()))] == ["a red circle of BOM", "a blue star of BOM"]
+
+
+def test_a_prompt_may_begin_with_a_quotation():
+    assert [line.prompt for line in read('"Hello" on a wall\n"this" and "that"')] == ['"Hello" on a wall', '"this" and "that"']
+
+
+def test_fields_of_a_job_stand_in_a_list_too_and_a_refusal_names_the_field(stack, tmp_path):
+    wishes = [{"prompt": "a blue star", "seed": 40, "steps": 2}, {"prompt": "x", "seed": "six", "stepz": 3}]
+    (tmp_path / "prompts.txt").write_text(json.dumps(wishes), encoding="utf-8-sig")
+
+    code, _, err = run(stack, tmp_path, "--tier", "fast")
+
+    assert (code, files(tmp_path)) == (1, ["1-40-0.png"])
+    assert "line 2 (x): refused: Invalid image request" in err
+    assert "/seed: Input should be a valid integer" in err
+    assert "/stepz: There is no such field (accepted: prompt," in err
+
+
+def test_what_a_model_does_not_read_of_a_line_is_told(stack, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue star" + ", very detailed picture" * 20)
+
+    code, _, err = run(stack, tmp_path, "--tier", "fast")
+
+    assert code == 0
+    assert "line 2 (a blue star, very detailed" in err
+    assert "The model reads the first 22 tokens of prompt" in err

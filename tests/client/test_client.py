@@ -202,6 +202,81 @@ def test_waiting_ends_at_its_limit_and_shows_the_job_as_it_is():
     assert caught.value.job.id == "j1"
 
 
+@pytest.mark.parametrize("told", ["../../etc/x", "a/b", "..", "", "a\x00b", "C:x", 7])
+def test_an_id_that_would_lead_elsewhere_is_no_job_whoever_answers(told, tmp_path):
+    client = a_client(lambda request: httpx.Response(200, json=a_job(id=told)))
+
+    with pytest.raises(UnexpectedAnswer):
+        client.download("j1", tmp_path)
+
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("member", ["index", "seed"])
+def test_a_number_that_is_none_does_not_become_part_of_a_name(member, tmp_path):
+    job = a_job()
+    job["images"][0][member] = "../../x"
+    client = a_client(lambda request: httpx.Response(200, json=job))
+
+    with pytest.raises(UnexpectedAnswer):
+        client.download("j1", tmp_path)
+
+
+@pytest.mark.parametrize(("content_type", "output_format", "suffix"), [("image/x/../..", "png", "png"), (None, "../../sh", "bin")])
+def test_the_end_of_a_name_is_one_of_ours(content_type, output_format, suffix, tmp_path):
+    job = a_job(output_format=output_format)
+    job["images"][0]["content_type"] = content_type
+
+    def answer(request):
+        return httpx.Response(200, content=PNG) if "images" in request.url.path else httpx.Response(200, json=job)
+
+    [path] = a_client(answer).download("j1", tmp_path)
+
+    assert (path.parent, path.suffix) == (tmp_path, f".{suffix}")
+
+
+def test_an_image_that_comes_through_the_gateway_is_taken_from_there():
+    client = a_client(lambda request: httpx.Response(200, content=PNG))
+
+    assert client.image(client_job()) == PNG
+    assert [request.url.path for request in client.seen] == ["/v1/jobs/j1/images/0"]
+
+
+@pytest.mark.parametrize("store", ["away", "refuses"])
+def test_where_the_store_is_of_no_use_the_gateway_brings_the_image_and_the_next_ones(store):
+    def answer(request):
+        if request.url.host != "store.test":
+            is_direct = request.url.params.get("redirect") == "false"
+            return httpx.Response(200, content=PNG) if is_direct else httpx.Response(302, headers={"Location": "http://store.test/key"})
+        if store == "away":
+            raise httpx.ConnectError("refused")
+        return httpx.Response(403)
+
+    client = a_client(answer)
+
+    assert [client.image(client_job()), client.image(client_job())] == [PNG, PNG]
+    assert [request.url.host for request in client.seen] == ["gateway.test", "store.test", "gateway.test", "gateway.test"]
+
+
+def test_with_a_gateway_that_always_redirects_the_store_s_refusal_is_the_error():
+    def answer(request):
+        is_store = request.url.host == "store.test"
+        return httpx.Response(403) if is_store else httpx.Response(302, headers={"Location": "http://store.test/key"})
+
+    with pytest.raises(UnexpectedAnswer, match="the object store answered 403"):
+        a_client(answer).image(client_job())
+
+
+def test_what_the_model_did_not_read_is_told_with_the_job():
+    warning = {"code": "prompt_truncated", "field": "prompt", "detail": "The model reads less.", "tokens_given": 30, "tokens_read": 22}
+    client = a_client(lambda request: httpx.Response(200, json=a_job(warnings=[warning])))
+
+    [told] = client.job("j1").warnings
+
+    assert (told.code, told.field, told.detail) == ("prompt_truncated", "prompt", "The model reads less.")
+    assert client_job().warnings == ()
+
+
 def test_the_client_imports_nothing_of_the_house():
     import subprocess
     import sys

@@ -565,3 +565,27 @@ def test_past_its_run_deadline_an_attempt_has_no_time_rather_than_less(session):
     session.execute(text("UPDATE jobs SET run_by = run_by - interval '200 seconds' WHERE id = :id"), {"id": job.id})
 
     assert a_lease(session, job).run_within_s == 0
+
+
+def test_what_a_text_says_to_no_effect_is_noted_once_and_on_record(session):
+    job = a_job(session)
+    lease = a_lease(session, job)
+    cut = {"code": "prompt_truncated", "field": "prompt", "detail": "…", "tokens_given": 30, "tokens_read": 22}
+
+    assert leases.warn(session, lease, [cut]) == [cut]
+    assert leases.warn(session, lease, [cut]) == []
+
+    session.flush()
+    session.refresh(job)
+    assert job.warnings == [cut]
+    query = text("SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:text:left-unread'")
+    facts = session.scalars(query, {"id": job.id}).one()
+    assert facts == {"code": "prompt_truncated", "field": "prompt", "tokens_given": 30, "tokens_read": 22}
+
+
+def test_who_lost_the_lease_notes_nothing_of_its_texts(session):
+    lease = a_lease(session, ttl_s=-1)
+    lose(session, lease.job)
+
+    with pytest.raises(LeaseLost):
+        leases.warn(session, lease, [{"code": "prompt_truncated", "field": "prompt"}])

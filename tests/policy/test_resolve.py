@@ -162,3 +162,15 @@ def test_a_wish_is_resolved_within_all_limits_or_refused_by_field(**fields):
     assert 0 <= job.guidance <= model.max_guidance
     assert 0 <= job.seed <= MAX_SEED
     assert (job.bucket_rows is not None) == (tier.determinism == "reproducible")
+
+
+def test_an_alias_is_its_model_and_stays_on_record():
+    fleet = a_fleet({"models.large.aliases": ["gpt-image-1.5", "stabilityai/stable-diffusion-3.5-large", "flux:dev"]})
+
+    for alias in fleet.models["large"].aliases:
+        job = resolve(fleet, a_wish(model=alias), default_seed=7, draw=0.0)
+        assert (job.model, job.model_alias, job.pool) == ("large", alias, "big")
+    assert resolve(fleet, a_wish(model="large"), default_seed=7, draw=0.0).model_alias is None
+    with pytest.raises(InvalidWish) as refusal:
+        resolve(fleet, a_wish(model="gpt-image-9"), default_seed=7, draw=0.0)
+    assert refusal.value.accepted == ["pocket", "large", *fleet.models["large"].aliases]

@@ -1,0 +1,40 @@
+"""What of a request's texts a checkpoint does not read: encoders cut off what is too long for them, and say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnreadText:
+    """A text of which the end, or all of it, has no effect on the image. Tokens are the text's own, without those that frame it."""
+
+    field: str  # prompt or negative_prompt
+    tokens_given: int
+    tokens_read: int  # less than given; 0: nothing of it
+
+
+def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText | None:
+    """What is left unread by the encoder that reads furthest; None if nothing is.
+
+    readers: the tokenizer of each text encoder, and the length to which it pads and cuts.
+    """
+    furthest: UnreadText | None = None
+    for tokenizer, length in readers:
+        given, room = _count(tokenizer, text), max(0, length - int(tokenizer.num_special_tokens_to_add()))
+        if given <= room:
+            return None
+        if furthest is None or room > furthest.tokens_read:
+            furthest = UnreadText(field=field, tokens_given=given, tokens_read=room)
+    return furthest
+
+
+def ignored(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText:
+    """A text that no encoder is given."""
+    return UnreadText(field=field, tokens_given=max((_count(tokenizer, text) for tokenizer, _ in readers), default=0), tokens_read=0)
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False).input_ids)

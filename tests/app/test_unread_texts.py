@@ -1,0 +1,82 @@
+"""What of a job's texts the model does not read is told: in the job, to OpenAI's clients and in the audit log."""
+
+import openai
+import pytest
+from sqlalchemy import text
+
+from models.database import transaction
+from tests.app.conftest import bearer
+
+KNOWN = "a large red circle in the center on a blue background"
+LONG = KNOWN + ", very detailed picture" * 20
+WISH = {"seed": 11, "steps": 2}
+ROOM = 22  # tokens that the pocket model's encoder has for a text
+WAIT = {"Prefer": "wait=60"}
+
+
+def render(api, **wish) -> dict:
+    job = api.post("/v1/jobs", json={**WISH, **wish}, headers=WAIT).json()
+    assert job["state"] == "succeeded", job
+    return job
+
+
+@pytest.fixture
+def client(stack, api) -> openai.OpenAI:
+    key = api.headers["Authorization"].partition(" ")[2]
+    return openai.OpenAI(base_url=f"{stack.env['DARKROOM_URL']}/v1", api_key=key, max_retries=0, timeout=120)
+
+
+def test_a_prompt_that_is_cut_off_is_told_and_its_end_has_no_effect(api):
+    one, other = render(api, prompt=f"{LONG}, a star"), render(api, prompt=f"{LONG}, a square")
+
+    for job in (one, other):
+        [warning] = job["warnings"]
+        assert (warning["code"], warning["field"], warning["tokens_read"]) == ("prompt_truncated", "prompt", ROOM)
+        assert warning["tokens_given"] > ROOM
+        assert f"first {ROOM} tokens of prompt" in warning["detail"]
+        assert api.get(job["urls"]["status"]).json()["warnings"] == job["warnings"]
+    assert one["images"][0]["pixels_sha256"] == other["images"][0]["pixels_sha256"]
+
+
+def test_nothing_is_told_of_a_prompt_that_is_read(api):
+    assert render(api, prompt=KNOWN, negative_prompt="a green star", guidance=2.0)["warnings"] == []
+
+
+def test_a_negative_prompt_without_guidance_is_told_at_once_and_once(api):
+    wish = {**WISH, "prompt": KNOWN, "negative_prompt": "a green star", "guidance": 1.0}
+
+    estimate = api.post("/v1/estimate", json=wish).json()
+    accepted = api.post("/v1/jobs", json=wish).json()
+    ended = api.get(accepted["urls"]["self"], headers=WAIT).json()
+
+    [warning] = accepted["warnings"]
+    assert (warning["code"], warning["field"]) == ("negative_prompt_ignored", "negative_prompt")
+    assert "only above 1" in warning["detail"]
+    assert estimate["warnings"] == ended["warnings"] == accepted["warnings"]
+
+
+def test_the_audit_log_says_how_much_was_read(api, stack_database):
+    job = render(api, prompt=LONG, n=2)
+
+    with transaction(stack_database) as session:
+        query = "SELECT facts FROM audit_log WHERE job_id = :id AND event = 'job:text:left-unread'"
+        [facts] = session.scalars(text(query), {"id": job["id"]})
+    [warning] = job["warnings"]
+    assert facts == {name: warning[name] for name in ("code", "field", "tokens_given", "tokens_read")}
+
+
+def test_openai_s_clients_are_told(client):
+    answer = client.images.generate(prompt=LONG, extra_body=WISH)
+    events = list(client.images.generate(prompt=LONG, stream=True, extra_body=WISH))
+
+    assert answer.warnings[0]["code"] == "prompt_truncated"
+    assert events[-1].warnings == answer.warnings
+
+
+def test_followers_are_told_with_the_end(api):
+    job = api.post("/v1/jobs", json={**WISH, "prompt": LONG}).json()
+
+    with api.stream("GET", job["urls"]["events"], headers=bearer(api.headers["Authorization"].partition(" ")[2])) as answer:
+        said = "".join(answer.iter_text())
+
+    assert '"code": "prompt_truncated"' in said.rpartition("event: final")[2]
