@@ -78,7 +78,7 @@ def _scheme(text: str, accepted: str) -> tuple[str, str]:
     return scheme.lower(), f"//{rest}"
 
 
-def _postgres_url(text: str) -> str:
+def as_postgres_url(text: str) -> str:
     """As SQLAlchemy and psycopg2 read it; `postgres://` and `postgresql://`, which everybody writes, are taken for it."""
     accepted = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
     scheme, rest = _scheme(text, accepted)
@@ -122,7 +122,7 @@ def _listener(text: str) -> str:
     return text
 
 
-PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
+PostgresUrl = Annotated[str, AfterValidator(as_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 Listener = Annotated[str, AfterValidator(_listener)]
@@ -524,7 +524,7 @@ def _accepted(field: FieldInfo) -> str:
 
 _NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _EXAMPLES: dict[Any, str] = {
-    _postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+    as_postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
     _redis_url: "redis://USER:PASSWORD@HOST:PORT/NUMBER",
     _http_url: "http://HOST:PORT or https://HOST:PORT",
     _listener: "HOST:PORT",
