@@ -501,6 +501,8 @@ def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
         "bool_parsing": "is neither true nor false",
     }
     what = wrong.get(problem["type"], "is not a number" if "parsing" in problem["type"] else "is out of range")
+    if problem.get("ctx", {}).get("min_length") == 1:
+        what = "is empty"
     yield f"{name.upper()}: {what}; accepted: {_accepted(kind.model_fields[name])}"
 
 
