@@ -82,7 +82,7 @@ def _scheme(text: str, accepted: str) -> tuple[str, str]:
     return scheme.lower(), f"//{rest}"
 
 
-def _postgres_url(text: str) -> str:
+def as_postgres_url(text: str) -> str:
     """As SQLAlchemy and psycopg2 read it; `postgres://` and `postgresql://`, which everybody writes, are taken for it."""
     accepted = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
     scheme, rest = _scheme(text, accepted)
@@ -126,7 +126,7 @@ def _listener(text: str) -> str:
     return text
 
 
-PostgresUrl = Annotated[str, AfterValidator(_postgres_url)]
+PostgresUrl = Annotated[str, AfterValidator(as_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 Listener = Annotated[str, AfterValidator(_listener)]
@@ -567,6 +567,8 @@ def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
         "bool_parsing": "is neither true nor false",
     }
     what = wrong.get(problem["type"], "is not a number" if "parsing" in problem["type"] else "is out of range")
+    if problem.get("ctx", {}).get("min_length") == 1:
+        what = "is empty"
     yield f"{name.upper()}: {what}; accepted: {_accepted(kind.model_fields[name])}"
 
 
@@ -590,7 +592,7 @@ def _accepted(field: FieldInfo) -> str:
 
 _NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _EXAMPLES: dict[Any, str] = {
-    _postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
+    as_postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
     _redis_url: "redis://USER:PASSWORD@HOST:PORT/NUMBER",
     _http_url: "http://HOST:PORT or https://HOST:PORT",
     _listener: "HOST:PORT",

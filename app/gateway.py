@@ -74,9 +74,8 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     news = News(settings.handoff_url)
-    aside = make_engine(
-        settings.database_url, pool_size=connections.GATEWAY_ASIDE
-    )  # so that who may come in, and what waits, is read however many write
+    # So that who may come in, and what waits, is read however many write.
+    aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
     keyring = Keyring(aside, refresher)

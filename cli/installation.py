@@ -43,7 +43,7 @@ class Installation:
         if not value:
             with_containers = "with containers: docker compose run --rm cli COMMAND"
             raise NoInstallation(f"No {name}: set it, or start a stack here with `darkroom up --detach`; {with_containers}.")
-        return value
+        return _as_sqlalchemy_reads_it(name, value) if name.endswith("DATABASE_URL") else value
 
     def client(self) -> Client:
         """The gateway, as the tenant whose key we have."""
@@ -79,6 +79,15 @@ class Installation:
         from fleet.stack import Stack
 
         return Stack(self.data_dir, fleet_file=self.fleet_file, workers=workers)
+
+
+def _as_sqlalchemy_reads_it(name: str, url: str) -> str:
+    from settings import as_postgres_url
+
+    try:
+        return as_postgres_url(url)
+    except ValueError as error:
+        raise NoInstallation(f"{name}: {error}.") from None
 
 
 pass_installation = click.make_pass_decorator(Installation)

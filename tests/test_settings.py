@@ -100,6 +100,12 @@ def test_a_missing_variable_is_told_by_its_name(environment, capsys, kind, name)
     assert line.startswith(f"settings: {name}: is not set; accepted: ")
 
 
+def test_an_empty_secret_is_told_as_one(environment, capsys):
+    environment.setenv("S3_SECRET_ACCESS_KEY", "")
+
+    assert refusal(capsys, StoreSettings) == ["settings: S3_SECRET_ACCESS_KEY: is empty; accepted: any text"]
+
+
 def test_all_missing_variables_are_told_at_once(environment, capsys):
     for name in ENOUGH:
         environment.delenv(name)

@@ -171,6 +171,18 @@ def test_a_postgres_that_does_not_answer_is_one_line_too(tmp_path):
         assert (done.exit_code, done.stderr.count("Postgres")) == (3, 1)
 
 
+@pytest.mark.parametrize(
+    ("url", "told"), [("postgres://u:p@127.0.0.1:1/d", "Postgres"), ("mysql://u:p@127.0.0.1:1/d", "DATABASE_URL: begins with mysql://")]
+)
+def test_a_postgres_url_may_be_written_as_everybody_does(tmp_path, monkeypatch, url, told):
+    monkeypatch.setenv("DATABASE_URL", url)
+
+    done = run(tmp_path, "tenants", "list")
+
+    assert (done.exit_code, len(done.stderr.strip().splitlines())) == (3, 1)
+    assert done.stderr.startswith(told)
+
+
 def test_a_wrong_command_line_ends_with_2(tmp_path):
     assert run(tmp_path, "nonsense").exit_code == 2
     assert run(tmp_path, "generate").exit_code == 2

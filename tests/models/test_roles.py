@@ -115,6 +115,37 @@ def test_a_worker_takes_renders_and_fails_jobs(as_process, database):
         assert [jobs.state_of(session, job_id) for job_id in (first, second)] == ["storing", "failed"]
 
 
+def test_a_worker_sees_no_prompt_of_a_job_that_is_long_over(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        over, under_way = a_succeeded_job(session), a_job(session)
+    with database.owner.begin() as connection:
+        connection.execute(text("UPDATE jobs SET finished_at = now() - interval '2 hours' WHERE id = :id"), {"id": over.id})
+
+    def seen_by(engine):
+        with engine.connect() as connection:
+            query = text("SELECT id FROM jobs WHERE id IN (:over, :under_way)")
+            return set(connection.scalars(query, {"over": over.id, "under_way": under_way.id}))
+
+    assert seen_by(as_process["worker"]) == {under_way.id}
+    for engine in (as_process["gateway"], as_process["sweeper"], as_process["results"], database.app, database.owner):
+        assert seen_by(engine) == {over.id, under_way.id}
+
+
+@pytest.mark.parametrize(
+    ("condition", "found_by"),
+    [
+        ("id = '01a22ba7-316c-7b3c-a400-a0e07bd5d144'", "Index Cond: (id ="),
+        ("pool = 'p' AND tier = 't' AND state = 'queued' AND announced_at IS NULL", "Index Cond: ((pool ="),
+    ],
+)
+def test_what_a_worker_looks_for_is_still_found_by_an_index(as_process, condition, found_by):
+    with as_process["worker"].connect() as connection:
+        connection.execute(text("SET enable_seqscan = off"))
+        plan = "\n".join(connection.scalars(text(f"EXPLAIN SELECT id FROM jobs WHERE {condition} ORDER BY release_tag, id LIMIT 4")))
+
+    assert found_by in plan, plan
+
+
 def test_a_results_worker_stores_what_it_cannot_read_the_wish_of(as_process, database):
     with Session(database.app, expire_on_commit=False) as session, session.begin():
         lease = a_lease(session)
