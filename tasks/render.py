@@ -125,7 +125,7 @@ class Renderer:
             log.error("render_task_failed", exc_info=error)
         finally:
             with suppress(ValueError):
-                self.keeper.end_task(uuid.UUID(job_id))
+                self.keeper.end_task(uuid.UUID(str(job_id)))
 
     def _render_in_due_company(self, held: Held) -> None:
         """A job that was there when its worker died, more than once, shares it with nobody; what comes meanwhile goes elsewhere."""

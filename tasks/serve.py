@@ -288,7 +288,7 @@ def _images_by_job(fleet: Fleet, taken: Sequence[TakenTask]) -> dict[uuid.UUID, 
     for task in taken:
         tier, images = queues.tier_of(task.queue)[0], task.headers.get(queues.NUM_IMAGES)
         with suppress(KeyError, ValueError):  # a message that is none of ours: its task ends at once
-            job_id = uuid.UUID(task.kwargs["job_id"])
+            job_id = uuid.UUID(str(task.kwargs["job_id"]))
             by_job[job_id] = tier, images if isinstance(images, int) and images > 0 else fleet.tiers[tier].max_images
     return by_job
 
