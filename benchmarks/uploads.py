@@ -167,10 +167,10 @@ def report(costs: Sequence[Cost], together: Sequence[int], alone_ms: Sequence[fl
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="120 bodies and 8 large ones; ends within a minute")
+    parser.add_argument("--quick", action="store_true", help="140 bodies and 9 large ones; ends within a minute")
     options = parser.parse_args()
-    count, large = (120, 8) if options.quick else (4_000, 40)
-    together, together_large = (80, 4) if options.quick else (1_000, 20)
+    count, large = (80, 6) if options.quick else (4_000, 40)
+    together, together_large = (60, 3) if options.quick else (1_000, 20)
     with running() as stack:
         url, key = stack.env["DARKROOM_URL"], stack.env["DARKROOM_API_KEY"]
         limits = httpx.Limits(max_connections=CLIENTS)
