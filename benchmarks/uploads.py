@@ -37,7 +37,7 @@ from settings import REPO
 CLIENTS = 8
 TARGETS = {
     "gateway_cpu_s": ("<=", 2.0),  # of the gateway's process for one request, at worst
-    "decoder_cpu_s": ("<=", 4.0),  # of its decoders for one request, at worst
+    "decoder_cpu_s": ("<=", 2.0),  # of its decoders for one request, at worst
     "healthz_p99_ms": ("<=", 200.0),  # the worse of both passes
     "unexpected_answers": ("<=", 0),  # of 5xx: all but the 503 that says that many pictures are being read
 }
