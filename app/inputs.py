@@ -14,7 +14,7 @@ from app.gateway import gateway
 from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable, Problem, StorageQuotaExceeded
 from edges import pictures as encoding
 from edges import telemetry
-from edges.decoders import TooBusy
+from edges.decoders import DecoderDied, TooBusy
 from edges.objectstore import ObjectGone, StoreUnavailable, content_sha256, picture_key
 from edges.outbound import Unreachable
 from edges.pictures import NotAPicture, Picture
@@ -132,8 +132,8 @@ class Intake:
             return None
         except TooBusy:
             raise _too_busy() from None
-        while len(parts.judged) >= _MAX_JUDGED:
-            parts.judged.pop(next(iter(parts.judged)), None)
+        if len(parts.judged) >= _MAX_JUDGED:
+            parts.judged.clear()
         parts.judged[key] = found
         return found
 
@@ -213,6 +213,9 @@ def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
             return gateway().decoders.normalise(content, tenant=caller().tenant_id)
     except NotAPicture as error:
         telemetry.PICTURES_REFUSED.inc()
+        if isinstance(error, DecoderDied):
+            telemetry.DECODERS_DIED.inc()
+            log.warning("decoder_died", field=field)
         entry = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}
         raise InvalidPicture(f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED) from None
     except TooBusy:

@@ -32,11 +32,16 @@ MAX_WAITING = 16  # of one tenant: each is a request that holds a thread
 CPU_S = 8  # of one picture: the worst that is accepted takes about two
 EXTRA_BYTES = 1_500_000_000  # of address space, beside what the process has when it starts
 _PIECE_BYTES = 262_144
+_READY = b"ready\n"
 _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class TooBusy(Exception):
     """As many pictures are being decoded as may be at once; a moment later will do."""
+
+
+class DecoderDied(NotAPicture):
+    """The picture took more time or memory than any may, or met a fault of the decoder's; the next one gets a new process."""
 
 
 class Decoders:
@@ -145,14 +150,15 @@ class _Decoder:
         self._process: subprocess.Popen[bytes] | None = None
 
     def ask(self, question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
-        """What it says, and the bytes that come with it. Raises NotAPicture, also for a picture that is the end of the process."""
+        """What it says, and the bytes that come with it. Raises NotAPicture, DecoderDied, and TooBusy where no process can be started."""
+        process = self._started()
         try:
-            return self._ask(question, source)
+            return self._ask(process, question, source)
         except NotAPicture:
             raise
         except (OSError, ValueError) as error:
             self.close()
-            raise NotAPicture("takes more to decode than any picture may") from error
+            raise DecoderDied("takes more to decode than any picture may") from error
         except BaseException:  # half a question or answer may be on its way
             self.close()
             raise
@@ -166,8 +172,7 @@ class _Decoder:
                     pipe.close()  # type: ignore[union-attr]
             process.wait()
 
-    def _ask(self, question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
-        process = self._started()
+    def _ask(self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
         given, answers = process.stdin, process.stdout
         assert given is not None
         assert answers is not None
@@ -186,7 +191,13 @@ class _Decoder:
         if self._process is None or self._process.poll() is not None:
             self.close()
             command = [sys.executable, "-m", "edges.decoders"]
-            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, env=_ENVIRONMENT)
+            try:
+                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, env=_ENVIRONMENT)
+            except OSError as error:  # neither memory nor a process is left
+                raise TooBusy from error
+            if self._process.stdout is None or self._process.stdout.readline() != _READY:
+                self.close()
+                raise TooBusy
         return self._process
 
 
@@ -223,6 +234,8 @@ def _limit_processor_time() -> None:
 
 def serve(given: IO[bytes], answers: IO[bytes]) -> None:
     """Answer until nothing more is asked."""
+    answers.write(_READY)
+    answers.flush()
     while line := given.readline():
         question = json.loads(line)
         _limit_processor_time()

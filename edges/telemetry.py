@@ -42,6 +42,7 @@ STEPS_RESUMED = Counter("darkroom_steps_resumed_total", "Denoise steps that snap
 STEPS_LOST = Counter("darkroom_steps_lost_total", "Denoise steps done again, by the outcome of the attempt that had done them", ["cause"])
 PICTURES_KEPT = Counter("darkroom_pictures_kept_total", "Pictures that tenants brought, encoded again and stored or there already", ["way"])
 PICTURES_REFUSED = Counter("darkroom_pictures_refused_total", "Pictures that tenants brought and that cannot be used")
+DECODERS_DIED = Counter("darkroom_decoders_died_total", "Pictures that were the end of the process that decoded them")
 PICTURE_SECONDS = Histogram("darkroom_picture_seconds", "Time to check a tenant's picture and encode it again, waiting for a turn included")
 INPUTS_BROUGHT = Counter("darkroom_inputs_brought_total", "Pictures brought to the hand-off for jobs that start from them")
 INPUTS_GONE = Counter("darkroom_inputs_gone_total", "Pictures that a job starts from and that are not in the store")

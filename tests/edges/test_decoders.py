@@ -71,6 +71,18 @@ def test_a_decoder_that_dies_takes_its_picture_with_it_and_nothing_else():
     own.close()
 
 
+def test_where_no_decoder_starts_no_picture_is_called_bad(monkeypatch):
+    monkeypatch.setattr(decoders.sys, "executable", "/bin/false")
+    own = Decoders(at_once=1)
+
+    with pytest.raises(TooBusy):
+        own.normalise(png(), tenant=1)
+
+    monkeypatch.undo()
+    assert own.normalise(png(), tenant=1).mode == "RGB"
+    own.close()
+
+
 def test_a_decoder_knows_nothing_of_the_gateway_s_environment(two, monkeypatch):
     monkeypatch.setenv("S3_SECRET_ACCESS_KEY", "secret")
     own = Decoders(at_once=1)

@@ -5,10 +5,13 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
+import migrations
 from models import files, jobs, uploads
 from models.database import transaction
 from tests.builders import a_job, a_succeeded_job, a_tenant, until
+from tests.models.facts import at_once
 
 
 @pytest.fixture
@@ -140,3 +143,53 @@ def waits_for_a_lock(database) -> bool:
     with transaction(database.owner) as session:
         query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
         return session.scalar(text(query)) > 0
+
+
+def test_what_is_kept_is_counted_until_it_is_erased(session, tenant):
+    assert files.stored(session, tenant_id=tenant.id) == (0, 0)
+    first, _ = keep(session, tenant), keep(session, tenant)
+    keep(session, a_tenant(session))
+
+    assert files.stored(session, tenant_id=tenant.id) == (2, 20)
+    for _ in range(2):
+        erase(session, first)
+    assert files.stored(session, tenant_id=tenant.id) == (1, 10)
+
+
+def test_several_files_are_found_at_once_and_only_the_tenant_s_own(session, tenant):
+    own, erased, other = keep(session, tenant), keep(session, tenant), keep(session, a_tenant(session))
+    erase(session, erased)
+
+    found = files.find_all(session, [own.id, erased.id, other.id, uuid.uuid4()], tenant_id=tenant.id)
+
+    assert found == {own.id: own}
+
+
+def test_two_who_keep_a_file_at_once_are_both_counted(database):
+    with Session(database.app, expire_on_commit=False) as session:
+        tenant = a_tenant(session)
+        session.commit()
+
+    def store():
+        with Session(database.app) as session:
+            keep(session, tenant)
+            _, size_bytes = files.stored(session, tenant_id=tenant.id)
+            session.commit()
+        return size_bytes
+
+    assert sorted(at_once(*[store] * 8)) == [10 * count for count in range(1, 9)]
+
+
+def test_files_of_before_there_was_a_count_are_counted(empty_database):
+    migrations.upgrade(empty_database.owner_url, "0005")
+    row = "INSERT INTO files (id, tenant_id, object_key, mode, size_bytes, width_px, height_px, content_sha256, erased_at) VALUES "
+    with empty_database.owner.begin() as connection:
+        tenant_id = connection.scalar(text("INSERT INTO tenants (id, name) VALUES (gen_random_uuid(), 'old') RETURNING id"))
+        for place, erased_at in enumerate(("NULL", "NULL", "now()")):
+            values = f"(gen_random_uuid(), :tenant, 'key-{place}', 'RGB', 7, 1, 1, 'digest-{place}', {erased_at})"
+            connection.execute(text(row + values), {"tenant": tenant_id})
+
+    migrations.upgrade(empty_database.owner_url)
+
+    with empty_database.owner.connect() as connection:
+        assert connection.execute(text("SELECT files, size_bytes FROM stored_files")).all() == [(2, 14)]
