@@ -33,7 +33,7 @@ from policy.fleet import Fleet, FleetInvalid, parse_fleet
 
 REPO = Path(__file__).resolve().parent
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
-PATH_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,8}")
+PATH_PREFIX = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+){1,8}")  # no . or .. among its parts
 
 
 class FleetSettings(BaseSettings):
