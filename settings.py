@@ -44,7 +44,7 @@ REPO = Path(__file__).resolve().parent
 EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start will not help
 DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
-PATH_PREFIX = re.compile(r"(/[A-Za-z0-9._~-]+){1,8}")
+PATH_PREFIX = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+){1,8}")  # no . or .. among its parts
 SMALL_BODY_BYTES = 65_536  # of a request: is read by gunicorn's loop before a thread is taken
 
 

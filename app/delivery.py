@@ -105,7 +105,7 @@ def _pieces(stored: Stored, span: Span | None) -> Iterable[bytes]:
 
 def _span(stored: Stored) -> Span | None:
     """The part that is asked for; None for all of it. Several parts at once are none: that is answered with all of it."""
-    wanted, size = request.range, stored.size_bytes
+    wanted, size = request.range if request.method == "GET" else None, stored.size_bytes
     if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1 or not _is_same(stored):
         return None
     found = wanted.range_for_length(size)

@@ -69,7 +69,7 @@ def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
 @bp.get("/<uuid:job_id>/status")
 def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
     """What changes of a job while one waits for it, as it was at most a second ago: cheap to ask for, with `If-None-Match` cheaper."""
-    status = gateway().statuses.get(caller().tenant_id, job_id, lambda: _read_status(job_id))
+    status = gateway().statuses.get(caller().tenant_id, job_id, lambda: _read_status(job_id), root=request.script_root)
     response = Response(status.content, content_type="application/json")
     response.headers["Cache-Control"] = "private, max-age=1"
     response.set_etag(status.etag)

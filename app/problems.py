@@ -86,8 +86,6 @@ class Problem(Exception):
             response.headers["Retry-After"] = str(self.retry_after_s)
         elif self.status in (409, 429):
             response.headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and it would not help
-        if self.status == 416:
-            response.headers["Content-Range"] = f"bytes */{self.members['size_bytes']}"
         if self.status == 401:
             response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return response
@@ -296,6 +294,12 @@ class RangeNotSatisfiable(Problem):
     """The picture has no such bytes; `size_bytes` says how many it has."""
 
     slug, title, status = "range-not-satisfiable", "Range not satisfiable", 416
+
+    def response(self) -> Response:
+        """With the size where HTTP has it."""
+        response = super().response()
+        response.headers["Content-Range"] = f"bytes */{self.members['size_bytes']}"
+        return response
 
 
 class InvalidImageRequest(Problem):

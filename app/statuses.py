@@ -25,23 +25,23 @@ class Status:
 class Statuses:
     """One per gateway process. Who asks while another one reads waits for that answer."""
 
-    _kept: OrderedDict[tuple[uuid.UUID, uuid.UUID], tuple[float, Status]] = field(default_factory=OrderedDict, init=False)
+    _kept: OrderedDict[tuple[uuid.UUID, uuid.UUID], tuple[float, str, Status | None]] = field(default_factory=OrderedDict, init=False)
     _lock: Lock = field(default_factory=Lock, init=False)
     _stripes: list[Lock] = field(default_factory=lambda: [Lock() for _ in range(_STRIPES)], init=False)
 
-    def get(self, tenant_id: uuid.UUID, job_id: uuid.UUID, read: Callable[[], bytes]) -> Status:
-        """The status as it was at most a second ago; `read` gives it anew."""
+    def get(self, tenant_id: uuid.UUID, job_id: uuid.UUID, read: Callable[[], bytes], *, root: str = "") -> Status:
+        """The status as it was at most a second ago; `read` gives it anew. root: the path under which its links are."""
         key = (tenant_id, job_id)
         with self._stripe(job_id):
             with self._lock:
-                read_at, known = self._kept.get(key, (-FRESH_FOR_S, None))
+                read_at, known_root, known = self._kept.get(key, (-FRESH_FOR_S, root, None))
             began = time.monotonic()
-            if known is not None and began - read_at < FRESH_FOR_S:
+            if known is not None and known_root == root and began - read_at < FRESH_FOR_S:
                 return known
             content = read()
             status = Status(content, hashlib.sha256(content).hexdigest()[:32])
             with self._lock:
-                self._kept[key] = began, status
+                self._kept[key] = began, root, status
                 self._kept.move_to_end(key)
                 while len(self._kept) > MAX_KEPT:
                     self._kept.popitem(last=False)

@@ -31,8 +31,8 @@ def estimate(ctx: click.Context, installation: Installation, prompt: str, as_jso
         model = f"{found.model} {found.model_version}"
         row = (found.tier, model, found.size, found.steps, found.guidance, found.sampler, found.n, found.megapixel_steps, *price, *place)
         screen.out().print(screen.table(columns, [row], numbers=columns[6:9]))
-        for warning in found.members.get("warnings") or ():
-            screen.warn(warning["detail"])
+        for warning in found.warnings:
+            screen.warn(warning.detail)
     if not found.can_be_served:
         why = f": {found.refusal.detail}" if found.refusal else ""
         screen.complain(f"It would not be let in now{why}")

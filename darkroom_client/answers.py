@@ -8,7 +8,7 @@ import httpx
 
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.errors import FieldError, ProblemError, UnexpectedAnswer
-from darkroom_client.jobs import Failure, Job, Progress, Queue, cost_of, part_of
+from darkroom_client.jobs import Failure, Job, Progress, Queue, cost_of, part_of, warnings_of
 from darkroom_client.retries import told_s
 
 Read = TypeVar("Read")
@@ -49,7 +49,8 @@ def read_estimate(answer: httpx.Response) -> Estimate:
     def estimate(members: dict[str, Any]) -> Estimate:
         plain = {name: members[name] for name in _OF_ESTIMATE}
         cost, queue = cost_of(members.get("cost")), part_of(Queue, members.get("queue"))
-        return Estimate(**plain, refusal=_refusal(members.get("refusal")), cost=cost, queue=queue, members=members)
+        refusal, warnings = _refusal(members.get("refusal")), warnings_of(members)
+        return Estimate(**plain, refusal=refusal, cost=cost, queue=queue, warnings=warnings, members=members)
 
     return _read(answer, "estimate", estimate)
 

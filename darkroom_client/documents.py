@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darkroom_client.errors import ProblemError
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Progress, Queue
+from darkroom_client.jobs import FINAL_STATES, Cost, Failure, JobWarning, Progress, Queue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,7 @@ class Estimate:
     megapixel_steps: float
     cost: Cost | None
     queue: Queue | None
+    warnings: tuple[JobWarning, ...]  # as far as they are known without a worker
     members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came, further parameters included
 
 

@@ -139,7 +139,7 @@ class Job:
             **plain,
             metadata=dict(members.get("metadata") or {}),
             failure=part_of(Failure, members.get("failure")),
-            warnings=tuple(part_of(JobWarning, warning) for warning in members.get("warnings") or ()),
+            warnings=warnings_of(members),
             created_at=datetime.fromisoformat(members["created_at"]),
             started_at=_instant(members.get("started_at")),
             finished_at=_instant(members.get("finished_at")),
@@ -188,6 +188,11 @@ def _image(members: Mapping[str, Any]) -> Image:
 def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
     """`kind` from the members that it knows; None from None."""
     return kind(**{name: members.get(name) for name in kind.__annotations__}) if members is not None else None
+
+
+def warnings_of(members: Mapping[str, Any]) -> tuple[JobWarning, ...]:
+    """What a job or an estimate warns of; nothing where the gateway does not tell."""
+    return tuple(part_of(JobWarning, warning) for warning in members.get("warnings") or ())
 
 
 def cost_of(members: Mapping[str, Any] | None) -> Cost | None:

@@ -43,9 +43,16 @@ class Words:
 
     model_max_length = CLIP_TOKENS
 
-    def __call__(self, text: str, *, max_length: int, **_as_always: Any) -> SimpleNamespace:
-        """`.input_ids` and `.attention_mask`, each [1, max_length]: padded or cut."""
-        words = [zlib.crc32(word.encode()) % START for word in text.split()][: max_length - 2]
+    def num_special_tokens_to_add(self) -> int:
+        """START and END."""
+        return 2
+
+    def __call__(self, text: str, *, max_length: int | None = None, **_as_always: Any) -> SimpleNamespace:
+        """`.input_ids` and `.attention_mask`, each [1, max_length]: padded or cut. Without `max_length` the ids of the words alone."""
+        words = [zlib.crc32(word.encode()) % START for word in text.split()]
+        if max_length is None:
+            return SimpleNamespace(input_ids=words)
+        words = words[: max_length - 2]
         ids = [START, *words] + [END] * (max_length - 1 - len(words))
         mask = [1] * (len(words) + 2) + [0] * (max_length - 2 - len(words))
         return SimpleNamespace(input_ids=torch.tensor([ids]), attention_mask=torch.tensor([mask]))

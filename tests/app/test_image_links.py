@@ -114,8 +114,8 @@ def test_a_key_that_is_kept_on_the_way_does_no_harm(stack, api, image):
 
 
 def test_head_tells_what_get_would_bring(api, image):
-    for params in ({}, {"redirect": "false"}):
-        answer = api.head(image["url"], params=params, follow_redirects=True)
+    for params, headers in (({}, {}), ({"redirect": "false"}, {"Range": "bytes=0-9"})):
+        answer = api.head(image["url"], params=params, headers=headers, follow_redirects=True)
         assert (answer.status_code, answer.content) == (200, b"")
         assert answer.headers["Content-Type"] == "image/png"
         assert int(answer.headers["Content-Length"]) == image["size_bytes"]
@@ -147,6 +147,12 @@ def test_a_part_that_is_not_there_is_refused_with_the_size(api, image):
 
     assert assert_problem(answer, 416, "range-not-satisfiable")["size_bytes"] == image["size_bytes"]
     assert answer.headers["Content-Range"] == f"bytes */{image['size_bytes']}"
+
+
+def test_a_part_that_a_file_of_the_page_does_not_have_is_refused_too(nobody):
+    answer = nobody.get("/static/docs/rapidoc-min.js", headers={"Range": "bytes=99999999-"})
+
+    assert_problem(answer, 416, "http-416")
 
 
 @pytest.mark.parametrize("headers", [{"Range": "bytes=0-1,5-6"}, {"Range": "lines=1-2"}, {"Range": "bytes=0-9", "If-Range": '"older"'}])
@@ -181,6 +187,7 @@ def test_an_installation_may_hand_out_every_picture_itself(proxy, api, image):
 
     assert hashlib.sha256(shown.data).hexdigest() == image["content_sha256"]
     assert hashlib.sha256(content.data).hexdigest() == file["content_sha256"]
+    assert len(content.data) == content.content_length == file["size_bytes"]
     assert proxy.get(image["url"], headers=headers, query_string={"redirect": "true"}).status_code == 302
 
 
