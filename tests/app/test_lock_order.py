@@ -170,7 +170,7 @@ def is_told_to_be_gone(tenant: Tenant) -> Act:
 
 OPERATIONS: dict[str, Operation] = {
     "submit": call("POST", "/v1/jobs", json=JOB),
-    "submit once": call("POST", "/v1/jobs", json=JOB, headers={"Idempotency-Key": "the same"}),
+    "submit once": call("POST", "/v1/jobs", json=JOB, headers={"Idempotency-Key": "the-same"}),
     "submit with a picture": submit_with_the_picture,
     "submit a batch": submit_a_batch,
     "replay": call("POST", "/v1/jobs/{job}/replay"),
