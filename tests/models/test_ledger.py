@@ -14,11 +14,13 @@ from models.leases import LeaseLost
 from models.states import ACTIVE_STATES, FailureCode
 from models.tables import Job, UsageDay
 from models.usage import Shares
+from settings import REPO
 from tests.builders import a_lease, a_left, a_tenant, hand_off, preempt, resolved, store
 
 NUM_STEPS, NUM_IMAGES = 10, 4
 JOB = Decimal("1.000001")  # megapixel-steps, which no number of images divides
 MICRO = Decimal("0.000001")
+CHECK = text((REPO / "docs/money.md").read_text().partition("```sql")[2].partition("```")[0].strip().rstrip(";"))
 
 
 def a_counted_job(session, tenant, **params) -> Job:
@@ -300,3 +302,17 @@ def test_whatever_becomes_of_jobs_the_ledger_is_what_their_rows_say(session, see
             cancel(session, job)
     assert booked(session, tenant) == what_the_rows_say(session, tenant)
     assert day_of(session, tenant).reserved == 0
+    assert session.execute(CHECK).all() == []
+
+
+def test_the_check_that_is_documented_finds_what_is_wrong(session):
+    tenant = a_tenant(session)
+    lease = a_lease(session, a_counted_job(session, tenant))
+    hand_on(session, lease, 0)
+    cancel(session, lease.job)
+    assert session.execute(CHECK).all() == []
+
+    session.execute(text("UPDATE usage_ledger SET abandoned = 0 WHERE tenant_id = :id"), {"id": tenant.id})
+
+    [wrong] = session.execute(CHECK).all()
+    assert (wrong.tenant_id, wrong.abandoned, wrong.abandoned_by_rows) == (tenant.id, 0, work(NUM_STEPS))
