@@ -78,7 +78,10 @@ def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("")
 def list_jobs() -> ResponseReturnValue:
-    """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before`, `metadata.<key>`."""
+    """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before`, `metadata.<key>`.
+
+    With several conditions a page may have fewer jobs than `limit`, or none, and go on at `next_cursor` all the same.
+    """
     sought, limit = read_query(request.args)
     with transaction(gateway().database) as session:
         found = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)

@@ -25,21 +25,22 @@ def verify(ctx: click.Context, installation: Installation, chain: str | None, si
     Where months were pruned, what is left is checked, and that it links to what was there.
     """
     url = installation.look_up("AUDITOR_DATABASE_URL")
-    query = "SELECT chain_id, chain, events FROM audit_chain_status WHERE %s IS NULL OR %s IN (chain, chain_id)"
-    chains = {chain_id: (name, events) for chain_id, name, events in ask(url, query, (chain, chain)).rows}
+    query = "SELECT chain_id, chain FROM audit_chain_status WHERE %s IS NULL OR %s IN (chain, chain_id)"
+    chains = dict(ask(url, query, (chain, chain)).rows)
     if chain and not chains:
         raise click.UsageError(f"there is no chain {chain!r}")
     only = next(iter(chains)) if chain else None
     start = since.replace(tzinfo=UTC) if since else None
     broken = ask(url, "SELECT chain_id, seq, event_id, problem FROM audit_verify_since(%s, %s)", (start, only)).rows
-    num_events = sum(events for _, events in chains.values())
-    what = f"events since {since:%Y-%m-%d}" if since else f"{num_events} events"
-    checked = f"{what} in {len(chains)} chain{'' if len(chains) == 1 else 's'} checked"
+    name = chains[only] if only else None
+    count = "SELECT count(*) FROM audit_log WHERE (%s IS NULL OR chain = %s) AND (%s::timestamptz IS NULL OR at >= %s)"
+    ((num_events,),) = ask(url, count, (name, name, start, start)).rows
+    checked = f"{num_events} events in {len(chains)} chain{'' if len(chains) == 1 else 's'} checked"
     if not broken:
         screen.out().print(f"intact: {checked}")
         return
     chain_id, seq, event_id, problem = broken[0]
-    name = chains[chain_id][0] if chain_id in chains else chain_id
+    name = chains.get(chain_id, chain_id)
     where = f"event {seq}" + (f" ({event_id})" if event_id else "")
     screen.complain(f"broken: chain {name}, {where}: {problem} · {len(broken)} findings · {checked}")
     ctx.exit(1)

@@ -22,7 +22,7 @@ from migrations.log_settings import keep_prompts_out_of_logs
 from migrations.online import LOCK_TIMEOUT
 
 _LOCK = 0x4461726B726F6F6D  # "Darkroom": only one process migrates at a time
-_LOCK_NOT_AVAILABLE = "55P03"
+_OTHERS_FIRST = ("55P03", "40P01")  # lock not available, deadlock detected
 _PAUSE_S = 2.0  # between two tries; whom the first one made wait is served meanwhile
 _WAIT_S = 600.0
 
@@ -114,7 +114,7 @@ def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> bool:
                 roles.grant(connection)
             connection.commit()
     except OperationalError as error:
-        if getattr(error.orig, "pgcode", None) != _LOCK_NOT_AVAILABLE:
+        if getattr(error.orig, "pgcode", None) not in _OTHERS_FIRST:
             raise
         say(f"a table is in use ({' '.join(str(error.orig).split())}); trying again")
         return False

@@ -121,10 +121,10 @@ def prune_jobs(session: Session, *, before: datetime, after: uuid.UUID = FIRST_I
     if not rows:
         return Piece(0, None)
     ids = [row.id for row in rows]
+    for column in NAME_ANOTHER_JOB:  # before the objects, as where an image is stored: jobs first, then what they name
+        session.execute(_ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)"), {"ids": ids})
     named = _ids("SELECT DISTINCT object_key FROM artifacts WHERE job_id = ANY(:ids) AND erased_at IS NULL")
     _give_up(session, session.scalars(named, {"ids": ids}).all())
-    for column in NAME_ANOTHER_JOB:
-        session.execute(_ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)"), {"ids": ids})
     for table in OF_A_JOB:
         session.execute(_ids(f"DELETE FROM {table} WHERE job_id = ANY(:ids)"), {"ids": ids})
     session.execute(_ids("DELETE FROM jobs WHERE id = ANY(:ids)"), {"ids": ids})
