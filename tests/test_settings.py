@@ -100,6 +100,36 @@ def test_a_wrong_variable_is_told_by_its_name_and_without_its_value(environment,
 
 
 @pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"GATEWAY_MAX_WAITS": "120", "GATEWAY_MAX_UPLOADS": "8"}, "GATEWAY_THREADS must be larger than both together, not 128"),
+        (
+            {"GATEWAY_MAX_CONNECTIONS": "640"},
+            "GATEWAY_MAX_CONNECTIONS must be larger than GATEWAY_THREADS and GATEWAY_MAX_STREAMS together, 640",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told_together(environment, capsys, changes, told):
+    for name, value in changes.items():
+        environment.setenv(name, value)
+
+    [line] = refusal(capsys, ServerSettings)
+
+    assert line.startswith("settings: GATEWAY_")
+    assert line.endswith(told)
+
+
+@pytest.mark.parametrize("threads", ["4", "8", "640"])
+def test_most_threads_are_left_to_short_requests_however_many_there_are(environment, threads):
+    environment.setenv("GATEWAY_THREADS", threads)
+    environment.setenv("GATEWAY_MAX_CONNECTIONS", "10000")
+
+    settings = load(ServerSettings)
+
+    assert 0 < settings.max_waits + settings.max_uploads < settings.gateway_threads
+
+
+@pytest.mark.parametrize(
     ("command", "missing"),
     [
         (["-c", "import app.wsgi"], "API_KEY_PEPPER"),
