@@ -277,6 +277,7 @@ class ServerSettings(StreamSettings):
     header_timeout_s: float = Field(10.0, gt=0)  # for the head of a request
     body_timeout_s: float = Field(20.0, gt=0)  # for its body, and as much longer as gateway_min_bytes_per_s gives
     gateway_min_bytes_per_s: int = Field(32_768, ge=1)
+    gateway_buffer_bytes: int = Field(134_217_728, ge=1_048_576)  # of all requests that have not come in whole; and of answers not gone out
     metrics_port: int = Field(0, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
 

@@ -99,6 +99,12 @@ class Spool(tempfile.SpooledTemporaryFile[bytes]):
 class SpoolingRequest(Request):
     """A request whose forms keep their files in spools."""
 
+    def get_data(self, *args: Any, **options: Any) -> Any:
+        data = super().get_data(*args, **options)
+        if len(data) <= SMALL_BODY_BYTES:
+            release()  # it was chunked, and small after all
+        return data
+
     def _get_file_stream(self, *args: Any, **kwargs: Any) -> IO[bytes]:
         return Spool()
 

@@ -113,6 +113,7 @@ def running() -> Iterator[House]:
     with tempfile.TemporaryDirectory(prefix="darkroom-bench-") as folder:
         os.chmod(folder, 0o711)  # Postgres, of another account when we are root, passes through
         stack = Stack(Path(folder) / "data")
+        os.environ.setdefault("GATEWAY_MAX_STREAMS", str(2 * STREAMS))  # so that a few tenants may have them
         try:
             stack.up()
             for name in ("worker-1", "results", "flower"):

@@ -22,6 +22,7 @@ import socket
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,12 +35,13 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 from settings import SMALL_BODY_BYTES
 
 MAX_HEAD_BYTES = 65_536
-MAX_HELD_BYTES = 67_108_864  # of requests that have not come in whole, and as much of answers that have not gone out
 DRAINED_S, DRAINED_BYTES = 5.0, 8_388_608  # what a client still sends after its answer: closed on it at once, it would not see the answer
 PROBE_THREADS = 2
+STALE_AFTER_S = 3.0  # of waiting for a thread: from then on it is worth asking whether the client is still there
 _ACCEPTED_AT_ONCE = 64
 _READ_BYTES = 65_536
 _SWEEP_EVERY_S = 0.25
+_ROOM_WITHIN_S = 0.5
 _PROBE = re.compile(rb"(?:GET|HEAD) /(?:healthz|readyz)[ ?]")
 _CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,18})[ \t]*\r\n", re.IGNORECASE)
 _BODY_LATER = re.compile(rb"\r\n(?:expect|transfer-encoding):", re.IGNORECASE)
@@ -47,12 +49,13 @@ _BODY_LATER = re.compile(rb"\r\n(?:expect|transfer-encoding):", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a client may take."""
+    """How long a client may take, and how many bytes of all clients together may lie here meanwhile, each way."""
 
     header_timeout_s: float = 10.0
     body_timeout_s: float = 20.0
     min_bytes_per_s: float = 32_768.0
     write_timeout_s: float = 30.0
+    max_held_bytes: int = 134_217_728
 
     def body_deadline(self, began_at: float, received: int) -> float:
         return began_at + self.body_timeout_s + received / self.min_bytes_per_s
@@ -76,7 +79,8 @@ class ByteBudget:
     """So many bytes for all connections together."""
 
     def __init__(self, most: int) -> None:
-        self._left, self._lock = most, threading.Lock()
+        self.most = self._left = most
+        self._lock = threading.Lock()
 
     def take(self, count: int) -> bool:
         """Whether there is room for them; if so they are taken."""
@@ -98,8 +102,8 @@ class ClientSocket:
     (`settimeout`): then each write is done within it, or the client has gone. Event streams do so.
     """
 
-    def __init__(self, sock: socket.socket, pace: Pace, answers: ByteBudget) -> None:
-        self.raw, self._pace, self._answers = sock, pace, answers
+    def __init__(self, sock: socket.socket, pace: Pace, answers: ByteBudget, make_room: Callable[[], None]) -> None:
+        self.raw, self._pace, self._answers, self._make_room = sock, pace, answers, make_room
         self.unsent = bytearray()
         self.may_wait = True
         self._write_timeout_s: float | None = None
@@ -135,7 +139,8 @@ class ClientSocket:
             view = view[self._send(view) :]
         if not view:
             return
-        if self._write_timeout_s is None and self._answers.take(len(view)):
+        if self._write_timeout_s is None and len(view) <= self._answers.most // 4:
+            self._take_room(len(view))
             self.unsent += view
             return
         self._send_within(self._write_timeout_s, bytes(self.take_unsent()) + bytes(view))
@@ -146,7 +151,8 @@ class ClientSocket:
 
     def send_unsent(self) -> int:
         """Send what can be sent now of what was left; how many bytes those were."""
-        sent = self._send(memoryview(bytes(self.unsent[: 4 * _READ_BYTES])))
+        with memoryview(self.unsent) as whole, whole[: 4 * _READ_BYTES] as view:
+            sent = self._send(view)
         del self.unsent[:sent]
         self._answers.give_back(sent)
         return sent
@@ -200,6 +206,15 @@ class ClientSocket:
             pass
         return total
 
+    def _take_room(self, count: int) -> None:
+        """Raises BrokenPipeError when others' answers fill the room, and nobody who takes nothing could be closed for it."""
+        deadline = time.monotonic() + _ROOM_WITHIN_S
+        while not self._answers.take(count):
+            if time.monotonic() > deadline:
+                raise BrokenPipeError(errno.EPIPE, "there is no room for what the client does not take")
+            self._make_room()
+            time.sleep(0.01)
+
     def _send_within(self, timeout_s: float | None, data: bytes) -> None:
         view, sent, began_at = memoryview(data), 0, time.monotonic()
         while True:
@@ -230,6 +245,7 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.received = bytearray()  # of the request that is to come
         self.searched, self.wanted = 0, 0  # how far the end of the head was looked for; head and small body, once that is known
         self.watched_events = 0
+        self.queued_at = 0.0
         self.may_stay = False  # after the answer, for another request
         self.sending_since, self.sent, self.drained = 0.0, 0, 0
 
@@ -241,7 +257,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
 
     def init_process(self) -> None:
         self._by_state: dict[State, OrderedDict[Connection, None]] = {state: OrderedDict() for state in State}  # the newest comes last
-        self._requests, self._answers = ByteBudget(MAX_HELD_BYTES), ByteBudget(MAX_HELD_BYTES)
+        self._requests, self._answers = ByteBudget(self.pace.max_held_bytes), ByteBudget(self.pace.max_held_bytes)
         self._probes = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
         self._swept_at = 0.0
         super().init_process()
@@ -256,6 +272,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
 
     def handle(self, conn: Connection) -> Any:
         """Answer one request, of which the head is there; whether the connection may be used again."""
+        if time.monotonic() - conn.queued_at > STALE_AFTER_S and conn.sock.has_left():
+            return False  # all threads were taken for so long that it was given up: nobody wants a job of it any more
         conn.sock.begin_request()
         conn.init()
         conn.parser.unreader.unread(bytes(conn.received))
@@ -268,6 +286,10 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             return False
         conn.sock.may_wait = False
         return bool(conn.parser.finish_body(max_bytes=SMALL_BODY_BYTES))
+
+    def _ask_for_room(self) -> None:
+        """Let the loop close the client that has taken nothing of its answer for longest."""
+        self.method_queue.defer(lambda: self._make_room(State.SENDING))
 
     # What runs in the loop: whatever gunicorn calls there, and the rest.
 
@@ -286,7 +308,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                     return
                 raise
             self.nr_conns += 1
-            conn = Connection(self.cfg, ClientSocket(sock, self.pace, self._answers), address, listener.getsockname())
+            client = ClientSocket(sock, self.pace, self._answers, self._ask_for_room)
+            conn = Connection(self.cfg, client, address, listener.getsockname())
             self._await_request(conn, State.READING)
             self._read(conn)  # mostly it is there already
 
@@ -294,6 +317,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         """Give the connection to a thread."""
         self._requests.give_back(len(conn.received))
         self._enter(conn, State.WORKING, watching=0)
+        conn.queued_at = time.monotonic()
         pool = self._probes if _PROBE.match(conn.received) else self.tpool
         future = pool.submit(self.handle, conn)
         future.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))

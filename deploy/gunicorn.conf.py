@@ -22,7 +22,12 @@ _settings, _ = load_gateway()
 class GatewayWorker(BoundedWorker):
     """The worker at the pace of the settings."""
 
-    pace = Pace(_settings.header_timeout_s, _settings.body_timeout_s, _settings.gateway_min_bytes_per_s)
+    pace = Pace(
+        header_timeout_s=_settings.header_timeout_s,
+        body_timeout_s=_settings.body_timeout_s,
+        min_bytes_per_s=_settings.gateway_min_bytes_per_s,
+        max_held_bytes=_settings.gateway_buffer_bytes,
+    )
 
 
 worker_class = GatewayWorker
@@ -40,7 +45,9 @@ control_socket_disable = True
 
 _metrics: socket.socket | None = None  # one for all processes: whichever answers a scrape tells of all of them
 if workers > 1:  # before anybody imports prometheus_client, which looks once
-    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="darkroom-metrics-")
+    # Not where uploads lie: a process that writes to a mapped file is killed when there is no room for it.
+    _apart = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="darkroom-metrics-", dir=_apart)
 
 
 def on_starting(server: Any) -> None:
@@ -48,7 +55,8 @@ def on_starting(server: Any) -> None:
     global _metrics
     if _settings.metrics_port:
         try:
-            _metrics = socket.create_server((_settings.metrics_host, _settings.metrics_port))
+            family = socket.AF_INET6 if ":" in _settings.metrics_host else socket.AF_INET
+            _metrics = socket.create_server((_settings.metrics_host, _settings.metrics_port), family=family)
         except OSError as error:
             server.log.warning("metrics_port_taken: %s: %s", _settings.metrics_port, error)
 

@@ -162,6 +162,36 @@ def test_every_way_to_write_a_postgres_url_is_taken(environment, url):
 
 
 @pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (
+            {"GATEWAY_MAX_WAITS": "120", "GATEWAY_MAX_UPLOADS": "8"},
+            "GATEWAY_THREADS: is too few; accepted: more than GATEWAY_MAX_WAITS (120) and GATEWAY_MAX_UPLOADS (8) together",
+        ),
+        (
+            {"GATEWAY_MAX_CONNECTIONS": "640"},
+            "GATEWAY_MAX_CONNECTIONS: is too few; accepted: more than GATEWAY_THREADS and GATEWAY_MAX_STREAMS together (640)",
+        ),
+    ],
+)
+def test_settings_that_contradict_each_other_are_told_together(environment, capsys, changes, told):
+    for name, value in changes.items():
+        environment.setenv(name, value)
+
+    assert refusal(capsys, ServerSettings) == [f"settings: {told}"]
+
+
+@pytest.mark.parametrize("threads", ["4", "8", "640"])
+def test_most_threads_are_left_to_short_requests_however_many_there_are(environment, threads):
+    environment.setenv("GATEWAY_THREADS", threads)
+    environment.setenv("GATEWAY_MAX_CONNECTIONS", "10000")
+
+    settings = load(ServerSettings)
+
+    assert 0 < settings.max_waits + settings.max_uploads < settings.gateway_threads
+
+
+@pytest.mark.parametrize(
     ("name", "value", "told"),
     [
         ("DATABASE_URL", "mysql://u:tulip@h/d", "begins with mysql://"),

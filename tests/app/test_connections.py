@@ -10,6 +10,7 @@ import httpx
 import psutil
 import pytest
 
+from deploy.connections import STALE_AFTER_S
 from settings import ServerSettings
 from tests.app.conftest import bearer
 from tests.builders import a_closed_port, until
@@ -118,12 +119,14 @@ def test_requests_that_do_not_come_take_no_thread(patient_gateway, key, sent):
         assert works(patient_gateway, key)
 
 
-def test_answers_that_nobody_reads_take_no_thread(patient_gateway, key):
-    with connected(patient_gateway, MORE_THAN_THREADS, receive_buffer=2048) as deaf:
+@pytest.mark.parametrize("room_bytes", [134_217_728, 1_048_576], ids=["room for all", "room for few"])
+def test_answers_that_nobody_reads_take_no_thread(a_gateway, key, room_bytes):
+    url = a_gateway(**TIGHT | {"gateway_max_connections": 1000, "gateway_buffer_bytes": room_bytes})
+    with connected(url, MORE_THAN_THREADS, receive_buffer=2048) as deaf:
         for sock in deaf:
-            sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 20)  # more than the system's buffers hold
+            sock.sendall(b"GET /openapi.json HTTP/1.1\r\nHost: x\r\n\r\n" * 40)  # more than the system's buffers hold
 
-        assert works(patient_gateway, key)
+        assert works(url, key)
 
 
 def test_an_answer_that_is_read_slowly_comes_whole(gateway):
@@ -285,6 +288,21 @@ def test_the_gateway_is_alive_while_all_its_threads_are_taken(stack, patient_gat
 
     assert readiness["parts"]["database"] == {"ready": False, "detail": "does not answer"}
     until(lambda: httpx.get(f"{patient_gateway}/readyz", trust_env=False).status_code == 200, within_s=30, what="being ready again")
+
+
+def test_requests_whose_clients_left_while_they_queued_are_not_begun(stack, patient_gateway, key, count_jobs):
+    body = json.dumps({"prompt": "a red circle", "tier": "batch"})
+    head = f"POST /v1/jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {key}\r\nContent-Type: application/json\r\n"
+    before = count_jobs()
+    with frozen(stack.pid("postgres")):
+        with connected(patient_gateway, MORE_THAN_THREADS) as impatient:
+            for sock in impatient:
+                sock.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            time.sleep(0.5)
+        time.sleep(STALE_AFTER_S)
+
+    assert works(patient_gateway, key)  # behind all of them
+    assert count_jobs() - before <= TIGHT["gateway_threads"] + TIGHT["gateway_max_streams"]  # those that had a thread
 
 
 def test_every_process_is_in_the_metrics_whichever_answers(a_gateway):
