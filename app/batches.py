@@ -164,7 +164,7 @@ def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _view(answer: Answer, written: Sequence[NewJob] = ()) -> dict[str, Any]:
-    """What the batch came to. Jobs that were written just now are not read back: they are accepted, whatever becomes of the database."""
+    """Show what the batch came to. Jobs that were just written are not read back: they are accepted, whatever becomes of the database."""
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
     views = {job.id: _new_job_view(job) for job in written}

@@ -227,7 +227,7 @@ def _too_busy() -> PartUnavailable:
 
 
 def _is_stored(file: File) -> bool:
-    """Has the store still got it? What it has lost is there again with whoever brings it again. If it cannot say: yes."""
+    """Ask whether the store still has it: what it has lost is there again with whoever brings it again. If it cannot say: yes."""
     try:
         return gateway().store.holds(file.object_key)
     except StoreUnavailable:

@@ -144,7 +144,7 @@ def transaction(engine: Engine) -> Iterator[Session]:
 
 
 def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer:
-    """Do `work` in a transaction and commit it; what it returned.
+    """Do `work` in a transaction, commit it and return what `work` did.
 
     A transaction that the database ended only because of another one beside it is begun again, from `work`'s first line, up to
     TRIES times in all: so `work` touches nothing but its session. Raises what the last try raised.
@@ -162,7 +162,7 @@ def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer
 
 
 def conflict(error: BaseException) -> str | None:
-    """What the transaction failed of if all that was wrong is what ran beside it, so that another try will do; else None."""
+    """Name what ended a transaction if that was only what ran beside it, so that another try will do; None for any other error."""
     return CONFLICTS.get(getattr(error.orig, "pgcode", None) or "") if isinstance(error, DBAPIError) else None
 
 

@@ -257,7 +257,7 @@ def withdraw(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
 
 
 def _in_turn(job_ids: Sequence[uuid.UUID], *conditions: ColumnElement[bool]) -> Select[Any]:
-    """Those of the jobs that are so, locked by ascending id: in the order of locks, as nobody who updates a list of ids at once does."""
+    """Select those of the jobs that are so, locking them by ascending id: an UPDATE of a list locks them in any order."""
     return select(Job.id).where(Job.id.in_(job_ids), *conditions).order_by(Job.id).with_for_update(key_share=True)
 
 

@@ -48,11 +48,11 @@ class Shares:
     num_steps: int
 
     def of_images(self, stored: int) -> Decimal:
-        """What so many of the images count; all of them, exactly what the job does."""
+        """Count so many of the images; all of them are exactly what the job counts."""
         return (self.megapixel_steps * stored / self.num_images).quantize(_MICRO, rounding=ROUND_DOWN)
 
     def of_steps(self, steps: int) -> Decimal:
-        """What so many denoise steps count, of all images together."""
+        """Count so many denoise steps, of all images together."""
         return (self.megapixel_steps * steps / (self.num_images * self.num_steps)).quantize(_MICRO, rounding=ROUND_DOWN)
 
 

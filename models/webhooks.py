@@ -162,7 +162,7 @@ def find(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> W
 
 
 def lock(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> WebhookEndpoint | None:
-    """As `find`, and nobody else's to change until commit. Before its secrets and deliveries: that is the order of locks."""
+    """Find the endpoint as `find` does and keep it from others until commit; by the order of locks, before its secrets and deliveries."""
     own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
     return session.scalar(select(WebhookEndpoint).where(*own).with_for_update(key_share=True), execution_options=AFRESH)
 

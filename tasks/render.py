@@ -77,7 +77,7 @@ class Work:
         self.endings.put(None)
 
     def steps(self) -> dict[int, int]:
-        """How far each image that has not ended has come."""
+        """Tell how far each image that has not ended has come."""
         return {index: handle.progress().step for index, handle in self.open_handles().items()}
 
     def expected_s(self) -> float | None:
