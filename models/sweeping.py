@@ -47,7 +47,7 @@ def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
 
 def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
     """Give a storing job, announced again, another deadline."""
-    job = session.get(Job, job_id, with_for_update=True)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is not None and job.state == JobState.STORING:
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
 
