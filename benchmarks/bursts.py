@@ -12,7 +12,7 @@ Restart  Two batches; the worker is told to end with all it can hold in hand, al
          jobs from the moment on that it takes any.
 Scale    Two batches; a second worker starts, takes its part, and is told to end: all it had comes to the first one. Fast jobs all the time.
 
-The p99 wait of each may be 1.1 times a denoise step of the loaded batch, plus what a lease takes on the idle worker.
+The p99 wait of each may be 1.1 times a denoise step, as the first worker made them meanwhile, plus what a lease takes on the idle worker.
 """
 
 import argparse
@@ -62,6 +62,7 @@ class Scene:
     waits_s: list[float] = field(default_factory=list)
     latencies_s: list[float] = field(default_factory=list)
     expired: int = 0
+    step_s: float = 0.0  # mean forward of the first worker
     most_held: dict[str, int] = field(default_factory=dict)  # unrendered images of running jobs of one worker, by tier
 
     def p99_s(self) -> float:
@@ -76,7 +77,6 @@ class Stage:
     house: House
     extent: Extent
     scenes: dict[str, Scene] = field(default_factory=dict)
-    step_s: float = 0.0
 
     def __post_init__(self) -> None:
         self._fast = wishes("fast", FAST_STEPS, seed=0)
@@ -90,13 +90,10 @@ class Stage:
                 time.sleep(self.extent.gap_s)
 
     def burst(self) -> None:
-        """One burst; what a step takes of its batch is measured, too."""
-        before = self.house.meter.read()
+        """One burst."""
         with self._watched("burst") as probe:
             self._send_burst()
             self._probe_for(self.extent.probe_s, probe)
-        gained = self.house.meter.read() - before
-        self.step_s = gained.stage_s["denoise"] / max(1.0, gained.forwards)
 
     def restart(self) -> None:
         """The worker ends and comes back to all it had."""
@@ -150,6 +147,7 @@ class Stage:
     def _watched(self, name: str) -> Iterator[Callable[[], None]]:
         """What asks for one fast job; afterwards it is known what became of all of them."""
         job_ids: list[str] = []
+        before = self.house.meter.read()
         scene = self.scenes[name] = Scene()
 
         def probe() -> None:
@@ -161,6 +159,8 @@ class Stage:
                 scene.most_held[tier] = max(scene.most_held.get(tier, 0), images)
 
         yield probe
+        gained = self.house.meter.read() - before
+        scene.step_s = gained.stage_s["denoise"] / max(1.0, gained.forwards)
         self.house.ledger.wait_served(job_ids)
         ends = self.house.ledger.waits(job_ids)
         scene.waits_s, scene.latencies_s = [end.wait_s for end in ends], [end.total_s for end in ends]
@@ -200,25 +200,24 @@ def main() -> int:
 
 def _report(stage: Stage, *, quick: bool) -> int:
     lease_s = stage.scenes["idle"].p99_s()
-    allowed_s = STEPS_ALLOWED * stage.step_s + lease_s
     table = Table(title="Fast jobs: seconds from accepted to leased")
-    step_ms, lease_ms = stage.step_s * 1000, lease_s * 1000
-    table.caption = f"allowed: {STEPS_ALLOWED} x a step of {step_ms:.0f} ms + {lease_ms:.0f} ms for a lease = {allowed_s:.3f} s"
-    for column in ("", "jobs", "p50", "p99", "longest", "expired", "to the end, p99", "most held of other tiers"):
+    table.caption = f"allowed: {STEPS_ALLOWED} x a step + {lease_s * 1000:.0f} ms for a lease"
+    for column in ("", "jobs", "p50", "p99", "longest", "allowed", "expired", "to the end, p99", "most held of other tiers"):
         table.add_column(column, justify="right" if column else "left")
-    for name, scene in stage.scenes.items():
-        waits = (statistics.median(scene.waits_s), scene.p99_s(), max(scene.waits_s))
-        held = ", ".join(f"{tier} {images}" for tier, images in sorted(scene.most_held.items()) if tier != "fast")
-        texts = [f"{wait_s:.3f}" for wait_s in waits]
-        table.add_row(name, str(len(scene.waits_s)), *texts, str(scene.expired), f"{percentile(scene.latencies_s, 0.99):.3f}", held)
-    Console().print(table)
-    figures: dict[str, Any] = {"lease_p99_s": lease_s, "step_s": stage.step_s}
+    figures: dict[str, Any] = {"lease_p99_s": lease_s}
     targets = []
-    for name in stage.extent.scenes:
-        scene = stage.scenes[name]
-        figures |= {f"{name}_wait_p99_s": scene.p99_s(), f"{name}_expired": scene.expired, f"{name}_most_held": scene.most_held}
-        said = f"{STEPS_ALLOWED} x a step + a lease = {allowed_s:.3f}"
-        targets += [Target(f"{name}_wait_p99_s", "<=", allowed_s, said), Target(f"{name}_expired", "<=", 0)]
+    for name, scene in stage.scenes.items():
+        allowed_s = STEPS_ALLOWED * scene.step_s + lease_s
+        seconds = (statistics.median(scene.waits_s), scene.p99_s(), max(scene.waits_s), allowed_s)
+        held = ", ".join(f"{tier} {images}" for tier, images in sorted(scene.most_held.items()) if tier != "fast")
+        texts = [f"{some_s:.3f}" for some_s in seconds]
+        table.add_row(name, str(len(scene.waits_s)), *texts, str(scene.expired), f"{percentile(scene.latencies_s, 0.99):.3f}", held)
+        if name != "idle":
+            figures |= {f"{name}_wait_p99_s": scene.p99_s(), f"{name}_step_s": scene.step_s}
+            figures |= {f"{name}_expired": scene.expired, f"{name}_most_held": scene.most_held}
+            said = f"{STEPS_ALLOWED} x a step + a lease = {allowed_s:.3f}"
+            targets += [Target(f"{name}_wait_p99_s", "<=", allowed_s, said), Target(f"{name}_expired", "<=", 0)]
+    Console().print(table)
     facts = {"slots": stage.house.pool.slots, "fast_jobs": {name: len(scene.waits_s) for name, scene in stage.scenes.items()}}
     return report("bursts", figures, targets, {}, facts | {"device": "cpu", "quick": quick})
 

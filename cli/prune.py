@@ -6,6 +6,7 @@ import re
 import time
 from collections.abc import Callable
 from datetime import UTC, date, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -89,31 +90,27 @@ def prune(
 def _jobs(database: "Engine", before: datetime, tier: str | None, yes: bool) -> list[tuple[str, Any]]:
     with transaction(database) as session:
         due = pruning.due(session, before=before, tier=tier)
-    if yes:
-        jobs, after = 0, pruning.FIRST_ID
-        while True:
-            piece = _patiently(
-                database, lambda session, after=after: pruning.prune_jobs(session, before=before, after=after, limit=PIECE, tier=tier)
-            )
-            jobs += piece.jobs
-            if piece.last_id is None:
-                break
-            after = piece.last_id
-        rows: list[tuple[str, Any]] = [("jobs", jobs), ("their images", due.images), ("bytes of images", due.size_bytes)]
-    else:
-        rows = [("jobs", due.jobs), ("their images", due.images), ("bytes of images", due.size_bytes)]
+    rows: list[tuple[str, Any]] = [("jobs", due.jobs), ("their images", due.images), ("bytes of images", due.size_bytes)]
+    rows += [("files", due.files), ("bytes of files", due.file_bytes)] if tier is None else []
+    if not yes:
+        return rows
+    removed, after = 0, pruning.FIRST_ID
+    while True:
+        piece = _patiently(database, partial(pruning.prune_jobs, before=before, after=after, limit=PIECE, tier=tier))
+        removed += piece.jobs
+        if piece.last_id is None:
+            break
+        after = piece.last_id
+    rows[0] = ("jobs", removed)  # but those that somebody was just using
     if tier is None:
-        files = due.files
-        if yes:
-            files = _all(database, lambda session: pruning.prune_files(session, before=before, limit=PIECE))
-            _all(database, lambda session: pruning.prune_endpoints(session, before=before, limit=PIECE))
-        rows += [("files", files), ("bytes of files", due.file_bytes)]
+        rows[3] = ("files", _all(database, partial(pruning.prune_files, before=before, limit=PIECE)))
+        _all(database, partial(pruning.prune_endpoints, before=before, limit=PIECE))
     return rows
 
 
 def _usage(database: "Engine", before: date, yes: bool) -> list[tuple[str, Any]]:
     if yes:
-        return [("days of tenants in the ledger", _patiently(database, lambda session: pruning.prune_usage(session, before=before)))]
+        return [("days of tenants in the ledger", _patiently(database, partial(pruning.prune_usage, before=before)))]
     with transaction(database) as session:
         return [("days of tenants in the ledger", pruning.usage_due(session, before=before))]
 
@@ -125,9 +122,7 @@ def _audit(database: "Engine", before: date, export: Path | None, yes: bool) -> 
     for month in months:
         if yes:
             sha256 = _export(database, month, export) if export else None
-            events = _patiently(
-                database, lambda session, month=month, sha256=sha256: pruning.prune_audit_month(session, month, sha256=sha256)
-            )
+            events = _patiently(database, partial(pruning.prune_audit_month, month=month, sha256=sha256))
         else:
             with transaction(database) as session:
                 events = pruning.audit_events(session, month)

@@ -59,7 +59,7 @@ def storing_by_tier(session: Session) -> Counter[str]:
 
 def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
     """Give a storing job another deadline: as far off as it has waited by now, from 1 to LONGEST_STORE_WAIT times `store_within_s`."""
-    job = session.get(Job, job_id, with_for_update=True)
+    job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is not None and job.state == JobState.STORING:
         shortest, longest = timedelta(seconds=store_within_s), timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
         waited = func.clock_timestamp() - func.coalesce(Job.rendered_at, func.clock_timestamp())

@@ -6,8 +6,10 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 
 from migrations import roles
-from models import jobs, leases, webhooks, workers
+from models import files, idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models.releasing import Room
 from models.tables import Base
+from models.webhooks import Tried
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
 
 REFUSED = {
@@ -185,3 +187,66 @@ def test_the_grants_are_the_same_however_often_they_are_applied(as_process, data
         connection.rollback()
 
     assert after == before != set()
+
+
+def test_the_sweeper_can_look_at_everything_that_it_sweeps(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        silent, unstored, lost = a_lease(session, ttl_s=-1), a_lease(session), a_lease(session)
+        late = a_job(session, run_within_s=0.0)
+        hand_off(session, unstored)
+        hand_off(session, lost)
+
+    with Session(as_process["sweeper"], expire_on_commit=False) as session, session.begin():
+        looks = (sweeping.expired_leases, sweeping.missed_starts, sweeping.overruns, sweeping.overdue_stores, learning.newly_ended)
+        for look in looks:
+            look(session)
+        assert leases.lose(session, silent.job_id, max_attempts=5).state == "queued"
+        sweeping.postpone_store(session, unstored.job_id, store_within_s=10)
+        assert leases.lose_hand_off(session, lost.job_id, [0], attempt_of={0: 1}) is not None
+        assert jobs.overrun(session, late.id) is None
+        ids = [silent.job_id, unstored.job_id]
+        assert sweeping.awaited_pixels(session, ids)
+        sweeping.finished_of(session, ids)
+        sweeping.not_running_of(session, ids)
+        releasing.announced(session, pool="local", tier="fast", older_than_s=0)
+        releasing.pick(session, pool="local", tier="fast", room=Room(slots=1, limit_images=1))
+        uploads.are_left_behind(session, older_than_s=0)
+        webhooks.due(session, limit=1)
+        webhooks.pending(session)
+        webhooks.forget_old(session, limit=1)
+        idempotency.forget_old(session, limit=1)
+        workers.forget_the_silent(session, silent_for_s=3600)
+        sweeping.ensure_audit_partitions(session)
+        session.execute(text("SELECT * FROM queue_now"))
+
+
+def test_a_results_worker_can_bring_store_and_tidy(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        lease = a_lease(session)
+        hand_off(session, lease)
+
+    with Session(as_process["results"], expire_on_commit=False) as session, session.begin():
+        assert jobs.handed_off(session, lease.job_id) == {0: 1}
+        uploads.begin(session, "t/x")
+        assert uploads.left_behind(session, older_than_s=-1) == "t/x"
+        uploads.end(session, "t/x")
+        assert files.find(session, lease.job_id, tenant_id=lease.job.tenant_id) is None
+        assert leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1}).state == "queued"
+        releasing.pick(session, pool="local", tier="fast", room=Room(slots=1, limit_images=1))
+
+
+def test_a_courier_claims_records_and_disables(as_process, database):
+    with Session(database.app, expire_on_commit=False) as session, session.begin():
+        job = a_job(session)
+        wish = {"url": "https://x.example", "events": ["job.canceled"], "description": "", "secret": "whsec_x", "actor": "tests"}
+        endpoint = webhooks.create(session, tenant_id=job.tenant_id, **wish)
+        session.flush()
+        jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+
+    with Session(as_process["webhooks"], expire_on_commit=False) as session, session.begin():
+        [delivery_id] = webhooks.due_of_job(session, job.id)
+        claim = webhooks.claim(session, delivery_id)
+        assert claim.secrets == ("whsec_x",)
+        tried = Tried(status=410, error=None, took_s=0.1, try_again_s=None)
+        assert webhooks.record(session, claim, tried, actor="tests") == "gone"
+        assert webhooks.next_of_endpoint(session, endpoint.id) is None
