@@ -95,6 +95,7 @@ class FleetConsumer(Consumer):
         except Exception as error:  # noqa: BLE001 - a closed channel after a reconnect raises whatever it likes
             log.warning("ack through the channel failed: %r", error)
         if message is not None and p.__name__ == "ack_log_error" and not message.acknowledged:
+            _give_credit_back(message)
             threading.Thread(target=_ack_late, args=(self.app, message), name="late-ack", daemon=True).start()
         if self.hub:
             self.hub.call_soon(_nothing)  # wakes the loop, which asks for the next message
@@ -214,6 +215,14 @@ def _close(connection: Any) -> None:
 def _channels(connection: Any) -> list[Any]:
     found = [*getattr(connection.transport, "channels", []), connection._default_channel]
     return [channel for channel in found if channel is not None]
+
+
+def _give_credit_back(message: Any) -> None:
+    """Let the channel ask for another message in place of this one, whose ack failed. Else a worker all of whose threads were busy
+    when the broker refused their acks would never ask again: it finds out that a broker is away by asking."""
+    qos = getattr(message.channel, "_qos", None)
+    if qos is not None:
+        qos._quick_ack(message.delivery_tag)
 
 
 def _ack_late(app: Any, message: Any) -> None:

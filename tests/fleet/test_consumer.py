@@ -144,6 +144,21 @@ def test_a_worker_outlives_every_error_the_broker_answers_with_and_goes_on(rig):
     eventually(lambda: rig.broker.hlen("unacked") == 0)
 
 
+def test_a_worker_whose_acks_were_all_refused_takes_messages_again(rig):
+    worker = rig.worker(threads=2)
+    for number in range(2):  # every thread is busy: nothing is asked of the broker while it refuses
+        rig.send(f"busy-{number}", 1.0)
+    eventually(lambda: len(rig.started()) == 2)
+
+    with rig.proxy.refusing(REPLIES["BUSY"]):
+        eventually(lambda: len(rig.ended()) == 2)
+    rig.send("after", 0.1)
+
+    eventually(lambda: "after" in rig.ended(), within_s=5)
+    assert worker.poll() is None
+    eventually(lambda: rig.broker.hlen("unacked") == 0)
+
+
 def test_a_failover_to_a_replica_and_back_ends_no_worker(rig):
     worker = rig.worker()
     rig.send("before", 3)
