@@ -9,7 +9,7 @@ from alembic import op
 
 from migrations import online
 
-revision = "0007"
+revision = "0006"
 down_revision = "0005"
 branch_labels = None
 depends_on = None

@@ -8,8 +8,8 @@ from alembic import op
 
 from migrations import online
 
-revision = "0014"
-down_revision = "0013"
+revision = "0011"
+down_revision = "0010"
 branch_labels = None
 depends_on = None
 
