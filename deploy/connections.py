@@ -260,6 +260,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         self._requests, self._answers = ByteBudget(self.pace.max_held_bytes), ByteBudget(self.pace.max_held_bytes)
         self._probes = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
         self._swept_at = 0.0
+        self.worker_connections += 1  # where gunicorn stops accepting; one connection earlier a silent one makes room
         super().init_process()
 
     def run(self) -> None:
@@ -295,8 +296,10 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
 
     def accept(self, listener: socket.socket) -> None:
         for _ in range(_ACCEPTED_AT_ONCE):
-            if self.nr_conns >= self.worker_connections - 1 and not self._make_room():
+            if self.nr_conns >= self.worker_connections:
                 return
+            if self.nr_conns >= self.cfg.worker_connections:
+                self._make_room()
             try:
                 sock, address = listener.accept()
             except BlockingIOError:
@@ -305,6 +308,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._make_room():
                     continue
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
+                    time.sleep(0.01)  # all files are in threads' hands: the listener stays readable, and asking at once would help nobody
                     return
                 raise
             self.nr_conns += 1
