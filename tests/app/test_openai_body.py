@@ -186,22 +186,22 @@ def test_the_nearest_size_is_one_that_is_offered_and_a_picture_of_an_offered_siz
 
 
 @pytest.mark.parametrize(
-    ("job", "streams", "joins"),
+    ("state", "end", "streams", "joins"),
     [
-        (a_job_that("running"), False, True),
-        (a_job_that("succeeded", ended_ago_s=30), False, True),
-        (a_job_that("succeeded", ended_ago_s=3600), False, False),
-        (a_job_that("succeeded", ended_ago_s=30, erased=True), False, False),
-        (a_job_that("expired", ended_ago_s=5), False, False),
-        (a_job_that("failed", failure_code="internal", ended_ago_s=5), False, False),
-        (a_job_that("failed", failure_code="run_deadline", ended_ago_s=5), False, False),
-        (a_job_that("failed", failure_code="unsupported", ended_ago_s=5), False, True),
-        (a_job_that("canceled", ended_ago_s=5), False, True),
-        (a_job_that("canceled", ended_ago_s=5), True, False),
+        ("running", {}, False, True),
+        ("succeeded", {"ended_ago_s": 30}, False, True),
+        ("succeeded", {"ended_ago_s": 3600}, False, False),
+        ("succeeded", {"ended_ago_s": 30, "erased": True}, False, False),
+        ("expired", {"ended_ago_s": 5}, False, False),
+        ("failed", {"failure_code": "internal", "ended_ago_s": 5}, False, False),
+        ("failed", {"failure_code": "run_deadline", "ended_ago_s": 5}, False, False),
+        ("failed", {"failure_code": "unsupported", "ended_ago_s": 5}, False, True),
+        ("canceled", {"ended_ago_s": 5}, False, True),
+        ("canceled", {"ended_ago_s": 5}, True, False),
     ],
 )
-def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(job, streams, joins):
-    assert may_still_answer(job, streams=streams) is joins
+def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(state, end, streams, joins):
+    assert may_still_answer(a_job_that(state, **end), streams=streams) is joins
 
 
 OURS = ("attempts_exhausted", "internal", "out_of_memory", "input_gone", "run_deadline")
