@@ -77,6 +77,7 @@ def test_every_service_has_limits_and_only_the_capabilities_that_it_needs(servic
         assert set(service.get("cap_add", [])) <= {"CHOWN", "DAC_OVERRIDE", "FOWNER", "SETGID", "SETUID"}, name
         assert service["security_opt"] == ["no-new-privileges:true"], name
     assert not any("cap_add" in services[name] for name in SETTINGS_OF)
+    assert not any(service.get("init") for service in services.values() if "cap_add" in service)  # it may not signal another user's process
 
 
 def test_only_who_has_to_reaches_other_machines(services: dict[str, Any], compose_text: str):
