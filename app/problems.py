@@ -428,7 +428,7 @@ _BY_STATUS = {kind.status: kind for kind in (MalformedBody, NotFound, MethodNotA
 
 def register(app: Flask) -> None:
     """Make every error of `app` a problem."""
-    app.register_error_handler(Problem, Problem.response)
+    app.register_error_handler(Problem, lambda problem: problem.response())
     app.register_error_handler(HTTPException, _from_werkzeug)
     app.register_error_handler(ClientDisconnected, _body_not_there)
     app.register_error_handler(OperationalError, _database_away)
