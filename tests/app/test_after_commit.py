@@ -1,5 +1,6 @@
 """A job that is written is accepted: whatever fails after the commit, the client is told so, or it would ask for it again."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -42,21 +43,27 @@ class House:
     def post(self, path, body, *, headers=None):
         """Send a request; the database is away from the moment at which a job of it is committed until it is answered."""
 
+        is_away = threading.Event()
+
         def go_away(session: Session) -> None:
-            if session.get_bind().url.database == self._name and session.get_bind() is not self._database.owner and self.jobs():
-                event.remove(Session, "after_commit", go_away)
+            is_the_gateway_s = session.get_bind().url.database == self._name and session.get_bind() is not self._database.owner
+            if is_the_gateway_s and not is_away.is_set() and self.jobs():
+                is_away.set()
                 self._let_in(False)
 
         event.listen(Session, "after_commit", go_away)
         try:
             return self.app.test_client().post(path, json=body, headers=bearer(self._key) | (headers or {}))
         finally:
+            event.remove(Session, "after_commit", go_away)
             self._let_in(True)
+            assert is_away.is_set()
 
     def _let_in(self, is_open: bool) -> None:
         with self._server.connect() as connection:
             connection.execute(text(f"ALTER DATABASE {self._name} ALLOW_CONNECTIONS {str(is_open).lower()}"))
             if not is_open:
+                self._database.owner.dispose()
                 connection.execute(
                     text("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = :name"), {"name": self._name}
                 )
