@@ -100,7 +100,7 @@ def test_names_and_keys_that_cannot_be_are_refused(admin, tenant):
     assert_problem(admin.get(f"/v1/admin/tenants/{tenant['id']}/usage", params={"from": "yesterday"}), 422, "invalid-query")
 
 
-def test_an_operator_at_the_limits_of_his_tenant_can_still_raise_them(stack, stack_database, nobody):
+def test_an_operator_whose_tenant_is_at_its_limits_can_still_raise_them(stack, stack_database, nobody):
     with transaction(stack_database) as session:
         tenant = tenants.create(session, name=f"app-operators-{uuid.uuid4().hex[:8]}", actor="tests")
         own = {"tenant_id": tenant.id, "name": "operator", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
