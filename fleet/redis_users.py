@@ -15,10 +15,10 @@ BROKER = {
     "flower": "~* &* +@read +@connection +@pubsub +@transaction +@scripting -@dangerous +info +time +brpop +sadd +srem +zadd +zrem +del",
 }
 HANDOFF = {
-    "gateway": f"~handoff:* ~snapshot:* ~progress:* ~events:* ~watch:* ~budget:* ~LIMITS* &darkroom:* {_ANYTHING_ORDINARY}",
-    "worker": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~watch:* &darkroom:* {_ANYTHING_ORDINARY}",
-    "results": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* &darkroom:* {_ANYTHING_ORDINARY}",
-    "sweeper": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* &darkroom:* {_ANYTHING_ORDINARY}",
+    "gateway": f"~handoff:* ~snapshot:* ~progress:* ~events:* ~watch:* ~budget:* ~LIMITS* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
+    "worker": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~watch:* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
+    "results": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
+    "sweeper": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
     "webhooks": "&darkroom:endings +@connection +@pubsub",  # hears which jobs have ended
 }
 
