@@ -185,7 +185,7 @@ def _items(items: Sequence[Mapping[str, Any]], views: Mapping[uuid.UUID, dict[st
 
 
 def _new_job_view(job: NewJob) -> dict[str, Any]:
-    said = {name: job.params[name] for name in ("tier", "model", "model_version", "seed", "num_images")}
+    said = {name: job.params[name] for name in ("tier", "model", "model_alias", "model_version", "seed", "num_images")}
     return _job_view(cast(Job, SimpleNamespace(id=job.id, state=JobState.QUEUED, **said)))
 
 
