@@ -30,6 +30,7 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
+from gunicorn.http.body import ChunkedReader
 from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 
 from settings import SMALL_BODY_BYTES
@@ -250,10 +251,36 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.sending_since, self.sent, self.drained = 0.0, 0, 0
 
 
+class TellsOfClosing:
+    """An application whose answers say `Connection: close` where the rest of a body that nobody read keeps the connection from going on.
+
+    gunicorn closes such a connection after the answer, and says so only if it knew before: a client that was told nothing sends its
+    next request into the close.
+    """
+
+    def __init__(self, application: Any) -> None:
+        self._application = application
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._application, name)
+
+    def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
+        def start(*arguments: Any) -> Any:
+            if _has_unread(environ["wsgi.input"].reader):
+                start_response.__self__.force_close()
+            return start_response(*arguments)
+
+        return self._application(environ, start)
+
+
 class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     """gunicorn's threaded worker with the loop above."""
 
     pace = Pace()
+
+    def load_wsgi(self) -> None:
+        super().load_wsgi()
+        self.wsgi = TellsOfClosing(self.wsgi)
 
     def init_process(self) -> None:
         self._by_state: dict[State, OrderedDict[Connection, None]] = {state: OrderedDict() for state in State}  # the newest comes last
@@ -491,6 +518,13 @@ def _received(sock: socket.socket, size: int) -> bytes | None:
         return None
     except OSError:
         return b""
+
+
+def _has_unread(reader: Any) -> bool:
+    """Whether more of a body is left than is here already: a small one came with its head."""
+    if isinstance(reader, ChunkedReader):
+        return reader.parser is not None
+    return getattr(reader, "length", 0) > SMALL_BODY_BYTES
 
 
 def _small_body(head: bytes) -> int:

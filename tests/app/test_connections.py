@@ -157,6 +157,20 @@ def test_a_body_that_nobody_reads_is_not_waited_for(patient_gateway, key):
         assert works(patient_gateway, key)
 
 
+@pytest.mark.parametrize("how", ["with its length", "chunked"])
+def test_an_answer_to_a_body_that_nobody_reads_says_that_the_connection_ends(gateway, key, how):
+    """Or a client sends its next request into the close, and hears nothing."""
+    large = b"x" * 1_000_000
+    body = large if how == "with its length" else (large[place : place + 50_000] for place in range(0, len(large), 50_000))
+    with httpx.Client(trust_env=False, headers=bearer(key)) as client:
+        for content in (body, large, large):
+            refused = client.post(f"{gateway}/v1/images/generations", content=content, headers={"Content-Type": "application/json"})
+            asked_again = client.get(f"{gateway}/v1/key")
+
+            assert (refused.status_code, refused.headers["Connection"]) == (413, "close")
+            assert (asked_again.status_code, asked_again.headers["Connection"]) == (200, "keep-alive")
+
+
 def test_a_client_that_sends_a_large_body_in_vain_still_hears_why(gateway):
     answer = httpx.post(f"{gateway}/v1/files", content=bytes(6_000_000), headers={"Content-Type": "image/png"}, trust_env=False)
 

@@ -12,6 +12,7 @@ from models.database import transaction
 from tests.app.conftest import bearer
 
 OPEN = {"/healthz", "/readyz", "/problems/<slug>", "/openapi.json", "/docs", "/docs/<path:name>", "/static/<path:filename>"}
+OPEN |= {"/links/images/<uuid:artifact_id>"}  # its signature is the key: tests/app/test_image_links.py
 BODIES = {  # a body that would do, where one is needed before the id is looked at
     "/v1/admin/tenants/<uuid:tenant_id>": {"weight": 1.0},
     "/v1/admin/tenants/<uuid:tenant_id>/keys": {},
@@ -112,5 +113,5 @@ def test_another_tenant_s_things_are_in_no_list_and_start_no_job(app, stranger, 
     assert stranger.post("/v1/jobs", json=body).status_code == 422
 
 
-def test_every_blueprint_asks_for_a_key_but_those_of_health_and_of_the_document():
-    assert {blueprint.name for blueprint in BLUEPRINTS if not blueprint.before_request_funcs} == {"health", "openapi"}
+def test_every_blueprint_asks_for_a_key_but_those_of_health_of_the_document_and_of_signed_links():
+    assert {blueprint.name for blueprint in BLUEPRINTS if not blueprint.before_request_funcs} == {"health", "openapi", "links"}
