@@ -45,6 +45,7 @@ EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start wil
 DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
 PATH_PREFIX = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+){1,8}")  # no . or .. among its parts
+ROUTES = ("v1", "healthz", "readyz", "docs", "static", "links", "problems", "openapi.json")  # what the gateway's own paths begin with
 SMALL_BODY_BYTES = 65_536  # of a request: is read by gunicorn's loop before a thread is taken
 
 
@@ -378,6 +379,8 @@ class PublicSettings(Environment):
         text = text.rstrip("/")
         parts = urlsplit(text)
         is_plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or parts.username)
+        if parts.path.strip("/").partition("/")[0] in ROUTES:
+            raise ValueError(f"its path begins as our own routes do; accepted: any but /{', /'.join(ROUTES)}")
         if text and not (is_plain and (not parts.path or PATH_PREFIX.fullmatch(parts.path))):
             raise ValueError("is not an address; accepted: such as https://images.example.org or https://example.org/images")
         return text

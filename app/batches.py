@@ -103,7 +103,7 @@ def _complete(drafts: Sequence[_Draft | Problem]) -> list[Outcome]:
     """Look at the pictures of those that could be let in. Raises as `limits.foresee` does, before a new one is looked at."""
     admitted = [draft for draft in drafts if isinstance(draft, _Draft)]
     said = {value for draft in admitted for value in draft.pictures.values() if value is not None}
-    if any(map(inputs.is_new, said)):
+    if any(map(inputs.is_new, said)) or any(draft.pictures.get("mask") for draft in admitted):
         limits.foresee(sum((draft.job.megapixel_steps for draft in admitted), Decimal(0)), jobs=len(admitted))
     intake = inputs.Intake()
     intake.look_up(said)

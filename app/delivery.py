@@ -3,7 +3,8 @@
 A redirect costs the gateway nothing, but asks three things of a client: that it reaches the object store, that it leaves its key
 behind on the way (a store refuses a signed URL that comes with `Authorization`), and, in a browser, that the store allows its page.
 Whoever cannot do that asks for `?redirect=false`, or the operator sets IMAGE_DELIVERY=proxy: then the bytes come from here, in
-pieces, so that a picture is never in memory as a whole. HEAD is always answered here, from the database.
+pieces as the store gives them. What a client does not take at once waits in GATEWAY_BUFFER_BYTES, in no thread. HEAD is always
+answered here, from the database.
 """
 
 from collections.abc import Iterable
@@ -19,8 +20,6 @@ from app.problems import ImageNotFound, InvalidQuery, PartUnavailable, RangeNotS
 from edges.encoding import FORMATS
 from edges.objectstore import PRIVATE, ObjectGone, Span, StoreUnavailable
 from models.tables import Artifact, File
-
-_UNREAD_FOR_S = 30  # a client that takes nothing for so long has gone without a word
 
 
 @dataclass(frozen=True)
@@ -98,8 +97,6 @@ def _pieces(stored: Stored, span: Span | None) -> Iterable[bytes]:
         raise ImageNotFound("The object store does not have this picture any more.") from None
     except StoreUnavailable:
         raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
-    if (sock := request.environ.get("gunicorn.socket")) is not None:
-        sock.settimeout(_UNREAD_FOR_S)
     return pieces
 
 

@@ -139,7 +139,7 @@ def _accepted() -> Accepted:
     if once is not None and (earlier := accepting.answered(once)) is not None:
         return Accepted(earlier, is_new=False)
     resolved = accepting.resolve(wish_of(body, inputs.unseen(body.pictures)))
-    if any(map(inputs.is_new, body.pictures.values())):
+    if body.mask is not None or any(map(inputs.is_new, body.pictures.values())):  # a mask is looked at also when it is here
         accepting.foresee(resolved, start_within_s=body.start_deadline_s)
     resolved = accepting.with_pictures(resolved, body.pictures, inputs.Intake())
     return accepting.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)

@@ -79,7 +79,7 @@ def vary() -> ResponseReturnValue:
 Source = FileStorage | str  # a file of a form; the id of a file, a data URL or a URL
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sent:
     """The picture that a call is about, and its mask, as they came: nobody has looked at them."""
 
@@ -90,10 +90,9 @@ class _Sent:
         """What tells these from others."""
         return [_digest(source) if source is not None else None for source in (self.image, self.mask)]
 
-    @property
-    def is_new(self) -> bool:
-        """Is there one that is not a file of ours already?"""
-        return any(isinstance(source, FileStorage) or inputs.is_new(source) for source in (self.image, self.mask) if source is not None)
+    def forget(self) -> None:
+        """Let go of the pictures: nobody holds them while the client waits."""
+        self.image, self.mask = "", None
 
     def unseen(self, wish: Wish) -> Wish:
         """The wish with stand-ins for its pictures, to ask whether it could be served before they are looked at."""
@@ -200,7 +199,10 @@ def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> Respo
             place.release()
             raise
     with waiting.required():
-        job = waiting.watched(_accept(asked, sent, asks_for).job.id, gateway().settings.images_wait_s)
+        job_id = _accept(asked, sent, asks_for).job.id
+        if sent is not None:
+            sent.forget()
+        job = waiting.watched(job_id, gateway().settings.images_wait_s)
     if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
         raise problem
     return jsonify(_view(asked, job)), 200, {"X-Darkroom-Job-Id": str(job.id)}
@@ -224,8 +226,7 @@ def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
     wish = asked.wish
     if sent is not None:
         unseen = accepting.resolve(sent.unseen(wish))
-        if sent.is_new:
-            accepting.foresee(unseen)
+        accepting.foresee(unseen)  # also for files that are here: whether they have a hole is looked at
         wish = sent.bring(wish)
     return accepting.accept(accepting.resolve(wish), metadata=metadata, once=once)
 

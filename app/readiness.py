@@ -13,13 +13,14 @@ from typing import Any
 
 import structlog
 from sqlalchemy import text
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.objectstore import ObjectStore, StoreUnavailable
 from models import workers
 from models.database import make_engine, transaction
+from policy import connections
 from policy.fleet import Fleet
 from settings import GatewaySettings
 
@@ -84,13 +85,17 @@ class Readiness:
 
 def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore) -> dict[str, Check]:
     """How each part is asked; the database over connections of its own, so that no crowd keeps it from being asked."""
-    database = make_engine(settings.database_url, pool_size=1)
+    database = make_engine(settings.database_url, pool_size=connections.GATEWAY_READINESS)
 
     def takes_writes() -> dict[str, Any]:
-        with transaction(database) as session:
-            session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
-            is_read_only = session.scalar(text("SHOW transaction_read_only")) == "on"  # a primary that was demoted keeps its connections
-        return {"ready": False, "detail": "read-only"} if is_read_only else {"ready": True}
+        try:
+            with transaction(database) as session:
+                session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
+        except OperationalError as error:
+            if "read-only" in str(error.orig):  # a primary that was demoted, which `make_engine` connects to no more
+                return {"ready": False, "detail": "read-only"}
+            raise
+        return {"ready": True}
 
     def has_workers() -> dict[str, Any]:
         """Whether every pool with a warm floor has that many live workers; jobs for the others wait in Postgres."""
@@ -102,15 +107,15 @@ def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: 
 
     return {
         "database": takes_writes,
-        "broker": lambda: _pinged(broker.ping),
-        "handoff": lambda: _pinged(handoff.ping),
-        "object_store": lambda: _pinged(store.ping),
+        "broker": lambda: _checked(broker.check),
+        "handoff": lambda: _checked(handoff.check),
+        "object_store": lambda: _checked(store.ping),
         "workers": has_workers,
     }
 
 
-def _pinged(ping: Callable[[], None]) -> dict[str, Any]:
-    ping()
+def _checked(check: Callable[[], None]) -> dict[str, Any]:
+    check()
     return {"ready": True}
 
 

@@ -29,7 +29,7 @@ class Uploads:
     """How many large bodies one process takes in at once, and how many bytes of its temporary folder they may fill."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        self._largest_bytes = settings.max_upload_bytes
+        self._largest_bytes = max(settings.max_upload_bytes, settings.max_job_body_bytes, settings.max_batch_bytes)
         self._bodies = Capacity(settings.max_uploads, telemetry.UPLOADS)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         room = settings.upload_spool_bytes or free * 4 // 5 // settings.web_concurrency
@@ -42,7 +42,8 @@ class Uploads:
         size = asked.content_length
         if size is None and "chunked" in asked.headers.get("Transfer-Encoding", "").lower():
             size = self._largest_bytes
-        if size is None or not SMALL_BODY_BYTES < size <= self._largest_bytes:  # beyond that, whoever reads refuses it
+        least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES  # such a body comes only when a thread has asked for it
+        if size is None or not least < size <= self._largest_bytes:  # beyond that, whoever reads refuses it
             return
         self._take(self._bodies, 1, "as many uploads coming in as it may")
         if asked.mimetype != "application/json":

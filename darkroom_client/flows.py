@@ -122,17 +122,18 @@ class Flows:
         return content
 
     def _fetched(self, job_id: str, index: int, url: str) -> Flow[httpx.Response]:
-        """The image from the object store; where that cannot be reached from here, or refuses, from the gateway, and so from then on."""
+        """The image from the object store; from the gateway where that refuses, or, from then on, where it cannot be reached."""
         try:
             answer = yield from self._sent(Fetch(url))
             if answer.is_success:
                 return answer
             raise UnexpectedAnswer(f"the object store answered {answer.status_code} for image {index} of job {job_id}")
-        except (Unreachable, UnexpectedAnswer):
+        except (Unreachable, UnexpectedAnswer) as error:
+            is_far = isinstance(error, Unreachable)  # a refusal may be over the next time
             direct = yield from self._sent(wire.show_image(job_id, index, direct=True))
             if not direct.is_success:  # a gateway that always redirects
                 raise
-            self._store_is_far = True
+            self._store_is_far = is_far
             return direct
 
     def download(self, job: Job | str, folder: Path, names: str) -> Flow[tuple[Path, ...]]:

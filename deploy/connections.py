@@ -192,6 +192,7 @@ class ClientSocket:
         self.raw.close()
 
     def shutdown(self, how: int) -> None:
+        self.may_wait = False  # whoever closes after this reads what is here, and no thread waits for more
         self.raw.shutdown(how)
 
     def getsockname(self) -> Any:
@@ -356,6 +357,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Connection, done: "Future[Any]") -> None:
         """Go on with a connection that comes back from a thread."""
         conn.received.clear()
+        if conn.sock.fileno() < 0:  # gunicorn closed it: the application failed in the middle of its answer
+            self._drop(conn)
+            return
         conn.may_stay = not done.cancelled() and done.exception() is None and bool(done.result())
         conn.sending_since, conn.sent = time.monotonic(), 0
         self._send(conn)

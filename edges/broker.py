@@ -62,10 +62,6 @@ class Broker:
         raw = self._ask("lindex", queue, -1)
         return None if raw is None else job_of_message(raw)
 
-    def ping(self) -> None:
-        """Raises BrokerUnavailable."""
-        self._ask("ping")
-
     def check(self) -> None:
         """Raises BrokerUnavailable unless it takes what is written: one that is read-only answers a ping."""
         self._ask("set", PROBE, 1, 60)  # seconds

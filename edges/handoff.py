@@ -105,13 +105,6 @@ class Handoff:
         except redis.RedisError as error:
             raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
-    def ping(self) -> None:
-        """Raises HandoffUnavailable."""
-        try:
-            self._redis.ping()
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
-
     def check(self) -> None:
         """Raises HandoffUnavailable unless it takes what is written: one that is read-only answers a ping."""
         try:

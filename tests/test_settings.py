@@ -141,6 +141,7 @@ def test_all_missing_variables_are_told_at_once(environment, capsys):
         ("PUBLIC_URL", "gateway.test/darkroom"),
         ("PUBLIC_URL", "https://example.com/dark room"),
         ("PUBLIC_URL", "https://user:secret@example.com"),
+        ("PUBLIC_URL", "https://example.com/v1"),
         ("IMAGE_DELIVERY", "pigeon"),
     ],
 )

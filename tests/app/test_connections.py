@@ -2,6 +2,8 @@
 
 import json
 import socket
+import subprocess
+import sys
 import time
 from contextlib import ExitStack, contextmanager, suppress
 from urllib.parse import urlsplit
@@ -11,7 +13,7 @@ import psutil
 import pytest
 
 from deploy.connections import STALE_AFTER_S
-from settings import ServerSettings
+from settings import REPO, ServerSettings
 from tests.app.conftest import bearer
 from tests.builders import a_closed_port, until
 
@@ -210,10 +212,11 @@ def test_a_large_body_may_take_its_time_while_it_comes_fast_enough(a_gateway, ke
     assert status_of(answer) == 422  # it is no picture, but it was read
 
 
-def test_slow_uploads_of_one_tenant_leave_threads_and_room_to_others(patient_gateway, key, new_key):
+@pytest.mark.parametrize(("length", "more"), [(LARGE, b""), (60_000, b"Expect: 100-continue\r\n")], ids=["large", "asks before it sends"])
+def test_slow_uploads_of_one_tenant_leave_threads_and_room_to_others(patient_gateway, key, new_key, length, more):
     with connected(patient_gateway, 3) as slow:
         for sock in slow:
-            sock.sendall(_upload(key, LARGE))
+            sock.sendall(_upload(key, length).replace(b"\r\n", b"\r\n" + more, 1))
         refused = [sock for sock in slow if _is_refused(sock)]
 
         assert len(refused) == 1  # two of three are its share
@@ -227,6 +230,32 @@ def test_a_head_that_does_not_end_is_refused(gateway):
         sock.sendall(b"GET / HTTP/1.1\r\nX: " + b"x" * 70_000)
 
         assert status_of(heard(sock)) == 431
+
+
+def test_an_answer_that_fails_in_the_middle_ends_its_connection_and_no_other(tmp_path):
+    port = a_closed_port()
+    command = [sys.executable, "-m", "gunicorn", "--worker-class", "deploy.connections.BoundedWorker", "--threads", "4"]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen([*command, "-b", f"127.0.0.1:{port}", "tests.app.broken_answers:application"], cwd=REPO, stderr=log)
+    try:
+        until(lambda: answers(port), within_s=20, what="the start")
+        with httpx.Client(trust_env=False, base_url=f"http://127.0.0.1:{port}") as client:
+            [worker] = psutil.Process(process.pid).children()
+            for _ in range(8):  # more than there are threads
+                with pytest.raises(httpx.RemoteProtocolError):
+                    client.get("/broken")
+                assert client.get("/well").text == "well"
+            assert worker.is_running()
+            assert psutil.Process(process.pid).children() == [worker]
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def answers(port):
+    with suppress(httpx.TransportError):
+        return httpx.get(f"http://127.0.0.1:{port}/", trust_env=False).status_code == 200
+    return False
 
 
 def test_requests_behind_one_another_are_answered_in_their_order(gateway):
@@ -388,6 +417,7 @@ def _is_refused(sock):
     """Whether it was told so within a moment; a body that is let in is still waited for."""
     sock.settimeout(1.5)
     try:
-        return status_of(sock.recv(65_536)) == 503
+        answer = sock.recv(65_536)
+        return status_of(sock.recv(65_536) if status_of(answer) == 100 else answer) == 503
     except TimeoutError:
         return False

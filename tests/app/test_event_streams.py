@@ -111,7 +111,8 @@ def test_a_job_is_followed_from_its_place_in_the_queue_to_its_end(api, held_work
 
     order = list(dict.fromkeys(kinds(events)))
     assert order == ["queued", "started", "step", "preview", "stored", "final"]
-    assert kinds(events)[-3:] == ["stored", "stored", "final"]
+    assert kinds(events).count("stored") == 2
+    assert kinds(events)[-2:] == ["stored", "final"]
     assert events[0][2]["jobs_ahead"] >= 0
     assert 0 <= events[0][2]["eta_p50_s"] <= events[0][2]["eta_p90_s"]
     for index in (0, 1):

@@ -146,7 +146,7 @@ def test_a_broker_that_comes_back_is_used_again_at_once(settings, mortal_redis):
 
 
 def test_a_broker_that_is_away_is_the_same_error_whatever_is_asked(broker_away):
-    for ask in (broker_away.ping, lambda: broker_away.waiting(FAST), lambda: broker_away.next_job(FAST)):
+    for ask in (broker_away.check, lambda: broker_away.waiting(FAST), lambda: broker_away.next_job(FAST)):
         with pytest.raises(BrokerUnavailable):
             ask()
 
@@ -160,7 +160,6 @@ def test_every_error_that_a_broker_answers_with_is_one_kind_and_passes(settings,
         with proxy.refusing(reply):
             for ask in (
                 broker.check,
-                broker.ping,
                 lambda: broker.waiting(FAST),
                 lambda: broker.announce(queues.RENDER_JOB, FAST, uuid.uuid4()),
             ):
@@ -171,13 +170,13 @@ def test_every_error_that_a_broker_answers_with_is_one_kind_and_passes(settings,
     assert broker.waiting(FAST) == 1 + len(REPLIES)
 
 
-def test_a_broker_that_is_read_only_answers_a_ping_and_fails_the_check(mortal_redis, settings):
+def test_a_broker_that_is_read_only_answers_questions_and_fails_the_check(mortal_redis, settings):
     broker = Broker(StoreSettings(**{**settings.model_dump(), "broker_url": mortal_redis.url}), a_fleet())
     broker.check()
 
     redis.Redis.from_url(mortal_redis.url).execute_command("REPLICAOF", "127.0.0.1", "1")
 
-    broker.ping()
+    assert broker.waiting(FAST) == 0
     with pytest.raises(BrokerUnavailable, match="ReadOnly"):
         broker.check()
 

@@ -108,7 +108,7 @@ def test_a_hand_off_that_is_away_says_so():
         lambda: away.holds(uuid.uuid4(), 0, 1),
         lambda: list(away.kept()),
         lambda: away.forget(["handoff:x"]),
-        away.ping,
+        away.check,
     ):
         with pytest.raises(HandoffUnavailable):
             ask()
