@@ -104,6 +104,7 @@ def _jobs(database: "Engine", before: datetime, tier: str | None, yes: bool) -> 
     rows[0] = ("jobs", removed)  # but those that somebody was just using
     if tier is None:
         rows[3] = ("files", _all(database, partial(pruning.prune_files, before=before, limit=PIECE)))
+        _all(database, partial(pruning.forget_files, before=before, limit=PIECE))
         _all(database, partial(pruning.prune_endpoints, before=before, limit=PIECE))
     return rows
 

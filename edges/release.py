@@ -48,10 +48,13 @@ class Release:
         return self._publish(pool, tier, picked)
 
     def ask_for_inputs_again(self, pool: str, tier: str, *, asked_before_s: float) -> int:
-        """Have pictures brought that were asked for that long ago and did not come; how many jobs wait for theirs is returned."""
+        """Have pictures brought that were asked for that long ago and did not come; how many jobs wait for theirs is returned.
+
+        The stamps stay also where nobody can be asked: without its stamp a job past its start deadline would expire.
+        """
         with transaction(self._engine) as session:
             lacking = inputs.ask_again(session, pool=pool, tier=tier, asked_before_s=asked_before_s)
-        self._ask_for_inputs(tier, lacking)
+        self._publish_asking(tier, lacking)
         return len(lacking)
 
     def room(self, pool: str, tier: str, live_slots: int) -> Room:
@@ -80,14 +83,19 @@ class Release:
             self.again(job.pool, job.tier, [job_id])
 
     def _ask_for_inputs(self, tier: str, job_ids: Sequence[uuid.UUID]) -> None:
+        if left := self._publish_asking(tier, job_ids):
+            with transaction(self._engine) as session:
+                inputs.forget_asking(session, left)
+
+    def _publish_asking(self, tier: str, job_ids: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:
+        """Ask for the pictures of each job; those that could not be asked for are returned."""
         for position, job_id in enumerate(job_ids):
             try:
                 self._broker.announce(queues.BRING_INPUTS, queues.results_queue(self._fleet, tier), job_id)
             except BrokerUnavailable as error:
                 log.warning("inputs_not_asked_for", job_id=str(job_id), reason=str(error))
-                with transaction(self._engine) as session:
-                    inputs.forget_asking(session, job_ids[position:])
-                return
+                return job_ids[position:]
+        return ()
 
     def _publish(self, pool: str, tier: str, picked: Sequence[Picked]) -> int:
         for position, job in enumerate(picked):

@@ -28,7 +28,9 @@ from fleet.supervision import Program
 
 # A save point that is never reached makes Redis write its memory when it is told to stop, and at no other time: the snapshots of
 # images under way outlive a `down`. (`shutdown-on-sigterm save` says it better, from Redis 7 on.)
-SAVED_AT_STOP = "86400 1000000000"
+SAVED_AT_STOP = "1000000000 1000000000"  # after 31 years
+# One save that fails would else stop all writes until another succeeds, and none is ever due.
+HANDOFF_OPTIONS = {"maxmemory": "1gb", "appendonly": "no", "save": SAVED_AT_STOP, "stop-writes-on-bgsave-error": "no"}
 _POSTGRES_USER = "pgserver"  # Postgres refuses to run as root; the name is the wheel's own choice
 
 
@@ -45,7 +47,7 @@ def prepare(data_dir: Path, addresses: Addresses) -> list[Service]:
     return [
         _postgres(data_dir / "postgres", addresses),
         _redis(data_dir, "broker", addresses, redis_users.BROKER, {"maxmemory": "256mb", "appendonly": "yes", "save": '""'}),
-        _redis(data_dir, "handoff", addresses, redis_users.HANDOFF, {"maxmemory": "1gb", "appendonly": "no", "save": SAVED_AT_STOP}),
+        _redis(data_dir, "handoff", addresses, redis_users.HANDOFF, HANDOFF_OPTIONS),
         _object_store(data_dir / "s3", addresses),
     ]
 

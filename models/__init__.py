@@ -10,7 +10,7 @@ in a circle; tests/app/test_lock_order.py races every pair of the API's operatio
 2. `tenants`, then `api_keys`.
 3. `jobs`, several of them by ascending id; after a job its `attempts`, `images` and `artifacts`. The advisory lock of a release,
    where it is waited for, comes before the jobs that it stamps; where a job is accepted it is only tried.
-4. `files`, by ascending id, then `uploads`, by ascending key.
+4. `files`, by ascending id, then `stored_files`, then `uploads`, by ascending key.
 5. `flows`, by pool and tier, then `usage_ledger`.
 6. `webhook_endpoints`, then their secrets and deliveries.
 7. The head of the tenant's audit chain. After it nothing is waited for but `fair_clocks`, which the lock of a release guards.

@@ -52,7 +52,7 @@ def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID)
 
 def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None) -> Sequence[File]:
     """Up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
-    # By the tenant's own index, whatever the planner believes: see jobs.page.
+    # By the tenant's own index, whatever the planner believes: see models/listing.py.
     is_own = File.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
     query = select(File).where(is_own, File.erased_at.is_(None), File.id < (before or _LAST_ID))
     return session.scalars(query.order_by(File.tenant_id.desc(), File.id.desc()).limit(limit)).all()

@@ -102,7 +102,12 @@ def note_brought(session: Session, job_id: uuid.UUID) -> Brought | None:
     statement = (
         update(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.lacks_inputs)
-        .values(lacks_inputs=False, inputs_asked_at=func.coalesce(Job.inputs_asked_at, func.clock_timestamp()))
+        .values(
+            lacks_inputs=False,
+            inputs_asked_at=func.coalesce(Job.inputs_asked_at, func.clock_timestamp()),
+            # From now on it may stand in line as long as any other.
+            start_by=func.greatest(Job.start_by, func.clock_timestamp() + (Job.start_by - Job.accepted_at)),
+        )
         .returning(Job.pool, Job.tier, waited)
         .execution_options(synchronize_session=False)
     )
@@ -129,7 +134,7 @@ def asked_and_lacking(session: Session) -> Mapping[tuple[str, str], int]:
 def start_deadline() -> ColumnElement[datetime]:
     """SQL: until when a job has to start, or it expires.
 
-    To have its pictures brought is a start; from its deadline on it may wait for them as long as it may run.
+    While its pictures are being brought it may wait for them, from its deadline on, as long as it may run.
     """
-    seconds = case((Job.inputs_asked_at.is_not(None), func.coalesce(Job.run_within_s, LONGEST_WAIT_S)), else_=0.0)
+    seconds = case((Job.lacks_inputs & Job.inputs_asked_at.is_not(None), func.coalesce(Job.run_within_s, LONGEST_WAIT_S)), else_=0.0)
     return Job.start_by + func.make_interval(0, 0, 0, 0, 0, 0, seconds)

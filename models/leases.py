@@ -86,7 +86,7 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
     A single UPDATE, so two workers cannot both win. Only queued jobs are given: a silent worker's job is first put back by
     `lose`, the one place that counts lost leases. And none whose pictures are not there, for it would only hold its slots.
     """
-    in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp()) | Job.inputs_asked_at.is_not(None)
+    in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp())
     taken = session.execute(
         update(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, ~Job.lacks_inputs, in_time)

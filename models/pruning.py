@@ -80,6 +80,7 @@ _OLD_FILES = text(
     f"SELECT f.id, f.tenant_id, f.object_key, f.content_sha256 FROM files f WHERE f.erased_at IS NULL AND {_UNUSED}"
     " ORDER BY f.tenant_id, f.id LIMIT :limit FOR UPDATE SKIP LOCKED"
 )
+_ERASE_FILES = _ids(f"UPDATE files f SET erased_at = clock_timestamp() WHERE f.id = ANY(:ids) AND {_UNUSED} RETURNING f.id")
 # A day after its content: a job that was just being accepted with it has found it erased by then.
 _FORGET_FILES = text(
     f"""
@@ -136,18 +137,21 @@ def prune_jobs(session: Session, *, before: datetime, after: uuid.UUID = FIRST_I
 
 
 def prune_files(session: Session, *, before: datetime, limit: int) -> int:
-    """Erase up to `limit` files that were brought before `before` and that no job starts from any more, as DELETE does; how many.
-
-    The rows of those that were erased a day ago or more, also by their tenants, go for good.
-    """
-    rows = session.execute(_OLD_FILES, {"before": before, "limit": limit}).all()
-    session.execute(_ids("UPDATE files SET erased_at = clock_timestamp() WHERE id = ANY(:ids)"), {"ids": [row.id for row in rows]})
+    """Erase up to `limit` files that were brought before `before` and that no job starts from any more, as DELETE does; how many."""
+    locked = session.execute(_OLD_FILES, {"before": before, "limit": limit}).all()
+    # Asked again now that nobody else can name them: a job may have been accepted with one while the first look was under way.
+    erased = set(session.scalars(_ERASE_FILES, {"before": before, "ids": [row.id for row in locked]}))
+    rows = [row for row in locked if row.id in erased]
     _give_up(session, [row.object_key for row in rows])
-    session.execute(_FORGET_FILES, {"before": before, "limit": limit})
     for row in rows:  # chains in order, as they were read
         facts: dict[str, Any] = {"file_id": str(row.id), "content_sha256": row.content_sha256}
         audit.append(session, "file:content:erased", chain=row.tenant_id, actor=ACTOR, **facts)
     return len(rows)
+
+
+def forget_files(session: Session, *, before: datetime, limit: int) -> int:
+    """Remove up to `limit` rows of files that were erased a day ago or more, also by their tenants; how many."""
+    return _count(session, _FORGET_FILES, before=before, limit=limit)
 
 
 def prune_endpoints(session: Session, *, before: datetime, limit: int) -> int:

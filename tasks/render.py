@@ -147,7 +147,7 @@ class Renderer:
                 self._hand_on(work, finished)
             self.desk.drop(held.lease.job)
             # As a rule the last hand-off has ended the lease; but one of an earlier attempt may have vanished meanwhile.
-            self._give_back(held.lease, "an image of an earlier attempt is to be rendered again")
+            self._give_back(held.lease, "an image of an earlier attempt is to be rendered again", lacks_inputs=True)
         except LetGo:
             self._let_go(work)
         except (LeaseLost, ImageCanceled):
@@ -293,9 +293,10 @@ class Renderer:
         told = {"rendered": rendered, "store_within_s": self.settings.store_within_s}
         run_transaction(self.database, lambda session: leases.hand_off(session, lease, index, **told))
 
-    def _give_back(self, lease: Lease, reason: str) -> None:
+    def _give_back(self, lease: Lease, reason: str, *, lacks_inputs: bool = False) -> None:
+        told = {"reason": reason, "lacks_inputs": lacks_inputs}
         with suppress(LeaseLost):
-            run_transaction(self.database, lambda session: leases.give_back(session, lease, reason=reason))
+            run_transaction(self.database, lambda session: leases.give_back(session, lease, **told))
 
     def _let_go(self, work: Work) -> None:
         """A lost lease: nothing more is written. A worker that leaves: hand on what is finished, give the rest up with snapshots."""

@@ -43,7 +43,7 @@ from settings import Settings
 log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
-MOST_HANDED_OUT = 200  # webhook deliveries that nobody has taken yet
+MOST_HANDED_OUT = 200  # messages of one queue that nobody has taken yet
 ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
 INPUTS_LATE_AFTER_S = 5.0  # pictures that were asked for that long ago: the store may be back
 INPUTS_LOST_AFTER_S = 60.0  # or, while other messages wait in that queue, theirs may have been lost
@@ -84,6 +84,7 @@ class Sweeper:
         """One pass over everything. A part that fails does not keep the others from their turn."""
         try:
             with self.database.connect() as lock:
+                lock.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # it is idle for as long as a pass takes
                 if lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
                     self._sweep()
                 else:  # whoever sweeps right now looks after all of it
@@ -259,8 +260,10 @@ class Sweeper:
         """Pictures that did not come: ask again, but not while whoever brings them has not looked at what he was asked before."""
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
-                is_heard = self.broker.waiting(queues.results_queue(self.fleet, tier)) == 0
-                late_s = INPUTS_LATE_AFTER_S if is_heard else INPUTS_LOST_AFTER_S
+                waiting = self.broker.waiting(queues.results_queue(self.fleet, tier))
+                if waiting > MOST_HANDED_OUT:
+                    continue  # nobody takes anything for now
+                late_s = INPUTS_LOST_AFTER_S if waiting else INPUTS_LATE_AFTER_S
                 late = self.release.ask_for_inputs_again(pool, tier, asked_before_s=late_s)
                 if late:
                     telemetry.SWEPT.labels("inputs_late").inc(late)

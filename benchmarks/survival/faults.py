@@ -180,7 +180,8 @@ class Director:
 
     def _cut(self, fault: Fault) -> None:
         if fault.target == "postgres":
-            self._rig.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'darkroom_app'")
+            others = "usename LIKE 'darkroom%' AND usename <> current_user"
+            self._rig.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
             return
         client = self._redis(fault.target)
         for kind in ("pubsub", "normal"):  # ours is spared

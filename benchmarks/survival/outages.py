@@ -6,7 +6,7 @@ after a failed save is said by a proxy on the way to it (refusals.py). Postgres:
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,8 +16,10 @@ import redis
 
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
 from benchmarks.survival.rig import Rig
-from fleet.addresses import Addresses, free_ports
+from fleet import redis_users
+from fleet.addresses import PROCESSES, Addresses, free_ports, password_of
 from fleet.stack import Stack
+from migrations.roles import OF_PROCESS
 
 PROXIED = {"broker": "BROKER_URL", "handoff": "HANDOFF_URL"}
 
@@ -63,7 +65,7 @@ def outages(rig: Rig) -> list[Outage]:
     assert isinstance(stack, ProxiedStack)
     found = []
     for part, variable in PROXIED.items():
-        server = Server(rig.env[variable], stack.data_dir / part)
+        server = Server(rig.env[variable], stack.data_dir / part, _users(part, rig))
         found += [Outage(part, name, act) for name, act in server.ways().items()]
         for name, reply in REPLIES.items():
             proxy = stack.proxies[part]
@@ -72,11 +74,18 @@ def outages(rig: Rig) -> list[Outage]:
     return [*found, *(Outage("postgres", name, act) for name, act in postgres.ways().items())]
 
 
+def _users(part: str, rig: Rig) -> dict[str, tuple[str, str]]:
+    """Rules and password of each that a process of the house logs in as: what is done to the operator concerns none of them."""
+    rules = {"broker": redis_users.BROKER, "handoff": redis_users.HANDOFF}[part]
+    return {name: (rules[name], rig.env[password_of(name)]) for name in PROCESSES}
+
+
 class Server:
     """A real Redis and what can be done to it over one connection that stays."""
 
-    def __init__(self, url: str, folder: Path) -> None:
-        self._url, self._folder = url, folder
+    def __init__(self, url: str, folder: Path, users: Mapping[str, tuple[str, str]]) -> None:
+        """users: rules and password of each that a process of the house logs in as."""
+        self._url, self._folder, self._users = url, folder, users
         self._redis = redis.Redis.from_url(url, socket_timeout=10, single_connection_client=True)
 
     def ways(self) -> dict[str, Callable[[], contextlib.AbstractContextManager[None]]]:
@@ -112,7 +121,7 @@ class Server:
         with contextlib.suppress(FileNotFoundError):
             in_the_way.unlink()
         in_the_way.mkdir()
-        with self._set("save", "3600 1"):
+        with self._set("stop-writes-on-bgsave-error", "yes"), self._set("save", "3600 1"):
             self._do("BGSAVE")
             try:
                 yield
@@ -121,17 +130,24 @@ class Server:
 
     @contextlib.contextmanager
     def forbidden(self) -> Iterator[None]:
-        self._do("ACL", "SETUSER", "default", "-@write", "-@blocking")
+        for user in self._users:
+            self._do("ACL", "SETUSER", user, "-@write", "-@blocking")
         try:
             yield
         finally:
-            self._do("ACL", "SETUSER", "default", "+@all")
+            for user, (rules, _) in self._users.items():
+                self._do("ACL", "SETUSER", user, "nocommands", "resetkeys", "resetchannels", *rules.split())
 
     @contextlib.contextmanager
     def with_another_password(self) -> Iterator[None]:
-        with self._set("requirepass", "another"):
+        for user in self._users:
+            self._do("ACL", "SETUSER", user, "resetpass", ">another")
+        try:
             self._send_everybody_away()
             yield
+        finally:
+            for user, (_, password) in self._users.items():
+                self._do("ACL", "SETUSER", user, "resetpass", f">{password}")
 
     @contextlib.contextmanager
     def crowded(self) -> Iterator[None]:
@@ -220,15 +236,15 @@ class Postgres:
 
     @contextlib.contextmanager
     def _altered(self, to: str, back: str) -> Iterator[None]:
-        self._do(f"ALTER ROLE darkroom_app {to}")
+        self._do(*(f"ALTER ROLE {role} {to}" for role in OF_PROCESS.values()))
         self._end_sessions()
         try:
             yield
         finally:
-            self._do(f"ALTER ROLE darkroom_app {back}")
+            self._do(*(f"ALTER ROLE {role} {back}" for role in OF_PROCESS.values()))
 
     def _end_sessions(self) -> None:
-        self._do("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'darkroom_app'")
+        self._do("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename LIKE 'darkroom%' AND usename <> current_user")
 
     def _do(self, *statements: str) -> None:
         url = self._rig.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", "")

@@ -29,10 +29,10 @@ POLICIES = (
 def upgrade() -> None:
     online.add_columns("workers", [sa.Column("silent_after_s", sa.Double(), server_default=sa.text("15"), nullable=False)])
     roles.create(op.get_bind())
+    _count_live_workers_by(FIXED, OWN)  # before `jobs` is locked: whoever reads the view locks it first, and then `jobs`
     for policy in POLICIES:
         op.execute(policy)
     op.execute("ALTER TABLE jobs ENABLE ROW LEVEL SECURITY")
-    _count_live_workers_by(FIXED, OWN)
 
 
 def downgrade() -> None:

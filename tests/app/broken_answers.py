@@ -1,4 +1,4 @@
-"""An application whose answers end in the middle: `gunicorn --worker-class deploy.connections.BoundedWorker tests.app.broken_answers:application`."""
+"""An application whose answers end in the middle, for gunicorn with `deploy.connections.BoundedWorker`."""
 
 from collections.abc import Iterator
 from typing import Any

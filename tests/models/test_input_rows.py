@@ -40,8 +40,9 @@ def ask(session, pool, most=4) -> list[uuid.UUID]:
 
 
 def miss_start(session, job, by_s) -> None:
-    """Let the job's start deadline have passed so long ago."""
-    statement = text("UPDATE jobs SET start_by = clock_timestamp() - make_interval(secs => :by_s) WHERE id = :id")
+    """Let the job have been accepted so early that its start deadline passed so long ago."""
+    missed = "clock_timestamp() - make_interval(secs => :by_s)"
+    statement = text(f"UPDATE jobs SET accepted_at = accepted_at - (start_by - ({missed})), start_by = {missed} WHERE id = :id")
     session.execute(statement, {"by_s": by_s, "id": job.id})
 
 
@@ -165,7 +166,19 @@ def test_a_job_whose_pictures_were_asked_for_has_its_run_time_to_wait_for_them(s
     assert unasked.id in sweeping.missed_starts(session)
     assert jobs.expire(session, asked.id) is None
     inputs.note_brought(session, asked.id)
+    assert asked.id not in sweeping.missed_starts(session)
     assert leases.take(session, asked.id, worker="w", device="cpu", ttl_s=15) is not None
+
+
+def test_a_job_whose_pictures_have_come_has_to_start_as_soon_as_any_other(session, pool):
+    job = a_picture_job(session, pool, run_within_s=100.0)
+    ask(session, pool)
+    inputs.note_brought(session, job.id)
+    miss_start(session, job, by_s=1)
+
+    assert leases.take(session, job.id, worker="w", device="cpu", ttl_s=15) is None
+    assert job.id in sweeping.missed_starts(session)
+    assert jobs.expire(session, job.id).state == JobState.EXPIRED
 
 
 def test_a_job_does_not_wait_for_its_pictures_for_ever(session, pool):

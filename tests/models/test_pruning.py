@@ -348,6 +348,7 @@ def test_a_file_that_no_job_starts_from_is_erased_and_a_day_later_forgotten(owne
     def prune() -> list[int]:
         with transaction(owner) as session:
             pruning.prune_files(session, before=CUTOFF, limit=100)
+            pruning.forget_files(session, before=CUTOFF, limit=100)
         with transaction(owner) as session:
             return [count(session, "files", id=file_id) for file_id in (unused, used, young)]
 
