@@ -25,6 +25,16 @@ def end(session: Session, object_key: str) -> None:
     session.execute(delete(Upload).where(Upload.object_key == object_key))
 
 
+def end_if_named(session: Session, object_key: str) -> None:
+    """Strike out a note that was made for nothing: the object has its artifact or its file by another delivery of the same pixels.
+
+    Left standing, it would look like an upload under way, and who gives the object up would have to wait for ORPHAN_AFTER_S.
+    """
+    note = select(Upload.object_key).where(Upload.object_key == object_key).with_for_update()
+    if session.scalar(note) is not None and _is_named(session, object_key):
+        end(session, object_key)
+
+
 def give_up(session: Session, object_key: str) -> None:
     """The caller wants the object no more: `left_behind` is to find it at once, unless somebody is just storing it again.
 

@@ -105,6 +105,7 @@ class Storekeeper:
         self.handoff.drop(job.id, index, attempt)
         if after is None:
             telemetry.DUPLICATES.labels("store").inc()
+            run_transaction(self.database, lambda session: uploads.end_if_named(session, artifact["object_key"]))
             return True
         telemetry.IMAGES_STORED.labels(job.tier, job.output_format).inc()
         telemetry.STORED_BYTES.inc(artifact["size_bytes"])

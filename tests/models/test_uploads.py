@@ -6,7 +6,7 @@ import uuid
 import pytest
 from sqlalchemy import text
 
-from models import uploads
+from models import erasing, uploads
 from models.database import transaction
 from tests.builders import a_lease, a_succeeded_job, an_artifact, hand_off, store
 
@@ -131,3 +131,23 @@ def test_an_upload_does_not_begin_while_its_object_is_being_deleted(database, ke
     with transaction(database.app) as session:
         assert is_noted(session, key)
         assert uploads.left_behind(session, older_than_s=90) is None
+
+
+def test_a_doubled_delivery_leaves_no_note_that_keeps_an_erased_picture_in_the_store(session):
+    job = a_succeeded_job(session)
+    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    begin(session, key)  # by the second delivery, when the first had stored the image already
+
+    uploads.end_if_named(session, key)
+    assert not is_noted(session, key)
+
+    erasing.erase(session, job.id, tenant_id=job.tenant_id, actor="tests")
+    assert uploads.left_behind(session, older_than_s=600) == key
+
+
+def test_a_note_of_what_nothing_names_stays(session, key):
+    begin(session, key)
+
+    uploads.end_if_named(session, key)
+
+    assert is_noted(session, key)
