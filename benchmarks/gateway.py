@@ -132,7 +132,7 @@ def _bare_route(env: dict[str, str]) -> Iterator[str]:
         connection.execute(text("GRANT SELECT, INSERT ON bare TO darkroom_app"))
     owner.dispose()
     bind = f"127.0.0.1:{free_ports(1)[0]}"
-    own = {"DATABASE_URL": env["DATABASE_URL"], "BROKER_URL": env["BROKER_URL"], "GATEWAY_BIND": bind}
+    own = {**env, "GATEWAY_BIND": bind, "METRICS_PORT": "0"}  # that configuration reads all of the gateway's settings
     command = [sys.executable, "-m", "gunicorn", "-c", "deploy/gunicorn.conf.py", "benchmarks.door.bare:application"]
     process = subprocess.Popen(command, cwd=REPO, env={**os.environ, **own}, stderr=subprocess.DEVNULL)
     try:
