@@ -18,16 +18,6 @@ os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"  # the receivers of web
 telemetry.configure_logs()  # to standard error, as in every process of the house: what a test reads from standard output is its own
 
 
-APART = ("engine/", "pocket/", "policy/", "tasks/test_preemption.py")  # need no stack, or make one of their own
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` what needs the shared stack is one process's, all the rest another's: there is one, whatever happens."""
-    for item in items:
-        is_apart = item.path.relative_to(Path(__file__).parent).as_posix().startswith(APART)
-        item.add_marker(pytest.mark.xdist_group("apart" if is_apart else "stack"))
-
-
 class SecondTenant(NamedTuple):
     """A stranger to the tenant of `client`."""
 
