@@ -71,6 +71,7 @@ class Sweeper:
     news: News
     fill: Callable[[], float]  # of the hand-off
     on_turn: Callable[[], None] = lambda: None  # told of every step of a pass
+    _in_pass: threading.Lock = field(default_factory=threading.Lock, init=False)
     _due_at: dict[str, float] = field(default_factory=dict, init=False)
     _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
     _lenient_until: float = field(default=-math.inf, init=False)
@@ -81,7 +82,15 @@ class Sweeper:
     _away: set[str] = field(default_factory=set, init=False)  # parts that take nothing, at the last look
 
     def sweep(self) -> None:
-        """One pass over everything. A part that fails does not keep the others from their turn."""
+        """Do one pass over everything; nothing if this process is in one. A part that fails does not keep the others from their turn."""
+        if not self._in_pass.acquire(blocking=False):  # or what the pass under way knows of an outage would be forgotten
+            return
+        try:
+            self._sweep_unless_another_does()
+        finally:
+            self._in_pass.release()
+
+    def _sweep_unless_another_does(self) -> None:
         try:
             with self.database.connect() as lock:
                 lock.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # it is idle for as long as a pass takes

@@ -1,5 +1,6 @@
 """The sweeper's own time: what fails comes again a little later, what there is too much of goes on at the next sweep."""
 
+import threading
 import time
 import uuid
 from dataclasses import replace
@@ -203,3 +204,20 @@ def test_pending_deliveries_are_counted_up_to_a_number_and_no_further(database_h
 
         assert webhooks.pending(session) == 3
         session.rollback()
+
+
+def test_a_sweep_that_is_asked_for_during_another_leaves_what_that_one_knows(sweeper, parts):
+    known = []
+
+    def sees_an_outage():
+        sweeper._saw_outage = True
+        asked_for = threading.Thread(target=sweeper.sweep)
+        asked_for.start()
+        asked_for.join()
+        known.append(sweeper._saw_outage)
+
+    called = parts(outages=(sees_an_outage, 0))
+    sweeper.sweep()
+
+    assert known == [True]
+    assert list(called.values()) == [1]
