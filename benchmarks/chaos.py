@@ -127,7 +127,8 @@ class Trial:
 
     def _whole_again(self) -> Check:
         """Every worker is back: what was killed last takes its time to load the model."""
-        is_whole = wait_until(lambda: self.rig.live_workers() == len(self.rig.workers), PATIENCE_S)
+        count, since = len(self.rig.workers), self.rig.sql("SELECT clock_timestamp() AS now")[0]["now"]
+        is_whole = wait_until(lambda: self.rig.live_workers() == self.rig.workers_heard_since(since) == count, PATIENCE_S)
         return Check.of("every part is ready again", f"{len(self.rig.workers)} workers", [] if is_whole else ["/readyz says no"])
 
     def _judge(self, label: str, checks: Sequence[Check]) -> None:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ class Rig:
             return int(parts["workers"].get("live", 0)) if all(part["ready"] for part in parts.values()) else 0
         except (httpx.HTTPError, KeyError, ValueError):
             return 0
+
+    def workers_heard_since(self, instant: datetime) -> int:
+        """Workers that said after `instant`, by the database's clock, that they are alive. A killed one's row looks alive for a while."""
+        return int(self.sql("SELECT count(*) AS n FROM workers WHERE seen_at > :instant", instant=instant)[0]["n"])
 
     def worker_name(self, process: str) -> str:
         """What the worker of this process calls itself: fleet/house.py says so."""
