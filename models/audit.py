@@ -1,6 +1,6 @@
 """Append facts to the audit log. Names read `subject:aspect:past-tense`; facts are ids and numbers, never prompts or addresses.
 
-The database links each event to the one before it in its chain (a tenant's, or `system`): see the first migration.
+The database links each event to the one before it in its chain (a tenant's, or `system`): models/sql/functions/audit_link.sql.
 """
 
 import uuid
