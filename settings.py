@@ -312,10 +312,11 @@ class Settings(BrokerSettings):
     def _agree(self) -> Self:
         """Refuse what is sound by itself and not together."""
         problems = []
-        if not self.lease_renew_s < self.lease_stop_s:
-            problems.append(f"LEASE_STOP_S: must be more than LEASE_RENEW_S ({self.lease_renew_s:g}): no worker could renew in time")
-        if not self.lease_stop_s < self.lease_ttl_s:
-            problems.append(f"LEASE_STOP_S: must be less than LEASE_TTL_S ({self.lease_ttl_s:g}): two workers would render one job")
+        if not self.lease_renew_s < self.lease_stop_s < self.lease_ttl_s:
+            problems.append(
+                f"LEASE_STOP_S: must be more than LEASE_RENEW_S ({self.lease_renew_s:g}), or no worker could renew in time,"
+                f" and less than LEASE_TTL_S ({self.lease_ttl_s:g}), or two would render one job"
+            )
         if not self.store_within_s < self.handoff_ttl_s:
             problems.append(f"STORE_WITHIN_S: must be less than HANDOFF_TTL_S ({self.handoff_ttl_s}): pixels would be gone when looked for")
         if _server(self.broker_url) == _server(self.handoff_url):

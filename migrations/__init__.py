@@ -1,10 +1,9 @@
-"""How the tables got here, one story per file. `python -m migrations` brings a database up to date.
+"""How the tables got here, one story per file; functions, views and triggers follow their files in models/sql.
 
-MigrationFailed
-├── UnknownRevision   a newer version migrated it: start that one, or restore the backup of before
-└── DatabaseBusy      somebody held a lock all the time: end that transaction, then try again
+`python -m migrations` brings a database up to date: versioned migrations, then living SQL, then the grants.
 """
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,41 +16,41 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, text
 from sqlalchemy.exc import OperationalError
 
-from migrations import roles
+from migrations import living, roles
+from migrations.errors import DatabaseBusy, RevisionTooOld, UnknownRevision
 from migrations.log_settings import keep_prompts_out_of_logs
 from migrations.online import LOCK_TIMEOUT
+from models.sweeping import AUDIT_MONTHS_AHEAD
 
 _LOCK = 0x4461726B726F6F6D  # "Darkroom": only one process migrates at a time
 _OTHERS_FIRST = ("55P03", "40P01")  # lock not available, deadlock detected
 _PAUSE_S = 2.0  # between two tries; whom the first one made wait is served meanwhile
 _WAIT_S = 600.0
 
-
-class MigrationFailed(Exception):
-    """The database is not up to date; the text says what to do."""
-
-
-class UnknownRevision(MigrationFailed):
-    """This version does not know the database's revision."""
+VERSIONS = [Path(__file__).parent / "versions"]  # folders of versioned migrations
+REPLACED = {f"{number:04}" for number in range(1, 12)}  # revisions that one baseline stands for: it is the twelfth
 
 
-class DatabaseBusy(MigrationFailed):
-    """A lock could not be had, however often it was tried."""
-
-
-def upgrade(owner_url: str, revision: str = "head", *, say: Callable[[str], None] = lambda line: None, wait_s: float = _WAIT_S) -> None:
-    """Run every migration that the database has not seen, as its owner, and apply the grants.
+def upgrade(
+    owner_url: str,
+    revision: str = "head",
+    *,
+    say: Callable[[str], None] = lambda line: None,
+    wait_s: float = _WAIT_S,
+) -> None:
+    """Run every migration that the database has not seen, as its owner; then apply living SQL and the grants.
 
     Safe when several start at once, and beside running code.
 
-    say: is told what is done, a line at a time.  wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
+    revision: to stop at; living SQL is for the newest alone.  say: is told what is done, a line at a time.
+    wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
     """
     engine = create_engine(owner_url)
     deadline = time.monotonic() + wait_s
     try:
         with _only_one(engine, deadline, say):
             before = _check_revision(engine)
-            while not _try(engine, revision, say):
+            while (applied := _try(engine, revision, say)) is None:
                 if time.monotonic() > deadline:
                     raise DatabaseBusy(
                         f"a table stayed locked for {wait_s:g} s; end the transaction that holds it (see pg_stat_activity) and try again"
@@ -61,7 +60,10 @@ def upgrade(owner_url: str, revision: str = "head", *, say: Callable[[str], None
             keep_prompts_out_of_logs(engine, say)
     finally:
         engine.dispose()
-    say(f"at revision {after}, nothing to do" if before == after else f"at revision {after}, was {before or 'empty'}")
+    if before == after and applied:
+        say(f"at revision {after}; made anew: {', '.join(applied)}")
+    else:
+        say(f"at revision {after}, nothing to do" if before == after else f"at revision {after}, was {before or 'empty'}")
 
 
 def current_revision(engine: Engine) -> str | None:
@@ -92,37 +94,55 @@ def _only_one(engine: Engine, deadline: float, say: Callable[[str], None]) -> It
 
 
 def _check_revision(engine: Engine) -> str | None:
-    """The database's revision. Raises UnknownRevision."""
+    """Return the database's revision. Raises UnknownRevision, RevisionTooOld."""
     revision = current_revision(engine)
-    known = {script.revision for script in ScriptDirectory(str(Path(__file__).parent)).walk_revisions()}
-    if revision is not None and revision not in known:
-        raise UnknownRevision(
-            f"the database is at revision {revision}, which this version does not know, so a newer one migrated it:"
-            " start that version again, or go back to the backup that was made before the upgrade (docs/operations.md)"
+    with engine.connect() as connection:
+        scripts = ScriptDirectory.from_config(_config(connection))
+    if revision is None or revision in {script.revision for script in scripts.walk_revisions()}:
+        return revision
+    if revision in REPLACED:
+        raise RevisionTooOld(
+            f"the database is at revision {revision}, and this version begins at {min(scripts.get_bases())}: upgrade it"
+            " first with a version that has the migrations in between, or begin with an empty one (docs/operations.md)"
         )
-    return revision
+    raise UnknownRevision(
+        f"the database is at revision {revision}, which this version does not know, so a newer one migrated it:"
+        " start that version again, or go back to the backup that was made before the upgrade (docs/operations.md)"
+    )
 
 
-def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> bool:
-    """Run what is missing; False if a lock was not to be had in time. What was done by then stays, or is done again harmlessly."""
+def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> list[str] | None:
+    """Run what is missing and name the living SQL that was applied; None if a lock was not to be had in time.
+
+    What was done by then stays, or is done again harmlessly.
+    """
     try:
         with engine.connect() as connection:
             connection.execute(text(f"SET lock_timeout = '{LOCK_TIMEOUT}'"))
             connection.commit()
             command.upgrade(_config(connection), revision)
-            if revision == "head":
-                roles.grant(connection)
+            applied = _apply_living(connection) if revision == "head" else []
             connection.commit()
     except OperationalError as error:
         if getattr(error.orig, "pgcode", None) not in _OTHERS_FIRST:
             raise
         say(f"a table is in use ({' '.join(str(error.orig).split())}); trying again")
-        return False
-    return True
+        return None
+    return applied
+
+
+def _apply_living(connection: Connection) -> list[str]:
+    """Bring functions, views and triggers up to date, with who may use them, and the audit log's partitions."""
+    applied = living.apply(connection)
+    roles.grant(connection)
+    connection.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
+    return applied
 
 
 def _config(connection: Connection) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
+    config.set_main_option("path_separator", "os")
+    config.set_main_option("version_locations", os.pathsep.join(map(str, VERSIONS)))
     config.attributes["connection"] = connection
     return config

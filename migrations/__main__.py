@@ -13,6 +13,7 @@ from sqlalchemy.exc import DBAPIError
 
 import migrations
 from migrations import roles
+from migrations.errors import MigrationFailed
 from settings import MigrationSettings, load, refuse
 
 WRONG_PASSWORD = (
@@ -29,7 +30,7 @@ def main() -> None:
         migrations.upgrade(settings.migration_database_url, say=_say)
         for role, password in passwords.items():
             _let_in(settings.migration_database_url, role, password)
-    except migrations.MigrationFailed as error:
+    except MigrationFailed as error:
         sys.exit(f"migrations: {error}")
     except DBAPIError as error:
         reason = " ".join(str(error.orig).split())

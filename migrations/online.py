@@ -10,6 +10,7 @@ CONCURRENTLY. A change that does not get its lock in time fails, and `migrations
 
 import uuid
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sqlalchemy as sa
 from alembic import op
@@ -19,7 +20,7 @@ from sqlalchemy.schema import CreateColumn
 LOCK_TIMEOUT = "1s"  # whoever waits for a lock makes all those wait that come after
 
 
-def add_columns(table: str, columns: Iterable[sa.Column]) -> None:
+def add_columns(table: str, columns: Iterable[sa.Column[Any]]) -> None:
     """Add those that are not there, in one statement. A default must be a constant, or Postgres writes the whole table anew."""
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     shadow = sa.Table(table, sa.MetaData(), *columns)

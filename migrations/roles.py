@@ -11,13 +11,15 @@
 
 Migrations grant to the operator what a new table needs. Here is said what of it each process gets, table by table, and a test asks
 for every table; a column that is added to one later is treated as the others of that table. Grants are computed, so that they
-can say "all columns but these".
+can say "all columns but these". Every view is for the operator and the auditor; FUNCTIONS says who may call what.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, text
+
+from migrations import living
 
 OPERATOR, AUDITOR = "darkroom_app", "darkroom_auditor"
 KINDS = ("gateway", "worker", "results", "sweeper", "webhooks")
@@ -129,10 +131,16 @@ NOBODYS = {
     "audit_chains": "written by the trigger of audit_events alone",
     "audit_checkpoints": "the owner's, who prunes",
     "alembic_version": "the migrations' own",
+    "living_sql": "the migrations' own",
 }
 
-# Maintenance is the sweeper's, by functions that run as their owner: whichever the operator may call.
-FUNCTIONS_OF = "sweeper"
+# Functions that not everybody may call, and who may besides the owner. Maintenance is the sweeper's.
+FUNCTIONS = {
+    "audit_verify": (OPERATOR, AUDITOR, OF_PROCESS["sweeper"]),
+    "audit_verify_since": (OPERATOR, AUDITOR, OF_PROCESS["sweeper"]),
+    "audit_ensure_partitions": (OPERATOR, OF_PROCESS["sweeper"]),
+    "audit_prune_month": (),
+}
 
 _CREATE = """
 DO $$ BEGIN
@@ -144,12 +152,12 @@ END $$
 
 def create(connection: Connection) -> None:
     """Make the roles that are missing. They belong to the whole server and cannot log in until somebody gives them a password."""
-    for role in OF_PROCESS.values():
+    for role in (OPERATOR, AUDITOR, *OF_PROCESS.values()):
         connection.execute(text(_CREATE.format(role)))
 
 
 def grant(connection: Connection) -> None:
-    """Give every kind of process what GRANTS says, and take whatever else it had."""
+    """Give every kind of process what GRANTS says, and take whatever else it had; then give views and functions."""
     columns = _columns(connection)
     for kind, role in OF_PROCESS.items():
         statements = [
@@ -158,15 +166,19 @@ def grant(connection: Connection) -> None:
             f"GRANT USAGE ON SCHEMA public TO {role}",
             *(_statement(may, role, columns) for may in GRANTS[kind] if may.table in columns),
         ]
-        if kind == FUNCTIONS_OF:
-            statements += [f"GRANT EXECUTE ON FUNCTION {function} TO {role}" for function in _operators_functions(connection)]
         for statement in statements:
             connection.execute(text(statement))
+    views = [each.name for each in living.read() if each.kind == "view"]
+    connection.execute(text(f"GRANT SELECT ON {', '.join(views)} TO {OPERATOR}, {AUDITOR}"))
+    for function, allowed in FUNCTIONS.items():
+        connection.execute(text(f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC, {OPERATOR}, {AUDITOR}"))
+        if allowed:
+            connection.execute(text(f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(allowed)}"))
 
 
 def take_back(connection: Connection) -> None:
     """Leave the roles without any right in this database."""
-    for role in OF_PROCESS.values():
+    for role in (OPERATOR, AUDITOR, *OF_PROCESS.values()):
         connection.execute(text(f"DROP OWNED BY {role}"))
 
 
@@ -185,12 +197,3 @@ def _columns(connection: Connection) -> dict[str, list[str]]:
     for table, column in rows:
         found.setdefault(table, []).append(column)
     return found
-
-
-def _operators_functions(connection: Connection) -> list[str]:
-    """Functions that not everybody may call and the operator may."""
-    query = text(
-        """SELECT p.oid::regprocedure::text FROM pg_proc p WHERE pronamespace = 'public'::regnamespace AND prosecdef
-           AND has_function_privilege(:operator, p.oid, 'EXECUTE') AND prorettype <> 'trigger'::regtype"""
-    )
-    return list(connection.scalars(query, {"operator": OPERATOR}))

@@ -1,7 +1,7 @@
 """Accept jobs: one statement writes any number of them, with images, places in fair order, ledger entries and audit events.
 
 One statement, because this is the way in: what it costs is what everybody pays, and every further round trip is paid with the tenant's
-place in line locked. It is the database's function `accept_jobs` (migration 0005), so that each connection plans it once; planning it
+place in line locked. It is the database's function `accept_jobs` (models/sql), so that each connection plans it once; planning it
 costs more than running it. Locks are taken in the order of models/__init__.py: the files that jobs start from, flows, ledger, audit chain.
 """
 

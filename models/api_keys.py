@@ -19,6 +19,7 @@ from sqlalchemy import ARRAY, ColumnElement, Select, Text, any_, bindparam, func
 from sqlalchemy.orm import Session
 
 from models import audit
+from models.audit_events import EventName
 from models.tables import ApiKey, Tenant
 from models.tenants import LIMITS
 
@@ -62,7 +63,7 @@ def issue(
     row = ApiKey(tenant_id=tenant_id, kid=kid, name=name, digest=_digest(pepper, key), scopes=sorted(scopes), expires_at=expires_at)
     session.add(row)
     session.flush()
-    audit.append(session, "api-key:secret:issued", chain=tenant_id, actor=actor, api_key_id=str(row.id), kid=kid, scopes=row.scopes)
+    audit.append(session, EventName.API_KEY_SECRET_ISSUED, chain=tenant_id, actor=actor, api_key_id=str(row.id), kid=kid, scopes=row.scopes)
     return row, key
 
 
@@ -77,7 +78,7 @@ def rotate(session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, 
     old.expires_at = func.least(func.coalesce(old.expires_at, ends_at), ends_at)
     session.flush()
     ids: dict[str, Any] = {"api_key_id": str(old.id), "kid": old.kid, "successor": str(row.id)}
-    audit.append(session, "api-key:secret:rotated", chain=old.tenant_id, actor=actor, **ids)
+    audit.append(session, EventName.API_KEY_SECRET_ROTATED, chain=old.tenant_id, actor=actor, **ids)
     return row, key
 
 
@@ -110,7 +111,7 @@ def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey
     statement = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=func.clock_timestamp())
     row = session.scalar(statement.returning(ApiKey))
     if row is not None:
-        audit.append(session, "api-key:secret:revoked", chain=row.tenant_id, actor=actor, api_key_id=str(row.id), kid=row.kid)
+        audit.append(session, EventName.API_KEY_SECRET_REVOKED, chain=row.tenant_id, actor=actor, api_key_id=str(row.id), kid=row.kid)
     return row
 
 

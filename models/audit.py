@@ -1,6 +1,6 @@
-"""Append facts to the audit log. Names read `subject:aspect:past-tense`; facts are ids and numbers, never prompts or addresses.
+"""Append facts to the audit log; facts are ids and numbers, never prompts or addresses.
 
-The database links each event to the one before it in its chain (a tenant's, or `system`): see the first migration.
+The database links each event to the one before it in its chain (a tenant's, or `system`): models/sql/functions/audit_link.sql.
 """
 
 import uuid
@@ -9,6 +9,7 @@ from typing import Any
 from sqlalchemy import insert
 from sqlalchemy.orm import Session
 
+from models.audit_events import EventName
 from models.ids import new_id
 from models.tables import AuditEvent
 
@@ -17,7 +18,7 @@ SYSTEM = "system"
 
 def append(
     session: Session,
-    event: str,
+    event: EventName,
     *,
     chain: uuid.UUID | str,
     actor: str,

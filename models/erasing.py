@@ -9,6 +9,7 @@ from sqlalchemy import func
 from sqlalchemy.orm import Session
 
 from models import audit, jobs, uploads
+from models.audit_events import EventName
 from models.states import ACTIVE_STATES
 from models.tables import Job
 
@@ -31,6 +32,6 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
         jobs.take_back(session, job, actor=actor)
     job.prompt, job.negative_prompt, job.labels = "", "", None
     job.erased_at = func.clock_timestamp()
-    audit.append(session, "job:content:erased", chain=tenant_id, actor=actor, job_id=job.id, images=len(artifacts))
+    audit.append(session, EventName.JOB_CONTENT_ERASED, chain=tenant_id, actor=actor, job_id=job.id, images=len(artifacts))
     session.refresh(job, ["erased_at"])
     return job

@@ -9,6 +9,7 @@ from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session
 
 from models import audit, uploads
+from models.audit_events import EventName
 from models.ids import new_id
 from models.states import ACTIVE_STATES
 from models.tables import File, Job, StoredFiles
@@ -84,7 +85,7 @@ def keep(
         return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()  # committed before us
     facts: dict[str, Any] = {"file_id": str(added.id), "content_sha256": content_sha256, "size_bytes": size_bytes}
     facts |= {"width_px": width_px, "height_px": height_px}
-    audit.append(session, "file:content:stored", chain=tenant_id, actor=actor, **facts)
+    audit.append(session, EventName.FILE_CONTENT_STORED, chain=tenant_id, actor=actor, **facts)
     return added
 
 
@@ -103,7 +104,7 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     file.erased_at = func.clock_timestamp()
     uploads.give_up(session, file.object_key)
     facts: dict[str, Any] = {"file_id": str(file_id), "content_sha256": file.content_sha256}
-    audit.append(session, "file:content:erased", chain=tenant_id, actor=actor, **facts)
+    audit.append(session, EventName.FILE_CONTENT_ERASED, chain=tenant_id, actor=actor, **facts)
     return file
 
 

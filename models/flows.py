@@ -4,7 +4,7 @@ A job's start tag is max(virtual time, its tenant's finish tag); its finish tag 
 the tenant's next job starts there. Jobs are released in the order of start tags, and virtual time is the start tag of the
 one released last in that order. So a tenant who was away starts level with the others, whatever it did not use, and of two who always
 have work each gets device time in proportion to its weight (Goyal, Vin, Cheng 1996). Tags are device seconds; they begin
-at the wall clock only so that jobs without a tag of their own (migration 0004) find a place among them.
+at the wall clock only so that jobs without a tag of their own find a place among them.
 """
 
 import uuid

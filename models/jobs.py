@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session, defer, selectinload
 
 from models import accepting, audit, flows, idempotency, inputs, uploads, usage, webhooks
 from models.accepting import WISH, NewJob
+from models.audit_events import EventName
 from models.database import AFRESH
 from models.idempotency import Once
 from models.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
@@ -135,7 +136,9 @@ def take_back(session: Session, job: Job, *, actor: str) -> None:
     if was == JobState.RUNNING:
         end_attempt(session, job, Outcome.CANCELED)
     bill = finish(session, job, JobState.CANCELED)
-    audit.append(session, "job:state:canceled", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was, **bill)
+    audit.append(
+        session, EventName.JOB_STATE_CANCELED, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was, **bill
+    )
 
 
 def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor: str) -> None:
@@ -155,7 +158,7 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
     session.flush()
     usage.abandon(session, amount, tenant_id=job.tenant_id, day=job.usage_day)
     facts = {"steps": steps, "abandoned": str(amount)}
-    audit.append(session, "job:work:abandoned", chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
+    audit.append(session, EventName.JOB_WORK_ABANDONED, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
 
 
 def expire(session: Session, job_id: uuid.UUID) -> Job | None:
@@ -169,7 +172,7 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
     )
     if job is not None:
         finish(session, job, JobState.EXPIRED)
-        audit.append(session, "job:state:expired", chain=job.tenant_id, actor=SWEEPER, job_id=job.id)
+        audit.append(session, EventName.JOB_STATE_EXPIRED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id)
     return job
 
 
@@ -185,7 +188,7 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
     if job is not None:
         detail = f"not rendered within {job.run_within_s:g} s of its start"
         facts = {"code": FailureCode.RUN_DEADLINE} | finish(session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail)
-        audit.append(session, "job:state:failed", chain=job.tenant_id, actor=SWEEPER, job_id=job.id, **facts)
+        audit.append(session, EventName.JOB_STATE_FAILED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id, **facts)
     return job
 
 
@@ -252,12 +255,12 @@ def store(
     if remaining:
         if job.state == JobState.STORING:
             job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
-        audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+        audit.append(session, EventName.JOB_IMAGE_STORED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
         return job
     finish(session, job, JobState.SUCCEEDED)
-    audit.append(session, "job:image:stored", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+    audit.append(session, EventName.JOB_IMAGE_STORED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
     bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
-    audit.append(session, "job:state:succeeded", chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **bill)
+    audit.append(session, EventName.JOB_STATE_SUCCEEDED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **bill)
     return job
 
 

@@ -19,6 +19,7 @@ from sqlalchemy import func, or_, select, text, tuple_, update
 from sqlalchemy.orm import Session
 
 from models import audit, inputs, jobs
+from models.audit_events import EventName
 from models.database import AFRESH
 from models.states import ACTIVE_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
@@ -114,7 +115,7 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
         reached={index: step for index, step in pending if step},
     )
     session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
-    audit.append(session, "job:lease:taken", chain=row.tenant_id, actor=worker, job_id=job_id, attempt=row.attempt)
+    audit.append(session, EventName.JOB_LEASE_TAKEN, chain=row.tenant_id, actor=worker, job_id=job_id, attempt=row.attempt)
     return lease
 
 
@@ -186,7 +187,9 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
         jobs.end_attempt(session, job, Outcome.RENDERED)
     facts = {"index": index, "steps": rendered.steps, "device_seconds": rendered.device_seconds, "fingerprint": rendered.fingerprint}
-    audit.append(session, "job:image:handed-off", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts)
+    audit.append(
+        session, EventName.JOB_IMAGE_HANDED_OFF, chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
+    )
     return job
 
 
@@ -201,7 +204,7 @@ def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool
     if lacks_inputs:
         inputs.lose(job)
     facts: dict[str, Any] = {"attempt": lease.attempt, "reason": reason}
-    audit.append(session, "job:lease:returned", chain=job.tenant_id, actor=lease.worker, job_id=job.id, **facts)
+    audit.append(session, EventName.JOB_LEASE_RETURNED, chain=job.tenant_id, actor=lease.worker, job_id=job.id, **facts)
     return job
 
 
@@ -224,7 +227,14 @@ def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left]
     facts = {"reason": reason, "snapshots": len(left), "snapshot_bytes": attempt.snapshot_bytes}
     steps = {"steps_done": {str(image.index): image.steps_done for image in left}}
     audit.append(
-        session, "job:lease:preempted", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts, **steps
+        session,
+        EventName.JOB_LEASE_PREEMPTED,
+        chain=job.tenant_id,
+        actor=lease.worker,
+        job_id=job.id,
+        attempt=lease.attempt,
+        **facts,
+        **steps,
     )
     return job
 
@@ -262,7 +272,7 @@ def warn(session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]) 
     for each in new:
         facts = {name: value for name, value in each.items() if name != "detail"}
         audit.append(
-            session, "job:text:left-unread", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
+            session, EventName.JOB_TEXT_LEFT_UNREAD, chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
         )
     return new
 
@@ -272,7 +282,9 @@ def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> J
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
     facts = {"code": code} | jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
-    audit.append(session, "job:state:failed", chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts)
+    audit.append(
+        session, EventName.JOB_STATE_FAILED, chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
+    )
     return job
 
 
@@ -324,7 +336,13 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
         if job.run_within_s is not None:
             job.run_by = func.clock_timestamp() + timedelta(seconds=job.run_within_s)
     audit.append(
-        session, "job:hand-off:lost", chain=job.tenant_id, actor=jobs.SWEEPER, job_id=job_id, attempt=job.attempt, indexes=sorted(gone)
+        session,
+        EventName.JOB_HAND_OFF_LOST,
+        chain=job.tenant_id,
+        actor=jobs.SWEEPER,
+        job_id=job_id,
+        attempt=job.attempt,
+        indexes=sorted(gone),
     )
     return job
 
@@ -358,10 +376,10 @@ def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_att
     facts = {"counted_attempts": job.counted_attempts, "outcome": outcome.value}
     if job.counted_attempts >= max_attempts:
         facts |= jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
-        event, facts["code"] = "job:state:failed", FailureCode.ATTEMPTS_EXHAUSTED
+        event, facts["code"] = EventName.JOB_STATE_FAILED, FailureCode.ATTEMPTS_EXHAUSTED
     else:
         jobs.requeue(job)
-        event = "job:lease:expired" if outcome is Outcome.LEASE_LOST else "job:attempt:failed"
+        event = EventName.JOB_LEASE_EXPIRED if outcome is Outcome.LEASE_LOST else EventName.JOB_ATTEMPT_FAILED
     audit.append(session, event, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
     return job
 

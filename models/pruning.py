@@ -15,6 +15,7 @@ from sqlalchemy import ARRAY, Date, Text, TextClause, Uuid, bindparam, text
 from sqlalchemy.orm import Session
 
 from models import audit
+from models.audit_events import EventName
 from models.ids import first_id
 
 ACTOR = "operator"
@@ -132,7 +133,7 @@ def prune_jobs(session: Session, *, before: datetime, after: uuid.UUID = FIRST_I
     for tenant_id in sorted({row.tenant_id for row in rows}, key=str):
         own = [row.id for row in rows if row.tenant_id == tenant_id]
         facts: dict[str, Any] = {"jobs": len(own), "newest": str(own[-1]), "before": before.isoformat()}
-        audit.append(session, "tenant:jobs:pruned", chain=tenant_id, actor=ACTOR, **facts)
+        audit.append(session, EventName.TENANT_JOBS_PRUNED, chain=tenant_id, actor=ACTOR, **facts)
     return Piece(len(ids), ids[-1])
 
 
@@ -145,7 +146,7 @@ def prune_files(session: Session, *, before: datetime, limit: int) -> int:
     _give_up(session, [row.object_key for row in rows])
     for row in rows:  # chains in order, as they were read
         facts: dict[str, Any] = {"file_id": str(row.id), "content_sha256": row.content_sha256}
-        audit.append(session, "file:content:erased", chain=row.tenant_id, actor=ACTOR, **facts)
+        audit.append(session, EventName.FILE_CONTENT_ERASED, chain=row.tenant_id, actor=ACTOR, **facts)
     return len(rows)
 
 
@@ -169,7 +170,7 @@ def prune_usage(session: Session, *, before: date) -> int:
     _take_time(session)
     days = _count(session, text("DELETE FROM usage_ledger WHERE day < :before"), before=before)
     if days:
-        audit.append(session, "usage:days:pruned", chain=audit.SYSTEM, actor=ACTOR, days=days, before=before.isoformat())
+        audit.append(session, EventName.USAGE_DAYS_PRUNED, chain=audit.SYSTEM, actor=ACTOR, days=days, before=before.isoformat())
     return days
 
 

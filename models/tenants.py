@@ -9,6 +9,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from models import audit
+from models.audit_events import EventName
 from models.tables import Tenant
 
 _COLUMNS = [column.name for column in Tenant.__table__.columns]
@@ -20,14 +21,14 @@ def create(session: Session, *, name: str, weight: float = 1.0, actor: str = "cl
     tenant = Tenant(name=name, weight=weight)
     session.add(tenant)
     session.flush()
-    audit.append(session, "tenant:record:created", chain=tenant.id, actor=actor, tenant_id=str(tenant.id))
+    audit.append(session, EventName.TENANT_RECORD_CREATED, chain=tenant.id, actor=actor, tenant_id=str(tenant.id))
     return tenant
 
 
 def weigh(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli") -> None:
     """Give the tenant another weight in fair order; jobs that wait keep the places they have."""
     was, tenant.weight = tenant.weight, weight
-    audit.append(session, "tenant:weight:changed", chain=tenant.id, actor=actor, was=was, weight=weight)
+    audit.append(session, EventName.TENANT_WEIGHT_CHANGED, chain=tenant.id, actor=actor, was=was, weight=weight)
 
 
 def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli") -> None:
@@ -41,7 +42,7 @@ def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor
         setattr(tenant, name, value)
     session.flush()
     told = {name: float(value) if isinstance(value, Decimal) else value for name, value in changes.items()}
-    audit.append(session, "tenant:limits:changed", chain=tenant.id, actor=actor, changes=told)
+    audit.append(session, EventName.TENANT_LIMITS_CHANGED, chain=tenant.id, actor=actor, changes=told)
 
 
 def page(session: Session, *, limit: int, before: uuid.UUID | None) -> Sequence[Tenant]:

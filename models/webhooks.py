@@ -13,6 +13,7 @@ from sqlalchemy import any_, func, literal, or_, select, text, update
 from sqlalchemy.orm import Session
 
 from models import audit
+from models.audit_events import EventName
 from models.database import AFRESH, now_once
 from models.ids import new_id
 from models.states import DeliveryState
@@ -138,7 +139,9 @@ def create(
     endpoint = WebhookEndpoint(tenant_id=tenant_id, url=url, events=list(events), description=description)
     endpoint.secrets = [WebhookSecret(secret=secret)]
     session.add(endpoint)
-    audit.append(session, "webhook:endpoint:created", chain=tenant_id, actor=actor, endpoint_id=str(endpoint.id), events=list(events))
+    audit.append(
+        session, EventName.WEBHOOK_ENDPOINT_CREATED, chain=tenant_id, actor=actor, endpoint_id=str(endpoint.id), events=list(events)
+    )
     return endpoint
 
 
@@ -188,14 +191,14 @@ def change(
         name for name, value in (("url", url), ("events", events), ("description", description), ("enabled", enabled)) if value is not None
     ]
     facts: dict[str, Any] = {"endpoint_id": str(endpoint.id), "changed": changed}
-    audit.append(session, "webhook:endpoint:changed", chain=endpoint.tenant_id, actor=actor, **facts)
+    audit.append(session, EventName.WEBHOOK_ENDPOINT_CHANGED, chain=endpoint.tenant_id, actor=actor, **facts)
 
 
 def delete(session: Session, endpoint: WebhookEndpoint, *, actor: str) -> None:
     """Send nothing there any more, not even what waits."""
     endpoint.deleted_at = session.scalar(select(now_once()))
     _end_pending(session, endpoint.id)
-    audit.append(session, "webhook:endpoint:deleted", chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
+    audit.append(session, EventName.WEBHOOK_ENDPOINT_DELETED, chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
 
 
 def rotate(session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s: float, actor: str) -> None:
@@ -205,7 +208,7 @@ def rotate(session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s:
     session.execute(older.where(WebhookSecret.expires_at.is_not(None)).values(expires_at=func.clock_timestamp()))
     session.execute(older.where(WebhookSecret.expires_at.is_(None)).values(expires_at=ends_at))
     session.add(WebhookSecret(endpoint_id=endpoint.id, secret=secret))
-    audit.append(session, "webhook:secret:rotated", chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
+    audit.append(session, EventName.WEBHOOK_SECRET_ROTATED, chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
 
 
 def note(session: Session, job: Job, event: str) -> None:
@@ -323,7 +326,9 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
     if endpoint is not None:
         endpoint.disabled_at, endpoint.disabled_reason = endpoint.disabled_at or func.clock_timestamp(), GONE
         _end_pending(session, endpoint.id)
-        audit.append(session, "webhook:endpoint:disabled", chain=claim.tenant_id, actor=actor, endpoint_id=str(endpoint.id), reason=GONE)
+        audit.append(
+            session, EventName.WEBHOOK_ENDPOINT_DISABLED, chain=claim.tenant_id, actor=actor, endpoint_id=str(endpoint.id), reason=GONE
+        )
     return state
 
 
@@ -350,7 +355,7 @@ def redeliver(session: Session, delivery_id: uuid.UUID, *, tenant_id: uuid.UUID,
     session.flush()
     session.refresh(delivery)
     facts: dict[str, Any] = {"delivery_id": str(delivery_id), "endpoint_id": str(delivery.endpoint_id)}
-    audit.append(session, "webhook:delivery:redelivered", chain=tenant_id, actor=actor, **facts)
+    audit.append(session, EventName.WEBHOOK_DELIVERY_REDELIVERED, chain=tenant_id, actor=actor, **facts)
     return delivery
 
 

@@ -221,8 +221,14 @@ def test_a_wrong_url_is_told_without_its_password(environment, capsys, name, val
 @pytest.mark.parametrize(
     ("changed", "named"),
     [
-        ({"LEASE_RENEW_S": "12"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S"),
-        ({"LEASE_STOP_S": "15"}, "LEASE_STOP_S: must be less than LEASE_TTL_S"),
+        ({"LEASE_RENEW_S": "12"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S (12), or no worker could renew in time, and less"),
+        ({"LEASE_STOP_S": "15"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time, and less"),
+        ({"LEASE_TTL_S": "12"}, "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time, and less"),
+        (
+            {"LEASE_TTL_S": "4"},
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time,"
+            " and less than LEASE_TTL_S (4), or two would render one job",
+        ),
         ({"STORE_WITHIN_S": "3600"}, "STORE_WITHIN_S: must be less than HANDOFF_TTL_S"),
         ({"HANDOFF_URL": "redis://:other@127.0.0.1:1/0"}, "HANDOFF_URL: is the Redis database of BROKER_URL"),
     ],

@@ -162,6 +162,28 @@ def test_an_edited_event_with_a_recomputed_hash_breaks_the_next_link(tampered):
     assert found == [(4, "the link to the event before is broken")]
 
 
+def test_an_edited_newest_event_with_a_recomputed_hash_does_not_fit_the_head(tampered):
+    """Nothing links to the newest event yet: only the chain's head knows its hash."""
+    tampered("UPDATE audit_events SET actor = 'someone else' WHERE chain_id = :chain AND seq = 5")
+
+    found = tampered(
+        """UPDATE audit_events SET hash = audit_digest(prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
+           WHERE chain_id = :chain AND seq = 5"""
+    )
+
+    assert found == [(5, "the newest events are missing")]
+
+
+def test_a_head_that_was_set_back_is_found(tampered):
+    found = tampered(
+        """UPDATE audit_chains SET last_seq = 4,
+               last_hash = (SELECT hash FROM audit_events e WHERE e.chain_id = :chain AND e.seq = 4)
+           WHERE chain_id = :chain"""
+    )
+
+    assert found == [(4, "the newest events are missing")]
+
+
 def test_a_deletion_in_the_middle_is_found(tampered):
     assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 3") == [(4, "events are missing before this one")]
 

@@ -7,7 +7,6 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-import migrations
 from models import files, jobs, uploads
 from models.database import transaction
 from tests.builders import a_job, a_succeeded_job, a_tenant, until
@@ -178,18 +177,3 @@ def test_two_who_keep_a_file_at_once_are_both_counted(database):
         return size_bytes
 
     assert sorted(at_once(*[store] * 8)) == [10 * count for count in range(1, 9)]
-
-
-def test_files_of_before_there_was_a_count_are_counted(empty_database):
-    migrations.upgrade(empty_database.owner_url, "0005")
-    row = "INSERT INTO files (id, tenant_id, object_key, mode, size_bytes, width_px, height_px, content_sha256, erased_at) VALUES "
-    with empty_database.owner.begin() as connection:
-        tenant_id = connection.scalar(text("INSERT INTO tenants (id, name) VALUES (gen_random_uuid(), 'old') RETURNING id"))
-        for place, erased_at in enumerate(("NULL", "NULL", "now()")):
-            values = f"(gen_random_uuid(), :tenant, 'key-{place}', 'RGB', 7, 1, 1, 'digest-{place}', {erased_at})"
-            connection.execute(text(row + values), {"tenant": tenant_id})
-
-    migrations.upgrade(empty_database.owner_url)
-
-    with empty_database.owner.connect() as connection:
-        assert connection.execute(text("SELECT files, size_bytes FROM stored_files")).all() == [(2, 14)]

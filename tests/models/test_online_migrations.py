@@ -5,6 +5,7 @@ import subprocess
 import sys
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,11 @@ import migrations
 from migrations import online
 from settings import REPO
 from tests.builders import until
+from tests.models.conftest import a_database
+from tests.models.facts import HEAD, living_definitions
 
-FIRST_RELEASE = "0003"  # whatever comes later may meet rows, readers and writers
+BASELINE = "0012"  # whatever comes later may meet rows, readers and writers
+LATER = Path(__file__).with_name("later_versions")  # a migration that does everything that one may do
 
 # Statements that read or write a whole table while nobody else may, and what to do in their stead.
 FORBIDDEN = {
@@ -29,19 +33,33 @@ FORBIDDEN = {
 }
 
 
-def revisions() -> list[str]:
-    """All of them, oldest first."""
-    found = ScriptDirectory(str(Path(migrations.__file__).parent)).walk_revisions()
+def revisions(*more: Path) -> list[str]:
+    """All of them, oldest first, with those of further folders."""
+    folders = [str(folder) for folder in (*migrations.VERSIONS, *more)]
+    found = ScriptDirectory(str(Path(migrations.__file__).parent), version_locations=folders).walk_revisions()
     return [script.revision for script in found][::-1]
+
+
+@contextmanager
+def a_later_version():
+    """There is one migration more."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(migrations, "VERSIONS", [*migrations.VERSIONS, LATER])
+        yield
+
+
+@pytest.fixture
+def of_this_version(stack):
+    """A database that this version migrated; the next one, with a migration more, is about to."""
+    with a_database(stack.env) as database, a_later_version():
+        yield database
 
 
 @pytest.fixture(scope="module")
 def statements(stack) -> dict[str, list[tuple[str, set[str]]]]:
     """By revision: every statement of its upgrade, with the tables that were there before it."""
-    from tests.models.conftest import a_database
-
     ran: dict[str, list[tuple[str, set[str]]]] = {}
-    with a_database(stack.env, migrated_to=None) as database:
+    with a_database(stack.env, migrated_to=None) as database, a_later_version():
         for revision in revisions():
             with database.owner.connect() as connection:
                 before = set(inspect(connection).get_table_names())
@@ -58,7 +76,7 @@ def statements(stack) -> dict[str, list[tuple[str, set[str]]]]:
     return ran
 
 
-@pytest.mark.parametrize("revision", [revision for revision in revisions() if revision > FIRST_RELEASE])
+@pytest.mark.parametrize("revision", [revision for revision in revisions(LATER) if revision > BASELINE])
 def test_a_migration_locks_no_table_that_is_in_use_for_long(statements, revision):
     assert statements[revision]
     for statement, tables in statements[revision]:
@@ -91,10 +109,9 @@ class Traffic:
         self._is_over = True
 
 
-def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(stack):
-    from tests.models.conftest import a_database
-
-    with a_database(stack.env, migrated_to=FIRST_RELEASE) as database, ThreadPoolExecutor(2) as threads:
+def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(of_this_version):
+    database = of_this_version
+    with ThreadPoolExecutor(2) as threads:
         told: list[str] = []
         with database.owner.connect() as forgotten:
             forgotten.execute(text("SELECT count(*) FROM jobs"))  # its lock stays, and with it whoever wants the table for himself
@@ -115,41 +132,45 @@ def test_a_forgotten_transaction_delays_a_migration_and_nobody_else(stack):
     assert told[-1].startswith("at revision ")
 
 
-def test_a_migration_that_was_cut_short_anywhere_begins_again(stack, monkeypatch):
+def test_a_migration_that_was_cut_short_anywhere_begins_again(of_this_version, monkeypatch):
     """After each of the changes that are committed at once."""
-    from tests.models.conftest import a_database
 
     class CutShort(Exception):
         pass
 
-    done, stop_at = 0, 0
+    done: list[str] = []
 
     def then_cut(run):
         def run_some(statement):
-            nonlocal done
             run(statement)
-            done += 1
-            if done == stop_at:
+            if statement not in done:
+                done.append(statement)
                 raise CutShort
 
         return run_some
 
     for name in ("_run", "_run_for_long"):
         monkeypatch.setattr(online, name, then_cut(getattr(online, name)))
-    with a_database(stack.env, migrated_to=FIRST_RELEASE) as database:
-        while True:
-            done, stop_at = 0, stop_at + 1
-            try:
-                migrations.upgrade(database.owner_url)
-                break
-            except CutShort:
-                continue
-        with database.owner.connect() as connection:
-            invalid = connection.scalars(text("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")).all()
-            unchecked = connection.scalars(text("SELECT conname FROM pg_constraint WHERE NOT convalidated")).all()
+    with of_this_version.owner.begin() as connection:
+        before = living_definitions(connection)
+        connection.execute(text("INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'tenant-' || n FROM generate_series(1, 5) n"))
+    while True:
+        try:
+            migrations.upgrade(of_this_version.owner_url)
+            break
+        except CutShort:
+            continue
 
-    assert stop_at > 8
-    assert (invalid, unchecked) == ([], [])
+    with of_this_version.owner.connect() as connection:
+        invalid = connection.scalars(text("SELECT indexrelid::regclass::text FROM pg_index WHERE NOT indisvalid")).all()
+        unchecked = connection.scalars(text("SELECT conname FROM pg_constraint WHERE NOT convalidated")).all()
+        running = connection.scalar(text("SELECT pg_get_indexdef('jobs_running'::regclass)"))
+        filled = connection.scalar(text("SELECT count(*) FROM tenants WHERE later = name"))
+        dropped = connection.scalar(text("SELECT to_regclass('jobs_dead')"))
+        assert living_definitions(connection) == before
+    assert len(done) > 12
+    assert (invalid, unchecked, filled, dropped) == ([], [], 5, None)
+    assert "(pool, tier, later_count)" in running
 
 
 def migrate(env, database, **changes) -> subprocess.CompletedProcess[str]:
@@ -162,11 +183,9 @@ def migrate(env, database, **changes) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_migrations_say_at_which_revision_the_database_is(stack, empty_database):
-    head = revisions()[-1]
-
     logins = "migrations: logins of darkroom_app, darkroom_auditor set\n"
-    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {head}, was empty\n{logins}"
-    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {head}, nothing to do\n{logins}"
+    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {HEAD}, was empty\n{logins}"
+    assert migrate(stack.env, empty_database).stdout == f"migrations: at revision {HEAD}, nothing to do\n{logins}"
 
 
 def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(stack, empty_database):
