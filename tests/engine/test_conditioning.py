@@ -1,5 +1,6 @@
 """The conditioning cache remembers by weights and text, and never more than its bytes."""
 
+import pytest
 import torch
 
 from engine.conditioning import ConditioningCache
@@ -45,3 +46,31 @@ def test_what_is_larger_than_the_cache_is_not_kept():
     cache.recall("w", "a", lambda: an_encoding(kilobytes=2))
 
     assert (len(cache), cache.size_bytes) == (0, 0)
+
+
+def test_what_is_larger_than_the_cache_pushes_nothing_out():
+    cache = ConditioningCache(1024)
+    cache.recall("w", "a", an_encoding)
+
+    cache.recall("w", "b", lambda: an_encoding(kilobytes=2))
+
+    assert cache.size_bytes == 1024
+    cache.recall("w", "a", lambda: 1 / 0)
+
+
+def test_lookups_are_counted_as_found_or_not():
+    cache = ConditioningCache(10_000)
+
+    for text in ("a", "b", "a", "a"):
+        cache.recall("w", text, an_encoding)
+
+    assert (cache.hits, cache.misses) == (2, 2)
+
+
+def test_an_encoding_that_fails_is_not_remembered():
+    cache = ConditioningCache(10_000)
+    with pytest.raises(ZeroDivisionError):
+        cache.recall("w", "a", lambda: 1 / 0)
+
+    assert cache.recall("w", "a", an_encoding).keys() == {"text"}
+    assert (len(cache), cache.size_bytes) == (1, 1024)

@@ -24,6 +24,7 @@ from engine.errors import (
 )
 from engine.events import Failed, Finished, Queued, Started, Stepped
 from engine.inflight import ImageState
+from engine.scheduler import Decode
 
 
 def family_of(engine):
@@ -92,6 +93,32 @@ def test_waiting_too_briefly_does_not_harm_the_image(engine):
     go.set()
 
     assert handle.result(60).record.num_steps == 4
+
+
+def test_the_time_told_with_a_step_is_for_the_steps_left_and_the_decode(engine):
+    told = []
+
+    def on_event(event):
+        if isinstance(event, Stepped):
+            told.append((event.eta_s, engine._ledger.mean_decode_s))
+            time.sleep(0.05)
+
+    engine.submit(a_request("a", num_steps=4), on_event).result(60)
+
+    assert told[-1][0] == told[-1][1]
+    assert told[-2][0] - told[-2][1] >= 0.05 * 0.3  # one step left; the newest step weighs 0.3
+
+
+def test_a_turn_that_is_over_takes_no_more_seconds(engine):
+    during = []
+
+    engine.submit(a_request("a"), lambda event: during.append(engine.turn_s)).result(60)
+
+    assert max(during) > 0
+    deadline = time.monotonic() + 10
+    while engine.turn_s and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert engine.turn_s == 0
 
 
 def test_an_exception_of_a_listener_is_its_own(engine):
@@ -229,6 +256,34 @@ def test_the_shares_of_a_batch_add_up_to_its_forwards(engine):
     assert after["steps"] - before["steps"] < after["image_steps"] - before["image_steps"]
 
 
+def test_a_record_says_how_long_an_image_waited_and_in_what_company_it_was_made(engine):
+    on_event, reached, go = held_at(1)
+    guided = engine.submit(a_request("guided", num_steps=4), on_event)
+    assert reached.wait(30)
+    plain = engine.submit(a_request("plain", num_steps=2, guidance=1.0))
+    time.sleep(0.2)
+    go.set()
+
+    first, second = guided.result(60).record, plain.result(60).record
+
+    assert (first.forwards, first.shared_forwards, first.max_images, first.max_rows) == (4, 2, 2, 3)
+    assert (second.forwards, second.shared_forwards, second.max_images) == (2, 2, 2)
+    assert (first.mean_rows, second.mean_rows) == (2.5, 3.0)
+    assert first.waited_s < 0.2 <= second.waited_s
+    assert first.denoise_s > second.denoise_s > 0
+
+
+def test_images_of_one_job_are_no_strangers_to_each_other(engine):
+    on_event, reached, go = held_at(1)
+    one = engine.submit(a_request("one", group="job"), on_event)
+    assert reached.wait(30)
+    other = engine.submit(a_request("other", group="job"))
+    go.set()
+
+    assert (one.result(60).record.max_images, one.result(60).record.shared_forwards) == (2, 0)
+    assert other.result(60).record.shared_forwards == 0
+
+
 def test_weights_are_loaded_once_and_stay(checkpoint, monkeypatch):
     import engine.engine as module
 
@@ -324,6 +379,46 @@ def test_cancels_at_any_moment_leave_nobody_waiting(engine):
     assert engine.stats()["inflight"] == engine.stats()["waiting"] == 0
 
 
+def test_a_cancel_in_the_last_event_of_an_image_touches_no_later_one_of_its_id(engine):
+    later = []
+
+    def cancel_once_more(event):
+        if isinstance(event, Failed):
+            engine.cancel("a")
+
+    def use_its_id_again(event):
+        if isinstance(event, Failed):
+            later.append(engine.submit(a_request("a")))
+
+    on_event, reached, go = held_at(1)
+    engine.submit(a_request("ahead"), on_event)
+    assert reached.wait(30)
+    engine.submit(a_request("a"), cancel_once_more, within_s=-2)  # these two end between the same two turns, in this order
+    handle = engine.submit(a_request("b"), use_its_id_again, within_s=-1)
+    go.set()
+    with pytest.raises(DeadlinePassed):
+        handle.result(60)
+
+    assert later[0].result(60).request.id == "a"
+
+
+def test_a_cancel_that_comes_as_the_decode_is_chosen_still_saves_it(engine, monkeypatch):
+    choose, decoded = engine._scheduler.next_work, []
+
+    def chosen(now_s):
+        work = choose(now_s)
+        if isinstance(work, Decode):
+            engine.cancel(work.image.id)
+        return work
+
+    monkeypatch.setattr(engine._scheduler, "next_work", chosen)
+    monkeypatch.setattr(engine._runner, "decode", decoded.append)
+
+    with pytest.raises(ImageCanceled):
+        engine.submit(a_request("a")).result(60)
+    assert decoded == []
+
+
 # --- when things go wrong ------------------------------------------------------------------------------------------------
 
 
@@ -374,6 +469,49 @@ def test_a_row_that_breaks_the_forward_fails_its_own_image_and_the_step_is_repea
         bad.result(60)
     assert good.result(60).record.forwards == 4
     assert np.array_equal(good.result().pixels, alone.pixels)
+
+
+@pytest.mark.parametrize("stage", ["encode", "denoise", "decode"])
+def test_an_error_names_the_stage_and_carries_what_was_raised(engine, monkeypatch, stage):
+    raised = ArithmeticError("no such number")
+
+    def broken(*_given, **_more):
+        raise raised
+
+    monkeypatch.setattr(family_of(engine), {"encode": "start", "denoise": "predict", "decode": "decode"}[stage], broken)
+
+    with pytest.raises(EngineError, match=f"{stage} failed: ArithmeticError: no such number") as failed:
+        engine.submit(a_request("a")).result(60)
+    assert failed.value.__cause__ is raised
+
+
+def test_a_preview_that_fails_is_tried_once_and_harms_no_image(engine, monkeypatch):
+    unseen, tried = engine.submit(reproducible("a")).result(60), []
+
+    def broken(image):
+        tried.append(image.step)
+        raise ValueError("no colours")
+
+    def watch_at_first(event):
+        if isinstance(event, Started):
+            engine.watch("a", True)
+
+    monkeypatch.setattr(engine._runner, "preview", broken)
+
+    assert np.array_equal(engine.submit(reproducible("a"), watch_at_first).result(60).pixels, unseen.pixels)
+    assert tried == [1]
+
+
+def test_latents_that_cannot_be_kept_harm_no_image(engine, monkeypatch):
+    expected = engine.submit(reproducible("a")).result(60)
+
+    def broken(image):
+        raise ValueError("no room")
+
+    monkeypatch.setattr(engine._runner, "latents", broken)
+
+    image = engine.submit(reproducible("a", keep_steps=(1, 2))).result(60)
+    assert np.array_equal(image.pixels, expected.pixels)
 
 
 def test_a_sampler_that_raises_fails_its_own_image(engine, monkeypatch):
@@ -601,6 +739,31 @@ def test_an_image_that_cannot_be_let_go_of_still_ends_for_its_caller(engine, mon
         with pytest.raises(EngineError):
             engine.submit(a_request("a")).result(60)
     assert is_alive(engine)
+
+
+def test_after_a_forward_ran_out_of_memory_the_next_ones_have_half_its_rows_at_most(checkpoint, monkeypatch):
+    with Engine(EngineConfig(growth_ceiling=1e9), [a_spec(checkpoint)]) as engine:
+        family, sizes = family_of(engine), []
+        denoise = family.denoise
+
+        def short_once(rows):
+            sizes.append(len(rows["latents"]))
+            if sizes[-1] == 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return denoise(rows)
+
+        on_event, reached, go = held_at(1)
+        handles = [engine.submit(a_request("a", num_steps=6), on_event)]
+        assert reached.wait(30)
+        monkeypatch.setattr(family, "denoise", short_once)
+        handles += [engine.submit(a_request(id, num_steps=6)) for id in "bcd"]
+        go.set()
+        for handle in handles:
+            handle.result(60)
+
+    assert sizes[0] == 8
+    assert sizes[1:5] == [2, 2, 2, 2]  # the images of it apart
+    assert max(sizes[5:]) == 4
 
 
 def test_an_image_alone_is_tried_again_when_memory_was_short_for_a_moment(engine, monkeypatch):
