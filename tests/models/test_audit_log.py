@@ -162,6 +162,18 @@ def test_an_edited_event_with_a_recomputed_hash_breaks_the_next_link(tampered):
     assert found == [(4, "the link to the event before is broken")]
 
 
+def test_an_edited_newest_event_with_a_recomputed_hash_differs_from_the_head(tampered):
+    """No later event links to it: only the chain's head still knows what it was."""
+    tampered("UPDATE audit_events SET actor = 'someone else' WHERE chain_id = :chain AND seq = 5")
+
+    found = tampered(
+        """UPDATE audit_events SET hash = audit_digest(prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
+           WHERE chain_id = :chain AND seq = 5"""
+    )
+
+    assert found == [(5, "the newest events are missing")]
+
+
 def test_a_deletion_in_the_middle_is_found(tampered):
     assert tampered("DELETE FROM audit_events WHERE chain_id = :chain AND seq = 3") == [(4, "events are missing before this one")]
 
