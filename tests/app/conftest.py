@@ -270,6 +270,9 @@ class Tenant:
         """What a GET of any path answers, as text."""
         return self._http.get(path, headers=self._headers).text
 
+    def delete(self, path):
+        return self._http.delete(path, headers=self._headers)
+
     def send(self, path, body, *, headers=None):
         return self._http.post(path, json=body, headers={**self._headers, **(headers or {})})
 

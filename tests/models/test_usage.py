@@ -80,6 +80,25 @@ def test_a_job_that_succeeds_is_settled_with_its_price(session):
     assert day.cost == ended.cost > 0
 
 
+def test_the_cost_of_a_day_is_the_sum_of_its_jobs_whatever_became_of_them(session):
+    tenant = a_tenant(session)
+    one, two = a_counted_job(session, tenant), a_counted_job(session, tenant)
+    partly = a_counted_job(session, tenant, num_images=2)
+
+    for job, device_seconds in ((one, 0.5), (two, 1.25)):
+        hand_off(session, a_lease(session, job), device_seconds=device_seconds)
+        store(session, job)
+    hand_off(session, a_lease(session, partly), 0, device_seconds=2.0)
+    store(session, partly, 0)
+    is_taken_back(session, partly)
+
+    [day] = ledger_of(session, tenant)
+    costs = [job.cost for job in (one, two, partly)]
+    assert len(set(costs)) == 3
+    assert (day.cost, day.jobs_succeeded) == (sum(costs), 2)
+    assert sum(costs) == Decimal("0.000333") + Decimal("0.000833") + Decimal("0.001333")
+
+
 def test_a_job_is_settled_once_and_only_with_its_last_image(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant, num_images=2)
