@@ -104,9 +104,7 @@ def test_a_refusal_for_good_reaches_clients_with_the_word_not_to_retry(api, fini
         ("/nowhere", "no-store"),
     ],
 )
-def test_answers_say_their_kind_and_how_long_they_may_be_kept(
-    api, finished_job, path, cache_control
-):
+def test_answers_say_their_kind_and_how_long_they_may_be_kept(api, finished_job, path, cache_control):
     answer = api.get(path.format(job=finished_job["urls"]["self"], nobody=uuid.uuid4()))
 
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
