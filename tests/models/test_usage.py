@@ -10,7 +10,16 @@ from models import accepting, jobs, leases, usage
 from models.accepting import NewJob
 from models.states import FailureCode
 from models.tables import UsageDay
-from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, resolved, store
+from tests.builders import (
+    a_job,
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    a_zone_of_another_day,
+    hand_off,
+    resolved,
+    store,
+)
 
 A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 
@@ -218,6 +227,28 @@ def test_the_stand_tells_how_long_the_day_and_the_month_still_are(session):
 
     assert stand.day_ends_in_s == pytest.approx((midnight + timedelta(days=1) - now).total_seconds(), abs=30)
     assert stand.month_ends_in_s == pytest.approx((first - now).total_seconds(), abs=30)
+
+
+def test_the_ledger_goes_by_utc_days_in_a_session_of_another_zone(session):
+    """Where it is another day: the first or the last of a month is another month there, too."""
+    session.execute(text(f"SET LOCAL TIME ZONE '{a_zone_of_another_day()}'"))
+    tenant, today = a_tenant(session), datetime.now(UTC).date()
+    midnight = datetime.combine(today, datetime.min.time(), UTC)
+    for days in (-1, 1):
+        a_day(session, tenant, today + timedelta(days=days), settled=Decimal(100))
+
+    job = a_counted_job(session, tenant)
+    hand_off(session, a_lease(session, job))
+    store(session, job)
+
+    stand = stand_of(session, tenant)
+    left_s = (midnight + timedelta(days=1) - datetime.now(UTC)).total_seconds()
+    assert session.scalar(text("SELECT clock_timestamp()::date")) != today
+    assert (job.usage_day, stand.used_today) == (today, A_JOB)
+    assert stand.day_ends_in_s == pytest.approx(left_s, abs=30)
+    assert [facts(day) for day in ledger_of(session, tenant) if day.day == today] == [
+        (NOTHING, A_JOB, 1, 1)
+    ]
 
 
 def test_jobs_under_way_are_counted_as_far_as_is_asked(session):
