@@ -41,7 +41,7 @@ def increases() -> Iterator[dict[str, float]]:
 
 def _samples(kind: str, suffix: str) -> dict[str, float]:
     return {
-        _written(sample.name.removesuffix("_total"), sample.labels): sample.value
+        _written(metric.name, sample.labels): sample.value
         for metric in families().values()
         for sample in metric.samples
         if metric.type == kind and sample.name.endswith(suffix)
