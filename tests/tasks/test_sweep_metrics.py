@@ -74,9 +74,7 @@ def fall_through(session: Session, url: str) -> None:
     wait_for_pictures(session, tenant)
     deliveries_of_long_ago(session, tenant)
     yesterday = session.scalar(text("SELECT clock_timestamp() - interval '25 hours'"))
-    session.add(
-        IdempotencyKey(tenant_id=tenant.id, key="k", request_sha256="", created_at=yesterday)
-    )
+    session.add(IdempotencyKey(tenant_id=tenant.id, key="k", request_sha256="", created_at=yesterday))
     Handoff(url, ttl_s=60).put(uuid.uuid4(), 0, 1, some_pixels())  # of nobody's job, these three
     Snapshots(url, ttl_s=60).put(uuid.uuid4(), 0, 1, 1, b"latents")
     Inputs(url, ttl_s=60).bring(uuid.uuid4(), {"init_image": some_pixels()})
@@ -138,9 +136,7 @@ def test_a_sweep_counts_what_it_did_by_its_reason(own_sweeper, own_database, set
         1,
     )
     released = 3  # the one that waits, and those that were put back
-    assert grown == {
-        f'swept{{why="{why}"}}': count for why, count in {**once, "released": released}.items()
-    }
+    assert grown == {f'swept{{why="{why}"}}': count for why, count in {**once, "released": released}.items()}
 
     with increases() as again:
         own_sweeper.sweep()
@@ -193,16 +189,10 @@ def _queue(tier: str, state: str) -> str:
     return f'queue_jobs{{pool="big",tier="{tier}",state="{state}"}}'
 
 
-_QUEUES = {
-    _queue(tier, state)
-    for tier in ("fast", "quality", "batch")
-    for state in ("waiting", "announced", "running", "storing")
-}
+_QUEUES = {_queue(tier, state) for tier in ("fast", "quality", "batch") for state in ("waiting", "announced", "running", "storing")}
 
 
-def test_an_outage_is_counted_as_seconds_away_and_deadlines_are_prolonged(
-    own_sweeper, own_database, monkeypatch
-):
+def test_an_outage_is_counted_as_seconds_away_and_deadlines_are_prolonged(own_sweeper, own_database, monkeypatch):
     with transaction(own_database.app) as session:
         a_job(session, start_within_s=2)
     nowhere = f"redis://127.0.0.1:{a_closed_port()}/0"
