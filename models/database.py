@@ -53,12 +53,13 @@ def is_away(error: BaseException) -> bool:
 
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
-    """Connections to a server that can be written to, checked after they were idle, every wait limited.
+    """Connections to a server that can be written to, checked after they were idle, every wait limited, in UTC.
 
     A restarted Postgres costs a reconnect, not an error; so does one that was demoted, where the URL leads to its successor:
     with several hosts in it, to the one of them that is the primary.
     """
-    options = "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
+    timeouts = "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
+    options = f"{timeouts} -c timezone=UTC"  # whatever the server's default: instants are shown as they come from here
     engine = create_engine(
         database_url,
         pool_size=pool_size,

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +176,11 @@ def until(happens: Callable[[], Any], *, within_s: float = 10.0, what: str = "it
         assert time.monotonic() < deadline, f"{what} did not happen within {within_s} s"
         time.sleep(0.02)
     return answer
+
+
+def a_zone_of_another_day() -> str:
+    """A time zone where it is another day than in UTC, now and for an hour at least."""
+    return "Pacific/Kiritimati" if datetime.now(UTC).hour >= 10 else "Pacific/Niue"
 
 
 def a_wish(**fields: Any) -> Wish:

@@ -266,6 +266,13 @@ class Tenant:
     def get(self, job, what="self"):
         return self._http.get(job["urls"][what], headers=self._headers).json
 
+    def read(self, path):
+        """What a GET of any path answers, as text."""
+        return self._http.get(path, headers=self._headers).text
+
+    def delete(self, path):
+        return self._http.delete(path, headers=self._headers)
+
     def send(self, path, body, *, headers=None):
         return self._http.post(path, json=body, headers={**self._headers, **(headers or {})})
 

@@ -5,13 +5,26 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+import redis
 from sqlalchemy import text
 
-from models import erasing, jobs, uploads
+from edges.handoff import Handoff
+from edges.progress import News, ProgressWriter, Step
+from edges.snapshots import Snapshots
+from models import erasing, jobs, leases, uploads
 from models.database import make_engine, transaction
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
-from tests.builders import a_lease, a_succeeded_job, a_tenant, an_artifact, hand_off, store, until
+from tests.builders import (
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    an_artifact,
+    hand_off,
+    some_pixels,
+    store,
+    until,
+)
 
 WISH = {"prompt": "a secret circle", "negative_prompt": "a secret square", "metadata": {"secret": "yes"}, "steps": 1, "n": 2}
 
@@ -146,6 +159,41 @@ def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_k
         if answer.status_code == 202:
             assert answer.json["prompt"] == WISH["prompt"]
             app.test_client().delete(answer.json["urls"]["self"], headers=own)
+
+
+def test_an_erased_job_leaves_nothing_in_redis(a_house, stack, stack_database):
+    """Its pixels on their way to the store, its snapshots, progress, events and previews: at once."""
+    tenant = a_house().with_workers().tenant()
+    kept, erased = (tenant.post(n=2).json for _ in range(2))
+    jobs_of = {name: uuid.UUID(job["id"]) for name, job in (("kept", kept), ("erased", erased))}
+    for job_id in jobs_of.values():
+        _leave_traces(stack.env["HANDOFF_URL"], stack_database, job_id)
+
+    answer = tenant.delete(erased["urls"]["self"])
+
+    with redis.Redis.from_url(stack.env["HANDOFF_URL"], decode_responses=True) as handoff:
+        left = {name: handoff.keys(f"*{job_id}*") for name, job_id in jobs_of.items()}
+        assert (answer.status_code, left["erased"]) == (204, [])
+        assert {key.partition(":")[0] for key in left["kept"]} == KINDS_OF_TRACES
+        handoff.delete(*left["kept"])
+
+
+KINDS_OF_TRACES = {"handoff", "snapshot", "progress", "events"}
+
+
+def _leave_traces(url, database, job_id) -> None:
+    """What a worker leaves in Redis that has rendered one of two images and is about to hand on the other."""
+    with transaction(database) as session:
+        lease = leases.take(session, job_id, worker="tests", device="cpu", ttl_s=600)
+        hand_off(session, lease, 0)
+    handoff, snapshots = Handoff(url, ttl_s=60), Snapshots(url, ttl_s=60)
+    for index in range(2):
+        handoff.put(job_id, index, lease.attempt, some_pixels())
+    snapshots.put(job_id, 1, lease.attempt, 3, b"latents")
+    writer = ProgressWriter(url)
+    writer.note(job_id, Step(1, 3, 20))
+    until(lambda: News(url).steps(job_id), what="the progress")
+    writer.close()
 
 
 def test_another_tenant_s_job_cannot_be_erased(api, stranger, canceled_job):

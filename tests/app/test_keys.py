@@ -55,6 +55,22 @@ def test_a_key_ends_when_it_expires_even_if_it_was_used_just_now(issue, nobody):
     assert_problem(nobody.get("/v1/jobs", headers=bearer(key)), 401, "unauthenticated")
 
 
+def test_a_key_that_is_remembered_ends_at_the_very_moment_it_expires(issue, gateway_with, monkeypatch):
+    """A gateway trusts what it looked up for a moment, but not its end."""
+    at = datetime.now(UTC) + timedelta(hours=1)
+    key, _ = issue(expires_at=at)
+    client = gateway_with(max_wait_s=52)
+
+    def status_at(moment: float) -> int:
+        with monkeypatch.context() as clock:
+            clock.setattr("app.auth.time.time", lambda: moment)
+            return client.get("/v1/jobs", headers=bearer(key)).status_code
+
+    statuses = [status_at(at.timestamp() + late_s) for late_s in (-1, 0, 1, -1)]
+
+    assert statuses == [200, 401, 401, 200]
+
+
 @pytest.mark.parametrize(
     ("scopes", "reads", "generates", "administers"),
     [(["read"], 200, 403, 403), (["generate"], 403, 202, 403), (["admin"], 403, 403, 200), (["generate", "read"], 200, 202, 403)],

@@ -1,5 +1,6 @@
 """What a tenant may use: exact under races, over processes, and whatever becomes of Redis."""
 
+import json
 import time
 import uuid
 from collections import Counter
@@ -9,10 +10,16 @@ from decimal import Decimal
 import httpx
 import pytest
 import redis
+from flask import Flask, g
 from sqlalchemy import text
 
+from app.auth import Caller
+from app.limits import _check_stand
+from app.problems import QuotaExceeded
 from models import api_keys, tenants, usage
 from models.database import transaction
+from models.usage import Stand
+from policy.limits import Limits
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import until
@@ -207,6 +214,48 @@ def test_a_batch_that_does_not_fit_is_refused_as_a_whole(limited):
     assert client.post("/v1/jobs:batch", json={"jobs": [BODY] * 3}).json()["accepted"] == 3
 
 
+def batch_of(count: int, **fields) -> dict:
+    return {"jobs": [{**BODY, **fields}] * count}
+
+
+def test_a_batch_takes_what_all_its_jobs_count_out_of_the_budget_or_nothing(limited):
+    client = limited(megapixel_steps_per_minute=0.006, burst_megapixel_steps=3.5 * COST)
+    assert client.post("/v1/jobs", json=BODY).status_code == 202  # 2.5 are left
+
+    refused = client.post("/v1/jobs:batch", json=batch_of(3))
+    accepted = client.post("/v1/jobs:batch", json=batch_of(2))  # 0.5 are left
+    small = [client.post("/v1/jobs", json={**BODY, "steps": 4}) for _ in range(2)]
+
+    assert assert_problem(refused, 429, "budget-spent")["policy"] == "megapixel-steps"
+    assert accepted.json()["accepted"] == 2
+    assert [answer.status_code for answer in small] == [202, 429]
+    assert len(client.get("/v1/jobs").json()["data"]) == 4
+    refusal = assert_problem(client.post("/v1/jobs:batch", json=batch_of(4)), 422, "invalid-image-request")
+    assert refusal["errors"][0]["accepted"] == {"max_megapixel_steps": 3.5 * COST}
+
+
+def test_a_batch_that_comes_to_nothing_costs_no_budget(limited):
+    client = limited(megapixel_steps_per_minute=0.006, burst_megapixel_steps=2.5 * COST, max_concurrent_jobs=1)
+
+    for _ in range(2):
+        assert_problem(client.post("/v1/jobs:batch", json=batch_of(2)), 429, "too-many-jobs")
+
+
+@pytest.mark.parametrize("period", ["day", "month"])
+def test_a_batch_counts_as_a_whole_against_a_quota(limited, period):
+    name = {"day": "daily_megapixel_steps", "month": "monthly_megapixel_steps"}[period]
+    client = limited(**{name: Decimal("2.5") * Decimal(str(COST))})
+
+    refused = client.post("/v1/jobs:batch", json=batch_of(3))
+    assert assert_problem(refused, 429, "quota-exceeded")["period"] == period
+    assert client.get("/v1/usage").json()["data"] == []
+
+    assert client.post("/v1/jobs:batch", json=batch_of(2)).json()["accepted"] == 2
+    [day] = client.get("/v1/usage").json()["data"]
+    assert (day["jobs_accepted"], day["reserved_megapixel_steps"]) == (2, pytest.approx(2 * COST))
+    assert_problem(client.post("/v1/jobs", json=BODY), 429, "quota-exceeded")
+
+
 def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limited):
     client = limited(allowed_tiers=["batch"])
 
@@ -222,6 +271,33 @@ def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limit
     assert without.get("/v1/models").json()["data"] == []
     assert_problem(without.get("/v1/models/pocket"), 404, "model-not-found")
     assert_problem(without.post("/v1/jobs", json=BODY), 403, "forbidden")
+
+
+def test_a_batch_refuses_items_of_a_tier_that_is_not_allowed(limited):
+    client = limited(allowed_tiers=["batch"])
+
+    batch = client.post("/v1/jobs:batch", json={"jobs": [BODY, {**BODY, "tier": "fast", "steps": 4}]}).json()
+
+    assert [item["status"] for item in batch["data"]] == [202, 403]
+    assert batch["data"][1]["problem"]["accepted"] == {"tiers": ["batch"]}
+
+
+@pytest.mark.parametrize("taken_away", ["tiers", "models"])
+def test_a_job_of_a_tier_or_model_taken_away_meanwhile_cannot_be_replayed(limited, stack_database, taken_away):
+    client = limited()
+    job = client.post("/v1/jobs", json=BODY).json()
+    tenant_id = uuid.UUID(client.get("/v1/key").json()["tenant_id"])
+    changes = {f"allowed_{taken_away}": {"tiers": ["fast"], "models": ["another"]}[taken_away]}
+    with transaction(stack_database) as session:
+        tenant = session.get(tenants.Tenant, tenant_id)
+        tenants.limit(session, tenant, changes=changes, actor="tests")
+    until(lambda: client.get("/v1/key").json()["limits"][f"allowed_{taken_away}"])
+
+    answer = client.post(job["urls"]["replay"])
+
+    problem = assert_problem(answer, 403, "forbidden")
+    assert problem["accepted"] == {taken_away: changes[f"allowed_{taken_away}"]}
+    assert len(client.get("/v1/jobs").json()["data"]) == 1
 
 
 def test_without_redis_requests_are_counted_by_each_process_and_budgets_by_nobody(limited, gateway_with, elsewhere):
@@ -258,3 +334,49 @@ def test_a_tenant_that_waits_for_its_own_lock_keeps_no_tier_s_releases_from_othe
         until(lambda: session.scalar(free), what="a moment without a release")  # the sweeper has it now and then
 
     assert answer.result().status_code == 202
+
+
+def test_a_model_s_cost_factor_multiplies_what_its_jobs_count_everywhere(a_house):
+    house = a_house({"models.pocket.cost_factor": 2.5}).with_workers()
+    tenant, counts = house.tenant(), 2.5 * COST
+
+    estimate = tenant.send("/v1/estimate", BODY).json
+    job = tenant.send("/v1/jobs", BODY).json
+    tenant.send("/v1/jobs:batch", batch_of(2))
+    replay = tenant.send(job["urls"]["replay"], {}).json
+
+    told = [each["megapixel_steps"] for each in (estimate, job, tenant.get(job), replay)]
+    assert told == [pytest.approx(counts)] * 4
+    usage_now = json.loads(tenant.read("/v1/usage"))
+    assert usage_now["used_megapixel_steps"]["today"] == pytest.approx(4 * counts)
+    [day] = usage_now["data"]
+    assert day["reserved_megapixel_steps"] == pytest.approx(4 * counts)
+
+
+@pytest.mark.parametrize(
+    ("at", "limits", "refusal"),
+    [
+        ({"used_today": 10, "used_this_month": 10}, {"daily_megapixel_steps": 10}, None),
+        ({"used_today": 11, "used_this_month": 11}, {"daily_megapixel_steps": 10}, ("day", 90)),
+        ({"used_today": 1, "used_this_month": 11}, {"monthly_megapixel_steps": 10}, ("month", 901)),
+        (
+            {"used_today": 11, "used_this_month": 11},
+            {"daily_megapixel_steps": 10, "monthly_megapixel_steps": 10},
+            ("day", 90),
+        ),
+    ],
+)
+def test_a_quota_s_refusal_says_when_its_own_period_ends(at, limits, refusal):
+    """The stand is said by the test: the month's end is the day's on one day of the month."""
+    stand = Stand(active_jobs=0, day_ends_in_s=89.5, month_ends_in_s=900.1, **at)
+    asking = Caller(uuid.uuid4(), uuid.uuid4(), "kid", "key:kid", frozenset(), Limits(**limits))
+
+    with Flask("here").test_request_context():
+        g.caller = asking
+        try:
+            _check_stand(stand)
+            told = None
+        except QuotaExceeded as problem:
+            told = (problem.members["period"], problem.retry_after_s)
+
+    assert told == refusal

@@ -103,6 +103,19 @@ def test_a_replay_under_a_key_is_one_job(api, canceled_job):
     api.post(first.json()["urls"]["cancel"])
 
 
+def test_a_key_that_came_with_another_job_s_replay_is_refused(api, canceled_job):
+    """Both requests have an empty body: only the path tells them apart."""
+    other = api.post("/v1/jobs", json=BODY).json()
+    key = {"Idempotency-Key": str(uuid.uuid4())}
+    first = replay(api, canceled_job, headers=key).json()
+
+    answer = replay(api, other, headers=key)
+
+    assert_problem(answer, 422, "idempotency-key-reused")
+    for job in (first, other):
+        api.post(job["urls"]["cancel"])
+
+
 def test_a_replay_takes_no_fields(api, canceled_job):
     problem = assert_problem(replay(api, canceled_job, json={"steps": 4}), 422, "invalid-image-request")
 

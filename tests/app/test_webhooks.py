@@ -16,7 +16,7 @@ from standardwebhooks import Webhook
 from models import jobs
 from models.database import transaction
 from models.webhooks import AT_ONCE_PER_TENANT
-from policy.webhooks import EVENTS, MAX_ENDPOINTS
+from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, MAX_ENDPOINTS
 from tasks.deliver import message
 from tests.app.problem import assert_problem
 from tests.builders import until
@@ -320,6 +320,55 @@ def test_an_endpoint_that_cannot_be_used_is_refused_with_a_pointer(tenant, body,
 
     assert problem["errors"][0]["pointer"] == pointer
     assert tenant.get("/v1/webhooks").json()["data"] == []
+
+
+@pytest.mark.parametrize(
+    ("change", "pointer"),
+    [
+        ({"url": "http://169.254.169.254/latest/meta-data/"}, "/url"),
+        ({"url": "http://[fd00:ec2::254]/"}, "/url"),
+        ({"url": "http://10.0.0.1/"}, "/url"),
+        ({"url": "https://user:pass@example.com/"}, "/url"),
+        ({"url": "ftp://example.com/"}, "/url"),
+        ({"events": []}, "/events"),
+        ({"events": ["job.started"]}, "/events"),
+        ({"description": "x" * 257}, "/description"),
+        ({"description": "a\x00b"}, "/description"),
+        ({"secret": "mine"}, "/secret"),
+    ],
+)
+def test_an_endpoint_cannot_be_changed_into_one_that_could_not_be_made(tenant, change, pointer):
+    endpoint = tenant.post("/v1/webhooks", json={"url": "https://example.com/"}).json()
+    before = tenant.get(endpoint["urls"]["self"]).json()
+
+    answer = tenant.patch(endpoint["urls"]["self"], json={"enabled": False} | change)
+
+    problem = assert_problem(answer, 422, "invalid-request")
+    assert problem["errors"][0]["pointer"] == pointer
+    assert tenant.get(endpoint["urls"]["self"]).json() == before
+
+
+def test_a_delivery_is_given_up_three_days_after_its_event(tenant, receiver, stack_database):
+    endpoint = subscribe(tenant, receiver)
+    receiver.status = 500
+    cancel(tenant)
+    until(lambda: receiver.heard and deliveries(tenant, endpoint)[0]["attempts"])
+    assert deliveries(tenant, endpoint)[0]["due_at"] is not None
+
+    age(stack_database, endpoint, GIVE_UP_AFTER_S)
+
+    until(lambda: deliveries(tenant, endpoint)[0]["state"] == "failed")
+    [delivery] = deliveries(tenant, endpoint)
+    assert (delivery["due_at"], delivery["ended_at"] is None) == (None, False)
+    assert [attempt["status"] for attempt in delivery["attempts"]] == [500, 500]
+
+
+def age(database, endpoint, seconds) -> None:
+    """Let the endpoint's deliveries have waited so long, and be due."""
+    with transaction(database) as session:
+        query = """UPDATE webhook_deliveries SET created_at = created_at - make_interval(secs => :s),
+                   due_at = clock_timestamp() WHERE endpoint_id = :id AND state = 'pending'"""
+        session.execute(text(query), {"id": endpoint["id"], "s": seconds})
 
 
 def test_a_tenant_has_so_many_endpoints_and_no_more(tenant):

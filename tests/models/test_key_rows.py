@@ -102,3 +102,30 @@ def test_revoking_one_key_leaves_the_tenant_s_others(session):
 
     assert authenticate(session, other).tenant_id == row.tenant_id
     assert [key.name for key in api_keys.of_tenant(session, row.tenant_id)] == ["web app", "pipeline"]
+
+
+DAY_S = 86_400.0
+
+
+@pytest.mark.parametrize(
+    ("lives_for_s", "grace_s", "left_s"),
+    [(None, DAY_S, DAY_S), (10, DAY_S, 10), (2 * DAY_S, DAY_S, DAY_S), (DAY_S, 0.0, 0.0)],
+    ids=["without an end", "ends before the grace", "ends after the grace", "no grace"],
+)
+def test_rotation_never_prolongs_a_key(session, lives_for_s, grace_s, left_s):
+    ends_at = None if lives_for_s is None else datetime.now(UTC) + timedelta(seconds=lives_for_s)
+    row, _ = issue(session, expires_at=ends_at)
+
+    new, _ = api_keys.rotate(session, row.id, pepper=PEPPER, grace_s=grace_s)
+
+    query = text("SELECT extract(epoch FROM expires_at - clock_timestamp()) FROM api_keys WHERE id = :id")
+    assert float(session.scalar(query, {"id": row.id})) == pytest.approx(left_s, abs=5)
+    assert (new.name, new.scopes, new.expires_at) == (row.name, row.scopes, None)
+
+
+def test_rotation_of_a_key_that_is_over_is_refused(session):
+    revoked, _ = issue(session)
+    api_keys.revoke(session, revoked.id)
+    expired, _ = issue(session, expires_at=datetime.now(UTC) - timedelta(seconds=1))
+
+    assert [api_keys.rotate(session, row.id, pepper=PEPPER, grace_s=DAY_S) for row in (revoked, expired)] == [None, None]

@@ -10,7 +10,16 @@ from models import accepting, jobs, leases, usage
 from models.accepting import NewJob
 from models.states import FailureCode
 from models.tables import UsageDay
-from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, resolved, store
+from tests.builders import (
+    a_job,
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    a_zone_of_another_day,
+    hand_off,
+    resolved,
+    store,
+)
 
 A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 
@@ -78,6 +87,25 @@ def test_a_job_that_succeeds_is_settled_with_its_price(session):
     [day] = ledger_of(session, tenant)
     assert facts(day) == (waiting, A_JOB, 2, 1)
     assert day.cost == ended.cost > 0
+
+
+def test_the_cost_of_a_day_is_the_sum_of_its_jobs_whatever_became_of_them(session):
+    tenant = a_tenant(session)
+    one, two = a_counted_job(session, tenant), a_counted_job(session, tenant)
+    partly = a_counted_job(session, tenant, num_images=2)
+
+    for job, device_seconds in ((one, 0.5), (two, 1.25)):
+        hand_off(session, a_lease(session, job), device_seconds=device_seconds)
+        store(session, job)
+    hand_off(session, a_lease(session, partly), 0, device_seconds=2.0)
+    store(session, partly, 0)
+    is_taken_back(session, partly)
+
+    [day] = ledger_of(session, tenant)
+    costs = [job.cost for job in (one, two, partly)]
+    assert len(set(costs)) == 3
+    assert (day.cost, day.jobs_succeeded) == (sum(costs), 2)
+    assert sum(costs) == Decimal("0.000333") + Decimal("0.000833") + Decimal("0.001333")
 
 
 def test_a_job_is_settled_once_and_only_with_its_last_image(session):
@@ -199,6 +227,26 @@ def test_the_stand_tells_how_long_the_day_and_the_month_still_are(session):
 
     assert stand.day_ends_in_s == pytest.approx((midnight + timedelta(days=1) - now).total_seconds(), abs=30)
     assert stand.month_ends_in_s == pytest.approx((first - now).total_seconds(), abs=30)
+
+
+def test_the_ledger_goes_by_utc_days_in_a_session_of_another_zone(session):
+    """Where it is another day: the first or the last of a month is another month there, too."""
+    session.execute(text(f"SET LOCAL TIME ZONE '{a_zone_of_another_day()}'"))
+    tenant, today = a_tenant(session), datetime.now(UTC).date()
+    midnight = datetime.combine(today, datetime.min.time(), UTC)
+    for days in (-1, 1):
+        a_day(session, tenant, today + timedelta(days=days), settled=Decimal(100))
+
+    job = a_counted_job(session, tenant)
+    hand_off(session, a_lease(session, job))
+    store(session, job)
+
+    stand = stand_of(session, tenant)
+    left_s = (midnight + timedelta(days=1) - datetime.now(UTC)).total_seconds()
+    assert session.scalar(text("SELECT clock_timestamp()::date")) != today
+    assert (job.usage_day, stand.used_today) == (today, A_JOB)
+    assert stand.day_ends_in_s == pytest.approx(left_s, abs=30)
+    assert [facts(day) for day in ledger_of(session, tenant) if day.day == today] == [(NOTHING, A_JOB, 1, 1)]
 
 
 def test_jobs_under_way_are_counted_as_far_as_is_asked(session):

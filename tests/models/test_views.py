@@ -1,292 +1,387 @@
-"""What the views say, column by column: operators and auditors read nothing else."""
+"""What each SQL view says, row by row; read in a session that is not in UTC, as an operator's may be."""
 
-from datetime import UTC, datetime, timedelta
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from typing import Any
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
-from models import audit, files, jobs, leases, webhooks
+from models import files, jobs, leases, tenants, webhooks, workers
+from models.states import FailureCode
 from models.tables import Tenant
 from models.webhooks import Tried
-from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, resolved, store
+from tests.builders import (
+    a_job,
+    a_lease,
+    a_succeeded_job,
+    a_tenant,
+    a_zone_of_another_day,
+    hand_off,
+    resolved,
+    store,
+)
 
-# Where it is another day than in UTC before noon, and after ten o'clock: at any time in one of them.
-FAR_FROM_UTC = ("Etc/GMT+12", "Etc/GMT-14")
-
-
-@pytest.fixture(params=FAR_FROM_UTC)
-def abroad(request, session):
-    """The application's session with a time zone of its own, as a Postgres has that is not set to UTC."""
-    session.execute(text(f"SET LOCAL TimeZone = '{request.param}'"))
-    return session
-
-
-def utc_day(session):
-    instant = session.scalar(text("SELECT clock_timestamp()"))
-    return instant.astimezone(UTC).date()
+Rows = Sequence[Mapping[str, Any]]
+DAY = datetime(2026, 3, 1, tzinfo=UTC)
+NEAR = pytest.approx  # seconds of this machine's own
 
 
-def rows_of(session, view: str, tenant: Tenant) -> list:
-    return list(session.execute(text(f"SELECT * FROM {view} WHERE tenant = :name"), {"name": tenant.name}))
+def change(session: Session, table: str, where: str, **values: Any) -> None:
+    """Give rows what only time would give them."""
+    told = ", ".join(f"{name} = :{name}" for name in values)
+    session.execute(text(f"UPDATE {table} SET {told} WHERE {where}"), values)
+    session.expire_all()
 
 
-def test_job_history_says_what_was_asked_and_where_the_time_went(session):
-    tenant = a_tenant(session)
-    lease = a_lease(session, tenant=tenant, num_images=2, negative_prompt="blue", tier="quality", determinism="reproducible", bucket_rows=8)
-    for index, shared_steps in ((0, 3), (1, 1)):
-        hand_off(session, lease, index, steps=4, shared_steps=shared_steps, max_rows=6, max_images=3, device_seconds=0.25)
-        store(session, lease.job, index)
-    session.execute(
-        text(
-            """UPDATE jobs SET started_at = accepted_at + interval '1.5 s', rendered_at = accepted_at + interval '4 s',
-               finished_at = accepted_at + interval '4.25 s' WHERE id = :id"""
-        ),
-        {"id": lease.job_id},
+def ago(session: Session, seconds: float) -> datetime:
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    return now - timedelta(seconds=seconds)
+
+
+def job_history(session, tenant) -> Rows:
+    job = a_job(
+        session,
+        tenant=tenant,
+        tier="quality",
+        num_images=2,
+        determinism="reproducible",
+        bucket_rows=8,
+        negative_prompt="blue",
     )
+    leases.count_error(session, a_lease(session, job, worker="gpu1@b"), detail="no", max_attempts=5)
+    lease = a_lease(session, job, worker="gpu0@a")
+    hand_off(session, lease, 0, steps=4, shared_steps=3, max_rows=6, max_images=2)
+    hand_off(session, lease, 1, steps=4, shared_steps=1, max_rows=4, max_images=5)
+    store(session, job, 0, attempt=2)
+    store(session, job, 1, attempt=2)
+    instants = {
+        "accepted_at": DAY,
+        "started_at": DAY + timedelta(seconds=1.5),
+        "rendered_at": DAY + timedelta(seconds=4),
+        "finished_at": DAY + timedelta(seconds=4.25),
+    }
+    change(session, "jobs", f"id = '{job.id}'", **instants)
+    return [
+        {
+            "job_id": job.id,
+            "tenant": tenant.name,
+            "state": "succeeded",
+            "tier": "quality",
+            "pool": "local",
+            "model": "pocket",
+            "model_version": "1",
+            "prompt": "a red circle",
+            "negative_prompt": "blue",
+            "size": "128x128",
+            "num_steps": 4,
+            "guidance": 4.0,
+            "sampler": "ddim",
+            "seed": 7,
+            "num_images": 2,
+            "output_format": "png",
+            "precision": "fp32",
+            "determinism": "reproducible",
+            "bucket_rows": 8,
+            **instants,
+            "queue_s": Decimal("1.5"),
+            "render_s": Decimal("2.5"),
+            "store_s": Decimal("0.25"),
+            "total_s": Decimal("4.25"),
+            "attempts": 2,
+            "worker": "gpu0@a",
+            "device": "cpu",
+            "max_batch_images": 5,
+            "max_batch_rows": 6,
+            "steps_run": 8,
+            "steps_shared": 4,
+            "gpu_seconds": Decimal("1.0"),
+            "cost": job.cost,
+            "currency": "EUR",
+            "failure_code": None,
+            "failure_detail": None,
+            "images_stored": 2,
+            "steps_abandoned": 0,
+        }
+    ]
 
-    [row] = rows_of(session, "job_history", tenant)
 
-    assert (row.pool, row.model, row.model_version) == ("local", "pocket", "1")
-    assert (row.prompt, row.negative_prompt, row.size, row.num_steps) == ("a red circle", "blue", "128x128", 4)
-    assert (row.guidance, row.sampler, row.seed, row.num_images) == (4.0, "ddim", 7, 2)
-    assert (row.output_format, row.precision) == ("png", "fp32")
-    assert (row.job_id, row.state, row.tier, row.determinism, row.bucket_rows) == (
-        lease.job_id,
-        "succeeded",
-        "quality",
-        "reproducible",
-        8,
-    )
-    assert (row.queue_s, row.render_s, row.store_s, row.total_s) == (
-        Decimal("1.5"),
-        Decimal("2.5"),
-        Decimal("0.25"),
-        Decimal("4.25"),
-    )
-    assert (row.attempts, row.worker, row.device) == (1, "gpu0@here", "cpu")
-    assert (row.max_batch_images, row.max_batch_rows, row.steps_run, row.steps_shared) == (3, 6, 8, 4)
-    assert (row.gpu_seconds, row.cost, row.currency) == (Decimal("0.5"), lease.job.cost, "EUR")
-    assert (row.failure_code, row.failure_detail, row.images_stored, row.steps_abandoned) == (None, None, 2, 0)
+def dead_letters(session, tenant) -> Rows:
+    job = a_job(session, tenant=tenant, tier="batch")
+    for worker in ("gpu1@b", "gpu0@a"):
+        lease = a_lease(session, job, worker=worker)
+        leases.count_error(session, lease, detail=f"{worker} said no", max_attempts=2)
+    canceled = a_job(session, tenant=tenant)
+    jobs.cancel(session, canceled.id, tenant_id=tenant.id, actor="tests")
+    again = jobs.requeue_dead(session, job.id, start_within_s=600, actor="tests")
+    session.refresh(job)
+    return [
+        {
+            "job_id": job.id,
+            "tenant": tenant.name,
+            "pool": "local",
+            "tier": "batch",
+            "model": "pocket",
+            "failure_code": "attempts_exhausted",
+            "last_error": "gpu0@a said no",
+            "attempts": 2,
+            "counted_attempts": 2,
+            "workers": "gpu0@a gpu1@b",
+            "outcomes": "error error",
+            "accepted_at": job.accepted_at,
+            "finished_at": job.finished_at,
+            "requeued_as": again.id,
+        }
+    ]
 
 
-def test_job_history_adds_up_the_attempts_of_a_job(session):
-    tenant = a_tenant(session)
+def queue_now(session, tenant) -> Rows:
+    """Of a pool with the tenant's name, for the view tells no tenant."""
+    own = {"tenant": tenant, "pool": tenant.name}
+    waiting = [a_job(session, **own, num_images=number) for number in (1, 2)]
+    announced = a_job(session, **own, num_images=4)
+    a_lease(session, **own, num_images=8)
+    a_lease(session, **own, tier="batch", num_images=3)
+    hand_off(session, a_lease(session, **own, num_images=1))
+    a_succeeded_job(session, **own)
+    change(session, "jobs", f"id = '{announced.id}'", announced_at=ago(session, 5))
+    change(session, "jobs", f"id = '{waiting[1].id}'", accepted_at=ago(session, 90))
+    beats = {"pool": tenant.name, "device": "cpu", "slots": 8, "facts": {}}
+    for name, silent_after_s in (("live", 15.0), ("patient", 60.0), ("silent", 15.0)):
+        name = f"{name}@{tenant.name}"
+        workers.heartbeat(session, name=name, **beats, silent_after_s=silent_after_s)
+    change(session, "workers", f"name = 'silent@{tenant.name}'", seen_at=ago(session, 20))
+    change(session, "workers", f"name = 'patient@{tenant.name}'", seen_at=ago(session, 20))
+    place = {"pool": tenant.name, "live_workers": 2}
+    none = {"waiting": 0, "announced": 0, "storing": 0, "oldest_wait_s": None}
+    fast = {"waiting": 2, "announced": 1, "running": 1, "storing": 1, "images": 16}
+    return [
+        {**place, "tier": "batch", **none, "running": 1, "images": 3},
+        {**place, "tier": "fast", **fast, "oldest_wait_s": NEAR(Decimal(90), abs=Decimal(30))},
+    ]
+
+
+def audit_log(session, tenant) -> Rows:
     job = a_job(session, tenant=tenant)
-    leases.count_error(session, a_lease(session, job, worker="gpu0@here"), detail="no", max_attempts=5)
-    session.execute(text("UPDATE attempts SET steps = 3, max_rows = 9 WHERE job_id = :id"), {"id": job.id})
-    hand_off(session, a_lease(session, job, worker="gpu1@there"), steps=4, max_rows=2)
+    leases.fail(session, a_lease(session, job), code=FailureCode.NOT_FINITE, detail="NaN")
+    query = """SELECT seq, id, at, facts, encode(prev_hash, 'hex') AS prev, encode(hash, 'hex') AS hash
+               FROM audit_events WHERE chain_id = :id ORDER BY seq"""
+    stored = session.execute(text(query), {"id": str(tenant.id)}).all()
+    own = {"chain": tenant.name, "attempt": None, "job_id": job.id, "actor": "tests"}
+    accepted = "model=pocket model_version=1 num_images=1 pool=local seed=7 tier=fast"
+    words = [
+        {"event": "tenant:record:created", "job_id": None, "facts_text": f"tenant_id={tenant.id}"},
+        {"event": "job:request:accepted", "facts_text": accepted},
+        {"event": "job:lease:taken", "actor": "gpu0@here", "attempt": 1, "facts_text": None},
+        {
+            "event": "job:state:failed",
+            "actor": "gpu0@here",
+            "attempt": 1,
+            "facts_text": "code=not_finite",
+        },
+    ]
+    rows = [
+        {
+            "seq": row.seq,
+            "event_id": row.id,
+            "at": row.at,
+            "facts": row.facts,
+            "prev_hash": row.prev,
+            "hash": row.hash,
+        }
+        for row in stored
+    ]
+    assert [row["seq"] for row in rows] == [1, 2, 3, 4]
+    return [{**own, **row, **said} for row, said in zip(rows, words, strict=True)]
 
-    [row] = rows_of(session, "job_history", tenant)
 
-    assert (row.attempts, row.worker, row.steps_run, row.max_batch_rows) == (2, "gpu1@there", 7, 9)
-
-
-@pytest.mark.parametrize(("end", "abandoned"), [("canceled", 4), ("failed", 0)])
-def test_job_history_counts_steps_as_abandoned_only_where_the_tenant_took_the_job_back(session, end, abandoned):
-    tenant = a_tenant(session)
-    lease = a_lease(session, tenant=tenant, num_images=2)
-    hand_off(session, lease, num_steps=4, steps=4)
-    if end == "canceled":
-        jobs.cancel(session, lease.job_id, tenant_id=tenant.id, actor="tests")
-    else:
-        leases.fail(session, lease, code="internal", detail="no")
-
-    [row] = rows_of(session, "job_history", tenant)
-
-    assert (row.state, row.images_stored, row.steps_abandoned) == (end, 0, abandoned)
-
-
-def test_job_history_shows_a_job_that_nobody_has_begun(session):
-    tenant = a_tenant(session)
+def audit_chain_status(session, tenant) -> Rows:
     a_job(session, tenant=tenant)
-
-    [row] = rows_of(session, "job_history", tenant)
-
-    assert (row.state, row.attempts, row.device, row.steps_run, row.max_batch_images) == ("queued", 0, None, 0, 0)
-    assert (row.queue_s, row.render_s, row.store_s, row.total_s) == (None,) * 4
+    query = "SELECT encode(hash, 'hex') FROM audit_events WHERE chain_id = :id AND seq = 2"
+    head = session.scalar(text(query), {"id": str(tenant.id)})
+    return [{"chain": tenant.name, "chain_id": str(tenant.id), "events": 2, "head": head}]
 
 
-def test_images_by_tenant_day_shares_the_cost_out_by_device_time_and_keeps_tiers_apart(session):
-    tenant = a_tenant(session)
-    lease = a_lease(session, tenant=tenant, num_images=2)
-    for index, device_seconds in ((0, 0.25), (1, 0.75)):
+def images_by_tenant_day(session, tenant) -> Rows:
+    """One image just after a UTC midnight, one just before the next, one on the day after."""
+    lease = a_lease(session, tenant=tenant, num_images=3)
+    at = (timedelta(minutes=30), timedelta(hours=23, minutes=30), timedelta(days=1, hours=12))
+    for index, device_seconds in enumerate((0.5, 1.0, 2.5)):
         hand_off(session, lease, index, device_seconds=device_seconds)
         store(session, lease.job, index)
-    batch = a_succeeded_job(session, tenant=tenant, tier="batch")
-
-    rows = {row.tier: row for row in rows_of(session, "images_by_tenant_day", tenant)}
-
-    assert {tier: (row.images, row.size_bytes, row.gpu_seconds, row.cost) for tier, row in rows.items()} == {
-        "fast": (2, 2000, Decimal("1.000"), lease.job.cost),
-        "batch": (1, 1000, Decimal("0.500"), batch.cost),
-    }
-    assert {(row.model, row.currency, row.day) for row in rows.values()} == {("pocket", "EUR", utc_day(session))}
-
-
-def test_a_day_is_utc_s_for_the_ledger_whatever_postgres_is_set_to(abroad):
-    tenant = a_tenant(abroad)
-
-    job = a_job(abroad, tenant=tenant)
-
-    assert job.usage_day == utc_day(abroad)
-    assert [row.day for row in rows_of(abroad, "usage_by_tenant_day", tenant)] == [utc_day(abroad)]
-
-
-def test_a_day_is_utc_s_for_stored_images_whatever_postgres_is_set_to(abroad):
-    tenant = a_tenant(abroad)
-
-    a_succeeded_job(abroad, tenant=tenant)
-
-    assert [row.day for row in rows_of(abroad, "images_by_tenant_day", tenant)] == [utc_day(abroad)]
-
-
-def test_the_audit_log_verifies_whatever_postgres_is_set_to(abroad):
-    job = a_succeeded_job(abroad)
-
-    problems = abroad.execute(text("SELECT * FROM audit_verify(:chain)"), {"chain": str(job.tenant_id)}).all()
-
-    assert problems == []
-
-
-@pytest.mark.parametrize("zone", FAR_FROM_UTC)
-def test_a_month_of_the_audit_log_is_utc_s_whatever_postgres_is_set_to(database, zone):
-    """As it is made again, where another zone is set."""
-    bounds = text("SELECT pg_get_expr(relpartbound, oid) FROM pg_class WHERE oid = to_regclass(:name)")
-    with database.owner.connect() as connection:
-        query = "SELECT to_char(now() AT TIME ZONE 'UTC' + interval '12 months', 'YYYY_MM')"
-        name = f"audit_events_{connection.scalar(text(query))}"
-        before = connection.scalar(bounds, {"name": name})
-        connection.execute(text(f"DROP TABLE {name}"))
-        connection.execute(text(f"SET LOCAL TimeZone = '{zone}'"))
-
-        connection.execute(text("SELECT audit_ensure_partitions(12)"))
-
-        connection.execute(text("SET LOCAL TimeZone = 'UTC'"))
-        after = connection.scalar(bounds, {"name": name})
-        connection.rollback()
-
-    assert after == before
-    assert before is not None
-
-
-def test_the_audit_log_is_readable_and_leaves_long_facts_to_the_whole_of_them(session):
-    tenant = a_tenant(session)
-    job = a_job(session, tenant=tenant, seed=11)
-    facts = {"b": 2, "a": "x", "long": "y" * 65}
-    audit.append(session, "test:thing:happened", chain=tenant.id, actor="tests", attempt=3, **facts)
-
-    rows = session.execute(text("SELECT * FROM audit_log WHERE chain = :name ORDER BY seq"), {"name": tenant.name}).all()
-
-    assert [row.event for row in rows] == ["tenant:record:created", "job:request:accepted", "test:thing:happened"]
-    accepted, happened = rows[1:]
-    assert (accepted.job_id, accepted.actor) == (job.id, "tests")
-    assert accepted.facts_text == "model=pocket model_version=1 num_images=1 pool=local seed=11 tier=fast"
-    assert (happened.facts_text, happened.attempt, happened.facts) == ("a=x b=2", 3, facts)
-    assert happened.prev_hash == accepted.hash
-
-
-def test_queue_now_says_how_long_the_oldest_has_waited_in_each_tier(session):
-    pool = f"pool-{datetime.now(UTC):%H%M%S%f}"
-    old, _, other = (a_job(session, pool=pool, tier=tier) for tier in ("fast", "fast", "batch"))
-    age = text("UPDATE jobs SET accepted_at = clock_timestamp() - make_interval(secs => :age_s) WHERE id = :id")
-    session.execute(age, {"age_s": 100, "id": old.id})
-    session.execute(age, {"age_s": 50, "id": other.id})
-    hand_off(session, a_lease(session, pool=pool, tier="quality", determinism="reproducible", bucket_rows=8))
-
-    rows = session.execute(text("SELECT * FROM queue_now WHERE pool = :pool"), {"pool": pool}).all()
-
-    waits = {row.tier: row.oldest_wait_s for row in rows}
-    assert waits == {"fast": pytest.approx(100, abs=10), "batch": pytest.approx(50, abs=10), "quality": None}
-    assert {row.tier: (row.waiting, row.storing) for row in rows} == {"fast": (2, 0), "batch": (1, 0), "quality": (0, 1)}
-
-
-def an_endpoint(session, tenant, **changes):
-    wish = {"url": "https://x.example", "events": ["job.succeeded"], "description": "", "secret": "whsec_x"}
-    endpoint = webhooks.create(session, tenant_id=tenant.id, actor="tests", **wish | changes)
-    session.flush()
-    return endpoint
-
-
-def test_webhooks_now_says_what_waits_and_how_the_last_attempt_ended(session):
-    tenant = a_tenant(session)
-    endpoint = an_endpoint(session, tenant)
-    for _ in range(3):
-        a_succeeded_job(session, tenant=tenant)
-    first, second, third = webhooks.due(session, [endpoint.id])
-    for delivery, status in ((first, 200), (second, 503)):
-        claim = webhooks.claim(session, delivery)
-        webhooks.record(session, claim, Tried(status=status, error=None, took_s=0.5, try_again_s=9.0), actor="tests")
-    webhooks.note_speed(session, endpoint.id, is_slow=True)
-    age = text("UPDATE webhook_deliveries SET created_at = clock_timestamp() - interval '30 s' WHERE id = :id")
-    session.execute(age, {"id": third})
-
-    [row] = rows_of(session, "webhooks_now", tenant)
-
-    assert (row.endpoint_id, row.disabled_at, row.disabled_reason) == (endpoint.id, None, None)
-    assert (row.pending, row.oldest_pending_s) == (2, pytest.approx(30, abs=10))
-    assert (row.last_status, row.last_error, row.last_took_s, row.is_slow) == (503, None, 0.5, True)
-    assert row.last_attempt_at is not None
-
-
-def test_webhooks_now_keeps_a_disabled_endpoint_and_forgets_a_deleted_one(session):
-    tenant = a_tenant(session)
-    kept, deleted = an_endpoint(session, tenant), an_endpoint(session, tenant)
-    webhooks.change(session, kept, actor="tests", enabled=False)
-    webhooks.delete(session, deleted, actor="tests")
-    session.flush()
-
-    [row] = rows_of(session, "webhooks_now", tenant)
-
-    assert (row.endpoint_id, row.pending, row.oldest_pending_s, row.last_attempt_at) == (kept.id, 0, None, None)
-    assert (row.disabled_at is not None, row.disabled_reason) == (True, kept.disabled_reason)
-
-
-def test_stored_files_by_tenant_says_what_of_its_limit_a_tenant_has_used(session):
-    tenant, empty = a_tenant(session), a_tenant(session)
-    tenant.max_stored_bytes = 200
-    empty.max_stored_bytes = 0
-    facts = {"mode": "RGB", "size_bytes": 50, "width_px": 1, "height_px": 1}
-    kept = [
-        files.keep(session, tenant_id=tenant.id, object_key=f"t/{name}", content_sha256=name, actor="tests", **facts)
-        for name in ("one", "two", "three")
+        where = f"job_id = '{lease.job_id}' AND index = {index}"
+        change(session, "artifacts", where, created_at=DAY + at[index])
+    a_succeeded_job(session)
+    own = {"tenant": tenant.name, "tier": "fast", "model": "pocket", "currency": "EUR"}
+    first = {"images": 2, "size_bytes": 2000, "gpu_seconds": Decimal("1.5")}
+    second = {"images": 1, "size_bytes": 1000, "gpu_seconds": Decimal("2.5")}
+    assert lease.job.cost == Decimal("0.002667")
+    return [
+        {**own, "day": date(2026, 3, 1), **first, "cost": Decimal("0.001000")},
+        {**own, "day": date(2026, 3, 2), **second, "cost": Decimal("0.001667")},
     ]
-    files.erase(session, kept[0].id, tenant_id=tenant.id, actor="tests")
-    session.flush()
-
-    def seen(of):
-        [row] = rows_of(session, "stored_files_by_tenant", of)
-        return row.files, row.size_bytes, row.max_stored_bytes, row.used_ratio
-
-    assert seen(tenant) == (2, 100, 200, Decimal("0.5"))
-    assert seen(empty) == (0, 0, 0, None)
 
 
-def test_usage_by_tenant_day_says_what_is_booked(session):
-    tenant = a_tenant(session)
-    own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
-    first, _ = (
-        jobs.accept(session, params=vars(resolved()), start_within_s=600, megapixel_steps=Decimal(amount), **own)
-        for amount in ("1.5", "0.25")
+def flows_now(session, tenant) -> Rows:
+    """Of two tenants in a pool of their own; one has weight 2."""
+    tenants.weigh(session, tenant, weight=2.0, actor="tests")
+    other = a_tenant(session)
+    for owner, count in ((tenant, 3), (other, 1)):
+        for _ in range(count):
+            own = {"tenant": owner, "pool": tenant.name, "num_images": 2}
+            a_job(session, **own, predicted_s=4.04)
+    a_lease(session, tenant=a_tenant(session), pool=tenant.name)  # it runs, and waits no more
+    start = session.scalar(text("SELECT min(release_tag) FROM jobs WHERE pool = :pool"), {"pool": tenant.name})
+    clock = {"pool": tenant.name, "tier": "fast", "virtual_s": start}
+    session.execute(text("INSERT INTO fair_clocks VALUES (:pool, :tier, :virtual_s)"), clock)
+    place = {"pool": tenant.name, "tier": "fast"}
+    mine = {"weight": 2.0, "queued_jobs": 3, "queued_images": 6}
+    his = {"weight": 1.0, "queued_jobs": 1, "queued_images": 2}
+    told = [
+        {**place, "tenant": tenant.name, **mine, "queued_gpu_s": Decimal("12.1")},
+        {**place, "tenant": other.name, **his, "queued_gpu_s": Decimal("4.0")},
+    ]
+    ahead = NEAR(Decimal("6.1"), abs=Decimal("0.5")), NEAR(Decimal("4.0"), abs=Decimal("0.5"))
+    return sorted(
+        ({**row, "ahead_s": s} for row, s in zip(told, ahead, strict=True)),
+        key=lambda row: row["tenant"],
     )
-    hand_off(session, a_lease(session, first))
-    store(session, first)
-
-    [row] = rows_of(session, "usage_by_tenant_day", tenant)
-
-    booked = (row.jobs_accepted, row.jobs_succeeded, row.reserved_megapixel_steps, row.settled_megapixel_steps)
-    assert booked == (2, 1, Decimal("0.25"), Decimal("1.5"))
-    assert (row.cost, row.abandoned_megapixel_steps) == (first.cost, 0)
 
 
-def test_audit_partitions_ahead_counts_up_to_the_first_that_is_missing(database):
+def stored_files_by_tenant(session, tenant) -> Rows:
+    tenants.limit(session, tenant, changes={"max_stored_bytes": 1000}, actor="tests")
+    shape = {"mode": "RGB", "width_px": 8, "height_px": 8, "actor": "tests"}
+    for number, size_bytes in enumerate((100, 150, 700)):
+        digest = f"{number:064x}"
+        own = {"tenant_id": tenant.id, "content_sha256": digest, "object_key": f"t/{digest}"}
+        kept = files.keep(session, **own, **shape, size_bytes=size_bytes)
+    files.erase(session, kept.id, tenant_id=tenant.id, actor="tests")
+    return [
+        {
+            "tenant": tenant.name,
+            "files": 2,
+            "size_bytes": 250,
+            "max_stored_bytes": 1000,
+            "used_ratio": Decimal("0.2500"),
+        }
+    ]
+
+
+def usage_by_tenant_day(session, tenant) -> Rows:
+    def accept(megapixel_steps: str):
+        own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
+        params, counts = vars(resolved()), Decimal(megapixel_steps)
+        return jobs.accept(session, params=params, start_within_s=60, megapixel_steps=counts, **own)
+
+    accept("0.5")
+    done, taken_back = accept("0.25"), accept("1.0")
+    hand_off(session, a_lease(session, done))
+    store(session, done)
+    hand_off(session, a_lease(session, taken_back), num_steps=taken_back.num_steps)
+    jobs.cancel(session, taken_back.id, tenant_id=tenant.id, actor="tests")
+    today = session.scalar(text("SELECT (clock_timestamp() AT TIME ZONE 'UTC')::date"))
+    assert today == datetime.now(UTC).date()
+    return [
+        {
+            "day": today,
+            "tenant": tenant.name,
+            "jobs_accepted": 3,
+            "jobs_succeeded": 1,
+            "reserved_megapixel_steps": Decimal("0.5"),
+            "settled_megapixel_steps": Decimal("0.25"),
+            "cost": done.cost,
+            "abandoned_megapixel_steps": Decimal("1.0"),
+        }
+    ]
+
+
+def webhooks_now(session, tenant) -> Rows:
+    """One endpoint that failed, one that was never tried, one disabled, and one deleted."""
+    shape = {"events": ["job.canceled"], "description": "", "secret": "whsec_AAAA"}
+
+    def an_endpoint():
+        url = "https://example.com/"
+        made = webhooks.create(session, tenant_id=tenant.id, url=url, **shape, actor="tests")
+        session.flush()
+        return made
+
+    tried, disabled, deleted = an_endpoint(), an_endpoint(), an_endpoint()
+    for _ in range(2):
+        job = a_job(session, tenant=tenant)
+        jobs.cancel(session, job.id, tenant_id=tenant.id, actor="tests")
+    session.flush()
+    webhooks.delete(session, deleted, actor="tests")
+    webhooks.change(session, disabled, enabled=False, actor="tests")
+    idle = an_endpoint()
+    oldest, newest = session.scalars(
+        text("SELECT id FROM webhook_deliveries WHERE endpoint_id = :id ORDER BY id"),
+        {"id": tried.id},
+    )
+    for delivery_id, status in ((newest, 503), (oldest, 204), (newest, 500)):
+        change(session, "webhook_deliveries", f"id = '{delivery_id}'", due_at=ago(session, 1))
+        claim = webhooks.claim(session, delivery_id)
+        outcome = Tried(status=status, error=None, took_s=status / 1000, try_again_s=60.0)
+        webhooks.record(session, claim, outcome, actor="courier")
+    change(session, "webhook_deliveries", f"id = '{newest}'", created_at=ago(session, 90))
+    webhooks.note_speed(session, tried.id, is_slow=True)
+    session.flush()
+    session.refresh(disabled)
+    last = ("last_attempt_at", "last_status", "last_error", "last_took_s")
+    nothing = dict.fromkeys(last)
+    live = {"tenant": tenant.name, "disabled_at": None, "disabled_reason": None, "is_slow": False}
+    never = {**live, **nothing, "pending": 0, "oldest_pending_s": None}
+    a_while = NEAR(Decimal(0), abs=Decimal(30))
+    off = {"disabled_at": disabled.disabled_at, "disabled_reason": "by the tenant"}
+    failed_at = session.scalar(
+        text("SELECT at FROM webhook_attempts WHERE delivery_id = :id AND attempt = 2"),
+        {"id": newest},
+    )
+    failed = {"last_attempt_at": failed_at, "last_status": 500, "last_error": None}
+    waits = {"pending": 1, "oldest_pending_s": NEAR(Decimal(90), abs=Decimal(30))}
+    rows = {
+        tried.id: {**live, **failed, **waits, "last_took_s": 0.5, "is_slow": True},
+        disabled.id: {**never, **off, "pending": 2, "oldest_pending_s": a_while},
+        idle.id: never,
+    }
+    return [{"endpoint_id": id, **rows[id]} for id in sorted(rows, key=str)]
+
+
+# By view: what is made, and how its rows are found and ordered. All are found by the tenant's name.
+CONTENTS: dict[str, tuple[Callable[[Session, Tenant], Rows], str, str]] = {
+    "audit_chain_status": (audit_chain_status, "chain", "chain"),
+    "audit_log": (audit_log, "chain", "seq"),
+    "dead_letters": (dead_letters, "tenant", "job_id"),
+    "flows_now": (flows_now, "pool", "tenant"),
+    "images_by_tenant_day": (images_by_tenant_day, "tenant", "day"),
+    "job_history": (job_history, "tenant", "job_id"),
+    "queue_now": (queue_now, "pool", "tier"),
+    "stored_files_by_tenant": (stored_files_by_tenant, "tenant", "tenant"),
+    "usage_by_tenant_day": (usage_by_tenant_day, "tenant", "day"),
+    "webhooks_now": (webhooks_now, "tenant", "endpoint_id"),
+}
+
+
+def test_every_view_of_the_database_is_read_here(database):
+    query = "SELECT viewname FROM pg_views WHERE schemaname = 'public'"
     with database.owner.connect() as connection:
-        month = datetime.now(UTC).replace(day=1)
-        for _ in range(3):
-            month = (month + timedelta(days=32)).replace(day=1)
-        connection.execute(text(f"DROP TABLE audit_events_{month:%Y_%m}"))
+        assert set(connection.scalars(text(query))) == set(CONTENTS)
 
-        ahead = connection.scalar(text("SELECT audit_partitions_ahead()"))
-        connection.rollback()
 
-    assert ahead == 2
+@pytest.mark.parametrize("view", CONTENTS)
+def test_a_view_says_what_is_so(database, view):
+    """Written by the owner, who may read the tables that the rows are compared with."""
+    prepare, key, order = CONTENTS[view]
+    with Session(database.owner, expire_on_commit=False) as session:
+        session.execute(text(f"SET LOCAL TIME ZONE '{a_zone_of_another_day()}'"))
+        tenant = tenants.create(session, name=f"t-{uuid.uuid4().hex[:12]}", actor="tests")
+        expected = prepare(session, tenant)
+        session.flush()
+
+        query = f'SELECT * FROM {view} WHERE "{key}" = :name ORDER BY "{order}"'
+        rows = session.execute(text(query), {"name": tenant.name}).mappings().all()
+        session.rollback()
+
+    assert [{name: row[name] for name in told} for row, told in zip(rows, expected, strict=True)] == [*expected]

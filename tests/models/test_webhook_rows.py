@@ -8,12 +8,20 @@ import pytest
 from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
-from models import tenants, webhooks
+from models import jobs, leases, tenants, webhooks
 from models.database import transaction
-from models.states import DeliveryState
+from models.states import FINAL_STATES, DeliveryState, FailureCode, JobState
 from models.tables import WebhookDelivery, WebhookEndpoint
-from models.webhooks import AT_ONCE_PER_ENDPOINT, AT_ONCE_PER_TENANT, SLOW_AT_ONCE, TooManyUnderWay, Tried
-from policy.webhooks import GIVE_UP_AFTER_S, TEST_EVENT
+from models.webhooks import (
+    AT_ONCE_PER_ENDPOINT,
+    AT_ONCE_PER_TENANT,
+    KEPT_FOR_S,
+    SLOW_AT_ONCE,
+    TooManyUnderWay,
+    Tried,
+)
+from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, TEST_EVENT
+from tests.builders import a_job, a_lease, hand_off, store
 from tests.models.facts import at_once
 
 HEARD = Tried(status=204, error=None, took_s=0.1, try_again_s=5.0)
@@ -193,3 +201,101 @@ def test_a_test_event_reaches_a_disabled_endpoint(session):
 
     assert all_due(session) == [delivery.id]
     assert len(claim_all(session, [delivery.id])[0]) == 1
+
+
+def succeed(session, job):
+    lease = a_lease(session, job)
+    hand_off(session, lease)
+    store(session, job)
+
+
+def fail(session, job):
+    leases.fail(session, a_lease(session, job), code=FailureCode.INTERNAL, detail="x")
+
+
+def reject(session, job):
+    """As the safety rules will: nothing rejects a job yet."""
+    jobs.finish(session, job, JobState.REJECTED, code=FailureCode.UNSUPPORTED)
+
+
+def cancel(session, job):
+    jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+
+
+def expire(session, job):
+    jobs.expire(session, job.id)
+
+
+ENDS = {
+    JobState.SUCCEEDED: succeed,
+    JobState.FAILED: fail,
+    JobState.REJECTED: reject,
+    JobState.CANCELED: cancel,
+    JobState.EXPIRED: expire,
+}
+
+
+def test_every_final_state_has_its_event_and_its_way_there():
+    assert set(ENDS) == set(FINAL_STATES)
+    assert {f"job.{state}" for state in FINAL_STATES} == set(EVENTS)
+
+
+@pytest.mark.parametrize("state", ENDS)
+def test_each_final_state_writes_one_delivery_to_each_endpoint_that_wants_it(session, state):
+    tenant = tenants.create(session, name=f"t-{uuid.uuid4().hex[:12]}")
+    event, others = f"job.{state}", [each for each in EVENTS if each != f"job.{state}"]
+    wants = [an_endpoint(session, tenant.id, deliveries=0, events=events) for events in ([event], EVENTS)]
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    an_endpoint(session, tenant.id, deliveries=0, events=others)
+    an_endpoint(session, tenant.id, deliveries=0, events=[event], disabled_at=now)
+    an_endpoint(session, tenant.id, deliveries=0, events=[event], deleted_at=now)
+    an_endpoint(session, deliveries=0, events=[event])  # a stranger's
+    job = a_job(session, tenant=tenant, start_within_s=-1 if state == JobState.EXPIRED else 600)
+
+    ENDS[state](session, job)
+
+    written = session.scalars(select(WebhookDelivery).where(WebhookDelivery.job_id == job.id)).all()
+    assert job.state == state
+    assert {delivery.endpoint_id for delivery in written} == {endpoint.id for endpoint in wants}
+    for delivery in written:
+        assert (delivery.event, delivery.tenant_id) == (event, tenant.id)
+        assert (delivery.state, delivery.attempts) == (DeliveryState.PENDING, 0)
+        assert delivery.due_at is not None
+    session.rollback()
+
+
+def test_deliveries_that_ended_a_month_ago_are_deleted_with_their_attempts(session):
+    endpoint = an_endpoint(session, deliveries=3)
+    claims, _ = claim_all(session, of(session, endpoint)[:2])
+    for claim in claims:
+        webhooks.record(session, claim, HEARD, actor="tests")
+    session.commit()
+    old, young, pending = (session.get(WebhookDelivery, id) for id in of(session, endpoint))
+    age = timedelta(seconds=KEPT_FOR_S + 60)
+    old.created_at, pending.created_at = old.created_at - age, pending.created_at - age
+    young.created_at -= timedelta(seconds=KEPT_FOR_S - 60)
+    session.commit()
+
+    assert webhooks.forget_old(session, limit=100) == 1
+    session.commit()
+
+    assert of(session, endpoint) == [young.id, pending.id]
+    query = "SELECT delivery_id FROM webhook_attempts WHERE delivery_id = ANY(:ids)"
+    ids = {"ids": [old.id, young.id, pending.id]}
+    assert session.scalars(text(query), ids).all() == [young.id]
+
+
+def test_a_retry_is_due_when_it_was_said_and_a_last_attempt_ends_the_delivery(session):
+    endpoint = an_endpoint(session, deliveries=2)
+    claims, _ = claim_all(session, of(session, endpoint))
+    later, last = (Tried(500, None, took_s=0.1, try_again_s=wait_s) for wait_s in (60.0, None))
+
+    states = [webhooks.record(session, claim, tried, actor="tests") for claim, tried in zip(claims, (later, last), strict=True)]
+    session.commit()
+
+    session.expire_all()
+    waits, over = (session.get(WebhookDelivery, claim.id) for claim in claims)
+    due_in_s = (waits.due_at - session.scalar(text("SELECT clock_timestamp()"))).total_seconds()
+    assert states == [DeliveryState.PENDING, DeliveryState.FAILED]
+    assert (due_in_s == pytest.approx(60, abs=5), waits.claimed_until, waits.ended_at) == (True, None, None)
+    assert (over.due_at, over.claimed_until, over.ended_at is None) == (None, None, False)

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.cost import price
-from tests.builders import a_fleet
+from policy.cost import megapixel_steps, price
+from tests.builders import a_fleet, resolved
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,22 @@ def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
 
     assert amount == amount.quantize(Decimal("0.000001"))
     assert abs(float(amount) - device_seconds * 2.4 / 3600) <= 0.51e-6
+
+
+@pytest.mark.parametrize(
+    ("factor", "wish", "counts"),
+    [
+        (1.0, {}, "0.065536"),  # 128 x 128 pixels, 4 steps
+        (1.0, {"n": 3}, "0.196608"),
+        (1.0, {"size": "128x192"}, "0.098304"),
+        (1.0, {"steps": 20}, "0.327680"),
+        (2.5, {}, "0.163840"),
+        (2.5, {"n": 3, "steps": 20, "size": "128x192"}, "3.686400"),
+        (0.3333333, {}, "0.021846"),  # 0.0218453311...
+        (0.0000001, {}, "0.000001"),
+    ],
+)
+def test_a_job_counts_megapixels_steps_images_and_its_model_s_factor_rounded_up(factor, wish, counts):
+    fleet = a_fleet({"models.pocket.cost_factor": factor})
+
+    assert str(megapixel_steps(fleet, resolved(fleet, tier="fast", **wish))) == counts
