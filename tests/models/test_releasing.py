@@ -406,3 +406,70 @@ def test_a_job_that_is_given_back_is_at_the_front_no_more_until_it_is_picked_aga
 
     assert (job.is_front, job.announced_at) == (False, None)
     assert fronted(session, pool) == [(job.id, True)]
+
+
+def may_pass(session, pool, *, tenant=None, num_images=1, **room) -> bool:
+    """Workers hold 8 images; 4 more may wait for them."""
+    room = Room(**{"slots": 8, "limit_images": 12, **room})
+    tenant_id = (tenant or a_tenant(session)).id
+    return releasing.may_pass_at_once(session, pool=pool, tier="fast", room=room, tenant_id=tenant_id, num_images=num_images)
+
+
+def test_a_new_job_may_pass_at_once_up_to_the_slots_and_no_further(session, pool):
+    dump(session, pool, 6)
+    fronted(session, pool)
+
+    assert may_pass(session, pool, num_images=2)
+    assert not may_pass(session, pool, num_images=3)
+
+
+def test_a_new_job_that_is_larger_than_the_slots_may_pass_where_nothing_is_in_hand(session, pool):
+    assert may_pass(session, pool, num_images=9)
+
+    a_lease(session, pool=pool)
+
+    assert not may_pass(session, pool, num_images=9)
+
+
+def test_a_new_job_may_not_pass_while_one_waits(session, pool):
+    a_job(session, pool=pool + "2")
+    a_job(session, pool=pool, tier="batch")
+    assert may_pass(session, pool)
+
+    a_job(session, pool=pool)
+
+    assert not may_pass(session, pool)
+
+
+def test_a_new_job_passes_one_that_lacks_its_pictures(session, pool):
+    job = a_job(session, pool=pool)
+    session.execute(text("UPDATE jobs SET lacks_inputs = true WHERE id = :id"), {"id": job.id})
+
+    assert may_pass(session, pool)
+
+
+def test_a_new_job_may_not_pass_beyond_its_tenant_s_cap(session, pool):
+    tenant = a_tenant(session)
+    dump(session, pool, 3, tenant)
+    fronted(session, pool)
+
+    assert may_pass(session, pool, tenant=tenant, most_of_one=4)
+    assert not may_pass(session, pool, tenant=tenant, most_of_one=4, num_images=2)
+    assert may_pass(session, pool, most_of_one=4, num_images=2)
+    assert may_pass(session, pool, most_of_one=1, num_images=2)
+
+
+def test_a_new_job_may_not_pass_while_another_release_is_at_work(database, session, pool):
+    with transaction(database.app) as other:
+        fronted(other, pool)
+
+        assert not may_pass(session, pool)
+
+    assert may_pass(session, pool)
+
+
+def test_no_release_is_at_work_beside_one_that_lets_a_new_job_pass(database, session, pool):
+    assert may_pass(session, pool)
+
+    with transaction(database.app) as other:
+        assert not may_pass(other, pool)

@@ -106,6 +106,17 @@ def test_of_ratios_as_they_come_half_lie_below_p50_and_nine_tenths_below_p90(med
     assert share_below(next_ones, known.p90) == pytest.approx(0.9, abs=0.08)
 
 
+def test_the_first_job_moves_the_ratios_by_half_their_way_and_the_hundredth_by_a_twentieth():
+    first, later = EtaRatios(1.0, 2.0), 100
+
+    above = learn_ratios(None, 3.0, observed=0)
+    assert (above.p50, above.p90) == pytest.approx((math.exp(0.5), 2 * math.exp(0.9)))
+    second = learn_ratios(first, 3.0, observed=1)
+    assert (second.p50, second.p90) == pytest.approx((math.exp(0.25), 2 * math.exp(0.45)))
+    below = learn_ratios(first, 0.5, observed=later)
+    assert (below.p50, below.p90) == pytest.approx((math.exp(-0.025), 2 * math.exp(-0.005)))
+
+
 def test_what_was_learnt_follows_when_jobs_begin_to_take_twice_as_long():
     chance, known = random.Random(5), None
     for observed in range(800):
