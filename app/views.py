@@ -7,7 +7,7 @@ from uuid import UUID
 
 from flask import url_for
 
-from app.outlook import QueuePlace
+from app.forecast import QueuePlace
 from edges.progress import Step
 from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job

@@ -13,9 +13,8 @@ def price(fleet: Fleet, *, pool: str, tier: str, device_seconds: float) -> Decim
 
     A pool that fleet.toml has no more costs nothing, a tier that it has no more weighs 1: the job was accepted and must end.
     """
-    hourly_price = fleet.pools[pool].gpu_hour_price if pool in fleet.pools else 0.0
-    weight = fleet.tiers[tier].price_weight if tier in fleet.tiers else 1.0
-    hourly = Decimal(str(hourly_price)) * Decimal(str(weight))
+    hourly_price = fleet.pool_or_retired(pool).gpu_hour_price
+    hourly = Decimal(str(hourly_price)) * Decimal(str(fleet.tier_or_retired(tier).price_weight))
     return (Decimal(str(device_seconds)) * hourly / 3600).quantize(_MICRO, rounding=ROUND_HALF_UP)
 
 
@@ -24,6 +23,6 @@ def megapixel_steps(fleet: Fleet, job: Resolved) -> Decimal:
 
     A model that fleet.toml has no more counts with factor 1.
     """
-    factor = fleet.models[job.model].cost_factor if job.model in fleet.models else 1.0
+    factor = fleet.model_or_retired(job.model).cost_factor
     exact = Decimal(job.width_px * job.height_px * job.num_steps * job.num_images) / 1_000_000 * Decimal(str(factor))
     return exact.quantize(_MICRO, rounding=ROUND_UP)

@@ -98,13 +98,13 @@ def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, num_steps: 
     return num_images * (num_steps * rows * known.row_step_s + known.fixed_s)
 
 
-def raw_eta_s(*, ahead_s: float, own_s: float, devices: int, company: float) -> float:
+def raw_eta_s(*, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float) -> float:
     """First guess of the seconds to the end: all that is ahead, spread over the devices, then the job in company.
 
-    ahead_s: device seconds queued and running that go first.  own_s: the job's own.  company: images that will share its device,
-    itself included; its wall time is that many times its device time.
+    ahead_s: device seconds queued and running that go first.  image_device_s: of one image of the job.  concurrent_images:
+    that will share its device, itself included; its wall time is that many times its device time.
     """
-    return ahead_s / max(1, devices) + own_s * max(1.0, company)
+    return ahead_s / max(1, devices) + image_device_s * max(1.0, concurrent_images)
 
 
 def corrected(raw_s: float, ratios: EtaRatios | None) -> Eta:

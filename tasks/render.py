@@ -15,11 +15,11 @@ from typing import Any
 import structlog
 from sqlalchemy import Engine as Database
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News, Preview, ProgressWriter, Step
-from edges.release import Release
 from edges.snapshots import STORE
 from engine.errors import EngineError, ImageCanceled
 from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
@@ -111,7 +111,7 @@ class Renderer:
         structlog.contextvars.bind_contextvars(job_id=job_id, worker=self.keeper.identity.name)
         try:
             if self.keeper.leaving:  # the broker was asked for it before that was known
-                self.release.pass_on(uuid.UUID(job_id))
+                self.release.return_to_queue(uuid.UUID(job_id))
                 return
             with self.keeper.leased(uuid.UUID(job_id)) as held:
                 if held is None:

@@ -12,12 +12,12 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.encoding import FORMATS, encode
 from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
 from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import jobs, leases, sweeping, uploads
 from models.database import run_transaction, transaction

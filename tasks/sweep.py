@@ -21,12 +21,12 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import is_away, run_transaction, transaction
@@ -242,7 +242,7 @@ class Sweeper:
                 if lost:
                     log.warning("messages_lost", pool=pool, tier=tier, jobs=len(lost))
                     telemetry.SWEPT.labels("message_lost").inc(len(lost))
-                    self.release.again(pool, tier, lost)
+                    self.release.reannounce(pool, tier, lost)
 
     def _lost(self, pool: str, tier: str) -> list[uuid.UUID]:
         with transaction(self.database) as session:

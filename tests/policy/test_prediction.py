@@ -73,8 +73,8 @@ def test_a_flow_whose_cost_is_not_known_goes_before_whoever_comes_with_all_it_ha
 
 
 def test_all_that_is_ahead_is_spread_over_the_devices_and_the_job_shares_its_own():
-    assert raw_eta_s(ahead_s=60, own_s=2, devices=3, company=4) == 20 + 8
-    assert raw_eta_s(ahead_s=60, own_s=2, devices=0, company=0.5) == 60 + 2
+    assert raw_eta_s(ahead_s=60, image_device_s=2, devices=3, concurrent_images=4) == 20 + 8
+    assert raw_eta_s(ahead_s=60, image_device_s=2, devices=0, concurrent_images=0.5) == 60 + 2
 
 
 def test_before_anything_was_learnt_the_guess_is_the_median_and_nine_in_ten_take_up_to_twice_as_long():

@@ -10,11 +10,11 @@ import redis
 from sqlalchemy import null, text
 
 import tasks.sweep
+from dispatch.release import Release
 from edges.broker import Broker, job_of_message
 from edges.handoff import Gauge, Handoff
 from edges.inputs import Inputs
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots
 from models import jobs, webhooks
 from models.database import make_engine, transaction
