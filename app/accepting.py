@@ -34,13 +34,13 @@ from models.accepting import AcceptedRow, NewJob
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
-from models.states import ImageState, JobState
 from models.tables import Job
 from policy import warnings
 from policy.admission import Refusal
 from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
 from policy.release import ReleaseHint, ReleaseLimits
+from policy.states import ImageState, JobState
 
 log = structlog.get_logger(__name__)
 

@@ -27,9 +27,9 @@ from models.accepting import NewJob, in_order
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
-from models.states import JobState
 from models.tables import Job
 from policy.catalog import InvalidWish, Resolved
+from policy.states import JobState
 
 bp = Blueprint("batches", __name__)
 bp.before_request(require_key)

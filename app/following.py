@@ -26,8 +26,8 @@ from edges.events import LEAVE, NoSeat, Reader, Seat
 from edges.progress import News
 from models import jobs
 from models.database import transaction
-from models.states import FINAL_STATES, JobState
 from models.tables import Job
+from policy.states import FINAL_STATES, JobState
 
 log = structlog.get_logger(__name__)
 

@@ -21,7 +21,6 @@ from edges.handoff import Gauge
 from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
 from models.flows import FlowBacklog
-from models.states import JobState
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, Refusal, Running, TenantBacklog
@@ -29,6 +28,7 @@ from policy.catalog import Resolved
 from policy.fleet import Fleet
 from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
 from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
+from policy.states import JobState
 
 Read = TypeVar("Read")
 FRESH_FOR_S = 0.5

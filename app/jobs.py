@@ -23,8 +23,8 @@ from app.views import job_view, status_view
 from edges.progress import Step
 from models import jobs, listing
 from models.database import run_transaction, transaction
-from models.states import ACTIVE_STATES, JobState
 from models.tables import Job
+from policy.states import ACTIVE_STATES, JobState
 
 log = structlog.get_logger(__name__)
 

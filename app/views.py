@@ -9,10 +9,11 @@ from flask import url_for
 
 from app.forecast import QueuePlace
 from edges.progress import Step
-from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job
 from policy.catalog import Resolved
+from policy.failures import told_detail
 from policy.prediction import steps_to_do
+from policy.states import FINAL_STATES, ImageState, JobState
 
 
 def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
@@ -139,8 +140,7 @@ def _failure(job: Job) -> dict[str, Any] | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
     if job.failure_code is None:
         return None
-    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline")
-    return {"code": job.failure_code, "detail": job.failure_detail if is_told else None}
+    return {"code": job.failure_code, "detail": told_detail(job.failure_code, job.failure_detail)}
 
 
 def _cost(job: Job) -> dict[str, Any] | None:

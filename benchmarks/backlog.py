@@ -53,11 +53,12 @@ from fleet.stack import Stack
 from models import jobs, leases, listing, releasing, tenants, workers
 from models.database import make_engine, transaction
 from models.listing import Sought
-from models.states import FailureCode, JobState
 from models.tables import Job
 from policy.catalog import Resolved, Wish, resolve
+from policy.failures import FailureCode
 from policy.fleet import Fleet, parse_fleet
 from policy.release import ReleaseLimits
+from policy.states import JobState
 from settings import REPO, Settings
 from tasks.sweep import Sweeper
 

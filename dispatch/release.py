@@ -17,11 +17,11 @@ from sqlalchemy.orm import Session
 from edges.broker import Broker, BrokerUnavailable
 from models import inputs, releasing, workers
 from models.database import run_transaction, transaction
-from models.states import JobState
 from models.tables import Job
 from policy import queues
 from policy.fleet import Fleet
 from policy.release import Picked, ReleaseLimits, release_limits
+from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 

@@ -17,8 +17,10 @@ from models import accepting, audit, flows, idempotency, inputs, uploads, usage,
 from models.accepting import WISH, NewJob
 from models.database import AFRESH
 from models.idempotency import Once
-from models.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
+from policy.failures import FailureCode
+from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, ImageState, JobState, Outcome
+from policy.webhooks import event_of
 
 SWEEPER = "sweeper"
 
@@ -290,7 +292,7 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
         succeeded=state == JobState.SUCCEEDED,
     )
     usage.settle(session, booking, tenant_id=job.tenant_id, day=job.usage_day)
-    webhooks.note(session, job, f"job.{state}")
+    webhooks.note(session, job, event_of(state))
     if booking.succeeded or not (stored or booking.abandoned):
         return {}
     in_words = {name: str(getattr(booking, name)) for name in ("settled", "abandoned", "cost")}

@@ -20,9 +20,9 @@ from sqlalchemy.orm import Session
 
 from models import flows
 from models.database import now_once
-from models.states import JobState
 from models.tables import Flow, Job
 from policy.release import Outstanding, Picked, ReleaseLimits, Selection, WaitingJob, exceeds_cap, may_go_at_once
+from policy.states import JobState
 
 MOST_HEADS = 200  # waiting jobs looked at for the front queue: those furthest behind in fair order
 OF_EACH_TENANT = 4

@@ -22,9 +22,9 @@ from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.pictures import fitted, fitted_mask
 from models import files, inputs, jobs
 from models.database import transaction
-from models.states import JobState
 from models.tables import Job
 from policy import admission
+from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 

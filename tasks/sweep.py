@@ -31,12 +31,12 @@ from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
-from models.states import JobState
 from models.sweeping import Unstored
 from models.uploads import ORPHAN_AFTER_S
 from policy import queues
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
+from policy.states import JobState
 from policy.webhooks import GIVE_UP_AFTER_S
 from settings import Settings
 

@@ -10,9 +10,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
-from models.states import FINAL_STATES, ImageState, JobState
 from models.tables.base import NOW, Base, Megapixels, listed
 from models.tables.tenants import Tenant
+from policy.states import FINAL_STATES, ImageState, JobState
 
 _FLOW = ("pool", "tier", "tenant_id")
 _IS_WAITING = "state = 'queued' AND announced_at IS NULL AND NOT lacks_inputs"

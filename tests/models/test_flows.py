@@ -13,9 +13,10 @@ from sqlalchemy.orm import Session
 from models import flows, jobs, leases, releasing
 from models.database import transaction
 from models.jobs import JobAlreadyFinished
-from models.states import FailureCode, ImageState, JobState
 from models.tables import Image, Job
+from policy.failures import FailureCode
 from policy.release import ReleaseLimits
+from policy.states import ImageState, JobState
 from tests.builders import a_job, a_lease, a_left, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once
 

@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import text
 
 from models import files, inputs, jobs, leases, releasing, sweeping
-from models.states import JobState
 from models.tables import Job
 from policy.release import ReleaseLimits
+from policy.states import JobState
 from tests.builders import a_job, a_lease, a_tenant, hand_off
 
 

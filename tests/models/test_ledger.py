@@ -11,9 +11,10 @@ from sqlalchemy import text
 
 from models import erasing, jobs, leases, usage
 from models.leases import LeaseLost
-from models.states import ACTIVE_STATES, FailureCode
 from models.tables import Job, UsageDay
 from models.usage import Shares
+from policy.failures import FailureCode
+from policy.states import ACTIVE_STATES
 from settings import REPO
 from tests.builders import a_lease, a_left, a_tenant, hand_off, preempt, resolved, store
 

@@ -8,8 +8,8 @@ from sqlalchemy import text
 
 from models import accepting, jobs, leases, usage
 from models.accepting import NewJob
-from models.states import FailureCode
 from models.tables import UsageDay
+from policy.failures import FailureCode
 from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, resolved, store
 
 A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps

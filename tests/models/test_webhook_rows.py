@@ -10,9 +10,9 @@ from sqlalchemy.orm import Session
 
 from models import tenants, webhooks
 from models.database import transaction
-from models.states import DeliveryState
 from models.tables import WebhookDelivery, WebhookEndpoint
 from models.webhooks import AT_ONCE_PER_ENDPOINT, AT_ONCE_PER_TENANT, SLOW_AT_ONCE, TooManyUnderWay, Tried
+from policy.states import DeliveryState
 from policy.webhooks import GIVE_UP_AFTER_S, TEST_EVENT
 from tests.models.facts import at_once
 
