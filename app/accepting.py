@@ -41,6 +41,7 @@ from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
 from policy.release import ReleaseHint, ReleaseLimits
 from policy.states import ImageState, JobState
+from policy.steps import denoising_of
 
 log = structlog.get_logger(__name__)
 
@@ -175,6 +176,7 @@ def draft(
         predicted_s=expected.predicted_s,
         eta_raw_s=expected.eta_raw_s,
         megapixel_steps=megapixel_steps(fleet, resolved),
+        steps_per_image=denoising_of(fleet, resolved).steps,
         labels=metadata,
         warnings=warnings.expected(fleet.models[resolved.model], resolved),
         replay_of=replay_of,
@@ -203,7 +205,7 @@ def _as_written(new: NewJob, row: AcceptedRow) -> Job:
     written = {"id": row.id, "tenant_id": caller().tenant_id, "state": JobState.QUEUED, "attempt": 0, "device_seconds": 0.0}
     written |= {"accepted_at": row.accepted_at, "start_by": row.start_by, "release_tag": row.release_tag, "replay_of": new.replay_of}
     written |= {"predicted_s": new.predicted_s, "megapixel_steps": new.megapixel_steps, "labels": new.labels}
-    written["warnings"] = new.warnings
+    written |= {"steps_per_image": new.steps_per_image, "warnings": new.warnings}
     written["images"] = [SimpleNamespace(index=index, seed=seed + index, state=ImageState.PENDING, artifact=None) for index in images]
     return cast("Job", SimpleNamespace(**_NOTHING_YET | new.params | written))
 

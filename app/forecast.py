@@ -29,6 +29,7 @@ from policy.fleet import Fleet
 from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
 from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
 from policy.states import JobState
+from policy.steps import denoising_of, image_steps
 
 Read = TypeVar("Read")
 FRESH_FOR_S = 0.5
@@ -201,8 +202,7 @@ class QueueForecaster:
             self._cost((wish.pool, wish.model, wish.width_px, wish.height_px)),
             width_px=wish.width_px,
             height_px=wish.height_px,
-            num_steps=prediction.steps_to_do(wish.num_steps, wish.strength),
-            is_guided=wish.guidance > 1,
+            denoising=denoising_of(self._fleet, wish),
             num_images=wish.num_images,
         )
 
@@ -248,7 +248,7 @@ class QueueForecaster:
         if is_queued:
             raw_s = admission.first_guess_s(place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images)
             return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
-        steps_to_do = prediction.steps_to_do(job.num_steps, job.strength) * job.num_images
+        steps_to_do = image_steps(job) * job.num_images
         left = 1 - min(1.0, steps_done / steps_to_do)
         raw_s = left * job.predicted_s / job.num_images * place.concurrent_images
         return QueuePlace(None, prediction.corrected(raw_s, ratios))

@@ -12,8 +12,8 @@ from edges.progress import Step
 from models.tables import Image, Job
 from policy.catalog import Resolved
 from policy.failures import told_detail
-from policy.prediction import steps_to_do
 from policy.states import FINAL_STATES, ImageState, JobState
+from policy.steps import image_steps
 
 
 def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
     if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
         return None
     done = dict.fromkeys(range(job.num_images), 0)
-    to_do = dict.fromkeys(done, steps_to_do(job.num_steps, job.strength))
+    to_do = dict.fromkeys(done, image_steps(job))
     for step in steps:
         to_do[step.index], done[step.index] = step.num_steps, min(step.step, step.num_steps)
     for image in job.images:

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 from uuid import UUID
 
-from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.fleet import OPEN_FAMILIES, Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.formats import FORMATS
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what the programs of others say for one that is drawn
 DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
-CONTROLLED_FAMILIES = ("pipeline", "plain")  # whether the pipeline itself has a control network its own call decides
+CONTROLLED_FAMILIES = OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
 MAX_ADAPTERS, MAX_ADAPTER_STRENGTH = 8, 4.0
 
 Number = TypeVar("Number", int, float)

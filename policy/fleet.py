@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
 MAX_SIDE_PX = 4096
+OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
 
 
 class FleetInvalid(Exception):
@@ -108,6 +109,7 @@ class Model(_Table):
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
+    guidance_distilled: bool = True  # family flux: the network takes guidance as an input (dev); false: it does not (schnell)
     sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default
     samplers: tuple[Name, ...] = Field(min_length=1)
     default_sampler: Name
@@ -274,8 +276,10 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
     if model.default_sampler not in model.samplers:
         problems.append(f"models.{name}.default_sampler: must be one of samplers")
     for key, is_given in (("pipeline_class", model.pipeline_class), ("options", model.options)):
-        if is_given and model.family not in ("pipeline", "plain"):
+        if is_given and model.family not in OPEN_FAMILIES:
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
+    if not model.guidance_distilled and model.family != "flux":
+        problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
     if len({version.id for version in model.versions}) < len(model.versions):

@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
+from policy.steps import Denoising
+
 UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
 UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
 RATIO_STRIDE = 0.05  # how far one job moves a learnt quantile, as a share of it
@@ -82,20 +84,13 @@ class Eta:
     p90_s: float
 
 
-def steps_to_do(num_steps: int, strength: float | None) -> int:
-    """Denoise steps of an image: those that a picture it starts from makes needless are skipped. Some families do one more.
-
-    strength: how far from the picture it starts; None without one.
-    """
-    return num_steps if strength is None else max(1, int(num_steps * strength))
-
-
-def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, num_steps: int, is_guided: bool, num_images: int) -> float:
-    """Device seconds of a whole job; a guided image has two rows in every forward."""
+def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int) -> float:
+    """Predict the device seconds of a whole job."""
     megapixels = width_px * height_px / 1e6
-    known = cost or Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
-    rows = 2 if is_guided else 1
-    return num_images * (num_steps * rows * known.row_step_s + known.fixed_s)
+    unseen = Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
+    known = cost or unseen
+    row_steps = denoising.steps * denoising.rows
+    return num_images * (row_steps * known.row_step_s + known.fixed_s)
 
 
 def raw_eta_s(*, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float) -> float:

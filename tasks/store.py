@@ -22,7 +22,6 @@ from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import jobs, leases, sweeping, uploads
 from models.database import run_transaction, transaction
 from models.tables import Job
-from policy.cost import price
 from policy.fleet import Fleet
 from policy.formats import FORMATS
 from policy.states import FINAL_STATES, JobState
@@ -97,7 +96,7 @@ class Storekeeper:
                 index=index,
                 attempt=attempt,
                 artifact=artifact,
-                price=lambda device_s: price(self.fleet, pool=job.pool, tier=job.tier, device_seconds=device_s),
+                fleet=self.fleet,
                 store_within_s=self.settings.store_within_s,
                 actor=self.name,
             )
