@@ -38,7 +38,7 @@ def ledger_of(session, tenant) -> list[UsageDay]:
 
 
 def stand_of(session, tenant, count_jobs_to=None):
-    return usage.stand(session, tenant_id=tenant.id, count_jobs_to=count_jobs_to)
+    return usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=count_jobs_to)
 
 
 def facts(day) -> tuple:
