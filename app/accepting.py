@@ -15,10 +15,10 @@ from sqlalchemy.orm import Session
 from app import limits
 from app.auth import caller
 from app.body import invalid_wish
+from app.forecast import Bookings, Expected, QueuePlace
 from app.gateway import gateway
 from app.idempotency import HEADER
 from app.inputs import Intake
-from app.outlook import Bookings, Expected, QueuePlace, WayOut
 from app.problems import (
     FleetSaturated,
     IdempotencyKeyReused,
@@ -34,12 +34,14 @@ from models.accepting import AcceptedRow, NewJob
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
-from models.states import ImageState, JobState
 from models.tables import Job
 from policy import warnings
 from policy.admission import Refusal
 from policy.catalog import InvalidWish, Resolved, Wish
 from policy.cost import megapixel_steps
+from policy.release import ReleaseHint, ReleaseLimits
+from policy.states import ImageState, JobState
+from policy.steps import denoising_of
 
 log = structlog.get_logger(__name__)
 
@@ -85,7 +87,7 @@ def accept(
         return Accepted(earlier, is_new=False)
     parts, tenant_id = gateway(), caller().tenant_id
     drafted, expected = draft(resolved, metadata=metadata, start_within_s=start_within_s, replay_of=replay_of)
-    way_out, room = parts.lookout.way_out(resolved, tenant_id)
+    hint, release_limits = parts.forecaster.release_hint(resolved, tenant_id)
 
     def written(session: Session) -> tuple[NewJob, AcceptedRow]:
         new = drafted
@@ -94,9 +96,8 @@ def accept(
             idempotency.claim(session, once, tenant_id=tenant_id)
         if replay_of is not None:
             jobs.hold(session, replay_of)
-        if way_out is WayOut.AT_ONCE:
-            of_it = {"pool": resolved.pool, "tier": resolved.tier, "tenant_id": tenant_id, "num_images": resolved.num_images}
-            new = replace(new, announced=releasing.may_pass_at_once(session, room=room, **of_it))
+        if hint is ReleaseHint.IMMEDIATE:
+            new = replace(new, announced=_may_pass_at_once(session, resolved, release_limits))
         (row,) = write(session, [new])
         if once is not None:
             idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
@@ -119,9 +120,20 @@ def accept(
     log.info("job_accepted", job_id=str(row.id), tier=resolved.tier, model=resolved.model)
     if new.announced:
         parts.release.announce(resolved.pool, resolved.tier, row.id, num_images=resolved.num_images)
-    elif way_out is not WayOut.IN_TURN:
-        let_out(resolved.pool, resolved.tier)
+    elif hint is not ReleaseHint.BACKLOGGED:
+        release_waiting_jobs(resolved.pool, resolved.tier)
     return Accepted(_as_written(new, row), is_new=True, place=expected.place)
+
+
+def _may_pass_at_once(session: Session, resolved: Resolved, limits: ReleaseLimits) -> bool:
+    return releasing.may_pass_at_once(
+        session,
+        pool=resolved.pool,
+        tier=resolved.tier,
+        limits=limits,
+        tenant_id=caller().tenant_id,
+        num_images=resolved.num_images,
+    )
 
 
 def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: Intake) -> Resolved:
@@ -153,7 +165,7 @@ def draft(
     limits.check_allowed(resolved)  # a replay was not resolved just now
     fleet, tier = gateway().fleet, gateway().fleet.tiers[resolved.tier]
     deadline_s = start_deadline_s(start_within_s, tier.start_within_s)
-    expected = gateway().lookout.expect(resolved, caller().tenant_id, booked)
+    expected = gateway().forecaster.expect(resolved, caller().tenant_id, booked)
     if expected.refusal is not None:
         telemetry.SHED.labels(expected.refusal.reason).inc()
         raise problem_of(expected.refusal)
@@ -164,6 +176,7 @@ def draft(
         predicted_s=expected.predicted_s,
         eta_raw_s=expected.eta_raw_s,
         megapixel_steps=megapixel_steps(fleet, resolved),
+        steps_per_image=denoising_of(fleet, resolved).steps,
         labels=metadata,
         warnings=warnings.expected(fleet.models[resolved.model], resolved),
         replay_of=replay_of,
@@ -192,7 +205,7 @@ def _as_written(new: NewJob, row: AcceptedRow) -> Job:
     written = {"id": row.id, "tenant_id": caller().tenant_id, "state": JobState.QUEUED, "attempt": 0, "device_seconds": 0.0}
     written |= {"accepted_at": row.accepted_at, "start_by": row.start_by, "release_tag": row.release_tag, "replay_of": new.replay_of}
     written |= {"predicted_s": new.predicted_s, "megapixel_steps": new.megapixel_steps, "labels": new.labels}
-    written["warnings"] = new.warnings
+    written |= {"steps_per_image": new.steps_per_image, "warnings": new.warnings}
     written["images"] = [SimpleNamespace(index=index, seed=seed + index, state=ImageState.PENDING, artifact=None) for index in images]
     return cast("Job", SimpleNamespace(**_NOTHING_YET | new.params | written))
 
@@ -222,9 +235,11 @@ def problem_of(refusal: Refusal) -> Problem:
     return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
 
 
-def let_out(pool: str, tier: str) -> None:
-    """Announce what there is room for, now that the caller's rows are committed. They are accepted whatever happens here: the sweeper
-    covers a crash, a broker or a database that goes away between the two."""
+def release_waiting_jobs(pool: str, tier: str) -> None:
+    """Announce waiting jobs as the limits allow, now that the caller's rows are committed.
+
+    They are accepted whatever happens here: the sweeper covers a crash, a broker or a database that goes away between the two.
+    """
     try:
         gateway().release.release(pool, tier, tenant_id=caller().tenant_id)
     except SQLAlchemyError as error:

@@ -35,9 +35,9 @@ def show_usage() -> ResponseReturnValue:
     since, until = read_days(request)
     with transaction(gateway().database) as session:
         rows = usage.days(session, tenant_id=caller().tenant_id, since=since, until=until)
-        stand = usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
+        totals = usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
         count, size_bytes = files.stored(session, tenant_id=caller().tenant_id)
-    now = {"today": float(stand.used_today), "this_month": float(stand.used_this_month), "active_jobs": stand.active_jobs}
+    now = {"today": float(totals.used_today), "this_month": float(totals.used_this_month), "active_jobs": totals.active_jobs}
     own = {"limits": limits_view(caller().limits), "used_megapixel_steps": now, "stored_files": {"count": count, "size_bytes": size_bytes}}
     return jsonify(usage_view(rows, since, until) | own)
 

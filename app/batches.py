@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 from app import accepting, inputs, limits
 from app.auth import caller, require_key
 from app.body import invalid_wish, parse_job, parse_shared, read_object, wish_of
+from app.forecast import Booked
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
-from app.outlook import Booked
 from app.problems import InvalidImageRequest, Problem
 from app.views import urls_view
 from edges import telemetry
@@ -27,9 +27,9 @@ from models.accepting import NewJob, in_order
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
-from models.states import JobState
 from models.tables import Job
 from policy.catalog import InvalidWish, Resolved
+from policy.states import JobState
 
 bp = Blueprint("batches", __name__)
 bp.before_request(require_key)
@@ -137,7 +137,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
         telemetry.JOBS_ACCEPTED.labels(job.params["tier"], job.params["model"]).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
-        accepting.let_out(pool, tier)
+        accepting.release_waiting_jobs(pool, tier)
     return Answer(job_id=None, items=answer), accepted
 
 

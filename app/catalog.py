@@ -8,8 +8,8 @@ from flask.typing import ResponseReturnValue
 from app.auth import caller, require_key
 from app.gateway import gateway
 from app.problems import ModelNotFound
-from policy.catalog import OUTPUT_FORMATS
 from policy.fleet import Fleet, ModelTier
+from policy.formats import FORMATS
 
 bp = Blueprint("catalog", __name__, url_prefix="/v1")
 bp.before_request(require_key)
@@ -96,7 +96,7 @@ def _model_view(fleet: Fleet, name: str) -> dict[str, Any]:
         "default_sampler": model.default_sampler,
         "max_guidance": model.max_guidance,
         "max_prompt_chars": model.max_prompt_chars,
-        "output_formats": list(OUTPUT_FORMATS),
+        "output_formats": list(FORMATS),
         "pool": fleet.pool_of(model_id),
         "versions": [{"id": version.id, "traffic_weight": version.traffic_weight} for version in model.versions],
         "tiers": per_tier,

@@ -17,9 +17,9 @@ from werkzeug.http import unquote_etag
 
 from app.gateway import gateway
 from app.problems import ImageNotFound, InvalidQuery, PartUnavailable, RangeNotSatisfiable
-from edges.encoding import FORMATS
 from edges.objectstore import PRIVATE, ObjectGone, Span, StoreUnavailable
 from models.tables import Artifact, File
+from policy.formats import extension_of
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,7 @@ class Stored:
     @classmethod
     def image(cls, artifact: Artifact) -> Self:
         """An image of a job."""
-        extension = next(kind.extension for kind in FORMATS.values() if kind.content_type == artifact.content_type)
-        filename = f"{artifact.job_id}-{artifact.index}.{extension}"
+        filename = f"{artifact.job_id}-{artifact.index}.{extension_of(artifact.content_type)}"
         return cls(artifact.object_key, artifact.content_type, artifact.size_bytes, artifact.content_sha256, filename)
 
     @classmethod

@@ -30,7 +30,7 @@ def estimate() -> ResponseReturnValue:
     resolved = accepting.resolve(wish_of(body, _pictures(body.pictures)))
     tier = parts.fleet.tiers[resolved.tier]
     deadline_s = accepting.start_deadline_s(body.start_deadline_s, tier.start_within_s)
-    expected = parts.lookout.expect(resolved, caller().tenant_id)
+    expected = parts.forecaster.expect(resolved, caller().tenant_id)
     cost = price(parts.fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s)
     return jsonify(
         {

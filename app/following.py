@@ -16,8 +16,8 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from app.capacity import Capacity, Holding
+from app.forecast import QueueForecaster, QueuePlace
 from app.keyring import NO_LIVE_KEY, Keyring
-from app.outlook import Lookout, QueuePlace
 from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
 from app.views import image_url, job_view, queue_view
 from edges import telemetry
@@ -26,8 +26,8 @@ from edges.events import LEAVE, NoSeat, Reader, Seat
 from edges.progress import News
 from models import jobs
 from models.database import transaction
-from models.states import FINAL_STATES, JobState
 from models.tables import Job
+from policy.states import FINAL_STATES, JobState
 
 log = structlog.get_logger(__name__)
 
@@ -60,8 +60,8 @@ class Watchers:
 class Events:
     """One per gateway process; its threads start with the first follower."""
 
-    def __init__(self, database: Engine, lookout: Lookout, news: News, reader: Reader, keyring: Keyring, *, most: int) -> None:
-        self._database, self._lookout, self._news, self._reader, self._keyring = database, lookout, news, reader, keyring
+    def __init__(self, database: Engine, forecaster: QueueForecaster, news: News, reader: Reader, keyring: Keyring, *, most: int) -> None:
+        self._database, self._forecaster, self._news, self._reader, self._keyring = database, forecaster, news, reader, keyring
         self._places = Capacity(most)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._kids: dict[Seat, str] = {}  # the key that each follower came with
@@ -151,7 +151,7 @@ class Events:
 
     def _events(self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float) -> Iterator[Event | None]:
         """As they are heard of, without end but for that of this process."""
-        forecast = _Forecast(self._lookout, job)
+        forecast = _Forecast(self._forecaster, job)
         yield from forecast.news()
         for event in earlier:
             forecast.hear(event)
@@ -219,8 +219,8 @@ class Events:
 class _Forecast:
     """What a waiting job is told of its place in the queue: at once, and when more has changed than the time."""
 
-    def __init__(self, lookout: Lookout, job: Job) -> None:
-        self._lookout, self._job = lookout, job
+    def __init__(self, forecaster: QueueForecaster, job: Job) -> None:
+        self._forecaster, self._job = forecaster, job
         self._has_told, self._told_at = False, 0.0
         self._told: QueuePlace | None = None
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
@@ -237,7 +237,7 @@ class _Forecast:
             return []
         self.due_at = now + LOOK_EVERY_S
         try:
-            place = self._lookout.place_of(self._job)
+            place = self._forecaster.place_of(self._job)
         except SQLAlchemyError:
             place = None
         if not self._is_news(place, now):

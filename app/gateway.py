@@ -10,12 +10,13 @@ from sqlalchemy import Engine
 
 from app.capacity import Capacity
 from app.following import Events, Watchers
+from app.forecast import QueueForecaster
 from app.keyring import Keyring
-from app.outlook import Lookout
 from app.readiness import Readiness, checks
 from app.signing import LinkSigner
 from app.statuses import Statuses
 from app.uploads import Uploads
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
 from edges.decoders import Decoders
@@ -25,7 +26,6 @@ from edges.limits import Budgets, Rates
 from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import Endings, News
-from edges.release import Release
 from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy import connections
@@ -48,7 +48,7 @@ class Gateway:
     store: ObjectStore
     news: News
     endings: Endings
-    lookout: Lookout
+    forecaster: QueueForecaster
     events: Events
     outbound: Outbound
     keyring: Keyring
@@ -81,7 +81,7 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
     keyring = Keyring(aside, refresher)
     handoff, store = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s), ObjectStore(settings)
     reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
-    lookout = Lookout(aside, fleet, gauge, release.room, refresher, worker_silence_s=settings.lease_ttl_s)
+    forecaster = QueueForecaster(aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s)
     return Gateway(
         settings=settings,
         fleet=fleet,
@@ -93,8 +93,8 @@ def open_gateway(settings: GatewaySettings, fleet: Fleet) -> Gateway:
         store=store,
         news=news,
         endings=Endings(settings.handoff_url),
-        lookout=lookout,
-        events=Events(database, lookout, news, reader, keyring, most=settings.gateway_max_streams),
+        forecaster=forecaster,
+        events=Events(database, forecaster, news, reader, keyring, most=settings.gateway_max_streams),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
         rates=Rates(settings.handoff_url),

@@ -13,18 +13,18 @@ from app import accepting, delivery, erasing, inputs, replaying, waiting
 from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_job, read_nothing, read_wait_s, wish_of
+from app.forecast import QueuePlace
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
 from app.listing import read_query
-from app.outlook import QueuePlace
 from app.pages import next_page
 from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
 from app.views import job_view, status_view
 from edges.progress import Step
 from models import jobs, listing
 from models.database import run_transaction, transaction
-from models.states import ACTIVE_STATES, JobState
 from models.tables import Job
+from policy.states import ACTIVE_STATES, JobState
 
 log = structlog.get_logger(__name__)
 
@@ -179,7 +179,7 @@ def _view(job: Job, steps: list[Step]) -> dict[str, Any]:
 
 def _place(job: Job, steps: list[Step]) -> QueuePlace | None:
     is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
-    return gateway().lookout.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
+    return gateway().forecaster.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
 
 
 def _steps(job: Job) -> list[Step]:

@@ -20,8 +20,8 @@ from edges import telemetry
 from edges.limits import WINDOW_S, Counted, Taken
 from models import files, usage
 from models.database import transaction
-from models.usage import Stand
 from policy.catalog import InvalidWish, Resolved
+from policy.limits import UsageTotals, exceeded_stock
 
 
 def check_allowed(resolved: Resolved) -> None:
@@ -72,9 +72,15 @@ def foresee(amount: Decimal, *, jobs: int = 1) -> None:
             raise _budget_spent(amount, replace(held, wait_s=(float(amount) - held.left) / per_minute * 60), per_minute)
     if limits.has_stocks:
         with transaction(gateway().database) as session:
-            stand = usage.stand(session, tenant_id=asking.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
-        used = {"used_today": stand.used_today + amount, "used_this_month": stand.used_this_month + amount}
-        _check_stand(replace(stand, active_jobs=stand.active_jobs + jobs, **used))
+            totals = usage.usage_totals(session, tenant_id=asking.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+        _check_totals(
+            replace(
+                totals,
+                used_today=totals.used_today + amount,
+                used_this_month=totals.used_this_month + amount,
+                active_jobs=totals.active_jobs + jobs,
+            )
+        )
 
 
 def check_room(session: Session, size_bytes: int = 0) -> None:
@@ -106,7 +112,7 @@ def check_stocks(session: Session) -> None:
     limits = caller().limits
     if not limits.has_stocks:
         return
-    _check_stand(usage.stand(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs))
+    _check_totals(usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs))
 
 
 def _check_burst(amount: Decimal, burst: float) -> None:
@@ -121,20 +127,22 @@ def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpen
     return BudgetSpent(detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps")
 
 
-def _check_stand(stand: Stand) -> None:
-    limits = caller().limits
-    if limits.max_concurrent_jobs is not None and stand.active_jobs > limits.max_concurrent_jobs:
+def _check_totals(totals: UsageTotals) -> None:
+    exceeded = exceeded_stock(caller().limits, totals)
+    if exceeded is None:
+        return
+    if exceeded.stock == "jobs":
         telemetry.SHED.labels("too_many_jobs").inc()
-        detail = f"At most {limits.max_concurrent_jobs} jobs may be under way at once."
-        raise TooManyJobs(detail, retry_after_s=2, max_concurrent_jobs=limits.max_concurrent_jobs)
-    for period, used, most, left_s in (
-        ("day", stand.used_today, limits.daily_megapixel_steps, stand.day_ends_in_s),
-        ("month", stand.used_this_month, limits.monthly_megapixel_steps, stand.month_ends_in_s),
-    ):
-        if most is not None and used > most:
-            telemetry.SHED.labels("quota_exceeded").inc()
-            detail = f"With this request {used} of {most} megapixel-steps of this {period} (UTC) would be used."
-            raise QuotaExceeded(detail, retry_after_s=math.ceil(left_s), period=period, quota=float(most))
+        detail = f"At most {exceeded.limit} jobs may be under way at once."
+        raise TooManyJobs(detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit))
+    telemetry.SHED.labels("quota_exceeded").inc()
+    asked = f"With this request {exceeded.used} of {exceeded.limit} megapixel-steps"
+    raise QuotaExceeded(
+        f"{asked} of this {exceeded.stock} (UTC) would be used.",
+        retry_after_s=exceeded.retry_after_s,
+        period=exceeded.stock,
+        quota=float(exceeded.limit),
+    )
 
 
 def tell(response: Response) -> None:

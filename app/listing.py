@@ -9,7 +9,7 @@ from app.pages import parse_cursor, parse_limit
 from app.problems import InvalidQuery
 from models.ids import first_id
 from models.listing import Sought
-from models.states import JobState
+from policy.states import JobState
 from policy.text import is_human
 
 PARAMETERS = ("limit", "cursor", "state", "created_after", "created_before", "metadata.<key>")

@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
-from models.states import OUR_FAULT, JobState
 from models.tables import Job
+from policy.failures import is_our_fault
+from policy.states import JobState
 
 JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
 NO_TOKENS = {  # nothing here is counted in them; clients need the member
@@ -29,7 +30,7 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
         return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, **own)
     if state == JobState.REJECTED:
         return ModerationBlocked("The request was refused by the safety rules.", **own)
-    if state == JobState.FAILED and failure_code in OUR_FAULT:
+    if state == JobState.FAILED and is_our_fault(failure_code):
         return JobFailed("The job failed on our side.", failure_code=failure_code, **own)
     if state == JobState.FAILED:
         detail = f"The job cannot be rendered: {failure_code}."
@@ -45,7 +46,7 @@ def may_still_answer(job: Job, *, streams: bool) -> bool:
     """
     if job.finished_at is None:
         return True
-    is_ours = job.state == JobState.EXPIRED or (job.state == JobState.FAILED and job.failure_code in OUR_FAULT)
+    is_ours = job.state == JobState.EXPIRED or (job.state == JobState.FAILED and is_our_fault(job.failure_code))
     has_left = job.state == JobState.CANCELED and streams
     ended_s = (datetime.now(UTC) - job.finished_at).total_seconds()
     return not is_ours and not has_left and job.erased_at is None and ended_s < JOINED_FOR_S

@@ -12,8 +12,9 @@ from typing import Any
 
 from app.body import check_bounds, check_metadata
 from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
-from policy.catalog import OUTPUT_FORMATS, AdapterWish, Wish
+from policy.catalog import AdapterWish, Wish
 from policy.fleet import Fleet, parse_size
+from policy.formats import FORMATS
 from policy.text import is_human
 
 GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
@@ -223,8 +224,8 @@ def _is_of_dall_e(said: _Said, quality: str) -> bool:
 
 def _check_formats(said: _Said) -> None:
     """What is a word of the interface and nothing that is done here."""
-    if (output := said.text("output_format", "png")) not in OUTPUT_FORMATS:
-        raise NotOffered(f"output_format {str(output)[:16]!r} is not offered: {', '.join(OUTPUT_FORMATS)}.", parameter="output_format")
+    if (output := said.text("output_format", "png")) not in FORMATS:
+        raise NotOffered(f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.", parameter="output_format")
     background = said.get("background")
     if background is not None and not _is_boolean(background) and background not in ("auto", "opaque"):
         detail = "No model here makes transparent backgrounds: background takes auto and opaque, and true to keep the job running."

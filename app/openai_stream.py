@@ -24,13 +24,14 @@ from app.gateway import Gateway, gateway
 from app.openai_answers import NO_TOKENS, extras_of, problem_of_end
 from app.openai_body import Asked
 from app.problems import PartUnavailable, Problem, Unauthenticated
-from edges.encoding import FORMATS, encode
+from edges.encoding import encode
 from edges.eventlog import FINAL, PREVIEW, Event
 from edges.objectstore import StoreUnavailable, image_key
 from models import jobs
 from models.database import run_transaction
-from models.states import JobState
 from models.tables import Job
+from policy.formats import FORMATS
+from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 

@@ -7,12 +7,13 @@ from uuid import UUID
 
 from flask import url_for
 
-from app.outlook import QueuePlace
+from app.forecast import QueuePlace
 from edges.progress import Step
-from models.states import FINAL_STATES, ImageState, JobState
 from models.tables import Image, Job
 from policy.catalog import Resolved
-from policy.prediction import steps_to_do
+from policy.failures import told_detail
+from policy.states import FINAL_STATES, ImageState, JobState
+from policy.steps import image_steps
 
 
 def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
@@ -118,7 +119,7 @@ def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
     if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
         return None
     done = dict.fromkeys(range(job.num_images), 0)
-    to_do = dict.fromkeys(done, steps_to_do(job.num_steps, job.strength))
+    to_do = dict.fromkeys(done, image_steps(job))
     for step in steps:
         to_do[step.index], done[step.index] = step.num_steps, min(step.step, step.num_steps)
     for image in job.images:
@@ -139,8 +140,7 @@ def _failure(job: Job) -> dict[str, Any] | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
     if job.failure_code is None:
         return None
-    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline")
-    return {"code": job.failure_code, "detail": job.failure_detail if is_told else None}
+    return {"code": job.failure_code, "detail": told_detail(job.failure_code, job.failure_detail)}
 
 
 def _cost(job: Job) -> dict[str, Any] | None:

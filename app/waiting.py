@@ -17,8 +17,8 @@ from app.problems import JobNotFound, WaitsExhausted
 from edges import telemetry
 from models import jobs
 from models.database import transaction
-from models.states import FINAL_STATES
 from models.tables import Job
+from policy.states import FINAL_STATES
 
 
 def found(job_id: uuid.UUID) -> Job:

@@ -20,8 +20,8 @@ from edges.broker import BrokerUnavailable
 from edges.webhooks import new_secret
 from models import webhooks
 from models.database import run_transaction, transaction
-from models.states import DeliveryState
 from models.tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
+from policy.states import DeliveryState
 from policy.text import is_human
 from policy.webhooks import EVENTS, MAX_ENDPOINTS, SECRET_GRACE_S, TEST_EVENT
 

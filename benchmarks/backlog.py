@@ -28,6 +28,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -39,24 +40,25 @@ from sqlalchemy import Engine, create_engine, event, make_url, select, text
 from sqlalchemy.orm import Session
 
 import migrations
-from app.outlook import Lookout
+from app.forecast import QueueForecaster
 from benchmarks.serving.cells import percentile
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
 from edges.handoff import Gauge, Handoff
 from edges.inputs import Inputs
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.stack import Stack
 from models import jobs, leases, listing, releasing, tenants, workers
 from models.database import make_engine, transaction
 from models.listing import Sought
-from models.releasing import Room
-from models.states import FailureCode, JobState
 from models.tables import Job
 from policy.catalog import Resolved, Wish, resolve
+from policy.failures import FailureCode
 from policy.fleet import Fleet, parse_fleet
+from policy.release import ReleaseLimits
+from policy.states import JobState
 from settings import REPO, Settings
 from tasks.sweep import Sweeper
 
@@ -217,8 +219,9 @@ def _pick(*, free: int, only_bulk: bool = False, bulk_at_cap: bool = False) -> C
 
     def pick(queue: Queue, session: Session) -> int:
         workers.capacity(session, pool=POOL, silent_for_s=15)
-        room = Room(slots=SLOTS, limit_images=queue.in_hand + free, least_share=4, most_of_one=queue.of_bulk if bulk_at_cap else None)
-        picked = releasing.pick(session, pool=POOL, tier=TIER, room=room, tenant_id=queue.bulk if only_bulk else None)
+        cap = queue.of_bulk if bulk_at_cap else None
+        limits = ReleaseLimits(slots=SLOTS, limit_images=queue.in_hand + free, least_share=4, max_per_tenant=cap)
+        picked = releasing.pick(session, pool=POOL, tier=TIER, limits=limits, tenant_id=queue.bulk if only_bulk else None)
         if len(picked) < free:
             raise SystemExit(f"{len(picked)} jobs were released where there was room for {free}")
         return len(picked)
@@ -237,8 +240,10 @@ def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) 
 
 
 def _expect(queue: Queue, _: Session) -> None:
-    """A lookout that remembers nothing: it reads everything anew."""
-    Lookout(queue.app, queue.fleet, queue.gauge, queue.sweeper.release.room, worker_silence_s=15).expect(queue.wish, queue.bulk)
+    """A forecaster that remembers nothing: it reads everything anew."""
+    limits, refresher = queue.sweeper.release.limits, ThreadPoolExecutor(max_workers=1)  # that nobody asks for anything
+    forecaster = QueueForecaster(queue.app, queue.fleet, queue.gauge, limits, refresher, worker_silence_s=15)
+    forecaster.expect(queue.wish, queue.bulk)
 
 
 def _sweep_part(name: str) -> Callable[[Queue, Session], None]:
@@ -265,7 +270,7 @@ ACTS = (
     Act("list: succeeded, all of them older", "list", _page(state="succeeded"), "read"),
     Act("list: rejected, of which there are 5", "list", _page(state="rejected", rows=5), "read"),
     Act("queue_now", "", lambda queue, session: session.execute(text("SELECT * FROM queue_now")).all(), "read"),
-    Act("lookout", "", _expect, "own"),
+    Act("forecaster", "", _expect, "own"),
     Act("renew 64 leases", "", lambda queue, session: leases.renew(session, queue.held, worker=WORKER, ttl_s=A_DAY_S), "commit"),
 )
 
@@ -350,8 +355,8 @@ def settle(queues: Sequence[Queue]) -> None:
         time.sleep(1)
     for queue in queues:
         with transaction(queue.app) as session:
-            in_hand = releasing._in_hand(session, POOL, TIER)
-            queue.in_hand, queue.of_bulk = in_hand.total(), in_hand[queue.bulk]
+            outstanding = releasing.outstanding_in(session, pool=POOL, tier=TIER)
+            queue.in_hand, queue.of_bulk = outstanding.total_images, outstanding.images[queue.bulk]
             queue.held = [(job_id, attempt) for job_id, attempt in session.execute(select(Job.id, Job.attempt).where(Job.worker == WORKER))]
             own = select(Job.id).where(Job.tenant_id == queue.bulk)
             drawable = own.where(Job.tier == DRAWN_TIER, Job.state == JobState.QUEUED, Job.announced_at.is_(None))

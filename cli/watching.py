@@ -25,8 +25,9 @@ class Sight:
     @classmethod
     def of(cls, job: Job) -> "Sight":
         """As the API tells it."""
-        sight = cls(job.state, job.steps * job.n, job.n, {0: job.progress.step} if job.progress else {})
-        if job.progress:
+        sight = cls(job.state, job.steps * job.n, job.n, {})
+        if job.progress:  # before there is any, a picture to start from may spare some of the steps
+            sight.steps_to_do, sight.steps = job.progress.num_steps, {0: job.progress.step}
             sight.images_stored = job.progress.images_done
         if job.queue:
             sight.jobs_ahead, sight.eta_s = job.queue.jobs_ahead, job.queue.eta_p50_s
@@ -43,6 +44,7 @@ class Sight:
             self.state, self.jobs_ahead = "running", None
         elif event.kind == "step":
             self.state = "running"
+            self.steps_to_do = int(event.data.get("num_steps", 0)) * self.num_images or self.steps_to_do
             self.steps[index] = max(self.steps.get(index, 0), int(event.data.get("step", 0)))
         elif event.kind == "stored":
             self.images_stored += 1
@@ -89,7 +91,8 @@ def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
 
         def show(seen: Sight) -> None:
             nonlocal said
-            progress.update(bar, completed=seen.done + (seen.state == "succeeded"), where=seen.words)
+            done = seen.done + (seen.state == "succeeded")
+            progress.update(bar, completed=done, total=seen.steps_to_do + 1, where=seen.words)
             if not console.is_terminal and seen.state != said:
                 said = seen.state
                 console.print(f"job {job.id} is {seen.state}", soft_wrap=True)

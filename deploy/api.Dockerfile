@@ -24,6 +24,7 @@ COPY deploy/gunicorn.conf.py deploy/connections.py deploy/health.py deploy/
 COPY models models
 COPY migrations migrations
 COPY policy policy
+COPY dispatch dispatch
 COPY edges edges
 COPY fleet fleet
 COPY tasks tasks

@@ -30,6 +30,7 @@ COPY settings.py celeryconfig.py fleet.toml ./
 COPY deploy/health.py deploy/
 COPY models models
 COPY policy policy
+COPY dispatch dispatch
 COPY edges edges
 COPY engine engine
 COPY fleet fleet

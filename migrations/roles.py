@@ -37,7 +37,7 @@ class May:
 
 
 WISH = ("prompt", "negative_prompt", "metadata")  # what tenants write
-IDENTITY = ("id", "tenant_id", "api_key_id", "accepted_at", "usage_day", "megapixel_steps", "currency")
+IDENTITY = ("id", "tenant_id", "api_key_id", "accepted_at", "usage_day", "megapixel_steps", "steps_per_image", "currency")
 
 # Whoever moves a job on to its next state, whatever that is, touches these: models/jobs.py, finish.
 _MOVES_JOBS = (

@@ -29,10 +29,12 @@ FILE_COLUMNS = ("init_file_id", "mask_file_id", "control_file_id")
 class NewJob:
     """A job to be accepted.
 
-    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.  predicted_s: device seconds of all its
-    images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it counts against quotas.  labels: the
-    tenant's own metadata.  warnings: what of its texts has no effect, as far as is known.  announced: it goes to Celery as soon as this
-    is committed.
+    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.
+    predicted_s: device seconds of all its images.  eta_raw_s: the first guess of its end, kept to
+    learn from.  megapixel_steps: what it counts against quotas.  steps_per_image: denoise steps that
+    each image makes, as they were counted; None: all that are asked for.  labels: the tenant's own
+    metadata.  warnings: what of its texts has no effect, as far as is known.  announced: it goes to
+    Celery as soon as this is committed.
     """
 
     id: uuid.UUID = field(default_factory=new_id)
@@ -42,6 +44,7 @@ class NewJob:
     predicted_s: float = 0.0
     eta_raw_s: float | None = None
     megapixel_steps: Decimal = Decimal(0)
+    steps_per_image: int | None = None
     labels: Mapping[str, str] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
     requeue_of: uuid.UUID | None = None
@@ -103,6 +106,7 @@ def _row(place: int, job: NewJob) -> dict[str, Any]:
     origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
     own: dict[str, Any] = {"run_within_s": job.run_within_s, "predicted_s": job.predicted_s, "eta_raw_s": job.eta_raw_s}
     own |= {"warnings": list(job.warnings) or None}
+    own |= {"steps_per_image": job.steps_per_image}
     own |= {"megapixel_steps": str(job.megapixel_steps), "metadata": dict(job.labels) if job.labels else None, **origin}
     ours = {"place": place, "id": str(job.id), "event_id": str(new_id()), "facts": facts | origin}
     return {**ours, "start_within_s": job.start_within_s, "announced": job.announced, **wish, **own}

@@ -10,8 +10,8 @@ from sqlalchemy.orm import Session
 
 from models import audit, jobs, uploads
 from models.audit_events import EventName
-from models.states import ACTIVE_STATES
 from models.tables import Job
+from policy.states import ACTIVE_STATES
 
 
 def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:

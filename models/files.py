@@ -11,8 +11,8 @@ from sqlalchemy.orm import Session
 from models import audit, uploads
 from models.audit_events import EventName
 from models.ids import new_id
-from models.states import ACTIVE_STATES
 from models.tables import File, Job, StoredFiles
+from policy.states import ACTIVE_STATES
 
 _LAST_ID = uuid.UUID(int=2**128 - 1)
 

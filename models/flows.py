@@ -19,7 +19,7 @@ from models.tables import FairClock, Flow, Tenant
 
 
 @dataclass(frozen=True)
-class Standing:
+class FlowBacklog:
     """What a flow has waiting; `queued_s` is device seconds."""
 
     tier: str
@@ -51,14 +51,14 @@ def advance(session: Session, *, pool: str, tier: str, start_tag: float) -> None
     session.execute(statement.on_conflict_do_update(index_elements=[FairClock.pool, FairClock.tier], set_=later))
 
 
-def standings(session: Session, *, pool: str) -> list[Standing]:
-    """Every flow of the pool that has something queued."""
+def backlogs(session: Session, *, pool: str) -> list[FlowBacklog]:
+    """Read every flow of the pool that has something queued."""
     query = (
         select(Flow.tier, Flow.tenant_id, Tenant.weight, Flow.queued_jobs, Flow.queued_s, Flow.finish_tag)
         .join(Tenant, Tenant.id == Flow.tenant_id)
         .where(Flow.pool == pool, Flow.queued_jobs > 0)
     )
-    return [Standing(*row) for row in session.execute(query)]
+    return [FlowBacklog(*row) for row in session.execute(query)]
 
 
 def clocks(session: Session, *, pool: str) -> Mapping[str, float]:

@@ -14,8 +14,8 @@ from sqlalchemy import ColumnElement, case, func, text, update
 from sqlalchemy.orm import Session
 
 from models.database import now_once
-from models.states import JobState
 from models.tables import Job
+from policy.states import JobState
 
 OF_EACH_TENANT = 2  # that has none asked for, while the others' fill the window
 LONGEST_WAIT_S = 3600.0  # for pictures past the start deadline, where the job has no run deadline to go by

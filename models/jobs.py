@@ -5,7 +5,7 @@ event in the same transaction. Callers commit.
 """
 
 import uuid
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import timedelta
 from decimal import Decimal
 from typing import Any
@@ -18,8 +18,13 @@ from models.accepting import WISH, NewJob
 from models.audit_events import EventName
 from models.database import AFRESH
 from models.idempotency import Once
-from models.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Artifact, Attempt, Image, Job
+from policy.cost import price
+from policy.failures import FailureCode
+from policy.fleet import Fleet
+from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, ImageState, JobState, Outcome
+from policy.steps import image_steps
+from policy.webhooks import event_of
 
 SWEEPER = "sweeper"
 
@@ -53,6 +58,7 @@ def accept(
     predicted_s: float = 0.0,
     eta_raw_s: float | None = None,
     megapixel_steps: Decimal = Decimal(0),
+    steps_per_image: int | None = None,
     labels: Mapping[str, str] | None = None,
     requeue_of: uuid.UUID | None = None,
     replay_of: uuid.UUID | None = None,
@@ -73,6 +79,7 @@ def accept(
         predicted_s=predicted_s,
         eta_raw_s=eta_raw_s,
         megapixel_steps=megapixel_steps,
+        steps_per_image=steps_per_image,
         labels=labels,
         requeue_of=requeue_of,
         replay_of=replay_of,
@@ -147,10 +154,10 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
     steps_done: how far each had come, by index. Nothing for what is stored, or is in the row already.
     """
     rows = session.scalars(select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)).all()
-    before = sum(row.steps_done for row in rows)
+    before = _counted(job, rows)
     for row in rows:
-        row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), job.num_steps))
-    steps = sum(row.steps_done for row in rows) - before
+        row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), image_steps(job)))
+    steps = _counted(job, rows) - before
     if not steps:
         return
     shares = _shares(job)
@@ -212,6 +219,7 @@ def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, 
         run_within_s=dead.run_within_s,
         predicted_s=dead.predicted_s,
         megapixel_steps=dead.megapixel_steps,
+        steps_per_image=dead.steps_per_image,
         labels=dead.labels,
         currency=dead.currency,
         actor=actor,
@@ -226,13 +234,13 @@ def store(
     index: int,
     attempt: int,
     artifact: Mapping[str, Any],
-    price: Callable[[float], Decimal],
+    fleet: Fleet,
     store_within_s: float,
     actor: str,
 ) -> Job | None:
     """Record an uploaded image, and what the job costs by now; with the last one it succeeds, in the same transaction.
 
-    artifact: columns of Artifact from `object_key` to `content_sha256`.  price: device seconds of the job to money.
+    artifact: columns of Artifact from `object_key` to `content_sha256`.  fleet: says what device time costs.
     None, and nothing is written, if the image is stored already, belongs to another attempt, or the job ended otherwise.
     """
     job = session.get(Job, job_id, with_for_update=True, options=WITHOUT_WORDS)
@@ -247,7 +255,7 @@ def store(
     session.flush()
     image.state, image.artifact_id = ImageState.STORED, row.id
     job.device_seconds += image.device_seconds
-    job.cost = price(job.device_seconds)
+    job.cost = price(fleet, pool=job.pool, tier=job.tier, device_seconds=job.device_seconds)
     digests = {"pixels_sha256": row.pixels_sha256, "content_sha256": row.content_sha256}
     facts = {"index": index, "artifact_id": str(row.id), **digests}
     session.flush()
@@ -293,7 +301,7 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
         succeeded=state == JobState.SUCCEEDED,
     )
     usage.settle(session, booking, tenant_id=job.tenant_id, day=job.usage_day)
-    webhooks.note(session, job, f"job.{state}")
+    webhooks.note(session, job, event_of(state))
     if booking.succeeded or not (stored or booking.abandoned):
         return {}
     in_words = {name: str(getattr(booking, name)) for name in ("settled", "abandoned", "cost")}
@@ -301,7 +309,12 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
 
 
 def _shares(job: Job) -> usage.Shares:
-    return usage.Shares(job.megapixel_steps, job.num_images, job.num_steps)
+    return usage.Shares(job.megapixel_steps, job.num_images, image_steps(job))
+
+
+def _counted(job: Job, images: Sequence[Image]) -> int:
+    """Add up the denoise steps of images that are not stored, of each no more than the job was counted for."""
+    return sum(min(image.steps_done, image_steps(job)) for image in images)
 
 
 def _came_to(session: Session, job: Job) -> tuple[int, int]:
@@ -309,7 +322,8 @@ def _came_to(session: Session, job: Job) -> tuple[int, int]:
     if job.attempt == 0:
         return 0, 0
     is_stored = Image.state == ImageState.STORED
-    sums = (func.count().filter(is_stored), func.coalesce(func.sum(Image.steps_done).filter(~is_stored), 0))
+    counted = func.least(Image.steps_done, image_steps(job))  # a pipeline may make more than was counted
+    sums = (func.count().filter(is_stored), func.coalesce(func.sum(counted).filter(~is_stored), 0))
     stored, steps = session.execute(select(*sums).where(Image.job_id == job.id)).one()
     return stored, steps
 

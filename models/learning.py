@@ -12,8 +12,8 @@ from sqlalchemy import func, select, text
 from sqlalchemy.orm import Session
 
 from models.database import now_once
-from models.states import JobState
 from models.tables import Job, LearntCost, LearntEta
+from policy.states import JobState
 
 MEMORY = 200  # images: a mean never weighs the past more than that, so it follows a change
 CostKey = tuple[str, str, int, int]  # pool, model, width_px, height_px

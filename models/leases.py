@@ -21,8 +21,9 @@ from sqlalchemy.orm import Session
 from models import audit, inputs, jobs
 from models.audit_events import EventName
 from models.database import AFRESH
-from models.states import ACTIVE_STATES, TAKEN_BACK, FailureCode, ImageState, JobState, Outcome
 from models.tables import Attempt, Image, Job
+from policy.failures import FailureCode
+from policy.states import ACTIVE_STATES, TAKEN_BACK, ImageState, JobState, Outcome
 
 OVERDUE_S = 30.0  # past its run deadline
 

@@ -1,20 +1,17 @@
-"""Which waiting jobs go to Celery next: pick them in fair order and stamp them announced.
+"""Stamp the jobs that are announced next: the rows that the rule in `policy.release` decides on.
 
-Fair order is `release_tag, id` (models/flows.py computes the tag). A stamp without a message, or a message without a stamp,
-does no harm: the sweeper announces again, and a worker that comes second finds nothing to take.
+Fair order is `release_tag, id` (models/flows.py computes the tag). A stamp without a message, or a
+message without a stamp, does no harm: the sweeper announces again, and a worker that comes second
+finds nothing to take.
 
-Room is as many images as the live workers can hold, and a batch more, so that they never run dry. Where more is in hand than they
-can hold, a tenant with much less than its fair share there is let out to the front queue, also when all room is taken; a job that
-comes back from another worker always is. Workers take from the front queue first, and beyond their slots: their engine parks what is
-less urgent. That is how one tenant may use every idle slot without anybody else having to wait for them.
-
-A job whose pictures are not in the hand-off yet stands in no line and takes no room (models/inputs.py): others pass it.
+A job whose pictures are not in the hand-off yet stands in no line and takes no room: others pass it
+(models/inputs.py).
 """
 
 import uuid
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -23,8 +20,9 @@ from sqlalchemy.orm import Session
 
 from models import flows
 from models.database import now_once
-from models.states import JobState
 from models.tables import Flow, Job
+from policy.release import Outstanding, Picked, ReleaseLimits, Selection, WaitingJob, exceeds_cap, may_go_at_once
+from policy.states import JobState
 
 MOST_HEADS = 200  # waiting jobs looked at for the front queue: those furthest behind in fair order
 OF_EACH_TENANT = 4
@@ -39,46 +37,16 @@ class Announced:
     is_front: bool
 
 
-@dataclass(frozen=True)
-class Picked:
-    """A job that was stamped; `is_front`: for the front queue of its tier."""
-
-    job_id: uuid.UUID
-    is_front: bool
-    num_images: int
-
-
-@dataclass(frozen=True)
-class Room:
-    """How many images of one (pool, tier) may be in the hands of Celery and the workers.
-
-    slots: what the live workers hold of this tier at once.  limit_images: what they may hold, and what may wait for them.
-    least_share: images that a tenant may always have there, however many share the tier.  most_of_one: images that a tenant may never
-    have more of; None = no cap.
-    """
-
-    slots: int
-    limit_images: int
-    least_share: int = 1
-    most_of_one: int | None = None
-
-
-@dataclass(frozen=True)
-class _Waiting:
-    job_id: uuid.UUID
-    tenant_id: uuid.UUID
-    num_images: int
-    release_tag: float
-    attempt: int
-
-
 _COLUMNS = (Job.id, Job.tenant_id, Job.num_images, Job.release_tag, Job.attempt)
-_IN_HAND = or_((Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING)
+_IS_OUTSTANDING = or_((Job.state == JobState.QUEUED) & Job.announced_at.is_not(None), Job.state == JobState.RUNNING)
 _IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None), ~Job.lacks_inputs)
 
 
 def _heads_statement() -> Select[Any]:
-    """Made once: to make it costs more than to execute it. Tenants that are `only`, if that is said, and not in `without`."""
+    """Make the query of each tenant's first waiting jobs, once: making it costs more than executing it.
+
+    Of the tenant `only`, if that is given; of none in `without`.
+    """
     pool, tier, only = bindparam("pool", type_=Text), bindparam("tier", type_=Text), bindparam("only", type_=Uuid)
     without = bindparam("without", type_=ARRAY(Uuid))
     flow = select(Flow.tenant_id).where(Flow.pool == pool, Flow.tier == tier, Flow.queued_jobs > 0, Flow.tenant_id != all_(without))
@@ -91,130 +59,95 @@ def _heads_statement() -> Select[Any]:
 _HEADS = _heads_statement()
 
 
-def pick(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.UUID | None = None) -> list[Picked]:
-    """Stamp the next waiting jobs of (pool, tier) as announced, as far as there is room; in the order in which to publish them.
+def pick(session: Session, *, pool: str, tier: str, limits: ReleaseLimits, tenant_id: uuid.UUID | None = None) -> list[Picked]:
+    """Stamp the next waiting jobs of (pool, tier) as announced, as far as the limits allow.
 
-    tenant_id: look for this tenant's jobs only when the room is full; at accept nobody else's can have become due.
-    A job larger than the whole limit goes alone. Releases of one (pool, tier) take turns, so the limits hold.
+    Returns them in the order in which to publish them. Releases of one (pool, tier) take turns, so
+    the limits hold.
+
+    tenant_id: when the limit is reached, look for this tenant's jobs only; at accept nobody else's
+    can have become due.
     """
-    session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": f"release:{pool}:{tier}"})
-    in_hand, running = _in_hand(session, pool, tier)
-    chosen: dict[uuid.UUID, Picked] = {}
-    newest_tag: float | None = None
-
-    def choose(job: _Waiting, *, is_front: bool) -> None:
-        chosen[job.job_id] = Picked(job.job_id, is_front, job.num_images)
-        in_hand[job.tenant_id] += job.num_images
-
-    def is_capped(job: _Waiting) -> bool:
-        return room.most_of_one is not None and in_hand[job.tenant_id] + job.num_images > max(room.most_of_one, job.num_images)
-
-    def is_due(job: _Waiting, sharing: int) -> bool:
-        """Must nobody else's work in hand keep it waiting? It was in hand before, or its tenant is behind."""
-        return job.attempt > 0 or is_behind(job.tenant_id, job.num_images, in_hand, running, room, sharing)
-
-    line = _in_order(session, pool, tier, room, in_hand)
-    for job in line:
-        if is_capped(job):
-            continue
-        if in_hand.total() and in_hand.total() + job.num_images > room.limit_images:
-            break  # it is next: nobody smaller overtakes it
-        sharing = len(in_hand.keys() | {job.tenant_id})
-        choose(job, is_front=job.attempt > 0 or (in_hand.total() >= room.slots and is_due(job, sharing)))
-        newest_tag = job.release_tag
-    if len(chosen) < len(line) or in_hand.total() >= room.limit_images:
-        heads = _heads(session, pool, tier, only=tenant_id)
-        sharing = len(in_hand.keys() | {job.tenant_id for job in heads}) or 1
-        for job in heads:
-            fits = in_hand.total() + job.num_images <= 2 * room.limit_images
-            if fits and job.job_id not in chosen and not is_capped(job) and is_due(job, sharing):
-                choose(job, is_front=True)  # out of turn: virtual time stays, or who comes next would start behind all that still wait
-    if not chosen:
+    session.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": _lock_name(pool, tier)})
+    outstanding = outstanding_in(session, pool=pool, tier=tier)
+    selection = Selection(outstanding, limits)
+    line = _in_order(session, pool, tier, limits, outstanding)
+    selection.take_in_order(line)
+    if selection.leaves_out_some_of(line):
+        selection.take_those_behind(_heads(session, pool, tier, only=tenant_id))
+    if not selection.picked:
         return []
-    stamped = _stamp(session, list(chosen.values()))
-    if newest_tag is not None:
-        flows.advance(session, pool=pool, tier=tier, start_tag=newest_tag)
-    return [job for job in chosen.values() if job.job_id in stamped]
+    stamped = _stamp(session, list(selection.picked.values()))
+    if selection.newest_tag is not None:
+        flows.advance(session, pool=pool, tier=tier, start_tag=selection.newest_tag)
+    return [job for job in selection.picked.values() if job.job_id in stamped]
 
 
-def is_behind(
-    tenant_id: uuid.UUID, num_images: int, in_hand: Counter[uuid.UUID], running: Counter[uuid.UUID], room: Room, sharing: int
-) -> bool:
-    """Has the tenant, with so many images more, at most half of its fair share in hand while somebody runs more than his part?
+def may_pass_at_once(session: Session, *, pool: str, tier: str, limits: ReleaseLimits, tenant_id: uuid.UUID, num_images: int) -> bool:
+    """Check whether a job that is about to be accepted may be announced as it is written.
 
-    Half: two who both always have work would else meet at the front, where there is nothing to gain for either. Runs: somebody whose jobs
-    only stand in line is in nobody's way, and would never get out of it if each newcomer passed him at the front.
-    in_hand, running: images by tenant.  sharing: how many tenants have any in hand or waiting.
+    It may if nobody waits before it and the limits allow; then no release runs until commit. False
+    also when another release is at work right now.
     """
-    held, share = in_hand[tenant_id], max(room.least_share, room.limit_images // sharing)
-    part = max(room.least_share, running.total() // sharing)
-    return (held == 0 or 2 * (held + num_images) <= share) and max(running.values(), default=0) > part
+    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(hashtext(:name))"), {"name": _lock_name(pool, tier)}):
+        return False
+    outstanding = outstanding_in(session, pool=pool, tier=tier)
+    if not may_go_at_once(outstanding, limits, tenant_id=tenant_id, num_images=num_images):
+        return False
+    waiting = select(Job.id).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).limit(1)
+    return session.scalar(waiting) is None
 
 
-def may_pass_at_once(session: Session, *, pool: str, tier: str, room: Room, tenant_id: uuid.UUID, num_images: int) -> bool:
-    """Is there room for a job that is about to be accepted, with nobody waiting before it? Then no other release runs until commit.
+def _lock_name(pool: str, tier: str) -> str:
+    return f"release:{pool}:{tier}"
 
-    False also when another one is running right now.
+
+def outstanding_in(session: Session, *, pool: str, tier: str) -> Outstanding:
+    """Count what of (pool, tier) is outstanding: rows that the limits bound."""
+    return _outstanding(session, Job.pool == pool, Job.tier == tier).get(tier, Outstanding())
+
+
+def outstanding_by_tier(session: Session, *, pool: str) -> Mapping[str, Outstanding]:
+    """Count what of the pool is outstanding, by tier; tiers without anything are left out."""
+    return _outstanding(session, Job.pool == pool)
+
+
+def _outstanding(session: Session, *conditions: ColumnElement[bool]) -> dict[str, Outstanding]:
+    runs = Job.state == JobState.RUNNING
+    query = select(
+        Job.tier,
+        Job.tenant_id,
+        func.sum(Job.num_images),
+        func.coalesce(func.sum(Job.num_images).filter(runs), 0),
+        func.coalesce(func.sum(Job.predicted_s).filter(runs), 0.0),
+        func.count().filter(~runs),
+    )
+    by_tier: defaultdict[str, Outstanding] = defaultdict(Outstanding)
+    rows = session.execute(query.where(*conditions, _IS_OUTSTANDING).group_by(Job.tier, Job.tenant_id))
+    for tier, tenant_id, images, running, running_s, announced_jobs in rows:
+        here = by_tier[tier]
+        here.images[tenant_id] = int(images)
+        if running:
+            here.running[tenant_id] = int(running)
+        here.running_s += float(running_s)
+        here.announced_jobs += announced_jobs
+    return dict(by_tier)
+
+
+def _in_order(session: Session, pool: str, tier: str, limits: ReleaseLimits, outstanding: Outstanding) -> list[WaitingJob]:
+    """Read the first waiting jobs in fair order, as many as there may be room for.
+
+    Tenants at their cap are left out.
     """
-    if not session.scalar(text("SELECT pg_try_advisory_xact_lock(hashtext(:name))"), {"name": f"release:{pool}:{tier}"}):
-        return False
-    in_hand, _ = _in_hand(session, pool, tier)
-    if in_hand.total() and in_hand.total() + num_images > room.slots:  # beyond the slots it may have to go to the front
-        return False
-    if room.most_of_one is not None and in_hand[tenant_id] + num_images > max(room.most_of_one, num_images):
-        return False
-    return session.scalar(select(Job.id).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).limit(1)) is None
-
-
-@dataclass
-class Hands:
-    """What of one tier is in the hands of Celery and the workers.
-
-    images, running: images by tenant, and those of them that run.  running_s: predicted device seconds of these.  announced_jobs: the rest.
-    """
-
-    images: Counter[uuid.UUID] = field(default_factory=Counter)
-    running: Counter[uuid.UUID] = field(default_factory=Counter)
-    running_s: float = 0.0
-    announced_jobs: int = 0
-
-
-def hands(session: Session, *, pool: str) -> dict[str, Hands]:
-    """What is in hand, by tier."""
-    columns = (Job.tier, Job.tenant_id, Job.state, func.sum(Job.num_images), func.sum(Job.predicted_s), func.count())
-    query = select(*columns).where(Job.pool == pool, _IN_HAND).group_by(Job.tier, Job.tenant_id, Job.state)
-    found: defaultdict[str, Hands] = defaultdict(Hands)
-    for tier, tenant_id, state, images, cost_s, jobs in session.execute(query):
-        here = found[tier]
-        here.images[tenant_id] += int(images)
-        if state == JobState.RUNNING:
-            here.running[tenant_id] += int(images)
-            here.running_s += float(cost_s)
-        else:
-            here.announced_jobs += jobs
-    return found
-
-
-def _in_hand(session: Session, pool: str, tier: str) -> tuple[Counter[uuid.UUID], Counter[uuid.UUID]]:
-    """Images announced or running, and those running, by tenant: rows that the limits bound."""
-    runs = func.coalesce(func.sum(Job.num_images).filter(Job.state == JobState.RUNNING), 0)
-    query = select(Job.tenant_id, func.sum(Job.num_images), runs).where(Job.pool == pool, Job.tier == tier, _IN_HAND)
-    in_hand, running = Counter[uuid.UUID](), Counter[uuid.UUID]()
-    for tenant_id, images, of_them_running in session.execute(query.group_by(Job.tenant_id)):
-        in_hand[tenant_id], running[tenant_id] = int(images), int(of_them_running)
-    return in_hand, running
-
-
-def _in_order(session: Session, pool: str, tier: str, room: Room, in_hand: Counter[uuid.UUID]) -> list[_Waiting]:
-    """The first waiting jobs in fair order, as many as there may be room for, tenants at their cap left out."""
-    limit = room.limit_images - in_hand.total()
-    if limit <= 0:
+    room = limits.limit_images - outstanding.total_images
+    if room <= 0:
         return []
-    if room.most_of_one is not None:  # by their heads, past the capped: a backlog may be a million rows long
-        capped = [tenant for tenant, images in in_hand.items() if images >= room.most_of_one]
-        return _heads(session, pool, tier, of_each=min(limit, room.most_of_one), without=capped)
-    query = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING).order_by(Job.release_tag, Job.id).limit(limit)
-    return [_Waiting(*row) for row in session.execute(query)]
+    if limits.max_per_tenant is not None:  # by their heads, past the capped: a backlog may be a million rows long
+        capped = [tenant for tenant, held in outstanding.images.items() if exceeds_cap(limits, held=held, num_images=1)]
+        return _heads(session, pool, tier, of_each=min(room, limits.max_per_tenant), without=capped)
+    waiting = select(*_COLUMNS).where(Job.pool == pool, Job.tier == tier, *_IS_WAITING)
+    query = waiting.order_by(Job.release_tag, Job.id).limit(room)
+    return [WaitingJob(*row) for row in session.execute(query)]
 
 
 def _heads(
@@ -225,10 +158,13 @@ def _heads(
     of_each: int = OF_EACH_TENANT,
     only: uuid.UUID | None = None,
     without: Sequence[uuid.UUID] = (),
-) -> list[_Waiting]:
-    """The first waiting jobs of each tenant, in fair order: one probe of an index a tenant, whatever the length of its backlog."""
+) -> list[WaitingJob]:
+    """Read the first waiting jobs of each tenant, in fair order.
+
+    One probe of an index a tenant, whatever the length of its backlog.
+    """
     asked = {"pool": pool, "tier": tier, "of_each": of_each, "only": only, "without": list(without)}
-    return [_Waiting(*row) for row in session.execute(_HEADS, asked)]
+    return [WaitingJob(*row) for row in session.execute(_HEADS, asked)]
 
 
 def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:

@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 from models import inputs, jobs
 from models.database import now_once
 from models.ids import first_id
-from models.states import ACTIVE_STATES, JobState
 from models.tables import Image, Job
+from policy.states import ACTIVE_STATES, JobState
 
 AUDIT_MONTHS_AHEAD = 12
 LONGEST_STORE_WAIT = 6  # times `store_within_s`: between two tries to have a job stored

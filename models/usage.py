@@ -24,6 +24,7 @@ from sqlalchemy import select, text
 from sqlalchemy.orm import Session
 
 from models.tables import UsageDay
+from policy.limits import UsageTotals
 
 _SETTLE = text(
     """
@@ -79,21 +80,7 @@ def abandon(session: Session, amount: Decimal, *, tenant_id: uuid.UUID, day: dat
         session.execute(_ABANDON, {"tenant_id": tenant_id, "day": day, "amount": amount})
 
 
-@dataclass(frozen=True)
-class Stand:
-    """What a tenant has used, in megapixel-steps reserved, settled and abandoned, and what it has under way.
-
-    Seconds until the UTC day and month end.
-    """
-
-    used_today: Decimal
-    used_this_month: Decimal
-    active_jobs: int
-    day_ends_in_s: float
-    month_ends_in_s: float
-
-
-_STAND = text(
+_TOTALS = text(
     """
     WITH clock AS (SELECT clock_timestamp() AT TIME ZONE 'UTC' AS now), used AS (
         SELECT sum(reserved + settled + abandoned) AS month,
@@ -116,10 +103,13 @@ def lock(session: Session, *, tenant_id: uuid.UUID) -> None:
     session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('usage:' || :tenant_id, 0))"), {"tenant_id": str(tenant_id)})
 
 
-def stand(session: Session, *, tenant_id: uuid.UUID, count_jobs_to: int | None) -> Stand:
-    """Where the tenant stands, with what this transaction has written. count_jobs_to: there is no need to count on from there."""
-    row = session.execute(_STAND, {"tenant_id": tenant_id, "count_to": count_jobs_to}).one()
-    return Stand(*row)
+def usage_totals(session: Session, *, tenant_id: uuid.UUID, count_jobs_to: int | None) -> UsageTotals:
+    """Add up what the tenant has used, with what this transaction has written.
+
+    count_jobs_to: there is no need to count on from there.
+    """
+    row = session.execute(_TOTALS, {"tenant_id": tenant_id, "count_to": count_jobs_to}).one()
+    return UsageTotals(*row)
 
 
 def days(session: Session, *, tenant_id: uuid.UUID, since: date, until: date) -> Sequence[UsageDay]:

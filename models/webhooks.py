@@ -16,8 +16,8 @@ from models import audit
 from models.audit_events import EventName
 from models.database import AFRESH, now_once
 from models.ids import new_id
-from models.states import DeliveryState
 from models.tables import Job, WebhookAttempt, WebhookDelivery, WebhookEndpoint, WebhookSecret
+from policy.states import DeliveryState
 
 # Attempts under way at once, over all processes of the role; each holds a thread for up to 10 s.
 AT_ONCE_PER_ENDPOINT = 4

@@ -1,1 +1,1 @@
-"""Decisions without I/O: tiers, catalog, queues, admission, cost. No clock but the one it is handed."""
+"""Decisions without I/O: catalog, queues, release, admission, steps, cost, failures. No clock but the one it is handed."""

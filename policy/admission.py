@@ -1,4 +1,4 @@
-"""Who is let in, how long they will wait, and how much may be in the hands of Celery and its workers at once."""
+"""Who is let in, and how long they will wait."""
 
 import math
 from collections.abc import Mapping
@@ -16,27 +16,6 @@ JITTER = 0.2  # of Retry-After, so that those refused together do not come back 
 LONGEST_RETRY_S, SHORTEST_RETRY_S = 600, 1
 
 
-def announced_limit(fleet: Fleet, pool: str, live_slots: int) -> int:
-    """Slots of the live workers plus one batch, in images: workers never run dry, and the backlog stays in Postgres, in fair order.
-
-    live_slots: the sum over the pool's live workers; 0 counts as one worker, so that the first to come finds work.
-    """
-    shape = fleet.pools[pool]
-    return (live_slots or shape.slots) + shape.max_batch_rows
-
-
-def tier_slots(fleet: Fleet, tier: str, live_slots: int) -> int:
-    """Slots of the live workers that jobs of `tier` may take, in images: all but what is guaranteed to better tiers."""
-    rank = fleet.tiers[tier].rank if tier in fleet.tiers else 0
-    kept = sum(other.guaranteed_share for other in fleet.tiers.values() if other.rank < rank)
-    return max(1, round(live_slots * (1 - kept)))
-
-
-def least_share(fleet: Fleet, pool: str) -> int:
-    """Images that a tenant may always have in hand, however many share the tier: enough for one person at work."""
-    return min(4, fleet.pools[pool].slots)
-
-
 @dataclass(frozen=True)
 class Running:
     """Running jobs of one tier: predicted device seconds, and images."""
@@ -46,8 +25,11 @@ class Running:
 
 
 @dataclass(frozen=True)
-class Own:
-    """What the asking tenant has waiting in one tier: as its line counts it, and with what it adds right now."""
+class TenantBacklog:
+    """What the asking tenant has waiting in one tier.
+
+    counted: as the tier's line counts it.  now: with what the tenant adds right now.
+    """
 
     counted: Waiting
     now: Waiting
@@ -59,23 +41,31 @@ class Own:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """A pool at one moment: its working devices, what waits by tier, what runs, how full the hand-off is; and the asking tenant's own."""
+class PoolSnapshot:
+    """A pool at one moment, as one tenant sees it.
+
+    devices: that work.  lines: what waits, by tier.  running: what runs, by tier.  handoff_fill: 0
+    to 1.  own: what of the lines is the tenant's, by tier.
+    """
 
     devices: int
     lines: Mapping[str, Line] = field(default_factory=dict)
     running: Mapping[str, Running] = field(default_factory=dict)
     handoff_fill: float = 0.0
-    own: Mapping[str, Own] = field(default_factory=dict)
+    own: Mapping[str, TenantBacklog] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job stands: device seconds and jobs that go before it, and how many images will share its device."""
+    """Where a job stands.
+
+    ahead_s, jobs_ahead: device seconds and jobs that go before it.  concurrent_images: that will
+    share its device, its own included.
+    """
 
     ahead_s: float
     jobs_ahead: int
-    company: float
+    concurrent_images: float
 
 
 @dataclass(frozen=True)
@@ -87,7 +77,7 @@ class Refusal:
     retry_after_s: int
 
 
-def place_in(fleet: Fleet, outlook: Outlook, *, pool: str, tier: str, num_images: int, lead_s: float) -> Place:
+def place_in(fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_images: int, lead_s: float) -> Place:
     """Where a job of `tier` stands whose start tag is `lead_s` ahead of virtual time.
 
     Before it go all that better tiers have, what of its own tier runs, and what fair order releases first. The minimum shares
@@ -95,52 +85,57 @@ def place_in(fleet: Fleet, outlook: Outlook, *, pool: str, tier: str, num_images
     """
     rank = fleet.tiers[tier].rank
     better = {name for name, other in fleet.tiers.items() if other.rank < rank}
-    line, own = outlook.lines.get(tier, Line()), outlook.own.get(tier)
+    line, own = snapshot.lines.get(tier, Line()), snapshot.own.get(tier)
     (ahead_s, jobs), (added_s, added) = line.before(lead_s), own.added_before(lead_s) if own is not None else (0.0, 0.0)
-    ahead_s += added_s + sum(outlook.lines[name].cost_s for name in better & outlook.lines.keys())
-    ahead_s += sum(work.now.cost_s - work.counted.cost_s for name, work in outlook.own.items() if name in better)
-    ahead_s += sum(work.cost_s for name, work in outlook.running.items() if name in better or name == tier)
+    ahead_s += added_s + sum(snapshot.lines[name].cost_s for name in better & snapshot.lines.keys())
+    ahead_s += sum(work.now.cost_s - work.counted.cost_s for name, work in snapshot.own.items() if name in better)
+    ahead_s += sum(work.cost_s for name, work in snapshot.running.items() if name in better or name == tier)
     slots = fleet.pools[pool].slots
-    devices = max(1, outlook.devices)
-    images = num_images + sum(work.images for work in outlook.running.values())
-    return Place(ahead_s, round(jobs + added), company=min(float(slots), max(float(min(num_images, slots)), images / devices)))
+    devices = max(1, snapshot.devices)
+    images = num_images + sum(work.images for work in snapshot.running.values())
+    return Place(ahead_s, round(jobs + added), concurrent_images=min(float(slots), max(float(min(num_images, slots)), images / devices)))
 
 
-def first_guess_s(place: Place, outlook: Outlook, *, own_s: float, num_images: int) -> float:
+def first_guess_s(place: Place, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int) -> float:
     """Seconds from now to the job's last image, as far as the queue tells; learnt ratios correct it."""
-    return raw_eta_s(ahead_s=place.ahead_s, own_s=own_s / num_images, devices=outlook.devices, company=place.company)
+    return raw_eta_s(
+        ahead_s=place.ahead_s,
+        image_device_s=job_device_s / num_images,
+        devices=snapshot.devices,
+        concurrent_images=place.concurrent_images,
+    )
 
 
 def refusal(
     fleet: Fleet,
-    outlook: Outlook,
+    snapshot: PoolSnapshot,
     place: Place,
     ratios: EtaRatios | None,
     *,
     pool: str,
     tier: str,
-    own_s: float,
+    job_device_s: float,
     draw: float,
 ) -> Refusal | None:
     """Why a job must not be let in now; None if it may.
 
-    own_s: its predicted device seconds.  draw: in [0, 1), for the jitter of Retry-After.
+    job_device_s: its predicted device seconds.  draw: in [0, 1), for the jitter of Retry-After.
     """
     shape, limits = fleet.pools[pool], fleet.tiers[tier]
-    if not outlook.devices and not shape.warm_floor and not shape.scalable:
+    if not snapshot.devices and not shape.warm_floor and not shape.scalable:
         return Refusal("unserved", f"No worker of pool {pool} is alive, and nothing starts one.", _jittered(60, draw))
-    own, most_s = outlook.own.get(tier), limits.max_queued_s_per_tenant
-    if own is not None and own.now.cost_s + own_s > most_s:
-        others = outlook.lines.get(tier, Line()).weights - (own.counted.weight if own.counted.jobs else 0.0)
-        excess_s = own.now.cost_s + own_s - most_s
-        wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, outlook.devices)
+    own, most_s = snapshot.own.get(tier), limits.max_queued_s_per_tenant
+    if own is not None and own.now.cost_s + job_device_s > most_s:
+        others = snapshot.lines.get(tier, Line()).weights - (own.counted.weight if own.counted.jobs else 0.0)
+        excess_s = own.now.cost_s + job_device_s - most_s
+        wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
         detail = f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds; at most {most_s:.0f} may wait."
         return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
-    if outlook.handoff_fill > HANDOFF_OVERFULL:
+    if snapshot.handoff_fill > HANDOFF_OVERFULL:
         return Refusal("handoff_full", "Images are made faster than they can be stored.", _jittered(5, draw))
-    if outlook.devices:
+    if snapshot.devices:
         pessimism = min(MOST_PESSIMISM, max(1.0, ratios.p90 if ratios is not None else 1.0))
-        wait_s = place.ahead_s / outlook.devices * pessimism
+        wait_s = place.ahead_s / snapshot.devices * pessimism
         if wait_s > limits.start_within_s:
             detail = f"A job of tier {tier} would wait about {wait_s:.0f} s and must start within {limits.start_within_s} s."
             return Refusal("saturated", detail, _jittered(wait_s - limits.start_within_s, draw))

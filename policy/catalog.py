@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TypeVar
 from uuid import UUID
 
-from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.fleet import OPEN_FAMILIES, Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.formats import FORMATS
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what the programs of others say for one that is drawn
-OUTPUT_FORMATS = ("png", "webp", "jpeg")
 DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
-CONTROLLED_FAMILIES = ("pipeline", "plain")  # whether the pipeline itself has a control network its own call decides
+CONTROLLED_FAMILIES = OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
 MAX_ADAPTERS, MAX_ADAPTER_STRENGTH = 8, 4.0
 
 Number = TypeVar("Number", int, float)
@@ -120,7 +120,7 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         sampler=_one_of("sampler", _first(wish.sampler, model.default_sampler), model.samplers),
         seed=_seed(wish, default_seed, num_images),
         num_images=num_images,
-        output_format=_one_of("output_format", wish.output_format, OUTPUT_FORMATS),
+        output_format=_one_of("output_format", wish.output_format, tuple(FORMATS)),
         init_file_id=wish.init_image,
         mask_file_id=wish.mask,
         control_file_id=_control(model, model_id, wish),

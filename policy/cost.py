@@ -4,6 +4,7 @@ from decimal import ROUND_HALF_UP, ROUND_UP, Decimal
 
 from policy.catalog import Resolved
 from policy.fleet import Fleet
+from policy.steps import denoising_of
 
 _MICRO = Decimal("0.000001")
 
@@ -11,19 +12,19 @@ _MICRO = Decimal("0.000001")
 def price(fleet: Fleet, *, pool: str, tier: str, device_seconds: float) -> Decimal:
     """Price of `device_seconds` in `fleet.currency`, to six decimals: device time x the pool's hourly price x the tier's weight.
 
-    A pool that fleet.toml has no more costs nothing, a tier that it has no more weighs 1: the job was accepted and must end.
+    Of a pool or a tier that the catalogue no longer has, `fleet.RETIRED_POOL` and `RETIRED_TIER`: the job was accepted and must end.
     """
-    hourly_price = fleet.pools[pool].gpu_hour_price if pool in fleet.pools else 0.0
-    weight = fleet.tiers[tier].price_weight if tier in fleet.tiers else 1.0
-    hourly = Decimal(str(hourly_price)) * Decimal(str(weight))
+    hourly_price = fleet.pool_or_retired(pool).gpu_hour_price
+    hourly = Decimal(str(hourly_price)) * Decimal(str(fleet.tier_or_retired(tier).price_weight))
     return (Decimal(str(device_seconds)) * hourly / 3600).quantize(_MICRO, rounding=ROUND_HALF_UP)
 
 
 def megapixel_steps(fleet: Fleet, job: Resolved) -> Decimal:
-    """What a job counts against budgets and quotas: megapixels x steps x images x the model's factor, rounded up to six decimals.
+    """Count a job against budgets and quotas: megapixels x steps x images x the model's factor, rounded up to six decimals.
 
-    A model that fleet.toml has no more counts with factor 1.
+    Steps are those that the images really make: a picture to start from spares some. Rows are not counted: a guided image is one image.
     """
-    factor = fleet.models[job.model].cost_factor if job.model in fleet.models else 1.0
-    exact = Decimal(job.width_px * job.height_px * job.num_steps * job.num_images) / 1_000_000 * Decimal(str(factor))
+    factor = Decimal(str(fleet.model_or_retired(job.model).cost_factor))
+    steps = denoising_of(fleet, job).steps * job.num_images
+    exact = Decimal(job.width_px * job.height_px * steps) / 1_000_000 * factor
     return exact.quantize(_MICRO, rounding=ROUND_UP)

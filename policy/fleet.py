@@ -6,7 +6,7 @@ Pure: it is handed the text. Whoever reads the file is `settings.py`. Errors nam
 import math
 import tomllib
 from collections import Counter
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cached_property
 from typing import Annotated, Literal
 
@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
 MAX_SIDE_PX = 4096
+OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
 
 
 class FleetInvalid(Exception):
@@ -108,6 +109,7 @@ class Model(_Table):
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
+    guidance_distilled: bool = True  # family flux: the network takes guidance as an input (dev); false: it does not (schnell)
     sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default
     samplers: tuple[Name, ...] = Field(min_length=1)
     default_sampler: Name
@@ -134,6 +136,38 @@ class Pool(_Table):
     gpu_hour_price: float = Field(0.0, ge=0)
 
 
+# What stands for an entry that the catalogue no longer has, for jobs that were accepted under it: they are served first, cost no more
+# than their device time, are counted by the plain megapixel-step, and nothing is done for them that only a tier can ask for.
+RETIRED_TIER = Tier(
+    rank=0,
+    max_steps=1,
+    default_steps=1,
+    max_images=1,
+    guaranteed_share=0.0,
+    first_preview_s=1.0,
+    final_s=1.0,
+    determinism="best_effort",
+    price_weight=1.0,
+    start_within_s=1,
+    checkpoint_every_steps=0,
+)
+RETIRED_POOL = Pool(models=("retired",), slots=1, max_batch_rows=1, gpu_hour_price=0.0)
+RETIRED_MODEL = Model(
+    title="Retired",
+    family="sd",
+    licence="",
+    precision="fp32",
+    sizes=("8x8",),
+    samplers=("none",),
+    default_sampler="none",
+    default_guidance=1.0,
+    max_guidance=1.0,
+    cost_factor=1.0,
+    created_at=datetime.fromtimestamp(0, UTC),
+    versions=(ModelVersion(id="retired", source="none"),),
+)
+
+
 class Fleet(_Table):
     """The whole file, cross-checked."""
 
@@ -146,6 +180,22 @@ class Fleet(_Table):
     def tiers_by_rank(self) -> tuple[str, ...]:
         """Tier names, the one served first in front."""
         return tuple(sorted(self.tiers, key=lambda name: self.tiers[name].rank))
+
+    def tier_or_retired(self, name: str) -> Tier:
+        """Find a tier, or what stands for one that the catalogue no longer has: its accepted jobs must still end."""
+        return self.tiers.get(name, RETIRED_TIER)
+
+    def pool_or_retired(self, name: str) -> Pool:
+        """Find a pool, or what stands for one that the catalogue no longer has."""
+        return self.pools.get(name, RETIRED_POOL)
+
+    def model_or_retired(self, name: str) -> Model:
+        """Find a model, or what stands for one that the catalogue no longer has."""
+        return self.models.get(name, RETIRED_MODEL)
+
+    def queue_tier(self, name: str) -> str:
+        """Name the tier whose queues take the work of tier `name`: its own, or the last in rank if the catalogue no longer has it."""
+        return name if name in self.tiers else self.tiers_by_rank[-1]
 
     def pool_of(self, model: str) -> str:
         """The pool that serves `model`; KeyError if the fleet has no such model."""
@@ -226,8 +276,10 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
     if model.default_sampler not in model.samplers:
         problems.append(f"models.{name}.default_sampler: must be one of samplers")
     for key, is_given in (("pipeline_class", model.pipeline_class), ("options", model.options)):
-        if is_given and model.family not in ("pipeline", "plain"):
+        if is_given and model.family not in OPEN_FAMILIES:
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
+    if not model.guidance_distilled and model.family != "flux":
+        problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
     if len({version.id for version in model.versions}) < len(model.versions):

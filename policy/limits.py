@@ -1,9 +1,10 @@
 """What a tenant may use: rates, a budget, stocks, tiers and models. None is no limit."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 SCOPES = ("generate", "read", "admin")
 MIN_WEIGHT, MAX_WEIGHT = 0.001, 1e6  # of a tenant: virtual time is device seconds divided by it, and has to stay a number
@@ -39,3 +40,48 @@ def limits_of(values: Mapping[str, Any]) -> Limits:
     """From the columns of a tenant's row."""
     plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Limits(**plain)
+
+
+@dataclass(frozen=True)
+class UsageTotals:
+    """What a tenant has used, and has under way.
+
+    used_today, used_this_month: megapixel-steps reserved, settled and abandoned, by the UTC day and
+    month.  day_ends_in_s, month_ends_in_s: seconds until these end.
+    """
+
+    used_today: Decimal
+    used_this_month: Decimal
+    active_jobs: int
+    day_ends_in_s: float
+    month_ends_in_s: float
+
+
+@dataclass(frozen=True)
+class StockExceeded:
+    """A stock of a tenant's that does not cover what it has used.
+
+    used, limit: jobs, or megapixel-steps of the day or the month.  retry_after_s: when there may be
+    more of it.
+    """
+
+    stock: Literal["jobs", "day", "month"]
+    used: Decimal
+    limit: Decimal
+    retry_after_s: int
+
+
+JOBS_RETRY_AFTER_S = 2  # one of them may have ended by then
+
+
+def exceeded_stock(limits: Limits, totals: UsageTotals) -> StockExceeded | None:
+    """Find the first stock that does not cover the totals; None if all do. What is used up exactly is covered."""
+    most_jobs = limits.max_concurrent_jobs
+    if most_jobs is not None and totals.active_jobs > most_jobs:
+        return StockExceeded("jobs", Decimal(totals.active_jobs), Decimal(most_jobs), JOBS_RETRY_AFTER_S)
+    today, this_month = limits.daily_megapixel_steps, limits.monthly_megapixel_steps
+    if today is not None and totals.used_today > today:
+        return StockExceeded("day", totals.used_today, today, math.ceil(totals.day_ends_in_s))
+    if this_month is not None and totals.used_this_month > this_month:
+        return StockExceeded("month", totals.used_this_month, this_month, math.ceil(totals.month_ends_in_s))
+    return None

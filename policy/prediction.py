@@ -6,6 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 
+from policy.steps import Denoising
+
 UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
 UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
 RATIO_STRIDE = 0.05  # how far one job moves a learnt quantile, as a share of it
@@ -82,29 +84,22 @@ class Eta:
     p90_s: float
 
 
-def steps_to_do(num_steps: int, strength: float | None) -> int:
-    """Denoise steps of an image: those that a picture it starts from makes needless are skipped. Some families do one more.
-
-    strength: how far from the picture it starts; None without one.
-    """
-    return num_steps if strength is None else max(1, int(num_steps * strength))
-
-
-def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, num_steps: int, is_guided: bool, num_images: int) -> float:
-    """Device seconds of a whole job; a guided image has two rows in every forward."""
+def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int) -> float:
+    """Predict the device seconds of a whole job."""
     megapixels = width_px * height_px / 1e6
-    known = cost or Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
-    rows = 2 if is_guided else 1
-    return num_images * (num_steps * rows * known.row_step_s + known.fixed_s)
+    unseen = Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
+    known = cost or unseen
+    row_steps = denoising.steps * denoising.rows
+    return num_images * (row_steps * known.row_step_s + known.fixed_s)
 
 
-def raw_eta_s(*, ahead_s: float, own_s: float, devices: int, company: float) -> float:
+def raw_eta_s(*, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float) -> float:
     """First guess of the seconds to the end: all that is ahead, spread over the devices, then the job in company.
 
-    ahead_s: device seconds queued and running that go first.  own_s: the job's own.  company: images that will share its device,
-    itself included; its wall time is that many times its device time.
+    ahead_s: device seconds queued and running that go first.  image_device_s: of one image of the job.  concurrent_images:
+    that will share its device, itself included; its wall time is that many times its device time.
     """
-    return ahead_s / max(1, devices) + own_s * max(1.0, company)
+    return ahead_s / max(1, devices) + image_device_s * max(1.0, concurrent_images)
 
 
 def corrected(raw_s: float, ratios: EtaRatios | None) -> Eta:

@@ -32,8 +32,8 @@ def tier_of(queue: str) -> tuple[str, bool]:
 
 
 def results_queue(fleet: Fleet, tier: str) -> str:
-    """Where decoded images of `tier` wait to be stored; those of a tier that fleet.toml has no more, with the last in rank."""
-    return f"results.{tier if tier in fleet.tiers else fleet.tiers_by_rank[-1]}"
+    """Where decoded images of `tier` wait to be stored; those of a tier that the catalogue no longer has, with the last in rank."""
+    return f"results.{fleet.queue_tier(tier)}"
 
 
 def results_queues(fleet: Fleet) -> list[str]:

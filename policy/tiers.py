@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 from policy.fleet import Fleet
 
-FRONT_FULL = 2  # times its slots a worker takes from front queues at most: what is beyond them is parked, where it costs memory alone
+# x slots: what a worker takes from front queues at most. What is beyond its slots is parked, where it
+# costs memory alone.
+MAX_FRONT_LOAD = 2
 
 
 def guaranteed_slots(fleet: Fleet, tier: str, slots: int) -> int:
@@ -20,8 +22,11 @@ def guaranteed_slots(fleet: Fleet, tier: str, slots: int) -> int:
 
 
 def own_slots(fleet: Fleet, tier: str, slots: int) -> int:
-    """How many images of `tier` and of better ones keep more of `tier` out: all slots but those guaranteed to better tiers."""
-    rank = fleet.tiers[tier].rank
+    """How many images of `tier` and of better ones keep more of `tier` out: all slots but those guaranteed to better tiers.
+
+    slots: of one worker, or of all live ones together.
+    """
+    rank = fleet.tier_or_retired(tier).rank
     kept = sum(guaranteed_slots(fleet, name, slots) for name, other in fleet.tiers.items() if other.rank < rank)
     return max(1, slots - kept)
 
@@ -37,16 +42,16 @@ def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is
     if held.get(tier, 0) < guaranteed_slots(fleet, tier, slots):
         return True
     rank = fleet.tiers[tier].rank
-    before = sum(images for name, images in held.items() if name not in fleet.tiers or fleet.tiers[name].rank <= rank)
+    before = sum(images for name, images in held.items() if fleet.tier_or_retired(name).rank <= rank)
     if before < own_slots(fleet, tier, slots):
         return True
     promised = sum(max(0, guaranteed_slots(fleet, name, slots) - held.get(name, 0)) for name in fleet.tiers if name != tier)
-    return is_front and sum(held.values()) + promised < FRONT_FULL * slots
+    return is_front and sum(held.values()) + promised < MAX_FRONT_LOAD * slots
 
 
 def most_jobs(fleet: Fleet, slots: int) -> int:
     """Jobs that a worker with `slots` has at once at most, however they come: each needs a thread, or a better tier finds none free."""
-    return FRONT_FULL * slots + sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
+    return MAX_FRONT_LOAD * slots + sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
 
 
 def most_images(fleet: Fleet, slots: int) -> int:

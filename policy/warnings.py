@@ -3,17 +3,19 @@
 from typing import Any
 
 from policy.catalog import Resolved
-from policy.fleet import Model
+from policy.fleet import OPEN_FAMILIES, Model
+from policy.steps import rows_taken
 
 TRUNCATED = "prompt_truncated"  # the text encoder of the model cuts the end off
 IGNORED = "negative_prompt_ignored"
-_UNKNOWN_FAMILIES = ("pipeline", "plain")  # what such a pipeline makes of its arguments is its own affair
 
 
 def expected(model: Model, job: Resolved) -> list[dict[str, Any]]:
     """What is known before the job is rendered. How long a text is in tokens is known to the workers alone, which hold the tokenizers."""
-    is_unused = model.family not in _UNKNOWN_FAMILIES and job.guidance <= 1 and bool(job.negative_prompt.strip())
-    return [ignored(job.guidance)] if is_unused else []
+    if model.family in OPEN_FAMILIES or not job.negative_prompt.strip():
+        return []
+    rows = rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt)
+    return [ignored(job.guidance)] if rows == 1 else []
 
 
 def unread(field: str, *, tokens_given: int, tokens_read: int, guidance: float) -> dict[str, Any]:

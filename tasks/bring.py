@@ -14,17 +14,17 @@ from sqlalchemy import Engine as Database
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.handoff import HandoffUnavailable
 from edges.inputs import Brought, Gone, Inputs
 from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
 from edges.pictures import fitted, fitted_mask
-from edges.release import Release
 from models import files, inputs, jobs
 from models.database import transaction
-from models.states import JobState
 from models.tables import Job
 from policy import admission
+from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 

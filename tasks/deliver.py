@@ -99,15 +99,15 @@ class Courier:
     def _try(self, claim: Claim, job: Job | None) -> Tried:
         at = datetime.now(UTC)
         body = json.dumps(message(claim, job, at, public_url=self.public_url), separators=(",", ":"))
-        started, wish_s, status, error = time.monotonic(), None, None, None
+        started, retry_after_s, status, error = time.monotonic(), None, None, None
         try:
             signed = headers(str(claim.id), at, body, claim.secrets)
             answer = self.outbound.post(claim.url, body.encode(), signed, timeout_s=ATTEMPT_S)
-            status, wish_s = answer.status, answer.retry_after_s
+            status, retry_after_s = answer.status, answer.retry_after_s
             error = "redirects are not followed" if 300 <= status < 400 else None
         except Unreachable as refused:
             error = refused.reason
-        try_again_s = next_try_s(claim.attempt, draw=random.random(), wish_s=wish_s)
+        try_again_s = next_try_s(claim.attempt, draw=random.random(), retry_after_s=retry_after_s)
         is_last = claim.age_s + try_again_s > GIVE_UP_AFTER_S
         return Tried(status, error, time.monotonic() - started, None if is_last else try_again_s)
 

@@ -15,11 +15,11 @@ from typing import Any
 import structlog
 from sqlalchemy import Engine as Database
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News, Preview, ProgressWriter, Step
-from edges.release import Release
 from edges.snapshots import STORE
 from engine.errors import EngineError, ImageCanceled
 from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
@@ -33,6 +33,7 @@ from models.leases import Lease, LeaseLost, Rendered
 from policy import queues, warnings
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
+from policy.steps import image_steps, rows_taken
 from settings import Settings
 from tasks import verdicts
 from tasks.checkpoints import Checkpoints, Earlier
@@ -111,7 +112,7 @@ class Renderer:
         structlog.contextvars.bind_contextvars(job_id=job_id, worker=self.keeper.identity.name)
         try:
             if self.keeper.leaving:  # the broker was asked for it before that was known
-                self.release.pass_on(uuid.UUID(job_id))
+                self.release.return_to_queue(uuid.UUID(job_id))
                 return
             with self.keeper.leased(uuid.UUID(job_id)) as held:
                 if held is None:
@@ -193,7 +194,7 @@ class Renderer:
 
     def _hearer(self, work: Work, index: int) -> Callable[[Event], None]:
         lease = work.held.lease
-        every = self.fleet.tiers[lease.job.tier].checkpoint_every_steps if lease.job.tier in self.fleet.tiers else 0
+        every = self.fleet.tier_or_retired(lease.job.tier).checkpoint_every_steps
 
         def on_event(event: Event) -> None:  # in the engine's thread: note it and go
             if isinstance(event, Stepped):
@@ -201,7 +202,7 @@ class Renderer:
                 if every and event.step % every == 0 and event.step < event.num_steps:
                     self.checkpoints.keep_soon(lease, index, event.request_id)
             elif isinstance(event, Previewed):
-                self.progress.show(lease.job_id, Preview(index, event.step, lease.job.num_steps, event.jpeg))
+                self.progress.show(lease.job_id, Preview(index, event.step, image_steps(lease.job), event.jpeg))
             elif isinstance(event, Started | Resumed) and event.unread:
                 work.endings.put(event.unread)
             elif isinstance(event, Finished | Failed):
@@ -242,7 +243,7 @@ class Renderer:
             adapters=tuple(AdapterUse(**adapter) for adapter in job.adapters or ()),
             determinism=Determinism(job.determinism),
             bucket_rows=job.bucket_rows,
-            rank=self.fleet.tiers[job.tier].rank if job.tier in self.fleet.tiers else 0,
+            rank=self.fleet.tier_or_retired(job.tier).rank,
         )
 
     def _hand_on(self, work: Work, finished: FinishedImage) -> None:
@@ -262,9 +263,10 @@ class Renderer:
         self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
         telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(record.device_seconds)
+        model = self.fleet.model_or_retired(job.model)
         self.keeper.learn(
             (job.pool, job.model, job.width_px, job.height_px),
-            row_steps=steps * (2 if finished.request.is_guided else 1),
+            row_steps=steps * rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt),
             denoise_s=record.denoise_s,
             fixed_s=record.encode_s + record.decode_s,
         )

@@ -19,6 +19,7 @@ from celery import Celery
 from celery.exceptions import SecurityWarning
 from celery.signals import setup_logging, worker_shutting_down
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
 from edges.handoff import Gauge, Handoff
@@ -27,7 +28,6 @@ from edges.notices import NoticeSource, NoticeWatch, SignalNotices, sources_from
 from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
 from edges.progress import CANCELS, ENDINGS, WATCHES, Listener, News, ProgressWriter
-from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import TakenTask, on_turn, run_worker, tier_gate
 from models.database import make_engine

@@ -12,19 +12,19 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.release import Release
 from edges import telemetry
-from edges.encoding import FORMATS, encode
+from edges.encoding import encode
 from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
 from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import jobs, leases, sweeping, uploads
 from models.database import run_transaction, transaction
-from models.states import FINAL_STATES, JobState
 from models.tables import Job
-from policy.cost import price
 from policy.fleet import Fleet
+from policy.formats import FORMATS
+from policy.states import FINAL_STATES, JobState
 from settings import StoreSettings
 
 log = structlog.get_logger(__name__)
@@ -96,7 +96,7 @@ class Storekeeper:
                 index=index,
                 attempt=attempt,
                 artifact=artifact,
-                price=lambda device_s: price(self.fleet, pool=job.pool, tier=job.tier, device_seconds=device_s),
+                fleet=self.fleet,
                 store_within_s=self.settings.store_within_s,
                 actor=self.name,
             )

@@ -21,22 +21,22 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
-from models.states import JobState
 from models.sweeping import Unstored
 from models.uploads import ORPHAN_AFTER_S
 from policy import queues
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
+from policy.states import JobState
 from policy.webhooks import GIVE_UP_AFTER_S
 from settings import Settings
 
@@ -242,7 +242,7 @@ class Sweeper:
                 if lost:
                     log.warning("messages_lost", pool=pool, tier=tier, jobs=len(lost))
                     telemetry.SWEPT.labels("message_lost").inc(len(lost))
-                    self.release.again(pool, tier, lost)
+                    self.release.reannounce(pool, tier, lost)
 
     def _lost(self, pool: str, tier: str) -> list[uuid.UUID]:
         with transaction(self.database) as session:

@@ -31,8 +31,9 @@ from engine.errors import (
 from models import leases
 from models.database import run_transaction
 from models.leases import Lease, LeaseLost
-from models.states import FailureCode, JobState
 from models.tables import Job
+from policy.failures import FailureCode
+from policy.states import JobState
 from tasks.health import Health
 from tasks.inputs import InputGone, InputsMissing
 from tasks.keeper import Held

@@ -25,7 +25,6 @@ from models import jobs, leases, tenants
 from models.leases import Lease, Left, Rendered
 from models.tables import Job, Tenant
 from policy.catalog import Resolved, Wish, resolve
-from policy.cost import price
 from policy.fleet import Fleet, parse_fleet
 from settings import AnySettings
 
@@ -278,7 +277,7 @@ def store(session: Session, job: Job, index: int = 0, *, attempt: int = 1, artif
         index=index,
         attempt=attempt,
         artifact=artifact or an_artifact(),
-        price=lambda device_s: price(a_fleet(), pool="local", tier="fast", device_seconds=device_s),
+        fleet=a_fleet(),
         store_within_s=10,
         actor="results",
     )

@@ -19,16 +19,17 @@ from settings import REPO, BrokerSettings
 from tests.builders import until
 from tests.test_settings import ENOUGH
 
-ROOMS = ("app", "tasks", "engine", "models", "policy", "edges", "fleet", "cli", "migrations", "darkroom_client")
+ROOMS = ("app", "tasks", "dispatch", "engine", "models", "policy", "edges", "fleet", "cli", "migrations", "darkroom_client")
 DOOR = ("settings", "celeryconfig")
 HOUSE = {*ROOMS, *DOOR, "pocket", "tests", "benchmarks"}
 
 # Which rooms and doors each room knows; fleet and cli run the house and may know all of it.
 KNOWS = {
-    "app": {"models", "policy", "edges", "settings"},
-    "tasks": {"models", "policy", "edges", "engine", "settings", "fleet.consumer"},
+    "app": {"models", "policy", "edges", "dispatch", "settings"},
+    "tasks": {"models", "policy", "edges", "dispatch", "engine", "settings", "fleet.consumer"},
+    "dispatch": {"models", "policy", "edges"},
     "engine": set(),
-    "models": set(),
+    "models": {"policy"},
     "policy": set(),
     "edges": {"models", "policy", "settings", "celeryconfig"},
     "migrations": {"models", "settings"},
@@ -39,6 +40,7 @@ NEVER_HEARD_OF = {
     "app": {"torch", "diffusers", "transformers", "celery", "kombu", "redis", "boto3"},
     "tasks": {"flask", "boto3", "redis"},
     "engine": {"flask", "celery", "kombu", "sqlalchemy", "redis", "boto3", "pydantic", "pydantic_settings", "httpx"},
+    "dispatch": {"flask", "torch", "diffusers", "transformers", "celery", "kombu", "redis", "boto3"},
     "edges": {"flask", "torch", "diffusers", "transformers"},
 }
 KNOWS_ONLY = {"models": {"sqlalchemy"}, "policy": {"pydantic"}, "darkroom_client": {"httpx"}}
@@ -110,7 +112,7 @@ def test_one_module_of_edges_knows_celery():
     assert {file for file, name in imported("edges") if top(name) in ("celery", "kombu")} == {"edges/broker.py"}
 
 
-@pytest.mark.parametrize("room", ["app", "tasks", "models", "policy", "edges", "engine"])
+@pytest.mark.parametrize("room", ["app", "tasks", "dispatch", "models", "policy", "edges", "engine"])
 def test_only_settings_read_the_environment(room):
     readers = set()
     for path in modules(room):

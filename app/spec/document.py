@@ -8,8 +8,8 @@ from pydantic import BaseModel
 
 from app.spec.operations import JSON, OPERATIONS, Operation
 from app.spec.schemas import SCHEMAS, Schema, ref
-from edges.encoding import FORMATS
 from policy.fleet import Fleet
+from policy.formats import FORMATS
 
 VERSION = "1.0.0"
 PROBLEM = "application/problem+json"

@@ -9,7 +9,7 @@ from app.admin import KeyBody, RotateBody, TenantBody, TenantChange
 from app.body import JobBody
 from app.spec.schemas import DAY, FLAG, INSTANT, TEXT, WHOLE, Schema, maybe, one_of
 from app.webhooks import EndpointBody, EndpointChange
-from models.states import DeliveryState, JobState
+from policy.states import DeliveryState, JobState
 
 JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"
 PROMPT = "a large red circle in the center on a blue background"

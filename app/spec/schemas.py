@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from models.states import DeliveryState, ImageState, JobState
+from policy.states import DeliveryState, ImageState, JobState
 from policy.webhooks import EVENTS
 
 Schema = dict[str, Any]

@@ -15,7 +15,7 @@ from benchmarks.survival.ledger import Ledger
 from benchmarks.survival.rig import Rig, Row, wait_until
 from benchmarks.survival.workload import marker_of
 from edges.objectstore import StoreUnavailable, content_sha256
-from models.states import FINAL_STATES, JobState
+from policy.states import FINAL_STATES, JobState
 
 _TIDY_WITHIN_S = 60  # what is still on its way when the last job is done; the broker gives back ten messages every few seconds
 _VISIBILITY_S = 2 * 3600  # more than celeryconfig.py says

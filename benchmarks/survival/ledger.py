@@ -10,7 +10,7 @@ from benchmarks.survival.customers import Asked, Customers
 from benchmarks.survival.faults import Done
 from benchmarks.survival.rig import Rig, Row
 from benchmarks.survival.workload import marker_of
-from models.states import FINAL_STATES, JobState
+from policy.states import FINAL_STATES, JobState
 
 FINAL_EVENTS = [f"job:state:{state.value}" for state in FINAL_STATES]
 

@@ -10,9 +10,9 @@ from sqlalchemy.dialects.postgresql import JSONB
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
-from models.states import FINAL_STATES, ImageState, JobState
 from models.tables.base import NOW, Base, Megapixels, listed
 from models.tables.tenants import Tenant
+from policy.states import FINAL_STATES, ImageState, JobState
 
 _FLOW = ("pool", "tier", "tenant_id")
 _IS_WAITING = "state = 'queued' AND announced_at IS NULL AND NOT lacks_inputs"
@@ -83,6 +83,7 @@ class Job(Base):
     )  # the tenant's own; `metadata` is SQLAlchemy's word
     erased_at: Mapped[datetime | None]  # prompt, metadata and images are gone; what the audit log says stays
     megapixel_steps: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # what quotas count
+    steps_per_image: Mapped[int | None]  # denoise steps that each makes, and quotas count; None: all of `num_steps`
     usage_day: Mapped[date | None]  # the day of the ledger they are booked on
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its stored images
     cost: Mapped[Decimal | None]

@@ -7,8 +7,8 @@ from sqlalchemy import CheckConstraint, ForeignKey, Index, text
 from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
-from models.states import DeliveryState
 from models.tables.base import NOW, Base, listed
+from policy.states import DeliveryState
 
 
 class WebhookEndpoint(Base):

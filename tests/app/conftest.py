@@ -19,13 +19,13 @@ from flask.testing import FlaskClient
 from sqlalchemy import Engine, delete, make_url, select, text
 
 from app import create_app
-from app.outlook import FRESH_FOR_S
+from app.forecast import FRESH_FOR_S
 from edges.progress import News
 from models import api_keys, jobs, tenants, workers
 from models.database import make_engine, transaction
-from models.states import ACTIVE_STATES
 from models.tables import Job, Worker
 from policy.fleet import Fleet, parse_fleet
+from policy.states import ACTIVE_STATES
 from settings import REPO, GatewaySettings, ServerSettings
 from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant, settings_for, until
 

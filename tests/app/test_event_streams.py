@@ -16,8 +16,8 @@ from PIL import Image
 from werkzeug.serving import make_server
 
 from app import create_app
-from models.states import FINAL_STATES
 from policy.fleet import parse_fleet
+from policy.states import FINAL_STATES
 from settings import REPO, GatewaySettings
 from tests.app.problem import assert_problem
 from tests.builders import settings_for, until

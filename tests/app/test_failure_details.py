@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from app.openai_answers import problem_of_end
 from models import jobs, leases
 from models.database import transaction
-from models.states import FailureCode
+from policy.failures import FailureCode
 from tasks.deliver import message
 
 INSIDES = "gpu7@rack-3: RuntimeError in /srv/engine/runner.py"

@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from decimal import Decimal
 from functools import cached_property
 from urllib.parse import urlsplit
 
@@ -27,7 +26,7 @@ from models.webhooks import Tried
 from policy.fleet import parse_fleet
 from settings import REPO, GatewaySettings
 from tests.app.conftest import bearer
-from tests.builders import an_artifact, rendered, settings_for
+from tests.builders import a_fleet, an_artifact, rendered, settings_for
 from tests.models.conftest import Database, a_database
 from tests.models.facts import at_once
 from tests.pictures import a_picture, png
@@ -146,8 +145,8 @@ def is_rendered(tenant: Tenant) -> Act:
                 told = {"rendered": rendered(), "store_within_s": 10}
                 run_transaction(database, lambda session, index=index, told=told: leases.hand_off(session, lease, index, **told))
                 stored = {"job_id": job_id, "index": index, "attempt": lease.attempt, "artifact": an_artifact(), "store_within_s": 10}
-                price = {"price": lambda device_s: Decimal(1), "actor": "results"}
-                run_transaction(database, lambda session, stored=stored, price=price: jobs.store(session, **stored, **price))
+                by = {"fleet": a_fleet(), "actor": "results"}
+                run_transaction(database, lambda session, stored=stored, by=by: jobs.store(session, **stored, **by))
         except leases.LeaseLost:
             pass
         return 200, {}

@@ -12,9 +12,9 @@ from openai import OpenAI
 from app.openai_answers import may_still_answer, problem_of_end
 from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
-from models.states import FailureCode
 from models.tables import Job
 from policy.catalog import AdapterWish
+from policy.failures import FailureCode
 from policy.fleet import parse_fleet, parse_size
 from policy.text import is_human
 from settings import REPO

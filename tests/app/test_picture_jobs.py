@@ -94,6 +94,11 @@ def test_skipped_steps_are_not_counted(api, start):
     whole, _ = render(api, steps=4)
 
     assert job["progress"] == {"step": 10, "num_steps": 10, "images_done": 2}
+    assert job["megapixel_steps"] == round(128 * 128 * 10 / 1e6, 6)
+    assert (
+        api.post("/v1/estimate", json=WISH | {"init_image": start["file"]["id"], "strength": 0.25, "n": 2}).json()["megapixel_steps"]
+        == (job["megapixel_steps"])
+    )
     assert whole["progress"] == {"step": 4, "num_steps": 4, "images_done": 1}
 
 

@@ -14,9 +14,9 @@ from sqlalchemy.orm import Session
 
 from models import api_keys, erasing, files, jobs, leases, pruning, tenants, webhooks
 from models.ids import first_id
-from models.states import FailureCode
 from models.tables import Tenant, UsageDay, WebhookEndpoint
 from models.webhooks import Tried
+from policy.failures import FailureCode
 from settings import REPO
 from tests.builders import (
     WORKER,

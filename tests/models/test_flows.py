@@ -13,9 +13,10 @@ from sqlalchemy.orm import Session
 from models import flows, jobs, leases, releasing
 from models.database import transaction
 from models.jobs import JobAlreadyFinished
-from models.releasing import Room
-from models.states import FailureCode, ImageState, JobState
 from models.tables import Image, Job
+from policy.failures import FailureCode
+from policy.release import ReleaseLimits
+from policy.states import ImageState, JobState
 from tests.builders import a_job, a_lease, a_left, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once
 
@@ -33,10 +34,10 @@ def a_pool() -> str:
     return f"pool-{uuid.uuid4().hex[:8]}"
 
 
-def release(session, pool, limit_images, **room):
+def release(session, pool, limit_images, **more):
     """The next jobs, in the order in which they are let out."""
-    room = Room(slots=limit_images, limit_images=limit_images, **room)
-    return [job.job_id for job in releasing.pick(session, pool=pool, tier="fast", room=room)]
+    limits = ReleaseLimits(slots=limit_images, limit_images=limit_images, **more)
+    return [job.job_id for job in releasing.pick(session, pool=pool, tier="fast", limits=limits)]
 
 
 def end(session, job_ids):
@@ -257,7 +258,7 @@ def test_a_standing_is_what_a_tenant_has_waiting(session, pool):
     first, second = (a_job(session, pool=pool, tenant=tenant, predicted_s=4, num_images=2) for _ in range(2))
     a_lease(session, first)
 
-    [standing] = flows.standings(session, pool=pool)
+    [standing] = flows.backlogs(session, pool=pool)
 
     assert (standing.tier, standing.tenant_id, standing.weight) == ("fast", tenant.id, 3)
     assert (standing.queued_jobs, standing.queued_s) == (1, 4)
@@ -268,7 +269,7 @@ def test_who_has_nothing_waiting_does_not_stand_in_line(session, pool):
     job = a_job(session, pool=pool, predicted_s=0.1)
     a_lease(session, job)
 
-    assert flows.standings(session, pool=pool) == []
+    assert flows.backlogs(session, pool=pool) == []
     assert session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
 
 
@@ -307,8 +308,8 @@ class Happenings:
         )
 
     def pick(self, n):
-        room = Room(slots=2, limit_images=3 + n % 3, most_of_one=3 if n % 2 else None)
-        releasing.pick(self.session, pool=self.pool, tier=("fast", "batch")[n % 2], room=room)
+        limits = ReleaseLimits(slots=2, limit_images=3 + n % 3, max_per_tenant=3 if n % 2 else None)
+        releasing.pick(self.session, pool=self.pool, tier=("fast", "batch")[n % 2], limits=limits)
 
     def withdraw(self, n):
         if job := self._one(n, JobState.QUEUED):

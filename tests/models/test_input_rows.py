@@ -6,9 +6,9 @@ import pytest
 from sqlalchemy import text
 
 from models import files, inputs, jobs, leases, releasing, sweeping
-from models.releasing import Room
-from models.states import JobState
 from models.tables import Job
+from policy.release import ReleaseLimits
+from policy.states import JobState
 from tests.builders import a_job, a_lease, a_tenant, hand_off
 
 
@@ -32,7 +32,7 @@ def a_picture_job(session, pool, tenant=None, **params) -> Job:
 
 
 def pick(session, pool) -> list[uuid.UUID]:
-    return [job.job_id for job in releasing.pick(session, pool=pool, tier="fast", room=Room(slots=8, limit_images=12))]
+    return [job.job_id for job in releasing.pick(session, pool=pool, tier="fast", limits=ReleaseLimits(slots=8, limit_images=12))]
 
 
 def ask(session, pool, most=4) -> list[uuid.UUID]:

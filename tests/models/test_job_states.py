@@ -11,7 +11,7 @@ from models import jobs, leases, listing, sweeping
 from models.database import transaction
 from models.jobs import WISH, JobAlreadyFinished
 from models.listing import Sought
-from models.states import FailureCode
+from policy.failures import FailureCode
 from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
 

@@ -9,8 +9,8 @@ from sqlalchemy import text
 from models import jobs, leases, sweeping
 from models.database import transaction
 from models.leases import LeaseLost
-from models.states import FailureCode
 from models.tables import Image
+from policy.failures import FailureCode
 from tests.builders import a_job, a_lease, a_left, a_succeeded_job, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
 

@@ -11,9 +11,10 @@ from sqlalchemy import text
 
 from models import erasing, jobs, leases, usage
 from models.leases import LeaseLost
-from models.states import ACTIVE_STATES, FailureCode
 from models.tables import Job, UsageDay
 from models.usage import Shares
+from policy.failures import FailureCode
+from policy.states import ACTIVE_STATES
 from settings import REPO
 from tests.builders import a_lease, a_left, a_tenant, hand_off, preempt, resolved, store
 
@@ -23,10 +24,12 @@ MICRO = Decimal("0.000001")
 CHECK = text((REPO / "docs/money.md").read_text().partition("```sql")[2].partition("```")[0].strip().rstrip(";"))
 
 
-def a_counted_job(session, tenant, **params) -> Job:
+def a_counted_job(session, tenant, *, steps_per_image=None, **params) -> Job:
     own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests", "run_within_s": 60.0}
     shape = {"num_images": NUM_IMAGES, "num_steps": NUM_STEPS}
-    return jobs.accept(session, params=vars(resolved()) | shape | params, start_within_s=600, megapixel_steps=JOB, **own)
+    return jobs.accept(
+        session, params=vars(resolved()) | shape | params, start_within_s=600, megapixel_steps=JOB, steps_per_image=steps_per_image, **own
+    )
 
 
 def day_of(session, tenant) -> UsageDay:
@@ -170,8 +173,36 @@ def test_canceling_at_the_last_step_over_and_over_uses_up_the_quota(session):
         leases.note_waste(session, lease, device_seconds=2.0, steps_done=dict.fromkeys(range(NUM_IMAGES), NUM_STEPS - 1))
         session.flush()
 
-    stand = usage.stand(session, tenant_id=tenant.id, count_jobs_to=None)
-    assert stand.used_today == stand.used_this_month == 3 * work(NUM_IMAGES * (NUM_STEPS - 1))
+    totals = usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=None)
+    assert totals.used_today == totals.used_this_month == 3 * work(NUM_IMAGES * (NUM_STEPS - 1))
+
+
+def test_the_work_of_a_job_that_starts_from_a_picture_is_a_part_of_the_steps_it_makes(session):
+    tenant, made = a_tenant(session), 4
+    job = a_counted_job(session, tenant, steps_per_image=made)
+    lease = a_lease(session, job)
+
+    cancel(session, job)
+    leases.note_waste(session, lease, device_seconds=2.0, steps_done={0: 3, 1: made + 1})
+    session.flush()
+
+    counted = (JOB * (3 + made) / (NUM_IMAGES * made)).quantize(MICRO, rounding=ROUND_DOWN)
+    assert booked(session, tenant) == (0, 0, counted, 0)
+    assert session.execute(CHECK).all() == []
+
+
+def test_an_image_that_made_more_steps_than_were_counted_counts_those(session):
+    tenant, made = a_tenant(session), 4
+    job = a_counted_job(session, tenant, steps_per_image=made)
+    lease = a_lease(session, job)
+    hand_off(session, lease, 0, num_steps=made + 1, steps=made + 1)
+    hand_off(session, lease, 1, num_steps=made, steps=made)
+    store(session, job, 1)
+
+    cancel(session, job)
+
+    assert booked(session, tenant)[1:3] == (share(1), share(1))
+    assert session.execute(CHECK).all() == []
 
 
 def test_the_views_show_what_was_stored_and_what_was_abandoned(session):

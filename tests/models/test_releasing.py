@@ -8,8 +8,8 @@ from sqlalchemy import text
 
 from models import jobs, leases, releasing
 from models.database import transaction
-from models.releasing import Room
 from models.tables import Job
+from policy.release import ReleaseLimits
 from tests.builders import a_job, a_lease, a_tenant, hand_off, preempt
 from tests.models.facts import at_once
 
@@ -22,14 +22,14 @@ def pool() -> str:
 
 def pick(session, pool, limit_images, tier="fast") -> list[uuid.UUID]:
     """The jobs picked where one tenant's are as good as another's: nobody goes to the front, for nothing else is running there."""
-    room = Room(slots=limit_images, limit_images=limit_images, least_share=0)
-    return [job.job_id for job in releasing.pick(session, pool=pool, tier=tier, room=room) if not job.is_front]
+    limits = ReleaseLimits(slots=limit_images, limit_images=limit_images, least_share=0)
+    return [job.job_id for job in releasing.pick(session, pool=pool, tier=tier, limits=limits) if not job.is_front]
 
 
-def fronted(session, pool, tenant_id=None, **room) -> list[tuple[uuid.UUID, bool]]:
+def fronted(session, pool, tenant_id=None, **limits) -> list[tuple[uuid.UUID, bool]]:
     """The jobs picked, and whether each goes to the front; workers hold 8 images, 4 more may wait for them."""
-    room = Room(**{"slots": 8, "limit_images": 12, **room})
-    return [(job.job_id, job.is_front) for job in releasing.pick(session, pool=pool, tier="fast", room=room, tenant_id=tenant_id)]
+    allowed = ReleaseLimits(**{"slots": 8, "limit_images": 12, **limits})
+    return [(job.job_id, job.is_front) for job in releasing.pick(session, pool=pool, tier="fast", limits=allowed, tenant_id=tenant_id)]
 
 
 def dump(session, pool, count, tenant=None, **params) -> list[uuid.UUID]:
@@ -38,10 +38,10 @@ def dump(session, pool, count, tenant=None, **params) -> list[uuid.UUID]:
     return [a_job(session, pool=pool, tenant=tenant, predicted_s=1, **params).id for _ in range(count)]
 
 
-def busy(session, pool, count, tenant=None, **room) -> list[uuid.UUID]:
+def busy(session, pool, count, tenant=None, **limits) -> list[uuid.UUID]:
     """One tenant's dump, as much of it announced as there is room for and running as workers hold; the ids of those announced."""
     dump(session, pool, count, tenant)
-    announced = [job_id for job_id, _ in fronted(session, pool, **room)]
+    announced = [job_id for job_id, _ in fronted(session, pool, **limits)]
     for job_id in announced[:8]:
         a_lease(session, session.get(Job, job_id))
     return announced
@@ -54,8 +54,7 @@ def end(session, *job_ids) -> None:
 
 
 def in_hand(session, pool) -> int:
-    in_hand, _ = releasing._in_hand(session, pool, "fast")
-    return in_hand.total()
+    return releasing.outstanding_in(session, pool=pool, tier="fast").total_images
 
 
 def test_the_smallest_release_tag_comes_first_and_the_older_id_among_equals(session, pool):
@@ -191,7 +190,7 @@ def test_what_runs_is_told_by_tier_in_device_seconds_and_images(session, pool):
     dump(session, pool, 3, tenant)
     pick(session, pool, limit_images=4)
 
-    fast = releasing.hands(session, pool=pool)["fast"]
+    fast = releasing.outstanding_by_tier(session, pool=pool)["fast"]
     assert (fast.running, fast.running_s, fast.announced_jobs) == ({tenant.id: 2}, 3, 2)
     assert fast.images == {tenant.id: 4}
     assert in_hand(session, pool) == 4
@@ -328,20 +327,20 @@ def test_a_tenant_never_has_more_in_hand_than_its_cap_and_lets_the_others_pass(s
     dumped = dump(session, pool, 100)
     others = dump(session, pool, 3, release_tag=1e10)
 
-    assert fronted(session, pool, most_of_one=4) == [(job_id, False) for job_id in (*dumped[:4], *others)]
+    assert fronted(session, pool, max_per_tenant=4) == [(job_id, False) for job_id in (*dumped[:4], *others)]
 
-    assert fronted(session, pool, most_of_one=4) == []
+    assert fronted(session, pool, max_per_tenant=4) == []
     end(session, dumped[0])
-    assert fronted(session, pool, most_of_one=4) == [(dumped[4], False)]
+    assert fronted(session, pool, max_per_tenant=4) == [(dumped[4], False)]
 
 
 def test_who_comes_after_the_capped_passes_their_backlog(session, pool):
     dump(session, pool, 100)
-    fronted(session, pool, most_of_one=4)
+    fronted(session, pool, max_per_tenant=4)
 
     others = dump(session, pool, 3, release_tag=1e10)
 
-    assert fronted(session, pool, most_of_one=4) == [(job_id, False) for job_id in others]
+    assert fronted(session, pool, max_per_tenant=4) == [(job_id, False) for job_id in others]
 
 
 def test_a_job_larger_than_the_cap_goes_when_its_tenant_has_nothing_in_hand(session, pool):
@@ -349,21 +348,21 @@ def test_a_job_larger_than_the_cap_goes_when_its_tenant_has_nothing_in_hand(sess
     [small] = dump(session, pool, 1, tenant)
     [large] = dump(session, pool, 1, tenant, num_images=6)
 
-    assert fronted(session, pool, most_of_one=4) == [(small, False)]
+    assert fronted(session, pool, max_per_tenant=4) == [(small, False)]
     end(session, small)
 
-    assert fronted(session, pool, most_of_one=4) == [(large, False)]
+    assert fronted(session, pool, max_per_tenant=4) == [(large, False)]
 
 
 def test_the_cap_holds_at_the_front_too(session, pool):
     [job_id] = dump(session, pool, 1, num_images=12)
-    fronted(session, pool, most_of_one=1)
+    fronted(session, pool, max_per_tenant=1)
     a_lease(session, session.get(Job, job_id))
 
     mine = dump(session, pool, 5)
 
-    assert fronted(session, pool, most_of_one=1) == [(mine[0], True)]
-    assert fronted(session, pool, most_of_one=1) == []
+    assert fronted(session, pool, max_per_tenant=1) == [(mine[0], True)]
+    assert fronted(session, pool, max_per_tenant=1) == []
 
 
 def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_front(database, pool):
@@ -406,3 +405,70 @@ def test_a_job_that_is_given_back_is_at_the_front_no_more_until_it_is_picked_aga
 
     assert (job.is_front, job.announced_at) == (False, None)
     assert fronted(session, pool) == [(job.id, True)]
+
+
+def may_pass(session, pool, *, tenant=None, num_images=1, **limits) -> bool:
+    """Workers hold 8 images; 4 more may wait for them."""
+    allowed = ReleaseLimits(**{"slots": 8, "limit_images": 12, **limits})
+    tenant_id = (tenant or a_tenant(session)).id
+    return releasing.may_pass_at_once(session, pool=pool, tier="fast", limits=allowed, tenant_id=tenant_id, num_images=num_images)
+
+
+def test_a_new_job_may_pass_at_once_up_to_the_slots_and_no_further(session, pool):
+    dump(session, pool, 6)
+    fronted(session, pool)
+
+    assert may_pass(session, pool, num_images=2)
+    assert not may_pass(session, pool, num_images=3)
+
+
+def test_a_new_job_that_is_larger_than_the_slots_may_pass_where_nothing_is_in_hand(session, pool):
+    assert may_pass(session, pool, num_images=9)
+
+    a_lease(session, pool=pool)
+
+    assert not may_pass(session, pool, num_images=9)
+
+
+def test_a_new_job_may_not_pass_while_one_waits(session, pool):
+    a_job(session, pool=pool + "2")
+    a_job(session, pool=pool, tier="batch")
+    assert may_pass(session, pool)
+
+    a_job(session, pool=pool)
+
+    assert not may_pass(session, pool)
+
+
+def test_a_new_job_passes_one_that_lacks_its_pictures(session, pool):
+    job = a_job(session, pool=pool)
+    session.execute(text("UPDATE jobs SET lacks_inputs = true WHERE id = :id"), {"id": job.id})
+
+    assert may_pass(session, pool)
+
+
+def test_a_new_job_may_not_pass_beyond_its_tenant_s_cap(session, pool):
+    tenant = a_tenant(session)
+    dump(session, pool, 3, tenant)
+    fronted(session, pool)
+
+    assert may_pass(session, pool, tenant=tenant, max_per_tenant=4)
+    assert not may_pass(session, pool, tenant=tenant, max_per_tenant=4, num_images=2)
+    assert may_pass(session, pool, max_per_tenant=4, num_images=2)
+    assert may_pass(session, pool, max_per_tenant=1, num_images=2)
+
+
+def test_a_new_job_may_not_pass_while_another_release_is_at_work(database, session, pool):
+    with transaction(database.app) as other:
+        fronted(other, pool)
+
+        assert not may_pass(session, pool)
+
+    assert may_pass(session, pool)
+
+
+def test_no_release_is_at_work_beside_one_that_lets_a_new_job_pass(database, session, pool):
+    assert may_pass(session, pool)
+
+    with transaction(database.app) as other:
+        assert not may_pass(other, pool)

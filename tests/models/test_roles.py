@@ -7,9 +7,9 @@ from sqlalchemy.orm import Session
 
 from migrations import roles
 from models import files, idempotency, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
-from models.releasing import Room
 from models.tables import Base
 from models.webhooks import Tried
+from policy.release import ReleaseLimits
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, store
 
 REFUSED = {
@@ -209,7 +209,7 @@ def test_the_sweeper_can_look_at_everything_that_it_sweeps(as_process, database)
         sweeping.finished_of(session, ids)
         sweeping.rendered_of(session, ids)
         releasing.announced(session, pool="local", tier="fast", older_than_s=0)
-        releasing.pick(session, pool="local", tier="fast", room=Room(slots=1, limit_images=1))
+        releasing.pick(session, pool="local", tier="fast", limits=ReleaseLimits(slots=1, limit_images=1))
         uploads.are_left_behind(session, older_than_s=0)
         webhooks.due(session, webhooks.endpoints_with_pending(session, after=None, limit=1))
         webhooks.pending(session)
@@ -232,7 +232,7 @@ def test_a_results_worker_can_bring_store_and_tidy(as_process, database):
         uploads.end(session, "t/x")
         assert files.find(session, lease.job_id, tenant_id=lease.job.tenant_id) is None
         assert leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1}).state == "queued"
-        releasing.pick(session, pool="local", tier="fast", room=Room(slots=1, limit_images=1))
+        releasing.pick(session, pool="local", tier="fast", limits=ReleaseLimits(slots=1, limit_images=1))
 
 
 def test_a_courier_claims_records_and_disables(as_process, database):

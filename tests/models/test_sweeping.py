@@ -5,7 +5,7 @@ import uuid
 from sqlalchemy import text
 
 from models import jobs, leases, sweeping
-from models.states import FailureCode
+from policy.failures import FailureCode
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, preempt, store
 
 

@@ -8,18 +8,9 @@ from sqlalchemy import text
 
 from models import accepting, jobs, leases, usage
 from models.accepting import NewJob
-from models.states import FailureCode
 from models.tables import UsageDay
-from tests.builders import (
-    a_job,
-    a_lease,
-    a_succeeded_job,
-    a_tenant,
-    a_zone_of_another_day,
-    hand_off,
-    resolved,
-    store,
-)
+from policy.failures import FailureCode
+from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, a_zone_of_another_day, hand_off, resolved, store
 
 A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 
@@ -47,7 +38,7 @@ def ledger_of(session, tenant) -> list[UsageDay]:
 
 
 def stand_of(session, tenant, count_jobs_to=None):
-    return usage.stand(session, tenant_id=tenant.id, count_jobs_to=count_jobs_to)
+    return usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=count_jobs_to)
 
 
 def facts(day) -> tuple:

@@ -11,9 +11,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from models import files, jobs, leases, tenants, webhooks, workers
-from models.states import FailureCode
 from models.tables import Tenant
 from models.webhooks import Tried
+from policy.failures import FailureCode
 from tests.builders import (
     a_job,
     a_lease,

@@ -10,16 +10,10 @@ from sqlalchemy.orm import Session
 
 from models import jobs, leases, tenants, webhooks
 from models.database import transaction
-from models.states import FINAL_STATES, DeliveryState, FailureCode, JobState
 from models.tables import WebhookDelivery, WebhookEndpoint
-from models.webhooks import (
-    AT_ONCE_PER_ENDPOINT,
-    AT_ONCE_PER_TENANT,
-    KEPT_FOR_S,
-    SLOW_AT_ONCE,
-    TooManyUnderWay,
-    Tried,
-)
+from models.webhooks import AT_ONCE_PER_ENDPOINT, AT_ONCE_PER_TENANT, KEPT_FOR_S, SLOW_AT_ONCE, TooManyUnderWay, Tried
+from policy.failures import FailureCode
+from policy.states import FINAL_STATES, DeliveryState, JobState
 from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, TEST_EVENT
 from tests.builders import a_job, a_lease, hand_off, store
 from tests.models.facts import at_once

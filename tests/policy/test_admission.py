@@ -10,19 +10,18 @@ from policy.admission import (
     JITTER,
     LONGEST_RETRY_S,
     SHORTEST_RETRY_S,
-    Outlook,
-    Own,
     Place,
+    PoolSnapshot,
     Running,
+    TenantBacklog,
     first_guess_s,
-    least_share,
     place_in,
     refusal,
 )
 from policy.prediction import EtaRatios, Line, Waiting
 from tests.builders import a_fleet
 
-NOTHING_AHEAD = Place(ahead_s=0.0, jobs_ahead=0, company=1.0)
+NOTHING_AHEAD = Place(ahead_s=0.0, jobs_ahead=0, concurrent_images=1.0)
 DRAWS = st.floats(0, 1, exclude_max=True)
 
 
@@ -39,30 +38,30 @@ def waiting(cost_s, *, jobs=10, tier="fast", weight=1.0, is_own=False) -> Flow:
     return Flow(tier, Waiting(weight, jobs, cost_s), is_own)
 
 
-def an_outlook(flows, *, devices=1, running=None, handoff_fill=0.0) -> Outlook:
+def a_snapshot(flows, *, devices=1, running=None, handoff_fill=0.0) -> PoolSnapshot:
     lines = {tier: Line(flow.waiting for flow in flows if flow.tier == tier) for tier in {flow.tier for flow in flows}}
-    own = {flow.tier: Own(flow.waiting, flow.waiting) for flow in flows if flow.is_own}
-    return Outlook(devices, lines, running or {}, handoff_fill, own)
+    own = {flow.tier: TenantBacklog(flow.waiting, flow.waiting) for flow in flows if flow.is_own}
+    return PoolSnapshot(devices, lines, running or {}, handoff_fill, own)
 
 
 def place(*flows, tier="fast", lead_s=0.0, num_images=1, devices=1, running=None):
     """Where a job of the pool of 16 slots stands."""
-    outlook = an_outlook(flows, devices=devices, running=running)
-    return place_in(a_fleet(), outlook, pool="local", tier=tier, num_images=num_images, lead_s=lead_s)
+    snapshot = a_snapshot(flows, devices=devices, running=running)
+    return place_in(a_fleet(), snapshot, pool="local", tier=tier, num_images=num_images, lead_s=lead_s)
 
 
-def guess_s(*flows, own_s=1.0, devices=1, num_images=1, **where) -> float:
+def guess_s(*flows, job_device_s=1.0, devices=1, num_images=1, **where) -> float:
     there = place(*flows, devices=devices, num_images=num_images, **where)
-    return first_guess_s(there, an_outlook(flows, devices=devices), own_s=own_s, num_images=num_images)
+    return first_guess_s(there, a_snapshot(flows, devices=devices), job_device_s=job_device_s, num_images=num_images)
 
 
-def refused(*flows, there=NOTHING_AHEAD, ratios=None, tier="fast", own_s=1.0, draw=0.5, devices=1, handoff_fill=0.0, fleet=None):
-    outlook = an_outlook(flows, devices=devices, handoff_fill=handoff_fill)
-    return refusal(fleet or a_fleet(), outlook, there, ratios, pool="local", tier=tier, own_s=own_s, draw=draw)
+def refused(*flows, there=NOTHING_AHEAD, ratios=None, tier="fast", job_device_s=1.0, draw=0.5, devices=1, handoff_fill=0.0, fleet=None):
+    snapshot = a_snapshot(flows, devices=devices, handoff_fill=handoff_fill)
+    return refusal(fleet or a_fleet(), snapshot, there, ratios, pool="local", tier=tier, job_device_s=job_device_s, draw=draw)
 
 
 def ahead(seconds) -> Place:
-    return Place(ahead_s=seconds, jobs_ahead=1, company=1.0)
+    return Place(ahead_s=seconds, jobs_ahead=1, concurrent_images=1.0)
 
 
 def within_jitter(retry_after_s, seconds) -> bool:
@@ -70,27 +69,16 @@ def within_jitter(retry_after_s, seconds) -> bool:
     return seconds * (1 - JITTER) <= retry_after_s < seconds * (1 + JITTER) + 1
 
 
-def test_what_may_always_be_in_hand_is_enough_for_one_person_and_no_more_than_a_worker_holds():
-    assert least_share(a_fleet(), "local") == 4
-    assert (
-        least_share(
-            a_fleet({"tiers.fast.max_images": 1, "tiers.quality.max_images": 1, "tiers.batch.max_images": 1, "pools.local.slots": 2}),
-            "local",
-        )
-        == 2
-    )
-
-
 def test_what_a_batch_adds_goes_before_its_own_next_item_and_counts_against_the_tenant():
-    own = {"fast": Own(Waiting(1.0, 2, 20.0), Waiting(1.0, 5, 50.0))}
-    outlook = Outlook(1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own)
+    own = {"fast": TenantBacklog(Waiting(1.0, 2, 20.0), Waiting(1.0, 5, 50.0))}
+    snapshot = PoolSnapshot(1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own)
     fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 50.5})
 
-    there = place_in(fleet, outlook, pool="local", tier="fast", num_images=1, lead_s=50)
+    there = place_in(fleet, snapshot, pool="local", tier="fast", num_images=1, lead_s=50)
 
     assert (there.ahead_s, there.jobs_ahead) == (50 + 40, 5 + 4)
-    assert place_in(fleet, outlook, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s == 50 + 40
-    assert refusal(fleet, outlook, there, None, pool="local", tier="fast", own_s=1.0, draw=0.5).reason == "tenant_queue_full"
+    assert place_in(fleet, snapshot, pool="local", tier="batch", num_images=1, lead_s=0).ahead_s == 50 + 40
+    assert refusal(fleet, snapshot, there, None, pool="local", tier="fast", job_device_s=1.0, draw=0.5).reason == "tenant_queue_full"
 
 
 def test_the_longer_one_s_own_backlog_the_longer_one_waits():
@@ -117,7 +105,7 @@ def test_who_has_nothing_waiting_has_nothing_of_a_dump_ahead():
     dump = waiting(1e5, jobs=10_000)
 
     assert place(dump).jobs_ahead == 0
-    assert guess_s(dump, own_s=2.0) == 2
+    assert guess_s(dump, job_device_s=2.0) == 2
 
 
 def test_all_that_better_tiers_have_goes_before_and_nothing_of_lower_ones():
@@ -137,7 +125,7 @@ def test_more_devices_shorten_the_wait():
 
 def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
     def company(images, devices=1, num_images=1):
-        return place(running={"batch": Running(0.0, images)}, devices=devices, num_images=num_images).company
+        return place(running={"batch": Running(0.0, images)}, devices=devices, num_images=num_images).concurrent_images
 
     assert (company(0), company(5), company(100)) == (1, 6, 16)
     assert (company(11, devices=4), company(0, num_images=4, devices=4)) == (3, 4)
@@ -178,13 +166,13 @@ def test_who_has_enough_waiting_is_told_when_the_excess_will_be_gone_by_its_shar
     fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
     mine = waiting(110, weight=weight, is_own=True)
 
-    no = refused(mine, waiting(1000, weight=3.0), own_s=10, fleet=fleet, devices=devices)
+    no = refused(mine, waiting(1000, weight=3.0), job_device_s=10, fleet=fleet, devices=devices)
 
     assert within_jitter(no.retry_after_s, wait_s)
 
 
 def test_a_first_job_is_let_in_however_large_it_is():
-    assert refused(own_s=1e6, fleet=a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})) is None
+    assert refused(job_device_s=1e6, fleet=a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})) is None
 
 
 def test_while_the_hand_off_is_overfull_nothing_is_let_in():

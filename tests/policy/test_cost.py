@@ -55,3 +55,24 @@ def test_a_job_counts_megapixels_steps_images_and_its_model_s_factor_rounded_up(
     fleet = a_fleet({"models.pocket.cost_factor": factor})
 
     assert str(megapixel_steps(fleet, resolved(fleet, tier="fast", **wish))) == counts
+
+
+def test_a_price_is_rounded_half_up_and_never_to_even():
+    a_millionth_s = 3600 / 1.2 / 1_000_000
+
+    rounded = [str(price(a_fleet(), pool="local", tier="quality", device_seconds=n / 2 * a_millionth_s)) for n in (1, 3, 5)]
+
+    assert rounded == ["0.000001", "0.000002", "0.000003"]
+
+
+def test_a_tier_and_a_pool_that_the_catalogue_no_longer_has_weigh_one_and_cost_nothing():
+    assert str(price(a_fleet(), pool="local", tier="gone", device_seconds=3600)) == "1.200000"
+    assert price(a_fleet(), pool="gone", tier="fast", device_seconds=3600) == 0
+
+
+def test_a_model_that_the_catalogue_no_longer_has_counts_with_factor_one():
+    fleet = a_fleet({"models.pocket.cost_factor": 2.5})
+    job = resolved(fleet, steps=10)
+    without = fleet.model_copy(update={"models": {"large": fleet.models["large"]}})
+
+    assert megapixel_steps(without, job) * 5 == megapixel_steps(fleet, job) * 2

@@ -2,22 +2,20 @@
 
 import math
 import random
-import uuid
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.catalog import InvalidWish
-from policy.prediction import Cost, EtaRatios, Line, Waiting, corrected, learn_ratios, predicted_s, raw_eta_s, steps_to_do
-from tests.builders import a_fleet, resolved
+from policy.prediction import Cost, EtaRatios, Line, Waiting, corrected, learn_ratios, predicted_s, raw_eta_s
+from policy.steps import Denoising
 
 SECONDS = st.floats(0, 1e6)
 FLOWS = st.lists(st.builds(Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)))
 
 
 def cost_of(cost=None, **changes) -> float:
-    wish = {"width_px": 1000, "height_px": 1000, "num_steps": 20, "is_guided": False, "num_images": 1}
+    wish = {"width_px": 1000, "height_px": 1000, "denoising": Denoising(steps=20, rows=1), "num_images": 1}
     return predicted_s(cost, **{**wish, **changes})
 
 
@@ -29,14 +27,14 @@ def test_a_job_takes_its_rows_times_its_steps_and_what_is_fixed_of_each_image():
     cost = Cost(row_step_s=0.01, fixed_s=0.3)
 
     assert cost_of(cost) == pytest.approx(20 * 0.01 + 0.3)
-    assert cost_of(cost, is_guided=True) == pytest.approx(20 * 2 * 0.01 + 0.3)
-    assert cost_of(cost, is_guided=True, num_images=4) == pytest.approx(4 * (20 * 2 * 0.01 + 0.3))
+    assert cost_of(cost, denoising=Denoising(20, rows=2)) == pytest.approx(20 * 2 * 0.01 + 0.3)
+    assert cost_of(cost, denoising=Denoising(20, rows=2), num_images=4) == pytest.approx(4 * (20 * 2 * 0.01 + 0.3))
 
 
 def test_what_was_never_seen_is_guessed_by_its_pixels_and_never_free():
     assert cost_of(width_px=128, height_px=128) > 0
     assert cost_of(width_px=2000) == pytest.approx(2 * cost_of())
-    assert cost_of(num_steps=40) > cost_of(num_steps=20)
+    assert cost_of(denoising=Denoising(40, rows=1)) > cost_of()
 
 
 def test_in_fair_order_a_flow_is_given_its_weight_s_part_of_the_lead_or_all_it_has():
@@ -73,8 +71,8 @@ def test_a_flow_whose_cost_is_not_known_goes_before_whoever_comes_with_all_it_ha
 
 
 def test_all_that_is_ahead_is_spread_over_the_devices_and_the_job_shares_its_own():
-    assert raw_eta_s(ahead_s=60, own_s=2, devices=3, company=4) == 20 + 8
-    assert raw_eta_s(ahead_s=60, own_s=2, devices=0, company=0.5) == 60 + 2
+    assert raw_eta_s(ahead_s=60, image_device_s=2, devices=3, concurrent_images=4) == 20 + 8
+    assert raw_eta_s(ahead_s=60, image_device_s=2, devices=0, concurrent_images=0.5) == 60 + 2
 
 
 def test_before_anything_was_learnt_the_guess_is_the_median_and_nine_in_ten_take_up_to_twice_as_long():
@@ -106,6 +104,17 @@ def test_of_ratios_as_they_come_half_lie_below_p50_and_nine_tenths_below_p90(med
     assert share_below(next_ones, known.p90) == pytest.approx(0.9, abs=0.08)
 
 
+def test_the_first_job_moves_the_ratios_by_half_their_way_and_the_hundredth_by_a_twentieth():
+    first, later = EtaRatios(1.0, 2.0), 100
+
+    above = learn_ratios(None, 3.0, observed=0)
+    assert (above.p50, above.p90) == pytest.approx((math.exp(0.5), 2 * math.exp(0.9)))
+    second = learn_ratios(first, 3.0, observed=1)
+    assert (second.p50, second.p90) == pytest.approx((math.exp(0.25), 2 * math.exp(0.45)))
+    below = learn_ratios(first, 0.5, observed=later)
+    assert (below.p50, below.p90) == pytest.approx((math.exp(-0.025), 2 * math.exp(-0.005)))
+
+
 def test_what_was_learnt_follows_when_jobs_begin_to_take_twice_as_long():
     chance, known = random.Random(5), None
     for observed in range(800):
@@ -130,21 +139,3 @@ def test_nothing_is_learnt_from_a_ratio_that_is_none(nonsense):
     known = EtaRatios(1.25, 2.5)
 
     assert learn_ratios(known, nonsense, observed=7) == known
-
-
-def test_steps_that_a_picture_makes_needless_are_not_to_do():
-    assert steps_to_do(20, None) == 20
-    assert steps_to_do(20, 1.0) == 20
-    assert steps_to_do(20, 0.25) == 5
-    assert steps_to_do(3, 0.1) == 1
-
-
-@given(num_steps=st.integers(1, 200))
-def test_the_least_strength_that_is_accepted_leaves_a_step(num_steps):
-    fleet = a_fleet({"tiers.quality.max_steps": 200})
-    start = {"tier": "quality", "steps": num_steps, "init_image": uuid.uuid4()}
-    with pytest.raises(InvalidWish) as refused:
-        resolved(fleet, **start, strength=0.0)
-
-    least = refused.value.accepted["min"]
-    assert int(num_steps * resolved(fleet, **start, strength=least).strength) == 1

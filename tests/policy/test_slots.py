@@ -1,4 +1,4 @@
-"""How tiers share a worker's slots, and how much work is let out to the workers."""
+"""How tiers share a worker's slots."""
 
 from collections import Counter
 
@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.admission import announced_limit, tier_slots
-from policy.tiers import guaranteed_slots, may_take
+from policy.tiers import guaranteed_slots, may_take, own_slots
 from tests.builders import a_fleet
 
 TIERS = ("fast", "quality", "batch")  # by rank; of 16 slots 4, 2 and 1 are guaranteed
@@ -108,11 +107,6 @@ def test_what_is_held_of_lower_tiers_keeps_nobody_out(slots, tier, held):
     assert may_take(fleet, tier, held, slots) == may_take(fleet, tier, better, slots)
 
 
-@pytest.mark.parametrize(("live_slots", "limit"), [(0, 32), (16, 32), (48, 64)])
-def test_let_out_are_the_live_slots_and_one_batch(live_slots, limit):
-    assert announced_limit(a_fleet(), "local", live_slots) == limit
-
-
-@pytest.mark.parametrize(("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29)])
+@pytest.mark.parametrize(("tier", "slots"), [("fast", 48), ("quality", 36), ("batch", 29), ("gone", 48)])
 def test_of_three_workers_a_tier_has_all_slots_but_those_kept_for_better_ones(tier, slots):
-    assert tier_slots(a_fleet(), tier, 48) == slots
+    assert own_slots(a_fleet(), tier, 48) == slots

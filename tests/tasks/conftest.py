@@ -9,12 +9,12 @@ from urllib.parse import urlsplit
 import pytest
 from sqlalchemy import Engine as Database
 
+from dispatch.release import Release
 from edges.broker import Broker
 from edges.handoff import Handoff
 from edges.inputs import Inputs
 from edges.notices import FakeNotices
 from edges.progress import News, ProgressWriter
-from edges.release import Release
 from edges.snapshots import Snapshots
 from engine.engine import Engine
 from models.database import transaction

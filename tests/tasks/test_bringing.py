@@ -12,9 +12,9 @@ from edges.objectstore import ObjectStore, content_sha256, picture_key
 from engine.errors import ImageNotFinite
 from models import files, jobs, sweeping
 from models.database import transaction
-from models.states import JobState
 from models.tables import Attempt, File, Job, Tenant
 from policy import queues
+from policy.states import JobState
 from settings import StoreSettings
 from tasks.bring import Bringer
 from tasks.inputs import InputGone, InputsMissing

@@ -14,11 +14,11 @@ from sqlalchemy.exc import OperationalError
 
 import models.sweeping
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from dispatch.release import Release
 from edges.broker import Broker
 from edges.handoff import Handoff
 from edges.inputs import Inputs
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots
 from models import leases
 from models.database import transaction

@@ -6,18 +6,20 @@ import uuid
 from dataclasses import replace
 
 import pytest
+import redis
 from sqlalchemy import null, text
 
 import tasks.sweep
-from edges.broker import Broker
+from dispatch.release import Release
+from edges.broker import Broker, job_of_message
 from edges.handoff import Gauge, Handoff
 from edges.inputs import Inputs
 from edges.progress import News
-from edges.release import Release
 from edges.snapshots import Snapshots
 from models import jobs, webhooks
 from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookDelivery, WebhookEndpoint
+from policy import queues
 from tasks.sweep import Sweeper
 from tests.builders import a_fleet, a_job, a_succeeded_job, a_tenant
 from tests.models.conftest import a_database
@@ -221,3 +223,18 @@ def test_a_sweep_that_is_asked_for_during_another_leaves_what_that_one_knows(swe
 
     assert known == [True]
     assert list(called.values()) == [1]
+
+
+def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue(sweeper, database_here):
+    with transaction(database_here) as session:
+        overtaken, close, next_one = (a_job(session, pool="big", tier="batch") for _ in range(3))
+        for job, ago_s in ((overtaken, 40), (close, 21), (next_one, 20)):
+            announced = text("UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) WHERE id = :id")
+            session.execute(announced, {"ago": ago_s, "id": job.id})
+    sweeper.broker.announce(queues.RENDER_JOB, "big.batch", next_one.id, num_images=1)
+
+    sweeper.sweep()
+
+    with redis.Redis.from_url(sweeper.settings.broker_url) as broker:
+        waiting = [job_of_message(raw) for raw in reversed(broker.lrange("big.batch", 0, -1))]
+    assert waiting == [next_one.id, overtaken.id]

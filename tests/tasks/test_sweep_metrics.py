@@ -9,13 +9,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
+from edges.release import Release
 from sqlalchemy import null, text
 from sqlalchemy.orm import Session
 
 import tasks.sweep
 from edges.handoff import Handoff
 from edges.inputs import Inputs
-from edges.release import Release
 from edges.snapshots import Snapshots
 from models import files, jobs, leases, webhooks, workers
 from models.database import transaction

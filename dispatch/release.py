@@ -1,7 +1,9 @@
-"""From waiting rows to messages: stamp in Postgres, commit, publish. Called at accept, at finish and by the sweeper.
+"""Release waiting jobs to Celery: stamp them in Postgres, commit, publish.
 
-A crash between the stamp and the message, or a broker that is down, costs seconds: the sweeper sees a stamped row
-whose message is nowhere and announces it again. A job that starts from pictures has them brought first (models/inputs.py).
+Called when a job is accepted, when one ends, and by the sweeper. Which jobs go is decided by
+`policy.release`. A crash between the stamp and the message, or a broker that is down, costs
+seconds: the sweeper sees a stamped row whose message is nowhere and announces it again. A job that
+starts from pictures has them brought first (models/inputs.py).
 """
 
 import uuid
@@ -15,72 +17,73 @@ from sqlalchemy.orm import Session
 from edges.broker import Broker, BrokerUnavailable
 from models import inputs, releasing, workers
 from models.database import run_transaction, transaction
-from models.releasing import Picked, Room
-from models.states import JobState
 from models.tables import Job
-from policy import admission, queues
+from policy import queues
 from policy.fleet import Fleet
+from policy.release import Picked, ReleaseLimits, release_limits
+from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
 
 class Release:
-    """Lets waiting jobs out to Celery as room allows."""
+    """Announces waiting jobs to Celery as the limits allow."""
 
     def __init__(self, engine: Engine, broker: Broker, fleet: Fleet, *, worker_silence_s: float) -> None:
-        self._engine, self._broker, self._fleet = engine, broker, fleet
+        """worker_silence_s: a worker that was not heard of for so long counts as gone."""
+        self._engine = engine
+        self._broker = broker
+        self._fleet = fleet
         self._worker_silence_s = worker_silence_s
 
     def release(self, pool: str, tier: str, *, tenant_id: uuid.UUID | None = None) -> int:
-        """Announce the next waiting jobs of (pool, tier), in fair order, up to the free room; how many is returned.
+        """Announce the next waiting jobs of (pool, tier), in fair order; return how many.
 
-        tenant_id: whose job was just accepted; only this tenant is looked at when the tier's own room is full.
+        tenant_id: whose job was just accepted; when the limit is reached, only this tenant's jobs
+        are looked at.
         """
 
         def pick(session: Session) -> tuple[list[Picked], list[uuid.UUID]]:
-            slots = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s).slots
-            room = self.room(pool, tier, slots)
-            picked = releasing.pick(session, pool=pool, tier=tier, room=room, tenant_id=tenant_id)
-            return picked, inputs.ask(session, pool=pool, tier=tier, most=room.limit_images)
+            capacity = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
+            limits = self.limits(pool, tier, capacity.slots)
+            picked = releasing.pick(session, pool=pool, tier=tier, limits=limits, tenant_id=tenant_id)
+            lacking = inputs.ask(session, pool=pool, tier=tier, most=limits.limit_images)
+            return picked, lacking
 
         picked, lacking = run_transaction(self._engine, pick)
         self._ask_for_inputs(tier, lacking)
         return self._publish(pool, tier, picked)
 
     def ask_for_inputs_again(self, pool: str, tier: str, *, asked_before_s: float) -> int:
-        """Have pictures brought that were asked for that long ago and did not come; how many jobs wait for theirs is returned.
+        """Have pictures brought that were asked for that long ago and did not come.
 
-        The stamps stay also where nobody can be asked: without its stamp a job past its start deadline would expire.
+        Returns how many jobs wait for theirs. The stamps stay also where nobody can be asked:
+        without its stamp a job past its start deadline would expire.
         """
         with transaction(self._engine) as session:
-            lacking = inputs.ask_again(session, pool=pool, tier=tier, asked_before_s=asked_before_s)
-        self._publish_asking(tier, lacking)
-        return len(lacking)
+            late = inputs.ask_again(session, pool=pool, tier=tier, asked_before_s=asked_before_s)
+        self._publish_asking(tier, late)
+        return len(late)
 
-    def room(self, pool: str, tier: str, live_slots: int) -> Room:
-        """How much of (pool, tier) may be in hand where the live workers hold `live_slots` images."""
-        return Room(
-            slots=admission.tier_slots(self._fleet, tier, live_slots or self._fleet.pools[pool].slots),
-            limit_images=admission.announced_limit(self._fleet, pool, live_slots),
-            least_share=admission.least_share(self._fleet, pool),
-            most_of_one=self._fleet.tiers[tier].max_in_hand_per_tenant if tier in self._fleet.tiers else None,
-        )
+    def limits(self, pool: str, tier: str, live_slots: int) -> ReleaseLimits:
+        """Limit what may be outstanding while the live workers hold so many images at once."""
+        return release_limits(self._fleet, pool=pool, tier=tier, live_slots=live_slots)
 
     def announce(self, pool: str, tier: str, job_id: uuid.UUID, *, num_images: int) -> None:
         """Publish a job that was stamped as it was accepted."""
         self._publish(pool, tier, [Picked(job_id, is_front=False, num_images=num_images)])
 
-    def again(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
-        """Announce jobs whose message was lost; those that a worker took meanwhile are left out."""
+    def reannounce(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
+        """Announce jobs whose message was lost, but for those that a worker took meanwhile."""
         picked = run_transaction(self._engine, lambda session: releasing.announce_again(session, job_ids))
         return self._publish(pool, tier, picked)
 
-    def pass_on(self, job_id: uuid.UUID) -> None:
-        """Announce a job that came to a worker who cannot take it; nothing if it waits no more."""
+    def return_to_queue(self, job_id: uuid.UUID) -> None:
+        """Announce a job that came to a worker which cannot take it, if it still waits."""
         with transaction(self._engine) as session:
             job = session.get(Job, job_id)
         if job is not None and job.state == JobState.QUEUED:
-            self.again(job.pool, job.tier, [job_id])
+            self.reannounce(job.pool, job.tier, [job_id])
 
     def _ask_for_inputs(self, tier: str, job_ids: Sequence[uuid.UUID]) -> None:
         if left := self._publish_asking(tier, job_ids):
@@ -88,10 +91,11 @@ class Release:
                 inputs.forget_asking(session, left)
 
     def _publish_asking(self, tier: str, job_ids: Sequence[uuid.UUID]) -> Sequence[uuid.UUID]:
-        """Ask for the pictures of each job; those that could not be asked for are returned."""
+        """Ask for the pictures of each job; return those that could not be asked for."""
+        queue = queues.results_queue(self._fleet, tier)
         for position, job_id in enumerate(job_ids):
             try:
-                self._broker.announce(queues.BRING_INPUTS, queues.results_queue(self._fleet, tier), job_id)
+                self._broker.announce(queues.BRING_INPUTS, queue, job_id)
             except BrokerUnavailable as error:
                 log.warning("inputs_not_asked_for", job_id=str(job_id), reason=str(error))
                 return job_ids[position:]
@@ -99,8 +103,8 @@ class Release:
 
     def _publish(self, pool: str, tier: str, picked: Sequence[Picked]) -> int:
         for position, job in enumerate(picked):
+            queue = queues.render_queue(pool, tier, is_front=job.is_front)
             try:
-                queue = queues.render_queue(pool, tier, is_front=job.is_front)
                 self._broker.announce(queues.RENDER_JOB, queue, job.job_id, num_images=job.num_images)
             except BrokerUnavailable as error:
                 log.warning("announce_failed", job_id=str(job.job_id), reason=str(error))
@@ -109,7 +113,10 @@ class Release:
         return len(picked)
 
     def _withdraw(self, job_ids: Sequence[uuid.UUID]) -> None:
-        """Take the stamps back; where even that fails, the sweeper finds stamps without messages. The jobs are accepted all the same."""
+        """Take the stamps back: the jobs are accepted all the same.
+
+        Where even that fails, the sweeper finds stamps without messages.
+        """
         try:
             run_transaction(self._engine, lambda session: releasing.withdraw(session, job_ids))
         except SQLAlchemyError as error:

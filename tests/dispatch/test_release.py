@@ -6,8 +6,8 @@ import uuid
 import pytest
 from sqlalchemy import text
 
+from dispatch.release import Release
 from edges.broker import Broker, job_of_message
-from edges.release import Release
 from models import jobs, workers
 from models.database import transaction
 from models.tables import Job
@@ -103,7 +103,7 @@ def test_a_lost_message_is_sent_again_unless_a_worker_has_the_job(release, accep
     with transaction(database.app) as session:
         a_lease(session, session.get(Job, taken))
 
-    assert release.again(pool, "fast", [lost, taken]) == 1
+    assert release.reannounce(pool, "fast", [lost, taken]) == 1
 
     assert messages(broker_redis, pool) == [lost]
 
@@ -144,7 +144,7 @@ def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, br
     release.release(pool, "fast")
     broker_redis.flushdb()
 
-    assert release.again(pool, "fast", [job.id]) == 1
+    assert release.reannounce(pool, "fast", [job.id]) == 1
 
     assert (messages(broker_redis, pool, is_front=True), messages(broker_redis, pool)) == ([job.id], [])
 
@@ -179,7 +179,7 @@ def test_a_worker_that_leaves_passes_a_job_on_that_it_was_still_handed(release, 
     release.release(pool, "fast")
     broker_redis.flushdb()
 
-    release.pass_on(job_id)
+    release.return_to_queue(job_id)
 
     assert messages(broker_redis, pool) == [job_id]
 
@@ -193,7 +193,7 @@ def test_a_job_of_the_front_queue_is_passed_on_to_the_front_queue(release, pool,
     release.release(pool, "fast")
     broker_redis.flushdb()
 
-    release.pass_on(job.id)
+    release.return_to_queue(job.id)
 
     assert messages(broker_redis, pool, is_front=True) == [job.id]
 
@@ -210,7 +210,7 @@ def test_a_job_that_waits_no_more_is_not_passed_on(release, pool, broker_redis, 
             else:
                 jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
 
-    release.pass_on(job_id)
+    release.return_to_queue(job_id)
 
     assert broker_redis.keys(f"{pool}*") == []
 
@@ -220,7 +220,7 @@ def test_every_message_says_how_many_images_it_is_however_it_came_to_be_sent(rel
         small, large = (a_job(session, pool=pool, num_images=images, release_tag=float(images)) for images in (1, 3))
 
     release.release(pool, "fast")
-    release.again(pool, "fast", [large.id])
+    release.reannounce(pool, "fast", [large.id])
     release.announce(pool, "fast", small.id, num_images=1)
 
     assert sizes(broker_redis, pool) == [1, 3, 3, 1]

@@ -47,26 +47,3 @@ class DeliveryState(StrEnum):
     DELIVERED = "delivered"  # the receiver answered 2xx
     GONE = "gone"  # it answered 410, or its endpoint was deleted: nothing more is sent there
     FAILED = "failed"  # given up after three days
-
-
-class FailureCode(StrEnum):
-    ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; failure_detail has the last error
-    UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
-    NOT_FINITE = "not_finite"  # the network produced NaN or infinity
-    OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
-    INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
-    RUN_DEADLINE = "run_deadline"  # it was not rendered within run_within_s of its first start
-    INTERNAL = "internal"
-
-
-# Whose doing a failure is. Ours: what was asked for is offered, and the same request may do better on another try. The rest is the
-# request's own: it comes to the same however often it is tried.
-OUR_FAULT = frozenset(
-    {
-        FailureCode.ATTEMPTS_EXHAUSTED,
-        FailureCode.OUT_OF_MEMORY,  # of a size and number of images that fleet.toml offers
-        FailureCode.INPUT_GONE,  # a file that a job under way starts from cannot be erased: the store has lost it
-        FailureCode.RUN_DEADLINE,
-        FailureCode.INTERNAL,
-    }
-)

@@ -1,0 +1,323 @@
+"""Forecast when jobs start and finish, by what is known of the queues; and decide on admission by it.
+
+Read at most a few times a second per pool, however many clients ask; nothing here scans a backlog.
+"""
+
+import math
+import random
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import TypeVar, cast
+
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from edges.handoff import Gauge
+from models import flows, inputs, learning, releasing, workers
+from models.database import transaction
+from models.flows import FlowBacklog
+from models.tables import Job
+from policy import admission, prediction
+from policy.admission import PoolSnapshot, Refusal, Running, TenantBacklog
+from policy.catalog import Resolved
+from policy.fleet import Fleet
+from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
+from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
+from policy.states import JobState
+from policy.steps import denoising_of, image_steps
+
+Read = TypeVar("Read")
+FRESH_FOR_S = 0.5
+LEARNT_FOR_S = 2.0
+
+
+@dataclass(frozen=True)
+class QueuePlace:
+    """Where an unfinished job stands.
+
+    jobs_ahead: jobs of its tier before it; None once it runs.  eta: its end, from now.
+    """
+
+    jobs_ahead: int | None
+    eta: Eta
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What is expected of a job at accept.
+
+    predicted_s: device seconds.  eta_raw_s: the first guess of its end, from now.  place: where it
+    would stand.  refusal: why it should not be let in.
+    """
+
+    predicted_s: float
+    eta_raw_s: float
+    place: QueuePlace
+    refusal: Refusal | None
+
+
+@dataclass(frozen=True)
+class Booked:
+    """Jobs of the caller that are as good as accepted, and nowhere to be read yet.
+
+    Those before one in its batch.
+    """
+
+    jobs: int = 0
+    cost_s: float = 0.0
+
+    def and_one(self, cost_s: float) -> "Booked":
+        return Booked(self.jobs + 1, self.cost_s + cost_s)
+
+
+Bookings = Mapping[tuple[str, str], Booked]
+NOTHING: Mapping[str, Booked] = {}
+
+
+@dataclass(frozen=True)
+class _PoolState:
+    """What was read of a pool.
+
+    flows: by tier and tenant.  sharing: by tier, the tenants that have any outstanding or waiting.
+    lacking_inputs: tiers with jobs that wait for their pictures, not for workers.
+    """
+
+    devices: int
+    slots: int
+    flows: Mapping[tuple[str, uuid.UUID], FlowBacklog]
+    lines: Mapping[str, Line]
+    running: Mapping[str, Running]
+    clocks: Mapping[str, float]
+    outstanding: Mapping[str, Outstanding]
+    sharing: Mapping[str, frozenset[uuid.UUID]]
+    lacking_inputs: frozenset[str]
+
+
+def _waiting(flow: FlowBacklog) -> Waiting:
+    return Waiting(flow.weight, flow.queued_jobs, flow.queued_s)
+
+
+def _pool_state(
+    capacity: workers.Capacity,
+    backlogs: Sequence[FlowBacklog],
+    outstanding: Mapping[str, Outstanding],
+    *,
+    clocks: Mapping[str, float],
+    lacking_inputs: frozenset[str],
+) -> _PoolState:
+    """Put together what was read of a pool."""
+    by_tier: dict[str, list[FlowBacklog]] = defaultdict(list)
+    sharing: dict[str, set[uuid.UUID]] = defaultdict(set)
+    for flow in backlogs:
+        by_tier[flow.tier].append(flow)
+        sharing[flow.tier].add(flow.tenant_id)
+    for tier, work in outstanding.items():
+        sharing[tier] |= work.images.keys()
+    return _PoolState(
+        devices=capacity.devices,
+        slots=capacity.slots,
+        flows={(flow.tier, flow.tenant_id): flow for flow in backlogs},
+        lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
+        running={tier: Running(work.running_s, work.running.total()) for tier, work in outstanding.items() if work.running},
+        clocks=clocks,
+        outstanding=outstanding,
+        sharing={tier: frozenset(tenants) for tier, tenants in sharing.items()},
+        lacking_inputs=lacking_inputs,
+    )
+
+
+def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) -> float:
+    """Tell how far ahead of virtual time the tenant's next job would start, in virtual seconds."""
+    own = state.flows.get((tier, tenant_id))
+    if own is None:
+        return booked.cost_s
+    lead_s = max(0.0, own.finish_tag - state.clocks.get(tier, own.finish_tag))
+    return lead_s + booked.cost_s / own.weight
+
+
+class QueueForecaster:
+    """Answers how long a job would wait and whether to let it in. One per gateway process."""
+
+    def __init__(
+        self,
+        database: Engine,
+        fleet: Fleet,
+        gauge: Gauge,
+        limits: Callable[[str, str, int], ReleaseLimits],
+        refresher: Executor,
+        *,
+        worker_silence_s: float,
+    ) -> None:
+        """limits: `Release.limits`.  refresher: reads again what grows old."""
+        self._database = database
+        self._fleet = fleet
+        self._gauge = gauge
+        self._limits = limits
+        self._refresher = refresher
+        self._worker_silence_s = worker_silence_s
+        # What was read, with when, and when it was last asked for.
+        self._known: dict[tuple[object, ...], tuple[float, float, object]] = {}
+        self._lock = threading.Lock()
+
+    def expect(self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None) -> Expected:
+        """Estimate when a job that the tenant submits now would end, and whether to refuse it.
+
+        booked: what the tenant is about to submit before this one, by pool and tier.
+        """
+        state = self._pool_state(wish.pool)
+        pool_bookings = {tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool}
+        snapshot = self._snapshot(state, tenant_id, pool_bookings)
+        job_device_s = self._predicted_s(wish)
+        place = admission.place_in(
+            self._fleet,
+            snapshot,
+            pool=wish.pool,
+            tier=wish.tier,
+            num_images=wish.num_images,
+            lead_s=_lead_s(state, wish.tier, tenant_id, pool_bookings.get(wish.tier, Booked())),
+        )
+        raw_s = admission.first_guess_s(place, snapshot, job_device_s=job_device_s, num_images=wish.num_images)
+        ratios = self._ratios(wish.pool, wish.tier)
+        refused = admission.refusal(
+            self._fleet,
+            snapshot,
+            place,
+            ratios,
+            pool=wish.pool,
+            tier=wish.tier,
+            job_device_s=job_device_s,
+            draw=random.random(),
+        )
+        queue_place = QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
+        return Expected(job_device_s, raw_s, queue_place, refused)
+
+    def _predicted_s(self, wish: Resolved) -> float:
+        """Predict the device seconds of all images of the job."""
+        return prediction.predicted_s(
+            self._cost((wish.pool, wish.model, wish.width_px, wish.height_px)),
+            width_px=wish.width_px,
+            height_px=wish.height_px,
+            denoising=denoising_of(self._fleet, wish),
+            num_images=wish.num_images,
+        )
+
+    def release_hint(self, wish: Resolved, tenant_id: uuid.UUID) -> tuple[ReleaseHint, ReleaseLimits]:
+        """Tell how to release a new job, by what was read at most `FRESH_FOR_S` ago; and its limits."""
+        state = self._pool_state(wish.pool)
+        limits = self._limits(wish.pool, wish.tier, state.slots)
+        has_pictures = wish.init_file_id is not None or wish.control_file_id is not None
+        if has_pictures or wish.tier in state.lacking_inputs:
+            # Its pictures are to be asked for; or how many that wait are before it is not known.
+            return ReleaseHint.TRY_RELEASE, limits
+        outstanding = state.outstanding.get(wish.tier, Outstanding())
+        queued_jobs = state.lines.get(wish.tier, Line()).jobs
+        hint = release_hint(
+            outstanding,
+            limits,
+            tenant_id=tenant_id,
+            num_images=wish.num_images,
+            waiting_jobs=queued_jobs - outstanding.announced_jobs,
+            sharing=len(state.sharing.get(wish.tier, frozenset()) | {tenant_id}),
+        )
+        return hint, limits
+
+    def place_of(self, job: Job, steps_done: int = 0) -> QueuePlace | None:
+        """Estimate where an unfinished job stands.
+
+        None if the catalogue no longer has its tier or pool.  steps_done: denoise steps of all its images.
+        """
+        if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
+            return None
+        state = self._pool_state(job.pool)
+        snapshot, ratios = self._snapshot(state, job.tenant_id), self._ratios(job.pool, job.tier)
+        is_queued = job.state == JobState.QUEUED
+        clock = state.clocks.get(job.tier, job.release_tag)
+        place = admission.place_in(
+            self._fleet,
+            snapshot,
+            pool=job.pool,
+            tier=job.tier,
+            num_images=job.num_images,
+            lead_s=max(0.0, job.release_tag - clock) if is_queued else 0.0,
+        )
+        if is_queued:
+            raw_s = admission.first_guess_s(place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images)
+            return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
+        steps_to_do = image_steps(job) * job.num_images
+        left = 1 - min(1.0, steps_done / steps_to_do)
+        raw_s = left * job.predicted_s / job.num_images * place.concurrent_images
+        return QueuePlace(None, prediction.corrected(raw_s, ratios))
+
+    def _snapshot(self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING) -> PoolSnapshot:
+        """Make the pool's snapshot for one tenant; its weight counts as 1 where it is not known.
+
+        booked: what the tenant is about to add, by tier.
+        """
+        own = {}
+        for tier in self._fleet.tiers:
+            flow, more = state.flows.get((tier, tenant_id)), booked.get(tier)
+            if flow is None and more is None:
+                continue
+            counted = _waiting(flow) if flow is not None else Waiting(1.0, 0, 0.0)
+            added = more or Booked()
+            now = Waiting(counted.weight, counted.jobs + added.jobs, counted.cost_s + added.cost_s)
+            own[tier] = TenantBacklog(counted, now)
+        return PoolSnapshot(state.devices, state.lines, state.running, self._gauge.fill(), own)
+
+    def _pool_state(self, pool: str) -> _PoolState:
+        def read(session: Session) -> _PoolState:
+            capacity = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
+            return _pool_state(
+                capacity,
+                flows.backlogs(session, pool=pool),
+                releasing.outstanding_by_tier(session, pool=pool),
+                clocks=flows.clocks(session, pool=pool),
+                lacking_inputs=inputs.tiers_lacking(session, pool=pool, tiers=list(self._fleet.tiers)),
+            )
+
+        return self._cached(("pool", pool), FRESH_FOR_S, read)
+
+    def _cost(self, key: learning.CostKey) -> Cost | None:
+        def read(session: Session) -> Cost | None:
+            row = learning.cost_of(session, key)
+            return Cost(row.row_step_s, row.fixed_s) if row is not None else None
+
+        return self._cached(("cost", *key), LEARNT_FOR_S, read)
+
+    def _ratios(self, pool: str, tier: str) -> EtaRatios | None:
+        def read(session: Session) -> EtaRatios | None:
+            row = learning.eta_of(session, pool=pool, tier=tier)
+            return EtaRatios(row.ratio_p50, row.ratio_p90) if row is not None else None
+
+        return self._cached(("ratios", pool, tier), LEARNT_FOR_S, read)
+
+    def _cached(self, key: tuple[object, ...], fresh_for_s: float, read: Callable[[Session], Read]) -> Read:
+        """Give what `read(session)` gave within the last `fresh_for_s`, or read it anew.
+
+        One thread reads while others take the old answer. Half way there it is read again behind the
+        requests' back, so that under load no request waits for it.
+        """
+        now = time.monotonic()
+        with self._lock:
+            read_at, asked_at, known = self._known.get(key, (-math.inf, -math.inf, None))
+            if now - asked_at < fresh_for_s / 2:
+                return cast("Read", known)
+            if key in self._known:
+                self._known[key] = (read_at, now, known)
+        if now - read_at < fresh_for_s:
+            self._refresher.submit(self._read, key, read)
+            return cast("Read", known)
+        return self._read(key, read)
+
+    def _read(self, key: tuple[object, ...], read: Callable[[Session], Read]) -> Read:
+        began = time.monotonic()
+        with transaction(self._database) as session:
+            answer = read(session)
+        with self._lock:
+            self._known[key] = (began, began, answer)
+        return answer

@@ -1,0 +1,23 @@
+"""The formats in which images are stored and delivered: the one list of them."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ImageFormat:
+    """content_type: as HTTP says it.  extension: of file names, without its dot."""
+
+    content_type: str
+    extension: str
+
+
+FORMATS = {
+    "png": ImageFormat("image/png", "png"),
+    "webp": ImageFormat("image/webp", "webp"),
+    "jpeg": ImageFormat("image/jpeg", "jpg"),
+}
+
+
+def extension_of(content_type: str) -> str:
+    """Find the file name extension of a stored image. Raises KeyError for what is none of ours."""
+    return {kind.content_type: kind.extension for kind in FORMATS.values()}[content_type]

@@ -1,0 +1,95 @@
+"""How a new job is released: at once, by a release that looks, or when its turn comes."""
+
+import uuid
+
+import pytest
+
+from models import leases
+from models.database import transaction
+from models.tables import Job
+from policy.catalog import Wish
+from policy.release import ReleaseHint
+from tests.app.conftest import of_this_moment
+from tests.builders import a_job, a_tenant
+
+
+@pytest.fixture
+def house(a_house, stack_database):
+    """A worker of 8 slots, for which 4 images more may wait; jobs of the tier `batch`."""
+    house = a_house().with_workers()
+    parts = house.http.application.extensions["darkroom"]
+
+    def hint(*, tenant_id=None, n=1, **fields):
+        resolved = parts.resolve(Wish(prompt="a red circle", tier="batch", n=n, **fields))
+        return of_this_moment(lambda: parts.forecaster.release_hint(resolved, tenant_id or uuid.uuid4()))[0]
+
+    def announces(count):
+        """Nearly as a release does: they are stamped, with no message."""
+        with transaction(stack_database) as session:
+            tenant = a_tenant(session)
+            made = [a_job(session, tenant=tenant, pool=house.pool, tier="batch", predicted_s=1) for _ in range(count)]
+            for job in made:
+                job.announced_at = job.accepted_at
+        return made
+
+    house.hint, house.announces, house.database = hint, announces, stack_database
+    return house
+
+
+def runs(house, jobs):
+    with transaction(house.database) as session:
+        for job in jobs:
+            taken = leases.take(session, job.id, worker=f"gpu0@{house.pool}", device="cpu", ttl_s=600)
+            assert taken is not None
+
+
+def test_a_job_goes_at_once_up_to_the_slots_where_nobody_waits(house):
+    assert house.hint(n=8) is ReleaseHint.IMMEDIATE  # alone, though of 8 slots 3 are kept for better tiers
+
+    house.announces(3)
+
+    assert house.hint(n=2) is ReleaseHint.IMMEDIATE
+    assert house.hint(n=3) is ReleaseHint.TRY_RELEASE
+
+
+def test_a_job_is_looked_at_where_somebody_waits_who_may_be_gone_by_then(house):
+    house.waits(count=12, predicted_s=1)
+
+    assert house.hint() is ReleaseHint.TRY_RELEASE
+
+
+def test_a_job_waits_its_turn_where_more_wait_than_there_is_room_for(house):
+    house.waits(count=13, predicted_s=1)
+
+    assert house.hint() is ReleaseHint.BACKLOGGED
+
+
+def test_announced_jobs_do_not_count_as_waiting(house):
+    house.announces(13)
+
+    assert house.hint() is ReleaseHint.TRY_RELEASE
+
+
+def test_a_job_whose_tenant_is_behind_is_looked_at_whoever_waits(house):
+    runs(house, house.announces(12))
+    tenant = house.waits(count=20, predicted_s=1)
+
+    assert house.hint() is ReleaseHint.TRY_RELEASE
+    assert house.hint(tenant_id=tenant.id) is ReleaseHint.TRY_RELEASE
+    with transaction(house.database) as session:
+        running = session.query(Job.tenant_id).where(Job.pool == house.pool, Job.state == "running").first().tenant_id
+    assert house.hint(tenant_id=running) is ReleaseHint.BACKLOGGED
+
+
+def test_a_job_that_starts_from_a_picture_is_looked_at(house):
+    house.waits(count=13, predicted_s=1)
+
+    assert house.hint(init_image=uuid.uuid4()) is ReleaseHint.TRY_RELEASE
+
+
+def test_a_job_behind_some_that_lack_their_pictures_is_looked_at(house):
+    house.waits(count=13, predicted_s=1)
+    with transaction(house.database) as session:
+        session.query(Job).where(Job.pool == house.pool).update({"lacks_inputs": True})
+
+    assert house.hint() is ReleaseHint.TRY_RELEASE

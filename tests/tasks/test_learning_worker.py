@@ -1,0 +1,26 @@
+"""What a worker's images teach of the next ones' cost."""
+
+import pytest
+from sqlalchemy import text
+
+from models import learning
+from models.database import transaction
+from tests.builders import until
+
+
+@pytest.mark.parametrize(("guidance", "rows", "width_px", "height_px"), [(4.0, 2, 128, 192), (1.0, 1, 128, 128)])
+def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(here, guidance, rows, width_px, height_px):
+    pool = "taught"  # by nobody else, though this worker is another pool's
+    size = {"width_px": width_px, "height_px": height_px}
+    job = here.accept(pool=pool, model="pocket", num_steps=6, guidance=guidance, **size)
+
+    here.render(job).join(timeout=60)
+
+    def learnt():
+        with transaction(here.database) as session:
+            return learning.cost_of(session, (pool, "pocket", width_px, height_px))
+
+    cost = until(learnt, what="the next heartbeat")
+    with transaction(here.database) as session:
+        denoise_s = session.scalar(text("SELECT denoise_s FROM attempts WHERE job_id = :id"), {"id": job.id})
+    assert cost.row_step_s == pytest.approx(denoise_s / (6 * rows))
