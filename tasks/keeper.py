@@ -25,6 +25,7 @@ from models import learning, leases, workers
 from models.database import run_transaction, transaction
 from models.learning import CostKey, Observed
 from models.leases import Lease
+from policy import gates
 
 log = structlog.get_logger(__name__)
 
@@ -256,7 +257,8 @@ class LeaseKeeper:
         """Drop all work when nothing was renewed for too long. A thread of its own, for a renewal may hang instead of failing."""
         while not self._stop.wait(RETRY_S):
             self._note_turn()  # here, for a renewal that hangs is no reason to load the models again; Postgres sees that none comes
-            if time.monotonic() - self._renewed_at > self._stop_s:
+            silent_s = time.monotonic() - self._renewed_at
+            if gates.must_drop_work(silent_s, stop_s=self._stop_s):
                 self._lose([held for held in self.all_held() if not held.lost.is_set()])
 
     def _beat(self) -> None:
@@ -267,7 +269,8 @@ class LeaseKeeper:
         started_at = time.monotonic()
 
         def renew(session: Session) -> set[uuid.UUID]:
-            who, slots = self.identity, 0 if self.leaving else self.identity.slots
+            who = self.identity
+            slots = gates.offered_slots(who.slots, is_leaving=bool(self.leaving))
             own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
             kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
             going_on = [held for held in snapshot if held.lease.job_id in kept]

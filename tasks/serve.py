@@ -31,7 +31,7 @@ from edges.release import Release
 from edges.snapshots import Snapshots
 from fleet.consumer import TakenTask, on_turn, run_worker, tier_gate
 from models.database import make_engine
-from policy import admission, connections, queues, tiers
+from policy import connections, gates, queues, tiers
 from policy.fleet import Fleet
 from settings import CourierSettings, FlowerSettings, Settings, StoreSettings, WorkerSettings, load, load_fleet_or_exit, refuse
 
@@ -40,7 +40,6 @@ log = structlog.get_logger(__name__)
 SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 STORE_THREADS = 4
 DELIVER_THREADS = 16  # most wait for a receiver, with no connection to the database
-HANDOFF_MISSED_AFTER_S = 5.0  # without an answer: what would be rendered could not be handed on
 # What a worker does for whoever has the broker's password: it tells of itself. Celery would also stop, or take other queues.
 INSPECTIONS = {"ping", "active", "reserved", "scheduled", "registered", "stats", "active_queues", "conf", "query_task", "revoked", "clock"}
 INSPECTIONS |= {"report", "enable_events"}  # the last is what Flower says all the time; events are on as it is
@@ -78,7 +77,7 @@ def serve_render() -> NoReturn:
     keeper = LeaseKeeper(
         database, identity, beats=beats, ttl_s=settings.lease_ttl_s, renew_s=settings.lease_renew_s, stop_s=settings.lease_stop_s
     )
-    gauge = Gauge(settings.handoff_url, trusted_for_s=HANDOFF_MISSED_AFTER_S)
+    gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     progress, news = ProgressWriter(settings.handoff_url, fill=gauge.fill), News(settings.handoff_url)
     previews = Previews(progress)
     checkpoints = Checkpoints(engine, Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s), news, fill=gauge.fill)
@@ -111,13 +110,15 @@ def serve_render() -> NoReturn:
 
     def may_take(queue: str, taken: Sequence[TakenTask]) -> bool:
         """Counts images; a task that has not got its lease yet, by what its message says."""
-        tier, is_front = queues.tier_of(queue)
-        if keeper.leaving or keeper.is_reserved():
-            return False
-        if gauge.fill() > admission.HANDOFF_FULL and not is_front:  # those who come back empty it: their snapshots are in it
-            return False
-        held = keeper.images_in_hand(_images_by_job(fleet, taken))
-        return tiers.may_take(fleet, tier, held, pool.slots, is_front=is_front)
+        return gates.may_take_from(
+            fleet,
+            queue,
+            keeper.images_in_hand(_images_by_job(fleet, taken)),
+            pool.slots,
+            fill=gauge.fill(),
+            is_leaving=bool(keeper.leaving),
+            is_reserved=keeper.is_reserved(),
+        )
 
     celery.steps["consumer"].add(tier_gate(names, may_take))
     status = 0
