@@ -7,13 +7,14 @@ from threading import Thread
 from urllib.parse import urlsplit
 
 import pytest
+from prometheus_client import REGISTRY
 from sqlalchemy import Engine as Database
 
 from edges.broker import Broker
 from edges.handoff import Handoff
 from edges.inputs import Inputs
 from edges.notices import FakeNotices
-from edges.progress import News, ProgressWriter
+from edges.progress import ENDINGS, Listener, News, ProgressWriter
 from edges.release import Release
 from edges.snapshots import Snapshots
 from engine.engine import Engine
@@ -62,6 +63,20 @@ class WorkerHere:
             found = session.get(Job, job.id)
             session.expunge(found)
             return found
+
+
+def metric(name: str, **labels: str) -> float:
+    """Read a metric of this process as a scraper does; 0 for a series that is not there."""
+    return REGISTRY.get_sample_value(name, labels) or 0.0
+
+
+@pytest.fixture
+def ended_jobs(settings_here) -> Iterator[list]:
+    """Ids of the jobs that waiting clients and webhooks were told of, as they come."""
+    heard = []
+    listener = Listener(settings_here.handoff_url, ENDINGS, heard.append)
+    yield heard
+    listener.close()
 
 
 @pytest.fixture(scope="session")

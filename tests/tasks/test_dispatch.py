@@ -262,11 +262,15 @@ def test_an_object_store_that_is_away_only_delays(client, stack):
 def test_a_running_job_stops_when_it_is_canceled(client, sql):
     job = client.create_job(SHAPES[0], tier="batch", seed=1, steps=60, n=8)
     eventually(lambda: client.job(job.id).state == "running")
+    # Right after a heartbeat, so that the next renewal, 5 s later, cannot be what tells the worker.
+    fresh = "SELECT clock_timestamp() - seen_at < interval '0.5 s' AS is_fresh FROM workers"
+    eventually(lambda: sql(fresh) == [{"is_fresh": True}])
 
     canceled = client.cancel(job.id)
 
     assert canceled.state == "canceled"
-    eventually(lambda: attempts_of(sql, job)[0]["device_seconds"] > 0, within_s=5)  # dropped, and its waste is on record
+    # Dropped, and its waste is on record.
+    eventually(lambda: attempts_of(sql, job)[0]["device_seconds"] > 0, within_s=2)
     attempt = attempts_of(sql, job)[0]
     assert (attempt["outcome"], attempt["waste_class"]) == ("canceled", "canceled")
     assert client.job(job.id).state == "canceled"

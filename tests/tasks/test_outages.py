@@ -14,7 +14,7 @@ from sqlalchemy.exc import OperationalError
 
 import models.sweeping
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
-from edges.broker import Broker
+from edges.broker import Broker, job_of_message
 from edges.handoff import Handoff
 from edges.inputs import Inputs
 from edges.progress import News
@@ -27,7 +27,16 @@ from policy import queues
 from settings import Settings
 from tasks.keeper import LeaseKeeper, WorkerIdentity
 from tasks.sweep import Sweeper, SweepLoop
-from tests.builders import a_closed_port, a_fleet, a_job, a_lease, hand_off, settings_for, some_pixels
+from tests.builders import (
+    a_closed_port,
+    a_fleet,
+    a_job,
+    a_lease,
+    hand_off,
+    settings_for,
+    some_pixels,
+    until,
+)
 from tests.models.conftest import Database, a_database
 
 CORNER = 7  # of Redis's sixteen numbered databases: nobody else looks there
@@ -85,7 +94,7 @@ def sweeping(stack, own_database) -> Iterator[Sweeping]:
         urls[f"{name}_url"] = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
         clients[name] = redis.Redis.from_url(parts.geturl())
         clients[name].flushdb()
-    settings, fleet = settings_for(Settings, stack.env, **urls), a_fleet()
+    settings, fleet = settings_for(Settings, stack.env, lease_renew_s=1.0, **urls), a_fleet()
     broker, handoff = Broker(settings, fleet), Handoff(settings.handoff_url, ttl_s=60)
     sweeper = Sweeper(
         settings=settings,
@@ -202,6 +211,63 @@ def test_what_waits_in_an_outage_of_the_broker_is_announced_by_the_first_sweep_a
 
     assert sweeping.row(job).announced_at is not None
     assert sweeping.broker.llen("local.fast") == 1
+
+
+def test_lease_that_ran_out_in_an_outage_of_postgres_may_be_renewed_before_it_is_ended(sweeping):
+    with transaction(sweeping.database.app) as session:
+        job = a_lease(session, ttl_s=0.2).job
+    with refusing(sweeping, "postgres"):
+        sweeping.sweep_for(0.4)
+
+    sweeping.sweep_for(0.5)
+    assert sweeping.row(job).state == "running", "for lease_renew_s from then on"
+
+    until(lambda: sweeping.sweeper.sweep() or sweeping.row(job).state == "queued", within_s=5)
+
+
+def test_lease_that_ran_out_without_an_outage_is_ended_at_once(sweeping):
+    with transaction(sweeping.database.app) as session:
+        job = a_lease(session, ttl_s=-1).job
+
+    sweeping.sweeper.sweep()
+
+    assert sweeping.row(job).state == "queued"
+
+
+def announced_long_ago(sweeping: Sweeping, **ages_s: float) -> dict[str, Job]:
+    """Jobs that were announced so many seconds ago; no message of theirs is anywhere."""
+    made = {name: sweeping.accept() for name in ages_s}
+    with transaction(sweeping.database.app) as session:
+        for name, age_s in ages_s.items():
+            at = "clock_timestamp() - make_interval(secs => :s)"
+            query = text(f"UPDATE jobs SET announced_at = {at} WHERE id = :id")
+            session.execute(query, {"s": age_s, "id": made[name].id})
+    return made
+
+
+def messages_of(sweeping: Sweeping, job: Job) -> int:
+    found = [job_of_message(raw) for raw in sweeping.broker.lrange("local.fast", 0, -1)]
+    return found.count(job.id)
+
+
+def test_job_whose_message_was_overtaken_is_announced_again_and_no_other(sweeping):
+    made = announced_long_ago(sweeping, old=10, same_age=5.5, young=4)
+    announce = sweeping.sweeper.broker.announce
+    announce(queues.RENDER_JOB, "local.fast", made["young"].id, num_images=1)
+
+    sweeping.sweeper.sweep()
+
+    messages = {name: messages_of(sweeping, job) for name, job in made.items()}
+    assert messages == {"old": 1, "same_age": 0, "young": 1}
+
+
+def test_jobs_announced_a_while_ago_are_announced_again_when_no_message_is_left(sweeping):
+    made = announced_long_ago(sweeping, old=4, fresh=1)
+
+    sweeping.sweeper.sweep()
+
+    messages = {name: messages_of(sweeping, job) for name, job in made.items()}
+    assert messages == {"old": 1, "fresh": 0}
 
 
 def a_storing_job(sweeping: Sweeping) -> Job:
