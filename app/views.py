@@ -139,7 +139,7 @@ def _failure(job: Job) -> dict[str, Any] | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
     if job.failure_code is None:
         return None
-    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline")
+    is_told = job.failure_code in ("unsupported", "not_finite", "out_of_memory", "input_gone", "run_deadline", "not_stored")
     return {"code": job.failure_code, "detail": job.failure_detail if is_told else None}
 
 

@@ -56,6 +56,7 @@ class FailureCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
     INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
     RUN_DEADLINE = "run_deadline"  # it was not rendered within run_within_s of its first start
+    NOT_STORED = "not_stored"  # its pixels were lost again and again before they could be stored
     INTERNAL = "internal"
 
 
@@ -67,6 +68,7 @@ OUR_FAULT = frozenset(
         FailureCode.OUT_OF_MEMORY,  # of a size and number of images that fleet.toml offers
         FailureCode.INPUT_GONE,  # a file that a job under way starts from cannot be erased: the store has lost it
         FailureCode.RUN_DEADLINE,
+        FailureCode.NOT_STORED,
         FailureCode.INTERNAL,
     }
 )

@@ -211,16 +211,22 @@ class Sweeper:
             queue = queues.results_queue(self.fleet, unstored.tier)
             held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
             gone = [index for index, here in held.items() if not here]
-            run_transaction(self.database, partial(self._postpone, unstored=unstored, gone=gone))
-            if any(held.values()) and missing[queue] > 0:
+            postpone = partial(self._postpone, unstored=unstored, gone=gone)
+            if run_transaction(self.database, postpone):
+                self.news.tell_ending(unstored.job_id)
+            elif any(held.values()) and missing[queue] > 0:
                 missing[queue] -= 1
                 self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
 
-    def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> None:
+    def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> bool:
+        """Give a storing job more time, or have it rendered again; has it failed by that?"""
+        job = None
         if gone:
-            leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=unstored.attempt_of)
+            attempt_of = unstored.attempt_of
+            job = leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=attempt_of)
         sweeping.postpone_store(session, unstored.job_id, store_within_s=self.settings.store_within_s)
+        return job is not None and job.state == JobState.FAILED
 
     def _releases(self) -> None:
         """Waiting jobs for which there is room: missed at accept, or put back since."""

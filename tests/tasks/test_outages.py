@@ -17,7 +17,7 @@ from benchmarks.survival.refusals import REPLIES, RefusingProxy
 from edges.broker import Broker, job_of_message
 from edges.handoff import Handoff
 from edges.inputs import Inputs
-from edges.progress import News
+from edges.progress import ENDINGS, Listener, News
 from edges.release import Release
 from edges.snapshots import Snapshots
 from models import leases
@@ -38,6 +38,7 @@ from tests.builders import (
     until,
 )
 from tests.models.conftest import Database, a_database
+from tests.tasks.conftest import metric
 
 CORNER = 7  # of Redis's sixteen numbered databases: nobody else looks there
 
@@ -295,6 +296,25 @@ def test_while_nobody_stores_a_queue_gets_no_more_messages_than_there_are_jobs_t
     make_overdue(sweeping)
     sweeping.sweeper.sweep()
     assert sweeping.broker.llen(queue) == len(stored)
+
+
+def test_sweep_ends_a_storing_job_whose_pixels_were_lost_once_too_often(sweeping):
+    job = a_storing_job(sweeping)
+    ended = []
+    listener = Listener(sweeping.sweeper.settings.handoff_url, ENDINGS, ended.append)
+    with transaction(sweeping.database.app) as session:
+        query = text("UPDATE images SET hand_offs_lost = 4 WHERE job_id = :id")
+        session.execute(query, {"id": job.id})
+    sweeping.handoff.drop(job.id, 0, 1)
+    before = metric("darkroom_swept_total", why="hand_off_lost")
+
+    make_overdue(sweeping)
+    sweeping.sweeper.sweep()
+
+    assert (sweeping.row(job).state, sweeping.row(job).failure_code) == ("failed", "not_stored")
+    assert metric("darkroom_swept_total", why="hand_off_lost") > before
+    until(lambda: job.id in ended, within_s=1.0, what="the word of its end")
+    listener.close()
 
 
 def test_a_sweep_that_fails_is_followed_by_the_next_and_the_loop_tells_that_it_moves():

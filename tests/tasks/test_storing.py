@@ -66,8 +66,7 @@ def age_uploads(here, job) -> None:
     with transaction(here.database) as session:
         session.execute(
             text(
-                "UPDATE uploads SET started_at = started_at - make_interval(secs => :s)"
-                " WHERE object_key LIKE :p",
+                "UPDATE uploads SET started_at = started_at - make_interval(secs => :s) WHERE object_key LIKE :p",
             ),
             {"s": ORPHAN_AFTER_S + 1, "p": f"%{job.tenant_id}%"},
         )
@@ -189,6 +188,20 @@ def test_spoilt_pixels_are_rendered_again_and_the_others_stored(here, storekeepe
     here.render(job).join(timeout=60)
     storekeeper.store_images(job_id=str(job.id))
     assert (here.row(job).state, here.row(job).attempt) == ("succeeded", 2)
+
+
+def test_job_whose_pixels_vanish_every_time_fails_and_is_told_of(here, storekeeper, ended_jobs):
+    job = here.accept()
+    for lost in range(1, 6):
+        here.render(job).join(timeout=60)
+        storekeeper.handoff.drop(job.id, 0, here.row(job).attempt)
+        assert not ended_jobs
+        storekeeper.store_images(job_id=str(job.id))
+        assert here.row(job).state == ("queued" if lost < 5 else "failed")
+
+    row = here.row(job)
+    assert (row.failure_code, row.counted_attempts, row.cost) == ("not_stored", 0, None)
+    until(lambda: job.id in ended_jobs, within_s=1.0, what="the word of its end")
 
 
 def test_tidying_has_an_end_however_much_is_left(storekeeper, monkeypatch):
