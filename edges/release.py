@@ -91,7 +91,7 @@ class Release:
         """Ask for the pictures of each job; those that could not be asked for are returned."""
         for position, job_id in enumerate(job_ids):
             try:
-                self._broker.announce(queues.BRING_INPUTS, queues.results_queue(self._fleet, tier), job_id)
+                self._broker.announce(queues.STAGE_INPUTS, queues.results_queue(self._fleet, tier), job_id)
             except BrokerUnavailable as error:
                 log.warning("inputs_not_asked_for", job_id=str(job_id), reason=str(error))
                 return job_ids[position:]

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from policy.fleet import Fleet
 
-FRONT_FULL = 2  # times its slots a worker takes from front queues at most: what is beyond them is parked, where it costs memory alone
+MAX_FRONT_LOAD = 2  # times its slots a worker takes from front queues at most: what is beyond them is parked, where it costs memory alone
 
 
 def guaranteed_slots(fleet: Fleet, tier: str, slots: int) -> int:
@@ -41,18 +41,12 @@ def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is
     if before < own_slots(fleet, tier, slots):
         return True
     promised = sum(max(0, guaranteed_slots(fleet, name, slots) - held.get(name, 0)) for name in fleet.tiers if name != tier)
-    return is_front and sum(held.values()) + promised < FRONT_FULL * slots
+    return is_front and sum(held.values()) + promised < MAX_FRONT_LOAD * slots
 
 
 def most_jobs(fleet: Fleet, slots: int) -> int:
     """Jobs that a worker with `slots` has at once at most, however they come: each needs a thread, or a better tier finds none free."""
-    return FRONT_FULL * slots + sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
-
-
-def most_images(fleet: Fleet, slots: int) -> int:
-    """Images that a worker with `slots` holds at once at most, however they come, with what sticks out of each tier's last job."""
-    largest = [tier.max_images for tier in fleet.tiers.values()]
-    return most_jobs(fleet, slots) + sum(images - 1 for images in largest) + max(largest) - 1
+    return MAX_FRONT_LOAD * slots + sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
 
 
 def _most_of_its_own(fleet: Fleet, tier: str, slots: int) -> int:

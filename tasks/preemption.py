@@ -29,7 +29,7 @@ class _End:
 
 
 class Preemption:
-    """`begin` may be called more than once; an earlier end wins. The keeper's `leaving` closes the gate for new jobs."""
+    """`begin` may be called more than once; an earlier end wins. It closes the keeper's gate for new jobs."""
 
     def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
         self._keeper, self._when_empty = keeper, when_empty
@@ -48,7 +48,7 @@ class Preemption:
         log.warning("worker_leaves", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
         telemetry.NOTICES.labels(notice.source).inc()
         if is_first:
-            self._keeper.leaving = end.reason
+            self._keeper.take_no_more(end.reason)
             threading.Thread(target=self._run, name="preemption", daemon=True).start()
 
     def _run(self) -> None:

@@ -54,7 +54,7 @@ _LOCK = 0x5357454550  # "SWEEP"
 
 @dataclass
 class Sweeper:
-    """One pass every `sweep_every_s`, on the maintenance queue."""
+    """One pass every `sweep_every_s`; `SweepLoop` says when."""
 
     settings: Settings
     fleet: Fleet

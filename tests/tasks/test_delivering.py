@@ -6,13 +6,13 @@ from dataclasses import dataclass
 import pytest
 from sqlalchemy import text
 
-from edges.broker import Broker
-from edges.outbound import Outbound
 from models.database import transaction
 from models.tables import WebhookDelivery, WebhookEndpoint, WebhookSecret
 from policy.webhooks import GIVE_UP_AFTER_S, TEST_EVENT
+from settings import CourierSettings
 from tasks.deliver import Courier
-from tests.builders import a_tenant
+from tasks.roles.webhooks import build
+from tests.builders import a_tenant, settings_for
 from tests.receivers import Receiver, a_receiver
 
 
@@ -55,13 +55,10 @@ class Delivering:
 
 
 @pytest.fixture
-def delivering(settings_here, fleet_here, database_here):
-    courier = Courier(
-        database=database_here,
-        broker=Broker(settings_here, fleet_here),
-        outbound=Outbound("127.0.0.1/32"),
-        name="webhooks@here",
-    )
+def delivering(stack, urls_here, fleet_here, database_here):
+    allowed = {"outbound_allowed_networks": "127.0.0.1/32"}
+    settings = settings_for(CourierSettings, stack.env, **allowed, **urls_here)
+    courier = build(settings, fleet_here, name="webhooks@here")
     with a_receiver() as receiver:
         with transaction(database_here) as session:
             endpoint = WebhookEndpoint(tenant_id=a_tenant(session).id, url=receiver.url, events=[])

@@ -1,6 +1,7 @@
 """What a worker keeps: leases that it can renew, snapshots while there is room, costs."""
 
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -48,12 +49,14 @@ def test_keeper_drops_its_work_by_itself_when_nothing_was_renewed_for_stop_s(
         raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
 
     with a_keeper(here) as keeper, keeper.leased(job.id) as held:
-        assert not held.lost.wait(STOP_S + 0.5), "as long as it is renewed"
+        time.sleep(STOP_S + 0.5)
+        assert not held.is_lost, "as long as it is renewed"
         lost_before = metric("darkroom_leases_lost_total")
         monkeypatch.setattr(leases, "renew", renew)
 
-        assert not held.lost.wait(STOP_S / 3), "not at the first that fails"
-        assert held.lost.wait(STOP_S + 1)
+        time.sleep(STOP_S / 3)
+        assert not held.is_lost, "not at the first that fails"
+        until(lambda: held.is_lost, within_s=STOP_S + 1)
         goes_on.set()
 
     assert metric("darkroom_leases_lost_total") == lost_before + 1
@@ -67,7 +70,7 @@ def test_keeper_offers_no_slots_once_its_worker_has_to_go(here):
     with a_keeper(here) as keeper:
         assert offered() == 16
 
-        keeper.leaving = "a test wants it"
+        keeper.take_no_more("a test wants it")
         until(lambda: offered() == 0, what="a heartbeat without slots")
 
     assert offered() is None, "it signed off"
@@ -96,7 +99,8 @@ def test_keeper_learns_the_cost_of_every_row_that_an_image_takes(here, monkeypat
 @pytest.mark.parametrize(("fill", "is_kept"), [(0.6, True), (0.7, False)])
 def test_snapshots_on_the_way_are_kept_only_where_the_hand_off_has_room(here, fill, is_kept):
     checkpoints = Checkpoints(here.engine, here.snapshots, here.renderer.news, fill=lambda: fill)
-    worker = replace(here, renderer=replace(here.renderer, checkpoints=checkpoints))
+    renderer = replace(here.renderer, checkpoints=checkpoints)
+    worker = replace(here, parts=replace(here.parts, renderer=renderer))
     job = here.accept(tier="quality", num_steps=12)
 
     worker.render(job).join(timeout=60)

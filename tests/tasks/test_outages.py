@@ -14,18 +14,16 @@ from sqlalchemy.exc import OperationalError
 
 import models.sweeping
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
-from edges.broker import Broker, job_of_message
+from edges.broker import job_of_message
 from edges.handoff import Handoff
-from edges.inputs import Inputs
-from edges.progress import ENDINGS, Listener, News
-from edges.release import Release
-from edges.snapshots import Snapshots
+from edges.progress import ENDINGS, Listener
 from models import leases
 from models.database import transaction
 from models.tables import Job
 from policy import queues
 from settings import Settings
 from tasks.keeper import LeaseKeeper, WorkerIdentity
+from tasks.roles.maintenance import build
 from tasks.sweep import Sweeper, SweepLoop
 from tests.builders import (
     a_closed_port,
@@ -95,20 +93,10 @@ def sweeping(stack, own_database) -> Iterator[Sweeping]:
         urls[f"{name}_url"] = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
         clients[name] = redis.Redis.from_url(parts.geturl())
         clients[name].flushdb()
-    settings, fleet = settings_for(Settings, stack.env, lease_renew_s=1.0, **urls), a_fleet()
-    broker, handoff = Broker(settings, fleet), Handoff(settings.handoff_url, ttl_s=60)
-    sweeper = Sweeper(
-        settings=settings,
-        fleet=fleet,
-        database=own_database.app,
-        broker=broker,
-        release=Release(own_database.app, broker, fleet, worker_silence_s=15),
-        handoff=handoff,
-        snapshots=Snapshots(settings.handoff_url, ttl_s=60),
-        inputs=Inputs(settings.handoff_url, ttl_s=60),
-        news=News(settings.handoff_url),
-        fill=lambda: 0.0,
-    )
+    urls["database_url"] = own_database.app.url.render_as_string(hide_password=False)
+    settings = settings_for(Settings, stack.env, lease_renew_s=1.0, **urls)
+    sweeper = build(settings, a_fleet())
+    handoff = Handoff(settings.handoff_url, ttl_s=60)
     yield Sweeping(sweeper, own_database, ways, clients["broker"], handoff)
     for way in ways.values():
         way.close()
@@ -197,7 +185,7 @@ def fails(*arguments, **keywords):
 def test_without_an_outage_a_deadline_is_a_deadline(sweeping):
     job = sweeping.accept(start_within_s=0.3)
 
-    sweeping.sweep_for(0.6)
+    until(lambda: sweeping.sweeper.sweep() or sweeping.row(job).state != "queued")
 
     assert sweeping.row(job).state == "expired"
 

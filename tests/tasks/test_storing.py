@@ -6,37 +6,22 @@ import pytest
 import redis
 from sqlalchemy import text
 
-from edges.handoff import Handoff
-from edges.objectstore import ObjectGone, ObjectStore, StoreUnavailable
-from edges.progress import News
-from edges.release import Release
-from edges.snapshots import Snapshots
+from edges.objectstore import ObjectGone, StoreUnavailable
 from models import jobs
 from models.database import transaction
 from models.uploads import ORPHAN_AFTER_S
 from settings import StoreSettings
+from tasks.roles.results import build
 from tasks.store import Storekeeper
 from tests.builders import settings_for, until
 from tests.tasks.conftest import metric
 
 
 @pytest.fixture
-def storekeeper(stack, here) -> Storekeeper:
+def storekeeper(stack, here, urls_here) -> Storekeeper:
     """A results worker's tasks, for the jobs of the worker `here`."""
-    urls = {"broker_url": here.settings.broker_url, "handoff_url": here.settings.handoff_url}
-    settings = settings_for(StoreSettings, stack.env, **urls)
-    broker = here.renderer.broker
-    return Storekeeper(
-        settings=settings,
-        fleet=here.renderer.fleet,
-        database=here.database,
-        handoff=Handoff(settings.handoff_url, ttl_s=60),
-        snapshots=Snapshots(settings.handoff_url, ttl_s=60),
-        store=ObjectStore(settings),
-        news=News(settings.handoff_url),
-        release=Release(here.database, broker, here.renderer.fleet, worker_silence_s=15),
-        name="results@here",
-    )
+    settings = settings_for(StoreSettings, stack.env, handoff_ttl_s=60, **urls_here)
+    return build(settings, here.renderer.fleet, name="results@here").storekeeper
 
 
 @pytest.fixture

@@ -9,12 +9,6 @@ import pytest
 from sqlalchemy import null, text
 
 import tasks.sweep
-from edges.broker import Broker
-from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
-from edges.progress import News
-from edges.release import Release
-from edges.snapshots import Snapshots
 from models import jobs, webhooks, workers
 from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
@@ -23,24 +17,6 @@ from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, h
 from tests.models.conftest import a_database
 from tests.models.test_pruning import age
 from tests.tasks.conftest import metric
-
-
-@pytest.fixture
-def sweeper(fleet_here, settings_here, database_here) -> Sweeper:
-    """One that is asked by nobody but the test."""
-    broker = Broker(settings_here, fleet_here)
-    return Sweeper(
-        settings=settings_here,
-        fleet=fleet_here,
-        database=database_here,
-        broker=broker,
-        release=Release(database_here, broker, fleet_here, worker_silence_s=15),
-        handoff=Handoff(settings_here.handoff_url, ttl_s=60),
-        snapshots=Snapshots(settings_here.handoff_url, ttl_s=60),
-        inputs=Inputs(settings_here.handoff_url, ttl_s=60),
-        news=News(settings_here.handoff_url),
-        fill=Gauge(settings_here.handoff_url).fill,
-    )
 
 
 @pytest.fixture
