@@ -55,9 +55,20 @@ class LeaseKeeper:
     """Takes leases and keeps them; also the worker's heartbeat."""
 
     def __init__(
-        self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float, beats: Engine | None = None
+        self,
+        database: Engine,
+        identity: WorkerIdentity,
+        *,
+        ttl_s: float,
+        renew_s: float,
+        stop_s: float,
+        beats: Engine | None = None,
     ) -> None:
-        """beats: connections for renewals and heartbeats alone, so that no task keeps them waiting; None: those of `database`."""
+        """Begin to keep leases of `ttl_s` seconds, renewed every `renew_s`; without, stop after `stop_s`.
+
+        beats: connections for renewals and heartbeats alone, so that no task keeps them waiting;
+        None: those of `database`.
+        """
         self._database, self._beats, self.identity = database, beats or database, identity
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
@@ -116,9 +127,10 @@ class LeaseKeeper:
 
     @contextmanager
     def exclusive(self, held: Held) -> Iterator[bool]:
-        """Keep everything else off this worker for the length of the block: it starts when all that is here has ended.
+        """Keep everything else off this worker for the length of the block.
 
-        False, at once, if another job has or waits for the worker to itself, and once `held` is to be let go of.
+        The block begins when all else that is here has ended, or when `held` is released meanwhile.
+        False, at once, if another job has, or waits to have, the worker to itself.
         """
         if not self._exclusive.acquire(blocking=False):
             yield False
