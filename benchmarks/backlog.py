@@ -42,16 +42,11 @@ from sqlalchemy.orm import Session
 import migrations
 from app.forecast import QueueForecaster
 from benchmarks.serving.cells import percentile
-from dispatch.release import Release
 from edges import telemetry
-from edges.broker import Broker
-from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
-from edges.progress import News
-from edges.snapshots import Snapshots
+from edges.handoff import Gauge
 from fleet.stack import Stack
 from models import jobs, leases, listing, releasing, tenants, workers
-from models.database import make_engine, transaction
+from models.database import transaction
 from models.listing import Sought
 from models.tables import Job
 from policy.catalog import Resolved, Wish, resolve
@@ -60,6 +55,7 @@ from policy.fleet import Fleet, parse_fleet
 from policy.release import ReleaseLimits
 from policy.states import JobState
 from settings import REPO, Settings
+from tasks.roles.maintenance import build
 from tasks.sweep import Sweeper
 
 SMALL = 1_000
@@ -304,24 +300,14 @@ def fill(env: dict[str, str], rows: int, number: int) -> Queue:
     broker_url = make_url(env["BROKER_URL"]).set(database=str(number)).render_as_string(hide_password=False)
     changed = {"database_url": url("DATABASE_URL"), "broker_url": broker_url}
     settings = Settings(**{key.lower(): value for key, value in env.items() if key.lower() in Settings.model_fields} | changed)
-    app, owner = make_engine(settings.database_url), create_engine(url("MIGRATION_DATABASE_URL"))
+    sweeper = build(settings, fleet)
+    app = sweeper.database
+    owner = create_engine(url("MIGRATION_DATABASE_URL"))
     with transaction(app) as session:
         ids = [tenants.create(session, name=f"tenant-{place}").id for place in range(TENANTS)]
     _load(owner, rows, ids, list(fleet.tiers))
     wish = resolve(fleet, Wish(prompt="a large red circle in the center on a blue background", tier=DRAWN_TIER), default_seed=7, draw=0.0)
-    gauge, broker = Gauge(settings.handoff_url), Broker(settings, fleet)
-    sweeper = Sweeper(
-        settings=settings,
-        fleet=fleet,
-        database=app,
-        broker=broker,
-        release=Release(app, broker, fleet, worker_silence_s=settings.lease_ttl_s),
-        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        news=News(settings.handoff_url),
-        fill=gauge.fill,
-    )
+    gauge = Gauge(settings.handoff_url)
     return Queue(rows, app, owner, fleet, ids[0], wish, sweeper, gauge)
 
 

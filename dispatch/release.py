@@ -95,7 +95,7 @@ class Release:
         queue = queues.results_queue(self._fleet, tier)
         for position, job_id in enumerate(job_ids):
             try:
-                self._broker.announce(queues.BRING_INPUTS, queue, job_id)
+                self._broker.announce(queues.STAGE_INPUTS, queue, job_id)
             except BrokerUnavailable as error:
                 log.warning("inputs_not_asked_for", job_id=str(job_id), reason=str(error))
                 return job_ids[position:]

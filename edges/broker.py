@@ -21,7 +21,7 @@ from policy.fleet import Fleet
 from settings import BrokerSettings
 
 PROBE = "darkroom:probe"  # written to see whether anything can be
-VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store", queues.BRING_INPUTS: "bring"}
+VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store", queues.STAGE_INPUTS: "stage"}
 
 
 class BrokerUnavailable(Exception):

@@ -17,6 +17,7 @@ import redis
 from numpy.typing import NDArray
 
 from edges.connections import connect
+from policy import gates
 
 PROBE = "darkroom:probe"  # written to see whether anything can be
 
@@ -137,7 +138,12 @@ class Gauge:
                 self._answered_at = now
             except redis.RedisError:
                 pass
-        return self._fill if now - self._answered_at <= self._trusted_for_s else 1.0
+        silent_s = now - self._answered_at
+        return gates.believed_fill(
+            self._fill,
+            silent_s=silent_s,
+            trusted_for_s=self._trusted_for_s,
+        )
 
 
 def pixels_sha256(pixels: NDArray[np.uint8]) -> str:

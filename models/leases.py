@@ -26,6 +26,7 @@ from policy.failures import FailureCode
 from policy.states import ACTIVE_STATES, TAKEN_BACK, ImageState, JobState, Outcome
 
 OVERDUE_S = 30.0  # past its run deadline
+MOST_HAND_OFFS_LOST = 5  # of one image: pixels that wait in vain for an hour each, as a rule
 
 
 class LeaseLost(Exception):
@@ -314,7 +315,10 @@ def running_on(session: Session, worker: str) -> list[uuid.UUID]:
 
 
 def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: dict[int, int]) -> Job | None:
-    """The pixels of these images are gone: render them again, which does not count as a try. None if they were stored meanwhile.
+    """Have these images rendered again, for their pixels are gone; None if they were stored.
+
+    It does not count as a try; but a job that has lost the pixels of one image MOST_HAND_OFFS_LOST
+    times fails: it would be rendered for ever. What is stored of it stays.
 
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
     A job that was rendered has kept its run deadline: while its pixels waited for a store in vain nothing ran, and it is
@@ -323,28 +327,23 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is None or job.state not in ACTIVE_STATES:
         return None
-    gone = []
+    gone: dict[int, int] = {}  # how often, by index
     for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
         if image.state == ImageState.HANDED_OFF and image.handed_off_attempt == attempt_of[image.index]:
             image.state, image.handed_off_attempt, image.handed_off_at = ImageState.PENDING, None, None
             image.device_seconds, image.steps_done = 0.0, 0  # `reached_step` stays: they are done again
-            gone.append(image.index)
+            image.hand_offs_lost += 1
+            gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
+    if max(gone.values()) >= MOST_HAND_OFFS_LOST:
+        return _end_unstorable(session, job, gone)
     if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
         inputs.lose(job)  # they were dropped with the last image
         if job.run_within_s is not None:
             job.run_by = func.clock_timestamp() + timedelta(seconds=job.run_within_s)
-    audit.append(
-        session,
-        EventName.JOB_HAND_OFF_LOST,
-        chain=job.tenant_id,
-        actor=jobs.SWEEPER,
-        job_id=job_id,
-        attempt=job.attempt,
-        indexes=sorted(gone),
-    )
+    _note_lost_hand_off(session, job, gone)
     return job
 
 
@@ -360,6 +359,38 @@ def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_d
     row.device_seconds += device_seconds
     if job.state in TAKEN_BACK and job.attempt == lease.attempt:
         jobs.abandon(session, job, steps_done, actor=lease.worker)
+
+
+def _end_unstorable(session: Session, job: Job, gone: Mapping[int, int]) -> Job:
+    """Fail a job whose pixels were lost once too often. gone: how often, by index."""
+    index = max(gone, key=lambda index: gone[index])
+    detail = f"image {index}: its pixels were lost {gone[index]} times before they could be stored"
+    jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
+    code = FailureCode.NOT_STORED
+    facts = {"code": code} | jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
+    _note_lost_hand_off(session, job, gone)
+    audit.append(
+        session,
+        EventName.JOB_STATE_FAILED,
+        chain=job.tenant_id,
+        actor=jobs.SWEEPER,
+        job_id=job.id,
+        attempt=job.attempt,
+        **facts,
+    )
+    return job
+
+
+def _note_lost_hand_off(session: Session, job: Job, gone: Mapping[int, int]) -> None:
+    audit.append(
+        session,
+        EventName.JOB_HAND_OFF_LOST,
+        chain=job.tenant_id,
+        actor=jobs.SWEEPER,
+        job_id=job.id,
+        attempt=job.attempt,
+        indexes=sorted(gone),
+    )
 
 
 def _held(session: Session, lease: Lease) -> Job:

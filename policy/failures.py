@@ -18,6 +18,7 @@ class FailureCode(StrEnum):
     OUT_OF_MEMORY = "out_of_memory"  # it does not fit into the device's memory, not even alone
     INPUT_GONE = "input_gone"  # a picture it starts from is not in the store
     RUN_DEADLINE = "run_deadline"  # it was not rendered within run_within_s of its first start
+    NOT_STORED = "not_stored"  # its pixels were lost again and again before they could be stored
     INTERNAL = "internal"
 
 
@@ -38,6 +39,7 @@ FAILURES = {
     # A file that a job under way starts from cannot be erased: the store has lost it.
     FailureCode.INPUT_GONE: Failure(is_ours=True, is_detail_told=True),
     FailureCode.RUN_DEADLINE: Failure(is_ours=True, is_detail_told=True),
+    FailureCode.NOT_STORED: Failure(is_ours=True, is_detail_told=True),
     FailureCode.INTERNAL: Failure(is_ours=True, is_detail_told=False),
 }
 

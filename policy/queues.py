@@ -2,14 +2,12 @@
 
 from policy.fleet import Fleet
 
-MAINTENANCE = "maintenance"
 WEBHOOKS = "webhooks"
 
 RENDER_JOB = "tasks.render.render_job"
 STORE_IMAGES = "tasks.store.store_images"
-BRING_INPUTS = "tasks.bring.bring_inputs"
+STAGE_INPUTS = "tasks.staging.stage_inputs"
 TIDY_STORE = "tasks.store.tidy_store"
-SWEEP = "tasks.sweep.sweep"
 DELIVER_WEBHOOK = "tasks.deliver.deliver_webhook"
 
 NUM_IMAGES = "num_images"  # header of a job's render message: what it counts in a worker's hand until the lease tells
@@ -43,4 +41,4 @@ def results_queues(fleet: Fleet) -> list[str]:
 
 def all_queues(fleet: Fleet) -> list[str]:
     """Every queue of the house."""
-    return [*(queue for pool in fleet.pools for queue in render_queues(fleet, pool)), *results_queues(fleet), MAINTENANCE, WEBHOOKS]
+    return [*(queue for pool in fleet.pools for queue in render_queues(fleet, pool)), *results_queues(fleet), WEBHOOKS]

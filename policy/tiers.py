@@ -54,12 +54,6 @@ def most_jobs(fleet: Fleet, slots: int) -> int:
     return MAX_FRONT_LOAD * slots + sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
 
 
-def most_images(fleet: Fleet, slots: int) -> int:
-    """Images that a worker with `slots` holds at once at most, however they come, with what sticks out of each tier's last job."""
-    largest = [tier.max_images for tier in fleet.tiers.values()]
-    return most_jobs(fleet, slots) + sum(images - 1 for images in largest) + max(largest) - 1
-
-
 def _most_of_its_own(fleet: Fleet, tier: str, slots: int) -> int:
     """Images of `tier` below which its own queue may be open."""
     return max(guaranteed_slots(fleet, tier, slots), own_slots(fleet, tier, slots))

@@ -1,1 +1,1 @@
-"""One Celery function per promise: render, store, sweep. Each role of a process includes only its own."""
+"""One function per promise: render, store, deliver, sweep. `roles/` puts them together, a process each."""

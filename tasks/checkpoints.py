@@ -20,10 +20,10 @@ from engine.handle import Handle
 from engine.request import ImageRequest
 from engine.snapshots import peek
 from models.leases import Lease, Left
+from policy import gates
 
 log = structlog.get_logger(__name__)
 
-NO_ROOM = 0.6  # of the hand-off's memory
 WITHDRAW_WITHIN_S = 20.0  # a snapshot is taken at the next step boundary; no step takes that long
 
 
@@ -120,7 +120,7 @@ class Checkpoints:
                 if not self._newest:
                     return
                 (job_id, index), (attempt, blob) = self._newest.popitem()
-            if self._fill() > NO_ROOM:
+            if not gates.may_keep_snapshot(self._fill()):
                 continue
             try:
                 self._snapshots.put(job_id, index, attempt, peek(blob).step, blob)

@@ -23,7 +23,7 @@ class InputsMissing(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureDesk:
+class InputPictures:
     """One per worker."""
 
     inputs: Inputs

@@ -10,7 +10,7 @@ import uuid
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -25,11 +25,15 @@ from models import learning, leases, workers
 from models.database import run_transaction, transaction
 from models.learning import CostKey, Observed
 from models.leases import Lease
+from policy import gates
+from tasks.held import Held
 
 log = structlog.get_logger(__name__)
 
 RETRY_S = 0.5  # a renewal that failed is not put off until the next beat
-ALONE_FROM = 2  # counted tries, after which a job shares its worker with no other: if it kills it, it kills nobody else's
+# Counted tries, after which a job shares its worker with no other: if it kills it, it kills
+# nobody else's.
+EXCLUSIVE_FROM = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,66 +51,33 @@ def _nothing() -> None:
     """Nobody is to be told."""
 
 
-def _no_steps() -> Mapping[int, int]:
-    """Nothing has been begun."""
-    return {}
-
-
-@dataclass(eq=False)
-class Held:
-    """A lease in this worker's hands, and why it should be let go of: it is `lost`, or its worker is `leaving`."""
-
-    lease: Lease
-    unrendered: int
-    taken_at: float = field(default_factory=time.monotonic)
-    lost: threading.Event = field(default_factory=threading.Event)
-    leaving: str = ""  # the reason, once the worker has to go
-    is_alone: bool = False  # or waits until it is
-    on_change: Callable[[], None] = _nothing
-    expected_s: Callable[[], float | None] = lambda: None  # until its last pixels; None: nobody can say
-    steps: Callable[[], Mapping[int, int]] = _no_steps  # how far each of its images has come, by index
-
-    def lose(self) -> None:
-        """Let go: the job is somebody else's, or nobody's any more."""
-        if not self.lost.is_set():
-            self.lost.set()
-            self.on_change()
-
-    def leave(self, reason: str) -> None:
-        """Ask whoever renders the job to give it up in good order, for the worker has to go."""
-        if not self.leaving:
-            self.leaving = reason
-            self.on_change()
-
-    def when_to_let_go(self, act: Callable[[], None]) -> None:
-        """Call `act` once the lease is lost or the worker leaves; at once if so already."""
-        self.on_change = act
-        if self.lost.is_set() or self.leaving:
-            act()
-
-    @property
-    def run_left_s(self) -> float | None:
-        """What is left of the job's run deadline."""
-        within_s = self.lease.run_within_s
-        return None if within_s is None else max(0.0, within_s - (time.monotonic() - self.taken_at))
-
-
 class LeaseKeeper:
     """Takes leases and keeps them; also the worker's heartbeat."""
 
     def __init__(
-        self, database: Engine, identity: WorkerIdentity, *, ttl_s: float, renew_s: float, stop_s: float, beats: Engine | None = None
+        self,
+        database: Engine,
+        identity: WorkerIdentity,
+        *,
+        ttl_s: float,
+        renew_s: float,
+        stop_s: float,
+        beats: Engine | None = None,
     ) -> None:
-        """beats: connections for renewals and heartbeats alone, so that no task keeps them waiting; None: those of `database`."""
+        """Begin to keep leases of `ttl_s` seconds, renewed every `renew_s`; without, stop after `stop_s`.
+
+        beats: connections for renewals and heartbeats alone, so that no task keeps them waiting;
+        None: those of `database`.
+        """
         self._database, self._beats, self.identity = database, beats or database, identity
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
         self._asked: Counter[uuid.UUID] = Counter()  # tasks that know whether they have got the lease, by job
         self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._solitude = threading.Lock()
+        self._exclusive = threading.Lock()
         self._renewed_at = time.monotonic()
-        self.leaving = ""  # why nothing more is taken here
+        self._leaving = ""
         self._note_turn: Callable[[], None] = _nothing
         self._threads = [threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True) for run in (self._renew, self._watch)]
 
@@ -122,17 +93,26 @@ class LeaseKeeper:
         for thread in self._threads:
             thread.start()
 
+    @property
+    def leaving(self) -> str:
+        """Why nothing more is taken here; empty while jobs are."""
+        return self._leaving
+
+    def take_no_more(self, reason: str) -> None:
+        """Offer no slots from now on, for the worker has to go."""
+        with self._lock:
+            self._leaving = reason
+
     @contextmanager
     def leased(self, job_id: uuid.UUID) -> Iterator[Held | None]:
         """The job, kept for the length of the block; None if it is finished or someone else holds it."""
-        who, ttl_s = {"worker": self.identity.name, "device": self.identity.device}, self._ttl_s
-        lease = run_transaction(self._database, lambda session: leases.take(session, job_id, ttl_s=ttl_s, **who))
-        held = Held(lease, unrendered=len(lease.pending)) if lease is not None else None
+        lease = run_transaction(self._database, partial(self._take, job_id=job_id))
+        held = Held(lease) if lease is not None else None
         with self._lock:
             self._asked[job_id] += 1
             if held is not None:
                 self._held[job_id] = held
-            leaving = self.leaving
+            leaving = self._leaving
         if held is None:
             yield None
             return
@@ -146,26 +126,27 @@ class LeaseKeeper:
                     del self._held[job_id]
 
     @contextmanager
-    def alone(self, held: Held) -> Iterator[bool]:
-        """Keep everything else off this worker for the length of the block: it starts when all that is here has ended.
+    def exclusive(self, held: Held) -> Iterator[bool]:
+        """Keep everything else off this worker for the length of the block.
 
-        False, at once, if another job has or waits for the worker to itself, and once `held` is to be let go of.
+        The block begins when all else that is here has ended, or when `held` is released meanwhile.
+        False, at once, if another job has, or waits to have, the worker to itself.
         """
-        if not self._solitude.acquire(blocking=False):
+        if not self._exclusive.acquire(blocking=False):
             yield False
             return
-        held.is_alone = True
+        held.set_exclusive(True)
         try:
-            while not (held.lost.is_set() or held.leaving) and len(self.all_held()) > 1:
+            while not held.is_released and len(self.all_held()) > 1:
                 time.sleep(0.05)
             yield True
         finally:
-            held.is_alone = False
-            self._solitude.release()
+            held.set_exclusive(False)
+            self._exclusive.release()
 
     def is_reserved(self, held: Held | None = None) -> bool:
         """Does a job here, other than `held`, have or want the worker to itself?"""
-        return any(other.is_alone and other is not held for other in self.all_held())
+        return any(other.is_exclusive and other is not held for other in self.all_held())
 
     def drop(self, job_id: uuid.UUID) -> None:
         """Stop working on the job, if it is here: it was canceled."""
@@ -223,6 +204,16 @@ class LeaseKeeper:
         except SQLAlchemyError as error:
             log.info("sign_off_failed", reason=type(error).__name__)
 
+    def _take(self, session: Session, *, job_id: uuid.UUID) -> Lease | None:
+        who = self.identity
+        return leases.take(
+            session,
+            job_id,
+            worker=who.name,
+            device=who.device,
+            ttl_s=self._ttl_s,
+        )
+
     def _begins(self, max_attempts: int) -> bool:
         try:
             self._take_over(max_attempts)
@@ -256,8 +247,9 @@ class LeaseKeeper:
         """Drop all work when nothing was renewed for too long. A thread of its own, for a renewal may hang instead of failing."""
         while not self._stop.wait(RETRY_S):
             self._note_turn()  # here, for a renewal that hangs is no reason to load the models again; Postgres sees that none comes
-            if time.monotonic() - self._renewed_at > self._stop_s:
-                self._lose([held for held in self.all_held() if not held.lost.is_set()])
+            silent_s = time.monotonic() - self._renewed_at
+            if gates.must_drop_work(silent_s, stop_s=self._stop_s):
+                self._lose([held for held in self.all_held() if not held.is_lost])
 
     def _beat(self) -> None:
         """Renew everything in one UPDATE and say that this worker is alive."""
@@ -267,7 +259,8 @@ class LeaseKeeper:
         started_at = time.monotonic()
 
         def renew(session: Session) -> set[uuid.UUID]:
-            who, slots = self.identity, 0 if self.leaving else self.identity.slots
+            who = self.identity
+            slots = gates.offered_slots(who.slots, is_leaving=bool(self.leaving))
             own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
             kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
             going_on = [held for held in snapshot if held.lease.job_id in kept]
@@ -280,7 +273,7 @@ class LeaseKeeper:
 
         kept = run_transaction(self._beats, renew)
         self._renewed_at = started_at
-        gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.lost.is_set()]
+        gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.is_lost]
         self._lose(gone)
 
     def _lose(self, gone: list[Held]) -> None:

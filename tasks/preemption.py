@@ -13,11 +13,11 @@ import structlog
 
 from edges import telemetry
 from edges.notices import Notice, NoticeSource, NoticeSourceUnavailable
-from tasks.keeper import Held, LeaseKeeper
+from policy import gates
+from tasks.keeper import LeaseKeeper
 
 log = structlog.get_logger(__name__)
 
-LONGEST_MARGIN_S = 5.0  # of the notice, kept for taking snapshots, storing them and ending
 LOOK_EVERY_S = 0.1
 
 
@@ -29,7 +29,7 @@ class _End:
 
 
 class Preemption:
-    """`begin` may be called more than once; an earlier end wins. The keeper's `leaving` closes the gate for new jobs."""
+    """`begin` may be called more than once; an earlier end wins. It closes the keeper's gate for new jobs."""
 
     def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
         self._keeper, self._when_empty = keeper, when_empty
@@ -39,8 +39,8 @@ class Preemption:
     def begin(self, notice: Notice) -> None:
         """Start to leave. Returns at once."""
         now = time.monotonic()
-        margin_s = min(LONGEST_MARGIN_S, notice.within_s / 2)
-        end = _End(f"{notice.source}: {notice.detail}", now + max(0.0, notice.within_s - margin_s), now)
+        give_up_at = now + gates.give_up_after_s(notice.within_s)
+        end = _End(f"{notice.source}: {notice.detail}", give_up_at, now)
         with self._lock:
             is_first = self._end is None
             if is_first or end.at < self._end.at:  # type: ignore[union-attr]
@@ -48,25 +48,20 @@ class Preemption:
         log.warning("worker_leaves", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
         telemetry.NOTICES.labels(notice.source).inc()
         if is_first:
-            self._keeper.leaving = end.reason
+            self._keeper.take_no_more(end.reason)
             threading.Thread(target=self._run, name="preemption", daemon=True).start()
 
     def _run(self) -> None:
         while self._keeper.all_held():
             for held in self._keeper.all_held():
                 assert self._end is not None
-                if not self._will_finish(held, self._end.at - time.monotonic()):
+                left_s = self._end.at - time.monotonic()
+                if not gates.will_finish(held.unrendered, held.expected_s(), left_s):
                     held.leave(self._end.reason)
             time.sleep(LOOK_EVERY_S)
         assert self._end is not None
         log.warning("worker_has_left", after_s=round(time.monotonic() - self._end.noticed_at, 2))
         self._when_empty()
-
-    def _will_finish(self, held: Held, left_s: float) -> bool:
-        if held.unrendered == 0:
-            return True  # what is left of it is handing on
-        expected_s = held.expected_s()
-        return expected_s is not None and expected_s < left_s
 
 
 def wait_while_a_notice_stands(sources: Sequence[NoticeSource]) -> None:

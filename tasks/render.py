@@ -1,19 +1,25 @@
-"""Render one job: take the lease, give its images to the engine, hand the pixels on as each is done.
+"""Render one job: take the lease, give its images to the engine, hand each on as it is done.
 
-What an error means is decided in `verdicts.py`. Nothing ever leaves a task body as an exception, for Celery would keep its
-message unacknowledged.
+    render_job               the task: nothing without the lease
+      _render_alone_if_suspect
+        _render              submit the images, hand them on; how that ended is one RenderResult
+          _attempt           ... of which every error becomes a part
+          _settle            what becomes of the job by that result
+
+What an error means is decided in `verdicts.py`. Nothing ever leaves a task body as an exception,
+for Celery would keep its message unacknowledged.
 """
 
-import queue
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
 from sqlalchemy import Engine as Database
+from sqlalchemy.orm import Session
 
 from dispatch.release import Release
 from edges import telemetry
@@ -21,15 +27,15 @@ from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.progress import News, Preview, ProgressWriter, Step
 from edges.snapshots import STORE
-from engine.errors import EngineError, ImageCanceled
+from engine.errors import ImageCanceled
 from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
-from engine.handle import Handle
 from engine.records import FinishedImage
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from engine.texts import UnreadText
 from models import leases
 from models.database import run_transaction
 from models.leases import Lease, LeaseLost, Rendered
+from models.tables import Job
 from policy import queues, warnings
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
@@ -38,64 +44,25 @@ from settings import Settings
 from tasks import verdicts
 from tasks.checkpoints import Checkpoints, Earlier
 from tasks.health import Health
-from tasks.inputs import PictureDesk
-from tasks.keeper import ALONE_FROM, Held, LeaseKeeper
+from tasks.held import Held
+from tasks.inputs import InputPictures
+from tasks.keeper import EXCLUSIVE_FROM, LeaseKeeper
 from tasks.previews import Previews
 from tasks.verdicts import Verdicts, persist
+from tasks.work import End, ImageEnding, RenderResult, TextsUnread, Work
 
 log = structlog.get_logger(__name__)
-
-DROP_WITHIN_S = 20.0  # no step takes that long
-
-
-class LetGo(Exception):
-    """The job is to be let go of: its lease is lost, or the worker has to leave."""
-
-
-@dataclass
-class Work:
-    """A job's images in this worker's engine, by index, and their endings as they come.
-
-    Among these: what one has to tell of its texts, and None: look up, something changed.
-    """
-
-    held: Held
-    handles: dict[int, Handle] = field(default_factory=dict)
-    resumed: dict[int, int] = field(default_factory=dict)  # the step at which a snapshot let it begin
-    left: set[int] = field(default_factory=set)  # withdrawn: another attempt goes on
-    handed_on: set[int] = field(default_factory=set)
-    endings: "queue.SimpleQueue[Finished | Failed | tuple[UnreadText, ...] | None]" = field(default_factory=queue.SimpleQueue)
-
-    def open_handles(self) -> dict[int, Handle]:
-        """The images that have not ended."""
-        return {index: handle for index, handle in list(self.handles.items()) if not handle.done()}
-
-    def look_up(self) -> None:
-        """Wake whoever waits for an ending; a lost lease stops the images at their next step whatever that one is busy with."""
-        if self.held.lost.is_set():
-            for handle in list(self.handles.values()):
-                handle.cancel()
-        self.endings.put(None)
-
-    def steps(self) -> dict[int, int]:
-        """Tell how far each image that has not ended has come."""
-        return {index: handle.progress().step for index, handle in self.open_handles().items()}
-
-    def expected_s(self) -> float | None:
-        """Seconds until the last image's pixels; None while an image has not begun."""
-        etas = [handle.progress().eta_s for handle in self.open_handles().values()]
-        return max((eta for eta in etas if eta is not None), default=0.0) if all(eta is not None for eta in etas) else None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """What rendering needs, made once per worker process: the weights stay in `engine` from task to task."""
+    """What rendering needs, made once per worker process: the weights stay in the engine."""
 
     settings: Settings
     fleet: Fleet
     keeper: LeaseKeeper
     checkpoints: Checkpoints
-    desk: PictureDesk
+    inputs: InputPictures
     health: Health
     verdicts: Verdicts
     database: Database
@@ -111,16 +78,8 @@ class Renderer:
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id, worker=self.keeper.identity.name)
         try:
-            if self.keeper.leaving:  # the broker was asked for it before that was known
-                self.release.return_to_queue(uuid.UUID(job_id))
-                return
-            with self.keeper.leased(uuid.UUID(job_id)) as held:
-                if held is None:
-                    telemetry.DUPLICATES.labels("render").inc()
-                    return
-                self._render_in_due_company(held)
-            self.release.release(held.lease.job.pool, held.lease.job.tier)
-        except verdicts.DATABASE_AWAY as error:  # the job waits on: the sweeper sees that nobody has it
+            self._render_job(uuid.UUID(job_id))
+        except verdicts.DATABASE_AWAY as error:  # the sweeper sees that nobody has the job
             log.warning("render_postponed", reason=type(error).__name__)
         except BaseException as error:
             log.error("render_task_failed", exc_info=error)
@@ -128,12 +87,26 @@ class Renderer:
             with suppress(ValueError):
                 self.keeper.end_task(uuid.UUID(str(job_id)))
 
-    def _render_in_due_company(self, held: Held) -> None:
-        """A job that was there when its worker died, more than once, shares it with nobody; what comes meanwhile goes elsewhere."""
-        if held.lease.job.counted_attempts < ALONE_FROM:
+    def _render_job(self, job_id: uuid.UUID) -> None:
+        if self.keeper.leaving:  # the broker was asked for it before that was known
+            self.release.return_to_queue(job_id)
+            return
+        with self.keeper.leased(job_id) as held:
+            if held is None:
+                telemetry.DUPLICATES.labels("render").inc()
+                return
+            self._render_alone_if_suspect(held)
+        self.release.release(held.lease.job.pool, held.lease.job.tier)
+
+    def _render_alone_if_suspect(self, held: Held) -> None:
+        """Keep a job that was there when its worker died, more than once, apart from all others.
+
+        What comes to the worker meanwhile is given back.
+        """
+        if held.lease.job.counted_attempts < EXCLUSIVE_FROM:
             may_stay = nullcontext(not self.keeper.is_reserved(held))
         else:
-            may_stay = self.keeper.alone(held)
+            may_stay = self.keeper.exclusive(held)
         with may_stay as stays:
             if stays:
                 self._render(held)
@@ -141,59 +114,91 @@ class Renderer:
                 self._give_back(held.lease, "another job has the worker to itself")
 
     def _render(self, held: Held) -> None:
+        """Render what is pending of the job; afterwards nothing of it is in the engine."""
         work = Work(held)
         self.progress.begin(held.lease.job_id, held.lease.attempt)
         try:
-            for finished in self._finished_images(work):
-                self._hand_on(work, finished)
-            self.desk.drop(held.lease.job)
-            # As a rule the last hand-off has ended the lease; but one of an earlier attempt may have vanished meanwhile.
-            self._give_back(held.lease, "an image of an earlier attempt is to be rendered again", lacks_inputs=True)
-        except LetGo:
-            self._let_go(work)
-        except (LeaseLost, ImageCanceled):
-            self._drop(work)
-        except BaseException as error:  # noqa: BLE001
-            if self.verdicts.decide(held, error):
-                self.desk.drop(held.lease.job)
+            self._settle(work, self._attempt(work))
         finally:
             self.previews.end(held.lease.job_id)
-            for handle in work.handles.values():
-                handle.cancel()
+            work.cancel()
             self._note_waste(work)
 
-    def _finished_images(self, work: Work) -> Iterator[FinishedImage]:
-        """Give every pending image to the engine; yield each as it is done, raise what the first failing one raised.
+    def _attempt(self, work: Work) -> RenderResult:
+        """Render and hand on every pending image; say how that ended, whatever happened."""
+        try:
+            earlier = self._submit(work)
+            if work.held.is_released:
+                return _release_of(work.held)
+            self._begin(work, earlier)
+            return self._hand_on_all(work)
+        except BaseException as error:  # noqa: BLE001
+            return _result_of(error)
 
-        Raises LetGo between two of them when the job is to be let go of.
-        """
-        held, lease = work.held, work.held.lease
-        held.when_to_let_go(work.look_up)
-        pictures = self.desk.of(lease.job)
+    def _settle(self, work: Work, result: RenderResult) -> None:
+        """Do what the job's result asks for."""
+        match result.end:
+            case End.RENDERED:
+                pass  # the last hand-off ended the lease
+            case End.LOST:
+                work.drop()
+                log.info("render_dropped", attempt=work.lease.attempt)
+            case End.LEAVING:
+                self._give_up(work)
+            case End.FAILED:
+                assert result.error is not None
+                self._judge(work, result.error)
+
+    def _submit(self, work: Work) -> Earlier:
+        """Give every pending image to the engine; return what earlier attempts left of them."""
+        lease = work.lease
+        pictures = self.inputs.of(lease.job)
         earlier = self.checkpoints.of_earlier_attempts(lease)
         for index in lease.pending:
-            request, on_event = self._request(lease, index, pictures), self._hearer(work, index)
-            begun = self.checkpoints.begin(earlier.kept.get(index), request, on_event, within_s=held.run_left_s)
-            work.handles[index], work.resumed[index] = begun
+            handle, first_step = self.checkpoints.begin(
+                earlier.kept.get(index),
+                self._request(lease, index, pictures),
+                self._event_handler(work, index),
+                within_s=work.held.run_left_s,
+            )
+            work.add(index, handle, first_step=first_step)
         self.previews.begin(lease.job_id, work.handles)
-        held.expected_s = work.expected_s
-        if held.lost.is_set() or held.leaving:
-            raise LetGo
-        if lease.attempt > 1:
-            self._note_resumption(work, earlier)
-        held.steps = work.steps  # only now: until then the rows say how far the attempts before had come
-        for _ in lease.pending:
-            while not isinstance(event := work.endings.get(), Finished | Failed):
-                if held.lost.is_set() or held.leaving:
-                    raise LetGo
-                if event is not None:
-                    self._warn(lease, event)
-            if isinstance(event, Failed):
-                raise event.error
-            yield event.image
+        return earlier
 
-    def _hearer(self, work: Work, index: int) -> Callable[[Event], None]:
-        lease = work.held.lease
+    def _begin(self, work: Work, earlier: Earlier) -> None:
+        """Put on record what this attempt goes on from, and tell of its steps from now on."""
+        if work.lease.attempt > 1:
+            self._note_resumption(work, earlier)
+        work.begin()
+
+    def _hand_on_all(self, work: Work) -> RenderResult:
+        """Hand each image on as it is done, until all are, one fails, or the job is released."""
+        for _ in work.lease.pending:
+            ending = self._next_ending(work)
+            if ending is None:
+                return _release_of(work.held)
+            if isinstance(ending.event, Failed):
+                return _result_of(ending.event.error)
+            self._hand_on(work, ending.index, ending.event.image)
+        self.inputs.drop(work.lease.job)
+        # As a rule the last hand-off has ended the lease; but one of an earlier attempt may have
+        # vanished meanwhile.
+        reason = "an image of an earlier attempt is to be rendered again"
+        self._give_back(work.lease, reason, lacks_inputs=True)
+        return RenderResult(End.RENDERED)
+
+    def _next_ending(self, work: Work) -> ImageEnding | None:
+        """Wait for the next image that ends; None once the job is released."""
+        while not isinstance(news := work.wait(), ImageEnding):
+            if work.held.is_released:
+                return None
+            if news is not None:
+                self._warn(work.lease, news.texts)
+        return news
+
+    def _event_handler(self, work: Work, index: int) -> Callable[[Event], None]:
+        """Make what the engine calls with the events of the job's image `index`."""
+        lease = work.lease
         every = self.fleet.tier_or_retired(lease.job.tier).checkpoint_every_steps
 
         def on_event(event: Event) -> None:  # in the engine's thread: note it and go
@@ -204,24 +209,14 @@ class Renderer:
             elif isinstance(event, Previewed):
                 self.progress.show(lease.job_id, Preview(index, event.step, image_steps(lease.job), event.jpeg))
             elif isinstance(event, Started | Resumed) and event.unread:
-                work.endings.put(event.unread)
+                work.put(TextsUnread(event.unread))
             elif isinstance(event, Finished | Failed):
-                work.endings.put(event)
+                work.put(ImageEnding(index, event))
 
         return on_event
 
-    def _warn(self, lease: Lease, unread: tuple[UnreadText, ...]) -> None:
-        """Tell the tenant what of the job's texts has no effect. All images of a job have the same."""
-
-        def note() -> list[dict[str, Any]]:
-            return run_transaction(self.database, lambda session: leases.warn(session, lease, told))
-
-        counted = [(text.field, text.tokens_given, text.tokens_read) for text in unread]
-        told = [warnings.unread(name, tokens_given=given, tokens_read=read, guidance=lease.job.guidance) for name, given, read in counted]
-        for warning in persist(note, verdicts.DATABASE_AWAY):
-            telemetry.TEXTS_UNREAD.labels(lease.job.model, warning["code"]).inc()
-
     def _request(self, lease: Lease, index: int, pictures: Mapping[str, Picture]) -> ImageRequest:
+        """Ask for the job's image `index`, as the engine wants it asked."""
         job = lease.job
         return ImageRequest(
             id=f"{job.id}/{lease.attempt}/{index}",
@@ -246,20 +241,37 @@ class Renderer:
             rank=self.fleet.tier_or_retired(job.tier).rank,
         )
 
-    def _hand_on(self, work: Work, finished: FinishedImage) -> None:
-        """Pixels to the hand-off, the fact to Postgres, a word to the results worker; the GPU is already at its next step."""
-        lease, job, record = work.held.lease, work.held.lease.job, finished.record
-        index = int(finished.request.id.rpartition("/")[2])
+    def _warn(self, lease: Lease, unread: tuple[UnreadText, ...]) -> None:
+        """Tell the tenant what of the job's texts has no effect: the same for all its images."""
+        told = [
+            warnings.unread(
+                text.field,
+                tokens_given=text.tokens_given,
+                tokens_read=text.tokens_read,
+                guidance=lease.job.guidance,
+            )
+            for text in unread
+        ]
+
+        def note() -> list[dict[str, Any]]:
+            return run_transaction(self.database, lambda session: leases.warn(session, lease, told))
+
+        for warning in persist(note, verdicts.DATABASE_AWAY):
+            telemetry.TEXTS_UNREAD.labels(lease.job.model, warning["code"]).inc()
+
+    def _hand_on(self, work: Work, index: int, finished: FinishedImage) -> None:
+        """Pixels to the hand-off, the fact to Postgres, a word to the results worker.
+
+        The GPU is at its next step already.
+        """
+        job, record = work.lease.job, finished.record
         steps = record.num_steps - work.resumed[index]
+        self._put_pixels(work, index, finished)
         persist(
-            lambda: self.handoff.put(job.id, index, lease.attempt, finished.pixels),
-            HandoffUnavailable,
-            patience_s=verdicts.PIXELS_PATIENCE_S,
-            is_vain=lambda: work.held.lost.is_set() or bool(work.held.leaving),
+            lambda: self._note_hand_off(work.lease, index, steps, finished),
+            verdicts.DATABASE_AWAY,
         )
-        persist(lambda: self._note_hand_off(lease, index, steps, finished), verdicts.DATABASE_AWAY)
-        work.handed_on.add(index)
-        work.held.unrendered -= 1
+        work.note_handed_on(index)
         self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
         telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(record.device_seconds)
@@ -270,12 +282,26 @@ class Renderer:
             denoise_s=record.denoise_s,
             fixed_s=record.encode_s + record.decode_s,
         )
-        try:
-            self.broker.announce(queues.STORE_IMAGES, queues.results_queue(self.fleet, job.tier), job.id)
-        except BrokerUnavailable as error:
-            log.warning("announce_failed", reason=str(error))  # the sweeper looks at `store_by`
+        self._ask_to_store(job)
 
-    def _note_hand_off(self, lease: Lease, index: int, steps: int, finished: FinishedImage) -> None:
+    def _put_pixels(self, work: Work, index: int, finished: FinishedImage) -> None:
+        """Put the pixels into the hand-off, patiently: to render again costs more than to wait."""
+        lease = work.lease
+        persist(
+            lambda: self.handoff.put(lease.job_id, index, lease.attempt, finished.pixels),
+            HandoffUnavailable,
+            patience_s=verdicts.PIXELS_PATIENCE_S,
+            is_vain=lambda: work.held.is_released,
+        )
+
+    def _note_hand_off(
+        self,
+        lease: Lease,
+        index: int,
+        steps: int,
+        finished: FinishedImage,
+    ) -> None:
+        """Write the image's hand-off and what it took. Raises LeaseLost."""
         record = finished.record
         rendered = Rendered(
             num_steps=record.num_steps,
@@ -292,70 +318,101 @@ class Renderer:
             fingerprint=record.fingerprint,
             fingerprint_facts=record.fingerprint_facts,
         )
-        told = {"rendered": rendered, "store_within_s": self.settings.store_within_s}
-        run_transaction(self.database, lambda session: leases.hand_off(session, lease, index, **told))
+        store_within_s = self.settings.store_within_s
+
+        def note(session: Session) -> Job:
+            return leases.hand_off(
+                session,
+                lease,
+                index,
+                rendered=rendered,
+                store_within_s=store_within_s,
+            )
+
+        run_transaction(self.database, note)
+
+    def _ask_to_store(self, job: Job) -> None:
+        queue = queues.results_queue(self.fleet, job.tier)
+        try:
+            self.broker.announce(queues.STORE_IMAGES, queue, job.id)
+        except BrokerUnavailable as error:  # the sweeper looks at `store_by`
+            log.warning("announce_failed", reason=str(error))
 
     def _give_back(self, lease: Lease, reason: str, *, lacks_inputs: bool = False) -> None:
-        told = {"reason": reason, "lacks_inputs": lacks_inputs}
-        with suppress(LeaseLost):
-            run_transaction(self.database, lambda session: leases.give_back(session, lease, **told))
+        """Return the job unharmed, if it is still ours."""
 
-    def _let_go(self, work: Work) -> None:
-        """A lost lease: nothing more is written. A worker that leaves: hand on what is finished, give the rest up with snapshots."""
-        held, lease = work.held, work.held.lease
+        def give_back(session: Session) -> Job:
+            return leases.give_back(session, lease, reason=reason, lacks_inputs=lacks_inputs)
+
+        with suppress(LeaseLost):
+            run_transaction(self.database, give_back)
+
+    def _judge(self, work: Work, error: BaseException) -> None:
+        """Have the error decide what becomes of the job."""
+        if self.verdicts.decide(work.held, error):
+            self.inputs.drop(work.lease.job)
+
+    def _give_up(self, work: Work) -> None:
+        """Hand on what is finished and return the rest with snapshots, for the worker has to go."""
+        held, lease = work.held, work.lease
         started = time.monotonic()
-        if held.lost.is_set():
-            self._drop(work)
-            return
         try:
             left = self.checkpoints.withdraw(lease, work.open_handles())
-            for finished in _drained(work):
-                self._hand_on(work, finished)
-            told = {"reason": held.leaving, "left": left, "store": STORE}
-            run_transaction(self.database, lambda session: leases.preempt(session, lease, **told))
-            work.left = {image.index for image in left}
-            telemetry.PREEMPTED.inc()
-            log.info("job_preempted", attempt=lease.attempt, snapshots=len(left), after_s=round(time.monotonic() - started, 3))
+            for index, finished in work.drain_finished():
+                self._hand_on(work, index, finished)
+
+            def preempt(session: Session) -> Job:
+                return leases.preempt(session, lease, reason=held.leaving, left=left, store=STORE)
+
+            run_transaction(self.database, preempt)
         except LeaseLost:
             return  # its last image was finished meanwhile, or it was canceled
         except BaseException as error:  # noqa: BLE001
-            self.verdicts.decide(held, error)
-
-    def _drop(self, work: Work) -> None:
-        """Stop the images at their next step and wait until they have: their last account is then complete, their slots free."""
-        for handle in work.handles.values():
-            handle.cancel()
-        for handle in work.handles.values():
-            with suppress(EngineError, TimeoutError):
-                handle.result(DROP_WITHIN_S)
-        log.info("render_dropped", attempt=work.held.lease.attempt)
+            self._judge(work, error)
+            return
+        for image in left:
+            work.note_snapshot_left(image.index)
+        telemetry.PREEMPTED.inc()
+        after_s = round(time.monotonic() - started, 3)
+        log.info("job_preempted", attempt=lease.attempt, snapshots=len(left), after_s=after_s)
 
     def _note_resumption(self, work: Work, earlier: Earlier) -> None:
         """Put on record what snapshots spared this attempt, and what it does again."""
-        lost = {index: max(0, earlier.reached.get(index, 0) - step) for index, step in work.resumed.items()}
-        told = {"resumed": work.resumed, "lost_steps": sum(lost.values())}
-        cause = run_transaction(self.database, lambda session: leases.note_resumption(session, work.held.lease, **told))
-        telemetry.STEPS_RESUMED.inc(sum(work.resumed.values()))
+        resumed = work.resumed
+        lost = sum(max(0, earlier.reached.get(index, 0) - step) for index, step in resumed.items())
+
+        def note(session: Session) -> str | None:
+            return leases.note_resumption(session, work.lease, resumed=resumed, lost_steps=lost)
+
+        cause = run_transaction(self.database, note)
+        telemetry.STEPS_RESUMED.inc(sum(resumed.values()))
         if cause is not None:
-            telemetry.STEPS_LOST.labels(cause).inc(sum(lost.values()))
+            telemetry.STEPS_LOST.labels(cause).inc(lost)
 
     def _note_waste(self, work: Work) -> None:
-        """Device time of images that were not handed on goes on the attempt's account; of a job that was canceled, on its tenant's.
+        """Write down device time that bought no image: on the attempt's account, or its tenant's.
 
-        An image that was finished when its job was canceled is one of them, too.
+        The latter for a job that was canceled, an image that was finished by then included.
         """
-        spent = {index: handle.progress() for index, handle in work.handles.items() if index not in work.left | work.handed_on}
+        spent = {index: handle.progress() for index, handle in work.unaccounted().items()}
         wasted_s = sum(image.device_seconds for image in spent.values())
-        if wasted_s:
-            told = {"device_seconds": wasted_s, "steps_done": {index: image.step for index, image in spent.items()}}
-            lease = work.held.lease
-            persist(
-                lambda: run_transaction(self.database, lambda session: leases.note_waste(session, lease, **told)), verdicts.DATABASE_AWAY
-            )
+        if not wasted_s:
+            return
+        steps_done = {index: image.step for index, image in spent.items()}
+
+        def note(session: Session) -> None:
+            leases.note_waste(session, work.lease, device_seconds=wasted_s, steps_done=steps_done)
+
+        persist(lambda: run_transaction(self.database, note), verdicts.DATABASE_AWAY)
 
 
-def _drained(work: Work) -> Iterator[FinishedImage]:
-    """The images that were finished before they could be withdrawn."""
-    while not work.endings.empty():
-        if isinstance(event := work.endings.get(), Finished):
-            yield event.image
+def _result_of(error: BaseException) -> RenderResult:
+    """Tell a job that is not this attempt's any more from one that failed."""
+    if isinstance(error, LeaseLost | ImageCanceled):
+        return RenderResult(End.LOST)
+    return RenderResult(End.FAILED, error)
+
+
+def _release_of(held: Held) -> RenderResult:
+    """Say why a released job is let go of: a lost lease outweighs a worker that leaves."""
+    return RenderResult(End.LOST if held.is_lost else End.LEAVING)

@@ -143,7 +143,13 @@ class Storekeeper:
 
     def _render_again(self, job: Job, gone: list[int], waiting: dict[int, int]) -> None:
         log.warning("handoff_gone", indexes=gone)
-        run_transaction(self.database, lambda session: leases.lose_hand_off(session, job.id, gone, attempt_of=waiting))
+
+        def lose(session: Session) -> Job | None:
+            return leases.lose_hand_off(session, job.id, gone, attempt_of=waiting)
+
+        after = run_transaction(self.database, lose)
+        if after is not None and after.state == JobState.FAILED:
+            self.news.tell_ending(job.id)
         self.release.release(job.pool, job.tier)
 
     def _tidy_one(self) -> bool:

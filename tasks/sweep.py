@@ -33,7 +33,7 @@ from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
 from models.sweeping import Unstored
 from models.uploads import ORPHAN_AFTER_S
-from policy import queues
+from policy import gates, queues
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
 from policy.states import JobState
@@ -43,11 +43,7 @@ from settings import Settings
 log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
-MOST_HANDED_OUT = 200  # messages of one queue that nobody has taken yet
 ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
-INPUTS_LATE_AFTER_S = 5.0  # pictures that were asked for that long ago: the store may be back
-INPUTS_LOST_AFTER_S = 60.0  # or, while other messages wait in that queue, theirs may have been lost
-OVERTAKEN_BY_S = 2.0  # or was popped and lost, if the next message in line was announced this much later
 MINUTELY_S, HOURLY_S = 60.0, 3600.0
 AGAIN_AFTER_S = 15.0  # what comes every minute or hour and fails; not at the next sweep, for it may have made others wait
 PIECE = 1000  # rows deleted per transaction
@@ -58,7 +54,7 @@ _LOCK = 0x5357454550  # "SWEEP"
 
 @dataclass
 class Sweeper:
-    """One pass every `sweep_every_s`, on the maintenance queue."""
+    """One pass every `sweep_every_s`; `SweepLoop` says when."""
 
     settings: Settings
     fleet: Fleet
@@ -74,7 +70,7 @@ class Sweeper:
     _in_pass: threading.Lock = field(default_factory=threading.Lock, init=False)
     _due_at: dict[str, float] = field(default_factory=dict, init=False)
     _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
-    _lenient_until: float = field(default=-math.inf, init=False)
+    _outage_noted_at: float | None = field(default=None, init=False)  # of Postgres, the last one
     _endpoints_after: uuid.UUID | None = field(default=None, init=False)
     _well_at: float = field(default_factory=time.monotonic, init=False)  # when every part was last seen well
     _saw_outage: bool = field(default=False, init=False)  # since then
@@ -109,7 +105,7 @@ class Sweeper:
             self.on_turn()
             now = time.monotonic()
             is_early = now < self._due_at.get(part.__name__, -math.inf)
-            if is_early or (part == self._leases and now < self._lenient_until):
+            if is_early or (part == self._leases and not self._may_end_leases(now)):
                 continue
             self._due_at[part.__name__] = now + min(every_s, AGAIN_AFTER_S)
             try:
@@ -123,9 +119,13 @@ class Sweeper:
                 log.error("sweep_part_failed", part=part.__name__, exc_info=error)
 
     def _note_outage(self) -> None:
-        """When Postgres is back, workers first get the time to renew: it was not they who were silent."""
+        """Remember when Postgres was away, for leases and deadlines are judged by what it lasted."""
         self._saw_outage = True
-        self._lenient_until = time.monotonic() + self.settings.lease_renew_s
+        self._outage_noted_at = time.monotonic()
+
+    def _may_end_leases(self, now: float) -> bool:
+        renew_s = self.settings.lease_renew_s
+        return gates.may_end_leases(now, outage_noted_at=self._outage_noted_at, renew_s=renew_s)
 
     def _parts(self) -> Sequence[tuple[Callable[[], bool | None], float]]:
         """What is looked at, and how often at most; one that returns False has more to do and comes again at the next sweep."""
@@ -211,16 +211,22 @@ class Sweeper:
             queue = queues.results_queue(self.fleet, unstored.tier)
             held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
             gone = [index for index, here in held.items() if not here]
-            run_transaction(self.database, partial(self._postpone, unstored=unstored, gone=gone))
-            if any(held.values()) and missing[queue] > 0:
+            postpone = partial(self._postpone, unstored=unstored, gone=gone)
+            if run_transaction(self.database, postpone):
+                self.news.tell_ending(unstored.job_id)
+            elif any(held.values()) and missing[queue] > 0:
                 missing[queue] -= 1
                 self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
 
-    def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> None:
+    def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> bool:
+        """Give a storing job more time, or have it rendered again; has it failed by that?"""
+        job = None
         if gone:
-            leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=unstored.attempt_of)
+            attempt_of = unstored.attempt_of
+            job = leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=attempt_of)
         sweeping.postpone_store(session, unstored.job_id, store_within_s=self.settings.store_within_s)
+        return job is not None and job.state == JobState.FAILED
 
     def _releases(self) -> None:
         """Waiting jobs for which there is room: missed at accept, or put back since."""
@@ -263,23 +269,23 @@ class Sweeper:
             next_at = releasing.announced_at(session, next_job) if next_job else None
         if next_at is None:
             return []  # a message of a job that is over: it will be dropped, and the next one tells more
-        return [job.job_id for job in announced if (next_at - job.announced_at).total_seconds() > OVERTAKEN_BY_S]
+        return [job.job_id for job in announced if gates.was_overtaken(job.announced_at, next_announced_at=next_at)]
 
     def _late_inputs(self) -> None:
         """Pictures that did not come: ask again, but not while whoever brings them has not looked at what he was asked before."""
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
                 waiting = self.broker.waiting(queues.results_queue(self.fleet, tier))
-                if waiting > MOST_HANDED_OUT:
-                    continue  # nobody takes anything for now
-                late_s = INPUTS_LOST_AFTER_S if waiting else INPUTS_LATE_AFTER_S
+                if gates.is_backed_up(waiting):
+                    continue
+                late_s = gates.inputs_late_after_s(waiting)
                 late = self.release.ask_for_inputs_again(pool, tier, asked_before_s=late_s)
                 if late:
                     telemetry.SWEPT.labels("inputs_late").inc(late)
 
     def _webhooks(self) -> None:
         """Deliveries that are due and that nobody tries: missed at the job's end, or to be tried again."""
-        if self.broker.waiting(queues.WEBHOOKS) > MOST_HANDED_OUT:
+        if gates.is_backed_up(self.broker.waiting(queues.WEBHOOKS)):
             return
         with transaction(self.database) as session:
             endpoints = webhooks.endpoints_with_pending(session, after=self._endpoints_after, limit=ENDPOINTS_AT_A_TIME)
@@ -339,7 +345,7 @@ class Sweeper:
         telemetry.SWEPT.labels("orphan_snapshots").inc(len(over))
         telemetry.SWEPT.labels("orphan_inputs").inc(len(unread))
         last_queue = queues.results_queue(self.fleet, self.fleet.tiers_by_rank[-1])
-        if objects and self.broker.waiting(last_queue) <= MOST_HANDED_OUT:  # else nobody takes anything for now
+        if objects and not gates.is_backed_up(self.broker.waiting(last_queue)):
             self.broker.ask_for(queues.TIDY_STORE, last_queue)
 
     def _audit_partitions(self) -> None:

@@ -35,8 +35,8 @@ from models.tables import Job
 from policy.failures import FailureCode
 from policy.states import JobState
 from tasks.health import Health
+from tasks.held import Held
 from tasks.inputs import InputGone, InputsMissing
-from tasks.keeper import Held
 
 log = structlog.get_logger(__name__)
 
@@ -64,16 +64,16 @@ class Verdicts:
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
         try:
-            job = persist(lambda: self._decided(held.lease, error, is_alone=held.is_alone, is_ours=is_ours), DATABASE_AWAY)
+            job = persist(lambda: self._decided(held.lease, error, is_exclusive=held.is_exclusive, is_ours=is_ours), DATABASE_AWAY)
         except LeaseLost:
             return False
         if job.state == JobState.FAILED:
             self.news.tell_ending(job.id)
         return job.state == JobState.FAILED
 
-    def _decided(self, lease: Lease, error: BaseException, *, is_alone: bool, is_ours: bool) -> Job:
+    def _decided(self, lease: Lease, error: BaseException, *, is_exclusive: bool, is_ours: bool) -> Job:
         def decide(session: Session) -> Job:
-            if (code := failure_code(error, is_alone=is_alone)) is not None:
+            if (code := failure_code(error, is_exclusive=is_exclusive)) is not None:
                 return leases.fail(session, lease, code=code, detail=str(error))
             was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
             if is_ours or was_stopped or isinstance(error, AWAY):
@@ -84,8 +84,8 @@ class Verdicts:
         return run_transaction(self.database, decide)
 
 
-def failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
-    """Why no retry would help; None if one may. is_alone: nothing else was on the device."""
+def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:
+    """Why no retry would help; None if one may. is_exclusive: nothing else was on the device."""
     match error:
         case UnsupportedRequest() | UnknownCheckpoint():
             return FailureCode.UNSUPPORTED
@@ -95,7 +95,7 @@ def failure_code(error: BaseException, *, is_alone: bool) -> FailureCode | None:
             return FailureCode.NOT_FINITE
         case DeadlinePassed():
             return FailureCode.RUN_DEADLINE
-        case OutOfDeviceMemory() if is_alone:
+        case OutOfDeviceMemory() if is_exclusive:
             return FailureCode.OUT_OF_MEMORY
     return None
 

@@ -153,6 +153,8 @@ class Image(Base):
     snapshot_ref: Mapped[str | None]
     steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of it there is something to show for: pixels, a snapshot
     reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # as last noted, whatever is left of it
+    # How often its pixels were lost before they were stored.
+    hand_offs_lost: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     artifact_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("artifacts.id"))
 

@@ -204,7 +204,7 @@ def test_a_further_try_joins_a_job_that_a_new_one_could_not_do_better_than(state
     assert may_still_answer(a_job_that(state, **end), streams=streams) is joins
 
 
-OURS = ("attempts_exhausted", "internal", "out_of_memory", "input_gone", "run_deadline")
+OURS = ("attempts_exhausted", "internal", "out_of_memory", "input_gone", "run_deadline", "not_stored")
 THEIRS = ("unsupported", "not_finite")
 
 

@@ -4,13 +4,13 @@ import uuid
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import select, text
 
 from models import jobs, leases, sweeping
 from models.database import transaction
 from models.leases import LeaseLost
 from models.tables import Image
-from policy.failures import FailureCode
+from policy.failures import FailureCode, is_our_fault
 from tests.builders import a_job, a_lease, a_left, a_succeeded_job, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
 
@@ -375,6 +375,80 @@ def test_pixels_of_a_newer_attempt_are_not_taken_for_the_lost_ones(session):
     assert leases.lose_hand_off(session, lease.job_id, [0], attempt_of={0: 1}) is None
 
     assert lease.job.state == "storing"
+
+
+def lose_pixels(session, lease, *indexes):
+    attempt_of = dict.fromkeys(indexes, lease.attempt)
+    return leases.lose_hand_off(session, lease.job_id, indexes, attempt_of=attempt_of)
+
+
+def lose_pixels_again_and_again(session, job, times):
+    """Render what is left of the job and lose the pixels of its image 0, so many times."""
+    for _ in range(times):
+        lease = a_lease(session, job)
+        for index in lease.pending:
+            hand_off(session, lease, index)
+        job = lose_pixels(session, lease, 0)
+    return job
+
+
+def test_job_whose_pixels_are_lost_over_and_over_fails_at_the_fifth_time(session):
+    job = lose_pixels_again_and_again(session, a_job(session), times=4)
+    assert (job.state, job.counted_attempts) == ("queued", 0)
+
+    job = lose_pixels_again_and_again(session, job, times=1)
+
+    assert (job.state, job.failure_code, job.attempt) == ("failed", FailureCode.NOT_STORED, 5)
+    assert job.failure_detail == "image 0: its pixels were lost 5 times before they could be stored"
+    assert is_our_fault(FailureCode.NOT_STORED)
+    assert (job.store_by, job.lease_expires_at) == (None, None)
+    events = events_of(session, job.id)
+    assert events.count("job:hand-off:lost") == 5
+    assert events[-1] == "job:state:failed"
+
+
+def test_job_that_cannot_be_stored_keeps_what_was_stored_of_it_and_is_paid_for_that(session):
+    job = a_job(session, num_images=3)
+    lease = a_lease(session, job)
+    for index in lease.pending:
+        hand_off(session, lease, index)
+    stored = store(session, job, 1)
+    cost = stored.cost
+    lose_pixels(session, lease, 0)
+
+    job = lose_pixels_again_and_again(session, job, times=4)
+
+    assert (job.state, job.cost) == ("failed", cost)
+    assert cost > 0
+    states = select(Image.state).where(Image.job_id == job.id).order_by(Image.index)
+    assert list(session.scalars(states)) == ["pending", "stored", "handed_off"]
+
+
+def test_lost_pixels_are_counted_by_image(session):
+    job = a_job(session, num_images=2)
+    for _ in range(3):
+        lease = a_lease(session, job)
+        for index in lease.pending:
+            hand_off(session, lease, index)
+        job = lose_pixels(session, lease, 0, 1)
+
+    counts = select(Image.hand_offs_lost).where(Image.job_id == job.id)
+    assert list(session.scalars(counts)) == [3, 3], "six losses, none of which is a fifth"
+    assert job.state == "queued"
+
+
+def test_job_that_fails_by_lost_pixels_while_it_runs_is_taken_from_its_worker(session):
+    lease = a_lease(session, num_images=2)
+    hand_off(session, lease, 0)
+    image_of(session, lease.job, 0).hand_offs_lost = 4
+
+    job = lose_pixels(session, lease, 0)
+
+    session.flush()
+    assert job.state == "failed"
+    assert attempt_of(session, job.id).outcome == "failed"
+    with pytest.raises(LeaseLost):
+        hand_off(session, lease, 1)
 
 
 def test_wasted_device_time_goes_on_the_attempt_s_account(session):

@@ -12,10 +12,16 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from policy import queues
 from policy.fleet import Fleet
-from policy.tiers import guaranteed_slots, may_take, most_images, most_jobs, own_slots
+from policy.tiers import guaranteed_slots, may_take, most_jobs, own_slots
 from tests.builders import a_fleet
 
 TIERS = ("fast", "quality", "batch")
+
+
+def most_images(fleet: Fleet, slots: int) -> int:
+    """What a worker may hold at most: that many jobs, and what sticks out of each tier's last one."""
+    largest = [tier.max_images for tier in fleet.tiers.values()]
+    return most_jobs(fleet, slots) + sum(images - 1 for images in largest) + max(largest) - 1
 
 
 @dataclass(eq=False)

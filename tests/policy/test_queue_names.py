@@ -21,7 +21,6 @@ def test_every_pool_and_tier_has_a_render_queue_and_every_tier_a_results_queue()
         "results.fast",
         "results.quality",
         "results.batch",
-        "maintenance",
         "webhooks",
     ]
 

@@ -16,8 +16,9 @@ from models.tables import Attempt, File, Job, Tenant
 from policy import queues
 from policy.states import JobState
 from settings import StoreSettings
-from tasks.bring import Bringer
 from tasks.inputs import InputGone, InputsMissing
+from tasks.roles.results import build
+from tasks.staging import InputStager
 from tasks.verdicts import failure_code, is_unplanned
 from tests.builders import a_job, a_tenant, settings_for, until
 from tests.pictures import a_picture, png
@@ -27,7 +28,7 @@ from tests.pictures import a_picture, png
 class Shelf:
     """One tenant with a picture, and whoever brings it."""
 
-    bringer: Bringer
+    stager: InputStager
     inputs: Inputs
     store: ObjectStore
     tenant: Tenant
@@ -35,10 +36,9 @@ class Shelf:
 
 
 @pytest.fixture
-def shelf(stack, here, settings_here) -> Shelf:
-    changes = {"broker_url": settings_here.broker_url, "handoff_url": settings_here.handoff_url}
-    store = ObjectStore(settings_for(StoreSettings, stack.env, **changes))
-    kept = Inputs(settings_here.handoff_url, ttl_s=60)
+def shelf(stack, here, urls_here) -> Shelf:
+    settings = settings_for(StoreSettings, stack.env, handoff_ttl_s=60, **urls_here)
+    stager = build(settings, here.renderer.fleet, name="results@here").stager
     with transaction(here.database) as session:
         tenant = a_tenant(session)
         content = png(a_picture(128, 128))
@@ -54,9 +54,8 @@ def shelf(stack, here, settings_here) -> Shelf:
             content_sha256=content_sha256(content),
             actor="tests",
         )
-    store.put(key, content, content_type="image/png")
-    bringer = Bringer(database=here.database, inputs=kept, store=store, release=here.renderer.release, fill=lambda: 0.0)
-    return Shelf(bringer, kept, store, tenant, file)
+    stager.store.put(key, content, content_type="image/png")
+    return Shelf(stager, stager.inputs, stager.store, tenant, file)
 
 
 def accept(here, shelf, **params) -> Job:
@@ -65,7 +64,7 @@ def accept(here, shelf, **params) -> Job:
 
 
 def bring(shelf, job) -> None:
-    shelf.bringer.bring_inputs(job_id=str(job.id))
+    shelf.stager.stage_inputs(job_id=str(job.id))
 
 
 def announced(here) -> list[uuid.UUID]:
@@ -119,7 +118,7 @@ def test_bringing_again_is_harmless_and_for_a_job_that_lacks_nothing_nothing_is_
     for _ in range(3):
         bring(shelf, job)
     bring(shelf, plain)
-    shelf.bringer.bring_inputs(job_id=str(uuid.uuid4()))
+    shelf.stager.stage_inputs(job_id=str(uuid.uuid4()))
     assert shelf.inputs.are_there(job.id)
     assert not shelf.inputs.are_there(plain.id)
 
@@ -132,9 +131,9 @@ def test_bringing_again_is_harmless_and_for_a_job_that_lacks_nothing_nothing_is_
 
 def test_a_hand_off_with_little_room_is_given_no_pictures(here, shelf):
     job = accept(here, shelf)
-    full = replace(shelf.bringer, fill=lambda: 0.75)
+    full = replace(shelf.stager, fill=lambda: 0.75)
 
-    full.bring_inputs(job_id=str(job.id))
+    full.stage_inputs(job_id=str(job.id))
     assert not shelf.inputs.are_there(job.id)
     assert here.row(job).lacks_inputs
 
@@ -232,8 +231,8 @@ def test_pictures_that_were_asked_for_in_vain_are_asked_for_again(here, shelf, n
 
 
 def test_what_an_error_about_pictures_means():
-    assert failure_code(InputGone("init_image: file x was erased"), is_alone=False) == "input_gone"
-    assert failure_code(InputsMissing("late"), is_alone=True) is None
+    assert failure_code(InputGone("init_image: file x was erased"), is_exclusive=False) == "input_gone"
+    assert failure_code(InputsMissing("late"), is_exclusive=True) is None
     assert not is_unplanned(InputGone("gone"))
     assert not is_unplanned(InputsMissing("late"))
-    assert failure_code(ImageNotFinite("nan"), is_alone=False) == "not_finite"
+    assert failure_code(ImageNotFinite("nan"), is_exclusive=False) == "not_finite"

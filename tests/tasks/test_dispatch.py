@@ -140,21 +140,21 @@ def test_flower_has_no_route_that_acts(stack):
         for route in ("worker/shutdown/x", "worker/pool/grow/x", "worker/queue/add-consumer/x", "task/revoke/x", "task/timeout/x"):
             assert flower.post(f"/api/{route}").text.find("Unknown") < 0, route
         for route in ("task/apply", "task/async-apply", "task/send-task"):
-            assert flower.post(f"/api/{route}/{queues.SWEEP}", json={}).status_code == 404, route
+            assert flower.post(f"/api/{route}/{queues.TIDY_STORE}", json={}).status_code == 404, route
 
 
 def test_a_worker_answers_inspections_and_obeys_nobody(stack):
     celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), parse_fleet((REPO / "fleet.toml").read_text()))
-    before = {name: stack.pid(name) for name in ("worker", "results", "webhooks", "sweeper")}
+    before = {name: stack.pid(name) for name in ("worker", "results", "webhooks")}
     asked = until(lambda: celery.control.inspect(timeout=2).ping())
 
     celery.control.broadcast("shutdown")
-    celery.control.broadcast("cancel_consumer", arguments={"queue": queues.MAINTENANCE})
+    celery.control.broadcast("cancel_consumer", arguments={"queue": queues.WEBHOOKS})
 
     assert until(lambda: (celery.control.inspect(timeout=2).ping() or {}).keys() == asked.keys(), within_s=30)
     assert {name: stack.pid(name) for name in before} == before
     consumed = celery.control.inspect(timeout=2).active_queues()
-    assert queues.MAINTENANCE in {queue["name"] for own in consumed.values() for queue in own}
+    assert queues.WEBHOOKS in {queue["name"] for own in consumed.values() for queue in own}
 
 
 def test_a_killed_worker_loses_no_job_and_doubles_no_image(client, sql, stack):
@@ -262,11 +262,15 @@ def test_an_object_store_that_is_away_only_delays(client, stack):
 def test_a_running_job_stops_when_it_is_canceled(client, sql):
     job = client.create_job(SHAPES[0], tier="batch", seed=1, steps=60, n=8)
     eventually(lambda: client.job(job.id).state == "running")
+    # Right after a heartbeat, so that the next renewal, 5 s later, cannot be what tells the worker.
+    fresh = "SELECT clock_timestamp() - seen_at < interval '0.5 s' AS is_fresh FROM workers"
+    eventually(lambda: sql(fresh) == [{"is_fresh": True}])
 
     canceled = client.cancel(job.id)
 
     assert canceled.state == "canceled"
-    eventually(lambda: attempts_of(sql, job)[0]["device_seconds"] > 0, within_s=5)  # dropped, and its waste is on record
+    # Dropped, and its waste is on record.
+    eventually(lambda: attempts_of(sql, job)[0]["device_seconds"] > 0, within_s=2)
     attempt = attempts_of(sql, job)[0]
     assert (attempt["outcome"], attempt["waste_class"]) == ("canceled", "canceled")
     assert client.job(job.id).state == "canceled"

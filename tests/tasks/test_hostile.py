@@ -55,13 +55,6 @@ def breaks_the_device(here, monkeypatch):
     return breaks
 
 
-@pytest.fixture
-def handoff_redis(here):
-    with redis.Redis.from_url(here.settings.handoff_url) as client:
-        yield client
-        client.config_set("maxmemory", "1gb")
-
-
 def ended(here, *jobs):
     for thread in [here.render(job) for job in jobs]:
         thread.join(timeout=60)
@@ -168,11 +161,11 @@ def test_an_error_now_and_then_is_no_reason_to_leave(here, monkeypatch):
     assert here.notices.poll() is None
 
 
-def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(fleet_here, settings_here, database_here, monkeypatch):
+def test_a_job_that_breaks_the_device_thread_is_counted_and_its_worker_leaves(fleet_here, settings_here, monkeypatch):
     pool = fleet_here.pools["local"]
     with (
         Engine(engine_config(settings_here, fleet_here, pool), checkpoint_specs(fleet_here, pool.models, REPO)) as engine,
-        a_worker(fleet_here, settings_here, engine, database_here, name="cpu1@here") as worker,
+        a_worker(fleet_here, settings_here, engine, name="cpu1@here") as worker,
     ):
         monkeypatch.setattr(engine._ledger, "enter_forward", lambda batch, watch: 1 / 0)
         job = worker.accept()
@@ -204,7 +197,7 @@ def test_a_job_taken_while_the_worker_was_told_to_go_is_given_up_at_once(here):
     job = here.accept(**LONG)
     take = here.keeper.leased
 
-    here.keeper.leaving = "told meanwhile"
+    here.keeper.take_no_more("told meanwhile")
     with take(job.id) as held:
         assert held.leaving == "told meanwhile"
 
@@ -383,7 +376,7 @@ def test_a_resumed_image_has_the_bits_it_would_have_had(here):
 
 def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
     job = here.accept()
-    here.keeper.leaving = "a test wants it"
+    here.keeper.take_no_more("a test wants it")
 
     (row,) = ended(here, job)
 

@@ -7,7 +7,7 @@ import pytest
 from fleet.consumer import TakenTask
 from models.database import transaction
 from policy import queues
-from tasks.serve import _images_by_job
+from tasks.roles.render import images_by_job
 from tests.builders import a_fleet, a_job, until
 
 
@@ -67,9 +67,9 @@ def test_a_rendered_job_leaves_nothing_behind(here):
 def test_a_message_that_does_not_say_how_large_it_is_counts_as_the_largest_of_its_tier(headers, images):
     job_id = uuid.uuid4()
 
-    assert _images_by_job(a_fleet(), [TakenTask("local.batch.front", {"job_id": str(job_id)}, headers)]) == {job_id: ("batch", images)}
+    assert images_by_job(a_fleet(), [TakenTask("local.batch.front", {"job_id": str(job_id)}, headers)]) == {job_id: ("batch", images)}
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"job_id": "not an id"}, {"job_id": None}])
 def test_a_message_that_is_none_of_ours_counts_nothing(kwargs):
-    assert _images_by_job(a_fleet(), [TakenTask("local.fast", kwargs, {})]) == {}
+    assert images_by_job(a_fleet(), [TakenTask("local.fast", kwargs, {})]) == {}

@@ -14,21 +14,29 @@ from sqlalchemy.exc import OperationalError
 
 import models.sweeping
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
-from dispatch.release import Release
-from edges.broker import Broker
+from edges.broker import job_of_message
 from edges.handoff import Handoff
-from edges.inputs import Inputs
-from edges.progress import News
-from edges.snapshots import Snapshots
+from edges.progress import ENDINGS, Listener
 from models import leases
 from models.database import transaction
 from models.tables import Job
 from policy import queues
 from settings import Settings
 from tasks.keeper import LeaseKeeper, WorkerIdentity
+from tasks.roles.maintenance import build
 from tasks.sweep import Sweeper, SweepLoop
-from tests.builders import a_closed_port, a_fleet, a_job, a_lease, hand_off, settings_for, some_pixels
+from tests.builders import (
+    a_closed_port,
+    a_fleet,
+    a_job,
+    a_lease,
+    hand_off,
+    settings_for,
+    some_pixels,
+    until,
+)
 from tests.models.conftest import Database, a_database
+from tests.tasks.conftest import metric
 
 CORNER = 7  # of Redis's sixteen numbered databases: nobody else looks there
 
@@ -85,20 +93,10 @@ def sweeping(stack, own_database) -> Iterator[Sweeping]:
         urls[f"{name}_url"] = parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
         clients[name] = redis.Redis.from_url(parts.geturl())
         clients[name].flushdb()
-    settings, fleet = settings_for(Settings, stack.env, **urls), a_fleet()
-    broker, handoff = Broker(settings, fleet), Handoff(settings.handoff_url, ttl_s=60)
-    sweeper = Sweeper(
-        settings=settings,
-        fleet=fleet,
-        database=own_database.app,
-        broker=broker,
-        release=Release(own_database.app, broker, fleet, worker_silence_s=15),
-        handoff=handoff,
-        snapshots=Snapshots(settings.handoff_url, ttl_s=60),
-        inputs=Inputs(settings.handoff_url, ttl_s=60),
-        news=News(settings.handoff_url),
-        fill=lambda: 0.0,
-    )
+    urls["database_url"] = own_database.app.url.render_as_string(hide_password=False)
+    settings = settings_for(Settings, stack.env, lease_renew_s=1.0, **urls)
+    sweeper = build(settings, a_fleet())
+    handoff = Handoff(settings.handoff_url, ttl_s=60)
     yield Sweeping(sweeper, own_database, ways, clients["broker"], handoff)
     for way in ways.values():
         way.close()
@@ -187,7 +185,7 @@ def fails(*arguments, **keywords):
 def test_without_an_outage_a_deadline_is_a_deadline(sweeping):
     job = sweeping.accept(start_within_s=0.3)
 
-    sweeping.sweep_for(0.6)
+    until(lambda: sweeping.sweeper.sweep() or sweeping.row(job).state != "queued")
 
     assert sweeping.row(job).state == "expired"
 
@@ -202,6 +200,63 @@ def test_what_waits_in_an_outage_of_the_broker_is_announced_by_the_first_sweep_a
 
     assert sweeping.row(job).announced_at is not None
     assert sweeping.broker.llen("local.fast") == 1
+
+
+def test_lease_that_ran_out_in_an_outage_of_postgres_may_be_renewed_before_it_is_ended(sweeping):
+    with transaction(sweeping.database.app) as session:
+        job = a_lease(session, ttl_s=0.2).job
+    with refusing(sweeping, "postgres"):
+        sweeping.sweep_for(0.4)
+
+    sweeping.sweep_for(0.5)
+    assert sweeping.row(job).state == "running", "for lease_renew_s from then on"
+
+    until(lambda: sweeping.sweeper.sweep() or sweeping.row(job).state == "queued", within_s=5)
+
+
+def test_lease_that_ran_out_without_an_outage_is_ended_at_once(sweeping):
+    with transaction(sweeping.database.app) as session:
+        job = a_lease(session, ttl_s=-1).job
+
+    sweeping.sweeper.sweep()
+
+    assert sweeping.row(job).state == "queued"
+
+
+def announced_long_ago(sweeping: Sweeping, **ages_s: float) -> dict[str, Job]:
+    """Jobs that were announced so many seconds ago; no message of theirs is anywhere."""
+    made = {name: sweeping.accept() for name in ages_s}
+    with transaction(sweeping.database.app) as session:
+        for name, age_s in ages_s.items():
+            at = "clock_timestamp() - make_interval(secs => :s)"
+            query = text(f"UPDATE jobs SET announced_at = {at} WHERE id = :id")
+            session.execute(query, {"s": age_s, "id": made[name].id})
+    return made
+
+
+def messages_of(sweeping: Sweeping, job: Job) -> int:
+    found = [job_of_message(raw) for raw in sweeping.broker.lrange("local.fast", 0, -1)]
+    return found.count(job.id)
+
+
+def test_job_whose_message_was_overtaken_is_announced_again_and_no_other(sweeping):
+    made = announced_long_ago(sweeping, old=10, same_age=5.5, young=4)
+    announce = sweeping.sweeper.broker.announce
+    announce(queues.RENDER_JOB, "local.fast", made["young"].id, num_images=1)
+
+    sweeping.sweeper.sweep()
+
+    messages = {name: messages_of(sweeping, job) for name, job in made.items()}
+    assert messages == {"old": 1, "same_age": 0, "young": 1}
+
+
+def test_jobs_announced_a_while_ago_are_announced_again_when_no_message_is_left(sweeping):
+    made = announced_long_ago(sweeping, old=4, fresh=1)
+
+    sweeping.sweeper.sweep()
+
+    messages = {name: messages_of(sweeping, job) for name, job in made.items()}
+    assert messages == {"old": 1, "fresh": 0}
 
 
 def a_storing_job(sweeping: Sweeping) -> Job:
@@ -229,6 +284,25 @@ def test_while_nobody_stores_a_queue_gets_no_more_messages_than_there_are_jobs_t
     make_overdue(sweeping)
     sweeping.sweeper.sweep()
     assert sweeping.broker.llen(queue) == len(stored)
+
+
+def test_sweep_ends_a_storing_job_whose_pixels_were_lost_once_too_often(sweeping):
+    job = a_storing_job(sweeping)
+    ended = []
+    listener = Listener(sweeping.sweeper.settings.handoff_url, ENDINGS, ended.append)
+    with transaction(sweeping.database.app) as session:
+        query = text("UPDATE images SET hand_offs_lost = 4 WHERE job_id = :id")
+        session.execute(query, {"id": job.id})
+    sweeping.handoff.drop(job.id, 0, 1)
+    before = metric("darkroom_swept_total", why="hand_off_lost")
+
+    make_overdue(sweeping)
+    sweeping.sweeper.sweep()
+
+    assert (sweeping.row(job).state, sweeping.row(job).failure_code) == ("failed", "not_stored")
+    assert metric("darkroom_swept_total", why="hand_off_lost") > before
+    until(lambda: job.id in ended, within_s=1.0, what="the word of its end")
+    listener.close()
 
 
 def test_a_sweep_that_fails_is_followed_by_the_next_and_the_loop_tells_that_it_moves():

@@ -10,38 +10,16 @@ import redis
 from sqlalchemy import null, text
 
 import tasks.sweep
-from dispatch.release import Release
-from edges.broker import Broker, job_of_message
-from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
-from edges.progress import News
-from edges.snapshots import Snapshots
-from models import jobs, webhooks
+from edges.broker import job_of_message
+from models import jobs, webhooks, workers
 from models.database import make_engine, transaction
-from models.tables import IdempotencyKey, WebhookDelivery, WebhookEndpoint
+from models.tables import IdempotencyKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy import queues
 from tasks.sweep import Sweeper
-from tests.builders import a_fleet, a_job, a_succeeded_job, a_tenant
+from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, hand_off, until
 from tests.models.conftest import a_database
 from tests.models.test_pruning import age
-
-
-@pytest.fixture
-def sweeper(fleet_here, settings_here, database_here) -> Sweeper:
-    """One that is asked by nobody but the test."""
-    broker = Broker(settings_here, fleet_here)
-    return Sweeper(
-        settings=settings_here,
-        fleet=fleet_here,
-        database=database_here,
-        broker=broker,
-        release=Release(database_here, broker, fleet_here, worker_silence_s=15),
-        handoff=Handoff(settings_here.handoff_url, ttl_s=60),
-        snapshots=Snapshots(settings_here.handoff_url, ttl_s=60),
-        inputs=Inputs(settings_here.handoff_url, ttl_s=60),
-        news=News(settings_here.handoff_url),
-        fill=Gauge(settings_here.handoff_url).fill,
-    )
+from tests.tasks.conftest import metric
 
 
 @pytest.fixture
@@ -135,6 +113,40 @@ def test_everything_that_is_too_old_goes_in_one_sweep_in_small_pieces(sweeper, d
     sweeper.sweep()
 
     assert count_of(database_here, table, tenant) == 0
+
+
+def test_deliveries_that_ended_a_month_ago_go_with_their_attempts(sweeper, database_here):
+    with transaction(database_here) as session:
+        tenant = a_tenant(session)
+        endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[])
+        session.add(endpoint)
+        session.flush()
+
+        def delivery(days, **columns):
+            at = session.scalar(text(f"SELECT clock_timestamp() - interval '{days} days'"))
+            ended = {"state": "delivered", "due_at": null(), "ended_at": at}
+            common = {"endpoint_id": endpoint.id, "tenant_id": tenant.id, "event": "job.succeeded"}
+            row = WebhookDelivery(created_at=at, **common, **(columns or ended))
+            session.add(row)
+            session.flush()
+            session.add(WebhookAttempt(delivery_id=row.id, attempt=1, status=204, took_s=0.1))
+            return row.id
+
+        soon = session.scalar(text("SELECT clock_timestamp() + interval '1 hour'"))
+        delivery(31)
+        kept = {delivery(29), delivery(31, state="pending", due_at=soon)}
+
+    sweeper.sweep()
+
+    with transaction(database_here) as session:
+        of_tenant = {"id": tenant.id}
+        rows = text("SELECT id FROM webhook_deliveries WHERE tenant_id = :id")
+        assert set(session.scalars(rows, of_tenant)) == kept
+        attempts = text(
+            "SELECT a.delivery_id FROM webhook_attempts a"
+            " LEFT JOIN webhook_deliveries d ON d.id = a.delivery_id WHERE d.tenant_id = :id OR d.id IS NULL"
+        )
+        assert set(session.scalars(attempts, of_tenant)) == kept
 
 
 def test_a_sweep_has_an_end_however_much_is_too_old(sweeper, database_here, old_rows, monkeypatch):
@@ -238,3 +250,59 @@ def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue
     with redis.Redis.from_url(sweeper.settings.broker_url) as broker:
         waiting = [job_of_message(raw) for raw in reversed(broker.lrange("big.batch", 0, -1))]
     assert waiting == [next_one.id, overtaken.id]
+
+
+@pytest.mark.parametrize("how", ["lease", "start_deadline", "run_deadline"])
+def test_sweep_that_ends_a_job_tells_whoever_waits_for_it(sweeper, database_here, ended_jobs, how):
+    with transaction(database_here) as session:
+        if how == "lease":
+            job = a_lease(session, ttl_s=-1).job
+            job.counted_attempts = sweeper.settings.max_attempts - 1
+        elif how == "start_deadline":
+            job = a_job(session, start_within_s=-1)
+        else:
+            job = a_job(session, run_within_s=1)
+            job.attempt, job.run_by = 1, job.accepted_at
+
+    sweeper.sweep()
+
+    until(lambda: job.id in ended_jobs, within_s=1.0, what="the word of its end")
+    with transaction(database_here) as session:
+        final_state = "expired" if how == "start_deadline" else "failed"
+        assert session.get(type(job), job.id).state == final_state
+
+
+def test_sweep_measures_what_the_queues_look_like(sweeper, database_here):
+    with transaction(database_here) as session:
+        large = {"pool": "big", "tier": "batch", "model": "large"}
+        oldest, _, _ = (a_job(session, **large) for _ in range(3))
+        a_lease(session, ttl_s=60, **large)
+        hand_off(session, a_lease(session, ttl_s=60, **large), store_within_s=60)
+        older = "UPDATE jobs SET accepted_at = accepted_at - interval '100 s' WHERE id = :id"
+        session.execute(text(older), {"id": oldest.id})
+        workers.heartbeat(session, name="gpu9@big", pool="big", device="cuda:0", slots=8, facts={})
+
+    replace(sweeper, fill=lambda: 0.42).sweep()
+
+    def queued(state: str) -> float:
+        return metric("darkroom_queue_jobs", pool="big", tier="batch", state=state)
+
+    assert queued("waiting") + queued("announced") == 3
+    assert (queued("running"), queued("storing")) == (1, 1)
+    assert 100 <= metric("darkroom_queue_oldest_wait_seconds", pool="big", tier="batch") < 200
+    assert metric("darkroom_live_workers", pool="big") == 1
+    assert metric("darkroom_handoff_fill_ratio") == 0.42
+
+
+def test_sweep_forgets_the_measures_of_a_queue_that_is_empty_again(sweeper, database_here):
+    with transaction(database_here) as session:
+        tenant = a_tenant(session)
+        job = a_job(session, tenant=tenant, pool="big", tier="quality", model="large")
+    sweeper.sweep()
+    assert metric("darkroom_queue_oldest_wait_seconds", pool="big", tier="quality") > 0
+
+    with transaction(database_here) as session:
+        jobs.cancel(session, job.id, tenant_id=tenant.id, actor="tests")
+    sweeper.sweep()
+
+    assert metric("darkroom_queue_oldest_wait_seconds", pool="big", tier="quality") == 0

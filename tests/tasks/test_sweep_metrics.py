@@ -9,11 +9,11 @@ from urllib.parse import urlsplit
 
 import pytest
 import redis
-from edges.release import Release
 from sqlalchemy import null, text
 from sqlalchemy.orm import Session
 
 import tasks.sweep
+from dispatch.release import Release
 from edges.handoff import Handoff
 from edges.inputs import Inputs
 from edges.snapshots import Snapshots
@@ -27,7 +27,6 @@ from tests.builders import a_closed_port, a_fleet, a_job, a_lease, a_tenant, han
 from tests.metrics import gauges, increases
 from tests.models.conftest import Database, a_database
 from tests.models.test_pruning import age
-from tests.tasks.test_sweep import sweeper  # noqa: F401
 
 
 @pytest.fixture
@@ -38,7 +37,7 @@ def own_database(stack) -> Iterator[Database]:
 
 
 @pytest.fixture
-def own_sweeper(sweeper, own_database, settings_here) -> Sweeper:  # noqa: F811
+def own_sweeper(sweeper, own_database, settings_here) -> Sweeper:
     """A sweeper of that database, its queues and its hand-off empty."""
     for url in (settings_here.broker_url, settings_here.handoff_url):
         with redis.Redis.from_url(url) as client:

@@ -36,7 +36,7 @@ _FIT: dict[str, Callable[[bytes, int, int], NDArray[np.uint8]]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bringer:
+class InputStager:
     """One per results worker."""
 
     database: Database
@@ -45,23 +45,23 @@ class Bringer:
     release: Release
     fill: Callable[[], float]  # of the hand-off
 
-    def bring_inputs(self, *, job_id: str) -> None:
+    def stage_inputs(self, *, job_id: str) -> None:
         """Bring every picture of a job that lacks them, and let it out. Harmless when repeated: the sweeper asks again."""
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id)
         try:
-            self._bring(uuid.UUID(job_id))
+            self._stage(uuid.UUID(job_id))
         except (StoreUnavailable, HandoffUnavailable, OperationalError, PoolTimeout) as error:
             log.warning("inputs_postponed", reason=f"{type(error).__name__}: {error}"[:300])
         except BaseException as error:
-            log.error("bring_task_failed", exc_info=error)
+            log.error("stage_task_failed", exc_info=error)
 
-    def _bring(self, job_id: uuid.UUID) -> None:
+    def _stage(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = jobs.without_words(session, job_id)
         # One that runs has them, unless its worker is of an older version, which asks with the lease in its hand.
         if job is None or not (job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)):
-            telemetry.DUPLICATES.labels("bring").inc()
+            telemetry.DUPLICATES.labels("stage").inc()
             return
         if not self.inputs.are_there(job_id):
             if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:

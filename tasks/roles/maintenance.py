@@ -1,0 +1,72 @@
+"""The role that sweeps, every so often; several may run.
+
+It takes no tasks: nobody has to say when, so what is due is seen also while the broker is away.
+"""
+
+import signal
+import threading
+from collections.abc import Callable
+
+import structlog
+
+from dispatch.release import Release
+from edges import telemetry
+from edges.broker import Broker
+from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
+from edges.progress import News
+from edges.snapshots import Snapshots
+from models.database import make_engine
+from policy import connections
+from policy.fleet import Fleet
+from settings import Settings, load, load_fleet_or_exit
+from tasks.sweep import Sweeper, SweepLoop
+
+log = structlog.get_logger(__name__)
+
+
+def _nothing() -> None:
+    """Nobody is to be told."""
+
+
+def build(
+    settings: Settings,
+    fleet: Fleet,
+    *,
+    on_turn: Callable[[], None] = _nothing,
+) -> Sweeper:
+    """Make the sweeper. on_turn: is told of every step of a pass."""
+    database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
+    broker = Broker(settings, fleet)
+    return Sweeper(
+        settings=settings,
+        fleet=fleet,
+        database=database,
+        broker=broker,
+        release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
+        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        news=News(settings.handoff_url),
+        fill=Gauge(settings.handoff_url).fill,
+        on_turn=on_turn,
+    )
+
+
+def serve() -> int:
+    """Sweep until told to end; the pass under way may end first."""
+    settings = load(Settings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    ends = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: ends.set())
+    on_turn = telemetry.loop("sweep")
+    sweeper = build(settings, fleet, on_turn=on_turn)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    log.info("database_connections", at_most=connections.at_most("sweeper"))
+    loop = SweepLoop(sweeper.sweep, every_s=settings.sweep_every_s, on_turn=on_turn)
+    loop.start()
+    ends.wait()
+    loop.stop()
+    return 0

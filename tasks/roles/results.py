@@ -1,0 +1,79 @@
+"""The role that stores what was rendered, and stages the pictures that jobs start from."""
+
+from dataclasses import dataclass
+
+import structlog
+
+from dispatch.release import Release
+from edges import telemetry
+from edges.broker import Broker, make_celery
+from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
+from edges.objectstore import ObjectStore
+from edges.progress import News
+from edges.snapshots import Snapshots
+from fleet.consumer import tier_gate
+from models.database import make_engine
+from policy import connections, queues
+from policy.fleet import Fleet
+from settings import StoreSettings, load, load_fleet_or_exit
+from tasks.roles.consuming import consume, process_name, register
+from tasks.staging import InputStager
+from tasks.store import Storekeeper
+
+log = structlog.get_logger(__name__)
+
+THREADS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultsParts:
+    """The tasks of one results worker."""
+
+    storekeeper: Storekeeper
+    stager: InputStager
+
+
+def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
+    """Make a results worker's parts. name: who stores, in the audit log."""
+    database = make_engine(settings.database_url, pool_size=connections.RESULTS)
+    broker = Broker(settings, fleet)
+    release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
+    store = ObjectStore(settings)
+    stager = InputStager(
+        database=database,
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=store,
+        release=release,
+        fill=Gauge(settings.handoff_url).fill,
+    )
+    storekeeper = Storekeeper(
+        settings=settings,
+        fleet=fleet,
+        database=database,
+        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=store,
+        news=News(settings.handoff_url),
+        release=release,
+        name=name,
+    )
+    return ResultsParts(storekeeper=storekeeper, stager=stager)
+
+
+def serve() -> int:
+    """Store images and stage pictures until told to end."""
+    settings = load(StoreSettings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    name = process_name("results")
+    parts = build(settings, fleet, name=name)
+    celery = make_celery(settings, fleet)
+    register(celery, queues.STORE_IMAGES, parts.storekeeper.store_images)
+    register(celery, queues.TIDY_STORE, parts.storekeeper.tidy_store)
+    register(celery, queues.STAGE_INPUTS, parts.stager.stage_inputs)
+    names = queues.results_queues(fleet)
+    celery.steps["consumer"].add(tier_gate(names, lambda queue, taken: True))
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    log.info("database_connections", at_most=connections.at_most("results"))
+    return consume(celery, names, name=name, threads=THREADS)

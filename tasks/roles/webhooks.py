@@ -1,0 +1,47 @@
+"""The role that tells tenants' endpoints what became of their jobs."""
+
+import structlog
+
+from edges import telemetry
+from edges.broker import Broker, make_celery
+from edges.outbound import Outbound
+from edges.progress import ENDINGS, Listener
+from models.database import make_engine
+from policy import connections, queues
+from policy.fleet import Fleet
+from settings import CourierSettings, load, load_fleet_or_exit
+from tasks.deliver import Courier
+from tasks.roles.consuming import consume, process_name, register
+
+log = structlog.get_logger(__name__)
+
+THREADS = 16  # most wait for a receiver, with no connection to the database
+
+
+def build(settings: CourierSettings, fleet: Fleet, *, name: str) -> Courier:
+    """Make the courier. name: whose deliveries they are, in the audit log."""
+    return Courier(
+        database=make_engine(settings.database_url, pool_size=connections.WEBHOOKS),
+        broker=Broker(settings, fleet),
+        outbound=Outbound(settings.outbound_allowed_networks),
+        name=name,
+        public_url=settings.public_url,
+    )
+
+
+def serve() -> int:
+    """Deliver webhooks until told to end."""
+    settings = load(CourierSettings)
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    name = process_name("webhooks")
+    courier = build(settings, fleet, name=name)
+    celery = make_celery(settings, fleet)
+    register(celery, queues.DELIVER_WEBHOOK, courier.deliver_webhook)
+    listener = Listener(settings.handoff_url, ENDINGS, courier.hear)
+    telemetry.serve_metrics(settings.metrics_port, settings.metrics_host)
+    log.info("database_connections", at_most=connections.at_most("webhooks"))
+    try:
+        return consume(celery, [queues.WEBHOOKS], name=name, threads=THREADS)
+    finally:
+        listener.close()

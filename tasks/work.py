@@ -1,0 +1,144 @@
+"""A job's images in this worker's engine: how far they are, and their endings as they come."""
+
+import queue
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from engine.errors import EngineError
+from engine.events import Failed, Finished
+from engine.handle import Handle
+from engine.records import FinishedImage
+from engine.texts import UnreadText
+from models.leases import Lease
+from tasks.held import Held
+
+DROP_WITHIN_S = 20.0  # no step takes that long
+
+
+class End(Enum):
+    """How the rendering of a job ended on this worker."""
+
+    RENDERED = auto()  # every pending image is handed on
+    LOST = auto()  # the job is not this attempt's any more: nothing more is written
+    LEAVING = auto()  # the worker has to go: what is not finished goes on elsewhere
+    FAILED = auto()  # an error; tasks/verdicts.py says what it means
+
+
+@dataclass(frozen=True)
+class RenderResult:
+    """How a job's rendering ended. error: of one that FAILED."""
+
+    end: End
+    error: BaseException | None = None
+
+
+@dataclass(frozen=True)
+class ImageEnding:
+    """The last event of the job's image `index`."""
+
+    index: int
+    event: Finished | Failed
+
+
+@dataclass(frozen=True)
+class TextsUnread:
+    """What an image has to tell of the job's texts: these parts have no effect."""
+
+    texts: tuple[UnreadText, ...]
+
+
+class Work:
+    """The images of one job in the engine, by index.
+
+    The engine's thread puts news in, the task takes it out.
+    """
+
+    def __init__(self, held: Held) -> None:
+        self.held = held
+        self.handles: dict[int, Handle] = {}
+        self.resumed: dict[int, int] = {}  # the step at which each began: 0, or its snapshot's
+        self._accounted: set[int] = set()
+        self._news: queue.SimpleQueue[ImageEnding | TextsUnread | None] = queue.SimpleQueue()
+        self._is_begun = False
+        held.attach(self)
+
+    @property
+    def lease(self) -> Lease:
+        """The lease under which it is rendered."""
+        return self.held.lease
+
+    def add(self, index: int, handle: Handle, *, first_step: int) -> None:
+        """Note that the image is in the engine, where it goes on after `first_step`."""
+        self.handles[index] = handle
+        self.resumed[index] = first_step
+
+    def begin(self) -> None:
+        """Tell of steps from now on: until then the rows say how far earlier attempts had come."""
+        self._is_begun = True
+
+    def put(self, news: ImageEnding | TextsUnread) -> None:
+        """Note what an image has to tell. Returns at once."""
+        self._news.put(news)
+
+    def wait(self) -> ImageEnding | TextsUnread | None:
+        """Wait for news of an image, or of the lease: None."""
+        return self._news.get()
+
+    def drain_finished(self) -> Iterator[tuple[int, FinishedImage]]:
+        """Take what has come by now and yield the images that are finished, with their index."""
+        while not self._news.empty():
+            news = self._news.get()
+            if isinstance(news, ImageEnding) and isinstance(news.event, Finished):
+                yield news.index, news.event.image
+
+    def note_handed_on(self, index: int) -> None:
+        """Note that the image's pixels are in the hand-off and its device time is on record."""
+        self._accounted.add(index)
+        self.held.note_handed_on()
+
+    def note_snapshot_left(self, index: int) -> None:
+        """Note that another attempt goes on from the image's snapshot: its time is on record."""
+        self._accounted.add(index)
+
+    def unaccounted(self) -> dict[int, Handle]:
+        """The images whose device time bought nothing that is on record."""
+        known = self._accounted
+        return {index: handle for index, handle in self.handles.items() if index not in known}
+
+    def open_handles(self) -> dict[int, Handle]:
+        """The images that have not ended."""
+        return {index: handle for index, handle in list(self.handles.items()) if not handle.done()}
+
+    def cancel(self) -> None:
+        """Stop the images at their next step."""
+        for handle in list(self.handles.values()):
+            handle.cancel()
+
+    def drop(self) -> None:
+        """Stop the images and wait until they have: their account is complete, their slots free."""
+        self.cancel()
+        for handle in self.handles.values():
+            with suppress(EngineError, TimeoutError):
+                handle.result(DROP_WITHIN_S)
+
+    def wake(self) -> None:
+        """Have the task look at its lease; a lost one stops the images whatever the task does."""
+        if self.held.is_lost:
+            self.cancel()
+        self._news.put(None)
+
+    def steps(self) -> dict[int, int]:
+        """Tell how far each image that has not ended has come; {} until `begin`."""
+        if not self._is_begun:
+            return {}
+        return {index: handle.progress().step for index, handle in self.open_handles().items()}
+
+    def expected_s(self) -> float | None:
+        """Estimate the seconds until the last image's pixels; None while one has not begun."""
+        if len(self.handles) < len(self.lease.pending):
+            return None
+        etas = [handle.progress().eta_s for handle in self.open_handles().values()]
+        known = [eta for eta in etas if eta is not None]
+        return max(known, default=0.0) if len(known) == len(etas) else None

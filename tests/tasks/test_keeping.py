@@ -1,0 +1,110 @@
+"""What a worker keeps: leases that it can renew, snapshots while there is room, costs."""
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
+
+import tasks.keeper
+from models import leases
+from models.database import transaction
+from tasks.checkpoints import Checkpoints
+from tasks.keeper import LeaseKeeper, WorkerIdentity
+from tests.builders import until
+from tests.tasks.conftest import metric
+
+STOP_S = 1.5
+
+
+@contextmanager
+def a_keeper(here, **times):
+    identity = WorkerIdentity(name="cpu7@here", pool="local", device="cpu", slots=16, facts={})
+    keeper = LeaseKeeper(
+        here.database,
+        identity,
+        **{"ttl_s": 6, "renew_s": 0.2, "stop_s": STOP_S} | times,
+    )
+    keeper.start(max_attempts=5)
+    try:
+        yield keeper
+    finally:
+        keeper.close()
+
+
+@pytest.mark.parametrize("renewals", ["fail", "hang"])
+def test_keeper_drops_its_work_by_itself_when_nothing_was_renewed_for_stop_s(
+    here,
+    monkeypatch,
+    renewals,
+):
+    job, goes_on = here.accept(), threading.Event()
+
+    def renew(*arguments, **options):
+        if renewals == "hang":
+            goes_on.wait(20)
+        raise OperationalError("UPDATE jobs", {}, Exception("the server closed the connection"))
+
+    with a_keeper(here) as keeper, keeper.leased(job.id) as held:
+        time.sleep(STOP_S + 0.5)
+        assert not held.is_lost, "as long as it is renewed"
+        lost_before = metric("darkroom_leases_lost_total")
+        monkeypatch.setattr(leases, "renew", renew)
+
+        time.sleep(STOP_S / 3)
+        assert not held.is_lost, "not at the first that fails"
+        until(lambda: held.is_lost, within_s=STOP_S + 1)
+        goes_on.set()
+
+    assert metric("darkroom_leases_lost_total") == lost_before + 1
+
+
+def test_keeper_offers_no_slots_once_its_worker_has_to_go(here):
+    def offered() -> int:
+        with transaction(here.database) as session:
+            return session.scalar(text("SELECT slots FROM workers WHERE name = 'cpu7@here'"))
+
+    with a_keeper(here) as keeper:
+        assert offered() == 16
+
+        keeper.take_no_more("a test wants it")
+        until(lambda: offered() == 0, what="a heartbeat without slots")
+
+    assert offered() is None, "it signed off"
+
+
+@pytest.mark.parametrize(("guidance", "rows"), [(4.0, 2), (1.0, 1)])
+def test_keeper_learns_the_cost_of_every_row_that_an_image_takes(here, monkeypatch, guidance, rows):
+    learnt, observe = [], tasks.keeper.learning.observe
+    monkeypatch.setattr(
+        tasks.keeper.learning,
+        "observe",
+        lambda session, seen: (learnt.append(dict(seen)), observe(session, seen)),
+    )
+    job = here.accept(guidance=guidance, num_steps=6)
+
+    here.render(job).join(timeout=60)
+
+    sums = until(lambda: [seen for seen in learnt if seen], what="a heartbeat that tells of it")[0]
+    [(key, cost)] = sums.items()
+    assert key == ("local", "pocket", 128, 128)
+    assert (cost.images, cost.row_steps) == (1, 6 * rows)
+    assert cost.denoise_s > 0
+    assert cost.fixed_s > 0
+
+
+@pytest.mark.parametrize(("fill", "is_kept"), [(0.6, True), (0.7, False)])
+def test_snapshots_on_the_way_are_kept_only_where_the_hand_off_has_room(here, fill, is_kept):
+    checkpoints = Checkpoints(here.engine, here.snapshots, here.renderer.news, fill=lambda: fill)
+    renderer = replace(here.renderer, checkpoints=checkpoints)
+    worker = replace(here, parts=replace(here.parts, renderer=renderer))
+    job = here.accept(tier="quality", num_steps=12)
+
+    worker.render(job).join(timeout=60)
+    checkpoints.close()
+
+    assert here.row(job).state == "storing"
+    assert bool(here.snapshots.of(job.id)) is is_kept
