@@ -8,8 +8,8 @@ from flask.typing import ResponseReturnValue
 from app.auth import caller, require_key
 from app.gateway import gateway
 from app.problems import ModelNotFound
-from policy.catalog import OUTPUT_FORMATS
 from policy.fleet import Fleet, ModelTier
+from policy.params import OUTPUT_FORMATS
 
 bp = Blueprint("catalog", __name__, url_prefix="/v1")
 bp.before_request(require_key)

@@ -21,7 +21,8 @@ from edges.limits import WINDOW_S, Counted, Taken
 from models import files, usage
 from models.database import transaction
 from models.usage import Stand
-from policy.catalog import InvalidWish, Resolved
+from policy.catalog import InvalidWish
+from policy.params import Resolved
 
 
 def check_allowed(resolved: Resolved) -> None:

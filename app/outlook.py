@@ -17,6 +17,7 @@ from typing import TypeVar, cast
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.documents import JobDocument
 from edges.handoff import Gauge
 from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
@@ -26,8 +27,8 @@ from models.states import JobState
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import Outlook, Own, Refusal, Running
-from policy.catalog import Resolved
 from policy.fleet import Fleet
+from policy.params import Resolved
 from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
 
 Read = TypeVar("Read")
@@ -153,7 +154,7 @@ class Lookout:
         is_behind = releasing.is_behind(tenant_id, wish.num_images, hands.images, hands.running, room, sharing)
         return (WayOut.TO_BE_SEEN if is_behind or waiting <= room.limit_images else WayOut.IN_TURN), room
 
-    def place_of(self, job: Job, steps_done: int = 0) -> QueuePlace | None:
+    def place_of(self, job: Job | JobDocument, steps_done: int = 0) -> QueuePlace | None:
         """Where an unfinished job stands; None for one whose tier or pool is not in fleet.toml any more."""
         if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
             return None

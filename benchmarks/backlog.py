@@ -29,7 +29,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,9 @@ from models.listing import Sought
 from models.releasing import Room
 from models.states import FailureCode, JobState
 from models.tables import Job
-from policy.catalog import Resolved, Wish, resolve
+from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
+from policy.params import Resolved, Wish
 from settings import REPO, Settings
 from tasks.sweep import Sweeper
 
@@ -150,7 +151,7 @@ class Queue:
             session,
             tenant_id=self.bulk,
             api_key_id=None,
-            params=asdict(self.wish),
+            params=self.wish,
             start_within_s=A_DAY_S,
             run_within_s=600.0,
             predicted_s=0.5,

@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from policy.catalog import Resolved
 from policy.fleet import Model
+from policy.params import Resolved
 
 TRUNCATED = "prompt_truncated"  # the text encoder of the model cuts the end off
 IGNORED = "negative_prompt_ignored"

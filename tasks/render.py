@@ -30,9 +30,11 @@ from engine.texts import UnreadText
 from models import leases
 from models.database import run_transaction
 from models.leases import Lease, LeaseLost, Rendered
+from models.tables import Job
 from policy import queues, warnings
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
+from policy.params import PARAMS
 from settings import Settings
 from tasks import verdicts
 from tasks.checkpoints import Checkpoints, Earlier
@@ -227,22 +229,8 @@ class Renderer:
             group=str(job.id),
             owner=str(job.tenant_id),
             checkpoint=checkpoint_name(job.model, job.model_version),
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            width_px=job.width_px,
-            height_px=job.height_px,
-            num_steps=job.num_steps,
-            guidance=job.guidance,
-            sampler=job.sampler,
-            seed=job.seed + index,
-            init_image=pictures.get("init_image"),
-            mask=pictures.get("mask"),
-            control_image=pictures.get("control_image"),
-            strength=1.0 if job.strength is None else job.strength,
-            adapters=tuple(AdapterUse(**adapter) for adapter in job.adapters or ()),
-            determinism=Determinism(job.determinism),
-            bucket_rows=job.bucket_rows,
             rank=self.fleet.tiers[job.tier].rank if job.tier in self.fleet.tiers else 0,
+            **_rendering(job, index, pictures),
         )
 
     def _hand_on(self, work: Work, finished: FinishedImage) -> None:
@@ -350,6 +338,15 @@ class Renderer:
             persist(
                 lambda: run_transaction(self.database, lambda session: leases.note_waste(session, lease, **told)), verdicts.DATABASE_AWAY
             )
+
+
+def _rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    """The parameters of image `index` of the job, by the fields of ImageRequest; None is left to its defaults."""
+    given = {param.engine_field: getattr(job, param.name) for param in PARAMS if param.engine_field is not None and param.picture is None}
+    given["seed"] = job.seed + index
+    given["determinism"] = Determinism(job.determinism)
+    given["adapters"] = tuple(AdapterUse(**adapter) for adapter in job.adapters or ())
+    return {**{field: value for field, value in given.items() if value is not None}, **pictures}
 
 
 def _drained(work: Work) -> Iterator[FinishedImage]:

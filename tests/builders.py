@@ -24,9 +24,10 @@ from sqlalchemy.orm import Session
 from models import jobs, leases, tenants
 from models.leases import Lease, Left, Rendered
 from models.tables import Job, Tenant
-from policy.catalog import Resolved, Wish, resolve
+from policy.catalog import resolve
 from policy.cost import price
 from policy.fleet import Fleet, parse_fleet
+from policy.params import Resolved, Wish
 from settings import AnySettings
 
 GONE = object()  # as the value of a change: the key is not in the file at all
@@ -200,7 +201,7 @@ def a_job(
     predicted_s: float = 0.0,
     eta_raw_s: float | None = None,
     release_tag: float | None = None,
-    labels: Mapping[str, str] | None = None,
+    tenant_metadata: Mapping[str, str] | None = None,
     **params: Any,
 ) -> Job:
     """An accepted job, of a tenant of its own unless one is given."""
@@ -211,6 +212,11 @@ def a_job(
         "tier": "fast",
         "model": "pocket",
         "model_version": "1",
+        "init_file_id": None,
+        "mask_file_id": None,
+        "control_file_id": None,
+        "strength": None,
+        "adapters": None,
         "width_px": 128,
         "height_px": 128,
         "num_steps": 4,
@@ -227,12 +233,12 @@ def a_job(
         session,
         tenant_id=(tenant or a_tenant(session)).id,
         api_key_id=None,
-        params=columns | params,
+        params=Resolved(**columns | params),
         start_within_s=start_within_s,
         run_within_s=run_within_s,
         predicted_s=predicted_s,
         eta_raw_s=eta_raw_s,
-        labels=labels,
+        tenant_metadata=tenant_metadata,
         currency="EUR",
         actor="tests",
     )

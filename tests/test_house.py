@@ -28,7 +28,7 @@ KNOWS = {
     "app": {"models", "policy", "edges", "settings"},
     "tasks": {"models", "policy", "edges", "engine", "settings", "fleet.consumer"},
     "engine": set(),
-    "models": set(),
+    "models": {"policy"},
     "policy": set(),
     "edges": {"models", "policy", "settings", "celeryconfig"},
     "migrations": {"models", "settings"},

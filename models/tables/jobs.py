@@ -78,9 +78,8 @@ class Job(Base):
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))  # what of its texts had no effect
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
     replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
-    labels: Mapped[dict[str, Any] | None] = mapped_column(
-        "metadata", JSONB(none_as_null=True)
-    )  # the tenant's own; `metadata` is SQLAlchemy's word
+    # The tenant's own; `metadata` is SQLAlchemy's word.
+    tenant_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))
     erased_at: Mapped[datetime | None]  # prompt, metadata and images are gone; what the audit log says stays
     megapixel_steps: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # what quotas count
     usage_day: Mapped[date | None]  # the day of the ledger they are booked on

@@ -14,8 +14,8 @@ from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, neares
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
 from models.states import FailureCode
 from models.tables import Job
-from policy.catalog import AdapterWish
 from policy.fleet import parse_fleet, parse_size
+from policy.params import AdapterWish
 from policy.text import is_human
 from settings import REPO
 from tests.builders import a_fleet

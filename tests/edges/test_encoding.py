@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from edges.encoding import FORMATS, encode
-from policy.catalog import OUTPUT_FORMATS
+from policy.params import OUTPUT_FORMATS
 from tests.builders import some_pixels
 
 
