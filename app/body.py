@@ -4,8 +4,9 @@ import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
+from decimal import Decimal
 from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_type_hints
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from flask import Request
@@ -48,9 +49,24 @@ class AdapterBody(BaseModel):
 
 _JSON_TYPES: Mapping[Any, Any] = {
     int: Whole,
+    Decimal: float,
     UUID: str,  # an id, a data URL or a URL; app/inputs.py makes files of them
+    tuple[str, ...]: list[str],
     tuple[AdapterWish, ...]: list[AdapterBody],
 }
+
+
+def json_type(hint: Any) -> Any:
+    """A type of our values as a body of JSON has it; the bounds that it is annotated with stay."""
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        kind, checks = json_type(kind), ()
+        if get_origin(kind) is Annotated:
+            kind, *checks = get_args(kind)
+        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
+    return _JSON_TYPES.get(hint, hint)
 
 
 def _fields_of_a_wish() -> dict[str, Any]:
@@ -58,11 +74,8 @@ def _fields_of_a_wish() -> dict[str, Any]:
     hints = get_type_hints(Wish)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Wish):
-        hint = hints[field.name]
-        kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
         default = ... if field.default is dataclasses.MISSING else field.default
-        kind = Union[tuple(_JSON_TYPES.get(kind, kind) for kind in kinds)]  # noqa: UP007
-        found[field.name] = (kind, [] if default == () else default)
+        found[field.name] = (json_type(hints[field.name]), [] if default == () else default)
     return found
 
 

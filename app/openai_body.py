@@ -172,7 +172,7 @@ class _Said:
         return int(value)
 
     def plain(self, name: str, kind: Any) -> Any:
-        """Read a field as `kind`, one of the types of `Wish` without its None; None where it is not said."""
+        """Read a field as `kind`, a type of `Wish` without its None; None where it is not said."""
         if name not in self._fields:
             return None
         if kind is int:
@@ -283,7 +283,7 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
 
 
 def _extras(said: _Said) -> dict[str, Any]:
-    """What the request says of our own parameters, by the fields of `Wish`; their defaults there for what it does not say."""
+    """Read our own parameters, by the fields of `Wish`; what is not said has its default there."""
     found: dict[str, Any] = {}
     for field in fields(Wish):
         if field.name in _EXTRAS:

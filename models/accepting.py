@@ -24,9 +24,9 @@ from policy.params import NAMES, Resolved, pictures_of
 class NewJob:
     """A job to be accepted.
 
-    params: every resolved parameter, so that it can be replayed.  predicted_s: device seconds of all
-    its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps: what it
-    counts against quotas.  tenant_metadata: the tenant's own.  warnings: what of its texts has no
+    params: every resolved parameter, so that it can be replayed.  predicted_s: device seconds of
+    all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps:
+    what it counts against quotas.  tenant_metadata: the tenant's own.  warnings: what of its texts has no
     effect, as far as is known.  announced: it goes to Celery as soon as this is committed.
     """
 

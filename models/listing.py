@@ -23,7 +23,7 @@ _FIRST_ID, _LAST_ID = uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)
 
 @dataclass(frozen=True)
 class Sought:
-    """Which jobs. Ids are times: `since` <= id < `before`. metadata: entries that they have, among other."""
+    """Which jobs. Ids are times: `since` <= id < `before`.  metadata: entries that they have."""
 
     since: uuid.UUID = _FIRST_ID
     before: uuid.UUID = _LAST_ID
@@ -45,9 +45,9 @@ _WITH_LABELS = text("SELECT job_id, is_found FROM jobs_with_labels(:tenant_id, :
 def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) -> Page:
     """Up to `limit` of the tenant's jobs, newest first.
 
-    What several entries of metadata have in common, or one and a state, may be rare and both of them
-    frequent: who asks for that gets a page with fewer jobs, or none, and an id from where to go on; no
-    list is read for longer than that.
+    What several entries of metadata have in common, or one and a state, may be rare and
+    both of them frequent: who asks for that gets a page with fewer jobs, or none, and an id from
+    where to go on; no list is read for longer than that.
     """
     if not sought.metadata:
         return Page(session.scalars(_ordered(select(Job), tenant_id, sought).limit(limit).options(*whole())).all())

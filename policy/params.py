@@ -50,7 +50,8 @@ class Wish:
     seed: int | None = None  # RANDOM_SEED: the same as none
     n: int = 1
     output_format: str = "png"
-    init_image: UUID | None = None  # ids of files; that they are there, and whose, the caller checks
+    # Ids of files; that they are there, and whose, is the caller's to check.
+    init_image: UUID | None = None
     mask: UUID | None = None
     control_image: UUID | None = None
     strength: float | None = None

@@ -341,7 +341,7 @@ class Renderer:
 
 
 def _rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
-    """The parameters of image `index` of the job, by the fields of ImageRequest; None is left to its defaults."""
+    """Name the parameters of one image as ImageRequest does; what is None is left to its defaults."""
     given = {param.engine_field: getattr(job, param.name) for param in PARAMS if param.engine_field is not None and param.picture is None}
     given["seed"] = job.seed + index
     given["determinism"] = Determinism(job.determinism)
