@@ -27,7 +27,7 @@ from models.tables import Job, Tenant
 from policy.catalog import resolve
 from policy.cost import price
 from policy.fleet import Fleet, parse_fleet
-from policy.params import Resolved, Wish
+from policy.params import NAMES, Resolved, Wish
 from settings import AnySettings
 
 GONE = object()  # as the value of a change: the key is not in the file at all
@@ -205,18 +205,13 @@ def a_job(
     **params: Any,
 ) -> Job:
     """An accepted job, of a tenant of its own unless one is given."""
-    columns = {
+    columns = dict.fromkeys(NAMES) | {
         "prompt": "a red circle",
         "negative_prompt": "",
         "pool": "local",
         "tier": "fast",
         "model": "pocket",
         "model_version": "1",
-        "init_file_id": None,
-        "mask_file_id": None,
-        "control_file_id": None,
-        "strength": None,
-        "adapters": None,
         "width_px": 128,
         "height_px": 128,
         "num_steps": 4,
@@ -227,7 +222,6 @@ def a_job(
         "output_format": "png",
         "precision": "fp32",
         "determinism": "best_effort",
-        "bucket_rows": None,
     }
     job = jobs.accept(
         session,
