@@ -5,6 +5,7 @@ the message says what is missing where.
 """
 
 import re
+import uuid
 from dataclasses import fields, replace
 from decimal import Decimal
 from types import NoneType, UnionType
@@ -19,7 +20,7 @@ from sqlalchemy.orm import Session
 from app import documents, openai_answers, openai_body, views
 from app.account import limits_view
 from app.admin import KeyBody, TenantChange
-from app.body import JobBody
+from app.body import JobBody, wish_of
 from app.spec.operations import OPERATIONS
 from app.spec.schemas import SCHEMAS
 from cli.keys import issue as issue_key
@@ -50,6 +51,7 @@ from policy.params import (
     PARAMS,
     PICTURES,
     SHOWN,
+    AdapterWish,
     Wish,
     params_of,
 )
@@ -292,6 +294,35 @@ def test_what_a_wish_says_by_default_is_what_a_body_says_by_default():
     assert {name: getattr(body, name) or None for name in ASKED} == {
         name: getattr(Wish(prompt="a red circle"), name) or None for name in ASKED
     }
+
+
+def test_a_body_becomes_the_wish_that_it_says():
+    said = dict.fromkeys(ASKED) | {
+        "prompt": "a red circle",
+        "negative_prompt": "blue",
+        "model": "pocket",
+        "tier": "fast",
+        "size": "128x128",
+        "steps": 4,
+        "guidance": 2.5,
+        "sampler": "euler",
+        "seed": 7,
+        "n": 2,
+        "output_format": "webp",
+        "strength": 0.5,
+    }
+    pictures = {role: uuid.UUID(int=n) for n, role in enumerate(PICTURES)}
+    body = JobBody(
+        **{name: value for name, value in said.items() if name not in ("adapters", *PICTURES)},
+        **dict.fromkeys(PICTURES, "data:,"),
+        adapters=[{"name": "sepia", "strength": -0.5}, {"name": "ink"}],
+    )
+
+    wish = wish_of(body, pictures)
+
+    adapters = (AdapterWish("sepia", -0.5), AdapterWish("ink", 1.0))
+    assert vars(wish) == {**said, **pictures, "adapters": adapters}
+    assert body.pictures == dict.fromkeys(PICTURES, "data:,")
 
 
 def test_numbers_have_units_or_are_bare():
