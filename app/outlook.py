@@ -28,7 +28,7 @@ from models.tables import Job
 from policy import admission, prediction
 from policy.admission import Outlook, Own, Refusal, Running
 from policy.fleet import Fleet
-from policy.params import Resolved
+from policy.params import Resolved, pictures_of
 from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
 
 Read = TypeVar("Read")
@@ -143,7 +143,7 @@ class Lookout:
         """
         seen = self._seen(wish.pool)
         room, hands = self._room(wish.pool, wish.tier, seen.slots), seen.hands.get(wish.tier, Hands())
-        if wish.init_file_id is not None or wish.control_file_id is not None or wish.tier in seen.lacking_inputs:
+        if pictures_of(wish) or wish.tier in seen.lacking_inputs:
             return WayOut.TO_BE_SEEN, room  # its pictures are to be asked for; or how many of those that wait are before it is not known
         line = seen.lines.get(wish.tier)
         waiting = (line.jobs if line is not None else 0) - hands.announced_jobs
