@@ -58,6 +58,7 @@ _OPTIONS = [
     click.option("--init", "init_image", type=_PICTURE, help="Picture to start from."),
     click.option("--mask", type=_PICTURE, help="White where that picture is to be painted anew."),
     click.option("--strength", type=float, help="How far to go from that picture, 0 to 1."),
+    click.option("--clip-skip", type=int, help="Layers of CLIP to leave out at its end."),
     click.option(
         "--control",
         "control_image",

@@ -102,6 +102,7 @@ class Parameters:
     mask: str | None
     control_image: str | None
     strength: float | None
+    clip_skip: int | None  # layers of the CLIP text encoder left out at its end
     adapters: tuple[Mapping[str, Any], ...]  # each with its name and its strength
     precision: str | None
     determinism: str | None

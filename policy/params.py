@@ -55,6 +55,7 @@ class Wish:
     mask: UUID | None = None
     control_image: UUID | None = None
     strength: float | None = None
+    clip_skip: int | None = None
     adapters: tuple[AdapterWish, ...] = ()
 
 
@@ -117,6 +118,12 @@ _CONTROL = AsAsked(
     families=CONTROLLED_FAMILIES,
     unfit="is not followed by model {model}: it has no control network",
 )
+_CLIP_SKIP = AsAsked(
+    low=0,
+    high=12,
+    families=("sd", "sdxl", "sd3", "pipeline", "plain"),
+    unfit="is not taken by model {model}: it reads no single layer of a CLIP text encoder",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,6 +152,12 @@ class Resolved:
     control_file_id: Annotated[UUID | None, Param("control_image", Use.ENGINE, picture="image", as_asked=_CONTROL)]
     # Of the noise laid over the picture it starts from; None without one.
     strength: Annotated[float | None, Param("strength", Use.ENGINE | Use.OPENAI)]
+    # Layers of the CLIP text encoder left out at its end; None as 0. How many it has, and whether
+    # a pipeline's own call takes it, the engine knows.
+    clip_skip: Annotated[
+        int | None,
+        Param("clip_skip", Use.ENGINE | Use.OPENAI, unit="layers", as_asked=_CLIP_SKIP),
+    ]
     adapters: Annotated[
         list[dict[str, str | float]] | None,
         Param("adapters", Use.ENGINE | Use.OPENAI_REQUEST, none_shown_as=()),

@@ -84,7 +84,6 @@ SET_BY_THE_WORKER = {
     "rank": "of the tier",
 }
 NOT_OFFERED_YET = {
-    "clip_skip": "the API has no word for it",
     "policy_version": "there are no safety rules",
     "options": "arguments of a pipeline's own call",
     "keep_steps": "nobody asks for forks",
@@ -138,6 +137,7 @@ def a_full_job(session, tenant) -> NewJob:
         mask_file_id=file.id,
         control_file_id=file.id,
         strength=0.5,
+        clip_skip=1,
         adapters=[{"name": "stripes", "strength": 0.5}],
         determinism="reproducible",
         bucket_rows=8,
@@ -310,6 +310,7 @@ def test_a_body_becomes_the_wish_that_it_says():
         "n": 2,
         "output_format": "webp",
         "strength": 0.5,
+        "clip_skip": 1,
     }
     pictures = {role: uuid.UUID(int=n) for n, role in enumerate(PICTURES)}
     body = JobBody(

@@ -47,6 +47,7 @@ class Job(Base):
     mask_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
     control_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
     strength: Mapped[float | None]
+    clip_skip: Mapped[int | None]  # layers of the CLIP text encoder left out at its end
     adapters: Mapped[list[dict[str, Any]] | None]  # [{"name": …, "strength": …}]
     precision: Mapped[str]
     determinism: Mapped[str]

@@ -179,9 +179,20 @@ def test_an_alias_is_its_model_and_stays_on_record():
     assert refusal.value.accepted == ["pocket", "large", *fleet.models["large"].aliases]
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pipeline", "plain"])
+def test_a_parameter_that_is_as_asked_is_kept_in_its_range(family):
+    fleet = a_fleet({"models.pocket.family": family})
+
+    assert [resolved(fleet, clip_skip=skip).clip_skip for skip in (None, 0, 12)] == [None, 0, 12]
+    for skip in (-1, 13):
+        with pytest.raises(InvalidWish) as refusal:
+            resolved(fleet, clip_skip=skip)
+        assert (refusal.value.field, refusal.value.accepted) == ("clip_skip", {"min": 0, "max": 12})
+
+
 @pytest.mark.parametrize(
     ("family", "field", "value"),
-    [("flux", "control_image", UUID(int=1)), ("sd", "control_image", UUID(int=1)), ("sd3", "control_image", UUID(int=1))],
+    [("flux", "clip_skip", 0), ("sd", "control_image", UUID(int=1)), ("sd3", "control_image", UUID(int=1))],
 )
 def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, value):
     with pytest.raises(InvalidWish, match="by model pocket") as refusal:

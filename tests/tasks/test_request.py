@@ -18,7 +18,7 @@ def request_of(job, index=0, pictures=None) -> ImageRequest:
 
 
 def test_a_request_says_what_its_job_says():
-    job = resolved(tier="quality", negative_prompt="blue", seed=7, n=3)
+    job = resolved(tier="quality", negative_prompt="blue", seed=7, n=3, clip_skip=1)
 
     request = request_of(job, index=2)
 
@@ -39,7 +39,7 @@ def test_a_request_says_what_its_job_says():
 def test_what_a_job_leaves_open_is_the_engine_s_own_default():
     request = request_of(resolved())
 
-    assert (request.strength, request.bucket_rows) == (1.0, None)
+    assert (request.strength, request.clip_skip, request.bucket_rows) == (1.0, 0, None)
     assert (request.init_image, request.mask, request.control_image) == (None, None, None)
     assert request.adapters == ()
 
