@@ -4,17 +4,15 @@ import math
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any, cast
 
 import structlog
-from sqlalchemy import inspect
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from app import limits
 from app.auth import caller
 from app.body import invalid_wish
+from app.documents import JobDocument, of_accepted, of_row
 from app.forecast import Bookings, Expected, QueuePlace
 from app.gateway import gateway
 from app.idempotency import HEADER
@@ -34,27 +32,22 @@ from models.accepting import AcceptedRow, NewJob
 from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
-from models.tables import Job
 from policy import warnings
 from policy.admission import Refusal
-from policy.catalog import InvalidWish, Resolved, Wish
+from policy.catalog import InvalidWish
 from policy.cost import megapixel_steps
+from policy.params import PICTURES, Resolved, Wish
 from policy.release import ReleaseHint, ReleaseLimits
-from policy.states import ImageState, JobState
 from policy.steps import denoising_of
 
 log = structlog.get_logger(__name__)
-
-COLUMN_OF = {"init_image": "init_file_id", "mask": "mask_file_id", "control_image": "control_file_id"}
-
-_NOTHING_YET: Mapping[str, Any] = dict.fromkeys(inspect(Job).column_attrs.keys())
 
 
 @dataclass(frozen=True)
 class Accepted:
     """The job that a request came to. Not new: the same request came before, under the same key. place: where a new one stands."""
 
-    job: Job
+    job: JobDocument
     is_new: bool
     place: QueuePlace | None = None
 
@@ -122,7 +115,8 @@ def accept(
         parts.release.announce(resolved.pool, resolved.tier, row.id, num_images=resolved.num_images)
     elif hint is not ReleaseHint.BACKLOGGED:
         release_waiting_jobs(resolved.pool, resolved.tier)
-    return Accepted(_as_written(new, row), is_new=True, place=expected.place)
+    document = of_accepted(new, row, tenant_id=tenant_id, currency=parts.fleet.currency)
+    return Accepted(document, is_new=True, place=expected.place)
 
 
 def _may_pass_at_once(session: Session, resolved: Resolved, limits: ReleaseLimits) -> bool:
@@ -141,7 +135,7 @@ def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: 
     found = intake.files(fields)
     if "mask" in found:
         intake.check_mask(found["mask"], resolved.width_px, resolved.height_px)
-    return replace(resolved, **{COLUMN_OF[field]: file.id for field, file in found.items()})
+    return replace(resolved, **{PICTURES[field].name: file.id for field, file in found.items()})
 
 
 def foresee(resolved: Resolved, *, start_within_s: float | None = None) -> None:
@@ -170,14 +164,14 @@ def draft(
         telemetry.SHED.labels(expected.refusal.reason).inc()
         raise problem_of(expected.refusal)
     new = NewJob(
-        params=vars(resolved),
+        params=resolved,
         start_within_s=deadline_s,
         run_within_s=tier.run_within_s,
         predicted_s=expected.predicted_s,
         eta_raw_s=expected.eta_raw_s,
         megapixel_steps=megapixel_steps(fleet, resolved),
         steps_per_image=denoising_of(fleet, resolved).steps,
-        labels=metadata,
+        tenant_metadata=metadata,
         warnings=warnings.expected(fleet.models[resolved.model], resolved),
         replay_of=replay_of,
     )
@@ -196,21 +190,7 @@ def write(session: Session, new: Sequence[NewJob]) -> list[AcceptedRow]:
     return rows
 
 
-def _as_written(new: NewJob, row: AcceptedRow) -> Job:
-    """The job as it stands in the database, without asking again: what a view shows of one that has just been accepted.
-
-    It only looks like a row: what makes attributes persistent costs more than all the rest of the answer.
-    """
-    seed, images = new.params["seed"], range(new.params["num_images"])
-    written = {"id": row.id, "tenant_id": caller().tenant_id, "state": JobState.QUEUED, "attempt": 0, "device_seconds": 0.0}
-    written |= {"accepted_at": row.accepted_at, "start_by": row.start_by, "release_tag": row.release_tag, "replay_of": new.replay_of}
-    written |= {"predicted_s": new.predicted_s, "megapixel_steps": new.megapixel_steps, "labels": new.labels}
-    written |= {"steps_per_image": new.steps_per_image, "warnings": new.warnings}
-    written["images"] = [SimpleNamespace(index=index, seed=seed + index, state=ImageState.PENDING, artifact=None) for index in images]
-    return cast("Job", SimpleNamespace(**_NOTHING_YET | new.params | written))
-
-
-def answered(once: Once) -> Job | None:
+def answered(once: Once) -> JobDocument | None:
     """The job that the same request came to before, as it is now; None if it is new. Raises IdempotencyKeyReused."""
     answer = answer_to(once)
     return _job_of(answer) if answer is not None else None
@@ -246,12 +226,12 @@ def release_waiting_jobs(pool: str, tier: str) -> None:
         log.warning("release_postponed", pool=pool, tier=tier, reason=type(error).__name__)
 
 
-def _job_of(answer: Answer) -> Job:
+def _job_of(answer: Answer) -> JobDocument:
     with transaction(gateway().database) as session:
         job = jobs.find(session, answer.job_id, tenant_id=caller().tenant_id) if answer.job_id else None
     if job is None:
         raise reused()
-    return job
+    return of_row(job)
 
 
 def picture_gone(error: FileGone) -> InvalidImageRequest:

@@ -2,41 +2,53 @@
 
 import uuid
 from datetime import UTC, datetime
-from decimal import Decimal
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, get_type_hints
 
 from flask import Blueprint, jsonify, request, url_for
 from flask.typing import ResponseReturnValue
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, Field, StringConstraints, create_model
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.account import limits_view, read_days, usage_view
 from app.auth import caller, require_key
-from app.body import AS_WHOLE, parse, read_object
+from app.body import STRICT, json_type, parse, read_object
 from app.gateway import gateway
 from app.pages import next_page, read_cursor, read_limit
 from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
 from models import api_keys, tenants, usage
 from models.database import run_transaction, transaction
 from models.tables import ApiKey, Tenant
-from models.tenants import LIMITS
-from policy.limits import KEY_GRACE_S, MAX_WEIGHT, MIN_WEIGHT, limits_of
+from policy.limits import (
+    DEFAULT_SCOPES,
+    KEY_GRACE_S,
+    LIMITS,
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    OFFERED,
+    InvalidLimits,
+    Limits,
+    Scope,
+    limits_of,
+)
 from policy.text import is_human
 
 bp = Blueprint("admin", __name__, url_prefix="/v1/admin")
 bp.before_request(require_key)
 
 Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
-Count = Annotated[int, Field(gt=0, le=1_000_000_000), AS_WHOLE]
-Amount = Annotated[float, Field(ge=0.001, le=1e11)]  # a budget that needs longer than Redis keeps anything would never fill
 Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
-Bytes = Annotated[int, Field(ge=0, le=10**15), AS_WHOLE]
-Quota = Annotated[float, Field(ge=0, le=1e11)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = STRICT
+
+
+_LimitsBody: Any = create_model(
+    "_LimitsBody",
+    __base__=_Body,
+    **{name: (json_type(hint) | None, None) for name, hint in get_type_hints(Limits, include_extras=True).items()},
+)
 
 
 class TenantBody(_Body):
@@ -46,27 +58,17 @@ class TenantBody(_Body):
     weight: Weight = 1.0
 
 
-class TenantChange(_Body):
+class TenantChange(_LimitsBody):
     """The body of PATCH /v1/admin/tenants/{id}; what is not there stays, null takes a limit away."""
 
     weight: Weight | None = None
-    requests_per_minute: Count | None = None
-    megapixel_steps_per_minute: Amount | None = None
-    burst_megapixel_steps: Amount | None = None
-    max_concurrent_jobs: Count | None = None
-    daily_megapixel_steps: Quota | None = None
-    monthly_megapixel_steps: Quota | None = None
-    allowed_tiers: list[str] | None = None
-    allowed_models: list[str] | None = None
-    max_stored_bytes: Bytes | None = None
-    url_inputs: bool | None = None
 
 
 class KeyBody(_Body):
     """The body of POST /v1/admin/tenants/{id}/keys."""
 
     name: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "api"
-    scopes: Annotated[list[Literal["generate", "read", "admin"]], Field(min_length=1)] = ["generate", "read"]
+    scopes: Annotated[list[Scope], Field(min_length=1)] = list(DEFAULT_SCOPES)
     expires_at: str | None = None
 
 
@@ -118,11 +120,6 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     body = parse(TenantChange, fields)
     _check_catalog(body)
     changes = {name: getattr(body, name) for name in LIMITS if name in fields}
-    for name in ("daily_megapixel_steps", "monthly_megapixel_steps"):
-        if changes.get(name) is not None:
-            changes[name] = Decimal(str(changes[name])).quantize(Decimal("0.000001"))
-    if "url_inputs" in changes:
-        changes["url_inputs"] = bool(changes["url_inputs"])
 
     def change(session: Session) -> dict[str, Any]:
         tenant = _tenant(session, tenant_id)
@@ -134,9 +131,8 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
 
     try:
         view = run_transaction(gateway().database, change)
-    except IntegrityError:
-        detail = "megapixel_steps_per_minute and burst_megapixel_steps are set, and taken away, together"
-        raise _refused("burst_megapixel_steps", detail, None) from None
+    except InvalidLimits as error:
+        raise _refused(error.field, error.detail, None) from None
     return jsonify(view)
 
 
@@ -210,10 +206,8 @@ def _tenant(session: Session, tenant_id: uuid.UUID) -> Tenant:
 
 def _check_catalog(body: TenantChange) -> None:
     fleet = gateway().fleet
-    for name, said, offered in (
-        ("allowed_tiers", body.allowed_tiers, fleet.tiers),
-        ("allowed_models", body.allowed_models, fleet.models),
-    ):
+    for name, note in OFFERED.items():
+        said, offered = getattr(body, name), getattr(fleet, note.section)
         if said is not None and (not said or set(said) - offered.keys()):
             raise _refused(name, "must name at least one, and only those of fleet.toml", list(offered))
 

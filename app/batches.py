@@ -5,8 +5,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import structlog
 from flask import Blueprint, jsonify, request
@@ -28,7 +27,8 @@ from models.database import run_transaction, transaction
 from models.files import FileGone
 from models.idempotency import Answer, Once
 from models.tables import Job
-from policy.catalog import InvalidWish, Resolved
+from policy.catalog import InvalidWish
+from policy.params import Resolved
 from policy.states import JobState
 
 bp = Blueprint("batches", __name__)
@@ -55,7 +55,7 @@ class _Draft:
             resolved = accepting.with_pictures(self.resolved, self.pictures, intake)
         except Problem as problem:
             return problem
-        return replace(self.job, params=vars(resolved))
+        return replace(self.job, params=resolved)
 
 
 @dataclass
@@ -134,7 +134,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
         with limits.charged(whole):
             run_transaction(parts.database, write)
     for job in accepted:
-        telemetry.JOBS_ACCEPTED.labels(job.params["tier"], job.params["model"]).inc()
+        telemetry.JOBS_ACCEPTED.labels(job.params.tier, job.params.model).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
         accepting.release_waiting_jobs(pool, tier)
@@ -167,11 +167,11 @@ def _view(answer: Answer, written: Sequence[NewJob] = ()) -> dict[str, Any]:
     """Show what the batch came to. Jobs that were just written are not read back: they are accepted, whatever becomes of the database."""
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
-    views = {job.id: _new_job_view(job) for job in written}
+    views = {job.id: _job_view(job.id, JobState.QUEUED, job.params) for job in written}
     if job_ids and not written:
         with transaction(gateway().database) as session:
             jobs = listing.some(session, job_ids, tenant_id=caller().tenant_id)
-        views = {job_id: _job_view(job) for job_id, job in jobs.items()}
+        views = {job_id: _job_view(job_id, job.state, job) for job_id, job in jobs.items()}
     data = list(_items(items, views))
     return {"object": "batch", "accepted": len(job_ids), "refused": len(items) - len(job_ids), "data": data}
 
@@ -184,15 +184,20 @@ def _items(items: Sequence[Mapping[str, Any]], views: Mapping[uuid.UUID, dict[st
             yield {"status": item["problem"]["status"], "problem": item["problem"]}
 
 
-def _new_job_view(job: NewJob) -> dict[str, Any]:
-    said = {name: job.params[name] for name in ("tier", "model", "model_alias", "model_version", "seed", "num_images")}
-    return _job_view(cast(Job, SimpleNamespace(id=job.id, state=JobState.QUEUED, **said)))
-
-
-def _job_view(job: Job) -> dict[str, Any]:
-    names = ("state", "tier", "model", "model_alias", "model_version", "seed")
-    head = {"id": str(job.id), "object": "job", **{name: getattr(job, name) for name in names}, "n": job.num_images}
-    return head | {"urls": urls_view(job)}
+def _job_view(job_id: uuid.UUID, state: str, params: Job | Resolved) -> dict[str, Any]:
+    """What an item tells of its job: enough to know it again; the rest is at its address."""
+    return {
+        "id": str(job_id),
+        "object": "job",
+        "state": state,
+        "tier": params.tier,
+        "model": params.model,
+        "model_alias": params.model_alias,
+        "model_version": params.model_version,
+        "seed": params.seed,
+        "n": params.num_images,
+        "urls": urls_view(job_id),
+    }
 
 
 def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

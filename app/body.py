@@ -1,20 +1,23 @@
 """From the bytes of a request to a Wish, or a problem that points at every field that is wrong."""
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, TypeVar
+from decimal import Decimal
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from uuid import UUID
 
 from flask import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
 from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, InvalidRequest, MalformedBody, Problem, UnsupportedMediaType
-from policy.catalog import AdapterWish, InvalidWish, Wish
+from policy.catalog import InvalidWish
+from policy.params import ASKED, PICTURES, AdapterWish, Wish
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
-PICTURE_FIELDS = ("init_image", "mask", "control_image")
 MAX_METADATA_KEYS = 16
 MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
 MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
@@ -32,43 +35,63 @@ AS_WHOLE = BeforeValidator(_as_whole)
 Whole = Annotated[int, AS_WHOLE]
 
 
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
 class AdapterBody(BaseModel):
     """One adapter of the model, and how much of it."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+    model_config = STRICT
 
     name: str
     strength: float = 1.0
 
 
-class JobBody(BaseModel):
+_JSON_TYPES: Mapping[Any, Any] = {
+    int: Whole,
+    Decimal: float,
+    UUID: str,  # an id, a data URL or a URL; app/inputs.py makes files of them
+    tuple[str, ...]: list[str],
+    tuple[AdapterWish, ...]: list[AdapterBody],
+}
+
+
+def json_type(hint: Any) -> Any:
+    """A type of our values as a body of JSON has it; the bounds that it is annotated with stay."""
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        kind, checks = json_type(kind), ()
+        if get_origin(kind) is Annotated:
+            kind, *checks = get_args(kind)
+        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
+    return _JSON_TYPES.get(hint, hint)
+
+
+def _fields_of_a_wish() -> dict[str, Any]:
+    """The fields of `Wish` as a body of JSON has them, each with its type and its default."""
+    hints = get_type_hints(Wish)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(Wish):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        found[field.name] = (json_type(hints[field.name]), [] if default == () else default)
+    return found
+
+
+_WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
+
+
+class JobBody(_WishBody):
     """The body of POST /v1/jobs. Ranges depend on model and tier and are checked by `policy.catalog`."""
 
-    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-    prompt: str
-    negative_prompt: str = ""
-    model: str | None = None
-    tier: str | None = None
-    size: str | None = None
-    steps: Whole | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    seed: Whole | None = None
-    n: Whole = 1
-    output_format: str = "png"
-    init_image: str | None = None
-    mask: str | None = None
-    control_image: str | None = None
-    strength: float | None = None
-    adapters: list[AdapterBody] = []
     metadata: dict[str, str] = {}
     start_deadline_s: float | None = None
 
     @property
     def pictures(self) -> dict[str, str | None]:
         """What the fields say that stand for pictures."""
-        return {field: getattr(self, field) for field in PICTURE_FIELDS}
+        return {field: getattr(self, field) for field in PICTURES}
 
 
 def read_job(request: Request) -> JobBody:
@@ -103,9 +126,9 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
 
 def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
     """The wish; `pictures`: the files that its fields stand for."""
-    fields = body.model_dump(exclude={"adapters", "metadata", "start_deadline_s", *PICTURE_FIELDS})
-    adapters = tuple(AdapterWish(adapter.name, adapter.strength) for adapter in body.adapters)
-    return Wish(**fields, **pictures, adapters=adapters)
+    said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
+    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in body.adapters)
+    return Wish(**said | dict(pictures))
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:

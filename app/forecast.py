@@ -17,6 +17,7 @@ from typing import TypeVar, cast
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
+from app.documents import JobDocument
 from edges.handoff import Gauge
 from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
@@ -24,8 +25,8 @@ from models.flows import FlowBacklog
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, Refusal, Running, TenantBacklog
-from policy.catalog import Resolved
 from policy.fleet import Fleet
+from policy.params import Resolved, pictures_of
 from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
 from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
 from policy.states import JobState
@@ -210,8 +211,7 @@ class QueueForecaster:
         """Tell how to release a new job, by what was read at most `FRESH_FOR_S` ago; and its limits."""
         state = self._pool_state(wish.pool)
         limits = self._limits(wish.pool, wish.tier, state.slots)
-        has_pictures = wish.init_file_id is not None or wish.control_file_id is not None
-        if has_pictures or wish.tier in state.lacking_inputs:
+        if pictures_of(wish) or wish.tier in state.lacking_inputs:
             # Its pictures are to be asked for; or how many that wait are before it is not known.
             return ReleaseHint.TRY_RELEASE, limits
         outstanding = state.outstanding.get(wish.tier, Outstanding())
@@ -226,7 +226,7 @@ class QueueForecaster:
         )
         return hint, limits
 
-    def place_of(self, job: Job, steps_done: int = 0) -> QueuePlace | None:
+    def place_of(self, job: Job | JobDocument, steps_done: int = 0) -> QueuePlace | None:
         """Estimate where an unfinished job stands.
 
         None if the catalogue no longer has its tier or pool.  steps_done: denoise steps of all its images.

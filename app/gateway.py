@@ -29,8 +29,9 @@ from edges.progress import Endings, News
 from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy import connections
-from policy.catalog import Resolved, Wish, resolve
+from policy.catalog import resolve
 from policy.fleet import Fleet
+from policy.params import Resolved, Wish
 from settings import GatewaySettings
 
 

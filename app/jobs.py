@@ -13,6 +13,7 @@ from app import accepting, delivery, erasing, inputs, replaying, waiting
 from app.accepting import Accepted
 from app.auth import caller, require_key
 from app.body import read_job, read_nothing, read_wait_s, wish_of
+from app.documents import JobDocument
 from app.forecast import QueuePlace
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
@@ -173,16 +174,16 @@ def _read_status(job_id: uuid.UUID) -> bytes:
     return json.dumps(status_view(job, steps, _place(job, steps))).encode()
 
 
-def _view(job: Job, steps: list[Step]) -> dict[str, Any]:
+def _view(job: Job | JobDocument, steps: list[Step]) -> dict[str, Any]:
     return job_view(job, steps, _place(job, steps))
 
 
-def _place(job: Job, steps: list[Step]) -> QueuePlace | None:
+def _place(job: Job | JobDocument, steps: list[Step]) -> QueuePlace | None:
     is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
     return gateway().forecaster.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
 
 
-def _steps(job: Job) -> list[Step]:
+def _steps(job: Job | JobDocument) -> list[Step]:
     return gateway().news.steps(job.id) if job.state == JobState.RUNNING else []
 
 

@@ -20,8 +20,9 @@ from edges import telemetry
 from edges.limits import WINDOW_S, Counted, Taken
 from models import files, usage
 from models.database import transaction
-from policy.catalog import InvalidWish, Resolved
+from policy.catalog import InvalidWish
 from policy.limits import UsageTotals, exceeded_stock
+from policy.params import Resolved
 
 
 def check_allowed(resolved: Resolved) -> None:

@@ -19,11 +19,11 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d
 
 def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
     """The jobs that are sought, and how many of them. Raises InvalidQuery, which names the parameter."""
-    said, labels = {}, {}
+    said, metadata = {}, {}
     for name, values in query.lists():
         _check(name, values)
         if name.startswith(_METADATA):
-            labels[name.removeprefix(_METADATA)] = values[0]
+            metadata[name.removeprefix(_METADATA)] = values[0]
         else:
             said[name] = values[0]
     before = [first_id(read_instant("created_before", said["created_before"]))] if "created_before" in said else []
@@ -31,7 +31,7 @@ def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
     since = [first_id(read_instant("created_after", said["created_after"]))] if "created_after" in said else []
     bounds = {"before": min(before)} if before else {}
     bounds |= {"since": since[0]} if since else {}
-    return Sought(**bounds, state=_state(said.get("state")), labels=labels), parse_limit(said.get("limit", "20"))
+    return Sought(**bounds, state=_state(said.get("state")), metadata=metadata), parse_limit(said.get("limit", "20"))
 
 
 def read_instant(parameter: str, text: str) -> datetime:

@@ -5,9 +5,11 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from app.documents import JobDocument
 from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
 from models.tables import Job
 from policy.failures import is_our_fault
+from policy.params import OPENAI_ANSWER, members_of
 from policy.states import JobState
 
 JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
@@ -38,7 +40,7 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
     return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, **own)
 
 
-def may_still_answer(job: Job, *, streams: bool) -> bool:
+def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
     """Whether another try of a call is to come to this job: one that is under way, or that ended a moment ago with what a new one would.
 
     Not one that a new one may do better than, nor one whose client had left its stream, nor one of an earlier time of day: its first try
@@ -52,7 +54,7 @@ def may_still_answer(job: Job, *, streams: bool) -> bool:
     return not is_ours and not has_left and job.erased_at is None and ended_s < JOINED_FOR_S
 
 
-def extras_of(job: Job) -> Mapping[str, Any]:
+def extras_of(job: Job | JobDocument) -> Mapping[str, Any]:
     """Members that OpenAI's interface does not have: enough to find the job, and to ask for the same again."""
-    names = ("model", "model_alias", "model_version", "tier", "seed", "guidance", "sampler", "strength")
-    return {"job_id": str(job.id), **{name: getattr(job, name) for name in names}, "steps": job.num_steps, "warnings": job.warnings or []}
+    params = members_of(job, OPENAI_ANSWER)
+    return {"job_id": str(job.id), **params, "warnings": job.warnings or []}

@@ -7,14 +7,15 @@ Facts about the interface, as its Python client 3.57 sends and reads it: fields 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from app.body import check_bounds, check_metadata
 from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
-from policy.catalog import AdapterWish, Wish
 from policy.fleet import Fleet, parse_size
 from policy.formats import FORMATS
+from policy.params import OPENAI_REQUEST, AdapterWish, Wish
 from policy.text import is_human
 
 GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
@@ -171,11 +172,18 @@ class _Said:
             raise _wrong(name, f"must be from {low} to {high}", {"min": low, "max": high})
         return int(value)
 
-    def maybe_int(self, name: str) -> int | None:
-        return self._parsed(name, None, int, "a whole number") if name in self._fields else None
-
-    def maybe_float(self, name: str) -> float | None:
-        return self._parsed(name, None, float, "a number") if name in self._fields else None
+    def plain(self, name: str, kind: Any) -> Any:
+        """Read a field as `kind`, a type of `Wish` without its None; None where it is not said."""
+        if name not in self._fields:
+            return None
+        if kind is int:
+            return self._parsed(name, None, int, "a whole number")
+        if kind is float:
+            return self._parsed(name, None, float, "a number")
+        if kind == tuple[AdapterWish, ...]:
+            entries = self.structure(name, list, [])
+            return tuple(_adapter(place, entry) for place, entry in enumerate(entries))
+        return self.text(name, None)
 
     def one_of(self, name: str, default: str, accepted: tuple[str, ...]) -> str:
         value = self.text(name, default)
@@ -208,7 +216,15 @@ class _Said:
         return value
 
 
-_OURS = {"seed", "steps", "guidance", "tier", "adapters", "sampler", "negative_prompt", "strength", "metadata"}
+def _without_none(hint: Any) -> Any:
+    """`int` of `int | None`, anything else as it is."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not NoneType)
+
+
+_EXTRAS = {param.member for param in OPENAI_REQUEST if param.member is not None}
+_KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items()}
+_OURS = _EXTRAS | {"metadata"}
 _THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
 _THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
 _KNOWN = _OURS | _THEIRS
@@ -244,39 +260,45 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
         raise ModelNotFound(f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.", parameter="model", accepted=offered)
     if kind != VARIATION and "prompt" not in said.names():
         raise _wrong("prompt", "is required")
-    size = said.text("size", "auto")
-    tier, steps = said.text("tier", None) or None, said.maybe_int("steps")
-    if tier is None:
-        tier = tier_of(quality, fleet)
-        steps = steps_of(quality, fleet, fleet.model_ids[model or fleet.default_model()]) if steps is None else steps
-    guidance, strength = said.maybe_float("guidance"), said.maybe_float("strength")
+    size, extras = said.text("size", "auto"), _extras(said)
+    if not extras["tier"]:
+        extras["tier"] = tier_of(quality, fleet)
+        if extras["steps"] is None:
+            model_id = fleet.model_ids[model or fleet.default_model()]
+            extras["steps"] = steps_of(quality, fleet, model_id)
     if kind == VARIATION:  # nothing is asked for in words: with an empty prompt, guidance would be twice the work for the same
-        guidance = 1.0 if guidance is None and not said.get("prompt") else guidance
-        strength = VARIATION_STRENGTH if strength is None else strength
-    elif kind == GENERATION and strength is not None:
+        if extras["guidance"] is None and not said.get("prompt"):
+            extras["guidance"] = 1.0
+        if extras["strength"] is None:
+            extras["strength"] = VARIATION_STRENGTH
+    elif kind == GENERATION and extras["strength"] is not None:
         raise _wrong("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
     return Wish(
         prompt=said.text("prompt", "") or "",
-        negative_prompt=said.text("negative_prompt", "") or "",
         model=model,
-        tier=tier,
         size=None if size == "auto" else size,
-        steps=steps,
-        guidance=guidance,
-        sampler=said.text("sampler", None),
-        seed=said.maybe_int("seed"),
         n=count,
         output_format=said.text("output_format", "png") or "png",
-        strength=strength,
-        adapters=tuple(_adapter(place, entry) for place, entry in enumerate(said.structure("adapters", list, []))),
+        **extras,
     )
+
+
+def _extras(said: _Said) -> dict[str, Any]:
+    """Read our own parameters, by the fields of `Wish`; what is not said has its default there."""
+    found: dict[str, Any] = {}
+    for field in fields(Wish):
+        if field.name in _EXTRAS:
+            value = said.plain(field.name, _KINDS[field.name])
+            found[field.name] = field.default if value is None else value
+    return found
 
 
 def _adapter(place: int, entry: Any) -> AdapterWish:
     fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
     if not fits:
         raise _wrong(f"adapters/{place}", 'must be {"name": …, "strength": …}')
-    strength = _Said({f"adapters/{place}/strength": entry.get("strength", 1.0)}).maybe_float(f"adapters/{place}/strength")
+    place_of_it = f"adapters/{place}/strength"
+    strength = _Said({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
     return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
 
 

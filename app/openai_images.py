@@ -32,7 +32,7 @@ from app.problems import (
 from edges.objectstore import StoreUnavailable
 from models.idempotency import Once
 from models.tables import Artifact, File, Job
-from policy.catalog import Wish
+from policy.params import Wish
 
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
 bp.before_request(require_key)

@@ -20,6 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from app.auth import caller
 from app.capacity import Holding
+from app.documents import JobDocument
 from app.gateway import Gateway, gateway
 from app.openai_answers import NO_TOKENS, extras_of, problem_of_end
 from app.openai_body import Asked
@@ -29,7 +30,6 @@ from edges.eventlog import FINAL, PREVIEW, Event
 from edges.objectstore import StoreUnavailable, image_key
 from models import jobs
 from models.database import run_transaction
-from models.tables import Job
 from policy.formats import FORMATS
 from policy.states import JobState
 
@@ -39,7 +39,7 @@ HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
 _UNREAD_FOR_S = 30
 
 
-def respond(asked: Asked, job: Job, place: Holding) -> Response:
+def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
     """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
     parts, asking = gateway(), caller()
     events = parts.events.follow(job.id, previews=asked.partial_images > 0, heartbeat_s=HEARTBEAT_S, place=place)
@@ -74,7 +74,7 @@ def respond(asked: Asked, job: Job, place: Holding) -> Response:
 class _Told:
     """Which events of the job its client hears of, and in what words."""
 
-    def __init__(self, asked: Asked, job: Job, parts: Gateway) -> None:
+    def __init__(self, asked: Asked, job: JobDocument, parts: Gateway) -> None:
         self._asked, self._parts = asked, parts
         self._tenant_id, self._output_format = job.tenant_id, job.output_format
         self._extras = dict(extras_of(job))

@@ -1,13 +1,11 @@
 """A job's parameters, read from its row and asked for again: nothing is resolved anew, so the same image comes of them."""
 
-from dataclasses import fields
-
 from app.gateway import gateway
 from app.problems import ReplayImpossible
 from models import files
 from models.database import transaction
 from models.tables import Job
-from policy.catalog import Resolved
+from policy.params import Resolved, params_of, pictures_of
 
 
 def resolved_again(job: Job) -> Resolved:
@@ -16,7 +14,7 @@ def resolved_again(job: Job) -> Resolved:
         raise ReplayImpossible("The job was erased: its parameters are gone.")
     _check_fleet(job)
     _check_files(job)
-    return Resolved(**{field.name: getattr(job, field.name) for field in fields(Resolved)})
+    return params_of(job)
 
 
 def _check_fleet(job: Job) -> None:
@@ -34,8 +32,7 @@ def _check_fleet(job: Job) -> None:
 
 
 def _check_files(job: Job) -> None:
-    started_from = {"init_image": job.init_file_id, "mask": job.mask_file_id, "control_image": job.control_file_id}
     with transaction(gateway().database) as session:
-        for name, file_id in started_from.items():
-            if file_id is not None and files.find(session, file_id, tenant_id=job.tenant_id) is None:
+        for name, file_id in pictures_of(job).items():
+            if files.find(session, file_id, tenant_id=job.tenant_id) is None:
                 raise ReplayImpossible(f"The picture that {name} names was deleted.", gone=name)

@@ -7,16 +7,17 @@ from uuid import UUID
 
 from flask import url_for
 
+from app.documents import ImageDocument, JobDocument
 from app.forecast import QueuePlace
 from edges.progress import Step
 from models.tables import Image, Job
-from policy.catalog import Resolved
 from policy.failures import told_detail
+from policy.params import Resolved, members_of, size_of
 from policy.states import FINAL_STATES, ImageState, JobState
 from policy.steps import image_steps
 
 
-def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
+def job_view(job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> dict[str, Any]:
     """A job with its images; `steps` is what is known of a running one, `place` where an unfinished one stands."""
     return {
         "id": str(job.id),
@@ -24,7 +25,7 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         "state": job.state,
         **params_view(job),
         **({"prompt": None, "negative_prompt": None} if job.erased_at else {}),
-        "metadata": job.labels or {},
+        "metadata": job.tenant_metadata or {},
         "replay_of": _id(job.replay_of),
         "megapixel_steps": float(job.megapixel_steps),
         "attempt": job.attempt,
@@ -47,7 +48,7 @@ def job_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = No
         },
         "cost": _cost(job),
         "images": [_image_view(job, image) for image in job.images],
-        "urls": urls_view(job),
+        "urls": urls_view(job.id),
     }
 
 
@@ -65,44 +66,22 @@ def status_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None =
         "failure": _failure(job),
         "warnings": job.warnings or [],
         "erased_at": _instant(job.erased_at),
-        "urls": urls_view(job),
+        "urls": urls_view(job.id),
     }
 
 
-def urls_view(job: Job) -> dict[str, str]:
+def urls_view(job_id: UUID) -> dict[str, str]:
     """Where a job, what changes of it, and what can be done with it are found."""
-    own = url_for("jobs.show_job", job_id=job.id)
+    own = url_for("jobs.show_job", job_id=job_id)
     return {"self": own} | {name: f"{own}/{name}" for name in ("status", "cancel", "replay", "events")}
 
 
-def params_view(of: Job | Resolved) -> dict[str, Any]:
+def params_view(of: Job | JobDocument | Resolved) -> dict[str, Any]:
     """Every parameter of a job, or of one that might be."""
-    return {
-        "tier": of.tier,
-        "model": of.model,
-        "model_alias": of.model_alias,
-        "model_version": of.model_version,
-        "prompt": of.prompt,
-        "negative_prompt": of.negative_prompt,
-        "size": f"{of.width_px}x{of.height_px}",
-        "steps": of.num_steps,
-        "guidance": of.guidance,
-        "sampler": of.sampler,
-        "seed": of.seed,
-        "n": of.num_images,
-        "output_format": of.output_format,
-        "init_image": _id(of.init_file_id),
-        "mask": _id(of.mask_file_id),
-        "control_image": _id(of.control_file_id),
-        "strength": of.strength,
-        "adapters": of.adapters or [],
-        "precision": of.precision,
-        "determinism": of.determinism,
-        "bucket_rows": of.bucket_rows,
-    }
+    return {**members_of(of), "size": size_of(of)}
 
 
-def _image_view(job: Job, image: Image) -> dict[str, Any]:
+def _image_view(job: Job | JobDocument, image: Image | ImageDocument) -> dict[str, Any]:
     view: dict[str, Any] = {"index": image.index, "seed": image.seed, "state": image.state}
     names = ("pixels_sha256", "content_sha256", "content_type", "size_bytes", "width_px", "height_px")
     is_there = image.artifact is not None and image.artifact.erased_at is None
@@ -114,7 +93,7 @@ def image_url(job_id: UUID, index: int) -> str:
     return url_for("jobs.show_image", job_id=job_id, index=index)
 
 
-def _progress(job: Job, steps: Sequence[Step]) -> dict[str, int] | None:
+def _progress(job: Job | JobDocument, steps: Sequence[Step]) -> dict[str, int] | None:
     """Steps of all images added up: what is done, of what is to do; what a picture that they start from makes needless is neither."""
     if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
         return None
@@ -136,14 +115,14 @@ def queue_view(place: QueuePlace | None) -> dict[str, Any] | None:
     return {"jobs_ahead": place.jobs_ahead, "eta_p50_s": round(place.eta.p50_s, 2), "eta_p90_s": round(place.eta.p90_s, 2)}
 
 
-def _failure(job: Job) -> dict[str, Any] | None:
+def _failure(job: Job | JobDocument) -> dict[str, Any] | None:
     """What the tenant may know: our own faults keep their insides in the attempts table."""
     if job.failure_code is None:
         return None
     return {"code": job.failure_code, "detail": told_detail(job.failure_code, job.failure_detail)}
 
 
-def _cost(job: Job) -> dict[str, Any] | None:
+def _cost(job: Job | JobDocument) -> dict[str, Any] | None:
     if job.cost is None:
         return None
     return {"gpu_seconds": round(job.device_seconds, 6), "amount": str(job.cost), "currency": job.currency}

@@ -30,7 +30,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +49,10 @@ from models import jobs, leases, listing, releasing, tenants, workers
 from models.database import transaction
 from models.listing import Sought
 from models.tables import Job
-from policy.catalog import Resolved, Wish, resolve
+from policy.catalog import resolve
 from policy.failures import FailureCode
 from policy.fleet import Fleet, parse_fleet
+from policy.params import Resolved, Wish
 from policy.release import ReleaseLimits
 from policy.states import JobState
 from settings import REPO, Settings
@@ -148,7 +149,7 @@ class Queue:
             session,
             tenant_id=self.bulk,
             api_key_id=None,
-            params=asdict(self.wish),
+            params=self.wish,
             start_within_s=A_DAY_S,
             run_within_s=600.0,
             predicted_s=0.5,

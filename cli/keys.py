@@ -9,7 +9,7 @@ from cli import screen
 from cli.installation import Installation, pass_installation
 from cli.tenants import named
 from models import api_keys
-from policy.limits import KEY_GRACE_S, SCOPES
+from policy.limits import DEFAULT_SCOPES, KEY_GRACE_S, SCOPES
 
 _TENANT = click.option("--tenant", "tenant_name", default="demo", show_default=True, help="Whose keys.")
 
@@ -36,7 +36,9 @@ def list_keys(installation: Installation, tenant_name: str) -> None:
 @keys.command()
 @_TENANT
 @click.option("--name", default="cli", show_default=True, help="What the key is for.")
-@click.option("--scope", "scopes", multiple=True, type=click.Choice(SCOPES), default=SCOPES[:2], show_default=True, help="What it may do.")
+@click.option(
+    "--scope", "scopes", multiple=True, type=click.Choice(SCOPES), default=DEFAULT_SCOPES, show_default=True, help="What it may do."
+)
 @click.option("--expires-in-days", type=click.FloatRange(min=0, min_open=True), help="After that it is refused.")
 @pass_installation
 def issue(installation: Installation, tenant_name: str, name: str, scopes: tuple[str, ...], expires_in_days: float | None) -> None:

@@ -1,7 +1,6 @@
 """tenants: who may have keys."""
 
 from collections.abc import Mapping
-from decimal import Decimal
 from typing import Any
 
 import click
@@ -13,9 +12,9 @@ from cli.installation import Installation, pass_installation
 from models import files, usage
 from models import tenants as records
 from models.tables import Tenant
-from policy.limits import MAX_WEIGHT, MIN_WEIGHT
+from policy.limits import KINDS, LIMITS, MAX_WEIGHT, MIN_WEIGHT, OFFERED, InvalidLimits
 
-_URL_INPUTS = {"true": True, "false": False, "none": False}  # as null is over HTTP
+_YES_OR_NO = {"true": True, "false": False, "none": False}  # as null is over HTTP
 
 
 def named(session: Session, name: str) -> Tenant:
@@ -71,7 +70,7 @@ def show_tenant(ctx: click.Context, installation: Installation, name: str) -> No
     if tenant is None or totals is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
-    rows: list[tuple[str, Any]] = [(limit, _told(getattr(tenant, limit))) for limit in records.LIMITS]
+    rows: list[tuple[str, Any]] = [(limit, _told(getattr(tenant, limit))) for limit in LIMITS]
     rows += [("megapixel-steps used today", totals.used_today), ("and this month", totals.used_this_month)]
     rows += [("jobs under way", totals.active_jobs), ("pictures stored", count), ("and their bytes", size_bytes)]
     screen.out().print(screen.table(["limit", name], rows))
@@ -95,8 +94,8 @@ def limit_tenant(ctx: click.Context, installation: Installation, name: str, limi
             tenant = records.by_name(session, name)
             if tenant is not None:
                 records.limit(session, tenant, changes=changes)
-    except IntegrityError:
-        raise click.UsageError("megapixel_steps_per_minute and burst_megapixel_steps are set, and taken away, together") from None
+    except InvalidLimits as error:
+        raise click.UsageError(error.detail) from None
     if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
@@ -105,21 +104,20 @@ def limit_tenant(ctx: click.Context, installation: Installation, name: str, limi
 
 def _change(installation: Installation, text: str) -> tuple[str, Any]:
     name, separator, said = text.partition("=")
-    if not separator or name not in records.LIMITS:
-        raise click.UsageError(f"{text!r} is not limit=value; limits: {', '.join(records.LIMITS)}")
+    if not separator or name not in LIMITS:
+        raise click.UsageError(f"{text!r} is not limit=value; limits: {', '.join(LIMITS)}")
     word = said.strip().lower()
-    if name == "url_inputs":
-        if word not in _URL_INPUTS:
+    if KINDS[name] is bool:
+        if word not in _YES_OR_NO:
             raise _refused(name, said, "true or false")
-        return name, _URL_INPUTS[word]
+        return name, _YES_OR_NO[word]
     if word == "none":
         return name, None
-    return name, _names(installation, name, said) if name in ("allowed_tiers", "allowed_models") else _number(name, said)
+    return name, _names(installation, name, said) if name in OFFERED else _number(name, said)
 
 
 def _names(installation: Installation, limit: str, said: str) -> list[str]:
-    fleet = installation.load_fleet()
-    offered = fleet.tiers_by_rank if limit == "allowed_tiers" else tuple(fleet.models)
+    offered = tuple(getattr(installation.load_fleet(), OFFERED[limit].section))
     names = [name.strip() for name in said.split(",")]
     unknown = [name for name in names if name not in offered]
     if unknown:
@@ -127,16 +125,16 @@ def _names(installation: Installation, limit: str, said: str) -> list[str]:
     return names
 
 
-def _number(limit: str, said: str) -> int | float | Decimal:
+def _number(limit: str, said: str) -> int | float:
     from pydantic import ValidationError
 
     from app.admin import TenantChange  # the same bounds as over HTTP; here, for it loads the gateway
 
     try:
-        number = getattr(TenantChange.model_validate({limit: said}, strict=False), limit)
+        number: int | float = getattr(TenantChange.model_validate({limit: said}, strict=False), limit)
     except ValidationError:
         raise _refused(limit, said, _bounds(TenantChange.model_json_schema()["properties"][limit]["anyOf"][0])) from None
-    return Decimal(str(number)) if limit in ("daily_megapixel_steps", "monthly_megapixel_steps") else number
+    return number
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:

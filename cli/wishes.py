@@ -1,5 +1,6 @@
 """The options that say what an image should be, the same for every command that takes a wish."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,6 +11,38 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 EXTENSIONS = {"png": ".png", "webp": ".webp", "jpeg": ".jpg"}
 _PICTURE = click.Path(path_type=Path, exists=True, dir_okay=False)
+
+
+def _entry(text: str, metavar: str) -> tuple[str, str]:
+    """Both sides of the first `=`. Raises BadParameter."""
+    name, separator, value = text.partition("=")
+    if not separator or not name:
+        raise click.BadParameter(f"{text!r} is not {metavar}")
+    return name, value
+
+
+def _metadata(_ctx: click.Context, param: click.Parameter, said: tuple[str, ...]) -> dict[str, str] | None:
+    """Read the entries as one object; None for none: a line of a file of prompts may have its own."""
+    return dict(_entry(text, str(param.metavar)) for text in said) or None
+
+
+def _adapters(_ctx: click.Context, param: click.Parameter, said: tuple[str, ...]) -> list[dict[str, Any]] | None:
+    """Read each adapter with its strength, where that is said; None for none."""
+    return [_adapter(text, str(param.metavar)) for text in said] or None
+
+
+def _adapter(text: str, metavar: str) -> dict[str, Any]:
+    if "=" not in text:
+        return {"name": text}
+    name, value = _entry(text, metavar)
+    try:
+        strength = float(value)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise click.BadParameter(f"{text!r} is not {metavar}: the strength is a number")
+    return {"name": name, "strength": strength}
+
 
 _OPTIONS = [
     click.option("--tier", help="Class of service; the fleet's first by default."),
@@ -25,6 +58,34 @@ _OPTIONS = [
     click.option("--init", "init_image", type=_PICTURE, help="Picture to start from."),
     click.option("--mask", type=_PICTURE, help="White where that picture is to be painted anew."),
     click.option("--strength", type=float, help="How far to go from that picture, 0 to 1."),
+    click.option("--clip-skip", type=int, help="Layers of CLIP to leave out at its end."),
+    click.option(
+        "--control",
+        "control_image",
+        type=_PICTURE,
+        help="Picture for the model's control network to follow.",
+    ),
+    click.option(
+        "--adapter",
+        "adapters",
+        multiple=True,
+        metavar="NAME[=STRENGTH]",
+        callback=_adapters,
+        help="Adapter of the model, and how much of it; again for more.",
+    ),
+    click.option(
+        "--metadata",
+        multiple=True,
+        metavar="KEY=VALUE",
+        callback=_metadata,
+        help="Entry of your own to keep with the job; again for more.",
+    ),
+    click.option(
+        "--start-deadline",
+        "start_deadline_s",
+        type=float,
+        help="Seconds within which it must begin, or it expires.",
+    ),
 ]
 
 

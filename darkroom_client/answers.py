@@ -8,11 +8,20 @@ import httpx
 
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
 from darkroom_client.errors import FieldError, ProblemError, UnexpectedAnswer
-from darkroom_client.jobs import Failure, Job, Progress, Queue, cost_of, part_of, warnings_of
+from darkroom_client.jobs import (
+    Failure,
+    Job,
+    Progress,
+    Queue,
+    cost_of,
+    parameters_of,
+    part_of,
+    plain_of,
+    warnings_of,
+)
 from darkroom_client.retries import told_s
 
 Read = TypeVar("Read")
-_OF_ESTIMATE = ("can_be_served", "tier", "model", "model_version", "size", "steps", "guidance", "sampler", "seed", "n", "megapixel_steps")
 
 
 @dataclass(frozen=True)
@@ -47,10 +56,15 @@ def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
 
 def read_estimate(answer: httpx.Response) -> Estimate:
     def estimate(members: dict[str, Any]) -> Estimate:
-        plain = {name: members[name] for name in _OF_ESTIMATE}
-        cost, queue = cost_of(members.get("cost")), part_of(Queue, members.get("queue"))
-        refusal, warnings = _refusal(members.get("refusal")), warnings_of(members)
-        return Estimate(**plain, refusal=refusal, cost=cost, queue=queue, warnings=warnings, members=members)
+        return Estimate(
+            **plain_of(Estimate, members),
+            **parameters_of(members),
+            refusal=_refusal(members.get("refusal")),
+            cost=cost_of(members.get("cost")),
+            queue=part_of(Queue, members.get("queue")),
+            warnings=warnings_of(members),
+            members=members,
+        )
 
     return _read(answer, "estimate", estimate)
 

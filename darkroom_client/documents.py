@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darkroom_client.errors import ProblemError
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, JobWarning, Progress, Queue
+from darkroom_client.jobs import FINAL_STATES, Cost, Failure, JobWarning, Parameters, Progress, Queue
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,25 +18,18 @@ class Submission:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Estimate:
+class Estimate(Parameters):
     """What a wish would become now. refusal: why it would not be let in; its `retry_after_s` says when it may be."""
 
     can_be_served: bool
     refusal: ProblemError | None
-    tier: str
-    model: str
-    model_version: str
-    size: str
-    steps: int
-    guidance: float
-    sampler: str
     seed: int | None  # None: one is drawn for the job
-    n: int
+    start_deadline_s: float | None
     megapixel_steps: float
     cost: Cost | None
     queue: Queue | None
     warnings: tuple[JobWarning, ...]  # as far as they are known without a worker
-    members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came, further parameters included
+    members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,10 +1,12 @@
 """A job as the API shows it, typed. Members that this version does not know are kept in `Job.members`."""
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FINAL_STATES = frozenset({"succeeded", "failed", "rejected", "canceled", "expired"})
@@ -81,11 +83,9 @@ class Image:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
-    """One wish, every parameter resolved, and what became of it."""
+class Parameters:
+    """Every parameter of a job, resolved, as jobs and estimates tell them."""
 
-    id: str
-    state: str
     tier: str
     model: str
     model_alias: str | None  # what the request called the model, where that is not its id
@@ -96,27 +96,45 @@ class Job:
     steps: int
     guidance: float
     sampler: str
-    seed: int
     n: int
     output_format: str
     init_image: str | None  # ids of files
     mask: str | None
     control_image: str | None
     strength: float | None
+    clip_skip: int | None  # layers of the CLIP text encoder left out at its end
+    adapters: tuple[Mapping[str, Any], ...]  # each with its name and its strength
+    precision: str | None
     determinism: str | None
+    bucket_rows: int | None  # of the denoiser's forward, where the same pixels are promised
     metadata: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Parameters):
+    """One wish, every parameter resolved, and what became of it."""
+
+    id: str
+    state: str
+    seed: int
     replay_of: str | None
+    megapixel_steps: float | None  # what it counts against quotas
     attempt: int
     failure: Failure | None
     warnings: tuple[JobWarning, ...]
     created_at: datetime
+    start_by: datetime | None
     started_at: datetime | None
+    rendered_at: datetime | None
     finished_at: datetime | None
+    run_by: datetime | None
+    erased_at: datetime | None
     progress: Progress | None
     queue: Queue | None
     timing: Timing
     cost: Cost | None
     images: tuple[Image, ...]
+    urls: Mapping[str, str]
     members: Mapping[str, Any] = field(repr=False)  # the JSON object as it came
 
     @property
@@ -128,56 +146,52 @@ class Job:
     def from_json(cls, members: Mapping[str, Any]) -> "Job":
         """Raises KeyError, TypeError or ValueError when this is no job.
 
-        What may become part of a file's name cannot lead elsewhere, whoever answers: an id has no dots or slashes, a number is one.
+        What may become part of a file's name cannot lead elsewhere, whoever answers: an id has no
+        dots or slashes, a number is one.
         """
-        timing = members.get("timing") or {}
-        plain: dict[str, Any] = {name: members[name] for name in _PLAIN} | {name: members.get(name) for name in _LATER}
+        plain = plain_of(cls, members)
         if not _ID.fullmatch(plain["id"]):
             raise ValueError("an id is letters, digits, - and _")
         plain["seed"] = int(plain["seed"])
         return cls(
             **plain,
-            metadata=dict(members.get("metadata") or {}),
+            **parameters_of(members),
             failure=part_of(Failure, members.get("failure")),
             warnings=warnings_of(members),
-            created_at=datetime.fromisoformat(members["created_at"]),
-            started_at=_instant(members.get("started_at")),
-            finished_at=_instant(members.get("finished_at")),
             progress=part_of(Progress, members.get("progress")),
             queue=part_of(Queue, members.get("queue")),
-            timing=Timing(**{name: timing.get(name) for name in Timing.__annotations__}),
+            timing=part_of(Timing, members.get("timing") or {}),
             cost=cost_of(members.get("cost")),
             images=tuple(_image(image) for image in members["images"]),
+            urls=dict(members.get("urls") or {}),
             members=members,
         )
 
 
-_PLAIN = (
-    "id",
-    "state",
-    "tier",
-    "model",
-    "model_version",
-    "prompt",
-    "negative_prompt",
-    "size",
-    "steps",
-    "guidance",
-    "sampler",
-    "seed",
-    "n",
-    "output_format",
-    "attempt",
-)
-_LATER = (
-    "model_alias",
-    "init_image",
-    "mask",
-    "control_image",
-    "strength",
-    "determinism",
-    "replay_of",
-)  # not told by every version of the gateway
+def parameters_of(members: Mapping[str, Any]) -> dict[str, Any]:
+    """Read those parameters that are neither texts nor numbers."""
+    return {
+        "adapters": tuple(dict(adapter) for adapter in members.get("adapters") or ()),
+        "metadata": dict(members.get("metadata") or {}),
+    }
+
+
+def plain_of(kind: type[Any], members: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the fields of `kind` that are texts, numbers or instants, by their types.
+
+    What may be None need not be there: older gateways tell less. Raises KeyError for the others.
+    """
+    read: dict[str, Any] = {}
+    for name, hint in _hints_of(kind).items():
+        kinds = set(get_args(hint) if isinstance(hint, UnionType) else (hint,))
+        if kinds <= _PLAIN:
+            value = members.get(name) if NoneType in kinds else members[name]
+            read[name] = datetime.fromisoformat(value) if value and datetime in kinds else value
+    return read
+
+
+_PLAIN = {str, int, float, bool, datetime, NoneType}
+_hints_of = functools.cache(get_type_hints)
 
 
 def _image(members: Mapping[str, Any]) -> Image:
@@ -199,7 +213,3 @@ def cost_of(members: Mapping[str, Any] | None) -> Cost | None:
     if members is None:
         return None
     return Cost(gpu_seconds=float(members["gpu_seconds"]), amount=str(members["amount"]), currency=members["currency"])
-
-
-def _instant(text: str | None) -> datetime | None:
-    return datetime.fromisoformat(text) if text else None

@@ -30,6 +30,7 @@ class Wish(TypedDict, total=False):
     mask: Picture | None
     control_image: Picture | None
     strength: float | None
+    clip_skip: int | None
     adapters: Sequence[Mapping[str, Any]] | None
     metadata: Mapping[str, str] | None
     start_deadline_s: float | None

@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from edges.connections import connect
 from edges.handoff import HandoffUnavailable
 
-ROLES = ("init_image", "mask", "control_image")
-
 
 @dataclass(frozen=True)
 class Gone:

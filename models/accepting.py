@@ -17,35 +17,30 @@ from sqlalchemy.orm import Session
 
 from models import files
 from models.ids import new_id
-from models.tables import Job
-
-_COLUMNS = [column.name for column in Job.__table__.columns]
-WISH = tuple(_COLUMNS[_COLUMNS.index("pool") : _COLUMNS.index("bucket_rows") + 1])  # every resolved parameter: a job is replayable
-
-FILE_COLUMNS = ("init_file_id", "mask_file_id", "control_file_id")
+from policy.params import NAMES, Resolved, pictures_of
 
 
 @dataclass(frozen=True, kw_only=True)
 class NewJob:
     """A job to be accepted.
 
-    params: every resolved parameter, by the names of the columns from `pool` to `bucket_rows`.
-    predicted_s: device seconds of all its images.  eta_raw_s: the first guess of its end, kept to
-    learn from.  megapixel_steps: what it counts against quotas.  steps_per_image: denoise steps that
-    each image makes, as they were counted; None: all that are asked for.  labels: the tenant's own
-    metadata.  warnings: what of its texts has no effect, as far as is known.  announced: it goes to
-    Celery as soon as this is committed.
+    params: every resolved parameter, so that it can be replayed.  predicted_s: device seconds of
+    all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps:
+    what it counts against quotas.  steps_per_image: denoise steps that each image makes, as they
+    were counted; None: all that are asked for.  tenant_metadata: the tenant's own.  warnings: what of
+    its texts has no effect, as far as is known.  announced: it goes to Celery as soon as this is
+    committed.
     """
 
     id: uuid.UUID = field(default_factory=new_id)
-    params: Mapping[str, Any]
+    params: Resolved
     start_within_s: float
     run_within_s: float | None = None
     predicted_s: float = 0.0
     eta_raw_s: float | None = None
     megapixel_steps: Decimal = Decimal(0)
     steps_per_image: int | None = None
-    labels: Mapping[str, str] | None = None
+    tenant_metadata: Mapping[str, str] | None = None
     warnings: Sequence[Mapping[str, Any]] = ()
     requeue_of: uuid.UUID | None = None
     replay_of: uuid.UUID | None = None
@@ -54,7 +49,7 @@ class NewJob:
     @property
     def flow(self) -> tuple[str, str]:
         """Pool and tier."""
-        return self.params["pool"], self.params["tier"]
+        return self.params.pool, self.params.tier
 
 
 @dataclass(frozen=True)
@@ -82,7 +77,7 @@ def accept(
     Locks the tenant's flows, its ledger of the day and its audit chain until commit, and before these the files that the jobs name,
     which the statement's own foreign keys would only get to at its end. Raises FileGone.
     """
-    named = {file_id for job in new_jobs for column in FILE_COLUMNS if (file_id := job.params.get(column)) is not None}
+    named = {file_id for job in new_jobs for file_id in pictures_of(job.params).values()}
     files.hold(session, named, tenant_id=tenant_id)
     rows = [_row(place, job) for place, job in enumerate(new_jobs)]
     ids = {"tenant_id": str(tenant_id), "api_key_id": _plain(api_key_id)}
@@ -97,19 +92,44 @@ def in_order(new_jobs: Sequence[NewJob]) -> list[NewJob]:
 
 
 def _row(place: int, job: NewJob) -> dict[str, Any]:
-    wish = {name: _plain(job.params[name]) for name in WISH if name in job.params}
-    facts = {name: wish[name] for name in ("pool", "tier", "model", "model_version", "num_images")} | {"seed": str(wish["seed"])}
-    if wish.get("model_alias"):
-        facts["model_alias"] = wish["model_alias"]
+    """The job as `accept_jobs` reads it: its columns by their names, and what it needs beside."""
+    params = {name: _plain(getattr(job.params, name)) for name in NAMES}
+    origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
+    return {
+        **params,
+        **origin,
+        "place": place,
+        "id": str(job.id),
+        "event_id": str(new_id()),
+        "facts": _facts(job) | origin,
+        "start_within_s": job.start_within_s,
+        "announced": job.announced,
+        "run_within_s": job.run_within_s,
+        "predicted_s": job.predicted_s,
+        "eta_raw_s": job.eta_raw_s,
+        "warnings": list(job.warnings) or None,
+        "megapixel_steps": str(job.megapixel_steps),
+        "steps_per_image": job.steps_per_image,
+        "metadata": dict(job.tenant_metadata) if job.tenant_metadata else None,
+    }
+
+
+def _facts(job: NewJob) -> dict[str, Any]:
+    """What the audit log says of the job; never what its tenant wrote."""
+    params = job.params
+    facts: dict[str, Any] = {
+        "pool": params.pool,
+        "tier": params.tier,
+        "model": params.model,
+        "model_version": params.model_version,
+        "num_images": params.num_images,
+        "seed": str(params.seed),
+    }
+    if params.model_alias:
+        facts["model_alias"] = params.model_alias
     if job.warnings:
         facts["warnings"] = [warning["code"] for warning in job.warnings]
-    origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
-    own: dict[str, Any] = {"run_within_s": job.run_within_s, "predicted_s": job.predicted_s, "eta_raw_s": job.eta_raw_s}
-    own |= {"warnings": list(job.warnings) or None}
-    own |= {"steps_per_image": job.steps_per_image}
-    own |= {"megapixel_steps": str(job.megapixel_steps), "metadata": dict(job.labels) if job.labels else None, **origin}
-    ours = {"place": place, "id": str(job.id), "event_id": str(new_id()), "facts": facts | origin}
-    return {**ours, "start_within_s": job.start_within_s, "announced": job.announced, **wish, **own}
+    return facts
 
 
 def _plain(value: Any) -> Any:

@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 from models import audit
 from models.audit_events import EventName
 from models.tables import ApiKey, Tenant
-from models.tenants import LIMITS
+from policy.limits import DEFAULT_SCOPES, LIMITS
 
 _ALPHABET = string.digits + string.ascii_letters
 USE_NOTED_EVERY_M = 5  # minutes
@@ -52,7 +52,7 @@ def issue(
     tenant_id: uuid.UUID,
     name: str,
     pepper: str,
-    scopes: Sequence[str] = ("generate", "read"),
+    scopes: Sequence[str] = DEFAULT_SCOPES,
     expires_at: datetime | None = None,
     actor: str = "cli",
 ) -> tuple[ApiKey, str]:

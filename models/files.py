@@ -12,6 +12,7 @@ from models import audit, uploads
 from models.audit_events import EventName
 from models.ids import new_id
 from models.tables import File, Job, StoredFiles
+from policy.params import PICTURES
 from policy.states import ACTIVE_STATES
 
 _LAST_ID = uuid.UUID(int=2**128 - 1)
@@ -97,7 +98,7 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     file = session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update())
     if file is None or file.erased_at is not None:
         return file
-    uses = or_(Job.init_file_id == file_id, Job.mask_file_id == file_id, Job.control_file_id == file_id)
+    uses = or_(*(getattr(Job, param.name) == file_id for param in PICTURES.values()))
     user = session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses).limit(1))
     if user is not None:
         raise FileInUse(file_id, user)
@@ -121,12 +122,6 @@ def find_all(session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid
     """Those of these files that are the tenant's and not erased, by their ids."""
     is_one = File.id == any_(literal(list(file_ids), ARRAY(Uuid)))
     return {file.id: file for file in session.scalars(select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None)))}
-
-
-def of_job(job: Job) -> dict[str, uuid.UUID]:
-    """The files that the job starts from, by their role in it."""
-    roles = {"init_image": job.init_file_id, "mask": job.mask_file_id, "control_image": job.control_file_id}
-    return {role: file_id for role, file_id in roles.items() if file_id is not None}
 
 
 def _live(tenant_id: uuid.UUID) -> Select[File]:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from models.database import now_once
 from models.tables import Job
+from policy.params import pictures_of
 from policy.states import JobState
 
 OF_EACH_TENANT = 2  # that has none asked for, while the others' fill the window
@@ -117,7 +118,7 @@ def note_brought(session: Session, job_id: uuid.UUID) -> Brought | None:
 
 def lose(job: Job) -> None:
     """The pictures that the job starts from, if any, are not in the hand-off: they are to be brought again before it is announced."""
-    job.lacks_inputs = job.init_file_id is not None or job.control_file_id is not None
+    job.lacks_inputs = bool(pictures_of(job))
     job.inputs_asked_at = None
 
 

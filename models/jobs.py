@@ -14,7 +14,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer, selectinload
 
 from models import accepting, audit, flows, idempotency, inputs, uploads, usage, webhooks
-from models.accepting import WISH, NewJob
+from models.accepting import NewJob
 from models.audit_events import EventName
 from models.database import AFRESH
 from models.idempotency import Once
@@ -22,6 +22,7 @@ from models.tables import Artifact, Attempt, Image, Job
 from policy.cost import price
 from policy.failures import FailureCode
 from policy.fleet import Fleet
+from policy.params import Resolved, params_of
 from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, ImageState, JobState, Outcome
 from policy.steps import image_steps
 from policy.webhooks import event_of
@@ -30,7 +31,7 @@ SWEEPER = "sweeper"
 
 # Options of a query for jobs by who may not read what tenants wrote (migrations/roles.py): to touch it is an error.
 WITHOUT_PROMPTS = (defer(Job.prompt, raiseload=True), defer(Job.negative_prompt, raiseload=True))
-WITHOUT_WORDS = (*WITHOUT_PROMPTS, defer(Job.labels, raiseload=True))
+WITHOUT_WORDS = (*WITHOUT_PROMPTS, defer(Job.tenant_metadata, raiseload=True))
 
 
 class JobAlreadyFinished(Exception):
@@ -50,7 +51,7 @@ def accept(
     *,
     tenant_id: uuid.UUID,
     api_key_id: uuid.UUID | None,
-    params: Mapping[str, Any],
+    params: Resolved,
     start_within_s: float,
     currency: str,
     actor: str,
@@ -59,7 +60,7 @@ def accept(
     eta_raw_s: float | None = None,
     megapixel_steps: Decimal = Decimal(0),
     steps_per_image: int | None = None,
-    labels: Mapping[str, str] | None = None,
+    tenant_metadata: Mapping[str, str] | None = None,
     requeue_of: uuid.UUID | None = None,
     replay_of: uuid.UUID | None = None,
     once: Once | None = None,
@@ -80,7 +81,7 @@ def accept(
         eta_raw_s=eta_raw_s,
         megapixel_steps=megapixel_steps,
         steps_per_image=steps_per_image,
-        labels=labels,
+        tenant_metadata=tenant_metadata,
         requeue_of=requeue_of,
         replay_of=replay_of,
     )
@@ -214,13 +215,13 @@ def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, 
         session,
         tenant_id=dead.tenant_id,
         api_key_id=dead.api_key_id,
-        params={name: getattr(dead, name) for name in WISH},
+        params=params_of(dead),
         start_within_s=start_within_s,
         run_within_s=dead.run_within_s,
         predicted_s=dead.predicted_s,
         megapixel_steps=dead.megapixel_steps,
         steps_per_image=dead.steps_per_image,
-        labels=dead.labels,
+        tenant_metadata=dead.tenant_metadata,
         currency=dead.currency,
         actor=actor,
         requeue_of=dead.id,

@@ -23,12 +23,12 @@ _FIRST_ID, _LAST_ID = uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)
 
 @dataclass(frozen=True)
 class Sought:
-    """Which jobs. Ids are times: `since` <= id < `before`. labels: metadata that they have, among other."""
+    """Which jobs. Ids are times: `since` <= id < `before`.  metadata: entries that they have."""
 
     since: uuid.UUID = _FIRST_ID
     before: uuid.UUID = _LAST_ID
     state: str | None = None
-    labels: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -45,13 +45,14 @@ _WITH_LABELS = text("SELECT job_id, is_found FROM jobs_with_labels(:tenant_id, :
 def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) -> Page:
     """Up to `limit` of the tenant's jobs, newest first.
 
-    What several labels have in common, or a label and a state, may be rare and both of them frequent: who asks for that gets a page with
-    fewer jobs, or none, and an id from where to go on; no list is read for longer than that.
+    What several entries of metadata have in common, or one and a state, may be rare and
+    both of them frequent: who asks for that gets a page with fewer jobs, or none, and an id from
+    where to go on; no list is read for longer than that.
     """
-    if not sought.labels:
+    if not sought.metadata:
         return Page(session.scalars(_ordered(select(Job), tenant_id, sought).limit(limit).options(*whole())).all())
     which = {"tenant_id": tenant_id, "state": sought.state, "since": sought.since, "before": sought.before}
-    asked = {**which, "labels": json.dumps(dict(sought.labels)), "limit": limit, "probes": MOST_PROBES}
+    asked = {**which, "labels": json.dumps(dict(sought.metadata)), "limit": limit, "probes": MOST_PROBES}
     rows = session.execute(_WITH_LABELS, asked).all()
     ids = [job_id for job_id, is_found in rows if is_found]
     query = select(Job).where(Job.id == any_(literal(ids, ARRAY(Uuid)))).options(*whole())

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from models import audit
 from models.audit_events import EventName
 from models.ids import first_id
+from policy.params import PICTURES
 
 ACTOR = "operator"
 NEWEST_JOBS = timedelta(days=1)  # younger ones are none of pruning's business: an idempotency key may name them
@@ -52,8 +53,12 @@ def _ids(statement: str) -> TextClause:
 
 
 _IS_OLD = "j.id < :upto AND j.finished_at < :before AND (CAST(:tier AS text) IS NULL OR j.tier = :tier)"
-_UNUSED = """f.created_at < :before AND NOT EXISTS (SELECT FROM jobs j WHERE j.init_file_id = f.id)
-    AND NOT EXISTS (SELECT FROM jobs j WHERE j.mask_file_id = f.id) AND NOT EXISTS (SELECT FROM jobs j WHERE j.control_file_id = f.id)"""
+_UNUSED = " AND ".join(
+    [
+        "f.created_at < :before",
+        *(f"NOT EXISTS (SELECT FROM jobs j WHERE j.{param.name} = f.id)" for param in PICTURES.values()),
+    ]
+)
 
 _COUNT_JOBS = text(
     f"""

@@ -11,9 +11,7 @@ from sqlalchemy.orm import Session
 from models import audit
 from models.audit_events import EventName
 from models.tables import Tenant
-
-_COLUMNS = [column.name for column in Tenant.__table__.columns]
-LIMITS = tuple(_COLUMNS[_COLUMNS.index("requests_per_minute") :])  # what a tenant may use, column by column
+from policy.limits import LIMITS, as_column, check, limits_of
 
 
 def create(session: Session, *, name: str, weight: float = 1.0, actor: str = "cli") -> Tenant:
@@ -32,16 +30,21 @@ def weigh(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli"
 
 
 def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli") -> None:
-    """Give the tenant other limits, by the names in `LIMITS`; None takes one away. Keys know of it within a second.
+    """Give the tenant other limits, by the fields of `Limits`; None takes one away.
 
-    IntegrityError for what the table does not allow.
+    Keys know of it within a second. Raises InvalidLimits for those that do not go together, and
+    ValueError for what is no limit; nothing was changed then.
     """
-    for name, value in changes.items():
-        if name not in LIMITS:
-            raise ValueError(f"{name} is no limit")
+    if unknown := changes.keys() - set(LIMITS):
+        raise ValueError(f"{min(unknown)} is no limit")
+    columns = {name: as_column(name, value) for name, value in changes.items()}
+    # What it is checked with must not change meanwhile.
+    session.refresh(tenant, with_for_update={"key_share": True})
+    check(limits_of({name: getattr(tenant, name) for name in LIMITS} | columns))
+    for name, value in columns.items():
         setattr(tenant, name, value)
     session.flush()
-    told = {name: float(value) if isinstance(value, Decimal) else value for name, value in changes.items()}
+    told = {name: float(value) if isinstance(value, Decimal) else value for name, value in columns.items()}
     audit.append(session, EventName.TENANT_LIMITS_CHANGED, chain=tenant.id, actor=actor, changes=told)
 
 

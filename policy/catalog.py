@@ -4,17 +4,14 @@ Pure: no clock, no randomness of its own (the caller hands a seed and a draw), s
 """
 
 import math
-from dataclasses import dataclass
-from typing import TypeVar
-from uuid import UUID
+from typing import Any, TypeVar
 
-from policy.fleet import OPEN_FAMILIES, Fleet, Model, ModelTier, ModelVersion, parse_size
-from policy.formats import FORMATS
+from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
+from policy.params import PARAMS, AsAsked, Resolved, Wish
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what the programs of others say for one that is drawn
 DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
-CONTROLLED_FAMILIES = OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
 MAX_ADAPTERS, MAX_ADAPTER_STRENGTH = 8, 4.0
 
 Number = TypeVar("Number", int, float)
@@ -27,65 +24,6 @@ class InvalidWish(Exception):
     def __init__(self, field: str, detail: str, accepted: object = None) -> None:
         super().__init__(f"{field}: {detail}")
         self.field, self.detail, self.accepted = field, detail, accepted
-
-
-@dataclass(frozen=True)
-class AdapterWish:
-    """One of the model's adapters, and how much of it; below 0 it works the other way."""
-
-    name: str
-    strength: float = 1.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What a tenant asked for, types already right; None = not said."""
-
-    prompt: str
-    negative_prompt: str = ""
-    model: str | None = None
-    tier: str | None = None
-    size: str | None = None
-    steps: int | None = None
-    guidance: float | None = None
-    sampler: str | None = None
-    seed: int | None = None  # RANDOM_SEED: the same as none
-    n: int = 1
-    output_format: str = "png"
-    init_image: UUID | None = None  # ids of files; that they are there, and whose, is the caller's to check
-    mask: UUID | None = None
-    control_image: UUID | None = None
-    strength: float | None = None
-    adapters: tuple[AdapterWish, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Resolved:
-    """Every parameter of a job; the same Resolved on the same device class gives the same image."""
-
-    prompt: str
-    negative_prompt: str
-    model: str
-    model_alias: str | None = None  # what the wish called the model, where that is not its id
-    model_version: str
-    pool: str
-    tier: str
-    width_px: int
-    height_px: int
-    num_steps: int
-    guidance: float
-    sampler: str
-    seed: int  # of image 0; image i has seed + i
-    num_images: int
-    output_format: str
-    init_file_id: UUID | None
-    mask_file_id: UUID | None
-    control_file_id: UUID | None
-    strength: float | None  # of the noise laid over the picture it starts from; None without one
-    adapters: list[dict[str, str | float]] | None
-    precision: str
-    determinism: str
-    bucket_rows: int | None
 
 
 def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Resolved:
@@ -106,8 +44,6 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
     steps = _first(wish.steps, fleet.default_steps(model_id, tier_id))
     guidance = _first(wish.guidance, own.default_guidance, model.default_guidance)
     return Resolved(
-        prompt=wish.prompt,
-        negative_prompt=wish.negative_prompt,
         model=model_id,
         model_alias=model_name if model_name != model_id else None,
         model_version=pick_version(model, draw).id,
@@ -120,10 +56,7 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
         sampler=_one_of("sampler", _first(wish.sampler, model.default_sampler), model.samplers),
         seed=_seed(wish, default_seed, num_images),
         num_images=num_images,
-        output_format=_one_of("output_format", wish.output_format, tuple(FORMATS)),
-        init_file_id=wish.init_image,
-        mask_file_id=wish.mask,
-        control_file_id=_control(model, model_id, wish),
+        **_as_asked(model, model_id, wish),
         strength=_strength(wish, steps),
         adapters=_adapters(model, model_id, wish),
         precision=model.precision,
@@ -188,10 +121,25 @@ def _strength(wish: Wish, num_steps: int) -> float | None:
     return _within("strength", strength, least, 1.0, f"{num_steps} steps")
 
 
-def _control(model: Model, model_id: str, wish: Wish) -> UUID | None:
-    if wish.control_image is not None and model.family not in CONTROLLED_FAMILIES:
-        raise InvalidWish("control_image", f"is not followed by model {model_id}: it has no control network")
-    return wish.control_image
+def _as_asked(model: Model, model_id: str, wish: Wish) -> dict[str, Any]:
+    """The parameters that are what the wish says, by their names. Raises InvalidWish."""
+    taken = {}
+    for param in PARAMS:
+        if param.as_asked is not None and param.member is not None:
+            value = getattr(wish, param.member)
+            if value is not None:
+                _check_rule(param.member, param.as_asked, value, model, model_id)
+            taken[param.name] = value
+    return taken
+
+
+def _check_rule(field: str, rule: AsAsked, value: Any, model: Model, model_id: str) -> None:
+    if rule.families is not None and model.family not in rule.families:
+        raise InvalidWish(field, rule.unfit.format(model=model_id))
+    if rule.choices is not None:
+        _one_of(field, value, rule.choices)
+    if rule.low is not None and rule.high is not None:
+        _within(field, value, rule.low, rule.high, "every model that takes it")
 
 
 def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | float]] | None:

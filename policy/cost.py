@@ -2,8 +2,8 @@
 
 from decimal import ROUND_HALF_UP, ROUND_UP, Decimal
 
-from policy.catalog import Resolved
 from policy.fleet import Fleet
+from policy.params import Resolved
 from policy.steps import denoising_of
 
 _MICRO = Decimal("0.000001")

@@ -1,45 +1,128 @@
-"""What a tenant may use: rates, a budget, stocks, tiers and models. None is no limit."""
+"""What a tenant may use: rates, a budget, stocks, tiers and models; and what a key may do.
+
+`Limits` is the one list of limits. The body that changes them, the columns that keep them, the
+command line's parsing and every look-up of a key are made from its fields; tests/test_params.py
+holds the rest to it. None is no limit.
+"""
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
-SCOPES = ("generate", "read", "admin")
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1e6  # of a tenant: virtual time is device seconds divided by it, and has to stay a number
+from pydantic import Field
+
+Scope = Literal["generate", "read", "admin"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "read")
+# Of a tenant: virtual time is device seconds divided by it, and has to stay a number.
+MIN_WEIGHT, MAX_WEIGHT = 0.001, 1e6
 KEY_GRACE_S = 86_400.0  # how long a key lives on after it was rotated
+_MICRO = Decimal("0.000001")
+
+
+@dataclass(frozen=True)
+class Offered:
+    """The note of a limit that names tiers or models: those of fleet.toml under `section`."""
+
+    section: Literal["tiers", "models"]
+
+
+Count = Annotated[int, Field(gt=0, le=1_000_000_000)]
+# A budget that needs longer than Redis keeps anything would never fill.
+Amount = Annotated[float, Field(ge=0.001, le=1e11)]
+Quota = Annotated[Decimal, Field(ge=0, le=1e11)]
+Bytes = Annotated[int, Field(ge=0, le=10**15)]
+TierNames = Annotated[tuple[str, ...], Offered("tiers")]
+ModelNames = Annotated[tuple[str, ...], Offered("models")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """One tenant's. A megapixel-step is one denoise step of a million pixels, times the model's factor (policy/cost.py)."""
+    """One tenant's limits.
 
-    requests_per_minute: int | None = None
-    megapixel_steps_per_minute: float | None = None  # at which its budget fills again
-    burst_megapixel_steps: float | None = None  # what its budget holds at most; set together with the rate
-    max_concurrent_jobs: int | None = None  # that have not ended
-    daily_megapixel_steps: Decimal | None = None  # of UTC days and months
-    monthly_megapixel_steps: Decimal | None = None
-    allowed_tiers: tuple[str, ...] | None = None
-    allowed_models: tuple[str, ...] | None = None
-    max_stored_bytes: int | None = None  # of pictures that it brought and did not erase
+    A megapixel-step is one denoise step of a million pixels, times the model's factor
+    (policy/cost.py).
+    """
+
+    requests_per_minute: Count | None = None
+    megapixel_steps_per_minute: Amount | None = None  # at which its budget fills again
+    burst_megapixel_steps: Amount | None = None  # what its budget holds at most
+    max_concurrent_jobs: Count | None = None  # that have not ended
+    daily_megapixel_steps: Quota | None = None  # of UTC days and months
+    monthly_megapixel_steps: Quota | None = None
+    allowed_tiers: TierNames | None = None
+    allowed_models: ModelNames | None = None
+    max_stored_bytes: Bytes | None = None  # of pictures that it brought and did not erase
     url_inputs: bool = False  # may the gateway fetch pictures for it?
 
     @property
     def has_stocks(self) -> bool:
         """Is there one that the database has to count?"""
-        return self.max_concurrent_jobs is not None or self.daily_megapixel_steps is not None or self.monthly_megapixel_steps is not None
+        stocks = (
+            self.max_concurrent_jobs,
+            self.daily_megapixel_steps,
+            self.monthly_megapixel_steps,
+        )
+        return any(stock is not None for stock in stocks)
 
     def allows(self, *, tier: str, model: str) -> bool:
         """May the tenant have jobs of the tier, of the model?"""
-        return (self.allowed_tiers is None or tier in self.allowed_tiers) and (self.allowed_models is None or model in self.allowed_models)
+        may_tier = self.allowed_tiers is None or tier in self.allowed_tiers
+        may_model = self.allowed_models is None or model in self.allowed_models
+        return may_tier and may_model
+
+
+class InvalidLimits(Exception):
+    """Limits that do not go together; `field` is one that has to change, `detail` says why."""
+
+    def __init__(self, field: str, detail: str) -> None:
+        super().__init__(f"{field}: {detail}")
+        self.field, self.detail = field, detail
+
+
+LIMITS = tuple(field.name for field in fields(Limits))  # the columns of `tenants` that are limits
+
+
+def _note_and_kind(hint: Any) -> tuple[Any, Offered | None]:
+    """The type of a limit, without its None and its bounds, and what it may name."""
+    (hint,) = (kind for kind in get_args(hint) or (hint,) if kind is not type(None))
+    kind, *notes = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
+    return kind, next((note for note in notes if isinstance(note, Offered)), None)
+
+
+_NOTED = {name: _note_and_kind(hint) for name, hint in get_type_hints(Limits, include_extras=True).items()}
+KINDS: Mapping[str, Any] = {name: kind for name, (kind, _) in _NOTED.items()}
+OFFERED: Mapping[str, Offered] = {name: note for name, (_, note) in _NOTED.items() if note}
 
 
 def limits_of(values: Mapping[str, Any]) -> Limits:
-    """From the columns of a tenant's row."""
+    """Read the columns of a tenant's row."""
     plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Limits(**plain)
+
+
+def as_column(name: str, value: Any) -> Any:
+    """Give a limit, as JSON or a command line says it, the type of its column.
+
+    None takes a limit away: of what a tenant may or may not do, the permission.
+    """
+    kind = KINDS[name]
+    if kind is bool:
+        return bool(value)
+    if value is None:
+        return None
+    if kind is Decimal:
+        return Decimal(str(value)).quantize(_MICRO)
+    return list(value) if kind == tuple[str, ...] else value
+
+
+def check(limits: Limits) -> None:
+    """Raise InvalidLimits for a budget that has a rate and no burst, or a burst and no rate."""
+    if (limits.megapixel_steps_per_minute is None) != (limits.burst_megapixel_steps is None):
+        both = "megapixel_steps_per_minute and burst_megapixel_steps"
+        raise InvalidLimits("burst_megapixel_steps", f"{both} are set, and taken away, together")
 
 
 @dataclass(frozen=True)

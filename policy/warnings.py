@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from policy.catalog import Resolved
 from policy.fleet import OPEN_FAMILIES, Model
+from policy.params import Resolved
 from policy.steps import rows_taken
 
 TRUNCATED = "prompt_truncated"  # the text encoder of the model cuts the end off

@@ -132,7 +132,7 @@ def _facts(job: Job, public_url: str) -> dict[str, Any]:
         "object": "job",
         **{name: getattr(job, name) for name in names},
         "n": job.num_images,
-        "metadata": job.labels or {},
+        "metadata": job.tenant_metadata or {},
         "failure": {"code": job.failure_code} if job.failure_code else None,
         "cost": {"amount": str(job.cost), "currency": job.currency} if job.cost is not None else None,
         **{name: at.isoformat() if at else None for name, at in instants.items()},

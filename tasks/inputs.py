@@ -8,8 +8,8 @@ import structlog
 from edges.handoff import HandoffUnavailable
 from edges.inputs import Brought, Gone, Inputs
 from engine.request import Picture
-from models import files
 from models.tables import Job
+from policy.params import pictures_of
 
 log = structlog.get_logger(__name__)
 
@@ -33,7 +33,7 @@ class InputPictures:
 
         Raises InputGone, and InputsMissing at once: a lease is no place to wait.
         """
-        wanted = files.of_job(job)
+        wanted = pictures_of(job)
         if not wanted:
             return {}
         brought = self._brought(job)
@@ -44,7 +44,7 @@ class InputPictures:
 
     def drop(self, job: Job) -> None:
         """The job will not be rendered again; should it be, they are brought again."""
-        if files.of_job(job):
+        if pictures_of(job):
             with suppress(HandoffUnavailable):
                 self.inputs.drop([job.id])
 

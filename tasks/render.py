@@ -39,6 +39,7 @@ from models.tables import Job
 from policy import queues, warnings
 from policy.catalog import checkpoint_name
 from policy.fleet import Fleet
+from policy.params import PARAMS
 from policy.steps import image_steps, rows_taken
 from settings import Settings
 from tasks import verdicts
@@ -223,22 +224,8 @@ class Renderer:
             group=str(job.id),
             owner=str(job.tenant_id),
             checkpoint=checkpoint_name(job.model, job.model_version),
-            prompt=job.prompt,
-            negative_prompt=job.negative_prompt,
-            width_px=job.width_px,
-            height_px=job.height_px,
-            num_steps=job.num_steps,
-            guidance=job.guidance,
-            sampler=job.sampler,
-            seed=job.seed + index,
-            init_image=pictures.get("init_image"),
-            mask=pictures.get("mask"),
-            control_image=pictures.get("control_image"),
-            strength=1.0 if job.strength is None else job.strength,
-            adapters=tuple(AdapterUse(**adapter) for adapter in job.adapters or ()),
-            determinism=Determinism(job.determinism),
-            bucket_rows=job.bucket_rows,
             rank=self.fleet.tier_or_retired(job.tier).rank,
+            **_rendering(job, index, pictures),
         )
 
     def _warn(self, lease: Lease, unread: tuple[UnreadText, ...]) -> None:
@@ -416,3 +403,12 @@ def _result_of(error: BaseException) -> RenderResult:
 def _release_of(held: Held) -> RenderResult:
     """Say why a released job is let go of: a lost lease outweighs a worker that leaves."""
     return RenderResult(End.LOST if held.is_lost else End.LEAVING)
+
+
+def _rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
+    """Name the parameters of one image as ImageRequest does; what is None is left to its defaults."""
+    given = {param.engine_field: getattr(job, param.name) for param in PARAMS if param.engine_field is not None and param.picture is None}
+    given["seed"] = job.seed + index
+    given["determinism"] = Determinism(job.determinism)
+    given["adapters"] = tuple(AdapterUse(**adapter) for adapter in job.adapters or ())
+    return {**{field: value for field, value in given.items() if value is not None}, **pictures}

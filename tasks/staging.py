@@ -24,15 +24,15 @@ from models import files, inputs, jobs
 from models.database import transaction
 from models.tables import Job
 from policy import admission
+from policy.params import PICTURES, pictures_of
 from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
-_FIT: dict[str, Callable[[bytes, int, int], NDArray[np.uint8]]] = {
-    "init_image": fitted,
+_FIT: dict[str | None, Callable[[bytes, int, int], NDArray[np.uint8]]] = {
+    "image": fitted,
     "mask": fitted_mask,
-    "control_image": fitted,
-}
+}  # by what kind of picture it is
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ class InputStager:
         if not self.inputs.are_there(job_id):
             if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:
                 raise HandoffUnavailable("it has no room for pictures")
-            brought = {role: self._picture(job, role, file_id) for role, file_id in files.of_job(job).items()}
+            brought = {role: self._picture(job, role, file_id) for role, file_id in pictures_of(job).items()}
             self.inputs.bring(job_id, brought)
             telemetry.INPUTS_BROUGHT.inc(len(brought))
         with transaction(self.database) as session:
@@ -84,7 +84,7 @@ class InputStager:
             content = self.store.get(file.object_key)
         except ObjectGone:
             return self._gone(role, file_id, "is not in the object store any more")
-        return _FIT[role](content, job.width_px, job.height_px)
+        return _FIT[PICTURES[role].picture](content, job.width_px, job.height_px)
 
     def _gone(self, role: str, file_id: uuid.UUID, what: str) -> Gone:
         telemetry.INPUTS_GONE.inc()

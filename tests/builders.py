@@ -24,8 +24,9 @@ from sqlalchemy.orm import Session
 from models import jobs, leases, tenants
 from models.leases import Lease, Left, Rendered
 from models.tables import Job, Tenant
-from policy.catalog import Resolved, Wish, resolve
+from policy.catalog import resolve
 from policy.fleet import Fleet, parse_fleet
+from policy.params import NAMES, Resolved, Wish
 from settings import AnySettings
 
 GONE = object()  # as the value of a change: the key is not in the file at all
@@ -204,11 +205,11 @@ def a_job(
     predicted_s: float = 0.0,
     eta_raw_s: float | None = None,
     release_tag: float | None = None,
-    labels: Mapping[str, str] | None = None,
+    tenant_metadata: Mapping[str, str] | None = None,
     **params: Any,
 ) -> Job:
     """An accepted job, of a tenant of its own unless one is given."""
-    columns = {
+    columns = dict.fromkeys(NAMES) | {
         "prompt": "a red circle",
         "negative_prompt": "",
         "pool": "local",
@@ -225,18 +226,17 @@ def a_job(
         "output_format": "png",
         "precision": "fp32",
         "determinism": "best_effort",
-        "bucket_rows": None,
     }
     job = jobs.accept(
         session,
         tenant_id=(tenant or a_tenant(session)).id,
         api_key_id=None,
-        params=columns | params,
+        params=Resolved(**columns | params),
         start_within_s=start_within_s,
         run_within_s=run_within_s,
         predicted_s=predicted_s,
         eta_raw_s=eta_raw_s,
-        labels=labels,
+        tenant_metadata=tenant_metadata,
         currency="EUR",
         actor="tests",
     )

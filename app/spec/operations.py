@@ -7,8 +7,22 @@ from pydantic import BaseModel
 
 from app.admin import KeyBody, RotateBody, TenantBody, TenantChange
 from app.body import JobBody
-from app.spec.schemas import DAY, FLAG, INSTANT, TEXT, WHOLE, Schema, maybe, one_of
+from app.spec.schemas import (
+    DAY,
+    FLAG,
+    INSTANT,
+    NUMBER,
+    TEXT,
+    TEXTS,
+    Schema,
+    has,
+    many,
+    maybe,
+    of_type,
+    one_of,
+)
 from app.webhooks import EndpointBody, EndpointChange
+from policy.params import OPENAI_REQUEST
 from policy.states import DeliveryState, JobState
 
 JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"
@@ -66,12 +80,13 @@ _OPENAI: dict[str, Schema] = {
     "output_format": maybe(one_of("png", "webp", "jpeg")),
     "response_format": maybe(one_of("b64_json", "url")),
     "user": maybe(TEXT),
-    "seed": maybe(WHOLE),
-    "steps": maybe(WHOLE),
-    "guidance": {"type": ["number", "null"]},
-    "tier": maybe(TEXT),
-    "sampler": maybe(TEXT),
-    "negative_prompt": maybe(TEXT),
+    "adapters": {"anyOf": [many(has({"strength": NUMBER}, name=TEXT)), {"type": "null"}]},
+    "metadata": {"anyOf": [TEXTS, {"type": "null"}]},
+    **{
+        param.member: {"anyOf": [of_type(param.kind), {"type": "null"}]}
+        for param in OPENAI_REQUEST
+        if param.member not in (None, "adapters", "strength")  # that one needs a picture
+    },
 }
 _GENERATE: Schema = {
     "type": "object",
@@ -91,15 +106,16 @@ _SOURCE: Schema = {
         {"type": "object", "required": ["file_id"], "additionalProperties": False, "properties": {"file_id": TEXT}},
     ]
 }
+_STRENGTH: Schema = {"type": ["number", "null"]}
 _IMAGES: Schema = {"type": "array", "minItems": 1, "maxItems": 1, "items": _SOURCE}
 _ANY_SOURCE: Schema = {"anyOf": [*_SOURCE["anyOf"], {"type": "null"}]}
 _EDIT_JSON: Schema = {
     "type": "object",
     "required": ["images", "prompt"],
-    "properties": _OPENAI | {"images": _IMAGES, "mask": _ANY_SOURCE, "strength": {"type": ["number", "null"]}},
+    "properties": _OPENAI | {"images": _IMAGES, "mask": _ANY_SOURCE, "strength": _STRENGTH},
     "example": {"prompt": PROMPT, "images": [{"image_url": _DOT}], "steps": 4, "tier": "fast"},
 }
-_VARY_JSON: Schema = {"type": "object", "required": ["images"], "properties": _OPENAI | {"images": _IMAGES}}
+_VARY_JSON: Schema = {"type": "object", "required": ["images"], "properties": _OPENAI | {"images": _IMAGES, "strength": _STRENGTH}}
 _VARY: Schema = {"type": "object", "required": ["image"], "properties": {"image": PICTURE, "n": TEXT, "steps": TEXT, "tier": TEXT}}
 _UPLOAD: Schema = {"type": "object", "required": ["file"], "properties": {"file": PICTURE}}
 _ONE_JOB = {"prompt": PROMPT, "tier": "batch", "steps": 4, "seed": 7, "metadata": {"order": "7"}}

@@ -2,6 +2,10 @@
 
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from policy.formats import FORMATS
+from policy.params import SHOWN
 from policy.states import DeliveryState, ImageState, JobState
 from policy.webhooks import EVENTS
 
@@ -48,27 +52,28 @@ def page_of(name: str) -> Schema:
     return has(object=one_of("list"), data=many(ref(name)), has_more=FLAG, next_cursor=maybe(TEXT))
 
 
-_PARAMETERS = {
-    "tier": TEXT,
-    "model": TEXT,
-    "model_alias": maybe(TEXT),
-    "model_version": TEXT,
-    "prompt": maybe(TEXT),
+# What a parameter is in JSON where its type does not say it all.
+_NARROWER: dict[str, Schema] = {
+    "prompt": maybe(TEXT),  # null once the job was erased
     "negative_prompt": maybe(TEXT),
-    "size": {"type": "string", "pattern": "^[0-9]+x[0-9]+$"},
-    "steps": WHOLE,
-    "guidance": NUMBER,
-    "sampler": TEXT,
-    "n": WHOLE,
-    "output_format": one_of("png", "webp", "jpeg"),
-    "init_image": maybe(ID),
-    "mask": maybe(ID),
-    "control_image": maybe(ID),
-    "strength": maybe(NUMBER),
+    "output_format": one_of(*FORMATS),
     "adapters": many(has(name=TEXT, strength=NUMBER)),
-    "precision": TEXT,
     "determinism": one_of("best_effort", "reproducible"),
-    "bucket_rows": maybe(WHOLE),
+}
+
+
+def of_type(kind: Any) -> Schema:
+    """A type of Python as JSON has it."""
+    return TypeAdapter(kind).json_schema()
+
+
+_PARAMETERS: dict[str, Schema] = {
+    "size": {"type": "string", "pattern": "^[0-9]+x[0-9]+$"},
+    **{
+        param.member: _NARROWER.get(param.member) or of_type(param.kind)
+        for param in SHOWN
+        if param.member not in (None, "seed")  # an estimate has none where one will be drawn
+    },
 }
 _STATE = one_of(*JobState)
 _FAILURE = maybe(has(code=TEXT, detail=maybe(TEXT)))

@@ -47,6 +47,7 @@ class Job(Base):
     mask_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
     control_file_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("files.id"))
     strength: Mapped[float | None]
+    clip_skip: Mapped[int | None]  # layers of the CLIP text encoder left out at its end
     adapters: Mapped[list[dict[str, Any]] | None]  # [{"name": …, "strength": …}]
     precision: Mapped[str]
     determinism: Mapped[str]
@@ -78,9 +79,8 @@ class Job(Base):
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))  # what of its texts had no effect
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
     replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
-    labels: Mapped[dict[str, Any] | None] = mapped_column(
-        "metadata", JSONB(none_as_null=True)
-    )  # the tenant's own; `metadata` is SQLAlchemy's word
+    # The tenant's own; `metadata` is SQLAlchemy's word.
+    tenant_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))
     erased_at: Mapped[datetime | None]  # prompt, metadata and images are gone; what the audit log says stays
     megapixel_steps: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # what quotas count
     steps_per_image: Mapped[int | None]  # denoise steps that each makes, and quotas count; None: all of `num_steps`

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Mapped, mapped_column, relationship
 
 from models.ids import new_id
 from models.tables.base import NOW, Base, Megapixels
+from policy.limits import DEFAULT_SCOPES, SCOPES
 
 
 class Tenant(Base):
@@ -22,7 +23,7 @@ class Tenant(Base):
     weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)  # its share of a tier, against the others'
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
-    # Its limits; None = no limit. A megapixel-step is one denoise step of one million pixels: what an image costs.
+    # Its limits, field by field of policy.limits.Limits; None = no limit.
     requests_per_minute: Mapped[int | None]
     megapixel_steps_per_minute: Mapped[float | None]  # at which its budget fills again
     burst_megapixel_steps: Mapped[float | None]  # what its budget holds at most
@@ -56,7 +57,10 @@ class ApiKey(Base):
     kid: Mapped[str] = mapped_column(unique=True)
     name: Mapped[str]
     digest: Mapped[bytes]
-    scopes: Mapped[list[str]] = mapped_column(server_default=text("'{generate,read}'"), default=lambda: ["generate", "read"])
+    scopes: Mapped[list[str]] = mapped_column(
+        server_default=text(f"'{{{','.join(DEFAULT_SCOPES)}}}'"),
+        default=lambda: list(DEFAULT_SCOPES),
+    )
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     expires_at: Mapped[datetime | None]
     revoked_at: Mapped[datetime | None]
@@ -65,7 +69,10 @@ class ApiKey(Base):
     tenant: Mapped[Tenant] = relationship(lazy="joined", innerjoin=True)
 
     __table_args__ = (
-        CheckConstraint("scopes <@ ARRAY['generate', 'read', 'admin'] AND scopes <> '{}'", name="api_keys_scopes_are_known"),
+        CheckConstraint(
+            f"scopes <@ ARRAY{list(SCOPES)} AND scopes <> '{{}}'",
+            name="api_keys_scopes_are_known",
+        ),
         Index("api_keys_by_tenant", "tenant_id"),
     )
 

@@ -7,7 +7,7 @@ import pytest
 from models import leases
 from models.database import transaction
 from models.tables import Job
-from policy.catalog import Wish
+from policy.params import Wish
 from policy.release import ReleaseHint
 from tests.app.conftest import of_this_moment
 from tests.builders import a_job, a_tenant

@@ -13,9 +13,9 @@ from app.openai_answers import may_still_answer, problem_of_end
 from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
 from models.tables import Job
-from policy.catalog import AdapterWish
 from policy.failures import FailureCode
 from policy.fleet import parse_fleet, parse_size
+from policy.params import AdapterWish
 from policy.text import is_human
 from settings import REPO
 from tests.builders import a_fleet

@@ -3,11 +3,13 @@
 import json
 import re
 
+import click
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
 from cli.main import darkroom
+from cli.wishes import wish_options
 from tests.cli.terminal import Terminal, piped
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
@@ -103,3 +105,64 @@ def test_jobs_are_found_by_time_and_metadata(stack, client):
     assert found("--metadata", "set=summer=1", "--until", "1h") == []
     assert run(stack, "jobs", "--since", "yesterday").exit_code == 2
     assert run(stack, "jobs", "--metadata", "set").exit_code == 2
+
+
+def test_generate_says_every_field_of_a_job(stack, client, tmp_path):
+    said = ["--negative", "blue", "--metadata", "order=7=8", "--metadata", "page=", "--seed", 7]
+    out = tmp_path / "x.png"
+
+    done = run(stack, "generate", "a red circle", *said, "--start-deadline", 20, "-o", out)
+
+    assert done.exit_code == 0, done.output
+    job = next(client.jobs(metadata={"order": "7=8"}))
+    assert (job.negative_prompt, job.seed) == ("blue", 7)
+    assert job.metadata == {"order": "7=8", "page": ""}
+    assert (job.start_by - job.created_at).total_seconds() == pytest.approx(20, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "why"),
+    [
+        (["--adapter", "sepia=0.5"], "adapters"),
+        (["--start-deadline", "1e9"], "start_deadline_s"),
+    ],
+)
+def test_a_field_that_the_gateway_refuses_is_named(stack, options, why):
+    done = run(stack, "estimate", "a red circle", *options)
+
+    assert done.exit_code == 4
+    assert why in done.stderr
+
+
+def test_a_picture_to_be_followed_is_sent_along(stack, tmp_path):
+    Image.new("RGB", (128, 128)).save(tmp_path / "edges.png")
+
+    done = run(stack, "estimate", "a red circle", "--control", tmp_path / "edges.png")
+
+    assert (done.exit_code, "control_image" in done.stderr) == (4, True)
+    assert "no control network" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("said", "fields"),
+    [
+        (["--adapter", "sepia", "--adapter", "ink=-0.5"], [("sepia", None), ("ink", -0.5)]),
+        ([], None),
+    ],
+)
+def test_adapters_are_said_with_or_without_their_strength(said, fields):
+    asked = []
+    click.command()(wish_options(lambda **wish: asked.append(wish))).main(said, standalone_mode=False)
+
+    wanted = fields and [{"name": name} | ({"strength": strength} if strength is not None else {}) for name, strength in fields]
+    assert (asked[0]["adapters"], asked[0]["metadata"]) == (wanted, None)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [["--adapter", "sepia=much"], ["--adapter", "sepia=nan"], ["--adapter", "=1"], ["--metadata", "x"]],
+)
+def test_an_entry_that_cannot_be_read_is_refused_before_anything_is_sent(stack, said):
+    done = run(stack, "estimate", "a red circle", *said)
+
+    assert (done.exit_code, said[1] in done.stderr) == (2, True)

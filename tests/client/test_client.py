@@ -294,3 +294,54 @@ def client_job():
     from darkroom_client import Job
 
     return Job.from_json(a_job())
+
+
+def test_a_job_is_read_with_all_that_it_tells():
+    told = a_job(
+        adapters=[{"name": "sepia", "strength": 0.5}],
+        megapixel_steps=0.065536,
+        run_by=None,
+        erased_at="2026-11-22T00:00:00+00:00",
+        metadata={"order": "7"},
+    )
+
+    job = a_client(lambda request: httpx.Response(200, json=told)).job("j1")
+
+    assert [dict(adapter) for adapter in job.adapters] == told["adapters"]
+    assert (job.precision, job.bucket_rows, job.megapixel_steps) == ("fp32", None, 0.065536)
+    assert (job.rendered_at - job.started_at).total_seconds() == 1
+    assert (job.start_by - job.created_at).total_seconds() == 600
+    assert (job.run_by, job.erased_at.day) == (None, 22)
+    assert (job.urls["cancel"], job.metadata) == ("/v1/jobs/j1/cancel", {"order": "7"})
+    assert (job.timing.total_s, job.cost.amount, job.images[0].seed) == (3.0, "0.000333", 7)
+
+
+@pytest.mark.parametrize("name", ["id", "state", "tier", "model", "size", "steps", "seed", "images", "created_at"])
+def test_what_lacks_a_member_that_every_job_has_is_no_job(name):
+    members = a_job()
+    del members[name]
+
+    with pytest.raises(UnexpectedAnswer):
+        a_client(lambda request: httpx.Response(200, json=members)).job("j1")
+
+
+@pytest.mark.parametrize("name", ["adapters", "metadata", "precision", "bucket_rows", "start_by", "urls", "cost", "timing"])
+def test_a_member_that_an_older_gateway_does_not_tell_is_none_or_empty(name):
+    members = a_job()
+    members.pop(name, None)
+
+    job = a_client(lambda request: httpx.Response(200, json=members)).job("j1")
+
+    assert not getattr(job, name) or name == "timing"
+    assert name != "timing" or job.timing.total_s is None
+
+
+def test_an_estimate_is_read_with_every_parameter_and_no_seed_that_is_not_drawn_yet():
+    told = a_job(seed=None, can_be_served=True, megapixel_steps=0.5, start_deadline_s=30.0)
+    told |= {"refusal": None, "adapters": [], "metadata": {"a": "b"}, "queue": None}
+
+    estimate = a_client(lambda request: httpx.Response(200, json=told)).estimate("a red circle")
+
+    assert (estimate.seed, estimate.prompt, estimate.output_format) == (None, "a red circle", "png")
+    assert (estimate.can_be_served, estimate.start_deadline_s) == (True, 30.0)
+    assert (estimate.adapters, estimate.metadata) == ((), {"a": "b"})

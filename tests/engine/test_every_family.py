@@ -18,6 +18,7 @@ from engine.errors import ImageCanceled, UnsupportedRequest
 from engine.events import Previewed, Stepped
 from engine.loading import load_checkpoint
 from engine.request import AdapterUse, Determinism
+from policy.params import PARAMS
 
 NOISE, FLOW = ("euler", "dpmpp_2m"), ("flow_euler", "flow_euler_karras")
 SIZES = {"sizes": ((64, 64),)}
@@ -215,3 +216,15 @@ def test_a_plain_pipeline_takes_no_adapters(tmp_path):
     with pytest.raises(UnsupportedRequest) as refused:
         Engine(EngineConfig(), [spec]).start()
     assert refused.value.field == "adapters"
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+def test_a_family_takes_clip_skip_if_the_gateway_lets_it_through(engine, family):
+    [param] = [param for param in PARAMS if param.name == "clip_skip"]
+    request = asked(family, clip_skip=1)
+
+    if family in param.as_asked.families:
+        assert engine.submit(request).result(60).record.num_steps == 4
+    else:
+        with pytest.raises(UnsupportedRequest, match="clip_skip"):
+            engine.submit(request)

@@ -9,9 +9,10 @@ from sqlalchemy.orm import Session
 
 from models import jobs, leases, listing, sweeping
 from models.database import transaction
-from models.jobs import WISH, JobAlreadyFinished
+from models.jobs import JobAlreadyFinished
 from models.listing import Sought
 from policy.failures import FailureCode
+from policy.params import NAMES
 from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, preempt, store
 from tests.models.facts import at_once, attempt_of, events_of
 
@@ -322,20 +323,13 @@ def test_a_dead_letter_is_tried_again_as_a_new_job_with_every_parameter_the_same
     job = requeue(session, dead)
 
     assert (job.state, job.attempt, job.counted_attempts, job.failure_code, job.requeue_of) == ("queued", 0, 0, None, dead.id)
-    kept = ("tenant_id", "api_key_id", "currency", "run_within_s", "predicted_s", *WISH)
+    kept = ("tenant_id", "api_key_id", "currency", "run_within_s", "predicted_s", *NAMES)
     assert {name: getattr(job, name) for name in kept} == {name: before[name] for name in kept}
     assert [(image.index, image.seed, image.state) for image in job.images] == [(index, 2**53 - 9 + index, "pending") for index in range(3)]
     assert job.release_tag > dead.release_tag
     assert columns_of(session, dead) == before
     facts = session.scalar(text("SELECT facts FROM audit_log WHERE job_id = :id"), {"id": job.id})
     assert facts["requeue_of"] == str(dead.id)
-
-
-def test_every_parameter_of_a_wish_is_a_column_that_is_copied():
-    after, before = ("accepted_at", "release_tag"), ("id", "tenant_id", "api_key_id", "state")
-
-    assert (WISH[0], WISH[-1], len(WISH)) == ("pool", "bucket_rows", 23)
-    assert not set(WISH) & {*after, *before}
 
 
 def test_a_dead_letter_is_requeued_once_and_its_successor_once_more(session):

@@ -12,14 +12,14 @@ from tests.builders import a_job, a_tenant
 
 def some_jobs(session, tenant, *labels):
     """A job with each of these labels, oldest first."""
-    return [a_job(session, tenant=tenant, labels=own) for own in labels]
+    return [a_job(session, tenant=tenant, tenant_metadata=own) for own in labels]
 
 
 def a_walk(session, tenant, sought, *, limit=2):
     """Ids of all pages, and how many pages there were."""
     ids, pages, before = [], 0, sought.before
     while True:
-        page = listing.page(session, Sought(sought.since, before, sought.state, sought.labels), tenant_id=tenant.id, limit=limit)
+        page = listing.page(session, Sought(sought.since, before, sought.state, sought.metadata), tenant_id=tenant.id, limit=limit)
         ids += [job.id for job in page.jobs]
         pages += 1
         if page.more_before is None and len(page.jobs) < limit:
@@ -37,11 +37,11 @@ def test_a_list_by_metadata_is_complete_however_short_each_page_s_work_is(sessio
     newest_first = [job.id for job in reversed(made)]
     has_both = [made[8].id, made[4].id, made[0].id]
 
-    assert a_walk(session, tenant, Sought(labels=both))[0] == has_both
-    with_x = {job.id for job in made if job.labels and job.labels["set"] == "x"}
-    assert a_walk(session, tenant, Sought(labels=one))[0] == [job_id for job_id in newest_first if job_id in with_x]
-    assert a_walk(session, tenant, Sought(labels={"set": "z"}))[0] == []
-    assert a_walk(session, tenant, Sought(labels=both, before=made[8].id, since=made[4].id))[0] == [made[4].id]
+    assert a_walk(session, tenant, Sought(metadata=both))[0] == has_both
+    with_x = {job.id for job in made if job.tenant_metadata and job.tenant_metadata["set"] == "x"}
+    assert a_walk(session, tenant, Sought(metadata=one))[0] == [job_id for job_id in newest_first if job_id in with_x]
+    assert a_walk(session, tenant, Sought(metadata={"set": "z"}))[0] == []
+    assert a_walk(session, tenant, Sought(metadata=both, before=made[8].id, since=made[4].id))[0] == [made[4].id]
 
 
 def test_a_list_by_metadata_can_be_of_one_state(session):
@@ -49,8 +49,8 @@ def test_a_list_by_metadata_can_be_of_one_state(session):
     made = some_jobs(session, tenant, *[{"set": "x"}] * 4)
     jobs.cancel(session, made[1].id, tenant_id=tenant.id, actor="tests")
 
-    assert a_walk(session, tenant, Sought(state="canceled", labels={"set": "x"}))[0] == [made[1].id]
-    assert a_walk(session, tenant, Sought(state="failed", labels={"set": "x"}))[0] == []
+    assert a_walk(session, tenant, Sought(state="canceled", metadata={"set": "x"}))[0] == [made[1].id]
+    assert a_walk(session, tenant, Sought(state="failed", metadata={"set": "x"}))[0] == []
 
 
 def test_a_page_s_work_is_bounded_where_two_frequent_labels_have_nothing_in_common(session, monkeypatch):
@@ -58,8 +58,8 @@ def test_a_page_s_work_is_bounded_where_two_frequent_labels_have_nothing_in_comm
     tenant = a_tenant(session)
     some_jobs(session, tenant, *[{"a": "1"}, {"b": "1"}] * 20)
 
-    page = listing.page(session, Sought(labels={"a": "1", "b": "1"}), tenant_id=tenant.id, limit=5)
-    found, pages = a_walk(session, tenant, Sought(labels={"a": "1", "b": "1"}), limit=5)
+    page = listing.page(session, Sought(metadata={"a": "1", "b": "1"}), tenant_id=tenant.id, limit=5)
+    found, pages = a_walk(session, tenant, Sought(metadata={"a": "1", "b": "1"}), limit=5)
 
     assert (page.jobs, page.more_before is not None) == ([], True)
     assert (found, pages > 2) == ([], True)
@@ -71,7 +71,7 @@ def test_a_job_whose_metadata_were_erased_is_in_no_list_by_them(session):
 
     erasing.erase(session, job.id, tenant_id=tenant.id, actor="tests")
 
-    assert listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=5).jobs == []
+    assert listing.page(session, Sought(metadata={"set": "x"}), tenant_id=tenant.id, limit=5).jobs == []
     assert session.scalar(text("SELECT count(*) FROM job_labels WHERE job_id = :id"), {"id": job.id}) == 0
 
 

@@ -2,6 +2,7 @@
 
 import random
 from contextlib import suppress
+from dataclasses import replace
 from decimal import ROUND_DOWN, Decimal
 
 import pytest
@@ -28,7 +29,12 @@ def a_counted_job(session, tenant, *, steps_per_image=None, **params) -> Job:
     own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests", "run_within_s": 60.0}
     shape = {"num_images": NUM_IMAGES, "num_steps": NUM_STEPS}
     return jobs.accept(
-        session, params=vars(resolved()) | shape | params, start_within_s=600, megapixel_steps=JOB, steps_per_image=steps_per_image, **own
+        session,
+        params=replace(resolved(), **shape, **params),
+        start_within_s=600,
+        megapixel_steps=JOB,
+        steps_per_image=steps_per_image,
+        **own,
     )
 
 

@@ -245,7 +245,7 @@ def test_a_job_goes_with_everything_that_belongs_to_it_and_its_objects(own_datab
         endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=["job.succeeded"])
         session.add(endpoint)
         session.flush()
-        job = a_succeeded_job(session, tenant=tenant, num_images=2, labels={"set": "x"})
+        job = a_succeeded_job(session, tenant=tenant, num_images=2, tenant_metadata={"set": "x"})
         session.execute(text("UPDATE artifacts SET object_key = :key WHERE job_id = :id AND index = 0"), {"key": key, "id": job.id})
         session.add(IdempotencyKey(tenant_id=tenant.id, key="k", request_sha256="", job_id=job.id))
         replay = a_job(session, tenant=tenant)

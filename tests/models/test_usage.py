@@ -1,5 +1,6 @@
 """The ledger: reserved when a job is accepted, settled when it succeeds, released when it comes to nothing; sums of days and months."""
 
+from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 
@@ -18,7 +19,7 @@ A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 def a_counted_job(session, tenant, amount=A_JOB, **params):
     """An accepted job that counts `amount` megapixel-steps against its tenant's quotas."""
     own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
-    return jobs.accept(session, params=vars(resolved()) | params, start_within_s=600, megapixel_steps=amount, **own)
+    return jobs.accept(session, params=replace(resolved(), **params), start_within_s=600, megapixel_steps=amount, **own)
 
 
 def a_day(session, tenant, day, *, reserved=NOTHING, settled=NOTHING, abandoned=NOTHING):
@@ -58,7 +59,7 @@ def test_accepting_a_job_reserves_what_it_counts(session):
 
 def test_jobs_accepted_together_are_reserved_together(session):
     tenant = a_tenant(session)
-    together = [NewJob(params=vars(resolved()), start_within_s=600, megapixel_steps=amount) for amount in (A_JOB, Decimal("0.25"))]
+    together = [NewJob(params=resolved(), start_within_s=600, megapixel_steps=amount) for amount in (A_JOB, Decimal("0.25"))]
 
     accepting.accept(session, together, tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests")
 

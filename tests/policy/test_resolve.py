@@ -1,11 +1,14 @@
 """From a wish to parameters that say everything, or a refusal that names the field and what is accepted."""
 
+from uuid import UUID
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidWish, pick_version, resolve
 from policy.fleet import parse_size
+from policy.params import pictures_of
 from tests.builders import a_fleet, a_wish, resolved
 
 
@@ -174,3 +177,41 @@ def test_an_alias_is_its_model_and_stays_on_record():
     with pytest.raises(InvalidWish) as refusal:
         resolve(fleet, a_wish(model="gpt-image-9"), default_seed=7, draw=0.0)
     assert refusal.value.accepted == ["pocket", "large", *fleet.models["large"].aliases]
+
+
+@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "pipeline", "plain"])
+def test_a_parameter_that_is_as_asked_is_kept_in_its_range(family):
+    fleet = a_fleet({"models.pocket.family": family})
+
+    assert [resolved(fleet, clip_skip=skip).clip_skip for skip in (None, 0, 12)] == [None, 0, 12]
+    for skip in (-1, 13):
+        with pytest.raises(InvalidWish) as refusal:
+            resolved(fleet, clip_skip=skip)
+        assert (refusal.value.field, refusal.value.accepted) == ("clip_skip", {"min": 0, "max": 12})
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value"),
+    [("flux", "clip_skip", 0), ("sd", "control_image", UUID(int=1)), ("sd3", "control_image", UUID(int=1))],
+)
+def test_a_parameter_that_the_family_has_not_is_refused_by_name(family, field, value):
+    with pytest.raises(InvalidWish, match="by model pocket") as refusal:
+        resolved(a_fleet({"models.pocket.family": family}), **{field: value})
+
+    assert refusal.value.field == field
+
+
+def test_pictures_become_the_files_of_their_roles():
+    fleet = a_fleet({"models.pocket.family": "pipeline"})
+    wish = {"init_image": UUID(int=1), "mask": UUID(int=2), "control_image": UUID(int=3)}
+
+    job = resolved(fleet, **wish)
+
+    assert (job.init_file_id, job.mask_file_id, job.control_file_id) == tuple(wish.values())
+    assert pictures_of(job) == wish
+
+
+def test_no_output_format_but_those_of_the_list_is_accepted():
+    refusal = refusal_of(output_format="gif")
+
+    assert (refusal.field, refusal.accepted) == ("output_format", ["png", "webp", "jpeg"])

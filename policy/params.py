@@ -1,0 +1,212 @@
+"""Every parameter of a job, listed once: what a request may ask for, and what it becomes.
+
+`Wish` is what a tenant asked for and `Resolved` what came of it. The note on each field of
+`Resolved` says what the rest of the house calls it and where it shows. Request bodies, answers,
+columns, replays, OpenAI's extras and the engine's requests are made from this list. What is written
+by hand (client, command line, documents, the view `job_history`) is held to it by
+tests/test_params.py, which names whatever is missing anywhere.
+
+Pure values. Ranges that depend on a model or a tier are checked in policy/catalog.py.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import KW_ONLY, dataclass, fields, replace
+from enum import Flag, auto
+from typing import Annotated, Any, Literal, get_args, get_type_hints
+from uuid import UUID
+
+from policy.fleet import OPEN_FAMILIES
+from policy.formats import FORMATS
+
+CONTROLLED_FAMILIES = OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
+
+Picture = Literal["image", "mask"]
+
+
+@dataclass(frozen=True)
+class AdapterWish:
+    """One of the model's adapters, and how much of it; below 0 it works the other way."""
+
+    name: str
+    strength: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What a tenant asked for, types already right; None = not said.
+
+    Its fields are the fields of a request that decide how the image looks.
+    """
+
+    prompt: str
+    negative_prompt: str = ""
+    model: str | None = None
+    tier: str | None = None
+    size: str | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sampler: str | None = None
+    seed: int | None = None  # RANDOM_SEED: the same as none
+    n: int = 1
+    output_format: str = "png"
+    # Ids of files; that they are there, and whose, is the caller's to check.
+    init_image: UUID | None = None
+    mask: UUID | None = None
+    control_image: UUID | None = None
+    strength: float | None = None
+    clip_skip: int | None = None
+    adapters: tuple[AdapterWish, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsAsked:
+    """The rule of a parameter that is what the wish says, whatever the model or the tier.
+
+    choices: the values that are accepted.  low, high: the range that is, both included.
+    families: the model families that take it; None: all.  unfit: what is said where others do not.
+    """
+
+    choices: tuple[str, ...] | None = None
+    low: int | float | None = None
+    high: int | float | None = None
+    families: tuple[str, ...] | None = None
+    unfit: str = ""
+
+
+class Use(Flag):
+    """Where a parameter is used beside requests, answers and the row of its job."""
+
+    NOWHERE = 0
+    ENGINE = auto()  # a field of the engine's ImageRequest; where it is None, the engine's default
+    OPENAI_REQUEST = auto()  # an extra that /v1/images takes
+    OPENAI_ANSWER = auto()  # an extra that /v1/images tells
+    OPENAI = OPENAI_REQUEST | OPENAI_ANSWER
+
+
+@dataclass(frozen=True)
+class Param:
+    """One resolved parameter.
+
+    member: its member in answers, and in requests if `Wish` has it; None: clients do not see it.
+    unit: of a number that has one.
+    picture: what kind of picture it names the file of; `member` is then its role in the job.
+    none_shown_as: what answers show where it is None.
+    as_asked: its rule, if it is what the wish says; None: policy/catalog.py decides.
+    name, kind: its field in `Resolved`, which is its column in `jobs`.
+    """
+
+    member: str | None
+    use: Use = Use.NOWHERE
+    _: KW_ONLY
+    unit: str | None = None
+    picture: Picture | None = None
+    none_shown_as: tuple[()] | None = None
+    as_asked: AsAsked | None = None
+    name: str = ""
+    kind: Any = None
+
+    @property
+    def engine_field(self) -> str | None:
+        """The field of ImageRequest that it fills; None if it fills none."""
+        if Use.ENGINE not in self.use:
+            return None
+        return self.member if self.picture else self.name
+
+
+_CONTROL = AsAsked(
+    families=CONTROLLED_FAMILIES,
+    unfit="is not followed by model {model}: it has no control network",
+)
+_CLIP_SKIP = AsAsked(
+    low=0,
+    high=12,
+    families=("sd", "sdxl", "sd3", "pipeline", "plain"),
+    unfit="is not taken by model {model}: it reads no single layer of a CLIP text encoder",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """Every parameter of a job; the same Resolved on the same device class gives the same image."""
+
+    prompt: Annotated[str, Param("prompt", Use.ENGINE, as_asked=AsAsked())]
+    negative_prompt: Annotated[str, Param("negative_prompt", Use.ENGINE | Use.OPENAI_REQUEST, as_asked=AsAsked())]
+    model: Annotated[str, Param("model", Use.OPENAI_ANSWER)]
+    # What the wish called the model, where that is not its id.
+    model_alias: Annotated[str | None, Param("model_alias", Use.OPENAI_ANSWER)] = None
+    model_version: Annotated[str, Param("model_version", Use.OPENAI_ANSWER)]
+    pool: Annotated[str, Param(None)]
+    tier: Annotated[str, Param("tier", Use.OPENAI)]
+    # Requests and answers tell both sides as `size`.
+    width_px: Annotated[int, Param(None, Use.ENGINE, unit="px")]
+    height_px: Annotated[int, Param(None, Use.ENGINE, unit="px")]
+    num_steps: Annotated[int, Param("steps", Use.ENGINE | Use.OPENAI, unit="denoise steps")]
+    guidance: Annotated[float, Param("guidance", Use.ENGINE | Use.OPENAI)]
+    sampler: Annotated[str, Param("sampler", Use.ENGINE | Use.OPENAI)]
+    seed: Annotated[int, Param("seed", Use.ENGINE | Use.OPENAI)]  # of image 0; then seed + 1, …
+    num_images: Annotated[int, Param("n", unit="images")]
+    output_format: Annotated[str, Param("output_format", as_asked=AsAsked(choices=tuple(FORMATS)))]
+    init_file_id: Annotated[UUID | None, Param("init_image", Use.ENGINE, picture="image", as_asked=AsAsked())]
+    mask_file_id: Annotated[UUID | None, Param("mask", Use.ENGINE, picture="mask", as_asked=AsAsked())]
+    control_file_id: Annotated[UUID | None, Param("control_image", Use.ENGINE, picture="image", as_asked=_CONTROL)]
+    # Of the noise laid over the picture it starts from; None without one.
+    strength: Annotated[float | None, Param("strength", Use.ENGINE | Use.OPENAI)]
+    # Layers of the CLIP text encoder left out at its end; None as 0. How many it has, and whether
+    # a pipeline's own call takes it, the engine knows.
+    clip_skip: Annotated[
+        int | None,
+        Param("clip_skip", Use.ENGINE | Use.OPENAI, unit="layers", as_asked=_CLIP_SKIP),
+    ]
+    adapters: Annotated[
+        list[dict[str, str | float]] | None,
+        Param("adapters", Use.ENGINE | Use.OPENAI_REQUEST, none_shown_as=()),
+    ]
+    precision: Annotated[str, Param("precision")]
+    determinism: Annotated[str, Param("determinism", Use.ENGINE)]
+    bucket_rows: Annotated[int | None, Param("bucket_rows", Use.ENGINE, unit="rows")]
+
+
+def _listed() -> tuple[Param, ...]:
+    hints = get_type_hints(Resolved, include_extras=True)
+    listed = []
+    for field in fields(Resolved):
+        kind, note = get_args(hints[field.name])
+        listed.append(replace(note, name=field.name, kind=kind))
+    return tuple(listed)
+
+
+PARAMS = _listed()
+NAMES = tuple(param.name for param in PARAMS)  # the columns of `jobs` that make it replayable
+ASKED = tuple(field.name for field in fields(Wish))  # fields of a request
+SHOWN = tuple(param for param in PARAMS if param.member is not None)
+OPENAI_REQUEST = tuple(param for param in PARAMS if Use.OPENAI_REQUEST in param.use)
+OPENAI_ANSWER = tuple(param for param in PARAMS if Use.OPENAI_ANSWER in param.use)
+PICTURES: Mapping[str, Param] = {param.member: param for param in PARAMS if param.picture and param.member}  # by role
+
+
+def params_of(source: object) -> Resolved:
+    """Read every parameter from attributes of the same names, as of a job's row."""
+    return Resolved(**{name: getattr(source, name) for name in NAMES})
+
+
+def members_of(source: object, params: Iterable[Param] = SHOWN) -> dict[str, Any]:
+    """Show parameters as clients know them, in JSON's types; `size` is not among them."""
+    return {param.member: _shown(param, source) for param in params if param.member is not None}
+
+
+def pictures_of(source: object) -> dict[str, UUID]:
+    """Give the files that a job starts from, by their role in it."""
+    named = {role: getattr(source, param.name) for role, param in PICTURES.items()}
+    return {role: file_id for role, file_id in named.items() if file_id is not None}
+
+
+def size_of(source: Any) -> str:
+    """Write width and height as requests and answers do."""
+    return f"{source.width_px}x{source.height_px}"
+
+
+def _shown(param: Param, source: object) -> Any:
+    value = getattr(source, param.name)
+    if value is None:
+        return param.none_shown_as
+    return str(value) if isinstance(value, UUID) else value

@@ -1,0 +1,463 @@
+"""One list of a job's parameters, one of a tenant's limits, and every place that must know them.
+
+Where a place follows from the list it cannot forget one; the others are compared with it here, and
+the message says what is missing where.
+"""
+
+import re
+import uuid
+from dataclasses import fields, replace
+from decimal import Decimal
+from types import NoneType, UnionType
+from typing import Any, get_args
+
+import pytest
+from click.testing import CliRunner
+from flask import Flask
+from sqlalchemy import inspect, text
+from sqlalchemy.orm import Session
+
+from app import documents, openai_answers, openai_body, views
+from app.account import limits_view
+from app.admin import KeyBody, TenantChange
+from app.body import JobBody, wish_of
+from app.spec.operations import OPERATIONS
+from app.spec.schemas import SCHEMAS
+from cli.keys import issue as issue_key
+from cli.tenants import tenants as tenants_commands
+from cli.wishes import wish_options
+from darkroom_client import documents as client_documents
+from darkroom_client import jobs as client_jobs
+from darkroom_client import wishes as client_wishes
+from engine.request import ImageRequest
+from models import accepting, api_keys, files, jobs, tenants
+from models.accepting import AcceptedRow, NewJob
+from models.database import make_engine
+from models.tables import ApiKey, Job, Tenant
+from policy.limits import (
+    DEFAULT_SCOPES,
+    KINDS,
+    LIMITS,
+    SCOPES,
+    InvalidLimits,
+    Limits,
+    limits_of,
+)
+from policy.params import (
+    ASKED,
+    NAMES,
+    OPENAI_ANSWER,
+    OPENAI_REQUEST,
+    PARAMS,
+    PICTURES,
+    SHOWN,
+    AdapterWish,
+    Wish,
+    params_of,
+)
+from settings import REPO
+from tests.builders import a_tenant, resolved
+
+# What is asked for beside the image: kept with the job, not a parameter of it.
+BESIDE = {"metadata", "start_deadline_s"}
+
+# Every exception, with its reason.
+TOLD_TOGETHER = {"size": "the member of width_px and height_px together"}
+NOT_IN_ANSWERS = {"pool": "which workers serve a model is the operator's affair"}
+NOT_AN_OPTION = {"prompt": "the argument of the command"}
+NOT_IN_WISH = {"prompt": "an argument of the client's methods"}
+NOT_AN_EXTRA = {
+    "prompt": "OpenAI's own field",
+    "model": "OpenAI's own field",
+    "size": "OpenAI's own field",
+    "n": "OpenAI's own field",
+    "output_format": "OpenAI's own field",
+    "init_image": "OpenAI's own field: image",
+    "mask": "OpenAI's own field",
+    "control_image": "a call has one picture and its mask",
+}
+SET_BY_THE_WORKER = {
+    "id": "of the attempt and the image",
+    "group": "the job",
+    "owner": "the tenant",
+    "checkpoint": "the model and its version",
+    "rank": "of the tier",
+}
+NOT_OFFERED_YET = {
+    "policy_version": "there are no safety rules",
+    "options": "arguments of a pipeline's own call",
+    "keep_steps": "nobody asks for forks",
+    "fork": "nobody asks for forks",
+    "block_cache": "nobody asks for it",
+}
+
+
+def names_of(kind: type) -> set[str]:
+    return {field.name for field in fields(kind)}
+
+
+def may_be_none(kind: Any) -> bool:
+    return isinstance(kind, UnionType) and NoneType in get_args(kind)
+
+
+@pytest.fixture(scope="module")
+def database(stack):
+    """The stack's Postgres, as the gateway sees it."""
+    engine = make_engine(stack.env["DATABASE_URL"], pool_size=1)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture
+def session(database):
+    """A transaction that comes to nothing in the end."""
+    with Session(database) as session:
+        yield session
+        session.rollback()
+
+
+def a_full_job(session, tenant) -> NewJob:
+    """A job none of whose parameters is None or as it would be by default."""
+    picture = {"mode": "RGB", "size_bytes": 9, "width_px": 8, "height_px": 8, "actor": "tests"}
+    file = files.keep(
+        session,
+        tenant_id=tenant.id,
+        object_key=f"files/{tenant.id}",
+        content_sha256="0" * 64,
+        **picture,
+    )
+    full = replace(
+        resolved(),
+        prompt="a blue star",
+        negative_prompt="a circle",
+        model_alias="gpt-image-1",
+        num_images=2,
+        output_format="webp",
+        init_file_id=file.id,
+        mask_file_id=file.id,
+        control_file_id=file.id,
+        strength=0.5,
+        clip_skip=1,
+        adapters=[{"name": "stripes", "strength": 0.5}],
+        determinism="reproducible",
+        bucket_rows=8,
+    )
+    return NewJob(params=full, start_within_s=600, tenant_metadata={"order": "7"})
+
+
+def written(session, new, tenant) -> tuple[AcceptedRow, Job]:
+    """What the database makes of a job, and its row as it is read back."""
+    (row,) = accepting.accept(session, [new], tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests")
+    return row, session.get_one(Job, row.id)
+
+
+@pytest.fixture
+def full(session):
+    """A job with every parameter, as it was asked for, its row, and the view job_history of it."""
+    tenant = a_tenant(session)
+    new = a_full_job(session, tenant)
+    row, job = written(session, new, tenant)
+    query = text("SELECT * FROM job_history WHERE job_id = :id")
+    shown = session.execute(query, {"id": row.id}).mappings().one()
+    document = documents.of_accepted(new, row, tenant_id=tenant.id, currency="EUR")
+    return new.params, job, document, shown
+
+
+def shown_in_answers(document) -> dict[str, set[str]]:
+    """The members of every answer that tells a job's parameters, real ones and described ones."""
+    app = Flask(__name__)
+    app.add_url_rule("/v1/jobs/<job_id>", "jobs.show_job", lambda: "")
+    app.add_url_rule("/v1/jobs/<job_id>/images/<index>", "jobs.show_image", lambda: "")
+    with app.test_request_context():
+        view = views.job_view(document)
+    return {
+        "app.views.job_view": set(view),
+        "app.views.params_view, for estimates": set(views.params_view(document)),
+        "OpenAPI: Job": set(SCHEMAS["Job"]["required"]),
+        "OpenAPI: Estimate": set(SCHEMAS["Estimate"]["required"]) | {"seed"},
+        "darkroom_client.Job": names_of(client_jobs.Job),
+        "darkroom_client.Estimate": names_of(client_documents.Estimate),
+    }
+
+
+def openai_bodies() -> dict[str, set[str]]:
+    """The extras that each described body of /v1/images takes."""
+    generations = OPERATIONS["POST", "/v1/images/generations"].body
+    return {"OpenAPI: /v1/images/generations": set(generations["properties"]) | {"strength"}} | {
+        f"OpenAPI: /v1/images/{name}, JSON": set(OPERATIONS["POST", f"/v1/images/{name}"].json_body["properties"])
+        for name in ("edits", "variations")
+    }
+
+
+def options_of_the_command() -> set[str]:
+    def command() -> None: ...
+
+    return {option.name for option in wish_options(command).__click_params__}
+
+
+def documented() -> dict[str, set[str]]:
+    """The fields in backquotes of each place in the documents that lists them."""
+    readme = (REPO / "README.md").read_text()
+    table = (REPO / "docs/requests.md").read_text().partition("## Fields of a job")[2]
+    row = next(line for line in readme.splitlines() if line.startswith("| `POST /v1/jobs` |"))
+    extras = readme.partition("`extra_body` takes")[2].partition(";")[0]
+    first_cells = [line.split("|")[1] for line in table.partition("\n## ")[0].splitlines() if line[:1] == "|"]
+    return {
+        "docs/requests.md, Fields of a job": set(re.findall(r"`(\w+)`", "".join(first_cells))),
+        "README.md, POST /v1/jobs": set(re.findall(r"`(\w+)`", row)),
+        "README.md, extra_body": set(re.findall(r"`(\w+)`", extras)),
+    }
+
+
+def test_every_place_knows_every_parameter_of_a_job(full):
+    params, row, document, history = full
+    asked, members = set(ASKED) | BESIDE, {param.member for param in SHOWN} | set(TOLD_TOGETHER)
+    extras = {param.member for param in OPENAI_REQUEST}
+    docs = documented()
+    wanted: dict[str, tuple[set[str], set[str]]] = {
+        "policy.params.Resolved: members of requests": (set(ASKED), members),
+        "policy.params: extras of /v1/images": (set(ASKED) - set(NOT_AN_EXTRA), extras),
+        "app.body.JobBody": (asked, set(JobBody.model_fields)),
+        "app.openai_body": (extras | {"metadata"}, openai_body._KNOWN),
+        "app.openai_answers.extras_of": (
+            {param.member for param in OPENAI_ANSWER},
+            set(openai_answers.extras_of(document)),
+        ),
+        "models.tables.Job": (set(NAMES), set(inspect(Job).column_attrs.keys())),
+        "view job_history": (
+            set(NAMES) - {"width_px", "height_px"} | {"size", "metadata"},
+            {name for name, value in history.items() if value is not None},
+        ),
+        "engine.request.ImageRequest": (
+            {param.engine_field for param in PARAMS if param.engine_field},
+            names_of(ImageRequest),
+        ),
+        "policy.params: fields of ImageRequest": (
+            names_of(ImageRequest) - set(SET_BY_THE_WORKER) - set(NOT_OFFERED_YET),
+            {param.engine_field for param in PARAMS if param.engine_field},
+        ),
+        "darkroom_client.Wish": (
+            asked - set(NOT_IN_WISH),
+            set(client_wishes.Wish.__annotations__),
+        ),
+        "darkroom_client.wishes.PICTURE_FIELDS": (
+            set(PICTURES),
+            set(client_wishes.PICTURE_FIELDS),
+        ),
+        "cli.wishes": (asked - set(NOT_AN_OPTION), options_of_the_command()),
+        "docs/requests.md, Fields of a job": (asked, docs["docs/requests.md, Fields of a job"]),
+        "README.md, POST /v1/jobs": (asked, docs["README.md, POST /v1/jobs"]),
+        "README.md, extra_body": (extras | {"metadata"}, docs["README.md, extra_body"]),
+        "function accept_jobs": (
+            set(NAMES),
+            {name for name in NAMES if getattr(row, name) == getattr(params, name)},
+        ),
+        **{place: (extras, known) for place, known in openai_bodies().items()},
+        **{place: (members, told) for place, told in shown_in_answers(document).items()},
+    }
+
+    missing = {place: sorted(all_of - known) for place, (all_of, known) in wanted.items()}
+
+    assert {place: names for place, names in missing.items() if names} == {}
+    assert {param.name for param in PARAMS if param.member is None} == {*NOT_IN_ANSWERS, "width_px", "height_px"}
+
+
+def test_a_job_s_row_is_replayed_with_every_parameter(full):
+    params, row, _, _ = full
+
+    assert params_of(row) == params
+    assert [name for name in NAMES if getattr(params, name) is None] == []
+
+
+def test_a_job_that_was_just_accepted_looks_as_its_row_does(full, session):
+    _, row, document, _ = full
+    session.expunge(row)
+
+    read = documents.of_row(jobs.find(session, row.id, tenant_id=row.tenant_id))
+
+    different = {
+        field.name: (getattr(document, field.name), getattr(read, field.name))
+        for field in fields(documents.JobDocument)
+        if getattr(document, field.name) != getattr(read, field.name)
+    }
+    assert different == {}
+
+
+@pytest.mark.parametrize("param", PARAMS, ids=NAMES)
+def test_a_parameter_and_its_column_agree_on_none(param):
+    assert Job.__table__.c[param.name].nullable == may_be_none(param.kind)
+
+
+def test_what_a_wish_says_by_default_is_what_a_body_says_by_default():
+    body = JobBody(prompt="a red circle")
+
+    assert {name: getattr(body, name) or None for name in ASKED} == {
+        name: getattr(Wish(prompt="a red circle"), name) or None for name in ASKED
+    }
+
+
+def test_a_body_becomes_the_wish_that_it_says():
+    said = dict.fromkeys(ASKED) | {
+        "prompt": "a red circle",
+        "negative_prompt": "blue",
+        "model": "pocket",
+        "tier": "fast",
+        "size": "128x128",
+        "steps": 4,
+        "guidance": 2.5,
+        "sampler": "euler",
+        "seed": 7,
+        "n": 2,
+        "output_format": "webp",
+        "strength": 0.5,
+        "clip_skip": 1,
+    }
+    pictures = {role: uuid.UUID(int=n) for n, role in enumerate(PICTURES)}
+    body = JobBody(
+        **{name: value for name, value in said.items() if name not in ("adapters", *PICTURES)},
+        **dict.fromkeys(PICTURES, "data:,"),
+        adapters=[{"name": "sepia", "strength": -0.5}, {"name": "ink"}],
+    )
+
+    wish = wish_of(body, pictures)
+
+    adapters = (AdapterWish("sepia", -0.5), AdapterWish("ink", 1.0))
+    assert vars(wish) == {**said, **pictures, "adapters": adapters}
+    assert body.pictures == dict.fromkeys(PICTURES, "data:,")
+
+
+def test_numbers_have_units_or_are_bare():
+    bare = {"guidance", "seed", "strength"}
+    numbers = {param.name for param in PARAMS if {int, float} & set(get_args(param.kind) or (param.kind,))}
+
+    assert numbers - bare == {param.name for param in PARAMS if param.unit}
+
+
+# Columns of `tenants` that are no limits, and what a change of a tenant says beside them.
+NO_LIMITS = {
+    "id": "the tenant",
+    "name": "the tenant",
+    "created_at": "the tenant",
+    "weight": "its share against the others', with a command of its own",
+}
+
+
+def test_every_place_knows_every_limit_of_a_tenant():
+    columns = set(inspect(Tenant).column_attrs.keys())
+    shown = SCHEMAS["Limits"]["required"]
+    help_text = CliRunner().invoke(tenants_commands, ["limit", "--help"]).output
+    wanted = {
+        "models.tables.Tenant": (set(LIMITS), columns),
+        "policy.limits.Limits, or NO_LIMITS here": (columns, {*LIMITS, *NO_LIMITS}),
+        "app.admin.TenantChange": ({*LIMITS, "weight"}, set(TenantChange.model_fields)),
+        "app.account.limits_view": (set(LIMITS), set(limits_view(Limits()))),
+        "OpenAPI: Limits": (set(LIMITS), set(shown)),
+        "darkroom tenants limit --help": (set(LIMITS), set(re.findall(r"(\w+)=", help_text))),
+        "README.md": (set(LIMITS), set(re.findall(r"\w+", (REPO / "README.md").read_text()))),
+    }
+
+    missing = {place: sorted(all_of - known) for place, (all_of, known) in wanted.items()}
+
+    assert {place: names for place, names in missing.items() if names} == {}
+
+
+@pytest.mark.parametrize("name", LIMITS)
+def test_a_limit_and_its_column_are_of_one_type(name):
+    column = Tenant.__table__.c[name]
+    kind = list if KINDS[name] == tuple[str, ...] else KINDS[name]
+
+    assert column.type.python_type is kind
+    assert column.nullable == (kind is not bool)
+
+
+def test_a_limit_that_is_none_limits_nothing():
+    nothing = Limits()
+
+    assert {name for name in LIMITS if getattr(nothing, name) is not None} == {"url_inputs"}
+    assert not nothing.url_inputs
+    assert not nothing.has_stocks
+    assert nothing.allows(tier="fast", model="pocket")
+
+
+@pytest.mark.parametrize(
+    ("limits", "tier", "model", "is_allowed"),
+    [
+        ({"allowed_tiers": ("fast",)}, "fast", "pocket", True),
+        ({"allowed_tiers": ("fast",)}, "batch", "pocket", False),
+        ({"allowed_models": ("pocket",)}, "batch", "pocket", True),
+        ({"allowed_models": ("pocket",)}, "fast", "large", False),
+        ({"allowed_tiers": ("fast",), "allowed_models": ("pocket",)}, "fast", "large", False),
+    ],
+)
+def test_a_tenant_has_the_tiers_and_models_of_its_limits(limits, tier, model, is_allowed):
+    assert Limits(**limits).allows(tier=tier, model=model) is is_allowed
+
+
+@pytest.mark.parametrize("stock", ["max_concurrent_jobs", "daily_megapixel_steps", "monthly_megapixel_steps"])
+def test_each_stock_alone_is_counted_by_the_database(stock):
+    assert Limits(**{stock: 0}).has_stocks
+
+
+def test_rate_and_burst_are_set_and_taken_away_together(session):
+    tenant = a_tenant(session)
+    both = {"megapixel_steps_per_minute": 5.0, "burst_megapixel_steps": 9.0}
+
+    for change in ({"megapixel_steps_per_minute": 5.0}, {"burst_megapixel_steps": 9.0}):
+        with pytest.raises(InvalidLimits, match="together"):
+            tenants.limit(session, tenant, changes=change, actor="tests")
+    assert limits_of({name: getattr(tenant, name) for name in LIMITS}) == Limits()
+    tenants.limit(session, tenant, changes=both, actor="tests")
+    with pytest.raises(InvalidLimits):
+        tenants.limit(session, tenant, changes={"burst_megapixel_steps": None}, actor="tests")
+
+    assert {name: getattr(tenant, name) for name in both} == both
+
+
+def test_limits_are_written_as_their_columns_hold_them(session):
+    tenant = a_tenant(session)
+    said = {
+        "daily_megapixel_steps": 0.1,
+        "allowed_tiers": ("fast",),
+        "max_stored_bytes": 0,
+        "url_inputs": True,
+    }
+
+    tenants.limit(session, tenant, changes=said, actor="tests")
+    session.refresh(tenant)
+
+    assert limits_of({name: getattr(tenant, name) for name in LIMITS}) == Limits(
+        daily_megapixel_steps=Decimal("0.1"),
+        allowed_tiers=("fast",),
+        max_stored_bytes=0,
+        url_inputs=True,
+    )
+    tenants.limit(session, tenant, changes={"url_inputs": None}, actor="tests")
+    assert tenant.url_inputs is False
+
+
+@pytest.mark.parametrize("name", ["weight", "name", "id"])
+def test_what_is_no_limit_is_not_changed_as_one(session, name):
+    with pytest.raises(ValueError, match="no limit"):
+        tenants.limit(session, a_tenant(session), changes={name: 2.0}, actor="tests")
+
+
+def test_a_column_that_is_no_limit_is_not_looked_up_with_a_key(session):
+    """Keys are looked up with their tenants' limits: with anything else, none could be used."""
+    tenant = a_tenant(session)
+    row, _ = api_keys.issue(session, tenant_id=tenant.id, name="x", pepper="p" * 32, actor="tests")
+
+    known = api_keys.look_up(session, [row.kid])[row.kid]
+
+    assert tuple(known.limits) == LIMITS
+    assert limits_of(known.limits) == Limits()
+
+
+def test_scopes_are_one_list():
+    said = str(next(c.sqltext for c in ApiKey.__table__.constraints if c.name == "api_keys_scopes_are_known"))
+    [options] = [option for option in issue_key.params if option.name == "scopes"]
+
+    assert re.findall(r"'(\w+)'", said) == list(SCOPES)
+    assert set(DEFAULT_SCOPES) < set(SCOPES)
+    assert tuple(options.type.choices) == SCOPES
+    assert KeyBody(name="x").scopes == list(DEFAULT_SCOPES)
+    assert KeyBody(scopes=list(SCOPES)).scopes == list(SCOPES)
