@@ -1,0 +1,23 @@
+"""Jobs say how many denoise steps each of their images makes, which quotas count: a picture to start from spares some.
+
+Works beside the code of before: the column may be empty, and then an image makes, and its job counts, all the steps that were asked for.
+So it stays with jobs that were accepted before, whose entries in the ledger are of all their steps.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from migrations import online
+
+revision = "0014"
+down_revision = "0013"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    online.add_columns("jobs", [sa.Column("steps_per_image", sa.Integer(), nullable=True)])
+
+
+def downgrade() -> None:
+    op.drop_column("jobs", "steps_per_image")

@@ -1,0 +1,22 @@
+"""Jobs say how many layers of the CLIP text encoder are left out at its end.
+
+Works beside the code of the migrations before it: the column may be empty.
+"""
+
+import sqlalchemy as sa
+from alembic import op
+
+from migrations import online
+
+revision = "0015"
+down_revision = "0014"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    online.add_columns("jobs", [sa.Column("clip_skip", sa.Integer(), nullable=True)])
+
+
+def downgrade() -> None:
+    op.drop_column("jobs", "clip_skip")
