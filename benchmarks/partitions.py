@@ -1,15 +1,16 @@
-"""Is it time to partition jobs? Claim, release, sweep and list at 1,000,000 jobs, in one table and in 24 partitions.
+"""Is it time to partition jobs? Every act at 1,000,000 jobs, in one table and in 24 partitions.
 
     python -m benchmarks.partitions [--quick] [--explain]
 
-As `benchmarks.backlog`, with two databases of the same size: in the second one jobs, images, attempts and artifacts are
-partitioned by ranges of the job's id, which are ranges of time, for ids are UUIDv7. Each of the 24 is a quarter of an hour
-rather than a month, so that the same sweeps find the same work; planner and executor do not care. What cannot be said of
-partitioned tables is left out there: that a job is requeued once, that an artifact's id is unique by itself, and that an
-image names an artifact that there is.
+As `benchmarks.backlog`, with two databases of the same size: in the second one jobs, images,
+attempts and artifacts are partitioned by ranges of the job's id, which are ranges of time, for ids
+are UUIDv7. Each of the 24 is a quarter of an hour rather than a month, so that the same sweeps find
+the same work; planner and executor do not care. What cannot be said of partitioned tables is left
+out there: that a job is requeued once, that an artifact's id is unique by itself, and that an image
+names an artifact that there is.
 
-In the end the oldest range is detached from the four tables, while somebody claims jobs: how long that takes, table by table,
-and how long the longest claim took.
+In the end the oldest range is detached from the four tables, while somebody claims jobs: how long
+that takes, table by table, and how long the longest claim took.
 """
 
 import argparse
@@ -75,7 +76,10 @@ def make_partitioned(owner_url: str) -> None:
 
 
 def detach_oldest(queue: Queue) -> dict[str, object]:
-    """Detach the oldest range of each table beside claims; seconds for each table, or why not, and the longest claim's."""
+    """Detach the oldest range of each table while another thread claims jobs.
+
+    Seconds for each table, or what Postgres said; and of the longest claim, before and meanwhile.
+    """
     is_over = threading.Event()
     claims: list[float] = []
 
