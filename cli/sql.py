@@ -35,7 +35,8 @@ class Answer:
 def sql(installation: Installation, statement: str, owner: bool, as_json: bool) -> None:
     """Run one SQL STATEMENT.
 
-    Views for people: job_history, queue_now, flows_now, dead_letters, audit_log, images_by_tenant_day, audit_chain_status.
+    Views for people: job_history, queue_now, flows_now, dead_letters, images_by_tenant_day,
+    usage_by_tenant_day, stored_files_by_tenant, webhooks_now, audit_log, audit_chain_status.
     """
     answer = ask(installation.look_up("MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"), statement)
     if as_json:

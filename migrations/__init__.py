@@ -1,6 +1,7 @@
-"""How the tables got here, one story per file; functions, views and triggers follow their files in models/sql.
+"""How the tables got here, one story per file; functions, views and triggers follow models/sql.
 
-`python -m migrations` brings a database up to date: versioned migrations, then living SQL, then the grants.
+`python -m migrations` brings a database up to date: versioned migrations, then living SQL, then the
+grants.
 """
 
 import os
@@ -28,7 +29,7 @@ _PAUSE_S = 2.0  # between two tries; whom the first one made wait is served mean
 _WAIT_S = 600.0
 
 VERSIONS = [Path(__file__).parent / "versions"]  # folders of versioned migrations
-REPLACED = {f"{number:04}" for number in range(1, 12)}  # revisions that one baseline stands for: it is the twelfth
+REPLACED = {f"{number:04}" for number in range(1, 12)}  # the baseline is the twelfth, and stands for these
 
 
 def upgrade(
@@ -38,12 +39,12 @@ def upgrade(
     say: Callable[[str], None] = lambda line: None,
     wait_s: float = _WAIT_S,
 ) -> None:
-    """Run every migration that the database has not seen, as its owner; then apply living SQL and the grants.
+    """Run every migration that the database has not seen, as its owner; then living SQL and grants.
 
     Safe when several start at once, and beside running code.
 
-    revision: to stop at; living SQL is for the newest alone.  say: is told what is done, a line at a time.
-    wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
+    revision: to stop at; living SQL is for the newest alone.  say: is told what is done, a line at
+    a time.  wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
     """
     engine = create_engine(owner_url)
     deadline = time.monotonic() + wait_s
@@ -96,23 +97,24 @@ def _only_one(engine: Engine, deadline: float, say: Callable[[str], None]) -> It
 def _check_revision(engine: Engine) -> str | None:
     """Return the database's revision. Raises UnknownRevision, RevisionTooOld."""
     revision = current_revision(engine)
-    with engine.connect() as connection:
-        scripts = ScriptDirectory.from_config(_config(connection))
+    scripts = ScriptDirectory.from_config(_config())
     if revision is None or revision in {script.revision for script in scripts.walk_revisions()}:
         return revision
     if revision in REPLACED:
         raise RevisionTooOld(
-            f"the database is at revision {revision}, and this version begins at {min(scripts.get_bases())}: upgrade it"
-            " first with a version that has the migrations in between, or begin with an empty one (docs/operations.md)"
+            f"the database is at revision {revision}, and this version begins at {scripts.get_base()}:"
+            " upgrade it first with a version that has the migrations in between, or begin with an"
+            " empty database"
         )
     raise UnknownRevision(
-        f"the database is at revision {revision}, which this version does not know, so a newer one migrated it:"
-        " start that version again, or go back to the backup that was made before the upgrade (docs/operations.md)"
+        f"the database is at revision {revision}, which this version does not know, so a newer one"
+        " migrated it: start that version again, or go back to the backup that was made before the"
+        " upgrade (docs/operations.md)"
     )
 
 
 def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> list[str] | None:
-    """Run what is missing and name the living SQL that was applied; None if a lock was not to be had in time.
+    """Run what is missing; name the living SQL that was applied, or None if a lock was not to be had.
 
     What was done by then stays, or is done again harmlessly.
     """
@@ -132,14 +134,14 @@ def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> list[str]
 
 
 def _apply_living(connection: Connection) -> list[str]:
-    """Bring functions, views and triggers up to date, with who may use them, and the audit log's partitions."""
+    """Bring functions, views, triggers, who may use them, and the log's partitions up to date."""
     applied = living.apply(connection)
     roles.grant(connection)
     connection.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
     return applied
 
 
-def _config(connection: Connection) -> Config:
+def _config(connection: Connection | None = None) -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent))
     config.set_main_option("path_separator", "os")

@@ -32,7 +32,7 @@ from migrations.errors import SqlInUse
 FOLDER = Path(models.__file__).parent / "sql"
 KINDS = ("function", "view", "trigger")
 
-_NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter, other columns: dropped and made anew
+_NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter's name; other columns
 _DEPENDED_ON = "2BP01"
 
 _TABLE = """
@@ -42,7 +42,8 @@ CREATE TABLE IF NOT EXISTS living_sql (
 """
 _NOTE = text(
     """
-    INSERT INTO living_sql (kind, name, file_sha256, found_sha256) VALUES (:kind, :name, :file, :found)
+    INSERT INTO living_sql (kind, name, file_sha256, found_sha256)
+        VALUES (:kind, :name, :file, :found)
     ON CONFLICT (kind, name) DO UPDATE SET
         file_sha256 = excluded.file_sha256, found_sha256 = excluded.found_sha256,
         applied_at = excluded.applied_at
@@ -73,7 +74,7 @@ _FOUND = {
 
 @dataclass(frozen=True)
 class Living:
-    """A function, view or trigger. name: a trigger's with its table before it.  sql: its file's text."""
+    """A function, view or trigger. name: a trigger's with its table.  sql: its file's text."""
 
     kind: str
     name: str
@@ -112,7 +113,7 @@ def read() -> list[Living]:
 
 
 def apply(connection: Connection) -> list[str]:
-    """Make anew what is not as its file says, drop what has no file any more; return the names of all these.
+    """Make anew what is not as its file says, drop what has no file any more; return their names.
 
     In the caller's transaction, and under its lock_timeout.  Raises SqlInUse.
     """
@@ -150,7 +151,8 @@ def _files(folder: Path) -> Iterator[Living]:
 def _make(connection: Connection, living: Living, later: Sequence[Living]) -> None:
     """Create or replace the object and note what came of it.
 
-    Where it cannot be replaced it is dropped before, with those `later` ones that are built on it: they are found missing in their turn.
+    Where it cannot be replaced it is dropped before, with those `later` ones that are built on it:
+    they are found missing in their turn.
     """
     if not _replace(connection, living):
         _drop_with_users(connection, living, later)
@@ -171,11 +173,15 @@ def _replace(connection: Connection, living: Living) -> bool:
         if _sqlstate(error) not in _NOT_REPLACEABLE:
             raise
         return False
-    return len(_signatures(connection, living.name)) <= 1  # with other parameters it stands beside the one of before
+    # A function with other parameters stands beside the one of before.
+    return len(_signatures(connection, living.name)) <= 1
 
 
 def _drop_with_users(connection: Connection, living: Living, later: Sequence[Living]) -> None:
-    """Drop the object; if need be those `later` ones before it that name it, also by way of others. Raises SqlInUse."""
+    """Drop the object, and before it, if need be, what of `later` names it, also by way of others.
+
+    Raises SqlInUse.
+    """
     try:
         with connection.begin_nested():
             _drop(connection, *living.key)
@@ -189,7 +195,10 @@ def _drop_with_users(connection: Connection, living: Living, later: Sequence[Liv
 
 
 def _drop(connection: Connection, kind: str, *names: str) -> None:
-    """Drop objects of a kind, functions with whatever parameters; it is no error if one is not there. Raises SqlInUse."""
+    """Drop those objects of a kind that are there, functions with whatever parameters.
+
+    Raises SqlInUse.
+    """
     if kind == "trigger":
         statements = [f"DROP {_reference(kind, name, 'IF EXISTS ')}" for name in names]
     else:  # all at once, for one may be built on another
@@ -202,7 +211,8 @@ def _drop(connection: Connection, kind: str, *names: str) -> None:
         if _sqlstate(error) != _DEPENDED_ON:
             raise
         told = " ".join(str(error.orig).split())
-        raise SqlInUse(f"{told} Drop what depends on {', '.join(names)}, migrate, and make it again") from error
+        hint = f"Drop what depends on {', '.join(names)}, migrate, and make it again"
+        raise SqlInUse(f"{told} {hint}") from error
 
 
 def _reference(kind: str, name: str, if_exists: str = "") -> str:
@@ -213,7 +223,8 @@ def _reference(kind: str, name: str, if_exists: str = "") -> str:
 
 def _signatures(connection: Connection, name: str) -> list[str]:
     """List the functions of that name, with their parameters' types."""
-    query = "SELECT oid::regprocedure::text FROM pg_proc WHERE proname = :name AND pronamespace = 'public'::regnamespace"
+    query = """SELECT oid::regprocedure::text FROM pg_proc
+               WHERE proname = :name AND pronamespace = 'public'::regnamespace"""
     return list(connection.scalars(text(query), {"name": name}))
 
 

@@ -157,7 +157,10 @@ def create(connection: Connection) -> None:
 
 
 def grant(connection: Connection) -> None:
-    """Give every kind of process what GRANTS says, and take whatever else it had; then give views and functions."""
+    """Give every kind of process what GRANTS says, and take whatever else it had.
+
+    Give the operator and the auditor the views, and whom FUNCTIONS names the functions.
+    """
     columns = _columns(connection)
     for kind, role in OF_PROCESS.items():
         statements = [

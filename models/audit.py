@@ -1,6 +1,7 @@
 """Append facts to the audit log; facts are ids and numbers, never prompts or addresses.
 
-The database links each event to the one before it in its chain (a tenant's, or `system`): models/sql/functions/audit_link.sql.
+The database links each event to the one before it in its chain (a tenant's, or `system`): see
+models/sql/functions/audit_link.sql.
 """
 
 import uuid

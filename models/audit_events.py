@@ -1,13 +1,13 @@
 """The names of all audit events: `subject:aspect:past-tense`, what happened to which side of what.
 
-They are part of the record: a name that was ever appended keeps its meaning, and goes with its last month at the earliest.
+They are part of the record: a name that was ever appended keeps its meaning.
 """
 
 from enum import StrEnum
 
 
 class EventName(StrEnum):
-    """Every event that is ever appended, by the application or, where it is said, by the database itself."""
+    """Every event that is ever appended; where it is said so, by the database itself."""
 
     JOB_REQUEST_ACCEPTED = "job:request:accepted"  # by accept_jobs
     JOB_LEASE_TAKEN = "job:lease:taken"  # a worker begins an attempt

@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 import migrations
 from migrations import living, roles
 from migrations.errors import DatabaseBusy, SqlInUse
-from tests.builders import a_job, until
+from tests.builders import until
 from tests.models.conftest import a_database
 from tests.models.facts import HEAD, at_once, living_definitions, rights
 
@@ -317,18 +317,3 @@ def test_of_several_who_migrate_at_once_one_makes_what_changed(own_database, fil
     said = at_once(*[lambda: upgrade(own_database)] * 3)
 
     assert sorted(said) == ["made anew: audit_log", *["nothing to do"] * 2]
-
-
-def test_a_job_that_says_nothing_of_a_column_gets_its_default(database, session):
-    """Of a column that is added later, jobs that old code accepts say nothing."""
-    query = """SELECT attname, pg_get_expr(adbin, adrelid) AS expression FROM pg_attrdef
-               JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum WHERE adrelid = 'jobs'::regclass"""
-    job = a_job(session)
-    said = session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping
-    with database.owner.connect() as connection:
-        defaults = dict(connection.execute(text(query)).all())
-        constant = {name: expression for name, expression in defaults.items() if "clock_timestamp" not in expression}
-        expected = {name: connection.scalar(text(f"SELECT {expression}")) for name, expression in constant.items()}
-
-    assert {name: said[name] for name in expected} == expected
-    assert defaults.keys() - expected.keys() == {"accepted_at", "release_tag"}

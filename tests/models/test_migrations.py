@@ -1,6 +1,7 @@
 """The tables as the migrations build them, and who may do what with them."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ from sqlalchemy import inspect, make_url, text
 from sqlalchemy.exc import DBAPIError, ProgrammingError
 
 import migrations
+from cli.sql import sql
 from models.tables import Base
 from settings import REPO
 from tests.builders import a_job
@@ -102,6 +104,10 @@ def test_there_is_no_other_view(database):
         views = inspect(connection).get_view_names()
 
     assert sorted(views) == VIEWS
+
+
+def test_the_command_line_names_every_view():
+    assert set(re.findall(r"\w+_\w+", str(sql.help))) == set(VIEWS)
 
 
 def test_the_auditor_sees_views_and_nothing_else(database):
