@@ -15,7 +15,6 @@ goes along with that, a CUDA graph or a compiled whole network does not. It does
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +22,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 
 from engine.errors import EngineError, UnsupportedRequest
@@ -107,10 +107,17 @@ class BlockCache:
         self.max_bytes = max_bytes
         self.warmup_steps = warmup_steps
         self.last_steps = last_steps
-        self.size_bytes = 0
         self.rows_computed = 0  # in full; like the next, of rows with a key
         self.rows_skipped = 0
-        self._memories: OrderedDict[tuple[str, int], Memory] = OrderedDict()  # by image and row, least recently used first
+        self._memories: LRUCache[tuple[str, int], Memory] = LRUCache(  # by image and row
+            max_bytes,
+            getsizeof=lambda memory: memory.size_bytes,
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all that is remembered, on the device."""
+        return int(self._memories.currsize)
 
     @property
     def rows_remembered(self) -> int:
@@ -133,8 +140,8 @@ class BlockCache:
         given what this module does not know to be shared or per row. Either way nothing of the network stays changed.
         """
         for key in keys:
-            if key is not None and (key.image_id, key.row) in self._memories:
-                self._memories.move_to_end((key.image_id, key.row))
+            if key is not None:
+                self._memories.get((key.image_id, key.row))  # used now: others go before it
         forward = Forward(keys, narrow or (lambda rows: None))
         self._step_in(forward)
         try:
@@ -145,12 +152,11 @@ class BlockCache:
     def forget(self, image_id: str) -> None:
         """Give back what is remembered of an image. Harmless when there is nothing."""
         for place in [place for place in self._memories if place[0] == image_id]:
-            self._drop(place)
+            del self._memories[place]
 
     def close(self) -> None:
         """Forget every image. Harmless when repeated."""
         self._memories.clear()
-        self.size_bytes = 0
 
     # --- one forward ---
 
@@ -252,26 +258,16 @@ class BlockCache:
             if key is None:
                 continue
             place = (key.image_id, key.row)
-            self._drop(place)
+            self._memories.pop(place, None)
             if self._is_last(key):
                 continue  # no step of this image will ask again
             added_first = first.added[row].clone()
             added_text = None if text is None else text[nth] - first.text[row]
-            self._keep(place, Memory(key.step, added_first, added_first.abs().mean(), added_text, image[nth] - first.image[row]))
-
-    def _keep(self, place: tuple[str, int], memory: Memory) -> None:
-        """Make room at the cost of the least recently used; what is larger than the whole cache is not kept."""
-        if memory.size_bytes > self.max_bytes:
-            return
-        while self.size_bytes + memory.size_bytes > self.max_bytes:
-            self._drop(next(iter(self._memories)))
-        self._memories[place] = memory
-        self.size_bytes += memory.size_bytes
-
-    def _drop(self, place: tuple[str, int]) -> None:
-        memory = self._memories.pop(place, None)
-        if memory is not None:
-            self.size_bytes -= memory.size_bytes
+            added_image = image[nth] - first.image[row]
+            size = added_first.abs().mean()
+            memory = Memory(key.step, added_first, size, added_text, added_image)
+            if memory.size_bytes <= self.max_bytes:
+                self._memories[place] = memory
 
 
 def _filled(whole: Tensor, index: Tensor, computed: Tensor, added: dict[int, Tensor]) -> Tensor:

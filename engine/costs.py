@@ -1,7 +1,8 @@
 """What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a decode, bytes of a row.
 
-Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `load` with what `./darkroom calibrate` wrote
-down. No torch, no clock, no files. It does not know who waits; `scheduler.py` asks it.
+Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `adopt` with
+what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no files. It does not know
+who waits; `scheduler.py` asks it.
 
 Three things stand between a measurement and a decision:
 
@@ -21,12 +22,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from engine.inflight import BatchKey
 
-VERSION = 1  # of what `to_data` gives
 OUTLIER = 2.0
 HALF_LIFE = 50  # forwards of the batch key
 STALE_AFTER = 1000  # likewise
@@ -41,6 +41,26 @@ ENCODE_STEPS = 1.0
 Value = TypeVar("Value")
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device."""
+
+    fixed_bytes: int  # whatever it does: weights, adapters, margin
+    per_row_bytes: int  # what a row of a forward adds
+    decode_bytes: int  # what a decode adds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What is known of one batch key."""
+
+    key: BatchKey
+    steps: Mapping[int, float]  # seconds of a forward by its rows; empty where none was timed
+    encode_s: float | None = None
+    decode_s: float | None = None
+    footprint: Footprint | None = None
+
+
 class CostModel:
     """Seconds and bytes by batch key."""
 
@@ -53,7 +73,7 @@ class CostModel:
         self._curves: _ByKey[_Forwards] = _ByKey()  # of more than one
         self._encodes: _ByKey[_Average] = _ByKey()
         self._decodes: _ByKey[_Average] = _ByKey()
-        self._footprints: dict[BatchKey, _Footprint] = {}
+        self._footprints: dict[BatchKey, Footprint] = {}
 
     # --- seconds ---
 
@@ -121,7 +141,7 @@ class CostModel:
 
     def observe_memory(self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int) -> None:
         """Note what the device holds whatever it does (weights, adapters, margin), what a row of a forward adds and what a decode does."""
-        self._footprints[key] = _Footprint(fixed_bytes, per_row_bytes, decode_bytes)
+        self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
 
     def row_limit(self, key: BatchKey, budget_bytes: int | None) -> int | None:
         """Rows of a forward that fit into the budget beside one decode; None where nothing is measured or no budget set."""
@@ -131,32 +151,28 @@ class CostModel:
         free_bytes = budget_bytes - footprint.fixed_bytes - footprint.decode_bytes
         return max(0, free_bytes // max(1, footprint.per_row_bytes))
 
-    # --- as data ---
+    # --- all of it ---
 
-    def to_data(self) -> dict[str, Any]:
-        """Everything known, JSON-plain; `load` takes it back."""
+    def measurements(self) -> list[Measurements]:
+        """Give everything known, by batch key; `adopt` takes it back."""
         keys = {*self.measured_keys(), *self._encodes, *self._decodes, *self._footprints}
-        return {"version": VERSION, "keys": [self._entry(key) for key in sorted(keys, key=str)]}
+        return [self._measurements_of(key) for key in sorted(keys, key=str)]
 
-    def load(self, data: object) -> None:
-        """Take over what was measured before. What was measured here already stays as it is.
-
-        Raises `ValueError` saying what is wrong; nothing is taken over then.
-        """
-        entries = [_Entry.parse(entry, f"keys[{place}]") for place, entry in enumerate(_listed(data))]
+    def adopt(self, measured: Iterable[Measurements]) -> None:
+        """Take over what was measured before. What was measured here already stays as it is."""
         settled = math.ceil(1 / self.memory)
-        for entry in entries:
-            if entry.steps and not self.is_measured(entry.key):
+        for one in measured:
+            if one.steps and not self.is_measured(one.key):
                 forwards = _Forwards()
-                forwards.load(entry.steps, settled)
-                self._file(entry.key, forwards)
-            for averages, seconds in ((self._encodes, entry.encode_s), (self._decodes, entry.decode_s)):
-                if seconds is not None and entry.key not in averages:
+                forwards.load(one.steps, settled)
+                self._file(one.key, forwards)
+            for averages, seconds in ((self._encodes, one.encode_s), (self._decodes, one.decode_s)):
+                if seconds is not None and one.key not in averages:
                     average = _Average()
                     average.load(seconds, settled)
-                    averages.keep(entry.key, average)
-            if entry.footprint is not None:
-                self._footprints.setdefault(entry.key, entry.footprint)
+                    averages.keep(one.key, average)
+            if one.footprint is not None:
+                self._footprints.setdefault(one.key, one.footprint)
 
     def _forwards_of(self, key: BatchKey) -> _Forwards:
         return self._curves.get(key) or self._points.get(key) or _Forwards()
@@ -169,17 +185,16 @@ class CostModel:
         else:
             self._points.keep(key, forwards)
 
-    def _entry(self, key: BatchKey) -> dict[str, Any]:
-        entry: dict[str, Any] = {"key": asdict(key)}
-        if self.is_measured(key):
-            entry["steps"] = [[rows, average.seconds] for rows, average in sorted(self._forwards_of(key).averages.items())]
-        if key in self._encodes:
-            entry["encode_s"] = self._encodes[key].seconds
-        if key in self._decodes:
-            entry["decode_s"] = self._decodes[key].seconds
-        if key in self._footprints:
-            entry["memory"] = asdict(self._footprints[key])
-        return entry
+    def _measurements_of(self, key: BatchKey) -> Measurements:
+        averages = self._forwards_of(key).averages
+        encode, decode = self._encodes.get(key), self._decodes.get(key)
+        return Measurements(
+            key=key,
+            steps={rows: average.seconds for rows, average in sorted(averages.items())},
+            encode_s=None if encode is None else encode.seconds,
+            decode_s=None if decode is None else decode.seconds,
+            footprint=self._footprints.get(key),
+        )
 
 
 class Curve:
@@ -209,15 +224,6 @@ class Curve:
             if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
                 rows = more
         return rows
-
-
-@dataclass(frozen=True)
-class _Footprint:
-    """Bytes on the device."""
-
-    fixed_bytes: int
-    per_row_bytes: int
-    decode_bytes: int
 
 
 class _Average:
@@ -350,83 +356,3 @@ def _distance_from(key: BatchKey) -> Any:
 
 def _pixels(key: BatchKey) -> int:
     return key.height_px * key.width_px
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What a file says of one batch key."""
-
-    key: BatchKey
-    steps: dict[int, float]
-    encode_s: float | None
-    decode_s: float | None
-    footprint: _Footprint | None
-
-    @classmethod
-    def parse(cls, data: object, where: str) -> _Entry:
-        """Raises `ValueError` that begins with the place."""
-        entry = _members(data, where, required=["key"], optional=["steps", "encode_s", "decode_s", "memory"])
-        steps: dict[int, float] = {}
-        for place, pair in enumerate(_items(entry.get("steps", []), f"{where}.steps")):
-            rows, seconds = _items(pair, f"{where}.steps[{place}]", count=2)
-            steps[_count(rows, f"{where}.steps[{place}][0]", least=1)] = _seconds(seconds, f"{where}.steps[{place}][1]", least=TICK_S)
-        return cls(
-            key=_key(entry["key"], f"{where}.key"),
-            steps=steps,
-            encode_s=_seconds(entry["encode_s"], f"{where}.encode_s") if "encode_s" in entry else None,
-            decode_s=_seconds(entry["decode_s"], f"{where}.decode_s") if "decode_s" in entry else None,
-            footprint=_footprint(entry["memory"], f"{where}.memory") if "memory" in entry else None,
-        )
-
-
-def _listed(data: object) -> list[object]:
-    """The entries of a file of our version."""
-    file = _members(data, "curves", required=["version", "keys"])
-    if file["version"] != VERSION:
-        raise ValueError(f"version: {file['version']!r} is not {VERSION}")
-    return _items(file["keys"], "keys")
-
-
-def _key(data: object, where: str) -> BatchKey:
-    members = _members(data, where, required=[field.name for field in fields(BatchKey)])
-    for name in ("checkpoint", "call"):
-        if not isinstance(members[name], str):
-            raise ValueError(f"{where}.{name}: {members[name]!r} is not a string")
-    for name, least in (("height_px", 1), ("width_px", 1), ("text_length", 0)):
-        _count(members[name], f"{where}.{name}", least=least)
-    return BatchKey(**members)
-
-
-def _footprint(data: object, where: str) -> _Footprint:
-    members = _members(data, where, required=[field.name for field in fields(_Footprint)])
-    return _Footprint(**{name: _count(value, f"{where}.{name}", least=0) for name, value in members.items()})
-
-
-def _members(data: object, where: str, *, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: {data!r} is not an object")
-    for name in required:
-        if name not in data:
-            raise ValueError(f"{where}: {name} is missing")
-    for name in data:
-        if name not in {*required, *optional}:
-            raise ValueError(f"{where}: {name!r} is not known")
-    return data
-
-
-def _items(data: object, where: str, count: int | None = None) -> list[Any]:
-    if not isinstance(data, list) or count not in (None, len(data)):
-        raise ValueError(f"{where}: {data!r} is not a list{'' if count is None else f' of {count}'}")
-    return data
-
-
-def _count(value: object, where: str, *, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{where}: {value!r} is not a whole number from {least} up")
-    return value
-
-
-def _seconds(value: object, where: str, *, least: float = 0.0) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{where}: {value!r} is not a number of seconds from {least} up")
-    return float(value)

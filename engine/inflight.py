@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
     from engine.families.contract import Rows, Sampler
 
+PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
+
 
 class ImageState(StrEnum):
     """Where an image stands."""
@@ -115,6 +117,21 @@ class InFlight:
         """Note one more denoise step behind it."""
         self.step += 1
         self.is_denoised = self.step >= self.num_steps
+
+    def note_step(self, now: float, *, decode_s: float) -> None:
+        """Learn the image's pace from a step that ended `now`, and say when it will be there.
+
+        now: on the monotonic clock.  decode_s: seconds that its decode will take.
+        """
+        since = self.last_step_at or self.first_step_at or now
+        newest_s = now - since
+        known_s = self.seconds_per_step
+        if known_s is None:
+            self.seconds_per_step = newest_s
+        else:
+            self.seconds_per_step = known_s + PACE_MEMORY * (newest_s - known_s)
+        self.last_step_at = now
+        self.eta_s = (self.num_steps - self.step) * self.seconds_per_step + decode_s
 
     @property
     def tensors(self) -> Tensors:

@@ -7,6 +7,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from engine.device import Stopwatch
 from engine.scheduler import Batch, Decode, Encode, Work
@@ -107,3 +108,22 @@ class Ledger:
     def mean_decode_s(self) -> float:
         """Seconds of one decode."""
         return self.decode_s / self.decodes if self.decodes else 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers since the start; any thread may ask.
+
+        A step counts once for the batch, an image step once per image in it.
+        """
+        by_rows = sorted(dict(self.by_rows).items())
+        return {
+            "steps": self.forwards,
+            "image_steps": self.image_steps,
+            "rows": self.used_rows,
+            "padded_rows": self.padded_rows,
+            "mean_rows_per_forward": self.used_rows / self.forwards if self.forwards else 0.0,
+            "seconds_per_forward_by_rows": {rows: totals.mean_s for rows, totals in by_rows},
+            "encode_s": self.encode_s,
+            "forward_s": self.forward_s,
+            "decode_s": self.decode_s,
+            "seconds_by_rank": dict(sorted(dict(self.seconds_by_rank).items())),
+        }

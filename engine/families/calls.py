@@ -73,20 +73,19 @@ class Rowed(Form):
     ndim: int
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: all but the number of rows."""
+        """Describe all but the number of rows."""
         if not isinstance(value, Tensor) or value.ndim != self.ndim:
             raise Unlike
         rows.add(value.shape[self.axis])
         return [str(value.dtype), *value.shape[: self.axis], "rows", *value.shape[self.axis + 1 :]]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base."""
         filler = [values[0].narrow(self.axis, 0, 1)] * padding
         # Contiguous, for a neighbour in another memory format would otherwise choose the layout, and with it the kernels, for all.
         return torch.cat([*values, *filler], dim=self.axis).contiguous()
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base: views."""
+        """Split into views."""
         return list(torch.split(value.narrow(self.axis, 0, sum(counts)), list(counts), dim=self.axis))
 
 
@@ -101,7 +100,7 @@ class Listed(Form):
     ndim: int
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: sizes only where the bits count."""
+        """Describe sizes only where the bits count."""
         if type(value) is not self.kind or not all(isinstance(row, Tensor) and row.ndim == self.ndim for row in value):
             raise Unlike
         rows.add(len(value))
@@ -109,11 +108,9 @@ class Listed(Form):
         return [dtypes, sorted({tuple(row.shape) for row in value})] if exactly else [dtypes]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base."""
         return self.kind([row for value in values for row in value] + [values[0][0]] * padding)
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base."""
         ends = [sum(counts[: index + 1]) for index in range(len(counts))]
         return [value[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
@@ -125,13 +122,13 @@ class Spread(Form):
     ndim: int
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: its dtype."""
+        """Describe its dtype."""
         if not isinstance(value, Tensor) or value.numel() != 1 or value.ndim != self.ndim:
             raise Unlike
         return [str(value.dtype)]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base: [rows]."""
+        """Stack to [rows]."""
         return torch.cat([value.expand(count) for value, count in zip([*values, values[0]], [*counts, padding], strict=True)])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
@@ -147,7 +144,7 @@ class Shared(Form):
     ndim: int = 0
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: its value."""
+        """Describe its value."""
         if isinstance(value, Tensor):
             if self.kind is not Tensor or value.ndim != self.ndim or value.nbytes > MAX_COMPARED_BYTES:
                 raise Unlike
@@ -158,15 +155,14 @@ class Shared(Form):
         return repr(value)
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base: anybody's, for all are equal."""
+        """Give anybody's, for all are equal."""
         return values[0]
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base: the same for everybody."""
+        """Give the same to everybody."""
         return [value] * len(counts)
 
     def spread(self, one: Any, other: Any) -> Form:
-        """See the base."""
         is_number = self.kind is Tensor and self.ndim <= 1 and one.numel() == 1 == other.numel()
         return Spread(self.ndim) if is_number and not torch.equal(one, other) else self
 
@@ -179,22 +175,19 @@ class Nested(Form):
     places: tuple[tuple[Any, Form], ...]
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: what its places say."""
+        """Describe what its places say."""
         if type(value) is not self.kind or [place for place, _ in self.places] != _places(value):
             raise Unlike
         return [[str(place), form.describe(value[place], rows, exactly=exactly)] for place, form in self.places]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base."""
         return self._of([form.stack([value[place] for value in values], counts, padding) for place, form in self.places])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base."""
         parts = [form.split(value[place], counts) for place, form in self.places]
         return [self._of([part[index] for part in parts]) for index in range(len(counts))]
 
     def spread(self, one: Any, other: Any) -> Form:
-        """See the base."""
         return replace(self, places=tuple((place, form.spread(one[place], other[place])) for place, form in self.places))
 
     def _of(self, items: list[Any]) -> Any:

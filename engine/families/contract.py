@@ -8,7 +8,7 @@ The engine holds one family object per checkpoint. Between two forwards an image
     decode(image)                      pixels
 
 Two kinds implement it. A native family (`latent.py` and what builds on it) keeps latents, a sampler and conditioning per image, and
-writes the loop of its diffusers pipeline itself. `pipeline.py` runs any unmodified diffusers pipeline as a coroutine whose denoiser
+writes the loop of its diffusers pipeline itself. `pipeline/` runs any unmodified diffusers pipeline as a coroutine whose denoiser
 calls come here. Neither keeps state between calls that one image could leave for another: all of it belongs to the `InFlight`.
 """
 

@@ -68,13 +68,11 @@ class FlowFamily(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
         present = {folder for folder in (*cls.NETWORKS, *cls.TOKENIZERS) if folder not in cls.OPTIONAL or (path / folder).is_dir()}
         return tuple(sorted(present | {"scheduler", "vae"}))
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Self:
-        """See the contract."""
         path = Path(spec.path)
         present = cls.folders(path)
         return cls(
@@ -94,11 +92,9 @@ class FlowFamily(LatentFamily):
         )
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
         return self._networks
 
     def facts(self) -> dict[str, Any]:
-        """See the contract."""
         text_encoders = [network for folder, network in self._networks.items() if folder != "transformer"]
         return {
             "attention": sorted({type(processor).__name__ for processor in self._transformer.attn_processors.values()}),
@@ -115,7 +111,6 @@ class FlowFamily(LatentFamily):
         return frozenset({"max_sequence_length"})
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
         check_side("width_px", request.width_px, pixels_per_token)
         check_side("height_px", request.height_px, pixels_per_token)
@@ -139,7 +134,6 @@ class FlowFamily(LatentFamily):
             raise UnsupportedRequest("sampler", f"{request.sampler!r} needs a checkpoint whose noise levels are shifted by size")
 
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
         return 2 if request.is_guided else 1
 
     def text_tokens(self, request: ImageRequest) -> int:
@@ -157,7 +151,10 @@ class FlowFamily(LatentFamily):
         """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's own."""
 
     def sampler(self, request: ImageRequest) -> Sampler:
-        """See the base. It is told where it begins: else it would look for its first timestep, which may be there twice."""
+        """Make a sampler that is told where it begins.
+
+        Else it would look for its first timestep, which may be there twice.
+        """
         sampler: Any = fresh_sampler(request.sampler, self._sampler_config)
         more = {"mu": self._mu(request, sampler.config)} if self.is_told_mu(sampler.config) else {}
         self.set_timesteps(sampler, request.num_steps, more)
@@ -182,7 +179,7 @@ class FlowFamily(LatentFamily):
         return latents
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        """See the base. Drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+        """Draw in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
         timesteps = sampler.timesteps[_skipped_steps(request) :]
         if request.init_image is None:
             return Beginning(self.pack(self.draw_noise(request, generator)), timesteps)
@@ -212,7 +209,7 @@ class FlowFamily(LatentFamily):
         return {"mask": self.pack(latent_mask.expand_as(clean)), "clean": self.pack(clean), "noise": self.pack(noise)}
 
     def repaint(self, image: InFlight) -> None:
-        """See the base: outside the mask, the init image under the noise of the step that comes next."""
+        """Lay the init image outside the mask, under the noise of the step that comes next."""
         tensors = image.tensors
         if "mask" not in tensors.extras:
             return
@@ -223,9 +220,9 @@ class FlowFamily(LatentFamily):
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
-        """See the contract.
+        """Decode with the shift undone, always.
 
-        With the shift undone, always. diffusers 0.42's `StableDiffusion3InpaintPipeline` forgets to.
+        The `StableDiffusion3InpaintPipeline` of diffusers 0.42 forgets to.
         """
         latents = self.picture_latents(image, image.tensors.latents)
         latents = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor

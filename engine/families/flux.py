@@ -54,11 +54,9 @@ class Flux(FlowFamily):
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        """See the base."""
         return super().option_names() | ({"true_cfg_scale"} if self._is_distilled and not self._is_fill else set())
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         super().check(request)
         if request.clip_skip:
             raise UnsupportedRequest("clip_skip", f"{request.clip_skip} has no meaning for a pooled CLIP vector; 0 is accepted")
@@ -69,7 +67,6 @@ class Flux(FlowFamily):
             raise UnsupportedRequest("options", f"true_cfg_scale {scale!r} is not a number")
 
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
         return 2 if self._true_cfg_scale(request) > 1 else 1
 
     def text_length(self, request: ImageRequest) -> int:
@@ -83,11 +80,14 @@ class Flux(FlowFamily):
         return request.guidance if request.negative_prompt else 1.0
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base. T5 alone: what CLIP reads is one vector for the whole."""
+        """Give T5 alone: what CLIP reads is one vector for the whole."""
         return [(self._tokenizers["tokenizer_2"], self.text_tokens(request))]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond; "guidance": [rows] if distilled."""
+        """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond.
+
+        "guidance": [rows] where the network is distilled.
+        """
         texts = [request.negative_prompt, request.prompt] if self.rows(request) == 2 else [request.prompt]
         length = self.text_tokens(request)
         pooled = [recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"] for text in texts]
@@ -105,11 +105,11 @@ class Flux(FlowFamily):
     # --- noise levels ---
 
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
-        """See the base: always, whether or not the scheduler shifts by it."""
+        """Give it always, whether or not the scheduler shifts by it."""
         return True
 
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """See the base: evenly spaced down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
+        """Space evenly down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
         if sampler.config.get("use_flow_sigmas", False):
             sampler.set_timesteps(num_steps, device="cpu", **more)
         else:
@@ -118,13 +118,13 @@ class Flux(FlowFamily):
     # --- latents ---
 
     def pack(self, latents: Tensor) -> Tensor:
-        """See the base: [b, c, h, w] to [b, tokens, 4c], each token a patch of 2x2 latents."""
+        """Turn [b, c, h, w] into [b, tokens, 4c], each token a patch of 2x2 latents."""
         b, c, h, w = latents.shape
         patches = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
         return patches.reshape(b, (h // 2) * (w // 2), c * 4)
 
     def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
-        """See the base: `pack` undone."""
+        """Undo `pack`."""
         b, _, c = latents.shape
         h = image.request.height_px // self.pixels_per_latent
         w = image.request.width_px // self.pixels_per_latent
@@ -132,7 +132,10 @@ class Flux(FlowFamily):
         return patches.reshape(b, c // 4, h, w)
 
     def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """See the base. A Fill network takes the masked picture's latents and every pixel of the mask as channels beside its latents."""
+        """Give what a Fill network takes as channels beside its latents.
+
+        The masked picture's latents, and every pixel of the mask.
+        """
         if not self._is_fill:
             return super().remember_mask(mask, picture, clean, noise, generator)
         masked = self.encode_picture(picture * (1 - mask), generator)
@@ -142,7 +145,7 @@ class Flux(FlowFamily):
         return {"context": torch.cat([masked, mask_pixels], dim=1)}
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the base. Latents are unpacked [rows, c, h, w], so that the shape of a forward says its positions."""
+        """Give latents unpacked, [rows, c, h, w]: the shape of a forward says its positions."""
         tensors = image.tensors
         latents = self.picture_latents(image, tensors.latents)
         if "context" in tensors.extras:
@@ -154,7 +157,10 @@ class Flux(FlowFamily):
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base; the prediction is packed. Positions are shared by all rows: height and width are in the batch key."""
+        """Predict all rows, packed.
+
+        Positions are shared by all rows: height and width are in the batch key.
+        """
         latents, text = rows["latents"], rows["text"]
         h, w = latents.shape[-2:]
         prediction: Tensor = self._transformer(
@@ -170,7 +176,7 @@ class Flux(FlowFamily):
         return prediction
 
     def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
-        """See the base, by the scale of classifier-free guidance instead of the one the network is fed."""
+        """Guide by the scale of classifier-free guidance, not by the one the network is fed."""
         if image.rows == 1:
             return prediction
         uncond, cond = prediction.chunk(2)

@@ -53,11 +53,11 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
+        """Give the networks an adapter can lie over, by the names of their folders."""
 
     @abstractmethod
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
+        """Tell how many rows of a forward the image takes."""
 
     @abstractmethod
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
@@ -85,7 +85,7 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def decode(self, image: InFlight) -> Tensor:
-        """See the contract."""
+        """Give the pixels of a denoised image, [1, 3, h, w], nominally in -1..1."""
 
     @abstractmethod
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
@@ -114,7 +114,7 @@ class LatentFamily(ABC):
     # --- what all of them do ---
 
     def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
-        """See the contract. Without a second row nothing is denoised under the negative prompt."""
+        """Tell what has no effect: without a second row no negative prompt has any."""
         readers = self.readers(request)
         found = [cut_off("prompt", request.prompt, readers)]
         if request.negative_prompt.strip():
@@ -123,7 +123,6 @@ class LatentFamily(ABC):
         return tuple(text for text in found if text is not None)
 
     def start(self, image: InFlight, recall: Recall) -> None:
-        """See the contract."""
         conditioning = self.encode(image.request, recall)
         generator = torch.Generator("cpu").manual_seed(image.request.seed)
         sampler = self.sampler(image.request)
@@ -139,7 +138,7 @@ class LatentFamily(ABC):
         )
 
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
-        """See the contract; each part is [image.rows, ...]."""
+        """Run one forward; each part is [image.rows, ...]."""
         rows = stack_rows([self.inputs(image) for image in images], bucket_rows, self.device)
         is_plain = not any(image.request.adapters or image.request.block_cache for image in images)
         prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
@@ -148,7 +147,6 @@ class LatentFamily(ABC):
         return list(torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images]))
 
     def advance(self, image: InFlight, prediction: Any) -> None:
-        """See the contract."""
         # No isfinite() here: it would stall the device at every step; decoding checks.
         tensors = image.tensors
         guided = self.guide(image, prediction)
@@ -160,7 +158,6 @@ class LatentFamily(ABC):
         image.count_step()
 
     def clean_latents(self, image: InFlight) -> Tensor | None:
-        """See the contract."""
         clean = image.tensors.clean
         return None if clean is None else self.picture_latents(image, clean)
 
@@ -170,7 +167,10 @@ class LatentFamily(ABC):
         return int(self._vae.config.latent_channels)
 
     def projector(self) -> Projector:
-        """See the contract. The family's published table where the VAE has the published one's layers, else fitted to this VAE."""
+        """Give the family's published table, or one fitted to this VAE.
+
+        Published ones are for VAEs with the published one's layers.
+        """
         if self.published is not None and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE:
             return self.published
         generator = torch.Generator("cpu").manual_seed(0)
@@ -183,7 +183,10 @@ class LatentFamily(ABC):
         )
 
     def save(self, image: InFlight) -> State:
-        """See the contract. Conditioning is not in it: it is larger than all the rest, and encoding again gives the same bits."""
+        """Copy all but the conditioning.
+
+        It is larger than all the rest, and encoding again gives the same bits.
+        """
         tensors = image.tensors
         sampler_tensors, sampler_facts = save_sampler(tensors.sampler)
         saved = {"latents": tensors.latents, "generator": save_generator(tensors.generator)}
@@ -193,7 +196,6 @@ class LatentFamily(ABC):
         return State(copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts)
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
-        """See the contract."""
         conditioning = self.encode(image.request, recall)
         sampler = self.sampler(image.request)
         load_sampler(sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device)
@@ -209,7 +211,11 @@ class LatentFamily(ABC):
         )
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
-        """See the contract. A multi-step sampler starts its order again: it has no earlier predictions for the new prompt."""
+        """Go on from latents of another image.
+
+        A multi-step sampler starts its order again: it has no earlier predictions for the new
+        prompt.
+        """
         step = image.step
         self.start(image, recall)
         image.step = step
@@ -217,11 +223,9 @@ class LatentFamily(ABC):
         image.tensors.latents = latents.to(self.device, image.tensors.latents.dtype, copy=True)
 
     def latents(self, image: InFlight) -> Tensor:
-        """See the contract."""
         return image.tensors.latents
 
     def release(self, image: InFlight) -> None:
-        """See the contract."""
         image.held = None
 
 

@@ -66,12 +66,10 @@ class StableDiffusion(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
         return ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
-        """See the contract."""
         path = Path(spec.path)
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
@@ -83,13 +81,11 @@ class StableDiffusion(LatentFamily):
         )
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
         return {"unet": self._unet, "text_encoder": self._text_encoder}
 
     # --- of a request ---
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         check_side("width_px", request.width_px, max(8, self.pixels_per_latent))
         check_side("height_px", request.height_px, max(8, self.pixels_per_latent))
         check_sampler(request.sampler, request.num_steps, self._sampler_config)
@@ -107,7 +103,6 @@ class StableDiffusion(LatentFamily):
         return int(self._text_encoder.config.num_hidden_layers) - 1
 
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
         return 2 if request.is_guided else 1
 
     def text_length(self, request: ImageRequest) -> int:
@@ -117,11 +112,13 @@ class StableDiffusion(LatentFamily):
     # --- of an image ---
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base."""
         return [(self._tokenizer, int(self._tokenizer.model_max_length))]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width]}, uncond before cond. The negative prompt skips no layers, as in `pipe(...)`."""
+        """Encode to {"text": [rows, tokens, width]}, uncond before cond.
+
+        The negative prompt skips no layers, as in `pipe(...)`.
+        """
         told = [(request.prompt, request.clip_skip)]
         if request.is_guided:
             told.insert(0, (request.negative_prompt, 0))
@@ -143,13 +140,11 @@ class StableDiffusion(LatentFamily):
         return {"text": hidden.to(self.dtype)}
 
     def sampler(self, request: ImageRequest) -> Sampler:
-        """See the base."""
         sampler = fresh_sampler(request.sampler, self._sampler_config)
         sampler.set_timesteps(request.num_steps, device="cpu")
         return sampler
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        """See the base."""
         if request.init_image is None:
             return Beginning(self.draw_noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps)
         skipped = _skipped_steps(request)
@@ -191,7 +186,7 @@ class StableDiffusion(LatentFamily):
         return dtype
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the base: latents scaled for the image's own noise level, its timestep, its text."""
+        """Give latents scaled for the image's own noise level, its timestep, its text."""
         tensors = image.tensors
         timestep = tensors.timesteps[image.step]
         latents = tensors.sampler.scale_model_input(tensors.latents, timestep)
@@ -205,7 +200,6 @@ class StableDiffusion(LatentFamily):
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base."""
         prediction: Tensor = self._unet(rows["latents"], rows["timesteps"], encoder_hidden_states=rows["text"], return_dict=False)[0]
         return prediction
 
@@ -221,7 +215,6 @@ class StableDiffusion(LatentFamily):
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
-        """See the contract."""
         decoder_dtype = next(self._vae.decoder.parameters()).dtype
         pixels: Tensor = self._vae.decode(self._unscaled(image.tensors.latents.to(decoder_dtype)), return_dict=False)[0]
         return pixels
@@ -237,7 +230,6 @@ class StableDiffusion(LatentFamily):
         return unscaled
 
     def facts(self) -> dict[str, Any]:
-        """See the contract."""
         return {
             "attention": sorted({type(processor).__name__ for processor in self._unet.attn_processors.values()}),
             "text_attention": str(getattr(self._text_encoder.config, "_attn_implementation", None)),

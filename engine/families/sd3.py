@@ -48,7 +48,6 @@ class StableDiffusion3(FlowFamily):
             raise CheckpointCorrupt("transformer/config.json", f"takes {channels} channels, more than the VAE's: an inpainting network?")
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         super().check(request)
         layers = min(self._networks[name].config.num_hidden_layers for name in ("text_encoder", "text_encoder_2"))
         if not 0 <= request.clip_skip < layers:
@@ -63,13 +62,13 @@ class StableDiffusion3(FlowFamily):
         return int(self._tokenizers["tokenizer"].model_max_length)
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base. T5, where it is there, reads further than CLIP."""
+        """Give T5 as well where it is there: it reads further than CLIP."""
         clips = [(self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")]
         t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))] if "text_encoder_3" in self._networks else []
         return clips + t5
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond."""
+        """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond first."""
         texts = [(request.prompt, request.clip_skip)]
         if self.rows(request) == 2:
             texts.insert(0, (request.negative_prompt, 0))  # `pipe(...)` skips no layers for the negative prompt
@@ -99,15 +98,13 @@ class StableDiffusion3(FlowFamily):
         return recall(f"text_encoder_3 length={length} {text}", partial(self.encode_t5, 3, text, length))["text"]
 
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
-        """See the base."""
         return bool(config.get("use_dynamic_shifting", False))
 
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """See the base: spaced as the scheduler does."""
+        """Space as the scheduler does."""
         sampler.set_timesteps(num_steps, device="cpu", **more)
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the base."""
         tensors = image.tensors
         return {
             "latents": tensors.latents.expand(image.rows, -1, -1, -1),
@@ -117,7 +114,6 @@ class StableDiffusion3(FlowFamily):
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base."""
         prediction: Tensor = self._transformer(
             hidden_states=rows["latents"],
             timestep=rows["timesteps"],

@@ -39,12 +39,10 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
         return ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusionXL:
-        """See the contract."""
         path = Path(spec.path)
         unet = load_unet(path, dtype, device, additions="text_time")
         text_encoder_2 = load_network(CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device)
@@ -64,11 +62,9 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
         return {**super().networks(), "text_encoder_2": self._text_encoder_2}
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         super().check(request)
         if request.mask is not None and self._mean_and_std() is not None:
             raise UnsupportedRequest(
@@ -81,11 +77,13 @@ class StableDiffusionXL(StableDiffusion):
         return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base."""
         return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in (self._tokenizer, self._tokenizer_2)]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width], "time_ids": [rows, 6]}, uncond before cond."""
+        """Encode to "text" [rows, tokens, width], "pooled" [rows, width], "time_ids" [rows, 6].
+
+        Uncond before cond.
+        """
         encoded = [self._recalled(request.prompt, request.clip_skip, recall)]
         if request.is_guided and not request.negative_prompt and self._zeros_for_no_prompt:
             encoded.insert(0, {name: torch.zeros_like(tensor) for name, tensor in encoded[0].items()})
@@ -108,12 +106,10 @@ class StableDiffusionXL(StableDiffusion):
         return {"text": torch.cat(hidden, dim=-1).to(self.dtype), "pooled": encoded.text_embeds}
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        """See the base."""
         begin_at(sampler, 0)  # said here and not by SD's pipeline; it matters where a timestep occurs twice
         return super().begin(request, sampler, generator)
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base."""
         prediction: Tensor = self._unet(
             rows["latents"],
             rows["timesteps"],
@@ -145,7 +141,6 @@ class StableDiffusionXL(StableDiffusion):
         return unscaled
 
     def facts(self) -> dict[str, Any]:
-        """See the contract."""
         return {
             **super().facts(),
             "vae_encoder": str(next(self._vae.encoder.parameters()).dtype),

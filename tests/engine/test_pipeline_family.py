@@ -30,7 +30,8 @@ from engine.device import Device
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import State
 from engine.families.coroutine import Coroutine, Returned
-from engine.families.pipeline import INDEX, Running
+from engine.families.pipeline.folder import INDEX
+from engine.families.pipeline.running import Running
 from engine.inflight import BatchKey, InFlight
 from engine.loading import load_checkpoint
 from engine.request import Determinism, Fork
@@ -381,7 +382,7 @@ def test_the_thread_of_a_call_brings_no_threads_of_its_own(loaded):
         torch.nn.functional.conv2d(pixels, weights)
         return len(os.listdir("/proc/self/task")) - before
 
-    coroutine = Coroutine(threads_of_a_convolution, within=loaded("ddim")._surroundings())
+    coroutine = Coroutine(threads_of_a_convolution, within=loaded("ddim")._calls.surroundings())
 
     assert coroutine.resume() == Returned(0)
 
