@@ -1,49 +1,13 @@
-"""Decide what the device does next: encode a prompt, advance some images by one denoise step, or decode an image.
+"""Decide what the device does next: encode a prompt, advance a batch by one step, or decode an image.
 
-Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive it by hand. It does not know what
-a tier is; callers have already turned tiers into ranks. What anything takes it asks of a `CostModel`, which it feeds in turn.
+Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive
+it by hand. It does not know what a tier is; callers have already turned tiers into ranks. What
+anything takes it asks of a `CostModel`, which it feeds in turn.
 
-**Order.** Rank, then whether its owner is ahead, then score, then arrival. The score is the seconds an image would still need if it
-were alone, less `ageing` times the seconds since it arrived: short work goes first, yet whoever arrives more than `remaining / ageing`
-seconds after an image can no longer pass it. All age alike, so the order of two images of a rank changes only by what is done for them
-and their owners, or learnt about their cost.
-
-**Owners.** Each owner in a rank has had so many device seconds: its rows' part of every forward, its encodes and decodes. One that has
-had clearly more than the least of those here is ahead (`owners.py`), and its images are to the others of the rank as a worse rank's are:
-they come after them, in seats as in turns, and ride with them in free rows only. What the others leave is all theirs. An owner that is
-alone in its rank is never ahead.
-
-**Shares.** A rank with a share that has work ready is owed that part of the device, whatever better ranks want (`shares.py`). Its credit
-grows with everybody's work; when it covers the rank's next piece of work, and what `share_patience_s` earn, that is done next. So
-over a minute in which it always had work it gets its share less one forward, and a better rank that always has work waits for one
-forward of a worse one now and then.
-
-**Seats.** Of the images that wait for encode or denoise steps only `max_inflight` hold a seat and advance. Within a rank up to half of
-the seats go to the best image of each lane, for a lane without a seat has no turns; the others go in the order above. A rank with a share
-keeps as large a part of the seats, one at least, but the best image of all has a seat in any case. An encoded image that loses its seat
-is parked, its state in place (it is small), and runs again when it regains one. After `MOST_PARKS` it keeps the seat it regains, which no
-longer counts: a house full of such images keeps no better rank out. Seats are dealt anew only when somebody arrives, leaves, changes
-rank, has taken its last step, or when an owner gets ahead or falls back; and among equals of rank and owner's standing an encoded image
-yields only to one that needs less by more than `HOLD` of its own remaining seconds. So nobody is parked and resumed by turns because two
-estimates waver.
-
-**What comes next.** A *group* is a rank's images of owners that are ahead, or those of the others. A rank that is owed a turn gets the
-device, else the best that can do anything; within it the better group. Of that group a denoised image is decoded first, since nothing is
-nearer its end (with one decode between two forwards instead, the p99 of 4-step images nearly doubles at 1.5 times the load that one by
-one could bear; tests/engine/test_fairness.py). Otherwise a lane gets the forward; of the images that would ride in it those not encoded
-yet are encoded first, at most `max_encodes_between_steps` between two forwards; a guest only where that takes little beside a forward.
-An image that would not ride is not encoded: that would only delay the others.
-
-**Lanes.** A lane is a group, a batch key and a pinned number of rows (None for best effort). An image stays in the lane it arrived in,
-though the forwards of a pipeline may have other keys. Lanes take turns by deficit round robin over measured seconds, their encodes and
-decodes included. A round gives every lane the same, so much that the one best off has the seconds of the costliest lane's single
-forward; of the lanes with seconds left the one with the best image goes. A lane may overdraw and pays in the next rounds; a lane that
-waits for nothing keeps no credit. So an odd size neither blocks the others nor starves, and an expensive one gets no more than a cheap.
-
-**Growth.** The best image of the lane always rides. Others of its group join while the measured curve says that their rows cost less than
-`growth_ceiling` times a single-row step, within the limits of rows, memory and adapters. With `row_buckets` a forward is padded to the
-smallest bucket that holds it, and growth pays for the padding. Rows that are padding anyway, there or in a pinned bucket, are free and
-are filled with whoever has the same batch key. Other groups ride in free rows only: nobody is slowed by them.
+The rules, and why they are these, stand in docs/engine.md ("Who goes next"). The words of this
+module: an image has a *seat* while it may advance; a *group* is a rank's images of owners that are
+ahead, or those of the others; a *lane* is what takes turns in a group, by batch key and pin; a
+*rider* has its row in a forward that another leads, a *guest* is a rider of another group.
 """
 
 import math
@@ -205,17 +169,13 @@ class Scheduler:
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
     ) -> None:
-        """`row_buckets` ascend; `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's seconds owed
-        to ranks. Raises `ValueError` for limits below 1, and for shares that leave nothing to the other ranks.
+        """`row_buckets` ascend; `max_adapters` counts different ones in a forward; `rank_shares` are
+        parts of the device's seconds owed to ranks; `ageing` trades the long for the short.
 
-        `ageing` trades the long for the short where batching gains nothing. Simulated at load 0.8 on the published curve of a large
-        network at 1024 px: 0.5 gives 4-step images a p99 of 51 s and 30-step ones 93 s, 0.05 gives them 7 s and 103 s (first come first
-        served 79 s and 91 s); an image of 15 s is passed by nobody who comes 300 s after it. Where batching gains, none waits so long.
+        Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
         """
-        if min(max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps) < 1:
-            raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
-        if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
-            raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
+        limits = (max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps)
+        _check_limits(limits, row_buckets)
         self.max_inflight = max_inflight
         self.max_batch_rows = max_batch_rows
         self.max_encodes_between_steps = max_encodes_between_steps
@@ -573,6 +533,13 @@ class Scheduler:
         """The smallest row bucket that holds `rows`; `rows` itself where none does."""
         place = bisect_left(self.row_buckets, rows)
         return self.row_buckets[place] if place < len(self.row_buckets) else rows
+
+
+def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None:
+    if min(limits) < 1:
+        raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
+    if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
+        raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
 
 
 def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
