@@ -20,7 +20,10 @@ SPEED = ("channels_last", "compile_blocks", "cuda_graphs")  # what a spec asks o
 
 
 class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
-    """Checkpoints by name. Empty until `load`, which the device thread calls; any thread may read."""
+    """Checkpoints by name.
+
+    Empty until `load`, which the device thread calls; any thread may read.
+    """
 
     def __init__(self, specs: Sequence[CheckpointSpec], *, max_batch_rows: int) -> None:
         """Raise `ValueError` where two have one name. max_batch_rows: of one forward."""
@@ -70,24 +73,33 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
         check_rows(request, rows, self._max_batch_rows)
         text_length = loaded.family.text_length(request)
         key = BatchKey(request.checkpoint, request.height_px, request.width_px, text_length)
-        return InFlight(request=request, batch_key=key, rows=rows, submitted_at=time.monotonic())
+        return InFlight(
+            request=request,
+            batch_key=key,
+            rows=rows,
+            # A reproducible image computes every block, whatever the catalogue allows.
+            skips_blocks=loaded.block_cache is not None and not request.is_reproducible,
+            submitted_at=time.monotonic(),
+        )
 
     # --- what decides bits ---
 
     def fingerprint(self, name: str, bucket_rows: int | None = None) -> Fingerprint:
         """Give what besides a plain request can change a bit of an image of this checkpoint."""
-        return self._fingerprint(self.find(name), bucket_rows, [], None, "")
+        loaded = self.find(name)
+        blocks = _block_facts(loaded) if bucket_rows is None else None
+        return self._fingerprint(loaded, bucket_rows, [], blocks, "")
 
     def fingerprint_of(self, image: InFlight) -> Fingerprint:
         """Give what besides its request can change a bit of this image."""
         request = image.request
         loaded = self.find(request.checkpoint)
-        skips_blocks = loaded.block_cache is not None and request.block_cache
+        blocks = _block_facts(loaded) if image.skips_blocks else None
         return self._fingerprint(
             loaded,
             request.pinned_rows,
             loaded.adapter_facts(request),
-            loaded.block_cache.facts() if loaded.block_cache is not None and skips_blocks else None,
+            blocks,
             image.origin,
         )
 
@@ -133,3 +145,7 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
             "block_cache_rows_skipped": sum(cache.rows_skipped for cache in block_caches),
             "block_cache_rows_computed": sum(cache.rows_computed for cache in block_caches),
         }
+
+
+def _block_facts(loaded: LoadedCheckpoint) -> dict[str, Any] | None:
+    return None if loaded.block_cache is None else loaded.block_cache.facts()

@@ -1,4 +1,5 @@
-"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a decode, bytes of a row.
+"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a
+decode, bytes of a row.
 
 Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `adopt` with
 what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no files. It does not know
@@ -30,7 +31,7 @@ from engine.inflight import BatchKey
 OUTLIER = 2.0
 HALF_LIFE = 50  # forwards of the batch key
 STALE_AFTER = 1000  # likewise
-MOST_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
+MAX_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
 TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
 
 # Before the first forward of a checkpoint was timed. Only the proportions matter then: which image is nearer its end.
@@ -65,7 +66,9 @@ class CostModel:
     """Seconds and bytes by batch key."""
 
     def __init__(self, *, memory: float = 0.1) -> None:
-        """`memory`: the weight of the newest observation in a moving average, above 0 and at most 1."""
+        """`memory`: the weight of the newest observation in a moving average, above 0 and at most
+        1.
+        """
         if not 0 < memory <= 1:
             raise ValueError(f"memory is {memory}, not above 0 and at most 1")
         self.memory = memory
@@ -84,7 +87,11 @@ class CostModel:
         self._file(key, forwards)
 
     def observe_encode(self, key: BatchKey, seconds: float) -> None:
-        """Note an encode. A prompt the cache knew takes next to nothing: both kinds are averaged, for nobody knows which comes next."""
+        """Note an encode.
+
+        A prompt the cache knew takes next to nothing: both kinds are averaged, for nobody knows
+        which comes next.
+        """
         average = self._encodes.get(key) or _Average()
         average.observe(seconds, self.memory)
         self._encodes.keep(key, average)
@@ -100,15 +107,16 @@ class CostModel:
         return key in self._curves or key in self._points
 
     def measured_keys(self) -> list[BatchKey]:
-        """The batch keys of which a forward is known."""
+        """Give the batch keys of which a forward is known."""
         return [*self._curves, *self._points]
 
     def curve(self, key: BatchKey) -> Curve:
-        """Seconds of a forward by its rows, as known now.
+        """Give the seconds of a forward by its rows, as known now.
 
-        A key never measured borrows the curve of the most alike key of its checkpoint, scaled by pixels; one with a single row count
-        measured borrows only the shape, of one that has more. Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and
-        each further one half of that.
+        A key never measured borrows the curve of the most alike key of its checkpoint, scaled by
+        pixels; one with a single row count measured borrows only the shape, of one that has more.
+        Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and each further one half
+        of that.
         """
         point, curve = self._points.get(key), self._curves.nearest(key)
         if point is not None and curve is not None:
@@ -121,16 +129,19 @@ class CostModel:
         return Curve(forwards, _pixels(key) / _pixels(alike))
 
     def step_s(self, key: BatchKey, rows: int) -> float:
-        """Seconds of a forward of `rows` rows, padding included."""
+        """Give the seconds of a forward of `rows` rows, padding included."""
         return self.curve(key).seconds(rows)
 
     def encode_s(self, key: BatchKey) -> float:
-        """Seconds of an encode; borrowed like a step's, but not scaled: a prompt has no pixels."""
+        """Give the seconds of an encode.
+
+        Borrowed like a step's, but not scaled: a prompt has no pixels.
+        """
         found = self._encodes.nearest(key)
         return ENCODE_STEPS * self.step_s(key, 1) if found is None else found[1].seconds
 
     def decode_s(self, key: BatchKey) -> float:
-        """Seconds of the decode of one image; borrowed like a step's."""
+        """Give the seconds of the decode of one image; borrowed like a step's."""
         found = self._decodes.nearest(key)
         if found is None:
             return DECODE_STEPS * self.step_s(key, 1)
@@ -140,11 +151,16 @@ class CostModel:
     # --- bytes ---
 
     def observe_memory(self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int) -> None:
-        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a forward adds and what a decode does."""
+        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a
+        forward adds and what a decode does.
+        """
         self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
 
     def row_limit(self, key: BatchKey, budget_bytes: int | None) -> int | None:
-        """Rows of a forward that fit into the budget beside one decode; None where nothing is measured or no budget set."""
+        """Tell the rows of a forward that fit into the budget beside one decode.
+
+        None where nothing is measured or no budget set.
+        """
         footprint = self._footprints.get(key)
         if footprint is None or budget_bytes is None:
             return None
@@ -205,20 +221,22 @@ class Curve:
         self._scale = scale
 
     def seconds(self, rows: int) -> float:
-        """Of a forward of `rows` rows, padding included."""
+        """Give those of a forward of `rows` rows, padding included."""
         return self._scale * self._measured.seconds(rows)
 
     def is_worth_growing(self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85) -> bool:
-        """Does growing a forward cost less than `ceiling` times a single-row step for each of the `used_rows` rows it gains?
+        """Does growing a forward cost less than `ceiling` times a single-row step for each of the
+        `used_rows` rows it gains?
 
-        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second look.
+        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second
+        look.
         """
         measured = self._measured
         more_s = measured.seconds(to_rows) - measured.seconds(from_rows)
         return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(from_rows, to_rows)
 
     def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
-        """Rows a forward grows to when single rows wait without end, at most `most_rows`."""
+        """Tell the rows a forward grows to when single rows wait without end, at most `most_rows`."""
         rows = 1
         for more in range(2, most_rows + 1):
             if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
@@ -283,7 +301,9 @@ class _Forwards:
         return average is not None and (average.observations == 1 or self._observations - average.seen_at > STALE_AFTER)
 
     def _fit(self, settled: float) -> None:
-        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean (pool adjacent violators)."""
+        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean
+        (pool adjacent violators).
+        """
         self._known.clear()
         self._rows = sorted(self.averages)
         blocks: list[tuple[float, float, int]] = []  # seconds, weight, row counts
@@ -313,19 +333,22 @@ _UNMEASURED.load({1: ROW_S_PER_MEGAPIXEL}, 1)
 
 
 class _ByKey(dict[BatchKey, Value], Generic[Value]):
-    """Values of the `MOST_KEYS` batch keys used last, and which of them is most alike another."""
+    """Values of the `MAX_KEYS` batch keys used last, and which of them is most alike another."""
 
     def __init__(self) -> None:
         super().__init__()
         self._borrowed: dict[BatchKey, BatchKey | None] = {}
 
     def keep(self, key: BatchKey, value: Value) -> None:
-        """Note the value as the one used last; forget the one not used for longest when there are too many."""
-        if key not in self or len(self._borrowed) > MOST_KEYS:
+        """Note the value as the one used last.
+
+        Forget the one not used for longest when there are too many.
+        """
+        if key not in self or len(self._borrowed) > MAX_KEYS:
             self._borrowed.clear()
         self.pop(key, None)
         self[key] = value
-        if len(self) > MOST_KEYS:
+        if len(self) > MAX_KEYS:
             del self[next(iter(self))]
 
     def drop(self, key: BatchKey) -> None:
@@ -334,7 +357,9 @@ class _ByKey(dict[BatchKey, Value], Generic[Value]):
             self._borrowed.clear()
 
     def nearest(self, key: BatchKey) -> tuple[BatchKey, Value] | None:
-        """The key itself where it is known, else the most alike of its checkpoint: same call, then pixels, then text length."""
+        """Give the key itself where it is known, else the most alike of its checkpoint: same call,
+        then pixels, then text length.
+        """
         own = self.get(key)
         if own is not None:
             return key, own

@@ -7,7 +7,8 @@ thread count it was measured with. A worker that finds none for its own measures
      "curves": {"version": 1,
                 "keys": [{"key": {<the fields of a batch key>},
                           "steps": [[rows, seconds], ...], "encode_s": ..., "decode_s": ...,
-                          "memory": {"fixed_bytes": ..., "per_row_bytes": ..., "decode_bytes": ...}},
+                          "memory": {"fixed_bytes": ..., "per_row_bytes": ...,
+                                     "decode_bytes": ...}},
                          ...]}}
 
 All of an entry but its key may be absent.
@@ -139,7 +140,13 @@ def _footprint(data: object, where: str) -> Footprint:
     return Footprint(**counts)
 
 
-def _members(data: object, where: str, *, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
+def _members(
+    data: object,
+    where: str,
+    *,
+    required: Iterable[str],
+    optional: Iterable[str] = (),
+) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise ValueError(f"{where}: {data!r} is not an object")
     for name in required:

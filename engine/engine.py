@@ -46,7 +46,10 @@ NOTHING_YET = State({})
 
 
 class Engine:
-    """Renders images of a few checkpoints on one device. Every method may be called by any thread."""
+    """Renders images of a few checkpoints on one device.
+
+    Every method may be called by any thread.
+    """
 
     def __init__(self, config: EngineConfig, checkpoints: Sequence[CheckpointSpec]) -> None:
         """Put the parts together; nothing is loaded before `start`.
@@ -209,7 +212,8 @@ class Engine:
     ) -> Handle:
         """Start a new wish from the latents of a snapshot: another prompt from that step on.
 
-        The caller answers for both being of one owner. Raises as `submit` and `restore`.
+        For iterative edits; nothing of the product calls it yet. The caller answers for both being
+        of one owner. Raises as `submit` and `restore`.
         """
         snapshot = from_bytes(blob)
         image = self._admitted(request)
@@ -265,7 +269,9 @@ class Engine:
     def set_rank(self, image_id: str, rank: int) -> None:
         """Serve the image at this rank from the next step boundary on.
 
-        Raises `UnsupportedRequest` for what is no integer.
+        For a job whose urgency changes in flight. Workers give a rank with the request and do not
+        change it: only `Handle.set_rank` calls this. Raises `UnsupportedRequest` for what is no
+        integer.
         """
         check_integer("rank", rank)
         self._inbox.post(partial(self._loop.set_rank, image_id, rank))
@@ -324,7 +330,11 @@ class Engine:
         }
 
 
-def _scheduler(config: EngineConfig, checkpoints: Sequence[CheckpointSpec], costs: CostModel) -> Scheduler:
+def _scheduler(
+    config: EngineConfig,
+    checkpoints: Sequence[CheckpointSpec],
+    costs: CostModel,
+) -> Scheduler:
     slots = [spec.adapter_slots for spec in checkpoints]
     return Scheduler(
         costs,

@@ -43,7 +43,7 @@ class OpenImage:
 
 
 @dataclass(frozen=True)
-class Taken:
+class InboxContents:
     """What callers left since the last turn."""
 
     arrivals: list[InFlight]  # in the scheduler already
@@ -62,7 +62,7 @@ class Inbox:
         self._cancels: set[str] = set()
         self._notes: deque[Note] = deque()
         self._open: dict[str, OpenImage] = {}
-        self._deadlines: list[tuple[float, str]] = []  # a heap of (due_at, image id), ended ones too
+        self._deadlines: list[tuple[float, str]] = []  # a heap of (due_at, id), ended ones too
         self._is_stopping = False
         self._is_accepting = False
 
@@ -92,7 +92,8 @@ class Inbox:
             if not self._is_accepting:
                 raise EngineStopped("the engine is not running")
             if image.id in self._open:
-                raise UnsupportedRequest("id", f"an image with id {image.id!r} is already in this engine")
+                reason = f"an image with id {image.id!r} is already in this engine"
+                raise UnsupportedRequest("id", reason)
             self._open[image.id] = entry
             if entry.due_at < math.inf:
                 heappush(self._deadlines, (entry.due_at, image.id))
@@ -107,7 +108,10 @@ class Inbox:
                 self._changed.notify_all()
 
     def post(self, note: Note) -> bool:
-        """Have `note` called on the device thread between two turns; False when it takes no more."""
+        """Have `note` called on the device thread between two turns.
+
+        False when it takes no more.
+        """
         with self._changed:
             if not self._is_accepting:
                 return False
@@ -128,8 +132,11 @@ class Inbox:
 
     # --- from the device thread ---
 
-    def take(self) -> Taken | None:
-        """Sleep until there is something to do; take out what was left. None: it is time to stop."""
+    def take(self) -> InboxContents | None:
+        """Sleep until there is something to do; take out what was left.
+
+        None: it is time to stop.
+        """
         with self._changed:
             while not (self._has_mail or self._is_stopping or len(self._scheduler)):
                 self._changed.wait()
@@ -145,7 +152,7 @@ class Inbox:
             self._cancels.clear()
             notes = list(self._notes)
             self._notes.clear()
-        return Taken(arrivals, late, canceled, notes)
+        return InboxContents(arrivals, late, canceled, notes)
 
     @property
     def _has_mail(self) -> bool:

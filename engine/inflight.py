@@ -1,7 +1,7 @@
 """The progress of one request: where it stands, its tensors, and what it has taken so far.
 
-Only the engine's thread writes here; others may read the plain numbers. Importable without torch, so that the scheduler's tests
-can build one by hand.
+Only the engine's thread writes here; others may read the plain numbers. Importable without torch,
+so that the scheduler's tests can build one by hand.
 """
 
 from __future__ import annotations
@@ -35,7 +35,10 @@ class ImageState(StrEnum):
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What images must agree on to share a forward. Steps, guidance, sampler, seed and adapters are not in it: they are per row."""
+    """What images must agree on to share a forward.
+
+    Steps, guidance, sampler, seed and adapters are not in it: they are per row.
+    """
 
     checkpoint: str
     height_px: int
@@ -44,7 +47,7 @@ class BatchKey:
     call: str = ""  # of a pipeline run as a coroutine: which network it calls, and how
 
     def __str__(self) -> str:
-        """How curves on disk and in metrics name it."""
+        """Tell how curves on disk and in metrics name it."""
         return f"{self.checkpoint} {self.width_px}x{self.height_px} text={self.text_length}{self.call and f' {self.call}'}"
 
 
@@ -69,7 +72,9 @@ class Account:
 
 @dataclass(eq=False)
 class Tensors:
-    """What an image of a native family holds on the device between two forwards, and the objects that move it."""
+    """What an image of a native family holds on the device between two forwards, and the objects
+    that move it.
+    """
 
     sampler: Sampler  # a diffusers scheduler object of its own: multi-step samplers remember earlier steps
     timesteps: Tensor  # [num_steps], on the CPU
@@ -94,6 +99,7 @@ class InFlight:
     is_denoised: bool = False  # are all its denoise steps behind it?
     is_watched: bool = False  # does anybody look at previews?
     origin: str = ""  # sha256 of the latents it was forked from
+    skips_blocks: bool = False  # may its steps reuse what blocks computed where little changed?
 
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None

@@ -22,12 +22,13 @@ from engine.request import Fork, ImageRequest
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What must agree for two schedules to have one noise level at one step, and for the origin to have passed today's safety rules.
+# What must agree for two schedules to have one noise level at one step, and for the origin to have
+# passed today's safety rules.
 SAME_FOR_A_FORK = ("checkpoint", "width_px", "height_px", "num_steps", "sampler", "policy_version")
 
 
 @dataclass(frozen=True)
-class Kept:
+class StepLatents:
     """The latents of `request` after `step`, on the CPU; nobody writes to them."""
 
     request: ImageRequest
@@ -42,14 +43,14 @@ class Kept:
 
 
 class KeptLatents:
-    """Kept latents by (owner, image id, step). Any thread may call."""
+    """StepLatents latents by (owner, image id, step). Any thread may call."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
         self.hits = 0
         self.misses = 0
         self._lock = threading.Lock()
-        self._entries: LRUCache[tuple[str, str, int], Kept] = LRUCache(
+        self._entries: LRUCache[tuple[str, str, int], StepLatents] = LRUCache(
             max_bytes,
             getsizeof=lambda kept: kept.size_bytes,
         )
@@ -62,14 +63,17 @@ class KeptLatents:
         """Bytes of all latents that are kept."""
         return int(self._entries.currsize)
 
-    def keep(self, kept: Kept) -> None:
-        """Keep latents until there is no room for them; larger than all of it, they are not kept."""
+    def keep(self, kept: StepLatents) -> None:
+        """Keep latents until there is no room for them.
+
+        Larger than all of it, they are not kept.
+        """
         if kept.size_bytes > self.max_bytes:
             return
         with self._lock:
             self._entries[kept.request.owner, kept.request.id, kept.step] = kept
 
-    def find(self, owner: str, fork: Fork) -> Kept:
+    def find(self, owner: str, fork: Fork) -> StepLatents:
         """Give what this owner's image kept after that step.
 
         Raises `UnsupportedRequest` when it is not (or no longer) here.

@@ -32,14 +32,24 @@ from engine.errors import (
     OutOfDeviceMemory,
     SnapshotRefused,
 )
-from engine.events import Event, Failed, Finished, Parked, Previewed, Queued, Resumed, Started, Stepped
+from engine.events import (
+    Event,
+    Failed,
+    Finished,
+    Parked,
+    Previewed,
+    Queued,
+    Resumed,
+    Started,
+    Stepped,
+)
 from engine.inbox import Inbox
 from engine.inflight import ImageState, InFlight
-from engine.keptlatents import Kept, KeptLatents
+from engine.keptlatents import KeptLatents, StepLatents
 from engine.ledger import Ledger
 from engine.previews import jpeg
 from engine.records import FinishedImage, render_record
-from engine.runner import Developing, Runner
+from engine.runner import PendingDecode, Runner
 from engine.scheduler import Batch, Decode, Encode, Scheduler, Work
 from engine.snapshots import Snapshot, to_bytes
 from engine.warmup import warm_up
@@ -47,7 +57,8 @@ from engine.warmup import warm_up
 log = logging.getLogger(__name__)
 
 Launched = TypeVar("Launched")
-RUN_AHEAD = 1  # forwards launched beyond the one a GPU is busy with: it is fed, and a cancel is soon
+# Forwards launched beyond the one a GPU is busy with: it stays fed, and a cancel is soon.
+RUN_AHEAD = 1
 
 
 class DeviceLoop:
@@ -76,7 +87,7 @@ class DeviceLoop:
         self._ledger = ledger
         self._kept_latents = kept_latents
         self._inbox = inbox
-        self._decoding: deque[tuple[Decode, Developing]] = deque()  # launched, in their order
+        self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
         self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
         self._outcomes: Counter[ImageState] = Counter()
         self._previews = 0
@@ -127,7 +138,8 @@ class DeviceLoop:
 
     def run(self) -> None:
         """Take turns until it is time to stop, and leave nobody waiting."""
-        last_word: Callable[[], EngineStopped] = partial(EngineStopped, "the engine was stopped")
+        why = "the engine was stopped"
+        shutdown_error: Callable[[], EngineStopped] = partial(EngineStopped, why)
         try:
             while self._take_in():
                 self._turn_began_at = time.monotonic()
@@ -135,10 +147,10 @@ class DeviceLoop:
                 self._turn_began_at = None
         except BaseException as problem:
             log.exception("engine_died")
-            last_word = partial(EngineDied, f"the engine died: {problem!r}")
+            shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")
         finally:
             self._turn_began_at = None
-            self._fail_everyone(last_word)
+            self._fail_everyone(shutdown_error)
 
     def _take_in(self) -> bool:
         """Wait for work and do what callers asked for; False when it is time to stop."""
@@ -157,7 +169,7 @@ class DeviceLoop:
 
     def _turn(self) -> None:
         """Do the piece of work that the scheduler puts first."""
-        self._finish_developed()
+        self._collect_decoded()
         work = self._schedule()
         if isinstance(work, Encode):
             self._encode(work)
@@ -166,7 +178,7 @@ class DeviceLoop:
         elif isinstance(work, Decode):
             self._decode(work)
         else:
-            self._finish_developed(wait=True)  # nothing else is to do
+            self._collect_decoded(wait=True)  # nothing else is to do
 
     # --- schedule ---
 
@@ -194,7 +206,7 @@ class DeviceLoop:
             self._with_room(lambda: self._begin(image, begin))
             unread = self._runner.unread(image)
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _in_our_words(problem, "encode"))
+            self._fail(image, _as_engine_error(problem, "encode"))
             return
         watch.stop()
         entry.begin = entry.unstarted = None  # what it began with need not be kept
@@ -258,7 +270,7 @@ class DeviceLoop:
                 if not batch.is_pinned and len(batch) > 1:
                     self._scheduler.cap_rows(batch.key, batch.used_rows // 2)
             if len(batch) == 1:
-                self._fail(batch.images[0], _in_our_words(problem, "denoise"))
+                self._fail(batch.images[0], _as_engine_error(problem, "denoise"))
             else:
                 found = {"images": len(batch), "rows": batch.bucket_rows}
                 log.warning("forward_failed", extra=found, exc_info=True)
@@ -270,14 +282,14 @@ class DeviceLoop:
         try:
             self._runner.advance(image, prediction)
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _in_our_words(problem, "denoise"))
+            self._fail(image, _as_engine_error(problem, "denoise"))
             return False
         return image.step > step_before
 
     # --- settle ---
 
     def _settle(self, batch: Batch, watch: Stopwatch) -> None:
-        """Count the step for the batch's images, and its seconds once the device has passed them."""
+        """Count the step for the batch's images, and its seconds once the device passed them."""
         self._scheduler.settle(batch)
         self._ledger.enter_forward(batch, watch)
         self._ledger.book(RUN_AHEAD)
@@ -302,7 +314,7 @@ class DeviceLoop:
         digest = self._checkpoints[image.request.checkpoint].weights_digest
         try:
             latents = self._runner.latents(image)
-            self._kept_latents.keep(Kept(image.request, digest, image.step, latents))
+            self._kept_latents.keep(StepLatents(image.request, digest, image.step, latents))
         except Exception:  # a courtesy: the image goes on without
             log.exception("latents_not_kept", extra={"image_id": image.id})
 
@@ -311,7 +323,8 @@ class DeviceLoop:
             pixels = self._runner.preview(image)
             if pixels is not None:
                 self._previews += 1
-                self._tell(image, Previewed(request_id=image.id, step=image.step, jpeg=jpeg(pixels)))
+                packed = jpeg(pixels)
+                self._tell(image, Previewed(request_id=image.id, step=image.step, jpeg=packed))
         except Exception:  # a courtesy, too
             log.exception("preview_failed", extra={"image_id": image.id})
             image.is_watched = False
@@ -324,29 +337,29 @@ class DeviceLoop:
         if self._inbox.is_canceled(image.id):
             return  # dropped before the next turn: its decode would be for nobody
         try:
-            developing = self._with_room(lambda: self._runner.decode(image))
+            pending = self._with_room(lambda: self._runner.decode(image))
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _in_our_words(problem, "decode"))
+            self._fail(image, _as_engine_error(problem, "decode"))
             return
         self._scheduler.settle(work)
-        self._decoding.append((work, developing))
-        self._finish_developed()
+        self._pending_decodes.append((work, pending))
+        self._collect_decoded()
 
-    def _finish_developed(self, wait: bool = False) -> None:
+    def _collect_decoded(self, wait: bool = False) -> None:
         """Hand out the images whose pixels have arrived; with `wait`, all that are on their way."""
-        while self._decoding and (wait or self._decoding[0][1].is_ready):
-            work, developing = self._decoding.popleft()
+        while self._pending_decodes and (wait or self._pending_decodes[0][1].is_ready):
+            work, pending = self._pending_decodes.popleft()
             if self._scheduler.get(work.image.id) is work.image:  # not canceled meanwhile
-                self._finish(work, developing)
+                self._finish(work, pending)
 
-    def _finish(self, work: Decode, developing: Developing) -> None:
+    def _finish(self, work: Decode, pending: PendingDecode) -> None:
         image = work.image
         try:
-            pixels = developing.pixels()
+            pixels = pending.pixels()
         except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
-            self._fail(image, _in_our_words(problem, "decode"))
+            self._fail(image, _as_engine_error(problem, "decode"))
             return
-        self._ledger.book_decode(work, developing.watch.seconds())
+        self._ledger.book_decode(work, pending.watch.seconds())
         record = render_record(image, self._checkpoints.fingerprint_of(image))
         finished = FinishedImage(request=image.request, pixels=pixels, record=record)
         self._close(image, ImageState.FINISHED, finished)
@@ -359,7 +372,7 @@ class DeviceLoop:
             if not is_out_of_memory(problem):
                 raise
             _forget_locals(problem)
-        self._finish_developed(wait=True)
+        self._collect_decoded(wait=True)
         self._device.free_cached_memory()
         return launch()
 
@@ -382,7 +395,7 @@ class DeviceLoop:
         try:
             blob = self._snapshot_of(image_id)
         except Exception as problem:  # noqa: BLE001  the asker's trouble, not the engine's
-            wanted.set_exception(_in_our_words(problem, "snapshot"))
+            wanted.set_exception(_as_engine_error(problem, "snapshot"))
             return
         if leaves:
             image = self._inbox[image_id].image
@@ -420,7 +433,12 @@ class DeviceLoop:
             log.warning("image_failed", extra=where, exc_info=error)
         self._close(image, state, error)
 
-    def _close(self, image: InFlight, state: ImageState, outcome: FinishedImage | EngineError) -> None:
+    def _close(
+        self,
+        image: InFlight,
+        state: ImageState,
+        outcome: FinishedImage | EngineError,
+    ) -> None:
         """End the image: off the device, its last event told, its handle resolved."""
         image.state = state
         image.eta_s = 0.0 if state is ImageState.FINISHED else None
@@ -445,10 +463,10 @@ class DeviceLoop:
             what = {"image_id": image.id, "event_type": type(event).__name__}
             log.exception("on_event_failed", extra=what)
 
-    def _fail_everyone(self, last_word: Callable[[], EngineStopped]) -> None:
+    def _fail_everyone(self, shutdown_error: Callable[[], EngineStopped]) -> None:
         left, notes = self._inbox.shut()
         for image in left:
-            self._fail(image, last_word())
+            self._fail(image, shutdown_error())
         for note in notes:
             note()
 
@@ -467,7 +485,7 @@ def _too_late(image: InFlight) -> DeadlinePassed:
     return DeadlinePassed(f"the time of image {image.id} was up {at}")
 
 
-def _in_our_words(problem: Exception, stage: str) -> EngineError:
+def _as_engine_error(problem: Exception, stage: str) -> EngineError:
     """Turn whatever was raised into an error of our tree, the original attached as its cause."""
     if isinstance(problem, EngineError):
         return problem

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 class RenderRecord:
     """What one image took, and everything its bits depended on besides the request.
 
-    Device seconds are this image's share: of each forward's seconds, its own rows / the used (unpadded) rows, plus its own
-    encode and decode. The shares of all images of a forward add up to that forward. Rows are counted without padding.
+    Device seconds are this image's share: of each forward's seconds, its own rows / the used
+    (unpadded) rows, plus its own encode and decode. The shares of all images of a forward add up to
+    that forward. Rows are counted without padding.
     """
 
     num_steps: int

@@ -1,4 +1,5 @@
-"""Decide what the device does next: encode a prompt, advance a batch by one step, or decode an image.
+"""Decide what the device does next: encode a prompt, advance a batch by one step, or decode an
+image.
 
 Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive
 it by hand. It does not know what a tier is; callers have already turned tiers into ranks. What
@@ -23,14 +24,17 @@ from engine.inflight import BatchKey, ImageState, InFlight
 from engine.owners import Owner, Owners
 from engine.shares import Shares
 
-MOST_PARKS = 2  # of an image; after that it keeps its seat
+MAX_PARKS = 2  # of an image; after that it keeps its seat
 CHEAP = 0.1  # of a forward, by which the encode of a guest may delay it: else its free rows would stay empty
 HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one forward, in the order of their rows. What advancing changes of an image does not change its batch."""
+    """The images of one forward, in the order of their rows.
+
+    What advancing changes of an image does not change its batch.
+    """
 
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
@@ -50,7 +54,7 @@ class Batch:
 
     @classmethod
     def alone(cls, image: InFlight) -> "Batch":
-        """The forward this image would make by itself: its own rows, or its pinned bucket."""
+        """Give the forward this image would make by itself: its own rows, or its pinned bucket."""
         return cls((image,), image.request.pinned_rows or image.rows)
 
     @property
@@ -103,7 +107,10 @@ Group = tuple[int, bool]  # rank, is its owner ahead? Better ones compare as les
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Kind:
-    """Images that can share a forward: one batch key, one pin. What their work takes is as of the last look."""
+    """Images that can share a forward: one batch key, one pin.
+
+    What their work takes is as of the last look.
+    """
 
     key: BatchKey
     pin: int | None
@@ -147,7 +154,7 @@ class _Ticket:
     @property
     def is_pinned(self) -> bool:
         """Has it been parked so often that it keeps its seat?"""
-        return self.has_seat and self.parks >= MOST_PARKS
+        return self.has_seat and self.parks >= MAX_PARKS
 
 
 class Scheduler:
@@ -169,8 +176,10 @@ class Scheduler:
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
     ) -> None:
-        """`row_buckets` ascend; `max_adapters` counts different ones in a forward; `rank_shares` are
-        parts of the device's seconds owed to ranks; `ageing` trades the long for the short.
+        """`row_buckets` ascend.
+
+        `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's
+        seconds owed to ranks; `ageing` trades the long for the short.
 
         Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
         """
@@ -211,7 +220,7 @@ class Scheduler:
     # --- who is here ---
 
     def get(self, image_id: str) -> InFlight | None:
-        """The image of that id, or None when it is not (or no longer) here."""
+        """Give the image of that id, or None when it is not (or no longer) here."""
         ticket = self._tickets.get(image_id)
         return ticket.image if ticket is not None else None
 
@@ -220,7 +229,10 @@ class Scheduler:
         return [ticket.image for ticket in self._sorted(self._tickets.values())]
 
     def add(self, image: InFlight, now_s: float) -> None:
-        """Let an image in: queued, or encoded already. Raises `ValueError` when one of its id is here."""
+        """Let an image in: queued, or encoded already.
+
+        Raises `ValueError` when one of its id is here.
+        """
         if image.id in self._tickets:
             raise ValueError(f"an image with id {image.id!r} is already here")
         self._now_s = now_s
@@ -239,7 +251,10 @@ class Scheduler:
             self._is_stale = True
 
     def set_rank(self, image_id: str, rank: int) -> None:
-        """Serve an image at another rank from the next step boundary on. Harmless when it is not here."""
+        """Serve an image at another rank from the next step boundary on.
+
+        Harmless when it is not here.
+        """
         ticket = self._tickets.get(image_id)
         if ticket is not None:
             self._leave(ticket.image)
@@ -248,23 +263,34 @@ class Scheduler:
             self._is_stale = True
 
     def take_parked(self) -> list[InFlight]:
-        """The images that lost their seat since the last call and are still here; their state says so already."""
+        """Give the images that lost their seat since the last call and are still here.
+
+        Their state says so already.
+        """
         parked, self._parked = self._parked, []
         return [image for image in parked if image.id in self._tickets]
 
     def take_resumed(self) -> list[InFlight]:
-        """The images that regained a seat since the last call and are still here; their state says so already."""
+        """Give the images that regained a seat since the last call and are still here.
+
+        Their state says so already.
+        """
         resumed, self._resumed = self._resumed, []
         return [image for image in resumed if image.id in self._tickets]
 
     def cap_rows(self, key: BatchKey, rows: int) -> None:
-        """Never again make a best-effort forward of more than `rows` rows for this batch key: the device could not hold it."""
+        """Never again make a best-effort forward of more than `rows` rows for this batch key: the
+        device could not hold it.
+        """
         self._row_caps[key] = max(1, min(rows, self._row_caps.get(key, rows)))
 
     # --- what is done ---
 
     def next_work(self, now_s: float) -> Work | None:
-        """What the device should do now; None when there is nothing to do. The same again until something is settled or changed."""
+        """Tell what the device should do now; None when there is nothing to do.
+
+        The same again until something is settled or changed.
+        """
         self._now_s = now_s
         for owners in self._owners.values():
             self._is_stale |= owners.compare()
@@ -286,9 +312,11 @@ class Scheduler:
         return self._work_of(ready[0].group, ready)
 
     def settle(self, work: Work) -> None:
-        """Note that the work is done: after an encode the image runs, after a batch its images have counted their step.
+        """Note that the work is done: after an encode the image runs, after a batch its images have
+        counted their step.
 
-        Images that took their last step now wait for decode; a decoded one is not offered again and stays until it is removed.
+        Images that took their last step now wait for decode; a decoded one is not offered again and
+        stays until it is removed.
         """
         self._spend(work, work.predicted_s)
         if isinstance(work, Batch):
@@ -308,7 +336,9 @@ class Scheduler:
                 self._is_stale = True
 
     def charge(self, work: Work, seconds: float) -> None:
-        """Note what the work took on the device, be it some turns later: its lane pays that instead of what was predicted."""
+        """Note what the work took on the device, be it some turns later: its lane pays that instead
+        of what was predicted.
+        """
         self._spend(work, seconds - work.predicted_s)
         if isinstance(work, Batch):
             self._costs.observe_step(work.key, work.bucket_rows, seconds)
@@ -320,7 +350,10 @@ class Scheduler:
     # --- turns ---
 
     def _work_of(self, group: Group, ready: Sequence[_Ticket]) -> Work:
-        """What comes next for this group, which has work ready; `ready` is everybody, best first."""
+        """Tell what comes next for this group, which has work ready.
+
+        `ready` is everybody, best first.
+        """
         mine = [ticket for ticket in ready if ticket.group == group]
         can_denoise = any(ticket.image.state is ImageState.RUNNING for ticket in mine)
         may_decode = not can_denoise or self._decodes < self.max_decodes_between_steps
@@ -341,7 +374,10 @@ class Scheduler:
         return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
 
     def _spend(self, work: Work, seconds: float) -> None:
-        """The lane that had the turn pays for it, and every rank and every owner has had its part."""
+        """Let the lane that had the turn pay for it.
+
+        Every rank and every owner has had its part.
+        """
         lead = self._tickets.get(next(iter(work)).id)
         by_rank: dict[int, float] = {}
         for image, part in work.parts:
@@ -389,7 +425,10 @@ class Scheduler:
                 ticket.remaining_s += kind.encode_s
 
     def _sorted(self, tickets: Iterable[_Ticket], hold: float = 0.0) -> list[_Ticket]:
-        """Best first. With `hold`, running images with a seat are ahead by that share of what they still need."""
+        """Best first.
+
+        With `hold`, running images with a seat are ahead by that share of what they still need.
+        """
 
         def place(ticket: _Ticket) -> tuple[Group, float, int]:
             score = ticket.remaining_s - self.ageing * (self._now_s - ticket.added_s)
@@ -425,7 +464,7 @@ class Scheduler:
                 self._parked.append(ticket.image)
 
     def _seated(self, waiting: Iterable[_Ticket]) -> tuple[list[_Ticket], list[_Ticket]]:
-        """Who of these has a seat, and who has none."""
+        """Tell who of these has a seat, and who has none."""
         in_order = self._sorted(waiting, HOLD)
         best_of_lane: dict[tuple[Group, _Kind], _Ticket] = {}
         for ticket in in_order:
@@ -453,7 +492,10 @@ class Scheduler:
         return kind
 
     def _next_batch(self, pool: Sequence[_Ticket], guests: Sequence[_Ticket]) -> Batch:
-        """The forward of the lane whose turn it is. `pool` is everybody of its group who may ride, `guests` those of others, best first."""
+        """Give the forward of the lane whose turn it is.
+
+        `pool` is everybody of its group who may ride, `guests` those of others, best first.
+        """
         leads: dict[_Kind, _Ticket] = {}  # the best of each lane
         for ticket in pool:
             leads.setdefault(ticket.home, ticket)
@@ -468,7 +510,10 @@ class Scheduler:
         return self._filled(kind, riders, bucket_rows, own + fitting)
 
     def _whose_turn(self, group: Group, leads: dict[_Kind, _Ticket]) -> _Ticket:
-        """The best of these, one of each ready lane of a group, whose lane has seconds left; a new round when none has."""
+        """Give the best of these, one of each ready lane of a group, whose lane has seconds left.
+
+        A new round when none has.
+        """
         quantum = max(lead.kind.solo_s[lead.image.rows] for lead in leads.values())
         most = max(self._balances.setdefault((group, home), quantum) for home in leads)
         if most <= 0:
@@ -476,7 +521,10 @@ class Scheduler:
         return next(lead for home, lead in leads.items() if self._balances[group, home] > 0)
 
     def _start_round(self, group: Group, ready: Container[_Kind], seconds: float) -> None:
-        """Give every lane of the group the same; one that is not ready may pay its debts with it, but keeps no credit."""
+        """Give every lane of the group the same.
+
+        One that is not ready may pay its debts with it, but keeps no credit.
+        """
         for lane, balance in list(self._balances.items()):
             if lane[0] == group:
                 self._balances[lane] = balance + seconds
@@ -486,9 +534,11 @@ class Scheduler:
     # --- growth ---
 
     def _grown(self, kind: _Kind, own: Sequence[InFlight]) -> tuple[list[InFlight], int]:
-        """Who joins the first of these in a best-effort forward because it pays, and the rows of the forward.
+        """Tell who joins the first of these in a best-effort forward because it pays, and the rows
+        of the forward.
 
-        Where the next image alone does not pay, some together may: a curve with a jump in it is crossed by as many as make it worth.
+        Where the next image alone does not pay, some together may: a curve with a jump in it is
+        crossed by as many as make it worth.
         """
         lead = own[0]
         most_rows = self._most_rows(kind.key)
@@ -509,7 +559,9 @@ class Scheduler:
         return riders, bucket_rows
 
     def _filled(self, kind: _Kind, riders: Sequence[InFlight], bucket_rows: int, candidates: Sequence[InFlight]) -> Batch:
-        """The forward of `bucket_rows` rows with its free rows given to whoever fits, the first of the candidates first."""
+        """Give the forward of `bucket_rows` rows with its free rows given to whoever fits, the
+        first of the candidates first.
+        """
         taken = list(riders)
         free = bucket_rows - sum(image.rows for image in riders)
         for image in candidates if free else ():
@@ -525,12 +577,15 @@ class Scheduler:
         return len({use.name for image in (*images, newcomer) for use in image.request.adapters}) <= self.max_adapters
 
     def _most_rows(self, key: BatchKey) -> int:
-        """Rows that a best-effort forward may have; an image that alone has more still runs alone."""
+        """Tell the rows that a best-effort forward may have.
+
+        An image that alone has more still runs alone.
+        """
         limits = (self.max_batch_rows, self._row_caps.get(key), self._costs.row_limit(key, self.memory_budget_bytes))
         return min(limit for limit in limits if limit is not None)
 
     def _padded(self, rows: int) -> int:
-        """The smallest row bucket that holds `rows`; `rows` itself where none does."""
+        """Give the smallest row bucket that holds `rows`; `rows` itself where none does."""
         place = bisect_left(self.row_buckets, rows)
         return self.row_buckets[place] if place < len(self.row_buckets) else rows
 
@@ -543,5 +598,8 @@ def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None
 
 
 def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
-    """May it ride in a forward that `lead` leads? A pipeline's newcomer learns its call by its encode: until then its lane will do."""
+    """May it ride in a forward that `lead` leads?
+
+    A pipeline's newcomer learns its call by its encode: until then its lane will do.
+    """
     return ticket.kind is lead.kind or (ticket.image.state is ImageState.QUEUED and ticket.home is lead.home)

@@ -21,7 +21,10 @@ FAMILIES = {
 
 
 def family_named(name: str) -> type[Family]:
-    """Give the class that serves checkpoints of this family; raises `UnsupportedRequest` for a name nobody serves."""
+    """Give the class that serves checkpoints of this family.
+
+    Raises `UnsupportedRequest` for a name nobody serves.
+    """
     if name not in FAMILIES:
         raise UnsupportedRequest("family", f"{name!r} is none of {', '.join(sorted(FAMILIES))}")
     module, _, attribute = FAMILIES[name].partition(":")

@@ -1,7 +1,9 @@
-"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the VAE shifts, a T5 text encoder.
+"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the
+VAE shifts, a T5 text encoder.
 
-The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers are drawn in the order of the
-diffusers pipelines: the posterior of the init image, the noise, the posterior of the masked image.
+The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers
+are drawn in the order of the diffusers pipelines: the posterior of the init image, the noise, the
+posterior of the masked image.
 """
 
 from __future__ import annotations
@@ -107,7 +109,7 @@ class FlowFamily(LatentFamily):
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        """What `request.options` may hold."""
+        """Tell what `request.options` may hold."""
         return frozenset({"max_sequence_length"})
 
     def check(self, request: ImageRequest) -> None:
@@ -137,7 +139,7 @@ class FlowFamily(LatentFamily):
         return 2 if request.is_guided else 1
 
     def text_tokens(self, request: ImageRequest) -> int:
-        """The padded length of the T5 rows: `max_sequence_length` of the pipelines."""
+        """Give the padded length of the T5 rows: `max_sequence_length` of the pipelines."""
         return int(request.options.get("max_sequence_length", self.TEXT_TOKENS))
 
     # --- noise levels ---
@@ -148,7 +150,9 @@ class FlowFamily(LatentFamily):
 
     @abstractmethod
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's own."""
+        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's
+        own.
+        """
 
     def sampler(self, request: ImageRequest) -> Sampler:
         """Make a sampler that is told where it begins.
@@ -163,7 +167,10 @@ class FlowFamily(LatentFamily):
         return fresh
 
     def _mu(self, request: ImageRequest, config: Mapping[str, Any]) -> float:
-        """The shift of the noise levels: larger images need more noise to be hidden. `calculate_shift` of the pipelines."""
+        """Give the shift of the noise levels: larger images need more noise to be hidden.
+
+        `calculate_shift` of the pipelines.
+        """
         pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
         tokens = (request.height_px // pixels_per_token) * (request.width_px // pixels_per_token)
         base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -175,7 +182,10 @@ class FlowFamily(LatentFamily):
     # --- latents ---
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents [1, c, h, w] as an image keeps them and the sampler steps them; the same for SD3."""
+        """Latents [1, c, h, w] as an image keeps them and the sampler steps them.
+
+        The same for SD3.
+        """
         return latents
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
@@ -193,15 +203,18 @@ class FlowFamily(LatentFamily):
         return Beginning(latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator))
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """The latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's posterior."""
+        """Give the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's
+        posterior.
+        """
         drawn: Tensor = self._vae.encode(picture).latent_dist.sample(generator)
         latents: Tensor = (drawn - self._vae.config.shift_factor) * self._vae.config.scaling_factor
         return latents
 
     def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What repainting needs at every step, for `Tensors.extras`.
+        """Tell what repainting needs at every step, for `Tensors.extras`.
 
-        mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c, h, w].
+        mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c,
+        h, w].
         """
         # The pipelines encode the masked picture too, which only networks that take it as context need, and draw from its posterior.
         torch.randn(clean.shape, generator=generator, dtype=self.dtype)
@@ -238,18 +251,26 @@ class FlowFamily(LatentFamily):
         return ids
 
     def encode_t5(self, number: int, text: str, length: int) -> Rows:
-        """What the T5 encoder of this number makes of one text alone: {"text": [1, length, width]}. Padding is attended to."""
+        """Tell what the T5 encoder of this number makes of one text alone: {"text": [1, length,
+        width]}. Padding is attended to.
+        """
         hidden: Tensor = self._networks[f"text_encoder_{number}"](self.tokenize(f"tokenizer_{number}", text, length))[0]
         return {"text": hidden.to(self.dtype)}
 
 
 def _skipped_steps(request: ImageRequest) -> int:
-    """How many of the first steps an init image makes needless; `get_timesteps` of the pipelines."""
+    """Tell how many of the first steps an init image makes needless.
+
+    `get_timesteps` of the pipelines.
+    """
     return int(max(request.num_steps - min(request.num_steps * request.strength, request.num_steps), 0))
 
 
 def _load_flow_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's scheduler config. Raises `CheckpointCorrupt` for one that is not of a flow, or that no sampler can be made of."""
+    """Give the checkpoint's scheduler config.
+
+    Raises `CheckpointCorrupt` for one that is not of a flow, or that no sampler can be made of.
+    """
     file = "scheduler/scheduler_config.json"
     config = load_sampler_config(path)
     scheduler_class = str(config.get("_class_name"))

@@ -1,11 +1,13 @@
-"""FLUX.1: a transformer over packed latents and T5's tokens, steered by one pooled CLIP vector, and by a guidance scale where distilled.
+"""FLUX.1: a transformer over packed latents and T5's tokens, steered by one pooled CLIP vector, and
+by a guidance scale where distilled.
 
 Follows `FluxPipeline`, its img2img, its inpainting and `FluxFillPipeline` bit for bit.
 
-`request.guidance` is what the checkpoint makes of it. Distilled for guidance (dev, Fill): the scale it is fed, in one row; classifier-free
-guidance on top of that, in two, is asked for by the option `true_cfg_scale`. Not distilled for it (schnell): the scale of classifier-free
-guidance, if there is a negative prompt. Where `pipe(...)` makes a forward each for the two, here is one of two rows: within 1e-5 of it
-in fp32.
+`request.guidance` is what the checkpoint makes of it. Distilled for guidance (dev, Fill): the scale
+it is fed, in one row; classifier-free guidance on top of that, in two, is asked for by the option
+`true_cfg_scale`. Not distilled for it (schnell): the scale of classifier-free guidance, if there is
+a negative prompt. Where `pipe(...)` makes a forward each for the two, here is one of two rows:
+within 1e-5 of it in fp32.
 """
 
 from __future__ import annotations
@@ -74,7 +76,7 @@ class Flux(FlowFamily):
         return self.text_tokens(request)
 
     def _true_cfg_scale(self, request: ImageRequest) -> float:
-        """The scale of classifier-free guidance; 1 or less: none."""
+        """Give the scale of classifier-free guidance; 1 or less: none."""
         if self._is_distilled:
             return float(request.options.get("true_cfg_scale", 1.0))
         return request.guidance if request.negative_prompt else 1.0
@@ -184,7 +186,9 @@ class Flux(FlowFamily):
 
 
 def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds those beyond 256, as in `pipe(...)`."""
+    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds
+    those beyond 256, as in `pipe(...)`.
+    """
     ids = torch.zeros(rows, columns, 3, device=like.device)
     ids[..., 1] += torch.arange(rows, device=like.device)[:, None]
     ids[..., 2] += torch.arange(columns, device=like.device)[None, :]

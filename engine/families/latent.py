@@ -1,7 +1,9 @@
-"""What the native families have in common: latents, one sampler per image, rows stacked into one forward.
+"""What the native families have in common: latents, one sampler per image, rows stacked into one
+forward.
 
-A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed and how latents become pixels; the
-life of an image between those is here. Each follows its diffusers pipeline bit for bit, the order of its random draws included.
+A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed
+and how latents become pixels; the life of an image between those is here. Each follows its
+diffusers pipeline bit for bit, the order of its random draws included.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where an image starts: its latents, the timesteps before it, and what it needs again at every step."""
+    """Where an image starts: its latents, the timesteps before it, and what it needs again at every
+    step.
+    """
 
     latents: Tensor  # [1, ...] on the device
     timesteps: Tensor  # [num_steps], on the CPU
@@ -61,7 +65,9 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """The tokenizer of each text encoder that reads the whole text, and the length to which it pads and cuts."""
+        """Give the tokenizer of each text encoder that reads the whole text, and the length to
+        which it pads and cuts.
+        """
 
     @abstractmethod
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
@@ -69,15 +75,19 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def sampler(self, request: ImageRequest) -> Sampler:
-        """A fresh sampler for this image alone, its timesteps set (on the CPU: reading them never waits for a device)."""
+        """Give a fresh sampler for this image alone, its timesteps set (on the CPU: reading them
+        never waits for a device).
+        """
 
     @abstractmethod
     def begin(self, request: ImageRequest, sampler: Sampler, generator: torch.Generator) -> Beginning:
-        """Draw the initial noise, around the init image where there is one, in the order its pipeline draws."""
+        """Draw the initial noise, around the init image where there is one, in the order its
+        pipeline draws.
+        """
 
     @abstractmethod
     def inputs(self, image: InFlight) -> Rows:
-        """The rows of the image's next forward; the image is left untouched."""
+        """Give the rows of the image's next forward; the image is left untouched."""
 
     @abstractmethod
     def denoise(self, rows: Rows) -> Tensor:
@@ -89,10 +99,14 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """The clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the VAE's posterior."""
+        """Give the clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the
+        VAE's posterior.
+        """
 
     def draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
-        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does:
+        another dtype is another noise.
+        """
         side = self.pixels_per_latent
         shape = (1, self.latent_channels, request.height_px // side, request.width_px // side)
         return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
@@ -105,7 +119,10 @@ class LatentFamily(ABC):
         return uncond + image.request.guidance * (cond - uncond)
 
     def repaint(self, image: InFlight) -> None:  # noqa: B027 - nothing to put back without a mask
-        """After a sampler step: put back what inpainting must not change. `image.step` has not been counted yet."""
+        """After a sampler step: put back what inpainting must not change.
+
+        `image.step` has not been counted yet.
+        """
 
     def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
         """Latents as its denoiser takes them to [1, c, h, w]; the same for most."""
@@ -140,7 +157,7 @@ class LatentFamily(ABC):
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
         """Run one forward; each part is [image.rows, ...]."""
         rows = stack_rows([self.inputs(image) for image in images], bucket_rows, self.device)
-        is_plain = not any(image.request.adapters or image.request.block_cache for image in images)
+        is_plain = not any(image.request.adapters or image.skips_blocks for image in images)
         prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
         used_rows = sum(image.rows for image in images)
         # In one layout whatever the weights have: latents would inherit it, and a restored image is contiguous.
@@ -230,17 +247,22 @@ class LatentFamily(ABC):
 
 
 def begin_at(sampler: Any, index: int) -> None:
-    """Tell a sampler that it starts in the middle of its timesteps; a memoryless one needs not know."""
+    """Tell a sampler that it starts in the middle of its timesteps.
+
+    A memoryless one needs not know.
+    """
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(index)
 
 
 def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) -> Rows:
-    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on the device.
+    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on
+    the device.
 
-    Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and attention over equal keys is uniform.
-    Rows never mix, so what the padding computes is nobody's. Contiguous whatever the parts are: a convolution over another memory
-    layout adds in another order, and one part's layout would be the neighbours' too.
+    Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and
+    attention over equal keys is uniform. Rows never mix, so what the padding computes is nobody's.
+    Contiguous whatever the parts are: a convolution over another memory layout adds in another
+    order, and one part's layout would be the neighbours' too.
     """
     stacked: Rows = {}
     for name, first in parts[0].items():
@@ -256,7 +278,9 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
 
 
 def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options besides those named."""
+    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options
+    besides those named.
+    """
     if request.control_image is not None:
         raise UnsupportedRequest("control_image", "is only taken by a checkpoint of family pipeline with a control network")
     if unknown := sorted(set(request.options) - set(option_names)):
@@ -271,7 +295,9 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
 
 
 def check_side(field_name: str, size_px: int, multiple: int) -> None:
-    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents need."""
+    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents
+    need.
+    """
     if size_px < multiple or size_px % multiple:
         raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
 
@@ -279,8 +305,8 @@ def check_side(field_name: str, size_px: int, multiple: int) -> None:
 def load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Read one network of diffusers or transformers, frozen and in eval mode.
 
-    Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours alone: safetensors maps the file,
-    and a file rewritten in place would change running weights.
+    Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
+    alone: safetensors maps the file, and a file rewritten in place would change running weights.
     """
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if network_class.__module__.startswith("transformers"):
@@ -312,7 +338,7 @@ def load_tokenizer(tokenizer_class: Any, path: Path, folder: str) -> Any:
 
 
 def load_sampler_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's own scheduler config. Raises `CheckpointCorrupt`."""
+    """Give the checkpoint's own scheduler config. Raises `CheckpointCorrupt`."""
     file = path / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

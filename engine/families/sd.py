@@ -1,9 +1,10 @@
 """SD 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder, and an 8x VAE.
 
-Follows `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline` and `StableDiffusionInpaintPipeline` bit for bit (epsilon, sample
-and v prediction, zero terminal SNR, all by the checkpoint's scheduler config), but reads the component folders itself: nothing named
-in a model_index.json is ever imported. A UNet of nine input channels sees the mask and the picture to repaint at every step; it
-serves nothing else.
+Follows `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline` and
+`StableDiffusionInpaintPipeline` bit for bit (epsilon, sample and v prediction, zero terminal SNR,
+all by the checkpoint's scheduler config), but reads the component folders itself: nothing named in
+a model_index.json is ever imported. A UNet of nine input channels sees the mask and the picture to
+repaint at every step; it serves nothing else.
 """
 
 from __future__ import annotations
@@ -99,7 +100,7 @@ class StableDiffusion(LatentFamily):
             raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{self._most_clip_skip()}")
 
     def _most_clip_skip(self) -> int:
-        """One layer is left."""
+        """Leave one layer."""
         return int(self._text_encoder.config.num_hidden_layers) - 1
 
     def rows(self, request: ImageRequest) -> int:
@@ -126,7 +127,9 @@ class StableDiffusion(LatentFamily):
         return {"text": torch.cat([each["text"] for each in encoded])}
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens, width]}."""
+        """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens,
+        width]}.
+        """
         tokens = self._tokenizer(
             text, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
@@ -160,7 +163,10 @@ class StableDiffusion(LatentFamily):
     def _begin_inpainting(
         self, request: ImageRequest, picture: Tensor, mask: Tensor, sampler: Any, timesteps: Tensor, generator: torch.Generator
     ) -> Beginning:
-        """At strength 1 from noise alone, otherwise from the noisy picture. picture: [1, 3, h, w].  mask: [1, 1, h, w]."""
+        """At strength 1 from noise alone, otherwise from the noisy picture.
+
+        picture: [1, 3, h, w].  mask: [1, 1, h, w].
+        """
         is_strongest = request.strength == 1.0
         clean: Any = None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
         noise = self.draw_noise(request, generator)
@@ -175,7 +181,9 @@ class StableDiffusion(LatentFamily):
         return Beginning(latents, timesteps, extras)
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the denoiser sees them."""
+        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the
+        denoiser sees them.
+        """
         posterior = self._vae.encode(picture.to(self.device, self.dtype).to(self._encoder_dtype)).latent_dist
         return self._scaled(posterior.sample(generator).to(self.dtype))
 
@@ -204,7 +212,7 @@ class StableDiffusion(LatentFamily):
         return prediction
 
     def repaint(self, image: InFlight) -> None:
-        """Where the mask is black, put the picture back, as noisy as the latents are now."""
+        """Put the picture back where the mask is black, as noisy as the latents are now."""
         tensors = image.tensors
         if self._sees_mask or not tensors.extras:
             return
@@ -239,7 +247,10 @@ class StableDiffusion(LatentFamily):
 
 
 def load_unet(path: Path, dtype: torch.dtype, device: torch.device, *, additions: str | None) -> Any:
-    """Read a UNet that takes text and, under the name diffusers gives them, these `additions`; raises `CheckpointCorrupt` for others."""
+    """Read a UNet that takes text and, under the name diffusers gives them, these `additions`.
+
+    Raises `CheckpointCorrupt` for others.
+    """
     unet = load_network(UNet2DConditionModel, path, "unet", dtype, device)
     if unet.config.time_cond_proj_dim is not None:
         raise CheckpointCorrupt("unet/config.json", "takes an embedded guidance scale, which is not served")
@@ -251,12 +262,16 @@ def load_unet(path: Path, dtype: torch.dtype, device: torch.device, *, additions
 
 
 def _skipped_steps(request: ImageRequest) -> int:
-    """How many of the steps asked for are not made, as the noise they would remove is not there."""
+    """Tell how many of the steps asked for are not made, as the noise they would remove is not
+    there.
+    """
     return request.num_steps - int(request.num_steps * request.strength)
 
 
 def _repaired(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler config with the two repairs StableDiffusionPipeline makes to outdated ones."""
+    """Give the scheduler config with the two repairs StableDiffusionPipeline makes to outdated
+    ones.
+    """
     if config.get("steps_offset", 1) != 1:
         config["steps_offset"] = 1
     if config.get("clip_sample") is True:

@@ -1,8 +1,10 @@
-"""SD3 and SD3.5: a transformer over image and text tokens, fed by two CLIP text encoders and T5, and a VAE of 16 channels.
+"""SD3 and SD3.5: a transformer over image and text tokens, fed by two CLIP text encoders and T5,
+and a VAE of 16 channels.
 
-Follows `StableDiffusion3Pipeline`, its img2img and its inpainting bit for bit. A checkpoint without T5 gets zeros in its place, as
-there. Not served: skip-layer guidance (one more forward with a constant of its own), image prompts, and networks of 33 channels that
-take the masked picture as context (no public checkpoint is one).
+Follows `StableDiffusion3Pipeline`, its img2img and its inpainting bit for bit. A checkpoint without
+T5 gets zeros in its place, as there. Not served: skip-layer guidance (one more forward with a
+constant of its own), image prompts, and networks of 33 channels that take the masked picture as
+context (no public checkpoint is one).
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ class StableDiffusion3(FlowFamily):
             raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{layers - 1}")
 
     def text_length(self, request: ImageRequest) -> int:
-        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt changes."""
+        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt
+        changes.
+        """
         return self._clip_tokens + self.text_tokens(request)
 
     @property
@@ -76,7 +80,9 @@ class StableDiffusion3(FlowFamily):
         return {name: torch.cat([part[name] for part in parts]) for name in ("text", "pooled")}
 
     def _encode_text(self, text: str, clip_skip: int, length: int, recall: Recall) -> Rows:
-        """One text for all encoders: CLIP's widths side by side and filled up to T5's, then T5's tokens."""
+        """Encode one text by all encoders: CLIP's widths side by side and filled up to T5's, then
+        T5's tokens.
+        """
         clips = [
             recall(f"text_encoder{suffix} clip_skip={clip_skip} {text}", partial(self._encode_clip, suffix, text, clip_skip))
             for suffix in ("", "_2")

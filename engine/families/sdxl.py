@@ -1,7 +1,8 @@
-"""SDXL: a UNet with cross-attention to two CLIP text encoders, told the second's summary and the size of the picture.
+"""SDXL: a UNet with cross-attention to two CLIP text encoders, told the second's summary and the
+size of the picture.
 
-Follows `StableDiffusionXLPipeline` and its image-to-image and inpainting siblings bit for bit. What is not served is the refiner:
-it has one text encoder and an aesthetic score.
+Follows `StableDiffusionXLPipeline` and its image-to-image and inpainting siblings bit for bit. What
+is not served is the refiner: it has one text encoder and an aesthetic score.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class StableDiffusionXL(StableDiffusion):
             )
 
     def _most_clip_skip(self) -> int:
-        """The last layer is never used, and one is left."""
+        """Leave one layer; the last is never used."""
         encoders = (self._text_encoder, self._text_encoder_2)
         return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
 
@@ -97,7 +98,9 @@ class StableDiffusionXL(StableDiffusion):
         return recall(f"text_encoder text_encoder_2 clip_skip={clip_skip} {text}", partial(self._encode_text, text, clip_skip))
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the second]}."""
+        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the
+        second]}.
+        """
         hidden = []
         for tokenizer, text_encoder in ((self._tokenizer, self._text_encoder), (self._tokenizer_2, self._text_encoder_2)):
             tokens = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
@@ -120,7 +123,10 @@ class StableDiffusionXL(StableDiffusion):
         return prediction
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor] | None:
-        """Of the VAE's latents, per channel: [1, c, 1, 1] each, float32; None where it does not say."""
+        """Give those of the VAE's latents, per channel: [1, c, 1, 1] each, float32.
+
+        None where it does not say.
+        """
         mean, std = self._vae.config.latents_mean, self._vae.config.latents_std
         return None if mean is None or std is None else (torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1))
 
@@ -150,14 +156,16 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def _size_ids(height_px: int, width_px: int) -> list[int]:
-    """The size the picture is said to have had, where it was cropped, and the size it has."""
+    """Give the size the picture is said to have had, where it was cropped, and the size it has."""
     return [height_px, width_px, 0, 0, height_px, width_px]
 
 
 def _upcast(vae: Any) -> Any:
-    """The VAE with those of its halves in float32 that the pipelines upcast for every call: this VAE overflows in float16.
+    """Give the VAE with those of its halves in float32 that the pipelines upcast for every call:
+    this VAE overflows in float16.
 
-    Always the encoder, and the decoder where it would be float16. Weights were rounded to the checkpoint's precision before.
+    Always the encoder, and the decoder where it would be float16. Weights were rounded to the
+    checkpoint's precision before.
     """
     if vae.config.force_upcast:
         halves = [vae.encoder, vae.quant_conv]
@@ -170,7 +178,10 @@ def _upcast(vae: Any) -> Any:
 
 
 def _zeros_for_no_prompt(path: Path) -> bool:
-    """Whether an empty negative prompt is encoded as zeros; only the pipeline's own config says it."""
+    """Tell whether an empty negative prompt is encoded as zeros.
+
+    Only the pipeline's own config says it.
+    """
     file = path / "model_index.json"
     try:
         return bool(json.loads(file.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))

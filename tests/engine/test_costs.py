@@ -11,7 +11,7 @@ from engine_builders import a_key, flat, measured_costs, saturated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.costs import MOST_KEYS, OUTLIER, ROW_S_PER_MEGAPIXEL, STALE_AFTER, CostModel
+from engine.costs import MAX_KEYS, OUTLIER, ROW_S_PER_MEGAPIXEL, STALE_AFTER, CostModel
 from engine.curves import from_data, to_data
 
 KEY = a_key()
@@ -192,13 +192,13 @@ def test_what_is_measured_later_replaces_what_was_borrowed():
 def test_keys_that_come_once_and_never_again_are_forgotten_and_push_no_curve_out():
     costs = measured_costs(saturated)
 
-    for n in range(3 * MOST_KEYS):
+    for n in range(3 * MAX_KEYS):
         once = a_key(call=f"alone {n}")
         costs.observe_step(once, 2, 5.0)
         costs.observe_encode(once, 0.1)
         costs.observe_decode(once, 0.5)
 
-    assert len(to_data(costs)["keys"]) <= MOST_KEYS + 1
+    assert len(to_data(costs)["keys"]) <= MAX_KEYS + 1
     assert costs.step_s(KEY, 4) == 4.0
     assert costs.step_s(a_key(call="alone 0"), 2) == 2.0
 

@@ -1,6 +1,7 @@
 """Any diffusers pipeline as it is: its own `__call__` runs as a coroutine, advanced step by step.
 
-Two families. Both run the call on a shallow copy of the pipeline with schedulers of the image's own:
+Two families. Both run the call on a shallow copy of the pipeline with schedulers of the image's
+own:
 
     batched.Pipeline      stand-ins take the denoisers' places in the copy and hand every call to
                           the engine, which makes the calls of strangers as one. The first use of

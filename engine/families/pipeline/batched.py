@@ -1,4 +1,4 @@
-"""A pipeline whose denoiser calls are handed to the engine, which makes those of strangers as one."""
+"""A pipeline whose denoiser calls the engine makes: those of strangers as one."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from engine.families.contract import Recall, State
 from engine.families.coroutine import Ask
 from engine.families.pipeline.called import CalledPipeline
 from engine.families.pipeline.running import count_steps, running_of
-from engine.families.pipeline.trial import Trial, image_in_trial, try_calls
+from engine.families.pipeline.trial import TrialCalls, image_in_trial, try_calls
 from engine.families.standins import Decoder, Denoiser
 from engine.inflight import InFlight
 from engine.request import ImageRequest
@@ -187,7 +187,7 @@ class Pipeline(CalledPipeline):
             found = {"checkpoint": self._spec.name, "networks": sorted(strange)}
             log.warning("calls_not_batched", extra=found)
 
-    def _trials(self, request: ImageRequest) -> list[Trial]:
+    def _trials(self, request: ImageRequest) -> list[TrialCalls]:
         """Record all calls for one image and for two, with guidance too where there is any."""
         trials = []
         for guidance in (1.0, 2.0) if self._signature.knows_guidance else (1.0,):
@@ -195,7 +195,7 @@ class Pipeline(CalledPipeline):
             of_two: Run = []
             if self._signature.can_double:
                 of_two = self._recorded(guided, num_images_per_prompt=2)
-            trials.append(Trial(guided.is_guided, self._recorded(guided), of_two))
+            trials.append(TrialCalls(guided.is_guided, self._recorded(guided), of_two))
         return trials
 
     def _recorded(self, request: ImageRequest, **more: Any) -> Run:

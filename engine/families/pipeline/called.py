@@ -44,11 +44,13 @@ class CalledPipeline(ABC):
         self.dtype = dtype
         self._pipe = pipe
         self._spec = spec
-        networks = {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+        parts = pipe.components.items()
+        networks = {name: part for name, part in parts if isinstance(part, nn.Module)}
         ours = {name: part for name, part in networks.items() if _is_of_diffusers(part)}
         self._decoders = {name: part for name, part in ours.items() if hasattr(part, "decode")}
         self._denoisers = {name: part for name, part in ours.items() if name not in self._decoders}
-        self._text_encoders = {name: part for name, part in networks.items() if name.startswith("text_encoder")}
+        encoders = [name for name in networks if name.startswith("text_encoder")]
+        self._text_encoders = {name: networks[name] for name in encoders}
         self._index_sha256 = index_sha256(Path(spec.path))
         scale = int(getattr(pipe, "vae_scale_factor", 8))
         # UNets shrink latents themselves, and their pipelines ask for multiples of 8; transformers
@@ -95,7 +97,8 @@ class CalledPipeline(ABC):
             "attention_backend": DIFFUSERS_ATTN_BACKEND,
             "attention": {name: _attention_of(part) for name, part in self._denoisers.items()},
             "text_attention": {
-                name: str(getattr(encoder.config, "_attn_implementation", None)) for name, encoder in self._text_encoders.items()
+                name: str(getattr(part.config, "_attn_implementation", None))  # "sdpa", "eager"…
+                for name, part in self._text_encoders.items()
             },
             "vae_tiling": any(getattr(decoder, "use_tiling", False) for decoder in decoders),
             "vae_slicing": any(getattr(decoder, "use_slicing", False) for decoder in decoders),

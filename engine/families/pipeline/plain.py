@@ -11,7 +11,7 @@ from engine.families.contract import Recall, State
 from engine.families.coroutine import Ask
 from engine.families.pipeline.called import CalledPipeline
 from engine.families.pipeline.running import count_steps
-from engine.families.pipeline.trial import Trial, image_in_trial, try_calls
+from engine.families.pipeline.trial import TrialCalls, image_in_trial, try_calls
 from engine.families.standins import lay_over
 from engine.inflight import InFlight
 from engine.request import ImageRequest
@@ -52,7 +52,7 @@ class PlainPipeline(CalledPipeline):
             raise UnsupportedRequest("adapters", "are not for family plain")
         try_calls(self._signature, self._spec, self._make_one_step)
 
-    def _make_one_step(self, request: ImageRequest) -> list[Trial]:
+    def _make_one_step(self, request: ImageRequest) -> list[TrialCalls]:
         image = image_in_trial(request)
         self._begin(image)
         try:

@@ -1,4 +1,4 @@
-"""One image's call of its pipeline on its way: begun on a copy, asked by stand-ins, heard in turns."""
+"""One image's call of its pipeline on its way: begun on a copy, and let go on in turns."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from engine.samplers import fresh_sampler
 
 
 @dataclass(eq=False)
-class Running:
+class RunningCall:
     """What an image holds: its pipeline's call on its way."""
 
     coroutine: Coroutine
@@ -33,13 +33,13 @@ class Running:
     answers: list[Any] = field(default_factory=list)  # all that the call has got, on the CPU
     is_passed_on: bool = False  # is the last answer an argument of `asked`, another network's?
     returned: Returned | None = None  # what the call gave in the end
-    clean: Tensor | None = None  # the clean latents as the last step predicted them; for who watches
+    clean: Tensor | None = None  # latents as the last step predicted them; only for who watches
 
 
-def running_of(image: InFlight) -> Running:
+def running_of(image: InFlight) -> RunningCall:
     """Give the call that an image holds, from its encode to its end."""
     assert image.held is not None, f"image {image.id} is {image.state} and holds no call"
-    return cast(Running, image.held)
+    return cast(RunningCall, image.held)
 
 
 def count_steps(image: InFlight) -> int:
@@ -54,10 +54,17 @@ def count_steps(image: InFlight) -> int:
 class PipelineCalls:
     """Begins calls of one loaded pipeline and lets them run on. Used by the device thread."""
 
-    def __init__(self, pipe: Any, *, decoders: Mapping[str, nn.Module], device: torch.device) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        decoders: Mapping[str, nn.Module],
+        device: torch.device,
+    ) -> None:
         self._pipe = pipe
         self._device = device
-        self._as_loaded = [(weight, weight.dtype) for decoder in decoders.values() for weight in decoder.parameters()]
+        weights = [weight for decoder in decoders.values() for weight in decoder.parameters()]
+        self._as_loaded = [(weight, weight.dtype) for weight in weights]
 
     def begin(self, image: InFlight, call: Callable[[Any, Ask], Any]) -> None:
         """Let the image hold `call(its copy of the pipeline, ask)`, which has not begun yet."""
@@ -67,7 +74,7 @@ class PipelineCalls:
             return call(running.pipe, ask)
 
         coroutine = Coroutine(run, name=f"pipeline {image.id}", within=self.surroundings())
-        running = image.held = Running(coroutine)
+        running = image.held = RunningCall(coroutine)
 
     def go_on(self, image: InFlight, answer: Any) -> Any:
         """Let the image's call run on until it asks or ends; give what it asks.
@@ -100,7 +107,8 @@ class PipelineCalls:
         def within() -> Iterator[None]:
             # A new thread has as many as the machine has cores until something asks torch.
             torch.set_num_threads(num_threads)
-            with torch.inference_mode(), nullcontext() if stream is None else torch.cuda.stream(stream):
+            on_stream = nullcontext() if stream is None else torch.cuda.stream(stream)
+            with torch.inference_mode(), on_stream:
                 yield
 
         return within

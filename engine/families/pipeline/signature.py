@@ -86,13 +86,11 @@ class CallSignature:
             "strength": request.strength != 1,
             "clip_skip": request.clip_skip > 0,
         }
-        refused = [name for name, is_asked in asked.items() if is_asked and name not in self._parameters]
+        refused = [name for name in asked if asked[name] and name not in self._parameters]
         if request.fork is not None:
             refused.append("fork")
         if request.keep_steps:
             refused.append("keep_steps")
-        if request.block_cache:
-            refused.append("block_cache")
         for name in refused:
             raise UnsupportedRequest(name, f"is not for {self.name}")
 
@@ -144,7 +142,9 @@ class CallSignature:
 
 
 def _samplers_for(own: Any) -> dict[str, Recipe]:
-    """Give the checkpoint's own sampler, and by name those of the house that its config is good for."""
+    """Give the checkpoint's own sampler, and by name those of the house that its config is good
+    for.
+    """
     own_class = type(own).__name__
     is_flow = "FlowMatch" in own_class or own.config.get("prediction_type") == "flow_prediction"
     fitting = {own_class, *(kind.__name__ for kind in own.compatibles)}
@@ -155,7 +155,11 @@ def _samplers_for(own: Any) -> dict[str, Recipe]:
     return {OWN_SAMPLER: Recipe(own_class, is_distilled=is_distilled)} | named
 
 
-def _picture_parameters(parameters: Mapping[str, inspect.Parameter], *, is_controlled: bool) -> dict[str, str]:
+def _picture_parameters(
+    parameters: Mapping[str, inspect.Parameter],
+    *,
+    is_controlled: bool,
+) -> dict[str, str]:
     """Tell which argument takes which picture of a request.
 
     Where a control network has only `image`, it follows that.

@@ -18,7 +18,7 @@ from engine.request import ImageRequest, Picture
 
 
 @dataclass(frozen=True)
-class Trial:
+class TrialCalls:
     """What calls a request makes, for one image and for two."""
 
     is_guided: bool
@@ -29,8 +29,8 @@ class Trial:
 def try_calls(
     signature: CallSignature,
     spec: CheckpointSpec,
-    call: Callable[[ImageRequest], list[Trial]],
-) -> list[Trial]:
+    call: Callable[[ImageRequest], list[TrialCalls]],
+) -> list[TrialCalls]:
     """Make trial calls with every picture the pipeline takes, and with none, to see whether it can.
 
     Sets `signature.needs_pictures`. Raises `CheckpointCorrupt` when it cannot even be called with
@@ -38,8 +38,10 @@ def try_calls(
     """
     bare = _smallest_request(spec)
     grey = np.full((bare.height_px, bare.width_px, 3), 127, np.uint8)
-    pictures: dict[str, Any] = {name: Picture(grey[..., 0] if name == "mask" else grey) for name in signature.pictures}
-    trials: list[Trial] = []
+    pictures: dict[str, Any] = {name: Picture(grey) for name in signature.pictures}
+    if "mask" in pictures:
+        pictures["mask"] = Picture(grey[..., 0])
+    trials: list[TrialCalls] = []
     if pictures:
         try:
             trials += call(bare)
