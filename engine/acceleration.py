@@ -17,8 +17,9 @@ from torch import Tensor
 from engine.config import CheckpointSpec
 from engine.device import Device
 from engine.errors import UnsupportedRequest
-from engine.families.contract import Family, Rows
+from engine.families.contract import Family
 from engine.families.latent import LatentFamily
+from engine.tensors import Rows
 
 cuda: Any = torch.cuda
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 from cachetools import LRUCache
 
-from engine.families.contract import Rows
+from engine.tensors import Rows
 
 
 class ConditioningCache:

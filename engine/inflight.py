@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 from engine.request import ImageRequest
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from engine.families.contract import Rows, Sampler
+    from engine.tensors import Tensors
 
 PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
 
@@ -68,21 +65,6 @@ class Account:
     def device_seconds(self) -> float:
         """Its share of the device until now."""
         return self.encode_s + self.denoise_s + self.decode_s
-
-
-@dataclass(eq=False)
-class Tensors:
-    """What an image of a native family holds on the device between two forwards, and the objects
-    that move it.
-    """
-
-    sampler: Sampler  # a diffusers scheduler object of its own: multi-step samplers remember earlier steps
-    timesteps: Tensor  # [num_steps], on the CPU
-    conditioning: Rows  # each tensor [rows, ...]; with guidance in the order uncond, cond
-    latents: Tensor  # [1, c, h/8, w/8], or packed as the family's denoiser takes them: [1, tokens, c]
-    generator: torch.Generator  # on the CPU; first the initial noise, then what a stochastic sampler draws
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what image-to-image and inpainting need again at every step
-    clean: Tensor | None = None  # the clean latents as the last step predicted them; only while somebody watches
 
 
 @dataclass(eq=False)

@@ -29,7 +29,7 @@ from typing import Any, cast
 import torch
 
 from engine.errors import UnsupportedRequest
-from engine.families.contract import Sampler
+from engine.tensors import Sampler
 
 
 @dataclass(frozen=True)

@@ -26,40 +26,26 @@ from engine.config import CheckpointSpec
 from engine.inflight import InFlight
 from engine.previews import Projector
 from engine.request import ImageRequest
+from engine.tensors import Rows
 from engine.texts import UnreadText
 
-Rows = dict[str, Tensor]
-"""Named tensors, each [b, ...] with the same b."""
-
 Recall = Callable[[str, Callable[[], Rows]], Rows]
-"""recall(key, encode): what `encode()` gave for this key before, or gives now. The key names the encoder and all it is told (text,
-clip skip, padded length); the checkpoint and the image's adapters are added by who hands `recall` out."""
+"""recall(key, encode): what `encode()` gave for this key before, or gives now.
+
+The key names the encoder and all it is told (text, clip skip, padded length); the checkpoint and
+the image's adapters are added by who hands `recall` out.
+"""
 
 
 @dataclass(frozen=True)
 class State:
-    """All of an image in flight that cannot be had again from its request: enough to go on
-    elsewhere with the same bits.
+    """All of an image in flight that cannot be had again from its request.
+
+    Enough to go on elsewhere with the same bits.
     """
 
     tensors: dict[str, Tensor]  # on the CPU, each in memory of its own
     facts: dict[str, Any] = field(default_factory=dict)  # JSON-plain
-
-
-class Sampler(Protocol):
-    """What the engine uses of a diffusers scheduler object.
-
-    In this house a *scheduler* decides which images advance.
-    """
-
-    timesteps: Tensor
-    init_noise_sigma: Any
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None: ...
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor, ...]: ...
 
 
 class Family(Protocol):

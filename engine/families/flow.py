@@ -21,7 +21,6 @@ from torch.nn.functional import interpolate
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Rows, Sampler
 from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
 from engine.families.latent import (
     Beginning,
@@ -36,6 +35,7 @@ from engine.families.latent import (
 from engine.inflight import InFlight
 from engine.request import ImageRequest
 from engine.samplers import FLOW_SAMPLERS, check_sampler, fresh_sampler
+from engine.tensors import Rows, Sampler
 
 LATENTS_PER_TOKEN = 2  # along each side: both transformers take patches of 2x2 latents
 MOST_TEXT_TOKENS = 512  # of T5, in both pipelines

@@ -23,11 +23,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows
+from engine.families.contract import Recall
 from engine.families.flow import LATENTS_PER_TOKEN, FlowFamily
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
+from engine.tensors import Rows
 
 
 class Flux(FlowFamily):

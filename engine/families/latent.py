@@ -20,12 +20,13 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows, Sampler, State
-from engine.inflight import InFlight, Tensors
+from engine.families.contract import Recall, State
+from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
 from engine.request import ImageRequest
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
+from engine.tensors import Rows, Sampler, Tensors
 from engine.texts import UnreadText, cut_off, ignored
 
 PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own VAE

@@ -22,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows, Sampler
+from engine.families.contract import Recall
 from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
 from engine.families.latent import (
     Beginning,
@@ -38,6 +38,7 @@ from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
 from engine.samplers import check_sampler, fresh_sampler
+from engine.tensors import Rows, Sampler
 
 
 class StableDiffusion(LatentFamily):

@@ -20,11 +20,12 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows
+from engine.families.contract import Recall
 from engine.families.flow import FlowFamily
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
+from engine.tensors import Rows
 
 
 class StableDiffusion3(FlowFamily):

@@ -20,11 +20,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows
+from engine.families.contract import Recall
 from engine.families.latent import Beginning, begin_at, load_network, load_sampler_config, load_tokenizer
 from engine.families.sd import StableDiffusion, load_unet
 from engine.previews import FACTORS
 from engine.request import ImageRequest
+from engine.tensors import Rows
 
 
 class StableDiffusionXL(StableDiffusion):
