@@ -265,7 +265,7 @@ class AdapterBank:
 class Update:
     """What an adapter of strength 1 adds to one layer, laid out as the layer multiplies by it.
 
-    Alpha / rank is folded into `up`.
+    `up` has alpha / rank folded in.
     """
 
     down: Tensor  # linear: [in, rank].  convolution: [rank, in, kernel_h, kernel_w]

@@ -221,7 +221,7 @@ class Curve:
         self._scale = scale
 
     def seconds(self, rows: int) -> float:
-        """Give those of a forward of `rows` rows, padding included."""
+        """Give the seconds of a forward of `rows` rows, padding included."""
         return self._scale * self._measured.seconds(rows)
 
     def is_worth_growing(self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85) -> bool:

@@ -66,7 +66,7 @@ class KeptLatents:
     def keep(self, kept: StepLatents) -> None:
         """Keep latents until there is no room for them.
 
-        Larger than all of it, they are not kept.
+        What is larger than all the room is not kept.
         """
         if kept.size_bytes > self.max_bytes:
             return

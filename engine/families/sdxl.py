@@ -124,7 +124,7 @@ class StableDiffusionXL(StableDiffusion):
         return prediction
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor] | None:
-        """Give those of the VAE's latents, per channel: [1, c, 1, 1] each, float32.
+        """Give mean and deviation of the VAE's latents by channel, [1, c, 1, 1] each, float32.
 
         None where it does not say.
         """
