@@ -1,7 +1,8 @@
-"""What makes a loaded checkpoint faster on its device without changing what it computes for whom: layout, compilation, CUDA graphs.
+"""What makes a loaded checkpoint faster on its device without changing what it computes for whom:
+layout, compilation, CUDA graphs.
 
-Each is the checkpoint's own choice (`CheckpointSpec`), is off unless asked for, and is named in the fingerprint, for each can change
-the last bits. None of it has a kernel of its own.
+Each is the checkpoint's own choice (`CheckpointSpec`), is off unless asked for, and is named in the
+fingerprint, for each can change the last bits. None of it has a kernel of its own.
 """
 
 from __future__ import annotations
@@ -16,14 +17,18 @@ from torch import Tensor
 from engine.config import CheckpointSpec
 from engine.device import Device
 from engine.errors import UnsupportedRequest
-from engine.families.contract import Family, Rows
+from engine.families.contract import Family
 from engine.families.latent import LatentFamily
+from engine.tensors import Rows
 
 cuda: Any = torch.cuda
 
 
 def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
-    """Apply what `spec` asks for. Raises `UnsupportedRequest`, naming the field, for what this checkpoint or device has not."""
+    """Apply what `spec` asks for.
+
+    Raises `UnsupportedRequest`, naming the field, for what this checkpoint or device has not.
+    """
     networks = family.networks()
     denoiser: Any = networks.get("unet", networks.get("transformer"))
     if spec.channels_last:
@@ -46,7 +51,8 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
 
 
 def steady_options() -> dict[str, bool]:
-    """Options of torch.compile under which the order of sums depends neither on timings nor on the row count that came first.
+    """Options of torch.compile under which the order of sums depends neither on timings nor on the
+    row count that came first.
 
     Without them another process may compile other bits. What this torch does not know is left out.
     """
@@ -67,8 +73,9 @@ class Captured:
 class CudaGraphs:
     """A forward recorded once per shape of its rows and replayed: thousands of launches become one.
 
-    All graphs share a memory pool: only one runs at a time, and its output is copied out before the next. Where rows wear adapters or
-    use the block cache, what runs depends on values, and the caller goes the plain way.
+    All graphs share a memory pool: only one runs at a time, and its output is copied out before the
+    next. Where rows wear adapters or use the block cache, what runs depends on values, and the
+    caller goes the plain way.
     """
 
     def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
@@ -78,7 +85,7 @@ class CudaGraphs:
         self._pool: Any = None
 
     def __call__(self, rows: Rows) -> Tensor:
-        """As `denoise`, for rows on the device."""
+        """Do as `denoise` does, for rows on the device."""
         key = tuple((name, tensor.dtype, *tensor.shape) for name, tensor in sorted(rows.items()))
         if key not in self._captured:
             self._captured[key] = self._capture(rows)

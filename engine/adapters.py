@@ -1,21 +1,27 @@
-"""Lay other adapters over every row of one forward: strangers with different LoRAs, strengths, several of them or none share a batch.
+"""Lay other adapters over every row of one forward: strangers with different LoRAs, strengths,
+several of them or none share a batch.
 
-A bank keeps the adapters of one checkpoint in host memory and some of them in *slots* on the device. Every layer that an adapter
-changes has the weights of all slots stacked, zeros in slot 0, and a forward hook that picks each row's slots by an index and adds
-two batched matmuls (for a convolution: one grouped convolution and a matmul). It knows rows of a forward, not images, and never
-who asked.
+A bank keeps the adapters of one checkpoint in host memory and some of them in *slots* on the
+device. Every layer that an adapter changes has the weights of all slots stacked, zeros in slot 0,
+and a forward hook that picks each row's slots by an index and adds two batched matmuls (for a
+convolution: one grouped convolution and a matmul). It knows rows of a forward, not images, and
+never who asked.
 
-Why a row's bits do not depend on its neighbours' adapters: all shapes follow from the number of rows and the bank's rank, to which
-every adapter is padded with zeros (so it is one of the `facts`), and rows never mix. A neighbour with more adapters makes another
-pair of matmuls run, which adds an exact zero to a row that has no more. A layer that nobody's adapter changes is left alone.
+Why a row's bits do not depend on its neighbours' adapters: all shapes follow from the number of
+rows and the bank's rank, to which every adapter is padded with zeros (so it is one of the `facts`),
+and rows never mix. A neighbour with more adapters makes another pair of matmuls run, which adds an
+exact zero to a row that has no more. A layer that nobody's adapter changes is left alone.
 
-Against diffusers with peft, one adapter for all rows, the result agrees within rounding, not bit for bit: alpha / rank is folded into
-the weights, and the strength is applied where the rank is, not at full width, which in bf16 can cost more than the matmuls.
+Against diffusers with peft, one adapter for all rows, the result agrees within rounding, not bit
+for bit: alpha / rank is folded into the weights, and the strength is applied where the rank is, not
+at full width, which in bf16 can cost more than the matmuls.
 
-For `torch.compile`: hooks and weights stay on the layers from construction to `close()`, because a compiled network does not look for
-hooks that come later. The hook is one for all layers and breaks no graph: without adapters a regionally compiled network needs no
-compilation more than without a bank, with them one of each kind of block for every number of rows and of most adapters per row (so
-give both a few fixed values, and the compiler room for them). A CUDA graph would need slots and strengths in buffers that stay.
+For `torch.compile`: hooks and weights stay on the layers from construction to `close()`, because a
+compiled network does not look for hooks that come later. The hook is one for all layers and breaks
+no graph: without adapters a regionally compiled network needs no compilation more than without a
+bank, with them one of each kind of block for every number of rows and of most adapters per row (so
+give both a few fixed values, and the compiler room for them). A CUDA graph would need slots and
+strengths in buffers that stay.
 """
 
 from __future__ import annotations
@@ -53,7 +59,9 @@ Place = tuple[str, str]
 
 @dataclass(frozen=True)
 class Call:
-    """What the rows of one forward wear. Every row has as many adapters as the richest; those it does not have are slot 0.
+    """What the rows of one forward wear.
+
+    Every row has as many adapters as the richest; those it does not have are slot 0.
 
     slots and strengths: one tensor per adapter of a row.
     """
@@ -64,7 +72,10 @@ class Call:
 
 
 class AdapterBank:
-    """The adapters of one checkpoint, over all its networks. But for `check` and the plain facts, used by the engine's thread only."""
+    """The adapters of one checkpoint, over all its networks.
+
+    But for `check` and the plain facts, used by the engine's thread only.
+    """
 
     def __init__(
         self,
@@ -78,9 +89,10 @@ class AdapterBank:
     ) -> None:
         """Read and verify every file, and put hooks on the layers they change.
 
-        networks: by the names diffusers gives their folders.  slots: different adapters in one forward.  dtype: the checkpoint's.
-        Raises `CheckpointCorrupt` for a file that is missing, altered or broken, and `UnsupportedRequest` for one that is sound but
-        not for these networks, of too high a rank, or no plain LoRA. Both name the adapter.
+        networks: by the names diffusers gives their folders.  slots: different adapters in one
+        forward.  dtype: the checkpoint's. Raises `CheckpointCorrupt` for a file that is missing,
+        altered or broken, and `UnsupportedRequest` for one that is sound but not for these
+        networks, of too high a rank, or no plain LoRA. Both name the adapter.
         """
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("two adapters have one name")
@@ -91,7 +103,7 @@ class AdapterBank:
         self.misses = 0
         self.evictions = 0
         self._device = device
-        self._seats: OrderedDict[str, int] = OrderedDict()  # adapter -> its slot, least recently used first
+        self._slot_of: OrderedDict[str, int] = OrderedDict()  # adapter -> its slot, least recently used first
         self._whole_call: Call | None = None  # with all rows
         self._call: Call | None = None  # with those the coming layers hold
         self._layers: dict[Place, Any] = {}
@@ -115,11 +127,13 @@ class AdapterBank:
         return list(self._files)
 
     def digest(self, name: str) -> str:
-        """The sha256 of the adapter's file, hex."""
+        """Give the sha256 of the adapter's file, hex."""
         return self._files[name].sha256
 
     def facts(self, uses: Sequence[AdapterUse]) -> list[dict[str, Any]]:
-        """What of these adapters can change a bit, as plain JSON values, in the order in which they are added up."""
+        """Tell what of these adapters can change a bit, as plain JSON values, in the order in which
+        they are added up.
+        """
         return [
             {"name": use.name, "sha256": self.digest(use.name), "strength": float(use.strength), "padded_rank": self.rank} for use in uses
         ]
@@ -138,11 +152,14 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> Iterator[None]:
-        """Within it, forwards of `len(per_row)` rows lay the adapters `per_row[i]` over row i, in their order; () is none.
+        """Within it, forwards of `len(per_row)` rows lay the adapters `per_row[i]` over row i, in
+        their order; () is none.
 
-        Adapters without a slot are copied to the device, in place of those unused for longest. When no row wears any, the networks
-        compute what they compute without a bank. Raises what `check` raises, and `EngineError` when the rows ask for more different
-        adapters than there are slots. A forward of another number of rows raises `EngineError` at the first layer it would change.
+        Adapters without a slot are copied to the device, in place of those unused for longest. When
+        no row wears any, the networks compute what they compute without a bank. Raises what `check`
+        raises, and `EngineError` when the rows ask for more different adapters than there are
+        slots. A forward of another number of rows raises `EngineError` at the first layer it would
+        change.
         """
         for uses in set(per_row):
             self.check(uses)
@@ -155,7 +172,8 @@ class AdapterBank:
             self._whole_call = self._call = None
 
     def narrow(self, rows: Sequence[int] | None) -> None:
-        """Say that the coming layers hold only these of the rows, in this order, or None for all again: for what skips rows on the way.
+        """Say that the coming layers hold only these of the rows, in this order, or None for all
+        again: for what skips rows on the way.
 
         Without effect outside of `rows()`, and at its end.
         """
@@ -171,7 +189,10 @@ class AdapterBank:
         )
 
     def close(self) -> None:
-        """Take hooks and slots off the layers: the networks are as they were. Harmless when repeated."""
+        """Take hooks and slots off the layers: the networks are as they were.
+
+        Harmless when repeated.
+        """
         for hook, layer in zip(self._hooks, self._layers.values(), strict=True):
             hook.remove()
             del layer.adapter_slots
@@ -179,14 +200,14 @@ class AdapterBank:
         self._layers.clear()
 
     def _arrange(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> Call:
-        """Seat the adapters of a forward, and say which slots each row wears at which strength."""
+        """Load the adapters of a forward, and say which slots each row wears at which strength."""
         names = list(dict.fromkeys(use.name for uses in per_row for use in uses))
-        self._seat(names)
+        self._fill_slots(names)
         slots = np.zeros((max(len(uses) for uses in per_row), len(per_row)), dtype=np.int64)
         strengths = np.zeros(slots.shape, dtype=np.float32)
         for row, uses in enumerate(per_row):
             for nth, use in enumerate(uses):
-                slots[nth, row] = self._seats[use.name]
+                slots[nth, row] = self._slot_of[use.name]
                 strengths[nth, row] = use.strength
         return Call(
             slots=torch.from_numpy(slots).to(self._device).unbind(),
@@ -194,26 +215,26 @@ class AdapterBank:
             changes=np.logical_or.reduce([self._changes[name] for name in names]).tolist(),
         )
 
-    def _seat(self, names: Sequence[str]) -> None:
+    def _fill_slots(self, names: Sequence[str]) -> None:
         """See that every one of these adapters has a slot."""
         if len(names) > self.slots:
             raise EngineError(f"a forward asks for {len(names)} different adapters, {self.slots} fit at once")
-        seated = [name for name in names if name in self._seats]
-        missing = [name for name in names if name not in self._seats]
-        self.hits += len(seated)
+        loaded = [name for name in names if name in self._slot_of]
+        missing = [name for name in names if name not in self._slot_of]
+        self.hits += len(loaded)
         self.misses += len(missing)
-        for name in seated:
-            self._seats.move_to_end(name)  # behind all that may be evicted
+        for name in loaded:
+            self._slot_of.move_to_end(name)  # behind all that may be evicted
         for name in missing:
             slot = self._free_slot()
             self._load(name, slot)
-            self._seats[name] = slot
+            self._slot_of[name] = slot
 
     def _free_slot(self) -> int:
-        if len(self._seats) < self.slots:
-            return min(set(range(1, self.slots + 1)) - set(self._seats.values()))
+        if len(self._slot_of) < self.slots:
+            return min(set(range(1, self.slots + 1)) - set(self._slot_of.values()))
         self.evictions += 1
-        return self._seats.popitem(last=False)[1]
+        return self._slot_of.popitem(last=False)[1]
 
     @torch.inference_mode()
     def _load(self, name: str, slot: int) -> None:
@@ -222,7 +243,9 @@ class AdapterBank:
             layer.adapter_slots.fill(slot, self._files[name].updates.get(place))
 
     def _after(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """The hook of every adapted layer: add to each row of its output what the row's adapters change."""
+        """Add to each row of a layer's output what the row's adapters change: every adapted layer's
+        hook.
+        """
         call = self._call
         if call is None:
             return output
@@ -240,7 +263,10 @@ class AdapterBank:
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter of strength 1 adds to one layer, laid out as the layer multiplies by it; alpha / rank is folded into `up`."""
+    """What an adapter of strength 1 adds to one layer, laid out as the layer multiplies by it.
+
+    `up` has alpha / rank folded in.
+    """
 
     down: Tensor  # linear: [in, rank].  convolution: [rank, in, kernel_h, kernel_w]
     up: Tensor  # linear: [rank, out].  convolution: [out, rank]
@@ -248,7 +274,10 @@ class Update:
 
 
 class Slots:
-    """The weights of every slot at one layer; slot 0 is zeros, and ranks below the bank's are padded with zeros."""
+    """The weights of every slot at one layer.
+
+    Slot 0 is zeros, and ranks below the bank's are padded with zeros.
+    """
 
     def __init__(self, name: str, layer: Any, ordinal: int, slots: int, rank: int, device: torch.device, dtype: torch.dtype) -> None:
         self.name = name
@@ -294,7 +323,10 @@ def _add_to_pixels(layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor,
 
 
 def _add_to_convolution(layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor) -> Tensor:
-    """Rows become groups of one convolution, so that each meets a kernel of its own.  rows, output: [b, c, h, w]."""
+    """Turn rows into groups of one convolution, so that each meets a kernel of its own.
+
+    rows, output: [b, c, h, w].
+    """
     grouped = rows.reshape(1, -1, *rows.shape[2:])
     kernels = down.flatten(0, 1)
     inner = functional.conv2d(grouped, kernels, None, layer.stride, layer.padding, layer.dilation, groups=len(rows))
@@ -308,14 +340,19 @@ def _is_pointwise(layer: nn.Conv2d) -> bool:
 
 @dataclass(frozen=True)
 class AdapterFile:
-    """One adapter, verified and taken apart by layer; in memory of its own, so what becomes of the file changes nothing."""
+    """One adapter, verified and taken apart by layer.
+
+    In memory of its own, so what becomes of the file changes nothing.
+    """
 
     sha256: str
     updates: Mapping[Place, Update]
 
 
 def read_adapter(spec: AdapterSpec, networks: Mapping[str, nn.Module], *, max_rank: int, dtype: torch.dtype) -> AdapterFile:
-    """Read one safetensors file, in the words of diffusers and peft or of kohya; nothing else is ever unpacked.
+    """Read one safetensors file, in the words of diffusers and peft or of kohya.
+
+    Nothing else is ever unpacked.
 
     Every tensor in it must belong to a layer of `networks`. Raises as `AdapterBank` does.
     """
@@ -361,7 +398,10 @@ KOHYA_NETWORKS = {
 def _updates(
     tensors: dict[str, Tensor], facts: Mapping[str, Any], networks: Mapping[str, nn.Module], max_rank: int, dtype: torch.dtype
 ) -> dict[Place, Update]:
-    """Find the layer of every tensor. Raises `ValueError` for what cannot be laid over these networks."""
+    """Find the layer of every tensor.
+
+    Raises `ValueError` for what cannot be laid over these networks.
+    """
     spellings = _spellings(networks)
     updates: dict[Place, Update] = {}
     for stem, parts in _by_stem(tensors).items():
@@ -384,7 +424,9 @@ def _updates(
 
 
 def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """What belongs together: {a file's name for a layer: {"down": ..., "up": ..., perhaps "alpha": ...}}."""
+    """Tell what belongs together: {a file's name for a layer: {"down": ..., "up": ..., perhaps
+    "alpha": ...}}.
+    """
     stems: dict[str, dict[str, Tensor]] = {}
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
         if "dora_scale" in key or "lora_magnitude_vector" in key:
@@ -419,7 +461,10 @@ def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
 
 
 def _converted(stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """Let diffusers translate one layer from the names in the original repositories; here it may be several, or none."""
+    """Let diffusers translate one layer from the names in the original repositories.
+
+    Here it may be several, or none.
+    """
     tensors = {f"{stem}.lora_down.weight": parts["down"], f"{stem}.lora_up.weight": parts["up"]}
     try:
         if isinstance(networks.get("unet"), UNet2DConditionModel):
@@ -450,14 +495,20 @@ def _fitted(layer: Any, name: str, down: Tensor, up: Tensor, scale: float, dtype
 
 
 def _training_facts(data: bytes) -> dict[str, Any]:
-    """What diffusers notes of the peft config in a file's header: {"unet.lora_alpha": 8, ...}; {} where it did not."""
+    """Tell what diffusers notes of the peft config in a file's header: {"unet.lora_alpha": 8, ...}.
+
+    {} where it did not.
+    """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     facts: dict[str, Any] = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
     return facts
 
 
 def _scale(parts: Mapping[str, Tensor], facts: Mapping[str, Any], place: Place) -> float:
-    """alpha / rank by the file's own tensor, else by the trainer's note; 1 where the file does not say."""
+    """alpha / rank by the file's own tensor, else by the trainer's note.
+
+    1 where the file does not say.
+    """
     network, name = place
     rank = len(parts["down"])
     if "alpha" in parts:

@@ -1,21 +1,25 @@
 """Skip most of a transformer for those rows of a batch that it would tell little news.
 
-From one denoise step to the next a transformer often adds nearly the same to its input. The first block always runs; where its
-residual changed little since the step that was last computed in full, what all the other blocks added then is added again, and they
-are not run. As in `FirstBlockCache` of diffusers, but decided row by row and remembered by image, never by place in the batch: rows
-that need computing go on together as a smaller batch, and images may join and leave at every step.
+From one denoise step to the next a transformer often adds nearly the same to its input. The first
+block always runs; where its residual changed little since the step that was last computed in full,
+what all the other blocks added then is added again, and they are not run. As in `FirstBlockCache`
+of diffusers, but decided row by row and remembered by image, never by place in the batch: rows that
+need computing go on together as a smaller batch, and images may join and leave at every step.
 
-Approximate by design, so an option of best-effort images. The smaller batch gives the *other* rows different last bits as well: a
-forward with a reproducible image in it must stay outside of `rows()` altogether. Outside of it the network is untouched.
+Approximate by design, so for best-effort images of a checkpoint whose spec sets a threshold
+(`block_cache_threshold` in fleet.toml). The smaller batch gives the *other* rows different last
+bits as well: a forward with a reproducible image in it must stay outside of `rows()` altogether.
+Outside of it the network is untouched.
 
-For SD3 and FLUX transformers; UNets are refused: their later blocks take what earlier ones left for them, so there is no one residual
-to remember. Each forward waits once for the device, as the decision shapes the calls that follow: regional compilation of the blocks
-goes along with that, a CUDA graph or a compiled whole network does not. It does not know requests, nor what a row was made from.
+For SD3 and FLUX transformers; UNets are refused: their later blocks take what earlier ones left for
+them, so there is no one residual to remember. Each forward waits once for the device, as the
+decision shapes the calls that follow: regional compilation of the blocks goes along with that, a
+CUDA graph or a compiled whole network does not. It does not know requests, nor what a row was made
+from.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +27,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor, nn
 
 from engine.errors import EngineError, UnsupportedRequest
@@ -51,7 +56,10 @@ class RowKey:
 
 @dataclass(frozen=True)
 class Memory:
-    """What one row left behind when it was last computed in full; in memory of its own, not a view of the batch."""
+    """What one row left behind when it was last computed in full.
+
+    In memory of its own, not a view of the batch.
+    """
 
     step: int
     first: Tensor  # what the first block added to the image stream, [tokens, width]
@@ -88,14 +96,18 @@ class Forward:
 
 
 class BlockCache:
-    """The first-block cache of one transformer. Used by the engine's thread only; the counters may be read from any."""
+    """The first-block cache of one transformer.
+
+    Used by the engine's thread only; the counters may be read from any.
+    """
 
     def __init__(self, transformer: nn.Module, *, threshold: float, max_bytes: int, warmup_steps: int = 2, last_steps: int = 1) -> None:
         """Look for the blocks; nothing is changed on the network until `rows()`.
 
-        threshold: a row is skipped while the first block's residual differs by less than this share of its own mean magnitude; 0 skips
-        nothing.  max_bytes: of memories on the device, about 51 MiB per row of FLUX at 1024 px.  warmup_steps, last_steps: of each
-        image, always computed in full.  Raises `UnsupportedRequest` for a network without the blocks this module knows.
+        threshold: a row is skipped while the first block's residual differs by less than this share
+        of its own mean magnitude; 0 skips nothing.  max_bytes: of memories on the device, about 51
+        MiB per row of FLUX at 1024 px.  warmup_steps, last_steps: of each image, always computed in
+        full.  Raises `UnsupportedRequest` for a network without the blocks this module knows.
         """
         lists = [module for name in BLOCK_LISTS if isinstance(module := getattr(transformer, name, None), nn.ModuleList)]
         self._blocks: list[Any] = [block for blocks in lists for block in blocks]
@@ -107,34 +119,48 @@ class BlockCache:
         self.max_bytes = max_bytes
         self.warmup_steps = warmup_steps
         self.last_steps = last_steps
-        self.size_bytes = 0
         self.rows_computed = 0  # in full; like the next, of rows with a key
         self.rows_skipped = 0
-        self._memories: OrderedDict[tuple[str, int], Memory] = OrderedDict()  # by image and row, least recently used first
+        self._memories: LRUCache[tuple[str, int], Memory] = LRUCache(  # by image and row
+            max_bytes,
+            getsizeof=lambda memory: memory.size_bytes,
+        )
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all that is remembered, on the device."""
+        return int(self._memories.currsize)
 
     @property
     def rows_remembered(self) -> int:
-        """Rows that may be skipped at their next step. Not the length: an empty cache would count as false."""
+        """Rows that may be skipped at their next step.
+
+        Not the length: an empty cache would count as false.
+        """
         return len(self._memories)
 
     def facts(self) -> dict[str, Any]:
-        """What of it can change a bit, as plain JSON values."""
+        """Tell what of it can change a bit, as plain JSON values."""
         return {"threshold": self.threshold, "warmup_steps": self.warmup_steps, "last_steps": self.last_steps}
 
     @contextmanager
     def rows(self, keys: Sequence[RowKey | None], *, narrow: Callable[[list[int] | None], None] | None = None) -> Iterator[None]:
-        """Within it the next forward, of `len(keys)` rows, skips what it may; any forward after that one runs as without a cache.
+        """Within it the next forward, of `len(keys)` rows, skips what it may.
 
-        A row whose key is None does without: it is computed in full and not remembered, but its last bits depend on how many rows are
-        computed with it (see the module).  narrow: told which rows the coming blocks hold, in their order, whenever those are not all
-        of them, and None when they are all again; for what else is laid over a batch by row, such as adapters.
+        Any forward after that one runs as without a cache.
 
-        Raises `EngineError` within the forward when its rows are not those of `keys`, and `UnsupportedRequest` when its blocks are
-        given what this module does not know to be shared or per row. Either way nothing of the network stays changed.
+        A row whose key is None does without: it is computed in full and not remembered, but its
+        last bits depend on how many rows are computed with it (see the module).  narrow: told which
+        rows the coming blocks hold, in their order, whenever those are not all of them, and None
+        when they are all again; for what else is laid over a batch by row, such as adapters.
+
+        Raises `EngineError` within the forward when its rows are not those of `keys`, and
+        `UnsupportedRequest` when its blocks are given what this module does not know to be shared
+        or per row. Either way nothing of the network stays changed.
         """
         for key in keys:
-            if key is not None and (key.image_id, key.row) in self._memories:
-                self._memories.move_to_end((key.image_id, key.row))
+            if key is not None:
+                self._memories.get((key.image_id, key.row))  # used now: others go before it
         forward = Forward(keys, narrow or (lambda rows: None))
         self._step_in(forward)
         try:
@@ -145,12 +171,11 @@ class BlockCache:
     def forget(self, image_id: str) -> None:
         """Give back what is remembered of an image. Harmless when there is nothing."""
         for place in [place for place in self._memories if place[0] == image_id]:
-            self._drop(place)
+            del self._memories[place]
 
     def close(self) -> None:
         """Forget every image. Harmless when repeated."""
         self._memories.clear()
-        self.size_bytes = 0
 
     # --- one forward ---
 
@@ -206,7 +231,9 @@ class BlockCache:
         return block(**arguments)
 
     def _run_last(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
-        """Run the last block likewise, remember what all of them added, and put the rows back into their places."""
+        """Run the last block likewise, remember what all of them added, and put the rows back into
+        their places.
+        """
         text, image = self._run_between(forward, block, shared, **arguments)
         self._step_out(forward)
         first = forward.first
@@ -229,7 +256,9 @@ class BlockCache:
         return key.step >= key.num_steps - self.last_steps
 
     def _skippable(self, keys: Sequence[RowKey | None], added: Tensor) -> dict[int, Memory]:
-        """The rows to which the first block added nearly what it added when they were last computed, and what is remembered of them."""
+        """Give the rows to which the first block added nearly what it added when they were last
+        computed, and what is remembered of them.
+        """
         known: dict[int, Memory] = {}
         for row, key in enumerate(keys):
             memory = None if key is None or self._is_full(key) else self._memories.get((key.image_id, key.row))
@@ -243,7 +272,8 @@ class BlockCache:
         return {row: memory for row, memory in known.items() if changed[row] < self.threshold}
 
     def _remember(self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor) -> None:
-        """Keep what the rows just computed in full will be measured against, and what the blocks after the first added to them.
+        """Keep what the rows just computed in full will be measured against, and what the blocks
+        after the first added to them.
 
         text, image: [computed rows, tokens, width] after the last block.
         """
@@ -252,30 +282,22 @@ class BlockCache:
             if key is None:
                 continue
             place = (key.image_id, key.row)
-            self._drop(place)
+            self._memories.pop(place, None)
             if self._is_last(key):
                 continue  # no step of this image will ask again
             added_first = first.added[row].clone()
             added_text = None if text is None else text[nth] - first.text[row]
-            self._keep(place, Memory(key.step, added_first, added_first.abs().mean(), added_text, image[nth] - first.image[row]))
-
-    def _keep(self, place: tuple[str, int], memory: Memory) -> None:
-        """Make room at the cost of the least recently used; what is larger than the whole cache is not kept."""
-        if memory.size_bytes > self.max_bytes:
-            return
-        while self.size_bytes + memory.size_bytes > self.max_bytes:
-            self._drop(next(iter(self._memories)))
-        self._memories[place] = memory
-        self.size_bytes += memory.size_bytes
-
-    def _drop(self, place: tuple[str, int]) -> None:
-        memory = self._memories.pop(place, None)
-        if memory is not None:
-            self.size_bytes -= memory.size_bytes
+            added_image = image[nth] - first.image[row]
+            size = added_first.abs().mean()
+            memory = Memory(key.step, added_first, size, added_text, added_image)
+            if memory.size_bytes <= self.max_bytes:
+                self._memories[place] = memory
 
 
 def _filled(whole: Tensor, index: Tensor, computed: Tensor, added: dict[int, Tensor]) -> Tensor:
-    """Replace the rows `index` of `whole` by computed ones and add to each other row what is remembered for it, in place."""
+    """Replace the rows `index` of `whole` by computed ones and add to each other row what is
+    remembered for it, in place.
+    """
     whole[index] = computed
     for row, remembered in added.items():
         whole[row] += remembered

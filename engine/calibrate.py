@@ -1,4 +1,6 @@
-"""Measure a checkpoint's curves on this device and write them down, for workers to load instead of measuring at every start."""
+"""Measure a checkpoint's curves on this device and write them down, for workers to load instead of
+measuring at every start.
+"""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +24,8 @@ class CurvePoint:
 
 
 def calibrate(config: EngineConfig, spec: CheckpointSpec, folder: Path) -> tuple[Path, list[CurvePoint]]:
-    """Load `spec` alone, measure every bucket `config.warm_up_repeats` times, save the curves in `folder`.
+    """Load `spec` alone, measure every bucket `config.warm_up_repeats` times, save the curves in
+    `folder`.
 
     Curves saved there before are replaced. Returns the file and what it says, for people.
     """

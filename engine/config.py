@@ -61,5 +61,7 @@ class CheckpointSpec:
     channels_last: bool = False  # the UNet's weights in the layout that convolutions in half precision like
     compile_blocks: bool = False  # torch.compile, block by block: a minute at the first start, a tenth or more off each step
     cuda_graphs: bool = False  # record each bucket's forward once; with `row_buckets`, so that there are few
-    block_cache_threshold: float = 0.0  # relative change of the first block's residual under which the others are skipped; 0: no cache
+    # Relative change of the first block's residual under which a best-effort image skips the others;
+    # 0: no cache.
+    block_cache_threshold: float = 0.0
     block_cache_bytes: int = 1024 * 1024 * 1024

@@ -1,7 +1,9 @@
-"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a decode, bytes of a row.
+"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a
+decode, bytes of a row.
 
-Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `load` with what `./darkroom calibrate` wrote
-down. No torch, no clock, no files. It does not know who waits; `scheduler.py` asks it.
+Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `adopt` with
+what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no files. It does not know
+who waits; `scheduler.py` asks it.
 
 Three things stand between a measurement and a decision:
 
@@ -21,16 +23,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from engine.inflight import BatchKey
 
-VERSION = 1  # of what `to_data` gives
 OUTLIER = 2.0
 HALF_LIFE = 50  # forwards of the batch key
 STALE_AFTER = 1000  # likewise
-MOST_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
+MAX_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
 TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
 
 # Before the first forward of a checkpoint was timed. Only the proportions matter then: which image is nearer its end.
@@ -41,11 +42,33 @@ ENCODE_STEPS = 1.0
 Value = TypeVar("Value")
 
 
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes on the device."""
+
+    fixed_bytes: int  # whatever it does: weights, adapters, margin
+    per_row_bytes: int  # what a row of a forward adds
+    decode_bytes: int  # what a decode adds
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurements:
+    """What is known of one batch key."""
+
+    key: BatchKey
+    steps: Mapping[int, float]  # seconds of a forward by its rows; empty where none was timed
+    encode_s: float | None = None
+    decode_s: float | None = None
+    footprint: Footprint | None = None
+
+
 class CostModel:
     """Seconds and bytes by batch key."""
 
     def __init__(self, *, memory: float = 0.1) -> None:
-        """`memory`: the weight of the newest observation in a moving average, above 0 and at most 1."""
+        """`memory`: the weight of the newest observation in a moving average, above 0 and at most
+        1.
+        """
         if not 0 < memory <= 1:
             raise ValueError(f"memory is {memory}, not above 0 and at most 1")
         self.memory = memory
@@ -53,7 +76,7 @@ class CostModel:
         self._curves: _ByKey[_Forwards] = _ByKey()  # of more than one
         self._encodes: _ByKey[_Average] = _ByKey()
         self._decodes: _ByKey[_Average] = _ByKey()
-        self._footprints: dict[BatchKey, _Footprint] = {}
+        self._footprints: dict[BatchKey, Footprint] = {}
 
     # --- seconds ---
 
@@ -64,7 +87,11 @@ class CostModel:
         self._file(key, forwards)
 
     def observe_encode(self, key: BatchKey, seconds: float) -> None:
-        """Note an encode. A prompt the cache knew takes next to nothing: both kinds are averaged, for nobody knows which comes next."""
+        """Note an encode.
+
+        A prompt the cache knew takes next to nothing: both kinds are averaged, for nobody knows
+        which comes next.
+        """
         average = self._encodes.get(key) or _Average()
         average.observe(seconds, self.memory)
         self._encodes.keep(key, average)
@@ -80,15 +107,16 @@ class CostModel:
         return key in self._curves or key in self._points
 
     def measured_keys(self) -> list[BatchKey]:
-        """The batch keys of which a forward is known."""
+        """Give the batch keys of which a forward is known."""
         return [*self._curves, *self._points]
 
     def curve(self, key: BatchKey) -> Curve:
-        """Seconds of a forward by its rows, as known now.
+        """Give the seconds of a forward by its rows, as known now.
 
-        A key never measured borrows the curve of the most alike key of its checkpoint, scaled by pixels; one with a single row count
-        measured borrows only the shape, of one that has more. Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and
-        each further one half of that.
+        A key never measured borrows the curve of the most alike key of its checkpoint, scaled by
+        pixels; one with a single row count measured borrows only the shape, of one that has more.
+        Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and each further one half
+        of that.
         """
         point, curve = self._points.get(key), self._curves.nearest(key)
         if point is not None and curve is not None:
@@ -101,16 +129,19 @@ class CostModel:
         return Curve(forwards, _pixels(key) / _pixels(alike))
 
     def step_s(self, key: BatchKey, rows: int) -> float:
-        """Seconds of a forward of `rows` rows, padding included."""
+        """Give the seconds of a forward of `rows` rows, padding included."""
         return self.curve(key).seconds(rows)
 
     def encode_s(self, key: BatchKey) -> float:
-        """Seconds of an encode; borrowed like a step's, but not scaled: a prompt has no pixels."""
+        """Give the seconds of an encode.
+
+        Borrowed like a step's, but not scaled: a prompt has no pixels.
+        """
         found = self._encodes.nearest(key)
         return ENCODE_STEPS * self.step_s(key, 1) if found is None else found[1].seconds
 
     def decode_s(self, key: BatchKey) -> float:
-        """Seconds of the decode of one image; borrowed like a step's."""
+        """Give the seconds of the decode of one image; borrowed like a step's."""
         found = self._decodes.nearest(key)
         if found is None:
             return DECODE_STEPS * self.step_s(key, 1)
@@ -120,43 +151,44 @@ class CostModel:
     # --- bytes ---
 
     def observe_memory(self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int) -> None:
-        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a forward adds and what a decode does."""
-        self._footprints[key] = _Footprint(fixed_bytes, per_row_bytes, decode_bytes)
+        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a
+        forward adds and what a decode does.
+        """
+        self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
 
     def row_limit(self, key: BatchKey, budget_bytes: int | None) -> int | None:
-        """Rows of a forward that fit into the budget beside one decode; None where nothing is measured or no budget set."""
+        """Tell the rows of a forward that fit into the budget beside one decode.
+
+        None where nothing is measured or no budget set.
+        """
         footprint = self._footprints.get(key)
         if footprint is None or budget_bytes is None:
             return None
         free_bytes = budget_bytes - footprint.fixed_bytes - footprint.decode_bytes
         return max(0, free_bytes // max(1, footprint.per_row_bytes))
 
-    # --- as data ---
+    # --- all of it ---
 
-    def to_data(self) -> dict[str, Any]:
-        """Everything known, JSON-plain; `load` takes it back."""
+    def measurements(self) -> list[Measurements]:
+        """Give everything known, by batch key; `adopt` takes it back."""
         keys = {*self.measured_keys(), *self._encodes, *self._decodes, *self._footprints}
-        return {"version": VERSION, "keys": [self._entry(key) for key in sorted(keys, key=str)]}
+        return [self._measurements_of(key) for key in sorted(keys, key=str)]
 
-    def load(self, data: object) -> None:
-        """Take over what was measured before. What was measured here already stays as it is.
-
-        Raises `ValueError` saying what is wrong; nothing is taken over then.
-        """
-        entries = [_Entry.parse(entry, f"keys[{place}]") for place, entry in enumerate(_listed(data))]
+    def adopt(self, measured: Iterable[Measurements]) -> None:
+        """Take over what was measured before. What was measured here already stays as it is."""
         settled = math.ceil(1 / self.memory)
-        for entry in entries:
-            if entry.steps and not self.is_measured(entry.key):
+        for one in measured:
+            if one.steps and not self.is_measured(one.key):
                 forwards = _Forwards()
-                forwards.load(entry.steps, settled)
-                self._file(entry.key, forwards)
-            for averages, seconds in ((self._encodes, entry.encode_s), (self._decodes, entry.decode_s)):
-                if seconds is not None and entry.key not in averages:
+                forwards.load(one.steps, settled)
+                self._file(one.key, forwards)
+            for averages, seconds in ((self._encodes, one.encode_s), (self._decodes, one.decode_s)):
+                if seconds is not None and one.key not in averages:
                     average = _Average()
                     average.load(seconds, settled)
-                    averages.keep(entry.key, average)
-            if entry.footprint is not None:
-                self._footprints.setdefault(entry.key, entry.footprint)
+                    averages.keep(one.key, average)
+            if one.footprint is not None:
+                self._footprints.setdefault(one.key, one.footprint)
 
     def _forwards_of(self, key: BatchKey) -> _Forwards:
         return self._curves.get(key) or self._points.get(key) or _Forwards()
@@ -169,17 +201,16 @@ class CostModel:
         else:
             self._points.keep(key, forwards)
 
-    def _entry(self, key: BatchKey) -> dict[str, Any]:
-        entry: dict[str, Any] = {"key": asdict(key)}
-        if self.is_measured(key):
-            entry["steps"] = [[rows, average.seconds] for rows, average in sorted(self._forwards_of(key).averages.items())]
-        if key in self._encodes:
-            entry["encode_s"] = self._encodes[key].seconds
-        if key in self._decodes:
-            entry["decode_s"] = self._decodes[key].seconds
-        if key in self._footprints:
-            entry["memory"] = asdict(self._footprints[key])
-        return entry
+    def _measurements_of(self, key: BatchKey) -> Measurements:
+        averages = self._forwards_of(key).averages
+        encode, decode = self._encodes.get(key), self._decodes.get(key)
+        return Measurements(
+            key=key,
+            steps={rows: average.seconds for rows, average in sorted(averages.items())},
+            encode_s=None if encode is None else encode.seconds,
+            decode_s=None if decode is None else decode.seconds,
+            footprint=self._footprints.get(key),
+        )
 
 
 class Curve:
@@ -190,34 +221,27 @@ class Curve:
         self._scale = scale
 
     def seconds(self, rows: int) -> float:
-        """Of a forward of `rows` rows, padding included."""
+        """Give the seconds of a forward of `rows` rows, padding included."""
         return self._scale * self._measured.seconds(rows)
 
     def is_worth_growing(self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85) -> bool:
-        """Does growing a forward cost less than `ceiling` times a single-row step for each of the `used_rows` rows it gains?
+        """Does growing a forward cost less than `ceiling` times a single-row step for each of the
+        `used_rows` rows it gains?
 
-        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second look.
+        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second
+        look.
         """
         measured = self._measured
         more_s = measured.seconds(to_rows) - measured.seconds(from_rows)
         return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(from_rows, to_rows)
 
     def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
-        """Rows a forward grows to when single rows wait without end, at most `most_rows`."""
+        """Tell the rows a forward grows to when single rows wait without end, at most `most_rows`."""
         rows = 1
         for more in range(2, most_rows + 1):
             if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
                 rows = more
         return rows
-
-
-@dataclass(frozen=True)
-class _Footprint:
-    """Bytes on the device."""
-
-    fixed_bytes: int
-    per_row_bytes: int
-    decode_bytes: int
 
 
 class _Average:
@@ -277,7 +301,9 @@ class _Forwards:
         return average is not None and (average.observations == 1 or self._observations - average.seen_at > STALE_AFTER)
 
     def _fit(self, settled: float) -> None:
-        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean (pool adjacent violators)."""
+        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean
+        (pool adjacent violators).
+        """
         self._known.clear()
         self._rows = sorted(self.averages)
         blocks: list[tuple[float, float, int]] = []  # seconds, weight, row counts
@@ -307,19 +333,22 @@ _UNMEASURED.load({1: ROW_S_PER_MEGAPIXEL}, 1)
 
 
 class _ByKey(dict[BatchKey, Value], Generic[Value]):
-    """Values of the `MOST_KEYS` batch keys used last, and which of them is most alike another."""
+    """Values of the `MAX_KEYS` batch keys used last, and which of them is most alike another."""
 
     def __init__(self) -> None:
         super().__init__()
         self._borrowed: dict[BatchKey, BatchKey | None] = {}
 
     def keep(self, key: BatchKey, value: Value) -> None:
-        """Note the value as the one used last; forget the one not used for longest when there are too many."""
-        if key not in self or len(self._borrowed) > MOST_KEYS:
+        """Note the value as the one used last.
+
+        Forget the one not used for longest when there are too many.
+        """
+        if key not in self or len(self._borrowed) > MAX_KEYS:
             self._borrowed.clear()
         self.pop(key, None)
         self[key] = value
-        if len(self) > MOST_KEYS:
+        if len(self) > MAX_KEYS:
             del self[next(iter(self))]
 
     def drop(self, key: BatchKey) -> None:
@@ -328,7 +357,9 @@ class _ByKey(dict[BatchKey, Value], Generic[Value]):
             self._borrowed.clear()
 
     def nearest(self, key: BatchKey) -> tuple[BatchKey, Value] | None:
-        """The key itself where it is known, else the most alike of its checkpoint: same call, then pixels, then text length."""
+        """Give the key itself where it is known, else the most alike of its checkpoint: same call,
+        then pixels, then text length.
+        """
         own = self.get(key)
         if own is not None:
             return key, own
@@ -350,83 +381,3 @@ def _distance_from(key: BatchKey) -> Any:
 
 def _pixels(key: BatchKey) -> int:
     return key.height_px * key.width_px
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """What a file says of one batch key."""
-
-    key: BatchKey
-    steps: dict[int, float]
-    encode_s: float | None
-    decode_s: float | None
-    footprint: _Footprint | None
-
-    @classmethod
-    def parse(cls, data: object, where: str) -> _Entry:
-        """Raises `ValueError` that begins with the place."""
-        entry = _members(data, where, required=["key"], optional=["steps", "encode_s", "decode_s", "memory"])
-        steps: dict[int, float] = {}
-        for place, pair in enumerate(_items(entry.get("steps", []), f"{where}.steps")):
-            rows, seconds = _items(pair, f"{where}.steps[{place}]", count=2)
-            steps[_count(rows, f"{where}.steps[{place}][0]", least=1)] = _seconds(seconds, f"{where}.steps[{place}][1]", least=TICK_S)
-        return cls(
-            key=_key(entry["key"], f"{where}.key"),
-            steps=steps,
-            encode_s=_seconds(entry["encode_s"], f"{where}.encode_s") if "encode_s" in entry else None,
-            decode_s=_seconds(entry["decode_s"], f"{where}.decode_s") if "decode_s" in entry else None,
-            footprint=_footprint(entry["memory"], f"{where}.memory") if "memory" in entry else None,
-        )
-
-
-def _listed(data: object) -> list[object]:
-    """The entries of a file of our version."""
-    file = _members(data, "curves", required=["version", "keys"])
-    if file["version"] != VERSION:
-        raise ValueError(f"version: {file['version']!r} is not {VERSION}")
-    return _items(file["keys"], "keys")
-
-
-def _key(data: object, where: str) -> BatchKey:
-    members = _members(data, where, required=[field.name for field in fields(BatchKey)])
-    for name in ("checkpoint", "call"):
-        if not isinstance(members[name], str):
-            raise ValueError(f"{where}.{name}: {members[name]!r} is not a string")
-    for name, least in (("height_px", 1), ("width_px", 1), ("text_length", 0)):
-        _count(members[name], f"{where}.{name}", least=least)
-    return BatchKey(**members)
-
-
-def _footprint(data: object, where: str) -> _Footprint:
-    members = _members(data, where, required=[field.name for field in fields(_Footprint)])
-    return _Footprint(**{name: _count(value, f"{where}.{name}", least=0) for name, value in members.items()})
-
-
-def _members(data: object, where: str, *, required: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise ValueError(f"{where}: {data!r} is not an object")
-    for name in required:
-        if name not in data:
-            raise ValueError(f"{where}: {name} is missing")
-    for name in data:
-        if name not in {*required, *optional}:
-            raise ValueError(f"{where}: {name!r} is not known")
-    return data
-
-
-def _items(data: object, where: str, count: int | None = None) -> list[Any]:
-    if not isinstance(data, list) or count not in (None, len(data)):
-        raise ValueError(f"{where}: {data!r} is not a list{'' if count is None else f' of {count}'}")
-    return data
-
-
-def _count(value: object, where: str, *, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{where}: {value!r} is not a whole number from {least} up")
-    return value
-
-
-def _seconds(value: object, where: str, *, least: float = 0.0) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not least <= value < math.inf:
-        raise ValueError(f"{where}: {value!r} is not a number of seconds from {least} up")
-    return float(value)

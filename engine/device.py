@@ -50,7 +50,9 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Time on the device's clock, by two events in its stream: taking it launches nothing and waits for nothing."""
+    """Time on the device's clock, by two events in its stream: taking it launches nothing and waits
+    for nothing.
+    """
 
     def __init__(self) -> None:
         self._start = cuda.Event(enable_timing=True)
@@ -67,7 +69,10 @@ class CudaStopwatch:
         self._end.record()
 
     def seconds(self) -> float:
-        """From start to stop; waits for the device to pass the end, without holding the interpreter."""
+        """From start to stop.
+
+        Waits for the device to pass the end, without holding the interpreter.
+        """
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) / 1000
 
@@ -90,7 +95,10 @@ class Device:
         return self.torch_device.type == "cuda"
 
     def prepare(self) -> None:
-        """Set what can change bits to fixed values. These switches are the process's: one engine per process."""
+        """Set what can change bits to fixed values.
+
+        These switches are the process's: one engine per process.
+        """
         torch.set_num_threads(self.num_threads)
         for kernel in ATTENTION[1:]:
             getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(self.attention in ("auto", kernel) or kernel == "math")
@@ -107,7 +115,9 @@ class Device:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """On a GPU, launch what follows beside the forwards to come, after all that was launched until now."""
+        """On a GPU, launch what follows beside the forwards to come, after all that was launched
+        until now.
+        """
         if not self.is_cuda:
             yield
             return
@@ -118,7 +128,10 @@ class Device:
             yield
 
     def fetch(self, tensor: Tensor) -> Tensor:
-        """A copy on the CPU; on a GPU only launched, there when a stopwatch stopped after this call is ready."""
+        """Give a copy on the CPU.
+
+        On a GPU only launched, there when a stopwatch stopped after this call is ready.
+        """
         if not self.is_cuda:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
@@ -129,7 +142,10 @@ class Device:
             cuda.empty_cache()
 
     def memory_bytes(self) -> int:
-        """What is allocated on a GPU now; 0 on a CPU, whose memory is not the engine's to divide."""
+        """Tell what is allocated on a GPU now.
+
+        0 on a CPU, whose memory is not the engine's to divide.
+        """
         return int(cuda.memory_allocated(self.torch_device)) if self.is_cuda else 0
 
     def forget_peak(self) -> None:
@@ -138,18 +154,18 @@ class Device:
             cuda.reset_peak_memory_stats(self.torch_device)
 
     def peak_bytes(self) -> int:
-        """The most that was allocated since `forget_peak`; 0 on a CPU."""
+        """Give the most that was allocated since `forget_peak`; 0 on a CPU."""
         return int(cuda.max_memory_allocated(self.torch_device)) if self.is_cuda else 0
 
     def memory_budget_bytes(self) -> int | None:
-        """What may be allocated in all, a margin for fragments left free; None on a CPU."""
+        """Tell what may be allocated in all, a margin for fragments left free; None on a CPU."""
         if not self.is_cuda:
             return None
         free_bytes, _ = cuda.mem_get_info(self.torch_device)
         return int((free_bytes + cuda.memory_reserved(self.torch_device)) * MEMORY_SHARE)
 
     def facts(self) -> dict[str, Any]:
-        """What of this device and its set-up can change a bit."""
+        """Tell what of this device and its set-up can change a bit."""
         if self.is_cuda:
             return {
                 "device": cuda.get_device_name(self.torch_device),
@@ -185,7 +201,9 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 def _cpu(key: str) -> str:
-    """What Linux says of the processor, "" elsewhere: its instruction set chooses the kernels, also inside oneDNN."""
+    """Tell what Linux says of the processor, "" elsewhere: its instruction set chooses the kernels,
+    also inside oneDNN.
+    """
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:
             for line in lines:

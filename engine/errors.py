@@ -15,11 +15,17 @@ EngineError              the unplanned, with its cause attached: log it, count t
 
 
 class EngineError(Exception):
-    """Something the engine did not plan for; its cause is attached. The caller decides whether a retry makes sense."""
+    """Something the engine did not plan for; its cause is attached.
+
+    The caller decides whether a retry makes sense.
+    """
 
 
 class UnknownCheckpoint(EngineError):
-    """The request names a checkpoint this engine was not started with; sending it to a worker that holds it helps."""
+    """The request names a checkpoint this engine was not started with.
+
+    Sending it to a worker that holds it helps.
+    """
 
     def __init__(self, checkpoint: str, known: list[str]) -> None:
         super().__init__(f"no checkpoint named {checkpoint!r} here; this engine holds {', '.join(known) or 'none'}")
@@ -36,7 +42,10 @@ class UnsupportedRequest(EngineError):
 
 
 class CheckpointCorrupt(EngineError):
-    """A file of the checkpoint folder is missing, altered or unreadable; `file` names it. Fetch the checkpoint again."""
+    """A file of the checkpoint folder is missing, altered or unreadable; `file` names it.
+
+    Fetch the checkpoint again.
+    """
 
     def __init__(self, file: str, problem: str) -> None:
         super().__init__(f"{file}: {problem}")
@@ -45,15 +54,24 @@ class CheckpointCorrupt(EngineError):
 
 
 class SnapshotRefused(EngineError):
-    """A snapshot cannot be used here, and the message says why; rendering from the start gives the image, though not from that step."""
+    """A snapshot cannot be used here, and the message says why.
+
+    Rendering from the start gives the image, though not from that step.
+    """
 
 
 class OutOfDeviceMemory(EngineError):
-    """Even alone, this image did not fit into the device's memory; a quieter or a larger device may hold it."""
+    """Even alone, this image did not fit into the device's memory.
+
+    A quieter or a larger device may hold it.
+    """
 
 
 class ImageNotFinite(EngineError):
-    """The decoded image held NaN or infinity. The same request on the same checkpoint fails again."""
+    """The decoded image held NaN or infinity.
+
+    The same request on the same checkpoint fails again.
+    """
 
 
 class ImageCanceled(EngineError):
@@ -61,12 +79,21 @@ class ImageCanceled(EngineError):
 
 
 class DeadlinePassed(EngineError):
-    """The image was not finished in the time it was given. The same request fits into more time, at a better rank, or where less waits."""
+    """The image was not finished in the time it was given.
+
+    The same request fits into more time, at a better rank, or where less waits.
+    """
 
 
 class EngineStopped(EngineError):
-    """The engine was never started, was stopped, or its device thread died; nothing of this image is kept."""
+    """The engine was never started, was stopped, or its device thread died.
+
+    Nothing of this image is kept.
+    """
 
 
 class EngineDied(EngineStopped):
-    """The device thread broke with this image in flight: nobody can say whether it was to blame. Count the attempt."""
+    """The device thread broke with this image in flight: nobody can say whether it was to blame.
+
+    Count the attempt.
+    """

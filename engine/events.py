@@ -1,7 +1,9 @@
-"""What an image tells its caller on the way: Queued, Started (or Resumed, from a snapshot), Stepped…, then Finished or Failed.
+"""What an image tells its caller on the way: Queued, Started (or Resumed, from a snapshot),
+Stepped…, then Finished or Failed.
 
-Previewed comes after a Stepped while somebody watches; Parked and Resumed come in pairs between two steps, when a better rank takes
-the image's seat and gives it back. Events are values; `on_event` is called with them from the engine's own thread and must be fast.
+Previewed comes after a Stepped while somebody watches; Parked and Resumed come in pairs between two
+steps, when a better rank takes the image's seat and gives it back. Events are values; `on_event` is
+called with them from the engine's own thread and must be fast.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ class Stepped:
 
 @dataclass(frozen=True, kw_only=True)
 class Previewed:
-    """What the image will roughly look like, as the last step predicted it: a small JPEG. Only the newest matters."""
+    """What the image will roughly look like, as the last step predicted it: a small JPEG.
+
+    Only the newest matters.
+    """
 
     request_id: str
     step: int
@@ -52,7 +57,10 @@ class Previewed:
 
 @dataclass(frozen=True, kw_only=True)
 class Parked:
-    """Somebody of a better rank took its seat; it keeps its latents and goes on later from this step."""
+    """Somebody of a better rank took its seat.
+
+    It keeps its latents and goes on later from this step.
+    """
 
     request_id: str
     step: int
@@ -77,7 +85,10 @@ class Finished:
 
 @dataclass(frozen=True, kw_only=True)
 class Failed:
-    """It will not be rendered; `error` says why (`ImageCanceled` when somebody asked for that). The last event."""
+    """It will not be rendered; `error` says why (`ImageCanceled` when somebody asked for that).
+
+    The last event.
+    """
 
     request_id: str
     error: EngineError

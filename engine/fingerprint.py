@@ -1,11 +1,13 @@
 """Everything besides the request that can change a bit of an image, as facts and as their sha256.
 
-Why a pinned bucket gives fixed bits: a kernel's choice of tiles, of splits along the summed axis and of vector or scalar code depends
-on the shapes it is given, mostly on the number of rows of the small matmuls, and with it the order in which numbers are added. Rows
-never mix, so with every shape constant each row is computed by the same instructions whatever the other rows hold. A diffusion
-step has a constant number of tokens; the row count is all that varies, and padding every forward to `bucket_rows` holds that still
-too. Encode and decode run one at a time. What is left is listed here. Two images with equal requests and equal fingerprints have
-equal bits; a resume elsewhere is exact only on an equal fingerprint.
+Why a pinned bucket gives fixed bits: a kernel's choice of tiles, of splits along the summed axis
+and of vector or scalar code depends on the shapes it is given, mostly on the number of rows of the
+small matmuls, and with it the order in which numbers are added. Rows never mix, so with every shape
+constant each row is computed by the same instructions whatever the other rows hold. A diffusion
+step has a constant number of tokens; the row count is all that varies, and padding every forward to
+`bucket_rows` holds that still too. Encode and decode run one at a time. What is left is listed
+here. Two images with equal requests and equal fingerprints have equal bits; a resume elsewhere is
+exact only on an equal fingerprint.
 """
 
 import hashlib
@@ -39,11 +41,13 @@ def fingerprint(
     device_facts: dict[str, Any],
     family_facts: dict[str, Any],
 ) -> Fingerprint:
-    """Gather the facts. `bucket_rows` None says that neighbours may change the last bits: no promise is made then.
+    """Gather the facts.
 
-    adapters: name, sha256 and strength of each.  block_cache: when it skips blocks, None where every block is computed.
-    fork: sha256 of the latents that the image started from, "" for its own noise.
-    speed: what `acceleration.py` did.
+    `bucket_rows` None says that neighbours may change the last bits: no promise is made then.
+
+    adapters: name, sha256 and strength of each.  block_cache: when it skips blocks, None where
+    every block is computed. fork: sha256 of the latents that the image started from, "" for its own
+    noise. speed: what `acceleration.py` did.
     """
     facts: dict[str, Any] = {
         "numerics": NUMERICS,

@@ -24,8 +24,11 @@ class Progress:
     device_seconds: float  # its share until now, also of an image that was canceled or failed
 
 
-class Desk(Protocol):
-    """What a handle asks of its engine; each takes effect between two steps and is harmless for an image that has ended."""
+class EngineControls(Protocol):
+    """What a handle asks of its engine.
+
+    Each takes effect between two steps and is harmless for an image that has ended.
+    """
 
     def cancel(self, image_id: str) -> None: ...
 
@@ -39,45 +42,54 @@ class Desk(Protocol):
 class Handle:
     """One submitted image."""
 
-    def __init__(self, image: InFlight, desk: Desk) -> None:
+    def __init__(self, image: InFlight, controls: EngineControls) -> None:
         self.request: ImageRequest = image.request
         self._image = image
-        self._desk = desk
+        self._controls = controls
         self._done = threading.Event()
         self._finished: FinishedImage | None = None
         self._error: EngineError | None = None
 
     def cancel(self) -> None:
-        """Ask the engine to drop the image at the next step boundary. Harmless at any moment, also after the end."""
+        """Ask the engine to drop the image at the next step boundary.
+
+        Harmless at any moment, also after the end.
+        """
         if not self.done():
-            self._desk.cancel(self.request.id)
+            self._controls.cancel(self.request.id)
 
     def set_rank(self, rank: int) -> None:
-        """Serve the image at this rank from the next step boundary on."""
+        """Serve the image at this rank from the next step boundary on. No worker does so yet."""
         if not self.done():
-            self._desk.set_rank(self.request.id, rank)
+            self._controls.set_rank(self.request.id, rank)
 
     def watch(self, watched: bool = True) -> None:
-        """Ask for `Previewed` events from the next step on, or for no more of them: they cost time, so only while somebody looks."""
+        """Ask for `Previewed` events from the next step on, or for no more of them: they cost time,
+        so only while somebody looks.
+        """
         if not self.done():
-            self._desk.watch(self.request.id, watched)
+            self._controls.watch(self.request.id, watched)
 
     def snapshot(self, timeout_s: float | None = None) -> bytes:
-        """All that is needed to go on elsewhere from the present step with the same bits; the image itself goes on too.
+        """Give all that is needed to go on elsewhere from the present step with the same bits.
 
-        Raises `SnapshotRefused` when it has ended, `UnsupportedRequest` where its family has none to give, `EngineStopped`, or
-        `TimeoutError`.
+        The image itself goes on too.
+
+        Raises `SnapshotRefused` when it has ended, `UnsupportedRequest` where its family has none
+        to give, `EngineStopped`, or `TimeoutError`.
         """
         if self.done():
             raise SnapshotRefused(f"image {self.request.id} is no longer in flight")
-        return self._desk.snapshot(self.request.id).result(timeout_s)
+        return self._controls.snapshot(self.request.id).result(timeout_s)
 
     def done(self) -> bool:
         """Is it finished, failed or canceled?"""
         return self._done.is_set()
 
     def result(self, timeout_s: float | None = None) -> FinishedImage:
-        """Wait for the image. Raises its `EngineError`, or `TimeoutError` when it is not done in time (it goes on then).
+        """Wait for the image.
+
+        Raises its `EngineError`, or `TimeoutError` when it is not done in time (it goes on then).
 
         When this returns, the image's last event has been delivered.
         """
@@ -89,7 +101,7 @@ class Handle:
         return self._finished
 
     def progress(self) -> Progress:
-        """Where the image stands now; waits for nothing."""
+        """Tell where the image stands now; waits for nothing."""
         image = self._image
         return Progress(
             state=image.state,
@@ -100,7 +112,7 @@ class Handle:
         )
 
     def resolve(self, outcome: FinishedImage | EngineError) -> None:
-        """The engine's word, once: later ones are ignored."""
+        """Take the engine's word, once: later ones are ignored."""
         if self._done.is_set():
             return
         if isinstance(outcome, FinishedImage):

@@ -1,7 +1,7 @@
 """The progress of one request: where it stands, its tensors, and what it has taken so far.
 
-Only the engine's thread writes here; others may read the plain numbers. Importable without torch, so that the scheduler's tests
-can build one by hand.
+Only the engine's thread writes here; others may read the plain numbers. Importable without torch,
+so that the scheduler's tests can build one by hand.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 from engine.request import ImageRequest
 
 if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+    from engine.tensors import Tensors
 
-    from engine.families.contract import Rows, Sampler
+PACE_MEMORY = 0.3  # weight of the newest step in an image's seconds per step
 
 
 class ImageState(StrEnum):
@@ -33,7 +32,10 @@ class ImageState(StrEnum):
 
 @dataclass(frozen=True)
 class BatchKey:
-    """What images must agree on to share a forward. Steps, guidance, sampler, seed and adapters are not in it: they are per row."""
+    """What images must agree on to share a forward.
+
+    Steps, guidance, sampler, seed and adapters are not in it: they are per row.
+    """
 
     checkpoint: str
     height_px: int
@@ -42,7 +44,7 @@ class BatchKey:
     call: str = ""  # of a pipeline run as a coroutine: which network it calls, and how
 
     def __str__(self) -> str:
-        """How curves on disk and in metrics name it."""
+        """Tell how curves on disk and in metrics name it."""
         return f"{self.checkpoint} {self.width_px}x{self.height_px} text={self.text_length}{self.call and f' {self.call}'}"
 
 
@@ -66,19 +68,6 @@ class Account:
 
 
 @dataclass(eq=False)
-class Tensors:
-    """What an image of a native family holds on the device between two forwards, and the objects that move it."""
-
-    sampler: Sampler  # a diffusers scheduler object of its own: multi-step samplers remember earlier steps
-    timesteps: Tensor  # [num_steps], on the CPU
-    conditioning: Rows  # each tensor [rows, ...]; with guidance in the order uncond, cond
-    latents: Tensor  # [1, c, h/8, w/8], or packed as the family's denoiser takes them: [1, tokens, c]
-    generator: torch.Generator  # on the CPU; first the initial noise, then what a stochastic sampler draws
-    extras: dict[str, Tensor] = field(default_factory=dict)  # what image-to-image and inpainting need again at every step
-    clean: Tensor | None = None  # the clean latents as the last step predicted them; only while somebody watches
-
-
-@dataclass(eq=False)
 class InFlight:
     """One request on its way through the engine."""
 
@@ -92,6 +81,7 @@ class InFlight:
     is_denoised: bool = False  # are all its denoise steps behind it?
     is_watched: bool = False  # does anybody look at previews?
     origin: str = ""  # sha256 of the latents it was forked from
+    skips_blocks: bool = False  # may its steps reuse what blocks computed where little changed?
 
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None
@@ -115,6 +105,21 @@ class InFlight:
         """Note one more denoise step behind it."""
         self.step += 1
         self.is_denoised = self.step >= self.num_steps
+
+    def note_step(self, now: float, *, decode_s: float) -> None:
+        """Learn the image's pace from a step that ended `now`, and say when it will be there.
+
+        now: on the monotonic clock.  decode_s: seconds that its decode will take.
+        """
+        since = self.last_step_at or self.first_step_at or now
+        newest_s = now - since
+        known_s = self.seconds_per_step
+        if known_s is None:
+            self.seconds_per_step = newest_s
+        else:
+            self.seconds_per_step = known_s + PACE_MEMORY * (newest_s - known_s)
+        self.last_step_at = now
+        self.eta_s = (self.num_steps - self.step) * self.seconds_per_step + decode_s
 
     @property
     def tensors(self) -> Tensors:

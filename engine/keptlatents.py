@@ -1,16 +1,20 @@
-"""Latents kept after chosen steps of an image, so that another request of the same owner can start from there: iterative editing.
+"""Latents kept after chosen steps of an image: another request of its owner can start from there.
 
-Same owner only: latents hold a picture, and one customer's must never show in another's. Bounded in bytes, least recently used out
-first, on the host. Any thread may ask what is there; the engine's thread puts in and takes out.
+For iterative edits. No request of the product asks for that yet (`keep_steps`, `fork`): callers of
+`Engine` do, and the tests.
+
+Same owner only: latents hold a picture, and one customer's must never show in another's. Bounded in
+bytes, least recently used out first, on the host.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from cachetools import LRUCache
 
 from engine.errors import UnsupportedRequest
 from engine.request import Fork, ImageRequest
@@ -18,12 +22,13 @@ from engine.request import Fork, ImageRequest
 if TYPE_CHECKING:
     from torch import Tensor
 
-# What must agree for two schedules to have one noise level at one step, and for the origin to have passed today's safety rules.
+# What must agree for two schedules to have one noise level at one step, and for the origin to have
+# passed today's safety rules.
 SAME_FOR_A_FORK = ("checkpoint", "width_px", "height_px", "num_steps", "sampler", "policy_version")
 
 
 @dataclass(frozen=True)
-class Kept:
+class StepLatents:
     """The latents of `request` after `step`, on the CPU; nobody writes to them."""
 
     request: ImageRequest
@@ -38,42 +43,57 @@ class Kept:
 
 
 class KeptLatents:
-    """Kept latents by (owner, image id, step)."""
+    """StepLatents latents by (owner, image id, step). Any thread may call."""
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.size_bytes = 0
         self.hits = 0
         self.misses = 0
         self._lock = threading.Lock()
-        self._entries: OrderedDict[tuple[str, str, int], Kept] = OrderedDict()
+        self._entries: LRUCache[tuple[str, str, int], StepLatents] = LRUCache(
+            max_bytes,
+            getsizeof=lambda kept: kept.size_bytes,
+        )
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, kept: Kept) -> None:
-        """Keep latents until there is no room for them; larger than all the room, they are not kept at all."""
-        key = (kept.request.owner, kept.request.id, kept.step)
-        with self._lock:
-            if kept.size_bytes > self.max_bytes:
-                return
-            replaced = self._entries.pop(key, None)
-            self.size_bytes += kept.size_bytes - (replaced.size_bytes if replaced else 0)
-            self._entries[key] = kept
-            while self.size_bytes > self.max_bytes:
-                _, oldest = self._entries.popitem(last=False)
-                self.size_bytes -= oldest.size_bytes
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of all latents that are kept."""
+        return int(self._entries.currsize)
 
-    def find(self, owner: str, fork: Fork) -> Kept:
-        """What this owner's image kept after that step; raises `UnsupportedRequest` when it is not (or no longer) here."""
-        key = (owner, fork.image_id, fork.step)
+    def keep(self, kept: StepLatents) -> None:
+        """Keep latents until there is no room for them.
+
+        What is larger than all the room is not kept.
+        """
+        if kept.size_bytes > self.max_bytes:
+            return
         with self._lock:
-            if key not in self._entries:
-                self.misses += 1
-                raise UnsupportedRequest("fork", f"no latents of image {fork.image_id!r} are kept after step {fork.step}")
-            self.hits += 1
-            self._entries.move_to_end(key)
-            return self._entries[key]
+            self._entries[kept.request.owner, kept.request.id, kept.step] = kept
+
+    def find(self, owner: str, fork: Fork) -> StepLatents:
+        """Give what this owner's image kept after that step.
+
+        Raises `UnsupportedRequest` when it is not (or no longer) here.
+        """
+        with self._lock:
+            kept = self._entries.get((owner, fork.image_id, fork.step))
+            if kept is not None:
+                self.hits += 1
+                return kept
+            self.misses += 1
+        reason = f"no latents of image {fork.image_id!r} are kept after step {fork.step}"
+        raise UnsupportedRequest("fork", reason)
+
+    def stats(self) -> dict[str, int]:
+        """Give plain numbers since the start."""
+        return {
+            "latent_cache_hits": self.hits,
+            "latent_cache_misses": self.misses,
+            "latent_cache_bytes": self.size_bytes,
+        }
 
 
 def digest_of_latents(latents: Tensor) -> str:

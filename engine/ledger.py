@@ -1,12 +1,14 @@
 """Who took how much of the device: each forward's seconds, shared out to the images in it.
 
-A GPU's seconds are known only after it has passed them, so work is entered when launched and booked when it is over.
+A GPU's seconds are known only after it has passed them, so work is entered when launched and booked
+when it is over.
 """
 
 from collections import defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from engine.device import Stopwatch
 from engine.scheduler import Batch, Decode, Encode, Work
@@ -44,7 +46,10 @@ class Ledger:
         self._forwards_ahead = 0
 
     def enter_forward(self, batch: Batch, watch: Stopwatch) -> None:
-        """Note a forward that was launched; `watch` is stopped, though the device may not be there yet."""
+        """Note a forward that was launched.
+
+        `watch` is stopped, though the device may not be there yet.
+        """
         self.forwards += 1
         self.used_rows += batch.used_rows
         self.padded_rows += batch.bucket_rows - batch.used_rows
@@ -66,14 +71,16 @@ class Ledger:
     def book(self, run_ahead: int) -> None:
         """Book everything that is over, and wait until at most `run_ahead` forwards are not.
 
-        Waiting here is what keeps the engine from running more than `run_ahead` forwards ahead of a GPU: a newcomer or a cancel
-        would meet a queue of forwards already launched.
+        Waiting here is what keeps the engine from running more than `run_ahead` forwards ahead of a
+        GPU: a newcomer or a cancel would meet a queue of forwards already launched.
         """
         while self._launched and (self._forwards_ahead > run_ahead or self._launched[0][0].is_ready):
             self._book_first()
 
     def book_decode(self, work: Decode, seconds: float) -> None:
-        """Book a decode that is over, and with it every forward that is: all of this image's are, so its account is complete."""
+        """Book a decode that is over, and with it every forward that is: all of this image's are,
+        so its account is complete.
+        """
         while self._launched and self._launched[0][0].is_ready:
             self._book_first()
         self._charge(work, seconds)
@@ -107,3 +114,22 @@ class Ledger:
     def mean_decode_s(self) -> float:
         """Seconds of one decode."""
         return self.decode_s / self.decodes if self.decodes else 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers since the start; any thread may ask.
+
+        A step counts once for the batch, an image step once per image in it.
+        """
+        by_rows = sorted(dict(self.by_rows).items())
+        return {
+            "steps": self.forwards,
+            "image_steps": self.image_steps,
+            "rows": self.used_rows,
+            "padded_rows": self.padded_rows,
+            "mean_rows_per_forward": self.used_rows / self.forwards if self.forwards else 0.0,
+            "seconds_per_forward_by_rows": {rows: totals.mean_s for rows, totals in by_rows},
+            "encode_s": self.encode_s,
+            "forward_s": self.forward_s,
+            "decode_s": self.decode_s,
+            "seconds_by_rank": dict(sorted(dict(self.seconds_by_rank).items())),
+        }

@@ -1,4 +1,7 @@
-"""Turn a checkpoint folder into a loaded checkpoint: hashed first, then read; no network, no pickle, no code from the folder."""
+"""Turn a checkpoint folder into a loaded checkpoint: hashed first, then read.
+
+No network, no pickle, no code from the folder.
+"""
 
 import hashlib
 import json
@@ -20,6 +23,7 @@ from engine.device import Device
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families import family_named
 from engine.families.contract import Family
+from engine.families.latent import LatentFamily
 from engine.request import AdapterUse, ImageRequest
 
 log = logging.getLogger(__name__)
@@ -30,7 +34,10 @@ READ_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".safetensors")
 
 @dataclass(frozen=True, kw_only=True)
 class LoadedCheckpoint:
-    """A checkpoint on the device. `weights_digest` covers every file that was read, configs and tokenizer included."""
+    """A checkpoint on the device.
+
+    `weights_digest` covers every file that was read, configs and tokenizer included.
+    """
 
     spec: CheckpointSpec
     family: Family
@@ -44,11 +51,11 @@ class LoadedCheckpoint:
         return nullcontext() if self.adapters is None else self.adapters.rows(per_row)
 
     def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
-        """The request's adapters by name, digest and strength: part of its fingerprint."""
+        """Give the request's adapters by name, digest and strength: part of its fingerprint."""
         return [] if self.adapters is None else self.adapters.facts(request.adapters)
 
     def conditioning_key(self, request: ImageRequest) -> str:
-        """What encodes this request's prompts, and under which safety rules it was admitted."""
+        """Tell what encodes this request's prompts, and under which safety rules it was admitted."""
         spec = self.spec
         return json.dumps([self.weights_digest, spec.family, spec.precision, self.adapter_facts(request), request.policy_version])
 
@@ -56,8 +63,9 @@ class LoadedCheckpoint:
 def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
     """Verify and read one checkpoint.
 
-    Raises `CheckpointCorrupt`, naming the file, when a file is missing, unreadable or not what `spec.sha256` says, and when
-    weights would be read that `spec.sha256` does not list although it lists others.
+    Raises `CheckpointCorrupt`, naming the file, when a file is missing, unreadable or not what
+    `spec.sha256` says, and when weights would be read that `spec.sha256` does not list although it
+    lists others.
     """
     started = time.perf_counter()
     if spec.precision not in PRECISIONS:
@@ -91,13 +99,21 @@ def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
     if not spec.block_cache_threshold:
         return None
     transformer = family.networks().get("transformer")
-    if transformer is None:
-        raise UnsupportedRequest("block_cache_threshold", f"family {spec.family!r} has no transformer to cache the blocks of")
-    return BlockCache(transformer, threshold=spec.block_cache_threshold, max_bytes=spec.block_cache_bytes)
+    if transformer is None or not isinstance(family, LatentFamily):
+        reason = f"family {spec.family!r} has no transformer whose blocks the engine knows"
+        raise UnsupportedRequest("block_cache_threshold", reason)
+    return BlockCache(
+        transformer,
+        threshold=spec.block_cache_threshold,
+        max_bytes=spec.block_cache_bytes,
+    )
 
 
 def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """sha256 of every file a family may read, by its name relative to `path`; other precisions' variants are not read."""
+    """sha256 of every file a family may read, by its name relative to `path`.
+
+    Other precisions' variants are not read.
+    """
     if not path.is_dir():
         raise CheckpointCorrupt(str(path), "is not a folder")
     found: dict[str, str] = {}
@@ -112,13 +128,16 @@ def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
 
 
 def digest_of(found: dict[str, str]) -> str:
-    """One hex sha256 for all files, independent of where they lie."""
+    """Give one hex sha256 for all files, independent of where they lie."""
     lines = "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(found.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
 def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None:
-    """Compare what lies in the folder with what the catalog says; nothing is read into a network before that."""
+    """Compare what lies in the folder with what the catalog says.
+
+    Nothing is read into a network before that.
+    """
     for name, sha256 in sorted(expected.items()):
         actual = found.get(name)
         if actual is None:
@@ -135,7 +154,10 @@ def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None
 
 
 def _is_variant(file: Path) -> bool:
-    """Is it weights of another precision, such as model.fp16.safetensors? Those are never read, nor should they change the digest."""
+    """Is it weights of another precision, such as model.fp16.safetensors?
+
+    Those are never read, nor should they change the digest.
+    """
     return file.suffix == ".safetensors" and "." in file.stem
 
 
@@ -148,7 +170,7 @@ def _sha256(file: Path) -> str:
 
 
 def _quiet_progress_bars() -> None:
-    """A worker's log is no terminal."""
+    """Turn progress bars off: a worker's log is no terminal."""
     import diffusers.utils.logging
     import transformers.utils.logging
 

@@ -1,13 +1,17 @@
-"""Who of the owners in one rank has had so much of the device that the others go first: nobody's hundred images hold up another's one.
+"""Who of the owners in one rank has had so much of the device that the others go first: nobody's
+hundred images hold up another's one.
 
-As in start-time fair queuing every owner's device seconds are counted while it has images here, and whoever comes (again) starts from
-what everybody here has had, less a credit. Plain numbers; `scheduler.py` decides what follows from being ahead.
+As in start-time fair queuing every owner's device seconds are counted while it has images here, and
+whoever comes (again) starts from what everybody here has had, less a credit. Plain numbers;
+`scheduler.py` decides what follows from being ahead.
 
-The slack is wide on purpose. With 1 s of it (and 2 s of credit) whoever renders a long image is ahead of every newcomer: simulated at
-1.5 times the load that one by one could bear, with an owner for each image, the p99 went from 29 s to 508 s, for images were put off and
-shared no forwards. With at least `SLACK_S`, and never less than the owner's dearest image takes alone, it stays at 29 s. The credit is
-larger, so that a newcomer passes a dump at once and a light owner's bursts do, too: its p99 beside an endless dump is 1.0 to 1.3 times
-what it is without (up to 2.0 times with 30 s of credit, 1.7 with 120; tests/engine/test_fairness.py).
+The slack is wide on purpose. With 1 s of it (and 2 s of credit) whoever renders a long image is
+ahead of every newcomer: simulated at 1.5 times the load that one by one could bear, with an owner
+for each image, the p99 went from 29 s to 508 s, for images were put off and shared no forwards.
+With at least `SLACK_S`, and never less than the owner's dearest image takes alone, it stays at 29
+s. The credit is larger, so that a newcomer passes a dump at once and a light owner's bursts do,
+too: its p99 beside an endless dump is 1.0 to 1.3 times what it is without (up to 2.0 times with 30
+s of credit, 1.7 with 120; tests/engine/test_fairness.py).
 """
 
 import math
@@ -15,7 +19,7 @@ from dataclasses import dataclass
 
 SLACK_S = 10.0  # device seconds that an owner may have had more than the least of those here, at least
 CREDIT_S = 60.0  # device seconds by which a newcomer starts below what everybody here has had
-MOST_GONE = 256  # owners remembered after they left
+MAX_GONE = 256  # owners remembered after they left
 
 
 @dataclass(slots=True, eq=False)
@@ -40,7 +44,10 @@ class Owners:
         return len(self._here)
 
     def enter(self, name: str, alone_s: float) -> Owner:
-        """One more image of this owner is here, which alone would take so long. Who left a moment ago goes on from what it had."""
+        """Note one more image of this owner, which alone would take so long.
+
+        Who left a moment ago goes on from what it had.
+        """
         owner = self._here.get(name)
         if owner is None:
             had_s = self._gone.pop(name, -math.inf)
@@ -50,17 +57,20 @@ class Owners:
         return owner
 
     def leave(self, name: str) -> None:
-        """One image of this owner less."""
+        """Note one image of this owner less."""
         owner = self._here[name]
         owner.images -= 1
         if owner.images == 0:
             del self._here[name]
             self._gone[name] = owner.attained_s
-            if len(self._gone) > MOST_GONE:
+            if len(self._gone) > MAX_GONE:
                 del self._gone[next(iter(self._gone))]
 
     def compare(self) -> bool:
-        """Judge anew who is ahead; True when that has changed for anybody. Who is ahead stays so until half of its slack is made up."""
+        """Judge anew who is ahead; True when that has changed for anybody.
+
+        Who is ahead stays so until half of its slack is made up.
+        """
         least_s = min(owner.attained_s for owner in self._here.values())
         self._least_s = max(self._least_s, least_s)
         has_changed = False

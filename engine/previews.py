@@ -1,8 +1,9 @@
 """Small pictures of what an image will become, while it is still being denoised.
 
-The clean latents that a sampler foresees are projected to RGB by one small matrix per family, a fraction of a millisecond where the
-VAE takes seconds; the noisy latents themselves would show noise until the end. It does not know who watches, nor how a family packs
-its latents: what comes in is unpacked, and scaled as the denoiser sees it.
+The clean latents that a sampler foresees are projected to RGB by one small matrix per family, a
+fraction of a millisecond where the VAE takes seconds; the noisy latents themselves would show noise
+until the end. It does not know who watches, nor how a family packs its latents: what comes in is
+unpacked, and scaled as the denoiser sees it.
 """
 
 from __future__ import annotations
@@ -29,11 +30,14 @@ FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"})  
 
 
 def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor | None:
-    """Give the clean latents that a prediction implies, in float32; None for a sampler this house does not know.
+    """Give the clean latents that a prediction implies, in float32.
 
-    To be asked before `sampler.step` with the same arguments: latents x_t as the sampler keeps them (before `scale_model_input`), the
-    guided prediction of the same shape, whatever that is, and a timestep of the sampler's own. The sampler is left untouched, also
-    before its first step. Any clipping that its config asks for is left out: latents have no range to be clipped to.
+    None for a sampler this house does not know.
+
+    To be asked before `sampler.step` with the same arguments: latents x_t as the sampler keeps them
+    (before `scale_model_input`), the guided prediction of the same shape, whatever that is, and a
+    timestep of the sampler's own. The sampler is left untouched, also before its first step. Any
+    clipping that its config asks for is left out: latents have no range to be clipped to.
     """
     name = type(sampler).__name__
     noisy, predicted = latents.float(), prediction.float()
@@ -63,7 +67,9 @@ def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: T
 
 
 def _step_index(sampler: Any, timestep: Tensor) -> int:
-    """Where in its schedule the sampler stands, or will stand at its first step, which is when it looks for itself."""
+    """Tell where in its schedule the sampler stands, or will stand at its first step, which is when
+    it looks for itself.
+    """
     for index in (sampler.step_index, sampler.begin_index):
         if index is not None:
             return int(index)
@@ -72,7 +78,9 @@ def _step_index(sampler: Any, timestep: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Projector:
-    """A map from latent channels to red, green and blue, all nominally in -1..1: linear, or with the products of channels as well."""
+    """A map from latent channels to red, green and blue, all nominally in -1..1: linear, or with
+    the products of channels as well.
+    """
 
     factors: tuple[Rgb, ...]  # one row per latent channel
     bias: Rgb
@@ -80,7 +88,10 @@ class Projector:
     r_squared: Rgb | None = None  # how much of each colour's variance a fit explains; None for a published table
 
     def project(self, latents: Tensor) -> NDArray[np.uint8]:
-        """Give one pixel per latent, [h, w, 3], of unpacked latents [1, c, h, w]; computed on their device, then fetched."""
+        """Give one pixel per latent, [h, w, 3], of unpacked latents [1, c, h, w].
+
+        Computed on their device, then fetched.
+        """
         terms = _terms(latents[0].float().permute(1, 2, 0), with_squares=bool(self.squares))
         factors = torch.tensor(self.factors + self.squares, device=latents.device)
         rgb = terms @ factors + torch.tensor(self.bias, device=latents.device)
@@ -89,7 +100,9 @@ class Projector:
 
 
 def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:
-    """What is weighted and summed up: channels [..., c], and all products of two of them where asked."""
+    """Tell what is weighted and summed up: channels [..., c], and all products of two of them where
+    asked.
+    """
     if not with_squares:
         return channels
     one, other = torch.triu_indices(channels.shape[-1], channels.shape[-1], device=channels.device)
@@ -157,11 +170,15 @@ LINEAR_ENOUGH = 0.8  # r squared of every colour from which on products of chann
 def fit(
     encode: Callable[[Tensor], Tensor], *, latent_channels: int, pixels_per_latent: int, device: torch.device, dtype: torch.dtype
 ) -> Projector:
-    """Fit a projector to a checkpoint's own VAE by least squares over drawn pictures; its `r_squared` says how well that went.
+    """Fit a projector to a checkpoint's own VAE by least squares over drawn pictures.
 
-    encode: pixels [n, 3, H, W] in -1..1, of `dtype` on `device`, to unpacked latents [n, latent_channels, h, w] as the denoiser sees
-    them; called four times, with up to 16 pictures of 16x16 latents. The same VAE gives the same projector. Large VAEs are close to
-    linear; one as small as pocket's is not, and gets products of channels too. Raises `ValueError` for latents of another shape.
+    Its `r_squared` says how well that went.
+
+    encode: pixels [n, 3, H, W] in -1..1, of `dtype` on `device`, to unpacked latents [n,
+    latent_channels, h, w] as the denoiser sees them; called four times, with up to 16 pictures of
+    16x16 latents. The same VAE gives the same projector. Large VAEs are close to linear; one as
+    small as pocket's is not, and gets products of channels too. Raises `ValueError` for latents of
+    another shape.
     """
     latents, colours = [], []
     for pictures in _drawn_pictures(pixels_per_latent):
@@ -178,7 +195,7 @@ def fit(
 
 
 def _least_squares(latents: Tensor, colours: Tensor, *, with_squares: bool) -> Projector:
-    """The best map from latents [n, c] to colours [n, 3] in -1..1, both in float64."""
+    """Give the best map from latents [n, c] to colours [n, 3] in -1..1, both in float64."""
     terms = torch.cat([_terms(latents, with_squares=with_squares), latents.new_ones(len(latents), 1)], dim=1)
     solution = torch.linalg.lstsq(terms, colours).solution
     unexplained = (terms @ solution - colours).square().sum(0)
@@ -189,7 +206,9 @@ def _least_squares(latents: Tensor, colours: Tensor, *, with_squares: bool) -> P
 
 
 def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
-    """Large and small flat patches, gradients and chequers in vivid colours, each [n, 3, H, W] in -1..1; always the same ones."""
+    """Large and small flat patches, gradients and chequers in vivid colours, each [n, 3, H, W] in
+    -1..1; always the same ones.
+    """
     generator = torch.Generator("cpu").manual_seed(0)
     side_px = SIDE_LATENTS * pixels_per_latent
 
@@ -211,13 +230,17 @@ def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
 
 
 def _rgb(values: Tensor) -> Rgb:
-    """As plain numbers of six decimals: lstsq is not exact to the last bit from one call to the next."""
+    """Give plain numbers of six decimals: lstsq is not exact to the last bit from one call to the
+    next.
+    """
     red, green, blue = (round(value, 6) for value in values.tolist())
     return red, green, blue
 
 
 def jpeg(pixels: NDArray[np.uint8], *, size_px: int = 256, quality: int = 80) -> bytes:
-    """Pack pixels [h, w, 3] as a JPEG whose longer side is `size_px`: smoothed up, as a preview is smaller than what it foretells."""
+    """Pack pixels [h, w, 3] as a JPEG whose longer side is `size_px`: smoothed up, as a preview is
+    smaller than what it foretells.
+    """
     picture = Image.fromarray(pixels)
     scale = size_px / max(picture.size)
     width_px, height_px = (max(1, round(side * scale)) for side in picture.size)
@@ -227,14 +250,20 @@ def jpeg(pixels: NDArray[np.uint8], *, size_px: int = 256, quality: int = 80) ->
 
 
 class Pace:
-    """How often one image shows a preview. One that comes too early is not kept: the next step's is better anyway."""
+    """How often one image shows a preview.
+
+    One that comes too early is not kept: the next step's is better anyway.
+    """
 
     def __init__(self, per_s: float) -> None:
         self._interval_s = 1 / per_s if per_s > 0 else math.inf
         self._next_s = -math.inf if per_s > 0 else math.inf
 
     def may_show(self, now_s: float) -> bool:
-        """May the image show a preview at `now_s`, on any clock that only goes forward? A yes counts as shown."""
+        """May the image show a preview at `now_s`, on any clock that only goes forward?
+
+        A yes counts as shown.
+        """
         if now_s < self._next_s:
             return False
         self._next_s = now_s + self._interval_s

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from engine.fingerprint import Fingerprint
+from engine.inflight import InFlight
 from engine.request import ImageRequest
 
 if TYPE_CHECKING:
@@ -16,8 +19,9 @@ if TYPE_CHECKING:
 class RenderRecord:
     """What one image took, and everything its bits depended on besides the request.
 
-    Device seconds are this image's share: of each forward's seconds, its own rows / the used (unpadded) rows, plus its own
-    encode and decode. The shares of all images of a forward add up to that forward. Rows are counted without padding.
+    Device seconds are this image's share: of each forward's seconds, its own rows / the used
+    (unpadded) rows, plus its own encode and decode. The shares of all images of a forward add up to
+    that forward. Rows are counted without padding.
     """
 
     num_steps: int
@@ -43,3 +47,24 @@ class FinishedImage:
     request: ImageRequest
     pixels: NDArray[np.uint8]  # [h, w, 3]
     record: RenderRecord
+
+
+def render_record(image: InFlight, bits: Fingerprint) -> RenderRecord:
+    """Write the account of an image that has been decoded; `bits` is its fingerprint."""
+    account = image.account
+    return RenderRecord(
+        num_steps=image.num_steps,
+        device_seconds=account.device_seconds,
+        encode_s=account.encode_s,
+        denoise_s=account.denoise_s,
+        decode_s=account.decode_s,
+        waited_s=(image.first_step_at or image.submitted_at) - image.submitted_at,
+        forwards=account.forwards,
+        shared_forwards=account.shared_forwards,
+        max_rows=account.max_rows,
+        max_images=account.max_images,
+        mean_rows=account.rows_total / account.forwards if account.forwards else 0.0,
+        bucket_rows=image.request.pinned_rows,
+        fingerprint=bits.sha256,
+        fingerprint_facts=deepcopy(bits.facts),
+    )

@@ -1,6 +1,7 @@
 """Render one image from a prompt, without the rest of the house.
 
-Example: python -m engine.render "a red circle on a blue background" --checkpoint pocket/checkpoint --steps 20 --seed 7 --out out.png
+Example: python -m engine.render "a red circle on a blue background" --checkpoint pocket/checkpoint
+--steps 20 --seed 7 --out out.png
 """
 
 import argparse
@@ -21,7 +22,10 @@ from engine.samplers import FLOW_SAMPLERS, SAMPLERS
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, render, write a PNG and print the record as one line of JSON. Returns the exit status."""
+    """Parse the command line, render, write a PNG and print the record as one line of JSON.
+
+    Returns the exit status.
+    """
     options = _parser().parse_args(arguments)
     try:
         width_px, height_px = options.size or native_size(Path(options.checkpoint))
@@ -65,7 +69,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def native_size(checkpoint: Path) -> tuple[int, int]:
-    """The (width_px, height_px) a checkpoint was trained for, from its configs. Raises `CheckpointCorrupt`."""
+    """Give the (width_px, height_px) a checkpoint was trained for, from its configs.
+
+    Raises `CheckpointCorrupt`.
+    """
     denoiser = next((name for name in ("unet", "transformer") if (checkpoint / name).is_dir()), "unet")
     try:
         sample_size = json.loads((checkpoint / denoiser / "config.json").read_text(encoding="utf-8"))["sample_size"]

@@ -1,6 +1,7 @@
 """What a caller asks of the engine: one image, every parameter resolved.
 
-Plain values only. It does not know tiers, tenants or jobs; `rank`, `group` and `owner` are all that is left of them here.
+Plain values only. It does not know tiers, tenants or jobs; `rank`, `group` and `owner` are all that
+is left of them here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,10 @@ class Determinism(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """Pixels that a request starts from, repaints or is guided by. Two pictures are equal when their pixels are."""
+    """Pixels that a request starts from, repaints or is guided by.
+
+    Two pictures are equal when their pixels are.
+    """
 
     pixels: NDArray[np.uint8]  # [h, w, 3]; a mask is [h, w], 255 where it is repainted. Not written to from here on
 
@@ -56,7 +60,9 @@ class AdapterUse:
 
 @dataclass(frozen=True)
 class Fork:
-    """Start from the latents an earlier image of the same owner kept after a step, under this request's prompt."""
+    """Start from the latents an earlier image of the same owner kept after a step, under this
+    request's prompt.
+    """
 
     image_id: str
     step: int  # one of that image's `keep_steps`
@@ -86,9 +92,9 @@ class ImageRequest:
     clip_skip: int = 0  # layers of the CLIP text encoder left out at its end
     adapters: tuple[AdapterUse, ...] = ()
     options: Mapping[str, Option] = field(default_factory=dict)  # further arguments of a diffusers pipeline's own call
-    keep_steps: tuple[int, ...] = ()  # keep the latents after these steps for a `Fork`
+    # For iterative edits; workers set neither yet. Keep the latents after these steps for a `Fork`:
+    keep_steps: tuple[int, ...] = ()
     fork: Fork | None = None
-    block_cache: bool = False  # reuse what the later blocks computed where the first changed little; best effort only
     determinism: Determinism = Determinism.BEST_EFFORT
     bucket_rows: int | None = None  # required for reproducible, ignored for best effort
     rank: int = 0  # 0 is served first
@@ -105,5 +111,8 @@ class ImageRequest:
 
     @property
     def pinned_rows(self) -> int | None:
-        """The number of rows every forward of this image must have; None where the engine may choose."""
+        """The number of rows every forward of this image must have.
+
+        None where the engine may choose.
+        """
         return self.bucket_rows if self.is_reproducible else None

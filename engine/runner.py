@@ -1,6 +1,7 @@
 """The tensors: start an image, advance many with one forward, decode one, copy one out.
 
-It does not choose who advances (`scheduler.py`) nor what is said about it (`engine.py`). All of it runs on the engine's thread.
+It does not choose who advances (`scheduler.py`) nor what is said about it (`engine.py`). All of it
+runs on the engine's thread.
 """
 
 from collections.abc import Iterator, Mapping
@@ -26,7 +27,7 @@ from engine.scheduler import Batch
 from engine.texts import UnreadText
 
 
-class Developing:
+class PendingDecode:
     """An image's pixels on their way off the device."""
 
     def __init__(self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch) -> None:
@@ -41,7 +42,10 @@ class Developing:
         return self.watch.is_ready
 
     def pixels(self) -> NDArray[np.uint8]:
-        """Give the finished pixels, [h, w, 3], in memory of their own. Waits for the device; raises `ImageNotFinite`."""
+        """Give the finished pixels, [h, w, 3], in memory of their own.
+
+        Waits for the device; raises `ImageNotFinite`.
+        """
         self.watch.seconds()
         if not bool(self._is_finite):
             raise ImageNotFinite(self._if_not_finite)
@@ -61,7 +65,9 @@ class Runner:
 
     @torch.inference_mode()
     def start(self, image: InFlight) -> None:
-        """Give the image its conditioning, sampler and initial latents: after this it can be denoised."""
+        """Give the image its conditioning, sampler and initial latents: after this it can be
+        denoised.
+        """
         with self._encoding(image) as recall:
             self._family_of(image).start(image, recall)
 
@@ -78,12 +84,17 @@ class Runner:
             self._family_of(image).fork(image, latents, recall)
 
     def unread(self, image: InFlight) -> tuple[UnreadText, ...]:
-        """What of the image's texts has no effect. On the engine's thread only: tokenizers are shared with `encode`."""
+        """Tell what of the image's texts has no effect.
+
+        On the engine's thread only: tokenizers are shared with `encode`.
+        """
         return self._family_of(image).unread(image.request)
 
     @torch.inference_mode()
     def predict(self, batch: Batch) -> list[Any]:
-        """Run one forward for all images of the batch, padded to its bucket; no image is changed, so it can be repeated.
+        """Run one forward for all images of the batch, padded to its bucket.
+
+        No image is changed, so it can be repeated.
 
         Returns each image's own part of the prediction, in the batch's order.
         """
@@ -96,10 +107,13 @@ class Runner:
         self._family_of(image).advance(image, prediction)
 
     @torch.inference_mode()
-    def decode(self, image: InFlight) -> Developing:
-        """Launch the decode of a denoised image. What it gives is read later, without stalling a GPU.
+    def decode(self, image: InFlight) -> PendingDecode:
+        """Launch the decode of a denoised image.
 
-        One image at a time: a batched decode gives other bits, and its memory is what a large image needs most of.
+        What it gives is read later, without stalling a GPU.
+
+        One image at a time: a batched decode gives other bits, and its memory is what a large image
+        needs most of.
         """
         loaded = self._checkpoints[image.request.checkpoint]
         with self._device.aside() if loaded.family.follows_stream else nullcontext():
@@ -108,7 +122,7 @@ class Runner:
             is_finite = self._device.fetch(torch.isfinite(decoded).all())
             floats = self._device.fetch((decoded * 0.5 + 0.5).clamp(0, 1))
             watch.stop()
-        return Developing(f"image {image.id} decoded to NaN or infinity after {image.step} steps", floats, is_finite, watch)
+        return PendingDecode(f"image {image.id} decoded to NaN or infinity after {image.step} steps", floats, is_finite, watch)
 
     @torch.inference_mode()
     def save(self, image: InFlight) -> State:
@@ -117,12 +131,15 @@ class Runner:
 
     @torch.inference_mode()
     def latents(self, image: InFlight) -> Tensor:
-        """A copy of the image's noisy latents on the CPU, as `fork` takes them."""
+        """Give a copy of the image's noisy latents on the CPU, as `fork` takes them."""
         return self._family_of(image).latents(image).to("cpu", copy=True)
 
     @torch.inference_mode()
     def preview(self, image: InFlight) -> NDArray[np.uint8] | None:
-        """What the last step took the finished image to be, [h/8, w/8, 3]; None when nobody watched that step."""
+        """Tell what the last step took the finished image to be, [h/8, w/8, 3].
+
+        None when nobody watched that step.
+        """
         family, name = self._family_of(image), image.request.checkpoint
         clean = family.clean_latents(image)
         if clean is not None and name not in self._projectors:
@@ -131,7 +148,10 @@ class Runner:
         return None if clean is None or projector is None else projector.project(clean)
 
     def release(self, image: InFlight) -> None:
-        """Let go of all that the image holds on the device; harmless at any moment, also when repeated."""
+        """Let go of all that the image holds on the device.
+
+        Harmless at any moment, also when repeated.
+        """
         loaded = self._checkpoints[image.request.checkpoint]
         loaded.family.release(image)
         if loaded.block_cache is not None:
@@ -139,7 +159,9 @@ class Runner:
 
     @contextmanager
     def _encoding(self, image: InFlight) -> Iterator[Recall]:
-        """Within it the text encoders wear the image's adapters, and what they give is remembered under their names."""
+        """Within it the text encoders wear the image's adapters, and what they give is remembered
+        under their names.
+        """
         loaded = self._checkpoints[image.request.checkpoint]
         with loaded.adapted([image.request.adapters]):
             yield partial(self._cache.recall, loaded.conditioning_key(image.request))
@@ -151,15 +173,20 @@ class Runner:
         return self._checkpoints[batch.key.checkpoint].adapted(uses)
 
     def _block_cached(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within it rows that asked for the block cache use it, unless anybody in the batch must have exact bits."""
+        """Let rows skip blocks that may, unless anybody in the batch must have exact bits."""
         cache = self._checkpoints[batch.key.checkpoint].block_cache
-        if cache is None or batch.is_pinned or not any(image.request.block_cache for image in batch):
+        if cache is None or batch.is_pinned or not any(image.skips_blocks for image in batch):
             return nullcontext()
         keys: list[RowKey | None] = []
         for image in batch:
             for row in range(image.rows):
-                asked = image.request.block_cache
-                keys.append(RowKey(image_id=image.id, row=row, step=image.step, num_steps=image.num_steps) if asked else None)
+                key = RowKey(
+                    image_id=image.id,
+                    row=row,
+                    step=image.step,
+                    num_steps=image.num_steps,
+                )
+                keys.append(key if image.skips_blocks else None)
         keys += [None] * (batch.bucket_rows - batch.used_rows)
         bank = self._checkpoints[batch.key.checkpoint].adapters
         return cache.rows(keys, narrow=None if bank is None else bank.narrow)

@@ -1,19 +1,23 @@
 """The samplers that may be asked for, and how a fresh one is made.
 
-A sampler is a diffusers scheduler object made from the checkpoint's own scheduler config. It belongs to one image: multi-step
-samplers remember earlier predictions, and stepping rows of a batch together is not bit-equal in bf16. A call costs 0.05 to 1 ms.
+A sampler is a diffusers scheduler object made from the checkpoint's own scheduler config. It
+belongs to one image: multi-step samplers remember earlier predictions, and stepping rows of a batch
+together is not bit-equal in bf16. A call costs 0.05 to 1 ms.
 
-Every name here was checked to give the bits of `pipe(...)` (tests/engine/test_parity*.py), and makes exactly one forward per step.
+Every name here was checked to give the bits of `pipe(...)` (tests/engine/test_parity*.py), and
+makes exactly one forward per step.
 
-For checkpoints that predict noise (or v, or the sample), `SAMPLERS`. Left out: Heun, KDPM2, PNDM (more forwards than steps asked
-for, which progress and cost do not say yet), DPM-SDE and SASolver (state that is not plain data), LMS (needs scipy). DEIS, IPNDM and
-singlestep DPM++ do not know zero terminal SNR, which a checkpoint may be trained for, and would silently start at the wrong noise
+For checkpoints that predict noise (or v, or the sample), `SAMPLERS`. Left out: Heun, KDPM2, PNDM
+(more forwards than steps asked for, which progress and cost do not say yet), DPM-SDE and SASolver
+(state that is not plain data), LMS (needs scipy). DEIS, IPNDM and singlestep DPM++ do not know zero
+terminal SNR, which a checkpoint may be trained for, and would silently start at the wrong noise
 level.
 
-For checkpoints that predict a flow's velocity, `FLOW_SAMPLERS`. Left out: Heun again, beta sigmas (need scipy), Euler with
-`stochastic_sampling` (it is flow_lcm by another name), the SDE variants of DPM++, DEIS and singlestep DPM++ (an allowed name is a
-promise with a test; these promise nothing that the two multi-step ones do not). What draws noise, flow_lcm alone, draws it from the
-image's own generator; `pipe(...)` gives its scheduler none, and draws from the process's.
+For checkpoints that predict a flow's velocity, `FLOW_SAMPLERS`. Left out: Heun again, beta sigmas
+(need scipy), Euler with `stochastic_sampling` (it is flow_lcm by another name), the SDE variants of
+DPM++, DEIS and singlestep DPM++ (an allowed name is a promise with a test; these promise nothing
+that the two multi-step ones do not). What draws noise, flow_lcm alone, draws it from the image's
+own generator; `pipe(...)` gives its scheduler none, and draws from the process's.
 """
 
 import inspect
@@ -25,7 +29,7 @@ from typing import Any, cast
 import torch
 
 from engine.errors import UnsupportedRequest
-from engine.families.contract import Sampler
+from engine.tensors import Sampler
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,9 @@ FLOW_SAMPLERS: dict[str, Recipe] = {
 
 
 def check_sampler(name: str, num_steps: int, config: Mapping[str, Any], allowed: Mapping[str, Recipe] = SAMPLERS) -> None:
-    """Raise `UnsupportedRequest` for a sampler that is not allowed, or more steps than its schedule has. Plain numbers only."""
+    """Raise `UnsupportedRequest` for a sampler that is not allowed, or more steps than its schedule
+    has. Plain numbers only.
+    """
     if name not in allowed:
         raise UnsupportedRequest("sampler", f"{name!r} is none of {', '.join(allowed)}")
     most = int(config.get("num_train_timesteps", 1000))
@@ -80,14 +86,19 @@ def check_sampler(name: str, num_steps: int, config: Mapping[str, Any], allowed:
 
 
 def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:
-    """Make a sampler that no other image shares; `config` is the checkpoint's and is left untouched."""
+    """Make a sampler that no other image shares.
+
+    `config` is the checkpoint's and is left untouched.
+    """
     recipe = (SAMPLERS | FLOW_SAMPLERS)[name]
     renamed = {ours: config[theirs] for ours, theirs in recipe.renames.items() if theirs in config}
     return cast(Sampler, _scheduler_class(recipe.scheduler_class).from_config(dict(config), **recipe.overrides, **renamed))
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:
-    """The extra arguments `pipe(...)` would give to `sampler.step`: the image's own generator, and eta 0 where eta is known."""
+    """Give the extra arguments `pipe(...)` would give to `sampler.step`: the image's own generator,
+    and eta 0 where eta is known.
+    """
     accepted = _step_parameters(type(sampler))
     arguments: dict[str, Any] = {"return_dict": False}
     if "generator" in accepted:

@@ -1,8 +1,10 @@
-"""Put a sampler's state into tensors and plain facts, and back: a multi-step sampler remembers earlier predictions, step indices, orders.
+"""Put a sampler's state into tensors and plain facts, and back: a multi-step sampler remembers
+earlier predictions, step indices, orders.
 
-All of a diffusers scheduler object but its config is taken, by its own `__dict__`, so that nothing has to be known about its class.
-What is not plain data (SASolver holds a function, DPM-SDE a noise tree) is refused: such a sampler can only be replayed.
-It does not know what a snapshot looks like as bytes.
+All of a diffusers scheduler object but its config is taken, by its own `__dict__`, so that nothing
+has to be known about its class. What is not plain data (SASolver holds a function, DPM-SDE a noise
+tree) is refused: such a sampler can only be replayed. It does not know what a snapshot looks like
+as bytes.
 """
 
 import math
@@ -23,9 +25,11 @@ from engine.snapshots import differences
 
 
 def save_sampler(sampler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy everything a diffusers scheduler object holds: tensors on the CPU, in memory of their own, and JSON-plain facts.
+    """Copy everything a diffusers scheduler object holds: tensors on the CPU, in memory of their
+    own, and JSON-plain facts.
 
-    The sampler is left untouched. Raises `SnapshotRefused`, naming the field, when it holds more than plain data.
+    The sampler is left untouched. Raises `SnapshotRefused`, naming the field, when it holds more
+    than plain data.
     """
     config, tensors = sampler.config, dict[str, Tensor]()
     fields = {name: _written(value, name, tensors) for name, value in vars(sampler).items() if value is not config}
@@ -33,10 +37,13 @@ def save_sampler(sampler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_sampler(sampler: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: str | torch.device) -> None:
-    """Turn a fresh sampler of the same class and config into the saved one, bit by bit; whatever it held before is gone.
+    """Turn a fresh sampler of the same class and config into the saved one, bit by bit.
 
-    Fields that were on the CPU stay there, those that were beside the latents go to `device`; `tensors` are copied, not kept.
-    Raises `SnapshotRefused` for another class or config and leaves the sampler as it was.
+    Whatever it held before is gone.
+
+    Fields that were on the CPU stay there, those that were beside the latents go to `device`;
+    `tensors` are copied, not kept. Raises `SnapshotRefused` for another class or config and leaves
+    the sampler as it was.
     """
     if facts["class"] != type(sampler).__name__:
         raise SnapshotRefused(f"the sampler is {facts['class']} there, {type(sampler).__name__} here")
@@ -61,7 +68,9 @@ def load_generator(state: Tensor) -> torch.Generator:
 
 
 def _config(sampler: Any) -> dict[str, Any]:
-    """What the sampler was made from, without diffusers' own notes, which it writes in no fixed order."""
+    """Tell what the sampler was made from, without diffusers' own notes, which it writes in no
+    fixed order.
+    """
     arrays: dict[str, Tensor] = {}
     config = {name: _written(value, name, arrays) for name, value in sampler.config.items() if not name.startswith("_")}
     if arrays:
@@ -70,7 +79,10 @@ def _config(sampler: Any) -> dict[str, Any]:
 
 
 def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
-    """One field as facts; what it holds of tensors is copied into `tensors`, under names that begin with `name`."""
+    """Write one field as facts.
+
+    What it holds of tensors is copied into `tensors`, under names that begin with `name`.
+    """
     if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
         return value
     if type(value) is float:
@@ -93,7 +105,7 @@ def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _read(value: Any, tensors: Mapping[str, Tensor], device: str | torch.device) -> Any:
-    """What `_written` was given."""
+    """Tell what `_written` was given."""
     match value:
         case {"tensor": name, "on": place}:
             return tensors[name].to("cpu" if place == "cpu" else device, copy=True)

@@ -1,49 +1,14 @@
-"""Decide what the device does next: encode a prompt, advance some images by one denoise step, or decode an image.
+"""Decide what the device does next: encode a prompt, advance a batch by one step, or decode an
+image.
 
-Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive it by hand. It does not know what
-a tier is; callers have already turned tiers into ranks. What anything takes it asks of a `CostModel`, which it feeds in turn.
+Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive
+it by hand. It does not know what a tier is; callers have already turned tiers into ranks. What
+anything takes it asks of a `CostModel`, which it feeds in turn.
 
-**Order.** Rank, then whether its owner is ahead, then score, then arrival. The score is the seconds an image would still need if it
-were alone, less `ageing` times the seconds since it arrived: short work goes first, yet whoever arrives more than `remaining / ageing`
-seconds after an image can no longer pass it. All age alike, so the order of two images of a rank changes only by what is done for them
-and their owners, or learnt about their cost.
-
-**Owners.** Each owner in a rank has had so many device seconds: its rows' part of every forward, its encodes and decodes. One that has
-had clearly more than the least of those here is ahead (`owners.py`), and its images are to the others of the rank as a worse rank's are:
-they come after them, in seats as in turns, and ride with them in free rows only. What the others leave is all theirs. An owner that is
-alone in its rank is never ahead.
-
-**Shares.** A rank with a share that has work ready is owed that part of the device, whatever better ranks want (`shares.py`). Its credit
-grows with everybody's work; when it covers the rank's next piece of work, and what `share_patience_s` earn, that is done next. So
-over a minute in which it always had work it gets its share less one forward, and a better rank that always has work waits for one
-forward of a worse one now and then.
-
-**Seats.** Of the images that wait for encode or denoise steps only `max_inflight` hold a seat and advance. Within a rank up to half of
-the seats go to the best image of each lane, for a lane without a seat has no turns; the others go in the order above. A rank with a share
-keeps as large a part of the seats, one at least, but the best image of all has a seat in any case. An encoded image that loses its seat
-is parked, its state in place (it is small), and runs again when it regains one. After `MOST_PARKS` it keeps the seat it regains, which no
-longer counts: a house full of such images keeps no better rank out. Seats are dealt anew only when somebody arrives, leaves, changes
-rank, has taken its last step, or when an owner gets ahead or falls back; and among equals of rank and owner's standing an encoded image
-yields only to one that needs less by more than `HOLD` of its own remaining seconds. So nobody is parked and resumed by turns because two
-estimates waver.
-
-**What comes next.** A *group* is a rank's images of owners that are ahead, or those of the others. A rank that is owed a turn gets the
-device, else the best that can do anything; within it the better group. Of that group a denoised image is decoded first, since nothing is
-nearer its end (with one decode between two forwards instead, the p99 of 4-step images nearly doubles at 1.5 times the load that one by
-one could bear; tests/engine/test_fairness.py). Otherwise a lane gets the forward; of the images that would ride in it those not encoded
-yet are encoded first, at most `max_encodes_between_steps` between two forwards; a guest only where that takes little beside a forward.
-An image that would not ride is not encoded: that would only delay the others.
-
-**Lanes.** A lane is a group, a batch key and a pinned number of rows (None for best effort). An image stays in the lane it arrived in,
-though the forwards of a pipeline may have other keys. Lanes take turns by deficit round robin over measured seconds, their encodes and
-decodes included. A round gives every lane the same, so much that the one best off has the seconds of the costliest lane's single
-forward; of the lanes with seconds left the one with the best image goes. A lane may overdraw and pays in the next rounds; a lane that
-waits for nothing keeps no credit. So an odd size neither blocks the others nor starves, and an expensive one gets no more than a cheap.
-
-**Growth.** The best image of the lane always rides. Others of its group join while the measured curve says that their rows cost less than
-`growth_ceiling` times a single-row step, within the limits of rows, memory and adapters. With `row_buckets` a forward is padded to the
-smallest bucket that holds it, and growth pays for the padding. Rows that are padding anyway, there or in a pinned bucket, are free and
-are filled with whoever has the same batch key. Other groups ride in free rows only: nobody is slowed by them.
+The rules, and why they are these, stand in docs/engine.md ("Who goes next"). The words of this
+module: an image has a *seat* while it may advance; a *group* is a rank's images of owners that are
+ahead, or those of the others; a *lane* is what takes turns in a group, by batch key and pin; a
+*rider* has its row in a forward that another leads, a *guest* is a rider of another group.
 """
 
 import math
@@ -59,14 +24,17 @@ from engine.inflight import BatchKey, ImageState, InFlight
 from engine.owners import Owner, Owners
 from engine.shares import Shares
 
-MOST_PARKS = 2  # of an image; after that it keeps its seat
+MAX_PARKS = 2  # of an image; after that it keeps its seat
 CHEAP = 0.1  # of a forward, by which the encode of a guest may delay it: else its free rows would stay empty
 HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The images of one forward, in the order of their rows. What advancing changes of an image does not change its batch."""
+    """The images of one forward, in the order of their rows.
+
+    What advancing changes of an image does not change its batch.
+    """
 
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
@@ -86,7 +54,7 @@ class Batch:
 
     @classmethod
     def alone(cls, image: InFlight) -> "Batch":
-        """The forward this image would make by itself: its own rows, or its pinned bucket."""
+        """Give the forward this image would make by itself: its own rows, or its pinned bucket."""
         return cls((image,), image.request.pinned_rows or image.rows)
 
     @property
@@ -139,7 +107,10 @@ Group = tuple[int, bool]  # rank, is its owner ahead? Better ones compare as les
 
 @dataclass(slots=True, eq=False, weakref_slot=True)
 class _Kind:
-    """Images that can share a forward: one batch key, one pin. What their work takes is as of the last look."""
+    """Images that can share a forward: one batch key, one pin.
+
+    What their work takes is as of the last look.
+    """
 
     key: BatchKey
     pin: int | None
@@ -183,7 +154,7 @@ class _Ticket:
     @property
     def is_pinned(self) -> bool:
         """Has it been parked so often that it keeps its seat?"""
-        return self.has_seat and self.parks >= MOST_PARKS
+        return self.has_seat and self.parks >= MAX_PARKS
 
 
 class Scheduler:
@@ -205,17 +176,15 @@ class Scheduler:
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
     ) -> None:
-        """`row_buckets` ascend; `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's seconds owed
-        to ranks. Raises `ValueError` for limits below 1, and for shares that leave nothing to the other ranks.
+        """`row_buckets` ascend.
 
-        `ageing` trades the long for the short where batching gains nothing. Simulated at load 0.8 on the published curve of a large
-        network at 1024 px: 0.5 gives 4-step images a p99 of 51 s and 30-step ones 93 s, 0.05 gives them 7 s and 103 s (first come first
-        served 79 s and 91 s); an image of 15 s is passed by nobody who comes 300 s after it. Where batching gains, none waits so long.
+        `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's
+        seconds owed to ranks; `ageing` trades the long for the short.
+
+        Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
         """
-        if min(max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps) < 1:
-            raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
-        if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
-            raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
+        limits = (max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps)
+        _check_limits(limits, row_buckets)
         self.max_inflight = max_inflight
         self.max_batch_rows = max_batch_rows
         self.max_encodes_between_steps = max_encodes_between_steps
@@ -251,7 +220,7 @@ class Scheduler:
     # --- who is here ---
 
     def get(self, image_id: str) -> InFlight | None:
-        """The image of that id, or None when it is not (or no longer) here."""
+        """Give the image of that id, or None when it is not (or no longer) here."""
         ticket = self._tickets.get(image_id)
         return ticket.image if ticket is not None else None
 
@@ -260,7 +229,10 @@ class Scheduler:
         return [ticket.image for ticket in self._sorted(self._tickets.values())]
 
     def add(self, image: InFlight, now_s: float) -> None:
-        """Let an image in: queued, or encoded already. Raises `ValueError` when one of its id is here."""
+        """Let an image in: queued, or encoded already.
+
+        Raises `ValueError` when one of its id is here.
+        """
         if image.id in self._tickets:
             raise ValueError(f"an image with id {image.id!r} is already here")
         self._now_s = now_s
@@ -279,7 +251,10 @@ class Scheduler:
             self._is_stale = True
 
     def set_rank(self, image_id: str, rank: int) -> None:
-        """Serve an image at another rank from the next step boundary on. Harmless when it is not here."""
+        """Serve an image at another rank from the next step boundary on.
+
+        Harmless when it is not here.
+        """
         ticket = self._tickets.get(image_id)
         if ticket is not None:
             self._leave(ticket.image)
@@ -288,23 +263,34 @@ class Scheduler:
             self._is_stale = True
 
     def take_parked(self) -> list[InFlight]:
-        """The images that lost their seat since the last call and are still here; their state says so already."""
+        """Give the images that lost their seat since the last call and are still here.
+
+        Their state says so already.
+        """
         parked, self._parked = self._parked, []
         return [image for image in parked if image.id in self._tickets]
 
     def take_resumed(self) -> list[InFlight]:
-        """The images that regained a seat since the last call and are still here; their state says so already."""
+        """Give the images that regained a seat since the last call and are still here.
+
+        Their state says so already.
+        """
         resumed, self._resumed = self._resumed, []
         return [image for image in resumed if image.id in self._tickets]
 
     def cap_rows(self, key: BatchKey, rows: int) -> None:
-        """Never again make a best-effort forward of more than `rows` rows for this batch key: the device could not hold it."""
+        """Never again make a best-effort forward of more than `rows` rows for this batch key: the
+        device could not hold it.
+        """
         self._row_caps[key] = max(1, min(rows, self._row_caps.get(key, rows)))
 
     # --- what is done ---
 
     def next_work(self, now_s: float) -> Work | None:
-        """What the device should do now; None when there is nothing to do. The same again until something is settled or changed."""
+        """Tell what the device should do now; None when there is nothing to do.
+
+        The same again until something is settled or changed.
+        """
         self._now_s = now_s
         for owners in self._owners.values():
             self._is_stale |= owners.compare()
@@ -326,9 +312,11 @@ class Scheduler:
         return self._work_of(ready[0].group, ready)
 
     def settle(self, work: Work) -> None:
-        """Note that the work is done: after an encode the image runs, after a batch its images have counted their step.
+        """Note that the work is done: after an encode the image runs, after a batch its images have
+        counted their step.
 
-        Images that took their last step now wait for decode; a decoded one is not offered again and stays until it is removed.
+        Images that took their last step now wait for decode; a decoded one is not offered again and
+        stays until it is removed.
         """
         self._spend(work, work.predicted_s)
         if isinstance(work, Batch):
@@ -348,7 +336,9 @@ class Scheduler:
                 self._is_stale = True
 
     def charge(self, work: Work, seconds: float) -> None:
-        """Note what the work took on the device, be it some turns later: its lane pays that instead of what was predicted."""
+        """Note what the work took on the device, be it some turns later: its lane pays that instead
+        of what was predicted.
+        """
         self._spend(work, seconds - work.predicted_s)
         if isinstance(work, Batch):
             self._costs.observe_step(work.key, work.bucket_rows, seconds)
@@ -360,7 +350,10 @@ class Scheduler:
     # --- turns ---
 
     def _work_of(self, group: Group, ready: Sequence[_Ticket]) -> Work:
-        """What comes next for this group, which has work ready; `ready` is everybody, best first."""
+        """Tell what comes next for this group, which has work ready.
+
+        `ready` is everybody, best first.
+        """
         mine = [ticket for ticket in ready if ticket.group == group]
         can_denoise = any(ticket.image.state is ImageState.RUNNING for ticket in mine)
         may_decode = not can_denoise or self._decodes < self.max_decodes_between_steps
@@ -381,7 +374,10 @@ class Scheduler:
         return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
 
     def _spend(self, work: Work, seconds: float) -> None:
-        """The lane that had the turn pays for it, and every rank and every owner has had its part."""
+        """Let the lane that had the turn pay for it.
+
+        Every rank and every owner has had its part.
+        """
         lead = self._tickets.get(next(iter(work)).id)
         by_rank: dict[int, float] = {}
         for image, part in work.parts:
@@ -429,7 +425,10 @@ class Scheduler:
                 ticket.remaining_s += kind.encode_s
 
     def _sorted(self, tickets: Iterable[_Ticket], hold: float = 0.0) -> list[_Ticket]:
-        """Best first. With `hold`, running images with a seat are ahead by that share of what they still need."""
+        """Best first.
+
+        With `hold`, running images with a seat are ahead by that share of what they still need.
+        """
 
         def place(ticket: _Ticket) -> tuple[Group, float, int]:
             score = ticket.remaining_s - self.ageing * (self._now_s - ticket.added_s)
@@ -465,7 +464,7 @@ class Scheduler:
                 self._parked.append(ticket.image)
 
     def _seated(self, waiting: Iterable[_Ticket]) -> tuple[list[_Ticket], list[_Ticket]]:
-        """Who of these has a seat, and who has none."""
+        """Tell who of these has a seat, and who has none."""
         in_order = self._sorted(waiting, HOLD)
         best_of_lane: dict[tuple[Group, _Kind], _Ticket] = {}
         for ticket in in_order:
@@ -493,7 +492,10 @@ class Scheduler:
         return kind
 
     def _next_batch(self, pool: Sequence[_Ticket], guests: Sequence[_Ticket]) -> Batch:
-        """The forward of the lane whose turn it is. `pool` is everybody of its group who may ride, `guests` those of others, best first."""
+        """Give the forward of the lane whose turn it is.
+
+        `pool` is everybody of its group who may ride, `guests` those of others, best first.
+        """
         leads: dict[_Kind, _Ticket] = {}  # the best of each lane
         for ticket in pool:
             leads.setdefault(ticket.home, ticket)
@@ -508,7 +510,10 @@ class Scheduler:
         return self._filled(kind, riders, bucket_rows, own + fitting)
 
     def _whose_turn(self, group: Group, leads: dict[_Kind, _Ticket]) -> _Ticket:
-        """The best of these, one of each ready lane of a group, whose lane has seconds left; a new round when none has."""
+        """Give the best of these, one of each ready lane of a group, whose lane has seconds left.
+
+        A new round when none has.
+        """
         quantum = max(lead.kind.solo_s[lead.image.rows] for lead in leads.values())
         most = max(self._balances.setdefault((group, home), quantum) for home in leads)
         if most <= 0:
@@ -516,7 +521,10 @@ class Scheduler:
         return next(lead for home, lead in leads.items() if self._balances[group, home] > 0)
 
     def _start_round(self, group: Group, ready: Container[_Kind], seconds: float) -> None:
-        """Give every lane of the group the same; one that is not ready may pay its debts with it, but keeps no credit."""
+        """Give every lane of the group the same.
+
+        One that is not ready may pay its debts with it, but keeps no credit.
+        """
         for lane, balance in list(self._balances.items()):
             if lane[0] == group:
                 self._balances[lane] = balance + seconds
@@ -526,9 +534,11 @@ class Scheduler:
     # --- growth ---
 
     def _grown(self, kind: _Kind, own: Sequence[InFlight]) -> tuple[list[InFlight], int]:
-        """Who joins the first of these in a best-effort forward because it pays, and the rows of the forward.
+        """Tell who joins the first of these in a best-effort forward because it pays, and the rows
+        of the forward.
 
-        Where the next image alone does not pay, some together may: a curve with a jump in it is crossed by as many as make it worth.
+        Where the next image alone does not pay, some together may: a curve with a jump in it is
+        crossed by as many as make it worth.
         """
         lead = own[0]
         most_rows = self._most_rows(kind.key)
@@ -549,7 +559,9 @@ class Scheduler:
         return riders, bucket_rows
 
     def _filled(self, kind: _Kind, riders: Sequence[InFlight], bucket_rows: int, candidates: Sequence[InFlight]) -> Batch:
-        """The forward of `bucket_rows` rows with its free rows given to whoever fits, the first of the candidates first."""
+        """Give the forward of `bucket_rows` rows with its free rows given to whoever fits, the
+        first of the candidates first.
+        """
         taken = list(riders)
         free = bucket_rows - sum(image.rows for image in riders)
         for image in candidates if free else ():
@@ -565,16 +577,29 @@ class Scheduler:
         return len({use.name for image in (*images, newcomer) for use in image.request.adapters}) <= self.max_adapters
 
     def _most_rows(self, key: BatchKey) -> int:
-        """Rows that a best-effort forward may have; an image that alone has more still runs alone."""
+        """Tell the rows that a best-effort forward may have.
+
+        An image that alone has more still runs alone.
+        """
         limits = (self.max_batch_rows, self._row_caps.get(key), self._costs.row_limit(key, self.memory_budget_bytes))
         return min(limit for limit in limits if limit is not None)
 
     def _padded(self, rows: int) -> int:
-        """The smallest row bucket that holds `rows`; `rows` itself where none does."""
+        """Give the smallest row bucket that holds `rows`; `rows` itself where none does."""
         place = bisect_left(self.row_buckets, rows)
         return self.row_buckets[place] if place < len(self.row_buckets) else rows
 
 
+def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None:
+    if min(limits) < 1:
+        raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
+    if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
+        raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
+
+
 def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
-    """May it ride in a forward that `lead` leads? A pipeline's newcomer learns its call by its encode: until then its lane will do."""
+    """May it ride in a forward that `lead` leads?
+
+    A pipeline's newcomer learns its call by its encode: until then its lane will do.
+    """
     return ticket.kind is lead.kind or (ticket.image.state is ImageState.QUEUED and ticket.home is lead.home)

@@ -1,9 +1,10 @@
 """What ranks are owed of the device, whatever better ranks want of it.
 
-A rank with a share earns credit while it has work ready: its share of every second that anybody's work takes. What it is given for its
-credit is taken from it, and what was predicted too low is taken later. Being served because nobody better is here uses credit up, but
-makes no debt; so nothing is saved up and nothing paid back. A rank that is served now and then for nothing, in the gaps of better ones,
-never comes to take a turn from them.
+A rank with a share earns credit while it has work ready: its share of every second that anybody's
+work takes. What it is given for its credit is taken from it, and what was predicted too low is
+taken later. Being served because nobody better is here uses credit up, but makes no debt; so
+nothing is saved up and nothing paid back. A rank that is served now and then for nothing, in the
+gaps of better ones, never comes to take a turn from them.
 """
 
 from collections.abc import Container, Iterator, Mapping
@@ -15,7 +16,8 @@ class Shares:
     """The ranks with a share, best first, and their credit."""
 
     def __init__(self, shares: Mapping[int, float], patience_s: float = 0.0) -> None:
-        """patience_s: what so many seconds earn is kept back, so that a better rank's work that is over by then is never held up.
+        """patience_s: what so many seconds earn is kept back, so that a better rank's work that is
+        over by then is never held up.
 
         Raises `ValueError` unless every share is above 0 and all together are below 1.
         """
@@ -27,11 +29,17 @@ class Shares:
         self._kept: dict[int, float] = {}  # of the others
 
     def seats(self, max_inflight: int) -> dict[int, int]:
-        """Seats that each of these ranks keeps while it has images that want them; without any its work would never be ready."""
+        """Seats that each of these ranks keeps while it has images that want them.
+
+        Without any its work would never be ready.
+        """
         return {rank: max(1, round(share * max_inflight)) for rank, share in self._shares.items()}
 
     def note_ready(self, ranks: Container[int]) -> None:
-        """Only these ranks have work ready; the others keep what patience has earned at most, or they would have to be patient anew."""
+        """Only these ranks have work ready.
+
+        The others keep what patience has earned at most, or they would have to be patient anew.
+        """
         credits = self._kept | self._credits
         self._credits = {rank: credits.get(rank, 0.0) for rank in self._shares if rank in ranks}
         self._kept = {
@@ -39,7 +47,9 @@ class Shares:
         }
 
     def spend(self, parts: Mapping[int, float], seconds: float, *, owed_to: int | None) -> None:
-        """The device worked for so many seconds (below 0: predicted too many), each rank having its part of them, guests as well.
+        """Note seconds of work (below 0: predicted too many).
+
+        Each rank had its part, guests as well.
 
         owed_to: the rank whose turn it was by its credit.
         """
@@ -56,6 +66,9 @@ class Shares:
         return (rank for rank, credit in self._credits.items() if credit > 0)
 
     def covers(self, rank: int, seconds: float) -> bool:
-        """Is the rank owed so long a piece of work? One longer than its credit can ever be is given for the most it can."""
+        """Is the rank owed so long a piece of work?
+
+        One longer than its credit can ever be is given for the most it can.
+        """
         share = self._shares[rank]
         return self._credits[rank] >= min(seconds + share * self._patience_s, share * HORIZON_S)

@@ -1,14 +1,17 @@
-"""One image in flight as bytes: written between two denoise steps, gone on with in another process, bit by bit.
+"""One image in flight as bytes: written between two denoise steps, gone on with in another process,
+bit by bit.
 
-A snapshot is one safetensors blob, so any tool that reads those can look inside and nothing in it can run:
+A snapshot is one safetensors blob, so any tool that reads those can look inside and nothing in it
+can run:
 
     8 bytes   length of the header
     header    {"__metadata__": {"darkroom-snapshot": "<format> <bytes in all> <sha256> <all that is no tensor, as JSON>"}, ...}
     tensors   state/…: the family's, request/…: the request's pictures
 
-The sha256 is over every other byte of the blob. It finds damage, not forgery: who can write to the store can write a snapshot, and
-the engine checks a restored request like a new one. Blobs are parsed from bytes; a file mapped into memory could be overwritten
-under a running image. What the tensors mean is the family's business. Importable, and `peek` usable, without torch.
+The sha256 is over every other byte of the blob. It finds damage, not forgery: who can write to the
+store can write a snapshot, and the engine checks a restored request like a new one. Blobs are
+parsed from bytes; a file mapped into memory could be overwritten under a running image. What the
+tensors mean is the family's business. Importable, and `peek` usable, without torch.
 """
 
 from __future__ import annotations
@@ -43,7 +46,9 @@ _SEAL = re.compile(rb'\{"__metadata__":\{"' + _NAME.encode() + rb'":"(?P<format>
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Snapshot:
-    """All that is needed to go on with an image after `step` of `num_steps`, where the fingerprint is the same."""
+    """All that is needed to go on with an image after `step` of `num_steps`, where the fingerprint
+    is the same.
+    """
 
     request: ImageRequest
     family: str
@@ -69,7 +74,9 @@ class Label:
 
 
 def to_bytes(snapshot: Snapshot) -> bytes:
-    """Write a snapshot; equal ones become equal bytes. Tensors are copied, from wherever they lie, and left untouched.
+    """Write a snapshot; equal ones become equal bytes.
+
+    Tensors are copied, from wherever they lie, and left untouched.
 
     Raises `SnapshotRefused` when facts or options are not JSON-plain, or too many.
     """
@@ -108,9 +115,12 @@ def to_bytes(snapshot: Snapshot) -> bytes:
 
 
 def from_bytes(blob: bytes) -> Snapshot:
-    """Read a snapshot; its tensors are on the CPU, in memory of their own, laid out as they were.
+    """Read a snapshot.
 
-    Raises `SnapshotRefused` for anything but the unaltered work of `to_bytes` in this format, saying what is wrong.
+    Its tensors are on the CPU, in memory of their own, laid out as they were.
+
+    Raises `SnapshotRefused` for anything but the unaltered work of `to_bytes` in this format,
+    saying what is wrong.
     """
     from safetensors.torch import load
 
@@ -135,7 +145,10 @@ def from_bytes(blob: bytes) -> Snapshot:
 
 
 def peek(blob: bytes) -> Label:
-    """Read what is written on the outside, without torch. Raises `SnapshotRefused` like `from_bytes`: a damaged blob has no label."""
+    """Read what is written on the outside, without torch.
+
+    Raises `SnapshotRefused` like `from_bytes`: a damaged blob has no label.
+    """
     about = _opened(blob)
     with _as_laid_out():
         return Label(
@@ -150,14 +163,19 @@ def peek(blob: bytes) -> Label:
 
 
 def check_fingerprint(snapshot: Snapshot, expected: Fingerprint) -> None:
-    """Raise `SnapshotRefused`, naming every fact that differs, where going on with the snapshot could give other bits."""
+    """Raise `SnapshotRefused`, naming every fact that differs, where going on with the snapshot
+    could give other bits.
+    """
     if snapshot.fingerprint != expected.sha256:
         different = differences(snapshot.fingerprint_facts, expected.facts)
         raise SnapshotRefused(f"the snapshot was made where other bits come out: {different}")
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """Name the facts that differ: "libraries.torch 2.12 there, 2.13 here; threads 1 there, 2 here". Empty for equal facts."""
+    """Name the facts that differ: "libraries.torch 2.12 there, 2.13 here; threads 1 there, 2 here".
+
+    Empty for equal facts.
+    """
     flat_there, flat_here = _flat(there), _flat(here)
     return "; ".join(
         f"{name} {flat_there.get(name, 'unknown')} there, {flat_here.get(name, 'unknown')} here"
@@ -167,7 +185,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def request_digest(request: ImageRequest) -> str:
-    """sha256, hex, over all that decides the pixels, and the rules it was admitted under; over nothing in `NOT_IN_THE_DIGEST`.
+    """sha256, hex, over all that decides the pixels, and the rules it was admitted under.
+
+    Over nothing in `NOT_IN_THE_DIGEST`.
 
     Equal requests have equal digests; a field added to the request is in it from then on.
     """
@@ -179,7 +199,7 @@ def request_digest(request: ImageRequest) -> str:
 
 
 def _opened(blob: bytes) -> dict[str, Any]:
-    """Everything in the blob that is no tensor, once it is known to be whole."""
+    """Read everything in the blob that is no tensor, once it is known to be whole."""
     seal = _SEAL.match(blob, 8)
     if seal is None:
         raise SnapshotRefused("these bytes are no snapshot")
@@ -216,7 +236,10 @@ def _as_laid_out() -> Iterator[None]:
 
 
 def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
-    """One value of a request as JSON; its pictures are put aside, each under its place in the request."""
+    """Write one value of a request as JSON.
+
+    Its pictures are put aside, each under its place in the request.
+    """
     if isinstance(value, Picture):
         pictures[name] = value
         return name
@@ -233,7 +256,10 @@ def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
 
 
 def _read(kind: Any, value: Any, pictures: Mapping[str, Picture]) -> Any:
-    """What `_written` was given; `kind` is the type its field declares. A field that is absent has its default."""
+    """Tell what `_written` was given; `kind` is the type its field declares.
+
+    A field that is absent has its default.
+    """
     given, arguments = get_origin(kind), get_args(kind)
     if NoneType in arguments:
         return None if value is None else _read(arguments[0], value, pictures)
@@ -268,7 +294,10 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 
 def _json(value: Any) -> str:
-    """Canonical: equal values, equal text, in ASCII. Raises `SnapshotRefused` for what JSON has no word for."""
+    """Canonical: equal values, equal text, in ASCII.
+
+    Raises `SnapshotRefused` for what JSON has no word for.
+    """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as problem:

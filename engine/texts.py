@@ -1,4 +1,6 @@
-"""What of a request's texts a checkpoint does not read: encoders cut off what is too long for them, and say nothing."""
+"""What of a request's texts a checkpoint does not read: encoders cut off what is too long for them,
+and say nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True, kw_only=True)
 class UnreadText:
-    """A text of which the end, or all of it, has no effect on the image. Tokens are the text's own, without those that frame it."""
+    """A text of which the end, or all of it, has no effect on the image.
+
+    Tokens are the text's own, without those that frame it.
+    """
 
     field: str  # prompt or negative_prompt
     tokens_given: int
@@ -17,7 +22,7 @@ class UnreadText:
 
 
 def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText | None:
-    """What is left unread by the encoder that reads furthest; None if nothing is.
+    """Tell what is left unread by the encoder that reads furthest; None if nothing is.
 
     readers: the tokenizer of each text encoder, and the length to which it pads and cuts.
     """
@@ -32,7 +37,7 @@ def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> Unread
 
 
 def ignored(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText:
-    """A text that no encoder is given."""
+    """Give a text that no encoder is given."""
     return UnreadText(field=field, tokens_given=max((_count(tokenizer, text) for tokenizer, _ in readers), default=0), tokens_read=0)
 
 

@@ -1,6 +1,7 @@
 """Check every field of a request that a caller can get wrong, before anything is queued.
 
-Types and ranges that hold for every family are here; what one checkpoint cannot render, its family says (`Family.check`).
+Types and ranges that hold for every family are here; what one checkpoint cannot render, its family
+says (`Family.check`).
 """
 
 import math
@@ -45,16 +46,14 @@ def check_offered(request: ImageRequest, spec: CheckpointSpec) -> None:
         raise UnsupportedRequest("width_px", f"{request.width_px}x{request.height_px} is none of {sizes}")
     if request.sampler not in spec.samplers:
         raise UnsupportedRequest("sampler", f"{request.sampler!r} is none of {', '.join(spec.samplers)}")
-    if request.block_cache and not spec.block_cache_threshold:
-        raise UnsupportedRequest("block_cache", "is not offered of this checkpoint")
-    if request.block_cache and request.is_reproducible:
-        raise UnsupportedRequest("block_cache", "a reproducible image computes every block")
     if request.adapters and not spec.adapters:
         raise UnsupportedRequest("adapters", "none are offered of this checkpoint")
 
 
 def check_rows(request: ImageRequest, rows: int, max_batch_rows: int) -> None:
-    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward, or into the bucket it pins."""
+    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward, or into the
+    bucket it pins.
+    """
     if request.determinism not in tuple(Determinism):
         raise UnsupportedRequest("determinism", f"{request.determinism!r} is none of {', '.join(Determinism)}")
     if request.is_reproducible:
@@ -77,7 +76,10 @@ def _check_text(field: str, value: object) -> None:
 
 
 def check_seconds(field: str, value: object) -> None:
-    """Raise `UnsupportedRequest` for what is no number of seconds; a negative one is a moment that has passed."""
+    """Raise `UnsupportedRequest` for what is no number of seconds.
+
+    A negative one is a moment that has passed.
+    """
     if not isinstance(value, int | float) or math.isnan(value):
         raise UnsupportedRequest(field, f"{value!r} is not a number of seconds")
 

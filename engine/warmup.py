@@ -1,6 +1,8 @@
-"""Render before anybody asks: kernels chosen, memory laid out, and the curve of seconds by rows measured.
+"""Render before anybody asks: kernels chosen, memory laid out, and the curve of seconds by rows
+measured.
 
-Called on the engine's thread before it takes requests. `./darkroom calibrate` is the same with more repeats, its curve written down.
+Called on the engine's thread before it takes requests. `./darkroom calibrate` is the same with more
+repeats, its curve written down.
 """
 
 from collections.abc import Callable
@@ -32,8 +34,8 @@ def warm_up(
 ) -> None:
     """Render an image of every size, with and without guidance, and make a forward of every bucket.
 
-    What `costs` does not know yet is measured, `repeats` times. Raises `UnsupportedRequest` for a checkpoint that offers no size or no
-    sampler, or one that nobody could use.
+    What `costs` does not know yet is measured, `repeats` times. Raises `UnsupportedRequest` for a
+    checkpoint that offers no size or no sampler, or one that nobody could use.
     """
     if not spec.samplers or not spec.sizes:
         raise UnsupportedRequest("samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none")
@@ -60,7 +62,7 @@ def warm_up(
 
 
 def _as_it_can_be_rendered(request: ImageRequest, validated: Callable[[ImageRequest], InFlight]) -> ImageRequest:
-    """The request, with a grey picture wherever this checkpoint serves none without."""
+    """Give the request, with a grey picture wherever this checkpoint serves none without."""
     grey = np.full((request.height_px, request.width_px, 3), 128, np.uint8)
     pictures: dict[str, Any] = {"init_image": Picture(grey), "mask": Picture(grey[..., 0]), "control_image": Picture(grey)}
     while True:
@@ -83,7 +85,10 @@ def doublings(most: int) -> tuple[int, ...]:
 
 
 def _render(image: InFlight, runner: Runner, device: Device, costs: CostModel, buckets: list[int], repeats: int) -> None:
-    """One image to its end; before its first step a forward of every bucket, padded, for the tensors' shapes are all that matters."""
+    """Render one image to its end, with a forward of every bucket before its first step.
+
+    Padded, for the tensors' shapes are all that matters.
+    """
     try:
         runner.start(image)
         key = image.batch_key

@@ -106,7 +106,7 @@ class Model(_Table):
     channels_last: bool = False
     compile_blocks: bool = False
     cuda_graphs: bool = False
-    block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache
+    block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache; sd3 and flux alone
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
     guidance_distilled: bool = True  # family flux: the network takes guidance as an input (dev); false: it does not (schnell)
@@ -280,6 +280,8 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
+    if model.block_cache_threshold and model.family not in ("sd3", "flux"):
+        problems.append(f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
     if len({version.id for version in model.versions}) < len(model.versions):

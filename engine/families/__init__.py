@@ -1,6 +1,7 @@
 """Network families: each knows how one kind of checkpoint is loaded, encoded, denoised and decoded.
 
-A family is named in a `CheckpointSpec` and imported only then. The contract is in `contract.py`.
+A family is named in a `CheckpointSpec` and imported only then. The contract is `contract.Family`; a
+method of a family that says nothing of itself does what it says there.
 """
 
 from importlib import import_module
@@ -14,13 +15,16 @@ FAMILIES = {
     "sdxl": "engine.families.sdxl:StableDiffusionXL",  # UNet, two CLIP text encoders, sizes as conditions
     "sd3": "engine.families.sd3:StableDiffusion3",  # SD3 and 3.5: MMDiT, flow matching, two CLIP and T5
     "flux": "engine.families.flux:Flux",  # FLUX.1: packed latents, distilled guidance, CLIP and T5
-    "pipeline": "engine.families.pipeline:Pipeline",  # any other diffusers pipeline, its denoiser calls batched
-    "plain": "engine.families.pipeline:PlainPipeline",  # the last resort: one whole call at a time, in turns of a step
+    "pipeline": "engine.families.pipeline.batched:Pipeline",  # any other diffusers pipeline, its denoiser calls batched
+    "plain": "engine.families.pipeline.plain:PlainPipeline",  # the last resort: one whole call at a time, in turns of a step
 }
 
 
 def family_named(name: str) -> type[Family]:
-    """Give the class that serves checkpoints of this family; raises `UnsupportedRequest` for a name nobody serves."""
+    """Give the class that serves checkpoints of this family.
+
+    Raises `UnsupportedRequest` for a name nobody serves.
+    """
     if name not in FAMILIES:
         raise UnsupportedRequest("family", f"{name!r} is none of {', '.join(sorted(FAMILIES))}")
     module, _, attribute = FAMILIES[name].partition(":")

@@ -1,9 +1,11 @@
-"""Take the calls of strange networks apart into rows, so that calls of strangers can be made as one.
+"""Take the calls of strange networks apart into rows, so that calls of strangers can be made as
+one.
 
-Nothing here knows what an argument means. Which axis of which tensor counts rows is *probed*: the same call is made for one image and
-for two, and what doubles is per row; what does not is shared, and strangers share a forward only where it is equal. That a network
-keeps rows apart is then *proved* on the network itself: rows come out the same, bit by bit, beside themselves and beside others. A
-call that has no proof is nobody's to join.
+Nothing here knows what an argument means. Which axis of which tensor counts rows is *probed*: the
+same call is made for one image and for two, and what doubles is per row; what does not is shared,
+and strangers share a forward only where it is equal. That a network keeps rows apart is then
+*proved* on the network itself: rows come out the same, bit by bit, beside themselves and beside
+others. A call that has no proof is nobody's to join.
 
 A value is a tensor, something plain, or tuples, lists, dicts and diffusers outputs of values.
 """
@@ -48,20 +50,27 @@ class Form(ABC):
 
     @abstractmethod
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """Say, in plain JSON, what values must agree on to be stacked, and add to `rows` how many rows this one has.
+        """Say, in plain JSON, what values must agree on to be stacked, and add to `rows` how many
+        rows this one has.
 
-        exactly: must a row's bits not depend on the others? Raises `Unlike` for a value of another form."""
+        exactly: must a row's bits not depend on the others? Raises `Unlike` for a value of another
+        form.
+        """
 
     @abstractmethod
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """One value with the rows of all, `counts[i]` of values[i], then `padding` times the first of them: safe for masks."""
+        """Give one value with the rows of all, `counts[i]` of values[i], then `padding` times the
+        first of them: safe for masks.
+        """
 
     @abstractmethod
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """The inverse of `stack`; what is beyond the counts is dropped."""
+        """Give the inverse of `stack`; what is beyond the counts is dropped."""
 
     def spread(self, one: Any, other: Any) -> Form:
-        """The same form, but shared tensors of a single number that two values do not agree on are spread over the rows."""
+        """Give the same form, but shared tensors of a single number that two values do not agree on
+        are spread over the rows.
+        """
         return self
 
 
@@ -73,35 +82,37 @@ class Rowed(Form):
     ndim: int
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: all but the number of rows."""
+        """Describe all but the number of rows."""
         if not isinstance(value, Tensor) or value.ndim != self.ndim:
             raise Unlike
         rows.add(value.shape[self.axis])
         return [str(value.dtype), *value.shape[: self.axis], "rows", *value.shape[self.axis + 1 :]]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base."""
         filler = [values[0].narrow(self.axis, 0, 1)] * padding
         # Contiguous, for a neighbour in another memory format would otherwise choose the layout, and with it the kernels, for all.
         return torch.cat([*values, *filler], dim=self.axis).contiguous()
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base: views."""
+        """Split into views."""
         return list(torch.split(value.narrow(self.axis, 0, sum(counts)), list(counts), dim=self.axis))
 
 
 @dataclass(frozen=True)
 class Listed(Form):
-    """A list with one tensor per row. The tensors may differ in size, as those of prompts do: the network pads them to the longest.
+    """A list with one tensor per row.
 
-    By that, rows of different sizes change each other's last bits; where that must not be, they do not meet.
+    The tensors may differ in size, as those of prompts do: the network pads them to the longest.
+
+    By that, rows of different sizes change each other's last bits; where that must not be, they do
+    not meet.
     """
 
     kind: Any  # list or tuple
     ndim: int
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: sizes only where the bits count."""
+        """Describe sizes only where the bits count."""
         if type(value) is not self.kind or not all(isinstance(row, Tensor) and row.ndim == self.ndim for row in value):
             raise Unlike
         rows.add(len(value))
@@ -109,29 +120,29 @@ class Listed(Form):
         return [dtypes, sorted({tuple(row.shape) for row in value})] if exactly else [dtypes]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base."""
         return self.kind([row for value in values for row in value] + [values[0][0]] * padding)
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base."""
         ends = [sum(counts[: index + 1]) for index in range(len(counts))]
         return [value[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 @dataclass(frozen=True)
 class Spread(Form):
-    """A tensor of one number for all rows, such as a timestep, in whose place the network takes one number per row."""
+    """A tensor of one number for all rows, such as a timestep, in whose place the network takes one
+    number per row.
+    """
 
     ndim: int
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: its dtype."""
+        """Describe its dtype."""
         if not isinstance(value, Tensor) or value.numel() != 1 or value.ndim != self.ndim:
             raise Unlike
         return [str(value.dtype)]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base: [rows]."""
+        """Stack to [rows]."""
         return torch.cat([value.expand(count) for value, count in zip([*values, values[0]], [*counts, padding], strict=True)])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
@@ -147,7 +158,7 @@ class Shared(Form):
     ndim: int = 0
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: its value."""
+        """Describe its value."""
         if isinstance(value, Tensor):
             if self.kind is not Tensor or value.ndim != self.ndim or value.nbytes > MAX_COMPARED_BYTES:
                 raise Unlike
@@ -158,15 +169,14 @@ class Shared(Form):
         return repr(value)
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base: anybody's, for all are equal."""
+        """Give anybody's, for all are equal."""
         return values[0]
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base: the same for everybody."""
+        """Give the same to everybody."""
         return [value] * len(counts)
 
     def spread(self, one: Any, other: Any) -> Form:
-        """See the base."""
         is_number = self.kind is Tensor and self.ndim <= 1 and one.numel() == 1 == other.numel()
         return Spread(self.ndim) if is_number and not torch.equal(one, other) else self
 
@@ -179,22 +189,19 @@ class Nested(Form):
     places: tuple[tuple[Any, Form], ...]
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """See the base: what its places say."""
+        """Describe what its places say."""
         if type(value) is not self.kind or [place for place, _ in self.places] != _places(value):
             raise Unlike
         return [[str(place), form.describe(value[place], rows, exactly=exactly)] for place, form in self.places]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """See the base."""
         return self._of([form.stack([value[place] for value in values], counts, padding) for place, form in self.places])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """See the base."""
         parts = [form.split(value[place], counts) for place, form in self.places]
         return [self._of([part[index] for part in parts]) for index in range(len(counts))]
 
     def spread(self, one: Any, other: Any) -> Form:
-        """See the base."""
         return replace(self, places=tuple((place, form.spread(one[place], other[place])) for place, form in self.places))
 
     def _of(self, items: list[Any]) -> Any:
@@ -202,7 +209,10 @@ class Nested(Form):
 
 
 def probe(one: Any, two: Any) -> Form:
-    """The form of a value, from that of one image and that of two of them. Raises `Unlike` when it cannot be told."""
+    """Give the form of a value, from that of one image and that of two of them.
+
+    Raises `Unlike` when it cannot be told.
+    """
     if type(one) is not type(two):
         raise Unlike
     if isinstance(one, Tensor):
@@ -236,12 +246,12 @@ def _is_container(value: Any) -> bool:
 
 
 def _places(value: Any) -> list[Any]:
-    """Where a container has its values, to be read by value[place]."""
+    """Tell where a container has its values, to be read by value[place]."""
     return list(value) if isinstance(value, dict) else list(range(len(value)))
 
 
 def _container(kind: Any, items: Mapping[Any, Any]) -> Any:
-    """A container of this kind with these values at these places."""
+    """Give a container of this kind with these values at these places."""
     if issubclass(kind, BaseOutput):
         return kind(**items)
     return kind(items) if issubclass(kind, dict) else kind(items.values())
@@ -259,9 +269,12 @@ class CallForm:
     returned: Form
 
     def describe(self, call: Call, *, exactly: bool) -> tuple[int, str]:
-        """The call's number of rows, and in a few letters all that calls must agree on to be made as one. Raises `Unlike`.
+        """Give the call's number of rows, and in a few letters all that calls must agree on to be
+        made as one. Raises `Unlike`.
 
-        exactly: a row's bits then depend on itself and the number of rows alone, whoever shares the forward."""
+        exactly: a row's bits then depend on itself and the number of rows alone, whoever shares the
+        forward.
+        """
         if call.network != self.network:
             raise Unlike
         rows: set[int] = set()
@@ -272,7 +285,10 @@ class CallForm:
         return rows.pop(), f"{self.network} {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def stack(self, calls: Sequence[Call], counts: Sequence[int], bucket_rows: int) -> Call:
-        """Make one call of several that agree; it has `bucket_rows` rows, or as many as they have if that is more."""
+        """Make one call of several that agree.
+
+        It has `bucket_rows` rows, or as many as they have if that is more.
+        """
         padding = max(0, bucket_rows - sum(counts))
         args, kwargs = self.given.stack([(call.args, call.kwargs) for call in calls], counts, padding)
         return Call(self.network, calls[0].context, args, kwargs)
@@ -291,9 +307,11 @@ Run = Sequence[tuple[Call, Any]]
 
 
 def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
-    """Give a form for every kind of call in these runs, each of one image and again of two, that can be made for strangers as well.
+    """Give a form for every kind of call in these runs, each of one image and again of two, that
+    can be made for strangers as well.
 
-    A call whose rows cannot be told apart, or that the network was not seen to keep apart, has none.
+    A call whose rows cannot be told apart, or that the network was not seen to keep apart, has
+    none.
     """
     seen: dict[CallForm, list[Call]] = {}
     for of_one, of_two in runs:
@@ -310,10 +328,12 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
 
 
 def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm | None:
-    """The form, its single numbers spread over rows, if the network gives a row the same bits beside itself and beside another.
+    """Give the form, its single numbers spread over rows, if the network gives a row the same bits
+    beside itself and beside another.
 
-    Compared at one number of rows, for another may take other kernels. A call beside itself has its single numbers as the pipeline
-    gave them, so a network that reads one number per row as something else is found out.
+    Compared at one number of rows, for another may take other kernels. A call beside itself has its
+    single numbers as the pipeline gave them, so a network that reads one number per row as
+    something else is found out.
     """
     alike: dict[Any, list[Call]] = {}
     for call in calls:
@@ -359,7 +379,7 @@ def tensors_of(value: Any) -> list[Tensor]:
 
 
 def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
-    """The value with each of its tensors replaced by what `change` makes of it."""
+    """Give the value with each of its tensors replaced by what `change` makes of it."""
     if isinstance(value, Tensor):
         return change(value)
     if _is_container(value):
@@ -368,9 +388,12 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def written(value: Any, tensors: list[Tensor]) -> Any:
-    """The value in plain JSON, but for its tensors, which are added to `tensors`; of one on the meta device only the shape is kept.
+    """Give the value in plain JSON, but for its tensors, which are added to `tensors`.
 
-    Raises `Unlike` for what is no value."""
+    Of one on the meta device only the shape is kept.
+
+    Raises `Unlike` for what is no value.
+    """
     if isinstance(value, Tensor):
         if value.is_meta:
             return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
@@ -388,7 +411,10 @@ def written(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def read(facts: Any, tensors: Sequence[Tensor]) -> Any:
-    """The inverse of `written`. Raises `Unlike` for a kind that is neither plain nor an output of diffusers."""
+    """Give the inverse of `written`.
+
+    Raises `Unlike` for a kind that is neither plain nor an output of diffusers.
+    """
     if "tensor" in facts:
         return tensors[facts["tensor"]]
     if "shape" in facts:

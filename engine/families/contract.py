@@ -1,15 +1,17 @@
 """What the engine asks of a family of networks.
 
-The engine holds one family object per checkpoint. Between two forwards an image is plain state (`InFlight`), and a family moves it:
+The engine holds one family object per checkpoint. Between two forwards an image is plain state
+(`InFlight`), and a family moves it:
 
     start(image)                       encode its prompts, draw its noise: it can be denoised now
     predict(images, bucket_rows)       one forward for strangers at different steps; no image is changed, so it can be repeated
     advance(image, its prediction)     guidance and the image's own sampler: the image is one step further
     decode(image)                      pixels
 
-Two kinds implement it. A native family (`latent.py` and what builds on it) keeps latents, a sampler and conditioning per image, and
-writes the loop of its diffusers pipeline itself. `pipeline.py` runs any unmodified diffusers pipeline as a coroutine whose denoiser
-calls come here. Neither keeps state between calls that one image could leave for another: all of it belongs to the `InFlight`.
+Two kinds implement it. A native family (`latent.py` and what builds on it) keeps latents, a sampler
+and conditioning per image, and writes the loop of its diffusers pipeline itself. `pipeline/` runs
+any unmodified diffusers pipeline as a coroutine whose denoiser calls come here. Neither keeps state
+between calls that one image could leave for another: all of it belongs to the `InFlight`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,56 +26,60 @@ from engine.config import CheckpointSpec
 from engine.inflight import InFlight
 from engine.previews import Projector
 from engine.request import ImageRequest
+from engine.tensors import Rows
 from engine.texts import UnreadText
 
-Rows = dict[str, Tensor]
-"""Named tensors, each [b, ...] with the same b."""
-
 Recall = Callable[[str, Callable[[], Rows]], Rows]
-"""recall(key, encode): what `encode()` gave for this key before, or gives now. The key names the encoder and all it is told (text,
-clip skip, padded length); the checkpoint and the image's adapters are added by who hands `recall` out."""
+"""recall(key, encode): what `encode()` gave for this key before, or gives now.
+
+The key names the encoder and all it is told (text, clip skip, padded length); the checkpoint and
+the image's adapters are added by who hands `recall` out.
+"""
 
 
 @dataclass(frozen=True)
 class State:
-    """All of an image in flight that cannot be had again from its request: enough to go on elsewhere with the same bits."""
+    """All of an image in flight that cannot be had again from its request.
+
+    Enough to go on elsewhere with the same bits.
+    """
 
     tensors: dict[str, Tensor]  # on the CPU, each in memory of its own
     facts: dict[str, Any] = field(default_factory=dict)  # JSON-plain
 
 
-class Sampler(Protocol):
-    """What the engine uses of a diffusers scheduler object. In this house a *scheduler* decides which images advance."""
-
-    timesteps: Tensor
-    init_noise_sigma: Any
-
-    def set_timesteps(self, num_inference_steps: int, device: str | torch.device | None = None) -> None: ...
-
-    def scale_model_input(self, sample: Tensor, timestep: Tensor) -> Tensor: ...
-
-    def step(self, model_output: Tensor, timestep: Tensor, sample: Tensor, **kwargs: Any) -> tuple[Tensor, ...]: ...
-
-
 class Family(Protocol):
-    """One loaded checkpoint. All but the first group of methods is called on the engine's thread, in inference mode."""
+    """One loaded checkpoint.
+
+    All but the first group of methods is called on the engine's thread, in inference mode.
+    """
 
     pixels_per_latent: int  # along a side; width_px and height_px must be multiples of it, and of more where `check` says so
     follows_stream: bool  # does `decode` launch its work in the stream that is current where it is called?
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """The folders of this checkpoint that it reads. Every file read must lie in one of them, so that all can be hashed."""
+        """Give the folders of this checkpoint that it reads.
+
+        Every file read must lie in one of them, so that all can be hashed.
+        """
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> "Family":
-        """Read a checkpoint folder; no network, safetensors only, no code from the folder. Raises `CheckpointCorrupt`."""
+        """Read a checkpoint folder; no network, safetensors only, no code from the folder.
+
+        Raises `CheckpointCorrupt`.
+        """
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """The networks an adapter can lie over, by the names diffusers gives their folders: unet, transformer, text_encoder…"""
+        """Give the networks an adapter can lie over, by the names diffusers gives their folders:
+        unet, transformer, text_encoder…
+        """
 
     def facts(self) -> dict[str, Any]:
-        """What of this checkpoint's set-up can change a bit: attention classes, tiling, upcasts."""
+        """Tell what of this checkpoint's set-up can change a bit: attention classes, tiling,
+        upcasts.
+        """
 
     # --- of a request, from any thread, without tensors ---
 
@@ -81,32 +87,48 @@ class Family(Protocol):
         """Raise `UnsupportedRequest`, naming the field, for what this checkpoint cannot render."""
 
     def rows(self, request: ImageRequest) -> int:
-        """Rows of a forward this image takes."""
+        """Tell the rows of a forward this image takes."""
 
     def text_length(self, request: ImageRequest) -> int:
-        """Padded length of its text in tokens, chosen from its own prompt alone: part of the batch key."""
+        """Padded length of its text in tokens, chosen from its own prompt alone: part of the batch
+        key.
+        """
 
     # --- of an image ---
 
     def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
-        """What of its texts has no effect, by the tokens that its encoders take; empty where a family cannot tell."""
+        """Tell what of its texts has no effect, by the tokens that its encoders take.
+
+        Empty where a family cannot tell.
+        """
 
     def start(self, image: InFlight, recall: Recall) -> None:
-        """Encode and draw: sets `image.held` and `image.num_steps` (where the family finds out only now: rows and batch key too)."""
+        """Encode and draw: sets `image.held` and `image.num_steps` (where the family finds out only
+        now: rows and batch key too).
+        """
 
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
-        """One forward for all images, padded to `bucket_rows`; each image's part of the prediction, in their order.
+        """Give one forward for all images, padded to `bucket_rows`.
 
-        All have one batch key. No image is changed. An image's part depends on its own rows and `bucket_rows` alone."""
+        Each image's part of the prediction, in their order.
+
+        All have one batch key. No image is changed. An image's part depends on its own rows and
+        `bucket_rows` alone.
+        """
 
     def advance(self, image: InFlight, prediction: Any) -> None:
-        """Move the image on by its part of a prediction: `image.step`, `image.is_denoised` and all it holds."""
+        """Move the image on by its part of a prediction: `image.step`, `image.is_denoised` and all
+        it holds.
+        """
 
     def clean_latents(self, image: InFlight) -> Tensor | None:
-        """The clean latents [1, c, h, w] as the last step predicted them, for a preview; None unless `image.is_watched` by then."""
+        """Give the clean latents [1, c, h, w] as the last step predicted them, for a preview.
+
+        None unless `image.is_watched` by then.
+        """
 
     def decode(self, image: InFlight) -> Tensor:
-        """The pixels of a denoised image: [1, 3, h, w], nominally in -1..1 and not clamped.
+        """Give the pixels of a denoised image: [1, 3, h, w], nominally in -1..1 and not clamped.
 
         One image at a time, always: the decoder of a batch gives other bits."""
 
@@ -114,16 +136,30 @@ class Family(Protocol):
         """Copy what is needed to go on elsewhere from `image.step`. The image is left untouched."""
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
-        """Instead of `start`: encode again and go on from a saved state. `image.step` is set already."""
+        """Instead of `start`: encode again and go on from a saved state.
+
+        `image.step` is set already.
+        """
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
-        """Instead of `start`: encode, then go on from these kept latents at `image.step`, which is set already."""
+        """Instead of `start`: encode, then go on from these kept latents at `image.step`, which is
+        set already.
+        """
 
     def latents(self, image: InFlight) -> Tensor:
-        """The noisy latents as `fork` takes them; raises `UnsupportedRequest` where a family has none to give."""
+        """Give the noisy latents as `fork` takes them.
+
+        Raises `UnsupportedRequest` where a family has none to give.
+        """
 
     def release(self, image: InFlight) -> None:
-        """Let go of what the image holds, at any moment and in any state; harmless when repeated. `image.held` is None after it."""
+        """Let go of what the image holds, at any moment and in any state; harmless when repeated.
+
+        `image.held` is None after it.
+        """
 
     def projector(self) -> Projector | None:
-        """What shows its clean latents as colours; None where nobody knows. Asked once, on the engine's thread."""
+        """Tell what shows its clean latents as colours; None where nobody knows.
+
+        Asked once, on the engine's thread.
+        """

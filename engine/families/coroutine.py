@@ -1,8 +1,10 @@
-"""Run a function as a coroutine: from deep inside other people's code it asks, its owner answers, and one of the two runs at a time.
+"""Run a function as a coroutine: from deep inside other people's code it asks, its owner answers,
+and one of the two runs at a time.
 
-A generator cannot do that, for it can only yield from its own frame. So the function has a thread of its own and a baton goes back
-and forth. Threads rather than greenlets, because much of what torch calls current (grad mode, stream) is the thread's; what has to
-be around the function in there comes as a context manager. It does not know what is asked, nor why.
+A generator cannot do that, for it can only yield from its own frame. So the function has a thread
+of its own and a baton goes back and forth. Threads rather than greenlets, because much of what
+torch calls current (grad mode, stream) is the thread's; what has to be around the function in there
+comes as a context manager. It does not know what is asked, nor why.
 """
 
 from __future__ import annotations
@@ -19,7 +21,10 @@ Ask = Callable[[Any], Any]
 
 
 class Closed(BaseException):
-    """Unwinds a function that nobody will answer any more. No `Exception`: code that survives those must not survive this."""
+    """Unwinds a function that nobody will answer any more.
+
+    No `Exception`: code that survives those must not survive this.
+    """
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,10 @@ class Coroutine:
     def __init__(
         self, run: Callable[[Ask], Any], *, name: str = "coroutine", within: Callable[[], AbstractContextManager[Any]] = nullcontext
     ) -> None:
-        """Nothing runs before the first `resume`. `within()` is entered in the function's own thread, around all of it."""
+        """Nothing runs before the first `resume`.
+
+        `within()` is entered in the function's own thread, around all of it.
+        """
         # Handed to the thread, which drops it at its end: kept here too, it would close a circle of references around its tensors.
         self._thread = threading.Thread(target=self._live, args=(run, within), name=name, daemon=True)
         self._requests: SimpleQueue[Any] = SimpleQueue()
@@ -49,7 +57,9 @@ class Coroutine:
         self.is_over = False
 
     def resume(self, answer: Any = None) -> Any:
-        """Let the function run on: what it asks for next, or `Returned`. The first answer is to no question and is dropped.
+        """Let the function run on: what it asks for next, or `Returned`.
+
+        The first answer is to no question and is dropped.
 
         Raises what the function raised, and `RuntimeError` when it is over already.
         """
@@ -70,9 +80,12 @@ class Coroutine:
         return outcome
 
     def close(self) -> None:
-        """End it wherever it is: not begun, waiting for an answer, or over. When this returns, its thread is gone.
+        """End it wherever it is: not begun, waiting for an answer, or over.
 
-        A waiting function is unwound by `Closed`; whatever it makes of that is nobody's concern any more.
+        When this returns, its thread is gone.
+
+        A waiting function is unwound by `Closed`; whatever it makes of that is nobody's concern any
+        more.
         """
         if not self.is_over:
             self._is_closing = True
@@ -87,7 +100,10 @@ class Coroutine:
             self._thread.join()
 
     def _live(self, run: Callable[[Ask], Any], within: Callable[[], AbstractContextManager[Any]]) -> None:
-        """The thread's life; what comes last is put where the owner waits for it, if he does."""
+        """Live in the thread.
+
+        What comes last is put where the owner waits for it, if anybody does.
+        """
         try:
             with within():
                 last = Returned(run(self._ask))

@@ -1,7 +1,9 @@
-"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the VAE shifts, a T5 text encoder.
+"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the
+VAE shifts, a T5 text encoder.
 
-The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers are drawn in the order of the
-diffusers pipelines: the posterior of the init image, the noise, the posterior of the masked image.
+The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers
+are drawn in the order of the diffusers pipelines: the posterior of the init image, the noise, the
+posterior of the masked image.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from torch.nn.functional import interpolate
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Rows, Sampler
 from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
 from engine.families.latent import (
     Beginning,
@@ -34,6 +35,7 @@ from engine.families.latent import (
 from engine.inflight import InFlight
 from engine.request import ImageRequest
 from engine.samplers import FLOW_SAMPLERS, check_sampler, fresh_sampler
+from engine.tensors import Rows, Sampler
 
 LATENTS_PER_TOKEN = 2  # along each side: both transformers take patches of 2x2 latents
 MOST_TEXT_TOKENS = 512  # of T5, in both pipelines
@@ -68,13 +70,11 @@ class FlowFamily(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
         present = {folder for folder in (*cls.NETWORKS, *cls.TOKENIZERS) if folder not in cls.OPTIONAL or (path / folder).is_dir()}
         return tuple(sorted(present | {"scheduler", "vae"}))
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Self:
-        """See the contract."""
         path = Path(spec.path)
         present = cls.folders(path)
         return cls(
@@ -94,11 +94,9 @@ class FlowFamily(LatentFamily):
         )
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
         return self._networks
 
     def facts(self) -> dict[str, Any]:
-        """See the contract."""
         text_encoders = [network for folder, network in self._networks.items() if folder != "transformer"]
         return {
             "attention": sorted({type(processor).__name__ for processor in self._transformer.attn_processors.values()}),
@@ -111,11 +109,10 @@ class FlowFamily(LatentFamily):
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        """What `request.options` may hold."""
+        """Tell what `request.options` may hold."""
         return frozenset({"max_sequence_length"})
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
         check_side("width_px", request.width_px, pixels_per_token)
         check_side("height_px", request.height_px, pixels_per_token)
@@ -139,11 +136,10 @@ class FlowFamily(LatentFamily):
             raise UnsupportedRequest("sampler", f"{request.sampler!r} needs a checkpoint whose noise levels are shifted by size")
 
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
         return 2 if request.is_guided else 1
 
     def text_tokens(self, request: ImageRequest) -> int:
-        """The padded length of the T5 rows: `max_sequence_length` of the pipelines."""
+        """Give the padded length of the T5 rows: `max_sequence_length` of the pipelines."""
         return int(request.options.get("max_sequence_length", self.TEXT_TOKENS))
 
     # --- noise levels ---
@@ -154,10 +150,15 @@ class FlowFamily(LatentFamily):
 
     @abstractmethod
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's own."""
+        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's
+        own.
+        """
 
     def sampler(self, request: ImageRequest) -> Sampler:
-        """See the base. It is told where it begins: else it would look for its first timestep, which may be there twice."""
+        """Make a sampler that is told where it begins.
+
+        Else it would look for its first timestep, which may be there twice.
+        """
         sampler: Any = fresh_sampler(request.sampler, self._sampler_config)
         more = {"mu": self._mu(request, sampler.config)} if self.is_told_mu(sampler.config) else {}
         self.set_timesteps(sampler, request.num_steps, more)
@@ -166,7 +167,10 @@ class FlowFamily(LatentFamily):
         return fresh
 
     def _mu(self, request: ImageRequest, config: Mapping[str, Any]) -> float:
-        """The shift of the noise levels: larger images need more noise to be hidden. `calculate_shift` of the pipelines."""
+        """Give the shift of the noise levels: larger images need more noise to be hidden.
+
+        `calculate_shift` of the pipelines.
+        """
         pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
         tokens = (request.height_px // pixels_per_token) * (request.width_px // pixels_per_token)
         base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
@@ -178,11 +182,14 @@ class FlowFamily(LatentFamily):
     # --- latents ---
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents [1, c, h, w] as an image keeps them and the sampler steps them; the same for SD3."""
+        """Latents [1, c, h, w] as an image keeps them and the sampler steps them.
+
+        The same for SD3.
+        """
         return latents
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        """See the base. Drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+        """Draw in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
         timesteps = sampler.timesteps[_skipped_steps(request) :]
         if request.init_image is None:
             return Beginning(self.pack(self.draw_noise(request, generator)), timesteps)
@@ -196,15 +203,18 @@ class FlowFamily(LatentFamily):
         return Beginning(latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator))
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """The latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's posterior."""
+        """Give the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's
+        posterior.
+        """
         drawn: Tensor = self._vae.encode(picture).latent_dist.sample(generator)
         latents: Tensor = (drawn - self._vae.config.shift_factor) * self._vae.config.scaling_factor
         return latents
 
     def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """What repainting needs at every step, for `Tensors.extras`.
+        """Tell what repainting needs at every step, for `Tensors.extras`.
 
-        mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c, h, w].
+        mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c,
+        h, w].
         """
         # The pipelines encode the masked picture too, which only networks that take it as context need, and draw from its posterior.
         torch.randn(clean.shape, generator=generator, dtype=self.dtype)
@@ -212,7 +222,7 @@ class FlowFamily(LatentFamily):
         return {"mask": self.pack(latent_mask.expand_as(clean)), "clean": self.pack(clean), "noise": self.pack(noise)}
 
     def repaint(self, image: InFlight) -> None:
-        """See the base: outside the mask, the init image under the noise of the step that comes next."""
+        """Lay the init image outside the mask, under the noise of the step that comes next."""
         tensors = image.tensors
         if "mask" not in tensors.extras:
             return
@@ -223,9 +233,9 @@ class FlowFamily(LatentFamily):
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
-        """See the contract.
+        """Decode with the shift undone, always.
 
-        With the shift undone, always. diffusers 0.42's `StableDiffusion3InpaintPipeline` forgets to.
+        The `StableDiffusion3InpaintPipeline` of diffusers 0.42 forgets to.
         """
         latents = self.picture_latents(image, image.tensors.latents)
         latents = latents / self._vae.config.scaling_factor + self._vae.config.shift_factor
@@ -241,18 +251,26 @@ class FlowFamily(LatentFamily):
         return ids
 
     def encode_t5(self, number: int, text: str, length: int) -> Rows:
-        """What the T5 encoder of this number makes of one text alone: {"text": [1, length, width]}. Padding is attended to."""
+        """Tell what the T5 encoder of this number makes of one text alone: {"text": [1, length,
+        width]}. Padding is attended to.
+        """
         hidden: Tensor = self._networks[f"text_encoder_{number}"](self.tokenize(f"tokenizer_{number}", text, length))[0]
         return {"text": hidden.to(self.dtype)}
 
 
 def _skipped_steps(request: ImageRequest) -> int:
-    """How many of the first steps an init image makes needless; `get_timesteps` of the pipelines."""
+    """Tell how many of the first steps an init image makes needless.
+
+    `get_timesteps` of the pipelines.
+    """
     return int(max(request.num_steps - min(request.num_steps * request.strength, request.num_steps), 0))
 
 
 def _load_flow_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's scheduler config. Raises `CheckpointCorrupt` for one that is not of a flow, or that no sampler can be made of."""
+    """Give the checkpoint's scheduler config.
+
+    Raises `CheckpointCorrupt` for one that is not of a flow, or that no sampler can be made of.
+    """
     file = "scheduler/scheduler_config.json"
     config = load_sampler_config(path)
     scheduler_class = str(config.get("_class_name"))

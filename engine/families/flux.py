@@ -1,11 +1,13 @@
-"""FLUX.1: a transformer over packed latents and T5's tokens, steered by one pooled CLIP vector, and by a guidance scale where distilled.
+"""FLUX.1: a transformer over packed latents and T5's tokens, steered by one pooled CLIP vector, and
+by a guidance scale where distilled.
 
 Follows `FluxPipeline`, its img2img, its inpainting and `FluxFillPipeline` bit for bit.
 
-`request.guidance` is what the checkpoint makes of it. Distilled for guidance (dev, Fill): the scale it is fed, in one row; classifier-free
-guidance on top of that, in two, is asked for by the option `true_cfg_scale`. Not distilled for it (schnell): the scale of classifier-free
-guidance, if there is a negative prompt. Where `pipe(...)` makes a forward each for the two, here is one of two rows: within 1e-5 of it
-in fp32.
+`request.guidance` is what the checkpoint makes of it. Distilled for guidance (dev, Fill): the scale
+it is fed, in one row; classifier-free guidance on top of that, in two, is asked for by the option
+`true_cfg_scale`. Not distilled for it (schnell): the scale of classifier-free guidance, if there is
+a negative prompt. Where `pipe(...)` makes a forward each for the two, here is one of two rows:
+within 1e-5 of it in fp32.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows
+from engine.families.contract import Recall
 from engine.families.flow import LATENTS_PER_TOKEN, FlowFamily
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
+from engine.tensors import Rows
 
 
 class Flux(FlowFamily):
@@ -54,11 +57,9 @@ class Flux(FlowFamily):
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        """See the base."""
         return super().option_names() | ({"true_cfg_scale"} if self._is_distilled and not self._is_fill else set())
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         super().check(request)
         if request.clip_skip:
             raise UnsupportedRequest("clip_skip", f"{request.clip_skip} has no meaning for a pooled CLIP vector; 0 is accepted")
@@ -69,7 +70,6 @@ class Flux(FlowFamily):
             raise UnsupportedRequest("options", f"true_cfg_scale {scale!r} is not a number")
 
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
         return 2 if self._true_cfg_scale(request) > 1 else 1
 
     def text_length(self, request: ImageRequest) -> int:
@@ -77,17 +77,20 @@ class Flux(FlowFamily):
         return self.text_tokens(request)
 
     def _true_cfg_scale(self, request: ImageRequest) -> float:
-        """The scale of classifier-free guidance; 1 or less: none."""
+        """Give the scale of classifier-free guidance; 1 or less: none."""
         if self._is_distilled:
             return float(request.options.get("true_cfg_scale", 1.0))
         return request.guidance if request.negative_prompt else 1.0
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base. T5 alone: what CLIP reads is one vector for the whole."""
+        """Give T5 alone: what CLIP reads is one vector for the whole."""
         return [(self._tokenizers["tokenizer_2"], self.text_tokens(request))]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond; "guidance": [rows] if distilled."""
+        """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond.
+
+        "guidance": [rows] where the network is distilled.
+        """
         texts = [request.negative_prompt, request.prompt] if self.rows(request) == 2 else [request.prompt]
         length = self.text_tokens(request)
         pooled = [recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"] for text in texts]
@@ -105,11 +108,11 @@ class Flux(FlowFamily):
     # --- noise levels ---
 
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
-        """See the base: always, whether or not the scheduler shifts by it."""
+        """Give it always, whether or not the scheduler shifts by it."""
         return True
 
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """See the base: evenly spaced down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
+        """Space evenly down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
         if sampler.config.get("use_flow_sigmas", False):
             sampler.set_timesteps(num_steps, device="cpu", **more)
         else:
@@ -118,13 +121,13 @@ class Flux(FlowFamily):
     # --- latents ---
 
     def pack(self, latents: Tensor) -> Tensor:
-        """See the base: [b, c, h, w] to [b, tokens, 4c], each token a patch of 2x2 latents."""
+        """Turn [b, c, h, w] into [b, tokens, 4c], each token a patch of 2x2 latents."""
         b, c, h, w = latents.shape
         patches = latents.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5)
         return patches.reshape(b, (h // 2) * (w // 2), c * 4)
 
     def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
-        """See the base: `pack` undone."""
+        """Undo `pack`."""
         b, _, c = latents.shape
         h = image.request.height_px // self.pixels_per_latent
         w = image.request.width_px // self.pixels_per_latent
@@ -132,7 +135,10 @@ class Flux(FlowFamily):
         return patches.reshape(b, c // 4, h, w)
 
     def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """See the base. A Fill network takes the masked picture's latents and every pixel of the mask as channels beside its latents."""
+        """Give what a Fill network takes as channels beside its latents.
+
+        The masked picture's latents, and every pixel of the mask.
+        """
         if not self._is_fill:
             return super().remember_mask(mask, picture, clean, noise, generator)
         masked = self.encode_picture(picture * (1 - mask), generator)
@@ -142,7 +148,7 @@ class Flux(FlowFamily):
         return {"context": torch.cat([masked, mask_pixels], dim=1)}
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the base. Latents are unpacked [rows, c, h, w], so that the shape of a forward says its positions."""
+        """Give latents unpacked, [rows, c, h, w]: the shape of a forward says its positions."""
         tensors = image.tensors
         latents = self.picture_latents(image, tensors.latents)
         if "context" in tensors.extras:
@@ -154,7 +160,10 @@ class Flux(FlowFamily):
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base; the prediction is packed. Positions are shared by all rows: height and width are in the batch key."""
+        """Predict all rows, packed.
+
+        Positions are shared by all rows: height and width are in the batch key.
+        """
         latents, text = rows["latents"], rows["text"]
         h, w = latents.shape[-2:]
         prediction: Tensor = self._transformer(
@@ -170,7 +179,7 @@ class Flux(FlowFamily):
         return prediction
 
     def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
-        """See the base, by the scale of classifier-free guidance instead of the one the network is fed."""
+        """Guide by the scale of classifier-free guidance, not by the one the network is fed."""
         if image.rows == 1:
             return prediction
         uncond, cond = prediction.chunk(2)
@@ -178,7 +187,9 @@ class Flux(FlowFamily):
 
 
 def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds those beyond 256, as in `pipe(...)`."""
+    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds
+    those beyond 256, as in `pipe(...)`.
+    """
     ids = torch.zeros(rows, columns, 3, device=like.device)
     ids[..., 1] += torch.arange(rows, device=like.device)[:, None]
     ids[..., 2] += torch.arange(columns, device=like.device)[None, :]

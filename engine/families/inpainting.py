@@ -1,9 +1,12 @@
-"""Pictures as a native family's networks take them: the init image, the mask, and what a request may say of both.
+"""Pictures as a native family's networks take them: the init image, the mask, and what a request
+may say of both.
 
-Bit for bit the numbers that diffusers' `VaeImageProcessor` makes of a PIL image of the same size, laid out in memory as it lays out a
-tensor: channels outermost. A PIL image it leaves with channels innermost, latents inherit that, and a convolution adds in another
-order then; as latents of both kinds meet in one forward, an image's bits would depend on its neighbours. So parity with `pipe(...)`
-is parity with `pipe(image=tensor)`; `pipe(image=pil)` differs in the last bits of float32. It knows no network.
+Bit for bit the numbers that diffusers' `VaeImageProcessor` makes of a PIL image of the same size,
+laid out in memory as it lays out a tensor: channels outermost. A PIL image it leaves with channels
+innermost, latents inherit that, and a convolution adds in another order then; as latents of both
+kinds meet in one forward, an image's bits would depend on its neighbours. So parity with
+`pipe(...)` is parity with `pipe(image=tensor)`; `pipe(image=pil)` differs in the last bits of
+float32. It knows no network.
 """
 
 from __future__ import annotations
@@ -17,19 +20,26 @@ from engine.request import ImageRequest, Picture
 
 
 def picture_tensor(picture: Picture, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The pixels as a VAE encodes them: [1, 3, h, w] in -1..1. Computed in float32 on the CPU, then moved."""
+    """Give the pixels as a VAE encodes them: [1, 3, h, w] in -1..1.
+
+    Computed in float32 on the CPU, then moved.
+    """
     unit = torch.from_numpy(picture.pixels.astype(np.float32) / 255.0)
     return (2.0 * unit.permute(2, 0, 1)[None].contiguous() - 1.0).to(device, dtype)
 
 
 def mask_tensor(picture: Picture) -> Tensor:
-    """[1, 1, h, w] float32 on the CPU: 1.0 where the image is repainted (128 and more of 255), 0.0 where it is kept."""
+    """[1, 1, h, w] float32 on the CPU: 1.0 where the image is repainted (128 and more of 255), 0.0
+    where it is kept.
+    """
     unit = torch.from_numpy(picture.pixels.astype(np.float32) / 255.0)
     return (unit >= 0.5).to(torch.float32)[None, None]
 
 
 def check_pictures(request: ImageRequest) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for pictures of another size or kind, a lone mask, or a meaningless strength."""
+    """Raise `UnsupportedRequest`, naming the field, for pictures of another size or kind, a lone
+    mask, or a meaningless strength.
+    """
     size = (request.height_px, request.width_px)
     if request.init_image is None:
         if request.mask is not None:

@@ -1,7 +1,9 @@
-"""What the native families have in common: latents, one sampler per image, rows stacked into one forward.
+"""What the native families have in common: latents, one sampler per image, rows stacked into one
+forward.
 
-A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed and how latents become pixels; the
-life of an image between those is here. Each follows its diffusers pipeline bit for bit, the order of its random draws included.
+A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed
+and how latents become pixels; the life of an image between those is here. Each follows its
+diffusers pipeline bit for bit, the order of its random draws included.
 """
 
 from __future__ import annotations
@@ -18,12 +20,13 @@ from diffusers.utils import is_accelerate_available
 from torch import Tensor, nn
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows, Sampler, State
-from engine.inflight import InFlight, Tensors
+from engine.families.contract import Recall, State
+from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
 from engine.request import ImageRequest
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
+from engine.tensors import Rows, Sampler, Tensors
 from engine.texts import UnreadText, cut_off, ignored
 
 PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own VAE
@@ -31,7 +34,9 @@ PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where an image starts: its latents, the timesteps before it, and what it needs again at every step."""
+    """Where an image starts: its latents, the timesteps before it, and what it needs again at every
+    step.
+    """
 
     latents: Tensor  # [1, ...] on the device
     timesteps: Tensor  # [num_steps], on the CPU
@@ -53,15 +58,17 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
+        """Give the networks an adapter can lie over, by the names of their folders."""
 
     @abstractmethod
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
+        """Tell how many rows of a forward the image takes."""
 
     @abstractmethod
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """The tokenizer of each text encoder that reads the whole text, and the length to which it pads and cuts."""
+        """Give the tokenizer of each text encoder that reads the whole text, and the length to
+        which it pads and cuts.
+        """
 
     @abstractmethod
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
@@ -69,15 +76,19 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def sampler(self, request: ImageRequest) -> Sampler:
-        """A fresh sampler for this image alone, its timesteps set (on the CPU: reading them never waits for a device)."""
+        """Give a fresh sampler for this image alone, its timesteps set (on the CPU: reading them
+        never waits for a device).
+        """
 
     @abstractmethod
     def begin(self, request: ImageRequest, sampler: Sampler, generator: torch.Generator) -> Beginning:
-        """Draw the initial noise, around the init image where there is one, in the order its pipeline draws."""
+        """Draw the initial noise, around the init image where there is one, in the order its
+        pipeline draws.
+        """
 
     @abstractmethod
     def inputs(self, image: InFlight) -> Rows:
-        """The rows of the image's next forward; the image is left untouched."""
+        """Give the rows of the image's next forward; the image is left untouched."""
 
     @abstractmethod
     def denoise(self, rows: Rows) -> Tensor:
@@ -85,14 +96,18 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def decode(self, image: InFlight) -> Tensor:
-        """See the contract."""
+        """Give the pixels of a denoised image, [1, 3, h, w], nominally in -1..1."""
 
     @abstractmethod
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """The clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the VAE's posterior."""
+        """Give the clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the
+        VAE's posterior.
+        """
 
     def draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
-        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does: another dtype is another noise."""
+        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does:
+        another dtype is another noise.
+        """
         side = self.pixels_per_latent
         shape = (1, self.latent_channels, request.height_px // side, request.width_px // side)
         return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
@@ -105,7 +120,10 @@ class LatentFamily(ABC):
         return uncond + image.request.guidance * (cond - uncond)
 
     def repaint(self, image: InFlight) -> None:  # noqa: B027 - nothing to put back without a mask
-        """After a sampler step: put back what inpainting must not change. `image.step` has not been counted yet."""
+        """After a sampler step: put back what inpainting must not change.
+
+        `image.step` has not been counted yet.
+        """
 
     def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
         """Latents as its denoiser takes them to [1, c, h, w]; the same for most."""
@@ -114,7 +132,7 @@ class LatentFamily(ABC):
     # --- what all of them do ---
 
     def unread(self, request: ImageRequest) -> tuple[UnreadText, ...]:
-        """See the contract. Without a second row nothing is denoised under the negative prompt."""
+        """Tell what has no effect: without a second row no negative prompt has any."""
         readers = self.readers(request)
         found = [cut_off("prompt", request.prompt, readers)]
         if request.negative_prompt.strip():
@@ -123,7 +141,6 @@ class LatentFamily(ABC):
         return tuple(text for text in found if text is not None)
 
     def start(self, image: InFlight, recall: Recall) -> None:
-        """See the contract."""
         conditioning = self.encode(image.request, recall)
         generator = torch.Generator("cpu").manual_seed(image.request.seed)
         sampler = self.sampler(image.request)
@@ -139,16 +156,15 @@ class LatentFamily(ABC):
         )
 
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
-        """See the contract; each part is [image.rows, ...]."""
+        """Run one forward; each part is [image.rows, ...]."""
         rows = stack_rows([self.inputs(image) for image in images], bucket_rows, self.device)
-        is_plain = not any(image.request.adapters or image.request.block_cache for image in images)
+        is_plain = not any(image.request.adapters or image.skips_blocks for image in images)
         prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
         used_rows = sum(image.rows for image in images)
         # In one layout whatever the weights have: latents would inherit it, and a restored image is contiguous.
         return list(torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images]))
 
     def advance(self, image: InFlight, prediction: Any) -> None:
-        """See the contract."""
         # No isfinite() here: it would stall the device at every step; decoding checks.
         tensors = image.tensors
         guided = self.guide(image, prediction)
@@ -160,7 +176,6 @@ class LatentFamily(ABC):
         image.count_step()
 
     def clean_latents(self, image: InFlight) -> Tensor | None:
-        """See the contract."""
         clean = image.tensors.clean
         return None if clean is None else self.picture_latents(image, clean)
 
@@ -170,7 +185,10 @@ class LatentFamily(ABC):
         return int(self._vae.config.latent_channels)
 
     def projector(self) -> Projector:
-        """See the contract. The family's published table where the VAE has the published one's layers, else fitted to this VAE."""
+        """Give the family's published table, or one fitted to this VAE.
+
+        Published ones are for VAEs with the published one's layers.
+        """
         if self.published is not None and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE:
             return self.published
         generator = torch.Generator("cpu").manual_seed(0)
@@ -183,7 +201,10 @@ class LatentFamily(ABC):
         )
 
     def save(self, image: InFlight) -> State:
-        """See the contract. Conditioning is not in it: it is larger than all the rest, and encoding again gives the same bits."""
+        """Copy all but the conditioning.
+
+        It is larger than all the rest, and encoding again gives the same bits.
+        """
         tensors = image.tensors
         sampler_tensors, sampler_facts = save_sampler(tensors.sampler)
         saved = {"latents": tensors.latents, "generator": save_generator(tensors.generator)}
@@ -193,7 +214,6 @@ class LatentFamily(ABC):
         return State(copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts)
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
-        """See the contract."""
         conditioning = self.encode(image.request, recall)
         sampler = self.sampler(image.request)
         load_sampler(sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device)
@@ -209,7 +229,11 @@ class LatentFamily(ABC):
         )
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
-        """See the contract. A multi-step sampler starts its order again: it has no earlier predictions for the new prompt."""
+        """Go on from latents of another image.
+
+        A multi-step sampler starts its order again: it has no earlier predictions for the new
+        prompt.
+        """
         step = image.step
         self.start(image, recall)
         image.step = step
@@ -217,26 +241,29 @@ class LatentFamily(ABC):
         image.tensors.latents = latents.to(self.device, image.tensors.latents.dtype, copy=True)
 
     def latents(self, image: InFlight) -> Tensor:
-        """See the contract."""
         return image.tensors.latents
 
     def release(self, image: InFlight) -> None:
-        """See the contract."""
         image.held = None
 
 
 def begin_at(sampler: Any, index: int) -> None:
-    """Tell a sampler that it starts in the middle of its timesteps; a memoryless one needs not know."""
+    """Tell a sampler that it starts in the middle of its timesteps.
+
+    A memoryless one needs not know.
+    """
     if hasattr(sampler, "set_begin_index"):
         sampler.set_begin_index(index)
 
 
 def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) -> Rows:
-    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on the device.
+    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on
+    the device.
 
-    Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and attention over equal keys is uniform.
-    Rows never mix, so what the padding computes is nobody's. Contiguous whatever the parts are: a convolution over another memory
-    layout adds in another order, and one part's layout would be the neighbours' too.
+    Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and
+    attention over equal keys is uniform. Rows never mix, so what the padding computes is nobody's.
+    Contiguous whatever the parts are: a convolution over another memory layout adds in another
+    order, and one part's layout would be the neighbours' too.
     """
     stacked: Rows = {}
     for name, first in parts[0].items():
@@ -252,7 +279,9 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
 
 
 def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options besides those named."""
+    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options
+    besides those named.
+    """
     if request.control_image is not None:
         raise UnsupportedRequest("control_image", "is only taken by a checkpoint of family pipeline with a control network")
     if unknown := sorted(set(request.options) - set(option_names)):
@@ -267,7 +296,9 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
 
 
 def check_side(field_name: str, size_px: int, multiple: int) -> None:
-    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents need."""
+    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents
+    need.
+    """
     if size_px < multiple or size_px % multiple:
         raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
 
@@ -275,8 +306,8 @@ def check_side(field_name: str, size_px: int, multiple: int) -> None:
 def load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device) -> Any:
     """Read one network of diffusers or transformers, frozen and in eval mode.
 
-    Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours alone: safetensors maps the file,
-    and a file rewritten in place would change running weights.
+    Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
+    alone: safetensors maps the file, and a file rewritten in place would change running weights.
     """
     options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
     if network_class.__module__.startswith("transformers"):
@@ -308,7 +339,7 @@ def load_tokenizer(tokenizer_class: Any, path: Path, folder: str) -> Any:
 
 
 def load_sampler_config(path: Path) -> dict[str, Any]:
-    """The checkpoint's own scheduler config. Raises `CheckpointCorrupt`."""
+    """Give the checkpoint's own scheduler config. Raises `CheckpointCorrupt`."""
     file = path / "scheduler" / "scheduler_config.json"
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))

@@ -1,9 +1,10 @@
 """SD 1.x and 2.x: a UNet with cross-attention to one CLIP text encoder, and an 8x VAE.
 
-Follows `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline` and `StableDiffusionInpaintPipeline` bit for bit (epsilon, sample
-and v prediction, zero terminal SNR, all by the checkpoint's scheduler config), but reads the component folders itself: nothing named
-in a model_index.json is ever imported. A UNet of nine input channels sees the mask and the picture to repaint at every step; it
-serves nothing else.
+Follows `StableDiffusionPipeline`, `StableDiffusionImg2ImgPipeline` and
+`StableDiffusionInpaintPipeline` bit for bit (epsilon, sample and v prediction, zero terminal SNR,
+all by the checkpoint's scheduler config), but reads the component folders itself: nothing named in
+a model_index.json is ever imported. A UNet of nine input channels sees the mask and the picture to
+repaint at every step; it serves nothing else.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows, Sampler
+from engine.families.contract import Recall
 from engine.families.inpainting import check_pictures, mask_tensor, picture_tensor
 from engine.families.latent import (
     Beginning,
@@ -37,6 +38,7 @@ from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
 from engine.samplers import check_sampler, fresh_sampler
+from engine.tensors import Rows, Sampler
 
 
 class StableDiffusion(LatentFamily):
@@ -66,12 +68,10 @@ class StableDiffusion(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
         return ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
-        """See the contract."""
         path = Path(spec.path)
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
@@ -83,13 +83,11 @@ class StableDiffusion(LatentFamily):
         )
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
         return {"unet": self._unet, "text_encoder": self._text_encoder}
 
     # --- of a request ---
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         check_side("width_px", request.width_px, max(8, self.pixels_per_latent))
         check_side("height_px", request.height_px, max(8, self.pixels_per_latent))
         check_sampler(request.sampler, request.num_steps, self._sampler_config)
@@ -103,11 +101,10 @@ class StableDiffusion(LatentFamily):
             raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{self._most_clip_skip()}")
 
     def _most_clip_skip(self) -> int:
-        """One layer is left."""
+        """Leave one layer."""
         return int(self._text_encoder.config.num_hidden_layers) - 1
 
     def rows(self, request: ImageRequest) -> int:
-        """See the contract."""
         return 2 if request.is_guided else 1
 
     def text_length(self, request: ImageRequest) -> int:
@@ -117,11 +114,13 @@ class StableDiffusion(LatentFamily):
     # --- of an image ---
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base."""
         return [(self._tokenizer, int(self._tokenizer.model_max_length))]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width]}, uncond before cond. The negative prompt skips no layers, as in `pipe(...)`."""
+        """Encode to {"text": [rows, tokens, width]}, uncond before cond.
+
+        The negative prompt skips no layers, as in `pipe(...)`.
+        """
         told = [(request.prompt, request.clip_skip)]
         if request.is_guided:
             told.insert(0, (request.negative_prompt, 0))
@@ -129,7 +128,9 @@ class StableDiffusion(LatentFamily):
         return {"text": torch.cat([each["text"] for each in encoded])}
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens, width]}."""
+        """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens,
+        width]}.
+        """
         tokens = self._tokenizer(
             text, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True, return_tensors="pt"
         )
@@ -143,13 +144,11 @@ class StableDiffusion(LatentFamily):
         return {"text": hidden.to(self.dtype)}
 
     def sampler(self, request: ImageRequest) -> Sampler:
-        """See the base."""
         sampler = fresh_sampler(request.sampler, self._sampler_config)
         sampler.set_timesteps(request.num_steps, device="cpu")
         return sampler
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        """See the base."""
         if request.init_image is None:
             return Beginning(self.draw_noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps)
         skipped = _skipped_steps(request)
@@ -165,7 +164,10 @@ class StableDiffusion(LatentFamily):
     def _begin_inpainting(
         self, request: ImageRequest, picture: Tensor, mask: Tensor, sampler: Any, timesteps: Tensor, generator: torch.Generator
     ) -> Beginning:
-        """At strength 1 from noise alone, otherwise from the noisy picture. picture: [1, 3, h, w].  mask: [1, 1, h, w]."""
+        """At strength 1 from noise alone, otherwise from the noisy picture.
+
+        picture: [1, 3, h, w].  mask: [1, 1, h, w].
+        """
         is_strongest = request.strength == 1.0
         clean: Any = None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
         noise = self.draw_noise(request, generator)
@@ -180,7 +182,9 @@ class StableDiffusion(LatentFamily):
         return Beginning(latents, timesteps, extras)
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the denoiser sees them."""
+        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the
+        denoiser sees them.
+        """
         posterior = self._vae.encode(picture.to(self.device, self.dtype).to(self._encoder_dtype)).latent_dist
         return self._scaled(posterior.sample(generator).to(self.dtype))
 
@@ -191,7 +195,7 @@ class StableDiffusion(LatentFamily):
         return dtype
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the base: latents scaled for the image's own noise level, its timestep, its text."""
+        """Give latents scaled for the image's own noise level, its timestep, its text."""
         tensors = image.tensors
         timestep = tensors.timesteps[image.step]
         latents = tensors.sampler.scale_model_input(tensors.latents, timestep)
@@ -205,12 +209,11 @@ class StableDiffusion(LatentFamily):
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base."""
         prediction: Tensor = self._unet(rows["latents"], rows["timesteps"], encoder_hidden_states=rows["text"], return_dict=False)[0]
         return prediction
 
     def repaint(self, image: InFlight) -> None:
-        """Where the mask is black, put the picture back, as noisy as the latents are now."""
+        """Put the picture back where the mask is black, as noisy as the latents are now."""
         tensors = image.tensors
         if self._sees_mask or not tensors.extras:
             return
@@ -221,7 +224,6 @@ class StableDiffusion(LatentFamily):
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
-        """See the contract."""
         decoder_dtype = next(self._vae.decoder.parameters()).dtype
         pixels: Tensor = self._vae.decode(self._unscaled(image.tensors.latents.to(decoder_dtype)), return_dict=False)[0]
         return pixels
@@ -237,7 +239,6 @@ class StableDiffusion(LatentFamily):
         return unscaled
 
     def facts(self) -> dict[str, Any]:
-        """See the contract."""
         return {
             "attention": sorted({type(processor).__name__ for processor in self._unet.attn_processors.values()}),
             "text_attention": str(getattr(self._text_encoder.config, "_attn_implementation", None)),
@@ -247,7 +248,10 @@ class StableDiffusion(LatentFamily):
 
 
 def load_unet(path: Path, dtype: torch.dtype, device: torch.device, *, additions: str | None) -> Any:
-    """Read a UNet that takes text and, under the name diffusers gives them, these `additions`; raises `CheckpointCorrupt` for others."""
+    """Read a UNet that takes text and, under the name diffusers gives them, these `additions`.
+
+    Raises `CheckpointCorrupt` for others.
+    """
     unet = load_network(UNet2DConditionModel, path, "unet", dtype, device)
     if unet.config.time_cond_proj_dim is not None:
         raise CheckpointCorrupt("unet/config.json", "takes an embedded guidance scale, which is not served")
@@ -259,12 +263,16 @@ def load_unet(path: Path, dtype: torch.dtype, device: torch.device, *, additions
 
 
 def _skipped_steps(request: ImageRequest) -> int:
-    """How many of the steps asked for are not made, as the noise they would remove is not there."""
+    """Tell how many of the steps asked for are not made, as the noise they would remove is not
+    there.
+    """
     return request.num_steps - int(request.num_steps * request.strength)
 
 
 def _repaired(config: dict[str, Any]) -> dict[str, Any]:
-    """The scheduler config with the two repairs StableDiffusionPipeline makes to outdated ones."""
+    """Give the scheduler config with the two repairs StableDiffusionPipeline makes to outdated
+    ones.
+    """
     if config.get("steps_offset", 1) != 1:
         config["steps_offset"] = 1
     if config.get("clip_sample") is True:

@@ -1,8 +1,10 @@
-"""SD3 and SD3.5: a transformer over image and text tokens, fed by two CLIP text encoders and T5, and a VAE of 16 channels.
+"""SD3 and SD3.5: a transformer over image and text tokens, fed by two CLIP text encoders and T5,
+and a VAE of 16 channels.
 
-Follows `StableDiffusion3Pipeline`, its img2img and its inpainting bit for bit. A checkpoint without T5 gets zeros in its place, as
-there. Not served: skip-layer guidance (one more forward with a constant of its own), image prompts, and networks of 33 channels that
-take the masked picture as context (no public checkpoint is one).
+Follows `StableDiffusion3Pipeline`, its img2img and its inpainting bit for bit. A checkpoint without
+T5 gets zeros in its place, as there. Not served: skip-layer guidance (one more forward with a
+constant of its own), image prompts, and networks of 33 channels that take the masked picture as
+context (no public checkpoint is one).
 """
 
 from __future__ import annotations
@@ -18,11 +20,12 @@ from torch.nn.functional import pad
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows
+from engine.families.contract import Recall
 from engine.families.flow import FlowFamily
 from engine.inflight import InFlight
 from engine.previews import FACTORS
 from engine.request import ImageRequest
+from engine.tensors import Rows
 
 
 class StableDiffusion3(FlowFamily):
@@ -48,14 +51,15 @@ class StableDiffusion3(FlowFamily):
             raise CheckpointCorrupt("transformer/config.json", f"takes {channels} channels, more than the VAE's: an inpainting network?")
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         super().check(request)
         layers = min(self._networks[name].config.num_hidden_layers for name in ("text_encoder", "text_encoder_2"))
         if not 0 <= request.clip_skip < layers:
             raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{layers - 1}")
 
     def text_length(self, request: ImageRequest) -> int:
-        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt changes."""
+        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt
+        changes.
+        """
         return self._clip_tokens + self.text_tokens(request)
 
     @property
@@ -63,13 +67,13 @@ class StableDiffusion3(FlowFamily):
         return int(self._tokenizers["tokenizer"].model_max_length)
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base. T5, where it is there, reads further than CLIP."""
+        """Give T5 as well where it is there: it reads further than CLIP."""
         clips = [(self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")]
         t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))] if "text_encoder_3" in self._networks else []
         return clips + t5
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond before cond."""
+        """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond first."""
         texts = [(request.prompt, request.clip_skip)]
         if self.rows(request) == 2:
             texts.insert(0, (request.negative_prompt, 0))  # `pipe(...)` skips no layers for the negative prompt
@@ -77,7 +81,9 @@ class StableDiffusion3(FlowFamily):
         return {name: torch.cat([part[name] for part in parts]) for name in ("text", "pooled")}
 
     def _encode_text(self, text: str, clip_skip: int, length: int, recall: Recall) -> Rows:
-        """One text for all encoders: CLIP's widths side by side and filled up to T5's, then T5's tokens."""
+        """Encode one text by all encoders: CLIP's widths side by side and filled up to T5's, then
+        T5's tokens.
+        """
         clips = [
             recall(f"text_encoder{suffix} clip_skip={clip_skip} {text}", partial(self._encode_clip, suffix, text, clip_skip))
             for suffix in ("", "_2")
@@ -99,15 +105,13 @@ class StableDiffusion3(FlowFamily):
         return recall(f"text_encoder_3 length={length} {text}", partial(self.encode_t5, 3, text, length))["text"]
 
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
-        """See the base."""
         return bool(config.get("use_dynamic_shifting", False))
 
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """See the base: spaced as the scheduler does."""
+        """Space as the scheduler does."""
         sampler.set_timesteps(num_steps, device="cpu", **more)
 
     def inputs(self, image: InFlight) -> Rows:
-        """See the base."""
         tensors = image.tensors
         return {
             "latents": tensors.latents.expand(image.rows, -1, -1, -1),
@@ -117,7 +121,6 @@ class StableDiffusion3(FlowFamily):
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base."""
         prediction: Tensor = self._transformer(
             hidden_states=rows["latents"],
             timestep=rows["timesteps"],

@@ -1,7 +1,8 @@
-"""SDXL: a UNet with cross-attention to two CLIP text encoders, told the second's summary and the size of the picture.
+"""SDXL: a UNet with cross-attention to two CLIP text encoders, told the second's summary and the
+size of the picture.
 
-Follows `StableDiffusionXLPipeline` and its image-to-image and inpainting siblings bit for bit. What is not served is the refiner:
-it has one text encoder and an aesthetic score.
+Follows `StableDiffusionXLPipeline` and its image-to-image and inpainting siblings bit for bit. What
+is not served is the refiner: it has one text encoder and an aesthetic score.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
-from engine.families.contract import Recall, Rows
+from engine.families.contract import Recall
 from engine.families.latent import Beginning, begin_at, load_network, load_sampler_config, load_tokenizer
 from engine.families.sd import StableDiffusion, load_unet
 from engine.previews import FACTORS
 from engine.request import ImageRequest
+from engine.tensors import Rows
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -39,12 +41,10 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        """See the contract."""
         return ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
 
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusionXL:
-        """See the contract."""
         path = Path(spec.path)
         unet = load_unet(path, dtype, device, additions="text_time")
         text_encoder_2 = load_network(CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device)
@@ -64,11 +64,9 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """See the contract."""
         return {**super().networks(), "text_encoder_2": self._text_encoder_2}
 
     def check(self, request: ImageRequest) -> None:
-        """See the contract."""
         super().check(request)
         if request.mask is not None and self._mean_and_std() is not None:
             raise UnsupportedRequest(
@@ -76,16 +74,18 @@ class StableDiffusionXL(StableDiffusion):
             )
 
     def _most_clip_skip(self) -> int:
-        """The last layer is never used, and one is left."""
+        """Leave one layer; the last is never used."""
         encoders = (self._text_encoder, self._text_encoder_2)
         return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """See the base."""
         return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in (self._tokenizer, self._tokenizer_2)]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
-        """See the base: {"text": [rows, tokens, width], "pooled": [rows, width], "time_ids": [rows, 6]}, uncond before cond."""
+        """Encode to "text" [rows, tokens, width], "pooled" [rows, width], "time_ids" [rows, 6].
+
+        Uncond before cond.
+        """
         encoded = [self._recalled(request.prompt, request.clip_skip, recall)]
         if request.is_guided and not request.negative_prompt and self._zeros_for_no_prompt:
             encoded.insert(0, {name: torch.zeros_like(tensor) for name, tensor in encoded[0].items()})
@@ -99,7 +99,9 @@ class StableDiffusionXL(StableDiffusion):
         return recall(f"text_encoder text_encoder_2 clip_skip={clip_skip} {text}", partial(self._encode_text, text, clip_skip))
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the second]}."""
+        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the
+        second]}.
+        """
         hidden = []
         for tokenizer, text_encoder in ((self._tokenizer, self._text_encoder), (self._tokenizer_2, self._text_encoder_2)):
             tokens = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
@@ -108,12 +110,10 @@ class StableDiffusionXL(StableDiffusion):
         return {"text": torch.cat(hidden, dim=-1).to(self.dtype), "pooled": encoded.text_embeds}
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        """See the base."""
         begin_at(sampler, 0)  # said here and not by SD's pipeline; it matters where a timestep occurs twice
         return super().begin(request, sampler, generator)
 
     def denoise(self, rows: Rows) -> Tensor:
-        """See the base."""
         prediction: Tensor = self._unet(
             rows["latents"],
             rows["timesteps"],
@@ -124,7 +124,10 @@ class StableDiffusionXL(StableDiffusion):
         return prediction
 
     def _mean_and_std(self) -> tuple[Tensor, Tensor] | None:
-        """Of the VAE's latents, per channel: [1, c, 1, 1] each, float32; None where it does not say."""
+        """Give mean and deviation of the VAE's latents by channel, [1, c, 1, 1] each, float32.
+
+        None where it does not say.
+        """
         mean, std = self._vae.config.latents_mean, self._vae.config.latents_std
         return None if mean is None or std is None else (torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1))
 
@@ -145,7 +148,6 @@ class StableDiffusionXL(StableDiffusion):
         return unscaled
 
     def facts(self) -> dict[str, Any]:
-        """See the contract."""
         return {
             **super().facts(),
             "vae_encoder": str(next(self._vae.encoder.parameters()).dtype),
@@ -155,14 +157,16 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def _size_ids(height_px: int, width_px: int) -> list[int]:
-    """The size the picture is said to have had, where it was cropped, and the size it has."""
+    """Give the size the picture is said to have had, where it was cropped, and the size it has."""
     return [height_px, width_px, 0, 0, height_px, width_px]
 
 
 def _upcast(vae: Any) -> Any:
-    """The VAE with those of its halves in float32 that the pipelines upcast for every call: this VAE overflows in float16.
+    """Give the VAE with those of its halves in float32 that the pipelines upcast for every call:
+    this VAE overflows in float16.
 
-    Always the encoder, and the decoder where it would be float16. Weights were rounded to the checkpoint's precision before.
+    Always the encoder, and the decoder where it would be float16. Weights were rounded to the
+    checkpoint's precision before.
     """
     if vae.config.force_upcast:
         halves = [vae.encoder, vae.quant_conv]
@@ -175,7 +179,10 @@ def _upcast(vae: Any) -> Any:
 
 
 def _zeros_for_no_prompt(path: Path) -> bool:
-    """Whether an empty negative prompt is encoded as zeros; only the pipeline's own config says it."""
+    """Tell whether an empty negative prompt is encoded as zeros.
+
+    Only the pipeline's own config says it.
+    """
     file = path / "model_index.json"
     try:
         return bool(json.loads(file.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))

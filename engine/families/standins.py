@@ -1,7 +1,8 @@
-"""Take a network's place in one image's copy of a pipeline, so that what the pipeline does with it can be seen to.
+"""Take a network's place in one image's copy of a pipeline, so that what the pipeline does with it
+can be seen to.
 
-The networks themselves are shared by all images and are left as they are: nothing is hooked, nothing is set on them. It does not
-know who is told, nor what comes of it.
+The networks themselves are shared by all images and are left as they are: nothing is hooked,
+nothing is set on them. It does not know who is told, nor what comes of it.
 """
 
 from __future__ import annotations
@@ -53,28 +54,33 @@ class Denoiser(StandIn):
 
 
 class Decoder(StandIn):
-    """Tells when the network is about to decode. A cast tells it too: some pipelines make one before they decode."""
+    """Tells when the network is about to decode.
+
+    A cast tells it too: some pipelines make one before they decode.
+    """
 
     def __init__(self, network: Any, tell: Callable[[], None]) -> None:
         super().__init__(network)
         self._tell = tell
 
     def decode(self, *args: Any, **kwargs: Any) -> Any:
-        """As the network's."""
+        """Do as the network does."""
         self._tell()
         return self._network.decode(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As the network's."""
+        """Do as the network does."""
         self._tell()
         return self._network.to(*args, **kwargs)
 
 
 def lay_over(sampler: Any, name: str, around: Callable[..., Any]) -> None:
-    """Let a method of this one sampler, `set_timesteps` or `step`, be called as `around(sampler, method, ...)`.
+    """Let a method of this one sampler, `set_timesteps` or `step`, be called as `around(sampler,
+    method, ...)`.
 
-    Its signature and the name of its class stay, which pipelines ask for. What is laid over last is called first. It is handed the
-    sampler and should not hold it: with the circle closed, its tensors would stay until the next garbage collection.
+    Its signature and the name of its class stay, which pipelines ask for. What is laid over last is
+    called first. It is handed the sampler and should not hold it: with the circle closed, its
+    tensors would stay until the next garbage collection.
     """
     if not hasattr(sampler, "_laid_over"):
         kind: Any = type(sampler)
@@ -85,7 +91,7 @@ def lay_over(sampler: Any, name: str, around: Callable[..., Any]) -> None:
 
 @functools.cache
 def _opened(kind: Any) -> Any:
-    """The same class, but that over its two methods there can be others."""
+    """Make the same class, but that over its two methods there can be others."""
 
     def opened(name: str) -> Callable[..., Any]:
         method = getattr(kind, name)

@@ -11,7 +11,8 @@ from engine_builders import a_key, flat, measured_costs, saturated
 from hypothesis import given
 from hypothesis import strategies as st
 
-from engine.costs import MOST_KEYS, OUTLIER, ROW_S_PER_MEGAPIXEL, STALE_AFTER, CostModel
+from engine.costs import MAX_KEYS, OUTLIER, ROW_S_PER_MEGAPIXEL, STALE_AFTER, CostModel
+from engine.curves import from_data, to_data
 
 KEY = a_key()
 
@@ -191,13 +192,13 @@ def test_what_is_measured_later_replaces_what_was_borrowed():
 def test_keys_that_come_once_and_never_again_are_forgotten_and_push_no_curve_out():
     costs = measured_costs(saturated)
 
-    for n in range(3 * MOST_KEYS):
+    for n in range(3 * MAX_KEYS):
         once = a_key(call=f"alone {n}")
         costs.observe_step(once, 2, 5.0)
         costs.observe_encode(once, 0.1)
         costs.observe_decode(once, 0.5)
 
-    assert len(costs.to_data()["keys"]) <= MOST_KEYS + 1
+    assert len(to_data(costs)["keys"]) <= MAX_KEYS + 1
     assert costs.step_s(KEY, 4) == 4.0
     assert costs.step_s(a_key(call="alone 0"), 2) == 2.0
 
@@ -309,9 +310,9 @@ def known_costs() -> CostModel:
 def test_what_is_written_as_json_and_loaded_elsewhere_says_the_same():
     costs, elsewhere = known_costs(), CostModel()
 
-    elsewhere.load(json.loads(json.dumps(costs.to_data())))
+    elsewhere.adopt(from_data(json.loads(json.dumps(to_data(costs)))))
 
-    assert elsewhere.to_data() == costs.to_data()
+    assert to_data(elsewhere) == to_data(costs)
     assert elsewhere.is_measured(KEY)
     assert [elsewhere.step_s(KEY, rows) for rows in range(1, 33)] == [costs.step_s(KEY, rows) for rows in range(1, 33)]
     assert (elsewhere.encode_s(KEY), elsewhere.decode_s(KEY)) == (0.1, 0.5)
@@ -320,7 +321,7 @@ def test_what_is_written_as_json_and_loaded_elsewhere_says_the_same():
 
 def test_a_loaded_curve_is_believed_and_moved_slowly_by_what_is_observed_on_top():
     elsewhere = CostModel()
-    elsewhere.load(known_costs().to_data())
+    elsewhere.adopt(known_costs().measurements())
 
     elsewhere.observe_step(KEY, 1, 30.0)  # the first forward of this process
 
@@ -333,14 +334,14 @@ def test_loading_keeps_what_was_measured_here():
     for _ in range(3):
         here.observe_step(KEY, 1, 7.0)
 
-    here.load(known_costs().to_data())
+    here.adopt(known_costs().measurements())
 
     assert here.step_s(KEY, 1) == 7.0
     assert here.step_s(a_key(128), 1) == 1.0
 
 
 def broken(change) -> object:
-    data = json.loads(json.dumps(known_costs().to_data()))
+    data = json.loads(json.dumps(to_data(known_costs())))
     return change(data) or data
 
 
@@ -367,9 +368,9 @@ def test_a_malformed_file_is_refused_by_the_place_that_is_wrong_and_nothing_is_t
     costs = CostModel()
 
     with pytest.raises(ValueError, match=complaint):
-        costs.load(broken(change))
+        costs.adopt(from_data(broken(change)))
 
-    assert costs.to_data() == CostModel().to_data()
+    assert costs.measurements() == []
 
 
 @pytest.mark.parametrize("memory", [0, -0.1, 1.1])

@@ -9,7 +9,7 @@ from engine_builders import a_request, a_spec
 from engine.calibrate import calibrate
 from engine.config import EngineConfig
 from engine.costs import CostModel
-from engine.curves import curve_file, load_curves, save_curves
+from engine.curves import curve_file, load_curves, save_curves, to_data
 from engine.engine import Engine
 from engine.fingerprint import Fingerprint
 from engine.inflight import BatchKey
@@ -57,7 +57,7 @@ def test_a_calibration_is_what_a_worker_starts_with(checkpoint, tmp_path):
     saved = json.loads(file.read_text())["curves"]
 
     with Engine(replace(config, curves_folder=str(tmp_path)), [a_spec(checkpoint)]) as engine:
-        known_at_start = engine.costs.to_data()
+        known_at_start = to_data(engine.costs)
         engine.submit(a_request("a")).result(60)
 
     assert [(point.width_px, point.height_px, point.rows) for point in points] == [

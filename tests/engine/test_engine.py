@@ -285,7 +285,7 @@ def test_images_of_one_job_are_no_strangers_to_each_other(engine):
 
 
 def test_weights_are_loaded_once_and_stay(checkpoint, monkeypatch):
-    import engine.engine as module
+    import engine.checkpoints as module
 
     loads = []
     load = module.load_checkpoint

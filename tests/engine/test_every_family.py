@@ -128,9 +128,9 @@ def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engin
 
     def on_event(event):
         if isinstance(event, Stepped) and event.step == 2:
-            strangers.append(engine.submit(a_request("stranger", **sampler, adapters=(AdapterUse(family),), block_cache=True, seed=5)))
+            strangers.append(engine.submit(a_request("stranger", **sampler, adapters=(AdapterUse(family),), seed=5)))
 
-    image = engine.submit(a_request("image", **sampler, block_cache=True), on_event).result(60)
+    image = engine.submit(a_request("image", **sampler), on_event).result(60)
     strangers[0].result(60)
 
     assert engine.stats()["block_cache_rows_skipped"] > before
@@ -139,9 +139,27 @@ def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engin
 
 
 def test_a_reproducible_image_never_skips_a_block(engine):
-    with pytest.raises(UnsupportedRequest) as refused:
-        engine.submit(asked("flux", block_cache=True))
-    assert refused.value.field == "block_cache"
+    before = engine.stats()["block_cache_rows_skipped"]
+
+    image = engine.submit(asked("flux", num_steps=8)).result(60)
+
+    assert engine.stats()["block_cache_rows_skipped"] == before
+    assert image.record.fingerprint_facts["block_cache"] is None
+
+
+def test_nobody_skips_a_block_beside_a_reproducible_image(engine):
+    before = engine.stats()["block_cache_rows_skipped"]
+    beside = []
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 1:
+            changes = {"checkpoint": "flux", "sampler": FLOW[0], "num_steps": 6, "guidance": 1.0}
+            beside.append(engine.submit(a_request("beside", **changes)))
+
+    engine.submit(asked("flux", num_steps=12, guidance=1.0), on_event).result(60)
+
+    assert beside[0].result(60).record.shared_forwards == 6
+    assert engine.stats()["block_cache_rows_skipped"] == before
 
 
 def test_a_checkpoint_that_only_repaints_starts_and_serves(checkpoint, tmp_path):

@@ -5,14 +5,14 @@ import torch
 from engine_builders import a_request
 
 from engine.errors import UnsupportedRequest
-from engine.keptlatents import Kept, KeptLatents
+from engine.keptlatents import KeptLatents, StepLatents
 from engine.request import Fork
 
 KILOBYTE = 1024
 
 
-def latents_of(id: str, *, step: int = 1, owner: str = "acme", kilobytes: int = 1) -> Kept:
-    return Kept(a_request(id, owner=owner), "weights", step, torch.zeros(1, kilobytes * 256))
+def latents_of(id: str, *, step: int = 1, owner: str = "acme", kilobytes: int = 1) -> StepLatents:
+    return StepLatents(a_request(id, owner=owner), "weights", step, torch.zeros(1, kilobytes * 256))
 
 
 def kept_names(store: KeptLatents, *names: str, step: int = 1, owner: str = "acme") -> list[str]:

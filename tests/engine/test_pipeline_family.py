@@ -30,7 +30,8 @@ from engine.device import Device
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import State
 from engine.families.coroutine import Coroutine, Returned
-from engine.families.pipeline import INDEX, Running
+from engine.families.pipeline.folder import INDEX
+from engine.families.pipeline.running import RunningCall
 from engine.inflight import BatchKey, InFlight
 from engine.loading import load_checkpoint
 from engine.request import Determinism, Fork
@@ -381,7 +382,7 @@ def test_the_thread_of_a_call_brings_no_threads_of_its_own(loaded):
         torch.nn.functional.conv2d(pixels, weights)
         return len(os.listdir("/proc/self/task")) - before
 
-    coroutine = Coroutine(threads_of_a_convolution, within=loaded("ddim")._surroundings())
+    coroutine = Coroutine(threads_of_a_convolution, within=loaded("ddim")._calls.surroundings())
 
     assert coroutine.resume() == Returned(0)
 
@@ -523,7 +524,7 @@ def test_what_a_pipeline_gives_reaches_the_runner_without_the_loss_of_a_bit(load
     """A VAE's pixels come from -1..1 and survive the way back in any case; a pipeline may have done more to them than that."""
     given = torch.rand((1, 3, 256, 256), generator=torch.Generator().manual_seed(7)) / 3
     image = in_flight(loaded("sd3"), a_pipeline_request("sd3"))
-    image.held = Running(Coroutine(lambda ask: None), returned=Returned((given,)))
+    image.held = RunningCall(Coroutine(lambda ask: None), returned=Returned((given,)))
 
     assert torch.equal(decoded(loaded("sd3"), image), given)
 
@@ -613,7 +614,6 @@ def test_a_plain_call_cannot_be_saved(loaded):
         ("flux", "clip_skip", {"clip_skip": 1}),
         ("sd", "fork", {"fork": Fork("earlier", 1)}),
         ("sd", "keep_steps", {"keep_steps": (1,)}),
-        ("sd", "block_cache", {"block_cache": True}),
     ],
 )
 def test_what_a_pipeline_cannot_render_is_refused_by_field(loaded, name, field, changes):

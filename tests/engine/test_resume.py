@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,31 @@ def test_a_stopped_engine_gives_no_snapshot(checkpoint):
 
 
 # --- withdrawing ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_asked_for_as_the_engine_stops_is_answered(checkpoint):
+    engine = Engine(EngineConfig(), [a_spec(checkpoint)])
+    engine.start()
+    reached, go = threading.Event(), threading.Event()
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 1:
+            reached.set()
+            assert go.wait(30)
+
+    engine.submit(a_request("a", num_steps=500), on_event)
+    assert reached.wait(30)
+    asked = [engine.snapshot("a"), engine.withdraw("a")]
+    stopping = threading.Thread(target=engine.stop)
+    stopping.start()
+    while engine.is_running:
+        time.sleep(0.001)
+    go.set()
+    stopping.join(30)
+
+    for future in asked:
+        with pytest.raises(SnapshotRefused, match="no longer"):
+            future.result(30)
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5])

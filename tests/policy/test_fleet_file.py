@@ -89,6 +89,7 @@ def test_a_wrong_value_is_named_by_its_key(key, value):
         ({"pools.local.row_buckets": [4, 32]}, "pools.local.row_buckets", "ascending numbers"),
         ({"models.pocket.pipeline_class": "SanaPipeline"}, "models.pocket.pipeline_class", "means nothing to family 'sd'"),
         ({"models.pocket.options": {"eta": 0.5}}, "models.pocket.options", "means nothing to family 'sd'"),
+        ({"models.pocket.block_cache_threshold": 0.1}, "models.pocket.block_cache_threshold", "means nothing to family 'sd'"),
         ({"pools.big.slots": 7}, "pools.big.slots", "less than tiers.quality.max_images (8)"),
         ({"pools.big.models": ["large", "pocket"]}, "models.pocket", "exactly one pool, is in 2"),
         ({"pools.big": GONE}, "models.large", "exactly one pool, is in 0"),

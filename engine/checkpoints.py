@@ -1,0 +1,151 @@
+"""The checkpoints on one device: which there are, what they admit, and what decides their bits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from engine.config import CheckpointSpec
+from engine.device import Device
+from engine.errors import UnknownCheckpoint
+from engine.fingerprint import Fingerprint, fingerprint
+from engine.inflight import BatchKey, InFlight
+from engine.loading import LoadedCheckpoint, load_checkpoint
+from engine.request import ImageRequest
+from engine.validation import check_offered, check_rows, check_values
+
+MAX_FINGERPRINTS = 256  # remembered; strengths of adapters are anybody's numbers
+SPEED = ("channels_last", "compile_blocks", "cuda_graphs")  # what a spec asks of `acceleration.py`
+
+
+class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
+    """Checkpoints by name.
+
+    Empty until `load`, which the device thread calls; any thread may read.
+    """
+
+    def __init__(self, specs: Sequence[CheckpointSpec], *, max_batch_rows: int) -> None:
+        """Raise `ValueError` where two have one name. max_batch_rows: of one forward."""
+        self.specs = {spec.name: spec for spec in specs}
+        if len(self.specs) != len(specs):
+            raise ValueError("two checkpoints have one name")
+        self.load_s = 0.0  # reading and verifying all of them
+        self._max_batch_rows = max_batch_rows
+        self._loaded: dict[str, LoadedCheckpoint] = {}
+        self._device_facts: dict[str, Any] = {}
+        self._fingerprints: dict[tuple[str, int | None, str], Fingerprint] = {}
+
+    def __getitem__(self, name: str) -> LoadedCheckpoint:
+        return self._loaded[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._loaded)
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def load(self, device: Device) -> None:
+        """Verify and read every checkpoint once. Raises as `load_checkpoint`."""
+        self._device_facts = device.facts()
+        for spec in self.specs.values():
+            self._loaded[spec.name] = load_checkpoint(spec, device)
+        self.load_s = sum(loaded.load_s for loaded in self._loaded.values())
+
+    def find(self, name: str) -> LoadedCheckpoint:
+        """Give the checkpoint of that name. Raises `UnknownCheckpoint`."""
+        if name not in self._loaded:
+            raise UnknownCheckpoint(name, sorted(self._loaded))
+        return self._loaded[name]
+
+    def admit(self, request: ImageRequest) -> InFlight:
+        """Check every field a caller can get wrong; give the image, submitted now.
+
+        Raises `UnsupportedRequest`, naming the field, or `UnknownCheckpoint`.
+        """
+        loaded = self.find(request.checkpoint)
+        check_values(request)
+        check_offered(request, loaded.spec)
+        if loaded.adapters is not None:
+            loaded.adapters.check(request.adapters)
+        loaded.family.check(request)
+        rows = loaded.family.rows(request)
+        check_rows(request, rows, self._max_batch_rows)
+        text_length = loaded.family.text_length(request)
+        key = BatchKey(request.checkpoint, request.height_px, request.width_px, text_length)
+        return InFlight(
+            request=request,
+            batch_key=key,
+            rows=rows,
+            # A reproducible image computes every block, whatever the catalogue allows.
+            skips_blocks=loaded.block_cache is not None and not request.is_reproducible,
+            submitted_at=time.monotonic(),
+        )
+
+    # --- what decides bits ---
+
+    def fingerprint(self, name: str, bucket_rows: int | None = None) -> Fingerprint:
+        """Give what besides a plain request can change a bit of an image of this checkpoint."""
+        loaded = self.find(name)
+        blocks = _block_facts(loaded) if bucket_rows is None else None
+        return self._fingerprint(loaded, bucket_rows, [], blocks, "")
+
+    def fingerprint_of(self, image: InFlight) -> Fingerprint:
+        """Give what besides its request can change a bit of this image."""
+        request = image.request
+        loaded = self.find(request.checkpoint)
+        blocks = _block_facts(loaded) if image.skips_blocks else None
+        return self._fingerprint(
+            loaded,
+            request.pinned_rows,
+            loaded.adapter_facts(request),
+            blocks,
+            image.origin,
+        )
+
+    def _fingerprint(
+        self,
+        loaded: LoadedCheckpoint,
+        bucket_rows: int | None,
+        adapters: list[dict[str, Any]],
+        block_cache: dict[str, Any] | None,
+        fork: str,
+    ) -> Fingerprint:
+        key = (loaded.spec.name, bucket_rows, repr((adapters, block_cache, fork)))
+        known = self._fingerprints.get(key)
+        if known is None:
+            known = fingerprint(
+                weights_digest=loaded.weights_digest,
+                family=loaded.spec.family,
+                precision=loaded.spec.precision,
+                bucket_rows=bucket_rows,
+                adapters=adapters,
+                block_cache=block_cache,
+                fork=fork,
+                speed={name: getattr(loaded.spec, name) for name in SPEED},
+                device_facts=self._device_facts,
+                family_facts=loaded.family.facts(),
+            )
+            if len(self._fingerprints) >= MAX_FINGERPRINTS:
+                self._fingerprints.clear()
+            self._fingerprints[key] = known
+        return known
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers since the start, of all checkpoints together."""
+        loaded = list(self._loaded.values())
+        banks = [one.adapters for one in loaded if one.adapters is not None]
+        block_caches = [one.block_cache for one in loaded if one.block_cache is not None]
+        return {
+            "loads": len(loaded),
+            "load_s": self.load_s,
+            "adapter_hits": sum(bank.hits for bank in banks),
+            "adapter_misses": sum(bank.misses for bank in banks),
+            "adapter_bytes": sum(bank.size_bytes for bank in banks),
+            "block_cache_rows_skipped": sum(cache.rows_skipped for cache in block_caches),
+            "block_cache_rows_computed": sum(cache.rows_computed for cache in block_caches),
+        }
+
+
+def _block_facts(loaded: LoadedCheckpoint) -> dict[str, Any] | None:
+    return None if loaded.block_cache is None else loaded.block_cache.facts()

@@ -1,0 +1,106 @@
+"""Read a diffusers pipeline from its folder: no network, safetensors only, no code from there."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline, SchedulerMixin
+from torch import nn
+
+from engine.config import CheckpointSpec
+from engine.errors import CheckpointCorrupt, UnsupportedRequest
+from engine.families.latent import load_network
+
+INDEX = "model_index.json"
+LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
+NOT_LOADED = "safety_checker"  # what may be seen is decided elsewhere in the house
+
+
+def folder_names(path: Path) -> tuple[str, ...]:
+    """Name the folders of the parts that are read. Raises `CheckpointCorrupt`."""
+    return tuple(sorted(_components(_read_index(path))))
+
+
+def index_sha256(path: Path) -> str:
+    """Digest the index, hex: it lies in no folder of its own, so no digest of weights covers it."""
+    return hashlib.sha256((path / INDEX).read_bytes()).hexdigest()
+
+
+def load_pipeline(spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Any:
+    """Read the pipeline, its networks on the device.
+
+    Raises `CheckpointCorrupt`, and `UnsupportedRequest` for a class that cannot be served.
+    """
+    path = Path(spec.path)
+    index = _read_index(path)
+    pipeline_class = _pipeline_class(spec.pipeline_class or index.get("_class_name"))
+    taken = inspect.signature(pipeline_class.__init__).parameters
+    given: dict[str, Any] = {
+        name: load_network(kind, path, name, dtype, device)
+        for name, kind in _components(index).items()
+        if name in taken and issubclass(kind, nn.Module)
+    }
+    unwanted = {NOT_LOADED: None, "requires_safety_checker": False}
+    given |= {name: value for name, value in unwanted.items() if name in taken}
+    try:
+        pipe = pipeline_class.from_pretrained(
+            str(path),
+            local_files_only=True,
+            use_safetensors=True,
+            **given,
+        )
+    except Exception as problem:
+        reason = f"{pipeline_class.__name__} cannot be made of it: {problem}"
+        raise CheckpointCorrupt(INDEX, reason) from problem
+    if not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
+        reason = f"{pipeline_class.__name__} has no scheduler to count steps by"
+        raise UnsupportedRequest("pipeline_class", reason)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    try:
+        index = json.loads((path / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as problem:
+        raise CheckpointCorrupt(INDEX, str(problem)) from problem
+    if not isinstance(index, dict):
+        raise CheckpointCorrupt(INDEX, "is no object")
+    return index
+
+
+def _components(index: Mapping[str, Any]) -> dict[str, Any]:
+    """Find the class of every part that is read, by the name of its folder.
+
+    Raises `CheckpointCorrupt` for a class from elsewhere.
+    """
+    components = {}
+    for name, place in index.items():
+        is_private = name.startswith("_") or name == NOT_LOADED
+        if is_private or not isinstance(place, list) or place == [None, None]:
+            continue
+        library, kind = map(str, place) if len(place) == 2 else ("", "")
+        found = getattr(LIBRARIES.get(library), kind, None)
+        if not isinstance(found, type):
+            reason = f"{name} is {place}, which is no class of {' or '.join(LIBRARIES)}"
+            raise CheckpointCorrupt(INDEX, reason)
+        components[name] = found
+    return components
+
+
+def _pipeline_class(name: Any) -> Any:
+    found: Any = getattr(diffusers, name, None) if isinstance(name, str) else None
+    if not isinstance(found, type) or not issubclass(found, DiffusionPipeline):
+        reason = f"{name!r} is no pipeline of diffusers {diffusers.__version__}"
+        raise UnsupportedRequest("pipeline_class", reason)
+    if getattr(found, "_load_connected_pipes", False):
+        raise UnsupportedRequest("pipeline_class", f"{name} is a cascade of pipelines")
+    return found

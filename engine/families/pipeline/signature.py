@@ -1,0 +1,182 @@
+"""What a pipeline's own call takes of a request, read off its signature and its scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from PIL import Image
+
+from engine.config import CheckpointSpec
+from engine.errors import UnsupportedRequest
+from engine.families.latent import check_side
+from engine.request import ImageRequest, Option, Picture
+from engine.samplers import FLOW_SAMPLERS, SAMPLERS, Recipe, check_sampler
+
+OWN_SAMPLER = "default"  # the checkpoint's own scheduler class and config
+SAID_BY_THE_REQUEST = (
+    *("prompt", "negative_prompt", "height", "width", "num_inference_steps"),
+    *("generator", "strength", "clip_skip", "image", "mask_image", "control_image"),
+)
+SAID_BY_NOBODY = (
+    *("num_images_per_prompt", "latents", "output_type", "return_dict"),
+    *("callback", "callback_steps"),
+    *("callback_on_step_end", "callback_on_step_end_tensor_inputs"),
+)
+
+
+class CallSignature:
+    """The arguments of one pipeline's call, and what requests may ask of it."""
+
+    def __init__(
+        self,
+        pipe: Any,
+        spec: CheckpointSpec,
+        *,
+        is_controlled: bool,
+        pixels_per_latent: int,
+    ) -> None:
+        """Read the signature. Raises `UnsupportedRequest` for options that the call has not.
+
+        is_controlled: is there a control network?  pixels_per_latent: along a side.
+        """
+        self.name = type(pipe).__name__
+        self.pixels_per_latent = pixels_per_latent
+        self._parameters = inspect.signature(type(pipe).__call__).parameters
+        self._options = spec.options
+        self._sampler_config: Mapping[str, Any] = pipe.scheduler.config
+        self._samplers = _samplers_for(pipe.scheduler)
+        self._guidance = _guidance_parameter(self._parameters)
+        self.pictures = _picture_parameters(self._parameters, is_controlled=is_controlled)
+        self.needs_pictures = False  # a trial call may find out that it cannot do without
+        self._check_options(spec.options)
+
+    @property
+    def knows_guidance(self) -> bool:
+        """Is there an argument that guides?"""
+        return self._guidance is not None
+
+    @property
+    def can_double(self) -> bool:
+        """Can one call make two images of one prompt?"""
+        return "num_images_per_prompt" in self._parameters
+
+    # --- a request ---
+
+    def check(self, request: ImageRequest) -> None:
+        """Raise `UnsupportedRequest`, naming the field, for what the call cannot make.
+
+        Guidance is ignored, not refused, where the pipeline knows of none: every request has some.
+        """
+        check_side("width_px", request.width_px, self.pixels_per_latent)
+        check_side("height_px", request.height_px, self.pixels_per_latent)
+        check_sampler(request.sampler, request.num_steps, self._sampler_config, self._samplers)
+        self._check_options(request.options)
+        self._check_pictures(request)
+        self._check_arguments(request)
+        if request.num_steps * request.strength < 1:
+            reason = f"{request.strength} of {request.num_steps} steps leaves none"
+            raise UnsupportedRequest("strength", reason)
+
+    def _check_arguments(self, request: ImageRequest) -> None:
+        asked = {
+            "negative_prompt": bool(request.negative_prompt),
+            "strength": request.strength != 1,
+            "clip_skip": request.clip_skip > 0,
+        }
+        refused = [name for name in asked if asked[name] and name not in self._parameters]
+        if request.fork is not None:
+            refused.append("fork")
+        if request.keep_steps:
+            refused.append("keep_steps")
+        for name in refused:
+            raise UnsupportedRequest(name, f"is not for {self.name}")
+
+    def _check_options(self, options: Mapping[str, Option]) -> None:
+        taken = {*self._parameters} - {*SAID_BY_THE_REQUEST, *SAID_BY_NOBODY}
+        for name in options:
+            if name not in taken:
+                raise UnsupportedRequest("options", f"{name!r} is no option of {self.name}")
+
+    def _check_pictures(self, request: ImageRequest) -> None:
+        asked = f"{request.width_px}x{request.height_px}"
+        for name in ("init_image", "mask", "control_image"):
+            picture: Picture | None = getattr(request, name)
+            if picture is None:
+                if self.needs_pictures and name in self.pictures:
+                    raise UnsupportedRequest(name, f"is needed by {self.name}")
+            elif name not in self.pictures:
+                raise UnsupportedRequest(name, f"is not taken by {self.name}")
+            elif picture.pixels.shape[:2] != (request.height_px, request.width_px):
+                height_px, width_px = picture.pixels.shape[:2]
+                raise UnsupportedRequest(name, f"is {width_px}x{height_px}, the image {asked}")
+
+    def arguments(self, request: ImageRequest) -> dict[str, Any]:
+        """Give what `pipe(...)` is called with.
+
+        Guidance is what the pipeline takes it to be: Z-Image guides from 0 upward, not from 1.
+        """
+        wishes: dict[str, Any] = {
+            "prompt": request.prompt,
+            "negative_prompt": request.negative_prompt,
+            "height": request.height_px,
+            "width": request.width_px,
+            "num_inference_steps": request.num_steps,
+            "strength": request.strength,
+            "clip_skip": request.clip_skip or None,
+            "generator": torch.Generator("cpu").manual_seed(request.seed),
+            "output_type": "pt",
+        }
+        if self._guidance is not None:
+            wishes[self._guidance] = request.guidance
+        for name, parameter in self.pictures.items():
+            picture: Picture | None = getattr(request, name)
+            wishes[parameter] = None if picture is None else Image.fromarray(picture.pixels)
+        taken = {name: wish for name, wish in wishes.items() if name in self._parameters}
+        arguments = taken | dict(self._options) | dict(request.options)
+        if arguments.get("true_cfg_scale", 2) <= 1:
+            arguments.pop("negative_prompt", None)  # it would be ignored, with a warning each time
+        return arguments
+
+
+def _samplers_for(own: Any) -> dict[str, Recipe]:
+    """Give the checkpoint's own sampler, and by name those of the house that its config is good
+    for.
+    """
+    own_class = type(own).__name__
+    is_flow = "FlowMatch" in own_class or own.config.get("prediction_type") == "flow_prediction"
+    fitting = {own_class, *(kind.__name__ for kind in own.compatibles)}
+    ours = FLOW_SAMPLERS if is_flow else SAMPLERS
+    named = {name: recipe for name, recipe in ours.items() if recipe.scheduler_class in fitting}
+    alike = [recipe for recipe in named.values() if recipe.scheduler_class == own_class]
+    is_distilled = any(recipe.is_distilled for recipe in alike)
+    return {OWN_SAMPLER: Recipe(own_class, is_distilled=is_distilled)} | named
+
+
+def _picture_parameters(
+    parameters: Mapping[str, inspect.Parameter],
+    *,
+    is_controlled: bool,
+) -> dict[str, str]:
+    """Tell which argument takes which picture of a request.
+
+    Where a control network has only `image`, it follows that.
+    """
+    pictures = {"init_image": "image", "mask": "mask_image", "control_image": "control_image"}
+    if is_controlled and "control_image" not in parameters:
+        pictures = {"control_image": "image"}
+    return {name: parameter for name, parameter in pictures.items() if parameter in parameters}
+
+
+def _guidance_parameter(parameters: Mapping[str, inspect.Parameter]) -> str | None:
+    """Name the argument that is classifier-free guidance, or what a distilled network takes for it.
+
+    Where `guidance_scale` has no default, as in Qwen-Image, it is for distilled networks to come,
+    and `true_cfg_scale` guides.
+    """
+    scale = parameters.get("guidance_scale")
+    if scale is not None and scale.default is not None:
+        return "guidance_scale"
+    return next((name for name in ("true_cfg_scale", "guidance_scale") if name in parameters), None)

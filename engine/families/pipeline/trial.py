@@ -1,0 +1,76 @@
+"""Calls made when a checkpoint is loaded, to find out what cannot be read off a signature."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from engine.config import CheckpointSpec
+from engine.errors import CheckpointCorrupt
+from engine.families.calls import Run
+from engine.families.pipeline.folder import INDEX
+from engine.families.pipeline.signature import OWN_SAMPLER, CallSignature
+from engine.inflight import BatchKey, InFlight
+from engine.request import ImageRequest, Picture
+
+
+@dataclass(frozen=True)
+class TrialCalls:
+    """What calls a request makes, for one image and for two."""
+
+    is_guided: bool
+    of_one: Run
+    of_two: Run
+
+
+def try_calls(
+    signature: CallSignature,
+    spec: CheckpointSpec,
+    call: Callable[[ImageRequest], list[TrialCalls]],
+) -> list[TrialCalls]:
+    """Make trial calls with every picture the pipeline takes, and with none, to see whether it can.
+
+    Sets `signature.needs_pictures`. Raises `CheckpointCorrupt` when it cannot even be called with
+    all of them.
+    """
+    bare = _smallest_request(spec)
+    grey = np.full((bare.height_px, bare.width_px, 3), 127, np.uint8)
+    pictures: dict[str, Any] = {name: Picture(grey) for name in signature.pictures}
+    if "mask" in pictures:
+        pictures["mask"] = Picture(grey[..., 0])
+    trials: list[TrialCalls] = []
+    if pictures:
+        try:
+            trials += call(bare)
+        except Exception:  # noqa: BLE001  whatever it says, it does not go without
+            signature.needs_pictures = True
+    try:
+        return trials + call(replace(bare, **pictures))
+    except Exception as problem:
+        reason = f"a trial call of {signature.name} failed: {problem}"
+        raise CheckpointCorrupt(INDEX, reason) from problem
+
+
+def image_in_trial(request: ImageRequest) -> InFlight:
+    """Give an image of a trial request, that no scheduler knows."""
+    key = BatchKey(request.checkpoint, request.height_px, request.width_px, 0)
+    return InFlight(request, key, rows=1)
+
+
+def _smallest_request(spec: CheckpointSpec) -> ImageRequest:
+    width_px, height_px = min(spec.sizes, key=lambda size: size[0] * size[1])
+    return ImageRequest(
+        id="trial",
+        group="trial",
+        checkpoint=spec.name,
+        prompt="a picture",
+        width_px=width_px,
+        height_px=height_px,
+        num_steps=2,
+        guidance=1.0,
+        sampler=OWN_SAMPLER,
+        seed=0,
+    )

@@ -1,0 +1,499 @@
+"""The device thread: schedule, denoise, settle, decode, over and over.
+
+A turn does one piece of work that the scheduler chose: encode a newcomer, advance one batch by one
+denoise step, or decode what is finished. What callers leave in the inbox (newcomers, cancels,
+snapshots, better ranks) takes effect between two turns. No other thread touches the device. It does
+not know who submitted what, nor why one rank goes before another.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from engine.checkpoints import LoadedCheckpoints
+from engine.config import EngineConfig
+from engine.costs import CostModel
+from engine.curves import load_curves
+from engine.device import Device, Stopwatch, is_out_of_memory
+from engine.errors import (
+    DeadlinePassed,
+    EngineDied,
+    EngineError,
+    EngineStopped,
+    ImageCanceled,
+    OutOfDeviceMemory,
+    SnapshotRefused,
+)
+from engine.events import (
+    Event,
+    Failed,
+    Finished,
+    Parked,
+    Previewed,
+    Queued,
+    Resumed,
+    Started,
+    Stepped,
+)
+from engine.inbox import Inbox
+from engine.inflight import ImageState, InFlight
+from engine.keptlatents import KeptLatents, StepLatents
+from engine.ledger import Ledger
+from engine.previews import jpeg
+from engine.records import FinishedImage, render_record
+from engine.runner import PendingDecode, Runner
+from engine.scheduler import Batch, Decode, Encode, Scheduler, Work
+from engine.snapshots import Snapshot, to_bytes
+from engine.warmup import warm_up
+
+log = logging.getLogger(__name__)
+
+Launched = TypeVar("Launched")
+# Forwards launched beyond the one a GPU is busy with: it stays fed, and a cancel is soon.
+RUN_AHEAD = 1
+
+
+class DeviceLoop:
+    """What happens on the device thread, from loading to the last image's end."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        device: Device,
+        checkpoints: LoadedCheckpoints,
+        runner: Runner,
+        scheduler: Scheduler,
+        costs: CostModel,
+        ledger: Ledger,
+        kept_latents: KeptLatents,
+        inbox: Inbox,
+    ) -> None:
+        self.warm_up_s = 0.0
+        self._config = config
+        self._device = device
+        self._checkpoints = checkpoints
+        self._runner = runner
+        self._scheduler = scheduler
+        self._costs = costs
+        self._ledger = ledger
+        self._kept_latents = kept_latents
+        self._inbox = inbox
+        self._pending_decodes: deque[tuple[Decode, PendingDecode]] = deque()  # as launched
+        self._turn_began_at: float | None = None  # on the monotonic clock; None between two turns
+        self._outcomes: Counter[ImageState] = Counter()
+        self._previews = 0
+        self._parks = 0
+
+    # --- read by any thread ---
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds that the turn in progress has taken; 0 between two turns."""
+        began_at = self._turn_began_at
+        return time.monotonic() - began_at if began_at is not None else 0.0
+
+    def stats(self) -> dict[str, Any]:
+        """Plain numbers since the start: how images ended, and what else they were told."""
+        return {
+            "finished": self._outcomes[ImageState.FINISHED],
+            "failed": self._outcomes[ImageState.FAILED],
+            "canceled": self._outcomes[ImageState.CANCELED],
+            "parks": self._parks,
+            "previews": self._previews,
+            "warm_up_s": self.warm_up_s,
+        }
+
+    # --- the thread's life ---
+
+    def prepare(self) -> None:
+        """Load every checkpoint and warm it up, so that the first caller does not pay for it."""
+        self._device.prepare()
+        self._checkpoints.load(self._device)
+        started = time.perf_counter()
+        for name, spec in self._checkpoints.specs.items():
+            if self._config.curves_folder:
+                bits = self._checkpoints.fingerprint(name)
+                load_curves(self._costs, Path(self._config.curves_folder), name, bits)
+            warm_up(
+                spec,
+                validated=self._checkpoints.admit,
+                runner=self._runner,
+                device=self._device,
+                costs=self._costs,
+                max_batch_rows=self._config.max_batch_rows,
+                row_buckets=self._config.row_buckets,
+                repeats=self._config.warm_up_repeats,
+            )
+        self._scheduler.memory_budget_bytes = self._device.memory_budget_bytes()
+        self.warm_up_s = time.perf_counter() - started
+
+    def run(self) -> None:
+        """Take turns until it is time to stop, and leave nobody waiting."""
+        why = "the engine was stopped"
+        shutdown_error: Callable[[], EngineStopped] = partial(EngineStopped, why)
+        try:
+            while self._take_in():
+                self._turn_began_at = time.monotonic()
+                self._turn()
+                self._turn_began_at = None
+        except BaseException as problem:
+            log.exception("engine_died")
+            shutdown_error = partial(EngineDied, f"the engine died: {problem!r}")
+        finally:
+            self._turn_began_at = None
+            self._fail_everyone(shutdown_error)
+
+    def _take_in(self) -> bool:
+        """Wait for work and do what callers asked for; False when it is time to stop."""
+        taken = self._inbox.take()
+        if taken is None:
+            return False
+        for image in taken.arrivals:
+            self._tell(image, Queued(request_id=image.id))
+        leaving: dict[InFlight, EngineError] = {image: _too_late(image) for image in taken.late}
+        leaving |= {image: _canceled(image) for image in taken.canceled}
+        for image, error in leaving.items():
+            self._fail(image, error)
+        for note in taken.notes:
+            note()
+        return True
+
+    def _turn(self) -> None:
+        """Do the piece of work that the scheduler puts first."""
+        self._collect_decoded()
+        work = self._schedule()
+        if isinstance(work, Encode):
+            self._encode(work)
+        elif isinstance(work, Batch):
+            self._denoise(work)
+        elif isinstance(work, Decode):
+            self._decode(work)
+        else:
+            self._collect_decoded(wait=True)  # nothing else is to do
+
+    # --- schedule ---
+
+    def _schedule(self) -> Work | None:
+        """Choose what comes next, and tell those who lost or regained their seat by that."""
+        work = self._scheduler.next_work(time.monotonic())
+        for image in self._scheduler.take_parked():
+            self._parks += 1
+            self._tell(image, Parked(request_id=image.id, step=image.step))
+        for image in self._scheduler.take_resumed():
+            self._tell(image, Resumed(request_id=image.id, step=image.step))
+        return work
+
+    # --- encode ---
+
+    def _encode(self, work: Encode) -> None:
+        """Give an image its conditioning, its sampler and the latents that it begins with."""
+        image = work.image
+        entry = self._inbox[image.id]
+        begin = entry.begin
+        assert begin is not None, f"image {image.id} has begun already"
+        first_step = image.step
+        watch = self._device.stopwatch()
+        try:
+            self._with_room(lambda: self._begin(image, begin))
+            unread = self._runner.unread(image)
+        except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
+            self._fail(image, _as_engine_error(problem, "encode"))
+            return
+        watch.stop()
+        entry.begin = entry.unstarted = None  # what it began with need not be kept
+        image.state = ImageState.DENOISED if image.is_denoised else ImageState.RUNNING
+        self._scheduler.settle(work)
+        self._ledger.enter_encode(work, watch)
+        if entry.is_new:
+            self._tell(image, Started(request_id=image.id, unread=unread))
+        else:
+            self._tell(image, Resumed(request_id=image.id, step=first_step, unread=unread))
+
+    def _begin(self, image: InFlight, begin: Callable[[InFlight], None]) -> None:
+        self._runner.release(image)  # of a first try that ran out of memory
+        begin(image)
+
+    # --- denoise ---
+
+    def _denoise(self, batch: Batch) -> None:
+        """Move every image of the batch on by one step.
+
+        An image that cannot be moved fails alone; the others do not notice.
+        """
+        watch = self._device.stopwatch()
+        now = time.monotonic()
+        for image in batch:
+            image.first_step_at = image.first_step_at or now
+        predictions = self._predict(batch)
+        if predictions is None:
+            self._denoise_apart(batch)
+            return
+        parts = zip(batch, predictions, strict=True)
+        moved = [image for image, part in parts if self._advance(image, part)]
+        watch.stop()
+        self._settle(batch, watch)
+        for image in moved:
+            self._after_step(image)
+
+    def _denoise_apart(self, batch: Batch) -> None:
+        """Move each image on by itself after a forward of all failed.
+
+        Somebody's row broke it for all; without the others it can only break its own.
+        """
+        if len(batch) > 1:
+            for image in batch:
+                self._denoise(Batch.alone(image))
+
+    def _predict(self, batch: Batch) -> list[Any] | None:
+        """Run the forward. None when it failed: an image that was alone in it has failed then.
+
+        The exception ends here, for its traceback would keep the failed forward's tensors while the
+        images are tried apart.
+        """
+        try:
+            if len(batch) == 1:
+                return self._with_room(lambda: self._runner.predict(batch))
+            return self._runner.predict(batch)
+        except Exception as problem:
+            if is_out_of_memory(problem):
+                _forget_locals(problem)
+                self._device.free_cached_memory()
+                if not batch.is_pinned and len(batch) > 1:
+                    self._scheduler.cap_rows(batch.key, batch.used_rows // 2)
+            if len(batch) == 1:
+                self._fail(batch.images[0], _as_engine_error(problem, "denoise"))
+            else:
+                found = {"images": len(batch), "rows": batch.bucket_rows}
+                log.warning("forward_failed", extra=found, exc_info=True)
+            return None
+
+    def _advance(self, image: InFlight, prediction: Any) -> bool:
+        """Move one image on by its part of the prediction; False when it failed."""
+        step_before = image.step
+        try:
+            self._runner.advance(image, prediction)
+        except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
+            self._fail(image, _as_engine_error(problem, "denoise"))
+            return False
+        return image.step > step_before
+
+    # --- settle ---
+
+    def _settle(self, batch: Batch, watch: Stopwatch) -> None:
+        """Count the step for the batch's images, and its seconds once the device passed them."""
+        self._scheduler.settle(batch)
+        self._ledger.enter_forward(batch, watch)
+        self._ledger.book(RUN_AHEAD)
+
+    def _after_step(self, image: InFlight) -> None:
+        """Tell of the step, keep its latents where asked for, show it where somebody watches."""
+        now = time.monotonic()
+        image.note_step(now, decode_s=self._ledger.mean_decode_s)
+        stepped = Stepped(
+            request_id=image.id,
+            step=image.step,
+            num_steps=image.num_steps,
+            eta_s=image.eta_s,
+        )
+        self._tell(image, stepped)
+        if image.step in image.request.keep_steps:
+            self._keep_latents(image)
+        if image.is_watched and self._inbox[image.id].pace.may_show(now):
+            self._show(image)
+
+    def _keep_latents(self, image: InFlight) -> None:
+        digest = self._checkpoints[image.request.checkpoint].weights_digest
+        try:
+            latents = self._runner.latents(image)
+            self._kept_latents.keep(StepLatents(image.request, digest, image.step, latents))
+        except Exception:  # a courtesy: the image goes on without
+            log.exception("latents_not_kept", extra={"image_id": image.id})
+
+    def _show(self, image: InFlight) -> None:
+        try:
+            pixels = self._runner.preview(image)
+            if pixels is not None:
+                self._previews += 1
+                packed = jpeg(pixels)
+                self._tell(image, Previewed(request_id=image.id, step=image.step, jpeg=packed))
+        except Exception:  # a courtesy, too
+            log.exception("preview_failed", extra={"image_id": image.id})
+            image.is_watched = False
+
+    # --- decode ---
+
+    def _decode(self, work: Decode) -> None:
+        """Launch a decode; on a CPU it is over then."""
+        image = work.image
+        if self._inbox.is_canceled(image.id):
+            return  # dropped before the next turn: its decode would be for nobody
+        try:
+            pending = self._with_room(lambda: self._runner.decode(image))
+        except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
+            self._fail(image, _as_engine_error(problem, "decode"))
+            return
+        self._scheduler.settle(work)
+        self._pending_decodes.append((work, pending))
+        self._collect_decoded()
+
+    def _collect_decoded(self, wait: bool = False) -> None:
+        """Hand out the images whose pixels have arrived; with `wait`, all that are on their way."""
+        while self._pending_decodes and (wait or self._pending_decodes[0][1].is_ready):
+            work, pending = self._pending_decodes.popleft()
+            if self._scheduler.get(work.image.id) is work.image:  # not canceled meanwhile
+                self._finish(work, pending)
+
+    def _finish(self, work: Decode, pending: PendingDecode) -> None:
+        image = work.image
+        try:
+            pixels = pending.pixels()
+        except Exception as problem:  # noqa: BLE001  not its neighbours' trouble
+            self._fail(image, _as_engine_error(problem, "decode"))
+            return
+        self._ledger.book_decode(work, pending.watch.seconds())
+        record = render_record(image, self._checkpoints.fingerprint_of(image))
+        finished = FinishedImage(request=image.request, pixels=pixels, record=record)
+        self._close(image, ImageState.FINISHED, finished)
+
+    def _with_room(self, launch: Callable[[], Launched]) -> Launched:
+        """Do `launch`, and once more when the device is out of memory, having freed all it can."""
+        try:
+            return launch()
+        except Exception as problem:
+            if not is_out_of_memory(problem):
+                raise
+            _forget_locals(problem)
+        self._collect_decoded(wait=True)
+        self._device.free_cached_memory()
+        return launch()
+
+    # --- between two turns, as notes of the inbox ---
+
+    def set_rank(self, image_id: str, rank: int) -> None:
+        """Serve the image at this rank from now on. Harmless when it is not here."""
+        self._scheduler.set_rank(image_id, rank)
+
+    def watch(self, image_id: str, watched: bool) -> None:
+        """Send previews of the image from its next step on, or no more."""
+        image = self._scheduler.get(image_id)
+        if image is not None:
+            image.is_watched = watched
+
+    def answer_snapshot(self, image_id: str, wanted: Future[bytes], *, leaves: bool) -> None:
+        """Resolve `wanted` with a snapshot of the image; where it `leaves`, end it just before."""
+        if not wanted.set_running_or_notify_cancel():
+            return  # nobody waits for it any more
+        try:
+            blob = self._snapshot_of(image_id)
+        except Exception as problem:  # noqa: BLE001  the asker's trouble, not the engine's
+            wanted.set_exception(_as_engine_error(problem, "snapshot"))
+            return
+        if leaves:
+            image = self._inbox[image_id].image
+            self._fail(image, _canceled(image))
+        wanted.set_result(blob)
+
+    def _snapshot_of(self, image_id: str) -> bytes:
+        image = self._scheduler.get(image_id)
+        if image is None:
+            raise SnapshotRefused(f"image {image_id} is not (or no longer) in this engine")
+        bits = self._checkpoints.fingerprint_of(image)
+        is_queued = image.state is ImageState.QUEUED
+        state = self._inbox[image_id].unstarted if is_queued else self._runner.save(image)
+        if state is None:
+            raise SnapshotRefused(f"image {image_id} is a fork that has not started yet")
+        return to_bytes(
+            Snapshot(
+                request=image.request,
+                family=self._checkpoints.specs[image.request.checkpoint].family,
+                fingerprint=bits.sha256,
+                fingerprint_facts=bits.facts,
+                step=image.step,
+                num_steps=image.num_steps,
+                tensors=state.tensors,
+                facts=state.facts,
+            )
+        )
+
+    # --- an image's end ---
+
+    def _fail(self, image: InFlight, error: EngineError) -> None:
+        state = ImageState.CANCELED if isinstance(error, ImageCanceled) else ImageState.FAILED
+        if state is ImageState.FAILED and not isinstance(error, EngineStopped):
+            where = {"image_id": image.id, "step": image.step}
+            log.warning("image_failed", extra=where, exc_info=error)
+        self._close(image, state, error)
+
+    def _close(
+        self,
+        image: InFlight,
+        state: ImageState,
+        outcome: FinishedImage | EngineError,
+    ) -> None:
+        """End the image: off the device, its last event told, its handle resolved."""
+        image.state = state
+        image.eta_s = 0.0 if state is ImageState.FINISHED else None
+        try:
+            self._runner.release(image)
+        except Exception:  # whoever waits for the image must hear of its end all the same
+            log.exception("release_failed", extra={"image_id": image.id})
+        self._outcomes[state] += 1
+        if isinstance(outcome, FinishedImage):
+            self._tell(image, Finished(request_id=image.id, image=outcome))
+        else:
+            self._tell(image, Failed(request_id=image.id, error=outcome))
+        self._inbox.resolve(image.id, outcome)
+
+    def _tell(self, image: InFlight, event: Event) -> None:
+        on_event = self._inbox[image.id].on_event
+        if on_event is None:
+            return
+        try:
+            on_event(event)
+        except Exception:
+            what = {"image_id": image.id, "event_type": type(event).__name__}
+            log.exception("on_event_failed", extra=what)
+
+    def _fail_everyone(self, shutdown_error: Callable[[], EngineStopped]) -> None:
+        left, notes = self._inbox.shut()
+        for image in left:
+            self._fail(image, shutdown_error())
+        for note in notes:
+            note()
+
+
+def _forget_locals(problem: Exception) -> None:
+    """Let go of what the frames of a traceback hold: the tensors of a failed forward."""
+    traceback.clear_frames(problem.__traceback__)
+
+
+def _canceled(image: InFlight) -> ImageCanceled:
+    return ImageCanceled(f"image {image.id} was canceled at step {image.step} of {image.num_steps}")
+
+
+def _too_late(image: InFlight) -> DeadlinePassed:
+    at = f"at step {image.step} of {image.num_steps}"
+    return DeadlinePassed(f"the time of image {image.id} was up {at}")
+
+
+def _as_engine_error(problem: Exception, stage: str) -> EngineError:
+    """Turn whatever was raised into an error of our tree, the original attached as its cause."""
+    if isinstance(problem, EngineError):
+        return problem
+    _forget_locals(problem)
+    error: EngineError
+    if is_out_of_memory(problem):
+        error = OutOfDeviceMemory(f"the device ran out of memory in {stage}")
+    else:
+        error = EngineError(f"{stage} failed: {type(problem).__name__}: {problem}")
+    error.__cause__ = problem
+    return error
