@@ -53,13 +53,17 @@ def is_away(error: BaseException) -> bool:
 
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
-    """Connections to a server that can be written to, checked after they were idle, every wait limited, in UTC.
+    """Connections to a server that can be written to, in UTC, checked after they were idle.
 
-    A restarted Postgres costs a reconnect, not an error; so does one that was demoted, where the URL leads to its successor:
-    with several hosts in it, to the one of them that is the primary.
+    Every wait is limited. A restarted Postgres costs a reconnect, not an error; so does one that was
+    demoted, where the URL leads to its successor: with several hosts in it, to the primary of them.
     """
-    timeouts = "-c statement_timeout=30000 -c idle_in_transaction_session_timeout=30000 -c lock_timeout=10000"
-    options = f"{timeouts} -c timezone=UTC"  # whatever the server's default: instants are shown as they come from here
+    settings = {
+        "statement_timeout": "30000",
+        "idle_in_transaction_session_timeout": "30000",
+        "lock_timeout": "10000",
+        "timezone": "UTC",  # whatever the server's own: instants are shown as they come from here
+    }
     engine = create_engine(
         database_url,
         pool_size=pool_size,
@@ -68,7 +72,7 @@ def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
         pool_timeout=10,
         hide_parameters=True,  # in what an error says, and so in logs
         connect_args={
-            "options": options,
+            "options": " ".join(f"-c {name}={value}" for name, value in settings.items()),
             "connect_timeout": 5,
             "application_name": "darkroom",
             "target_session_attrs": "read-write",

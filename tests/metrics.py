@@ -30,7 +30,7 @@ def gauges() -> dict[str, float]:
 
 @contextmanager
 def increases() -> Iterator[dict[str, float]]:
-    """By how much the act within makes counters grow; filled in at its end, without those that stay."""
+    """Tell by how much the act within makes counters grow, at its end; without those that stay."""
     before, grown = counted(), dict[str, float]()
     yield grown
     after = counted()

@@ -104,7 +104,7 @@ def test_a_refusal_for_good_reaches_clients_with_the_word_not_to_retry(api, fini
         ("/nowhere", "no-store"),
     ],
 )
-def test_answers_say_their_kind_and_how_long_they_may_be_kept(api, finished_job, path, cache_control):
+def test_answers_say_their_kind_and_how_long_they_keep(api, finished_job, path, cache_control):
     answer = api.get(path.format(job=finished_job["urls"]["self"], nobody=uuid.uuid4()))
 
     assert answer.headers["X-Content-Type-Options"] == "nosniff"
@@ -113,7 +113,7 @@ def test_answers_say_their_kind_and_how_long_they_may_be_kept(api, finished_job,
 
 
 def test_answers_to_nobody_and_to_wrong_methods_say_their_kind_too(nobody):
-    answers = [nobody.get("/v1/jobs"), nobody.delete("/v1/jobs"), nobody.request("BREW", "/v1/jobs")]
+    answers = [nobody.request(method, "/v1/jobs") for method in ("GET", "DELETE", "BREW")]
 
     assert [answer.status_code for answer in answers] == [401, 405, 501]
     assert {answer.headers["X-Content-Type-Options"] for answer in answers} == {"nosniff"}

@@ -162,7 +162,7 @@ def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_k
 
 
 def test_an_erased_job_leaves_nothing_in_redis(a_house, stack, stack_database):
-    """Its pixels on their way to the store, its snapshots, progress, events and previews: at once."""
+    """At once: pixels on their way to the store, snapshots, progress, events and previews."""
     tenant = a_house().with_workers().tenant()
     kept, erased = (tenant.post(n=2).json for _ in range(2))
     jobs_of = {name: uuid.UUID(job["id"]) for name, job in (("kept", kept), ("erased", erased))}
@@ -182,7 +182,7 @@ KINDS_OF_TRACES = {"handoff", "snapshot", "progress", "events"}
 
 
 def _leave_traces(url, database, job_id) -> None:
-    """What a worker leaves in Redis that has rendered one of two images and is about to hand on the other."""
+    """Leave in Redis what a worker does that handed one of two images on and has rendered both."""
     with transaction(database) as session:
         lease = leases.take(session, job_id, worker="tests", device="cpu", ttl_s=600)
         hand_off(session, lease, 0)

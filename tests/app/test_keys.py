@@ -55,7 +55,7 @@ def test_a_key_ends_when_it_expires_even_if_it_was_used_just_now(issue, nobody):
     assert_problem(nobody.get("/v1/jobs", headers=bearer(key)), 401, "unauthenticated")
 
 
-def test_a_key_that_is_remembered_ends_at_the_very_moment_it_expires(issue, gateway_with, monkeypatch):
+def test_a_remembered_key_ends_at_the_moment_it_expires(issue, gateway_with, monkeypatch):
     """A gateway trusts what it looked up for a moment, but not its end."""
     at = datetime.now(UTC) + timedelta(hours=1)
     key, _ = issue(expires_at=at)

@@ -230,12 +230,14 @@ def test_a_batch_takes_what_all_its_jobs_count_out_of_the_budget_or_nothing(limi
     assert accepted.json()["accepted"] == 2
     assert [answer.status_code for answer in small] == [202, 429]
     assert len(client.get("/v1/jobs").json()["data"]) == 4
-    refusal = assert_problem(client.post("/v1/jobs:batch", json=batch_of(4)), 422, "invalid-image-request")
+    too_much = client.post("/v1/jobs:batch", json=batch_of(4))
+    refusal = assert_problem(too_much, 422, "invalid-image-request")
     assert refusal["errors"][0]["accepted"] == {"max_megapixel_steps": 3.5 * COST}
 
 
 def test_a_batch_that_comes_to_nothing_costs_no_budget(limited):
-    client = limited(megapixel_steps_per_minute=0.006, burst_megapixel_steps=2.5 * COST, max_concurrent_jobs=1)
+    budget = {"megapixel_steps_per_minute": 0.006, "burst_megapixel_steps": 2.5 * COST}
+    client = limited(**budget, max_concurrent_jobs=1)
 
     for _ in range(2):
         assert_problem(client.post("/v1/jobs:batch", json=batch_of(2)), 429, "too-many-jobs")
@@ -276,14 +278,15 @@ def test_tiers_and_models_that_are_not_allowed_are_forbidden_and_not_shown(limit
 def test_a_batch_refuses_items_of_a_tier_that_is_not_allowed(limited):
     client = limited(allowed_tiers=["batch"])
 
-    batch = client.post("/v1/jobs:batch", json={"jobs": [BODY, {**BODY, "tier": "fast", "steps": 4}]}).json()
+    jobs = [BODY, {**BODY, "tier": "fast", "steps": 4}]
+    batch = client.post("/v1/jobs:batch", json={"jobs": jobs}).json()
 
     assert [item["status"] for item in batch["data"]] == [202, 403]
     assert batch["data"][1]["problem"]["accepted"] == {"tiers": ["batch"]}
 
 
 @pytest.mark.parametrize("taken_away", ["tiers", "models"])
-def test_a_job_of_a_tier_or_model_taken_away_meanwhile_cannot_be_replayed(limited, stack_database, taken_away):
+def test_a_replay_of_what_was_taken_away_is_forbidden(limited, stack_database, taken_away):
     client = limited()
     job = client.post("/v1/jobs", json=BODY).json()
     tenant_id = uuid.UUID(client.get("/v1/key").json()["tenant_id"])

@@ -1,4 +1,4 @@
-"""A process and a database that are not in UTC: days, instants and quotas are those of UTC all the same."""
+"""A process and a database that are not in UTC: days, instants and quotas are those of UTC."""
 
 import time
 from datetime import UTC, datetime, timedelta
@@ -83,7 +83,8 @@ def test_jobs_are_found_by_instants_of_any_zone_wherever_one_is(tenant):
     assert found(created_after=at + 2 * second) == found(created_before=at - second) == 0
 
 
-def test_a_key_expires_at_the_instant_that_was_said_wherever_one_is(far_away, gateway_with, stack, stack_database):
+@pytest.mark.usefixtures("far_away")
+def test_a_key_expires_at_the_instant_that_was_said(gateway_with, stack, stack_database):
     client = gateway_with(max_wait_s=51)
     at = datetime.now(UTC) + timedelta(seconds=2)
     with transaction(stack_database) as session:

@@ -366,7 +366,8 @@ def test_a_delivery_is_given_up_three_days_after_its_event(tenant, receiver, sta
 def age(database, endpoint, seconds) -> None:
     """Let the endpoint's deliveries have waited so long, and be due."""
     with transaction(database) as session:
-        query = """UPDATE webhook_deliveries SET created_at = created_at - make_interval(secs => :s),
+        query = """UPDATE webhook_deliveries
+                   SET created_at = created_at - make_interval(secs => :s),
                    due_at = clock_timestamp() WHERE endpoint_id = :id AND state = 'pending'"""
         session.execute(text(query), {"id": endpoint["id"], "s": seconds})
 

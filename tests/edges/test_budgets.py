@@ -1,4 +1,4 @@
-"""Token buckets in Redis: what is taken, given back and filled again, and that none is kept for ever."""
+"""Token buckets in Redis: what is taken, given back and filled again; none is kept for ever."""
 
 import uuid
 

@@ -96,7 +96,8 @@ NO_METRICS = {  # logins, a package, a volume
 def metrics_of(kind: type) -> dict[str, tuple[str, ...]]:
     """The labels of every metric of a kind, by the name that a scrape shows."""
     suffix = "_total" if kind is Counter else ""
-    return {f"{each._name}{suffix}": tuple(each._labelnames) for each in vars(telemetry).values() if type(each) is kind}
+    metrics = [each for each in vars(telemetry).values() if type(each) is kind]
+    return {f"{each._name}{suffix}": tuple(each._labelnames) for each in metrics}
 
 
 def test_metrics_have_the_names_and_labels_that_operators_know():

@@ -467,7 +467,8 @@ def pruning_usage(session, tenant):
 @appends("audit:month:pruned", actor=pruning.ACTOR, is_on_system=True, as_owner=True)
 def pruning_a_month(session, tenant):
     bounds = "FROM ('2001-08-01 00:00+00') TO ('2001-09-01 00:00+00')"
-    session.execute(text(f"CREATE TABLE audit_events_2001_08 PARTITION OF audit_events FOR VALUES {bounds}"))
+    partition = "CREATE TABLE audit_events_2001_08 PARTITION OF audit_events FOR VALUES"
+    session.execute(text(f"{partition} {bounds}"))
     return partial(pruning.prune_audit_month, session, date(2001, 8, 1))
 
 
@@ -509,7 +510,8 @@ def test_audit_events_of_attempts_name_the_attempt(session):
     hand_off(session, lease)
     store(session, job, attempt=2, artifact=an_artifact())
 
-    rows = session.execute(text("SELECT event, attempt FROM audit_log WHERE job_id = :id ORDER BY seq"), {"id": job.id})
+    query = text("SELECT event, attempt FROM audit_log WHERE job_id = :id ORDER BY seq")
+    rows = session.execute(query, {"id": job.id})
 
     assert [tuple(row) for row in rows] == [
         ("job:request:accepted", None),

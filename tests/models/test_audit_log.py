@@ -167,7 +167,8 @@ def test_an_edited_newest_event_with_a_recomputed_hash_does_not_fit_the_head(tam
     tampered("UPDATE audit_events SET actor = 'someone else' WHERE chain_id = :chain AND seq = 5")
 
     found = tampered(
-        """UPDATE audit_events SET hash = audit_digest(prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
+        """UPDATE audit_events SET hash = audit_digest(
+               prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
            WHERE chain_id = :chain AND seq = 5"""
     )
 

@@ -118,7 +118,8 @@ def test_rotation_never_prolongs_a_key(session, lives_for_s, grace_s, left_s):
 
     new, _ = api_keys.rotate(session, row.id, pepper=PEPPER, grace_s=grace_s)
 
-    query = text("SELECT extract(epoch FROM expires_at - clock_timestamp()) FROM api_keys WHERE id = :id")
+    left = "extract(epoch FROM expires_at - clock_timestamp())"
+    query = text(f"SELECT {left} FROM api_keys WHERE id = :id")
     assert float(session.scalar(query, {"id": row.id})) == pytest.approx(left_s, abs=5)
     assert (new.name, new.scopes, new.expires_at) == (row.name, row.scopes, None)
 
@@ -128,4 +129,5 @@ def test_rotation_of_a_key_that_is_over_is_refused(session):
     api_keys.revoke(session, revoked.id)
     expired, _ = issue(session, expires_at=datetime.now(UTC) - timedelta(seconds=1))
 
-    assert [api_keys.rotate(session, row.id, pepper=PEPPER, grace_s=DAY_S) for row in (revoked, expired)] == [None, None]
+    for row in (revoked, expired):
+        assert api_keys.rotate(session, row.id, pepper=PEPPER, grace_s=DAY_S) is None

@@ -1,4 +1,4 @@
-"""What each SQL view says, row by row; read in a session that is not in UTC, as an operator's may be."""
+"""What each SQL view says, row by row, in a session that is not in UTC, as an operator's may be."""
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -167,7 +167,8 @@ def queue_now(session, tenant) -> Rows:
 def audit_log(session, tenant) -> Rows:
     job = a_job(session, tenant=tenant)
     leases.fail(session, a_lease(session, job), code=FailureCode.NOT_FINITE, detail="NaN")
-    query = """SELECT seq, id, at, facts, encode(prev_hash, 'hex') AS prev, encode(hash, 'hex') AS hash
+    query = """SELECT seq, id, at, facts,
+                      encode(prev_hash, 'hex') AS prev, encode(hash, 'hex') AS hash
                FROM audit_events WHERE chain_id = :id ORDER BY seq"""
     stored = session.execute(text(query), {"id": str(tenant.id)}).all()
     own = {"chain": tenant.name, "attempt": None, "job_id": job.id, "actor": "tests"}
@@ -234,7 +235,8 @@ def flows_now(session, tenant) -> Rows:
             own = {"tenant": owner, "pool": tenant.name, "num_images": 2}
             a_job(session, **own, predicted_s=4.04)
     a_lease(session, tenant=a_tenant(session), pool=tenant.name)  # it runs, and waits no more
-    start = session.scalar(text("SELECT min(release_tag) FROM jobs WHERE pool = :pool"), {"pool": tenant.name})
+    first = text("SELECT min(release_tag) FROM jobs WHERE pool = :pool")
+    start = session.scalar(first, {"pool": tenant.name})
     clock = {"pool": tenant.name, "tier": "fast", "virtual_s": start}
     session.execute(text("INSERT INTO fair_clocks VALUES (:pool, :tier, :virtual_s)"), clock)
     place = {"pool": tenant.name, "tier": "fast"}
@@ -384,4 +386,6 @@ def test_a_view_says_what_is_so(database, view):
         rows = session.execute(text(query), {"name": tenant.name}).mappings().all()
         session.rollback()
 
-    assert [{name: row[name] for name in told} for row, told in zip(rows, expected, strict=True)] == [*expected]
+    assert len(rows) == len(expected)
+    for row, told in zip(rows, expected, strict=True):
+        assert {name: row[name] for name in told} == told

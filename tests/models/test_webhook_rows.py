@@ -238,7 +238,8 @@ def test_every_final_state_has_its_event_and_its_way_there():
 def test_each_final_state_writes_one_delivery_to_each_endpoint_that_wants_it(session, state):
     tenant = tenants.create(session, name=f"t-{uuid.uuid4().hex[:12]}")
     event, others = f"job.{state}", [each for each in EVENTS if each != f"job.{state}"]
-    wants = [an_endpoint(session, tenant.id, deliveries=0, events=events) for events in ([event], EVENTS)]
+    none = {"deliveries": 0}
+    wants = [an_endpoint(session, tenant.id, **none, events=each) for each in ([event], EVENTS)]
     now = session.scalar(text("SELECT clock_timestamp()"))
     an_endpoint(session, tenant.id, deliveries=0, events=others)
     an_endpoint(session, tenant.id, deliveries=0, events=[event], disabled_at=now)
@@ -284,12 +285,16 @@ def test_a_retry_is_due_when_it_was_said_and_a_last_attempt_ends_the_delivery(se
     claims, _ = claim_all(session, of(session, endpoint))
     later, last = (Tried(500, None, took_s=0.1, try_again_s=wait_s) for wait_s in (60.0, None))
 
-    states = [webhooks.record(session, claim, tried, actor="tests") for claim, tried in zip(claims, (later, last), strict=True)]
+    states = [
+        webhooks.record(session, claims[0], later, actor="tests"),
+        webhooks.record(session, claims[1], last, actor="tests"),
+    ]
     session.commit()
 
     session.expire_all()
     waits, over = (session.get(WebhookDelivery, claim.id) for claim in claims)
     due_in_s = (waits.due_at - session.scalar(text("SELECT clock_timestamp()"))).total_seconds()
     assert states == [DeliveryState.PENDING, DeliveryState.FAILED]
-    assert (due_in_s == pytest.approx(60, abs=5), waits.claimed_until, waits.ended_at) == (True, None, None)
+    assert due_in_s == pytest.approx(60, abs=5)
+    assert (waits.claimed_until, waits.ended_at) == (None, None)
     assert (over.due_at, over.claimed_until, over.ended_at is None) == (None, None, False)

@@ -51,7 +51,7 @@ def test_a_price_fits_its_column_and_is_within_half_a_millionth(device_seconds):
         (0.0000001, {}, "0.000001"),
     ],
 )
-def test_a_job_counts_megapixels_steps_images_and_its_model_s_factor_rounded_up(factor, wish, counts):
+def test_megapixel_steps_are_all_that_a_job_asks_for_rounded_up(factor, wish, counts):
     fleet = a_fleet({"models.pocket.cost_factor": factor})
 
     assert str(megapixel_steps(fleet, resolved(fleet, tier="fast", **wish))) == counts

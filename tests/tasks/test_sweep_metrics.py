@@ -50,7 +50,8 @@ def own_sweeper(sweeper, own_database, settings_here) -> Sweeper:
 
 def move(session: Session, job: Job, **columns) -> None:
     """Give the job's row instants so many seconds from now."""
-    told = [f"{name} = clock_timestamp() + make_interval(secs => {s})" for name, s in columns.items()]
+    now = "clock_timestamp()"
+    told = [f"{name} = {now} + make_interval(secs => {s})" for name, s in columns.items()]
     session.execute(text(f"UPDATE jobs SET {', '.join(told)} WHERE id = :id"), {"id": job.id})
 
 
@@ -73,7 +74,8 @@ def fall_through(session: Session, url: str) -> None:
     wait_for_pictures(session, tenant)
     deliveries_of_long_ago(session, tenant)
     yesterday = session.scalar(text("SELECT clock_timestamp() - interval '25 hours'"))
-    session.add(IdempotencyKey(tenant_id=tenant.id, key="k", request_sha256="", created_at=yesterday))
+    own = {"tenant_id": tenant.id, "key": "k", "request_sha256": ""}
+    session.add(IdempotencyKey(**own, created_at=yesterday))
     Handoff(url, ttl_s=60).put(uuid.uuid4(), 0, 1, some_pixels())  # of nobody's job, these three
     Snapshots(url, ttl_s=60).put(uuid.uuid4(), 0, 1, 1, b"latents")
     Inputs(url, ttl_s=60).bring(uuid.uuid4(), {"init_image": some_pixels()})
@@ -134,8 +136,8 @@ def test_a_sweep_counts_what_it_did_by_its_reason(own_sweeper, own_database, set
         ),
         1,
     )
-    released = 3  # the one that waits, and those that were put back
-    assert grown == {f'swept{{why="{why}"}}': count for why, count in {**once, "released": released}.items()}
+    counts = {**once, "released": 3}  # the one that waits, and those that were put back
+    assert grown == {f'swept{{why="{why}"}}': count for why, count in counts.items()}
 
     with increases() as again:
         own_sweeper.sweep()
@@ -149,7 +151,8 @@ def test_a_sweep_shows_the_queues_to_prometheus(own_sweeper, own_database):
         a_lease(session, **place)
         hand_off(session, a_lease(session, **place, tier="batch"))
         for accepted_at in (-90, 0):  # both are let out
-            waiting = a_job(session, **place, tier="quality", determinism="reproducible", bucket_rows=4)
+            same = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 4}
+            waiting = a_job(session, **place, **same)
             move(session, waiting, accepted_at=accepted_at)
         wait_for_pictures(session, tenant)
         deliveries_of_long_ago(session, tenant)
@@ -169,7 +172,8 @@ def test_a_sweep_shows_the_queues_to_prometheus(own_sweeper, own_database):
     assert {name for name in shown if name.startswith("queue_jobs")} == _QUEUES
     waits = {name: value for name, value in shown.items() if name.startswith("queue_oldest")}
     assert 90 <= waits.pop('queue_oldest_wait_seconds{pool="big",tier="quality"}') < 200
-    assert set(waits) == {f'queue_oldest_wait_seconds{{pool="big",tier="{t}"}}' for t in ("batch", "fast")}
+    other_tiers = {f'queue_oldest_wait_seconds{{pool="big",tier="{t}"}}' for t in ("batch", "fast")}
+    assert set(waits) == other_tiers
     told = {
         'live_workers{pool="big"}': 2,
         'live_workers{pool="local"}': 0,
@@ -188,10 +192,11 @@ def _queue(tier: str, state: str) -> str:
     return f'queue_jobs{{pool="big",tier="{tier}",state="{state}"}}'
 
 
-_QUEUES = {_queue(tier, state) for tier in ("fast", "quality", "batch") for state in ("waiting", "announced", "running", "storing")}
+STATES = ("waiting", "announced", "running", "storing")
+_QUEUES = {_queue(tier, state) for tier in ("fast", "quality", "batch") for state in STATES}
 
 
-def test_an_outage_is_counted_as_seconds_away_and_deadlines_are_prolonged(own_sweeper, own_database, monkeypatch):
+def test_an_outage_is_told_and_prolongs_deadlines(own_sweeper, own_database, monkeypatch):
     with transaction(own_database.app) as session:
         a_job(session, start_within_s=2)
     nowhere = f"redis://127.0.0.1:{a_closed_port()}/0"

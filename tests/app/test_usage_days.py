@@ -46,14 +46,16 @@ def test_usage_tells_every_day_with_its_sums_and_nobody_else_s(new_tenant, stack
     for client, factor in ((tenant, 1), (other, 100)):
         tenant_id = client.get("/v1/key").json()["tenant_id"]
         for days in (0, 1, 2):
-            row = {"tenant_id": tenant_id, "day": TODAY - timedelta(days=days), "n": factor + days}
+            day = TODAY - timedelta(days=days)
+            row = {"tenant_id": tenant_id, "day": day, "n": factor + days}
             query = """INSERT INTO usage_ledger (tenant_id, day, reserved, settled, abandoned,
                            jobs_accepted, jobs_succeeded, cost)
-                       VALUES (:tenant_id, :day, :n, :n + 0.5, :n + 0.25, :n + 2, :n + 1, :n + 0.1)"""
+                       VALUES (:tenant_id, :day, :n, :n + .5, :n + .25, :n + 2, :n + 1, :n + .1)"""
             with transaction(stack_database) as session:
                 session.execute(text(query), row)
 
-    told = tenant.get("/v1/usage", params={"from": TODAY - timedelta(days=1), "to": TODAY}).json()
+    asked = {"from": TODAY - timedelta(days=1), "to": TODAY}
+    told = tenant.get("/v1/usage", params=asked).json()
 
     assert told["data"] == [
         {
