@@ -13,7 +13,7 @@ from sqlalchemy import text
 import tasks.health
 import tasks.verdicts
 from edges.broker import job_of_message
-from edges.notices import FakeNotices, NoticeWatch
+from edges.notices import FakeNotices, Notice, NoticeWatch
 from engine.engine import Engine
 from models import leases
 from models.database import transaction
@@ -262,6 +262,19 @@ def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be
         attempt = session.execute(query, {"id": job.id}).one()
     assert (attempt.waste_class, attempt.snapshot_bytes) == ("preempted", 0)
     assert attempt.device_seconds > 0
+
+
+@pytest.mark.parametrize("notices_s", [(0.4, 600.0), (600.0, 0.4)])
+def test_worker_leaves_by_the_earlier_of_its_notices(here, notices_s):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    until(lambda: steps_of(here, job), what="a step")
+
+    for within_s in notices_s:
+        here.parts.preemption.begin(Notice("tests", within_s, "a test wants it"))
+    thread.join(timeout=30)
+
+    assert outcomes(here, job) == ["preempted"]
 
 
 def test_a_job_that_overruns_its_deadline_is_stopped_by_its_engine_and_says_so(here):
