@@ -10,7 +10,9 @@ from collections.abc import Mapping
 
 from policy.fleet import Fleet
 
-MAX_FRONT_LOAD = 2  # times its slots a worker takes from front queues at most: what is beyond them is parked, where it costs memory alone
+# Times its slots a worker takes from front queues at most: what is beyond them is parked, where it
+# costs memory alone.
+MAX_FRONT_LOAD = 2
 
 
 def guaranteed_slots(fleet: Fleet, tier: str, slots: int) -> int:
