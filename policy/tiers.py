@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from policy.fleet import Fleet
 
-# Times its slots a worker takes from front queues at most: what is beyond them is parked, where it
+# x slots: what a worker takes from front queues at most. What is beyond its slots is parked, where it
 # costs memory alone.
 MAX_FRONT_LOAD = 2
 
