@@ -21,7 +21,8 @@ def delivery(settings: BrokerSettings, fleet: Fleet) -> dict[str, Any]:
         "task_ignore_result": True,
         # A routing key of its own each, or Celery gives all of them the default queue's and every queue gets every message.
         "task_queues": [Queue(name, routing_key=name) for name in queues.all_queues(fleet)],
-        "task_default_queue": queues.WEBHOOKS,  # every message of ours names its queue; Celery wants one
+        # Every message of ours names its queue; Celery wants a default all the same.
+        "task_default_queue": queues.WEBHOOKS,
         "task_create_missing_queues": False,  # a misspelt queue is an error, not a place where jobs wait for ever
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,

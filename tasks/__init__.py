@@ -1,1 +1,1 @@
-"""One function per promise: render, store, deliver, sweep. `roles/` puts them together, a process each."""
+"""One function per promise: render, store, deliver, sweep; `roles/` makes processes of them."""

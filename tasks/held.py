@@ -91,10 +91,8 @@ class Held:
             self._wake()
 
     def attach(self, rendering: Rendering) -> None:
-        """Have `rendering` asked and woken from now on; at once if the job is released already."""
+        """Have `rendering` asked and woken from now on. The job may be released already."""
         self._rendering = rendering
-        if self.is_released:
-            rendering.wake()
 
     def set_exclusive(self, is_exclusive: bool) -> None:
         """Note that the job wants or has the worker to itself, or does so no more."""

@@ -29,7 +29,10 @@ class _End:
 
 
 class Preemption:
-    """`begin` may be called more than once; an earlier end wins. It closes the keeper's gate for new jobs."""
+    """Empties the worker: `begin` may be called more than once, an earlier end wins.
+
+    From the first on the worker takes nothing more.
+    """
 
     def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
         self._keeper, self._when_empty = keeper, when_empty

@@ -269,7 +269,11 @@ class Sweeper:
             next_at = releasing.announced_at(session, next_job) if next_job else None
         if next_at is None:
             return []  # a message of a job that is over: it will be dropped, and the next one tells more
-        return [job.job_id for job in announced if gates.was_overtaken(job.announced_at, next_announced_at=next_at)]
+
+        def was_overtaken(job: Announced) -> bool:
+            return gates.was_overtaken(job.announced_at, next_announced_at=next_at)
+
+        return [job.job_id for job in announced if was_overtaken(job)]
 
     def _late_inputs(self) -> None:
         """Pictures that did not come: ask again, but not while whoever brings them has not looked at what he was asked before."""

@@ -30,7 +30,7 @@ from engine.errors import (
 )
 from models import leases
 from models.database import run_transaction
-from models.leases import Lease, LeaseLost
+from models.leases import LeaseLost
 from models.tables import Job
 from policy.failures import FailureCode
 from policy.states import JobState
@@ -64,16 +64,19 @@ class Verdicts:
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
         try:
-            job = persist(lambda: self._decided(held.lease, error, is_exclusive=held.is_exclusive, is_ours=is_ours), DATABASE_AWAY)
+            job = persist(lambda: self._decided(held, error, is_ours=is_ours), DATABASE_AWAY)
         except LeaseLost:
             return False
         if job.state == JobState.FAILED:
             self.news.tell_ending(job.id)
         return job.state == JobState.FAILED
 
-    def _decided(self, lease: Lease, error: BaseException, *, is_exclusive: bool, is_ours: bool) -> Job:
+    def _decided(self, held: Held, error: BaseException, *, is_ours: bool) -> Job:
+        lease = held.lease
+
         def decide(session: Session) -> Job:
-            if (code := failure_code(error, is_exclusive=is_exclusive)) is not None:
+            code = failure_code(error, is_exclusive=held.is_exclusive)
+            if code is not None:
                 return leases.fail(session, lease, code=code, detail=str(error))
             was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
             if is_ours or was_stopped or isinstance(error, AWAY):

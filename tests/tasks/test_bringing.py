@@ -22,6 +22,7 @@ from tasks.staging import InputStager
 from tasks.verdicts import failure_code, is_unplanned
 from tests.builders import a_job, a_tenant, settings_for, until
 from tests.pictures import a_picture, png
+from tests.tasks.conftest import metric
 
 
 @dataclass(frozen=True)
@@ -236,3 +237,17 @@ def test_what_an_error_about_pictures_means():
     assert not is_unplanned(InputGone("gone"))
     assert not is_unplanned(InputsMissing("late"))
     assert failure_code(ImageNotFinite("nan"), is_exclusive=False) == "not_finite"
+
+
+def test_sweep_measures_the_jobs_that_lack_their_pictures(here, shelf, sweeper, no_messages):
+    def lacking() -> float:
+        sweeper.sweep()
+        return metric("darkroom_jobs_lacking_inputs", pool="local", tier="fast")
+
+    before = lacking()
+    job = accept(here, shelf)
+    here.renderer.release.release("local", "fast")
+    assert lacking() == before + 1
+
+    bring(shelf, job)
+    assert lacking() == before

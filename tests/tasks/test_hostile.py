@@ -13,15 +13,15 @@ from sqlalchemy import text
 import tasks.health
 import tasks.verdicts
 from edges.broker import job_of_message
-from edges.notices import FakeNotices, NoticeWatch
+from edges.notices import FakeNotices, Notice, NoticeWatch
 from engine.engine import Engine
 from models import leases
 from models.database import transaction
 from settings import REPO
 from tasks.engines import checkpoint_specs, engine_config
 from tasks.preemption import Preemption
-from tests.builders import hand_off, until
-from tests.tasks.conftest import a_worker
+from tests.builders import a_job, a_lease, hand_off, until
+from tests.tasks.conftest import a_worker, metric
 
 LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60, "guidance": 1.0}
 
@@ -264,6 +264,19 @@ def test_a_worker_that_has_to_go_gives_its_jobs_up_even_where_no_snapshot_can_be
     assert attempt.device_seconds > 0
 
 
+@pytest.mark.parametrize("notices_s", [(0.4, 600.0), (600.0, 0.4)])
+def test_worker_leaves_by_the_earlier_of_its_notices(here, notices_s):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    until(lambda: steps_of(here, job), what="a step")
+
+    for within_s in notices_s:
+        here.parts.preemption.begin(Notice("tests", within_s, "a test wants it"))
+    thread.join(timeout=30)
+
+    assert outcomes(here, job) == ["preempted"]
+
+
 def test_a_job_that_overruns_its_deadline_is_stopped_by_its_engine_and_says_so(here):
     job = here.accept(**LONG)
     with transaction(here.database) as session:
@@ -283,13 +296,104 @@ def test_a_cancel_stops_the_image_at_its_next_step_and_touches_no_other_job(here
     handles = {str(held.lease.job_id): held for held in here.keeper.all_held()}
     assert str(job.id) in handles
 
+    errors_before = metric("darkroom_render_errors_total", kind="ImageCanceled")
     here.keeper.drop(job.id)
     threads[0].join(timeout=5)
+    nothing_written = ("running", ["running"])
+    assert (here.row(job).state, outcomes(here, job)) == nothing_written
+    assert here.snapshots.of(job.id).keys() <= {0}
+    assert metric("darkroom_render_errors_total", kind="ImageCanceled") == errors_before
     at_step = {step.step for step in here.renderer.news.steps(job.id)}
     threads[1].join(timeout=60)
 
     assert max(at_step) < 60
     assert here.row(other).state == "storing"
+
+
+def test_image_that_was_canceled_is_no_error_of_its_job(here):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    until(lambda: steps_of(here, job), what="a step")
+
+    here.engine.cancel(f"{job.id}/1/0")
+    thread.join(timeout=10)
+
+    assert (here.row(job).counted_attempts, outcomes(here, job)) == (0, ["running"])
+
+
+def test_worker_does_not_wait_for_a_full_hand_off_with_pixels_of_a_lost_job(here, handoff_redis):
+    job = here.accept()
+    handoff_redis.config_set("maxmemory", "1")
+    thread = here.render(job)
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    until(lambda: held.expected_s() == 0.0, what="the end of its image")
+
+    here.keeper.drop(job.id)
+    thread.join(timeout=6)
+
+    assert not thread.is_alive()
+
+
+def test_images_that_finish_while_they_are_withdrawn_are_handed_on(here, monkeypatch):
+    job = here.accept(num_images=2, tier="quality", num_steps=20)
+    checkpoints, withdraw = here.renderer.checkpoints, here.renderer.checkpoints.withdraw
+
+    def withdraw_late(lease, handles):
+        for handle in handles.values():
+            handle.result(30)
+        return withdraw(lease, handles)
+
+    monkeypatch.setattr(checkpoints, "withdraw", withdraw_late)
+    thread = here.render(job)
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    held.leave("a test wants it")
+    thread.join(timeout=60)
+
+    assert (here.row(job).state, outcomes(here, job)) == ("storing", ["rendered"])
+
+
+def test_pixels_that_vanish_while_the_rest_is_rendered_send_the_job_back_at_once(here):
+    with transaction(here.database) as session:
+        job = a_job(session, num_images=2, **LONG)
+        hand_off(session, a_lease(session, job, ttl_s=-1), 0)
+        leases.lose(session, job.id, max_attempts=5)
+    thread = here.render(job)
+    until(lambda: steps_of(here, job), what="a step")
+
+    with transaction(here.database) as session:
+        leases.lose_hand_off(session, job.id, [0], attempt_of={0: 1})
+    thread.join(timeout=60)
+
+    assert (here.row(job).state, outcomes(here, job)) == ("queued", ["lease_lost", "returned"])
+
+
+def test_device_time_of_an_image_is_on_record_once(here):
+    rendered, preempted = here.accept(num_images=2), here.accept(num_images=2, **LONG)
+    ended(here, rendered)
+    thread = here.render(preempted)
+    until(lambda: steps_of(here, preempted), what="a step")
+    next(iter(here.keeper.all_held())).leave("a test wants it")
+    thread.join(timeout=30)
+
+    with transaction(here.database) as session:
+        for job in (rendered, preempted):
+            images = text("SELECT sum(device_seconds) FROM images WHERE job_id = :id")
+            attempts = text("SELECT sum(device_seconds) FROM attempts WHERE job_id = :id")
+            sums = [session.scalar(query, {"id": job.id}) for query in (images, attempts)]
+            assert sums[0] == pytest.approx(sums[1])
+            assert sums[0] > 0
+
+
+def test_every_image_of_a_job_has_a_seed_of_its_own(here):
+    plain = LONG | {"num_steps": 6}
+    pair, second = here.accept(num_images=2, seed=5, **plain), here.accept(seed=6, **plain)
+
+    ended(here, pair)
+    ended(here, second)
+
+    pixels = [here.renderer.handoff.get(pair.id, index, 1).sha256 for index in range(2)]
+    assert pixels[1] == here.renderer.handoff.get(second.id, 0, 1).sha256
+    assert pixels[0] != pixels[1]
 
 
 def test_a_wall_clock_that_is_a_day_off_changes_nothing_about_leases(here, monkeypatch):

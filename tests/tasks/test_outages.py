@@ -142,8 +142,7 @@ def test_a_start_deadline_that_falls_into_an_outage_is_moved_by_what_that_lasted
 
 def test_a_job_that_was_overdue_before_the_outage_expires(sweeping):
     sweeping.sweeper.sweep()
-    job = sweeping.accept(start_within_s=-0.5)
-    time.sleep(0.1)
+    job = sweeping.accept(start_within_s=-60)
 
     with refusing(sweeping, "broker"):
         sweeping.sweeper.sweep()

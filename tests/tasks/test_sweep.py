@@ -306,3 +306,20 @@ def test_sweep_forgets_the_measures_of_a_queue_that_is_empty_again(sweeper, data
     sweeper.sweep()
 
     assert metric("darkroom_queue_oldest_wait_seconds", pool="big", tier="quality") == 0
+
+
+def test_sweep_measures_the_deliveries_that_are_not_over(sweeper, database_here):
+    sweeper.sweep()
+    before = metric("darkroom_webhooks_pending")
+    with transaction(database_here) as session:
+        tenant = a_tenant(session)
+        endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[])
+        session.add(endpoint)
+        session.flush()
+        columns = {"endpoint_id": endpoint.id, "tenant_id": tenant.id, "event": "job.failed"}
+        session.add(WebhookDelivery(**columns))
+        session.add(WebhookDelivery(**columns))
+
+    sweeper.sweep()
+
+    assert metric("darkroom_webhooks_pending") == before + 2
