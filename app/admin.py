@@ -5,18 +5,21 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from flask import Blueprint, jsonify, request, url_for
+from flask import Blueprint, request, url_for
 from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.account import limits_view, read_days, usage_view
+from app.answers import answer, answer_page, whole_list
 from app.auth import caller, require_key
 from app.body import AS_WHOLE, parse, read_object
 from app.gateway import gateway
-from app.pages import next_page, read_cursor, read_limit
+from app.pages import read_cursor, read_limit
 from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
+from app.schemas import account as schemas
+from app.schemas.base import says
 from models import api_keys, tenants, usage
 from models.database import run_transaction, transaction
 from models.tables import ApiKey, Tenant
@@ -42,8 +45,8 @@ class _Body(BaseModel):
 class TenantBody(_Body):
     """The body of POST /v1/admin/tenants."""
 
-    name: Name
-    weight: Weight = 1.0
+    name: Annotated[Name, says("Its name, which no other tenant has.")]
+    weight: Annotated[Weight, says("Its share when several tenants wait.")] = 1.0
 
 
 class TenantChange(_Body):
@@ -65,15 +68,15 @@ class TenantChange(_Body):
 class KeyBody(_Body):
     """The body of POST /v1/admin/tenants/{id}/keys."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "api"
-    scopes: Annotated[list[Literal["generate", "read", "admin"]], Field(min_length=1)] = ["generate", "read"]
-    expires_at: str | None = None
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")] = "api"
+    scopes: Annotated[list[Literal["generate", "read", "admin"]], Field(min_length=1), says("What it may do.")] = ["generate", "read"]
+    expires_at: Annotated[str | None, says("An instant in the future from which it is refused; null: never.")] = None
 
 
 class RotateBody(_Body):
     """The body of POST /v1/admin/keys/{id}/rotate."""
 
-    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400)] = KEY_GRACE_S
+    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")] = KEY_GRACE_S
 
 
 @bp.get("/tenants")
@@ -82,9 +85,7 @@ def list_tenants() -> ResponseReturnValue:
     limit, before = read_limit(request), read_cursor(request)
     with transaction(gateway().database) as session:
         rows = tenants.page(session, limit=limit + 1, before=before)
-        data = [_tenant_view(row) for row in rows[:limit]]
-    cursor, link = next_page(request, ".list_tenants", [row.id for row in rows], limit)
-    return jsonify(object="list", data=data, has_more=cursor is not None, next_cursor=cursor), 200, link
+    return answer_page(request, schemas.TenantPage, rows, _tenant_view, limit=limit, id_of=lambda row: row.id)
 
 
 @bp.post("/tenants")
@@ -92,7 +93,7 @@ def create_tenant() -> ResponseReturnValue:
     """A new tenant, without limits and without keys: 201."""
     body = parse(TenantBody, read_object(request))
 
-    def create(session: Session) -> dict[str, Any]:
+    def create(session: Session) -> schemas.Tenant:
         tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
         session.refresh(tenant)
         return _tenant_view(tenant)
@@ -101,14 +102,14 @@ def create_tenant() -> ResponseReturnValue:
         view = run_transaction(gateway().database, create)
     except IntegrityError:
         raise TenantExists(f"There is a tenant {body.name!r} already.") from None
-    return jsonify(view), 201, {"Location": url_for(".show_tenant", tenant_id=view["id"])}
+    return answer(view, 201, {"Location": url_for(".show_tenant", tenant_id=view.id)})
 
 
 @bp.get("/tenants/<uuid:tenant_id>")
 def show_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """One tenant with its limits."""
     with transaction(gateway().database) as session:
-        return jsonify(_tenant_view(_tenant(session, tenant_id)))
+        return answer(_tenant_view(_tenant(session, tenant_id)))
 
 
 @bp.patch("/tenants/<uuid:tenant_id>")
@@ -124,7 +125,7 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     if "url_inputs" in changes:
         changes["url_inputs"] = bool(changes["url_inputs"])
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Session) -> schemas.Tenant:
         tenant = _tenant(session, tenant_id)
         if body.weight is not None:
             tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
@@ -136,8 +137,8 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
         view = run_transaction(gateway().database, change)
     except IntegrityError:
         detail = "megapixel_steps_per_minute and burst_megapixel_steps are set, and taken away, together"
-        raise _refused("burst_megapixel_steps", detail, None) from None
-    return jsonify(view)
+        raise InvalidRequest.at("burst_megapixel_steps", detail) from None
+    return answer(view)
 
 
 @bp.get("/tenants/<uuid:tenant_id>/keys")
@@ -146,7 +147,7 @@ def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         _tenant(session, tenant_id)
         data = [_key_view(key) for key in api_keys.of_tenant(session, tenant_id)]
-    return jsonify(object="list", data=data, has_more=False, next_cursor=None)
+    return whole_list(schemas.KeyPage, data)
 
 
 @bp.post("/tenants/<uuid:tenant_id>/keys")
@@ -154,16 +155,23 @@ def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """A new key of the tenant: 201, with `key`, which is shown this once."""
     body = parse(KeyBody, read_object(request))
     if not is_human(body.name):
-        raise _refused("name", "must not have control characters in it", {"max_chars": 64})
+        raise InvalidRequest.at("name", "must not have control characters in it", accepted={"max_chars": 64})
     expires_at = _instant(body.expires_at)
 
-    def issue(session: Session) -> dict[str, Any]:
-        own = {"tenant_id": _tenant(session, tenant_id).id, "pepper": _pepper(), "actor": caller().actor}
-        row, key = api_keys.issue(session, name=body.name, scopes=sorted(set(body.scopes)), expires_at=expires_at, **own)
+    def issue(session: Session) -> schemas.Key:
+        row, key = api_keys.issue(
+            session,
+            name=body.name,
+            scopes=sorted(set(body.scopes)),
+            expires_at=expires_at,
+            tenant_id=_tenant(session, tenant_id).id,
+            pepper=_pepper(),
+            actor=caller().actor,
+        )
         session.refresh(row)
-        return _key_view(row) | {"key": key}
+        return _key_view(row, schemas.IssuedKey, key=key)
 
-    return jsonify(run_transaction(gateway().database, issue)), 201
+    return answer(run_transaction(gateway().database, issue), 201)
 
 
 @bp.post("/keys/<uuid:key_id>/rotate")
@@ -171,15 +179,21 @@ def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """A new key with the same name and scopes: 201. The old one lives on for `grace_s` (a day), so that nobody is locked out."""
     body = parse(RotateBody, read_object(request) if request.get_data() else {})
 
-    def rotate(session: Session) -> dict[str, Any]:
+    def rotate(session: Session) -> schemas.Key:
         rotated = api_keys.rotate(session, key_id, pepper=_pepper(), grace_s=body.grace_s, actor=caller().actor)
         if rotated is None:
             raise KeyNotFound(f"There is no live key {key_id}.")
         row, key = rotated
         session.refresh(row)
-        return _key_view(row) | {"key": key, "former_key_id": str(key_id), "former_key_lives_for_s": body.grace_s}
+        return _key_view(
+            row,
+            schemas.RotatedKey,
+            key=key,
+            former_key_id=key_id,
+            former_key_lives_for_s=body.grace_s,
+        )
 
-    return jsonify(run_transaction(gateway().database, rotate)), 201
+    return answer(run_transaction(gateway().database, rotate), 201)
 
 
 @bp.delete("/keys/<uuid:key_id>")
@@ -198,7 +212,7 @@ def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         _tenant(session, tenant_id)
         rows = usage.days(session, tenant_id=tenant_id, since=since, until=until)
-    return jsonify(usage_view(rows, since, until) | {"tenant_id": str(tenant_id)})
+    return answer(schemas.TenantUsage(**usage_view(rows, since, until), tenant_id=tenant_id))
 
 
 def _tenant(session: Session, tenant_id: uuid.UUID) -> Tenant:
@@ -215,12 +229,8 @@ def _check_catalog(body: TenantChange) -> None:
         ("allowed_models", body.allowed_models, fleet.models),
     ):
         if said is not None and (not said or set(said) - offered.keys()):
-            raise _refused(name, "must name at least one, and only those of fleet.toml", list(offered))
-
-
-def _refused(field: str, detail: str, accepted: object) -> InvalidRequest:
-    entry = {"pointer": f"/{field}", "detail": detail} | ({"accepted": accepted} if accepted is not None else {})
-    return InvalidRequest(f"{field}: {detail}.", errors=[entry])
+            detail = "must name at least one, and only those of fleet.toml"
+            raise InvalidRequest.at(name, detail, accepted=list(offered))
 
 
 def _instant(text: str | None) -> datetime | None:
@@ -232,7 +242,8 @@ def _instant(text: str | None) -> datetime | None:
     except (ValueError, OverflowError):  # no instant, or one that no calendar has in UTC
         is_future = False
     if not is_future:
-        raise _refused("expires_at", "must be an instant in the future, with its offset", "2027-01-31T00:00:00Z")
+        detail = "must be an instant in the future, with its offset"
+        raise InvalidRequest.at("expires_at", detail, accepted="2027-01-31T00:00:00Z")
     return at
 
 
@@ -240,13 +251,26 @@ def _pepper() -> str:
     return gateway().settings.api_key_pepper.get_secret_value()
 
 
-def _tenant_view(tenant: Tenant) -> dict[str, Any]:
-    limits = limits_view(limits_of({name: getattr(tenant, name) for name in LIMITS}))
-    own = {"id": str(tenant.id), "object": "tenant", "name": tenant.name, "weight": tenant.weight}
-    return own | {"created_at": tenant.created_at.isoformat(), "limits": limits}
+def _tenant_view(tenant: Tenant) -> schemas.Tenant:
+    return schemas.Tenant(
+        id=tenant.id,
+        name=tenant.name,
+        weight=tenant.weight,
+        created_at=tenant.created_at,
+        limits=limits_view(limits_of({name: getattr(tenant, name) for name in LIMITS})),
+    )
 
 
-def _key_view(key: ApiKey) -> dict[str, Any]:
-    instants = ("created_at", "expires_at", "revoked_at", "last_used_at")
-    told = {name: at.isoformat() if (at := getattr(key, name)) else None for name in instants}
-    return {"id": str(key.id), "object": "key", "kid": key.kid, "name": key.name, "scopes": key.scopes, **told}
+def _key_view(key: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
+    """Show a key as a document of the kind; `more`: the members that it has beside."""
+    return kind(
+        id=key.id,
+        kid=key.kid,
+        name=key.name,
+        scopes=key.scopes,
+        created_at=key.created_at,
+        expires_at=key.expires_at,
+        revoked_at=key.revoked_at,
+        last_used_at=key.last_used_at,
+        **more,
+    )

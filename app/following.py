@@ -19,6 +19,8 @@ from app.capacity import Capacity, Holding
 from app.keyring import NO_LIVE_KEY, Keyring
 from app.outlook import Lookout, QueuePlace
 from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
+from app.schemas import events as schemas
+from app.schemas.base import to_plain
 from app.views import image_url, job_view, queue_view
 from edges import telemetry
 from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
@@ -243,7 +245,7 @@ class _Forecast:
         if not self._is_news(place, now):
             return []
         self._has_told, self._told, self._told_at = True, place, now
-        return [Event(None, QUEUED, queue_view(place) or {"jobs_ahead": None, "eta_p50_s": None, "eta_p90_s": None})]
+        return [Event(None, QUEUED, to_plain(_queued(place)))]
 
     def _is_news(self, place: QueuePlace | None, now: float) -> bool:
         """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
@@ -256,10 +258,17 @@ class _Forecast:
         return moved > 0.1 * place.jobs_ahead or abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
 
 
+def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
+    if place is None:
+        return schemas.QueuedEvent(jobs_ahead=None, eta_p50_s=None, eta_p90_s=None)
+    return schemas.QueuedEvent(**vars(queue_view(place)))
+
+
 def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
     """The event as a client sees it."""
     if ended is not None:
-        return Event(event.id, event.kind, job_view(ended))
+        return Event(event.id, event.kind, to_plain(job_view(ended)))
     if event.kind == STORED:
-        return Event(event.id, event.kind, event.data | {"url": image_url(job_id, event.data["index"])})
+        url = image_url(job_id, event.data["index"])
+        return Event(event.id, event.kind, event.data | {"url": url})
     return event

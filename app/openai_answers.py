@@ -10,12 +10,6 @@ from models.states import OUR_FAULT, JobState
 from models.tables import Job
 
 JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
-NO_TOKENS = {  # nothing here is counted in them; clients need the member
-    "input_tokens": 0,
-    "output_tokens": 0,
-    "total_tokens": 0,
-    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
-}
 
 
 def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
@@ -52,6 +46,17 @@ def may_still_answer(job: Job, *, streams: bool) -> bool:
 
 
 def extras_of(job: Job) -> Mapping[str, Any]:
-    """Members that OpenAI's interface does not have: enough to find the job, and to ask for the same again."""
-    names = ("model", "model_alias", "model_version", "tier", "seed", "guidance", "sampler", "strength")
-    return {"job_id": str(job.id), **{name: getattr(job, name) for name in names}, "steps": job.num_steps, "warnings": job.warnings or []}
+    """Return the members of `schemas.OwnMembers`: what OpenAI's interface does not have."""
+    return {
+        "job_id": job.id,
+        "model": job.model,
+        "model_alias": job.model_alias,
+        "model_version": job.model_version,
+        "tier": job.tier,
+        "seed": job.seed,
+        "guidance": job.guidance,
+        "sampler": job.sampler,
+        "strength": job.strength,
+        "steps": job.num_steps,
+        "warnings": job.warnings or [],
+    }
