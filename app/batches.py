@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from app import accepting, inputs, limits
 from app.answers import answer
 from app.auth import caller, require_key
-from app.body import invalid_wish, parse_job, parse_shared, read_object, wish_of
+from app.body import MAX_JOBS, invalid_wish, parse_job, parse_shared, read_object, wish_of
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
 from app.outlook import Booked
@@ -36,7 +36,6 @@ bp = Blueprint("batches", __name__)
 bp.before_request(require_key)
 log = structlog.get_logger(__name__)
 
-MAX_JOBS = 1_000
 MAX_PROBLEM_CHARS = 262_144  # of what a batch says of the items that it refuses; of those beyond it says less
 MAX_SHORT_DETAIL_CHARS = 160
 Outcome = NewJob | Problem

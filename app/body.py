@@ -19,6 +19,7 @@ PICTURE_FIELDS = ("init_image", "mask", "control_image")
 MAX_METADATA_KEYS, MAX_METADATA_KEY_CHARS, MAX_METADATA_CHARS = 16, 64, 512  # keys, and characters of a key and a value
 MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
 MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
+MAX_JOBS = 1_000  # of a batch
 MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
 NO_LISTS: Mapping[str, int] = {}
 _MISSING = "This field is required"

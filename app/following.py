@@ -21,7 +21,7 @@ from app.outlook import Lookout, QueuePlace
 from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
 from app.schemas import events as schemas
 from app.schemas.base import to_plain
-from app.views import image_url, job_view, queue_view
+from app.views import image_url, job_view
 from edges import telemetry
 from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
 from edges.events import LEAVE, NoSeat, Reader, Seat
@@ -259,9 +259,14 @@ class _Forecast:
 
 
 def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
+    """Tell where the job stands; null where nobody can say."""
     if place is None:
         return schemas.QueuedEvent(jobs_ahead=None, eta_p50_s=None, eta_p90_s=None)
-    return schemas.QueuedEvent(**vars(queue_view(place)))
+    return schemas.QueuedEvent(
+        jobs_ahead=place.jobs_ahead,
+        eta_p50_s=round(place.eta.p50_s, 2),
+        eta_p90_s=round(place.eta.p90_s, 2),
+    )
 
 
 def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:

@@ -36,7 +36,10 @@ def document(about: str) -> Callable[[Made], Made]:
 
 def described(about: str) -> ConfigDict:
     """Return the configuration of a TypedDict that `about` describes."""
-    return ConfigDict(json_schema_extra={"description": about})
+    return ConfigDict(
+        json_schema_extra={"description": about},
+        json_schema_serialization_defaults_required=False,  # not what it is a member of says so
+    )
 
 
 def says(about: str, **keywords: Any) -> FieldInfo:
