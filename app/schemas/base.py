@@ -25,21 +25,15 @@ def document(about: str) -> Callable[[Made], Made]:
 
     def made(kind: Made) -> Made:
         documented: Any = dataclass(kw_only=True)(kind)
-        documented.__pydantic_config__ = ConfigDict(
-            json_schema_extra={"description": about},
-            json_schema_serialization_defaults_required=True,
-        )
+        documented.__pydantic_config__ = described(about)
         return documented  # type: ignore[no-any-return]
 
     return made
 
 
 def described(about: str) -> ConfigDict:
-    """Return the configuration of a TypedDict that `about` describes."""
-    return ConfigDict(
-        json_schema_extra={"description": about},
-        json_schema_serialization_defaults_required=False,  # not what it is a member of says so
-    )
+    """Return the configuration of a document that `about` describes."""
+    return ConfigDict(json_schema_extra={"description": about})
 
 
 def says(about: str, **keywords: Any) -> FieldInfo:

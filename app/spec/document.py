@@ -109,6 +109,12 @@ class _PlainSchema(GenerateJsonSchema):
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        """Say that an answer has what its dataclass has, and a TypedDict what it says itself."""
+        if field["type"] == "typed-dict-field":
+            return bool(field.get("required", total))
+        return self.mode == "serialization" or super().field_is_required(field, total)
+
     def model_schema(self, schema: Any) -> Schema:
         return _without_names(super().model_schema(schema))
 
