@@ -196,7 +196,7 @@ class LinkExpired(Problem):
 
 class NotFound(Problem):
     slug, title, status = "not-found", "Not found", 404
-    about = "No such route."
+    about = "There is no such route here."
 
 
 class JobNotFound(Problem):
