@@ -107,7 +107,7 @@ def create_tenant() -> ResponseReturnValue:
 
 @bp.get("/tenants/<uuid:tenant_id>")
 def show_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """One tenant with its limits."""
+    """Show one tenant with its limits."""
     with transaction(gateway().database) as session:
         return answer(_tenant_view(_tenant(session, tenant_id)))
 
@@ -261,16 +261,16 @@ def _tenant_view(tenant: Tenant) -> schemas.Tenant:
     )
 
 
-def _key_view(key: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
+def _key_view(row: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
     """Show a key as a document of the kind; `more`: the members that it has beside."""
     return kind(
-        id=key.id,
-        kid=key.kid,
-        name=key.name,
-        scopes=key.scopes,
-        created_at=key.created_at,
-        expires_at=key.expires_at,
-        revoked_at=key.revoked_at,
-        last_used_at=key.last_used_at,
+        id=row.id,
+        kid=row.kid,
+        name=row.name,
+        scopes=row.scopes,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
         **more,
     )

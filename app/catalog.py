@@ -36,7 +36,7 @@ def show_model(name: str) -> ResponseReturnValue:
 
 @bp.get("/tiers")
 def list_tiers() -> ResponseReturnValue:
-    """Tiers in the order in which they are served."""
+    """List tiers in the order in which they are served."""
     fleet = gateway().fleet
     return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in fleet.tiers_by_rank if _may_use_tier(name)]))
 

@@ -71,7 +71,7 @@ def edit() -> ResponseReturnValue:
 
 @bp.post("/variations")
 def vary() -> ResponseReturnValue:
-    """Pictures like the one that is sent."""
+    """Make pictures like the one that is sent."""
     fields, sent = _read_edit()
     if sent.mask is not None:
         raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")

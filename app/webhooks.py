@@ -97,7 +97,7 @@ def list_webhooks() -> ResponseReturnValue:
 
 @bp.get("/<uuid:endpoint_id>")
 def show_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """One endpoint, without its secret."""
+    """Show one endpoint, without its secret."""
     with transaction(gateway().database) as session:
         return answer(_endpoint_view(_found(session, endpoint_id)))
 

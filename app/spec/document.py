@@ -1,5 +1,6 @@
 """Build the OpenAPI 3.1 document of the running gateway: its routes, their operations, and the documents that they take and answer."""
 
+import inspect
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -116,13 +117,13 @@ class _PlainSchema(GenerateJsonSchema):
         return self.mode == "serialization" or super().field_is_required(field, total)
 
     def model_schema(self, schema: Any) -> Schema:
-        return _without_names(super().model_schema(schema))
+        return _without_names(super().model_schema(schema), schema)
 
     def dataclass_schema(self, schema: Any) -> Schema:
-        return _without_title(super().dataclass_schema(schema))
+        return _without_names(super().dataclass_schema(schema), schema)
 
     def typed_dict_schema(self, schema: Any) -> Schema:
-        return _without_title(super().typed_dict_schema(schema))
+        return _without_names(super().typed_dict_schema(schema), schema)
 
 
 class _Shapes:
@@ -182,15 +183,12 @@ def _kinds() -> Iterable[tuple[Any, JsonSchemaMode]]:
                 yield body, "validation"
 
 
-def _without_names(schema: Schema) -> Schema:
-    """Take away a body's title and docstring: they are for whoever reads the code."""
-    schema.pop("description", None)
-    return _without_title(schema)
-
-
-def _without_title(schema: Schema) -> Schema:
-    schema.pop("title", None)
-    return schema
+def _without_names(described: Schema, schema: Any) -> Schema:
+    """Take away a document's title and docstring: they are for whoever reads the code."""
+    described.pop("title", None)
+    if described.get("description") == inspect.getdoc(schema["cls"]):
+        described.pop("description", None)
+    return described
 
 
 def _add(member: Schema, keywords: Schema) -> None:

@@ -82,13 +82,13 @@ def test_answers_about_jobs_are_as_described(house, job):
 
 def test_answers_about_what_may_become_a_job_are_as_described(house):
     body = {"prompt": PROMPT, "tier": "batch", "steps": 4, "metadata": {"a": "b"}}
-    items = [{}, {"steps": 0}, {"nonsense": 1}, "no object", {"\ud800": 1}]
+    items = [{}, {"steps": 0}, {"nonsense": 1}, "no object", {"\u0000": 1}]
     batch = house.post(
         "/v1/jobs:batch", content=json.dumps({"defaults": body, "jobs": items}), headers={"Content-Type": "application/json"}
     )
 
     assert [item["status"] for item in batch.json()["data"]] == [202, 422, 422, 422, 422]
-    assert batch.json()["data"][4]["problem"]["errors"][0]["pointer"] == "/\ud800"
+    assert batch.json()["data"][4]["problem"]["errors"][0]["pointer"] == "/\u0000"
     house.post("/v1/estimate", json=body)
     house.post("/v1/estimate", json={**body, "seed": 7, "init_image": DOT, "negative_prompt": "a star", "guidance": 0.5})
 

@@ -343,3 +343,12 @@ def test_the_page_shows_the_operations(stack, tmp_path):
     subprocess.run(command, check=True, capture_output=True, timeout=120)
 
     assert picture.stat().st_size > 30_000, json.dumps(picture.stat().st_size)
+
+
+def test_what_an_answer_always_has_is_required_and_what_comes_and_goes_is_not(spec):
+    required = {name: set(schema.get("required", ())) for name, schema in spec["components"]["schemas"].items()}
+
+    assert required["RefusedItem"] == {"type", "title", "status", "detail"}
+    assert required["JobWarning"] == {"code", "field", "detail"}
+    assert required["Job"] == set(spec["components"]["schemas"]["Job"]["properties"])
+    assert required["JobBody"] == {"prompt"}
