@@ -2,14 +2,17 @@
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
+from decimal import Decimal
 from typing import Any
 
-from flask import Blueprint, Request, jsonify, request
+from flask import Blueprint, Request, request
 from flask.typing import ResponseReturnValue
 
+from app.answers import answer
 from app.auth import caller, require_key
 from app.gateway import gateway
 from app.problems import InvalidQuery
+from app.schemas import account as schemas
 from models import files, usage
 from models.database import transaction
 from models.tables import UsageDay
@@ -25,8 +28,14 @@ MOST_DAYS = 366
 def show_key() -> ResponseReturnValue:
     """The key that asks: its id, its tenant, its scopes, and the tenant's limits."""
     asking = caller()
-    ids = {"id": str(asking.api_key_id), "object": "key", "tenant_id": str(asking.tenant_id), "actor": asking.actor}
-    return jsonify(ids | {"scopes": sorted(asking.scopes), "limits": limits_view(asking.limits)})
+    shown = schemas.OwnKey(
+        id=asking.api_key_id,
+        tenant_id=asking.tenant_id,
+        actor=asking.actor,
+        scopes=sorted(asking.scopes),
+        limits=limits_view(asking.limits),
+    )
+    return answer(shown)
 
 
 @bp.get("/usage")
@@ -37,9 +46,17 @@ def show_usage() -> ResponseReturnValue:
         rows = usage.days(session, tenant_id=caller().tenant_id, since=since, until=until)
         totals = usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
         count, size_bytes = files.stored(session, tenant_id=caller().tenant_id)
-    now = {"today": float(totals.used_today), "this_month": float(totals.used_this_month), "active_jobs": totals.active_jobs}
-    own = {"limits": limits_view(caller().limits), "used_megapixel_steps": now, "stored_files": {"count": count, "size_bytes": size_bytes}}
-    return jsonify(usage_view(rows, since, until) | own)
+    shown = schemas.OwnUsage(
+        **usage_view(rows, since, until),
+        limits=limits_view(caller().limits),
+        used_megapixel_steps=schemas.UsedNow(
+            today=float(totals.used_today),
+            this_month=float(totals.used_this_month),
+            active_jobs=totals.active_jobs,
+        ),
+        stored_files=schemas.StoredFiles(count=count, size_bytes=size_bytes),
+    )
+    return answer(shown)
 
 
 def read_days(asked: Request) -> tuple[date, date]:
@@ -52,31 +69,29 @@ def read_days(asked: Request) -> tuple[date, date]:
 
 
 def usage_view(rows: Sequence[UsageDay], since: date, until: date) -> dict[str, Any]:
-    """Days of a ledger."""
+    """Return the members of `schemas.Usage`: days of a ledger."""
     days = [
-        {
-            "day": row.day.isoformat(),
-            "jobs_accepted": row.jobs_accepted,
-            "jobs_succeeded": row.jobs_succeeded,
-            "reserved_megapixel_steps": float(row.reserved),
-            "settled_megapixel_steps": float(row.settled),
-            "abandoned_megapixel_steps": float(row.abandoned),
-            "cost": str(row.cost),
-        }
+        schemas.UsageDay(
+            day=row.day,
+            jobs_accepted=row.jobs_accepted,
+            jobs_succeeded=row.jobs_succeeded,
+            reserved_megapixel_steps=float(row.reserved),
+            settled_megapixel_steps=float(row.settled),
+            abandoned_megapixel_steps=float(row.abandoned),
+            cost=str(row.cost),
+        )
         for row in rows
     ]
-    return {"object": "usage", "from": since.isoformat(), "to": until.isoformat(), "currency": gateway().fleet.currency, "data": days}
+    return {"since": since, "until": until, "currency": gateway().fleet.currency, "data": days}
 
 
-def limits_view(limits: Limits) -> dict[str, Any]:
-    """A tenant's limits; null is none."""
-    return {name: _plain(value) for name, value in vars(limits).items()}
+def limits_view(limits: Limits) -> schemas.Limits:
+    """Show a tenant's limits; null is none."""
+    return schemas.Limits(**{name: _plain(value) for name, value in vars(limits).items()})
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return list(value)
-    return value if value is None or isinstance(value, bool | int | float) else float(value)
+    return float(value) if isinstance(value, Decimal) else value
 
 
 def _day(asked: Request, name: str, default: date) -> date:

@@ -4,18 +4,21 @@ import uuid
 from datetime import UTC, datetime
 from typing import Annotated, Any, get_type_hints
 
-from flask import Blueprint, jsonify, request, url_for
+from flask import Blueprint, request, url_for
 from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, Field, StringConstraints, create_model
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from app.account import limits_view, read_days, usage_view
+from app.answers import answer, answer_page, whole_list
 from app.auth import caller, require_key
 from app.body import STRICT, json_type, parse, read_object
 from app.gateway import gateway
-from app.pages import next_page, read_cursor, read_limit
+from app.pages import read_cursor, read_limit
 from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
+from app.schemas import account as schemas
+from app.schemas.base import says
 from models import api_keys, tenants, usage
 from models.database import run_transaction, transaction
 from models.tables import ApiKey, Tenant
@@ -54,8 +57,8 @@ _LimitsBody: Any = create_model(
 class TenantBody(_Body):
     """The body of POST /v1/admin/tenants."""
 
-    name: Name
-    weight: Weight = 1.0
+    name: Annotated[Name, says("Its name, which no other tenant has.")]
+    weight: Annotated[Weight, says("Its share when several tenants wait.")] = 1.0
 
 
 class TenantChange(_LimitsBody):
@@ -67,15 +70,15 @@ class TenantChange(_LimitsBody):
 class KeyBody(_Body):
     """The body of POST /v1/admin/tenants/{id}/keys."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64)] = "api"
-    scopes: Annotated[list[Scope], Field(min_length=1)] = list(DEFAULT_SCOPES)
-    expires_at: str | None = None
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")] = "api"
+    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(DEFAULT_SCOPES)
+    expires_at: Annotated[str | None, says("An instant in the future from which it is refused; null: never.")] = None
 
 
 class RotateBody(_Body):
     """The body of POST /v1/admin/keys/{id}/rotate."""
 
-    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400)] = KEY_GRACE_S
+    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")] = KEY_GRACE_S
 
 
 @bp.get("/tenants")
@@ -84,9 +87,7 @@ def list_tenants() -> ResponseReturnValue:
     limit, before = read_limit(request), read_cursor(request)
     with transaction(gateway().database) as session:
         rows = tenants.page(session, limit=limit + 1, before=before)
-        data = [_tenant_view(row) for row in rows[:limit]]
-    cursor, link = next_page(request, ".list_tenants", [row.id for row in rows], limit)
-    return jsonify(object="list", data=data, has_more=cursor is not None, next_cursor=cursor), 200, link
+    return answer_page(request, schemas.TenantPage, rows, _tenant_view, limit=limit, id_of=lambda row: row.id)
 
 
 @bp.post("/tenants")
@@ -94,7 +95,7 @@ def create_tenant() -> ResponseReturnValue:
     """A new tenant, without limits and without keys: 201."""
     body = parse(TenantBody, read_object(request))
 
-    def create(session: Session) -> dict[str, Any]:
+    def create(session: Session) -> schemas.Tenant:
         tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
         session.refresh(tenant)
         return _tenant_view(tenant)
@@ -103,14 +104,14 @@ def create_tenant() -> ResponseReturnValue:
         view = run_transaction(gateway().database, create)
     except IntegrityError:
         raise TenantExists(f"There is a tenant {body.name!r} already.") from None
-    return jsonify(view), 201, {"Location": url_for(".show_tenant", tenant_id=view["id"])}
+    return answer(view, 201, {"Location": url_for(".show_tenant", tenant_id=view.id)})
 
 
 @bp.get("/tenants/<uuid:tenant_id>")
 def show_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """One tenant with its limits."""
+    """Show one tenant with its limits."""
     with transaction(gateway().database) as session:
-        return jsonify(_tenant_view(_tenant(session, tenant_id)))
+        return answer(_tenant_view(_tenant(session, tenant_id)))
 
 
 @bp.patch("/tenants/<uuid:tenant_id>")
@@ -121,7 +122,7 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     _check_catalog(body)
     changes = {name: getattr(body, name) for name in LIMITS if name in fields}
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Session) -> schemas.Tenant:
         tenant = _tenant(session, tenant_id)
         if body.weight is not None:
             tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
@@ -132,8 +133,8 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     try:
         view = run_transaction(gateway().database, change)
     except InvalidLimits as error:
-        raise _refused(error.field, error.detail, None) from None
-    return jsonify(view)
+        raise InvalidRequest.at(error.field, error.detail) from None
+    return answer(view)
 
 
 @bp.get("/tenants/<uuid:tenant_id>/keys")
@@ -142,7 +143,7 @@ def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         _tenant(session, tenant_id)
         data = [_key_view(key) for key in api_keys.of_tenant(session, tenant_id)]
-    return jsonify(object="list", data=data, has_more=False, next_cursor=None)
+    return whole_list(schemas.KeyPage, data)
 
 
 @bp.post("/tenants/<uuid:tenant_id>/keys")
@@ -150,16 +151,23 @@ def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """A new key of the tenant: 201, with `key`, which is shown this once."""
     body = parse(KeyBody, read_object(request))
     if not is_human(body.name):
-        raise _refused("name", "must not have control characters in it", {"max_chars": 64})
+        raise InvalidRequest.at("name", "must not have control characters in it", accepted={"max_chars": 64})
     expires_at = _instant(body.expires_at)
 
-    def issue(session: Session) -> dict[str, Any]:
-        own = {"tenant_id": _tenant(session, tenant_id).id, "pepper": _pepper(), "actor": caller().actor}
-        row, key = api_keys.issue(session, name=body.name, scopes=sorted(set(body.scopes)), expires_at=expires_at, **own)
+    def issue(session: Session) -> schemas.Key:
+        row, key = api_keys.issue(
+            session,
+            name=body.name,
+            scopes=sorted(set(body.scopes)),
+            expires_at=expires_at,
+            tenant_id=_tenant(session, tenant_id).id,
+            pepper=_pepper(),
+            actor=caller().actor,
+        )
         session.refresh(row)
-        return _key_view(row) | {"key": key}
+        return _key_view(row, schemas.IssuedKey, key=key)
 
-    return jsonify(run_transaction(gateway().database, issue)), 201
+    return answer(run_transaction(gateway().database, issue), 201)
 
 
 @bp.post("/keys/<uuid:key_id>/rotate")
@@ -167,15 +175,21 @@ def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """A new key with the same name and scopes: 201. The old one lives on for `grace_s` (a day), so that nobody is locked out."""
     body = parse(RotateBody, read_object(request) if request.get_data() else {})
 
-    def rotate(session: Session) -> dict[str, Any]:
+    def rotate(session: Session) -> schemas.Key:
         rotated = api_keys.rotate(session, key_id, pepper=_pepper(), grace_s=body.grace_s, actor=caller().actor)
         if rotated is None:
             raise KeyNotFound(f"There is no live key {key_id}.")
         row, key = rotated
         session.refresh(row)
-        return _key_view(row) | {"key": key, "former_key_id": str(key_id), "former_key_lives_for_s": body.grace_s}
+        return _key_view(
+            row,
+            schemas.RotatedKey,
+            key=key,
+            former_key_id=key_id,
+            former_key_lives_for_s=body.grace_s,
+        )
 
-    return jsonify(run_transaction(gateway().database, rotate)), 201
+    return answer(run_transaction(gateway().database, rotate), 201)
 
 
 @bp.delete("/keys/<uuid:key_id>")
@@ -194,7 +208,7 @@ def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         _tenant(session, tenant_id)
         rows = usage.days(session, tenant_id=tenant_id, since=since, until=until)
-    return jsonify(usage_view(rows, since, until) | {"tenant_id": str(tenant_id)})
+    return answer(schemas.TenantUsage(**usage_view(rows, since, until), tenant_id=tenant_id))
 
 
 def _tenant(session: Session, tenant_id: uuid.UUID) -> Tenant:
@@ -209,12 +223,8 @@ def _check_catalog(body: TenantChange) -> None:
     for name, note in OFFERED.items():
         said, offered = getattr(body, name), getattr(fleet, note.section)
         if said is not None and (not said or set(said) - offered.keys()):
-            raise _refused(name, "must name at least one, and only those of fleet.toml", list(offered))
-
-
-def _refused(field: str, detail: str, accepted: object) -> InvalidRequest:
-    entry = {"pointer": f"/{field}", "detail": detail} | ({"accepted": accepted} if accepted is not None else {})
-    return InvalidRequest(f"{field}: {detail}.", errors=[entry])
+            detail = "must name at least one, and only those of fleet.toml"
+            raise InvalidRequest.at(name, detail, accepted=list(offered))
 
 
 def _instant(text: str | None) -> datetime | None:
@@ -226,7 +236,8 @@ def _instant(text: str | None) -> datetime | None:
     except (ValueError, OverflowError):  # no instant, or one that no calendar has in UTC
         is_future = False
     if not is_future:
-        raise _refused("expires_at", "must be an instant in the future, with its offset", "2027-01-31T00:00:00Z")
+        detail = "must be an instant in the future, with its offset"
+        raise InvalidRequest.at("expires_at", detail, accepted="2027-01-31T00:00:00Z")
     return at
 
 
@@ -234,13 +245,26 @@ def _pepper() -> str:
     return gateway().settings.api_key_pepper.get_secret_value()
 
 
-def _tenant_view(tenant: Tenant) -> dict[str, Any]:
-    limits = limits_view(limits_of({name: getattr(tenant, name) for name in LIMITS}))
-    own = {"id": str(tenant.id), "object": "tenant", "name": tenant.name, "weight": tenant.weight}
-    return own | {"created_at": tenant.created_at.isoformat(), "limits": limits}
+def _tenant_view(tenant: Tenant) -> schemas.Tenant:
+    return schemas.Tenant(
+        id=tenant.id,
+        name=tenant.name,
+        weight=tenant.weight,
+        created_at=tenant.created_at,
+        limits=limits_view(limits_of({name: getattr(tenant, name) for name in LIMITS})),
+    )
 
 
-def _key_view(key: ApiKey) -> dict[str, Any]:
-    instants = ("created_at", "expires_at", "revoked_at", "last_used_at")
-    told = {name: at.isoformat() if (at := getattr(key, name)) else None for name in instants}
-    return {"id": str(key.id), "object": "key", "kid": key.kid, "name": key.name, "scopes": key.scopes, **told}
+def _key_view(row: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
+    """Show a key as a document of the kind; `more`: the members that it has beside."""
+    return kind(
+        id=row.id,
+        kid=row.kid,
+        name=row.name,
+        scopes=row.scopes,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
+        **more,
+    )

@@ -8,17 +8,19 @@ from decimal import Decimal
 from typing import Any
 
 import structlog
-from flask import Blueprint, jsonify, request
+from flask import Blueprint, request
 from flask.typing import ResponseReturnValue
 from sqlalchemy.orm import Session
 
 from app import accepting, inputs, limits
+from app.answers import answer
 from app.auth import caller, require_key
-from app.body import invalid_wish, parse_job, parse_shared, read_object, wish_of
+from app.body import MAX_JOBS, invalid_wish, parse_job, parse_shared, read_object, wish_of
 from app.forecast import Booked
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
 from app.problems import InvalidImageRequest, Problem
+from app.schemas import jobs as schemas
 from app.views import urls_view
 from edges import telemetry
 from models import idempotency, listing
@@ -35,7 +37,6 @@ bp = Blueprint("batches", __name__)
 bp.before_request(require_key)
 log = structlog.get_logger(__name__)
 
-MAX_JOBS = 1_000
 MAX_PROBLEM_CHARS = 262_144  # of what a batch says of the items that it refuses; of those beyond it says less
 MAX_SHORT_DETAIL_CHARS = 160
 Outcome = NewJob | Problem
@@ -84,19 +85,19 @@ def create_jobs() -> ResponseReturnValue:
     request.max_content_length = gateway().settings.max_batch_bytes
     items, defaults = _read_batch(read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS}))
     once = read_once(request, [items, defaults])
-    if once is not None and (answer := accepting.answer_to(once)) is not None:
-        return jsonify(_view(answer)), 200, {REPLAYED: "true"}
+    if once is not None and (earlier := accepting.answer_to(once)) is not None:
+        return answer(_view(earlier), headers={REPLAYED: "true"})
     door = _Door()
     outcomes = _complete([door.admit(item, defaults) for item in items])
     try:
-        answer, written = _accept(outcomes, once)
+        accepted, written = _accept(outcomes, once)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
-        return jsonify(_view(error.answer)), 200, {REPLAYED: "true"}
+        return answer(_view(error.answer), headers={REPLAYED: "true"})
     except idempotency.KeyReused:
         raise accepting.reused() from None
     except FileGone as error:
         raise accepting.picture_gone(error) from None
-    return jsonify(_view(answer, written)), 200
+    return answer(_view(accepted, written))
 
 
 def _complete(drafts: Sequence[_Draft | Problem]) -> list[Outcome]:
@@ -119,7 +120,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
     new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
     outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
     accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
-    answer = {"items": json.dumps(list(_noted(outcomes)))}  # as text: JSONB has no place for every text that JSON has
+    noted = {"items": json.dumps(list(_noted(outcomes)))}  # as text: JSONB has no place for every text that JSON has
     if accepted:
         whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
 
@@ -129,7 +130,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
                 idempotency.claim(session, once, tenant_id=tenant_id)
             accepting.write(session, accepted)
             if once is not None:
-                idempotency.fulfil(session, once, tenant_id=tenant_id, answer=answer)
+                idempotency.fulfil(session, once, tenant_id=tenant_id, answer=noted)
 
         with limits.charged(whole):
             run_transaction(parts.database, write)
@@ -138,7 +139,7 @@ def _accept(outcomes: Sequence[Outcome], once: Once | None) -> tuple[Answer, lis
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
         accepting.release_waiting_jobs(pool, tier)
-    return Answer(job_id=None, items=answer), accepted
+    return Answer(job_id=None, items=noted), accepted
 
 
 def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
@@ -163,41 +164,41 @@ def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
     return short
 
 
-def _view(answer: Answer, written: Sequence[NewJob] = ()) -> dict[str, Any]:
+def _view(kept: Answer, written: Sequence[NewJob] = ()) -> schemas.Batch:
     """Show what the batch came to. Jobs that were just written are not read back: they are accepted, whatever becomes of the database."""
-    items = json.loads((answer.items or {}).get("items", "[]"))
+    items = json.loads((kept.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
     views = {job.id: _job_view(job.id, JobState.QUEUED, job.params) for job in written}
     if job_ids and not written:
         with transaction(gateway().database) as session:
             jobs = listing.some(session, job_ids, tenant_id=caller().tenant_id)
         views = {job_id: _job_view(job_id, job.state, job) for job_id, job in jobs.items()}
-    data = list(_items(items, views))
-    return {"object": "batch", "accepted": len(job_ids), "refused": len(items) - len(job_ids), "data": data}
+    return schemas.Batch(
+        accepted=len(job_ids),
+        refused=len(items) - len(job_ids),
+        data=[_item_view(item, views) for item in items],
+    )
 
 
-def _items(items: Sequence[Mapping[str, Any]], views: Mapping[uuid.UUID, dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    for item in items:
-        if "job_id" in item:
-            yield {"status": 202, "job": views[uuid.UUID(item["job_id"])]}
-        else:
-            yield {"status": item["problem"]["status"], "problem": item["problem"]}
+def _item_view(item: Mapping[str, Any], views: Mapping[uuid.UUID, schemas.BatchJob]) -> schemas.BatchAccepted | schemas.BatchRefused:
+    if "job_id" in item:
+        return schemas.BatchAccepted(job=views[uuid.UUID(item["job_id"])])
+    return schemas.BatchRefused(status=item["problem"]["status"], problem=item["problem"])
 
 
-def _job_view(job_id: uuid.UUID, state: str, params: Job | Resolved) -> dict[str, Any]:
-    """What an item tells of its job: enough to know it again; the rest is at its address."""
-    return {
-        "id": str(job_id),
-        "object": "job",
-        "state": state,
-        "tier": params.tier,
-        "model": params.model,
-        "model_alias": params.model_alias,
-        "model_version": params.model_version,
-        "seed": params.seed,
-        "n": params.num_images,
-        "urls": urls_view(job_id),
-    }
+def _job_view(job_id: uuid.UUID, state: str, params: Job | Resolved) -> schemas.BatchJob:
+    """Show enough of an item's job to know it again; the rest is at its address."""
+    return schemas.BatchJob(
+        id=job_id,
+        state=state,
+        tier=params.tier,
+        model=params.model,
+        model_alias=params.model_alias,
+        model_version=params.model_version,
+        seed=params.seed,
+        n=params.num_images,
+        urls=urls_view(job_id),
+    )
 
 
 def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:

@@ -13,14 +13,16 @@ from flask import Request
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
 
 from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, InvalidRequest, MalformedBody, Problem, UnsupportedMediaType
+from app.schemas.base import says
 from policy.catalog import InvalidWish
 from policy.params import ASKED, PICTURES, AdapterWish, Wish
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
-MAX_METADATA_KEYS = 16
+MAX_METADATA_KEYS, MAX_METADATA_KEY_CHARS, MAX_METADATA_CHARS = 16, 64, 512  # keys, and characters of a key and a value
 MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
 MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
+MAX_JOBS = 1_000  # of a batch
 MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
 NO_LISTS: Mapping[str, int] = {}
 _MISSING = "This field is required"
@@ -43,8 +45,8 @@ class AdapterBody(BaseModel):
 
     model_config = STRICT
 
-    name: str
-    strength: float = 1.0
+    name: Annotated[str, says("One of the model's adapters.")]
+    strength: Annotated[float, says("1 is all of it; below 0 it works the other way.")] = 1.0
 
 
 _JSON_TYPES: Mapping[Any, Any] = {
@@ -133,9 +135,10 @@ def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Raises InvalidImageRequest for more than can be kept, and for text that nobody wrote."""
-    accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": 64, "max_value_chars": 512}
+    accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": MAX_METADATA_KEY_CHARS, "max_value_chars": MAX_METADATA_CHARS}
     for key, value in metadata.items():
-        if not 1 <= len(key) <= 64 or len(value) > 512 or not is_human(key + value):
+        is_short = 1 <= len(key) <= MAX_METADATA_KEY_CHARS and len(value) <= MAX_METADATA_CHARS
+        if not is_short or not is_human(key + value):
             detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
             raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
@@ -144,10 +147,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 def invalid_wish(error: InvalidWish) -> InvalidImageRequest:
     """The problem for a field that is of the right type and out of range."""
-    entry = {"pointer": f"/{error.field}", "detail": error.detail}
-    if error.accepted is not None:
-        entry["accepted"] = error.accepted
-    return InvalidImageRequest(f"{error.field} {error.detail}", errors=[entry])
+    return InvalidImageRequest.at(error.field, error.detail, accepted=error.accepted)
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:
@@ -219,7 +219,7 @@ def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Probl
 
 
 def _too_much(problem: type[Problem], pointer: str, detail: str, most: int) -> Problem:
-    return problem(f"{pointer or 'The body'} {detail}.", errors=[{"pointer": pointer or "/", "detail": detail, "accepted": {"max": most}}])
+    return problem.at(pointer.removeprefix("/"), detail, accepted={"max": most}, sentence=f"{pointer or 'The body'} {detail}.")
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from typing import Any
 
-from flask import Blueprint, jsonify
+from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
+from app.answers import answer
 from app.auth import caller, require_key
 from app.gateway import gateway
 from app.problems import ModelNotFound
+from app.schemas import catalog as schemas
 from policy.fleet import Fleet, ModelTier
 from policy.formats import FORMATS
 
@@ -19,7 +21,7 @@ bp.before_request(require_key)
 def list_models() -> ResponseReturnValue:
     """OpenAI's list shape; our facts are extra members. Aliases come after the models, for programs that look for theirs in the list."""
     fleet = gateway().fleet
-    return jsonify(object="list", data=[_model_view(fleet, name) for name in _usable_names(fleet)])
+    return answer(schemas.Models(data=[_model_view(fleet, name) for name in _usable_names(fleet)]))
 
 
 @bp.get("/models/<path:name>")
@@ -29,31 +31,14 @@ def show_model(name: str) -> ResponseReturnValue:
     usable = _usable_names(fleet)
     if name not in usable:
         raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=usable)
-    return jsonify(_model_view(fleet, name))
+    return answer(_model_view(fleet, name))
 
 
 @bp.get("/tiers")
 def list_tiers() -> ResponseReturnValue:
-    """Tiers in the order in which they are served."""
+    """List tiers in the order in which they are served."""
     fleet = gateway().fleet
-    shown = (
-        "rank",
-        "max_steps",
-        "default_steps",
-        "max_images",
-        "max_megapixels",
-        "determinism",
-        "price_weight",
-        "start_within_s",
-        "first_preview_s",
-        "final_s",
-    )
-    tiers = [
-        {"id": name, "object": "tier"} | {key: getattr(fleet.tiers[name], key) for key in shown}
-        for name in fleet.tiers_by_rank
-        if _may_use_tier(name)
-    ]
-    return jsonify(object="list", data=tiers)
+    return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in fleet.tiers_by_rank if _may_use_tier(name)]))
 
 
 def _usable_names(fleet: Fleet) -> list[str]:
@@ -70,34 +55,55 @@ def _may_use_tier(name: str) -> bool:
     return allowed is None or name in allowed
 
 
-def _model_view(fleet: Fleet, name: str) -> dict[str, Any]:
+def _tier_view(fleet: Fleet, name: str) -> schemas.Tier:
+    tier = fleet.tiers[name]
+    return schemas.Tier(
+        id=name,
+        rank=tier.rank,
+        max_steps=tier.max_steps,
+        default_steps=tier.default_steps,
+        max_images=tier.max_images,
+        max_megapixels=tier.max_megapixels,
+        determinism=tier.determinism,
+        price_weight=tier.price_weight,
+        start_within_s=tier.start_within_s,
+        first_preview_s=tier.first_preview_s,
+        final_s=tier.final_s,
+    )
+
+
+def _model_view(fleet: Fleet, name: str) -> schemas.Model:
     model_id = fleet.model_ids[name]
     model = fleet.models[model_id]
-    per_tier = {}
-    for tier_name in fleet.tiers:
-        if not _may_use_tier(tier_name):
-            continue
-        own = model.tiers.get(tier_name, ModelTier())
-        guidance = model.default_guidance if own.default_guidance is None else own.default_guidance
-        per_tier[tier_name] = {"default_steps": fleet.default_steps(model_id, tier_name), "default_guidance": guidance}
-    return {
-        "id": name,
-        **({"alias_of": model_id} if name != model_id else {}),
-        "object": "model",
-        "created": int(model.created_at.timestamp()),
-        "owned_by": "darkroom",
-        "title": model.title,
-        "aliases": list(model.aliases),
-        "family": model.family,
-        "licence": model.licence,
-        "precision": model.precision,
-        "sizes": list(model.sizes),
-        "samplers": list(model.samplers),
-        "default_sampler": model.default_sampler,
-        "max_guidance": model.max_guidance,
-        "max_prompt_chars": model.max_prompt_chars,
-        "output_formats": list(FORMATS),
-        "pool": fleet.pool_of(model_id),
-        "versions": [{"id": version.id, "traffic_weight": version.traffic_weight} for version in model.versions],
-        "tiers": per_tier,
-    }
+    is_alias = name != model_id
+    kind = schemas.ModelAlias if is_alias else schemas.Model
+    alias: dict[str, Any] = {"alias_of": model_id} if is_alias else {}
+    return kind(
+        id=name,
+        created=int(model.created_at.timestamp()),
+        title=model.title,
+        aliases=list(model.aliases),
+        family=model.family,
+        licence=model.licence,
+        precision=model.precision,
+        sizes=list(model.sizes),
+        samplers=list(model.samplers),
+        default_sampler=model.default_sampler,
+        max_guidance=model.max_guidance,
+        max_prompt_chars=model.max_prompt_chars,
+        output_formats=list(FORMATS),
+        pool=fleet.pool_of(model_id),
+        versions=[schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight) for version in model.versions],
+        tiers={tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)},
+        **alias,
+    )
+
+
+def _defaults(fleet: Fleet, model_id: str, tier: str) -> schemas.ModelDefaults:
+    """Show what the model does in the tier unless a job says otherwise."""
+    model = fleet.models[model_id]
+    guidance = model.tiers.get(tier, ModelTier()).default_guidance
+    return schemas.ModelDefaults(
+        default_steps=fleet.default_steps(model_id, tier),
+        default_guidance=model.default_guidance if guidance is None else guidance,
+    )

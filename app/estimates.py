@@ -2,15 +2,17 @@
 
 import uuid
 from collections.abc import Mapping
-from typing import Any
 
-from flask import Blueprint, jsonify, request
+from flask import Blueprint, request
 from flask.typing import ResponseReturnValue
 
 from app import accepting, inputs
+from app.answers import answer
 from app.auth import caller, require_key
 from app.body import read_job, wish_of
 from app.gateway import gateway
+from app.schemas import jobs as schemas
+from app.schemas.problems import Refusal as RefusalView
 from app.views import params_view, queue_view
 from policy import warnings
 from policy.admission import Refusal
@@ -32,22 +34,27 @@ def estimate() -> ResponseReturnValue:
     deadline_s = accepting.start_deadline_s(body.start_deadline_s, tier.start_within_s)
     expected = parts.forecaster.expect(resolved, caller().tenant_id)
     cost = price(parts.fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s)
-    return jsonify(
-        {
-            "object": "estimate",
-            **params_view(resolved),
-            "seed": None if body.seed == RANDOM_SEED else body.seed,  # one that was not asked for is drawn for the job
-            **{field: value if value and _is_id(value) else None for field, value in body.pictures.items()},
-            "metadata": body.metadata,
-            "start_deadline_s": deadline_s,
-            "warnings": warnings.expected(parts.fleet.models[resolved.model], resolved),
-            "megapixel_steps": float(megapixel_steps(parts.fleet, resolved)),
-            "cost": {"gpu_seconds": round(expected.predicted_s, 6), "amount": str(cost), "currency": parts.fleet.currency},
-            "queue": queue_view(expected.place),
-            "can_be_served": expected.refusal is None,
-            "refusal": _refusal_view(expected.refusal) if expected.refusal else None,
-        }
+    params = params_view(resolved) | {
+        field: uuid.UUID(value) if value and _is_id(value) else None for field, value in body.pictures.items()
+    }
+    if body.seed in (None, RANDOM_SEED):
+        params["seed"] = None  # one that was not asked for is drawn for the job
+    shown = schemas.Estimate(
+        **params,
+        metadata=body.metadata,
+        start_deadline_s=deadline_s,
+        warnings=warnings.expected(parts.fleet.models[resolved.model], resolved),
+        megapixel_steps=float(megapixel_steps(parts.fleet, resolved)),
+        cost=schemas.Cost(
+            gpu_seconds=round(expected.predicted_s, 6),
+            amount=str(cost),
+            currency=parts.fleet.currency,
+        ),
+        queue=queue_view(expected.place),
+        can_be_served=expected.refusal is None,
+        refusal=_refusal_view(expected.refusal) if expected.refusal else None,
     )
+    return answer(shown)
 
 
 def _pictures(fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
@@ -65,5 +72,6 @@ def _is_id(value: str) -> bool:
     return True
 
 
-def _refusal_view(refusal: Refusal) -> dict[str, Any]:
-    return accepting.problem_of(refusal).summary() | {"retry_after_s": refusal.retry_after_s}
+def _refusal_view(refusal: Refusal) -> RefusalView:
+    summary = accepting.problem_of(refusal).summary()
+    return RefusalView(**summary, retry_after_s=refusal.retry_after_s)

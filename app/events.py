@@ -17,7 +17,7 @@ bp.before_request(require_key)
 
 _RETRY_MS = 2000  # before a browser comes again
 _UNREAD_FOR_S = 30  # a client that takes nothing for so long has gone without a word
-_EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
+EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
 
 
 @bp.get("/<uuid:job_id>/events")
@@ -44,7 +44,7 @@ def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
 
 def _read_last_id() -> str | None:
     text = request.headers.get("Last-Event-ID", "").strip()
-    if text and not _EVENT_ID.fullmatch(text):
+    if text and not EVENT_ID.fullmatch(text):
         raise InvalidQuery("Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID")
     return text or None
 

@@ -2,18 +2,20 @@
 
 import io
 import uuid
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import structlog
-from flask import Blueprint, Request, jsonify, request, url_for
+from flask import Blueprint, Request, request, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug.datastructures import FileStorage
 
 from app import delivery, inputs
+from app.answers import answer, answer_page
 from app.auth import caller, require_key
 from app.gateway import gateway
-from app.pages import next_page, read_cursor, read_limit
+from app.pages import read_cursor, read_limit
 from app.problems import BodyTooLarge, FileInUse, FileNotFound, MalformedBody, UnsupportedMediaType
+from app.schemas import files as schemas
 from app.uploads import Spool
 from edges.broker import BrokerUnavailable
 from models import files
@@ -27,7 +29,7 @@ bp.before_request(require_key)
 
 FIELD = "file"
 _SAID_FOR_NOTHING = ("purpose",)  # OpenAI's clients have to say it
-_CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
+CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
 
 
 @bp.post("")
@@ -35,7 +37,7 @@ def bring_file() -> ResponseReturnValue:
     """Keep a picture: 201 and the file, the same one for the same picture. Multipart with the field `file`, or the picture itself."""
     with uploaded(request) as content:
         file = inputs.keep(content, field=FIELD)
-    return jsonify(file_view(file)), 201, {"Location": url_for(".show_file", file_id=file.id)}
+    return answer(file_view(file), 201, {"Location": url_for(".show_file", file_id=file.id)})
 
 
 @bp.get("")
@@ -44,14 +46,13 @@ def list_files() -> ResponseReturnValue:
     limit, before = read_limit(request), read_cursor(request)
     with transaction(gateway().database) as session:
         rows = files.page(session, tenant_id=caller().tenant_id, limit=limit + 1, before=before)
-    cursor, link = next_page(request, ".list_files", [row.id for row in rows], limit)
-    return jsonify(object="list", data=[file_view(row) for row in rows[:limit]], has_more=cursor is not None, next_cursor=cursor), 200, link
+    return answer_page(request, schemas.FilePage, rows, file_view, limit=limit, id_of=lambda row: row.id)
 
 
 @bp.get("/<uuid:file_id>")
 def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
     """What is known of the file."""
-    return jsonify(file_view(_found(file_id)))
+    return answer(file_view(_found(file_id)))
 
 
 @bp.get("/<uuid:file_id>/content")
@@ -87,8 +88,8 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
         for name in ({*asked.files} | {*asked.form}) - {field, *_SAID_FOR_NOTHING}:
             raise MalformedBody(f"The form has a field {name[:64]!r}; `{field}` is the only one that is read.")
         return sent[0].stream  # type: ignore[return-value]
-    if asked.mimetype not in _CONTENT_TYPES:
-        raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=_CONTENT_TYPES)
+    if asked.mimetype not in CONTENT_TYPES:
+        raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES)
     return _spooled(asked)
 
 
@@ -109,21 +110,19 @@ def _spooled(asked: Request) -> BinaryIO:
     return spool  # type: ignore[return-value]
 
 
-def file_view(file: File) -> dict[str, Any]:
-    """A file as a client sees it."""
-    return {
-        "id": str(file.id),
-        "object": "file",
-        "width_px": file.width_px,
-        "height_px": file.height_px,
-        "mode": file.mode,
-        "size_bytes": file.size_bytes,
-        "content_type": "image/png",
-        "content_sha256": file.content_sha256,
-        "created_at": file.created_at.isoformat(),
-        "url": url_for("files.show_content", file_id=file.id),
-        "urls": {"self": url_for("files.show_file", file_id=file.id)},
-    }
+def file_view(file: File) -> schemas.File:
+    """Show a file to a client."""
+    return schemas.File(
+        id=file.id,
+        width_px=file.width_px,
+        height_px=file.height_px,
+        mode=file.mode,
+        size_bytes=file.size_bytes,
+        content_sha256=file.content_sha256,
+        created_at=file.created_at,
+        url=url_for("files.show_content", file_id=file.id),
+        urls=schemas.FileUrls(self=url_for("files.show_file", file_id=file.id)),
+    )
 
 
 def _found(file_id: uuid.UUID) -> File:

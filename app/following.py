@@ -19,7 +19,9 @@ from app.capacity import Capacity, Holding
 from app.forecast import QueueForecaster, QueuePlace
 from app.keyring import NO_LIVE_KEY, Keyring
 from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
-from app.views import image_url, job_view, queue_view
+from app.schemas import events as schemas
+from app.schemas.base import to_plain
+from app.views import image_url, job_view
 from edges import telemetry
 from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
 from edges.events import LEAVE, NoSeat, Reader, Seat
@@ -243,7 +245,7 @@ class _Forecast:
         if not self._is_news(place, now):
             return []
         self._has_told, self._told, self._told_at = True, place, now
-        return [Event(None, QUEUED, queue_view(place) or {"jobs_ahead": None, "eta_p50_s": None, "eta_p90_s": None})]
+        return [Event(None, QUEUED, to_plain(_queued(place)))]
 
     def _is_news(self, place: QueuePlace | None, now: float) -> bool:
         """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
@@ -256,10 +258,22 @@ class _Forecast:
         return moved > 0.1 * place.jobs_ahead or abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
 
 
+def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
+    """Tell where the job stands; null where nobody can say."""
+    if place is None:
+        return schemas.QueuedEvent(jobs_ahead=None, eta_p50_s=None, eta_p90_s=None)
+    return schemas.QueuedEvent(
+        jobs_ahead=place.jobs_ahead,
+        eta_p50_s=round(place.eta.p50_s, 2),
+        eta_p90_s=round(place.eta.p90_s, 2),
+    )
+
+
 def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
     """The event as a client sees it."""
     if ended is not None:
-        return Event(event.id, event.kind, job_view(ended))
+        return Event(event.id, event.kind, to_plain(job_view(ended)))
     if event.kind == STORED:
-        return Event(event.id, event.kind, event.data | {"url": image_url(job_id, event.data["index"])})
+        url = image_url(job_id, event.data["index"])
+        return Event(event.id, event.kind, event.data | {"url": url})
     return event

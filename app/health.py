@@ -1,17 +1,21 @@
 """/healthz: the process answers. /readyz: it can accept jobs; and which parts of the house are away, by name."""
 
-from flask import Blueprint, jsonify
+from typing import cast
+
+from flask import Blueprint
 from flask.typing import ResponseReturnValue
 
+from app.answers import answer
 from app.gateway import gateway
 from app.readiness import NEEDED
+from app.schemas import health as schemas
 
 bp = Blueprint("health", __name__)
 
 
 @bp.get("/healthz")
 def healthz() -> ResponseReturnValue:
-    return jsonify(status="alive")
+    return answer(schemas.Health())
 
 
 @bp.get("/readyz")
@@ -21,4 +25,5 @@ def readyz() -> ResponseReturnValue:
     is_ready = parts[NEEDED]["ready"]
     degraded = [name for name, part in parts.items() if not part["ready"]]
     headers = {} if is_ready else {"Retry-After": "2"}
-    return jsonify(status="ready" if is_ready else "not_ready", degraded=degraded, parts=parts), 200 if is_ready else 503, headers
+    shown = schemas.Readiness(status="ready" if is_ready else "not_ready", degraded=degraded, parts=cast("dict[str, schemas.Part]", parts))
+    return answer(shown, 200 if is_ready else 503, headers)

@@ -283,6 +283,4 @@ def check_shapes(picture: File, mask: File) -> None:
 
 def _refused(field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
     ways = [text for way, text in _WAYS.items() if way != "url" or _may_fetch()]
-    return InvalidImageRequest(
-        f"{field} {detail}", errors=[{"pointer": f"/{field}", "detail": detail, "accepted": ways if accepted is None else accepted}]
-    )
+    return InvalidImageRequest.at(field, detail, accepted=ways if accepted is None else accepted)

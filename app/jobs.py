@@ -1,16 +1,16 @@
 """/v1/jobs: accept, show, list, cancel, replay, erase, and the way to the images."""
 
 import uuid
-from typing import Any
 
 import structlog
-from flask import Blueprint, json, jsonify, request, url_for
+from flask import Blueprint, request, url_for
 from flask.typing import ResponseReturnValue
 from sqlalchemy.exc import SQLAlchemyError
 from werkzeug import Response
 
 from app import accepting, delivery, erasing, inputs, replaying, waiting
 from app.accepting import Accepted
+from app.answers import answer, answer_page
 from app.auth import caller, require_key
 from app.body import read_job, read_nothing, read_wait_s, wish_of
 from app.documents import JobDocument
@@ -18,8 +18,9 @@ from app.forecast import QueuePlace
 from app.gateway import gateway
 from app.idempotency import REPLAYED, read_once
 from app.listing import read_query
-from app.pages import next_page
 from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
+from app.schemas import jobs as schemas
+from app.schemas.base import to_json
 from app.views import job_view, status_view
 from edges.progress import Step
 from models import jobs, listing
@@ -59,7 +60,7 @@ def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
     asked_s = read_wait_s(request, gateway().settings.max_wait_s)
     with waiting.admitted(asked_s) as wait_s:
-        response = jsonify(_view(*_watched(job_id, wait_s)))
+        response = answer(_view(*_watched(job_id, wait_s)))
     if asked_s:
         response.headers["Preference-Applied"] = f"wait={wait_s}"
     response.headers["Cache-Control"] = "private, no-cache"
@@ -86,9 +87,15 @@ def list_jobs() -> ResponseReturnValue:
     sought, limit = read_query(request.args)
     with transaction(gateway().database) as session:
         found = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
-        page = [job_view(job) for job in found.jobs[:limit]]
-    cursor, link = next_page(request, ".list_jobs", [job.id for job in found.jobs], limit, more_before=found.more_before)
-    return jsonify(object="list", data=page, has_more=cursor is not None, next_cursor=cursor), 200, link
+    return answer_page(
+        request,
+        schemas.JobPage,
+        found.jobs,
+        job_view,
+        limit=limit,
+        id_of=lambda job: job.id,
+        more_before=found.more_before,
+    )
 
 
 @bp.delete("/<uuid:job_id>")
@@ -112,7 +119,7 @@ def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
     parts.statuses.forget(job.tenant_id, job_id)
     parts.news.tell_cancel(job_id)
     parts.news.tell_ending(job_id)
-    return jsonify(job_view(job))
+    return answer(job_view(job))
 
 
 @bp.get("/<uuid:job_id>/images/<int:index>")
@@ -160,9 +167,9 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
                 log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
             else:
                 headers["Preference-Applied"] = f"wait={applied_s}"
-                return jsonify(view), 202, headers
+                return answer(view, 202, headers)
     view = job_view(job, place=accepted.place) if accepted.is_new else _view(job, _steps(job))
-    return jsonify(view), 202, headers
+    return answer(view, 202, headers)
 
 
 def _read_status(job_id: uuid.UUID) -> bytes:
@@ -171,10 +178,10 @@ def _read_status(job_id: uuid.UUID) -> bytes:
     if job is None:
         raise _not_found(job_id)
     steps = _steps(job)
-    return json.dumps(status_view(job, steps, _place(job, steps))).encode()
+    return to_json(status_view(job, steps, _place(job, steps)))
 
 
-def _view(job: Job | JobDocument, steps: list[Step]) -> dict[str, Any]:
+def _view(job: Job | JobDocument, steps: list[Step]) -> schemas.Job:
     return job_view(job, steps, _place(job, steps))
 
 

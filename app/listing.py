@@ -5,7 +5,7 @@ from datetime import datetime
 
 from werkzeug.datastructures import MultiDict
 
-from app.pages import parse_cursor, parse_limit
+from app.pages import DEFAULT_PAGE, parse_cursor, parse_limit
 from app.problems import InvalidQuery
 from models.ids import first_id
 from models.listing import Sought
@@ -13,7 +13,7 @@ from policy.states import JobState
 from policy.text import is_human
 
 PARAMETERS = ("limit", "cursor", "state", "created_after", "created_before", "metadata.<key>")
-_METADATA = "metadata."
+METADATA = "metadata."
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d\d)", re.ASCII)
 
 
@@ -22,8 +22,8 @@ def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
     said, metadata = {}, {}
     for name, values in query.lists():
         _check(name, values)
-        if name.startswith(_METADATA):
-            metadata[name.removeprefix(_METADATA)] = values[0]
+        if name.startswith(METADATA):
+            metadata[name.removeprefix(METADATA)] = values[0]
         else:
             said[name] = values[0]
     before = [first_id(read_instant("created_before", said["created_before"]))] if "created_before" in said else []
@@ -31,7 +31,7 @@ def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
     since = [first_id(read_instant("created_after", said["created_after"]))] if "created_after" in said else []
     bounds = {"before": min(before)} if before else {}
     bounds |= {"since": since[0]} if since else {}
-    return Sought(**bounds, state=_state(said.get("state")), metadata=metadata), parse_limit(said.get("limit", "20"))
+    return Sought(**bounds, state=_state(said.get("state")), metadata=metadata), parse_limit(said.get("limit", str(DEFAULT_PAGE)))
 
 
 def read_instant(parameter: str, text: str) -> datetime:
@@ -49,11 +49,11 @@ def read_instant(parameter: str, text: str) -> datetime:
 
 def _check(name: str, values: list[str]) -> None:
     shown = name[:64]
-    if name not in PARAMETERS[:-1] and not name.startswith(_METADATA):
+    if name not in PARAMETERS[:-1] and not name.startswith(METADATA):
         raise InvalidQuery(f"There is no parameter {shown!r}.", parameter=shown, accepted=list(PARAMETERS))
     if len(values) > 1:
         raise InvalidQuery(f"{shown} is there {len(values)} times; once is enough.", parameter=shown)
-    if name.startswith(_METADATA) and not (len(name) > len(_METADATA) and is_human(name + values[0])):
+    if name.startswith(METADATA) and not (len(name) > len(METADATA) and is_human(name + values[0])):
         raise InvalidQuery("metadata.<key>=<value> takes a key and text without control characters.", parameter=shown)
 
 

@@ -13,12 +13,6 @@ from policy.params import OPENAI_ANSWER, members_of
 from policy.states import JobState
 
 JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
-NO_TOKENS = {  # nothing here is counted in them; clients need the member
-    "input_tokens": 0,
-    "output_tokens": 0,
-    "total_tokens": 0,
-    "input_tokens_details": {"text_tokens": 0, "image_tokens": 0},
-}
 
 
 def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
@@ -55,6 +49,5 @@ def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
 
 
 def extras_of(job: Job | JobDocument) -> Mapping[str, Any]:
-    """Members that OpenAI's interface does not have: enough to find the job, and to ask for the same again."""
-    params = members_of(job, OPENAI_ANSWER)
-    return {"job_id": str(job.id), **params, "warnings": job.warnings or []}
+    """Return the members of `schemas.OwnMembers`: what OpenAI's interface does not have."""
+    return {"job_id": job.id, **members_of(job, OPENAI_ANSWER), "warnings": job.warnings or []}

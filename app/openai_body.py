@@ -23,7 +23,11 @@ MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
 VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
 PICTURES = ("image", "image[]", "mask", "mask[]")  # the files of a form, and how clients name them
 SPREAD = ("adapters[][name]", "adapters[][strength]")
-_QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+RESPONSE_FORMATS = ("b64_json", "url")
+MODERATIONS = ("auto", "low")
+STYLES = ("natural", "vivid")
+FIDELITIES = ("high", "low")
 _TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
 _DALL_E = ("dall-e-2", "dall-e-3")
 _SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
@@ -62,19 +66,19 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
     for name in said.names() & _NOT_DONE.keys():
         raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
     _check_formats(said)
-    if (unknown := said.names() - _KNOWN) or (kind == VARIATION and "mask" in said.names()):
+    if (unknown := said.names() - KNOWN_FIELDS) or (kind == VARIATION and "mask" in said.names()):
         name = min(unknown) if unknown else "mask"
-        raise _wrong(name[:64], "is not a field of this request", sorted(_KNOWN))
+        raise InvalidImageRequest.at(name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS))
     streams, count = said.boolean("stream", False), said.number("n", 1, 1, MOST_IMAGES)
     if streams and (count != 1 or kind == VARIATION):
         raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
-    quality = said.one_of("quality", "auto", _QUALITIES)
+    quality = said.one_of("quality", "auto", QUALITIES)
     answers_url = not streams and _is_of_dall_e(said, quality)
     asked = Asked(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
         metadata=_metadata(said),
-        as_url=said.one_of("response_format", "url" if answers_url else "b64_json", ("b64_json", "url")) == "url",
+        as_url=said.one_of("response_format", "url" if answers_url else "b64_json", RESPONSE_FORMATS) == "url",
         streams=streams,
         partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
         keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
@@ -94,13 +98,13 @@ def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """
     for name, values in form.items():
         if name in PICTURES and any(values):
-            raise _wrong(name.removesuffix("[]"), "must be a file of the form; in a body of JSON it may be a data URL")
+            raise InvalidImageRequest.at(name.removesuffix("[]"), "must be a file of the form; in a body of JSON it may be a data URL")
         if name not in SPREAD and name not in PICTURES and len(values) > 1:
-            raise _wrong(name[:64], f"is there {len(values)} times; once is enough")
+            raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
     names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
     fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
     if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
-        raise _wrong("adapters", "in a form need a name each, and a strength each or none at all")
+        raise InvalidImageRequest.at("adapters", "in a form need a name each, and a strength each or none at all")
     if names:
         with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
         fields["adapters"] = [{"name": name, "strength": strength} for name, strength in with_strength]
@@ -157,19 +161,19 @@ class _Said:
     def text(self, name: str, default: str | None) -> str | None:
         value = self._fields.get(name, default)
         if value is not None and not isinstance(value, str):
-            raise _wrong(name, "must be text")
+            raise InvalidImageRequest.at(name, "must be text")
         return value
 
     def boolean(self, name: str, default: bool) -> bool:
         value = self._fields.get(name, default)
         if not _is_boolean(value):
-            raise _wrong(name, "must be true or false", [True, False])
+            raise InvalidImageRequest.at(name, "must be true or false", accepted=[True, False])
         return value if isinstance(value, bool) else str(value).lower() == "true"
 
     def number(self, name: str, default: int, low: int, high: int) -> int:
         value = self._parsed(name, default, int, "a whole number")
         if not low <= value <= high:
-            raise _wrong(name, f"must be from {low} to {high}", {"min": low, "max": high})
+            raise InvalidImageRequest.at(name, f"must be from {low} to {high}", accepted={"min": low, "max": high})
         return int(value)
 
     def plain(self, name: str, kind: Any) -> Any:
@@ -188,7 +192,7 @@ class _Said:
     def one_of(self, name: str, default: str, accepted: tuple[str, ...]) -> str:
         value = self.text(name, default)
         if value not in accepted:
-            raise _wrong(name, f"{str(value)[:32]!r} is not offered", list(accepted))
+            raise InvalidImageRequest.at(name, f"{str(value)[:32]!r} is not offered", accepted=list(accepted))
         return value
 
     def structure(self, name: str, kind: type, default: Any) -> Any:
@@ -198,9 +202,9 @@ class _Said:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError):
-                raise _wrong(name, "is not JSON") from None
+                raise InvalidImageRequest.at(name, "is not JSON") from None
         if not isinstance(value, kind):
-            raise _wrong(name, f"must be {'a list' if kind is list else 'an object'}")
+            raise InvalidImageRequest.at(name, f"must be {'a list' if kind is list else 'an object'}")
         check_bounds(value, problem=InvalidImageRequest)
         return value
 
@@ -212,7 +216,7 @@ class _Said:
             value = int(value)  # 1.0 is a whole number
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
         if not fits or (kind is int and not isinstance(value, int)):
-            raise _wrong(name, f"must be {what}")
+            raise InvalidImageRequest.at(name, f"must be {what}")
         return value
 
 
@@ -227,7 +231,7 @@ _KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items
 _OURS = _EXTRAS | {"metadata"}
 _THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
 _THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
-_KNOWN = _OURS | _THEIRS
+KNOWN_FIELDS = _OURS | _THEIRS
 
 
 def _is_of_dall_e(said: _Said, quality: str) -> bool:
@@ -248,9 +252,9 @@ def _check_formats(said: _Said) -> None:
         raise NotOffered(detail, parameter="background")
     if said.number("output_compression", 100, 0, 100) != 100:
         raise NotOffered("output_compression is not offered: files are written at one quality.", parameter="output_compression")
-    said.one_of("moderation", "auto", ("auto", "low"))
-    said.one_of("style", "natural", ("natural", "vivid"))
-    said.one_of("input_fidelity", "high", ("high", "low"))
+    said.one_of("moderation", "auto", MODERATIONS)
+    said.one_of("style", "natural", STYLES)
+    said.one_of("input_fidelity", "high", FIDELITIES)
 
 
 def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wish:
@@ -259,7 +263,7 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
         offered = list(fleet.model_ids)
         raise ModelNotFound(f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.", parameter="model", accepted=offered)
     if kind != VARIATION and "prompt" not in said.names():
-        raise _wrong("prompt", "is required")
+        raise InvalidImageRequest.at("prompt", "is required")
     size, extras = said.text("size", "auto"), _extras(said)
     if not extras["tier"]:
         extras["tier"] = tier_of(quality, fleet)
@@ -272,7 +276,7 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
         if extras["strength"] is None:
             extras["strength"] = VARIATION_STRENGTH
     elif kind == GENERATION and extras["strength"] is not None:
-        raise _wrong("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
+        raise InvalidImageRequest.at("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
     return Wish(
         prompt=said.text("prompt", "") or "",
         model=model,
@@ -296,7 +300,7 @@ def _extras(said: _Said) -> dict[str, Any]:
 def _adapter(place: int, entry: Any) -> AdapterWish:
     fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
     if not fits:
-        raise _wrong(f"adapters/{place}", 'must be {"name": …, "strength": …}')
+        raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
     place_of_it = f"adapters/{place}/strength"
     strength = _Said({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
     return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
@@ -307,7 +311,7 @@ def _metadata(said: _Said) -> Mapping[str, str]:
     spread = {name[9:-1]: value for name, value in said.items().items() if name.startswith("metadata[") and name.endswith("]")}
     metadata = spread or said.structure("metadata", dict, {})
     if not all(isinstance(value, str) for value in metadata.values()):
-        raise _wrong("metadata", "must map text to text")
+        raise InvalidImageRequest.at("metadata", "must map text to text")
     check_metadata(metadata)
     return metadata
 
@@ -317,7 +321,7 @@ def _user(said: _Said) -> str | None:
     for name in ("safety_identifier", "user"):
         if user := said.text(name, None):
             if len(user) > MOST_USER_CHARS or not is_human(user):
-                raise _wrong(name, "is too long or has control characters in it", {"max_chars": MOST_USER_CHARS})
+                raise InvalidImageRequest.at(name, "is too long or has control characters in it", accepted={"max_chars": MOST_USER_CHARS})
             return user
     return None
 
@@ -336,8 +340,3 @@ def _number_of(text: str) -> int | float | None:
 
 def _is_boolean(value: Any) -> bool:
     return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
-
-
-def _wrong(field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
-    entry = {"pointer": f"/{field}", "detail": detail} | ({"accepted": accepted} if accepted is not None else {})
-    return InvalidImageRequest(f"{field} {detail}.", errors=[entry])

@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from flask import Blueprint, Response, jsonify, request
+from flask import Blueprint, Response, request
 from flask.typing import ResponseReturnValue
 from werkzeug.datastructures import FileStorage
 
 from app import accepting, delivery, inputs, openai_body, openai_stream, waiting
 from app.accepting import Accepted
+from app.answers import answer
 from app.auth import caller, require_key
 from app.body import read_object
 from app.files import is_left_out
 from app.gateway import gateway
 from app.idempotency import read_once
-from app.openai_answers import NO_TOKENS, extras_of, may_still_answer, problem_of_end
+from app.openai_answers import extras_of, may_still_answer, problem_of_end
 from app.openai_body import EDIT, GENERATION, VARIATION, Asked, nearest_size
 from app.problems import (
     InvalidImageRequest,
@@ -29,9 +30,10 @@ from app.problems import (
     Problem,
     UnsupportedMediaType,
 )
+from app.schemas import openai as schemas
 from edges.objectstore import StoreUnavailable
 from models.idempotency import Once
-from models.tables import Artifact, File, Job
+from models.tables import File, Image, Job
 from policy.params import Wish
 
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
@@ -69,7 +71,7 @@ def edit() -> ResponseReturnValue:
 
 @bp.post("/variations")
 def vary() -> ResponseReturnValue:
-    """Pictures like the one that is sent."""
+    """Make pictures like the one that is sent."""
     fields, sent = _read_edit()
     if sent.mask is not None:
         raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")
@@ -165,7 +167,7 @@ def _source(said: object, field: str) -> str:
         said = next(iter(said.values()))
     if not isinstance(said, str):
         detail = 'must be text, {"image_url": a data URL} or {"file_id": the id of a file}'
-        raise InvalidImageRequest(f"{field} {detail}.", errors=[{"pointer": f"/{field}", "detail": detail}])
+        raise InvalidImageRequest.at(field, detail)
     return said
 
 
@@ -174,8 +176,7 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
         if len(sent) > 1:
             raise NotOffered(f"The models here take one {what} at a time; there are {len(sent)}.", parameter=field)
     if not images:
-        detail = f"is required: {wanted}"
-        raise InvalidImageRequest(f"image {detail}.", errors=[{"pointer": "/image", "detail": detail}])
+        raise InvalidImageRequest.at("image", f"is required: {wanted}")
     return _Sent(images[0], masks[0] if masks else None)
 
 
@@ -205,7 +206,7 @@ def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> Respo
         job = waiting.watched(job_id, gateway().settings.images_wait_s)
     if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
         raise problem
-    return jsonify(_view(asked, job)), 200, {"X-Darkroom-Job-Id": str(job.id)}
+    return answer(_view(asked, job), headers={"X-Darkroom-Job-Id": str(job.id)})
 
 
 def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
@@ -239,26 +240,32 @@ def _by_itself(asks_for: list[Any]) -> Once:
     return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)  # no header can carry that arrow
 
 
-def _view(asked: Asked, job: Job) -> dict[str, Any]:
-    return {
-        "created": int(job.accepted_at.timestamp()),
-        "background": "opaque",
-        "data": [_image_view(asked, image.artifact) | {"seed": image.seed} for image in job.images if image.artifact is not None],
-        "output_format": job.output_format,
-        "quality": None if asked.quality == "auto" else asked.quality,
-        "size": f"{job.width_px}x{job.height_px}",
-        "usage": NO_TOKENS,
-        **({"safety_identifier": asked.user} if asked.user else {}),
+def _view(asked: Asked, job: Job) -> schemas.Images:
+    kind = schemas.ImagesOnBehalf if asked.user else schemas.Images
+    user = {"safety_identifier": asked.user} if asked.user else {}
+    return kind(
+        created=int(job.accepted_at.timestamp()),
+        data=[_image_view(asked, image) for image in job.images if image.artifact is not None],
+        output_format=job.output_format,
+        quality=None if asked.quality == "auto" else asked.quality,
+        size=f"{job.width_px}x{job.height_px}",
+        usage=schemas.NO_TOKENS,
+        **user,
         **extras_of(job),
+    )
+
+
+def _image_view(asked: Asked, image: Image) -> schemas.ImageContent | schemas.ImageLink:
+    artifact = image.artifact
+    facts = {
+        "seed": image.seed,
+        "pixels_sha256": artifact.pixels_sha256,
+        "content_sha256": artifact.content_sha256,
     }
-
-
-def _image_view(asked: Asked, artifact: Artifact) -> dict[str, Any]:
-    parts = gateway()
-    digests = {"pixels_sha256": artifact.pixels_sha256, "content_sha256": artifact.content_sha256}
     if asked.as_url:
-        return {"url": delivery.url_of(artifact), **digests}
+        return schemas.ImageLink(url=delivery.url_of(artifact), **facts)
     try:
-        return {"b64_json": base64.b64encode(parts.store.get(artifact.object_key)).decode(), **digests}
+        content = gateway().store.get(artifact.object_key)
     except StoreUnavailable:
         raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+    return schemas.ImageContent(b64_json=base64.b64encode(content).decode(), **facts)

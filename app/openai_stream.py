@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import structlog
-from flask import Response, json, request
+from flask import Response, request
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -22,9 +22,11 @@ from app.auth import caller
 from app.capacity import Holding
 from app.documents import JobDocument
 from app.gateway import Gateway, gateway
-from app.openai_answers import NO_TOKENS, extras_of, problem_of_end
+from app.openai_answers import extras_of, problem_of_end
 from app.openai_body import Asked
 from app.problems import PartUnavailable, Problem, Unauthenticated
+from app.schemas import openai as schemas
+from app.schemas.base import to_json
 from edges.encoding import encode
 from edges.eventlog import FINAL, PREVIEW, Event
 from edges.objectstore import StoreUnavailable, image_key
@@ -93,16 +95,22 @@ class _Told:
         is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (self._partials + 1)
         return self._partials < wanted and preview["step"] < preview["num_steps"] and is_far_enough
 
-    def _partial(self, preview: Mapping[str, Any]) -> dict[str, Any]:
+    def _partial(self, preview: Mapping[str, Any]) -> schemas.PartialImage:
         content = base64.b64decode(preview["jpeg_base64"])
         if self._output_format != "jpeg":
             pixels = np.asarray(Image.open(io.BytesIO(content), formats=["JPEG"]).convert("RGB"))
             content = encode(pixels, self._output_format)
-        told = self._head("partial_image", content) | {"partial_image_index": self._partials}
-        self._partials += 1
-        return told | {"step": preview["step"], "steps": preview["num_steps"], "job_id": self._extras["job_id"]}
+        index, self._partials = self._partials, self._partials + 1
+        return schemas.PartialImage(
+            type=f"{self._asked.event}.partial_image",
+            partial_image_index=index,
+            step=preview["step"],
+            steps=preview["num_steps"],
+            job_id=self._extras["job_id"],
+            **self._head(content),
+        )
 
-    def _final(self, job: Mapping[str, Any]) -> dict[str, Any]:
+    def _final(self, job: Mapping[str, Any]) -> schemas.CompletedImage | schemas.StreamError:
         failure = job["failure"] or {}
         problem = problem_of_end(uuid.UUID(job["id"]), job["state"], failure.get("code"))
         if problem is not None:
@@ -113,28 +121,35 @@ class _Told:
             content = self._parts.store.get(key)
         except StoreUnavailable:
             return _error(PartUnavailable("The object store cannot be reached right now.", part="object_store"))
-        digests = {name: image[name] for name in ("pixels_sha256", "content_sha256")}
+        kind = schemas.CompletedImageOnBehalf if self._asked.user else schemas.CompletedImage
         user = {"safety_identifier": self._asked.user} if self._asked.user else {}
-        return self._head("completed", content) | {"usage": NO_TOKENS, **user, **digests, **self._extras, "warnings": job["warnings"]}
+        return kind(
+            type=f"{self._asked.event}.completed",
+            usage=schemas.NO_TOKENS,
+            pixels_sha256=image["pixels_sha256"],
+            content_sha256=image["content_sha256"],
+            **user,
+            **self._extras | {"warnings": job["warnings"]},
+            **self._head(content),
+        )
 
-    def _head(self, what: str, content: bytes) -> dict[str, Any]:
+    def _head(self, content: bytes) -> dict[str, Any]:
+        """Return the members of `schemas.ImageEvent`."""
         return {
-            "type": f"{self._asked.event}.{what}",
             "b64_json": base64.b64encode(content).decode(),
             "created_at": int(time.time()),
             "size": self._size,
             "quality": self._asked.quality,
-            "background": "opaque",
             "output_format": self._output_format,
         }
 
 
-def _error(problem: Problem) -> dict[str, Any]:
-    return {"type": "error", "error": problem.openai_error()}
+def _error(problem: Problem) -> schemas.StreamError:
+    return schemas.StreamError(error=problem.openai_error())
 
 
-def _data(told: Mapping[str, Any]) -> str:
-    return f"data: {json.dumps(told)}\n\n"
+def _data(told: schemas.ImageEvent | schemas.StreamError) -> str:
+    return f"data: {to_json(told).decode()}\n\n"
 
 
 def _cancel(parts: Gateway, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> None:

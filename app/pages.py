@@ -10,12 +10,12 @@ from flask import Request, url_for
 
 from app.problems import InvalidQuery
 
-MAX_PAGE = 100
+MAX_PAGE, DEFAULT_PAGE = 100, 20  # rows
 
 
 def read_limit(request: Request) -> int:
     """How many rows are asked for. Raises InvalidQuery."""
-    return parse_limit(_once(request, "limit") or "20")
+    return parse_limit(_once(request, "limit") or str(DEFAULT_PAGE))
 
 
 def parse_limit(text: str) -> int:
@@ -52,7 +52,7 @@ def cursor_of(row_id: uuid.UUID) -> str:
 
 
 def next_page(
-    request: Request, endpoint: str, ids: Sequence[uuid.UUID], limit: int, *, more_before: uuid.UUID | None = None
+    request: Request, ids: Sequence[uuid.UUID], limit: int, *, more_before: uuid.UUID | None = None
 ) -> tuple[str | None, dict[str, str]]:
     """The cursor of the next page, None on the last one, and the `Link` to it.
 
@@ -63,4 +63,4 @@ def next_page(
     cursor = cursor_of(ids[limit - 1] if len(ids) > limit else more_before or ids[-1])
     said = {name: value for name, value in request.args.items() if name != "cursor"}
     query = urlencode(said | {"cursor": cursor})  # not by url_for: it has parameters of its own, and clients choose these names
-    return cursor, {"Link": f'<{url_for(endpoint, **request.view_args or {})}?{query}>; rel="next"'}
+    return cursor, {"Link": f'<{url_for(str(request.endpoint), **request.view_args or {})}?{query}>; rel="next"'}

@@ -52,7 +52,7 @@ Problem
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self, Unpack
 
 import structlog
 from flask import Flask, Response, g, json
@@ -60,26 +60,53 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import ClientDisconnected, HTTPException
 
+from app.schemas import problems as schemas
+from app.schemas.problems import FieldError, ProblemFacts
 from models.database import conflict
 
 log = structlog.get_logger(__name__)
 
 MOST_NAMED = 5  # wrong fields in one sentence
+_OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class Problem(Exception):
-    """One refusal: `title` is constant per type, `detail` tells this occurrence, further facts are members of their own."""
+    """One refusal: `title` and `about` are constant per type, `detail` tells this occurrence.
+
+    Further facts are members of their own, those of `schemas.ProblemFacts`. `title`, `about` and
+    `detail` are served: they are written for users of the API.
+    """
 
     slug, title, status = "unexpected", "Unexpected error", 500
     openai_type = ""  # "": what its status stands for
+    about = ""
 
-    def __init__(self, detail: str, *, retry_after_s: int | None = None, **members: Any) -> None:
+    def __init__(self, detail: str, *, retry_after_s: int | None = None, **members: Unpack[ProblemFacts]) -> None:
         super().__init__(detail)
-        self.detail, self.retry_after_s, self.members = detail, retry_after_s, members
+        self.detail = detail
+        self.retry_after_s = retry_after_s
+        self.members = members
+
+    @classmethod
+    def at(cls, field: str, detail: str, *, accepted: object = None, sentence: str | None = None) -> Self:
+        """Refuse what one field says.
+
+        field: its name, or the way to it, as adapters/0; empty: the whole body.  detail: what is
+        wrong with it, as `must be text`.  accepted: what would do; None: nobody can say.
+        sentence: the problem's own detail, where that is not field and detail together.
+        """
+        entry: FieldError = {"pointer": f"/{field}", "detail": detail}
+        if accepted is not None:
+            entry["accepted"] = accepted
+        return cls(sentence or f"{field or 'The body'} {detail}.", errors=[entry])
 
     def response(self) -> Response:
         """The application/problem+json answer."""
-        body = {**self.summary(), "instance": f"/requests/{g.get('request_id', 'unknown')}", "error": self.openai_error()}
+        body = schemas.Problem(
+            **self.summary(),
+            instance=f"/requests/{g.get('request_id', 'unknown')}",
+            error=self.openai_error(),
+        )
         response = Response(json.dumps(body), self.status, content_type="application/problem+json")
         response.headers["Cache-Control"] = "no-store"
         if self.retry_after_s is not None:
@@ -90,15 +117,25 @@ class Problem(Exception):
             response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return response
 
-    def summary(self) -> dict[str, Any]:
-        """What an answer says of it that is about more than this problem."""
-        return {"type": f"/problems/{self.slug}", "title": self.title, "status": self.status, "detail": self.detail, **self.members}
+    def summary(self) -> schemas.ProblemSummary:
+        """Say it as a part of an answer that is about more than this problem."""
+        return schemas.ProblemSummary(
+            type=f"/problems/{self.slug}",
+            title=self.title,
+            status=self.status,
+            detail=self.detail,
+            **self.members,
+        )
 
-    def openai_error(self) -> dict[str, Any]:
-        """The same in OpenAI's words: its clients take message, param and code from here."""
-        by_status = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
-        kind = self.openai_type or by_status.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
-        return {"message": self._message(), "type": kind, "param": self._param(), "code": self.slug.replace("-", "_")}
+    def openai_error(self) -> schemas.OpenAIError:
+        """Say it in OpenAI's words: its clients take message, param and code from here."""
+        otherwise = "server_error" if self.status >= 500 else "invalid_request_error"
+        return schemas.OpenAIError(
+            message=self._message(),
+            type=self.openai_type or _OPENAI_TYPES.get(self.status, otherwise),
+            param=self._param(),
+            code=self.slug.replace("-", "_"),
+        )
 
     def _message(self) -> str:
         """The detail, and the wrong fields that it does not name, each with what would be accepted."""
@@ -127,173 +164,145 @@ def _accepted(accepted: Any) -> str:
 
 
 class MalformedBody(Problem):
-    """The body is not what its content type says."""
-
     slug, title, status = "malformed-body", "Malformed body", 400
+    about = "The body is not what its content type says."
 
 
 class ModerationBlocked(Problem):
-    """The safety rules refuse the request or what came of it; the same words will be refused again."""
-
     slug, title, status = "moderation-blocked", "Moderation blocked", 400
     openai_type = "image_generation_user_error"
+    about = "The safety rules refuse the request, or what came of it; the same words will be refused again."
 
 
 class NotOffered(Problem):
-    """OpenAI's interface has it and this installation does not; `detail` says what could be asked for instead."""
-
     slug, title, status = "not-offered", "Not offered", 400
+    about = "OpenAI's interface has it, and this installation has not; `detail` says what to ask for."
 
 
 class Unauthenticated(Problem):
-    """A live API key is needed: Authorization: Bearer dr_…"""
-
     slug, title, status = "unauthenticated", "Unauthenticated", 401
+    about = "A live API key is needed: `Authorization: Bearer dr_…`."
 
 
 class Forbidden(Problem):
-    """The key is live and may not do this: it lacks the scope, or its tenant is not allowed the tier or model."""
-
     slug, title, status = "forbidden", "Forbidden", 403
+    about = "The key is live and may not do this: its scopes, or its tenant's tiers and models, forbid it."
 
 
 class LinkExpired(Problem):
-    """A link to an image holds for a while; GET /v1/jobs/{job_id}/images/{index} with a key always leads there."""
-
     slug, title, status = "link-expired", "Link expired", 403
+    about = "A link to an image holds for a while; the image's URL under /v1, with a key, always does."
 
 
 class NotFound(Problem):
-    """No such route."""
-
     slug, title, status = "not-found", "Not found", 404
+    about = "There is no such route here."
 
 
 class JobNotFound(Problem):
-    """No job of this tenant has that id."""
-
     slug, title, status = "job-not-found", "Job not found", 404
+    about = "No job of this tenant has that id."
 
 
 class ImageNotFound(Problem):
-    """The job has no image of that index."""
-
     slug, title, status = "image-not-found", "Image not found", 404
+    about = "The job has no image of that index."
 
 
 class FileNotFound(Problem):
-    """No picture of this tenant has that id."""
-
     slug, title, status = "file-not-found", "File not found", 404
+    about = "No picture of this tenant has that id."
 
 
 class WebhookNotFound(Problem):
-    """No webhook endpoint of this tenant has that id."""
-
     slug, title, status = "webhook-not-found", "Webhook not found", 404
+    about = "No webhook endpoint of this tenant has that id."
 
 
 class DeliveryNotFound(Problem):
-    """No delivery of this tenant's webhooks has that id."""
-
     slug, title, status = "delivery-not-found", "Delivery not found", 404
+    about = "No delivery of this tenant's webhooks has that id."
 
 
 class TenantNotFound(Problem):
-    """There is no such tenant."""
-
     slug, title, status = "tenant-not-found", "Tenant not found", 404
+    about = "There is no such tenant."
 
 
 class KeyNotFound(Problem):
-    """There is no such live key."""
-
     slug, title, status = "key-not-found", "Key not found", 404
+    about = "There is no such live key."
 
 
 class ModelNotFound(Problem):
-    """fleet.toml has no such model."""
-
     slug, title, status = "model-not-found", "Model not found", 404
+    about = "No model has that name, or your tenant may not use it; `accepted` lists those it may."
 
 
 class MethodNotAllowed(Problem):
-    """The route exists; `Allow` says for which methods."""
-
     slug, title, status = "method-not-allowed", "Method not allowed", 405
+    about = "The route exists; `Allow` says for which methods."
 
 
 class RequestTimeout(Problem):
-    """The body did not come in time, or stopped coming; send it again over a connection that keeps up."""
-
     slug, title, status = "request-timeout", "Request timeout", 408
+    about = "The body did not come in time; send it again over a connection that keeps up."
 
 
 class MethodUnknown(Problem):
-    """The request's method is none that any route here knows."""
-
     slug, title, status = "method-unknown", "Method unknown", 501
+    about = "The request's method is none that any route here knows."
 
 
 class ImageNotReady(Problem):
-    """The image is not stored; waiting helps only while the job is active."""
-
     slug, title, status = "image-not-ready", "Image not ready", 409
+    about = "The image is not stored; waiting helps only while the job is active."
 
 
 class JobAlreadyFinished(Problem):
-    """The job reached another final state before the cancel."""
-
     slug, title, status = "job-already-finished", "Job already finished", 409
+    about = "The job reached another final state before the cancel."
 
 
 class ReplayImpossible(Problem):
-    """What the job's parameters need is gone: they were erased, a picture was, or the model version is not in fleet.toml any more."""
-
     slug, title, status = "replay-impossible", "Replay impossible", 409
+    about = "What the job needs is gone: its parameters, a picture, or the version of its model."
 
 
 class FileInUse(Problem):
-    """A job that is not finished starts from this picture; wait for it or cancel it."""
-
     slug, title, status = "file-in-use", "File in use", 409
+    about = "A job that is not finished starts from this picture; wait for it or cancel it."
 
 
 class TenantExists(Problem):
-    """Another tenant has that name."""
-
     slug, title, status = "tenant-exists", "Tenant exists", 409
+    about = "Another tenant has that name."
 
 
 class StorageQuotaExceeded(Problem):
-    """The pictures that the tenant has stored take as many bytes as they may; delete some, waiting does not help."""
-
     slug, title, status = "storage-quota-exceeded", "Storage quota exceeded", 409
     openai_type = "insufficient_quota"
+    about = "The tenant's pictures take as many bytes as they may; delete some, waiting does not help."
 
 
 class Erased(Problem):
-    """It was there, and the tenant had it deleted; the audit log still says that it was."""
-
     slug, title, status = "erased", "Erased", 410
+    about = "It was there, and the tenant had it deleted; the audit log still says that it was."
 
 
 class BodyTooLarge(Problem):
-    """The body is larger than MAX_BODY_BYTES, or a batch than MAX_BATCH_BYTES."""
-
     slug, title, status = "body-too-large", "Body too large", 413
+    about = "The body is larger than this installation takes; `detail` says how large it may be."
 
 
 class UnsupportedMediaType(Problem):
-    """Send JSON as application/json."""
-
     slug, title, status = "unsupported-media-type", "Unsupported media type", 415
+    about = "Send JSON as application/json."
 
 
 class RangeNotSatisfiable(Problem):
-    """The picture has no such bytes; `size_bytes` says how many it has."""
-
     slug, title, status = "range-not-satisfiable", "Range not satisfiable", 416
+    about = "The picture has no such bytes; `size_bytes` says how many it has."
 
     def response(self) -> Response:
         """With the size where HTTP has it."""
@@ -303,124 +312,104 @@ class RangeNotSatisfiable(Problem):
 
 
 class InvalidImageRequest(Problem):
-    """Fields that no worker could ever render; `errors` has a pointer, a detail and what is accepted for each."""
-
     slug, title, status = "invalid-image-request", "Invalid image request", 422
+    about = "No worker could ever render this; `errors` points at each wrong field."
 
 
 class InvalidRequest(Problem):
-    """Fields that cannot be used; `errors` has a pointer, a detail and what is accepted for each."""
-
     slug, title, status = "invalid-request", "Invalid request", 422
+    about = "Fields cannot be used; `errors` points at each, and says what would be accepted."
 
 
 class InvalidPicture(Problem):
-    """The upload is not a picture that can be used; `detail` says why, `accepted` what could be."""
-
     slug, title, status = "invalid-picture", "Invalid picture", 422
+    about = "The upload is no picture that can be used; `detail` says why, `accepted` what could be."
 
 
 class InvalidQuery(Problem):
-    """A query parameter or header that cannot be used; the member `accepted` says what could be."""
-
     slug, title, status = "invalid-query", "Invalid query", 422
+    about = "A query parameter or header cannot be used; `accepted` says what could be."
 
 
 class IdempotencyKeyReused(Problem):
-    """The Idempotency-Key came before with another body; send a new key with a new request."""
-
     slug, title, status = "idempotency-key-reused", "Idempotency key reused", 422
+    about = "The key came before with another request; send a new key with a new request."
 
 
 class RateLimited(Problem):
-    """The tenant's requests of the last minute are as many as it may send; waiting helps."""
-
     slug, title, status = "rate-limited", "Rate limited", 429
+    about = "The tenant's requests of the last minute are as many as it may send; waiting helps."
 
 
 class BudgetSpent(Problem):
-    """The tenant's budget of megapixel-steps is spent; it fills again by itself."""
-
     slug, title, status = "budget-spent", "Budget spent", 429
+    about = "The tenant's budget of megapixel-steps is spent; it fills again by itself."
 
 
 class TooManyJobs(Problem):
-    """As many jobs of the tenant are under way as may be; the next one fits when one of them has ended."""
-
     slug, title, status = "too-many-jobs", "Too many jobs", 429
+    about = "As many jobs of the tenant are under way as may be; wait until one has ended."
 
 
 class QuotaExceeded(Problem):
-    """The tenant's quota of megapixel-steps for this day or month is used up."""
-
     slug, title, status = "quota-exceeded", "Quota exceeded", 429
     openai_type = "insufficient_quota"
+    about = "The tenant's quota of megapixel-steps for this day or month is used up."
 
 
 class TenantQueueFull(Problem):
-    """The tenant's own jobs in this tier wait for as much device time as may wait; waiting helps."""
-
     slug, title, status = "tenant-queue-full", "Tenant queue full", 429
+    about = "As much work of the tenant's waits in this tier as may wait; waiting helps."
 
 
 class StreamsExhausted(Problem):
-    """This gateway process has as many event streams open as it may; another one, or a moment later, will do."""
-
     slug, title, status = "streams-exhausted", "Streams exhausted", 503
+    about = "As many event streams are open here as may be; try again in a moment."
 
 
 class WaitsExhausted(Problem):
-    """This gateway process has as many clients waiting as it may; no job was made. Ask again in a moment, or POST /v1/jobs and look."""
-
     slug, title, status = "waits-exhausted", "Waits exhausted", 503
+    about = "As many calls wait here as may. No job was made: ask again, or POST /v1/jobs and look."
 
 
 class UploadsExhausted(Problem):
-    """This gateway process has as many large bodies coming in as it may, or no room left for them; a moment later will do."""
-
     slug, title, status = "uploads-exhausted", "Uploads exhausted", 503
+    about = "As many large bodies come in here as may; try again in a moment."
 
 
 class FleetSaturated(Problem):
-    """More is asked of all workers together than they can begin in time; waiting helps, and so does a tier with a longer deadline."""
-
     slug, title, status = "fleet-saturated", "Fleet saturated", 503
+    about = "More is asked of the workers than they can begin in time; waiting helps, or a slower tier."
 
 
 class ModelUnserved(Problem):
-    """No live worker holds the model and nothing starts one; an operator has to."""
-
     slug, title, status = "model-unserved", "Model unserved", 503
+    about = "No worker holds the model and none is to come; an operator has to start one."
 
 
 class Unexpected(Problem):
-    """A fault of ours; the request id finds it in the logs."""
-
     slug, title, status = "unexpected", "Unexpected error", 500
+    about = "A fault of ours; the request id finds it in the logs."
 
 
 class JobFailed(Problem):
-    """The job behind this call failed, and not by what was asked for; `job_id` finds it."""
-
     slug, title, status = "job-failed", "Job failed", 500
+    about = "The job behind this call failed, and not by what was asked for; `job_id` finds it."
 
 
 class JobExpired(Problem):
-    """The job behind this call was not begun before its start deadline; waiting helps, or a tier with a longer one."""
-
     slug, title, status = "job-expired", "Job expired", 503
+    about = "The job was not begun before its start deadline; waiting helps, or a slower tier."
 
 
 class JobUnfinished(Problem):
-    """The job behind this call goes on: the same request, tried again, waits for it, and GET /v1/jobs/{job_id} shows it."""
-
     slug, title, status = "job-unfinished", "Job unfinished", 504
+    about = "The job goes on: the same request, tried again, waits for it; GET /v1/jobs/{job_id} shows it."
 
 
 class PartUnavailable(Problem):
-    """Something the answer needs is away; the same request will do later."""
-
     slug, title, status = "part-unavailable", "Part unavailable", 503
+    about = "Something the answer needs is away; the same request will do later."
 
 
 _BY_STATUS = {kind.status: kind for kind in (MalformedBody, NotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType)}
@@ -438,11 +427,11 @@ def register(app: Flask) -> None:
 
 
 def explain(slug: str) -> Response:
-    """What a problem's `type` leads to."""
+    """Answer GET of a problem's `type`: what it means."""
     for kind in Problem.__subclasses__():
         if kind.slug == slug:
-            about = {"type": f"/problems/{slug}", "title": kind.title, "status": kind.status, "about": kind.__doc__}
-            return Response(json.dumps(about), content_type="application/json")
+            meant = schemas.ProblemType(type=f"/problems/{slug}", title=kind.title, status=kind.status, about=kind.about)
+            return Response(json.dumps(meant), content_type="application/json")
     raise NotFound(f"There is no problem {slug[:64]!r}.")
 
 

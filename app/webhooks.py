@@ -2,20 +2,22 @@
 
 import uuid
 from collections.abc import Sequence
-from datetime import datetime
-from typing import Any
+from typing import Annotated, Any
 
 import structlog
-from flask import Blueprint, jsonify, request, url_for
+from flask import Blueprint, request, url_for
 from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ConfigDict
 from sqlalchemy.orm import Session
 
+from app.answers import answer, answer_page, whole_list
 from app.auth import caller, require_key
 from app.body import parse, read_object
 from app.gateway import gateway
-from app.pages import next_page, read_cursor, read_limit
+from app.pages import read_cursor, read_limit
 from app.problems import DeliveryNotFound, InvalidQuery, InvalidRequest, WebhookNotFound
+from app.schemas import webhooks as schemas
+from app.schemas.base import one_of, says
 from edges.broker import BrokerUnavailable
 from edges.webhooks import new_secret
 from models import webhooks
@@ -33,14 +35,19 @@ bp.before_request(require_key)
 MAX_DESCRIPTION_CHARS = 256
 
 
+Url = Annotated[str, says("Where to send events: an https URL of a public host.")]
+Events = Annotated[list[Annotated[str, one_of(EVENTS)]], says("What to hear of.", minItems=1)]
+Description = Annotated[str, says("Your own words.", maxLength=MAX_DESCRIPTION_CHARS)]
+
+
 class EndpointBody(BaseModel):
     """The body of POST /v1/webhooks."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    url: str
-    events: list[str] = list(EVENTS)
-    description: str = ""
+    url: Url
+    events: Events = list(EVENTS)
+    description: Description = ""
 
 
 class EndpointChange(BaseModel):
@@ -48,10 +55,10 @@ class EndpointChange(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
-    url: str | None = None
-    events: list[str] | None = None
-    description: str | None = None
-    enabled: bool | None = None
+    url: Annotated[Url | None, says("Where to send events.")] = None
+    events: Annotated[Events | None, says("What to hear of.")] = None
+    description: Annotated[Description | None, says("Your own words.")] = None
+    enabled: Annotated[bool | None, says("False: send nothing there; true: send again.")] = None
 
 
 @bp.post("")
@@ -61,16 +68,23 @@ def create_webhook() -> ResponseReturnValue:
     _check(body.url, body.events, body.description)
     secret = new_secret()
 
-    def create(session: Session) -> dict[str, Any]:
+    def create(session: Session) -> schemas.Webhook:
         if webhooks.count(session, tenant_id=caller().tenant_id) >= MAX_ENDPOINTS:
             raise InvalidRequest(f"There are {MAX_ENDPOINTS} endpoints; delete one first.", accepted={"max_endpoints": MAX_ENDPOINTS})
-        by = {"tenant_id": caller().tenant_id, "actor": caller().actor}
-        endpoint = webhooks.create(session, url=body.url, events=_in_order(body.events), description=body.description, secret=secret, **by)
+        endpoint = webhooks.create(
+            session,
+            tenant_id=caller().tenant_id,
+            url=body.url,
+            events=_in_order(body.events),
+            description=body.description,
+            secret=secret,
+            actor=caller().actor,
+        )
         session.refresh(endpoint)
-        return _endpoint_view(endpoint)
+        return _endpoint_view(endpoint, schemas.NewWebhook, secret=secret)
 
     view = run_transaction(gateway().database, create)
-    return jsonify(view | {"secret": secret}), 201, {"Location": url_for(".show_webhook", endpoint_id=view["id"])}
+    return answer(view, 201, {"Location": view.urls.self})
 
 
 @bp.get("")
@@ -78,14 +92,14 @@ def list_webhooks() -> ResponseReturnValue:
     """The tenant's endpoints, oldest first; there are never many."""
     with transaction(gateway().database) as session:
         found = [_endpoint_view(endpoint) for endpoint in webhooks.of_tenant(session, tenant_id=caller().tenant_id)]
-    return jsonify(object="list", data=found, has_more=False, next_cursor=None)
+    return whole_list(schemas.WebhookPage, found)
 
 
 @bp.get("/<uuid:endpoint_id>")
 def show_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """One endpoint, without its secret."""
+    """Show one endpoint, without its secret."""
     with transaction(gateway().database) as session:
-        return jsonify(_endpoint_view(_found(session, endpoint_id)))
+        return answer(_endpoint_view(_found(session, endpoint_id)))
 
 
 @bp.patch("/<uuid:endpoint_id>")
@@ -96,13 +110,13 @@ def change_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     events = None if body.events is None else _in_order(body.events)
     changes = {"url": body.url, "events": events, "description": body.description, "enabled": body.enabled}
 
-    def change(session: Session) -> dict[str, Any]:
+    def change(session: Session) -> schemas.Webhook:
         endpoint = _locked(session, endpoint_id)
         webhooks.change(session, endpoint, actor=caller().actor, **changes)
         session.refresh(endpoint)
         return _endpoint_view(endpoint)
 
-    return jsonify(run_transaction(gateway().database, change))
+    return answer(run_transaction(gateway().database, change))
 
 
 @bp.delete("/<uuid:endpoint_id>")
@@ -118,13 +132,17 @@ def rotate_secret(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """A new secret, shown this once. For a day the one before it signs, too: receivers may change over at their leisure."""
     secret = new_secret()
 
-    def rotate(session: Session) -> dict[str, Any]:
+    def rotate(session: Session) -> schemas.Webhook:
         endpoint = _locked(session, endpoint_id)
         webhooks.rotate(session, endpoint, secret=secret, grace_s=SECRET_GRACE_S, actor=caller().actor)
-        return _endpoint_view(endpoint)
+        return _endpoint_view(
+            endpoint,
+            schemas.RotatedWebhook,
+            secret=secret,
+            former_secret_signs_for_s=int(SECRET_GRACE_S),
+        )
 
-    view = run_transaction(gateway().database, rotate)
-    return jsonify(view | {"secret": secret, "former_secret_signs_for_s": int(SECRET_GRACE_S)})
+    return answer(run_transaction(gateway().database, rotate))
 
 
 @bp.post("/<uuid:endpoint_id>/test")
@@ -139,7 +157,7 @@ def send_test(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 
     delivery = run_transaction(gateway().database, note)
     _hand_out(delivery.id)
-    return jsonify(_delivery_view(delivery, [])), 202
+    return answer(_delivery_view(delivery, []), 202)
 
 
 @bp.get("/<uuid:endpoint_id>/deliveries")
@@ -152,9 +170,14 @@ def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     with transaction(gateway().database) as session:
         _found(session, endpoint_id)
         rows = webhooks.page(session, endpoint_id, limit=limit + 1, before=before, state=state)
-    cursor, link = next_page(request, ".list_deliveries", [delivery.id for delivery, _ in rows], limit)
-    data = [_delivery_view(delivery, attempts) for delivery, attempts in rows[:limit]]
-    return jsonify(object="list", data=data, has_more=cursor is not None, next_cursor=cursor), 200, link
+    return answer_page(
+        request,
+        schemas.DeliveryPage,
+        rows,
+        lambda row: _delivery_view(*row),
+        limit=limit,
+        id_of=lambda row: row[0].id,
+    )
 
 
 @bp.post("/deliveries/<uuid:delivery_id>/redeliver")
@@ -165,7 +188,7 @@ def redeliver(delivery_id: uuid.UUID) -> ResponseReturnValue:
     if delivery is None:
         raise DeliveryNotFound(f"There is no delivery {delivery_id}.")
     _hand_out(delivery_id)
-    return jsonify(_delivery_view(delivery, [])), 202
+    return answer(_delivery_view(delivery, []), 202)
 
 
 def _hand_out(delivery_id: uuid.UUID) -> None:
@@ -192,53 +215,55 @@ def _locked(session: Session, endpoint_id: uuid.UUID) -> WebhookEndpoint:
 def _check(url: str | None, events: Sequence[str] | None, description: str | None) -> None:
     """Raises InvalidRequest for what is of the right type and of no use."""
     if url is not None and (why := gateway().outbound.refusal(url)) is not None:
-        raise _refused("url", why, "an https URL of a public host")
+        raise InvalidRequest.at("url", why, accepted="an https URL of a public host")
     if events is not None and (not events or set(events) - set(EVENTS)):
-        raise _refused("events", "must name at least one event, and only those there are", list(EVENTS))
+        detail = "must name at least one event, and only those there are"
+        raise InvalidRequest.at("events", detail, accepted=list(EVENTS))
     if description is not None and not (len(description) <= MAX_DESCRIPTION_CHARS and is_human(description)):
         detail = f"must be text of at most {MAX_DESCRIPTION_CHARS} characters, without control characters"
-        raise _refused("description", detail, {"max_chars": MAX_DESCRIPTION_CHARS})
-
-
-def _refused(field: str, detail: str, accepted: object) -> InvalidRequest:
-    return InvalidRequest(f"{field} {detail}.", errors=[{"pointer": f"/{field}", "detail": detail, "accepted": accepted}])
+        raise InvalidRequest.at("description", detail, accepted={"max_chars": MAX_DESCRIPTION_CHARS})
 
 
 def _in_order(events: Sequence[str]) -> list[str]:
     return [event for event in EVENTS if event in events]
 
 
-def _endpoint_view(endpoint: WebhookEndpoint) -> dict[str, Any]:
-    return {
-        "id": str(endpoint.id),
-        "object": "webhook",
-        "url": endpoint.url,
-        "events": endpoint.events,
-        "description": endpoint.description,
-        "created_at": _instant(endpoint.created_at),
-        "disabled_at": _instant(endpoint.disabled_at),
-        "disabled_reason": endpoint.disabled_reason,
-        "urls": {
-            "self": url_for("webhooks.show_webhook", endpoint_id=endpoint.id),
-            "deliveries": url_for("webhooks.list_deliveries", endpoint_id=endpoint.id),
-        },
-    }
+def _endpoint_view(endpoint: WebhookEndpoint, kind: type[schemas.Webhook] = schemas.Webhook, **more: Any) -> schemas.Webhook:
+    """Show an endpoint as a document of the kind; `more`: the members that it has beside."""
+    return kind(
+        id=endpoint.id,
+        url=endpoint.url,
+        events=endpoint.events,
+        description=endpoint.description,
+        created_at=endpoint.created_at,
+        disabled_at=endpoint.disabled_at,
+        disabled_reason=endpoint.disabled_reason,
+        urls=schemas.WebhookUrls(
+            self=url_for("webhooks.show_webhook", endpoint_id=endpoint.id),
+            deliveries=url_for("webhooks.list_deliveries", endpoint_id=endpoint.id),
+        ),
+        **more,
+    )
 
 
-def _delivery_view(delivery: WebhookDelivery, attempts: Sequence[WebhookAttempt]) -> dict[str, Any]:
-    tried = [{"attempt": a.attempt, "at": _instant(a.at), "status": a.status, "error": a.error, "took_s": a.took_s} for a in attempts]
-    return {
-        "id": str(delivery.id),
-        "object": "webhook.delivery",
-        "event": delivery.event,
-        "job_id": str(delivery.job_id) if delivery.job_id else None,
-        "state": delivery.state,
-        "created_at": _instant(delivery.created_at),
-        "due_at": _instant(delivery.due_at),
-        "ended_at": _instant(delivery.ended_at),
-        "attempts": tried,
-    }
+def _delivery_view(delivery: WebhookDelivery, attempts: Sequence[WebhookAttempt]) -> schemas.Delivery:
+    return schemas.Delivery(
+        id=delivery.id,
+        event=delivery.event,
+        job_id=delivery.job_id,
+        state=delivery.state,
+        created_at=delivery.created_at,
+        due_at=delivery.due_at,
+        ended_at=delivery.ended_at,
+        attempts=[_attempt_view(attempt) for attempt in attempts],
+    )
 
 
-def _instant(at: datetime | None) -> str | None:
-    return at.isoformat() if at else None
+def _attempt_view(attempt: WebhookAttempt) -> schemas.DeliveryAttempt:
+    return schemas.DeliveryAttempt(
+        attempt=attempt.attempt,
+        at=attempt.at,
+        status=attempt.status,
+        error=attempt.error,
+        took_s=attempt.took_s,
+    )

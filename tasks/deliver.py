@@ -23,8 +23,9 @@ from edges.outbound import Outbound, Unreachable
 from edges.webhooks import headers
 from models import jobs, webhooks
 from models.database import run_transaction, transaction
-from models.tables import Job
+from models.tables import Image, Job
 from models.webhooks import Claim, TooManyUnderWay, Tried
+from policy.instants import rfc3339
 from policy.webhooks import GIVE_UP_AFTER_S, SLOW_AFTER_S, next_try_s
 
 log = structlog.get_logger(__name__)
@@ -118,36 +119,47 @@ def message(claim: Claim, job: Job | None, at: datetime, *, public_url: str = ""
     public_url: where its links begin; without one they are paths.
     """
     if job is None:
-        return {"type": claim.event, "timestamp": at.isoformat(), "data": {}}
-    happened_at = job.finished_at or at
-    return {"type": claim.event, "timestamp": happened_at.isoformat(), "data": _facts(job, public_url)}
+        return {"type": claim.event, "timestamp": rfc3339(at), "data": {}}
+    ended_at = rfc3339(job.finished_at or at)
+    return {"type": claim.event, "timestamp": ended_at, "data": _job_facts(job, public_url)}
 
 
-def _facts(job: Job, public_url: str) -> dict[str, Any]:
-    names = ("state", "tier", "model", "model_version", "seed")
-    instants = {"created_at": job.accepted_at, "started_at": job.started_at, "finished_at": job.finished_at}
+def _job_facts(job: Job, public_url: str) -> dict[str, Any]:
+    """Tell of a job as `app.schemas.events.EndedJob` describes it."""
     own = f"{public_url}/v1/jobs/{job.id}"
+    cost = {"amount": str(job.cost), "currency": job.currency} if job.cost is not None else None
     return {
         "id": str(job.id),
         "object": "job",
-        **{name: getattr(job, name) for name in names},
+        "state": job.state,
+        "tier": job.tier,
+        "model": job.model,
+        "model_version": job.model_version,
+        "seed": job.seed,
         "n": job.num_images,
         "metadata": job.tenant_metadata or {},
         "failure": {"code": job.failure_code} if job.failure_code else None,
-        "cost": {"amount": str(job.cost), "currency": job.currency} if job.cost is not None else None,
-        **{name: at.isoformat() if at else None for name, at in instants.items()},
+        "cost": cost,
+        "created_at": rfc3339(job.accepted_at),
+        "started_at": rfc3339(job.started_at) if job.started_at else None,
+        "finished_at": rfc3339(job.finished_at) if job.finished_at else None,
         "images": [_image_facts(own, image) for image in job.images],
         "urls": {"self": own},
     }
 
 
-def _image_facts(own: str, image: Any) -> dict[str, Any]:
-    names = ("pixels_sha256", "content_sha256", "content_type", "size_bytes", "width_px", "height_px")
-    stored = {name: getattr(image.artifact, name) for name in names} if image.artifact is not None else {}
-    return {
-        "index": image.index,
-        "seed": image.seed,
-        "state": image.state,
-        **stored,
-        "url": f"{own}/images/{image.index}" if stored else None,
+def _image_facts(own: str, image: Image) -> dict[str, Any]:
+    """Tell of an image as `app.schemas.events.StoredImage` or `MissingImage` describes it."""
+    facts = {"index": image.index, "seed": image.seed, "state": image.state}
+    artifact = image.artifact
+    if artifact is None:
+        return facts | {"url": None}
+    return facts | {
+        "pixels_sha256": artifact.pixels_sha256,
+        "content_sha256": artifact.content_sha256,
+        "content_type": artifact.content_type,
+        "size_bytes": artifact.size_bytes,
+        "width_px": artifact.width_px,
+        "height_px": artifact.height_px,
+        "url": f"{own}/images/{image.index}",
     }

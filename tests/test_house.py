@@ -108,6 +108,12 @@ def test_decisions_do_no_io_and_ask_no_clock():
         assert not calls & {"open", "print", "input", "datetime.now", "datetime.utcnow"}, path
 
 
+def test_documents_know_neither_requests_nor_rows():
+    unknown = {"flask", "sqlalchemy", "models.tables", "app.views", "app.gateway"}
+
+    assert {(file, name) for file, name in imported("app/schemas") if any(f"{name}.".startswith(f"{each}.") for each in unknown)} == set()
+
+
 def test_one_module_of_edges_knows_celery():
     assert {file for file, name in imported("edges") if top(name) in ("celery", "kombu")} == {"edges/broker.py"}
 

@@ -1,1 +1,1 @@
-"""The OpenAPI document: what answers look like (schemas), what can be asked (operations), and both put together (document)."""
+"""Describe the interface: what can be asked (operations), with what parameters, and all of it as one OpenAPI document."""

@@ -1,20 +1,34 @@
-"""The OpenAPI 3.1 document of the running gateway: from its own routes and their docstrings, its request bodies and the schemas."""
+"""Build the OpenAPI 3.1 document of the running gateway: its routes, their operations, and the documents that they take and answer."""
 
+import inspect
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from flask import Flask
-from pydantic import BaseModel
+from pydantic import TypeAdapter
+from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
-from app.spec.operations import JSON, OPERATIONS, Operation
-from app.spec.schemas import SCHEMAS, Schema, ref
+from app.admin import TenantChange
+from app.body import JobBody
+from app.schemas.account import Limits, Tenant
+from app.schemas.base import adapter_of
+from app.schemas.bodies import JobFields
+from app.schemas.problems import Problem
+from app.spec.job_fields import job_fields
+from app.spec.operation import JSON, STREAM, Operation, Parameter, Schema
+from app.spec.operations import OPERATIONS
+from app.spec.operations.webhooks import MESSAGES
 from policy.fleet import Fleet
 from policy.formats import FORMATS
+from settings import GatewaySettings
 
 VERSION = "1.0.0"
 PROBLEM = "application/problem+json"
-ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal is `application/problem+json` that names
-the field and what would be accepted. Members may be added to answers at any time: ignore those you do not know."""
+ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal is
+`application/problem+json` that names the field and what would be accepted. Members may be added to
+answers at any time: ignore those you do not know. `X-Request-Id` names a request; send your own, or
+read ours from the answer."""
 TAGS = {  # blueprint -> the heading of its operations, in the order in which the page shows them
     "jobs": "Jobs",
     "batches": "Jobs",
@@ -26,7 +40,10 @@ TAGS = {  # blueprint -> the heading of its operations, in the order in which th
     "webhooks": "Webhooks",
     "account": "Your key and usage",
     "admin": "Administration",
+    "health": "The gateway itself",
+    "explain": "The gateway itself",
 }
+LEFT_OUT = {"static", "openapi.show_spec", "openapi.show_docs", "links.show_linked"}  # no interface of programs
 _KINDS: dict[str, Schema] = {
     "uuid": {"type": "string", "format": "uuid"},
     "int": {"type": "integer", "minimum": 0},
@@ -34,109 +51,236 @@ _KINDS: dict[str, Schema] = {
     "": {"type": "string"},
 }
 _ARGUMENT = re.compile(r"<(?:(\w+):)?(\w+)>")
+_REF = "#/components/schemas/{model}"
+_SIGNED_BY = {
+    "webhook-id": "The delivery's id, the same at every attempt.",
+    "webhook-timestamp": "When this attempt was made, in seconds since 1970.",
+    "webhook-signature": "Signatures of the message (Standard Webhooks).",
+}
 
 
 def paths_of(app: Flask) -> dict[tuple[str, str], tuple[str, dict[str, Schema]]]:
-    """Every route under /v1: (method, path as OpenAPI writes it) -> the view's endpoint and its arguments."""
+    """List every route of the interface: (method, path as OpenAPI writes it) -> endpoint and arguments."""
     found = {}
     for rule in app.url_map.iter_rules():
-        if rule.rule.startswith("/v1"):
-            arguments = {name: _KINDS[kind or ""] for kind, name in _ARGUMENT.findall(rule.rule)}
-            for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
-                found[method, _ARGUMENT.sub(r"{\2}", rule.rule)] = (rule.endpoint, arguments)
+        if rule.endpoint in LEFT_OUT:
+            continue
+        arguments = {name: _KINDS[kind or ""] for kind, name in _ARGUMENT.findall(rule.rule)}
+        for method in (rule.methods or set()) - {"HEAD", "OPTIONS"}:
+            found[method, _ARGUMENT.sub(r"{\2}", rule.rule)] = (rule.endpoint, arguments)
     return found
 
 
-def build(app: Flask, fleet: Fleet, root: str = "/") -> dict[str, Any]:
-    """The document; `root` is the path under which clients reach the gateway. KeyError for a route that `OPERATIONS` does not describe."""
-    bodies: dict[str, Schema] = {}
+def build(app: Flask, fleet: Fleet, settings: GatewaySettings, root: str = "/") -> dict[str, Any]:
+    """Build the document; `root` is the path under which clients reach the gateway.
+
+    KeyError for a route that `OPERATIONS` does not describe.
+    """
+    shapes = _Shapes(fleet)
     paths: dict[str, dict[str, Any]] = {}
-    for (method, path), (endpoint, arguments) in sorted(paths_of(app).items(), key=lambda item: item[0][::-1]):
-        operation = OPERATIONS[method, path]
-        view = app.view_functions[endpoint]
-        paths.setdefault(path, {})[method.lower()] = _described(operation, endpoint, view.__doc__ or "", arguments, bodies)
-    _narrow(bodies, fleet)
+    routes = sorted(paths_of(app).items(), key=lambda item: item[0][::-1])
+    for (method, path), (endpoint, arguments) in routes:
+        described = _operation(OPERATIONS[method, path], endpoint, arguments, shapes, settings)
+        paths.setdefault(path, {})[method.lower()] = described
+    problem = {"description": "A refusal that says why", "content": shapes.content((Problem,), PROBLEM)}
     return {
         "openapi": "3.1.0",
         "info": {
             "title": "Darkroom",
             "version": VERSION,
-            "description": ABOUT,
+            "description": " ".join(ABOUT.split()),
             "license": {"name": "Apache-2.0", "identifier": "Apache-2.0"},
         },
         "servers": [{"url": root}],
         "security": [{"key": []}],
         "tags": [{"name": name} for name in dict.fromkeys(TAGS.values())],
         "paths": paths,
+        "webhooks": {name: _message(name, shapes) for name in MESSAGES},
         "components": {
             "securitySchemes": {"key": {"type": "http", "scheme": "bearer"}},
-            "schemas": SCHEMAS | bodies,
-            "responses": {"Problem": {"description": "A refusal that says why", "content": {PROBLEM: {"schema": ref("Problem")}}}},
+            "schemas": shapes.definitions,
+            "responses": {"Problem": problem},
         },
     }
 
 
-def _described(operation: Operation, endpoint: str, about: str, arguments: dict[str, Schema], bodies: dict[str, Schema]) -> dict[str, Any]:
-    parameters = [_parameter("path", name, schema, required=True) for name, schema in arguments.items()]
-    parameters += [_parameter("query", name, schema) for name, schema in operation.query.items()]
-    parameters += [_parameter("header", name, schema) for name, schema in operation.headers.items()]
+class _PlainSchema(GenerateJsonSchema):
+    """JSON Schema without what pydantic makes of names in our code, and of docstrings."""
+
+    def field_title_should_be_set(self, schema: Any) -> bool:
+        return False
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        """Say that an answer has what its dataclass has, and a TypedDict what it says itself."""
+        if field["type"] == "typed-dict-field":
+            return bool(field.get("required", total))
+        return self.mode == "serialization" or super().field_is_required(field, total)
+
+    def model_schema(self, schema: Any) -> Schema:
+        return _without_names(super().model_schema(schema), schema)
+
+    def dataclass_schema(self, schema: Any) -> Schema:
+        return _without_names(super().dataclass_schema(schema), schema)
+
+    def typed_dict_schema(self, schema: Any) -> Schema:
+        return _without_names(super().typed_dict_schema(schema), schema)
+
+
+class _Shapes:
+    """The documents of all operations as components of one document."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        wanted = list(dict.fromkeys(_kinds()))
+        self._refs, whole = TypeAdapter.json_schemas(
+            [(kind, mode, adapter_of(kind)) for kind, mode in wanted],
+            schema_generator=_PlainSchema,
+            ref_template=_REF,
+        )
+        self.definitions: dict[str, Schema] = whole["$defs"]
+        self._describe_jobs(fleet)
+        self._describe_limits()
+
+    def of(self, kinds: Iterable[Any], mode: JsonSchemaMode = "serialization") -> Schema:
+        """Return the schema of what is any of the kinds."""
+        refs = [self._refs[kind, mode] for kind in kinds]
+        return refs[0] if len(refs) == 1 else {"anyOf": refs}
+
+    def content(self, kinds: Iterable[Any], media_type: str = JSON) -> dict[str, Any]:
+        """Return the content of an answer that is any of the kinds."""
+        return {media_type: {"schema": self.of(kinds)}}
+
+    def body(self, kind: Any) -> Schema:
+        """Return the schema of a body."""
+        return kind if isinstance(kind, dict) else self.of((kind,), "validation")
+
+    def _describe_jobs(self, fleet: Fleet) -> None:
+        """Say what a job's fields mean and may be; `JobFields` are the same, none of them required."""
+        job = self.definitions[JobBody.__name__]
+        for name, keywords in job_fields(fleet).items():
+            _add(job["properties"][name], keywords)
+        self.definitions[JobFields.__name__] = {name: value for name, value in job.items() if name != "required"}
+
+    def _describe_limits(self) -> None:
+        """Say of limits that are changed what is said of those that are shown."""
+        changed = self.definitions[TenantChange.__name__]["properties"]
+        for name, member in self.definitions[Tenant.__name__]["properties"].items():
+            if name in changed:
+                changed[name].setdefault("description", member["description"])
+        for name, member in self.definitions[Limits.__name__]["properties"].items():
+            changed[name].setdefault("description", member["description"])
+
+
+def _kinds() -> Iterable[tuple[Any, JsonSchemaMode]]:
+    """List every kind of document that operations name, and which way it goes."""
+    yield Problem, "serialization"
+    for kind, _ in MESSAGES.values():
+        yield kind, "serialization"
+    for operation in OPERATIONS.values():
+        for kinds in (operation.answers, *operation.failures.values(), *operation.events.values()):
+            yield from ((kind, "serialization") for kind in kinds)
+        for body in operation.body.values():
+            if not isinstance(body, dict):
+                yield body, "validation"
+
+
+def _without_names(described: Schema, schema: Any) -> Schema:
+    """Take away a document's title and docstring: they are for whoever reads the code."""
+    described.pop("title", None)
+    if described.get("description") == inspect.getdoc(schema["cls"]):
+        described.pop("description", None)
+    return described
+
+
+def _add(member: Schema, keywords: Schema) -> None:
+    """Add a description, and what bounds a value, to a member that may be null."""
+    bounds = {name: value for name, value in keywords.items() if name != "description"}
+    member["description"] = keywords["description"]
+    bounded = next((each for each in member.get("anyOf", ()) if each["type"] != "null"), member)
+    bounded |= bounds
+
+
+def _operation(
+    operation: Operation,
+    endpoint: str,
+    arguments: dict[str, Schema],
+    shapes: _Shapes,
+    settings: GatewaySettings,
+) -> dict[str, Any]:
+    in_path = [{"name": name, "in": "path", "required": True, "schema": schema} for name, schema in arguments.items()]
     described: dict[str, Any] = {
         "operationId": endpoint.replace(".", "_"),
         "tags": [TAGS[endpoint.partition(".")[0]]],
         "summary": operation.summary,
-        "description": " ".join(about.split()),
-        "parameters": parameters,
-        "responses": _responses(operation),
+        "description": operation.description,
+        "parameters": in_path + [_parameter(each, settings) for each in operation.parameters],
+        "responses": _responses(operation, shapes),
     }
-    if operation.body is not None:
-        content: dict[str, Any] = {"schema": _body(operation.body, bodies)}
-        if operation.example is not None:
-            content["example"] = operation.example
-        kinds = {operation.body_type: content} | ({JSON: {"schema": operation.json_body}} if operation.json_body is not None else {})
-        described["requestBody"] = {"required": not operation.bare, "content": kinds}
+    if operation.body:
+        described["requestBody"] = _body(operation, shapes)
+    if not operation.needs_key:
+        described["security"] = []
     return described
 
 
-def _responses(operation: Operation) -> dict[str, Any]:
-    good: dict[str, Any] = {"description": "As asked"}
-    if operation.answer is not None:
-        good["content"] = {JSON: {"schema": ref(operation.answer)}}
-    elif operation.media_type != JSON:
-        good["content"] = {operation.media_type: {"schema": {"type": "string"}}}
-    others: dict[str, Any] = {str(status): {"description": "Nothing has changed"} for status in operation.others}
+def _parameter(parameter: Parameter, settings: GatewaySettings) -> dict[str, Any]:
+    about = parameter.about if isinstance(parameter.about, str) else parameter.about(settings)
+    named = {"name": parameter.name, "in": parameter.where, "required": False, "description": about}
+    return named | dict(parameter.style) | {"schema": parameter.schema}
+
+
+def _body(operation: Operation, shapes: _Shapes) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for media_type, kind in operation.body.items():
+        content[media_type] = {"schema": shapes.body(kind)}
+        if media_type in operation.examples:
+            content[media_type]["example"] = operation.examples[media_type]
+    return {"required": operation.is_body_required, "content": content}
+
+
+def _responses(operation: Operation, shapes: _Shapes) -> dict[str, Any]:
+    responses: dict[str, Any] = {str(operation.status): _good(operation, shapes)}
+    for status, about in operation.also.items():
+        responses[str(status)] = {"description": about}
+    for failed, kinds in operation.failures.items():
+        responses[str(failed)] = {"description": "Not now", "content": shapes.content(kinds)}
     if operation.is_picture:
-        pixels = {kind.content_type: {} for kind in FORMATS.values()}
-        others |= {"200": {"description": "The picture", "content": pixels}, "206": {"description": "A part of it", "content": pixels}}
+        pixels: dict[str, Any] = {kind.content_type: {} for kind in FORMATS.values()}
+        responses["200"] = {"description": "The picture", "content": pixels}
+        responses["206"] = {"description": "A part of it", "content": pixels}
+        responses["304"] = {"description": "Nothing has changed"}
     problem = {"$ref": "#/components/responses/Problem"}
-    return {str(operation.status): good, **others, "4XX": problem, "5XX": problem}
+    return responses | {"4XX": problem, "5XX": problem}
 
 
-def _parameter(where: str, name: str, schema: Schema, *, required: bool = False) -> dict[str, Any]:
-    return {"name": name, "in": where, "required": required, "schema": schema}
+def _good(operation: Operation, shapes: _Shapes) -> dict[str, Any]:
+    content = shapes.content(operation.answers) if operation.answers else {}
+    if operation.events:
+        events = {name: shapes.of(kinds) for name, kinds in operation.events.items()}
+        content[STREAM] = {"schema": {"type": "string"}, "x-events": events}
+    return {"description": "As asked"} | ({"content": content} if content else {})
 
 
-def _body(body: type[BaseModel] | Schema, bodies: dict[str, Schema]) -> Schema:
-    if isinstance(body, dict):
-        return body
-    schema = body.model_json_schema(ref_template="#/components/schemas/{model}")
-    bodies.update(schema.pop("$defs", {}))
-    bodies[body.__name__] = schema
-    return ref(body.__name__)
-
-
-def _narrow(bodies: dict[str, Schema], fleet: Fleet) -> None:
-    """What fleet.toml offers, where a field takes one of a few values."""
-    offered = {
-        "model": list(fleet.model_ids),
-        "tier": list(fleet.tiers),
-        "size": sorted({size for model in fleet.models.values() for size in model.sizes}),
-        "sampler": sorted({sampler for model in fleet.models.values() for sampler in model.samplers}),
-        "output_format": ["png", "webp", "jpeg"],
+def _message(name: str, shapes: _Shapes) -> dict[str, Any]:
+    kind, about = MESSAGES[name]
+    return {
+        "post": {
+            "operationId": name.replace(".", "_"),
+            "summary": f"Hear of {name}",
+            "description": about,
+            "parameters": [
+                {
+                    "name": header,
+                    "in": "header",
+                    "required": True,
+                    "description": text,
+                    "schema": {"type": "string"},
+                }
+                for header, text in _SIGNED_BY.items()
+            ],
+            "requestBody": {"required": True, "content": shapes.content((kind,))},
+            "responses": {
+                "2XX": {"description": "Delivered"},
+                "410": {"description": "Send nothing here any more"},
+            },
+        }
     }
-    properties = bodies["JobBody"]["properties"]
-    for name, values in offered.items():
-        nothing = [] if name == "output_format" else [{"type": "null"}]
-        default = {"default": properties[name]["default"]} if "default" in properties[name] else {}
-        properties[name] = {"anyOf": [{"type": "string", "enum": values}, *nothing], **default}
-    properties["prompt"] |= {"minLength": 1, "maxLength": 2000}
-    properties["metadata"] |= {"maxProperties": 16}

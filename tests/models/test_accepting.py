@@ -80,7 +80,7 @@ def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
 
     job = session.get_one(Job, row.id)
     assert {name: getattr(job, name) for name in facts} == facts
-    assert (job.labels, job.warnings, job.requeue_of, job.replay_of) == ({"order": "7"}, [warning], first.id, first.id)
+    assert (job.tenant_metadata, job.warnings, job.requeue_of, job.replay_of) == ({"order": "7"}, [warning], first.id, first.id)
     assert (job.id, job.tenant_id, job.api_key_id, job.currency) == (new_job.id, tenant.id, key.id, "EUR")
     assert (job.state, job.announced_at, job.start_by - job.accepted_at) == (
         "queued",

@@ -71,7 +71,7 @@ def test_old_rows_are_still_there_and_counted(old_session):
 def test_old_jobs_are_found_by_their_labels(old_session):
     found = page(old_session, Sought(labels={"order": "7"}), tenant_id=tenant_id_of(old_session), limit=5)
 
-    assert [job.labels for job in found.jobs] == [{"order": "7"}]
+    assert [job.tenant_metadata for job in found.jobs] == [{"order": "7"}]
 
 
 def test_the_old_audit_log_verifies_also_with_new_events(old_session):

@@ -1,0 +1,89 @@
+"""Make documents, turn them into JSON, and name the types that many of them share."""
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Annotated, Any, Literal, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, PlainSerializer, TypeAdapter, WithJsonSchema
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticSerializationError
+
+from policy.instants import rfc3339
+
+Made = TypeVar("Made", bound=type)
+
+
+@dataclass_transform(kw_only_default=True)
+def document(about: str) -> Callable[[Made], Made]:
+    """Make the class a dataclass whose schema is described by `about`.
+
+    Values are not checked on the way out: they come from our own rows, and what a newer release
+    wrote into a row must not become an error.
+    """
+
+    def made(kind: Made) -> Made:
+        documented: Any = dataclass(kw_only=True)(kind)
+        documented.__pydantic_config__ = described(about)
+        return documented  # type: ignore[no-any-return]
+
+    return made
+
+
+def described(about: str) -> ConfigDict:
+    """Return the configuration of a document that `about` describes."""
+    return ConfigDict(json_schema_extra={"description": about})
+
+
+def says(about: str, **keywords: Any) -> FieldInfo:
+    """Annotate a member with its description and further keywords of JSON Schema."""
+    extra: dict[str, Any] = {"json_schema_extra": keywords} if keywords else {}
+    return FieldInfo(description=about, **extra)  # an explicit None would take away what is there
+
+
+def one_of(values: Iterable[str]) -> FieldInfo:
+    """Annotate a text that takes one of a few values."""
+    return FieldInfo(json_schema_extra={"enum": [str(value) for value in values]})
+
+
+_ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
+
+
+def adapter_of(kind: Any) -> TypeAdapter[Any]:
+    """Return what serialises documents of the kind and knows their schema; made once."""
+    if (known := _ADAPTERS.get(kind)) is None:
+        known = _ADAPTERS[kind] = TypeAdapter(kind)
+    return known
+
+
+def to_json(shown: Any) -> bytes:
+    """Return a document as JSON in ASCII."""
+    adapter = adapter_of(type(shown))
+    try:
+        return adapter.dump_json(shown, by_alias=True, warnings=False, ensure_ascii=True)
+    except PydanticSerializationError:  # a client's lone surrogate: UTF-8 has none, and JSON escapes it
+        return json.dumps(to_plain(shown)).encode()
+
+
+def to_plain(shown: Any) -> dict[str, Any]:
+    """Return a document as values that every JSON writer takes."""
+    adapter = adapter_of(type(shown))
+    plain: dict[str, Any] = adapter.dump_python(shown, mode="json", by_alias=True, warnings=False)
+    return plain
+
+
+_DATE_TIME = WithJsonSchema({"type": "string", "format": "date-time"})
+Instant = Annotated[datetime, PlainSerializer(rfc3339, return_type=str), _DATE_TIME]
+Link = Annotated[str, FieldInfo(json_schema_extra={"pattern": "^(/[^/]+)*/v1/"})]
+Sha256 = Annotated[str, FieldInfo(json_schema_extra={"pattern": "^[0-9a-f]{64}$"})]
+Size = Annotated[str, FieldInfo(json_schema_extra={"pattern": "^[0-9]+x[0-9]+$"})]
+
+
+@document("A page of a list.")
+class Page:
+    """What every list has beside its data."""
+
+    object: Literal["list"] = "list"
+    has_more: Annotated[bool, says("Whether there is a page after this one.")]
+    next_cursor: Annotated[str | None, says("`cursor` of the next page; null on the last one.")]

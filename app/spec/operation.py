@@ -1,0 +1,106 @@
+"""What the document says of one route and method, and the parameters that several routes take."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from app.events import EVENT_ID
+from app.idempotency import MAX_KEY_CHARS
+from app.pages import DEFAULT_PAGE, MAX_PAGE
+from settings import GatewaySettings
+
+JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"
+PROMPT = "a large red circle in the center on a blue background"
+Schema = dict[str, Any]
+About = str | Callable[[GatewaySettings], str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A query parameter or a header. about: for users of the API, perhaps with numbers of the installation."""
+
+    name: str
+    where: str
+    about: About
+    schema: Schema
+    style: Mapping[str, Any] = field(default_factory=dict)  # how an object is written
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One route and method.
+
+    summary, description: for users of the API.  answers: documents, one of which a good answer is;
+    none: it has no JSON.  events: of a stream that it may answer with, by name, the documents of
+    their data.  also: further good answers, by status, in words.  body: by content type, a model,
+    a TypedDict or a schema.  examples: by content type, bodies that run as they are.
+    """
+
+    summary: str
+    description: str
+    status: int = 200
+    answers: tuple[Any, ...] = ()
+    events: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    also: Mapping[int, str] = field(default_factory=dict)
+    failures: Mapping[int, tuple[Any, ...]] = field(default_factory=dict)
+    is_picture: bool = False
+    body: Mapping[str, Any] = field(default_factory=dict)
+    is_body_required: bool = True
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    parameters: tuple[Parameter, ...] = ()
+    needs_key: bool = True
+
+
+def query(name: str, about: About, **schema: Any) -> Parameter:
+    return Parameter(name=name, where="query", about=about, schema=schema)
+
+
+def header(name: str, about: About, **schema: Any) -> Parameter:
+    return Parameter(name=name, where="header", about=about, schema={"type": "string"} | schema)
+
+
+PAGE = (
+    query(
+        "limit",
+        "How many entries a page has at most.",
+        type="integer",
+        minimum=1,
+        maximum=MAX_PAGE,
+        default=DEFAULT_PAGE,
+    ),
+    query("cursor", "`next_cursor` of the page before.", type="string"),
+)
+DAYS = (
+    query("from", "The first day, in UTC; by default the first of this month.", type="string", format="date"),
+    query("to", "The last day, in UTC; by default today.", type="string", format="date"),
+)
+IDEMPOTENCY_KEY = header(
+    "Idempotency-Key",
+    f"1 to {MAX_KEY_CHARS} printable ASCII characters, in double quotes if spaces, commas, semicolons"
+    " or quotes are among them. The same request under the same key is answered with what the first"
+    " one came to.",
+    minLength=1,
+    maxLength=2 * MAX_KEY_CHARS + 2,  # in quotes, and every character escaped
+    pattern="^[ -~]+$",
+    examples=["order-7"],
+)
+IF_NONE_MATCH = header("If-None-Match", "The `ETag` of an earlier answer: 304 if nothing has changed.")
+LAST_EVENT_ID = header("Last-Event-ID", "The id of the event to go on behind.", pattern=f"^({EVENT_ID.pattern})?$")
+REDIRECT = query(
+    "redirect",
+    "`false`: the picture itself, instead of a redirect to where it is stored.",
+    type="string",
+    enum=["true", "false"],
+)
+RANGE = header("Range", "The part of the picture that is wanted.", examples=["bytes=0-1023"])
+IF_RANGE = header("If-Range", "The `ETag` of the picture of which `Range` asks for a part.")
+PICTURE_PARAMETERS = (REDIRECT, IF_NONE_MATCH, RANGE, IF_RANGE)
+PREFER = header(
+    "Prefer",
+    lambda settings: (
+        "`wait=N`: answer once the job has ended, or after N seconds; more than"
+        f" {settings.max_wait_s} count as {settings.max_wait_s}. `Preference-Applied` says how long"
+        " was granted."
+    ),
+    examples=["wait=30"],
+)
