@@ -117,9 +117,10 @@ _CONTROL = AsAsked(
     families=CONTROLLED_FAMILIES,
     unfit="is not followed by model {model}: it has no control network",
 )
+MAX_CLIP_SKIP = 12
 _CLIP_SKIP = AsAsked(
     low=0,
-    high=12,
+    high=MAX_CLIP_SKIP,
     families=("sd", "sdxl", "sd3", "pipeline", "plain"),
     unfit="is not taken by model {model}: it reads no single layer of a CLIP text encoder",
 )

@@ -9,7 +9,7 @@ import uuid
 from dataclasses import fields, replace
 from decimal import Decimal
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_type_hints
 
 import pytest
 from click.testing import CliRunner
@@ -17,12 +17,12 @@ from flask import Flask
 from sqlalchemy import inspect, text
 from sqlalchemy.orm import Session
 
-from app import documents, openai_answers, openai_body, views
+from app import documents, openai_answers, openai_body, schemas, views
 from app.account import limits_view
 from app.admin import KeyBody, TenantChange
 from app.body import JobBody, wish_of
-from app.spec.operations import OPERATIONS
-from app.spec.schemas import SCHEMAS
+from app.schemas import account as account_schemas
+from app.schemas import openai as openai_schemas
 from cli.keys import issue as issue_key
 from cli.tenants import tenants as tenants_commands
 from cli.wishes import wish_options
@@ -171,22 +171,20 @@ def shown_in_answers(document) -> dict[str, set[str]]:
     with app.test_request_context():
         view = views.job_view(document)
     return {
-        "app.views.job_view": set(view),
+        "app.views.job_view": set(vars(view)),
         "app.views.params_view, for estimates": set(views.params_view(document)),
-        "OpenAPI: Job": set(SCHEMAS["Job"]["required"]),
-        "OpenAPI: Estimate": set(SCHEMAS["Estimate"]["required"]) | {"seed"},
+        "app.schemas.Estimate": names_of(schemas.Estimate),
         "darkroom_client.Job": names_of(client_jobs.Job),
         "darkroom_client.Estimate": names_of(client_documents.Estimate),
     }
 
 
 def openai_bodies() -> dict[str, set[str]]:
-    """The extras that each described body of /v1/images takes."""
-    generations = OPERATIONS["POST", "/v1/images/generations"].body
-    return {"OpenAPI: /v1/images/generations": set(generations["properties"]) | {"strength"}} | {
-        f"OpenAPI: /v1/images/{name}, JSON": set(OPERATIONS["POST", f"/v1/images/{name}"].json_body["properties"])
-        for name in ("edits", "variations")
-    }
+    """The members of each body of /v1/images."""
+    with_a_picture = (openai_schemas.EditBody, openai_schemas.VariationBody, openai_schemas.EditForm, openai_schemas.VariationForm)
+    bodies = {f"app.schemas.openai.{kind.__name__}": set(get_type_hints(kind)) for kind in with_a_picture}
+    generation = set(get_type_hints(openai_schemas.GenerationBody))
+    return bodies | {"app.schemas.openai.GenerationBody": generation | {"strength"}}
 
 
 def options_of_the_command() -> set[str]:
@@ -218,7 +216,7 @@ def test_every_place_knows_every_parameter_of_a_job(full):
         "policy.params.Resolved: members of requests": (set(ASKED), members),
         "policy.params: extras of /v1/images": (set(ASKED) - set(NOT_AN_EXTRA), extras),
         "app.body.JobBody": (asked, set(JobBody.model_fields)),
-        "app.openai_body": (extras | {"metadata"}, openai_body._KNOWN),
+        "app.openai_body": (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
         "app.openai_answers.extras_of": (
             {param.member for param in OPENAI_ANSWER},
             set(openai_answers.extras_of(document)),
@@ -344,14 +342,13 @@ NO_LIMITS = {
 
 def test_every_place_knows_every_limit_of_a_tenant():
     columns = set(inspect(Tenant).column_attrs.keys())
-    shown = SCHEMAS["Limits"]["required"]
     help_text = CliRunner().invoke(tenants_commands, ["limit", "--help"]).output
     wanted = {
         "models.tables.Tenant": (set(LIMITS), columns),
         "policy.limits.Limits, or NO_LIMITS here": (columns, {*LIMITS, *NO_LIMITS}),
         "app.admin.TenantChange": ({*LIMITS, "weight"}, set(TenantChange.model_fields)),
-        "app.account.limits_view": (set(LIMITS), set(limits_view(Limits()))),
-        "OpenAPI: Limits": (set(LIMITS), set(shown)),
+        "app.account.limits_view": (set(LIMITS), set(vars(limits_view(Limits())))),
+        "app.schemas.Limits": (set(LIMITS), names_of(account_schemas.Limits)),
         "darkroom tenants limit --help": (set(LIMITS), set(re.findall(r"(\w+)=", help_text))),
         "README.md": (set(LIMITS), set(re.findall(r"\w+", (REPO / "README.md").read_text()))),
     }

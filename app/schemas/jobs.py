@@ -63,6 +63,7 @@ class Parameters:
     mask: Annotated[UUID | None, says("The file that says which part is painted anew.")]
     control_image: Annotated[UUID | None, says("The file that a control network follows.")]
     strength: Annotated[float | None, says("How far from `init_image`; null without one.")]
+    clip_skip: Annotated[int | None, says("Layers of the CLIP text encoder that are left out.")]
     adapters: Annotated[list[Adapter], says("Adapters of the model.")]
     precision: Annotated[str, says("The numbers that the model computes with.")]
     determinism: Annotated[

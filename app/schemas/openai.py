@@ -64,6 +64,7 @@ class ImagesBody(TypedDict, total=False):
     steps: Annotated[int | None, says("Denoise steps.")]
     guidance: Annotated[float | None, says("How closely the images follow the prompt.")]
     tier: Annotated[str | None, says("The tier that serves the job.")]
+    clip_skip: Annotated[int | None, says("Layers of the CLIP text encoder that are left out.")]
     adapters: Annotated[
         Annotated[list[Adapter], Field(max_length=MAX_ADAPTERS)] | None,
         says("Adapters of the model, and how much of each."),
@@ -152,6 +153,7 @@ class OwnMembers:
     guidance: Annotated[float, says("How closely the images follow the prompt.")]
     sampler: Annotated[str, says("The sampling method.")]
     strength: Annotated[float | None, says("How far from the picture; null without one.")]
+    clip_skip: Annotated[int | None, says("Layers of the CLIP text encoder that were left out.")]
     steps: Annotated[int, says("Denoise steps of each image.")]
     warnings: Annotated[list[JobWarning], says("What was asked for and has no effect.")]
 

@@ -6,6 +6,7 @@ from app.body import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KE
 from policy.catalog import MAX_ADAPTERS, MAX_SEED, RANDOM_SEED
 from policy.fleet import Fleet
 from policy.formats import FORMATS
+from policy.params import MAX_CLIP_SKIP
 
 ABOUT = {
     "prompt": "What the images show. It may be empty where `init_image` says it all.",
@@ -24,6 +25,7 @@ ABOUT = {
     " transparent nowhere. Said as `init_image` is.",
     "control_image": "The picture that a control network follows. Said as `init_image` is.",
     "strength": "How far from `init_image`: 1 leaves nothing of it.",
+    "clip_skip": "Layers of the CLIP text encoder that are left out at its end; by default none.",
     "adapters": "Adapters of the model, and how much of each.",
     "metadata": "Your own; `GET /v1/jobs?metadata.<key>=<value>` finds it.",
     "start_deadline_s": "Seconds within which a worker must begin; by default, and at most, the tier's.",
@@ -47,6 +49,7 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
         "n": {"minimum": 1, "maximum": max(tier.max_images for tier in tiers)},
         "output_format": {"enum": list(FORMATS)},
         "strength": {"exclusiveMinimum": 0, "maximum": 1},
+        "clip_skip": {"minimum": 0, "maximum": MAX_CLIP_SKIP},
         "adapters": {"maxItems": MAX_ADAPTERS},
         "metadata": {
             "maxProperties": MAX_METADATA_KEYS,
