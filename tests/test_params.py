@@ -17,11 +17,12 @@ from flask import Flask
 from sqlalchemy import inspect, text
 from sqlalchemy.orm import Session
 
-from app import documents, openai_answers, openai_body, schemas, views
+from app import documents, openai_answers, openai_body, views
 from app.account import limits_view
 from app.admin import KeyBody, TenantChange
 from app.body import JobBody, wish_of
 from app.schemas import account as account_schemas
+from app.schemas import jobs as job_schemas
 from app.schemas import openai as openai_schemas
 from cli.keys import issue as issue_key
 from cli.tenants import tenants as tenants_commands
@@ -173,7 +174,7 @@ def shown_in_answers(document) -> dict[str, set[str]]:
     return {
         "app.views.job_view": set(vars(view)),
         "app.views.params_view, for estimates": set(views.params_view(document)),
-        "app.schemas.Estimate": names_of(schemas.Estimate),
+        "app.schemas.Estimate": names_of(job_schemas.Estimate),
         "darkroom_client.Job": names_of(client_jobs.Job),
         "darkroom_client.Estimate": names_of(client_documents.Estimate),
     }
