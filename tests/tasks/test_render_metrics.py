@@ -1,0 +1,99 @@
+"""What a worker counts: images and their device time, what came twice, what went wrong, what was spared."""
+
+import uuid
+
+import pytest
+from sqlalchemy import text
+
+from models import jobs
+from models.database import transaction
+from tests.builders import until
+from tests.metrics import increases
+
+QUALITY = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "guidance": 1.0}
+LONG = {**QUALITY, "num_steps": 60}
+
+
+def rendered(here, job) -> None:
+    thread = here.render(job)
+    thread.join(timeout=60)
+    assert not thread.is_alive()
+
+
+def attempt_of(here, job, number=1):
+    with transaction(here.database) as session:
+        query = text("SELECT * FROM attempts WHERE job_id = :id AND attempt = :number")
+        return session.execute(query, {"id": job.id, "number": number}).one()
+
+
+def held_at_work(here):
+    """The lease of the job under way, once there is a checkpoint of its image."""
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    until(lambda: here.snapshots.of(held.lease.job_id), within_s=30, what="a checkpoint")
+    return held
+
+
+def test_a_worker_counts_images_and_their_device_time_by_tier_and_model(here):
+    job = here.accept(num_images=2)
+
+    with increases() as grown:
+        rendered(here, job)
+
+    seconds = grown.pop('device_seconds{tier="fast",model="pocket"}')
+    assert grown == {'images_rendered{tier="fast",model="pocket"}': 2}
+    assert seconds == pytest.approx(attempt_of(here, job).device_seconds)
+
+
+def test_a_message_that_comes_twice_or_for_nothing_is_counted(here):
+    job = here.accept()
+    rendered(here, job)
+
+    with increases() as grown:
+        rendered(here, job)
+        here.renderer.render_job(job_id=str(uuid.uuid4()))
+
+    assert grown == {'duplicate_messages{task="render"}': 2}
+
+
+def test_an_error_is_counted_by_its_kind(here):
+    job = here.accept(sampler="nobody's")
+
+    with increases() as grown:
+        rendered(here, job)
+
+    assert here.row(job).failure_code == "unsupported"
+    assert grown == {'render_errors{kind="UnsupportedRequest"}': 1}
+
+
+def test_a_job_that_its_tenant_takes_back_is_a_lost_lease_to_its_worker(here):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    held_at_work(here)
+
+    with increases() as grown:
+        with transaction(here.database) as session:
+            jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+        thread.join(timeout=30)
+
+    assert not thread.is_alive()
+    assert grown["leases_lost"] == 1
+    assert {name.partition("{")[0] for name in grown} <= {"leases_lost", "checkpoints"}
+
+
+def test_what_a_preemption_spares_is_counted_in_steps(here):
+    job = here.accept(**LONG)
+    thread = here.render(job)
+    held = held_at_work(here)
+
+    with increases() as given_up:
+        held.leave("spot")
+        thread.join(timeout=30)
+    with increases() as resumed:
+        rendered(here, job)
+
+    second = attempt_of(here, job, 2)
+    assert given_up["jobs_preempted"] == 1
+    assert resumed["steps_resumed"] == second.resumed_steps > 0
+    assert resumed['images_rendered{tier="quality",model="pocket"}'] == 1
+    lost = {name: count for name, count in resumed.items() if name.startswith("steps_lost")}
+    assert sum(lost.values()) == second.lost_steps
