@@ -355,7 +355,7 @@ def settle(queues: Sequence[Queue]) -> None:
         time.sleep(1)
     for queue in queues:
         with transaction(queue.app) as session:
-            in_hand = releasing._in_hand(session, POOL, TIER)
+            in_hand, _ = releasing._in_hand(session, POOL, TIER)
             queue.in_hand, queue.of_bulk = in_hand.total(), in_hand[queue.bulk]
             queue.held = [(job_id, attempt) for job_id, attempt in session.execute(select(Job.id, Job.attempt).where(Job.worker == WORKER))]
             own = select(Job.id).where(Job.tenant_id == queue.bulk)
