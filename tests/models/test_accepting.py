@@ -145,6 +145,7 @@ def test_an_announced_job_is_stamped_and_moves_the_clock_and_one_that_waits_does
 def test_jobs_of_several_tiers_stand_in_a_line_for_each_and_are_booked_together(session):
     tenant = a_tenant(session)
     fast, batch = vars(resolved()), vars(resolved()) | {"tier": "batch"}
+    accept(session, tenant, a_new_job(predicted_s=1.0, megapixel_steps=Decimal(1)))
     given = [(fast, "1.5"), (batch, "0.25"), (fast, "0.25")]
 
     rows = accept(
@@ -155,6 +156,6 @@ def test_jobs_of_several_tiers_stand_in_a_line_for_each_and_are_booked_together(
 
     flows = text("SELECT tier, queued_jobs, queued_s FROM flows WHERE tenant_id = :id ORDER BY tier")
     booked = text("SELECT reserved, jobs_accepted FROM usage_ledger WHERE tenant_id = :id")
-    assert [tuple(row) for row in session.execute(flows, {"id": tenant.id})] == [("batch", 1, 3.0), ("fast", 2, 6.0)]
-    assert session.execute(booked, {"id": tenant.id}).all() == [(Decimal("2"), 3)]
+    assert [tuple(row) for row in session.execute(flows, {"id": tenant.id})] == [("batch", 1, 3.0), ("fast", 3, 7.0)]
+    assert session.execute(booked, {"id": tenant.id}).all() == [(Decimal(3), 4)]
     assert rows[2].release_tag - rows[0].release_tag == pytest.approx(3.0, abs=1e-5)

@@ -87,8 +87,9 @@ def test_the_log_refuses_every_change(database, chain, role, statement):
         append(session, chain)
         session.execute(INSERT_WITHOUT_PARTITION, {"id": uuid.uuid4(), "chain": chain})
 
-    with getattr(database, role).connect() as connection, pytest.raises(DBAPIError, match=r"append-only|permission denied"):
+    with getattr(database, role).connect() as connection, pytest.raises(DBAPIError, match=r"append-only|permission denied") as refused:
         connection.execute(text(statement))
+    assert refused.value.orig.pgcode == "42501"  # insufficient privilege, whoever asks
 
     with transaction(database.app) as session:
         assert verify(session, chain) == []
@@ -173,6 +174,25 @@ def test_an_edited_newest_event_with_a_recomputed_hash_does_not_fit_the_head(tam
     )
 
     assert found == [(5, "the newest events are missing")]
+
+
+def test_an_edited_event_is_found_by_who_verifies_from_the_next_one_on(database, chain):
+    """Its hash fits again, and of what was before only the link to it is looked at."""
+    is_third = "WHERE chain_id = :chain AND seq = 3"
+    digest = "audit_digest(prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)"
+    since = "(SELECT at FROM audit_events WHERE chain_id = :chain AND seq = 4)"
+    query = text(f"SELECT seq, problem FROM audit_verify_since({since}, :chain)")
+    with Session(database.owner) as session:
+        append(session, chain, 5)
+        assert session.execute(query, {"chain": chain}).all() == []
+
+        session.execute(text("SET LOCAL session_replication_role = replica"))
+        for change in ("actor = 'someone else'", f"hash = {digest}"):
+            session.execute(text(f"UPDATE audit_events SET {change} {is_third}"), {"chain": chain})
+        found = session.execute(query, {"chain": chain}).all()
+        session.rollback()
+
+    assert found == [(4, "the link to the event before is broken")]
 
 
 def test_a_head_that_was_set_back_is_found(tampered):
@@ -303,6 +323,7 @@ def test_making_a_partition_stops_nobody_who_appends_whoever_reads_the_log(datab
             with transaction(database.app) as session:
                 session.execute(text("SET LOCAL lock_timeout = '1s'"))
                 append(session, chain)
+                session.execute(text("SELECT count(*) FROM audit_log WHERE chain = :chain"), {"chain": chain})
 
         assert made.result() == 11
     assert make_partitions(database) == 12

@@ -273,6 +273,17 @@ def test_who_has_nothing_waiting_does_not_stand_in_line(session, pool):
     assert session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
 
 
+def test_fractions_leave_nothing_behind_in_an_empty_flow(session, pool):
+    tenant = a_tenant(session)
+    waiting = [a_job(session, pool=pool, tenant=tenant, predicted_s=cost_s) for cost_s in (0.1, 0.2, 0.3)]
+    assert (0.1 + 0.2 + 0.3) - 0.1 - 0.2 - 0.3 != 0
+
+    for job in waiting:
+        a_lease(session, job)
+
+    assert session.scalar(text("SELECT queued_s FROM flows WHERE pool = :pool"), {"pool": pool}) == 0
+
+
 def test_the_line_can_be_read_at_a_glance(session, pool):
     tenant = a_tenant(session, weight=2)
     for _ in range(3):

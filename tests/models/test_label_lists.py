@@ -4,6 +4,7 @@ import uuid
 
 import pytest
 from sqlalchemy import text
+from sqlalchemy.orm import Session
 
 from models import erasing, jobs, listing
 from models.listing import Sought
@@ -83,3 +84,31 @@ def test_a_list_by_metadata_reads_no_job_of_another_tenant(session):
     ).all()
 
     assert any("Index Only Scan Backward using job_labels_pkey" in line for line in plan), plan
+
+
+def test_a_page_by_metadata_has_no_more_jobs_than_were_asked_for(session):
+    tenant = a_tenant(session)
+    made = some_jobs(session, tenant, *[{"set": "x"}] * 5)
+
+    page = listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=2)
+
+    assert [job.id for job in page.jobs] == [made[4].id, made[3].id]
+
+
+def test_a_job_that_is_listed_under_a_label_it_has_not_is_not_found_by_it(database):
+    """As one whose label has the same digest would be."""
+    add = text("INSERT INTO job_labels SELECT tenant_id, label, :other FROM job_labels WHERE job_id = :id")
+    with Session(database.owner, expire_on_commit=False) as session:
+        tenant = a_tenant(session)
+        made = some_jobs(session, tenant, {"set": "x"}, {"set": "y"})
+        session.execute(add, {"id": made[0].id, "other": made[1].id})
+
+        page = listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=5)
+        session.rollback()
+
+    assert [job.id for job in page.jobs] == [made[0].id]
+
+
+def test_a_label_tells_where_its_key_ends(database):
+    with database.owner.connect() as connection:
+        assert connection.scalar(text("SELECT job_label('a', 'bc') = job_label('ab', 'c')")) is False

@@ -131,6 +131,7 @@ def test_the_auditor_sees_views_and_nothing_else(database):
         "CREATE TABLE mine (x int)",
         "DELETE FROM artifacts",
         "SELECT * FROM alembic_version",
+        "DELETE FROM living_sql",
         "UPDATE audit_chains SET last_seq = 0",
     ],
 )

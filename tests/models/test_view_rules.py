@@ -15,6 +15,9 @@ from tests.builders import a_job, a_lease, a_succeeded_job, a_tenant, hand_off, 
 FAR_FROM_UTC = ("Etc/GMT+12", "Etc/GMT-14")
 
 
+PARTITIONS = "SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'audit_events'::regclass"
+
+
 @pytest.fixture(params=FAR_FROM_UTC)
 def abroad(request, session):
     """The application's session with a time zone of its own, as a Postgres has that is not set to UTC."""
@@ -143,6 +146,7 @@ def test_a_day_is_utc_s_for_stored_images_whatever_postgres_is_set_to(abroad):
 
 def test_the_audit_log_verifies_whatever_postgres_is_set_to(abroad):
     job = a_succeeded_job(abroad)
+    abroad.execute(text("SET LOCAL TimeZone = 'Asia/Tokyo'"))
 
     problems = abroad.execute(text("SELECT * FROM audit_verify(:chain)"), {"chain": str(job.tenant_id)}).all()
 
@@ -157,6 +161,7 @@ def test_a_month_of_the_audit_log_is_utc_s_whatever_postgres_is_set_to(database,
         query = "SELECT to_char(now() AT TIME ZONE 'UTC' + interval '12 months', 'YYYY_MM')"
         name = f"audit_events_{connection.scalar(text(query))}"
         before = connection.scalar(bounds, {"name": name})
+        months = set(connection.scalars(text(PARTITIONS)))
         connection.execute(text(f"DROP TABLE {name}"))
         connection.execute(text(f"SET LOCAL TimeZone = '{zone}'"))
 
@@ -164,6 +169,7 @@ def test_a_month_of_the_audit_log_is_utc_s_whatever_postgres_is_set_to(database,
 
         connection.execute(text("SET LOCAL TimeZone = 'UTC'"))
         after = connection.scalar(bounds, {"name": name})
+        assert set(connection.scalars(text(PARTITIONS))) == months
         connection.rollback()
 
     assert after == before
