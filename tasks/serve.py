@@ -1,20 +1,42 @@
 """Start one role of the house: `python -m tasks.serve render | results | maintenance | …`.
 
-Each role loads only its own module, so that none but `render` loads torch, and reads only its own
-settings.
+Each role reads only its own settings; what is wrong with them is said before anything is loaded.
+Only its own module is: no role but `render` loads torch.
 """
 
 import importlib
 import sys
 
-ROLES = ("render", "results", "maintenance", "webhooks", "flower")
+from edges import telemetry
+from settings import (
+    BrokerSettings,
+    CourierSettings,
+    FlowerSettings,
+    Settings,
+    StoreSettings,
+    WorkerSettings,
+    load,
+    load_fleet_or_exit,
+)
+
+ROLES: dict[str, type[BrokerSettings]] = {
+    "render": WorkerSettings,
+    "results": StoreSettings,
+    "maintenance": Settings,
+    "webhooks": CourierSettings,
+    "flower": FlowerSettings,
+}
 
 
 def main() -> None:
+    """Read the role's settings and serve until told to end."""
     if len(sys.argv) != 2 or sys.argv[1] not in ROLES:
         sys.exit(f"usage: python -m tasks.serve {'|'.join(ROLES)}")
-    role = importlib.import_module(f"tasks.roles.{sys.argv[1]}")
-    sys.exit(role.serve())
+    role = sys.argv[1]
+    settings = load(ROLES[role])
+    telemetry.configure_logs(settings.log_level)
+    fleet = load_fleet_or_exit(settings)
+    sys.exit(importlib.import_module(f"tasks.roles.{role}").serve(settings, fleet))
 
 
 if __name__ == "__main__":

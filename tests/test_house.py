@@ -207,7 +207,10 @@ def test_every_name_that_is_announced_has_a_verb():
 
 LOADED = {
     "gateway": "import app.wsgi",
-    "results": "import tasks.roles.results as role; role.consume = lambda *a, **k: 0; role.serve()",
+    "results": (
+        "import tasks.roles.results as role, settings as s; role.consume = lambda *a, **k: 0;"
+        " own = s.load(s.StoreSettings); role.serve(own, s.load_fleet_or_exit(own))"
+    ),
     "maintenance": "import tasks.serve, tasks.roles.maintenance",
     "webhooks": "import tasks.serve, tasks.roles.webhooks",
     "flower": "import tasks.serve, tasks.roles.flower",

@@ -1,5 +1,5 @@
 """How each kind of process is put together, one module per role.
 
 `build(settings, fleet)` makes a role's parts and starts nothing that takes work; tests and
-benchmarks use it, too. `serve()` reads the settings, builds and works until it is told to end.
+benchmarks use it, too. `serve(settings, fleet)` builds and works until told to end.
 """

@@ -14,7 +14,7 @@ from edges import telemetry
 from fleet.consumer import on_turn, run_worker
 
 # What a worker does for whoever has the broker's password: it tells of itself. Celery would also
-# stop, or take other queues. `enable_events` is what Flower says all the time; events are on anyway.
+# stop, or take other queues. `enable_events` is what Flower says all the time; they are on anyway.
 INSPECTIONS = {
     "active",
     "active_queues",

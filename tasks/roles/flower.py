@@ -8,7 +8,7 @@ from celery import Celery
 from edges import telemetry
 from edges.broker import make_celery
 from policy.fleet import Fleet
-from settings import FlowerSettings, load, load_fleet_or_exit
+from settings import FlowerSettings
 
 
 def build(settings: FlowerSettings, fleet: Fleet) -> Celery:
@@ -17,15 +17,14 @@ def build(settings: FlowerSettings, fleet: Fleet) -> Celery:
     return make_celery(settings, fleet)
 
 
-def serve() -> int | None:
+def serve(settings: FlowerSettings, fleet: Fleet) -> int | None:
     """Run Flower until told to end."""
-    settings = load(FlowerSettings)
-    telemetry.configure_logs("WARNING")
+    telemetry.configure_logs("WARNING")  # it tells of every request
     user, password = settings.flower_user, settings.flower_password.get_secret_value()
     # By the environment and not by an argument: arguments are for everybody to see.
     os.environ["FLOWER_BASIC_AUTH"] = f"{user}:{password}"
     host, _, port = settings.flower_bind.rpartition(":")
-    celery = build(settings, load_fleet_or_exit(settings))
+    celery = build(settings, fleet)
     return cast("int | None", celery.start(["flower", f"--address={host}", f"--port={port}"]))
 
 

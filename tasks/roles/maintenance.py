@@ -19,7 +19,7 @@ from edges.snapshots import Snapshots
 from models.database import make_engine
 from policy import connections
 from policy.fleet import Fleet
-from settings import Settings, load, load_fleet_or_exit
+from settings import Settings
 from tasks.sweep import Sweeper, SweepLoop
 
 log = structlog.get_logger(__name__)
@@ -53,11 +53,8 @@ def build(
     )
 
 
-def serve() -> int:
+def serve(settings: Settings, fleet: Fleet) -> int:
     """Sweep until told to end; the pass under way may end first."""
-    settings = load(Settings)
-    telemetry.configure_logs(settings.log_level)
-    fleet = load_fleet_or_exit(settings)
     ends = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: ends.set())

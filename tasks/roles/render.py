@@ -29,7 +29,7 @@ from fleet.consumer import TakenTask, tier_gate
 from models.database import make_engine
 from policy import connections, gates, queues, tiers
 from policy.fleet import Fleet
-from settings import WorkerSettings, load, load_fleet_or_exit, refuse
+from settings import WorkerSettings, refuse
 from tasks.checkpoints import Checkpoints
 from tasks.engines import checkpoint_specs, engine_config
 from tasks.health import EX_SOFTWARE, Health
@@ -214,11 +214,8 @@ def images_by_job(
     return by_job
 
 
-def serve() -> NoReturn:
+def serve(settings: WorkerSettings, fleet: Fleet) -> NoReturn:
     """Load and warm the pool's models, then take jobs until the worker has to go."""
-    settings = load(WorkerSettings)
-    telemetry.configure_logs(settings.log_level)
-    fleet = load_fleet_or_exit(settings)
     # Before the first computation: or last bits may depend on where a matrix lies in memory.
     os.environ["MKL_CBWR"] = "AUTO,STRICT"
     # Until Celery's own handler is there; loading takes a while.

@@ -16,7 +16,7 @@ from fleet.consumer import tier_gate
 from models.database import make_engine
 from policy import connections, queues
 from policy.fleet import Fleet
-from settings import StoreSettings, load, load_fleet_or_exit
+from settings import StoreSettings
 from tasks.roles.consuming import consume, process_name, register
 from tasks.staging import InputStager
 from tasks.store import Storekeeper
@@ -61,11 +61,8 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
     return ResultsParts(storekeeper=storekeeper, stager=stager)
 
 
-def serve() -> int:
+def serve(settings: StoreSettings, fleet: Fleet) -> int:
     """Store images and stage pictures until told to end."""
-    settings = load(StoreSettings)
-    telemetry.configure_logs(settings.log_level)
-    fleet = load_fleet_or_exit(settings)
     name = process_name("results")
     parts = build(settings, fleet, name=name)
     celery = make_celery(settings, fleet)

@@ -9,7 +9,7 @@ from edges.progress import ENDINGS, Listener
 from models.database import make_engine
 from policy import connections, queues
 from policy.fleet import Fleet
-from settings import CourierSettings, load, load_fleet_or_exit
+from settings import CourierSettings
 from tasks.deliver import Courier
 from tasks.roles.consuming import consume, process_name, register
 
@@ -29,11 +29,8 @@ def build(settings: CourierSettings, fleet: Fleet, *, name: str) -> Courier:
     )
 
 
-def serve() -> int:
+def serve(settings: CourierSettings, fleet: Fleet) -> int:
     """Deliver webhooks until told to end."""
-    settings = load(CourierSettings)
-    telemetry.configure_logs(settings.log_level)
-    fleet = load_fleet_or_exit(settings)
     name = process_name("webhooks")
     courier = build(settings, fleet, name=name)
     celery = make_celery(settings, fleet)
