@@ -4,6 +4,7 @@ Where a place follows from the list it cannot forget one; the others are compare
 the message says what is missing where.
 """
 
+import json
 import re
 import uuid
 from dataclasses import fields, replace
@@ -53,6 +54,7 @@ from policy.params import (
     SHOWN,
     AdapterWish,
     Wish,
+    members_of,
     params_of,
 )
 from settings import REPO
@@ -294,6 +296,16 @@ def test_what_a_wish_says_by_default_is_what_a_body_says_by_default():
     assert {name: getattr(body, name) or None for name in ASKED} == {
         name: getattr(Wish(prompt="a red circle"), name) or None for name in ASKED
     }
+
+
+def test_parameters_are_shown_in_types_of_json(full):
+    params, _, _, _ = full
+
+    shown = members_of(params)
+
+    assert json.loads(json.dumps(shown)) == shown
+    assert shown["mask"] == str(params.mask_file_id)
+    assert members_of(resolved())["adapters"] == ()
 
 
 def test_a_body_becomes_the_wish_that_it_says():
