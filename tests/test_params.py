@@ -35,6 +35,7 @@ from models import accepting, api_keys, files, jobs, tenants
 from models.accepting import AcceptedRow, NewJob
 from models.database import make_engine
 from models.tables import ApiKey, Job, Tenant
+from policy import warnings
 from policy.limits import (
     DEFAULT_SCOPES,
     KINDS,
@@ -144,7 +145,23 @@ def a_full_job(session, tenant) -> NewJob:
         determinism="reproducible",
         bucket_rows=8,
     )
-    return NewJob(params=full, start_within_s=600, tenant_metadata={"order": "7"})
+    (first,) = accepting.accept(
+        session,
+        [NewJob(params=resolved(), start_within_s=600)],
+        tenant_id=tenant.id,
+        api_key_id=None,
+        currency="EUR",
+        actor="tests",
+    )
+    return NewJob(
+        params=full,
+        start_within_s=600,
+        predicted_s=2.5,
+        megapixel_steps=Decimal("0.5"),
+        tenant_metadata={"order": "7"},
+        warnings=[warnings.ignored(1.0)],
+        replay_of=first.id,
+    )
 
 
 def written(session, new, tenant) -> tuple[AcceptedRow, Job]:
