@@ -69,7 +69,7 @@ def of_type(kind: Any) -> Schema:
 _PARAMETERS: dict[str, Schema] = {
     "size": {"type": "string", "pattern": "^[0-9]+x[0-9]+$"},
     **{
-        param.member: _NARROWER.get(param.member) or of_type(param.kind)
+        param.member: (_NARROWER.get(param.member) or of_type(param.kind)) | {"description": param.says}
         for param in SHOWN
         if param.member not in (None, "seed")  # an estimate has none where one will be drawn
     },
