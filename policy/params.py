@@ -88,6 +88,7 @@ class Param:
     """One resolved parameter.
 
     member: its member in answers, and in requests if `Wish` has it; None: clients do not see it.
+    says: what it is, for clients.
     unit: of a number that has one.
     picture: what kind of picture it names the file of; `member` is then its role in the job.
     none_shown_as: what answers show where it is None.
@@ -96,6 +97,7 @@ class Param:
     """
 
     member: str | None
+    says: str
     use: Use = Use.NOWHERE
     _: KW_ONLY
     unit: str | None = None
@@ -130,41 +132,146 @@ _CLIP_SKIP = AsAsked(
 class Resolved:
     """Every parameter of a job; the same Resolved on the same device class gives the same image."""
 
-    prompt: Annotated[str, Param("prompt", Use.ENGINE, as_asked=AsAsked())]
-    negative_prompt: Annotated[str, Param("negative_prompt", Use.ENGINE | Use.OPENAI_REQUEST, as_asked=AsAsked())]
-    model: Annotated[str, Param("model", Use.OPENAI_ANSWER)]
-    # What the wish called the model, where that is not its id.
-    model_alias: Annotated[str | None, Param("model_alias", Use.OPENAI_ANSWER)] = None
-    model_version: Annotated[str, Param("model_version", Use.OPENAI_ANSWER)]
-    pool: Annotated[str, Param(None)]
-    tier: Annotated[str, Param("tier", Use.OPENAI)]
+    prompt: Annotated[
+        str,
+        Param("prompt", "What the images show.", Use.ENGINE, as_asked=AsAsked()),
+    ]
+    negative_prompt: Annotated[
+        str,
+        Param(
+            "negative_prompt",
+            "What they do not show.",
+            Use.ENGINE | Use.OPENAI_REQUEST,
+            as_asked=AsAsked(),
+        ),
+    ]
+    model: Annotated[str, Param("model", "The id of its model.", Use.OPENAI_ANSWER)]
+    model_alias: Annotated[
+        str | None,
+        Param(
+            "model_alias",
+            "What the request called the model, if not by its id.",
+            Use.OPENAI_ANSWER,
+        ),
+    ] = None
+    model_version: Annotated[
+        str,
+        Param("model_version", "The version of the model.", Use.OPENAI_ANSWER),
+    ]
+    pool: Annotated[str, Param(None, "The workers that serve it.")]
+    tier: Annotated[str, Param("tier", "The tier that serves it.", Use.OPENAI)]
     # Requests and answers tell both sides as `size`.
-    width_px: Annotated[int, Param(None, Use.ENGINE, unit="px")]
-    height_px: Annotated[int, Param(None, Use.ENGINE, unit="px")]
-    num_steps: Annotated[int, Param("steps", Use.ENGINE | Use.OPENAI, unit="denoise steps")]
-    guidance: Annotated[float, Param("guidance", Use.ENGINE | Use.OPENAI)]
-    sampler: Annotated[str, Param("sampler", Use.ENGINE | Use.OPENAI)]
-    seed: Annotated[int, Param("seed", Use.ENGINE | Use.OPENAI)]  # of image 0; then seed + 1, …
-    num_images: Annotated[int, Param("n", unit="images")]
-    output_format: Annotated[str, Param("output_format", as_asked=AsAsked(choices=tuple(FORMATS)))]
-    init_file_id: Annotated[UUID | None, Param("init_image", Use.ENGINE, picture="image", as_asked=AsAsked())]
-    mask_file_id: Annotated[UUID | None, Param("mask", Use.ENGINE, picture="mask", as_asked=AsAsked())]
-    control_file_id: Annotated[UUID | None, Param("control_image", Use.ENGINE, picture="image", as_asked=_CONTROL)]
-    # Of the noise laid over the picture it starts from; None without one.
-    strength: Annotated[float | None, Param("strength", Use.ENGINE | Use.OPENAI)]
-    # Layers of the CLIP text encoder left out at its end; None as 0. How many it has, and whether
-    # a pipeline's own call takes it, the engine knows.
+    width_px: Annotated[int, Param(None, "Its width.", Use.ENGINE, unit="px")]
+    height_px: Annotated[int, Param(None, "Its height.", Use.ENGINE, unit="px")]
+    num_steps: Annotated[
+        int,
+        Param(
+            "steps",
+            "Denoise steps of each image.",
+            Use.ENGINE | Use.OPENAI,
+            unit="denoise steps",
+        ),
+    ]
+    guidance: Annotated[
+        float,
+        Param(
+            "guidance",
+            "How closely the images follow the prompt.",
+            Use.ENGINE | Use.OPENAI,
+        ),
+    ]
+    sampler: Annotated[str, Param("sampler", "The sampling method.", Use.ENGINE | Use.OPENAI)]
+    seed: Annotated[
+        int,
+        Param("seed", "The seed of image 0; image i has seed + i.", Use.ENGINE | Use.OPENAI),
+    ]
+    num_images: Annotated[int, Param("n", "How many images.", unit="images")]
+    output_format: Annotated[
+        str,
+        Param(
+            "output_format",
+            "The format of the images.",
+            as_asked=AsAsked(choices=tuple(FORMATS)),
+        ),
+    ]
+    init_file_id: Annotated[
+        UUID | None,
+        Param(
+            "init_image",
+            "The file of the picture that it starts from.",
+            Use.ENGINE,
+            picture="image",
+            as_asked=AsAsked(),
+        ),
+    ]
+    mask_file_id: Annotated[
+        UUID | None,
+        Param(
+            "mask",
+            "The file that says which part is painted anew.",
+            Use.ENGINE,
+            picture="mask",
+            as_asked=AsAsked(),
+        ),
+    ]
+    control_file_id: Annotated[
+        UUID | None,
+        Param(
+            "control_image",
+            "The file that a control network follows.",
+            Use.ENGINE,
+            picture="image",
+            as_asked=_CONTROL,
+        ),
+    ]
+    # The part of noise that is laid over the picture it starts from.
+    strength: Annotated[
+        float | None,
+        Param(
+            "strength",
+            "How far from `init_image`; null without one.",
+            Use.ENGINE | Use.OPENAI,
+        ),
+    ]
+    # None as 0. How many layers there are, and whether a pipeline's own call takes it, the engine
+    # knows.
     clip_skip: Annotated[
         int | None,
-        Param("clip_skip", Use.ENGINE | Use.OPENAI, unit="layers", as_asked=_CLIP_SKIP),
+        Param(
+            "clip_skip",
+            "Layers of the CLIP text encoder that are left out at its end.",
+            Use.ENGINE | Use.OPENAI,
+            unit="layers",
+            as_asked=_CLIP_SKIP,
+        ),
     ]
     adapters: Annotated[
         list[dict[str, str | float]] | None,
-        Param("adapters", Use.ENGINE | Use.OPENAI_REQUEST, none_shown_as=()),
+        Param(
+            "adapters",
+            "Adapters of the model.",
+            Use.ENGINE | Use.OPENAI_REQUEST,
+            none_shown_as=(),
+        ),
     ]
-    precision: Annotated[str, Param("precision")]
-    determinism: Annotated[str, Param("determinism", Use.ENGINE)]
-    bucket_rows: Annotated[int | None, Param("bucket_rows", Use.ENGINE, unit="rows")]
+    precision: Annotated[str, Param("precision", "The numbers that the model computes with.")]
+    determinism: Annotated[
+        str,
+        Param(
+            "determinism",
+            "`reproducible`: the same parameters give the same pixels on hardware of one class.",
+            Use.ENGINE,
+        ),
+    ]
+    bucket_rows: Annotated[
+        int | None,
+        Param(
+            "bucket_rows",
+            "Rows of its batch, where it is reproducible.",
+            Use.ENGINE,
+            unit="rows",
+        ),
+    ]
 
 
 def _listed() -> tuple[Param, ...]:
@@ -182,7 +289,8 @@ ASKED = tuple(field.name for field in fields(Wish))  # fields of a request
 SHOWN = tuple(param for param in PARAMS if param.member is not None)
 OPENAI_REQUEST = tuple(param for param in PARAMS if Use.OPENAI_REQUEST in param.use)
 OPENAI_ANSWER = tuple(param for param in PARAMS if Use.OPENAI_ANSWER in param.use)
-PICTURES: Mapping[str, Param] = {param.member: param for param in PARAMS if param.picture and param.member}  # by role
+# By their role in a job.
+PICTURES: Mapping[str, Param] = {param.member: param for param in PARAMS if param.picture and param.member}
 
 
 def params_of(source: object) -> Resolved:

@@ -4,6 +4,7 @@ Where a place follows from the list it cannot forget one; the others are compare
 the message says what is missing where.
 """
 
+import json
 import re
 import uuid
 from dataclasses import fields, replace
@@ -35,6 +36,7 @@ from models import accepting, api_keys, files, jobs, tenants
 from models.accepting import AcceptedRow, NewJob
 from models.database import make_engine
 from models.tables import ApiKey, Job, Tenant
+from policy import warnings
 from policy.limits import (
     DEFAULT_SCOPES,
     KINDS,
@@ -54,6 +56,7 @@ from policy.params import (
     SHOWN,
     AdapterWish,
     Wish,
+    members_of,
     params_of,
 )
 from settings import REPO
@@ -143,7 +146,23 @@ def a_full_job(session, tenant) -> NewJob:
         determinism="reproducible",
         bucket_rows=8,
     )
-    return NewJob(params=full, start_within_s=600, tenant_metadata={"order": "7"})
+    (first,) = accepting.accept(
+        session,
+        [NewJob(params=resolved(), start_within_s=600)],
+        tenant_id=tenant.id,
+        api_key_id=None,
+        currency="EUR",
+        actor="tests",
+    )
+    return NewJob(
+        params=full,
+        start_within_s=600,
+        predicted_s=2.5,
+        megapixel_steps=Decimal("0.5"),
+        tenant_metadata={"order": "7"},
+        warnings=[warnings.ignored(1.0)],
+        replay_of=first.id,
+    )
 
 
 def written(session, new, tenant) -> tuple[AcceptedRow, Job]:
@@ -293,6 +312,16 @@ def test_what_a_wish_says_by_default_is_what_a_body_says_by_default():
     assert {name: getattr(body, name) or None for name in ASKED} == {
         name: getattr(Wish(prompt="a red circle"), name) or None for name in ASKED
     }
+
+
+def test_parameters_are_shown_in_types_of_json(full):
+    params, _, _, _ = full
+
+    shown = members_of(params)
+
+    assert json.loads(json.dumps(shown)) == shown
+    assert shown["mask"] == str(params.mask_file_id)
+    assert members_of(resolved())["adapters"] == ()
 
 
 def test_a_body_becomes_the_wish_that_it_says():

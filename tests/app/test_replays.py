@@ -3,6 +3,7 @@
 import uuid
 
 import pytest
+from PIL import Image
 from sqlalchemy import text
 
 from app.idempotency import REPLAYED
@@ -12,6 +13,7 @@ from policy.params import params_of
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import GONE, a_fleet
+from tests.pictures import png
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60, "metadata": {"a": "b"}}
 _TIMES = {"created_at", "start_by", "started_at", "run_by", "finished_at", "timing"}
@@ -67,6 +69,27 @@ def test_what_is_not_offered_any_more_cannot_be_replayed(gateway_with, new_key, 
     answer = gateway_with(a_fleet(changes)).post(f"/v1/jobs/{job['id']}/replay", headers=own)
 
     assert assert_problem(answer, 409, "replay-impossible")["gone"] == gone
+
+
+@pytest.mark.parametrize("deleted", ["init_image", "mask"])
+def test_a_job_whose_picture_was_deleted_cannot_be_replayed(api, deleted):
+    half = Image.new("RGB", (128, 128))
+    half.paste("white", (0, 0, 64, 128))
+    pictures = {"init_image": Image.new("RGB", (128, 128), "teal"), "mask": half}
+    files = {role: kept(api, picture) for role, picture in pictures.items()}
+    job = api.post("/v1/jobs", json=BODY | files).json()
+    api.post(job["urls"]["cancel"])
+    assert api.delete(f"/v1/files/{files[deleted]}").status_code == 204
+
+    problem = assert_problem(replay(api, job), 409, "replay-impossible")
+
+    assert problem["gone"] == deleted
+
+
+def kept(api, picture) -> str:
+    """The id of a picture of the tenant's."""
+    headers = {"Content-Type": "image/png"}
+    return api.post("/v1/files", content=png(picture), headers=headers).json()["id"]
 
 
 def test_what_was_erased_cannot_be_replayed(api, canceled_job):

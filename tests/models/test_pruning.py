@@ -14,6 +14,7 @@ from models import files, jobs, pruning
 from models.database import make_engine, transaction
 from models.ids import first_id
 from models.tables import IdempotencyKey, Job, UsageDay, WebhookEndpoint, WebhookSecret
+from policy.params import PICTURES
 from tests.builders import a_job, a_succeeded_job, a_tenant, an_artifact
 from tests.models.conftest import a_database
 
@@ -324,7 +325,8 @@ def test_a_job_that_is_just_being_replayed_waits_for_the_next_pruning(owner):
         jobs.hold(session, old)
 
 
-def test_a_file_that_no_job_starts_from_is_erased_and_a_day_later_forgotten(owner):
+@pytest.mark.parametrize("column", [param.name for param in PICTURES.values()])
+def test_a_file_that_no_job_starts_from_is_erased_and_a_day_later_forgotten(owner, column):
     with transaction(owner) as session:
         tenant = a_tenant(session)
         pictures = [
@@ -342,7 +344,8 @@ def test_a_file_that_no_job_starts_from_is_erased_and_a_day_later_forgotten(owne
             for number in range(3)
         ]
         unused, used, young = (picture.id for picture in pictures)
-        a_job(session, tenant=tenant, init_file_id=used, strength=0.5)
+        begins = {} if column == "control_file_id" else {"init_file_id": young, "strength": 0.5}
+        a_job(session, tenant=tenant, **begins | {column: used})
         session.execute(text("UPDATE files SET created_at = created_at - :age WHERE id <> :young"), {"age": LONG_AGO, "young": young})
 
     def prune() -> list[int]:
