@@ -2,6 +2,7 @@
 
 import uuid
 from collections.abc import Mapping
+from typing import cast
 
 from flask import Blueprint, request
 from flask.typing import ResponseReturnValue
@@ -34,6 +35,7 @@ def estimate() -> ResponseReturnValue:
     deadline_s = accepting.start_deadline_s(body.start_deadline_s, tier.start_within_s)
     expected = parts.forecaster.expect(resolved, caller().tenant_id)
     cost = price(parts.fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s)
+    expected_warnings = warnings.expected(parts.fleet.models[resolved.model], resolved)
     params = params_view(resolved) | {
         field: uuid.UUID(value) if value and _is_id(value) else None for field, value in body.pictures.items()
     }
@@ -43,7 +45,7 @@ def estimate() -> ResponseReturnValue:
         **params,
         metadata=body.metadata,
         start_deadline_s=deadline_s,
-        warnings=warnings.expected(parts.fleet.models[resolved.model], resolved),
+        warnings=cast("list[schemas.JobWarning]", expected_warnings),
         megapixel_steps=float(megapixel_steps(parts.fleet, resolved)),
         cost=schemas.Cost(
             gpu_seconds=round(expected.predicted_s, 6),

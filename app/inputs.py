@@ -12,6 +12,7 @@ from app import dataurls, limits
 from app.auth import caller
 from app.gateway import gateway
 from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable, Problem, StorageQuotaExceeded
+from app.schemas.problems import FieldError
 from edges import pictures as encoding
 from edges import telemetry
 from edges.decoders import DecoderDied, TooBusy
@@ -216,7 +217,7 @@ def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
         if isinstance(error, DecoderDied):
             telemetry.DECODERS_DIED.inc()
             log.warning("decoder_died", field=field)
-        entry = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}
+        entry: FieldError = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}
         raise InvalidPicture(f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED) from None
     except TooBusy:
         raise _too_busy() from None

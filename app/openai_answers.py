@@ -17,21 +17,21 @@ JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
 
 def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
     """Why a job gave no images; None if it did."""
-    own = {"job_id": str(job_id)}
+    shown_id = str(job_id)
     if state == JobState.SUCCEEDED:
         return None
     if state == JobState.CANCELED:
-        return JobAlreadyFinished("The job was canceled.", state=state, **own)
+        return JobAlreadyFinished("The job was canceled.", state=state, job_id=shown_id)
     if state == JobState.EXPIRED:
-        return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, **own)
+        return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id)
     if state == JobState.REJECTED:
-        return ModerationBlocked("The request was refused by the safety rules.", **own)
+        return ModerationBlocked("The request was refused by the safety rules.", job_id=shown_id)
     if state == JobState.FAILED and is_our_fault(failure_code):
-        return JobFailed("The job failed on our side.", failure_code=failure_code, **own)
+        return JobFailed("The job failed on our side.", failure_code=failure_code, job_id=shown_id)
     if state == JobState.FAILED:
         detail = f"The job cannot be rendered: {failure_code}."
-        return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code, **own)
-    return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, **own)
+        return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code, job_id=shown_id)
+    return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, job_id=shown_id)
 
 
 def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:

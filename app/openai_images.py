@@ -33,7 +33,7 @@ from app.problems import (
 from app.schemas import openai as schemas
 from edges.objectstore import StoreUnavailable
 from models.idempotency import Once
-from models.tables import File, Image, Job
+from models.tables import Artifact, File, Job
 from policy.params import Wish
 
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
@@ -242,10 +242,10 @@ def _by_itself(asks_for: list[Any]) -> Once:
 
 def _view(asked: Asked, job: Job) -> schemas.Images:
     kind = schemas.ImagesOnBehalf if asked.user else schemas.Images
-    user = {"safety_identifier": asked.user} if asked.user else {}
+    user: dict[str, Any] = {"safety_identifier": asked.user} if asked.user else {}
     return kind(
         created=int(job.accepted_at.timestamp()),
-        data=[_image_view(asked, image) for image in job.images if image.artifact is not None],
+        data=[_image_view(asked, image.artifact, image.seed) for image in job.images if image.artifact is not None],
         output_format=job.output_format,
         quality=None if asked.quality == "auto" else asked.quality,
         size=f"{job.width_px}x{job.height_px}",
@@ -255,17 +255,21 @@ def _view(asked: Asked, job: Job) -> schemas.Images:
     )
 
 
-def _image_view(asked: Asked, image: Image) -> schemas.ImageContent | schemas.ImageLink:
-    artifact = image.artifact
-    facts = {
-        "seed": image.seed,
-        "pixels_sha256": artifact.pixels_sha256,
-        "content_sha256": artifact.content_sha256,
-    }
+def _image_view(asked: Asked, artifact: Artifact, seed: int) -> schemas.ImageContent | schemas.ImageLink:
     if asked.as_url:
-        return schemas.ImageLink(url=delivery.url_of(artifact), **facts)
+        return schemas.ImageLink(
+            url=delivery.url_of(artifact),
+            seed=seed,
+            pixels_sha256=artifact.pixels_sha256,
+            content_sha256=artifact.content_sha256,
+        )
     try:
         content = gateway().store.get(artifact.object_key)
     except StoreUnavailable:
         raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
-    return schemas.ImageContent(b64_json=base64.b64encode(content).decode(), **facts)
+    return schemas.ImageContent(
+        b64_json=base64.b64encode(content).decode(),
+        seed=seed,
+        pixels_sha256=artifact.pixels_sha256,
+        content_sha256=artifact.content_sha256,
+    )

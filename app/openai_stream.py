@@ -122,7 +122,7 @@ class _Told:
         except StoreUnavailable:
             return _error(PartUnavailable("The object store cannot be reached right now.", part="object_store"))
         kind = schemas.CompletedImageOnBehalf if self._asked.user else schemas.CompletedImage
-        user = {"safety_identifier": self._asked.user} if self._asked.user else {}
+        user: dict[str, Any] = {"safety_identifier": self._asked.user} if self._asked.user else {}
         return kind(
             type=f"{self._asked.event}.completed",
             usage=schemas.NO_TOKENS,

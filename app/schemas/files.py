@@ -6,7 +6,7 @@ from uuid import UUID
 from pydantic import WithJsonSchema
 from typing_extensions import TypedDict
 
-from app.schemas.base import Instant, Link, Page, Sha256, document, says
+from app.schemas.base import Instant, Link, Page, Sha256, document, one_of, says
 
 Upload = Annotated[bytes, WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"})]
 
@@ -22,7 +22,7 @@ class File:
     object: Literal["file"] = "file"
     width_px: Annotated[int, says("Its width.")]
     height_px: Annotated[int, says("Its height.")]
-    mode: Annotated[Literal["L", "RGB", "RGBA"], says("Grey, colour, or with transparency.")]
+    mode: Annotated[Annotated[str, one_of(("L", "RGB", "RGBA"))], says("Grey, colour, or with transparency.")]
     size_bytes: Annotated[int, says("The size of the file as it is kept.")]
     content_type: Annotated[Literal["image/png"], says("All are kept as PNG.")] = "image/png"
     content_sha256: Annotated[Sha256, says("Of the file as it is kept.")]

@@ -205,7 +205,7 @@ class ImageEvent:
 @document("What the image looks like by now.")
 class PartialImage(ImageEvent):
     type: Annotated[
-        Literal["image_generation.partial_image", "image_edit.partial_image"],
+        Annotated[str, one_of(["image_generation.partial_image", "image_edit.partial_image"])],
         says("What the event is."),
     ]
     partial_image_index: Annotated[int, says("The first is 0.")]
@@ -216,7 +216,7 @@ class PartialImage(ImageEvent):
 
 @document("The image; the stream is over.")
 class CompletedImage(OwnMembers, Digests, ImageEvent):
-    type: Annotated[Literal["image_generation.completed", "image_edit.completed"], says("What the event is.")]
+    type: Annotated[Annotated[str, one_of(["image_generation.completed", "image_edit.completed"])], says("What the event is.")]
     usage: TokenUsage
 
 

@@ -265,6 +265,7 @@ def _message(name: str, shapes: _Shapes) -> dict[str, Any]:
     return {
         "post": {
             "operationId": name.replace(".", "_"),
+            "tags": ["Webhooks"],
             "summary": f"Hear of {name}",
             "description": about,
             "parameters": [
