@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import NoneType, UnionType
@@ -191,7 +191,7 @@ def plain_of(kind: type[Any], members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _PLAIN = {str, int, float, bool, datetime, NoneType}
-_hints_of = functools.cache(get_type_hints)
+_hints_of: Callable[[type[Any]], dict[str, Any]] = functools.cache(get_type_hints)
 
 
 def _image(members: Mapping[str, Any]) -> Image:

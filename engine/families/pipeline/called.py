@@ -177,7 +177,7 @@ class CalledPipeline(ABC):
 
     def projector(self) -> Projector | None:
         """Fit one to the VAE, where that has one scale for its latents."""
-        vae = self._decoders.get("vae")
+        vae: Any = self._decoders.get("vae")
         if vae is None or "scaling_factor" not in vae.config:
             return None
 
