@@ -25,10 +25,11 @@ from engine.config import CheckpointSpec, EngineConfig
 from engine.costs import CostModel
 from engine.device import Device
 from engine.errors import EngineStopped, SnapshotRefused
+from engine.events import OnEvent
 from engine.families.contract import State
 from engine.fingerprint import Fingerprint
-from engine.handle import Handle, Progress
-from engine.inbox import Inbox, OnEvent, OpenImage
+from engine.handle import Handle
+from engine.inbox import Inbox, OpenImage
 from engine.inflight import InFlight
 from engine.keptlatents import KeptLatents, check_fork, digest_of_latents
 from engine.ledger import Ledger
@@ -39,8 +40,6 @@ from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.snapshots import check_fingerprint, from_bytes, request_digest
 from engine.validation import check_integer, check_seconds
-
-__all__ = ["Engine", "Handle", "OnEvent", "Progress"]
 
 NOTHING_YET = State({})
 

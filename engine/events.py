@@ -8,6 +8,7 @@ called with them from the engine's own thread and must be fast.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -95,3 +96,4 @@ class Failed:
 
 
 Event = Queued | Started | Stepped | Previewed | Parked | Resumed | Finished | Failed
+OnEvent = Callable[[Event], None]

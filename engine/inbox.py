@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 
 from engine.errors import EngineError, EngineStopped, UnsupportedRequest
-from engine.events import Event
+from engine.events import OnEvent
 from engine.families.contract import State
 from engine.handle import Handle
 from engine.inflight import ImageState, InFlight
@@ -24,7 +24,6 @@ from engine.previews import Pace
 from engine.records import FinishedImage
 from engine.scheduler import Scheduler
 
-OnEvent = Callable[[Event], None]
 Note = Callable[[], None]
 
 

@@ -14,8 +14,9 @@ import structlog
 from edges import telemetry
 from edges.progress import News
 from edges.snapshots import Kept, Snapshots, SnapshotsUnavailable, place
-from engine.engine import Engine, OnEvent
+from engine.engine import Engine
 from engine.errors import EngineError, SnapshotRefused
+from engine.events import OnEvent
 from engine.handle import Handle
 from engine.request import ImageRequest
 from engine.snapshots import peek
