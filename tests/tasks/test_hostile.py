@@ -301,7 +301,6 @@ def test_a_cancel_stops_the_image_at_its_next_step_and_touches_no_other_job(here
     threads[0].join(timeout=5)
     nothing_written = ("running", ["running"])
     assert (here.row(job).state, outcomes(here, job)) == nothing_written
-    assert here.snapshots.of(job.id).keys() <= {0}
     assert metric("darkroom_render_errors_total", kind="ImageCanceled") == errors_before
     at_step = {step.step for step in here.renderer.news.steps(job.id)}
     threads[1].join(timeout=60)
