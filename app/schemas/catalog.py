@@ -23,7 +23,7 @@ class Model:
     id: str
     object: Literal["model"] = "model"
     created: Annotated[int, says("When it was made, in seconds since 1970.")]
-    owned_by: Annotated[Literal["darkroom"], says("Whose it is, for OpenAI's clients.")] = "darkroom"
+    owned_by: Annotated[Literal["darkroom"], says("Of whom; OpenAI's clients ask.")] = "darkroom"
     title: Annotated[str, says("Its name for people.")]
     aliases: Annotated[list[str], says("Other names that requests may call it by.")]
     family: Annotated[str, says("The kind of network.")]
@@ -34,7 +34,10 @@ class Model:
     default_sampler: Annotated[str, says("The one that is used unless a job says otherwise.")]
     max_guidance: Annotated[float, says("The largest guidance that it takes.")]
     max_prompt_chars: Annotated[int, says("The longest prompt that it takes.")]
-    output_formats: Annotated[list[Annotated[str, one_of(OUTPUT_FORMATS)]], says("Formats that images may have.")]
+    output_formats: Annotated[
+        list[Annotated[str, one_of(OUTPUT_FORMATS)]],
+        says("Formats that images may have."),
+    ]
     pool: Annotated[str, says("The workers that hold it.")]
     versions: Annotated[list[ModelVersion], says("Its versions.")]
     tiers: Annotated[dict[str, ModelDefaults], says("Its defaults by tier.")]
