@@ -30,9 +30,9 @@ from settings import GatewaySettings
 VERSION = "1.0.0"
 PROBLEM = "application/problem+json"
 ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal
-is an `application/problem+json` that names the field and what would be accepted. Members may be added to
-answers at any time: ignore those you do not know. `X-Request-Id` names a request; send your own, or
-read ours from the answer."""
+is an `application/problem+json` that names the field and what would be accepted. Members may be
+added to answers at any time: ignore those you do not know. `X-Request-Id` names a request; send
+your own, or read ours from the answer."""
 TAGS = {  # blueprint -> the heading of its operations, in the order in which the page shows them
     "jobs": "Jobs",
     "batches": "Jobs",

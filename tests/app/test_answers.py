@@ -102,6 +102,14 @@ def test_answers_about_jobs_are_as_described(house, job):
     ] == [302, 200]
 
 
+def test_the_times_of_a_job_add_up_to_its_whole_time(job):
+    timing = job["timing"]
+
+    parts = timing["queue_s"] + timing["render_s"] + timing["store_s"]
+    assert timing["total_s"] == pytest.approx(parts, abs=0.001)
+    assert timing["queue_s"] > 0
+
+
 def test_answers_about_what_may_become_a_job_are_as_described(house):
     body = {"prompt": PROMPT, "tier": "batch", "steps": 4, "metadata": {"a": "b"}}
     items = [{}, {"steps": 0}, {"nonsense": 1}, "no object", {"\u0000": 1}]
