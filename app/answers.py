@@ -27,9 +27,10 @@ def answer_page(
     id_of: Callable[[Row], UUID],
     more_before: UUID | None = None,
 ) -> Response:
-    """Answer with up to `limit` of the rows, of which one more was read, and with a link to the page after them.
+    """Answer with up to `limit` of the rows, and with a link to those after them.
 
-    more_before: with fewer rows than that there is another page all the same, and it begins there.
+    rows: one more than `limit` where there are more.  more_before: also with fewer rows there is
+    another page, and it begins behind this id.
     """
     cursor, link = next_page(request, [id_of(row) for row in rows], limit, more_before=more_before)
     data = [show(row) for row in rows[:limit]]

@@ -180,7 +180,10 @@ def _view(kept: Answer, written: Sequence[NewJob] = ()) -> schemas.Batch:
     )
 
 
-def _item_view(item: Mapping[str, Any], views: Mapping[uuid.UUID, schemas.BatchJob]) -> schemas.BatchAccepted | schemas.BatchRefused:
+def _item_view(
+    item: Mapping[str, Any],
+    views: Mapping[uuid.UUID, schemas.BatchJob],
+) -> schemas.BatchAccepted | schemas.BatchRefused:
     if "job_id" in item:
         return schemas.BatchAccepted(job=views[uuid.UUID(item["job_id"])])
     return schemas.BatchRefused(status=item["problem"]["status"], problem=item["problem"])

@@ -38,7 +38,8 @@ def show_model(name: str) -> ResponseReturnValue:
 def list_tiers() -> ResponseReturnValue:
     """List tiers in the order in which they are served."""
     fleet = gateway().fleet
-    return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in fleet.tiers_by_rank if _may_use_tier(name)]))
+    usable = [name for name in fleet.tiers_by_rank if _may_use_tier(name)]
+    return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in usable]))
 
 
 def _usable_names(fleet: Fleet) -> list[str]:

@@ -25,5 +25,9 @@ def readyz() -> ResponseReturnValue:
     is_ready = parts[NEEDED]["ready"]
     degraded = [name for name, part in parts.items() if not part["ready"]]
     headers = {} if is_ready else {"Retry-After": "2"}
-    shown = schemas.Readiness(status="ready" if is_ready else "not_ready", degraded=degraded, parts=cast("dict[str, schemas.Part]", parts))
+    shown = schemas.Readiness(
+        status="ready" if is_ready else "not_ready",
+        degraded=degraded,
+        parts=cast("dict[str, schemas.Part]", parts),
+    )
     return answer(shown, 200 if is_ready else 503, headers)

@@ -42,7 +42,9 @@ def show_spec() -> Response:
     known = current_app.extensions.setdefault("openapi", {})
     content = known.get(request.script_root)
     if content is None:
-        document = build(current_app, gateway().fleet, gateway().settings, root=request.script_root or "/")
+        parts = gateway()
+        root = request.script_root or "/"
+        document = build(current_app, parts.fleet, parts.settings, root=root)
         if len(known) >= MOST_PREFIXES:
             known.clear()
         known[request.script_root] = content = json.dumps(document)

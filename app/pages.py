@@ -63,4 +63,5 @@ def next_page(
     cursor = cursor_of(ids[limit - 1] if len(ids) > limit else more_before or ids[-1])
     said = {name: value for name, value in request.args.items() if name != "cursor"}
     query = urlencode(said | {"cursor": cursor})  # not by url_for: it has parameters of its own, and clients choose these names
-    return cursor, {"Link": f'<{url_for(str(request.endpoint), **request.view_args or {})}?{query}>; rel="next"'}
+    path = url_for(str(request.endpoint), **request.view_args or {})
+    return cursor, {"Link": f'<{path}?{query}>; rel="next"'}

@@ -81,14 +81,27 @@ class Problem(Exception):
     openai_type = ""  # "": what its status stands for
     about = ""
 
-    def __init__(self, detail: str, *, retry_after_s: int | None = None, **members: Unpack[ProblemFacts]) -> None:
+    def __init__(
+        self,
+        detail: str,
+        *,
+        retry_after_s: int | None = None,
+        **members: Unpack[ProblemFacts],
+    ) -> None:
         super().__init__(detail)
         self.detail = detail
         self.retry_after_s = retry_after_s
         self.members = members
 
     @classmethod
-    def at(cls, field: str, detail: str, *, accepted: object = None, sentence: str | None = None) -> Self:
+    def at(
+        cls,
+        field: str,
+        detail: str,
+        *,
+        accepted: object = None,
+        sentence: str | None = None,
+    ) -> Self:
         """Refuse what one field says.
 
         field: its name, or the way to it, as adapters/0; empty: the whole body.  detail: what is
@@ -171,12 +184,12 @@ class MalformedBody(Problem):
 class ModerationBlocked(Problem):
     slug, title, status = "moderation-blocked", "Moderation blocked", 400
     openai_type = "image_generation_user_error"
-    about = "The safety rules refuse the request, or what came of it; the same words will be refused again."
+    about = "The safety rules refuse the request or what came of it; so will they the next time."
 
 
 class NotOffered(Problem):
     slug, title, status = "not-offered", "Not offered", 400
-    about = "OpenAI's interface has it, and this installation has not; `detail` says what to ask for."
+    about = "OpenAI's interface has it, and this one has not; `detail` says what to ask for."
 
 
 class Unauthenticated(Problem):
@@ -186,12 +199,12 @@ class Unauthenticated(Problem):
 
 class Forbidden(Problem):
     slug, title, status = "forbidden", "Forbidden", 403
-    about = "The key is live and may not do this: its scopes, or its tenant's tiers and models, forbid it."
+    about = "The key is live, and neither its scopes nor its tenant's limits allow this."
 
 
 class LinkExpired(Problem):
     slug, title, status = "link-expired", "Link expired", 403
-    about = "A link to an image holds for a while; the image's URL under /v1, with a key, always does."
+    about = "A link to an image holds for a while; its URL under /v1, with a key, always does."
 
 
 class NotFound(Problem):
@@ -282,7 +295,7 @@ class TenantExists(Problem):
 class StorageQuotaExceeded(Problem):
     slug, title, status = "storage-quota-exceeded", "Storage quota exceeded", 409
     openai_type = "insufficient_quota"
-    about = "The tenant's pictures take as many bytes as they may; delete some, waiting does not help."
+    about = "The tenant's pictures take as many bytes as they may; delete some."
 
 
 class Erased(Problem):
@@ -323,7 +336,7 @@ class InvalidRequest(Problem):
 
 class InvalidPicture(Problem):
     slug, title, status = "invalid-picture", "Invalid picture", 422
-    about = "The upload is no picture that can be used; `detail` says why, `accepted` what could be."
+    about = "It is no picture that can be used; `detail` says why, `accepted` what could be."
 
 
 class InvalidQuery(Problem):
@@ -379,7 +392,7 @@ class UploadsExhausted(Problem):
 
 class FleetSaturated(Problem):
     slug, title, status = "fleet-saturated", "Fleet saturated", 503
-    about = "More is asked of the workers than they can begin in time; waiting helps, or a slower tier."
+    about = "More is asked of the workers than they can begin in time; waiting helps."
 
 
 class ModelUnserved(Problem):
@@ -399,12 +412,12 @@ class JobFailed(Problem):
 
 class JobExpired(Problem):
     slug, title, status = "job-expired", "Job expired", 503
-    about = "The job was not begun before its start deadline; waiting helps, or a slower tier."
+    about = "The job was not begun before its start deadline; waiting helps."
 
 
 class JobUnfinished(Problem):
     slug, title, status = "job-unfinished", "Job unfinished", 504
-    about = "The job goes on: the same request, tried again, waits for it; GET /v1/jobs/{job_id} shows it."
+    about = "The job goes on: the same request, tried again, waits for it."
 
 
 class PartUnavailable(Problem):
@@ -430,7 +443,12 @@ def explain(slug: str) -> Response:
     """Answer GET of a problem's `type`: what it means."""
     for kind in Problem.__subclasses__():
         if kind.slug == slug:
-            meant = schemas.ProblemType(type=f"/problems/{slug}", title=kind.title, status=kind.status, about=kind.about)
+            meant = schemas.ProblemType(
+                type=f"/problems/{slug}",
+                title=kind.title,
+                status=kind.status,
+                about=kind.about,
+            )
             return Response(json.dumps(meant), content_type="application/json")
     raise NotFound(f"There is no problem {slug[:64]!r}.")
 

@@ -1,4 +1,4 @@
-"""Show rows to a client. Every resolved parameter of a job is echoed, so an answer is enough to ask for the image again."""
+"""Show rows to a client. Of a job every parameter: enough to ask for the image again."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -55,7 +55,11 @@ def job_view(job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePla
     )
 
 
-def status_view(job: Job, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> schemas.JobStatus:
+def status_view(
+    job: Job,
+    steps: Sequence[Step] = (),
+    place: QueuePlace | None = None,
+) -> schemas.JobStatus:
     """Show the little that changes while one waits for a job; arguments as of `job_view`."""
     return schemas.JobStatus(
         id=job.id,
@@ -115,7 +119,8 @@ def _progress(job: Job | JobDocument, steps: Sequence[Step]) -> schemas.Progress
 
     What a picture that they start from makes needless is neither.
     """
-    if job.state == JobState.QUEUED or (job.state in FINAL_STATES and job.state != JobState.SUCCEEDED):
+    has_come_to_nothing = job.state in FINAL_STATES and job.state != JobState.SUCCEEDED
+    if job.state == JobState.QUEUED or has_come_to_nothing:
         return None
     done = dict.fromkeys(range(job.num_images), 0)
     to_do = dict.fromkeys(done, image_steps(job))
@@ -133,7 +138,7 @@ def _progress(job: Job | JobDocument, steps: Sequence[Step]) -> schemas.Progress
 
 
 def queue_view(place: QueuePlace | None) -> schemas.QueuePlace | None:
-    """Show where a job stands, and the seconds until its images are stored: the median, and nine in ten."""
+    """Show where a job stands in the queue; None where it does not."""
     if place is None:
         return None
     return schemas.QueuePlace(
@@ -158,7 +163,11 @@ def _warnings(job: Job | JobDocument) -> list[schemas.JobWarning]:
 def _cost(job: Job | JobDocument) -> schemas.Cost | None:
     if job.cost is None:
         return None
-    return schemas.Cost(gpu_seconds=round(job.device_seconds, 6), amount=str(job.cost), currency=job.currency)
+    return schemas.Cost(
+        gpu_seconds=round(job.device_seconds, 6),
+        amount=str(job.cost),
+        currency=job.currency,
+    )
 
 
 def _seconds(start: datetime | None, end: datetime | None) -> float | None:

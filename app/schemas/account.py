@@ -1,4 +1,4 @@
-"""Tenants with their limits, keys and usage, as a tenant sees its own and an operator everybody's."""
+"""Tenants with their limits, keys and usage, for a tenant itself and for an operator."""
 
 from datetime import date
 from typing import Annotated, Literal

@@ -62,7 +62,7 @@ def to_json(shown: Any) -> bytes:
     adapter = adapter_of(type(shown))
     try:
         return adapter.dump_json(shown, by_alias=True, warnings=False, ensure_ascii=True)
-    except PydanticSerializationError:  # a client's lone surrogate: UTF-8 has none, and JSON escapes it
+    except PydanticSerializationError:  # a lone surrogate: no UTF-8, and JSON escapes it
         return json.dumps(to_plain(shown)).encode()
 
 

@@ -15,5 +15,11 @@ class JobFields(TypedDict):
 
 @with_config(described("Jobs, each of which is accepted or refused by itself."))
 class BatchBody(TypedDict, total=False):
-    jobs: Required[Annotated[list[JobFields], Field(min_length=1, max_length=MAX_JOBS), says("What each job is to be.")]]
+    jobs: Required[
+        Annotated[
+            list[JobFields],
+            Field(min_length=1, max_length=MAX_JOBS),
+            says("What each job is to be."),
+        ]
+    ]
     defaults: Annotated[JobFields, says("Fields of every job that does not say them itself.")]

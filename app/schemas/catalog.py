@@ -23,7 +23,7 @@ class Model:
     id: str
     object: Literal["model"] = "model"
     created: Annotated[int, says("When it was made, in seconds since 1970.")]
-    owned_by: Annotated[Literal["darkroom"], says("Whose it is, for OpenAI's clients.")] = "darkroom"
+    owned_by: Annotated[Literal["darkroom"], says("Of whom; OpenAI's clients ask.")] = "darkroom"
     title: Annotated[str, says("Its name for people.")]
     aliases: Annotated[list[str], says("Other names that requests may call it by.")]
     family: Annotated[str, says("The kind of network.")]

@@ -8,7 +8,10 @@ from typing_extensions import TypedDict
 
 from app.schemas.base import Instant, Link, Page, Sha256, document, one_of, says
 
-Upload = Annotated[bytes, WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"})]
+Upload = Annotated[
+    bytes,
+    WithJsonSchema({"type": "string", "contentMediaType": "application/octet-stream"}),
+]
 
 
 @document("Where the file is found.")
@@ -22,7 +25,10 @@ class File:
     object: Literal["file"] = "file"
     width_px: Annotated[int, says("Its width.")]
     height_px: Annotated[int, says("Its height.")]
-    mode: Annotated[Annotated[str, one_of(("L", "RGB", "RGBA"))], says("Grey, colour, or with transparency.")]
+    mode: Annotated[
+        Annotated[str, one_of(("L", "RGB", "RGBA"))],
+        says("Grey, colour, or with transparency."),
+    ]
     size_bytes: Annotated[int, says("The size of the file as it is kept.")]
     content_type: Annotated[Literal["image/png"], says("All are kept as PNG.")] = "image/png"
     content_sha256: Annotated[Sha256, says("Of the file as it is kept.")]

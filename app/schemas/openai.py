@@ -44,9 +44,15 @@ class ImagesBody(TypedDict, total=False):
         bool | Literal["auto", "opaque"] | None,
         says("True: a streamed job goes on when its client has left."),
     ]
-    moderation: Annotated[Annotated[str, one_of(MODERATIONS)] | None, says("Makes no difference here.")]
+    moderation: Annotated[
+        Annotated[str, one_of(MODERATIONS)] | None,
+        says("Makes no difference here."),
+    ]
     style: Annotated[Annotated[str, one_of(STYLES)] | None, says("Makes no difference here.")]
-    input_fidelity: Annotated[Annotated[str, one_of(FIDELITIES)] | None, says("Makes no difference here.")]
+    input_fidelity: Annotated[
+        Annotated[str, one_of(FIDELITIES)] | None,
+        says("Makes no difference here."),
+    ]
     stream: Annotated[bool | None, says("Answer with server-sent events; for one image.")]
     partial_images: Annotated[
         Annotated[int, Field(ge=0, le=MOST_PARTIALS)] | None,
@@ -90,7 +96,10 @@ class FileId(TypedDict):
     file_id: Annotated[str, says("The id that POST /v1/files answered with.")]
 
 
-Source = Annotated[str | ImageUrl | FileId, says("A data URL, the id of a file, or an object that holds one.")]
+Source = Annotated[
+    str | ImageUrl | FileId,
+    says("A data URL, the id of a file, or an object that holds one."),
+]
 OneSource = Annotated[list[Source], Field(min_length=1, max_length=1)]
 Strength = Annotated[float | None, says("How far from the picture, from above 0 to 1.")]
 
@@ -216,7 +225,10 @@ class PartialImage(ImageEvent):
 
 @document("The image; the stream is over.")
 class CompletedImage(OwnMembers, Digests, ImageEvent):
-    type: Annotated[Annotated[str, one_of(["image_generation.completed", "image_edit.completed"])], says("What the event is.")]
+    type: Annotated[
+        Annotated[str, one_of(["image_generation.completed", "image_edit.completed"])],
+        says("What the event is."),
+    ]
     usage: TokenUsage
 
 

@@ -1,1 +1,1 @@
-"""Describe the interface: what can be asked (operations), with what parameters, and all of it as one OpenAPI document."""
+"""Describe what can be asked, with what parameters, and all of it as one OpenAPI document."""

@@ -1,4 +1,8 @@
-"""Build the OpenAPI 3.1 document of the running gateway: its routes, their operations, and the documents that they take and answer."""
+"""Build the OpenAPI 3.1 document of the running gateway.
+
+It has the gateway's routes, what app/spec/operations says of each, and the documents of app/schemas
+that they take and answer.
+"""
 
 import inspect
 import re
@@ -25,10 +29,10 @@ from settings import GatewaySettings
 
 VERSION = "1.0.0"
 PROBLEM = "application/problem+json"
-ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal is
-`application/problem+json` that names the field and what would be accepted. Members may be added to
-answers at any time: ignore those you do not know. `X-Request-Id` names a request; send your own, or
-read ours from the answer."""
+ABOUT = """Image generation as jobs. Send your key as `Authorization: Bearer dr_…`. Every refusal
+is an `application/problem+json` that names the field and what would be accepted. Members may be
+added to answers at any time: ignore those you do not know. `X-Request-Id` names a request; send
+your own, or read ours from the answer."""
 TAGS = {  # blueprint -> the heading of its operations, in the order in which the page shows them
     "jobs": "Jobs",
     "batches": "Jobs",
@@ -43,7 +47,12 @@ TAGS = {  # blueprint -> the heading of its operations, in the order in which th
     "health": "The gateway itself",
     "explain": "The gateway itself",
 }
-LEFT_OUT = {"static", "openapi.show_spec", "openapi.show_docs", "links.show_linked"}  # no interface of programs
+LEFT_OUT = {
+    "static",
+    "openapi.show_spec",
+    "openapi.show_docs",
+    "links.show_linked",
+}  # no interface of programs
 _KINDS: dict[str, Schema] = {
     "uuid": {"type": "string", "format": "uuid"},
     "int": {"type": "integer", "minimum": 0},
@@ -60,7 +69,7 @@ _SIGNED_BY = {
 
 
 def paths_of(app: Flask) -> dict[tuple[str, str], tuple[str, dict[str, Schema]]]:
-    """List every route of the interface: (method, path as OpenAPI writes it) -> endpoint and arguments."""
+    """List every route: (method, path as OpenAPI writes it) -> endpoint and arguments."""
     found = {}
     for rule in app.url_map.iter_rules():
         if rule.endpoint in LEFT_OUT:
@@ -82,7 +91,10 @@ def build(app: Flask, fleet: Fleet, settings: GatewaySettings, root: str = "/") 
     for (method, path), (endpoint, arguments) in routes:
         described = _operation(OPERATIONS[method, path], endpoint, arguments, shapes, settings)
         paths.setdefault(path, {})[method.lower()] = described
-    problem = {"description": "A refusal that says why", "content": shapes.content((Problem,), PROBLEM)}
+    problem = {
+        "description": "A refusal that says why",
+        "content": shapes.content((Problem,), PROBLEM),
+    }
     return {
         "openapi": "3.1.0",
         "info": {
@@ -154,11 +166,13 @@ class _Shapes:
         return kind if isinstance(kind, dict) else self.of((kind,), "validation")
 
     def _describe_jobs(self, fleet: Fleet) -> None:
-        """Say what a job's fields mean and may be; `JobFields` are the same, none of them required."""
+        """Say what a job's fields mean and may be; in `JobFields` none is required."""
         job = self.definitions[JobBody.__name__]
         for name, keywords in job_fields(fleet).items():
             _add(job["properties"][name], keywords)
-        self.definitions[JobFields.__name__] = {name: value for name, value in job.items() if name != "required"}
+        fields = dict(job)
+        del fields["required"]
+        self.definitions[JobFields.__name__] = fields
 
     def _describe_limits(self) -> None:
         """Say of limits that are changed what is said of those that are shown."""
@@ -206,13 +220,16 @@ def _operation(
     shapes: _Shapes,
     settings: GatewaySettings,
 ) -> dict[str, Any]:
-    in_path = [{"name": name, "in": "path", "required": True, "schema": schema} for name, schema in arguments.items()]
+    parameters: list[dict[str, Any]] = []
+    for name, schema in arguments.items():
+        parameters.append({"name": name, "in": "path", "required": True, "schema": schema})
+    parameters += [_parameter(each, settings) for each in operation.parameters]
     described: dict[str, Any] = {
         "operationId": endpoint.replace(".", "_"),
         "tags": [TAGS[endpoint.partition(".")[0]]],
         "summary": operation.summary,
         "description": operation.description,
-        "parameters": in_path + [_parameter(each, settings) for each in operation.parameters],
+        "parameters": parameters,
         "responses": _responses(operation, shapes),
     }
     if operation.body:

@@ -1,4 +1,4 @@
-"""Say what the fields of a job mean and may be: by the constants that are enforced, and by what fleet.toml offers."""
+"""Say what a job's fields mean and may be, by what is enforced and what fleet.toml offers."""
 
 from typing import Any
 
@@ -20,20 +20,19 @@ ABOUT = {
     "seed": f"The seed of image 0; {RANDOM_SEED} or none: one is drawn, and the answer says which.",
     "n": "How many images.",
     "output_format": "The format of the images.",
-    "init_image": "The picture to start from: the id of a file, a data URL, or an https URL for tenants that may have pictures fetched.",
-    "mask": "The part of `init_image` that is painted anew: where it is transparent, or white if it is"
-    " transparent nowhere. Said as `init_image` is.",
+    "init_image": "The picture to start from: the id of a file, a data URL or, if you may, a URL.",
+    "mask": "What of `init_image` is painted anew: where it is transparent, or else white.",
     "control_image": "The picture that a control network follows. Said as `init_image` is.",
     "strength": "How far from `init_image`: 1 leaves nothing of it.",
     "clip_skip": "Layers of the CLIP text encoder that are left out at its end; by default none.",
     "adapters": "Adapters of the model, and how much of each.",
     "metadata": "Your own; `GET /v1/jobs?metadata.<key>=<value>` finds it.",
-    "start_deadline_s": "Seconds within which a worker must begin; by default, and at most, the tier's.",
+    "start_deadline_s": "Seconds within which a worker must begin; at most those of the tier.",
 }
 
 
 def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """Return keywords of JSON Schema for the fields of a job, by their names; no narrower than the door."""
+    """Return keywords of JSON Schema by the names of a job's fields; all that is accepted fits."""
     models, tiers = fleet.models.values(), fleet.tiers.values()
     longest_prompt = max(model.max_prompt_chars for model in models)
     bounds: dict[str, dict[str, Any]] = {

@@ -17,7 +17,7 @@ About = str | Callable[[GatewaySettings], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A query parameter or a header. about: for users of the API, perhaps with numbers of the installation."""
+    """A query parameter or a header. about: for users; perhaps with the installation's numbers."""
 
     name: str
     where: str
@@ -71,21 +71,33 @@ PAGE = (
     query("cursor", "`next_cursor` of the page before.", type="string"),
 )
 DAYS = (
-    query("from", "The first day, in UTC; by default the first of this month.", type="string", format="date"),
+    query(
+        "from",
+        "The first day, in UTC; by default the first of this month.",
+        type="string",
+        format="date",
+    ),
     query("to", "The last day, in UTC; by default today.", type="string", format="date"),
 )
 IDEMPOTENCY_KEY = header(
     "Idempotency-Key",
-    f"1 to {MAX_KEY_CHARS} printable ASCII characters, in double quotes if spaces, commas, semicolons"
-    " or quotes are among them. The same request under the same key is answered with what the first"
-    " one came to.",
+    f"1 to {MAX_KEY_CHARS} printable ASCII characters, in double quotes if spaces, commas,"
+    " semicolons or quotes are among them. The same request under the same key is answered with"
+    " what the first one came to.",
     minLength=1,
     maxLength=2 * MAX_KEY_CHARS + 2,  # in quotes, and every character escaped
     pattern="^[ -~]+$",
     examples=["order-7"],
 )
-IF_NONE_MATCH = header("If-None-Match", "The `ETag` of an earlier answer: 304 if nothing has changed.")
-LAST_EVENT_ID = header("Last-Event-ID", "The id of the event to go on behind.", pattern=f"^({EVENT_ID.pattern})?$")
+IF_NONE_MATCH = header(
+    "If-None-Match",
+    "The `ETag` of an earlier answer: 304 if nothing has changed.",
+)
+LAST_EVENT_ID = header(
+    "Last-Event-ID",
+    "The id of the event to go on behind.",
+    pattern=f"^({EVENT_ID.pattern})?$",
+)
 REDIRECT = query(
     "redirect",
     "`false`: the picture itself, instead of a redirect to where it is stored.",

@@ -50,6 +50,7 @@ def test_a_key_is_issued_used_rotated_and_revoked(admin, tenant, nobody):
     assert nobody.get("/v1/key", headers=bearer(issued["key"])).json()["scopes"] == ["read"]
 
     rotated = admin.post(f"/v1/admin/keys/{issued['id']}/rotate", json={"grace_s": 0}).json()
+    assert (rotated["former_key_id"], rotated["former_key_lives_for_s"]) == (issued["id"], 0)
     assert nobody.get("/v1/key", headers=bearer(rotated["key"])).json()["tenant_id"] == tenant["id"]
     assert admin.delete(f"/v1/admin/keys/{rotated['id']}").status_code == 204
     time.sleep(1)

@@ -24,7 +24,7 @@ from tests.receivers import a_receiver
 PROMPT = "a large red circle in the center on a blue background"
 LONG = PROMPT + ", very detailed picture" * 20
 WAIT = {"Prefer": "wait=60"}
-DOT = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGM8ISfHwMDAxMDAwMDAAAANBAEIfXHKZgAAAABJRU5ErkJggg=="
+DOT = "data:image/webp;base64,UklGRh4AAABXRUJQVlA4TBEAAAAvAUAAAAdQjyLXo/+BiOh/AAA="
 NOBODY = str(uuid.UUID(int=7))
 
 
@@ -43,16 +43,31 @@ def house(stack, stack_database, witness):
 
     with transaction(stack_database) as session:
         tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-        own = {"tenant_id": tenant.id, "name": "all", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+        own = {
+            "tenant_id": tenant.id,
+            "name": "all",
+            "pepper": stack.env["API_KEY_PEPPER"],
+            "actor": "tests",
+        }
         _, key = api_keys.issue(session, scopes=["admin", "generate", "read"], **own)
     hooks = {"response": [look]}
-    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False, event_hooks=hooks) as client:
+    with httpx.Client(
+        base_url=stack.env["DARKROOM_URL"],
+        headers=bearer(key),
+        timeout=90,
+        trust_env=False,
+        event_hooks=hooks,
+    ) as client:
         client.tenant_id = tenant.id
         yield client
 
 
 def render(house, **wish) -> dict:
-    job = house.post("/v1/jobs", json={"prompt": PROMPT, "tier": "fast", "steps": 2, "seed": 7, **wish}, headers=WAIT).json()
+    job = house.post(
+        "/v1/jobs",
+        json={"prompt": PROMPT, "tier": "fast", "steps": 2, "seed": 7, **wish},
+        headers=WAIT,
+    ).json()
     assert job["state"] == "succeeded", job
     return job
 
@@ -71,34 +86,59 @@ def test_answers_about_jobs_are_as_described(house, job):
     house.post(job["urls"]["replay"], headers=WAIT)
     [warning] = render(house, prompt=LONG)["warnings"]
     assert warning["tokens_given"] > warning["tokens_read"]
-    waiting = house.post("/v1/jobs", json={"prompt": PROMPT, "tier": "batch", "negative_prompt": "a star", "guidance": 1.0}).json()
+    waiting = house.post(
+        "/v1/jobs",
+        json={"prompt": PROMPT, "tier": "batch", "negative_prompt": "a star", "guidance": 1.0},
+    ).json()
     assert waiting["queue"] is not None
+    assert waiting["progress"] is None
     assert "tokens_given" not in waiting["warnings"][0]
     assert house.post(waiting["urls"]["cancel"]).json()["state"] == "canceled"
     house.delete(waiting["urls"]["self"])
     assert house.get(waiting["urls"]["self"]).json()["prompt"] is None
     image = f"{job['urls']['self']}/images/0"
-    assert [house.get(image).status_code, house.get(image, params={"redirect": "false"}).status_code] == [302, 200]
+    assert [
+        house.get(image).status_code,
+        house.get(image, params={"redirect": "false"}).status_code,
+    ] == [302, 200]
+
+
+def test_the_times_of_a_job_add_up_to_its_whole_time(job):
+    timing = job["timing"]
+
+    parts = timing["queue_s"] + timing["render_s"] + timing["store_s"]
+    assert timing["total_s"] == pytest.approx(parts, abs=0.001)
+    assert timing["queue_s"] > 0
 
 
 def test_answers_about_what_may_become_a_job_are_as_described(house):
     body = {"prompt": PROMPT, "tier": "batch", "steps": 4, "metadata": {"a": "b"}}
     items = [{}, {"steps": 0}, {"nonsense": 1}, "no object", {"\u0000": 1}]
     batch = house.post(
-        "/v1/jobs:batch", content=json.dumps({"defaults": body, "jobs": items}), headers={"Content-Type": "application/json"}
+        "/v1/jobs:batch",
+        content=json.dumps({"defaults": body, "jobs": items}),
+        headers={"Content-Type": "application/json"},
     )
 
     assert [item["status"] for item in batch.json()["data"]] == [202, 422, 422, 422, 422]
     assert batch.json()["data"][4]["problem"]["errors"][0]["pointer"] == "/\u0000"
     house.post("/v1/estimate", json=body)
-    house.post("/v1/estimate", json={**body, "seed": 7, "init_image": DOT, "negative_prompt": "a star", "guidance": 0.5})
+    house.post(
+        "/v1/estimate",
+        json={**body, "seed": 7, "init_image": DOT, "negative_prompt": "a star", "guidance": 0.5},
+    )
 
 
 def test_an_estimate_that_says_why_not_is_as_described(witness, a_house):
     answer = a_house().tenant().send("/v1/estimate", {"prompt": PROMPT, "tier": "batch"})
 
     assert answer.json["refusal"]["type"] == "/problems/model-unserved"
-    witness.look_at(("POST", "/v1/estimate"), answer.status_code, answer.content_type, lambda: answer.json)
+    witness.look_at(
+        ("POST", "/v1/estimate"),
+        answer.status_code,
+        answer.content_type,
+        lambda: answer.json,
+    )
 
 
 def test_answers_about_pictures_are_as_described(house, job):
@@ -139,25 +179,49 @@ def test_an_event_of_a_job_that_waits_is_as_described(house, witness, a_house):
 def test_answers_in_the_words_of_openai_are_as_described(house, user):
     wish = {"prompt": PROMPT, "size": "128x128", "steps": 2, "tier": "fast", **user}
     for response_format in ("b64_json", "url"):
-        house.post("/v1/images/generations", json={**wish, "response_format": response_format, "n": 2, "quality": "high"})
+        house.post(
+            "/v1/images/generations",
+            json={**wish, "response_format": response_format, "n": 2, "quality": "high"},
+        )
     house.post("/v1/images/edits", json={**wish, "images": [{"image_url": DOT}]})
-    house.post("/v1/images/variations", json={"images": [{"image_url": DOT}], "steps": 2, "tier": "fast", **user})
+    house.post(
+        "/v1/images/variations",
+        json={"images": [{"image_url": DOT}], "steps": 2, "tier": "fast", **user},
+    )
 
 
 @pytest.mark.parametrize("user", [{}, {"user": "somebody"}])
-@pytest.mark.parametrize(("path", "picture"), [("/v1/images/generations", {}), ("/v1/images/edits", {"images": [{"image_url": DOT}]})])
+@pytest.mark.parametrize(
+    ("path", "picture"),
+    [("/v1/images/generations", {}), ("/v1/images/edits", {"images": [{"image_url": DOT}]})],
+)
 def test_events_in_the_words_of_openai_are_as_described(house, witness, path, picture, user):
-    wish = {"prompt": PROMPT, "steps": 20, "tier": "quality", "stream": True, "partial_images": 2, **picture, **user}
+    wish = {
+        "prompt": PROMPT,
+        "steps": 20,
+        "tier": "quality",
+        "stream": True,
+        "partial_images": 2,
+        **picture,
+        **user,
+    }
     with house.stream("POST", path, json=wish) as answer:
         data = [line.removeprefix("data: ") for line in answer.iter_lines() if line.startswith("data: {")]
 
     told = [json.loads(each) for each in data]
-    witness.look_at_events(("POST", path), [(each["type"].rpartition(".")[2], each) for each in told])
+    witness.look_at_events(
+        ("POST", path),
+        [(each["type"].rpartition(".")[2], each) for each in told],
+    )
     assert {"completed"} <= {each["type"].rpartition(".")[2] for each in told}
 
 
 def test_the_error_that_ends_a_stream_is_as_described(house, witness):
-    with house.stream("POST", "/v1/images/generations", json={"prompt": PROMPT, "steps": 60, "tier": "quality", "stream": True}) as answer:
+    with house.stream(
+        "POST",
+        "/v1/images/generations",
+        json={"prompt": PROMPT, "steps": 60, "tier": "quality", "stream": True},
+    ) as answer:
         house.post(f"/v1/jobs/{answer.headers['X-Darkroom-Job-Id']}/cancel")
         [data] = [json.loads(line.removeprefix("data: ")) for line in answer.iter_lines() if line.startswith("data: {")]
 
@@ -195,12 +259,23 @@ def test_a_message_about_each_end_is_as_described(witness, stack_database, job, 
     if state != JobState.SUCCEEDED:
         images = [SimpleNamespace(index=0, seed=7, state="pending", artifact=None)]
         code = FailureCode.INTERNAL if state in ("failed", "rejected") else None
-        facts |= {"failure_code": code, "cost": None, "started_at": None, "labels": None, "images": images}
+        facts |= {
+            "failure_code": code,
+            "cost": None,
+            "started_at": None,
+            "labels": None,
+            "images": images,
+        }
     else:
         facts["images"] = found.images
     ended = SimpleNamespace(**facts | {"state": state})
 
-    told = message(SimpleNamespace(event=event), ended, datetime.now(UTC), public_url="https://images.example")
+    told = message(
+        SimpleNamespace(event=event),
+        ended,
+        datetime.now(UTC),
+        public_url="https://images.example",
+    )
 
     witness.look_at_message(json.loads(json.dumps(told)))
 
@@ -228,7 +303,12 @@ def test_readiness_that_is_lost_is_as_described(witness, gateway_with, elsewhere
 def test_answers_to_an_operator_are_as_described(house):
     tenant = house.post("/v1/admin/tenants", json={"name": f"app-{uuid.uuid4().hex[:8]}"}).json()
     own = f"/v1/admin/tenants/{tenant['id']}"
-    limits = {"requests_per_minute": 60, "daily_megapixel_steps": 1.5, "allowed_tiers": ["batch"], "max_stored_bytes": 7}
+    limits = {
+        "requests_per_minute": 60,
+        "daily_megapixel_steps": 1.5,
+        "allowed_tiers": ["batch"],
+        "max_stored_bytes": 7,
+    }
     assert house.patch(own, json=limits).json()["limits"]["daily_megapixel_steps"] == 1.5
     house.get(own)
     house.get("/v1/admin/tenants", params={"limit": 1})
@@ -242,7 +322,11 @@ def test_answers_to_an_operator_are_as_described(house):
 
 REFUSALS = [
     ("POST", "/v1/jobs", {"json": {"steps": 0}}),
-    ("POST", "/v1/jobs", {"json": {"prompt": PROMPT, **{f"field{number}": 1 for number in range(30)}}}),
+    (
+        "POST",
+        "/v1/jobs",
+        {"json": {"prompt": PROMPT, **{f"field{number}": 1 for number in range(30)}}},
+    ),
     ("POST", "/v1/jobs", {"content": b"{", "headers": {"Content-Type": "application/json"}}),
     ("POST", "/v1/jobs", {"content": b"{}"}),
     ("POST", "/v1/jobs", {"json": {"prompt": PROMPT}, "headers": {"Idempotency-Key": ""}}),
@@ -276,14 +360,22 @@ def test_refusals_that_say_more_are_as_described(house, job, stack_database):
     refused = until(lambda: (answer := house.post("/v1/jobs", json=body)).status_code == 429 and answer).json()
     assert refused["max_concurrent_jobs"] == 1
     with transaction(stack_database) as session:
-        tenants.limit(session, session.get(tenants.Tenant, house.tenant_id), changes={"max_concurrent_jobs": None}, actor="tests")
+        tenants.limit(
+            session,
+            session.get(tenants.Tenant, house.tenant_id),
+            changes={"max_concurrent_jobs": None},
+            actor="tests",
+        )
 
 
 def test_without_a_key_every_operation_refuses_as_described(witness, nobody):
     for method, path in witness.operations:
         if witness.operations[method, path].get("security") == []:
             continue
-        answer = nobody.request(method, path.replace("{index}", "0").replace("{job_id}", NOBODY).format_map(_Ids()))
+        answer = nobody.request(
+            method,
+            path.replace("{index}", "0").replace("{job_id}", NOBODY).format_map(_Ids()),
+        )
         assert answer.status_code == 401, (method, path)
         witness.look(answer)
 
@@ -296,6 +388,13 @@ class _Ids(dict):
 def test_every_operation_event_and_message_was_seen(witness):
     """The last of this module: nothing in the document went unseen."""
     assert set(witness.operations) - witness.good == set()
-    assert witness.events["/v1/jobs/{job_id}/events"] == {"queued", "started", "step", "preview", "stored", "final"}
+    assert witness.events["/v1/jobs/{job_id}/events"] == {
+        "queued",
+        "started",
+        "step",
+        "preview",
+        "stored",
+        "final",
+    }
     assert witness.events["/v1/images/generations"] == {"partial_image", "completed", "error"}
     assert witness.events["webhooks"] == {*EVENTS, TEST_EVENT}

@@ -27,7 +27,13 @@ def test_what_a_newer_release_wrote_into_a_row_is_shown():
 
 
 def test_text_of_clients_that_utf_8_has_no_bytes_for_is_shown_as_json_escapes_it():
-    problem = {"type": "t", "title": "t", "status": 422, "detail": "é \ud800", "errors": [{"pointer": "/\ud800", "detail": "d"}]}
+    problem = {
+        "type": "t",
+        "title": "t",
+        "status": 422,
+        "detail": "é \ud800",
+        "errors": [{"pointer": "/\ud800", "detail": "d"}],
+    }
     batch = Batch(accepted=0, refused=1, data=[BatchRefused(status=422, problem=problem)])
 
     assert json.loads(to_json(batch))["data"][0]["problem"] == problem

@@ -25,7 +25,7 @@ from tests.app.conftest import bearer
 from tests.app.witness import Witness
 from tests.builders import a_fleet
 
-DOT = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGM8ISfHwMDAxMDAwMDAAAANBAEIfXHKZgAAAABJRU5ErkJggg=="
+DOT = "data:image/webp;base64,UklGRh4AAABXRUJQVlA4TBEAAAAvAUAAAAdQjyLXo/+BiOh/AAA="
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +43,19 @@ def everything(stack, stack_database):
     """HTTP as a tenant whose key has every scope."""
     with transaction(stack_database) as session:
         tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-        own = {"tenant_id": tenant.id, "name": "all", "pepper": stack.env["API_KEY_PEPPER"], "actor": "tests"}
+        own = {
+            "tenant_id": tenant.id,
+            "name": "all",
+            "pepper": stack.env["API_KEY_PEPPER"],
+            "actor": "tests",
+        }
         _, key = api_keys.issue(session, scopes=["admin", "generate", "read"], **own)
-    with httpx.Client(base_url=stack.env["DARKROOM_URL"], headers=bearer(key), timeout=90, trust_env=False) as client:
+    with httpx.Client(
+        base_url=stack.env["DARKROOM_URL"],
+        headers=bearer(key),
+        timeout=90,
+        trust_env=False,
+    ) as client:
         client.tenant_id = str(tenant.id)
         yield client
 
@@ -85,13 +95,23 @@ def test_every_example_runs(spec, everything):
                 example = content.get("example") or content["schema"].get("example")
                 if example is None:
                     continue
-                body = {**example, **({"name": f"app-{uuid.uuid4().hex[:8]}"} if path == "/v1/admin/tenants" else {})}
+                body = {
+                    **example,
+                    **({"name": f"app-{uuid.uuid4().hex[:8]}"} if path == "/v1/admin/tenants" else {}),
+                }
                 answer = everything.request(method, path.format(**ids), json=body)
                 good = next(status for status in operation["responses"] if status[0] == "2")
                 assert str(answer.status_code) == good, (path, answer.text)
                 Witness(spec).look(answer)
                 ran.append(path)
-    assert {"/v1/jobs", "/v1/jobs:batch", "/v1/estimate", "/v1/webhooks", "/v1/images/generations", "/v1/images/edits"} <= set(ran)
+    assert {
+        "/v1/jobs",
+        "/v1/jobs:batch",
+        "/v1/estimate",
+        "/v1/webhooks",
+        "/v1/images/generations",
+        "/v1/images/edits",
+    } <= set(ran)
     assert {"/v1/images/variations", "/v1/admin/tenants"} <= set(ran)
 
 
@@ -158,9 +178,18 @@ def test_every_member_that_a_problem_may_have_is_in_the_document(spec):
     for path in (REPO / "app").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds:
-                given |= {keyword.arg for keyword in node.keywords if keyword.arg} - {"retry_after_s"}
+                given |= {keyword.arg for keyword in node.keywords if keyword.arg} - {
+                    "retry_after_s",
+                }
 
-    facts = set(spec["components"]["schemas"]["Problem"]["properties"]) - {"type", "title", "status", "detail", "instance", "error"}
+    facts = set(spec["components"]["schemas"]["Problem"]["properties"]) - {
+        "type",
+        "title",
+        "status",
+        "detail",
+        "instance",
+        "error",
+    }
     assert {"errors", "accepted", "parameter", "scopes"} <= given
     assert given <= facts
     assert facts - given == {"errors_left_out", "reason"}
@@ -198,7 +227,12 @@ def so_many(entries) -> dict[str, str]:
         ("prompt", "maxLength", lambda most: "a" * most, lambda most: "a" * (most + 1)),
         ("negative_prompt", "maxLength", lambda most: "a" * most, lambda most: "a" * (most + 1)),
         ("metadata", "maxProperties", so_many, lambda most: so_many(most + 1)),
-        ("metadata", "propertyNames", lambda key: {"k" * key["maxLength"]: ""}, lambda key: {"k" * (key["maxLength"] + 1): ""}),
+        (
+            "metadata",
+            "propertyNames",
+            lambda key: {"k" * key["maxLength"]: ""},
+            lambda key: {"k" * (key["maxLength"] + 1): ""},
+        ),
         (
             "metadata",
             "additionalProperties",
@@ -210,7 +244,13 @@ def so_many(entries) -> dict[str, str]:
 )
 def test_a_job_may_say_what_the_document_allows_and_not_more(spec, api, field, bound, good, bad):
     most = bounds(spec, f"JobBody.{field}")[bound]
-    answers = [api.post("/v1/estimate", json={"prompt": "a red circle", "tier": "batch", field: make(most)}) for make in (good, bad)]
+    answers = [
+        api.post(
+            "/v1/estimate",
+            json={"prompt": "a red circle", "tier": "batch", field: make(most)},
+        )
+        for make in (good, bad)
+    ]
 
     assert [answer.status_code for answer in answers] == [200, 422], [answer.text for answer in answers]
 
@@ -235,7 +275,10 @@ def test_a_page_and_a_batch_may_be_as_long_as_the_document_says(spec, api):
     longest = bounds(spec, "BatchBody.jobs")["maxItems"]
 
     assert {(page["minimum"], page["maximum"], page["default"]) for page in pages} == {(1, 100, 20)}
-    assert [api.get("/v1/jobs", params={"limit": limit}).status_code for limit in (100, 101)] == [200, 422]
+    assert [api.get("/v1/jobs", params={"limit": limit}).status_code for limit in (100, 101)] == [
+        200,
+        422,
+    ]
     assert longest == 1000
     refused = [{"prompt": "", "tier": "batch"}] * longest
     assert api.post("/v1/jobs:batch", json={"jobs": refused}).json()["refused"] == longest
@@ -252,9 +295,19 @@ def test_an_item_of_a_batch_need_not_say_what_the_defaults_say(spec):
 
 @pytest.mark.parametrize(
     ("field", "bound", "value"),
-    [("n", "maximum", lambda most: most), ("partial_images", "maximum", lambda most: most), ("user", "maxLength", lambda most: "u" * most)],
+    [
+        ("n", "maximum", lambda most: most),
+        ("partial_images", "maximum", lambda most: most),
+        ("user", "maxLength", lambda most: "u" * most),
+    ],
 )
-def test_an_image_call_may_say_what_the_document_allows_and_not_more(spec, fleet, field, bound, value):
+def test_an_image_call_may_say_what_the_document_allows_and_not_more(
+    spec,
+    fleet,
+    field,
+    bound,
+    value,
+):
     most = bounds(spec, f"GenerationBody.{field}")[bound]
 
     read(GENERATION, {"prompt": "a", field: value(most)}, fleet)
@@ -262,7 +315,10 @@ def test_an_image_call_may_say_what_the_document_allows_and_not_more(spec, fleet
         read(GENERATION, {"prompt": "a", field: value(most + 1)}, fleet)
 
 
-@pytest.mark.parametrize("field", ["quality", "output_format", "response_format", "moderation", "style", "input_fidelity"])
+@pytest.mark.parametrize(
+    "field",
+    ["quality", "output_format", "response_format", "moderation", "style", "input_fidelity"],
+)
 def test_an_image_call_may_have_every_value_that_the_document_lists(spec, fleet, field):
     for value in bounds(spec, f"GenerationBody.{field}")["enum"]:
         read(GENERATION, {"prompt": "a", field: value}, fleet)
@@ -273,14 +329,20 @@ def test_an_image_call_may_have_every_value_that_the_document_lists(spec, fleet,
 def test_the_document_asks_of_headers_no_more_than_the_gateway(spec, api):
     parameters = parameters_of(spec)
     told = {name[:2] for name in parameters if name[2] == "Prefer"}
-    assert told == {("post", "/v1/jobs"), ("post", "/v1/jobs/{job_id}/replay"), ("get", "/v1/jobs/{job_id}")}
+    assert told == {
+        ("post", "/v1/jobs"),
+        ("post", "/v1/jobs/{job_id}/replay"),
+        ("get", "/v1/jobs/{job_id}"),
+    }
     prefer = parameters["post", "/v1/jobs", "Prefer"]
     assert "pattern" not in prefer["schema"]
     assert "60" in prefer["description"]
 
     key = parameters["post", "/v1/jobs", "Idempotency-Key"]["schema"]
     validator = Draft202012Validator(key)
-    longest = "".join(chr(33 + number % 94) for number in range(MAX_KEY_CHARS)).translate({ord('"'): '\\"', ord("\\"): "\\\\"})
+    longest = "".join(chr(33 + number % 94) for number in range(MAX_KEY_CHARS)).translate(
+        {ord('"'): '\\"', ord("\\"): "\\\\"},
+    )
     for text in ("k", "order 7", f'"{longest}"', '"' + '\\"' * MAX_KEY_CHARS + '"'):
         assert validator.is_valid(text), text
     assert len(read_key(f'"{longest}"')) == MAX_KEY_CHARS
@@ -326,7 +388,9 @@ def test_the_page_loads_nothing_from_elsewhere(nobody):
 
     assert "default-src 'none'" in page.headers["Content-Security-Policy"]
     assert "frame-ancestors 'none'" in page.headers["Content-Security-Policy"]
-    assert re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page.text) == ["/static/docs/rapidoc-min.js"]
+    assert re.findall(r'(?:src|href)="(?!data:)([^"]+)"', page.text) == [
+        "/static/docs/rapidoc-min.js",
+    ]
     assert "http" not in page.text.replace("http-equiv", "")
     script = nobody.get("/static/docs/rapidoc-min.js")
     assert script.headers["Content-Type"].startswith("text/javascript")
@@ -337,8 +401,18 @@ def test_the_page_loads_nothing_from_elsewhere(nobody):
 def test_the_page_shows_the_operations(stack, tmp_path):
     """In a real browser; what it draws is in shadow roots, so we look at the picture's size and at the dumped text."""
     picture = tmp_path / "docs.png"
-    command = ["chromium", "--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--virtual-time-budget=8000"]
-    command += ["--window-size=1280,900", f"--screenshot={picture}", f"{stack.env['DARKROOM_URL']}/docs"]
+    command = [
+        "chromium",
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--virtual-time-budget=8000",
+    ]
+    command += [
+        "--window-size=1280,900",
+        f"--screenshot={picture}",
+        f"{stack.env['DARKROOM_URL']}/docs",
+    ]
 
     subprocess.run(command, check=True, capture_output=True, timeout=120)
 

@@ -37,7 +37,12 @@ def asked():
         ([], FURTHER, FURTHER),
     ],
 )
-def test_a_next_page_begins_behind_the_last_row_or_where_the_search_stopped(asked, ids, more_before, begins_behind):
+def test_a_next_page_begins_behind_the_last_row_or_where_the_search_stopped(
+    asked,
+    ids,
+    more_before,
+    begins_behind,
+):
     cursor, headers = asked(ids, more_before=more_before)
 
     assert cursor == (cursor_of(begins_behind) if begins_behind else None)
@@ -50,4 +55,9 @@ def test_a_link_to_the_next_page_asks_for_the_same_behind_another_row(asked):
     url, _, rel = headers["Link"].partition(">; ")
     parts = urlsplit(url.removeprefix("<"))
     assert (parts.path, rel) == ("/lists/7", 'rel="next"')
-    assert parse_qs(parts.query) == {"limit": ["3"], "state": ["canceled"], "endpoint": ["x"], "cursor": [cursor]}
+    assert parse_qs(parts.query) == {
+        "limit": ["3"],
+        "state": ["canceled"],
+        "endpoint": ["x"],
+        "cursor": [cursor],
+    }

@@ -16,7 +16,7 @@ from standardwebhooks import Webhook
 from models import jobs
 from models.database import transaction
 from models.webhooks import AT_ONCE_PER_TENANT
-from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, MAX_ENDPOINTS
+from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, MAX_ENDPOINTS, SECRET_GRACE_S
 from tasks.deliver import message
 from tests.app.problem import assert_problem
 from tests.builders import until
@@ -244,7 +244,9 @@ def test_a_rotated_secret_signs_beside_the_one_before_it(tenant, receiver):
     first = subscribe(tenant, receiver)["secret"]
     endpoint = tenant.get("/v1/webhooks").json()["data"][0]
 
-    second = tenant.post(f"{endpoint['urls']['self']}/rotate").json()["secret"]
+    rotated = tenant.post(f"{endpoint['urls']['self']}/rotate").json()
+    second = rotated["secret"]
+    assert rotated["former_secret_signs_for_s"] == SECRET_GRACE_S
     cancel(tenant)
     until(lambda: receiver.heard)
     third = tenant.post(f"{endpoint['urls']['self']}/rotate").json()["secret"]

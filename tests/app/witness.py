@@ -44,9 +44,20 @@ class Witness:
         answer.read()
         path = answer.request.url.path
         operation = self._operation(answer.request.method, path)
-        self.look_at(operation, answer.status_code, answer.headers.get("Content-Type", ""), answer.json if answer.content else None)
+        self.look_at(
+            operation,
+            answer.status_code,
+            answer.headers.get("Content-Type", ""),
+            answer.json if answer.content else None,
+        )
 
-    def look_at(self, operation: tuple[str, str], status: int, content_type: str, read: Any) -> None:
+    def look_at(
+        self,
+        operation: tuple[str, str],
+        status: int,
+        content_type: str,
+        read: Any,
+    ) -> None:
         responses = self.operations[operation]["responses"]
         described = responses.get(str(status)) or responses[f"{status // 100}XX"]
         if "$ref" in described:
@@ -77,7 +88,8 @@ class Witness:
 
     def compare(self, schema: dict[str, Any], instance: Any, what: str) -> None:
         validator = Draft202012Validator(
-            {**closed(schema), "components": self._components}, format_checker=Draft202012Validator.FORMAT_CHECKER
+            {**closed(schema), "components": self._components},
+            format_checker=Draft202012Validator.FORMAT_CHECKER,
         )
         faults = [f"{fault.json_path}: {fault.message[:300]}" for fault in _leaves(validator.iter_errors(instance))]
         assert faults == [], f"{what}: {faults}"

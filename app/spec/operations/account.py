@@ -16,7 +16,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/models/{name}"): Operation(
         summary="Show a model",
-        description="One model, by its id or another name: its sizes, samplers, versions, and what it does by default in each tier.",
+        description="One model, by its id or another name: what it takes, and its defaults.",
         answers=(Model, ModelAlias),
     ),
     ("GET", "/v1/tiers"): Operation(
@@ -31,8 +31,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/usage"): Operation(
         summary="Show your usage",
-        description="Your ledger by UTC days, first and last included, with your limits and where you"
-        f" stand. At most {MOST_DAYS + 1} days.",
+        description="Your ledger by UTC days, first and last included, with your limits and"
+        f" where you stand. At most {MOST_DAYS + 1} days.",
         answers=(OwnUsage,),
         parameters=DAYS,
     ),
@@ -44,7 +44,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/readyz"): Operation(
         summary="Ask whether jobs can be accepted",
-        description="200 while they can be, else 503. `degraded` names the parts of the installation that are away, and `parts` says why.",
+        description="200 while they can be, else 503. `degraded` names what is away.",
         answers=(Readiness,),
         failures={503: (Readiness,)},
         needs_key=False,

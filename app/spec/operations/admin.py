@@ -26,15 +26,15 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("PATCH", "/v1/admin/tenants/{tenant_id}"): Operation(
         summary="Change a tenant's limits",
-        description="Changes weight and limits; what the body does not name stays, null takes a limit"
-        " away. They hold everywhere within a second.",
+        description="Changes weight and limits; what the body does not name stays, null takes a"
+        " limit away. They hold everywhere within a second.",
         answers=(Tenant,),
         body={JSON: TenantChange},
         examples={JSON: {"requests_per_minute": 600}},
     ),
     ("GET", "/v1/admin/tenants/{tenant_id}/keys"): Operation(
         summary="List a tenant's keys",
-        description="Its keys, oldest first, revoked ones included, on one page. The keys themselves nobody can show.",
+        description="What is known of its keys, oldest first, revoked ones included.",
         answers=(KeyPage,),
     ),
     ("POST", "/v1/admin/tenants/{tenant_id}/keys"): Operation(

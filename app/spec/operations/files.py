@@ -9,8 +9,8 @@ _ITSELF = {"type": "string", "contentMediaType": "application/octet-stream"}
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/files"): Operation(
         summary="Upload a picture",
-        description="Keeps a picture for jobs to start from; the same picture has the same file. Send"
-        " a form with the field `file`, or the picture itself.",
+        description="Keeps a picture for jobs to start from; the same picture has the same file."
+        " Send a form with the field `file`, or the picture itself.",
         status=201,
         answers=(File,),
         body={kind: FileForm if kind == FORM else _ITSELF for kind in CONTENT_TYPES},
@@ -28,14 +28,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/files/{file_id}/content"): Operation(
         summary="Fetch a picture",
-        description="A redirect to where the picture is stored, or the picture itself, as it is kept.",
+        description="A redirect to where the picture is stored, or the picture itself.",
         status=302,
         is_picture=True,
         parameters=PICTURE_PARAMETERS,
     ),
     ("DELETE", "/v1/files/{file_id}"): Operation(
         summary="Delete a picture",
-        description="Deletes the picture; 409 while a job that has not ended starts from it. Harmless when repeated.",
+        description="Deletes the picture; 409 while an unfinished job starts from it.",
         status=204,
     ),
 }

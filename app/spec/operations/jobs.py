@@ -1,4 +1,4 @@
-"""Operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate, and their images."""
+"""Operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate."""
 
 from app.body import JobBody
 from app.listing import METADATA
@@ -36,16 +36,26 @@ _LABELS = Parameter(
 )
 _SOUGHT = (
     query("state", "Jobs in this state.", type="string", enum=[state.value for state in JobState]),
-    query("created_after", "Jobs accepted at this instant or later.", type="string", format="date-time"),
-    query("created_before", "Jobs accepted before this instant.", type="string", format="date-time"),
+    query(
+        "created_after",
+        "Jobs accepted at this instant or later.",
+        type="string",
+        format="date-time",
+    ),
+    query(
+        "created_before",
+        "Jobs accepted before this instant.",
+        type="string",
+        format="date-time",
+    ),
     _LABELS,
 )
 
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/jobs"): Operation(
         summary="Accept a job",
-        description="Makes images of a prompt. The answer comes at once, with the job that waits for"
-        " a worker; with `Prefer: wait=N` it comes when the job has ended, or after N seconds.",
+        description="Makes images of a prompt. The answer comes at once, with the job that waits"
+        " for a worker; with `Prefer: wait=N` it comes when the job has ended, or after N seconds.",
         status=202,
         answers=(Job,),
         body={JSON: JobBody},
@@ -54,14 +64,14 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/jobs"): Operation(
         summary="List jobs",
-        description="Your jobs, newest first. With several conditions a page may have fewer jobs than"
-        " `limit`, or none, and go on at `next_cursor` all the same.",
+        description="Your jobs, newest first. With several conditions a page may have fewer jobs"
+        " than `limit`, or none, and go on at `next_cursor` all the same.",
         answers=(JobPage,),
         parameters=(*PAGE, *_SOUGHT),
     ),
     ("GET", "/v1/jobs/{job_id}"): Operation(
         summary="Show a job",
-        description="The job as it is now; with `Prefer: wait=N`, when it has ended or after N seconds.",
+        description="The job as it is now; with `Prefer: wait=N`, at its end or after N seconds.",
         answers=(Job,),
         also={304: _AS_BEFORE},
         parameters=(IF_NONE_MATCH, PREFER),
@@ -121,8 +131,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/jobs:batch"): Operation(
         summary="Accept a batch of jobs",
-        description="Accepts every job of the batch that can be; the answer has, for each item and in"
-        " the same order, its job or its problem.",
+        description="Accepts every job of the batch that can be; the answer has, for each item and"
+        " in the same order, its job or its problem.",
         answers=(Batch,),
         body={JSON: BatchBody},
         examples={JSON: _BATCH},
@@ -130,8 +140,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/estimate"): Operation(
         summary="Estimate a job",
-        description="Every parameter of the job that `POST /v1/jobs` would make of this body, its price"
-        " and its wait. Nothing is written, not even a picture.",
+        description="Every parameter of the job that `POST /v1/jobs` would make of this body, its"
+        " price and its wait. Nothing is written, not even a picture.",
         answers=(Estimate,),
         body={JSON: JobBody},
         examples={JSON: _ONE_JOB},

@@ -4,7 +4,7 @@ from app.schemas import openai as schemas
 from app.schemas.openai import STREAM
 from app.spec.operation import FORM, IDEMPOTENCY_KEY, JSON, PROMPT, Operation
 
-_DOT = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAIAAAACCAIAAAD91JpzAAAAFklEQVR4nGM8ISfHwMDAxMDAwMDAAAANBAEIfXHKZgAAAABJRU5ErkJggg=="
+_DOT = "data:image/webp;base64,UklGRh4AAABXRUJQVlA4TBEAAAAvAUAAAAdQjyLXo/+BiOh/AAA="
 _EDIT = {"prompt": PROMPT, "images": [{"image_url": _DOT}], "steps": 4, "tier": "fast"}
 _VARY = {"images": [{"image_url": _DOT}], "steps": 4, "tier": "fast"}
 _ANSWERS = (schemas.Images, schemas.ImagesOnBehalf)
@@ -23,8 +23,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/images/edits"): Operation(
         summary="Edit a picture (OpenAI)",
         description="A picture painted over as the prompt says; with a mask, only where that is"
-        " transparent, or white if it is transparent nowhere. Without one, a part of the picture that"
-        " is transparent is the mask.",
+        " transparent, or white if it is transparent nowhere. Without one, a part of the picture"
+        " that is transparent is the mask.",
         answers=_ANSWERS,
         events=STREAM,
         body={FORM: schemas.EditForm, JSON: schemas.EditBody},

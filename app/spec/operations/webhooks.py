@@ -1,7 +1,14 @@
 """Operations of webhooks, and the messages that endpoints are sent."""
 
 from app.schemas.events import JobMessage, TestMessage
-from app.schemas.webhooks import Delivery, DeliveryPage, NewWebhook, RotatedWebhook, Webhook, WebhookPage
+from app.schemas.webhooks import (
+    Delivery,
+    DeliveryPage,
+    NewWebhook,
+    RotatedWebhook,
+    Webhook,
+    WebhookPage,
+)
 from app.spec.operation import JSON, PAGE, Operation, query
 from app.webhooks import EndpointBody, EndpointChange
 from policy.states import DeliveryState
@@ -10,8 +17,8 @@ from policy.webhooks import EVENTS, MAX_ENDPOINTS, TEST_EVENT
 OPERATIONS: dict[tuple[str, str], Operation] = {
     ("POST", "/v1/webhooks"): Operation(
         summary="Add a webhook",
-        description=f"Adds an endpoint that hears of your jobs, {MAX_ENDPOINTS} at most. The answer has"
-        " the secret that messages are signed with, which is shown this once.",
+        description=f"Adds an endpoint that hears of your jobs, {MAX_ENDPOINTS} at most. The answer"
+        " has the secret that messages are signed with, which is shown this once.",
         status=201,
         answers=(NewWebhook,),
         body={JSON: EndpointBody},
@@ -29,8 +36,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("PATCH", "/v1/webhooks/{endpoint_id}"): Operation(
         summary="Change a webhook",
-        description="Changes what the body names. An endpoint that was disabled because it answered 410"
-        " is enabled again with `enabled: true`.",
+        description="Changes what the body names. An endpoint that was disabled because it answered"
+        " 410 is enabled again with `enabled: true`.",
         answers=(Webhook,),
         body={JSON: EndpointChange},
         examples={JSON: {"enabled": False}},
@@ -42,8 +49,8 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/webhooks/{endpoint_id}/rotate"): Operation(
         summary="Rotate a webhook's secret",
-        description="Makes a new secret, which is shown this once. For a while the one before it signs,"
-        " too, so that receivers may change over at their leisure.",
+        description="Makes a new secret, which is shown this once. For a while the one before it"
+        " signs, too, so that receivers may change over at their leisure.",
         answers=(RotatedWebhook,),
     ),
     ("POST", "/v1/webhooks/{endpoint_id}/test"): Operation(
