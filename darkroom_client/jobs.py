@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, cast, get_args, get_type_hints
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 FINAL_STATES = frozenset({"succeeded", "failed", "rejected", "canceled", "expired"})
@@ -191,7 +191,7 @@ def plain_of(kind: type[Any], members: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _PLAIN = {str, int, float, bool, datetime, NoneType}
-_hints_of: Callable[[type[Any]], dict[str, Any]] = functools.cache(get_type_hints)
+_hints_of = cast("Callable[[type[Any]], dict[str, Any]]", functools.cache(get_type_hints))
 
 
 def _image(members: Mapping[str, Any]) -> Image:
