@@ -74,6 +74,7 @@ class ProgressWriter:
         self._noted = _Noted()
         self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
         self._lock, self._stop = threading.Lock(), threading.Event()
+        self._sending = threading.Lock()  # held around a send: what was noted first is told first
         self._note_turn = telemetry.loop("progress")
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -104,14 +105,9 @@ class ProgressWriter:
         """Call `act` with every job that still shows previews although nobody looks any more."""
         self._unwatched = act
 
-    def close(self) -> None:
-        self._stop.set()
-        self._thread.join(timeout=2)
-        telemetry.end_loop("progress")
-
-    def _run(self) -> None:
-        while not self._stop.wait(_FLUSH_S):
-            self._note_turn()
+    def flush(self) -> None:
+        """Send all that was noted, so that followers are told of it before what happens next."""
+        with self._sending:
             with self._lock:
                 noted, self._noted = self._noted, _Noted()
             try:
@@ -121,6 +117,16 @@ class ProgressWriter:
                     self._send_previews(noted.previews)
             except redis.RedisError as error:
                 log.info("progress_not_sent", reason=type(error).__name__)
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join(timeout=2)
+        telemetry.end_loop("progress")
+
+    def _run(self) -> None:
+        while not self._stop.wait(_FLUSH_S):
+            self._note_turn()
+            self.flush()
 
     def _send(self, noted: _Noted) -> None:
         pipe = self._redis.pipeline(transaction=True)  # or who waits for news is woken by the first of these and reads only that

@@ -254,6 +254,7 @@ class Renderer:
         job, record = work.lease.job, finished.record
         steps = record.num_steps - work.resumed[index]
         self._put_pixels(work, index, finished)
+        self.progress.flush()  # or its last step is told after it was stored
         persist(
             lambda: self._note_hand_off(work.lease, index, steps, finished),
             verdicts.DATABASE_AWAY,

@@ -226,6 +226,18 @@ def test_what_a_worker_notes_is_told_in_order(writer, reader):
     assert events[1].data == {"index": 0, "step": 1, "num_steps": 20}
 
 
+def test_flush_tells_of_a_step_before_whatever_is_told_next(writer, news, handoff_redis):
+    job_id = uuid.uuid4()
+
+    for number in range(20):
+        writer.note(job_id, Step(0, number, 20))
+        writer.flush()
+        news.tell_stored(job_id, {"index": number})
+
+    kinds = [fields[b"kind"].decode() for _, fields in handoff_redis.xrange(eventlog.key(job_id))]
+    assert kinds == [STEP, STORED] * 20
+
+
 def test_steps_are_told_ten_times_a_second_at_most(writer, handoff_redis):
     job_id, until_s = uuid.uuid4(), time.monotonic() + 1.0
     number = 0
