@@ -203,7 +203,8 @@ class CostModel:
 
     def _measurements_of(self, key: BatchKey) -> Measurements:
         averages = self._forwards_of(key).averages
-        encode, decode = self._encodes.get(key), self._decodes.get(key)
+        encode = self._encodes.get(key)
+        decode = self._decodes.get(key)
         return Measurements(
             key=key,
             steps={rows: average.seconds for rows, average in sorted(averages.items())},

@@ -44,8 +44,9 @@ class CalledPipeline(ABC):
         self.dtype = dtype
         self._pipe = pipe
         self._spec = spec
-        parts = pipe.components.items()
-        networks = {name: part for name, part in parts if isinstance(part, nn.Module)}
+        parts = pipe.components
+        names = [name for name, part in parts.items() if isinstance(part, nn.Module)]
+        networks: dict[str, Any] = {name: parts[name] for name in names}
         ours = {name: part for name, part in networks.items() if _is_of_diffusers(part)}
         self._decoders = {name: part for name, part in ours.items() if hasattr(part, "decode")}
         self._denoisers = {name: part for name, part in ours.items() if name not in self._decoders}
