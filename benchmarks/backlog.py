@@ -28,6 +28,7 @@ import time
 import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -67,6 +68,7 @@ WORKER = "gpu0@benchmark"
 A_DAY_S = 86_400.0
 PAGE = 21  # rows of a page of 20, and one more that tells whether there are others
 STRETCHES = 5
+REFRESHER = ThreadPoolExecutor(1)  # of lookouts; one that remembers nothing has nothing to refresh
 TARGETS = {"claim": 1.5, "release": 1.5, "sweep": 1.5, "list": 1.5}  # the worst ratio of each group of acts, at most
 
 # Ids are UUIDv7 of accept times spread over six hours. Of ten jobs six are the first tenant's, in a tier that changes with every ten; the
@@ -238,7 +240,8 @@ def _page(*, is_deep: bool = False, state: str | None = None, rows: int = PAGE) 
 
 def _expect(queue: Queue, _: Session) -> None:
     """A lookout that remembers nothing: it reads everything anew."""
-    Lookout(queue.app, queue.fleet, queue.gauge, queue.sweeper.release.room, worker_silence_s=15).expect(queue.wish, queue.bulk)
+    room = queue.sweeper.release.room
+    Lookout(queue.app, queue.fleet, queue.gauge, room, REFRESHER, worker_silence_s=15).expect(queue.wish, queue.bulk)
 
 
 def _sweep_part(name: str) -> Callable[[Queue, Session], None]:
