@@ -31,6 +31,7 @@ from migrations.errors import SqlInUse
 
 FOLDER = Path(models.__file__).parent / "sql"
 KINDS = ("function", "view", "trigger")
+LOCKED = ("jobs", "files", "audit_events_default", "audit_events")  # in the order of models/__init__.py
 
 _NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter's name; other columns
 _DEPENDED_ON = "2BP01"
@@ -85,6 +86,11 @@ class Living:
         return self.kind, self.name
 
     @property
+    def table(self) -> str:
+        """Name a trigger's table; empty for other kinds."""
+        return self.name.rpartition(".")[0]
+
+    @property
     def comment(self) -> str:
         """Say what it is for: the first paragraph of the file's comment, on one line."""
         lines = takewhile(lambda line: line.startswith("-- "), self.sql.splitlines())
@@ -101,15 +107,19 @@ class Living:
 
 
 def read() -> list[Living]:
-    """Read every file, and order them: each object after those that it names, triggers last."""
+    """Read every file, and order them: each object after those that it names, triggers last.
+
+    A trigger locks its table, so they come in the order in which writers lock these.
+    """
     by_key = {living.key: living for living in _files(FOLDER)}
     named = {living.name: living.key for living in by_key.values() if living.kind != "trigger"}
     sorter: TopologicalSorter[tuple[str, str]] = TopologicalSorter()
     for living in by_key.values():
         others = sorted((living.words & named.keys()) - {living.name})
         sorter.add(living.key, *(named[name] for name in others))
+    locked = {table: place for place, table in enumerate(LOCKED)}
     ordered = [by_key[key] for key in sorter.static_order()]
-    return sorted(ordered, key=lambda living: living.kind == "trigger")
+    return sorted(ordered, key=lambda living: (living.kind == "trigger", locked.get(living.table, -1)))
 
 
 def apply(connection: Connection) -> list[str]:

@@ -104,9 +104,9 @@ def test_a_job_that_is_listed_under_a_label_it_has_not_is_not_found_by_it(databa
         session.execute(add, {"id": made[0].id, "other": made[1].id})
 
         page = listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=5)
-        session.rollback()
 
-    assert [job.id for job in page.jobs] == [made[0].id]
+        assert [job.id for job in page.jobs] == [made[0].id]
+        session.rollback()
 
 
 def test_a_label_tells_where_its_key_ends(database):

@@ -95,6 +95,13 @@ def test_a_file_is_named_for_its_object_and_says_what_it_is_for(database, each):
     assert comments[f"{each.kind} {own_name}" + (f" on {table}" if table else "")] == each.comment
 
 
+def test_triggers_are_made_in_the_order_in_which_writers_lock_their_tables():
+    """Or who writes a job and then its event would wait for who changes triggers, and the other way round."""
+    tables = [each.table for each in EVERY_FILE if each.kind == "trigger"]
+
+    assert list(dict.fromkeys(tables)) == ["jobs", "files", "audit_events_default", "audit_events"]
+
+
 def test_no_file_has_a_setting_s_value_in_it():
     for each in EVERY_FILE:
         assert not re.search(r"interval\s*'\d+\s*(s|sec|seconds?|m|min|minutes?)'", each.sql), each.name
