@@ -285,7 +285,10 @@ def test_answers_about_what_there_is_and_was_used_are_as_described(house):
     assert house.get("/v1/models/dall-e-3").json()["alias_of"] == "pocket"
     house.get("/v1/tiers")
     house.get("/v1/key")
-    assert house.get("/v1/usage").json()["data"]
+    days = {"from": "2026-01-01", "to": datetime.now(UTC).date().isoformat()}
+    usage = house.get("/v1/usage", params=days).json()
+    assert usage["data"]
+    assert {name: usage[name] for name in days} == days
     house.get("/healthz")
     house.get("/readyz")
     assert house.get("/problems/not-found").json()["about"]
