@@ -146,7 +146,9 @@ def test_answers_about_pictures_are_as_described(house, job):
     house.get("/v1/files", params={"limit": 1})
     house.get(file["urls"]["self"])
     house.get(file["url"])
-    render(house, init_image=file["id"], mask=None, strength=0.6)
+    shown = render(house, init_image=file["id"], mask=None, strength=0.6)
+    pictures = {name: shown[name] for name in ("init_image", "mask", "control_image")}
+    assert pictures == {"init_image": file["id"], "mask": None, "control_image": None}
     house.delete(file["urls"]["self"])
 
 
