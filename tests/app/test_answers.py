@@ -94,7 +94,10 @@ def test_answers_about_jobs_are_as_described(house, job):
     assert "tokens_given" not in waiting["warnings"][0]
     assert house.post(waiting["urls"]["cancel"]).json()["state"] == "canceled"
     house.delete(waiting["urls"]["self"])
-    assert house.get(waiting["urls"]["self"]).json()["prompt"] is None
+    erased = house.get(waiting["urls"]["self"]).json()
+    assert erased["prompt"] is None
+    assert erased["erased_at"] == house.get(waiting["urls"]["status"]).json()["erased_at"]
+    assert erased["erased_at"] is not None
     image = f"{job['urls']['self']}/images/0"
     assert [
         house.get(image).status_code,
@@ -184,7 +187,8 @@ def test_answers_in_the_words_of_openai_are_as_described(house, user):
             "/v1/images/generations",
             json={**wish, "response_format": response_format, "n": 2, "quality": "high"},
         )
-    house.post("/v1/images/edits", json={**wish, "images": [{"image_url": DOT}]})
+    edited = house.post("/v1/images/edits", json={**wish, "images": [{"image_url": DOT}]})
+    assert edited.json()["quality"] is None
     house.post(
         "/v1/images/variations",
         json={"images": [{"image_url": DOT}], "steps": 2, "tier": "fast", **user},
