@@ -95,7 +95,10 @@ def test_answers_about_jobs_are_as_described(house, job):
     assert "tokens_given" not in waiting["warnings"][0]
     assert house.post(waiting["urls"]["cancel"]).json()["state"] == "canceled"
     house.delete(waiting["urls"]["self"])
-    assert house.get(waiting["urls"]["self"]).json()["prompt"] is None
+    erased = house.get(waiting["urls"]["self"]).json()
+    assert erased["prompt"] is None
+    assert erased["erased_at"] == house.get(waiting["urls"]["status"]).json()["erased_at"]
+    assert erased["erased_at"] is not None
     image = f"{job['urls']['self']}/images/0"
     assert [
         house.get(image).status_code,
@@ -147,7 +150,9 @@ def test_answers_about_pictures_are_as_described(house, job):
     house.get("/v1/files", params={"limit": 1})
     house.get(file["urls"]["self"])
     house.get(file["url"])
-    render(house, init_image=file["id"], mask=None, strength=0.6)
+    shown = render(house, init_image=file["id"], mask=None, strength=0.6)
+    pictures = {name: shown[name] for name in ("init_image", "mask", "control_image")}
+    assert pictures == {"init_image": file["id"], "mask": None, "control_image": None}
     house.delete(file["urls"]["self"])
 
 
@@ -183,7 +188,8 @@ def test_answers_in_the_words_of_openai_are_as_described(house, user):
             "/v1/images/generations",
             json={**wish, "response_format": response_format, "n": 2, "quality": "high"},
         )
-    house.post("/v1/images/edits", json={**wish, "images": [{"image_url": DOT}]})
+    edited = house.post("/v1/images/edits", json={**wish, "images": [{"image_url": DOT}]})
+    assert edited.json()["quality"] is None
     house.post(
         "/v1/images/variations",
         json={"images": [{"image_url": DOT}], "steps": 2, "tier": "fast", **user},
@@ -286,7 +292,10 @@ def test_answers_about_what_there_is_and_was_used_are_as_described(house):
     assert house.get("/v1/models/dall-e-3").json()["alias_of"] == "pocket"
     house.get("/v1/tiers")
     house.get("/v1/key")
-    assert house.get("/v1/usage").json()["data"]
+    days = {"from": "2026-01-01", "to": datetime.now(UTC).date().isoformat()}
+    usage = house.get("/v1/usage", params=days).json()
+    assert usage["data"]
+    assert {name: usage[name] for name in days} == days
     house.get("/healthz")
     house.get("/readyz")
     assert house.get("/problems/not-found").json()["about"]

@@ -4,8 +4,11 @@ import json
 
 import pytest
 
+from app.outlook import QueuePlace as Place
 from app.schemas.base import to_json, to_plain
 from app.schemas.jobs import Batch, BatchRefused, JobUrls, QueuePlace
+from app.views import queue_view
+from policy.prediction import Eta
 
 URLS = {"self": "/v1/jobs/7", "status": "s", "cancel": "c", "replay": "r", "events": "e"}
 
@@ -39,3 +42,10 @@ def test_text_of_clients_that_utf_8_has_no_bytes_for_is_shown_as_json_escapes_it
     assert json.loads(to_json(batch))["data"][0]["problem"] == problem
     assert to_json(batch).isascii()
     assert to_plain(batch)["data"][0]["problem"] == problem
+
+
+def test_a_place_in_the_queue_tells_the_median_and_nine_in_ten():
+    place = queue_view(Place(jobs_ahead=3, eta=Eta(p50_s=1.234, p90_s=5.678)))
+
+    assert place == QueuePlace(jobs_ahead=3, eta_p50_s=1.23, eta_p90_s=5.68)
+    assert queue_view(None) is None

@@ -84,6 +84,18 @@ def test_it_is_served_to_anybody_and_cheaply(nobody):
     assert nobody.get("/openapi.json", headers={"If-None-Match": first.headers["ETag"]}).status_code == 304
 
 
+def test_another_document_has_another_tag_and_says_what_this_gateway_does(gateway_with):
+    answers = [gateway_with(max_wait_s=wait_s).get("/openapi.json") for wait_s in (7, 8)]
+
+    assert answers[0].headers["ETag"] != answers[1].headers["ETag"]
+    told = [answer.json["paths"]["/v1/jobs"]["post"]["parameters"][1] for answer in answers]
+    assert [each["name"] for each in told] == ["Prefer", "Prefer"]
+    assert ["more than 7 count as 7" in told[0]["description"], "8" in told[1]["description"]] == [
+        True,
+        True,
+    ]
+
+
 def test_every_example_runs(spec, everything):
     ids = {"tenant_id": everything.tenant_id}
     ids["endpoint_id"] = everything.post("/v1/webhooks", json={"url": "https://example.com/"}).json()["id"]
