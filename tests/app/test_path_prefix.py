@@ -90,6 +90,7 @@ def test_the_document_and_its_page_work_under_the_prefix(gateway_with):
 
     assert gateway.get("/openapi.json", headers=told).json["servers"] == [{"url": "/a"}]
     assert gateway.get("/openapi.json").json["servers"] == [{"url": "/"}]
+    assert gateway.get("/openapi.json", headers=told).json["servers"] == [{"url": "/a"}]
     page = gateway.get("/docs", headers=told).text
     sources = re.findall(r'(?:src|spec-url)="([^"]+)"', page)
     assert sources == ["/a/static/docs/rapidoc-min.js", "/a/openapi.json"]
