@@ -19,4 +19,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("DROP VIEW IF EXISTS job_history")  # which shows it; made anew from its file
     op.drop_column("jobs", "clip_skip")

@@ -14,12 +14,11 @@ from flask import Flask, g
 from sqlalchemy import text
 
 from app.auth import Caller
-from app.limits import _check_stand
+from app.limits import _check_totals
 from app.problems import QuotaExceeded
 from models import api_keys, tenants, usage
 from models.database import transaction
-from models.usage import Stand
-from policy.limits import Limits
+from policy.limits import Limits, UsageTotals
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import until
@@ -370,14 +369,14 @@ def test_a_model_s_cost_factor_multiplies_what_its_jobs_count_everywhere(a_house
     ],
 )
 def test_a_quota_s_refusal_says_when_its_own_period_ends(at, limits, refusal):
-    """The stand is said by the test: the month's end is the day's on one day of the month."""
-    stand = Stand(active_jobs=0, day_ends_in_s=89.5, month_ends_in_s=900.1, **at)
+    """The totals are said by the test: the month's end is the day's on one day of the month."""
+    totals = UsageTotals(active_jobs=0, day_ends_in_s=89.5, month_ends_in_s=900.1, **at)
     asking = Caller(uuid.uuid4(), uuid.uuid4(), "kid", "key:kid", frozenset(), Limits(**limits))
 
     with Flask("here").test_request_context():
         g.caller = asking
         try:
-            _check_stand(stand)
+            _check_totals(totals)
             told = None
         except QuotaExceeded as problem:
             told = (problem.members["period"], problem.retry_after_s)

@@ -105,10 +105,10 @@ def test_the_ledger_s_day_ends_at_midnight_of_utc_wherever_one_is(far_away, stac
     tomorrow = datetime.now(UTC).replace(hour=0, minute=0, second=0) + timedelta(days=1)
     with transaction(engine) as session:
         tenant_id = session.scalar(text("SELECT id FROM tenants LIMIT 1"))
-        stand = usage.stand(session, tenant_id=tenant_id, count_jobs_to=None)
+        totals = usage.usage_totals(session, tenant_id=tenant_id, count_jobs_to=None)
         zone = session.scalar(text("SHOW timezone"))
     engine.dispose()
 
     left_s = (tomorrow - datetime.now(UTC)).total_seconds()
-    assert stand.day_ends_in_s == pytest.approx(left_s, abs=30)
+    assert totals.day_ends_in_s == pytest.approx(left_s, abs=30)
     assert zone == "UTC"

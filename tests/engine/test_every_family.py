@@ -156,7 +156,7 @@ def test_nobody_skips_a_block_beside_a_reproducible_image(engine):
             changes = {"checkpoint": "flux", "sampler": FLOW[0], "num_steps": 6, "guidance": 1.0}
             beside.append(engine.submit(a_request("beside", **changes)))
 
-    engine.submit(asked("flux", num_steps=12, guidance=1.0), on_event).result(60)
+    engine.submit(asked("flux", num_steps=60, guidance=1.0), on_event).result(60)
 
     assert beside[0].result(60).record.shared_forwards == 6
     assert engine.stats()["block_cache_rows_skipped"] == before

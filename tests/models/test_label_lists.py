@@ -90,7 +90,7 @@ def test_a_page_by_metadata_has_no_more_jobs_than_were_asked_for(session):
     tenant = a_tenant(session)
     made = some_jobs(session, tenant, *[{"set": "x"}] * 5)
 
-    page = listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=2)
+    page = listing.page(session, Sought(metadata={"set": "x"}), tenant_id=tenant.id, limit=2)
 
     assert [job.id for job in page.jobs] == [made[4].id, made[3].id]
 
@@ -103,7 +103,7 @@ def test_a_job_that_is_listed_under_a_label_it_has_not_is_not_found_by_it(databa
         made = some_jobs(session, tenant, {"set": "x"}, {"set": "y"})
         session.execute(add, {"id": made[0].id, "other": made[1].id})
 
-        page = listing.page(session, Sought(labels={"set": "x"}), tenant_id=tenant.id, limit=5)
+        page = listing.page(session, Sought(metadata={"set": "x"}), tenant_id=tenant.id, limit=5)
 
         assert [job.id for job in page.jobs] == [made[0].id]
         session.rollback()

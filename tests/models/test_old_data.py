@@ -65,11 +65,11 @@ def test_old_rows_are_still_there_and_counted(old_session):
     assert files.stored(old_session, tenant_id=tenant_id) == (1, 70)
     queued = old_session.scalar(text("SELECT sum(queued_jobs) FROM flows"))
     assert queued == 2
-    assert usage.stand(old_session, tenant_id=tenant_id, count_jobs_to=10).active_jobs == 2
+    assert usage.usage_totals(old_session, tenant_id=tenant_id, count_jobs_to=10).active_jobs == 2
 
 
 def test_old_jobs_are_found_by_their_labels(old_session):
-    found = page(old_session, Sought(labels={"order": "7"}), tenant_id=tenant_id_of(old_session), limit=5)
+    found = page(old_session, Sought(metadata={"order": "7"}), tenant_id=tenant_id_of(old_session), limit=5)
 
     assert [job.tenant_metadata for job in found.jobs] == [{"order": "7"}]
 

@@ -272,8 +272,7 @@ def test_usage_by_tenant_day_says_what_is_booked(session):
     tenant = a_tenant(session)
     own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
     first, _ = (
-        jobs.accept(session, params=vars(resolved()), start_within_s=600, megapixel_steps=Decimal(amount), **own)
-        for amount in ("1.5", "0.25")
+        jobs.accept(session, params=resolved(), start_within_s=600, megapixel_steps=Decimal(amount), **own) for amount in ("1.5", "0.25")
     )
     hand_off(session, a_lease(session, first))
     store(session, first)

@@ -17,7 +17,7 @@ from policy.formats import FORMATS, extension_of
 from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, JobState
 from policy.webhooks import EVENTS, event_of
 
-OURS = {"attempts_exhausted", "out_of_memory", "input_gone", "run_deadline", "internal"}
+OURS = {"attempts_exhausted", "out_of_memory", "input_gone", "run_deadline", "not_stored", "internal"}
 KEPT_INSIDE = {"attempts_exhausted", "internal"}
 
 

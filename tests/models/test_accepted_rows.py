@@ -1,6 +1,7 @@
 """What the database makes of jobs that are accepted: every column, in order of their places in line."""
 
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from decimal import Decimal
 
@@ -10,6 +11,7 @@ from sqlalchemy import text
 from models import accepting, api_keys, files
 from models.accepting import NewJob
 from models.tables import Job
+from policy.params import NAMES, Resolved
 from tests.builders import a_job, a_tenant, resolved
 
 
@@ -19,7 +21,7 @@ def accept(session, tenant, *new_jobs, api_key_id=None, actor="tests"):
 
 
 def a_new_job(**facts) -> NewJob:
-    return NewJob(**{"params": vars(resolved()), "start_within_s": 600.0} | facts)
+    return NewJob(**{"params": resolved(), "start_within_s": 600.0} | facts)
 
 
 def a_file(session, tenant) -> uuid.UUID:
@@ -50,6 +52,7 @@ def every_param(session, tenant) -> dict:
         "mask_file_id": a_file(session, tenant),
         "control_file_id": a_file(session, tenant),
         "strength": 0.7,
+        "clip_skip": 2,
         "adapters": [{"name": "one", "strength": 0.5}],
         "precision": "a precision",
         "determinism": "reproducible",
@@ -61,11 +64,11 @@ def test_every_parameter_lands_in_the_column_of_its_name(session):
     tenant = a_tenant(session)
     params = every_param(session, tenant)
 
-    [row] = accept(session, tenant, a_new_job(params=params))
+    [row] = accept(session, tenant, a_new_job(params=Resolved(**params)))
 
     job = session.get_one(Job, row.id)
     assert {name: getattr(job, name) for name in params} == params
-    assert params.keys() == vars(resolved()).keys()
+    assert params.keys() == set(NAMES)
 
 
 def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
@@ -74,7 +77,7 @@ def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
     [first] = accept(session, tenant, a_new_job())
     facts = {"run_within_s": 0.3, "predicted_s": 1 / 3, "eta_raw_s": 2.5, "megapixel_steps": Decimal("0.123456")}
     warning = {"code": "c", "field": "prompt"}
-    new_job = a_new_job(labels={"order": "7"}, warnings=[warning], requeue_of=first.id, replay_of=first.id, **facts)
+    new_job = a_new_job(tenant_metadata={"order": "7"}, warnings=[warning], requeue_of=first.id, replay_of=first.id, **facts)
 
     [row] = accept(session, tenant, new_job, api_key_id=key.id)
 
@@ -131,7 +134,7 @@ def test_jobs_accepted_together_stand_in_the_order_in_which_they_were_given(sess
 def test_an_announced_job_is_stamped_and_moves_the_clock_and_one_that_waits_does_not(session):
     tenant = a_tenant(session)
     pool = f"pool-{uuid.uuid4().hex[:8]}"
-    params = vars(resolved()) | {"pool": pool}
+    params = replace(resolved(), pool=pool)
     clock = text("SELECT virtual_s FROM fair_clocks WHERE pool = :pool")
 
     accept(session, tenant, a_new_job(params=params, predicted_s=5.0))
@@ -144,7 +147,7 @@ def test_an_announced_job_is_stamped_and_moves_the_clock_and_one_that_waits_does
 
 def test_jobs_of_several_tiers_stand_in_a_line_for_each_and_are_booked_together(session):
     tenant = a_tenant(session)
-    fast, batch = vars(resolved()), vars(resolved()) | {"tier": "batch"}
+    fast, batch = resolved(), replace(resolved(), tier="batch")
     accept(session, tenant, a_new_job(predicted_s=1.0, megapixel_steps=Decimal(1)))
     given = [(fast, "1.5"), (batch, "0.25"), (fast, "0.25")]
 
