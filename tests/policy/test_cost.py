@@ -51,7 +51,7 @@ def test_a_price_is_rounded_half_up_and_never_to_even():
     [
         (1.0, "1.966080"),  # 128 x 192 pixels, 20 steps, 4 images
         (2.5, "4.915200"),
-        (0.3333333, "0.655360"),  # 0.6553599344..., and never less than that
+        (0.333333, "0.655360"),  # 0.655359344..., and never less than that
         (1e-6, "0.000002"),
     ],
 )
