@@ -39,3 +39,8 @@ def test_a_worker_consumes_its_pool_s_queues_in_rank_order():
 def test_a_queue_s_name_tells_its_tier_and_whether_it_is_a_front_queue():
     assert queues.tier_of(queues.render_queue("big", "fast")) == ("fast", False)
     assert queues.tier_of(queues.render_queue("big", "fast", is_front=True)) == ("fast", True)
+
+
+def test_images_of_a_tier_that_the_catalogue_no_longer_has_wait_with_those_of_the_last_in_rank():
+    assert queues.results_queue(a_fleet(), "gone") == "results.batch"
+    assert queues.results_queue(a_fleet(), "fast") == "results.fast"

@@ -192,6 +192,11 @@ def test_a_selection_is_in_fair_order_up_to_the_limit_and_remembers_the_last_tag
     assert selection.leaves_out_some_of(line)
 
 
+def test_a_selection_may_leave_some_out_where_the_limit_is_reached_and_so_no_line_is_read():
+    assert Selection(outstanding(running={ANNA: 12}), LIMITS).leaves_out_some_of([])
+    assert not Selection(outstanding(running={ANNA: 11}), LIMITS).leaves_out_some_of([])
+
+
 def test_a_selection_that_takes_the_whole_line_leaves_nothing_out_while_there_is_room():
     line, selection = a_line(ANNA, BERT), Selection(outstanding(), LIMITS)
 

@@ -36,6 +36,7 @@ def test_steps_are_all_that_were_asked_for_without_a_picture_and_at_full_strengt
 @pytest.mark.parametrize(("family", "steps"), [("sd", 5), ("sdxl", 5), ("sd3", 6), ("flux", 6), ("pipeline", 5), ("plain", 5)])
 def test_steps_from_a_picture_are_rounded_down_and_by_flows_up(family, steps):
     assert steps_made(family, num_steps=21, strength=0.25) == steps  # 5.25
+    assert steps_made(family, num_steps=23, strength=0.25) == steps  # 5.75
 
 
 @pytest.mark.parametrize("family", FAMILIES)
