@@ -242,3 +242,52 @@ def test_what_was_made_for_dall_e_is_answered_with_urls_unless_it_says_otherwise
     assert read(GENERATION, {**wish, "response_format": "b64_json"}, fleet).as_url is False
     assert read(GENERATION, {**wish, "response_format": "url"}, fleet).as_url is True
     assert read(GENERATION, {**wish, "stream": True}, fleet).as_url is False
+
+
+@pytest.mark.parametrize(
+    ("kind", "said", "guidance", "strength"),
+    [
+        (VARIATION, {}, 1.0, 0.6),
+        (VARIATION, {"prompt": "x"}, None, 0.6),
+        (VARIATION, {"guidance": 3.5, "strength": "0.9"}, 3.5, 0.9),
+        (EDIT, {"prompt": "x"}, None, None),
+        (EDIT, {"prompt": "x", "strength": 0.25}, None, 0.25),
+    ],
+)
+def test_guidance_and_strength_of_a_picture_are_as_asked_or_as_the_call_needs(kind, said, guidance, strength):
+    wish = read(kind, said, FLEET).wish
+
+    assert (wish.guidance, wish.strength) == (guidance, strength)
+
+
+def test_a_generation_starts_from_no_picture_and_takes_no_strength():
+    with pytest.raises(InvalidImageRequest, match="strength needs a picture"):
+        read(GENERATION, {"prompt": "x", "strength": 0.5}, FLEET)
+
+
+@pytest.mark.parametrize("as_text", [False, True])
+def test_every_extra_reaches_the_wish(as_text):
+    said = {"seed": 7, "steps": 3, "guidance": 2.5, "tier": "batch", "sampler": "euler", "clip_skip": 1}
+    said |= {"negative_prompt": "blue", "adapters": [{"name": "sepia", "strength": -0.5}]}
+    fields = {name: json.dumps(value) if not isinstance(value, str) else value for name, value in said.items()}
+
+    asked = read(GENERATION, {"prompt": "x", "metadata": {"a": "b"}, **(fields if as_text else said)}, FLEET)
+
+    adapters = (AdapterWish("sepia", -0.5),)
+    assert {name: getattr(asked.wish, name) for name in said} == said | {"adapters": adapters}
+    assert asked.metadata == {"a": "b"}
+
+
+def test_what_is_null_is_as_if_it_were_not_said():
+    extras = ("seed", "steps", "guidance", "sampler", "negative_prompt", "strength", "clip_skip", "adapters")
+
+    nothing, bare = (read(GENERATION, {"prompt": "x", **said}, FLEET) for said in (dict.fromkeys(extras), {}))
+
+    assert nothing.wish == bare.wish
+    assert (bare.wish.negative_prompt, bare.wish.adapters) == ("", ())
+
+
+@pytest.mark.parametrize("name", ["seed", "steps", "clip_skip"])
+def test_a_whole_number_is_not_a_broken_one(name):
+    with pytest.raises(InvalidImageRequest, match="must be a whole number"):
+        read(GENERATION, {"prompt": "x", name: "1.5"}, FLEET)

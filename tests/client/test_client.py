@@ -345,3 +345,8 @@ def test_an_estimate_is_read_with_every_parameter_and_no_seed_that_is_not_drawn_
     assert (estimate.seed, estimate.prompt, estimate.output_format) == (None, "a red circle", "png")
     assert (estimate.can_be_served, estimate.start_deadline_s) == (True, 30.0)
     assert (estimate.adapters, estimate.metadata) == ((), {"a": "b"})
+
+
+def test_a_seed_that_is_no_number_is_no_job_for_it_names_files():
+    with pytest.raises(UnexpectedAnswer):
+        a_client(lambda request: httpx.Response(200, json=a_job(seed="../../x"))).job("j1")
