@@ -119,10 +119,9 @@ _CONTROL = AsAsked(
     families=CONTROLLED_FAMILIES,
     unfit="is not followed by model {model}: it has no control network",
 )
-MAX_CLIP_SKIP = 12
 _CLIP_SKIP = AsAsked(
     low=0,
-    high=MAX_CLIP_SKIP,
+    high=12,
     families=("sd", "sdxl", "sd3", "pipeline", "plain"),
     unfit="is not taken by model {model}: it reads no single layer of a CLIP text encoder",
 )

@@ -14,17 +14,17 @@ from typing import Any, get_args, get_type_hints
 
 import pytest
 from click.testing import CliRunner
-from flask import Flask
 from sqlalchemy import inspect, text
 from sqlalchemy.orm import Session
 
-from app import documents, openai_answers, openai_body, views
+from app import documents, openai_body
 from app.account import limits_view
 from app.admin import KeyBody, TenantChange
 from app.body import JobBody, wish_of
 from app.schemas import account as account_schemas
 from app.schemas import jobs as job_schemas
 from app.schemas import openai as openai_schemas
+from app.spec.job_fields import job_fields
 from cli.keys import issue as issue_key
 from cli.tenants import tenants as tenants_commands
 from cli.wishes import wish_options
@@ -60,7 +60,7 @@ from policy.params import (
     params_of,
 )
 from settings import REPO
-from tests.builders import a_tenant, resolved
+from tests.builders import a_fleet, a_tenant, resolved
 
 # What is asked for beside the image: kept with the job, not a parameter of it.
 BESIDE = {"metadata", "start_deadline_s"}
@@ -183,16 +183,10 @@ def full(session):
     return new.params, job, document, shown
 
 
-def shown_in_answers(document) -> dict[str, set[str]]:
-    """The members of every answer that tells a job's parameters, real ones and described ones."""
-    app = Flask(__name__)
-    app.add_url_rule("/v1/jobs/<job_id>", "jobs.show_job", lambda: "")
-    app.add_url_rule("/v1/jobs/<job_id>/images/<index>", "jobs.show_image", lambda: "")
-    with app.test_request_context():
-        view = views.job_view(document)
+def shown_in_answers() -> dict[str, set[str]]:
+    """The members of every answer that tells a job's parameters, here and as clients know them."""
     return {
-        "app.views.job_view": set(vars(view)),
-        "app.views.params_view, for estimates": set(views.params_view(document)),
+        "app.schemas.Job": names_of(job_schemas.Job),
         "app.schemas.Estimate": names_of(job_schemas.Estimate),
         "darkroom_client.Job": names_of(client_jobs.Job),
         "darkroom_client.Estimate": names_of(client_documents.Estimate),
@@ -228,7 +222,7 @@ def documented() -> dict[str, set[str]]:
 
 
 def test_every_place_knows_every_parameter_of_a_job(full):
-    params, row, document, history = full
+    params, row, _, history = full
     asked, members = set(ASKED) | BESIDE, {param.member for param in SHOWN} | set(TOLD_TOGETHER)
     extras = {param.member for param in OPENAI_REQUEST}
     docs = documented()
@@ -237,10 +231,11 @@ def test_every_place_knows_every_parameter_of_a_job(full):
         "policy.params: extras of /v1/images": (set(ASKED) - set(NOT_AN_EXTRA), extras),
         "app.body.JobBody": (asked, set(JobBody.model_fields)),
         "app.openai_body": (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
-        "app.openai_answers.extras_of": (
+        "app.schemas.openai.OwnMembers": (
             {param.member for param in OPENAI_ANSWER},
-            set(openai_answers.extras_of(document)),
+            names_of(openai_schemas.OwnMembers),
         ),
+        "app.spec.job_fields": (asked, set(job_fields(a_fleet()))),
         "models.tables.Job": (set(NAMES), set(inspect(Job).column_attrs.keys())),
         "view job_history": (
             set(NAMES) - {"width_px", "height_px"} | {"size", "metadata"},
@@ -271,7 +266,7 @@ def test_every_place_knows_every_parameter_of_a_job(full):
             {name for name in NAMES if getattr(row, name) == getattr(params, name)},
         ),
         **{place: (extras, known) for place, known in openai_bodies().items()},
-        **{place: (members, told) for place, told in shown_in_answers(document).items()},
+        **{place: (members, told) for place, told in shown_in_answers().items()},
     }
 
     missing = {place: sorted(all_of - known) for place, (all_of, known) in wanted.items()}

@@ -11,6 +11,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticSerializationError
 
 from policy.instants import rfc3339
+from policy.params import Param
 
 Made = TypeVar("Made", bound=type)
 
@@ -27,6 +28,21 @@ def document(about: str) -> Callable[[Made], Made]:
         documented: Any = dataclass(kw_only=True)(kind)
         documented.__pydantic_config__ = described(about)
         return documented  # type: ignore[no-any-return]
+
+    return made
+
+
+def with_params(params: Iterable[Param]) -> Callable[[Made], Made]:
+    """Give the class a member for each parameter of a job, ahead of its own.
+
+    Where it says one itself, that is what the member is.
+    """
+
+    def made(kind: Made) -> Made:
+        own = dict(kind.__annotations__)
+        listed = {param.member: Annotated[param.kind, says(param.says)] for param in params if param.member}
+        kind.__annotations__ = {name: own.pop(name, hint) for name, hint in listed.items()} | own
+        return kind
 
     return made
 

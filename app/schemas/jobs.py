@@ -16,10 +16,12 @@ from app.schemas.base import (
     document,
     one_of,
     says,
+    with_params,
 )
 from app.schemas.problems import Refusal, RefusedItem
 from policy.failures import FailureCode
 from policy.formats import FORMATS
+from policy.params import SHOWN
 from policy.states import ImageState, JobState
 from policy.warnings import IGNORED, TRUNCATED
 
@@ -43,34 +45,23 @@ class JobWarning(TypedDict):
 
 
 @document("Every parameter of a job, resolved: enough to ask for the same images again.")
+@with_params(SHOWN)
 class Parameters:
-    """What a job and an estimate have in common."""
+    """What a job and an estimate have in common: the parameters that clients see.
 
-    tier: Annotated[str, says("The tier that serves it.")]
-    model: Annotated[str, says("The id of its model.")]
-    model_alias: Annotated[str | None, says("What the request called the model, if not by its id.")]
-    model_version: Annotated[str, says("The version of the model.")]
+    Here stand those that JSON shows otherwise than the column of their name.
+    """
+
+    size: Annotated[Size, says("Width and height in pixels.", examples=["128x128"])]
     prompt: Annotated[str | None, says("What the images show.")]
     negative_prompt: Annotated[str | None, says("What they do not show.")]
-    size: Annotated[Size, says("Width and height in pixels.", examples=["128x128"])]
-    steps: Annotated[int, says("Denoise steps of each image.")]
-    guidance: Annotated[float, says("How closely the images follow the prompt.")]
-    sampler: Annotated[str, says("The sampling method.")]
     seed: Annotated[int | None, says("The seed of image 0; image i has seed + i.")]
-    n: Annotated[int, says("How many images.")]
     output_format: Annotated[OutputFormat, says("The format of the images.")]
-    init_image: Annotated[UUID | None, says("The file of the picture that it starts from.")]
-    mask: Annotated[UUID | None, says("The file that says which part is painted anew.")]
-    control_image: Annotated[UUID | None, says("The file that a control network follows.")]
-    strength: Annotated[float | None, says("How far from `init_image`; null without one.")]
-    clip_skip: Annotated[int | None, says("Layers of the CLIP text encoder that are left out.")]
     adapters: Annotated[list[Adapter], says("Adapters of the model.")]
-    precision: Annotated[str, says("The numbers that the model computes with.")]
     determinism: Annotated[
         Literal["best_effort", "reproducible"],
         says("`reproducible`: the same parameters give the same pixels on hardware of one class."),
     ]
-    bucket_rows: Annotated[int | None, says("Rows of its batch, where it is reproducible.")]
 
 
 @document("Where an unfinished job stands.")

@@ -17,15 +17,27 @@ from app.openai_body import (
     RESPONSE_FORMATS,
     STYLES,
 )
-from app.schemas.base import Sha256, Size, described, document, one_of, says
+from app.schemas.base import Sha256, Size, described, document, one_of, says, with_params
 from app.schemas.files import Upload
 from app.schemas.jobs import Adapter, JobWarning, OutputFormat
 from app.schemas.problems import OpenAIError
 from policy.catalog import MAX_ADAPTERS
+from policy.params import OPENAI_ANSWER, OPENAI_REQUEST
+
+_WITH_A_PICTURE = "strength"
+_Extras = TypedDict(  # type: ignore[misc]
+    "_Extras",
+    {
+        param.member: Annotated[param.kind | None, says(param.says)]
+        for param in OPENAI_REQUEST
+        if param.member and param.member != _WITH_A_PICTURE
+    },
+    total=False,
+)
 
 
-class ImagesBody(TypedDict, total=False):
-    """What every image call takes."""
+class ImagesBody(_Extras, total=False):
+    """What every image call takes; parameters of a job that OpenAI's interface does not have come first."""
 
     model: Annotated[str | None, says("A model or one of its other names.")]
     n: Annotated[Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None, says("How many images.")]
@@ -66,17 +78,10 @@ class ImagesBody(TypedDict, total=False):
         Annotated[str, Field(max_length=MOST_USER_CHARS)] | None,
         says("On whose behalf; before `user`."),
     ]
-    seed: Annotated[int | None, says("The seed of image 0; -1 or none: one is drawn.")]
-    steps: Annotated[int | None, says("Denoise steps.")]
-    guidance: Annotated[float | None, says("How closely the images follow the prompt.")]
-    tier: Annotated[str | None, says("The tier that serves the job.")]
-    clip_skip: Annotated[int | None, says("Layers of the CLIP text encoder that are left out.")]
     adapters: Annotated[
         Annotated[list[Adapter], Field(max_length=MAX_ADAPTERS)] | None,
         says("Adapters of the model, and how much of each."),
     ]
-    sampler: Annotated[str | None, says("The sampling method.")]
-    negative_prompt: Annotated[str | None, says("What the images do not show.")]
     metadata: Annotated[
         Annotated[dict[str, str], Field(max_length=MAX_METADATA_KEYS)] | None,
         says("Your own; in a form also as `metadata[key]`."),
@@ -152,18 +157,9 @@ NO_TOKENS = TokenUsage(input_tokens_details=InputTokens())
 
 
 @document("Members of our own: enough to find the job, and to ask for the same again.")
+@with_params(OPENAI_ANSWER)
 class OwnMembers:
     job_id: Annotated[UUID, says("The job behind the call.")]
-    model: Annotated[str, says("The id of its model.")]
-    model_alias: Annotated[str | None, says("What the request called the model, if not by its id.")]
-    model_version: Annotated[str, says("The version of the model.")]
-    tier: Annotated[str, says("The tier that served it.")]
-    seed: Annotated[int, says("The seed of image 0.")]
-    guidance: Annotated[float, says("How closely the images follow the prompt.")]
-    sampler: Annotated[str, says("The sampling method.")]
-    strength: Annotated[float | None, says("How far from the picture; null without one.")]
-    clip_skip: Annotated[int | None, says("Layers of the CLIP text encoder that were left out.")]
-    steps: Annotated[int, says("Denoise steps of each image.")]
     warnings: Annotated[list[JobWarning], says("What was asked for and has no effect.")]
 
 

@@ -6,7 +6,7 @@ from app.body import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KE
 from policy.catalog import MAX_ADAPTERS, MAX_SEED, RANDOM_SEED
 from policy.fleet import Fleet
 from policy.formats import FORMATS
-from policy.params import MAX_CLIP_SKIP
+from policy.params import ASKED, PARAMS, Param
 
 ABOUT = {
     "prompt": "What the images show. It may be empty where `init_image` says it all.",
@@ -24,7 +24,6 @@ ABOUT = {
     "mask": "What of `init_image` is painted anew: where it is transparent, or else white.",
     "control_image": "The picture that a control network follows. Said as `init_image` is.",
     "strength": "How far from `init_image`: 1 leaves nothing of it.",
-    "clip_skip": "Layers of the CLIP text encoder that are left out at its end; by default none.",
     "adapters": "Adapters of the model, and how much of each.",
     "metadata": "Your own; `GET /v1/jobs?metadata.<key>=<value>` finds it.",
     "start_deadline_s": "Seconds within which a worker must begin; at most those of the tier.",
@@ -48,7 +47,6 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
         "n": {"minimum": 1, "maximum": max(tier.max_images for tier in tiers)},
         "output_format": {"enum": list(FORMATS)},
         "strength": {"exclusiveMinimum": 0, "maximum": 1},
-        "clip_skip": {"minimum": 0, "maximum": MAX_CLIP_SKIP},
         "adapters": {"maxItems": MAX_ADAPTERS},
         "metadata": {
             "maxProperties": MAX_METADATA_KEYS,
@@ -60,4 +58,15 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
             "maximum": max(tier.start_within_s for tier in tiers),
         },
     }
-    return {name: {"description": about} | bounds.get(name, {}) for name, about in ABOUT.items()}
+    as_asked = {param.member: {"description": param.says} | _bounds(param) for param in PARAMS if param.member in ASKED}
+    said = {name: {"description": about} | bounds.get(name, {}) for name, about in ABOUT.items()}
+    return as_asked | said
+
+
+def _bounds(param: Param) -> dict[str, Any]:
+    """Return the range of a parameter that is what the request says, whatever the model."""
+    rule = param.as_asked
+    if rule is None:
+        return {}
+    given = {"minimum": rule.low, "maximum": rule.high}
+    return {keyword: bound for keyword, bound in given.items() if bound is not None}

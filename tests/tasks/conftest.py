@@ -22,10 +22,10 @@ from models.database import transaction
 from models.tables import Job
 from policy.fleet import Fleet
 from settings import REPO, WorkerSettings
-from tasks import roles
 from tasks.engines import checkpoint_specs, engine_config
 from tasks.keeper import LeaseKeeper
 from tasks.render import Renderer
+from tasks.roles import maintenance, render
 from tasks.roles.render import WorkerParts
 from tasks.sweep import Sweeper
 from tests.builders import a_fleet, a_job, settings_for
@@ -147,7 +147,7 @@ def handoff_redis(here):
 @pytest.fixture
 def sweeper(fleet_here, settings_here) -> Sweeper:
     """One that is asked by nobody but the test."""
-    return roles.maintenance.build(settings_here, fleet_here)
+    return maintenance.build(settings_here, fleet_here)
 
 
 @contextmanager
@@ -160,7 +160,7 @@ def a_worker(
 ) -> Iterator[WorkerHere]:
     """All of a worker but Celery, at work. It does not leave when its health says so."""
     notices = FakeNotices()
-    parts = roles.render.build(
+    parts = render.build(
         settings.model_copy(update={"worker_name": name}),
         fleet,
         engine=engine,
