@@ -3,8 +3,8 @@
 import json
 
 import pytest
-from app.outlook import QueuePlace as Place
 
+from app.forecast import QueuePlace as Place
 from app.schemas.base import to_json, to_plain
 from app.schemas.jobs import Batch, BatchRefused, JobUrls, QueuePlace
 from app.views import queue_view
