@@ -52,6 +52,11 @@ def described(about: str) -> ConfigDict:
     return ConfigDict(json_schema_extra={"description": about})
 
 
+def kept(about: str) -> ConfigDict:
+    """Return that of one which is kept in a row as it stands: members of a newer release are shown, too."""
+    return ConfigDict(json_schema_extra={"description": about}, extra="allow")
+
+
 def says(about: str, **keywords: Any) -> FieldInfo:
     """Annotate a member with its description and further keywords of JSON Schema."""
     extra: dict[str, Any] = {"json_schema_extra": keywords} if keywords else {}

@@ -12,8 +12,8 @@ from app.schemas.base import (
     Page,
     Sha256,
     Size,
-    described,
     document,
+    kept,
     one_of,
     says,
     with_params,
@@ -29,13 +29,13 @@ State = Annotated[str, one_of(JobState)]
 OutputFormat = Annotated[str, one_of(FORMATS)]
 
 
-@with_config(described("An adapter of the model, and how much of it."))
+@with_config(kept("An adapter of the model, and how much of it."))
 class Adapter(TypedDict):
     name: Annotated[str, says("One of the model's adapters.")]
     strength: Annotated[float, says("1 is all of it; below 0 it works the other way.")]
 
 
-@with_config(described("What was asked for and has no effect; the job is served all the same."))
+@with_config(kept("What was asked for and has no effect; the job is served all the same."))
 class JobWarning(TypedDict):
     code: Annotated[str, one_of((TRUNCATED, IGNORED)), says("What it is.")]
     field: Annotated[str, says("The field of the request that it is about.")]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from app.forecast import QueuePlace as Place
-from app.schemas.base import to_json, to_plain
-from app.schemas.jobs import Batch, BatchRefused, JobUrls, QueuePlace
+from app.schemas.base import adapter_of, to_json, to_plain
+from app.schemas.jobs import Batch, BatchRefused, JobUrls, JobWarning, QueuePlace
 from app.views import queue_view
 from policy.prediction import Eta
 
@@ -27,6 +27,12 @@ def test_what_a_newer_release_wrote_into_a_row_is_shown():
     place = QueuePlace(jobs_ahead="many", eta_p50_s=1, eta_p90_s=None)
 
     assert json.loads(to_json(place)) == {"jobs_ahead": "many", "eta_p50_s": 1, "eta_p90_s": None}
+
+
+def test_members_that_a_newer_release_keeps_with_a_warning_are_shown():
+    warning = {"code": "c", "field": "prompt", "detail": "d", "severity": 3}
+
+    assert json.loads(adapter_of(list[JobWarning]).dump_json([warning])) == [warning]
 
 
 def test_text_of_clients_that_utf_8_has_no_bytes_for_is_shown_as_json_escapes_it():

@@ -100,6 +100,18 @@ def test_job_history_counts_steps_as_abandoned_only_where_the_tenant_took_the_jo
     assert (row.state, row.images_stored, row.steps_abandoned) == (end, 0, abandoned)
 
 
+def test_job_history_counts_no_more_steps_of_an_image_than_its_tenant_was_counted_for(session):
+    """As the ledger does: a pipeline may make more."""
+    tenant = a_tenant(session)
+    lease = a_lease(session, tenant=tenant)
+    hand_off(session, lease, num_steps=6, steps=6)
+    jobs.cancel(session, lease.job_id, tenant_id=tenant.id, actor="tests")
+
+    [row] = rows_of(session, "job_history", tenant)
+
+    assert (row.num_steps, row.steps_abandoned) == (4, 4)
+
+
 def test_job_history_shows_a_job_that_nobody_has_begun(session):
     tenant = a_tenant(session)
     a_job(session, tenant=tenant)

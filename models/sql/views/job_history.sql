@@ -26,6 +26,8 @@ LEFT JOIN LATERAL (
 ) a ON true
 LEFT JOIN LATERAL (
     SELECT count(*) FILTER (WHERE i.state = 'stored') AS stored,
-           coalesce(sum(i.steps_done) FILTER (WHERE i.state <> 'stored'), 0) AS steps_unstored
+           coalesce(
+               sum(least(i.steps_done, coalesce(j.steps_per_image, j.num_steps)))
+                   FILTER (WHERE i.state <> 'stored'), 0) AS steps_unstored
     FROM images i WHERE i.job_id = j.id
 ) i ON true
