@@ -135,6 +135,17 @@ def test_behind_one_tenant_s_dump_another_s_job_is_sent_to_the_front_queue(relea
     assert messages(broker_redis, pool) == dumped[:12]
 
 
+def test_after_an_accept_only_that_tenant_s_jobs_are_looked_at_where_the_limit_is_reached(release, pool, database):
+    dumped = dump(database, pool)
+    release.release(pool, "fast")
+    taken(database, dumped[:8])
+    with transaction(database.app) as session:
+        mine, _ = a_job(session, pool=pool), a_job(session, pool=pool)
+
+    assert release.release(pool, "fast", tenant_id=mine.tenant_id) == 1
+    assert release.release(pool, "fast") == 1
+
+
 def test_a_lost_message_of_the_front_queue_is_sent_there_again(release, pool, broker_redis, database):
     dumped = dump(database, pool)
     release.release(pool, "fast")

@@ -195,6 +195,8 @@ def test_the_work_of_a_job_that_starts_from_a_picture_is_a_part_of_the_steps_it_
     counted = (JOB * (3 + made) / (NUM_IMAGES * made)).quantize(MICRO, rounding=ROUND_DOWN)
     assert booked(session, tenant) == (0, 0, counted, 0)
     assert session.execute(CHECK).all() == []
+    history = text("SELECT steps_abandoned FROM job_history WHERE job_id = :id")
+    assert session.scalar(history, {"id": job.id}) == 3 + made
 
 
 def test_an_image_that_made_more_steps_than_were_counted_counts_those(session):
