@@ -13,7 +13,7 @@ from settings import REPO
 
 PAGE = (REPO / "docs" / "leaning.md").read_text()
 PRODUCT = (
-    *("app", "tasks", "engine", "models", "policy", "edges", "fleet", "cli", "darkroom_client"),
+    *("app", "tasks", "engine", "models", "policy", "dispatch", "edges", "fleet", "cli", "darkroom_client"),
     *("migrations", "deploy", "pocket", "settings.py", "celeryconfig.py"),
 )
 NO_LIBRARY = {"_exit", "_typeshed"}  # Python's own

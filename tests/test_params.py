@@ -92,7 +92,6 @@ NOT_OFFERED_YET = {
     "options": "arguments of a pipeline's own call",
     "keep_steps": "nobody asks for forks",
     "fork": "nobody asks for forks",
-    "block_cache": "nobody asks for it",
 }
 
 
