@@ -15,12 +15,14 @@ from fleet.consumer import on_turn, run_worker
 
 # What a worker does for whoever has the broker's password: it tells of itself. Celery would also
 # stop, or take other queues. `enable_events` is what Flower says all the time; they are on anyway.
+# It also asks for a `heartbeat`.
 INSPECTIONS = {
     "active",
     "active_queues",
     "clock",
     "conf",
     "enable_events",
+    "heartbeat",
     "ping",
     "query_task",
     "registered",
