@@ -28,7 +28,7 @@ down: setup ## Stop everything; data stay in .darkroom
 	./darkroom down
 
 test: setup ## Run the tests
-	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadgroup
+	$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile
 
 lint: setup ## Style and types
 	$(VENV)/bin/ruff check .

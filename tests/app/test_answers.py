@@ -28,9 +28,6 @@ DOT = "data:image/webp;base64,UklGRh4AAABXRUJQVlA4TBEAAAAvAUAAAAdQjyLXo/+BiOh/AA
 NOBODY = str(uuid.UUID(int=7))
 
 
-pytestmark = pytest.mark.xdist_group("answers")  # the last test asks what the others have seen
-
-
 @pytest.fixture(scope="module")
 def witness(nobody) -> Witness:
     return Witness(nobody.get("/openapi.json").json())

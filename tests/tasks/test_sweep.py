@@ -11,12 +11,12 @@ from sqlalchemy import null, text
 
 import tasks.sweep
 from edges.broker import job_of_message
-from models import jobs, webhooks, workers
+from models import jobs, webhooks
 from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy import queues
 from tasks.sweep import Sweeper
-from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, hand_off, until
+from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, until
 from tests.models.conftest import a_database
 from tests.models.test_pruning import age
 from tests.tasks.conftest import metric
@@ -270,28 +270,6 @@ def test_sweep_that_ends_a_job_tells_whoever_waits_for_it(sweeper, database_here
     with transaction(database_here) as session:
         final_state = "expired" if how == "start_deadline" else "failed"
         assert session.get(type(job), job.id).state == final_state
-
-
-def test_sweep_measures_what_the_queues_look_like(sweeper, database_here):
-    with transaction(database_here) as session:
-        large = {"pool": "big", "tier": "batch", "model": "large"}
-        oldest, _, _ = (a_job(session, **large) for _ in range(3))
-        a_lease(session, ttl_s=60, **large)
-        hand_off(session, a_lease(session, ttl_s=60, **large), store_within_s=60)
-        older = "UPDATE jobs SET accepted_at = accepted_at - interval '100 s' WHERE id = :id"
-        session.execute(text(older), {"id": oldest.id})
-        workers.heartbeat(session, name="gpu9@big", pool="big", device="cuda:0", slots=8, facts={})
-
-    replace(sweeper, fill=lambda: 0.42).sweep()
-
-    def queued(state: str) -> float:
-        return metric("darkroom_queue_jobs", pool="big", tier="batch", state=state)
-
-    assert queued("waiting") + queued("announced") == 3
-    assert (queued("running"), queued("storing")) == (1, 1)
-    assert 100 <= metric("darkroom_queue_oldest_wait_seconds", pool="big", tier="batch") < 200
-    assert metric("darkroom_live_workers", pool="big") == 1
-    assert metric("darkroom_handoff_fill_ratio") == 0.42
 
 
 def test_sweep_forgets_the_measures_of_a_queue_that_is_empty_again(sweeper, database_here):
