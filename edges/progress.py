@@ -25,6 +25,7 @@ log = structlog.get_logger(__name__)
 
 CANCELS, ENDINGS, WATCHES = "darkroom:cancels", "darkroom:endings", "darkroom:watches"
 _FLUSH_S = 0.1
+FLUSH_WITHIN_S = 0.2
 _KEEP_S = 600
 _WATCHED_FOR_S = 30  # followers say every few seconds that they still look
 _MOST_REMEMBERED = 256  # images
@@ -74,7 +75,9 @@ class ProgressWriter:
         self._noted = _Noted()
         self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
         self._lock, self._stop = threading.Lock(), threading.Event()
-        self._sending = threading.Lock()  # held around a send: what was noted first is told first
+        self._is_due = threading.Event()
+        self._sent = threading.Condition(self._lock)
+        self._turns_begun, self._turns_ended = 0, 0  # of the sending thread
         self._note_turn = telemetry.loop("progress")
         self._thread = threading.Thread(target=self._run, name="progress", daemon=True)
         self._thread.start()
@@ -105,28 +108,44 @@ class ProgressWriter:
         """Call `act` with every job that still shows previews although nobody looks any more."""
         self._unwatched = act
 
-    def flush(self) -> None:
-        """Send all that was noted, so that followers are told of it before what happens next."""
-        with self._sending:
-            with self._lock:
-                noted, self._noted = self._noted, _Noted()
-            try:
-                if noted.jobs():
-                    self._send(noted)
-                if noted.previews:
-                    self._send_previews(noted.previews)
-            except redis.RedisError as error:
-                log.info("progress_not_sent", reason=type(error).__name__)
+    def flush(self, within_s: float = FLUSH_WITHIN_S) -> None:
+        """Have all that was noted sent now, so that followers are told of it before what happens next.
+
+        Best effort, like the rest: a Redis that hangs is waited for no longer than `within_s`.
+        """
+        with self._sent:
+            next_turn = self._turns_begun + 1
+            self._is_due.set()
+            self._sent.wait_for(lambda: self._turns_ended >= next_turn, timeout=within_s)
 
     def close(self) -> None:
         self._stop.set()
+        self._is_due.set()
         self._thread.join(timeout=2)
         telemetry.end_loop("progress")
 
     def _run(self) -> None:
-        while not self._stop.wait(_FLUSH_S):
+        while not self._stop.is_set():
+            self._is_due.wait(_FLUSH_S)
+            self._is_due.clear()
             self._note_turn()
-            self.flush()
+            self._send_noted()
+
+    def _send_noted(self) -> None:
+        with self._lock:
+            noted, self._noted = self._noted, _Noted()
+            self._turns_begun += 1
+        try:
+            if noted.jobs():
+                self._send(noted)
+            if noted.previews:
+                self._send_previews(noted.previews)
+        except redis.RedisError as error:
+            log.info("progress_not_sent", reason=type(error).__name__)
+        finally:
+            with self._sent:
+                self._turns_ended = self._turns_begun
+                self._sent.notify_all()
 
     def _send(self, noted: _Noted) -> None:
         pipe = self._redis.pipeline(transaction=True)  # or who waits for news is woken by the first of these and reads only that

@@ -65,3 +65,5 @@ class CheckpointSpec:
     # 0: no cache.
     block_cache_threshold: float = 0.0
     block_cache_bytes: int = 1024 * 1024 * 1024
+    # Of a flux network: whether it takes guidance as an input; None: nobody says.
+    guidance_distilled: bool | None = None

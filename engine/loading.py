@@ -76,6 +76,7 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
     _verify(path, dict(spec.sha256), found)
     _quiet_progress_bars()
     family = family_class.load(spec, dtype=PRECISIONS[spec.precision], device=device.torch_device)
+    _check_guidance(spec, family)
     accelerate(family, spec, device)
     bank = None
     if spec.adapters:
@@ -93,6 +94,14 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
     return LoadedCheckpoint(
         spec=spec, family=family, weights_digest=digest, load_s=load_s, adapters=bank, block_cache=_block_cache(spec, family)
     )
+
+
+def _check_guidance(spec: CheckpointSpec, family: Family) -> None:
+    """Raise UnsupportedRequest where the network takes guidance otherwise than the spec says: what is expected of its jobs follows that."""
+    is_distilled = getattr(family, "is_distilled", None)
+    if spec.guidance_distilled not in (None, is_distilled):
+        how = "as an input" if is_distilled else "by a second row, not as an input"
+        raise UnsupportedRequest("guidance_distilled", f"{spec.guidance_distilled} is declared, and the network takes guidance {how}")
 
 
 def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:

@@ -36,6 +36,7 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
             compile_blocks=model.compile_blocks,
             cuda_graphs=model.cuda_graphs,
             block_cache_threshold=model.block_cache_threshold,
+            guidance_distilled=model.guidance_distilled if model.family == "flux" else None,
         )
         for name, model in fleet.models.items()
         if name in wanted

@@ -47,7 +47,7 @@ class Flux(FlowFamily):
 
     def __init__(self, **parts: Any) -> None:
         super().__init__(**parts)
-        self._is_distilled = bool(self._transformer.config.guidance_embeds)
+        self.is_distilled = bool(self._transformer.config.guidance_embeds)
         channels = self._transformer.config.in_channels // LATENTS_PER_TOKEN**2
         latent_channels = self._vae.config.latent_channels
         self._is_fill = channels == 2 * latent_channels + self.pixels_per_latent**2  # latents, the masked picture's, a mask pixel each
@@ -57,7 +57,7 @@ class Flux(FlowFamily):
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        return super().option_names() | ({"true_cfg_scale"} if self._is_distilled and not self._is_fill else set())
+        return super().option_names() | ({"true_cfg_scale"} if self.is_distilled and not self._is_fill else set())
 
     def check(self, request: ImageRequest) -> None:
         super().check(request)
@@ -78,7 +78,7 @@ class Flux(FlowFamily):
 
     def _true_cfg_scale(self, request: ImageRequest) -> float:
         """Give the scale of classifier-free guidance; 1 or less: none."""
-        if self._is_distilled:
+        if self.is_distilled:
             return float(request.options.get("true_cfg_scale", 1.0))
         return request.guidance if request.negative_prompt else 1.0
 
@@ -96,7 +96,7 @@ class Flux(FlowFamily):
         pooled = [recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"] for text in texts]
         hidden = [recall(f"text_encoder_2 length={length} {text}", partial(self.encode_t5, 2, text, length))["text"] for text in texts]
         rows = {"text": torch.cat(hidden), "pooled": torch.cat(pooled)}
-        if self._is_distilled:
+        if self.is_distilled:
             rows["guidance"] = torch.full((len(texts),), request.guidance, dtype=torch.float32)
         return rows
 

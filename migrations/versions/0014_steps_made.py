@@ -20,4 +20,5 @@ def upgrade() -> None:
 
 
 def downgrade() -> None:
+    op.execute("DROP VIEW IF EXISTS job_history")  # which reads it; made anew from its file
     op.drop_column("jobs", "steps_per_image")

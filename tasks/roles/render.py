@@ -78,10 +78,13 @@ class WorkerParts:
             is_reserved=self.keeper.is_reserved(),
         )
 
-    def close(self) -> None:
-        """Sign off and put away what is under way. The engine, which was handed in, stays."""
+    def sign_off(self) -> None:
+        """Renew no lease any more, and take the worker's row away: whatever hangs from here on, others go on with its jobs."""
         self.renderer.health.close()
         self.keeper.close()
+
+    def put_away(self) -> None:
+        """Send what was noted and keep what is to be kept. The engine, which was handed in, is the caller's."""
         self.renderer.checkpoints.close()
         self.renderer.progress.close()
 
@@ -266,8 +269,9 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         watch.close()
         for listener in listeners:
             listener.close()
+        parts.sign_off()
         parts.engine.stop()
-        parts.close()
+        parts.put_away()
     # One that gave up was told to end, but by itself.
     return EX_SOFTWARE if parts.renderer.health.gave_up else status
 

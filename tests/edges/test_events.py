@@ -1,6 +1,7 @@
 """Streams of jobs: nothing lost, nothing twice, bounded where it must be, and in nobody's way when Redis is away."""
 
 import io
+import socket
 import threading
 import time
 import uuid
@@ -236,6 +237,19 @@ def test_flush_tells_of_a_step_before_whatever_is_told_next(writer, news, handof
 
     kinds = [fields[b"kind"].decode() for _, fields in handoff_redis.xrange(eventlog.key(job_id))]
     assert kinds == [STEP, STORED] * 20
+
+
+def test_flush_waits_no_longer_than_it_is_told_for_a_redis_that_hangs():
+    with socket.create_server(("127.0.0.1", 0)) as deaf:  # connections are taken, and nothing is answered
+        writer = ProgressWriter(f"redis://127.0.0.1:{deaf.getsockname()[1]}/0")
+        writer.note(uuid.uuid4(), Step(0, 1, 2))
+        began_at = time.monotonic()
+
+        for _ in range(4):
+            writer.flush(within_s=0.1)
+
+        assert 0.3 < time.monotonic() - began_at < 3
+        writer.close()
 
 
 def test_steps_are_told_ten_times_a_second_at_most(writer, handoff_redis):

@@ -10,7 +10,7 @@ from engine_builders import ALWAYS, a_spec, save_tiny_checkpoint
 from engine.config import EngineConfig
 from engine.engine import Engine
 
-# As a worker does (tasks/serve.py). On some processors (seen on an AMD EPYC) the last bits of a matrix product depend on where the
+# As a worker does (tasks/roles/render.py). On some processors (seen on an AMD EPYC) the last bits of a matrix product depend on where the
 # matrix lies in memory, unless MKL is told to be strict, before its first call.
 os.environ["MKL_CBWR"] = "AUTO,STRICT"
 

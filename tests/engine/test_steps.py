@@ -10,6 +10,7 @@ from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
 
 from engine.config import EngineConfig
 from engine.engine import Engine
+from engine.errors import UnsupportedRequest
 from engine.families import flow, sd
 from policy.steps import rows_taken, steps_made
 from tests.builders import a_fleet
@@ -73,3 +74,12 @@ def test_rows_are_as_policy_says(engine, checkpoint_name, guidance, negative_pro
     taken = engine.submit(request).result(60).record.max_rows
 
     assert taken == rows_taken(model, guidance=guidance, negative_prompt=negative_prompt)
+
+
+@pytest.mark.parametrize("embeds", [True, False])
+def test_a_flux_network_that_takes_guidance_otherwise_than_declared_stops_the_start(tmp_path, embeds):
+    folder = save_tiny_flux(tmp_path / "flux", guidance_embeds=embeds)
+    spec = a_spec(folder, name="flux", family="flux", samplers=("flow_euler",), guidance_distilled=not embeds, **SIZES)
+
+    with pytest.raises(UnsupportedRequest, match="guidance_distilled: "):
+        Engine(EngineConfig(), [spec]).start()

@@ -11,7 +11,7 @@ from settings import REPO
 
 NAME = re.compile(r"[a-z]+(?:-[a-z]+)*:[a-z]+(?:-[a-z]+)*:[a-z]+(?:-[a-z]+)*")
 NOT_IN_ED = {"taken", "lost", "left"}  # past tenses all the same
-ROOMS = ("app", "cli", "dispatch", "edges", "fleet", "models", "policy", "tasks")
+ROOMS = ("app", "cli", "dispatch", "edges", "fleet", "migrations", "models", "policy", "tasks")
 BY_SQL = {"job:request:accepted": "accept_jobs", "audit:month:pruned": "audit_prune_month"}
 
 

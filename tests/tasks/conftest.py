@@ -171,5 +171,6 @@ def a_worker(
     try:
         yield WorkerHere(parts, notices)
     finally:
-        parts.close()
+        parts.sign_off()
+        parts.put_away()
         parts.renderer.database.dispose()

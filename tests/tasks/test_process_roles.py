@@ -27,7 +27,8 @@ def parts_of(settings, fleet, engine):
     try:
         yield parts, ended
     finally:
-        parts.close()
+        parts.sign_off()
+        parts.put_away()
         parts.renderer.database.dispose()
 
 
