@@ -64,6 +64,19 @@ def test_every_private_name_of_a_library_is_written_down():
     assert {name for name in foreign if not re.search(rf"\b{name}\b", PAGE)} == set()
 
 
+def test_every_name_is_used_where_the_page_says():
+    rows = [line.split("|")[1:3] for line in PAGE.splitlines() if line.startswith("| ") and ".py`" in line.split("|")[2]]
+
+    unused = []
+    for names, places in rows:
+        texts = "".join((REPO / path).read_text() for path in re.findall(r"`([\w/]+\.py)`", places))
+        named = [name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", names) if "__" not in name]  # `vars` reads `__dict__`
+        unused += [f"{name}: {places.strip()}" for name in named if name not in texts]
+
+    assert len(rows) > 20
+    assert unused == []
+
+
 def test_every_test_that_is_to_notice_exists():
     named = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
 
