@@ -11,7 +11,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar, cast
 
 from sqlalchemy import Engine
@@ -22,6 +22,7 @@ from edges.handoff import Gauge
 from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
 from models.flows import FlowBacklog
+from models.inputs import Lacking
 from models.tables import Job
 from policy import admission, prediction
 from policy.admission import PoolSnapshot, Refusal, Running, TenantBacklog
@@ -35,6 +36,7 @@ from policy.steps import denoising_of, image_steps
 Read = TypeVar("Read")
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
+PICTURES_LATE_S = 3.0  # for one job: then none come, and jobs that need none pass all that wait for theirs
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,16 @@ def _pool_state(
     )
 
 
+def _without(backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]) -> list[FlowBacklog]:
+    """Leave out of the flows the jobs that lack their pictures."""
+    left = []
+    for flow in backlogs:
+        out = lacking.get((flow.tier, flow.tenant_id), Lacking(0, 0.0))
+        jobs, queued_s = max(0, flow.queued_jobs - out.jobs), max(0.0, flow.queued_s - out.queued_s)
+        left.append(replace(flow, queued_jobs=jobs, queued_s=queued_s))
+    return left
+
+
 def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) -> float:
     """Tell how far ahead of virtual time the tenant's next job would start, in virtual seconds."""
     own = state.flows.get((tier, tenant_id))
@@ -163,6 +175,8 @@ class QueueForecaster:
         self._worker_silence_s = worker_silence_s
         # What was read, with when, and when it was last asked for.
         self._known: dict[tuple[object, ...], tuple[float, float, object]] = {}
+        # The oldest job of each pool whose pictures have been asked for, and since when it is that.
+        self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
 
     def expect(self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None) -> Expected:
@@ -170,7 +184,7 @@ class QueueForecaster:
 
         booked: what the tenant is about to submit before this one, by pool and tier.
         """
-        state = self._pool_state(wish.pool)
+        state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         pool_bookings = {tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool}
         snapshot = self._snapshot(state, tenant_id, pool_bookings)
         job_device_s = self._predicted_s(wish)
@@ -209,7 +223,7 @@ class QueueForecaster:
 
     def release_hint(self, wish: Resolved, tenant_id: uuid.UUID) -> tuple[ReleaseHint, ReleaseLimits]:
         """Tell how to release a new job, by what was read at most `FRESH_FOR_S` ago; and its limits."""
-        state = self._pool_state(wish.pool)
+        state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         limits = self._limits(wish.pool, wish.tier, state.slots)
         if pictures_of(wish) or wish.tier in state.lacking_inputs:
             # Its pictures are to be asked for; or how many that wait are before it is not known.
@@ -233,7 +247,7 @@ class QueueForecaster:
         """
         if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
             return None
-        state = self._pool_state(job.pool)
+        state = self._pool_state(job.pool, needs_pictures=bool(pictures_of(job)))
         snapshot, ratios = self._snapshot(state, job.tenant_id), self._ratios(job.pool, job.tier)
         is_queued = job.state == JobState.QUEUED
         clock = state.clocks.get(job.tier, job.release_tag)
@@ -269,18 +283,42 @@ class QueueForecaster:
             own[tier] = TenantBacklog(counted, now)
         return PoolSnapshot(state.devices, state.lines, state.running, self._gauge.fill(), own)
 
-    def _pool_state(self, pool: str) -> _PoolState:
-        def read(session: Session) -> _PoolState:
-            capacity = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
-            return _pool_state(
-                capacity,
-                flows.backlogs(session, pool=pool),
+    def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
+        """Read the pool as a job sees it: while no pictures come, one that needs none has those that wait for theirs not before it."""
+
+        def read(session: Session) -> tuple[_PoolState, _PoolState]:
+            backlogs = flows.backlogs(session, pool=pool)
+            whole = _pool_state(
+                workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s),
+                backlogs,
                 releasing.outstanding_by_tier(session, pool=pool),
                 clocks=flows.clocks(session, pool=pool),
                 lacking_inputs=inputs.tiers_lacking(session, pool=pool, tiers=list(self._fleet.tiers)),
             )
+            if not self._pictures_are_late(session, pool):
+                return whole, whole
+            passing = _without(backlogs, inputs.lacking_by_flow(session, pool=pool))
+            by_tier = {tier: [flow for flow in passing if flow.tier == tier] for tier in whole.lines}
+            return whole, replace(
+                whole,
+                flows={(flow.tier, flow.tenant_id): flow for flow in passing},
+                lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
+            )
 
-        return self._cached(("pool", pool), FRESH_FOR_S, read)
+        return self._cached(("pool", pool), FRESH_FOR_S, read)[0 if needs_pictures else 1]
+
+    def _pictures_are_late(self, session: Session, pool: str) -> bool:
+        """Check whether one job has waited for its pictures, once they were asked for, so long that none seem to come."""
+        now, oldest = time.monotonic(), inputs.oldest_asked(session, pool=pool)
+        with self._lock:
+            known, since = self._waits_for_pictures.get(pool, (None, now))
+            if oldest is None:
+                self._waits_for_pictures.pop(pool, None)
+                return False
+            if known != oldest:
+                self._waits_for_pictures[pool] = (oldest, now)
+                return False
+        return now - since >= PICTURES_LATE_S
 
     def _cost(self, key: learning.CostKey) -> Cost | None:
         def read(session: Session) -> Cost | None:

@@ -66,6 +66,27 @@ _ASKED_AND_LACKING = text(
 )
 
 
+_OLDEST_ASKED = text(
+    """
+    SELECT id FROM jobs WHERE pool = :pool AND state = 'queued' AND inputs_asked_at IS NOT NULL AND lacks_inputs ORDER BY id LIMIT 1
+    """
+)
+
+_LACKING_BY_FLOW = text(
+    """
+    SELECT tier, tenant_id, count(*), sum(predicted_s) FROM jobs
+    WHERE pool = :pool AND state = 'queued' AND lacks_inputs GROUP BY tier, tenant_id
+    """
+)
+
+
+class Lacking(NamedTuple):
+    """Jobs of a flow that lack their pictures; `queued_s` is device seconds."""
+
+    jobs: int
+    queued_s: float
+
+
 class Brought(NamedTuple):
     """A job whose pictures have come, and how long after they were last asked for."""
 
@@ -125,6 +146,17 @@ def lose(job: Job) -> None:
 def tiers_lacking(session: Session, *, pool: str, tiers: Sequence[str]) -> frozenset[str]:
     """Those of the tiers in which a job of the pool lacks its pictures."""
     return frozenset(session.scalars(_LACKING, {"pool": pool, "tiers": list(tiers)}))
+
+
+def oldest_asked(session: Session, *, pool: str) -> uuid.UUID | None:
+    """Find the oldest job of the pool whose pictures were asked for and have not come; None if there is none."""
+    return session.scalar(_OLDEST_ASKED, {"pool": pool})
+
+
+def lacking_by_flow(session: Session, *, pool: str) -> dict[tuple[str, uuid.UUID], Lacking]:
+    """Count the jobs of the pool that lack their pictures, by tier and tenant. Reads them all: for while none come."""
+    rows = session.execute(_LACKING_BY_FLOW, {"pool": pool})
+    return {(tier, tenant_id): Lacking(jobs, queued_s) for tier, tenant_id, jobs, queued_s in rows}
 
 
 def asked_and_lacking(session: Session) -> Mapping[tuple[str, str], int]:

@@ -1,10 +1,14 @@
 """Who is let in and what is said of the wait: gateways of our own, for pools that only the test knows."""
 
 import pytest
+from sqlalchemy import text
 
-from tests.app.conftest import of_this_moment
+import app.forecast
+from models.database import transaction
+from models.tables import Job, Tenant
+from tests.app.conftest import WISH, of_this_moment
 from tests.app.problem import assert_problem
-from tests.builders import a_redis
+from tests.builders import a_redis, until
 
 
 def refused(answer, status, slug, reason, *, seconds=None) -> dict:
@@ -39,6 +43,30 @@ def test_what_another_tenant_dumps_behind_a_job_does_not_keep_it_waiting(a_house
     house.waits(tenant=other, count=40, predicted_s=30)
 
     assert of_this_moment(lambda: tenant.get(job)["queue"]) == before
+
+
+def test_jobs_whose_pictures_do_not_come_are_before_no_job_that_needs_none(a_house, stack_database, monkeypatch):
+    monkeypatch.setattr(app.forecast, "PICTURES_LATE_S", 0.6)
+    house = a_house().with_workers()
+    tenant = house.tenant()
+    job = of_this_moment(tenant.post).json
+    with transaction(stack_database) as session:
+        own = session.get(Tenant, session.get_one(Job, job["id"]).tenant_id)
+    house.waits(tenant=own, count=40, predicted_s=30)
+    lacking = text("UPDATE jobs SET lacks_inputs = true, inputs_asked_at = clock_timestamp() WHERE pool = :pool AND id <> :id")
+    with transaction(stack_database) as session:
+        session.execute(lacking, {"pool": house.pool, "id": job["id"]})
+
+    def ahead(**wish):
+        estimate = of_this_moment(lambda: tenant.send("/v1/estimate", {**WISH, **wish}))
+        return estimate.json["queue"]["jobs_ahead"]
+
+    before = ahead()
+
+    until(lambda: ahead() == 1, what="a way past them")
+
+    assert before == 41
+    assert ahead(init_image="data:image/png;base64,AAAA", strength=0.5) == 41
 
 
 def test_with_twice_the_workers_the_same_wait_is_shorter(a_house):
