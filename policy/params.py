@@ -122,7 +122,7 @@ _CONTROL = AsAsked(
 _CLIP_SKIP = AsAsked(
     low=0,
     high=12,
-    families=("sd", "sdxl", "sd3", "pipeline", "plain"),
+    families=("sd", "sdxl", "sd3", *OPEN_FAMILIES),
     unfit="is not taken by model {model}: it reads no single layer of a CLIP text encoder",
 )
 

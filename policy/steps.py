@@ -7,10 +7,10 @@ and progress. tests/engine/test_steps.py holds the two together.
 from dataclasses import dataclass
 from typing import Protocol
 
-from policy.fleet import OPEN_FAMILIES, Fleet, Model
+from policy.fleet import FLOW_FAMILIES, OPEN_FAMILIES, Fleet, Model
 from policy.params import Resolved
 
-ROUND_UP = ("sd3", "flux")  # as the pipelines of flow matching do; those of noise prediction round down
+ROUND_UP = FLOW_FAMILIES  # as the pipelines of flow matching do; those of noise prediction round down
 
 
 @dataclass(frozen=True)
