@@ -109,14 +109,20 @@ def accept(
         if replay_of is not None:
             raise ReplayImpossible("A picture that the job starts from was deleted.") from None
         raise picture_gone(error) from None
-    telemetry.JOBS_ACCEPTED.labels(resolved.tier, resolved.model).inc()
-    log.info("job_accepted", job_id=str(row.id), tier=resolved.tier, model=resolved.model)
-    if new.announced:
-        parts.release.announce(resolved.pool, resolved.tier, row.id, num_images=resolved.num_images)
-    elif hint is not ReleaseHint.BACKLOGGED:
-        release_waiting_jobs(resolved.pool, resolved.tier)
+    _announce(new, row, hint)
     document = of_accepted(new, row, tenant_id=tenant_id, currency=parts.fleet.currency)
     return Accepted(document, is_new=True, place=expected.place)
+
+
+def _announce(new: NewJob, row: AcceptedRow, hint: ReleaseHint) -> None:
+    """Count the job, now that it is committed, and hand it or those before it to Celery."""
+    params = new.params
+    telemetry.JOBS_ACCEPTED.labels(params.tier, params.model).inc()
+    log.info("job_accepted", job_id=str(row.id), tier=params.tier, model=params.model)
+    if new.announced:
+        gateway().release.announce(params.pool, params.tier, row.id, num_images=params.num_images)
+    elif hint is not ReleaseHint.BACKLOGGED:
+        release_waiting_jobs(params.pool, params.tier)
 
 
 def _may_pass_at_once(session: Session, resolved: Resolved, limits: ReleaseLimits) -> bool:
