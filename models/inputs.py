@@ -150,7 +150,8 @@ def tiers_lacking(session: Session, *, pool: str, tiers: Sequence[str]) -> froze
 
 def oldest_asked(session: Session, *, pool: str) -> uuid.UUID | None:
     """Find the oldest job of the pool whose pictures were asked for and have not come; None if there is none."""
-    return session.scalar(_OLDEST_ASKED, {"pool": pool})
+    oldest: uuid.UUID | None = session.scalar(_OLDEST_ASKED, {"pool": pool})
+    return oldest
 
 
 def lacking_by_flow(session: Session, *, pool: str) -> dict[tuple[str, uuid.UUID], Lacking]:
