@@ -7,27 +7,28 @@ import uuid
 import structlog
 from flask import Flask, Response, g, request
 
-from app import (
+from app.http import (
     account,
     admin,
     batches,
     catalog,
     cors,
+    errors,
     estimates,
     events,
     files,
     health,
     jobs,
-    limits,
     links,
-    openai_images,
     openapi,
-    problems,
+    ratelimit,
     uploads,
     webhooks,
 )
-from app.gateway import open_gateway
-from app.prefix import PathPrefix
+from app.http.prefix import PathPrefix
+from app.openai import images as openai_images
+from app.problems import MethodUnknown
+from app.runtime import open_runtime
 from edges import telemetry
 from policy.fleet import Fleet
 from settings import GatewaySettings
@@ -59,8 +60,8 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = settings.max_body_bytes, MAX_FORM_PARTS
     app.json.sort_keys = False
-    app.extensions["darkroom"] = open_gateway(settings, fleet)
-    problems.register(app)
+    app.extensions["darkroom"] = open_runtime(settings, fleet)
+    errors.register(app)
     for blueprint in BLUEPRINTS:
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
@@ -78,13 +79,13 @@ def _open_request() -> None:
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(request_id=g.request_id)
     if request.method not in METHODS:
-        raise problems.MethodUnknown("This method is not known here.", accepted=sorted(METHODS))
+        raise MethodUnknown("This method is not known here.", accepted=sorted(METHODS))
 
 
 def _close_request(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id", "unknown")
     response.headers["X-Content-Type-Options"] = "nosniff"
-    limits.tell(response)
+    ratelimit.tell(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
     method = request.method if request.method in METHODS else "unknown"  # no client may choose what a label says
     telemetry.HTTP_REQUESTS.labels(method, route, response.status_code).inc()

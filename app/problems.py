@@ -54,17 +54,8 @@ Problem
 from collections.abc import Mapping
 from typing import Any, Self, Unpack
 
-import structlog
-from flask import Flask, Response, g, json
-from sqlalchemy.exc import OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from werkzeug.exceptions import ClientDisconnected, HTTPException
-
 from app.schemas import problems as schemas
 from app.schemas.problems import FieldError, ProblemFacts
-from models.database import conflict
-
-log = structlog.get_logger(__name__)
 
 MOST_NAMED = 5  # wrong fields in one sentence
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -113,22 +104,16 @@ class Problem(Exception):
             entry["accepted"] = accepted
         return cls(sentence or f"{field or 'The body'} {detail}.", errors=[entry])
 
-    def response(self) -> Response:
-        """The application/problem+json answer."""
-        body = schemas.Problem(
-            **self.summary(),
-            instance=f"/requests/{g.get('request_id', 'unknown')}",
-            error=self.openai_error(),
-        )
-        response = Response(json.dumps(body), self.status, content_type="application/problem+json")
-        response.headers["Cache-Control"] = "no-store"
+    def headers(self) -> dict[str, str]:
+        """Return the headers that belong to the answer."""
+        headers = {"Cache-Control": "no-store"}
         if self.retry_after_s is not None:
-            response.headers["Retry-After"] = str(self.retry_after_s)
+            headers["Retry-After"] = str(self.retry_after_s)
         elif self.status in (409, 429):
-            response.headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and it would not help
+            headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and it would not help
         if self.status == 401:
-            response.headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
-        return response
+            headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
+        return headers
 
     def summary(self) -> schemas.ProblemSummary:
         """Say it as a part of an answer that is about more than this problem."""
@@ -317,11 +302,9 @@ class RangeNotSatisfiable(Problem):
     slug, title, status = "range-not-satisfiable", "Range not satisfiable", 416
     about = "The picture has no such bytes; `size_bytes` says how many it has."
 
-    def response(self) -> Response:
-        """With the size where HTTP has it."""
-        response = super().response()
-        response.headers["Content-Range"] = f"bytes */{self.members['size_bytes']}"
-        return response
+    def headers(self) -> dict[str, str]:
+        """Return the size where HTTP has it, too."""
+        return {**super().headers(), "Content-Range": f"bytes */{self.members['size_bytes']}"}
 
 
 class InvalidImageRequest(Problem):
@@ -423,61 +406,3 @@ class JobUnfinished(Problem):
 class PartUnavailable(Problem):
     slug, title, status = "part-unavailable", "Part unavailable", 503
     about = "Something the answer needs is away; the same request will do later."
-
-
-_BY_STATUS = {kind.status: kind for kind in (MalformedBody, NotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType)}
-
-
-def register(app: Flask) -> None:
-    """Make every error of `app` a problem."""
-    app.register_error_handler(Problem, lambda problem: problem.response())
-    app.register_error_handler(HTTPException, _from_werkzeug)
-    app.register_error_handler(ClientDisconnected, _body_not_there)
-    app.register_error_handler(OperationalError, _database_away)
-    app.register_error_handler(PoolTimeout, _database_away)
-    app.register_error_handler(Exception, _unexpected)
-    app.add_url_rule("/problems/<slug>", view_func=explain, methods=["GET"])
-
-
-def explain(slug: str) -> Response:
-    """Answer GET of a problem's `type`: what it means."""
-    for kind in Problem.__subclasses__():
-        if kind.slug == slug:
-            meant = schemas.ProblemType(
-                type=f"/problems/{slug}",
-                title=kind.title,
-                status=kind.status,
-                about=kind.about,
-            )
-            return Response(json.dumps(meant), content_type="application/json")
-    raise NotFound(f"There is no problem {slug[:64]!r}.")
-
-
-def _from_werkzeug(error: HTTPException) -> Response:
-    status = error.code or 500
-    if 300 <= status < 400 and error.response is not None:
-        return error.get_response()
-    kind = _BY_STATUS.get(status)
-    if kind is None:
-        kind = type("HttpProblem", (Problem,), {"slug": f"http-{status}", "title": error.name, "status": status})
-    response = kind(error.description or error.name).response()
-    if allowed := getattr(error, "valid_methods", None):
-        response.headers["Allow"] = ", ".join(sorted(allowed))
-    return response
-
-
-def _body_not_there(error: ClientDisconnected) -> Response:
-    return RequestTimeout("The body did not come in time.").response()
-
-
-def _database_away(error: Exception) -> Response:
-    if (why := conflict(error)) is not None:  # every try of the transaction lost; the database itself is well
-        log.warning("transaction_conflicts", why=why)
-        return PartUnavailable("Too much is being changed here at once; the same request will do in a moment.", retry_after_s=1).response()
-    log.warning("database_away", reason=type(error).__name__)
-    return PartUnavailable("The database cannot be reached right now.", retry_after_s=2, part="database").response()
-
-
-def _unexpected(error: Exception) -> Response:
-    log.error("unexpected_error", exc_info=error)
-    return Unexpected("Something went wrong on our side; quote the request id when you report it.").response()

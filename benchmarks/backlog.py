@@ -40,7 +40,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, select, text
 from sqlalchemy.orm import Session
 
 import migrations
-from app.forecast import QueueForecaster
+from app.live.forecast import QueueForecaster
 from benchmarks.serving.cells import percentile
 from edges import telemetry
 from edges.handoff import Gauge

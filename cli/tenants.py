@@ -128,7 +128,7 @@ def _names(installation: Installation, limit: str, said: str) -> list[str]:
 def _number(limit: str, said: str) -> int | float:
     from pydantic import ValidationError
 
-    from app.admin import TenantChange  # the same bounds as over HTTP; here, for it loads the gateway
+    from app.http.admin import TenantChange  # the same bounds as over HTTP; here, for it loads the gateway
 
     try:
         number: int | float = getattr(TenantChange.model_validate({limit: said}, strict=False), limit)

@@ -6,7 +6,7 @@ done by the worker's one loop, for all connections at once, under a deadline eac
     idle ──first byte──▶ reading ──head and a small body──▶ a thread ──answer──▶ sending ──▶ idle, or closing
      KEEPALIVE_S          HEADER_TIMEOUT_S                                       at least GATEWAY_MIN_BYTES_PER_S
 
-A thread still waits for a client in two cases, whose number the application bounds (app/capacity.py): a body larger than
+A thread still waits for a client in two cases, whose number the application bounds (app/live/capacity.py): a body larger than
 `SMALL_BODY_BYTES`, which may take BODY_TIMEOUT_S and as long as GATEWAY_MIN_BYTES_PER_S gives it, and an event stream. `/healthz` and
 `/readyz` have threads of their own. At GATEWAY_MAX_CONNECTIONS the connection that has been silent for longest makes room for the next.
 

@@ -109,7 +109,7 @@ def test_decisions_do_no_io_and_ask_no_clock():
 
 
 def test_documents_know_neither_requests_nor_rows():
-    unknown = {"flask", "sqlalchemy", "models.tables", "app.views", "app.gateway"}
+    unknown = {"flask", "sqlalchemy", "models.tables", "app.http.views", "app.runtime"}
 
     assert {(file, name) for file, name in imported("app/schemas") if any(f"{name}.".startswith(f"{each}.") for each in unknown)} == set()
 

@@ -17,10 +17,11 @@ from click.testing import CliRunner
 from sqlalchemy import inspect, text
 from sqlalchemy.orm import Session
 
-from app import documents, openai_body
-from app.account import limits_view
-from app.admin import KeyBody, TenantChange
-from app.body import JobBody, wish_of
+from app import documents
+from app.http.account import limits_view
+from app.http.admin import KeyBody, TenantChange
+from app.http.body import JobBody, wish_of
+from app.openai import body as openai_body
 from app.schemas import account as account_schemas
 from app.schemas import jobs as job_schemas
 from app.schemas import openai as openai_schemas
@@ -228,8 +229,8 @@ def test_every_place_knows_every_parameter_of_a_job(full):
     wanted: dict[str, tuple[set[str], set[str]]] = {
         "policy.params.Resolved: members of requests": (set(ASKED), members),
         "policy.params: extras of /v1/images": (set(ASKED) - set(NOT_AN_EXTRA), extras),
-        "app.body.JobBody": (asked, set(JobBody.model_fields)),
-        "app.openai_body": (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
+        "app.http.body.JobBody": (asked, set(JobBody.model_fields)),
+        "app.openai.body": (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
         "app.schemas.openai.OwnMembers": (
             {param.member for param in OPENAI_ANSWER},
             names_of(openai_schemas.OwnMembers),
@@ -370,8 +371,8 @@ def test_every_place_knows_every_limit_of_a_tenant():
     wanted = {
         "models.tables.Tenant": (set(LIMITS), columns),
         "policy.limits.Limits, or NO_LIMITS here": (columns, {*LIMITS, *NO_LIMITS}),
-        "app.admin.TenantChange": ({*LIMITS, "weight"}, set(TenantChange.model_fields)),
-        "app.account.limits_view": (set(LIMITS), set(vars(limits_view(Limits())))),
+        "app.http.admin.TenantChange": ({*LIMITS, "weight"}, set(TenantChange.model_fields)),
+        "app.http.account.limits_view": (set(LIMITS), set(vars(limits_view(Limits())))),
         "app.schemas.Limits": (set(LIMITS), names_of(account_schemas.Limits)),
         "darkroom tenants limit --help": (set(LIMITS), set(re.findall(r"(\w+)=", help_text))),
         "README.md": (set(LIMITS), set(re.findall(r"\w+", (REPO / "README.md").read_text()))),

@@ -5,7 +5,7 @@ from typing import Annotated, Required
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from app.body import MAX_JOBS
+from app.http.body import MAX_JOBS
 from app.schemas.base import described, says
 
 

@@ -6,8 +6,8 @@ from uuid import UUID
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from app.body import MAX_METADATA_KEYS
-from app.openai_body import (
+from app.http.body import MAX_METADATA_KEYS
+from app.openai.body import (
     FIDELITIES,
     MODERATIONS,
     MOST_IMAGES,

@@ -13,8 +13,8 @@ from flask import Flask
 from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
-from app.admin import TenantChange
-from app.body import JobBody
+from app.http.admin import TenantChange
+from app.http.body import JobBody
 from app.schemas.account import Limits, Tenant
 from app.schemas.base import adapter_of
 from app.schemas.bodies import JobFields

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from app.events import EVENT_ID
-from app.idempotency import MAX_KEY_CHARS
-from app.pages import DEFAULT_PAGE, MAX_PAGE
+from app.http.events import EVENT_ID
+from app.http.idempotency import MAX_KEY_CHARS
+from app.http.pages import DEFAULT_PAGE, MAX_PAGE
 from settings import GatewaySettings
 
 JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"

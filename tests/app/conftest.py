@@ -19,7 +19,7 @@ from flask.testing import FlaskClient
 from sqlalchemy import Engine, delete, make_url, select, text
 
 from app import create_app
-from app.forecast import FRESH_FOR_S
+from app.live.forecast import FRESH_FOR_S
 from edges.progress import News
 from models import api_keys, jobs, tenants, workers
 from models.database import make_engine, transaction

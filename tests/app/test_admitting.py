@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import text
 
-import app.forecast
+import app.live.forecast
 from models.database import transaction
 from models.tables import Job, Tenant
 from tests.app.conftest import WISH, of_this_moment

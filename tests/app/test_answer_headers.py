@@ -74,8 +74,8 @@ def test_a_problem_says_when_to_ask_again_or_that_it_would_not_help(kind):
     members = {"size_bytes": 7} if kind.status == 416 else {}
 
     with Flask("here").test_request_context():
-        for_good = kind("No.", **members).response().headers
-        for_now = kind("Not now.", retry_after_s=3, **members).response().headers
+        for_good = kind("No.", **members).headers()
+        for_now = kind("Not now.", retry_after_s=3, **members).headers()
 
     # OpenAI's clients try 409 and 429 again by themselves, unless they are told not to.
     assert for_good.get("X-Should-Retry") == ("false" if kind.status in (409, 429) else None)

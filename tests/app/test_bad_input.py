@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from app.body import JobBody
+from app.http.body import JobBody
 from policy.catalog import MAX_SEED
 from policy.fleet import parse_fleet
 from settings import REPO

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import text
 
-from app.idempotency import REPLAYED
+from app.http.idempotency import REPLAYED
 from models.database import transaction
 from tests.app.conftest import bearer, of_this_moment
 from tests.app.problem import assert_problem

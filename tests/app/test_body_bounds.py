@@ -5,7 +5,7 @@ import uuid
 
 import pytest
 
-from app.body import MAX_ENTRIES, MAX_ERRORS, MAX_MEMBERS, MAX_VALUES, JobBody, check_bounds
+from app.http.body import MAX_ENTRIES, MAX_ERRORS, MAX_MEMBERS, MAX_VALUES, JobBody, check_bounds
 from app.problems import InvalidImageRequest, MalformedBody
 from policy.text import is_human
 from tests.app.problem import assert_problem

@@ -3,7 +3,7 @@
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from app.capacity import Capacity
+from app.live.capacity import Capacity
 
 
 def test_what_is_released_can_be_taken_again():

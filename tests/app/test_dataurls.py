@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.dataurls import Unreadable, decoded, is_one
+from app.services.dataurls import Unreadable, decoded, is_one
 from tests.pictures import png
 
 PICTURE = png()

@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from app.forecast import QueuePlace as Place
+from app.http.views import queue_view
+from app.live.forecast import QueuePlace as Place
 from app.schemas.base import adapter_of, to_json, to_plain
 from app.schemas.jobs import Batch, BatchRefused, JobUrls, JobWarning, QueuePlace
-from app.views import queue_view
 from policy.prediction import Eta
 
 URLS = {"self": "/v1/jobs/7", "status": "s", "cancel": "c", "replay": "r", "events": "e"}

@@ -5,7 +5,7 @@ import uuid
 from datetime import UTC, datetime
 from types import SimpleNamespace
 
-from app.openai_answers import problem_of_end
+from app.openai.answers import problem_of_end
 from models import jobs, leases
 from models.database import transaction
 from policy.failures import FailureCode

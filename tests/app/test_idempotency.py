@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sqlalchemy import select, text
 
-from app.idempotency import MAX_KEY_CHARS, REPLAYED, read_key, read_once
+from app.http.idempotency import MAX_KEY_CHARS, REPLAYED, read_key, read_once
 from app.problems import InvalidQuery
 from models import idempotency
 from models.database import transaction

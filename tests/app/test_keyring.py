@@ -7,8 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import event
 
-from app import keyring
-from app.keyring import MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
+from app.live import keyring
+from app.live.keyring import MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
 from models import api_keys, tenants
 from models.database import make_engine, transaction
 

@@ -63,7 +63,7 @@ def test_a_remembered_key_ends_at_the_moment_it_expires(issue, gateway_with, mon
 
     def status_at(moment: float) -> int:
         with monkeypatch.context() as clock:
-            clock.setattr("app.auth.time.time", lambda: moment)
+            clock.setattr("app.http.auth.time.time", lambda: moment)
             return client.get("/v1/jobs", headers=bearer(key)).status_code
 
     statuses = [status_at(at.timestamp() + late_s) for late_s in (-1, 0, 1, -1)]

@@ -13,9 +13,9 @@ import redis
 from flask import Flask, g
 from sqlalchemy import text
 
-from app.auth import Caller
-from app.limits import _check_totals
+from app.http.auth import Caller
 from app.problems import QuotaExceeded
+from app.services.quotas import _check_totals
 from models import api_keys, tenants, usage
 from models.database import transaction
 from policy.limits import Limits, UsageTotals

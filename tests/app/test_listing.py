@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.listing import read_instant
-from app.pages import cursor_of, parse_cursor
+from app.http.listing import read_instant
+from app.http.pages import cursor_of, parse_cursor
 from app.problems import InvalidQuery
 from models.ids import first_id
 from tests.app.problem import assert_problem

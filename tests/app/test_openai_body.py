@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from openai import OpenAI
 
-from app.openai_answers import may_still_answer, problem_of_end
-from app.openai_body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read
+from app.openai.answers import may_still_answer, problem_of_end
+from app.openai.body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
 from models.tables import Job
 from policy.failures import FailureCode

@@ -13,8 +13,8 @@ from jsonschema import Draft202012Validator
 from openapi_spec_validator import validate
 
 from app import problems
-from app.idempotency import MAX_KEY_CHARS, read_key
-from app.openai_body import GENERATION, KNOWN_FIELDS, read
+from app.http.idempotency import MAX_KEY_CHARS, read_key
+from app.openai.body import GENERATION, KNOWN_FIELDS, read
 from app.spec.document import paths_of
 from app.spec.operations import OPERATIONS
 from models import api_keys, tenants

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from sqlalchemy import text
 
-from app.inputs import MAX_NEW_PICTURES
+from app.services.inputs import MAX_NEW_PICTURES
 from models import api_keys, tenants
 from models.database import transaction
 from tests.app.conftest import bearer

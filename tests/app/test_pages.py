@@ -6,7 +6,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from flask import Flask, request
 
-from app.pages import cursor_of, next_page
+from app.http.pages import cursor_of, next_page
 
 IDS = [uuid.UUID(int=number) for number in (9, 8, 7, 6)]
 FURTHER = uuid.UUID(int=3)

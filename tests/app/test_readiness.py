@@ -6,7 +6,7 @@ import threading
 import pytest
 from sqlalchemy import create_engine, make_url, text
 
-from app.readiness import Readiness
+from app.live.readiness import Readiness
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.builders import a_fleet, until

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from sqlalchemy import text
 
-from app.idempotency import REPLAYED
+from app.http.idempotency import REPLAYED
 from models import jobs
 from models.database import transaction
 from policy.params import params_of

@@ -4,7 +4,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from app.statuses import MAX_KEPT, Statuses
+from app.live.statuses import MAX_KEPT, Statuses
 from tests.app.problem import assert_problem
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60}

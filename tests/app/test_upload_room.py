@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from app import uploads
+from app.http import uploads
 from app.problems import UploadsExhausted
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem

@@ -1,6 +1,6 @@
 """Operations of what a tenant may ask for, and of what it may use and has used."""
 
-from app.account import MOST_DAYS
+from app.http.account import MOST_DAYS
 from app.schemas.account import OwnKey, OwnUsage
 from app.schemas.catalog import Model, ModelAlias, Models, Tiers
 from app.schemas.health import Health, Readiness

@@ -1,6 +1,6 @@
 """Operations of an operator over the whole installation; keys need the scope `admin`."""
 
-from app.admin import KeyBody, RotateBody, TenantBody, TenantChange
+from app.http.admin import KeyBody, RotateBody, TenantBody, TenantChange
 from app.schemas.account import IssuedKey, KeyPage, RotatedKey, Tenant, TenantPage, TenantUsage
 from app.spec.operation import DAYS, JSON, PAGE, Operation
 

@@ -1,6 +1,6 @@
 """Operations of the pictures that jobs start from."""
 
-from app.files import CONTENT_TYPES
+from app.http.files import CONTENT_TYPES
 from app.schemas.files import File, FileForm, FilePage
 from app.spec.operation import FORM, PAGE, PICTURE_PARAMETERS, Operation
 

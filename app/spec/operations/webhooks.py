@@ -1,5 +1,6 @@
 """Operations of webhooks, and the messages that endpoints are sent."""
 
+from app.http.webhooks import EndpointBody, EndpointChange
 from app.schemas.events import JobMessage, TestMessage
 from app.schemas.webhooks import (
     Delivery,
@@ -10,7 +11,6 @@ from app.schemas.webhooks import (
     WebhookPage,
 )
 from app.spec.operation import JSON, PAGE, Operation, query
-from app.webhooks import EndpointBody, EndpointChange
 from policy.states import DeliveryState
 from policy.webhooks import EVENTS, MAX_ENDPOINTS, TEST_EVENT
 

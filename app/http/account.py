@@ -1,0 +1,106 @@
+"""/v1/key and /v1/usage: who a caller is, what it may use and what it has used."""
+
+from collections.abc import Sequence
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from typing import Any
+
+from flask import Blueprint, Request, request
+from flask.typing import ResponseReturnValue
+
+from app.http.answers import answer
+from app.http.auth import require_key
+from app.http.context import caller, runtime
+from app.problems import InvalidQuery
+from app.schemas import account as schemas
+from models import files, usage
+from models.database import transaction
+from models.tables import UsageDay
+from policy.limits import Limits
+
+bp = Blueprint("account", __name__, url_prefix="/v1")
+bp.before_request(require_key)
+
+MOST_DAYS = 366
+
+
+@bp.get("/key")
+def show_key() -> ResponseReturnValue:
+    """The key that asks: its id, its tenant, its scopes, and the tenant's limits."""
+    asking = caller()
+    shown = schemas.OwnKey(
+        id=asking.api_key_id,
+        tenant_id=asking.tenant_id,
+        actor=asking.actor,
+        scopes=sorted(asking.scopes),
+        limits=limits_view(asking.limits),
+    )
+    return answer(shown)
+
+
+@bp.get("/usage")
+def show_usage() -> ResponseReturnValue:
+    """The tenant's ledger by UTC days, `from` and `to` included (this month), with its limits and where it stands."""
+    since, until = read_days(request)
+    with transaction(runtime().database) as session:
+        rows = usage.days(session, tenant_id=caller().tenant_id, since=since, until=until)
+        totals = usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
+        count, size_bytes = files.stored(session, tenant_id=caller().tenant_id)
+    shown = schemas.OwnUsage(
+        **usage_view(rows, since, until),
+        limits=limits_view(caller().limits),
+        used_megapixel_steps=schemas.UsedNow(
+            today=float(totals.used_today),
+            this_month=float(totals.used_this_month),
+            active_jobs=totals.active_jobs,
+        ),
+        stored_files=schemas.StoredFiles(count=count, size_bytes=size_bytes),
+    )
+    return answer(shown)
+
+
+def read_days(asked: Request) -> tuple[date, date]:
+    """`from` and `to`, by default this month. Raises InvalidQuery."""
+    today = datetime.now(UTC).date()
+    since, until = _day(asked, "from", today.replace(day=1)), _day(asked, "to", today)
+    if not 0 <= (until - since).days <= MOST_DAYS:
+        raise InvalidQuery(f"to must be from `from` to {MOST_DAYS} days later.", parameter="to")
+    return since, until
+
+
+def usage_view(rows: Sequence[UsageDay], since: date, until: date) -> dict[str, Any]:
+    """Return the members of `schemas.Usage`: days of a ledger."""
+    days = [
+        schemas.UsageDay(
+            day=row.day,
+            jobs_accepted=row.jobs_accepted,
+            jobs_succeeded=row.jobs_succeeded,
+            reserved_megapixel_steps=float(row.reserved),
+            settled_megapixel_steps=float(row.settled),
+            abandoned_megapixel_steps=float(row.abandoned),
+            cost=str(row.cost),
+        )
+        for row in rows
+    ]
+    return {"since": since, "until": until, "currency": runtime().fleet.currency, "data": days}
+
+
+def limits_view(limits: Limits) -> schemas.Limits:
+    """Show a tenant's limits; null is none."""
+    return schemas.Limits(**{name: _plain(value) for name, value in vars(limits).items()})
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Decimal) else value
+
+
+def _day(asked: Request, name: str, default: date) -> date:
+    text = asked.args.get(name)
+    if text is None:
+        return default
+    try:
+        if len(text) == 10:
+            return date.fromisoformat(text)
+    except ValueError:
+        pass
+    raise InvalidQuery(f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD")

@@ -1,0 +1,270 @@
+"""/v1/admin: an operator's routes over the whole installation: tenants with their limits, keys, usage. Keys need the scope `admin`."""
+
+import uuid
+from datetime import UTC, datetime
+from typing import Annotated, Any, get_type_hints
+
+from flask import Blueprint, request, url_for
+from flask.typing import ResponseReturnValue
+from pydantic import BaseModel, Field, StringConstraints, create_model
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
+
+from app.http.account import limits_view, read_days, usage_view
+from app.http.answers import answer, answer_page, whole_list
+from app.http.auth import require_key
+from app.http.body import STRICT, json_type, parse, read_object
+from app.http.context import caller, runtime
+from app.http.pages import read_cursor, read_limit
+from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
+from app.schemas import account as schemas
+from app.schemas.base import says
+from models import api_keys, tenants, usage
+from models.database import run_transaction, transaction
+from models.tables import ApiKey, Tenant
+from policy.limits import (
+    DEFAULT_SCOPES,
+    KEY_GRACE_S,
+    LIMITS,
+    MAX_WEIGHT,
+    MIN_WEIGHT,
+    OFFERED,
+    InvalidLimits,
+    Limits,
+    Scope,
+    limits_of,
+)
+from policy.text import is_human
+
+bp = Blueprint("admin", __name__, url_prefix="/v1/admin")
+bp.before_request(require_key)
+
+Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
+
+
+class _Body(BaseModel):
+    model_config = STRICT
+
+
+_LimitsBody: Any = create_model(
+    "_LimitsBody",
+    __base__=_Body,
+    **{name: (json_type(hint) | None, None) for name, hint in get_type_hints(Limits, include_extras=True).items()},
+)
+
+
+class TenantBody(_Body):
+    """The body of POST /v1/admin/tenants."""
+
+    name: Annotated[Name, says("Its name, which no other tenant has.")]
+    weight: Annotated[Weight, says("Its share when several tenants wait.")] = 1.0
+
+
+class TenantChange(_LimitsBody):
+    """The body of PATCH /v1/admin/tenants/{id}; what is not there stays, null takes a limit away."""
+
+    weight: Weight | None = None
+
+
+class KeyBody(_Body):
+    """The body of POST /v1/admin/tenants/{id}/keys."""
+
+    name: Annotated[str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")] = "api"
+    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(DEFAULT_SCOPES)
+    expires_at: Annotated[str | None, says("An instant in the future from which it is refused; null: never.")] = None
+
+
+class RotateBody(_Body):
+    """The body of POST /v1/admin/keys/{id}/rotate."""
+
+    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")] = KEY_GRACE_S
+
+
+@bp.get("/tenants")
+def list_tenants() -> ResponseReturnValue:
+    """Every tenant, newest first: `limit` (1 to 100), `cursor`."""
+    limit, before = read_limit(request), read_cursor(request)
+    with transaction(runtime().database) as session:
+        rows = tenants.page(session, limit=limit + 1, before=before)
+    return answer_page(request, schemas.TenantPage, rows, _tenant_view, limit=limit, id_of=lambda row: row.id)
+
+
+@bp.post("/tenants")
+def create_tenant() -> ResponseReturnValue:
+    """A new tenant, without limits and without keys: 201."""
+    body = parse(TenantBody, read_object(request))
+
+    def create(session: Session) -> schemas.Tenant:
+        tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
+        session.refresh(tenant)
+        return _tenant_view(tenant)
+
+    try:
+        view = run_transaction(runtime().database, create)
+    except IntegrityError:
+        raise TenantExists(f"There is a tenant {body.name!r} already.") from None
+    return answer(view, 201, {"Location": url_for(".show_tenant", tenant_id=view.id)})
+
+
+@bp.get("/tenants/<uuid:tenant_id>")
+def show_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """Show one tenant with its limits."""
+    with transaction(runtime().database) as session:
+        return answer(_tenant_view(_tenant(session, tenant_id)))
+
+
+@bp.patch("/tenants/<uuid:tenant_id>")
+def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """Change weight and limits; they hold in every process within a second."""
+    fields = read_object(request)
+    body = parse(TenantChange, fields)
+    _check_catalog(body)
+    changes = {name: getattr(body, name) for name in LIMITS if name in fields}
+
+    def change(session: Session) -> schemas.Tenant:
+        tenant = _tenant(session, tenant_id)
+        if body.weight is not None:
+            tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
+        if changes:
+            tenants.limit(session, tenant, changes=changes, actor=caller().actor)
+        return _tenant_view(tenant)
+
+    try:
+        view = run_transaction(runtime().database, change)
+    except InvalidLimits as error:
+        raise InvalidRequest.at(error.field, error.detail) from None
+    return answer(view)
+
+
+@bp.get("/tenants/<uuid:tenant_id>/keys")
+def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """The tenant's keys, oldest first, revoked ones included; what they are, nobody can show."""
+    with transaction(runtime().database) as session:
+        _tenant(session, tenant_id)
+        data = [_key_view(key) for key in api_keys.of_tenant(session, tenant_id)]
+    return whole_list(schemas.KeyPage, data)
+
+
+@bp.post("/tenants/<uuid:tenant_id>/keys")
+def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """A new key of the tenant: 201, with `key`, which is shown this once."""
+    body = parse(KeyBody, read_object(request))
+    if not is_human(body.name):
+        raise InvalidRequest.at("name", "must not have control characters in it", accepted={"max_chars": 64})
+    expires_at = _instant(body.expires_at)
+
+    def issue(session: Session) -> schemas.Key:
+        row, key = api_keys.issue(
+            session,
+            name=body.name,
+            scopes=sorted(set(body.scopes)),
+            expires_at=expires_at,
+            tenant_id=_tenant(session, tenant_id).id,
+            pepper=_pepper(),
+            actor=caller().actor,
+        )
+        session.refresh(row)
+        return _key_view(row, schemas.IssuedKey, key=key)
+
+    return answer(run_transaction(runtime().database, issue), 201)
+
+
+@bp.post("/keys/<uuid:key_id>/rotate")
+def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
+    """A new key with the same name and scopes: 201. The old one lives on for `grace_s` (a day), so that nobody is locked out."""
+    body = parse(RotateBody, read_object(request) if request.get_data() else {})
+
+    def rotate(session: Session) -> schemas.Key:
+        rotated = api_keys.rotate(session, key_id, pepper=_pepper(), grace_s=body.grace_s, actor=caller().actor)
+        if rotated is None:
+            raise KeyNotFound(f"There is no live key {key_id}.")
+        row, key = rotated
+        session.refresh(row)
+        return _key_view(
+            row,
+            schemas.RotatedKey,
+            key=key,
+            former_key_id=key_id,
+            former_key_lives_for_s=body.grace_s,
+        )
+
+    return answer(run_transaction(runtime().database, rotate), 201)
+
+
+@bp.delete("/keys/<uuid:key_id>")
+def revoke_key(key_id: uuid.UUID) -> ResponseReturnValue:
+    """Refuse the key from now on: within a second, in every process. 204."""
+    actor = caller().actor
+    if run_transaction(runtime().database, lambda session: api_keys.revoke(session, key_id, actor=actor)) is None:
+        raise KeyNotFound(f"There is no live key {key_id}.")
+    return "", 204
+
+
+@bp.get("/tenants/<uuid:tenant_id>/usage")
+def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
+    """The tenant's ledger by UTC days, `from` and `to` included (this month)."""
+    since, until = read_days(request)
+    with transaction(runtime().database) as session:
+        _tenant(session, tenant_id)
+        rows = usage.days(session, tenant_id=tenant_id, since=since, until=until)
+    return answer(schemas.TenantUsage(**usage_view(rows, since, until), tenant_id=tenant_id))
+
+
+def _tenant(session: Session, tenant_id: uuid.UUID) -> Tenant:
+    tenant = session.get(Tenant, tenant_id)
+    if tenant is None:
+        raise TenantNotFound(f"There is no tenant {tenant_id}.")
+    return tenant
+
+
+def _check_catalog(body: TenantChange) -> None:
+    fleet = runtime().fleet
+    for name, note in OFFERED.items():
+        said, offered = getattr(body, name), getattr(fleet, note.section)
+        if said is not None and (not said or set(said) - offered.keys()):
+            detail = "must name at least one, and only those of fleet.toml"
+            raise InvalidRequest.at(name, detail, accepted=list(offered))
+
+
+def _instant(text: str | None) -> datetime | None:
+    if text is None:
+        return None
+    try:
+        at = datetime.fromisoformat(text.upper())
+        is_future = at.tzinfo is not None and at.astimezone(UTC) > datetime.now(UTC)
+    except (ValueError, OverflowError):  # no instant, or one that no calendar has in UTC
+        is_future = False
+    if not is_future:
+        detail = "must be an instant in the future, with its offset"
+        raise InvalidRequest.at("expires_at", detail, accepted="2027-01-31T00:00:00Z")
+    return at
+
+
+def _pepper() -> str:
+    return runtime().settings.api_key_pepper.get_secret_value()
+
+
+def _tenant_view(tenant: Tenant) -> schemas.Tenant:
+    return schemas.Tenant(
+        id=tenant.id,
+        name=tenant.name,
+        weight=tenant.weight,
+        created_at=tenant.created_at,
+        limits=limits_view(limits_of({name: getattr(tenant, name) for name in LIMITS})),
+    )
+
+
+def _key_view(row: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
+    """Show a key as a document of the kind; `more`: the members that it has beside."""
+    return kind(
+        id=row.id,
+        kid=row.kid,
+        name=row.name,
+        scopes=row.scopes,
+        created_at=row.created_at,
+        expires_at=row.expires_at,
+        revoked_at=row.revoked_at,
+        last_used_at=row.last_used_at,
+        **more,
+    )

@@ -1,0 +1,78 @@
+"""Who is asking: API keys as Bearer tokens, and what each may do."""
+
+import time
+
+import structlog
+from flask import g, request
+
+from app.caller import Caller
+from app.http import uploads
+from app.http.context import caller, runtime
+from app.live.keyring import NO_LIVE_KEY, Known
+from app.problems import Forbidden, RateLimited, Unauthenticated
+from edges import telemetry
+from edges.limits import WINDOW_S
+from models import api_keys
+
+
+def require_key() -> None:
+    """Set `g.caller`, or raise: Unauthenticated, for unknown, revoked and expired keys look alike; Forbidden; RateLimited."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        telemetry.AUTH_FAILURES.labels("no_key").inc()
+        raise Unauthenticated("Send your API key as `Authorization: Bearer dr_…`.")
+    known = _known(key.strip())
+    if known is None:
+        telemetry.AUTH_FAILURES.labels("bad_key").inc()
+        raise Unauthenticated(NO_LIVE_KEY)
+    found = known.key
+    g.caller = Caller(found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits)
+    structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
+    enough = _scopes_that_do()
+    if not found.scopes & set(enough):
+        telemetry.AUTH_FAILURES.labels("scope").inc()
+        detail = f"This API key lacks the scope {' or '.join(f'`{scope}`' for scope in enough)}."
+        raise Forbidden(detail, scope=enough[0], scopes=sorted(found.scopes))
+    if "admin" not in enough:  # or an operator whose tenant is at its limits could not raise them
+        _count_request(g.caller)
+    uploads.admit(request, runtime().uploads, g.caller.tenant_id)
+
+
+def check_key() -> None:
+    """Raises Unauthenticated if the caller's key was revoked, or has expired, since the request began."""
+    if not runtime().keyring.is_live(caller().kid):
+        raise Unauthenticated(NO_LIVE_KEY)
+
+
+def _known(key: str) -> Known | None:
+    kid = api_keys.kid_of(key)
+    if kid is None:
+        return None
+    parts = runtime()
+    known = parts.keyring.find(kid)
+    if known is None or not known.key.is_live(time.time()):
+        return None
+    return known if api_keys.is_it(key, known.key.digest, pepper=parts.settings.api_key_pepper.get_secret_value()) else None
+
+
+def _count_request(asking: Caller) -> None:
+    """Count a request of the caller's tenant. Raises RateLimited."""
+    most = asking.limits.requests_per_minute
+    if most is None:
+        return
+    counted = runtime().rates.count(asking.tenant_id, most)
+    asking.used.requests = counted
+    if not counted.passes:
+        telemetry.SHED.labels("rate_limited").inc()
+        detail = f"At most {most} requests a minute are let in."
+        raise RateLimited(detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S)
+
+
+def _scopes_that_do() -> tuple[str, ...]:
+    """Those of which one is enough: reading needs `read`, whatever changes something `generate`, the operator's routes `admin`, which
+    implies neither. An estimate changes nothing and says what whoever generates must know."""
+    if request.blueprint == "admin":
+        return ("admin",)
+    if request.blueprint == "estimates":
+        return ("read", "generate")
+    return ("read",) if request.method in ("GET", "HEAD", "OPTIONS") else ("generate",)

@@ -1,0 +1,263 @@
+"""From the bytes of a request to a Wish, or a problem that points at every field that is wrong."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from types import UnionType
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from uuid import UUID
+
+from flask import Request
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+
+from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, InvalidRequest, MalformedBody, Problem, UnsupportedMediaType
+from app.schemas.base import says
+from policy.catalog import InvalidWish
+from policy.params import ASKED, PICTURES, AdapterWish, Wish
+from policy.text import is_human
+
+Body = TypeVar("Body", bound=BaseModel)
+MAX_METADATA_KEYS, MAX_METADATA_KEY_CHARS, MAX_METADATA_CHARS = 16, 64, 512  # keys, and characters of a key and a value
+MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
+MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
+MAX_JOBS = 1_000  # of a batch
+MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
+NO_LISTS: Mapping[str, int] = {}
+_MISSING = "This field is required"
+
+
+def _as_whole(value: object) -> object:
+    """JSON has one kind of number: 1.0 and 1e2 are whole."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+AS_WHOLE = BeforeValidator(_as_whole)
+Whole = Annotated[int, AS_WHOLE]
+
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class AdapterBody(BaseModel):
+    """One adapter of the model, and how much of it."""
+
+    model_config = STRICT
+
+    name: Annotated[str, says("One of the model's adapters.")]
+    strength: Annotated[float, says("1 is all of it; below 0 it works the other way.")] = 1.0
+
+
+_JSON_TYPES: Mapping[Any, Any] = {
+    int: Whole,
+    Decimal: float,
+    UUID: str,  # an id, a data URL or a URL; app/services/inputs.py makes files of them
+    tuple[str, ...]: list[str],
+    tuple[AdapterWish, ...]: list[AdapterBody],
+}
+
+
+def json_type(hint: Any) -> Any:
+    """A type of our values as a body of JSON has it; the bounds that it is annotated with stay."""
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        kind, checks = json_type(kind), ()
+        if get_origin(kind) is Annotated:
+            kind, *checks = get_args(kind)
+        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
+    return _JSON_TYPES.get(hint, hint)
+
+
+def _fields_of_a_wish() -> dict[str, Any]:
+    """The fields of `Wish` as a body of JSON has them, each with its type and its default."""
+    hints = get_type_hints(Wish)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(Wish):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        found[field.name] = (json_type(hints[field.name]), [] if default == () else default)
+    return found
+
+
+_WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
+
+
+class JobBody(_WishBody):
+    """The body of POST /v1/jobs. Ranges depend on model and tier and are checked by `policy.catalog`."""
+
+    metadata: dict[str, str] = {}
+    start_deadline_s: float | None = None
+
+    @property
+    def pictures(self) -> dict[str, str | None]:
+        """What the fields say that stand for pictures."""
+        return {field: getattr(self, field) for field in PICTURES}
+
+
+def read_job(request: Request) -> JobBody:
+    """Parse the body. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest."""
+    return parse_job(read_object(request, problem=InvalidImageRequest))
+
+
+def parse_job(fields: Mapping[str, Any]) -> JobBody:
+    """Check names and types of the fields. Raises InvalidImageRequest."""
+    body = parse(JobBody, fields, problem=InvalidImageRequest)
+    check_metadata(body.metadata)
+    return body
+
+
+def parse(kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest) -> Body:
+    """The fields as a `kind`. Raises `problem`, which points at every one that is wrong."""
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        raise problem("The request has fields that cannot be used.", **_told(field_errors(error, kind))) from None
+
+
+def parse_shared(fields: Mapping[str, Any]) -> None:
+    """Check names and types of fields of a job that its other fields are to complete. Raises InvalidImageRequest."""
+    try:
+        JobBody.model_validate(fields)
+    except ValidationError as error:
+        if errors := [entry for entry in field_errors(error, JobBody) if entry["detail"] != _MISSING]:
+            within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
+            raise InvalidImageRequest("The defaults have fields that cannot be used.", **_told(within)) from None
+
+
+def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
+    """The wish; `pictures`: the files that its fields stand for."""
+    said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
+    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in body.adapters)
+    return Wish(**said | dict(pictures))
+
+
+def check_metadata(metadata: Mapping[str, str]) -> None:
+    """Raises InvalidImageRequest for more than can be kept, and for text that nobody wrote."""
+    accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": MAX_METADATA_KEY_CHARS, "max_value_chars": MAX_METADATA_CHARS}
+    for key, value in metadata.items():
+        is_short = 1 <= len(key) <= MAX_METADATA_KEY_CHARS and len(value) <= MAX_METADATA_CHARS
+        if not is_short or not is_human(key + value):
+            detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
+            raise invalid_wish(InvalidWish("metadata", detail, accepted))
+    if len(metadata) > MAX_METADATA_KEYS:
+        raise invalid_wish(InvalidWish("metadata", f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted", accepted))
+
+
+def invalid_wish(error: InvalidWish) -> InvalidImageRequest:
+    """The problem for a field that is of the right type and out of range."""
+    return InvalidImageRequest.at(error.field, error.detail, accepted=error.accepted)
+
+
+def read_wait_s(request: Request, max_wait_s: int) -> int:
+    """N of `Prefer: wait=N`, capped; 0 if it was not asked for. Raises InvalidQuery."""
+    for preference in request.headers.get("Prefer", "").split(","):
+        name, _, value = preference.strip().partition("=")
+        if name.strip().lower() == "wait":
+            value = value.strip().strip('"')
+            if not (value.isascii() and value.isdigit() and len(value) <= 6):
+                raise InvalidQuery(
+                    f"Prefer: wait takes whole seconds, at most {max_wait_s}.", header="Prefer", accepted={"max": max_wait_s}
+                )
+            return min(int(value), max_wait_s)
+    return 0
+
+
+def read_nothing(request: Request) -> None:
+    """Refuse fields where there are none: no body at all, or an empty object. Raises as `read_job` does."""
+    fields = read_object(request) if request.get_data() else {}
+    errors = [{"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []} for name in fields]
+    if errors:
+        raise InvalidImageRequest("This request takes no fields.", **_told(errors))
+
+
+def read_object(request: Request, *, problem: type[Problem] = InvalidRequest, lists: Mapping[str, int] = NO_LISTS) -> dict[str, Any]:
+    """The JSON object that the body is, bounded in whatever makes a small body expensive.
+
+    lists: how many entries those lists may have that may have more than others, by their pointers. Raises UnsupportedMediaType,
+    MalformedBody, BodyTooLarge, and `problem`, which points at what is too much.
+    """
+    if request.mimetype != "application/json":
+        raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
+    content = request.get_data(cache=False)  # not kept for as long as the client waits: it may hold pictures
+    if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
+        raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
+    try:
+        body = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_object)
+    except RecursionError:
+        raise MalformedBody("The body is nested too deeply.") from None
+    except (ValueError, UnicodeDecodeError) as error:
+        raise MalformedBody(f"The body is not JSON: {str(error)[:200]}") from None
+    if not isinstance(body, dict):
+        raise MalformedBody("The body must be a JSON object.")
+    check_bounds(body, problem=problem, lists=lists)
+    return body
+
+
+def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Problem], lists: Mapping[str, int] = NO_LISTS) -> None:
+    """Raises `problem` for a JSON value that is larger than any request needs, and MalformedBody for one that is nested too deeply.
+
+    Before anything else looks at it: what checks types, names errors or makes text of it takes time and memory for each value.
+    """
+    left, inner = MAX_VALUES, [("", body, 1)]
+    while inner:
+        pointer, value, depth = inner.pop()
+        if depth > MAX_DEPTH:
+            raise MalformedBody("The body is nested too deeply.")
+        is_object = isinstance(value, Mapping)
+        most = MAX_MEMBERS if is_object else lists.get(pointer, MAX_ENTRIES)
+        if len(value) > most:
+            raise _too_much(
+                problem, pointer, f"has {len(value)} {'members' if is_object else 'entries'}; at most {most} are accepted", most
+            )
+        left -= len(value)
+        if left < 0:
+            raise _too_much(problem, pointer, f"is of a body with more than {MAX_VALUES} values", MAX_VALUES)
+        named = value.items() if isinstance(value, Mapping) else enumerate(value)
+        inner += [(f"{pointer}/{_escaped(name)}", each, depth + 1) for name, each in named if isinstance(each, dict | list)]
+
+
+def _too_much(problem: type[Problem], pointer: str, detail: str, most: int) -> Problem:
+    return problem.at(pointer.removeprefix("/"), detail, accepted={"max": most}, sentence=f"{pointer or 'The body'} {detail}.")
+
+
+def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The members of an object; one that is there twice could be read in two ways. Raises ValueError."""
+    found = dict(members)
+    if len(found) < len(members):
+        seen = set[str]()
+        name = next(name for name, _ in members if name in seen or seen.add(name))
+        raise ValueError(f"an object has the member {name[:64]!r} more than once")
+    return found
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def field_errors(error: ValidationError, kind: type[BaseModel]) -> list[dict[str, Any]]:
+    """What a problem says of each wrong field."""
+    return [_field_error(entry, kind) for entry in error.errors(include_url=False, include_context=False, include_input=False)]
+
+
+def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
+    pointer = "/" + "/".join(_escaped(part) for part in error["loc"])
+    entry = {"pointer": pointer, "detail": error["msg"]}
+    if error["type"] == "extra_forbidden":
+        names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields  # the only objects within one
+        entry |= {"detail": "There is no such field", "accepted": list(names)}
+    elif error["type"] == "missing":
+        entry["detail"] = _MISSING
+    return entry
+
+
+def _told(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The members of a problem: the first errors, and how many more there are."""
+    more = len(errors) - MAX_ERRORS
+    return {"errors": errors[:MAX_ERRORS]} | ({"errors_left_out": more} if more > 0 else {})
+
+
+def _escaped(part: object) -> str:
+    """A part of a JSON pointer."""
+    return str(part).replace("~", "~0").replace("/", "~1")[:64]

@@ -1,0 +1,110 @@
+"""/v1/models and /v1/tiers: what can be asked for, straight from fleet.toml."""
+
+from typing import Any
+
+from flask import Blueprint
+from flask.typing import ResponseReturnValue
+
+from app.http.answers import answer
+from app.http.auth import require_key
+from app.http.context import caller, runtime
+from app.problems import ModelNotFound
+from app.schemas import catalog as schemas
+from policy.fleet import Fleet, ModelTier
+from policy.formats import FORMATS
+
+bp = Blueprint("catalog", __name__, url_prefix="/v1")
+bp.before_request(require_key)
+
+
+@bp.get("/models")
+def list_models() -> ResponseReturnValue:
+    """OpenAI's list shape; our facts are extra members. Aliases come after the models, for programs that look for theirs in the list."""
+    fleet = runtime().fleet
+    return answer(schemas.Models(data=[_model_view(fleet, name) for name in _usable_names(fleet)]))
+
+
+@bp.get("/models/<path:name>")
+def show_model(name: str) -> ResponseReturnValue:
+    """One model, by its id or an alias: sizes, samplers, versions, defaults by tier."""
+    fleet = runtime().fleet
+    usable = _usable_names(fleet)
+    if name not in usable:
+        raise ModelNotFound(f"There is no model {name[:64]!r}.", accepted=usable)
+    return answer(_model_view(fleet, name))
+
+
+@bp.get("/tiers")
+def list_tiers() -> ResponseReturnValue:
+    """List tiers in the order in which they are served."""
+    fleet = runtime().fleet
+    usable = [name for name in fleet.tiers_by_rank if _may_use_tier(name)]
+    return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in usable]))
+
+
+def _usable_names(fleet: Fleet) -> list[str]:
+    return [name for name, model_id in fleet.model_ids.items() if _may_use_model(model_id)]
+
+
+def _may_use_model(name: str) -> bool:
+    allowed = caller().limits.allowed_models
+    return allowed is None or name in allowed
+
+
+def _may_use_tier(name: str) -> bool:
+    allowed = caller().limits.allowed_tiers
+    return allowed is None or name in allowed
+
+
+def _tier_view(fleet: Fleet, name: str) -> schemas.Tier:
+    tier = fleet.tiers[name]
+    return schemas.Tier(
+        id=name,
+        rank=tier.rank,
+        max_steps=tier.max_steps,
+        default_steps=tier.default_steps,
+        max_images=tier.max_images,
+        max_megapixels=tier.max_megapixels,
+        determinism=tier.determinism,
+        price_weight=tier.price_weight,
+        start_within_s=tier.start_within_s,
+        first_preview_s=tier.first_preview_s,
+        final_s=tier.final_s,
+    )
+
+
+def _model_view(fleet: Fleet, name: str) -> schemas.Model:
+    model_id = fleet.model_ids[name]
+    model = fleet.models[model_id]
+    is_alias = name != model_id
+    kind = schemas.ModelAlias if is_alias else schemas.Model
+    alias: dict[str, Any] = {"alias_of": model_id} if is_alias else {}
+    return kind(
+        id=name,
+        created=int(model.created_at.timestamp()),
+        title=model.title,
+        aliases=list(model.aliases),
+        family=model.family,
+        licence=model.licence,
+        precision=model.precision,
+        sizes=list(model.sizes),
+        samplers=list(model.samplers),
+        default_sampler=model.default_sampler,
+        max_guidance=model.max_guidance,
+        max_prompt_chars=model.max_prompt_chars,
+        output_formats=list(FORMATS),
+        pool=fleet.pool_of(model_id),
+        versions=[schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight) for version in model.versions],
+        tiers={tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)},
+        **alias,
+    )
+
+
+def _defaults(fleet: Fleet, model_id: str, tier: str) -> schemas.ModelDefaults:
+    """Show what the model does in the tier unless a job says otherwise."""
+    model = fleet.models[model_id]
+    guidance = model.tiers.get(tier, ModelTier()).default_guidance
+    return schemas.ModelDefaults(
+        default_steps=fleet.default_steps(model_id, tier),
+        default_guidance=model.default_guidance if guidance is None else guidance,
+    )

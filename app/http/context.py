@@ -1,0 +1,18 @@
+"""What a request works with: the runtime of its process, and its caller."""
+
+from flask import current_app, g
+
+from app.caller import Caller
+from app.runtime import Runtime
+
+
+def runtime() -> Runtime:
+    """Return the runtime that answers the current request."""
+    found: Runtime = current_app.extensions["darkroom"]
+    return found
+
+
+def caller() -> Caller:
+    """Return who asks: whom `auth.require_key` found."""
+    found: Caller = g.caller
+    return found

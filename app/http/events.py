@@ -1,0 +1,56 @@
+"""GET /v1/jobs/{id}/events: what happens to a job, as server-sent events."""
+
+import re
+import uuid
+from collections.abc import Iterator
+from contextlib import suppress
+
+from flask import Blueprint, Response, json, request
+
+from app.http.auth import require_key
+from app.http.context import runtime
+from app.problems import InvalidQuery, Unauthenticated
+from edges.eventlog import Event
+
+bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
+bp.before_request(require_key)
+
+_RETRY_MS = 2000  # before a browser comes again
+_UNREAD_FOR_S = 30  # a client that takes nothing for so long has gone without a word
+EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
+
+
+@bp.get("/<uuid:job_id>/events")
+def follow_job(job_id: uuid.UUID) -> Response:
+    """The job's events, from the first or from `Last-Event-ID` on, until `final`; with `?previews=true`, pictures on the way."""
+    parts = runtime()
+    stream = parts.events.follow(job_id, after=_read_last_id(), previews=_read_previews(), heartbeat_s=parts.settings.event_heartbeat_s)
+    if (sock := request.environ.get("gunicorn.socket")) is not None:
+        sock.settimeout(_UNREAD_FOR_S)
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return Response(_lines(stream), content_type="text/event-stream", headers=headers)
+
+
+def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
+    yield f"retry: {_RETRY_MS}\n\n"
+    with suppress(Unauthenticated):  # the key was revoked: the client hears of it when it comes back
+        for event in stream:
+            if event is None:
+                yield ": still here\n\n"
+            else:
+                id_line = f"id: {event.id}\n" if event.id is not None else ""
+                yield f"{id_line}event: {event.kind}\ndata: {json.dumps(event.data)}\n\n"
+
+
+def _read_last_id() -> str | None:
+    text = request.headers.get("Last-Event-ID", "").strip()
+    if text and not EVENT_ID.fullmatch(text):
+        raise InvalidQuery("Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID")
+    return text or None
+
+
+def _read_previews() -> bool:
+    text = request.args.get("previews", "false").lower()
+    if text not in ("true", "false"):
+        raise InvalidQuery("previews must be true or false.", parameter="previews", accepted=["true", "false"])
+    return text == "true"

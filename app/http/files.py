@@ -1,0 +1,138 @@
+"""/v1/files: bring, show, list and erase the pictures that jobs start from."""
+
+import io
+import uuid
+from typing import BinaryIO
+
+import structlog
+from flask import Blueprint, Request, request, url_for
+from flask.typing import ResponseReturnValue
+from werkzeug.datastructures import FileStorage
+
+from app.http import delivery
+from app.http.answers import answer, answer_page
+from app.http.auth import require_key
+from app.http.context import caller, runtime
+from app.http.pages import read_cursor, read_limit
+from app.http.uploads import Spool
+from app.problems import BodyTooLarge, FileInUse, FileNotFound, MalformedBody, UnsupportedMediaType
+from app.schemas import files as schemas
+from app.services import inputs
+from edges.broker import BrokerUnavailable
+from models import files
+from models.database import run_transaction, transaction
+from models.tables import File
+from policy import queues
+
+log = structlog.get_logger(__name__)
+bp = Blueprint("files", __name__, url_prefix="/v1/files")
+bp.before_request(require_key)
+
+FIELD = "file"
+_SAID_FOR_NOTHING = ("purpose",)  # OpenAI's clients have to say it
+CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
+
+
+@bp.post("")
+def bring_file() -> ResponseReturnValue:
+    """Keep a picture: 201 and the file, the same one for the same picture. Multipart with the field `file`, or the picture itself."""
+    with uploaded(request) as content:
+        file = inputs.keep(content, field=FIELD)
+    return answer(file_view(file), 201, {"Location": url_for(".show_file", file_id=file.id)})
+
+
+@bp.get("")
+def list_files() -> ResponseReturnValue:
+    """The tenant's files, newest first: `limit` (1 to 100), `cursor`."""
+    limit, before = read_limit(request), read_cursor(request)
+    with transaction(runtime().database) as session:
+        rows = files.page(session, tenant_id=caller().tenant_id, limit=limit + 1, before=before)
+    return answer_page(request, schemas.FilePage, rows, file_view, limit=limit, id_of=lambda row: row.id)
+
+
+@bp.get("/<uuid:file_id>")
+def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
+    """What is known of the file."""
+    return answer(file_view(_found(file_id)))
+
+
+@bp.get("/<uuid:file_id>/content")
+def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
+    """The picture, as it was encoded again: 302 to a presigned URL, or with `?redirect=false` the bytes themselves."""
+    return delivery.deliver(delivery.Stored.file(_found(file_id)))
+
+
+@bp.delete("/<uuid:file_id>")
+def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
+    """204; harmless when repeated. 409 while a job that is not finished starts from it."""
+    parts, own = runtime(), {"tenant_id": caller().tenant_id, "actor": caller().actor}
+    try:
+        file = run_transaction(parts.database, lambda session: files.erase(session, file_id, **own))
+    except files.FileInUse as error:
+        raise FileInUse("A job that is not finished starts from this file.", job_id=str(error.job_id)) from None
+    if file is None:
+        raise _not_found(file_id)
+    try:
+        parts.broker.ask_for(queues.TIDY_STORE, queues.results_queue(parts.fleet, parts.fleet.tiers_by_rank[-1]))
+    except BrokerUnavailable as error:
+        log.warning("tidy_postponed", reason=str(error))  # the sweeper asks for it
+    return "", 204
+
+
+def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
+    """The one picture in the body, not in memory yet. Raises BodyTooLarge, MalformedBody, UnsupportedMediaType."""
+    asked.max_content_length = runtime().settings.max_upload_bytes
+    if asked.mimetype == "multipart/form-data":
+        sent = [file for file in asked.files.getlist(field) if not is_left_out(file)]
+        if len(sent) != 1:
+            raise MalformedBody(f"Send one picture in the field `{field}`; there are {len(sent)}.")
+        for name in ({*asked.files} | {*asked.form}) - {field, *_SAID_FOR_NOTHING}:
+            raise MalformedBody(f"The form has a field {name[:64]!r}; `{field}` is the only one that is read.")
+        return sent[0].stream  # type: ignore[return-value]
+    if asked.mimetype not in CONTENT_TYPES:
+        raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES)
+    return _spooled(asked)
+
+
+def is_left_out(file: FileStorage) -> bool:
+    """Is it what a browser sends for a file that nobody chose?"""
+    return not file.filename and not file.stream.seek(0, io.SEEK_END)
+
+
+def _spooled(asked: Request) -> BinaryIO:
+    spool = Spool()  # the caller closes it
+    length, limit = 0, asked.max_content_length or 0
+    while piece := asked.stream.read(65_536):
+        length += len(piece)
+        spool.write(piece)
+    if asked.content_length is None and length >= limit:  # werkzeug cuts a chunked one off silently
+        raise BodyTooLarge(f"The body is larger than {limit} bytes.")
+    spool.seek(0)
+    return spool  # type: ignore[return-value]
+
+
+def file_view(file: File) -> schemas.File:
+    """Show a file to a client."""
+    return schemas.File(
+        id=file.id,
+        width_px=file.width_px,
+        height_px=file.height_px,
+        mode=file.mode,
+        size_bytes=file.size_bytes,
+        content_sha256=file.content_sha256,
+        created_at=file.created_at,
+        url=url_for("files.show_content", file_id=file.id),
+        urls=schemas.FileUrls(self=url_for("files.show_file", file_id=file.id)),
+    )
+
+
+def _found(file_id: uuid.UUID) -> File:
+    with transaction(runtime().database) as session:
+        file = files.find(session, file_id, tenant_id=caller().tenant_id)
+    if file is None:
+        raise _not_found(file_id)
+    return file
+
+
+def _not_found(file_id: uuid.UUID) -> FileNotFound:
+    return FileNotFound(f"There is no file {file_id}.")

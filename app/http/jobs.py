@@ -1,0 +1,205 @@
+"""/v1/jobs: accept, show, list, cancel, replay, erase, and the way to the images."""
+
+import uuid
+
+import structlog
+from flask import Blueprint, request, url_for
+from flask.typing import ResponseReturnValue
+from sqlalchemy.exc import SQLAlchemyError
+from werkzeug import Response
+
+from app.documents import JobDocument
+from app.http import delivery
+from app.http.answers import answer, answer_page
+from app.http.auth import require_key
+from app.http.body import read_job, read_nothing, read_wait_s, wish_of
+from app.http.context import caller, runtime
+from app.http.idempotency import REPLAYED, read_once
+from app.http.listing import read_query
+from app.http.views import job_view, status_view
+from app.live.forecast import QueuePlace
+from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
+from app.schemas import jobs as schemas
+from app.schemas.base import to_json
+from app.services import cancel, inputs, replay, submit, wait
+from app.services.submit import Accepted
+from edges.progress import Step
+from models import jobs, listing
+from models.database import run_transaction, transaction
+from models.tables import Job
+from policy.states import ACTIVE_STATES, JobState
+
+log = structlog.get_logger(__name__)
+
+bp = Blueprint("jobs", __name__, url_prefix="/v1/jobs")
+bp.before_request(require_key)
+
+
+@bp.post("")
+def create_job() -> ResponseReturnValue:
+    """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds.
+
+    Under an `Idempotency-Key` that came before with the same request, the answer is the job of then.
+    """
+    wait_s = read_wait_s(request, runtime().settings.max_wait_s)
+    return _answer(_accepted(), wait_s)
+
+
+@bp.post("/<uuid:job_id>/replay")
+def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
+    """Accept a job with every parameter of this one, the version of its model included: as POST /v1/jobs does, with no body."""
+    wait_s = read_wait_s(request, runtime().settings.max_wait_s)
+    read_nothing(request)
+    once = read_once(request, {})
+    if once is not None and (earlier := submit.answered(once)) is not None:
+        return _answer(Accepted(earlier, is_new=False), wait_s)
+    return _answer(submit.accept(replay.resolved_again(wait.found(job_id)), replay_of=job_id, once=once), wait_s)
+
+
+@bp.get("/<uuid:job_id>")
+def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
+    """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
+    asked_s = read_wait_s(request, runtime().settings.max_wait_s)
+    with wait.admitted(asked_s) as wait_s:
+        response = answer(_view(*_watched(job_id, wait_s)))
+    if asked_s:
+        response.headers["Preference-Applied"] = f"wait={wait_s}"
+    response.headers["Cache-Control"] = "private, no-cache"
+    response.add_etag()
+    return response.make_conditional(request)
+
+
+@bp.get("/<uuid:job_id>/status")
+def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
+    """What changes of a job while one waits for it, as it was at most a second ago: cheap to ask for, with `If-None-Match` cheaper."""
+    status = runtime().statuses.get(caller().tenant_id, job_id, lambda: _read_status(job_id), root=request.script_root)
+    response = Response(status.content, content_type="application/json")
+    response.headers["Cache-Control"] = "private, max-age=1"
+    response.set_etag(status.etag)
+    return response.make_conditional(request)
+
+
+@bp.get("")
+def list_jobs() -> ResponseReturnValue:
+    """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before`, `metadata.<key>`.
+
+    With several conditions a page may have fewer jobs than `limit`, or none, and go on at `next_cursor` all the same.
+    """
+    sought, limit = read_query(request.args)
+    with transaction(runtime().database) as session:
+        found = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
+    return answer_page(
+        request,
+        schemas.JobPage,
+        found.jobs,
+        job_view,
+        limit=limit,
+        id_of=lambda job: job.id,
+        more_before=found.more_before,
+    )
+
+
+@bp.delete("/<uuid:job_id>")
+def erase_job(job_id: uuid.UUID) -> ResponseReturnValue:
+    """Delete what the job was about: prompts, metadata, images. That it was there, and what it cost, stays. Harmless when repeated."""
+    if not cancel.erase(job_id):
+        raise _not_found(job_id)
+    return "", 204
+
+
+@bp.post("/<uuid:job_id>/cancel")
+def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
+    """Take the job back. Harmless when repeated; 409 if it ended otherwise."""
+    parts, own = runtime(), {"tenant_id": caller().tenant_id, "actor": caller().actor}
+    try:
+        job = run_transaction(parts.database, lambda session: jobs.cancel(session, job_id, **own))
+    except jobs.JobAlreadyFinished as error:
+        raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
+    if job is None:
+        raise _not_found(job_id)
+    parts.statuses.forget(job.tenant_id, job_id)
+    parts.news.tell_cancel(job_id)
+    parts.news.tell_ending(job_id)
+    return answer(job_view(job))
+
+
+@bp.get("/<uuid:job_id>/images/<int:index>")
+def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
+    """The stored image: 302 to a presigned URL, or with `?redirect=false` the bytes themselves; 410 once the job was erased."""
+    job = wait.found(job_id)
+    image = next((image for image in job.images if image.index == index), None)
+    if image is None:
+        raise ImageNotFound(f"The job has images 0 to {job.num_images - 1}.")
+    if job.erased_at is not None:
+        raise Erased("The images of this job were deleted.")
+    if image.artifact is None:
+        waiting_helps = job.state in ACTIVE_STATES
+        raise ImageNotReady(
+            f"The job is {job.state}; this image is not stored.", retry_after_s=1 if waiting_helps else None, state=job.state
+        )
+    return delivery.deliver(delivery.Stored.image(image.artifact))
+
+
+def _accepted() -> Accepted:
+    """The job of the body, a new one or one that was there. Nobody holds the body, with its pictures, while the client waits."""
+    request.max_content_length = runtime().settings.max_job_body_bytes
+    body = read_job(request)
+    once = read_once(request, body.model_dump(exclude_defaults=True))
+    if once is not None and (earlier := submit.answered(once)) is not None:
+        return Accepted(earlier, is_new=False)
+    resolved = submit.resolve(wish_of(body, inputs.unseen(body.pictures)))
+    if body.mask is not None or any(map(inputs.is_new, body.pictures.values())):  # a mask is looked at also when it is here
+        submit.foresee(resolved, start_within_s=body.start_deadline_s)
+    resolved = submit.with_pictures(resolved, body.pictures, inputs.Intake())
+    return submit.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+
+
+def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
+    """The answer to a request that came to a job, whether just now or under the same key before."""
+    job = accepted.job
+    headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
+    if not accepted.is_new:
+        headers[REPLAYED] = "true"
+    if wait_s:
+        with wait.admitted(wait_s) as applied_s:
+            try:
+                view = _view(*_watched(job.id, applied_s))
+            except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
+                log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
+            else:
+                headers["Preference-Applied"] = f"wait={applied_s}"
+                return answer(view, 202, headers)
+    view = job_view(job, place=accepted.place) if accepted.is_new else _view(job, _steps(job))
+    return answer(view, 202, headers)
+
+
+def _read_status(job_id: uuid.UUID) -> bytes:
+    with transaction(runtime().database) as session:
+        job = jobs.glance(session, job_id, tenant_id=caller().tenant_id)
+    if job is None:
+        raise _not_found(job_id)
+    steps = _steps(job)
+    return to_json(status_view(job, steps, _place(job, steps)))
+
+
+def _view(job: Job | JobDocument, steps: list[Step]) -> schemas.Job:
+    return job_view(job, steps, _place(job, steps))
+
+
+def _place(job: Job | JobDocument, steps: list[Step]) -> QueuePlace | None:
+    is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
+    return runtime().forecaster.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
+
+
+def _steps(job: Job | JobDocument) -> list[Step]:
+    return runtime().news.steps(job.id) if job.state == JobState.RUNNING else []
+
+
+def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
+    """The job, after waiting up to `wait_s` for its end, and what is known of its progress."""
+    job = wait.watched(job_id, wait_s)
+    return job, _steps(job)
+
+
+def _not_found(job_id: uuid.UUID) -> JobNotFound:
+    return JobNotFound(f"There is no job {job_id}.")

@@ -1,0 +1,62 @@
+"""/openapi.json and /docs: what this gateway can do, for programs and for people. Neither asks for a key; nothing comes from elsewhere."""
+
+import hashlib
+
+from flask import Blueprint, Response, current_app, json, request
+from markupsafe import escape
+
+from app.http.context import runtime
+from app.spec.document import build
+
+bp = Blueprint("openapi", __name__)
+
+MOST_PREFIXES = 8  # for which the document is kept: a proxy may give the gateway several
+
+# The viewer draws its own styles and pictures; scripts come from here alone.
+POLICY = (
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
+    "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+)
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>Darkroom API</title>
+<link rel="icon" href="data:,">
+<script type="module" src="{prefix}/static/docs/rapidoc-min.js"></script>
+</head>
+<body style="margin: 0">
+<rapi-doc spec-url="{prefix}/openapi.json" render-style="read" show-header="false" allow-authentication="true"
+  allow-server-selection="false"
+  load-fonts="false" schema-style="table" persist-auth="false" regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
+</rapi-doc>
+</body>
+</html>
+"""
+
+
+@bp.get("/openapi.json")
+def show_spec() -> Response:
+    """The OpenAPI 3.1 document."""
+    known = current_app.extensions.setdefault("openapi", {})
+    content = known.get(request.script_root)
+    if content is None:
+        parts = runtime()
+        root = request.script_root or "/"
+        document = build(current_app, parts.fleet, parts.settings, root=root)
+        if len(known) >= MOST_PREFIXES:
+            known.clear()
+        known[request.script_root] = content = json.dumps(document)
+    response = Response(content, content_type="application/json")
+    response.headers["Cache-Control"] = "public, max-age=60"
+    response.set_etag(hashlib.sha256(content.encode()).hexdigest()[:32])
+    return response.make_conditional(request)
+
+
+@bp.get("/docs")
+def show_docs() -> Response:
+    """The same, to read and to try."""
+    response = Response(PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8")
+    response.headers["Content-Security-Policy"] = POLICY
+    return response

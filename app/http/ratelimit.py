@@ -1,0 +1,32 @@
+"""Headers that tell where a tenant stands with its limits.
+
+`RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers, a policy per limit that is spent by the minute.
+"""
+
+import math
+
+from flask import Response, g
+
+from app.caller import Caller
+from edges.limits import WINDOW_S
+
+
+def tell(response: Response) -> None:
+    """Put on the answer where the caller's tenant stands."""
+    asking: Caller | None = g.get("caller")
+    if asking is None:
+        return
+    limits, policies, stands = asking.limits, [], []
+    counted = asking.used.requests
+    if counted is not None:
+        policies.append(f'"requests";q={limits.requests_per_minute};w={WINDOW_S}')
+        stands.append(f'"requests";r={counted.remaining};t={counted.reset_s}')
+    if limits.megapixel_steps_per_minute is not None:
+        policies.append(f'"megapixel-steps";q={limits.megapixel_steps_per_minute:.0f};w={WINDOW_S}')
+        taken = asking.used.budget
+        if taken is not None:
+            stands.append(f'"megapixel-steps";r={max(0, math.floor(taken.left))};t={math.ceil(taken.wait_s)}')
+    if policies:
+        response.headers["RateLimit-Policy"] = ", ".join(policies)
+    if stands:
+        response.headers["RateLimit"] = ", ".join(stands)

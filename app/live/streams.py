@@ -1,0 +1,279 @@
+"""Follow a job live, as the one who asked for it: from its place in the queue to its end.
+
+What comes by way of Redis may be lost; what ends a stream is Postgres, which is asked about all followed jobs at once every few
+seconds, and about one when its ending is heard.
+"""
+
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+
+import structlog
+from flask import copy_current_request_context, g
+from sqlalchemy import Engine
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.http.views import image_url, job_view
+from app.live.capacity import Capacity, Holding
+from app.live.forecast import QueueForecaster, QueuePlace
+from app.live.keyring import NO_LIVE_KEY, Keyring
+from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
+from app.schemas import events as schemas
+from app.schemas.base import to_plain
+from edges import telemetry
+from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
+from edges.events import LEAVE, NoSeat, Reader, Seat
+from edges.progress import News
+from models import jobs
+from models.database import transaction
+from models.tables import Job
+from policy.states import FINAL_STATES, JobState
+
+log = structlog.get_logger(__name__)
+
+LOOK_EVERY_S = 5.0
+CHECK_KEYS_EVERY_S = 0.5
+_REVOKED = Event(None, "revoked", {})
+
+
+class Watchers:
+    """How many clients of this process watch which job."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[uuid.UUID] = Counter()
+        self._lock = threading.Lock()
+
+    def enter(self, job_id: uuid.UUID) -> None:
+        with self._lock:
+            self._counts[job_id] += 1
+
+    def leave(self, job_id: uuid.UUID) -> bool:
+        """Was it the last one?"""
+        with self._lock:
+            self._counts[job_id] -= 1
+            is_last = self._counts[job_id] == 0
+            if is_last:
+                del self._counts[job_id]
+            return is_last
+
+
+class Events:
+    """One per gateway process; its threads start with the first follower."""
+
+    def __init__(self, database: Engine, forecaster: QueueForecaster, news: News, reader: Reader, keyring: Keyring, *, most: int) -> None:
+        self._database, self._forecaster, self._news, self._reader, self._keyring = database, forecaster, news, reader, keyring
+        self._places = Capacity(most)
+        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._kids: dict[Seat, str] = {}  # the key that each follower came with
+        self._net: threading.Thread | None = None
+
+    def take_place(self) -> Holding:
+        """A place for one more stream of the caller's tenant. Raises StreamsExhausted."""
+        place = self._places.take(g.caller.tenant_id)
+        if place is None:
+            telemetry.SHED.labels("streams_exhausted").inc()
+            whose = f"your tenant has {self._places.held_by(g.caller.tenant_id)} of {self._places.most}"
+            raise StreamsExhausted(f"This process has as many event streams open as it may; {whose}.", retry_after_s=5)
+        return place
+
+    def follow(
+        self,
+        job_id: uuid.UUID,
+        *,
+        after: str | None = None,
+        previews: bool = False,
+        heartbeat_s: float = 10,
+        place: Holding | None = None,
+    ) -> Iterator[Event | None]:
+        """What happened to the caller's job after the event `after`, and what happens until its end; None when a heartbeat is due.
+
+        While the job waits, `queued` comes first, and again when the forecast changes; `final` comes last, with the whole job. When
+        this process ends, so does the iterator, without `final`; when the caller's key is revoked or expires, it raises Unauthenticated.
+        To be called while answering a request, and may outlive it; closing the iterator, or letting go of it, forgets the follower and
+        leaves its place. Raises JobNotFound, StreamsExhausted.
+        """
+        told = copy_current_request_context(_told)  # views name routes
+        place = place or self.take_place()
+        stream = self._stream(job_id, g.caller.tenant_id, g.caller.kid, after or BEGINNING, previews, heartbeat_s, told, place)
+        next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
+        return stream
+
+    def close(self) -> None:
+        """Send every follower away: they go on elsewhere from where they are."""
+        self._stop.set()
+        self._reader.close()
+
+    def _stream(
+        self,
+        job_id: uuid.UUID,
+        tenant_id: uuid.UUID,
+        kid: str,
+        after: str,
+        previews: bool,
+        heartbeat_s: float,
+        told: Callable[[Event, uuid.UUID, Job | None], Event],
+        place: Holding,
+    ) -> Iterator[Event | None]:
+        try:
+            seat, earlier = self._reader.sit_down(job_id, wants_previews=previews, after=after)
+        except NoSeat:
+            place.release()
+            raise StreamsExhausted("This process has as many event streams open as it may.", retry_after_s=5) from None
+        except BaseException:
+            place.release()
+            raise
+        with self._lock:
+            self._kids[seat] = kid
+        try:
+            job = self._find(job_id, tenant_id)  # once seated: no ending goes unheard after this look
+            if job is None:
+                raise JobNotFound(f"There is no job {job_id}.")
+            if previews and job.state not in FINAL_STATES:
+                self._news.tell_watching([job_id])
+            self._start_net()
+            yield None
+            for event in self._events(job, seat, earlier, heartbeat_s):
+                if event is None:
+                    yield None
+                    continue
+                whole = self._ended(job) if event.kind == FINAL else None
+                if event.kind == FINAL and whole is None:
+                    continue  # Postgres is away for now; the net hears of the ending again
+                telemetry.EVENTS_SENT.labels(event.kind).inc()
+                yield told(event, job_id, whole)
+                if event.kind == FINAL:
+                    return
+        finally:
+            with self._lock:
+                del self._kids[seat]
+            self._reader.leave(seat)
+            place.release()
+
+    def _events(self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float) -> Iterator[Event | None]:
+        """As they are heard of, without end but for that of this process."""
+        forecast = _Forecast(self._forecaster, job)
+        yield from forecast.news()
+        for event in earlier:
+            forecast.hear(event)
+            yield event
+        if job.state in FINAL_STATES:
+            yield Event(None, FINAL, {})
+        beat_at = time.monotonic() + heartbeat_s
+        while (event := seat.get(min(beat_at, forecast.due_at) - time.monotonic())) is not LEAVE:
+            if event is _REVOKED:
+                raise Unauthenticated(NO_LIVE_KEY)
+            heard = [event] if event is not None else forecast.news()
+            for each in heard:
+                forecast.hear(each)
+                yield each
+            if heard:
+                beat_at = time.monotonic() + heartbeat_s
+            elif time.monotonic() >= beat_at:
+                yield None
+                beat_at = time.monotonic() + heartbeat_s
+
+    def _find(self, job_id: uuid.UUID, tenant_id: uuid.UUID) -> Job | None:
+        with transaction(self._database) as session:
+            return jobs.find(session, job_id, tenant_id=tenant_id)
+
+    def _ended(self, job: Job) -> Job | None:
+        """The job as it ended; None if that cannot be seen."""
+        try:
+            found = self._find(job.id, job.tenant_id)
+        except SQLAlchemyError as error:
+            log.warning("ending_not_seen", job_id=str(job.id), reason=type(error).__name__)
+            return None
+        return found if found is not None and found.state in FINAL_STATES else None
+
+    def _start_net(self) -> None:
+        with self._lock:
+            if self._net is None:
+                self._net = threading.Thread(target=self._catch, name="event-net", daemon=True)
+                self._net.start()
+                threading.Thread(target=self._check_keys, name="event-keys", daemon=True).start()
+
+    def _catch(self) -> None:
+        """Look for endings that were not heard, and say which previews are still looked at."""
+        while not self._stop.wait(LOOK_EVERY_S):
+            try:
+                if followed := self._reader.followed():
+                    with transaction(self._database) as session:
+                        ended = jobs.ended_among(session, followed)
+                    self._reader.end(ended)
+                if watched := self._reader.watched():
+                    self._news.tell_watching(watched)
+            except SQLAlchemyError as error:
+                log.warning("endings_not_looked_for", reason=type(error).__name__)
+
+    def _check_keys(self) -> None:
+        """End the streams whose key is not live any more."""
+        while not self._stop.wait(CHECK_KEYS_EVERY_S):
+            with self._lock:
+                followers = dict(self._kids)
+            ended = {kid for kid in set(followers.values()) if not self._keyring.is_live(kid)}
+            for seat, kid in followers.items():
+                if kid in ended:
+                    seat.put(_REVOKED)
+
+
+class _Forecast:
+    """What a waiting job is told of its place in the queue: at once, and when more has changed than the time."""
+
+    def __init__(self, forecaster: QueueForecaster, job: Job) -> None:
+        self._forecaster, self._job = forecaster, job
+        self._has_told, self._told_at = False, 0.0
+        self._told: QueuePlace | None = None
+        self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
+
+    def hear(self, event: Event) -> None:
+        """An attempt that begins ends the wait; those that are over by now do not."""
+        if event.kind == STARTED and event.data.get("attempt", 0) > self._job.attempt:
+            self.due_at = float("inf")
+
+    def news(self) -> list[Event]:
+        """A `queued` event if it is due to look and there is something to tell."""
+        now = time.monotonic()
+        if now < self.due_at:
+            return []
+        self.due_at = now + LOOK_EVERY_S
+        try:
+            place = self._forecaster.place_of(self._job)
+        except SQLAlchemyError:
+            place = None
+        if not self._is_news(place, now):
+            return []
+        self._has_told, self._told, self._told_at = True, place, now
+        return [Event(None, QUEUED, to_plain(_queued(place)))]
+
+    def _is_news(self, place: QueuePlace | None, now: float) -> bool:
+        """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
+        if place is None or place.jobs_ahead is None:
+            return not self._has_told
+        if self._told is None or self._told.jobs_ahead is None:
+            return True
+        moved = abs(place.jobs_ahead - self._told.jobs_ahead)
+        shift_s = (now + place.eta.p50_s) - (self._told_at + self._told.eta.p50_s)
+        return moved > 0.1 * place.jobs_ahead or abs(shift_s) > max(1.0, 0.1 * place.eta.p50_s)
+
+
+def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
+    """Tell where the job stands; null where nobody can say."""
+    if place is None:
+        return schemas.QueuedEvent(jobs_ahead=None, eta_p50_s=None, eta_p90_s=None)
+    return schemas.QueuedEvent(
+        jobs_ahead=place.jobs_ahead,
+        eta_p50_s=round(place.eta.p50_s, 2),
+        eta_p90_s=round(place.eta.p90_s, 2),
+    )
+
+
+def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
+    """The event as a client sees it."""
+    if ended is not None:
+        return Event(event.id, event.kind, to_plain(job_view(ended)))
+    if event.kind == STORED:
+        url = image_url(job_id, event.data["index"])
+        return Event(event.id, event.kind, event.data | {"url": url})
+    return event

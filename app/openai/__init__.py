@@ -1,0 +1,1 @@
+"""OpenAI's dialect of the images interface, over the same use cases."""

@@ -1,0 +1,342 @@
+"""OpenAI's words for images to ours, and back. Pure: what a body says, against fleet.toml; pictures are somebody else's.
+
+Facts about the interface, as its Python client 3.57 sends and reads it: fields of a multipart body are strings, also numbers and booleans;
+`extra_body` arrives as further fields, which is where our own parameters ride.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
+
+from app.http.body import check_bounds, check_metadata
+from app.problems import InvalidImageRequest, ModelNotFound, NotOffered
+from policy.fleet import Fleet, parse_size
+from policy.formats import FORMATS
+from policy.params import OPENAI_REQUEST, AdapterWish, Wish
+from policy.text import is_human
+
+GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
+MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
+VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
+PICTURES = ("image", "image[]", "mask", "mask[]")  # the files of a form, and how clients name them
+SPREAD = ("adapters[][name]", "adapters[][strength]")
+QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
+RESPONSE_FORMATS = ("b64_json", "url")
+MODERATIONS = ("auto", "low")
+STYLES = ("natural", "vivid")
+FIDELITIES = ("high", "low")
+_TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
+_DALL_E = ("dall-e-2", "dall-e-3")
+_SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
+_NOT_DONE = {
+    "svg": "no model here draws vectors",
+    "frame_count": "no model here makes animations",
+    "frame_duration_ms": "no model here makes animations",
+    "complexity": "no model here takes it",
+    "markup": "no model here takes it; repaint with a mask",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a request asks for; `wish` has no pictures yet. keeps_running: also when the client goes away."""
+
+    kind: str
+    wish: Wish
+    metadata: Mapping[str, str]
+    as_url: bool
+    streams: bool
+    partial_images: int
+    keeps_running: bool
+    quality: str
+    user: str | None
+
+    @property
+    def event(self) -> str:
+        """How the events of its stream begin."""
+        return EDIT if self.kind == EDIT else GENERATION
+
+
+def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
+    """Understand the fields, or say which one cannot be used. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
+    said = _Said({name: value for name, value in fields.items() if value is not None})
+    for name in said.names() & _NOT_DONE.keys():
+        raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
+    _check_formats(said)
+    if (unknown := said.names() - KNOWN_FIELDS) or (kind == VARIATION and "mask" in said.names()):
+        name = min(unknown) if unknown else "mask"
+        raise InvalidImageRequest.at(name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS))
+    streams, count = said.boolean("stream", False), said.number("n", 1, 1, MOST_IMAGES)
+    if streams and (count != 1 or kind == VARIATION):
+        raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
+    quality = said.one_of("quality", "auto", QUALITIES)
+    answers_url = not streams and _is_of_dall_e(said, quality)
+    asked = Asked(
+        kind=kind,
+        wish=_wish(kind, said, fleet, count, quality),
+        metadata=_metadata(said),
+        as_url=said.one_of("response_format", "url" if answers_url else "b64_json", RESPONSE_FORMATS) == "url",
+        streams=streams,
+        partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
+        keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
+        quality=_SAID_AS.get(quality, quality),
+        user=_user(said),
+    )
+    if streams and asked.as_url:
+        raise NotOffered("A stream carries its images: response_format=url and stream exclude each other.", parameter="response_format")
+    return asked
+
+
+def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """The fields of a form as the body of JSON would have them. Raises InvalidImageRequest.
+
+    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`. Any other field is there once: of two, one would not
+    be read.
+    """
+    for name, values in form.items():
+        if name in PICTURES and any(values):
+            raise InvalidImageRequest.at(name.removesuffix("[]"), "must be a file of the form; in a body of JSON it may be a data URL")
+        if name not in SPREAD and name not in PICTURES and len(values) > 1:
+            raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
+    names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
+    fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
+    if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
+        raise InvalidImageRequest.at("adapters", "in a form need a name each, and a strength each or none at all")
+    if names:
+        with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
+        fields["adapters"] = [{"name": name, "strength": strength} for name, strength in with_strength]
+    return fields
+
+
+def tier_of(quality: str, fleet: Fleet) -> str:
+    """The tier that a quality stands for: the fewest steps for low, the most for high and above, else the default one."""
+    by_rank = fleet.tiers_by_rank
+    if quality == "low":
+        return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
+    if quality in ("high", "xhigh", "max", "hd"):
+        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)  # the first of equals is the best in rank
+    return fleet.default_tier()
+
+
+def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
+    """The steps that a quality stands for in its tier; None: that tier's own.
+
+    Medium has as many times the steps of low as high has of its own, so that the three differ where low and medium share a tier.
+    """
+    if quality not in ("medium", "standard"):
+        return None
+    low, high = (fleet.default_steps(model, tier_of(end, fleet)) for end in ("low", "high"))
+    return min(round(math.sqrt(low * high)), fleet.tiers[tier_of(quality, fleet)].max_steps)
+
+
+def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
+    """The offered size whose shape, and then whose area, is nearest to a picture's."""
+
+    def distance(size: str) -> tuple[float, float]:
+        width, height = parse_size(size)
+        shape = abs(math.log(width / height) - math.log(width_px / height_px))
+        return round(shape, 3), abs(math.log(width * height) - math.log(width_px * height_px))
+
+    return min(sizes, key=distance)
+
+
+class _Said:
+    """The fields, each read as the type it should have: from JSON as it is, from a form out of its text."""
+
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self._fields = fields
+
+    def names(self) -> set[str]:
+        return {name.partition("[")[0] if name.startswith(("metadata[", "svg[")) else name for name in self._fields}
+
+    def get(self, name: str) -> Any:
+        return self._fields.get(name)
+
+    def items(self) -> Mapping[str, Any]:
+        return self._fields
+
+    def text(self, name: str, default: str | None) -> str | None:
+        value = self._fields.get(name, default)
+        if value is not None and not isinstance(value, str):
+            raise InvalidImageRequest.at(name, "must be text")
+        return value
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self._fields.get(name, default)
+        if not _is_boolean(value):
+            raise InvalidImageRequest.at(name, "must be true or false", accepted=[True, False])
+        return value if isinstance(value, bool) else str(value).lower() == "true"
+
+    def number(self, name: str, default: int, low: int, high: int) -> int:
+        value = self._parsed(name, default, int, "a whole number")
+        if not low <= value <= high:
+            raise InvalidImageRequest.at(name, f"must be from {low} to {high}", accepted={"min": low, "max": high})
+        return int(value)
+
+    def plain(self, name: str, kind: Any) -> Any:
+        """Read a field as `kind`, a type of `Wish` without its None; None where it is not said."""
+        if name not in self._fields:
+            return None
+        if kind is int:
+            return self._parsed(name, None, int, "a whole number")
+        if kind is float:
+            return self._parsed(name, None, float, "a number")
+        if kind == tuple[AdapterWish, ...]:
+            entries = self.structure(name, list, [])
+            return tuple(_adapter(place, entry) for place, entry in enumerate(entries))
+        return self.text(name, None)
+
+    def one_of(self, name: str, default: str, accepted: tuple[str, ...]) -> str:
+        value = self.text(name, default)
+        if value not in accepted:
+            raise InvalidImageRequest.at(name, f"{str(value)[:32]!r} is not offered", accepted=list(accepted))
+        return value
+
+    def structure(self, name: str, kind: type, default: Any) -> Any:
+        """A list or an object; in a form, as JSON."""
+        value = self._fields.get(name, default)
+        if isinstance(value, str):
+            try:
+                value = json.loads(value)
+            except (ValueError, RecursionError):
+                raise InvalidImageRequest.at(name, "is not JSON") from None
+        if not isinstance(value, kind):
+            raise InvalidImageRequest.at(name, f"must be {'a list' if kind is list else 'an object'}")
+        check_bounds(value, problem=InvalidImageRequest)
+        return value
+
+    def _parsed(self, name: str, default: Any, kind: Callable[[str], Any], what: str) -> Any:
+        value = self._fields.get(name, default)
+        if isinstance(value, str):
+            value = _number_of(value)
+        if kind is int and isinstance(value, float) and value.is_integer():
+            value = int(value)  # 1.0 is a whole number
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+        if not fits or (kind is int and not isinstance(value, int)):
+            raise InvalidImageRequest.at(name, f"must be {what}")
+        return value
+
+
+def _without_none(hint: Any) -> Any:
+    """`int` of `int | None`, anything else as it is."""
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    return next(kind for kind in kinds if kind is not NoneType)
+
+
+_EXTRAS = {param.member for param in OPENAI_REQUEST if param.member is not None}
+_KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items()}
+_OURS = _EXTRAS | {"metadata"}
+_THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
+_THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
+KNOWN_FIELDS = _OURS | _THEIRS
+
+
+def _is_of_dall_e(said: _Said, quality: str) -> bool:
+    """Whether the request was made for DALL-E: by the model, or in words that OpenAI's newer models refuse.
+
+    It is answered with URLs by default then, as OpenAI does: programs of those days read nothing else.
+    """
+    return said.get("model") in _DALL_E or quality in ("standard", "hd") or "style" in said.names()
+
+
+def _check_formats(said: _Said) -> None:
+    """What is a word of the interface and nothing that is done here."""
+    if (output := said.text("output_format", "png")) not in FORMATS:
+        raise NotOffered(f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.", parameter="output_format")
+    background = said.get("background")
+    if background is not None and not _is_boolean(background) and background not in ("auto", "opaque"):
+        detail = "No model here makes transparent backgrounds: background takes auto and opaque, and true to keep the job running."
+        raise NotOffered(detail, parameter="background")
+    if said.number("output_compression", 100, 0, 100) != 100:
+        raise NotOffered("output_compression is not offered: files are written at one quality.", parameter="output_compression")
+    said.one_of("moderation", "auto", MODERATIONS)
+    said.one_of("style", "natural", STYLES)
+    said.one_of("input_fidelity", "high", FIDELITIES)
+
+
+def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wish:
+    model = said.text("model", None)
+    if model is not None and model not in fleet.model_ids:
+        offered = list(fleet.model_ids)
+        raise ModelNotFound(f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.", parameter="model", accepted=offered)
+    if kind != VARIATION and "prompt" not in said.names():
+        raise InvalidImageRequest.at("prompt", "is required")
+    size, extras = said.text("size", "auto"), _extras(said)
+    if not extras["tier"]:
+        extras["tier"] = tier_of(quality, fleet)
+        if extras["steps"] is None:
+            model_id = fleet.model_ids[model or fleet.default_model()]
+            extras["steps"] = steps_of(quality, fleet, model_id)
+    if kind == VARIATION:  # nothing is asked for in words: with an empty prompt, guidance would be twice the work for the same
+        if extras["guidance"] is None and not said.get("prompt"):
+            extras["guidance"] = 1.0
+        if extras["strength"] is None:
+            extras["strength"] = VARIATION_STRENGTH
+    elif kind == GENERATION and extras["strength"] is not None:
+        raise InvalidImageRequest.at("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
+    return Wish(
+        prompt=said.text("prompt", "") or "",
+        model=model,
+        size=None if size == "auto" else size,
+        n=count,
+        output_format=said.text("output_format", "png") or "png",
+        **extras,
+    )
+
+
+def _extras(said: _Said) -> dict[str, Any]:
+    """Read our own parameters, by the fields of `Wish`; what is not said has its default there."""
+    found: dict[str, Any] = {}
+    for field in fields(Wish):
+        if field.name in _EXTRAS:
+            value = said.plain(field.name, _KINDS[field.name])
+            found[field.name] = field.default if value is None else value
+    return found
+
+
+def _adapter(place: int, entry: Any) -> AdapterWish:
+    fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
+    if not fits:
+        raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
+    place_of_it = f"adapters/{place}/strength"
+    strength = _Said({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
+    return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
+
+
+def _metadata(said: _Said) -> Mapping[str, str]:
+    """An object, or in a form the fields that the client makes of one: metadata[key]."""
+    spread = {name[9:-1]: value for name, value in said.items().items() if name.startswith("metadata[") and name.endswith("]")}
+    metadata = spread or said.structure("metadata", dict, {})
+    if not all(isinstance(value, str) for value in metadata.values()):
+        raise InvalidImageRequest.at("metadata", "must map text to text")
+    check_metadata(metadata)
+    return metadata
+
+
+def _user(said: _Said) -> str | None:
+    """On whose behalf, in the words of the tenant; kept as metadata."""
+    for name in ("safety_identifier", "user"):
+        if user := said.text(name, None):
+            if len(user) > MOST_USER_CHARS or not is_human(user):
+                raise InvalidImageRequest.at(name, "is too long or has control characters in it", accepted={"max_chars": MOST_USER_CHARS})
+            return user
+    return None
+
+
+def _number_of(text: str) -> int | float | None:
+    """What a form's text says; None if that is no number."""
+    if len(text) > 32 or not text.isascii():
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return None
+
+
+def _is_boolean(value: Any) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))

@@ -1,0 +1,279 @@
+"""/v1/images: OpenAI's interface for images, so that its clients work unmodified. Every call is a job like any other."""
+
+import base64
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from flask import Blueprint, Response, request
+from flask.typing import ResponseReturnValue
+from werkzeug.datastructures import FileStorage
+
+from app.http import delivery
+from app.http.answers import answer
+from app.http.auth import require_key
+from app.http.body import read_object
+from app.http.context import caller, runtime
+from app.http.errors import respond
+from app.http.files import is_left_out
+from app.http.idempotency import read_once
+from app.openai import body as openai_body
+from app.openai import stream as openai_stream
+from app.openai.answers import extras_of, may_still_answer, problem_of_end
+from app.openai.body import EDIT, GENERATION, VARIATION, Asked, nearest_size
+from app.problems import (
+    InvalidImageRequest,
+    InvalidPicture,
+    InvalidQuery,
+    NotOffered,
+    PartUnavailable,
+    Problem,
+    UnsupportedMediaType,
+)
+from app.schemas import openai as schemas
+from app.services import inputs, submit, wait
+from app.services.submit import Accepted
+from edges.objectstore import StoreUnavailable
+from models.idempotency import Once
+from models.tables import Artifact, File, Job
+from policy.params import Wish
+
+bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
+bp.before_request(require_key)
+
+RETRY_COUNT = "X-Stainless-Retry-Count"  # how OpenAI's clients number their tries; they send no idempotency key
+
+
+@bp.errorhandler(InvalidImageRequest)
+@bp.errorhandler(InvalidPicture)
+@bp.errorhandler(InvalidQuery)
+def as_bad_request(problem: Problem) -> Response:
+    """400, where our own routes say 422: it is what OpenAI answers, and what its clients raise BadRequestError for."""
+    problem.status = 400
+    return respond(problem)
+
+
+@bp.post("/generations")
+def generate() -> ResponseReturnValue:
+    """Images from a prompt; with `stream`, server-sent events with partial images on the way."""
+    fields = read_object(request, problem=InvalidImageRequest)
+    return _serve(openai_body.read(GENERATION, fields, runtime().fleet), None, fields)
+
+
+@bp.post("/edits")
+def edit() -> ResponseReturnValue:
+    """A picture painted over as the prompt says; with a mask, only where that is transparent (or white, if it has no transparency).
+
+    Without one, a part of the picture that is transparent is the mask. As a form, or as JSON with `images` and `mask` that each hold an
+    `image_url` (a data URL) or a `file_id`.
+    """
+    fields, sent = _read_edit()
+    return _serve(openai_body.read(EDIT, fields, runtime().fleet), sent, fields)
+
+
+@bp.post("/variations")
+def vary() -> ResponseReturnValue:
+    """Make pictures like the one that is sent."""
+    fields, sent = _read_edit()
+    if sent.mask is not None:
+        raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")
+    return _serve(openai_body.read(VARIATION, fields, runtime().fleet), sent, fields)
+
+
+Source = FileStorage | str  # a file of a form; the id of a file, a data URL or a URL
+
+
+@dataclass
+class _Sent:
+    """The picture that a call is about, and its mask, as they came: nobody has looked at them."""
+
+    image: Source
+    mask: Source | None
+
+    def digests(self) -> list[str | None]:
+        """What tells these from others."""
+        return [_digest(source) if source is not None else None for source in (self.image, self.mask)]
+
+    def forget(self) -> None:
+        """Let go of the pictures: nobody holds them while the client waits."""
+        self.image, self.mask = "", None
+
+    def unseen(self, wish: Wish) -> Wish:
+        """The wish with stand-ins for its pictures, to ask whether it could be served before they are looked at."""
+        return replace(wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None)
+
+    def bring(self, wish: Wish) -> Wish:
+        """The wish with its pictures; its size, if it has none, is that of the picture. Raises as app.inputs does."""
+        intake = inputs.Intake()
+        init = _brought(intake, self.image, "image")
+        wish = _sized(wish, init)
+        resolved = submit.resolve(replace(wish, init_image=init.id, mask=None))
+        size = (resolved.width_px, resolved.height_px)
+        if self.mask is not None:
+            mask = _brought(intake, self.mask, "mask")
+            inputs.check_shapes(init, mask)
+            intake.check_mask(mask, *size)
+            return replace(wish, init_image=init.id, mask=mask.id)
+        return replace(wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None)
+
+
+def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
+    if isinstance(source, FileStorage):
+        return intake.keep(source.stream, field=field, way="openai")  # type: ignore[arg-type]
+    return intake.files({field: source})[field]
+
+
+def _digest(source: Source) -> str:
+    if isinstance(source, str):
+        return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
+    source.stream.seek(0)
+    digest = hashlib.file_digest(source.stream, "sha256").hexdigest()  # type: ignore[arg-type]
+    source.stream.seek(0)
+    return digest
+
+
+def _read_edit() -> tuple[dict[str, Any], _Sent]:
+    """The fields, the one picture and the mask. Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge."""
+    if request.mimetype == "multipart/form-data":
+        request.max_content_length = runtime().settings.max_upload_bytes
+        return _read_form()
+    if request.mimetype == "application/json":
+        request.max_content_length = runtime().settings.max_job_body_bytes
+        fields = read_object(request, problem=InvalidImageRequest)
+        return fields, _sent_in(fields)
+    accepted = ["multipart/form-data", "application/json"]
+    raise UnsupportedMediaType("Send the picture as multipart/form-data, or as a data URL in JSON.", accepted=accepted)
+
+
+def _read_form() -> tuple[dict[str, Any], _Sent]:
+    files = {name: [file for file in sent if not is_left_out(file)] for name, sent in request.files.lists()}
+    images = files.pop("image", []) + files.pop("image[]", [])
+    masks = files.pop("mask", []) + files.pop("mask[]", [])
+    for name in (name for name, sent in files.items() if sent):
+        raise NotOffered(f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64])
+    fields = openai_body.gathered(request.form.to_dict(flat=False))
+    return fields, _only(images, masks, "one picture, as a file of the form")
+
+
+def _sent_in(fields: dict[str, Any]) -> _Sent:
+    """Take the pictures out of the fields: `image` or `images`, and `mask`, each as text or {"image_url": …} or {"file_id": …}."""
+    images = [fields.pop(name) for name in ("image", "images") if fields.get(name) is not None]
+    listed = [each for said in images for each in (said if isinstance(said, list) else [said])]
+    mask = fields.pop("mask", None)
+    sources = [_source(each, "image") for each in listed]
+    return _only(sources, [_source(mask, "mask")] if mask is not None else [], 'one picture: "images": [{"image_url": "data:…"}]')
+
+
+def _source(said: object, field: str) -> str:
+    if isinstance(said, dict) and len(said) == 1 and said.keys() <= {"image_url", "file_id"}:
+        said = next(iter(said.values()))
+    if not isinstance(said, str):
+        detail = 'must be text, {"image_url": a data URL} or {"file_id": the id of a file}'
+        raise InvalidImageRequest.at(field, detail)
+    return said
+
+
+def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Sent:
+    for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
+        if len(sent) > 1:
+            raise NotOffered(f"The models here take one {what} at a time; there are {len(sent)}.", parameter=field)
+    if not images:
+        raise InvalidImageRequest.at("image", f"is required: {wanted}")
+    return _Sent(images[0], masks[0] if masks else None)
+
+
+def _sized(wish: Wish, picture: File) -> Wish:
+    """`auto` is the offered size that is nearest to the picture's."""
+    if wish.size is not None:
+        return wish
+    fleet = runtime().fleet
+    model = fleet.model_ids[wish.model or fleet.default_model()]
+    tier = wish.tier if wish.tier in fleet.tiers else fleet.default_tier()
+    return replace(wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px))
+
+
+def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
+    asks_for = [fields, *(sent.digests() if sent is not None else [])]
+    if asked.streams:
+        place = runtime().events.take_place()  # before there is a job that nobody could watch
+        try:
+            return openai_stream.respond(asked, _accept(asked, sent, asks_for).job, place)
+        except BaseException:
+            place.release()
+            raise
+    with wait.required():
+        job_id = _accept(asked, sent, asks_for).job.id
+        if sent is not None:
+            sent.forget()
+        job = wait.watched(job_id, runtime().settings.images_wait_s)
+    if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
+        raise problem
+    return answer(_view(asked, job), headers={"X-Darkroom-Job-Id": str(job.id)})
+
+
+def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+    """The job of this call: a new one for a first try, for a further one that of the try before, as long as that may still answer it.
+
+    Pictures are looked at last, if there is a job to be made of them.
+    """
+    metadata = dict(asked.metadata) | ({"user": asked.user} if asked.user and "user" not in asked.metadata else {})
+    once = read_once(request, asks_for)
+    if once is None:
+        once = _by_itself(asks_for)
+        if not once.renew and (earlier := submit.answered(once)) is not None:
+            if may_still_answer(earlier, streams=asked.streams):
+                return Accepted(earlier, is_new=False)
+            once = replace(once, renew=True)
+    elif (earlier := submit.answered(once)) is not None:
+        return Accepted(earlier, is_new=False)
+    wish = asked.wish
+    if sent is not None:
+        unseen = submit.resolve(sent.unseen(wish))
+        submit.foresee(unseen)  # also for files that are here: whether they have a hole is looked at
+        wish = sent.bring(wish)
+    return submit.accept(submit.resolve(wish), metadata=metadata, once=once)
+
+
+def _by_itself(asks_for: list[Any]) -> Once:
+    """What a call without an idempotency key is known by when it is tried again."""
+    canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
+    digest = hashlib.sha256(canonical.encode()).hexdigest()
+    is_first = request.headers.get(RETRY_COUNT, "0") == "0"
+    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)  # no header can carry that arrow
+
+
+def _view(asked: Asked, job: Job) -> schemas.Images:
+    kind = schemas.ImagesOnBehalf if asked.user else schemas.Images
+    user: dict[str, Any] = {"safety_identifier": asked.user} if asked.user else {}
+    return kind(
+        created=int(job.accepted_at.timestamp()),
+        data=[_image_view(asked, image.artifact, image.seed) for image in job.images if image.artifact is not None],
+        output_format=job.output_format,
+        quality=None if asked.quality == "auto" else asked.quality,
+        size=f"{job.width_px}x{job.height_px}",
+        usage=schemas.NO_TOKENS,
+        **user,
+        **extras_of(job),
+    )
+
+
+def _image_view(asked: Asked, artifact: Artifact, seed: int) -> schemas.ImageContent | schemas.ImageLink:
+    if asked.as_url:
+        return schemas.ImageLink(
+            url=delivery.url_of(artifact),
+            seed=seed,
+            pixels_sha256=artifact.pixels_sha256,
+            content_sha256=artifact.content_sha256,
+        )
+    try:
+        content = runtime().store.get(artifact.object_key)
+    except StoreUnavailable:
+        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+    return schemas.ImageContent(
+        b64_json=base64.b64encode(content).decode(),
+        seed=seed,
+        pixels_sha256=artifact.pixels_sha256,
+        content_sha256=artifact.content_sha256,
+    )

@@ -1,0 +1,165 @@
+"""An image call as server-sent events, as OpenAI's clients read them: partial images from the latents on the way, then the image.
+
+Their decoder takes every block for an event of theirs, so there is no `id:`, no `retry:`, no event of ours; a heartbeat is a comment. It is
+also how we notice that a client has gone: with the last of those who watch it through this process the job is canceled, unless it was asked
+to keep running. Nobody knows of watchers in other processes: a client tries again where its connection leads.
+"""
+
+import base64
+import io
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import structlog
+from flask import Response, request
+from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
+
+from app.documents import JobDocument
+from app.http.context import caller, runtime
+from app.live.capacity import Holding
+from app.openai.answers import extras_of, problem_of_end
+from app.openai.body import Asked
+from app.problems import PartUnavailable, Problem, Unauthenticated
+from app.runtime import Runtime
+from app.schemas import openai as schemas
+from app.schemas.base import to_json
+from edges.encoding import encode
+from edges.eventlog import FINAL, PREVIEW, Event
+from edges.objectstore import StoreUnavailable, image_key
+from models import jobs
+from models.database import run_transaction
+from policy.formats import FORMATS
+from policy.states import JobState
+
+log = structlog.get_logger(__name__)
+
+HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
+_UNREAD_FOR_S = 30
+
+
+def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
+    """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
+    parts, asking = runtime(), caller()
+    events = parts.events.follow(job.id, previews=asked.partial_images > 0, heartbeat_s=HEARTBEAT_S, place=place)
+    if (sock := request.environ.get("gunicorn.socket")) is not None:
+        sock.settimeout(_UNREAD_FOR_S)
+    told = _Told(asked, job, parts)
+
+    def lines() -> Iterator[str]:
+        is_over = False
+        parts.watchers.enter(job.id)
+        try:
+            yield ": begin\n\n"
+            for event in events:
+                yield ": hb\n\n" if event is None else "".join(told.lines(event))
+                is_over = is_over or (event is not None and event.kind == FINAL)
+            if not is_over:  # this process ends, and the job goes on
+                is_over = True
+                yield _data(_error(PartUnavailable("The gateway is being restarted; ask again.", part="gateway")))
+            yield "data: [DONE]\n\n"
+        except Unauthenticated as problem:  # whoever holds the key now says nothing about the job
+            is_over = True
+            yield _data(_error(problem))
+        finally:
+            is_last = parts.watchers.leave(job.id)
+            if is_last and not is_over and not asked.keeps_running:
+                _cancel(parts, job.id, tenant_id=asking.tenant_id, actor=asking.actor)
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Darkroom-Job-Id": str(job.id)}
+    return Response(lines(), content_type="text/event-stream", headers=headers)
+
+
+class _Told:
+    """Which events of the job its client hears of, and in what words."""
+
+    def __init__(self, asked: Asked, job: JobDocument, parts: Runtime) -> None:
+        self._asked, self._parts = asked, parts
+        self._tenant_id, self._output_format = job.tenant_id, job.output_format
+        self._extras = dict(extras_of(job))
+        self._size = f"{job.width_px}x{job.height_px}"
+        self._partials = 0
+
+    def lines(self, event: Event) -> Iterator[str]:
+        if event.kind == PREVIEW and self._is_due(event.data):
+            yield _data(self._partial(event.data))
+        elif event.kind == FINAL:
+            yield _data(self._final(event.data))
+
+    def _is_due(self, preview: Mapping[str, Any]) -> bool:
+        """Partial images are spread over the steps: the k-th of n comes when k / (n + 1) of them are done."""
+        wanted = self._asked.partial_images
+        is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (self._partials + 1)
+        return self._partials < wanted and preview["step"] < preview["num_steps"] and is_far_enough
+
+    def _partial(self, preview: Mapping[str, Any]) -> schemas.PartialImage:
+        content = base64.b64decode(preview["jpeg_base64"])
+        if self._output_format != "jpeg":
+            pixels = np.asarray(Image.open(io.BytesIO(content), formats=["JPEG"]).convert("RGB"))
+            content = encode(pixels, self._output_format)
+        index, self._partials = self._partials, self._partials + 1
+        return schemas.PartialImage(
+            type=f"{self._asked.event}.partial_image",
+            partial_image_index=index,
+            step=preview["step"],
+            steps=preview["num_steps"],
+            job_id=self._extras["job_id"],
+            **self._head(content),
+        )
+
+    def _final(self, job: Mapping[str, Any]) -> schemas.CompletedImage | schemas.StreamError:
+        failure = job["failure"] or {}
+        problem = problem_of_end(uuid.UUID(job["id"]), job["state"], failure.get("code"))
+        if problem is not None:
+            return _error(problem)
+        image = job["images"][0]
+        key = image_key(self._tenant_id, image["content_sha256"], FORMATS[self._output_format].extension)
+        try:
+            content = self._parts.store.get(key)
+        except StoreUnavailable:
+            return _error(PartUnavailable("The object store cannot be reached right now.", part="object_store"))
+        kind = schemas.CompletedImageOnBehalf if self._asked.user else schemas.CompletedImage
+        user: dict[str, Any] = {"safety_identifier": self._asked.user} if self._asked.user else {}
+        return kind(
+            type=f"{self._asked.event}.completed",
+            usage=schemas.NO_TOKENS,
+            pixels_sha256=image["pixels_sha256"],
+            content_sha256=image["content_sha256"],
+            **user,
+            **self._extras | {"warnings": job["warnings"]},
+            **self._head(content),
+        )
+
+    def _head(self, content: bytes) -> dict[str, Any]:
+        """Return the members of `schemas.ImageEvent`."""
+        return {
+            "b64_json": base64.b64encode(content).decode(),
+            "created_at": int(time.time()),
+            "size": self._size,
+            "quality": self._asked.quality,
+            "output_format": self._output_format,
+        }
+
+
+def _error(problem: Problem) -> schemas.StreamError:
+    return schemas.StreamError(error=problem.openai_error())
+
+
+def _data(told: schemas.ImageEvent | schemas.StreamError) -> str:
+    return f"data: {to_json(told).decode()}\n\n"
+
+
+def _cancel(parts: Runtime, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> None:
+    """The client has gone: nobody would see the image."""
+    try:
+        job = run_transaction(parts.database, lambda session: jobs.cancel(session, job_id, tenant_id=tenant_id, actor=actor))
+    except (jobs.JobAlreadyFinished, SQLAlchemyError) as error:
+        log.info("left_job_not_canceled", job_id=str(job_id), reason=type(error).__name__)
+        return
+    if job is not None and job.state == JobState.CANCELED:
+        parts.news.tell_cancel(job_id)
+        parts.news.tell_ending(job_id)
+        log.info("left_job_canceled", job_id=str(job_id))

@@ -1,0 +1,106 @@
+"""What the gateway's use cases work with, made once per process."""
+
+import random
+import secrets
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from sqlalchemy import Engine
+
+from app.live.capacity import Capacity
+from app.live.forecast import QueueForecaster
+from app.live.keyring import Keyring
+from app.live.readiness import Readiness, checks
+from app.live.statuses import Statuses
+from app.live.streams import Events, Watchers
+from app.live.uploads import UploadRoom
+from app.services.links import LinkSigner
+from dispatch.release import Release
+from edges import telemetry
+from edges.broker import Broker
+from edges.decoders import Decoders
+from edges.events import Reader
+from edges.handoff import Gauge, Handoff
+from edges.limits import Budgets, Rates
+from edges.objectstore import ObjectStore
+from edges.outbound import Outbound
+from edges.progress import Endings, News
+from edges.snapshots import Snapshots
+from models.database import make_engine
+from policy import connections
+from policy.catalog import resolve
+from policy.fleet import Fleet
+from policy.params import Resolved, Wish
+from settings import GatewaySettings
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """The parts of the house that a use case may touch."""
+
+    settings: GatewaySettings
+    fleet: Fleet
+    database: Engine
+    broker: Broker
+    release: Release
+    handoff: Handoff
+    snapshots: Snapshots
+    store: ObjectStore
+    news: News
+    endings: Endings
+    forecaster: QueueForecaster
+    events: Events
+    outbound: Outbound
+    keyring: Keyring
+    rates: Rates
+    budgets: Budgets
+    links: LinkSigner
+    readiness: Readiness
+    waits: Capacity
+    uploads: UploadRoom
+    decoders: Decoders = field(default_factory=Decoders)
+    judged: dict[tuple[str, str, int, int], bool] = field(default_factory=dict)  # what pictures select as masks, by content and size
+    statuses: Statuses = field(default_factory=Statuses)
+    watchers: Watchers = field(default_factory=Watchers)
+
+    def resolve(self, wish: Wish) -> Resolved:
+        """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
+        return resolve(self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random())
+
+
+def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
+    """Connections are made at first use: a gateway starts, and says what is not ready, while its surroundings are away."""
+    database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
+    broker = Broker(settings, fleet)
+    release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
+    news = News(settings.handoff_url)
+    # So that who may come in, and what waits, is read however many write.
+    aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
+    refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
+    gauge = Gauge(settings.handoff_url)
+    keyring = Keyring(aside, refresher)
+    handoff, store = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s), ObjectStore(settings)
+    reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
+    forecaster = QueueForecaster(aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s)
+    return Runtime(
+        settings=settings,
+        fleet=fleet,
+        database=database,
+        broker=broker,
+        release=release,
+        handoff=handoff,
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        store=store,
+        news=news,
+        endings=Endings(settings.handoff_url),
+        forecaster=forecaster,
+        events=Events(database, forecaster, news, reader, keyring, most=settings.gateway_max_streams),
+        outbound=Outbound(settings.outbound_allowed_networks),
+        keyring=keyring,
+        rates=Rates(settings.handoff_url),
+        budgets=Budgets(settings.handoff_url),
+        links=LinkSigner(settings.api_key_pepper.get_secret_value(), ttl_s=settings.presign_ttl_s),
+        readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
+        waits=Capacity(settings.max_waits, telemetry.WAITS),
+        uploads=UploadRoom(settings),
+    )

@@ -1,0 +1,286 @@
+"""Pictures that a request starts from: uploads, data URLs and, for tenants that may, URLs; all become files, and files have ids."""
+
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from typing import BinaryIO
+
+import structlog
+from sqlalchemy.orm import Session
+
+from app.http.context import caller, runtime
+from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable, Problem, StorageQuotaExceeded
+from app.schemas.problems import FieldError
+from app.services import dataurls, quotas
+from edges import pictures as encoding
+from edges import telemetry
+from edges.decoders import DecoderDied, TooBusy
+from edges.objectstore import ObjectGone, StoreUnavailable, content_sha256, picture_key
+from edges.outbound import Unreachable
+from edges.pictures import NotAPicture, Picture
+from models import files, uploads
+from models.database import run_transaction, transaction
+from models.tables import File
+
+log = structlog.get_logger(__name__)
+
+MAX_NEW_PICTURES = 16  # of one request: each is decoded, encoded and stored while its client waits
+UNSEEN = uuid.UUID(int=0)  # stands for a picture that is not looked at yet
+_FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: all pictures by URL of one request
+_KEPT_BYTES = 8_000_000  # of new pictures, until their request is answered: masks are looked at again
+_MAX_JUDGED = 10_000
+_WAYS = {
+    "id": "the id that POST /v1/files answered with",
+    "data": "a data URL: data:image/png;base64,…",
+    "url": "an https URL",
+}
+
+
+def keep(content: bytes | BinaryIO, *, field: str, way: str = "upload") -> File:
+    """Check a picture, encode it again and store it; the row of the file, which is the one that is there if the tenant brought it before.
+
+    content: a file is read only when its turn has come.  field: how the caller's interface names it.  way: how it came, for the metrics.
+    Raises InvalidPicture, which points at the field, StorageQuotaExceeded and PartUnavailable.
+    """
+    return _kept(_normalised(content, field), way)
+
+
+def _kept(picture: Picture, way: str) -> File:
+    digest, tenant_id = content_sha256(picture.content), caller().tenant_id
+    with transaction(runtime().database) as session:
+        file = files.find_content(session, digest, tenant_id=tenant_id)
+        if file is None:
+            quotas.check_room(session, len(picture.content))
+    if file is None or not _is_stored(file):
+        file = _store(picture, digest)
+    telemetry.PICTURES_KEPT.labels(way).inc()
+    log.info("picture_kept", file_id=str(file.id), way=way, width_px=file.width_px, height_px=file.height_px)
+    return file
+
+
+def unseen(fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
+    """An id for each field that says something, to ask whether its job could be served before any picture is looked at."""
+    return {field: UNSEEN for field, value in fields.items() if value is not None}
+
+
+def is_new(value: str | None) -> bool:
+    """Would there be work to do before there is a file: to decode, perhaps to fetch, to store?"""
+    return value is not None and (dataurls.is_one(value) or _is_url(value))
+
+
+class Intake:
+    """Pictures on their way into one request: what is said twice is brought once, and only so much of it is new."""
+
+    def __init__(self) -> None:
+        self._files: dict[str, File] = {}
+        self._refused: dict[tuple[str, str], Problem] = {}
+        self._closed: Problem | None = None  # why no new picture is taken any more
+        self._contents: dict[uuid.UUID, bytes] = {}
+        self._new, self._fetched_s, self._to_fetch = 0, 0.0, MAX_NEW_PICTURES
+
+    def look_up(self, values: Iterable[str]) -> None:
+        """Find all that are ids of files at once, so that a thousand jobs do not ask for each."""
+        ids = {value: file_id for value in values if (file_id := _id(value)) is not None}
+        if ids:
+            with transaction(runtime().database) as session:
+                found = files.find_all(session, list(set(ids.values())), tenant_id=caller().tenant_id)
+            self._files |= {value: found[file_id] for value, file_id in ids.items() if file_id in found}
+
+    def files(self, fields: Mapping[str, str | None]) -> dict[str, File]:
+        """The file of each field that stands for a picture, of those that say something.
+
+        Raises InvalidImageRequest or InvalidPicture, which point at the field, StorageQuotaExceeded and PartUnavailable.
+        """
+        found = {field: self._file(field, value) for field, value in fields.items() if value is not None}
+        if "mask" in found and "init_image" in found:
+            check_shapes(found["init_image"], found["mask"])
+        return found
+
+    def keep(self, content: bytes | BinaryIO, *, field: str, way: str) -> File:
+        """`keep`, remembering what the picture holds for as long as the request lasts."""
+        picture = _normalised(content, field)
+        file = _kept(picture, way)
+        if sum(map(len, self._contents.values())) + len(picture.content) <= _KEPT_BYTES:
+            self._contents[file.id] = picture.content
+        return file
+
+    def check_mask(self, mask: File, width_px: int, height_px: int, *, field: str = "mask") -> None:
+        """Raises InvalidImageRequest for a mask that selects nothing of an image of this size: all that work would change nothing."""
+        if self._judge("selects", mask, width_px, height_px) is False:
+            detail = "selects nothing: it is neither transparent nor white anywhere that can be seen at this size"
+            raise _refused(field, detail, {"repainted": "where it is transparent, or white if it is transparent nowhere"})
+
+    def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
+        """Is a part of the picture transparent, as far as can be told right now?"""
+        return picture.mode == "RGBA" and self._judge("has_hole", picture, width_px, height_px) is True
+
+    def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
+        """None where that cannot be told soon, as while the store is away: the job is accepted, as it would be without this question."""
+        parts, key = runtime(), (what, file.content_sha256, width_px, height_px)
+        if (known := parts.judged.get(key)) is not None:
+            return known
+        content = self._contents.get(file.id)
+        if content is None and self._to_fetch <= 0:
+            return None
+        self._to_fetch -= content is None
+        try:
+            content = content or parts.store.get(file.object_key, soon=True)
+            found = bool(getattr(parts.decoders, what)(content, width_px, height_px, tenant=caller().tenant_id))
+        except (StoreUnavailable, ObjectGone, NotAPicture) as error:
+            log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
+            self._to_fetch = 0  # a store that is away is not asked a thousand times for one request
+            return None
+        except TooBusy:
+            raise _too_busy() from None
+        if len(parts.judged) >= _MAX_JUDGED:
+            parts.judged.clear()
+        parts.judged[key] = found
+        return found
+
+    def _file(self, field: str, value: str) -> File:
+        if (known := self._files.get(value)) is not None:
+            return known
+        if (refusal := self._refused.get((field, value))) is not None:
+            raise refusal
+        try:
+            self._files[value] = self._bring(field, value)
+        except (InvalidImageRequest, InvalidPicture) as error:
+            self._refused[field, value] = error
+            raise
+        except (PartUnavailable, StorageQuotaExceeded) as error:
+            self._closed = error
+            raise
+        return self._files[value]
+
+    def _bring(self, field: str, value: str) -> File:
+        if not is_new(value):
+            return _named(field, value)
+        if self._closed is not None:
+            raise self._closed
+        self._new += 1
+        if self._new > MAX_NEW_PICTURES:
+            most = {"max_new_pictures": MAX_NEW_PICTURES}
+            raise _refused(field, f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first", most)
+        if dataurls.is_one(value):
+            return self.keep(_decoded(field, value), field=field, way="data_url")
+        return self.keep(self._fetched(field, value), field=field, way="url")
+
+    def _fetched(self, field: str, url: str) -> bytes:
+        """What lies behind a URL, for a tenant that may have pictures fetched."""
+        parts = runtime()
+        if not _may_fetch():
+            raise _refused(field, "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files")
+        if (why := parts.outbound.refusal(url)) is not None:
+            raise _refused(field, why)
+        within_s = parts.settings.fetch_within_s
+        left_s = min(within_s, _FETCHES_WITHIN * within_s - self._fetched_s)
+        if left_s <= 0:
+            raise _refused(field, "was not fetched: the pictures before it took too long")
+        began = time.monotonic()
+        try:
+            return parts.outbound.fetch(url, max_bytes=parts.settings.max_upload_bytes, timeout_s=left_s)
+        except Unreachable as error:
+            raise _refused(field, f"could not be fetched: {error.reason}") from None
+        finally:
+            self._fetched_s += time.monotonic() - began
+
+
+def _named(field: str, value: str) -> File:
+    """The file whose id it is."""
+    if (file_id := _id(value)) is None:
+        raise _refused(field, "is neither the id of a file nor a data URL" + (" nor a URL" if _may_fetch() else ""))
+    with transaction(runtime().database) as session:
+        file = files.find(session, file_id, tenant_id=caller().tenant_id)
+    if file is None:
+        raise _refused(field, f"names no file of yours: {file_id}")
+    return file
+
+
+def _id(value: str) -> uuid.UUID | None:
+    try:
+        return uuid.UUID(value) if len(value) <= 45 else None  # urn:uuid:{…} is the longest way to write one
+    except ValueError:
+        return None
+
+
+def _is_url(value: str) -> bool:
+    return value[:8].lower().startswith(("https://", "http://"))
+
+
+def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
+    try:
+        with telemetry.PICTURE_SECONDS.time():
+            return runtime().decoders.normalise(content, tenant=caller().tenant_id)
+    except NotAPicture as error:
+        telemetry.PICTURES_REFUSED.inc()
+        if isinstance(error, DecoderDied):
+            telemetry.DECODERS_DIED.inc()
+            log.warning("decoder_died", field=field)
+        entry: FieldError = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}
+        raise InvalidPicture(f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED) from None
+    except TooBusy:
+        raise _too_busy() from None
+
+
+def _too_busy() -> PartUnavailable:
+    return PartUnavailable("Many pictures are being read right now.", retry_after_s=2, part="pictures")
+
+
+def _is_stored(file: File) -> bool:
+    """Ask whether the store still has it: what it has lost is there again with whoever brings it again. If it cannot say: yes."""
+    try:
+        return runtime().store.holds(file.object_key)
+    except StoreUnavailable:
+        return True
+
+
+def _store(picture: Picture, digest: str) -> File:
+    parts, asking = runtime(), caller()
+    key = picture_key(asking.tenant_id, digest)
+    run_transaction(parts.database, lambda session: uploads.begin(session, key))
+    try:
+        parts.store.put(key, picture.content, content_type="image/png")
+    except StoreUnavailable as error:
+        log.warning("picture_not_stored", reason=str(error))
+        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+
+    def keep_row(session: Session) -> File:
+        file = files.keep(
+            session,
+            tenant_id=asking.tenant_id,
+            object_key=key,
+            mode=picture.mode,
+            size_bytes=len(picture.content),
+            width_px=picture.width_px,
+            height_px=picture.height_px,
+            content_sha256=digest,
+            actor=asking.actor,
+        )
+        quotas.check_room(session)
+        return file
+
+    return run_transaction(parts.database, keep_row)
+
+
+def _decoded(field: str, value: str) -> bytes:
+    try:
+        return dataurls.decoded(value)
+    except dataurls.Unreadable as error:
+        raise _refused(field, f"is a data URL {error}") from None
+
+
+def _may_fetch() -> bool:
+    return caller().limits.url_inputs
+
+
+def check_shapes(picture: File, mask: File) -> None:
+    """A mask is scaled and cut as its picture is: of another shape, it would cover something else."""
+    difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
+    if difference > picture.width_px + picture.height_px:  # what rounding makes of a picture that was scaled
+        shapes = f"{mask.width_px}x{mask.height_px} pixels, and init_image {picture.width_px}x{picture.height_px}"
+        raise _refused("mask", f"has another shape than init_image: it is {shapes}", {"ratio_of": "init_image"})
+
+
+def _refused(field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
+    ways = [text for way, text in _WAYS.items() if way != "url" or _may_fetch()]
+    return InvalidImageRequest.at(field, detail, accepted=ways if accepted is None else accepted)

@@ -1,0 +1,141 @@
+"""A tenant's limits when it asks for something: which refusal each is, and when asking again helps."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from decimal import Decimal
+
+from sqlalchemy.orm import Session
+
+from app.http.body import invalid_wish
+from app.http.context import caller, runtime
+from app.problems import BudgetSpent, Forbidden, QuotaExceeded, StorageQuotaExceeded, TooManyJobs
+from edges import telemetry
+from edges.limits import Taken
+from models import files, usage
+from models.database import transaction
+from policy.catalog import InvalidWish
+from policy.limits import UsageTotals, exceeded_stock
+from policy.params import Resolved
+
+
+def check_allowed(resolved: Resolved) -> None:
+    """Raises Forbidden for a tier or model that the caller's tenant may not use."""
+    limits = caller().limits
+    if not limits.allows(tier=resolved.tier, model=resolved.model):
+        tiers, models = limits.allowed_tiers, limits.allowed_models
+        accepted = {"tiers": list(tiers) if tiers is not None else None, "models": list(models) if models is not None else None}
+        detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
+        raise Forbidden(detail, accepted={name: allowed for name, allowed in accepted.items() if allowed is not None})
+
+
+@contextmanager
+def charged(amount: Decimal) -> Iterator[None]:
+    """Take `amount` megapixel-steps out of the caller's budget; what is raised within gives them back.
+
+    Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
+    """
+    asking, limits = caller(), caller().limits
+    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    if per_minute is None or burst is None:
+        yield
+        return
+    _check_burst(amount, burst)
+    budget = {"per_minute": per_minute, "burst": burst, "amount": float(amount)}
+    taken: Taken = runtime().budgets.take(asking.tenant_id, **budget)
+    asking.used.budget = taken
+    if not taken.passes:
+        raise _budget_spent(amount, taken, per_minute)
+    try:
+        yield
+    except BaseException:
+        runtime().budgets.give_back(asking.tenant_id, **budget)
+        raise
+
+
+def foresee(amount: Decimal, *, jobs: int = 1) -> None:
+    """Raise what so many jobs of so many megapixel-steps together would be refused for now. Nothing is taken and nothing locked.
+
+    For work that is done before they are written, and would be done for nothing; what decides is `charged` and `check_stocks`.
+    """
+    asking, limits = caller(), caller().limits
+    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    if per_minute is not None and burst is not None:
+        _check_burst(amount, burst)
+        held = runtime().budgets.take(asking.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
+        if held.left < float(amount):
+            raise _budget_spent(amount, replace(held, wait_s=(float(amount) - held.left) / per_minute * 60), per_minute)
+    if limits.has_stocks:
+        with transaction(runtime().database) as session:
+            totals = usage.usage_totals(session, tenant_id=asking.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+        _check_totals(
+            replace(
+                totals,
+                used_today=totals.used_today + amount,
+                used_this_month=totals.used_this_month + amount,
+                active_jobs=totals.active_jobs + jobs,
+            )
+        )
+
+
+def check_room(session: Session, size_bytes: int = 0) -> None:
+    """May the caller's tenant store so many bytes more than it has? Raises StorageQuotaExceeded.
+
+    Exact for who has just written a file in this session, and asks for none beside it.
+    """
+    most = caller().limits.max_stored_bytes
+    if most is None:
+        return
+    _, now = files.stored(session, tenant_id=caller().tenant_id)
+    if now + size_bytes > most:
+        telemetry.SHED.labels("storage_quota_exceeded").inc()
+        detail = f"With this picture {now + size_bytes} of {most} bytes would be stored; delete pictures that are not needed."
+        raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
+
+
+def lock(session: Session) -> None:
+    """Let no other job of a tenant with stocks be written until commit.
+
+    To be called first in the transaction: who waits here must not keep a tier's releases, or the row of a key, from others.
+    """
+    if caller().limits.has_stocks:
+        usage.lock(session, tenant_id=caller().tenant_id)
+
+
+def check_stocks(session: Session) -> None:
+    """Is what was just written, and all before it, within the caller's stocks? Raises QuotaExceeded, TooManyJobs."""
+    limits = caller().limits
+    if not limits.has_stocks:
+        return
+    _check_totals(usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs))
+
+
+def _check_burst(amount: Decimal, burst: float) -> None:
+    if amount > Decimal(str(burst)):
+        detail = f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
+
+
+def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpent:
+    telemetry.SHED.labels("budget_spent").inc()
+    detail = f"{amount} megapixel-steps are asked for and {held.left:.2f} are left; {per_minute:g} come back each minute."
+    return BudgetSpent(detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps")
+
+
+def _check_totals(totals: UsageTotals) -> None:
+    exceeded = exceeded_stock(caller().limits, totals)
+    if exceeded is None:
+        return
+    if exceeded.stock == "jobs":
+        telemetry.SHED.labels("too_many_jobs").inc()
+        detail = f"At most {exceeded.limit} jobs may be under way at once."
+        raise TooManyJobs(detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit))
+    telemetry.SHED.labels("quota_exceeded").inc()
+    asked = f"With this request {exceeded.used} of {exceeded.limit} megapixel-steps"
+    raise QuotaExceeded(
+        f"{asked} of this {exceeded.stock} (UTC) would be used.",
+        retry_after_s=exceeded.retry_after_s,
+        period=exceeded.stock,
+        quota=float(exceeded.limit),
+    )
