@@ -56,6 +56,7 @@ from typing import Any, Self, Unpack
 
 from app.schemas import problems as schemas
 from app.schemas.problems import FieldError, ProblemFacts
+from policy.catalog import InvalidWish
 
 MOST_NAMED = 5  # wrong fields in one sentence
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
@@ -406,3 +407,8 @@ class JobUnfinished(Problem):
 class PartUnavailable(Problem):
     slug, title, status = "part-unavailable", "Part unavailable", 503
     about = "Something the answer needs is away; the same request will do later."
+
+
+def invalid_wish(error: InvalidWish) -> InvalidImageRequest:
+    """Make the problem of a field that is of the right type and out of range."""
+    return InvalidImageRequest.at(error.field, error.detail, accepted=error.accepted)

@@ -72,6 +72,11 @@ def imported(room: str) -> set[tuple[str, str]]:
     return {(str(path.relative_to(REPO)), name) for path in modules(room) for name in imports(path)}
 
 
+def strangers_of(folder: str, unknown: set[str]) -> set[tuple[str, str]]:
+    """Imports of a folder that lie under one of the dotted names that it must not know."""
+    return {(file, name) for file, name in imported(folder) if any(f"{name}.".startswith(f"{each}.") for each in unknown)}
+
+
 def top(name: str) -> str:
     return name.partition(".")[0]
 
@@ -111,7 +116,20 @@ def test_decisions_do_no_io_and_ask_no_clock():
 def test_documents_know_neither_requests_nor_rows():
     unknown = {"flask", "sqlalchemy", "models.tables", "app.http.views", "app.runtime"}
 
-    assert {(file, name) for file, name in imported("app/schemas") if any(f"{name}.".startswith(f"{each}.") for each in unknown)} == set()
+    assert strangers_of("app/schemas", unknown) == set()
+
+
+def test_use_cases_know_no_request():
+    assert strangers_of("app/services", {"flask", "werkzeug", "app.http", "app.openai"}) == set()
+
+
+def test_what_a_process_remembers_knows_neither_requests_nor_use_cases():
+    assert strangers_of("app/live", {"flask", "werkzeug", "app.http", "app.openai", "app.services"}) == set()
+
+
+@pytest.mark.parametrize("folder", ["app/http", "app/openai"])
+def test_routes_leave_transactions_to_use_cases(folder):
+    assert strangers_of(folder, {"models.database"}) == set()
 
 
 def test_one_module_of_edges_knows_celery():

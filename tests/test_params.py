@@ -20,11 +20,12 @@ from sqlalchemy.orm import Session
 from app import documents
 from app.http.account import limits_view
 from app.http.admin import KeyBody, TenantChange
-from app.http.body import JobBody, wish_of
+from app.http.body import wish_of
 from app.openai import body as openai_body
 from app.schemas import account as account_schemas
 from app.schemas import jobs as job_schemas
 from app.schemas import openai as openai_schemas
+from app.schemas.bodies import JobBody
 from app.spec.job_fields import job_fields
 from cli.keys import issue as issue_key
 from cli.tenants import tenants as tenants_commands
@@ -229,7 +230,7 @@ def test_every_place_knows_every_parameter_of_a_job(full):
     wanted: dict[str, tuple[set[str], set[str]]] = {
         "policy.params.Resolved: members of requests": (set(ASKED), members),
         "policy.params: extras of /v1/images": (set(ASKED) - set(NOT_AN_EXTRA), extras),
-        "app.http.body.JobBody": (asked, set(JobBody.model_fields)),
+        "app.schemas.bodies.JobBody": (asked, set(JobBody.model_fields)),
         "app.openai.body": (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
         "app.schemas.openai.OwnMembers": (
             {param.member for param in OPENAI_ANSWER},

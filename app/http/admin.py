@@ -13,12 +13,13 @@ from sqlalchemy.orm import Session
 from app.http.account import limits_view, read_days, usage_view
 from app.http.answers import answer, answer_page, whole_list
 from app.http.auth import require_key
-from app.http.body import STRICT, json_type, parse, read_object
+from app.http.body import parse, read_object
 from app.http.context import caller, runtime
 from app.http.pages import read_cursor, read_limit
 from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
 from app.schemas import account as schemas
 from app.schemas.base import says
+from app.schemas.bodies import STRICT, json_type
 from models import api_keys, tenants, usage
 from models.database import run_transaction, transaction
 from models.tables import ApiKey, Tenant

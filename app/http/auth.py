@@ -7,7 +7,7 @@ from flask import g, request
 
 from app.caller import Caller
 from app.http import uploads
-from app.http.context import caller, runtime
+from app.http.context import runtime
 from app.live.keyring import NO_LIVE_KEY, Known
 from app.problems import Forbidden, RateLimited, Unauthenticated
 from edges import telemetry
@@ -36,12 +36,6 @@ def require_key() -> None:
     if "admin" not in enough:  # or an operator whose tenant is at its limits could not raise them
         _count_request(g.caller)
     uploads.admit(request, runtime().uploads, g.caller.tenant_id)
-
-
-def check_key() -> None:
-    """Raises Unauthenticated if the caller's key was revoked, or has expired, since the request began."""
-    if not runtime().keyring.is_live(caller().kid):
-        raise Unauthenticated(NO_LIVE_KEY)
 
 
 def _known(key: str) -> Known | None:

@@ -1,99 +1,43 @@
 """From the bytes of a request to a Wish, or a problem that points at every field that is wrong."""
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar
 from uuid import UUID
 
 from flask import Request
-from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, create_model
+from pydantic import BaseModel, ValidationError
 
-from app.problems import BodyTooLarge, InvalidImageRequest, InvalidQuery, InvalidRequest, MalformedBody, Problem, UnsupportedMediaType
-from app.schemas.base import says
+from app.problems import (
+    BodyTooLarge,
+    InvalidImageRequest,
+    InvalidQuery,
+    InvalidRequest,
+    MalformedBody,
+    Problem,
+    UnsupportedMediaType,
+    invalid_wish,
+)
+from app.schemas.bodies import (
+    MAX_METADATA_CHARS,
+    MAX_METADATA_KEY_CHARS,
+    MAX_METADATA_KEYS,
+    AdapterBody,
+    JobBody,
+)
+from app.services.inputs import unseen
+from app.services.submit import JobRequest
 from policy.catalog import InvalidWish
 from policy.params import ASKED, PICTURES, AdapterWish, Wish
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
-MAX_METADATA_KEYS, MAX_METADATA_KEY_CHARS, MAX_METADATA_CHARS = 16, 64, 512  # keys, and characters of a key and a value
 MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
 MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
-MAX_JOBS = 1_000  # of a batch
 MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
 NO_LISTS: Mapping[str, int] = {}
 _MISSING = "This field is required"
-
-
-def _as_whole(value: object) -> object:
-    """JSON has one kind of number: 1.0 and 1e2 are whole."""
-    return int(value) if isinstance(value, float) and value.is_integer() else value
-
-
-AS_WHOLE = BeforeValidator(_as_whole)
-Whole = Annotated[int, AS_WHOLE]
-
-
-STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
-
-
-class AdapterBody(BaseModel):
-    """One adapter of the model, and how much of it."""
-
-    model_config = STRICT
-
-    name: Annotated[str, says("One of the model's adapters.")]
-    strength: Annotated[float, says("1 is all of it; below 0 it works the other way.")] = 1.0
-
-
-_JSON_TYPES: Mapping[Any, Any] = {
-    int: Whole,
-    Decimal: float,
-    UUID: str,  # an id, a data URL or a URL; app/services/inputs.py makes files of them
-    tuple[str, ...]: list[str],
-    tuple[AdapterWish, ...]: list[AdapterBody],
-}
-
-
-def json_type(hint: Any) -> Any:
-    """A type of our values as a body of JSON has it; the bounds that it is annotated with stay."""
-    if get_origin(hint) in (Union, UnionType):
-        return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
-    if get_origin(hint) is Annotated:
-        kind, *bounds = get_args(hint)
-        kind, checks = json_type(kind), ()
-        if get_origin(kind) is Annotated:
-            kind, *checks = get_args(kind)
-        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
-    return _JSON_TYPES.get(hint, hint)
-
-
-def _fields_of_a_wish() -> dict[str, Any]:
-    """The fields of `Wish` as a body of JSON has them, each with its type and its default."""
-    hints = get_type_hints(Wish)
-    found: dict[str, Any] = {}
-    for field in dataclasses.fields(Wish):
-        default = ... if field.default is dataclasses.MISSING else field.default
-        found[field.name] = (json_type(hints[field.name]), [] if default == () else default)
-    return found
-
-
-_WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
-
-
-class JobBody(_WishBody):
-    """The body of POST /v1/jobs. Ranges depend on model and tier and are checked by `policy.catalog`."""
-
-    metadata: dict[str, str] = {}
-    start_deadline_s: float | None = None
-
-    @property
-    def pictures(self) -> dict[str, str | None]:
-        """What the fields say that stand for pictures."""
-        return {field: getattr(self, field) for field in PICTURES}
 
 
 def read_job(request: Request) -> JobBody:
@@ -127,10 +71,20 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
 
 
 def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
-    """The wish; `pictures`: the files that its fields stand for."""
+    """Make the wish of a body; `pictures`: the files that its fields stand for."""
     said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
     said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in body.adapters)
     return Wish(**said | dict(pictures))
+
+
+def job_request(body: JobBody) -> JobRequest:
+    """Make what `submit` takes of a body; nobody has looked at its pictures."""
+    return JobRequest(
+        wish=wish_of(body, unseen(body.pictures)),
+        pictures=body.pictures,
+        metadata=body.metadata,
+        start_within_s=body.start_deadline_s,
+    )
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
@@ -143,11 +97,6 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
             raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
         raise invalid_wish(InvalidWish("metadata", f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted", accepted))
-
-
-def invalid_wish(error: InvalidWish) -> InvalidImageRequest:
-    """The problem for a field that is of the right type and out of range."""
-    return InvalidImageRequest.at(error.field, error.detail, accepted=error.accepted)
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:

@@ -8,6 +8,7 @@ from contextlib import suppress
 from flask import Blueprint, Response, json, request
 
 from app.http.auth import require_key
+from app.http.connection import give_up_when_unread
 from app.http.context import runtime
 from app.problems import InvalidQuery, Unauthenticated
 from edges.eventlog import Event
@@ -16,7 +17,6 @@ bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
 
 _RETRY_MS = 2000  # before a browser comes again
-_UNREAD_FOR_S = 30  # a client that takes nothing for so long has gone without a word
 EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
 
 
@@ -25,8 +25,7 @@ def follow_job(job_id: uuid.UUID) -> Response:
     """The job's events, from the first or from `Last-Event-ID` on, until `final`; with `?previews=true`, pictures on the way."""
     parts = runtime()
     stream = parts.events.follow(job_id, after=_read_last_id(), previews=_read_previews(), heartbeat_s=parts.settings.event_heartbeat_s)
-    if (sock := request.environ.get("gunicorn.socket")) is not None:
-        sock.settimeout(_UNREAD_FOR_S)
+    give_up_when_unread(request)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Response(_lines(stream), content_type="text/event-stream", headers=headers)
 

@@ -37,7 +37,7 @@ CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp",
 def bring_file() -> ResponseReturnValue:
     """Keep a picture: 201 and the file, the same one for the same picture. Multipart with the field `file`, or the picture itself."""
     with uploaded(request) as content:
-        file = inputs.keep(content, field=FIELD)
+        file = inputs.keep(runtime(), caller(), content, field=FIELD)
     return answer(file_view(file), 201, {"Location": url_for(".show_file", file_id=file.id)})
 
 

@@ -9,25 +9,24 @@ from sqlalchemy.exc import SQLAlchemyError
 from werkzeug import Response
 
 from app.documents import JobDocument
-from app.http import delivery
+from app.http import delivery, uploads
 from app.http.answers import answer, answer_page
 from app.http.auth import require_key
-from app.http.body import read_job, read_nothing, read_wait_s, wish_of
+from app.http.body import job_request, read_job, read_nothing, read_wait_s
+from app.http.connection import has_left
 from app.http.context import caller, runtime
 from app.http.idempotency import REPLAYED, read_once
 from app.http.listing import read_query
 from app.http.views import job_view, status_view
 from app.live.forecast import QueuePlace
-from app.problems import Erased, ImageNotFound, ImageNotReady, JobAlreadyFinished, JobNotFound
 from app.schemas import jobs as schemas
 from app.schemas.base import to_json
-from app.services import cancel, inputs, replay, submit, wait
+from app.services import cancel, jobs, submit, wait
+from app.services.replay import replay
 from app.services.submit import Accepted
 from edges.progress import Step
-from models import jobs, listing
-from models.database import run_transaction, transaction
 from models.tables import Job
-from policy.states import ACTIVE_STATES, JobState
+from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
@@ -51,16 +50,14 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
     wait_s = read_wait_s(request, runtime().settings.max_wait_s)
     read_nothing(request)
     once = read_once(request, {})
-    if once is not None and (earlier := submit.answered(once)) is not None:
-        return _answer(Accepted(earlier, is_new=False), wait_s)
-    return _answer(submit.accept(replay.resolved_again(wait.found(job_id)), replay_of=job_id, once=once), wait_s)
+    return _answer(replay(runtime(), caller(), job_id, once=once), wait_s)
 
 
 @bp.get("/<uuid:job_id>")
 def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
     asked_s = read_wait_s(request, runtime().settings.max_wait_s)
-    with wait.admitted(asked_s) as wait_s:
+    with wait.admitted(runtime(), caller(), asked_s) as wait_s:
         response = answer(_view(*_watched(job_id, wait_s)))
     if asked_s:
         response.headers["Preference-Applied"] = f"wait={wait_s}"
@@ -86,8 +83,7 @@ def list_jobs() -> ResponseReturnValue:
     With several conditions a page may have fewer jobs than `limit`, or none, and go on at `next_cursor` all the same.
     """
     sought, limit = read_query(request.args)
-    with transaction(runtime().database) as session:
-        found = listing.page(session, sought, tenant_id=caller().tenant_id, limit=limit + 1)
+    found = jobs.page(runtime(), caller(), sought, limit=limit + 1)
     return answer_page(
         request,
         schemas.JobPage,
@@ -102,56 +98,30 @@ def list_jobs() -> ResponseReturnValue:
 @bp.delete("/<uuid:job_id>")
 def erase_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """Delete what the job was about: prompts, metadata, images. That it was there, and what it cost, stays. Harmless when repeated."""
-    if not cancel.erase(job_id):
-        raise _not_found(job_id)
+    cancel.erase(runtime(), caller(), job_id)
     return "", 204
 
 
 @bp.post("/<uuid:job_id>/cancel")
 def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """Take the job back. Harmless when repeated; 409 if it ended otherwise."""
-    parts, own = runtime(), {"tenant_id": caller().tenant_id, "actor": caller().actor}
-    try:
-        job = run_transaction(parts.database, lambda session: jobs.cancel(session, job_id, **own))
-    except jobs.JobAlreadyFinished as error:
-        raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
-    if job is None:
-        raise _not_found(job_id)
-    parts.statuses.forget(job.tenant_id, job_id)
-    parts.news.tell_cancel(job_id)
-    parts.news.tell_ending(job_id)
-    return answer(job_view(job))
+    return answer(job_view(cancel.cancel(runtime(), caller(), job_id)))
 
 
 @bp.get("/<uuid:job_id>/images/<int:index>")
 def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
     """The stored image: 302 to a presigned URL, or with `?redirect=false` the bytes themselves; 410 once the job was erased."""
-    job = wait.found(job_id)
-    image = next((image for image in job.images if image.index == index), None)
-    if image is None:
-        raise ImageNotFound(f"The job has images 0 to {job.num_images - 1}.")
-    if job.erased_at is not None:
-        raise Erased("The images of this job were deleted.")
-    if image.artifact is None:
-        waiting_helps = job.state in ACTIVE_STATES
-        raise ImageNotReady(
-            f"The job is {job.state}; this image is not stored.", retry_after_s=1 if waiting_helps else None, state=job.state
-        )
-    return delivery.deliver(delivery.Stored.image(image.artifact))
+    artifact = jobs.stored_image(runtime(), caller(), job_id, index)
+    return delivery.deliver(delivery.Stored.image(artifact))
 
 
 def _accepted() -> Accepted:
-    """The job of the body, a new one or one that was there. Nobody holds the body, with its pictures, while the client waits."""
+    """Accept the job of the body. Nobody holds the body, with its pictures, while the client waits."""
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
     once = read_once(request, body.model_dump(exclude_defaults=True))
-    if once is not None and (earlier := submit.answered(once)) is not None:
-        return Accepted(earlier, is_new=False)
-    resolved = submit.resolve(wish_of(body, inputs.unseen(body.pictures)))
-    if body.mask is not None or any(map(inputs.is_new, body.pictures.values())):  # a mask is looked at also when it is here
-        submit.foresee(resolved, start_within_s=body.start_deadline_s)
-    resolved = submit.with_pictures(resolved, body.pictures, inputs.Intake())
-    return submit.accept(resolved, metadata=body.metadata, start_within_s=body.start_deadline_s, once=once)
+    asked = job_request(body)
+    return submit.submit(runtime(), caller(), lambda: submit.prepare(runtime(), caller(), asked), once=once)
 
 
 def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
@@ -161,7 +131,7 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
     if not accepted.is_new:
         headers[REPLAYED] = "true"
     if wait_s:
-        with wait.admitted(wait_s) as applied_s:
+        with wait.admitted(runtime(), caller(), wait_s) as applied_s:
             try:
                 view = _view(*_watched(job.id, applied_s))
             except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
@@ -174,10 +144,7 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
 
 
 def _read_status(job_id: uuid.UUID) -> bytes:
-    with transaction(runtime().database) as session:
-        job = jobs.glance(session, job_id, tenant_id=caller().tenant_id)
-    if job is None:
-        raise _not_found(job_id)
+    job = jobs.glance(runtime(), caller(), job_id)
     steps = _steps(job)
     return to_json(status_view(job, steps, _place(job, steps)))
 
@@ -196,10 +163,9 @@ def _steps(job: Job | JobDocument) -> list[Step]:
 
 
 def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
-    """The job, after waiting up to `wait_s` for its end, and what is known of its progress."""
-    job = wait.watched(job_id, wait_s)
+    """Return the job, after waiting up to `wait_s` for its end, and what is known of its progress."""
+    job = jobs.find(runtime(), caller(), job_id)
+    if wait_s:
+        uploads.release()  # whatever the job started from is stored by now
+        job = wait.until_ended(runtime(), caller(), job, wait_s, has_left=has_left(request))
     return job, _steps(job)
-
-
-def _not_found(job_id: uuid.UUID) -> JobNotFound:
-    return JobNotFound(f"There is no job {job_id}.")

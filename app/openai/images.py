@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,10 +12,12 @@ from flask import Blueprint, Response, request
 from flask.typing import ResponseReturnValue
 from werkzeug.datastructures import FileStorage
 
-from app.http import delivery
+from app.documents import JobDocument
+from app.http import delivery, uploads
 from app.http.answers import answer
 from app.http.auth import require_key
 from app.http.body import read_object
+from app.http.connection import has_left
 from app.http.context import caller, runtime
 from app.http.errors import respond
 from app.http.files import is_left_out
@@ -33,8 +36,8 @@ from app.problems import (
     UnsupportedMediaType,
 )
 from app.schemas import openai as schemas
-from app.services import inputs, submit, wait
-from app.services.submit import Accepted
+from app.services import inputs, jobs, submit, wait
+from app.services.submit import Accepted, Prepared
 from edges.objectstore import StoreUnavailable
 from models.idempotency import Once
 from models.tables import Artifact, File, Job
@@ -105,15 +108,16 @@ class _Sent:
         return replace(wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None)
 
     def bring(self, wish: Wish) -> Wish:
-        """The wish with its pictures; its size, if it has none, is that of the picture. Raises as app.inputs does."""
-        intake = inputs.Intake()
+        """Return the wish with its pictures; its size, if it has none, is that of the picture. Raises as services.inputs does."""
+        asking = caller()
+        intake = inputs.Intake(runtime(), asking)
         init = _brought(intake, self.image, "image")
         wish = _sized(wish, init)
-        resolved = submit.resolve(replace(wish, init_image=init.id, mask=None))
+        resolved = submit.resolve(runtime(), asking, replace(wish, init_image=init.id, mask=None))
         size = (resolved.width_px, resolved.height_px)
         if self.mask is not None:
             mask = _brought(intake, self.mask, "mask")
-            inputs.check_shapes(init, mask)
+            inputs.check_shapes(asking, init, mask)
             intake.check_mask(mask, *size)
             return replace(wish, init_image=init.id, mask=mask.id)
         return replace(wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None)
@@ -203,37 +207,45 @@ def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> Respo
         except BaseException:
             place.release()
             raise
-    with wait.required():
+    with wait.required(runtime(), caller()):
         job_id = _accept(asked, sent, asks_for).job.id
         if sent is not None:
             sent.forget()
-        job = wait.watched(job_id, runtime().settings.images_wait_s)
+        job = _ended(job_id)
     if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
         raise problem
     return answer(_view(asked, job), headers={"X-Darkroom-Job-Id": str(job.id)})
 
 
-def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
-    """The job of this call: a new one for a first try, for a further one that of the try before, as long as that may still answer it.
+def _ended(job_id: uuid.UUID) -> Job:
+    """Return the job once it has ended, or as it is after `IMAGES_WAIT_S`."""
+    job = jobs.find(runtime(), caller(), job_id)
+    uploads.release()  # whatever it started from is stored by now
+    return wait.until_ended(runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request))
 
-    Pictures are looked at last, if there is a job to be made of them.
-    """
-    metadata = dict(asked.metadata) | ({"user": asked.user} if asked.user and "user" not in asked.metadata else {})
+
+def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+    """Accept the job of this call: for a first try a new one; a further try may come to that of the try before."""
     once = read_once(request, asks_for)
-    if once is None:
-        once = _by_itself(asks_for)
-        if not once.renew and (earlier := submit.answered(once)) is not None:
-            if may_still_answer(earlier, streams=asked.streams):
-                return Accepted(earlier, is_new=False)
-            once = replace(once, renew=True)
-    elif (earlier := submit.answered(once)) is not None:
-        return Accepted(earlier, is_new=False)
-    wish = asked.wish
+    if once is not None:
+        return submit.submit(runtime(), caller(), lambda: _prepared(asked, sent), once=once)
+
+    def may_answer(earlier: JobDocument) -> bool:
+        return may_still_answer(earlier, streams=asked.streams)
+
+    return submit.submit(runtime(), caller(), lambda: _prepared(asked, sent), once=_by_itself(asks_for), may_answer=may_answer)
+
+
+def _prepared(asked: Asked, sent: _Sent | None) -> Prepared:
+    """Resolve the call. Pictures are looked at last, if there is a job to be made of them."""
+    metadata, wish = dict(asked.metadata), asked.wish
+    if asked.user:
+        metadata.setdefault("user", asked.user)
     if sent is not None:
-        unseen = submit.resolve(sent.unseen(wish))
-        submit.foresee(unseen)  # also for files that are here: whether they have a hole is looked at
+        unseen = submit.resolve(runtime(), caller(), sent.unseen(wish))
+        submit.foresee(runtime(), caller(), unseen)  # also for files that are here: whether they have a hole is looked at
         wish = sent.bring(wish)
-    return submit.accept(submit.resolve(wish), metadata=metadata, once=once)
+    return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
 
 
 def _by_itself(asks_for: list[Any]) -> Once:

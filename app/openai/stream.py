@@ -18,35 +18,33 @@ from flask import Response, request
 from PIL import Image
 from sqlalchemy.exc import SQLAlchemyError
 
+from app.caller import Caller
 from app.documents import JobDocument
+from app.http.connection import give_up_when_unread
 from app.http.context import caller, runtime
 from app.live.capacity import Holding
 from app.openai.answers import extras_of, problem_of_end
 from app.openai.body import Asked
-from app.problems import PartUnavailable, Problem, Unauthenticated
+from app.problems import JobAlreadyFinished, JobNotFound, PartUnavailable, Problem, Unauthenticated
 from app.runtime import Runtime
 from app.schemas import openai as schemas
 from app.schemas.base import to_json
+from app.services.cancel import cancel
 from edges.encoding import encode
 from edges.eventlog import FINAL, PREVIEW, Event
 from edges.objectstore import StoreUnavailable, image_key
-from models import jobs
-from models.database import run_transaction
 from policy.formats import FORMATS
-from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
 HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
-_UNREAD_FOR_S = 30
 
 
 def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
     """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
     parts, asking = runtime(), caller()
     events = parts.events.follow(job.id, previews=asked.partial_images > 0, heartbeat_s=HEARTBEAT_S, place=place)
-    if (sock := request.environ.get("gunicorn.socket")) is not None:
-        sock.settimeout(_UNREAD_FOR_S)
+    give_up_when_unread(request)
     told = _Told(asked, job, parts)
 
     def lines() -> Iterator[str]:
@@ -67,7 +65,7 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
         finally:
             is_last = parts.watchers.leave(job.id)
             if is_last and not is_over and not asked.keeps_running:
-                _cancel(parts, job.id, tenant_id=asking.tenant_id, actor=asking.actor)
+                _cancel(parts, asking, job.id)
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Darkroom-Job-Id": str(job.id)}
     return Response(lines(), content_type="text/event-stream", headers=headers)
@@ -152,14 +150,11 @@ def _data(told: schemas.ImageEvent | schemas.StreamError) -> str:
     return f"data: {to_json(told).decode()}\n\n"
 
 
-def _cancel(parts: Runtime, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> None:
-    """The client has gone: nobody would see the image."""
+def _cancel(parts: Runtime, asking: Caller, job_id: uuid.UUID) -> None:
+    """Cancel the job of a client that has gone: nobody would see the image."""
     try:
-        job = run_transaction(parts.database, lambda session: jobs.cancel(session, job_id, tenant_id=tenant_id, actor=actor))
-    except (jobs.JobAlreadyFinished, SQLAlchemyError) as error:
+        cancel(parts, asking, job_id)
+    except (JobAlreadyFinished, JobNotFound, SQLAlchemyError) as error:
         log.info("left_job_not_canceled", job_id=str(job_id), reason=type(error).__name__)
-        return
-    if job is not None and job.state == JobState.CANCELED:
-        parts.news.tell_cancel(job_id)
-        parts.news.tell_ending(job_id)
+    else:
         log.info("left_job_canceled", job_id=str(job_id))

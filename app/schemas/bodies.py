@@ -1,12 +1,90 @@
-"""Bodies of requests that no model parses: what a batch holds."""
+"""Bodies of requests, as models."""
 
-from typing import Annotated, Required
+import dataclasses
+from collections.abc import Mapping
+from decimal import Decimal
+from types import UnionType
+from typing import Annotated, Any, Required, Union, get_args, get_origin, get_type_hints
+from uuid import UUID
 
-from pydantic import Field, with_config
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, create_model, with_config
 from typing_extensions import TypedDict
 
-from app.http.body import MAX_JOBS
 from app.schemas.base import described, says
+from policy.params import PICTURES, AdapterWish, Wish
+
+MAX_METADATA_KEYS = 16
+MAX_METADATA_KEY_CHARS = 64
+MAX_METADATA_CHARS = 512  # of a value
+MAX_JOBS = 1_000  # of a batch
+
+
+def _as_whole(value: object) -> object:
+    """JSON has one kind of number: 1.0 and 1e2 are whole."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+AS_WHOLE = BeforeValidator(_as_whole)
+Whole = Annotated[int, AS_WHOLE]
+
+
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class AdapterBody(BaseModel):
+    """One adapter of the model, and how much of it."""
+
+    model_config = STRICT
+
+    name: Annotated[str, says("One of the model's adapters.")]
+    strength: Annotated[float, says("1 is all of it; below 0 it works the other way.")] = 1.0
+
+
+_JSON_TYPES: Mapping[Any, Any] = {
+    int: Whole,
+    Decimal: float,
+    UUID: str,  # an id, a data URL or a URL; app/services/inputs.py makes files of them
+    tuple[str, ...]: list[str],
+    tuple[AdapterWish, ...]: list[AdapterBody],
+}
+
+
+def json_type(hint: Any) -> Any:
+    """A type of our values as a body of JSON has it; the bounds that it is annotated with stay."""
+    if get_origin(hint) in (Union, UnionType):
+        return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
+    if get_origin(hint) is Annotated:
+        kind, *bounds = get_args(hint)
+        kind, checks = json_type(kind), ()
+        if get_origin(kind) is Annotated:
+            kind, *checks = get_args(kind)
+        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
+    return _JSON_TYPES.get(hint, hint)
+
+
+def _fields_of_a_wish() -> dict[str, Any]:
+    """The fields of `Wish` as a body of JSON has them, each with its type and its default."""
+    hints = get_type_hints(Wish)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(Wish):
+        default = ... if field.default is dataclasses.MISSING else field.default
+        found[field.name] = (json_type(hints[field.name]), [] if default == () else default)
+    return found
+
+
+_WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
+
+
+class JobBody(_WishBody):
+    """The body of POST /v1/jobs. Ranges depend on model and tier and are checked by `policy.catalog`."""
+
+    metadata: dict[str, str] = {}
+    start_deadline_s: float | None = None
+
+    @property
+    def pictures(self) -> dict[str, str | None]:
+        """What the fields say that stand for pictures."""
+        return {field: getattr(self, field) for field in PICTURES}
 
 
 class JobFields(TypedDict):

@@ -6,7 +6,6 @@ from uuid import UUID
 from pydantic import Field, with_config
 from typing_extensions import TypedDict
 
-from app.http.body import MAX_METADATA_KEYS
 from app.openai.body import (
     FIDELITIES,
     MODERATIONS,
@@ -18,6 +17,7 @@ from app.openai.body import (
     STYLES,
 )
 from app.schemas.base import Sha256, Size, described, document, one_of, says, with_params
+from app.schemas.bodies import MAX_METADATA_KEYS
 from app.schemas.files import Upload
 from app.schemas.jobs import Adapter, JobWarning, OutputFormat
 from app.schemas.problems import OpenAIError

@@ -1,15 +1,19 @@
-"""Delete what a job was about, from the database at once and from everywhere else as soon as can be."""
+"""End a job on its tenant's behalf: take it back, or delete what it was about."""
 
 import uuid
 from contextlib import suppress
 
 import structlog
+from sqlalchemy.orm import Session
 
-from app.http.context import caller, runtime
+from app.caller import Caller
+from app.problems import JobAlreadyFinished
+from app.runtime import Runtime
+from app.services.jobs import not_found
 from edges import telemetry
 from edges.broker import BrokerUnavailable
 from edges.snapshots import SnapshotsUnavailable
-from models import erasing
+from models import erasing, jobs
 from models.database import run_transaction
 from models.tables import Job
 from policy import queues
@@ -17,31 +21,56 @@ from policy import queues
 log = structlog.get_logger(__name__)
 
 
-def erase(job_id: uuid.UUID) -> bool:
-    """Erase the caller's job, canceled first if it is under way; False if there is none. Harmless when repeated."""
-    parts, asking = runtime(), caller()
-    own = {"tenant_id": asking.tenant_id, "actor": asking.actor}
-    job = run_transaction(parts.database, lambda session: erasing.erase(session, job_id, **own))
+def cancel(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
+    """Take the caller's job back; harmless when repeated. Raises JobNotFound; JobAlreadyFinished if it ended otherwise."""
+
+    def end(session: Session) -> Job | None:
+        return jobs.cancel(session, job_id, tenant_id=caller.tenant_id, actor=caller.actor)
+
+    try:
+        job = run_transaction(runtime.database, end)
+    except jobs.JobAlreadyFinished as error:
+        raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
     if job is None:
-        return False
-    parts.statuses.forget(asking.tenant_id, job_id)
-    parts.news.tell_cancel(job_id)
-    parts.news.tell_ending(job_id)
-    _forget_traces(job)
+        raise not_found(job_id)
+    _tell(runtime, job)
+    return job
+
+
+def erase(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> None:
+    """Delete what the caller's job was about: prompts, metadata, images. That it was there, and what it cost, stays.
+
+    It is canceled first if it is under way. Gone from the database at once, and from everywhere else as soon as can be.
+    Harmless when repeated. Raises JobNotFound.
+    """
+
+    def end(session: Session) -> Job | None:
+        return erasing.erase(session, job_id, tenant_id=caller.tenant_id, actor=caller.actor)
+
+    job = run_transaction(runtime.database, end)
+    if job is None:
+        raise not_found(job_id)
+    _tell(runtime, job)
+    _forget_traces(runtime, job)
     telemetry.JOBS_ERASED.inc()
     log.info("job_erased", job_id=str(job_id))
-    return True
 
 
-def _forget_traces(job: Job) -> None:
-    """Pixels, snapshots and news of the job in Redis, and its objects. What cannot be reached now, the sweeper finds."""
-    parts = runtime()
+def _tell(runtime: Runtime, job: Job) -> None:
+    """Tell the worker that may render the job, and whoever waits for its end."""
+    runtime.statuses.forget(job.tenant_id, job.id)
+    runtime.news.tell_cancel(job.id)
+    runtime.news.tell_ending(job.id)
+
+
+def _forget_traces(runtime: Runtime, job: Job) -> None:
+    """Delete pixels, snapshots and news of the job in Redis, and its objects. What cannot be reached now, the sweeper finds."""
     for image in job.images:
         for attempt in {image.handed_off_attempt, job.attempt} - {None}:
-            parts.handoff.drop(job.id, image.index, attempt)
-    parts.news.forget(job.id)
+            runtime.handoff.drop(job.id, image.index, attempt)
+    runtime.news.forget(job.id)
     with suppress(SnapshotsUnavailable):
-        parts.snapshots.drop([job.id])
+        runtime.snapshots.drop([job.id])
     if any(image.artifact is not None for image in job.images):
         with suppress(BrokerUnavailable):
-            parts.broker.ask_for(queues.TIDY_STORE, queues.results_queue(parts.fleet, parts.fleet.tiers_by_rank[-1]))
+            runtime.broker.ask_for(queues.TIDY_STORE, queues.results_queue(runtime.fleet, runtime.fleet.tiers_by_rank[-1]))

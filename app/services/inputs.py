@@ -8,8 +8,9 @@ from typing import BinaryIO
 import structlog
 from sqlalchemy.orm import Session
 
-from app.http.context import caller, runtime
+from app.caller import Caller
 from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable, Problem, StorageQuotaExceeded
+from app.runtime import Runtime
 from app.schemas.problems import FieldError
 from app.services import dataurls, quotas
 from edges import pictures as encoding
@@ -36,23 +37,23 @@ _WAYS = {
 }
 
 
-def keep(content: bytes | BinaryIO, *, field: str, way: str = "upload") -> File:
+def keep(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, *, field: str, way: str = "upload") -> File:
     """Check a picture, encode it again and store it; the row of the file, which is the one that is there if the tenant brought it before.
 
     content: a file is read only when its turn has come.  field: how the caller's interface names it.  way: how it came, for the metrics.
     Raises InvalidPicture, which points at the field, StorageQuotaExceeded and PartUnavailable.
     """
-    return _kept(_normalised(content, field), way)
+    return _kept(runtime, caller, _normalised(runtime, caller, content, field), way)
 
 
-def _kept(picture: Picture, way: str) -> File:
-    digest, tenant_id = content_sha256(picture.content), caller().tenant_id
-    with transaction(runtime().database) as session:
-        file = files.find_content(session, digest, tenant_id=tenant_id)
+def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
+    digest = content_sha256(picture.content)
+    with transaction(runtime.database) as session:
+        file = files.find_content(session, digest, tenant_id=caller.tenant_id)
         if file is None:
-            quotas.check_room(session, len(picture.content))
-    if file is None or not _is_stored(file):
-        file = _store(picture, digest)
+            quotas.check_room(session, caller, len(picture.content))
+    if file is None or not _is_stored(runtime, file):
+        file = _store(runtime, caller, picture, digest)
     telemetry.PICTURES_KEPT.labels(way).inc()
     log.info("picture_kept", file_id=str(file.id), way=way, width_px=file.width_px, height_px=file.height_px)
     return file
@@ -71,7 +72,8 @@ def is_new(value: str | None) -> bool:
 class Intake:
     """Pictures on their way into one request: what is said twice is brought once, and only so much of it is new."""
 
-    def __init__(self) -> None:
+    def __init__(self, runtime: Runtime, caller: Caller) -> None:
+        self._runtime, self._caller = runtime, caller
         self._files: dict[str, File] = {}
         self._refused: dict[tuple[str, str], Problem] = {}
         self._closed: Problem | None = None  # why no new picture is taken any more
@@ -82,8 +84,8 @@ class Intake:
         """Find all that are ids of files at once, so that a thousand jobs do not ask for each."""
         ids = {value: file_id for value in values if (file_id := _id(value)) is not None}
         if ids:
-            with transaction(runtime().database) as session:
-                found = files.find_all(session, list(set(ids.values())), tenant_id=caller().tenant_id)
+            with transaction(self._runtime.database) as session:
+                found = files.find_all(session, list(set(ids.values())), tenant_id=self._caller.tenant_id)
             self._files |= {value: found[file_id] for value, file_id in ids.items() if file_id in found}
 
     def files(self, fields: Mapping[str, str | None]) -> dict[str, File]:
@@ -93,13 +95,13 @@ class Intake:
         """
         found = {field: self._file(field, value) for field, value in fields.items() if value is not None}
         if "mask" in found and "init_image" in found:
-            check_shapes(found["init_image"], found["mask"])
+            check_shapes(self._caller, found["init_image"], found["mask"])
         return found
 
     def keep(self, content: bytes | BinaryIO, *, field: str, way: str) -> File:
         """`keep`, remembering what the picture holds for as long as the request lasts."""
-        picture = _normalised(content, field)
-        file = _kept(picture, way)
+        picture = _normalised(self._runtime, self._caller, content, field)
+        file = _kept(self._runtime, self._caller, picture, way)
         if sum(map(len, self._contents.values())) + len(picture.content) <= _KEPT_BYTES:
             self._contents[file.id] = picture.content
         return file
@@ -108,7 +110,7 @@ class Intake:
         """Raises InvalidImageRequest for a mask that selects nothing of an image of this size: all that work would change nothing."""
         if self._judge("selects", mask, width_px, height_px) is False:
             detail = "selects nothing: it is neither transparent nor white anywhere that can be seen at this size"
-            raise _refused(field, detail, {"repainted": "where it is transparent, or white if it is transparent nowhere"})
+            raise _refused(self._caller, field, detail, {"repainted": "where it is transparent, or white if it is transparent nowhere"})
 
     def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
         """Is a part of the picture transparent, as far as can be told right now?"""
@@ -116,7 +118,7 @@ class Intake:
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
         """None where that cannot be told soon, as while the store is away: the job is accepted, as it would be without this question."""
-        parts, key = runtime(), (what, file.content_sha256, width_px, height_px)
+        parts, key = self._runtime, (what, file.content_sha256, width_px, height_px)
         if (known := parts.judged.get(key)) is not None:
             return known
         content = self._contents.get(file.id)
@@ -125,7 +127,7 @@ class Intake:
         self._to_fetch -= content is None
         try:
             content = content or parts.store.get(file.object_key, soon=True)
-            found = bool(getattr(parts.decoders, what)(content, width_px, height_px, tenant=caller().tenant_id))
+            found = bool(getattr(parts.decoders, what)(content, width_px, height_px, tenant=self._caller.tenant_id))
         except (StoreUnavailable, ObjectGone, NotAPicture) as error:
             log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
             self._to_fetch = 0  # a store that is away is not asked a thousand times for one request
@@ -154,45 +156,47 @@ class Intake:
 
     def _bring(self, field: str, value: str) -> File:
         if not is_new(value):
-            return _named(field, value)
+            return _named(self._runtime, self._caller, field, value)
         if self._closed is not None:
             raise self._closed
         self._new += 1
         if self._new > MAX_NEW_PICTURES:
             most = {"max_new_pictures": MAX_NEW_PICTURES}
-            raise _refused(field, f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first", most)
+            raise _refused(
+                self._caller, field, f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first", most
+            )
         if dataurls.is_one(value):
-            return self.keep(_decoded(field, value), field=field, way="data_url")
+            return self.keep(_decoded(self._caller, field, value), field=field, way="data_url")
         return self.keep(self._fetched(field, value), field=field, way="url")
 
     def _fetched(self, field: str, url: str) -> bytes:
         """What lies behind a URL, for a tenant that may have pictures fetched."""
-        parts = runtime()
-        if not _may_fetch():
-            raise _refused(field, "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files")
+        parts = self._runtime
+        if not self._caller.limits.url_inputs:
+            raise _refused(self._caller, field, "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files")
         if (why := parts.outbound.refusal(url)) is not None:
-            raise _refused(field, why)
+            raise _refused(self._caller, field, why)
         within_s = parts.settings.fetch_within_s
         left_s = min(within_s, _FETCHES_WITHIN * within_s - self._fetched_s)
         if left_s <= 0:
-            raise _refused(field, "was not fetched: the pictures before it took too long")
+            raise _refused(self._caller, field, "was not fetched: the pictures before it took too long")
         began = time.monotonic()
         try:
             return parts.outbound.fetch(url, max_bytes=parts.settings.max_upload_bytes, timeout_s=left_s)
         except Unreachable as error:
-            raise _refused(field, f"could not be fetched: {error.reason}") from None
+            raise _refused(self._caller, field, f"could not be fetched: {error.reason}") from None
         finally:
             self._fetched_s += time.monotonic() - began
 
 
-def _named(field: str, value: str) -> File:
+def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
     """The file whose id it is."""
     if (file_id := _id(value)) is None:
-        raise _refused(field, "is neither the id of a file nor a data URL" + (" nor a URL" if _may_fetch() else ""))
-    with transaction(runtime().database) as session:
-        file = files.find(session, file_id, tenant_id=caller().tenant_id)
+        raise _refused(caller, field, "is neither the id of a file nor a data URL" + (" nor a URL" if caller.limits.url_inputs else ""))
+    with transaction(runtime.database) as session:
+        file = files.find(session, file_id, tenant_id=caller.tenant_id)
     if file is None:
-        raise _refused(field, f"names no file of yours: {file_id}")
+        raise _refused(caller, field, f"names no file of yours: {file_id}")
     return file
 
 
@@ -207,10 +211,10 @@ def _is_url(value: str) -> bool:
     return value[:8].lower().startswith(("https://", "http://"))
 
 
-def _normalised(content: bytes | BinaryIO, field: str) -> Picture:
+def _normalised(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, field: str) -> Picture:
     try:
         with telemetry.PICTURE_SECONDS.time():
-            return runtime().decoders.normalise(content, tenant=caller().tenant_id)
+            return runtime.decoders.normalise(content, tenant=caller.tenant_id)
     except NotAPicture as error:
         telemetry.PICTURES_REFUSED.inc()
         if isinstance(error, DecoderDied):
@@ -226,20 +230,19 @@ def _too_busy() -> PartUnavailable:
     return PartUnavailable("Many pictures are being read right now.", retry_after_s=2, part="pictures")
 
 
-def _is_stored(file: File) -> bool:
+def _is_stored(runtime: Runtime, file: File) -> bool:
     """Ask whether the store still has it: what it has lost is there again with whoever brings it again. If it cannot say: yes."""
     try:
-        return runtime().store.holds(file.object_key)
+        return runtime.store.holds(file.object_key)
     except StoreUnavailable:
         return True
 
 
-def _store(picture: Picture, digest: str) -> File:
-    parts, asking = runtime(), caller()
-    key = picture_key(asking.tenant_id, digest)
-    run_transaction(parts.database, lambda session: uploads.begin(session, key))
+def _store(runtime: Runtime, caller: Caller, picture: Picture, digest: str) -> File:
+    key = picture_key(caller.tenant_id, digest)
+    run_transaction(runtime.database, lambda session: uploads.begin(session, key))
     try:
-        parts.store.put(key, picture.content, content_type="image/png")
+        runtime.store.put(key, picture.content, content_type="image/png")
     except StoreUnavailable as error:
         log.warning("picture_not_stored", reason=str(error))
         raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
@@ -247,40 +250,36 @@ def _store(picture: Picture, digest: str) -> File:
     def keep_row(session: Session) -> File:
         file = files.keep(
             session,
-            tenant_id=asking.tenant_id,
+            tenant_id=caller.tenant_id,
             object_key=key,
             mode=picture.mode,
             size_bytes=len(picture.content),
             width_px=picture.width_px,
             height_px=picture.height_px,
             content_sha256=digest,
-            actor=asking.actor,
+            actor=caller.actor,
         )
-        quotas.check_room(session)
+        quotas.check_room(session, caller)
         return file
 
-    return run_transaction(parts.database, keep_row)
+    return run_transaction(runtime.database, keep_row)
 
 
-def _decoded(field: str, value: str) -> bytes:
+def _decoded(caller: Caller, field: str, value: str) -> bytes:
     try:
         return dataurls.decoded(value)
     except dataurls.Unreadable as error:
-        raise _refused(field, f"is a data URL {error}") from None
+        raise _refused(caller, field, f"is a data URL {error}") from None
 
 
-def _may_fetch() -> bool:
-    return caller().limits.url_inputs
-
-
-def check_shapes(picture: File, mask: File) -> None:
+def check_shapes(caller: Caller, picture: File, mask: File) -> None:
     """A mask is scaled and cut as its picture is: of another shape, it would cover something else."""
     difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
     if difference > picture.width_px + picture.height_px:  # what rounding makes of a picture that was scaled
         shapes = f"{mask.width_px}x{mask.height_px} pixels, and init_image {picture.width_px}x{picture.height_px}"
-        raise _refused("mask", f"has another shape than init_image: it is {shapes}", {"ratio_of": "init_image"})
+        raise _refused(caller, "mask", f"has another shape than init_image: it is {shapes}", {"ratio_of": "init_image"})
 
 
-def _refused(field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
-    ways = [text for way, text in _WAYS.items() if way != "url" or _may_fetch()]
+def _refused(caller: Caller, field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
+    ways = [text for way, text in _WAYS.items() if way != "url" or caller.limits.url_inputs]
     return InvalidImageRequest.at(field, detail, accepted=ways if accepted is None else accepted)

@@ -8,21 +8,21 @@ from decimal import Decimal
 
 from sqlalchemy.orm import Session
 
-from app.http.body import invalid_wish
-from app.http.context import caller, runtime
-from app.problems import BudgetSpent, Forbidden, QuotaExceeded, StorageQuotaExceeded, TooManyJobs
+from app.caller import Caller
+from app.problems import BudgetSpent, Forbidden, QuotaExceeded, StorageQuotaExceeded, TooManyJobs, invalid_wish
+from app.runtime import Runtime
 from edges import telemetry
 from edges.limits import Taken
 from models import files, usage
 from models.database import transaction
 from policy.catalog import InvalidWish
-from policy.limits import UsageTotals, exceeded_stock
+from policy.limits import Limits, UsageTotals, exceeded_stock
 from policy.params import Resolved
 
 
-def check_allowed(resolved: Resolved) -> None:
-    """Raises Forbidden for a tier or model that the caller's tenant may not use."""
-    limits = caller().limits
+def check_allowed(caller: Caller, resolved: Resolved) -> None:
+    """Raise Forbidden for a tier or model that the caller's tenant may not use."""
+    limits = caller.limits
     if not limits.allows(tier=resolved.tier, model=resolved.model):
         tiers, models = limits.allowed_tiers, limits.allowed_models
         accepted = {"tiers": list(tiers) if tiers is not None else None, "models": list(models) if models is not None else None}
@@ -31,84 +31,85 @@ def check_allowed(resolved: Resolved) -> None:
 
 
 @contextmanager
-def charged(amount: Decimal) -> Iterator[None]:
+def charged(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
     """Take `amount` megapixel-steps out of the caller's budget; what is raised within gives them back.
 
     Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
     """
-    asking, limits = caller(), caller().limits
+    limits = caller.limits
     per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
     if per_minute is None or burst is None:
         yield
         return
     _check_burst(amount, burst)
     budget = {"per_minute": per_minute, "burst": burst, "amount": float(amount)}
-    taken: Taken = runtime().budgets.take(asking.tenant_id, **budget)
-    asking.used.budget = taken
+    taken: Taken = runtime.budgets.take(caller.tenant_id, **budget)
+    caller.used.budget = taken
     if not taken.passes:
         raise _budget_spent(amount, taken, per_minute)
     try:
         yield
     except BaseException:
-        runtime().budgets.give_back(asking.tenant_id, **budget)
+        runtime.budgets.give_back(caller.tenant_id, **budget)
         raise
 
 
-def foresee(amount: Decimal, *, jobs: int = 1) -> None:
+def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1) -> None:
     """Raise what so many jobs of so many megapixel-steps together would be refused for now. Nothing is taken and nothing locked.
 
     For work that is done before they are written, and would be done for nothing; what decides is `charged` and `check_stocks`.
     """
-    asking, limits = caller(), caller().limits
+    limits = caller.limits
     per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
     if per_minute is not None and burst is not None:
         _check_burst(amount, burst)
-        held = runtime().budgets.take(asking.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
+        held = runtime.budgets.take(caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
         if held.left < float(amount):
             raise _budget_spent(amount, replace(held, wait_s=(float(amount) - held.left) / per_minute * 60), per_minute)
     if limits.has_stocks:
-        with transaction(runtime().database) as session:
-            totals = usage.usage_totals(session, tenant_id=asking.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+        with transaction(runtime.database) as session:
+            totals = usage.usage_totals(session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
         _check_totals(
+            limits,
             replace(
                 totals,
                 used_today=totals.used_today + amount,
                 used_this_month=totals.used_this_month + amount,
                 active_jobs=totals.active_jobs + jobs,
-            )
+            ),
         )
 
 
-def check_room(session: Session, size_bytes: int = 0) -> None:
-    """May the caller's tenant store so many bytes more than it has? Raises StorageQuotaExceeded.
+def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
+    """Check that the caller's tenant may store so many bytes more than it has. Raises StorageQuotaExceeded.
 
     Exact for who has just written a file in this session, and asks for none beside it.
     """
-    most = caller().limits.max_stored_bytes
+    most = caller.limits.max_stored_bytes
     if most is None:
         return
-    _, now = files.stored(session, tenant_id=caller().tenant_id)
+    _, now = files.stored(session, tenant_id=caller.tenant_id)
     if now + size_bytes > most:
         telemetry.SHED.labels("storage_quota_exceeded").inc()
         detail = f"With this picture {now + size_bytes} of {most} bytes would be stored; delete pictures that are not needed."
         raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
 
 
-def lock(session: Session) -> None:
+def lock(session: Session, caller: Caller) -> None:
     """Let no other job of a tenant with stocks be written until commit.
 
     To be called first in the transaction: who waits here must not keep a tier's releases, or the row of a key, from others.
     """
-    if caller().limits.has_stocks:
-        usage.lock(session, tenant_id=caller().tenant_id)
+    if caller.limits.has_stocks:
+        usage.lock(session, tenant_id=caller.tenant_id)
 
 
-def check_stocks(session: Session) -> None:
-    """Is what was just written, and all before it, within the caller's stocks? Raises QuotaExceeded, TooManyJobs."""
-    limits = caller().limits
+def check_stocks(session: Session, caller: Caller) -> None:
+    """Check that what was just written, and all before it, is within the caller's stocks. Raises QuotaExceeded, TooManyJobs."""
+    limits = caller.limits
     if not limits.has_stocks:
         return
-    _check_totals(usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=limits.max_concurrent_jobs))
+    _check_totals(limits, usage.usage_totals(session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs))
 
 
 def _check_burst(amount: Decimal, burst: float) -> None:
@@ -123,8 +124,8 @@ def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpen
     return BudgetSpent(detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps")
 
 
-def _check_totals(totals: UsageTotals) -> None:
-    exceeded = exceeded_stock(caller().limits, totals)
+def _check_totals(limits: Limits, totals: UsageTotals) -> None:
+    exceeded = exceeded_stock(limits, totals)
     if exceeded is None:
         return
     if exceeded.stock == "jobs":

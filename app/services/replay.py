@@ -1,24 +1,38 @@
-"""A job's parameters, read from its row and asked for again: nothing is resolved anew, so the same image comes of them."""
+"""Ask for a job's parameters again: nothing is resolved anew, so the same image comes of them."""
 
-from app.http.context import runtime
+import uuid
+
+from app.caller import Caller
 from app.problems import ReplayImpossible
+from app.runtime import Runtime
+from app.services import jobs
+from app.services.submit import Accepted, Prepared, submit
 from models import files
 from models.database import transaction
+from models.idempotency import Once
 from models.tables import Job
-from policy.params import Resolved, params_of, pictures_of
+from policy.fleet import Fleet
+from policy.params import params_of, pictures_of
 
 
-def resolved_again(job: Job) -> Resolved:
-    """What the job was accepted with. Raises ReplayImpossible if that, or what it needs, is gone."""
+def replay(runtime: Runtime, caller: Caller, job_id: uuid.UUID, *, once: Once | None = None) -> Accepted:
+    """Accept a job with every parameter of the caller's job, the version of its model included.
+
+    Raises JobNotFound, ReplayImpossible and what `submit` raises.
+    """
+    return submit(runtime, caller, lambda: _prepared(runtime, caller, job_id), once=once)
+
+
+def _prepared(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Prepared:
+    job = jobs.find(runtime, caller, job_id)
     if job.erased_at is not None:
         raise ReplayImpossible("The job was erased: its parameters are gone.")
-    _check_fleet(job)
-    _check_files(job)
-    return params_of(job)
+    _check_fleet(runtime.fleet, job)
+    _check_files(runtime, job)
+    return Prepared(params_of(job), replay_of=job_id)
 
 
-def _check_fleet(job: Job) -> None:
-    fleet = runtime().fleet
+def _check_fleet(fleet: Fleet, job: Job) -> None:
     model = fleet.models.get(job.model)
     if model is None or all(version.id != job.model_version for version in model.versions):
         raise ReplayImpossible(f"Version {job.model_version} of model {job.model} is not offered any more.", gone="model_version")
@@ -31,8 +45,8 @@ def _check_fleet(job: Job) -> None:
             raise ReplayImpossible(f"Adapter {adapter['name']} is not offered any more.", gone="adapter")
 
 
-def _check_files(job: Job) -> None:
-    with transaction(runtime().database) as session:
+def _check_files(runtime: Runtime, job: Job) -> None:
+    with transaction(runtime.database) as session:
         for name, file_id in pictures_of(job).items():
             if files.find(session, file_id, tenant_id=job.tenant_id) is None:
                 raise ReplayImpossible(f"The picture that {name} names was deleted.", gone=name)

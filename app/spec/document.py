@@ -14,10 +14,9 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaMode
 
 from app.http.admin import TenantChange
-from app.http.body import JobBody
 from app.schemas.account import Limits, Tenant
 from app.schemas.base import adapter_of
-from app.schemas.bodies import JobFields
+from app.schemas.bodies import JobBody, JobFields
 from app.schemas.problems import Problem
 from app.spec.job_fields import job_fields
 from app.spec.operation import JSON, STREAM, Operation, Parameter, Schema

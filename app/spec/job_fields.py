@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.http.body import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KEYS
+from app.schemas.bodies import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KEYS
 from policy.catalog import MAX_ADAPTERS, MAX_SEED, RANDOM_SEED
 from policy.fleet import Fleet
 from policy.formats import FORMATS

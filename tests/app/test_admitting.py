@@ -46,7 +46,7 @@ def test_what_another_tenant_dumps_behind_a_job_does_not_keep_it_waiting(a_house
 
 
 def test_jobs_whose_pictures_do_not_come_are_before_no_job_that_needs_none(a_house, stack_database, monkeypatch):
-    monkeypatch.setattr(app.forecast, "PICTURES_LATE_S", 0.6)
+    monkeypatch.setattr(app.live.forecast, "PICTURES_LATE_S", 0.6)
     house = a_house().with_workers()
     tenant = house.tenant()
     job = of_this_moment(tenant.post).json

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from app.http.body import JobBody
+from app.schemas.bodies import JobBody
 from policy.catalog import MAX_SEED
 from policy.fleet import parse_fleet
 from settings import REPO

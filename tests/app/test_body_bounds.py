@@ -5,8 +5,9 @@ import uuid
 
 import pytest
 
-from app.http.body import MAX_ENTRIES, MAX_ERRORS, MAX_MEMBERS, MAX_VALUES, JobBody, check_bounds
+from app.http.body import MAX_ENTRIES, MAX_ERRORS, MAX_MEMBERS, MAX_VALUES, check_bounds
 from app.problems import InvalidImageRequest, MalformedBody
+from app.schemas.bodies import JobBody
 from policy.text import is_human
 from tests.app.problem import assert_problem
 from tests.pictures import a_picture, png

@@ -1,8 +1,7 @@
 """Operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate."""
 
-from app.http.body import JobBody
 from app.http.listing import METADATA
-from app.schemas.bodies import BatchBody
+from app.schemas.bodies import BatchBody, JobBody
 from app.schemas.events import STREAM as EVENTS
 from app.schemas.jobs import Batch, Estimate, Job, JobPage, JobStatus
 from app.spec.operation import (

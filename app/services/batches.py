@@ -1,0 +1,197 @@
+"""Accept many jobs in one transaction, each of them checked by itself."""
+
+import json
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Decimal
+from typing import Any
+
+import structlog
+from sqlalchemy.orm import Session
+
+from app.caller import Caller
+from app.live.forecast import Booked
+from app.problems import Problem
+from app.runtime import Runtime
+from app.services import inputs, jobs, quotas, submit
+from app.services.inputs import Intake
+from app.services.submit import JobRequest, Prepared
+from edges import telemetry
+from models import idempotency
+from models.accepting import NewJob, in_order
+from models.database import run_transaction
+from models.files import FileGone
+from models.idempotency import Answer, Once
+from models.tables import Job
+from policy.params import Resolved
+from policy.states import JobState
+
+log = structlog.get_logger(__name__)
+
+MAX_PROBLEM_CHARS = 262_144  # of what a batch says of the items that it refuses; of those beyond it says less
+MAX_SHORT_DETAIL_CHARS = 160
+Outcome = NewJob | Problem
+Item = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchJob:
+    """Enough of an item's job to know it again."""
+
+    id: uuid.UUID
+    state: str
+    params: Job | Resolved
+
+
+@dataclass(frozen=True)
+class BatchAnswer:
+    """What a batch came to.
+
+    items: of each, in order, its `job_id` or its `problem`.  jobs: those that were accepted, by id.
+    is_new: False where the same request came before, under the same key.
+    """
+
+    items: Sequence[Item]
+    jobs: Mapping[uuid.UUID, BatchJob]
+    is_new: bool = True
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """An item that may be let in but for its pictures, which nobody has looked at."""
+
+    job: NewJob
+    pictures: Mapping[str, str | None]
+
+    def complete(self, intake: Intake) -> Outcome:
+        """Return the job to be written, with its pictures; or why they cannot be used."""
+        try:
+            resolved = submit.with_pictures(self.job.params, self.pictures, intake)
+        except Problem as problem:
+            return problem
+        return replace(self.job, params=resolved)
+
+
+@dataclass
+class _Admission:
+    """Judges the items of one batch, one after the other; what it let in counts when the next one is judged."""
+
+    runtime: Runtime
+    caller: Caller
+    booked: dict[tuple[str, str], Booked] = field(default_factory=dict)
+
+    def admit(self, asked: JobRequest | Problem) -> _Draft | Problem:
+        """Return what may be let in if its pictures can be used, or why it may not be."""
+        if isinstance(asked, Problem):
+            return asked
+        try:
+            resolved = submit.resolve(self.runtime, self.caller, asked.wish)
+            prepared = Prepared(resolved, asked.metadata, asked.start_within_s)
+            new, _ = submit.draft(self.runtime, self.caller, prepared, booked=self.booked)
+        except Problem as problem:
+            return problem
+        self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
+        return _Draft(new, asked.pictures)
+
+
+def submit_batch(
+    runtime: Runtime,
+    caller: Caller,
+    items: Iterator[JobRequest | Problem],
+    *,
+    once: Once | None = None,
+) -> BatchAnswer:
+    """Accept every job of the batch that can be.
+
+    items: read only if the same request did not come before; one that could not be read is its problem.
+    All of what is let in is written, or nothing: raises BudgetSpent, QuotaExceeded or TooManyJobs if the whole does
+    not fit into the tenant's limits; IdempotencyKeyReused, InvalidImageRequest.
+    """
+    if once is not None and (earlier := submit.answer_to(runtime, caller, once)) is not None:
+        return _earlier(runtime, caller, earlier)
+    admission = _Admission(runtime, caller)
+    outcomes = _complete(runtime, caller, [admission.admit(asked) for asked in items])
+    try:
+        return _accept(runtime, caller, outcomes, once)
+    except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
+        return _earlier(runtime, caller, error.answer)
+    except idempotency.KeyReused:
+        raise submit.reused() from None
+    except FileGone as error:
+        raise submit.picture_gone(error) from None
+
+
+def _complete(runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Problem]) -> list[Outcome]:
+    """Look at the pictures of those that could be let in. Raises as `quotas.foresee` does, before a new one is looked at."""
+    admitted = [draft for draft in drafts if isinstance(draft, _Draft)]
+    said = {value for draft in admitted for value in draft.pictures.values() if value is not None}
+    if any(map(inputs.is_new, said)) or any(draft.pictures.get("mask") for draft in admitted):
+        whole = sum((draft.job.megapixel_steps for draft in admitted), Decimal(0))
+        quotas.foresee(runtime, caller, whole, jobs=len(admitted))
+    intake = Intake(runtime, caller)
+    intake.look_up(said)
+    return [draft.complete(intake) if isinstance(draft, _Draft) else draft for draft in drafts]
+
+
+def _accept(runtime: Runtime, caller: Caller, outcomes: Sequence[Outcome], once: Once | None) -> BatchAnswer:
+    """Write what was let in, if anything was, and announce what there is room for."""
+    new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
+    outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
+    accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
+    items = list(_noted(outcomes))
+    if accepted:
+        _write(runtime, caller, accepted, once, {"items": json.dumps(items)})  # as text: JSONB has no place for every text that JSON has
+    for job in accepted:
+        telemetry.JOBS_ACCEPTED.labels(job.params.tier, job.params.model).inc()
+    log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
+    for pool, tier in sorted({job.flow for job in accepted}):
+        submit.release_waiting_jobs(runtime, caller, pool, tier)
+    # Not read back: they are accepted, whatever becomes of the database.
+    return BatchAnswer(items, {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted})
+
+
+def _write(runtime: Runtime, caller: Caller, accepted: Sequence[NewJob], once: Once | None, noted: Mapping[str, str]) -> None:
+    tenant_id = caller.tenant_id
+
+    def write(session: Session) -> None:
+        quotas.lock(session, caller)
+        if once is not None:
+            idempotency.claim(session, once, tenant_id=tenant_id)
+        submit.write(session, runtime, caller, accepted)
+        if once is not None:
+            idempotency.fulfil(session, once, tenant_id=tenant_id, answer=noted)
+
+    whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
+    with quotas.charged(runtime, caller, whole):
+        run_transaction(runtime.database, write)
+
+
+def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
+    """Return what the same batch came to before, its jobs as they are now."""
+    items = json.loads((answer.items or {}).get("items", "[]"))
+    job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
+    found = jobs.some(runtime, caller, job_ids) if job_ids else {}
+    return BatchAnswer(items, {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}, is_new=False)
+
+
+def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    """Yield what is answered of each, and kept for those who ask again; of many problems the first ones in full."""
+    left = MAX_PROBLEM_CHARS
+    for outcome in outcomes:
+        if isinstance(outcome, NewJob):
+            yield {"job_id": str(outcome.id)}
+            continue
+        wait = {"retry_after_s": outcome.retry_after_s} if outcome.retry_after_s is not None else {}
+        problem = outcome.summary() | wait
+        left -= len(json.dumps(problem))
+        yield {"problem": problem if left >= 0 else _shortened(problem) | wait}
+
+
+def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
+    """Keep what it is, and the first field that it is about."""
+    short = {name: problem[name] for name in ("type", "title", "status")} | {"detail": problem["detail"][:MAX_SHORT_DETAIL_CHARS]}
+    if errors := problem.get("errors"):
+        first = {"pointer": errors[0]["pointer"], "detail": errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS]}
+        short |= {"errors": [first], "errors_left_out": len(errors) - 1 + problem.get("errors_left_out", 0)}
+    return short

@@ -1,0 +1,62 @@
+"""Tell what a job would be, cost and wait for. Nothing is written, not even a picture."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from decimal import Decimal
+from typing import Any
+
+from app.caller import Caller
+from app.live.forecast import QueuePlace
+from app.runtime import Runtime
+from app.services import inputs, submit
+from app.services.inputs import Intake
+from app.services.submit import JobRequest
+from policy import warnings
+from policy.admission import Refusal
+from policy.cost import megapixel_steps, price
+from policy.params import Resolved
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a request would come to.
+
+    start_within_s: its start deadline.  device_s: device seconds.  cost: in `currency`.
+    place: where it would stand.  refusal: why it would not be accepted now.
+    """
+
+    params: Resolved
+    start_within_s: float
+    warnings: Sequence[Mapping[str, Any]]
+    megapixel_steps: Decimal
+    device_s: float
+    cost: Decimal
+    currency: str
+    place: QueuePlace
+    refusal: Refusal | None
+
+
+def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
+    """Estimate the job that `submit` would make of this request. Raises InvalidImageRequest, Forbidden."""
+    fleet = runtime.fleet
+    wish = replace(asked.wish, **_known(runtime, caller, asked.pictures))
+    resolved = submit.resolve(runtime, caller, wish)
+    deadline_s = submit.start_deadline_s(asked.start_within_s, fleet.tiers[resolved.tier].start_within_s)
+    expected = runtime.forecaster.expect(resolved, caller.tenant_id)
+    return Estimate(
+        params=resolved,
+        start_within_s=deadline_s,
+        warnings=warnings.expected(fleet.models[resolved.model], resolved),
+        megapixel_steps=megapixel_steps(fleet, resolved),
+        device_s=expected.predicted_s,
+        cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s),
+        currency=fleet.currency,
+        place=expected.place,
+        refusal=expected.refusal,
+    )
+
+
+def _known(runtime: Runtime, caller: Caller, fields: Mapping[str, str | None]) -> dict[str, Any]:
+    """Look up the pictures that are files already; of the others it only counts that there is one."""
+    there = {field: value for field, value in fields.items() if value is not None and not inputs.is_new(value)}
+    return {field: file.id for field, file in Intake(runtime, caller).files(there).items()}
