@@ -36,8 +36,10 @@ class FileGone(Exception):
 
 def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID) -> None:
     """Keep the tenant's files from being erased until commit, for a job that is to start from them. Raises FileGone."""
+    if not file_ids:
+        return  # most jobs name none, and making the statement costs a tenth of all Python that accepts one
     live = select(File.id).where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None)).order_by(File.id)
-    held = set(session.scalars(live.with_for_update(read=True, key_share=True))) if file_ids else set()
+    held = set(session.scalars(live.with_for_update(read=True, key_share=True)))
     for file_id in sorted(set(file_ids) - held):
         raise FileGone(file_id)
 
