@@ -6,7 +6,6 @@ the message says what is missing where.
 
 import json
 import re
-import uuid
 from dataclasses import fields, replace
 from decimal import Decimal
 from types import NoneType, UnionType
@@ -20,12 +19,13 @@ from sqlalchemy.orm import Session
 from app import documents
 from app.http.account import limits_view
 from app.http.admin import KeyBody, TenantChange
-from app.http.body import wish_of
+from app.http.body import job_request
 from app.openai import body as openai_body
 from app.schemas import account as account_schemas
 from app.schemas import jobs as job_schemas
 from app.schemas import openai as openai_schemas
 from app.schemas.bodies import JobBody
+from app.services.inputs import UNSEEN
 from app.spec.job_fields import job_fields
 from cli.keys import issue as issue_key
 from cli.tenants import tenants as tenants_commands
@@ -336,18 +336,18 @@ def test_a_body_becomes_the_wish_that_it_says():
         "strength": 0.5,
         "clip_skip": 1,
     }
-    pictures = {role: uuid.UUID(int=n) for n, role in enumerate(PICTURES)}
     body = JobBody(
         **{name: value for name, value in said.items() if name not in ("adapters", *PICTURES)},
         **dict.fromkeys(PICTURES, "data:,"),
         adapters=[{"name": "sepia", "strength": -0.5}, {"name": "ink"}],
     )
 
-    wish = wish_of(body, pictures)
+    asked = job_request(body)
 
-    adapters = (AdapterWish("sepia", -0.5), AdapterWish("ink", 1.0))
-    assert vars(wish) == {**said, **pictures, "adapters": adapters}
-    assert body.pictures == dict.fromkeys(PICTURES, "data:,")
+    said |= {"adapters": (AdapterWish("sepia", -0.5), AdapterWish("ink", 1.0))}
+    assert vars(asked.wish) == {**said, **dict.fromkeys(PICTURES)}
+    assert vars(asked.unseen()) == {**said, **dict.fromkeys(PICTURES, UNSEEN)}
+    assert asked.pictures == dict.fromkeys(PICTURES, "data:,")
 
 
 def test_numbers_have_units_or_are_bare():

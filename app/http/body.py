@@ -4,7 +4,6 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
-from uuid import UUID
 
 from flask import Request
 from pydantic import BaseModel, ValidationError
@@ -26,7 +25,6 @@ from app.schemas.bodies import (
     AdapterBody,
     JobBody,
 )
-from app.services.inputs import unseen
 from app.services.submit import JobRequest
 from policy.catalog import InvalidWish
 from policy.params import ASKED, PICTURES, AdapterWish, Wish
@@ -70,21 +68,21 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
             raise InvalidImageRequest("The defaults have fields that cannot be used.", **_told(within)) from None
 
 
-def wish_of(body: JobBody, pictures: Mapping[str, UUID]) -> Wish:
-    """Make the wish of a body; `pictures`: the files that its fields stand for."""
-    said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
-    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in body.adapters)
-    return Wish(**said | dict(pictures))
-
-
 def job_request(body: JobBody) -> JobRequest:
-    """Make what `submit` takes of a body; nobody has looked at its pictures."""
+    """Make what `services.submit` takes of a body."""
     return JobRequest(
-        wish=wish_of(body, unseen(body.pictures)),
+        wish=wish_of(body),
         pictures=body.pictures,
         metadata=body.metadata,
         start_within_s=body.start_deadline_s,
     )
+
+
+def wish_of(body: JobBody) -> Wish:
+    """Make the wish of a body, but for its pictures."""
+    said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
+    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in body.adapters)
+    return Wish(**said)
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:

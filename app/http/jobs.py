@@ -21,9 +21,9 @@ from app.http.views import job_view, status_view
 from app.live.forecast import QueuePlace
 from app.schemas import jobs as schemas
 from app.schemas.base import to_json
-from app.services import cancel, jobs, submit, wait
+from app.services import cancel, jobs, wait
 from app.services.replay import replay
-from app.services.submit import Accepted
+from app.services.submit import Accepted, submit
 from edges.progress import Step
 from models.tables import Job
 from policy.states import JobState
@@ -120,8 +120,7 @@ def _accepted() -> Accepted:
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
     once = read_once(request, body.model_dump(exclude_defaults=True))
-    asked = job_request(body)
-    return submit.submit(runtime(), caller(), lambda: submit.prepare(runtime(), caller(), asked), once=once)
+    return submit(runtime(), caller(), job_request(body), once=once)
 
 
 def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:

@@ -228,12 +228,12 @@ def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
     """Accept the job of this call: for a first try a new one; a further try may come to that of the try before."""
     once = read_once(request, asks_for)
     if once is not None:
-        return submit.submit(runtime(), caller(), lambda: _prepared(asked, sent), once=once)
+        return submit.accept_once(runtime(), caller(), lambda: _prepared(asked, sent), once=once)
 
     def may_answer(earlier: JobDocument) -> bool:
         return may_still_answer(earlier, streams=asked.streams)
 
-    return submit.submit(runtime(), caller(), lambda: _prepared(asked, sent), once=_by_itself(asks_for), may_answer=may_answer)
+    return submit.accept_once(runtime(), caller(), lambda: _prepared(asked, sent), once=_by_itself(asks_for), may_answer=may_answer)
 
 
 def _prepared(asked: Asked, sent: _Sent | None) -> Prepared:

@@ -86,7 +86,7 @@ class _Admission:
         if isinstance(asked, Problem):
             return asked
         try:
-            resolved = submit.resolve(self.runtime, self.caller, asked.wish)
+            resolved = submit.resolve(self.runtime, self.caller, asked.unseen())
             prepared = Prepared(resolved, asked.metadata, asked.start_within_s)
             new, _ = submit.draft(self.runtime, self.caller, prepared, booked=self.booked)
         except Problem as problem:

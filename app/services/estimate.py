@@ -39,7 +39,7 @@ class Estimate:
 def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
     """Estimate the job that `submit` would make of this request. Raises InvalidImageRequest, Forbidden."""
     fleet = runtime.fleet
-    wish = replace(asked.wish, **_known(runtime, caller, asked.pictures))
+    wish = replace(asked.unseen(), **_known(runtime, caller, asked.pictures))
     resolved = submit.resolve(runtime, caller, wish)
     deadline_s = submit.start_deadline_s(asked.start_within_s, fleet.tiers[resolved.tier].start_within_s)
     expected = runtime.forecaster.expect(resolved, caller.tenant_id)

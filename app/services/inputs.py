@@ -59,11 +59,6 @@ def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
     return file
 
 
-def unseen(fields: Mapping[str, str | None]) -> dict[str, uuid.UUID]:
-    """An id for each field that says something, to ask whether its job could be served before any picture is looked at."""
-    return {field: UNSEEN for field, value in fields.items() if value is not None}
-
-
 def is_new(value: str | None) -> bool:
     """Would there be work to do before there is a file: to decode, perhaps to fetch, to store?"""
     return value is not None and (dataurls.is_one(value) or _is_url(value))

@@ -6,7 +6,7 @@ from app.caller import Caller
 from app.problems import ReplayImpossible
 from app.runtime import Runtime
 from app.services import jobs
-from app.services.submit import Accepted, Prepared, submit
+from app.services.submit import Accepted, Prepared, accept_once
 from models import files
 from models.database import transaction
 from models.idempotency import Once
@@ -18,9 +18,9 @@ from policy.params import params_of, pictures_of
 def replay(runtime: Runtime, caller: Caller, job_id: uuid.UUID, *, once: Once | None = None) -> Accepted:
     """Accept a job with every parameter of the caller's job, the version of its model included.
 
-    Raises JobNotFound, ReplayImpossible and what `submit` raises.
+    Raises JobNotFound, ReplayImpossible and what `accept_once` raises.
     """
-    return submit(runtime, caller, lambda: _prepared(runtime, caller, job_id), once=once)
+    return accept_once(runtime, caller, lambda: _prepared(runtime, caller, job_id), once=once)
 
 
 def _prepared(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Prepared:

@@ -1,12 +1,13 @@
 """From a request for images to an accepted job: look up its key, resolve, admit, write, announce.
 
-Every way in leads through `submit`, but for a batch (app/services/batches.py), which writes many at once.
+Every way in leads through `accept_once`, but for a batch (app/services/batches.py), which writes many at once.
 """
 
 import math
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import structlog
 from sqlalchemy.exc import SQLAlchemyError
@@ -27,7 +28,7 @@ from app.problems import (
 )
 from app.runtime import Runtime
 from app.services import inputs, quotas
-from app.services.inputs import Intake
+from app.services.inputs import UNSEEN, Intake
 from edges import telemetry
 from models import accepting, idempotency, jobs, releasing
 from models.accepting import AcceptedRow, NewJob
@@ -49,7 +50,7 @@ log = structlog.get_logger(__name__)
 class JobRequest:
     """What a caller asks for.
 
-    wish: with a stand-in for each picture that nobody has looked at.  pictures: what its fields say of them.
+    wish: but for its pictures.  pictures: what its fields say of them: ids, data URLs, URLs.
     metadata: the tenant's own.  start_within_s: its start deadline; None is the tier's own.
     """
 
@@ -57,6 +58,11 @@ class JobRequest:
     pictures: Mapping[str, str | None]
     metadata: Mapping[str, str]
     start_within_s: float | None = None
+
+    def unseen(self) -> Wish:
+        """Return the wish with a stand-in for each picture: nobody has looked at them yet."""
+        stand_ins: dict[str, Any] = {field: UNSEEN for field, value in self.pictures.items() if value is not None}
+        return replace(self.wish, **stand_ins)
 
 
 @dataclass(frozen=True)
@@ -84,7 +90,12 @@ class Accepted:
     place: QueuePlace | None = None
 
 
-def submit(
+def submit(runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None) -> Accepted:
+    """Accept the job that is asked for, once. Raises as `prepare` and `accept_once` do."""
+    return accept_once(runtime, caller, lambda: prepare(runtime, caller, asked), once=once)
+
+
+def accept_once(
     runtime: Runtime,
     caller: Caller,
     prepare: Callable[[], Prepared],
@@ -116,7 +127,7 @@ def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
 
     Raises as `resolve`, `foresee` and `with_pictures` do.
     """
-    resolved = resolve(runtime, caller, asked.wish)
+    resolved = resolve(runtime, caller, asked.unseen())
     if asked.pictures.get("mask") is not None or any(map(inputs.is_new, asked.pictures.values())):
         foresee(runtime, caller, resolved, start_within_s=asked.start_within_s)  # a mask is looked at also when it is here
     resolved = with_pictures(resolved, asked.pictures, Intake(runtime, caller))

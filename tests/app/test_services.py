@@ -10,12 +10,12 @@ from sqlalchemy import event
 from app.caller import Caller
 from app.problems import JobNotFound
 from app.runtime import Runtime, open_runtime
-from app.services import jobs, submit
+from app.services import jobs
 from app.services.batches import submit_batch
 from app.services.cancel import cancel, erase
 from app.services.estimate import estimate
 from app.services.replay import replay
-from app.services.submit import JobRequest
+from app.services.submit import JobRequest, Prepared, accept_once, prepare, submit
 from models import api_keys, tenants
 from models.database import transaction
 from models.idempotency import Once
@@ -47,15 +47,11 @@ def caller(stack, stack_database) -> Caller:
         return Caller(tenant.id, row.id, row.kid, f"key:{row.kid}", frozenset({"generate", "read"}), Limits())
 
 
-def accepted(runtime: Runtime, caller: Caller, asked: JobRequest = ASKED, **how) -> submit.Accepted:
-    return submit.submit(runtime, caller, lambda: submit.prepare(runtime, caller, asked), **how)
-
-
 def a_key() -> Once:
     return Once(uuid.uuid4().hex, "0" * 64)
 
 
-def never() -> submit.Prepared:
+def never() -> Prepared:
     raise AssertionError("nothing is prepared for a request that came before")
 
 
@@ -73,7 +69,7 @@ def statements(runtime) -> Iterator[list[str]]:
 
 
 def test_a_job_lives_from_submit_to_erase_without_a_request(runtime, caller):
-    job = accepted(runtime, caller).job
+    job = submit(runtime, caller, ASKED).job
 
     assert jobs.find(runtime, caller, job.id).tenant_metadata == {"page": "7"}
     assert replay(runtime, caller, job.id).job.seed == job.seed
@@ -84,7 +80,7 @@ def test_a_job_lives_from_submit_to_erase_without_a_request(runtime, caller):
 
 def test_a_job_of_another_tenant_is_not_found_by_any_use_case(runtime, caller):
     stranger = replace(caller, tenant_id=uuid.uuid4())
-    job = accepted(runtime, caller).job
+    job = submit(runtime, caller, ASKED).job
 
     for use_case in (jobs.find, jobs.glance, cancel, erase, replay):
         with pytest.raises(JobNotFound):
@@ -92,28 +88,28 @@ def test_a_job_of_another_tenant_is_not_found_by_any_use_case(runtime, caller):
 
 
 def test_a_key_is_looked_up_once_for_a_new_request(runtime, caller, statements):
-    accepted(runtime, caller, once=a_key())
+    submit(runtime, caller, ASKED, once=a_key())
 
     assert sum(statement.startswith("SELECT") and "idempotency_keys" in statement for statement in statements) == 1
 
 
 def test_nothing_is_prepared_for_a_request_that_came_before(runtime, caller):
     once = a_key()
-    first = accepted(runtime, caller, once=once)
+    first = submit(runtime, caller, ASKED, once=once)
 
-    again = submit.submit(runtime, caller, never, once=once)
+    again = accept_once(runtime, caller, never, once=once)
 
     assert (again.job.id, again.is_new) == (first.job.id, False)
 
 
 def test_a_job_that_may_not_answer_any_more_makes_room_for_another_under_its_key(runtime, caller):
     once = a_key()
-    first = accepted(runtime, caller, once=once)
+    first = submit(runtime, caller, ASKED, once=once)
 
-    second = accepted(runtime, caller, once=once, may_answer=lambda earlier: False)
+    second = accept_once(runtime, caller, lambda: prepare(runtime, caller, ASKED), once=once, may_answer=lambda earlier: False)
 
     assert second.is_new
-    assert submit.submit(runtime, caller, never, once=once).job.id == second.job.id != first.job.id
+    assert accept_once(runtime, caller, never, once=once).job.id == second.job.id != first.job.id
 
 
 def test_a_batch_that_came_before_is_not_read_again(runtime, caller):
