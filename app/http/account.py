@@ -13,8 +13,7 @@ from app.http.auth import require_key
 from app.http.context import caller, runtime
 from app.problems import InvalidQuery
 from app.schemas import account as schemas
-from models import files, usage
-from models.database import transaction
+from app.services import usage
 from models.tables import UsageDay
 from policy.limits import Limits
 
@@ -26,7 +25,7 @@ MOST_DAYS = 366
 
 @bp.get("/key")
 def show_key() -> ResponseReturnValue:
-    """The key that asks: its id, its tenant, its scopes, and the tenant's limits."""
+    """Show the key that asks: its id, its tenant, its scopes, and the tenant's limits."""
     asking = caller()
     shown = schemas.OwnKey(
         id=asking.api_key_id,
@@ -40,21 +39,24 @@ def show_key() -> ResponseReturnValue:
 
 @bp.get("/usage")
 def show_usage() -> ResponseReturnValue:
-    """The tenant's ledger by UTC days, `from` and `to` included (this month), with its limits and where it stands."""
+    """Show the tenant's ledger by UTC days, with its limits and where it stands.
+
+    `from` and `to` are included; by default they are those of this month.
+    """
     since, until = read_days(request)
-    with transaction(runtime().database) as session:
-        rows = usage.days(session, tenant_id=caller().tenant_id, since=since, until=until)
-        totals = usage.usage_totals(session, tenant_id=caller().tenant_id, count_jobs_to=100_000)
-        count, size_bytes = files.stored(session, tenant_id=caller().tenant_id)
+    used = usage.own(runtime(), caller(), since=since, until=until)
     shown = schemas.OwnUsage(
-        **usage_view(rows, since, until),
+        **usage_view(used.days, since, until),
         limits=limits_view(caller().limits),
         used_megapixel_steps=schemas.UsedNow(
-            today=float(totals.used_today),
-            this_month=float(totals.used_this_month),
-            active_jobs=totals.active_jobs,
+            today=float(used.totals.used_today),
+            this_month=float(used.totals.used_this_month),
+            active_jobs=used.totals.active_jobs,
         ),
-        stored_files=schemas.StoredFiles(count=count, size_bytes=size_bytes),
+        stored_files=schemas.StoredFiles(
+            count=used.num_stored_files,
+            size_bytes=used.stored_bytes,
+        ),
     )
     return answer(shown)
 

@@ -7,8 +7,6 @@ from typing import Annotated, Any, get_type_hints
 from flask import Blueprint, request, url_for
 from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, Field, StringConstraints, create_model
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
 
 from app.http.account import limits_view, read_days, usage_view
 from app.http.answers import answer, answer_page, whole_list
@@ -16,12 +14,11 @@ from app.http.auth import require_key
 from app.http.body import parse, read_object
 from app.http.context import caller, runtime
 from app.http.pages import read_cursor, read_limit
-from app.problems import InvalidRequest, KeyNotFound, TenantExists, TenantNotFound
+from app.problems import InvalidRequest
 from app.schemas import account as schemas
 from app.schemas.base import says
 from app.schemas.bodies import STRICT, json_type
-from models import api_keys, tenants, usage
-from models.database import run_transaction, transaction
+from app.services import tenants, usage
 from models.tables import ApiKey, Tenant
 from policy.limits import (
     DEFAULT_SCOPES,
@@ -29,8 +26,6 @@ from policy.limits import (
     LIMITS,
     MAX_WEIGHT,
     MIN_WEIGHT,
-    OFFERED,
-    InvalidLimits,
     Limits,
     Scope,
     limits_of,
@@ -84,35 +79,33 @@ class RotateBody(_Body):
 
 @bp.get("/tenants")
 def list_tenants() -> ResponseReturnValue:
-    """Every tenant, newest first: `limit` (1 to 100), `cursor`."""
-    limit, before = read_limit(request), read_cursor(request)
-    with transaction(runtime().database) as session:
-        rows = tenants.page(session, limit=limit + 1, before=before)
-    return answer_page(request, schemas.TenantPage, rows, _tenant_view, limit=limit, id_of=lambda row: row.id)
+    """List every tenant, newest first: `limit` (1 to 100), `cursor`."""
+    limit = read_limit(request)
+    before = read_cursor(request)
+    rows = tenants.page(runtime(), limit=limit + 1, before=before)
+    return answer_page(
+        request,
+        schemas.TenantPage,
+        rows,
+        _tenant_view,
+        limit=limit,
+        id_of=lambda row: row.id,
+    )
 
 
 @bp.post("/tenants")
 def create_tenant() -> ResponseReturnValue:
-    """A new tenant, without limits and without keys: 201."""
+    """Add a tenant, without limits and without keys: 201."""
     body = parse(TenantBody, read_object(request))
-
-    def create(session: Session) -> schemas.Tenant:
-        tenant = tenants.create(session, name=body.name, weight=body.weight, actor=caller().actor)
-        session.refresh(tenant)
-        return _tenant_view(tenant)
-
-    try:
-        view = run_transaction(runtime().database, create)
-    except IntegrityError:
-        raise TenantExists(f"There is a tenant {body.name!r} already.") from None
-    return answer(view, 201, {"Location": url_for(".show_tenant", tenant_id=view.id)})
+    tenant = tenants.create(runtime(), caller(), name=body.name, weight=body.weight)
+    location = url_for(".show_tenant", tenant_id=tenant.id)
+    return answer(_tenant_view(tenant), 201, {"Location": location})
 
 
 @bp.get("/tenants/<uuid:tenant_id>")
 def show_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """Show one tenant with its limits."""
-    with transaction(runtime().database) as session:
-        return answer(_tenant_view(_tenant(session, tenant_id)))
+    return answer(_tenant_view(tenants.find(runtime(), tenant_id)))
 
 
 @bp.patch("/tenants/<uuid:tenant_id>")
@@ -120,112 +113,75 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """Change weight and limits; they hold in every process within a second."""
     fields = read_object(request)
     body = parse(TenantChange, fields)
-    _check_catalog(body)
-    changes = {name: getattr(body, name) for name in LIMITS if name in fields}
-
-    def change(session: Session) -> schemas.Tenant:
-        tenant = _tenant(session, tenant_id)
-        if body.weight is not None:
-            tenants.weigh(session, tenant, weight=body.weight, actor=caller().actor)
-        if changes:
-            tenants.limit(session, tenant, changes=changes, actor=caller().actor)
-        return _tenant_view(tenant)
-
-    try:
-        view = run_transaction(runtime().database, change)
-    except InvalidLimits as error:
-        raise InvalidRequest.at(error.field, error.detail) from None
-    return answer(view)
+    limits = {name: getattr(body, name) for name in LIMITS if name in fields}
+    tenant = tenants.change(
+        runtime(),
+        caller(),
+        tenant_id,
+        weight=body.weight,
+        limits=limits,
+    )
+    return answer(_tenant_view(tenant))
 
 
 @bp.get("/tenants/<uuid:tenant_id>/keys")
 def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """The tenant's keys, oldest first, revoked ones included; what they are, nobody can show."""
-    with transaction(runtime().database) as session:
-        _tenant(session, tenant_id)
-        data = [_key_view(key) for key in api_keys.of_tenant(session, tenant_id)]
-    return whole_list(schemas.KeyPage, data)
+    """List the tenant's keys, oldest first, revoked ones included.
+
+    What they are, nobody can show.
+    """
+    rows = tenants.keys_of(runtime(), tenant_id)
+    return whole_list(schemas.KeyPage, [_key_view(row) for row in rows])
 
 
 @bp.post("/tenants/<uuid:tenant_id>/keys")
 def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """A new key of the tenant: 201, with `key`, which is shown this once."""
+    """Add a key of the tenant: 201, with `key`, which is shown this once."""
     body = parse(KeyBody, read_object(request))
     if not is_human(body.name):
         raise InvalidRequest.at("name", "must not have control characters in it", accepted={"max_chars": 64})
-    expires_at = _instant(body.expires_at)
-
-    def issue(session: Session) -> schemas.Key:
-        row, key = api_keys.issue(
-            session,
-            name=body.name,
-            scopes=sorted(set(body.scopes)),
-            expires_at=expires_at,
-            tenant_id=_tenant(session, tenant_id).id,
-            pepper=_pepper(),
-            actor=caller().actor,
-        )
-        session.refresh(row)
-        return _key_view(row, schemas.IssuedKey, key=key)
-
-    return answer(run_transaction(runtime().database, issue), 201)
+    row, key = tenants.issue_key(
+        runtime(),
+        caller(),
+        tenant_id,
+        name=body.name,
+        scopes=body.scopes,
+        expires_at=_instant(body.expires_at),
+    )
+    return answer(_key_view(row, schemas.IssuedKey, key=key), 201)
 
 
 @bp.post("/keys/<uuid:key_id>/rotate")
 def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
-    """A new key with the same name and scopes: 201. The old one lives on for `grace_s` (a day), so that nobody is locked out."""
+    """Add a key with the same name and scopes: 201.
+
+    The old one lives on for `grace_s` (a day), so that nobody is locked out.
+    """
     body = parse(RotateBody, read_object(request) if request.get_data() else {})
-
-    def rotate(session: Session) -> schemas.Key:
-        rotated = api_keys.rotate(session, key_id, pepper=_pepper(), grace_s=body.grace_s, actor=caller().actor)
-        if rotated is None:
-            raise KeyNotFound(f"There is no live key {key_id}.")
-        row, key = rotated
-        session.refresh(row)
-        return _key_view(
-            row,
-            schemas.RotatedKey,
-            key=key,
-            former_key_id=key_id,
-            former_key_lives_for_s=body.grace_s,
-        )
-
-    return answer(run_transaction(runtime().database, rotate), 201)
+    row, key = tenants.rotate_key(runtime(), caller(), key_id, grace_s=body.grace_s)
+    shown = _key_view(
+        row,
+        schemas.RotatedKey,
+        key=key,
+        former_key_id=key_id,
+        former_key_lives_for_s=body.grace_s,
+    )
+    return answer(shown, 201)
 
 
 @bp.delete("/keys/<uuid:key_id>")
 def revoke_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """Refuse the key from now on: within a second, in every process. 204."""
-    actor = caller().actor
-    if run_transaction(runtime().database, lambda session: api_keys.revoke(session, key_id, actor=actor)) is None:
-        raise KeyNotFound(f"There is no live key {key_id}.")
+    tenants.revoke_key(runtime(), caller(), key_id)
     return "", 204
 
 
 @bp.get("/tenants/<uuid:tenant_id>/usage")
 def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """The tenant's ledger by UTC days, `from` and `to` included (this month)."""
+    """Show the tenant's ledger by UTC days, `from` and `to` included (this month)."""
     since, until = read_days(request)
-    with transaction(runtime().database) as session:
-        _tenant(session, tenant_id)
-        rows = usage.days(session, tenant_id=tenant_id, since=since, until=until)
+    rows = usage.days_of(runtime(), tenant_id, since=since, until=until)
     return answer(schemas.TenantUsage(**usage_view(rows, since, until), tenant_id=tenant_id))
-
-
-def _tenant(session: Session, tenant_id: uuid.UUID) -> Tenant:
-    tenant = session.get(Tenant, tenant_id)
-    if tenant is None:
-        raise TenantNotFound(f"There is no tenant {tenant_id}.")
-    return tenant
-
-
-def _check_catalog(body: TenantChange) -> None:
-    fleet = runtime().fleet
-    for name, note in OFFERED.items():
-        said, offered = getattr(body, name), getattr(fleet, note.section)
-        if said is not None and (not said or set(said) - offered.keys()):
-            detail = "must name at least one, and only those of fleet.toml"
-            raise InvalidRequest.at(name, detail, accepted=list(offered))
 
 
 def _instant(text: str | None) -> datetime | None:
@@ -240,10 +196,6 @@ def _instant(text: str | None) -> datetime | None:
         detail = "must be an instant in the future, with its offset"
         raise InvalidRequest.at("expires_at", detail, accepted="2027-01-31T00:00:00Z")
     return at
-
-
-def _pepper() -> str:
-    return runtime().settings.api_key_pepper.get_secret_value()
 
 
 def _tenant_view(tenant: Tenant) -> schemas.Tenant:

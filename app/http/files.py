@@ -4,7 +4,6 @@ import io
 import uuid
 from typing import BinaryIO
 
-import structlog
 from flask import Blueprint, Request, request, url_for
 from flask.typing import ResponseReturnValue
 from werkzeug.datastructures import FileStorage
@@ -15,16 +14,11 @@ from app.http.auth import require_key
 from app.http.context import caller, runtime
 from app.http.pages import read_cursor, read_limit
 from app.http.uploads import Spool
-from app.problems import BodyTooLarge, FileInUse, FileNotFound, MalformedBody, UnsupportedMediaType
+from app.problems import BodyTooLarge, MalformedBody, UnsupportedMediaType
 from app.schemas import files as schemas
-from app.services import inputs
-from edges.broker import BrokerUnavailable
-from models import files
-from models.database import run_transaction, transaction
+from app.services import files, inputs
 from models.tables import File
-from policy import queues
 
-log = structlog.get_logger(__name__)
 bp = Blueprint("files", __name__, url_prefix="/v1/files")
 bp.before_request(require_key)
 
@@ -43,39 +37,40 @@ def bring_file() -> ResponseReturnValue:
 
 @bp.get("")
 def list_files() -> ResponseReturnValue:
-    """The tenant's files, newest first: `limit` (1 to 100), `cursor`."""
-    limit, before = read_limit(request), read_cursor(request)
-    with transaction(runtime().database) as session:
-        rows = files.page(session, tenant_id=caller().tenant_id, limit=limit + 1, before=before)
-    return answer_page(request, schemas.FilePage, rows, file_view, limit=limit, id_of=lambda row: row.id)
+    """List the tenant's files, newest first: `limit` (1 to 100), `cursor`."""
+    limit = read_limit(request)
+    before = read_cursor(request)
+    rows = files.page(runtime(), caller(), limit=limit + 1, before=before)
+    return answer_page(
+        request,
+        schemas.FilePage,
+        rows,
+        file_view,
+        limit=limit,
+        id_of=lambda row: row.id,
+    )
 
 
 @bp.get("/<uuid:file_id>")
 def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
-    """What is known of the file."""
-    return answer(file_view(_found(file_id)))
+    """Show what is known of the file."""
+    return answer(file_view(files.find(runtime(), caller(), file_id)))
 
 
 @bp.get("/<uuid:file_id>/content")
 def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
-    """The picture, as it was encoded again: 302 to a presigned URL, or with `?redirect=false` the bytes themselves."""
-    return delivery.deliver(delivery.Stored.file(_found(file_id)))
+    """Give the picture, as it was encoded again.
+
+    302 to a presigned URL, or with `?redirect=false` the bytes themselves.
+    """
+    file = files.find(runtime(), caller(), file_id)
+    return delivery.deliver(delivery.Stored.file(file))
 
 
 @bp.delete("/<uuid:file_id>")
 def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
-    """204; harmless when repeated. 409 while a job that is not finished starts from it."""
-    parts, own = runtime(), {"tenant_id": caller().tenant_id, "actor": caller().actor}
-    try:
-        file = run_transaction(parts.database, lambda session: files.erase(session, file_id, **own))
-    except files.FileInUse as error:
-        raise FileInUse("A job that is not finished starts from this file.", job_id=str(error.job_id)) from None
-    if file is None:
-        raise _not_found(file_id)
-    try:
-        parts.broker.ask_for(queues.TIDY_STORE, queues.results_queue(parts.fleet, parts.fleet.tiers_by_rank[-1]))
-    except BrokerUnavailable as error:
-        log.warning("tidy_postponed", reason=str(error))  # the sweeper asks for it
+    """Delete the picture: 204, also when repeated; 409 while an unfinished job starts from it."""
+    files.erase(runtime(), caller(), file_id)
     return "", 204
 
 
@@ -124,15 +119,3 @@ def file_view(file: File) -> schemas.File:
         url=url_for("files.show_content", file_id=file.id),
         urls=schemas.FileUrls(self=url_for("files.show_file", file_id=file.id)),
     )
-
-
-def _found(file_id: uuid.UUID) -> File:
-    with transaction(runtime().database) as session:
-        file = files.find(session, file_id, tenant_id=caller().tenant_id)
-    if file is None:
-        raise _not_found(file_id)
-    return file
-
-
-def _not_found(file_id: uuid.UUID) -> FileNotFound:
-    return FileNotFound(f"There is no file {file_id}.")

@@ -4,36 +4,26 @@ import uuid
 from collections.abc import Sequence
 from typing import Annotated, Any
 
-import structlog
-from flask import Blueprint, request, url_for
+from flask import Blueprint, Request, request, url_for
 from flask.typing import ResponseReturnValue
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy.orm import Session
 
 from app.http.answers import answer, answer_page, whole_list
 from app.http.auth import require_key
 from app.http.body import parse, read_object
 from app.http.context import caller, runtime
 from app.http.pages import read_cursor, read_limit
-from app.problems import DeliveryNotFound, InvalidQuery, InvalidRequest, WebhookNotFound
+from app.problems import InvalidQuery
 from app.schemas import webhooks as schemas
 from app.schemas.base import one_of, says
-from edges.broker import BrokerUnavailable
-from edges.webhooks import new_secret
-from models import webhooks
-from models.database import run_transaction, transaction
+from app.services import webhooks
+from app.services.webhooks import MAX_DESCRIPTION_CHARS
 from models.tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy.states import DeliveryState
-from policy.text import is_human
-from policy.webhooks import EVENTS, MAX_ENDPOINTS, SECRET_GRACE_S, TEST_EVENT
-
-log = structlog.get_logger(__name__)
+from policy.webhooks import EVENTS, SECRET_GRACE_S
 
 bp = Blueprint("webhooks", __name__, url_prefix="/v1/webhooks")
 bp.before_request(require_key)
-
-MAX_DESCRIPTION_CHARS = 256
-
 
 Url = Annotated[str, says("Where to send events: an https URL of a public host.")]
 Events = Annotated[list[Annotated[str, one_of(EVENTS)]], says("What to hear of.", minItems=1)]
@@ -65,111 +55,96 @@ class EndpointChange(BaseModel):
 def create_webhook() -> ResponseReturnValue:
     """Add an endpoint: 201 and the endpoint with its secret, which is shown this once."""
     body = parse(EndpointBody, read_object(request))
-    _check(body.url, body.events, body.description)
-    secret = new_secret()
-
-    def create(session: Session) -> schemas.Webhook:
-        if webhooks.count(session, tenant_id=caller().tenant_id) >= MAX_ENDPOINTS:
-            raise InvalidRequest(f"There are {MAX_ENDPOINTS} endpoints; delete one first.", accepted={"max_endpoints": MAX_ENDPOINTS})
-        endpoint = webhooks.create(
-            session,
-            tenant_id=caller().tenant_id,
-            url=body.url,
-            events=_in_order(body.events),
-            description=body.description,
-            secret=secret,
-            actor=caller().actor,
-        )
-        session.refresh(endpoint)
-        return _endpoint_view(endpoint, schemas.NewWebhook, secret=secret)
-
-    view = run_transaction(runtime().database, create)
+    endpoint, secret = webhooks.create(
+        runtime(),
+        caller(),
+        url=body.url,
+        events=body.events,
+        description=body.description,
+    )
+    view = _endpoint_view(endpoint, schemas.NewWebhook, secret=secret)
     return answer(view, 201, {"Location": view.urls.self})
 
 
 @bp.get("")
 def list_webhooks() -> ResponseReturnValue:
-    """The tenant's endpoints, oldest first; there are never many."""
-    with transaction(runtime().database) as session:
-        found = [_endpoint_view(endpoint) for endpoint in webhooks.of_tenant(session, tenant_id=caller().tenant_id)]
-    return whole_list(schemas.WebhookPage, found)
+    """List the tenant's endpoints, oldest first; there are never many."""
+    found = webhooks.all_of(runtime(), caller())
+    return whole_list(schemas.WebhookPage, [_endpoint_view(endpoint) for endpoint in found])
 
 
 @bp.get("/<uuid:endpoint_id>")
 def show_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """Show one endpoint, without its secret."""
-    with transaction(runtime().database) as session:
-        return answer(_endpoint_view(_found(session, endpoint_id)))
+    return answer(_endpoint_view(webhooks.find(runtime(), caller(), endpoint_id)))
 
 
 @bp.patch("/<uuid:endpoint_id>")
 def change_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """Change what the body names. An endpoint that was disabled by a 410 is enabled again with `enabled: true`."""
+    """Change what the body names.
+
+    An endpoint that was disabled by a 410 is enabled again with `enabled: true`.
+    """
     body = parse(EndpointChange, read_object(request))
-    _check(body.url, body.events, body.description)
-    events = None if body.events is None else _in_order(body.events)
-    changes = {"url": body.url, "events": events, "description": body.description, "enabled": body.enabled}
-
-    def change(session: Session) -> schemas.Webhook:
-        endpoint = _locked(session, endpoint_id)
-        webhooks.change(session, endpoint, actor=caller().actor, **changes)
-        session.refresh(endpoint)
-        return _endpoint_view(endpoint)
-
-    return answer(run_transaction(runtime().database, change))
+    endpoint = webhooks.change(
+        runtime(),
+        caller(),
+        endpoint_id,
+        url=body.url,
+        events=body.events,
+        description=body.description,
+        enabled=body.enabled,
+    )
+    return answer(_endpoint_view(endpoint))
 
 
 @bp.delete("/<uuid:endpoint_id>")
 def delete_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """Send nothing there any more, not even what waits."""
-    actor = caller().actor
-    run_transaction(runtime().database, lambda session: webhooks.delete(session, _locked(session, endpoint_id), actor=actor))
+    webhooks.delete(runtime(), caller(), endpoint_id)
     return "", 204
 
 
 @bp.post("/<uuid:endpoint_id>/rotate")
 def rotate_secret(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """A new secret, shown this once. For a day the one before it signs, too: receivers may change over at their leisure."""
-    secret = new_secret()
+    """Give the endpoint a new secret, shown this once.
 
-    def rotate(session: Session) -> schemas.Webhook:
-        endpoint = _locked(session, endpoint_id)
-        webhooks.rotate(session, endpoint, secret=secret, grace_s=SECRET_GRACE_S, actor=caller().actor)
-        return _endpoint_view(
-            endpoint,
-            schemas.RotatedWebhook,
-            secret=secret,
-            former_secret_signs_for_s=int(SECRET_GRACE_S),
-        )
-
-    return answer(run_transaction(runtime().database, rotate))
+    For a day the one before it signs, too: receivers may change over at their leisure.
+    """
+    endpoint, secret = webhooks.rotate(runtime(), caller(), endpoint_id)
+    shown = _endpoint_view(
+        endpoint,
+        schemas.RotatedWebhook,
+        secret=secret,
+        former_secret_signs_for_s=int(SECRET_GRACE_S),
+    )
+    return answer(shown)
 
 
 @bp.post("/<uuid:endpoint_id>/test")
 def send_test(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     """Send an event of the type `webhook.test` there: 202 and the delivery."""
-
-    def note(session: Session) -> WebhookDelivery:
-        delivery = webhooks.note_test(session, _found(session, endpoint_id), TEST_EVENT)
-        session.flush()
-        session.refresh(delivery)
-        return delivery
-
-    delivery = run_transaction(runtime().database, note)
-    _hand_out(delivery.id)
+    delivery = webhooks.send_test(runtime(), caller(), endpoint_id)
     return answer(_delivery_view(delivery, []), 202)
 
 
 @bp.get("/<uuid:endpoint_id>/deliveries")
 def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """What was sent there, newest first, each with its attempts: `limit` (1 to 100), `cursor`, `state`."""
-    limit, before, state = read_limit(request), read_cursor(request), request.args.get("state")
-    if state is not None and state not in list(DeliveryState):
-        accepted = [each.value for each in DeliveryState]
-        raise InvalidQuery(f"state {state[:32]!r} is not the state of a delivery.", parameter="state", accepted=accepted)
-    with transaction(runtime().database) as session:
-        _found(session, endpoint_id)
-        rows = webhooks.page(session, endpoint_id, limit=limit + 1, before=before, state=state)
+    """List what was sent there, newest first, each with its attempts.
+
+    `limit` (1 to 100), `cursor`, `state`.
+    """
+    limit = read_limit(request)
+    before = read_cursor(request)
+    state = _read_state(request)
+    rows = webhooks.deliveries(
+        runtime(),
+        caller(),
+        endpoint_id,
+        limit=limit + 1,
+        before=before,
+        state=state,
+    )
     return answer_page(
         request,
         schemas.DeliveryPage,
@@ -183,49 +158,21 @@ def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 @bp.post("/deliveries/<uuid:delivery_id>/redeliver")
 def redeliver(delivery_id: uuid.UUID) -> ResponseReturnValue:
     """Send it again, under the id that it has: 202 and the delivery."""
-    own = {"tenant_id": caller().tenant_id, "actor": caller().actor}
-    delivery = run_transaction(runtime().database, lambda session: webhooks.redeliver(session, delivery_id, **own))
-    if delivery is None:
-        raise DeliveryNotFound(f"There is no delivery {delivery_id}.")
-    _hand_out(delivery_id)
+    delivery = webhooks.redeliver(runtime(), caller(), delivery_id)
     return answer(_delivery_view(delivery, []), 202)
 
 
-def _hand_out(delivery_id: uuid.UUID) -> None:
+def _read_state(asked: Request) -> DeliveryState | None:
+    """Read the state that deliveries are to have; None: any. Raises InvalidQuery."""
+    text = asked.args.get("state")
+    if text is None:
+        return None
     try:
-        runtime().broker.ask_to_deliver(delivery_id)
-    except BrokerUnavailable as error:
-        log.info("delivery_not_announced", delivery_id=str(delivery_id), reason=str(error))  # the sweeper will
-
-
-def _found(session: Session, endpoint_id: uuid.UUID) -> WebhookEndpoint:
-    endpoint = webhooks.find(session, endpoint_id, tenant_id=caller().tenant_id)
-    if endpoint is None:
-        raise WebhookNotFound(f"There is no webhook {endpoint_id}.")
-    return endpoint
-
-
-def _locked(session: Session, endpoint_id: uuid.UUID) -> WebhookEndpoint:
-    endpoint = webhooks.lock(session, endpoint_id, tenant_id=caller().tenant_id)
-    if endpoint is None:
-        raise WebhookNotFound(f"There is no webhook {endpoint_id}.")
-    return endpoint
-
-
-def _check(url: str | None, events: Sequence[str] | None, description: str | None) -> None:
-    """Raises InvalidRequest for what is of the right type and of no use."""
-    if url is not None and (why := runtime().outbound.refusal(url)) is not None:
-        raise InvalidRequest.at("url", why, accepted="an https URL of a public host")
-    if events is not None and (not events or set(events) - set(EVENTS)):
-        detail = "must name at least one event, and only those there are"
-        raise InvalidRequest.at("events", detail, accepted=list(EVENTS))
-    if description is not None and not (len(description) <= MAX_DESCRIPTION_CHARS and is_human(description)):
-        detail = f"must be text of at most {MAX_DESCRIPTION_CHARS} characters, without control characters"
-        raise InvalidRequest.at("description", detail, accepted={"max_chars": MAX_DESCRIPTION_CHARS})
-
-
-def _in_order(events: Sequence[str]) -> list[str]:
-    return [event for event in EVENTS if event in events]
+        return DeliveryState(text)
+    except ValueError:
+        accepted = [each.value for each in DeliveryState]
+        detail = f"state {text[:32]!r} is not the state of a delivery."
+        raise InvalidQuery(detail, parameter="state", accepted=accepted) from None
 
 
 def _endpoint_view(endpoint: WebhookEndpoint, kind: type[schemas.Webhook] = schemas.Webhook, **more: Any) -> schemas.Webhook:

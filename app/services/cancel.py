@@ -10,13 +10,12 @@ from app.caller import Caller
 from app.problems import JobAlreadyFinished
 from app.runtime import Runtime
 from app.services.jobs import not_found
+from app.services.tidying import ask_to_tidy
 from edges import telemetry
-from edges.broker import BrokerUnavailable
 from edges.snapshots import SnapshotsUnavailable
 from models import erasing, jobs
 from models.database import run_transaction
 from models.tables import Job
-from policy import queues
 
 log = structlog.get_logger(__name__)
 
@@ -72,5 +71,4 @@ def _forget_traces(runtime: Runtime, job: Job) -> None:
     with suppress(SnapshotsUnavailable):
         runtime.snapshots.drop([job.id])
     if any(image.artifact is not None for image in job.images):
-        with suppress(BrokerUnavailable):
-            runtime.broker.ask_for(queues.TIDY_STORE, queues.results_queue(runtime.fleet, runtime.fleet.tiers_by_rank[-1]))
+        ask_to_tidy(runtime)

@@ -1,0 +1,22 @@
+"""Find stored images for who shows a link to one instead of a key."""
+
+from uuid import UUID
+
+from app.problems import Erased, LinkExpired
+from app.runtime import Runtime
+from models.database import transaction
+from models.tables import Artifact
+
+
+def linked(runtime: Runtime, artifact_id: UUID, *, expires: str, signature: str) -> Artifact:
+    """Return the image of a link that this gateway signed and that holds.
+
+    Raises LinkExpired, and Erased once its job was erased.
+    """
+    if not runtime.links.is_good(artifact_id, expires, signature):
+        raise LinkExpired("This link has expired, or is not one of this gateway.")
+    with transaction(runtime.database) as session:
+        artifact = session.get(Artifact, artifact_id)
+    if artifact is None or artifact.erased_at is not None:
+        raise Erased("The images of this job were deleted.")
+    return artifact

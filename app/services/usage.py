@@ -1,0 +1,57 @@
+"""What tenants have used: their ledgers, and where a caller stands."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import date
+from uuid import UUID
+
+from app.caller import Caller
+from app.runtime import Runtime
+from app.services import tenants
+from models import files, usage
+from models.database import transaction
+from models.tables import UsageDay
+from policy.limits import UsageTotals
+
+COUNT_JOBS_TO = 100_000  # of what is under way; whoever has more is told of one more
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnUsage:
+    """What a caller has used, and what it has under way and stored now."""
+
+    days: Sequence[UsageDay]
+    totals: UsageTotals
+    num_stored_files: int
+    stored_bytes: int
+
+
+def own(runtime: Runtime, caller: Caller, *, since: date, until: date) -> OwnUsage:
+    """Read the caller's ledger of the days `since` to `until`, and where it stands now."""
+    with transaction(runtime.database) as session:
+        days = usage.days(session, tenant_id=caller.tenant_id, since=since, until=until)
+        totals = usage.usage_totals(
+            session,
+            tenant_id=caller.tenant_id,
+            count_jobs_to=COUNT_JOBS_TO,
+        )
+        num_stored_files, stored_bytes = files.stored(session, tenant_id=caller.tenant_id)
+    return OwnUsage(
+        days=days,
+        totals=totals,
+        num_stored_files=num_stored_files,
+        stored_bytes=stored_bytes,
+    )
+
+
+def days_of(
+    runtime: Runtime,
+    tenant_id: UUID,
+    *,
+    since: date,
+    until: date,
+) -> Sequence[UsageDay]:
+    """Read any tenant's ledger of the days `since` to `until`. Raises TenantNotFound."""
+    with transaction(runtime.database) as session:
+        tenants.find_in(session, tenant_id)
+        return usage.days(session, tenant_id=tenant_id, since=since, until=until)
