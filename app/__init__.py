@@ -6,6 +6,7 @@ import uuid
 
 import structlog
 from flask import Flask, Response, g, request
+from flask.json.provider import DefaultJSONProvider
 
 from app.http import (
     account,
@@ -59,6 +60,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
     app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = settings.max_body_bytes, MAX_FORM_PARTS
+    assert isinstance(app.json, DefaultJSONProvider)
     app.json.sort_keys = False
     app.extensions["darkroom"] = open_runtime(settings, fleet)
     errors.register(app)

@@ -43,11 +43,8 @@ class _Body(BaseModel):
     model_config = STRICT
 
 
-_LimitsBody: Any = create_model(
-    "_LimitsBody",
-    __base__=_Body,
-    **{name: (json_type(hint) | None, None) for name, hint in get_type_hints(Limits, include_extras=True).items()},
-)
+_LIMITS: dict[str, Any] = {name: (json_type(hint) | None, None) for name, hint in get_type_hints(Limits, include_extras=True).items()}
+_LimitsBody: Any = create_model("_LimitsBody", __base__=_Body, **_LIMITS)
 
 
 class TenantBody(_Body):

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -81,7 +82,7 @@ def job_request(body: JobBody) -> JobRequest:
 def wish_of(body: JobBody) -> Wish:
     """Make the wish of a body, but for its pictures."""
     said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
-    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in body.adapters)
+    said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in said["adapters"])
     return Wish(**said)
 
 
@@ -173,8 +174,7 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """The members of an object; one that is there twice could be read in two ways. Raises ValueError."""
     found = dict(members)
     if len(found) < len(members):
-        seen = set[str]()
-        name = next(name for name, _ in members if name in seen or seen.add(name))
+        name = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
         raise ValueError(f"an object has the member {name[:64]!r} more than once")
     return found
 

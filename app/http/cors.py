@@ -32,7 +32,9 @@ def register(app: Flask, allowed_origins: str) -> None:
         del response.headers["Content-Type"]
         response.headers["Allow"] = METHODS
         if request.routing_exception is None:
-            response.headers["Allow"] = ", ".join(sorted(current_app.create_url_adapter(request).allowed_methods()))
+            routes = current_app.create_url_adapter(request)
+            assert routes is not None  # of a request there always is one
+            response.headers["Allow"] = ", ".join(sorted(routes.allowed_methods()))
         if is_preflight and _allowed(origins) is not None:
             _permit(response)
         return response

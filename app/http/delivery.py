@@ -9,7 +9,7 @@ answered here, from the database.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self
+from typing import Any, Self, cast
 from urllib.parse import urljoin
 
 from flask import Response, redirect, request, url_for
@@ -51,7 +51,7 @@ class Stored:
 def deliver(stored: Stored) -> Response:
     """The answer to a GET or HEAD of the picture. Raises InvalidQuery, and as `content` does."""
     if _is_redirected() and request.method != "HEAD":
-        response: Response = redirect(stored.presigned_url(), 302, Response=Response)
+        response = cast("Response", redirect(stored.presigned_url(), 302, Response=Response))
         response.headers["Cache-Control"] = "no-store"
         return response
     return content(stored)
@@ -62,7 +62,8 @@ def url_of(artifact: Artifact) -> str:
     parts = runtime()
     if parts.settings.image_delivery == "redirect":
         return Stored.image(artifact).presigned_url()
-    own = url_for("links.show_linked", artifact_id=artifact.id, **parts.links.signed(artifact.id))
+    query: dict[str, Any] = parts.links.signed(artifact.id)
+    own = url_for("links.show_linked", artifact_id=artifact.id, **query)
     return urljoin(parts.settings.public_url or request.host_url, own)
 
 

@@ -5,6 +5,7 @@ from flask import Flask, Response, g, json
 from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from werkzeug.exceptions import ClientDisconnected, HTTPException
+from werkzeug.wrappers import Response as BaseResponse
 
 from app.problems import (
     BodyTooLarge,
@@ -61,11 +62,11 @@ def explain(slug: str) -> Response:
     raise NotFound(f"There is no problem {slug[:64]!r}.")
 
 
-def _from_werkzeug(error: HTTPException) -> Response:
+def _from_werkzeug(error: HTTPException) -> BaseResponse:
     status = error.code or 500
     if 300 <= status < 400 and error.response is not None:
         return error.get_response()
-    kind = _BY_STATUS.get(status)
+    kind: type[Problem] | None = _BY_STATUS.get(status)
     if kind is None:
         kind = type("HttpProblem", (Problem,), {"slug": f"http-{status}", "title": error.name, "status": status})
     response = respond(kind(error.description or error.name))

@@ -27,11 +27,12 @@ def show_estimate() -> ResponseReturnValue:
     """Every resolved parameter of the job that POST /v1/jobs would make of this body, its price and its wait; or its problem."""
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
-    expected = estimate(runtime(), caller(), job_request(body))
+    asked = job_request(body)
+    expected = estimate(runtime(), caller(), asked)
     params = params_view(expected.params) | {
         field: uuid.UUID(value) if value and _is_id(value) else None for field, value in body.pictures.items()
     }
-    if body.seed in (None, RANDOM_SEED):
+    if asked.wish.seed in (None, RANDOM_SEED):
         params["seed"] = None  # one that was not asked for is drawn for the job
     shown = schemas.Estimate(
         **params,

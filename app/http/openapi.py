@@ -4,6 +4,7 @@ import hashlib
 
 from flask import Blueprint, Response, current_app, json, request
 from markupsafe import escape
+from werkzeug import Response as BaseResponse
 
 from app.http.context import runtime
 from app.spec.document import build
@@ -37,7 +38,7 @@ PAGE = """<!doctype html>
 
 
 @bp.get("/openapi.json")
-def show_spec() -> Response:
+def show_spec() -> BaseResponse:
     """The OpenAPI 3.1 document."""
     known = current_app.extensions.setdefault("openapi", {})
     content = known.get(request.script_root)

@@ -28,7 +28,7 @@ def job_view(job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePla
         **params_view(job) | texts,
         id=job.id,
         state=job.state,
-        metadata=job.tenant_metadata or {},
+        metadata=dict(job.tenant_metadata or {}),
         replay_of=job.replay_of,
         megapixel_steps=float(job.megapixel_steps),
         attempt=job.attempt,

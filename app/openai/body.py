@@ -205,6 +205,7 @@ class _Said:
                 raise InvalidImageRequest.at(name, "is not JSON") from None
         if not isinstance(value, kind):
             raise InvalidImageRequest.at(name, f"must be {'a list' if kind is list else 'an object'}")
+        assert isinstance(value, list | dict)
         check_bounds(value, problem=InvalidImageRequest)
         return value
 

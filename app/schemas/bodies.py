@@ -55,7 +55,8 @@ def json_type(hint: Any) -> Any:
         return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
     if get_origin(hint) is Annotated:
         kind, *bounds = get_args(hint)
-        kind, checks = json_type(kind), ()
+        kind = json_type(kind)
+        checks: list[Any] = []
         if get_origin(kind) is Annotated:
             kind, *checks = get_args(kind)
         return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
@@ -67,11 +68,12 @@ def _fields_of_a_wish() -> dict[str, Any]:
     hints = get_type_hints(Wish)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Wish):
-        default = ... if field.default is dataclasses.MISSING else field.default
-        found[field.name] = (json_type(hints[field.name]), [] if default == () else default)
+        default: Any = ... if field.default is dataclasses.MISSING else field.default
+        found[field.name] = (json_type(hints[field.name]), [] if field.default == () else default)
     return found
 
 
+# Its fields are those of `Wish`, which no type checker sees; `job_request` reads them by their names.
 _WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
 
 

@@ -65,7 +65,7 @@ def _tell(runtime: Runtime, job: Job) -> None:
 def _forget_traces(runtime: Runtime, job: Job) -> None:
     """Delete pixels, snapshots and news of the job in Redis, and its objects. What cannot be reached now, the sweeper finds."""
     for image in job.images:
-        for attempt in {image.handed_off_attempt, job.attempt} - {None}:
+        for attempt in {image.handed_off_attempt or job.attempt, job.attempt}:
             runtime.handoff.drop(job.id, image.index, attempt)
     runtime.news.forget(job.id)
     with suppress(SnapshotsUnavailable):

@@ -155,7 +155,8 @@ def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: 
     found = intake.files(fields)
     if "mask" in found:
         intake.check_mask(found["mask"], resolved.width_px, resolved.height_px)
-    return replace(resolved, **{PICTURES[field].name: file.id for field, file in found.items()})
+    ids: dict[str, Any] = {PICTURES[field].name: file.id for field, file in found.items()}
+    return replace(resolved, **ids)
 
 
 def draft(
