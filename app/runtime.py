@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from sqlalchemy import Engine
 
+from app.live.cache import Cache
 from app.live.capacity import Capacity
 from app.live.forecast import QueueForecaster
 from app.live.keyring import Keyring
@@ -59,7 +60,10 @@ class Runtime:
     waits: Capacity
     uploads: UploadRoom
     decoders: Decoders = field(default_factory=Decoders)
-    judged: dict[tuple[str, str, int, int], bool] = field(default_factory=dict)  # what pictures select as masks, by content and size
+    # What pictures select as masks, by question, content and size.
+    judged: Cache[tuple[str, str, int, int], bool] = field(default_factory=lambda: Cache(10_000))
+    # The OpenAPI document by the prefix of its links: a proxy may give the gateway several.
+    documents: Cache[str, str] = field(default_factory=lambda: Cache(8))
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 

@@ -5,13 +5,17 @@ import uuid
 from collections.abc import Iterator
 from contextlib import suppress
 
-from flask import Blueprint, Response, json, request
+from flask import Blueprint, Response, copy_current_request_context, json, request
 
 from app.http.auth import require_key
 from app.http.connection import give_up_when_unread
-from app.http.context import runtime
+from app.http.context import caller, runtime
+from app.http.views import image_url, job_view
+from app.live.streams import Tell
 from app.problems import InvalidQuery, Unauthenticated
-from edges.eventlog import Event
+from app.schemas.base import to_plain
+from edges.eventlog import STORED, Event
+from models.tables import Job
 
 bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
@@ -24,10 +28,31 @@ EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
 def follow_job(job_id: uuid.UUID) -> Response:
     """The job's events, from the first or from `Last-Event-ID` on, until `final`; with `?previews=true`, pictures on the way."""
     parts = runtime()
-    stream = parts.events.follow(job_id, after=_read_last_id(), previews=_read_previews(), heartbeat_s=parts.settings.event_heartbeat_s)
+    stream = parts.events.follow(
+        caller(),
+        job_id,
+        tell=teller(),
+        after=_read_last_id(),
+        previews=_read_previews(),
+        heartbeat_s=parts.settings.event_heartbeat_s,
+    )
     give_up_when_unread(request)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return Response(_lines(stream), content_type="text/event-stream", headers=headers)
+
+
+def teller() -> Tell:
+    """Make what shows events to clients, with links as this request has them, even after it."""
+
+    def tell(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
+        if ended is not None:
+            return Event(event.id, event.kind, to_plain(job_view(ended)))
+        if event.kind == STORED:
+            url = image_url(job_id, event.data["index"])
+            return Event(event.id, event.kind, event.data | {"url": url})
+        return event
+
+    return copy_current_request_context(tell)
 
 
 def _lines(stream: Iterator[Event | None]) -> Iterator[str]:

@@ -11,8 +11,6 @@ from app.spec.document import build
 
 bp = Blueprint("openapi", __name__)
 
-MOST_PREFIXES = 8  # for which the document is kept: a proxy may give the gateway several
-
 # The viewer draws its own styles and pictures; scripts come from here alone.
 POLICY = (
     "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
@@ -40,19 +38,18 @@ PAGE = """<!doctype html>
 @bp.get("/openapi.json")
 def show_spec() -> BaseResponse:
     """The OpenAPI 3.1 document."""
-    known = current_app.extensions.setdefault("openapi", {})
-    content = known.get(request.script_root)
-    if content is None:
-        parts = runtime()
-        root = request.script_root or "/"
-        document = build(current_app, parts.fleet, parts.settings, root=root)
-        if len(known) >= MOST_PREFIXES:
-            known.clear()
-        known[request.script_root] = content = json.dumps(document)
+    content = runtime().documents.get(request.script_root, _document)
     response = Response(content, content_type="application/json")
     response.headers["Cache-Control"] = "public, max-age=60"
     response.set_etag(hashlib.sha256(content.encode()).hexdigest()[:32])
     return response.make_conditional(request)
+
+
+def _document() -> str:
+    """Write the document for clients that ask under this prefix."""
+    parts = runtime()
+    root = request.script_root or "/"
+    return json.dumps(build(current_app, parts.fleet, parts.settings, root=root))
 
 
 @bp.get("/docs")

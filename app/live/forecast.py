@@ -3,7 +3,6 @@
 Read at most a few times a second per pool, however many clients ask; nothing here scans a backlog.
 """
 
-import math
 import random
 import threading
 import time
@@ -12,12 +11,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from typing import TypeVar, cast
+from typing import Any
 
 from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from app.documents import JobDocument
+from app.live.cache import Cache
 from edges.handoff import Gauge
 from models import flows, inputs, learning, releasing, workers
 from models.database import transaction
@@ -33,9 +33,9 @@ from policy.release import Outstanding, ReleaseHint, ReleaseLimits, release_hint
 from policy.states import JobState
 from policy.steps import denoising_of, image_steps
 
-Read = TypeVar("Read")
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
+MOST_KEPT = 10_000  # pools; pools and tiers; models, each with the sizes that are asked for
 PICTURES_LATE_S = 3.0  # for one job: then none come, and jobs that need none pass all that wait for theirs
 
 
@@ -171,10 +171,10 @@ class QueueForecaster:
         self._fleet = fleet
         self._gauge = gauge
         self._limits = limits
-        self._refresher = refresher
         self._worker_silence_s = worker_silence_s
-        # What was read, with when, and when it was last asked for.
-        self._known: dict[tuple[object, ...], tuple[float, float, object]] = {}
+        self._pools: Cache[str, tuple[_PoolState, _PoolState]] = _cache(FRESH_FOR_S, refresher)
+        self._costs: Cache[learning.CostKey, Cost | None] = _cache(LEARNT_FOR_S, refresher)
+        self._learnt: Cache[tuple[str, str], EtaRatios | None] = _cache(LEARNT_FOR_S, refresher)
         # The oldest job of each pool whose pictures have been asked for, and since when it is that.
         self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
@@ -284,28 +284,34 @@ class QueueForecaster:
         return PoolSnapshot(state.devices, state.lines, state.running, self._gauge.fill(), own)
 
     def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
-        """Read the pool as a job sees it: while no pictures come, one that needs none has those that wait for theirs not before it."""
+        """Give the pool as a job sees it, as it was at most `FRESH_FOR_S` ago.
 
-        def read(session: Session) -> tuple[_PoolState, _PoolState]:
+        While no pictures come, a job that needs none has those that wait for theirs not before it.
+        """
+        whole, passing = self._pools.get(pool, lambda: self._read_pool(pool))
+        return whole if needs_pictures else passing
+
+    def _read_pool(self, pool: str) -> tuple[_PoolState, _PoolState]:
+        """Read the pool as jobs see it that need pictures, and as those do that need none."""
+        tiers = list(self._fleet.tiers)
+        with transaction(self._database) as session:
             backlogs = flows.backlogs(session, pool=pool)
             whole = _pool_state(
                 workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s),
                 backlogs,
                 releasing.outstanding_by_tier(session, pool=pool),
                 clocks=flows.clocks(session, pool=pool),
-                lacking_inputs=inputs.tiers_lacking(session, pool=pool, tiers=list(self._fleet.tiers)),
+                lacking_inputs=inputs.tiers_lacking(session, pool=pool, tiers=tiers),
             )
             if not self._pictures_are_late(session, pool):
                 return whole, whole
             passing = _without(backlogs, inputs.lacking_by_flow(session, pool=pool))
-            by_tier = {tier: [flow for flow in passing if flow.tier == tier] for tier in whole.lines}
-            return whole, replace(
-                whole,
-                flows={(flow.tier, flow.tenant_id): flow for flow in passing},
-                lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
-            )
-
-        return self._cached(("pool", pool), FRESH_FOR_S, read)[0 if needs_pictures else 1]
+        by_tier = {tier: [flow for flow in passing if flow.tier == tier] for tier in whole.lines}
+        return whole, replace(
+            whole,
+            flows={(flow.tier, flow.tenant_id): flow for flow in passing},
+            lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
+        )
 
     def _pictures_are_late(self, session: Session, pool: str) -> bool:
         """Check whether one job has waited for its pictures, once they were asked for, so long that none seem to come."""
@@ -321,41 +327,27 @@ class QueueForecaster:
         return now - since >= PICTURES_LATE_S
 
     def _cost(self, key: learning.CostKey) -> Cost | None:
-        def read(session: Session) -> Cost | None:
+        return self._costs.get(key, lambda: self._read_cost(key))
+
+    def _read_cost(self, key: learning.CostKey) -> Cost | None:
+        with transaction(self._database) as session:
             row = learning.cost_of(session, key)
             return Cost(row.row_step_s, row.fixed_s) if row is not None else None
 
-        return self._cached(("cost", *key), LEARNT_FOR_S, read)
-
     def _ratios(self, pool: str, tier: str) -> EtaRatios | None:
-        def read(session: Session) -> EtaRatios | None:
+        return self._learnt.get((pool, tier), lambda: self._read_ratios(pool, tier))
+
+    def _read_ratios(self, pool: str, tier: str) -> EtaRatios | None:
+        with transaction(self._database) as session:
             row = learning.eta_of(session, pool=pool, tier=tier)
             return EtaRatios(row.ratio_p50, row.ratio_p90) if row is not None else None
 
-        return self._cached(("ratios", pool, tier), LEARNT_FOR_S, read)
 
-    def _cached(self, key: tuple[object, ...], fresh_for_s: float, read: Callable[[Session], Read]) -> Read:
-        """Give what `read(session)` gave within the last `fresh_for_s`, or read it anew.
-
-        One thread reads while others take the old answer. Half way there it is read again behind the
-        requests' back, so that under load no request waits for it.
-        """
-        now = time.monotonic()
-        with self._lock:
-            read_at, asked_at, known = self._known.get(key, (-math.inf, -math.inf, None))
-            if now - asked_at < fresh_for_s / 2:
-                return cast("Read", known)
-            if key in self._known:
-                self._known[key] = (read_at, now, known)
-        if now - read_at < fresh_for_s:
-            self._refresher.submit(self._read, key, read)
-            return cast("Read", known)
-        return self._read(key, read)
-
-    def _read(self, key: tuple[object, ...], read: Callable[[Session], Read]) -> Read:
-        began = time.monotonic()
-        with transaction(self._database) as session:
-            answer = read(session)
-        with self._lock:
-            self._known[key] = (began, began, answer)
-        return answer
+def _cache(fresh_for_s: float, refresher: Executor) -> Cache[Any, Any]:
+    """Make one that is read again half way, so that under load no request waits for it."""
+    return Cache(
+        MOST_KEPT,
+        keep_for_s=fresh_for_s,
+        refresh_after_s=fresh_for_s / 2,
+        refresher=refresher,
+    )

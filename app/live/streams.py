@@ -11,11 +11,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 
 import structlog
-from flask import copy_current_request_context, g
 from sqlalchemy import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from app.http.views import image_url, job_view
+from app.caller import Caller
 from app.live.capacity import Capacity, Holding
 from app.live.forecast import QueueForecaster, QueuePlace
 from app.live.keyring import NO_LIVE_KEY, Keyring
@@ -23,7 +22,7 @@ from app.problems import JobNotFound, StreamsExhausted, Unauthenticated
 from app.schemas import events as schemas
 from app.schemas.base import to_plain
 from edges import telemetry
-from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, STORED, Event
+from edges.eventlog import BEGINNING, FINAL, QUEUED, STARTED, Event
 from edges.events import LEAVE, NoSeat, Reader, Seat
 from edges.progress import News
 from models import jobs
@@ -36,6 +35,9 @@ log = structlog.get_logger(__name__)
 LOOK_EVERY_S = 5.0
 CHECK_KEYS_EVERY_S = 0.5
 _REVOKED = Event(None, "revoked", {})
+
+# How an event is told to a client: the event, of which job, and that job as it ended with `final`.
+Tell = Callable[[Event, uuid.UUID, Job | None], Event]
 
 
 class Watchers:
@@ -69,34 +71,47 @@ class Events:
         self._kids: dict[Seat, str] = {}  # the key that each follower came with
         self._net: threading.Thread | None = None
 
-    def take_place(self) -> Holding:
-        """A place for one more stream of the caller's tenant. Raises StreamsExhausted."""
-        place = self._places.take(g.caller.tenant_id)
+    def take_place(self, tenant_id: uuid.UUID) -> Holding:
+        """Take a place for one more stream of the tenant. Raises StreamsExhausted."""
+        place = self._places.take(tenant_id)
         if place is None:
             telemetry.SHED.labels("streams_exhausted").inc()
-            whose = f"your tenant has {self._places.held_by(g.caller.tenant_id)} of {self._places.most}"
+            whose = f"your tenant has {self._places.held_by(tenant_id)} of {self._places.most}"
             raise StreamsExhausted(f"This process has as many event streams open as it may; {whose}.", retry_after_s=5)
         return place
 
     def follow(
         self,
+        caller: Caller,
         job_id: uuid.UUID,
         *,
+        tell: Tell,
         after: str | None = None,
         previews: bool = False,
         heartbeat_s: float = 10,
         place: Holding | None = None,
     ) -> Iterator[Event | None]:
-        """What happened to the caller's job after the event `after`, and what happens until its end; None when a heartbeat is due.
+        """Yield what happened to the caller's job after the event `after`, and goes on to its end.
 
-        While the job waits, `queued` comes first, and again when the forecast changes; `final` comes last, with the whole job. When
-        this process ends, so does the iterator, without `final`; when the caller's key is revoked or expires, it raises Unauthenticated.
-        To be called while answering a request, and may outlive it; closing the iterator, or letting go of it, forgets the follower and
-        leaves its place. Raises JobNotFound, StreamsExhausted.
+        None comes when a heartbeat is due. While the job waits, `queued` comes first, and again
+        when the forecast changes; `final` comes last, with the whole job. When this process ends,
+        so does the iterator, without `final`; when the caller's key is revoked or expires, it
+        raises Unauthenticated. Closing the iterator, or letting go of it, forgets the follower
+        and leaves its place.
+
+        tell: called with each event, by whoever iterates.  place: taken before; None takes one.
+        Raises JobNotFound, StreamsExhausted.
         """
-        told = copy_current_request_context(_told)  # views name routes
-        place = place or self.take_place()
-        stream = self._stream(job_id, g.caller.tenant_id, g.caller.kid, after or BEGINNING, previews, heartbeat_s, told, place)
+        place = place or self.take_place(caller.tenant_id)
+        stream = self._stream(
+            caller,
+            job_id,
+            tell=tell,
+            after=after or BEGINNING,
+            previews=previews,
+            heartbeat_s=heartbeat_s,
+            place=place,
+        )
         next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
         return stream
 
@@ -107,13 +122,13 @@ class Events:
 
     def _stream(
         self,
+        caller: Caller,
         job_id: uuid.UUID,
-        tenant_id: uuid.UUID,
-        kid: str,
+        *,
+        tell: Tell,
         after: str,
         previews: bool,
         heartbeat_s: float,
-        told: Callable[[Event, uuid.UUID, Job | None], Event],
         place: Holding,
     ) -> Iterator[Event | None]:
         try:
@@ -125,9 +140,10 @@ class Events:
             place.release()
             raise
         with self._lock:
-            self._kids[seat] = kid
+            self._kids[seat] = caller.kid
         try:
-            job = self._find(job_id, tenant_id)  # once seated: no ending goes unheard after this look
+            # Once seated: no ending goes unheard after this look.
+            job = self._find(job_id, caller.tenant_id)
             if job is None:
                 raise JobNotFound(f"There is no job {job_id}.")
             if previews and job.state not in FINAL_STATES:
@@ -142,7 +158,7 @@ class Events:
                 if event.kind == FINAL and whole is None:
                     continue  # Postgres is away for now; the net hears of the ending again
                 telemetry.EVENTS_SENT.labels(event.kind).inc()
-                yield told(event, job_id, whole)
+                yield tell(event, job_id, whole)
                 if event.kind == FINAL:
                     return
         finally:
@@ -155,9 +171,9 @@ class Events:
         """As they are heard of, without end but for that of this process."""
         forecast = _Forecast(self._forecaster, job)
         yield from forecast.news()
-        for event in earlier:
-            forecast.hear(event)
-            yield event
+        for past in earlier:
+            forecast.hear(past)
+            yield past
         if job.state in FINAL_STATES:
             yield Event(None, FINAL, {})
         beat_at = time.monotonic() + heartbeat_s
@@ -267,13 +283,3 @@ def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
         eta_p50_s=round(place.eta.p50_s, 2),
         eta_p90_s=round(place.eta.p90_s, 2),
     )
-
-
-def _told(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
-    """The event as a client sees it."""
-    if ended is not None:
-        return Event(event.id, event.kind, to_plain(job_view(ended)))
-    if event.kind == STORED:
-        url = image_url(job_id, event.data["index"])
-        return Event(event.id, event.kind, event.data | {"url": url})
-    return event

@@ -201,7 +201,8 @@ def _sized(wish: Wish, picture: File) -> Wish:
 def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
     asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
-        place = runtime().events.take_place()  # before there is a job that nobody could watch
+        # Before there is a job that nobody could watch.
+        place = runtime().events.take_place(caller().tenant_id)
         try:
             return openai_stream.respond(asked, _accept(asked, sent, asks_for).job, place)
         except BaseException:

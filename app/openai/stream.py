@@ -22,6 +22,7 @@ from app.caller import Caller
 from app.documents import JobDocument
 from app.http.connection import give_up_when_unread
 from app.http.context import caller, runtime
+from app.http.events import teller
 from app.live.capacity import Holding
 from app.openai.answers import extras_of, problem_of_end
 from app.openai.body import Asked
@@ -43,7 +44,14 @@ HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
 def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
     """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
     parts, asking = runtime(), caller()
-    events = parts.events.follow(job.id, previews=asked.partial_images > 0, heartbeat_s=HEARTBEAT_S, place=place)
+    events = parts.events.follow(
+        asking,
+        job.id,
+        tell=teller(),
+        previews=asked.partial_images > 0,
+        heartbeat_s=HEARTBEAT_S,
+        place=place,
+    )
     give_up_when_unread(request)
     told = _Told(asked, job, parts)
 

@@ -29,7 +29,6 @@ MAX_NEW_PICTURES = 16  # of one request: each is decoded, encoded and stored whi
 UNSEEN = uuid.UUID(int=0)  # stands for a picture that is not looked at yet
 _FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: all pictures by URL of one request
 _KEPT_BYTES = 8_000_000  # of new pictures, until their request is answered: masks are looked at again
-_MAX_JUDGED = 10_000
 _WAYS = {
     "id": "the id that POST /v1/files answered with",
     "data": "a data URL: data:image/png;base64,…",
@@ -62,6 +61,10 @@ def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
 def is_new(value: str | None) -> bool:
     """Would there be work to do before there is a file: to decode, perhaps to fetch, to store?"""
     return value is not None and (dataurls.is_one(value) or _is_url(value))
+
+
+class _FetchedEnough(Exception):
+    """The request has fetched as many pictures as it may, or has found the store away."""
 
 
 class Intake:
@@ -113,26 +116,28 @@ class Intake:
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
         """None where that cannot be told soon, as while the store is away: the job is accepted, as it would be without this question."""
-        parts, key = self._runtime, (what, file.content_sha256, width_px, height_px)
-        if (known := parts.judged.get(key)) is not None:
-            return known
-        content = self._contents.get(file.id)
-        if content is None and self._to_fetch <= 0:
-            return None
-        self._to_fetch -= content is None
+        key = (what, file.content_sha256, width_px, height_px)
         try:
-            content = content or parts.store.get(file.object_key, soon=True)
-            found = bool(getattr(parts.decoders, what)(content, width_px, height_px, tenant=self._caller.tenant_id))
+            return self._runtime.judged.get(key, lambda: self._look(what, file, width_px, height_px))
         except (StoreUnavailable, ObjectGone, NotAPicture) as error:
             log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
             self._to_fetch = 0  # a store that is away is not asked a thousand times for one request
             return None
+        except _FetchedEnough:
+            return None
         except TooBusy:
             raise _too_busy() from None
-        if len(parts.judged) >= _MAX_JUDGED:
-            parts.judged.clear()
-        parts.judged[key] = found
-        return found
+
+    def _look(self, what: str, file: File, width_px: int, height_px: int) -> bool:
+        """Ask a decoder what the picture shows. Raises _FetchedEnough."""
+        content = self._contents.get(file.id)
+        if content is None:
+            if self._to_fetch <= 0:
+                raise _FetchedEnough
+            self._to_fetch -= 1
+            content = self._runtime.store.get(file.object_key, soon=True)
+        asked = getattr(self._runtime.decoders, what)
+        return bool(asked(content, width_px, height_px, tenant=self._caller.tenant_id))
 
     def _file(self, field: str, value: str) -> File:
         if (known := self._files.get(value)) is not None:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 from sqlalchemy import event
 
-from app.live import keyring
+from app.live import cache
 from app.live.keyring import MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
 from models import api_keys, tenants
 from models.database import make_engine, transaction
@@ -80,7 +80,7 @@ def test_keys_that_were_left_alone_for_a_while_are_looked_up_once_for_all_who_co
 
 
 def test_while_one_look_up_hangs_the_others_see_for_themselves(ring, kids, engine, monkeypatch):
-    monkeypatch.setattr(keyring, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.2)
     used_for(ring, kids, 0.1)
     time.sleep(TRUSTED_FOR_S + 0.1)
     hangs, entered = threading.Event(), threading.Event()

@@ -1,5 +1,6 @@
 """GET /v1/jobs/{id}/status and conditional reads: cheap to ask often, and never older than a second."""
 
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -92,3 +93,32 @@ def test_what_is_remembered_is_bounded():
         statuses.get(uuid.UUID(int=1), uuid.UUID(int=number), lambda: b"{}")
 
     assert len(statuses._kept) == MAX_KEPT
+
+
+def test_a_change_is_seen_even_by_who_asks_while_the_old_state_is_being_read():
+    statuses, tenant_id, job_id = Statuses(), uuid.uuid4(), uuid.uuid4()
+    entered, goes_on = threading.Event(), threading.Event()
+
+    def read_old():
+        entered.set()
+        goes_on.wait(10)
+        return b"queued"
+
+    with ThreadPoolExecutor(1) as threads:
+        old = threads.submit(statuses.get, tenant_id, job_id, read_old)
+        entered.wait(10)
+        statuses.forget(tenant_id, job_id)
+
+        assert statuses.get(tenant_id, job_id, lambda: b"canceled").content == b"canceled"
+
+        goes_on.set()
+        assert old.result(5).content == b"queued"
+    assert statuses.get(tenant_id, job_id, read_old).content == b"canceled"
+
+
+def test_a_status_is_never_told_under_another_prefix():
+    statuses, tenant_id, job_id = Statuses(), uuid.uuid4(), uuid.uuid4()
+
+    seen = [statuses.get(tenant_id, job_id, root.encode, root=root).content for root in ("/a", "/b", "/a")]
+
+    assert seen == [b"/a", b"/b", b"/a"]
