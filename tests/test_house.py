@@ -133,6 +133,21 @@ def test_one_place_of_edges_makes_foreign_errors_ours():
     assert by_hand == set()
 
 
+def test_one_place_connects_to_redis():
+    """Else a server that was demoted keeps the client; what Celery and kombu connect is their own."""
+    client = re.compile(r"(\w+\.)*((Strict)?Redis|\w*ConnectionPool|from_url)(\.from_url)?")
+    connecting = {
+        str(path.relative_to(REPO))
+        for room in (*ROOMS, "deploy", "pocket")
+        for path in modules(room)
+        if any(top(name) == "redis" for name in imports(path))
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and client.fullmatch(ast.unparse(node.func))
+    }
+
+    assert connecting == {"edges/connections.py"}
+
+
 @pytest.mark.parametrize("room", ["app", "tasks", "dispatch", "models", "policy", "edges", "engine"])
 def test_only_settings_read_the_environment(room):
     readers = set()
