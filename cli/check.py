@@ -168,8 +168,10 @@ def _database(name: str, url: str) -> Iterator[Finding]:
 def _redis(name: str, variable: str, url: str) -> Iterator[Finding]:
     import redis
 
+    from edges.connections import connect
+
     try:
-        with redis.Redis.from_url(url, socket_timeout=5, socket_connect_timeout=2) as client:
+        with connect(url, socket_timeout=5) as client:
             client.ping()
             if name == "flower":
                 return

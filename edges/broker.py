@@ -16,6 +16,7 @@ from kombu.exceptions import KombuError
 
 import celeryconfig
 from edges.connections import connect
+from edges.errors import wrap
 from policy import queues
 from policy.fleet import Fleet
 from settings import BrokerSettings
@@ -67,21 +68,17 @@ class Broker:
         self._ask("set", PROBE, 1, 60)  # seconds
 
     def _send(self, task_name: str, queue: str, **options: Any) -> None:
-        try:
-            with self._celery.producer_or_acquire() as producer:
-                try:
-                    self._celery.send_task(task_name, queue=queue, retry=False, producer=producer, **options)
-                except (KombuError, redis.RedisError):
-                    producer.connection.collect()  # a primary that was demoted keeps who stays: the next message takes a new one
-                    raise
-        except (KombuError, redis.RedisError, OSError, QueueNotFound) as error:
-            raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
+        theirs = (KombuError, redis.RedisError, OSError, QueueNotFound)
+        with wrap(theirs, BrokerUnavailable), self._celery.producer_or_acquire() as producer:
+            try:
+                self._celery.send_task(task_name, queue=queue, retry=False, producer=producer, **options)
+            except (KombuError, redis.RedisError):
+                producer.connection.collect()  # a primary that was demoted keeps who stays: the next message takes a new one
+                raise
 
     def _ask(self, command: str, *arguments: Any) -> Any:
-        try:
+        with wrap(redis.RedisError, BrokerUnavailable):
             return getattr(self._redis, command)(*arguments)
-        except redis.RedisError as error:
-            raise BrokerUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 def make_celery(settings: BrokerSettings, fleet: Fleet, **extra: Any) -> Celery:

@@ -1,4 +1,4 @@
-"""Connections to a Redis whose name may lead to another server tomorrow.
+"""Connections to a Redis whose name may lead to another server tomorrow. The one place that makes a client.
 
 A primary that was demoted keeps its clients, answers their reads and refuses their writes for as long as they stay. Only who
 connects anew is led to the server that took over. So the replies by which a server says that it is not the one to talk to

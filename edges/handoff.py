@@ -17,6 +17,7 @@ import redis
 from numpy.typing import NDArray
 
 from edges.connections import connect
+from edges.errors import wrap
 from policy import gates
 
 PROBE = "darkroom:probe"  # written to see whether anything can be
@@ -50,18 +51,14 @@ class Handoff:
         digest = pixels_sha256(pixels)
         head = json.dumps({"shape": pixels.shape, "sha256": digest}).encode()
         body = np.ascontiguousarray(pixels).tobytes()
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             self._redis.set(_key(job_id, index, attempt), len(head).to_bytes(4, "big") + head + body, ex=self._ttl_s)
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
         return digest
 
     def get(self, job_id: uuid.UUID, index: int, attempt: int) -> Pixels | None:
         """The pixels, or None if they are gone. Raises HandoffUnavailable, HandoffCorrupt."""
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             blob = self._redis.get(_key(job_id, index, attempt))
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
         if blob is None:
             return None
         try:
@@ -77,10 +74,8 @@ class Handoff:
 
     def holds(self, job_id: uuid.UUID, index: int, attempt: int) -> bool:
         """Raises HandoffUnavailable."""
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             return bool(self._redis.exists(_key(job_id, index, attempt)))
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def drop(self, job_id: uuid.UUID, index: int, attempt: int) -> None:
         """Forget the pixels, if they are there and the hand-off is; otherwise their TTL does."""
@@ -91,27 +86,21 @@ class Handoff:
 
     def kept(self) -> Iterator[tuple[str, uuid.UUID, int, int]]:
         """Everything that is kept for a job: (key, job, image index, attempt). Raises HandoffUnavailable."""
-        try:
+        with wrap((redis.RedisError, ValueError), HandoffUnavailable):
             for raw in self._redis.scan_iter(match="handoff:*", count=500):
                 _, job_id, index, attempt = raw.decode().split(":")
                 yield raw.decode(), uuid.UUID(job_id), int(index), int(attempt)
-        except (redis.RedisError, ValueError) as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def forget(self, keys: list[str]) -> None:
         """Drop these keys of `kept()`. Raises HandoffUnavailable."""
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             if keys:
                 self._redis.unlink(*keys)
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def check(self) -> None:
         """Raises HandoffUnavailable unless it takes what is written: one that is read-only answers a ping."""
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             self._redis.set(PROBE, 1, ex=60)
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 class Gauge:

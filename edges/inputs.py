@@ -14,6 +14,7 @@ import redis
 from numpy.typing import NDArray
 
 from edges.connections import connect
+from edges.errors import wrap
 from edges.handoff import HandoffUnavailable
 
 
@@ -37,42 +38,32 @@ class Inputs:
     def bring(self, job_id: uuid.UUID, brought: Mapping[str, Brought]) -> None:
         """Keep all pictures of the job, by role, for `ttl_s`; all at once, so nobody sees a part of them. Raises HandoffUnavailable."""
         fields = {role: _packed(picture) for role, picture in brought.items()}
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             pipe = self._redis.pipeline()
             pipe.hset(_key(job_id), mapping=fields)
             pipe.expire(_key(job_id), self._ttl_s)
             pipe.execute()
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def are_there(self, job_id: uuid.UUID) -> bool:
         """Raises HandoffUnavailable."""
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             return bool(self._redis.exists(_key(job_id)))
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def of(self, job_id: uuid.UUID) -> dict[str, Brought]:
         """What was brought for the job, by role; empty if nothing was (yet). Raises HandoffUnavailable."""
-        try:
+        with wrap((redis.RedisError, ValueError, KeyError, TypeError), HandoffUnavailable):
             return {role.decode(): _unpacked(packed) for role, packed in self._redis.hgetall(_key(job_id)).items()}
-        except (redis.RedisError, ValueError, KeyError, TypeError) as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
         """Forget what was brought for these jobs. Raises HandoffUnavailable; then the TTL does it."""
-        try:
+        with wrap(redis.RedisError, HandoffUnavailable):
             if keys := [_key(job_id) for job_id in job_ids]:
                 self._redis.unlink(*keys)
-        except redis.RedisError as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
     def jobs(self) -> list[uuid.UUID]:
         """Every job that something is kept for. Raises HandoffUnavailable."""
-        try:
+        with wrap((redis.RedisError, ValueError), HandoffUnavailable):
             return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
-        except (redis.RedisError, ValueError) as error:
-            raise HandoffUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 def _packed(picture: Brought) -> bytes:

@@ -10,7 +10,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.message import Message
@@ -21,6 +21,8 @@ from typing import Any, Protocol
 from urllib.parse import urlencode, urlsplit
 
 import structlog
+
+from edges.errors import wrap
 
 log = structlog.get_logger(__name__)
 
@@ -263,13 +265,12 @@ class FileNotices:
         self._path, self._default_s = Path(path), default_s
 
     def poll(self) -> Notice | None:
-        try:
-            with self._path.open("rb") as file:
-                content = file.read(64)
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise NoticeSourceUnavailable(f"{self._path}: {type(error).__name__}") from error
+        with wrap(OSError, _unavailable(self._path)):
+            try:
+                with self._path.open("rb") as file:
+                    content = file.read(64)
+            except FileNotFoundError:
+                return None
         within_s = _seconds(content.decode(errors="replace"))
         return Notice(self.name, self._default_s if within_s is None else within_s, f"{self._path} appeared")
 
@@ -347,21 +348,22 @@ class _MetadataServer:
         """Raises NoticeSourceUnavailable when nobody answers in time, or not with a status that is `expected`."""
         what = path.partition("?")[0].rpartition("/")[2]
         connection = http.client.HTTPConnection(self._netloc, timeout=_TIMEOUT_S)
-        try:
+        with closing(connection), wrap((OSError, http.client.HTTPException), _unavailable(what)):
             connection.connect()
             connection.sock.settimeout(timeout_s)  # only the answer may take longer
             connection.request(method, path, headers=dict(headers))
             response = connection.getresponse()
             body = response.read(_LARGEST_ANSWER_BYTES + 1)
-        except (OSError, http.client.HTTPException) as error:
-            raise NoticeSourceUnavailable(f"{what}: {type(error).__name__}") from error
-        finally:
-            connection.close()
         if response.status not in expected:
             raise NoticeSourceUnavailable(f"{what}: HTTP {response.status}")
         if len(body) > _LARGEST_ANSWER_BYTES:
             raise NoticeSourceUnavailable(f"{what}: the answer is too long")
         return _Answer(response.status, response.headers, body.decode(errors="replace"))
+
+
+def _unavailable(what: object) -> Callable[[Exception], NoticeSourceUnavailable]:
+    """What was asked, and the kind of the error alone: the watch logs each text that is new to it."""
+    return lambda error: NoticeSourceUnavailable(f"{what}: {type(error).__name__}")
 
 
 def _instant(text: object) -> datetime | None:

@@ -15,10 +15,12 @@ from botocore.client import BaseClient
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
 
+from edges.errors import wrap
 from settings import StoreSettings
 
 PRIVATE = "private, max-age=600"  # no cache but the client's own keeps a picture that a tenant may erase
 PIECE_BYTES = 65_536
+_FOREIGN = (BotoCoreError, ClientError)
 
 
 class StoreUnavailable(Exception):
@@ -45,10 +47,8 @@ class Pieces:
 
     def __iter__(self) -> Iterator[bytes]:
         """Raises StoreUnavailable when the store falls silent in the middle."""
-        try:
+        with wrap(BotoCoreError, _unavailable):
             yield from self._body.iter_chunks(PIECE_BYTES)
-        except BotoCoreError as error:
-            raise StoreUnavailable(_reason(error)) from error
 
     def close(self) -> None:
         """Let go of the connection."""
@@ -68,43 +68,36 @@ class ObjectStore:
 
     def put(self, key: str, content: bytes, *, content_type: str) -> None:
         """Store `content` under `key`. Raises StoreUnavailable."""
-        try:
+        with wrap(_FOREIGN, _unavailable):
             self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type, CacheControl=PRIVATE)
-        except (BotoCoreError, ClientError) as error:
-            raise StoreUnavailable(_reason(error)) from error
 
     def get(self, key: str, *, soon: bool = False) -> bytes:
         """Raises StoreUnavailable, also for a store that takes more than a few seconds if `soon`; ObjectGone when there is no such key."""
         client = self._hasty if soon else self._client
-        try:
+        with wrap(_FOREIGN, _gone_or_unavailable):
             return bytes(client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
-        except (BotoCoreError, ClientError) as error:
-            raise _failure(error) from error
 
     def open(self, key: str, span: Span | None = None) -> Pieces:
         """The object, or a part of it, to be read as it comes. Raises StoreUnavailable; ObjectGone when there is no such key."""
         part = {} if span is None else {"Range": f"bytes={span.first}-{span.last}"}
-        try:
+        with wrap(_FOREIGN, _gone_or_unavailable):
             return Pieces(self._client.get_object(Bucket=self._bucket, Key=key, **part)["Body"])
-        except (BotoCoreError, ClientError) as error:
-            raise _failure(error) from error
 
     def holds(self, key: str) -> bool:
         """Is there such an object? Raises StoreUnavailable."""
-        try:
-            self._client.head_object(Bucket=self._bucket, Key=key)
-        except (BotoCoreError, ClientError) as error:
-            if isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound"):
-                return False
-            raise StoreUnavailable(_reason(error)) from error
-        return True
+        with wrap(_FOREIGN, _unavailable):
+            try:
+                self._client.head_object(Bucket=self._bucket, Key=key)
+            except ClientError as error:
+                if error.response.get("Error", {}).get("Code") in ("404", "NoSuchKey", "NotFound"):
+                    return False
+                raise
+            return True
 
     def delete(self, key: str) -> None:
         """Harmless when there is no such key. Raises StoreUnavailable."""
-        try:
+        with wrap(_FOREIGN, _unavailable):
             self._client.delete_object(Bucket=self._bucket, Key=key)
-        except (BotoCoreError, ClientError) as error:
-            raise StoreUnavailable(_reason(error)) from error
 
     def presigned_url(self, key: str, *, content_type: str, filename: str) -> str:
         """A URL that shows the object to whoever has it, for `presign_ttl_s`; signed for the public endpoint."""
@@ -115,10 +108,8 @@ class ObjectStore:
 
     def ping(self) -> None:
         """Raises StoreUnavailable if the bucket cannot be seen."""
-        try:
+        with wrap(_FOREIGN, _unavailable):
             self._probe.head_bucket(Bucket=self._bucket)
-        except (BotoCoreError, ClientError) as error:
-            raise StoreUnavailable(_reason(error)) from error
 
 
 def image_key(tenant_id: uuid.UUID, content_sha256: str, extension: str) -> str:
@@ -158,7 +149,11 @@ def _client(settings: StoreSettings, endpoint_url: str | None, *, read_timeout_s
     )
 
 
-def _failure(error: BotoCoreError | ClientError) -> StoreUnavailable:
+def _unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
+    return StoreUnavailable(_reason(error))
+
+
+def _gone_or_unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
     is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
     return (ObjectGone if is_gone else StoreUnavailable)(_reason(error))
 

@@ -24,6 +24,8 @@ from requests_hardened.ip_filter_adapter import IPFilterAdapter
 from urllib3.connection import HTTPConnection
 from urllib3.exceptions import HTTPError
 
+from edges.errors import wrap
+
 USER_AGENT = "Darkroom/0.1"
 PORTS = (443, 8443)
 MAX_URL_CHARS = 2048
@@ -93,13 +95,11 @@ class Outbound:
             if response.status_code != 200:
                 raise Unreachable(f"it answered {response.status_code}")
             content = bytearray()
-            try:
+            with wrap((HTTPError, OSError), lambda error: Unreachable(_reason(error))):
                 while piece := response.raw.read(65_536, decode_content=False):
                     content += piece
                     if len(content) > max_bytes:
                         raise Unreachable(f"it has more than {max_bytes} bytes")
-            except (HTTPError, OSError) as error:
-                raise Unreachable(_reason(error)) from error
             length = response.headers.get("Content-Length")
             if length is not None and length.isdigit() and len(content) < int(length):
                 raise Unreachable("it ended early")

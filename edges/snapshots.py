@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import redis
 
 from edges.connections import connect
+from edges.errors import wrap
 
 STORE = "handoff"  # what `attempts.snapshot_store` says of it
 
@@ -50,17 +51,13 @@ class Snapshots:
 
     def put(self, job_id: uuid.UUID, index: int, attempt: int, step: int, blob: bytes) -> bool:
         """Keep the snapshot for `ttl_s`; False if there is one of a later attempt, or of a later step. Raises SnapshotsUnavailable."""
-        try:
+        with wrap(redis.RedisError, SnapshotsUnavailable):
             return bool(self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s]))
-        except redis.RedisError as error:
-            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
 
     def of(self, job_id: uuid.UUID) -> dict[int, Kept]:
         """The snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
-        try:
+        with wrap(redis.RedisError, SnapshotsUnavailable):
             fields = self._redis.hgetall(_key(job_id))
-        except redis.RedisError as error:
-            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
         kept = {}
         for index, value in fields.items():
             attempt, step, blob = value.split(b" ", 2)
@@ -69,18 +66,14 @@ class Snapshots:
 
     def jobs(self) -> list[uuid.UUID]:
         """Every job of which something is kept. Raises SnapshotsUnavailable."""
-        try:
+        with wrap((redis.RedisError, ValueError), SnapshotsUnavailable):
             return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
-        except (redis.RedisError, ValueError) as error:
-            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
         """Forget all that is kept of these jobs. Raises SnapshotsUnavailable."""
-        try:
+        with wrap(redis.RedisError, SnapshotsUnavailable):
             if keys := [_key(job_id) for job_id in job_ids]:
                 self._redis.unlink(*keys)
-        except redis.RedisError as error:
-            raise SnapshotsUnavailable(f"{type(error).__name__}: {error}") from error
 
 
 def place(job_id: uuid.UUID, index: int) -> str:

@@ -25,6 +25,8 @@ from celery.worker.consumer.consumer import CONNECTION_ERROR
 from celery.worker.consumer.tasks import Tasks
 from kombu.exceptions import KombuError
 
+from edges.connections import connect
+
 log = logging.getLogger(__name__)
 
 LATE_ACK_TRIES = 60
@@ -230,7 +232,7 @@ def _ack_late(app: Any, message: Any) -> None:
     channel, tag = message.channel, message.delivery_tag
     for _ in range(LATE_ACK_TRIES):
         try:
-            with redis.Redis.from_url(app.conf.broker_url, socket_timeout=5, socket_connect_timeout=2) as client:
+            with connect(app.conf.broker_url, socket_timeout=5) as client:
                 client.pipeline().zrem(channel.unacked_index_key, tag).hdel(channel.unacked_key, tag).execute()
             return
         except redis.RedisError:

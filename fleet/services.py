@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psycopg2  # type: ignore[import-untyped]
-import redis
 from psycopg2 import sql
 
+from edges import connections
 from fleet import redis_users
 from fleet.addresses import BUCKET, DATABASE, FLOWER_BROKER, HOST, OWNER, Addresses
 from fleet.errors import StackError
@@ -92,12 +92,12 @@ def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, 
     folder = data_dir / name
     folder.mkdir(mode=0o700, exist_ok=True)
     config = data_dir / f"{name}.conf"
-    port, password = addresses.ports[name], addresses.passwords[name]
+    url = addresses.env()[f"{name.upper()}_URL"]
     lines = {
         "bind": HOST,
-        "port": str(port),
+        "port": str(addresses.ports[name]),
         "dir": ".",
-        "requirepass": password,
+        "requirepass": addresses.passwords[name],
         "maxmemory-policy": "noeviction",
         "set-proc-title": "no",  # a title is written over the environment, and with it over the mark that finds strays
         **options,
@@ -107,7 +107,7 @@ def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, 
     _write_private(config, "".join(f"{line}\n" for line in text))  # not on the command line, which `ps` shows
 
     def probe() -> None:
-        with redis.Redis(host=HOST, port=port, password=password, socket_timeout=2) as client:
+        with connections.connect(url, socket_timeout=2) as client:
             client.ping()
 
     return Service(Program(name=name, command=[_binary("redis-server"), str(config)], directory=folder, priority=10), probe)

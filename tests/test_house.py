@@ -136,6 +136,36 @@ def test_one_module_of_edges_knows_celery():
     assert {file for file, name in imported("edges") if top(name) in ("celery", "kombu")} == {"edges/broker.py"}
 
 
+def test_one_place_of_edges_makes_foreign_errors_ours():
+    """`with wrap(theirs, ours):` does; a handler is for what else is to be done about an error."""
+    by_hand = {
+        (str(path.relative_to(REPO)), node.lineno)
+        for path in modules("edges")
+        if path.name != "errors.py"
+        for handler in ast.walk(parsed(path))
+        if isinstance(handler, ast.ExceptHandler)
+        for node in ast.walk(handler)
+        if isinstance(node, ast.Raise) and node.exc is not None and re.search(r"Unavailable\(|__name__", ast.unparse(node.exc))
+    }
+
+    assert by_hand == set()
+
+
+def test_one_place_connects_to_redis():
+    """Else a server that was demoted keeps the client; what Celery and kombu connect is their own."""
+    client = re.compile(r"(\w+\.)*((Strict)?Redis|\w*ConnectionPool|from_url)(\.from_url)?")
+    connecting = {
+        str(path.relative_to(REPO))
+        for room in (*ROOMS, "deploy", "pocket")
+        for path in modules(room)
+        if any(top(name) == "redis" for name in imports(path))
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Call) and client.fullmatch(ast.unparse(node.func))
+    }
+
+    assert connecting == {"edges/connections.py"}
+
+
 @pytest.mark.parametrize("room", ["app", "tasks", "dispatch", "models", "policy", "edges", "engine"])
 def test_only_settings_read_the_environment(room):
     readers = set()
