@@ -3,14 +3,14 @@
 import threading
 import time
 import uuid
-from datetime import UTC, datetime, timedelta
 
 import httpx
 import pytest
+from sqlalchemy import select
 
 from models import api_keys, tenants
 from models.database import transaction
-from models.tables import Job
+from models.tables import ApiKey, Job
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
 from tests.app.test_event_streams import following, held_worker, kinds  # noqa: F401  a fixture of theirs
@@ -44,12 +44,10 @@ def as_tenant(gateway):
 def a_key(stack, stack_database):
     """A key of a tenant of its own, and what revokes it."""
 
-    def a_key(**fields):
+    def a_key():
         with transaction(stack_database) as session:
             tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-            row, key = api_keys.issue(
-                session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests", **fields
-            )
+            row, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
 
         def revoke():
             with transaction(stack_database) as session:
@@ -217,12 +215,15 @@ def test_a_revoked_key_s_streams_end_with_it(as_tenant, a_key):
     assert_problem(client.get(job["urls"]["events"]), 401, "unauthenticated")
 
 
-def test_an_expired_key_s_streams_end_with_it(as_tenant, a_key):
-    key, _ = a_key(expires_at=datetime.now(UTC) + timedelta(seconds=4))
+def test_an_expired_key_s_streams_end_with_it(as_tenant, a_key, stack, stack_database):
+    key, _ = a_key()
     client = as_tenant(key)
     job = client.post("/v1/jobs", json=WISH).json()
 
     with following(client, job) as stream:
+        with transaction(stack_database) as session:
+            key_id = session.scalar(select(ApiKey.id).where(ApiKey.kid == api_keys.kid_of(key)))
+            api_keys.rotate(session, key_id, pepper=stack.env["API_KEY_PEPPER"], grace_s=1)
         rest = [event for event in stream if event[1]]
 
     assert kinds(rest) == ["queued"]
