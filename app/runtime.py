@@ -15,7 +15,7 @@ from app.live.readiness import Readiness, checks
 from app.live.statuses import Statuses
 from app.live.streams import Events, Watchers
 from app.live.uploads import UploadRoom
-from app.services.links import LinkSigner
+from app.signing import LinkSigner
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
@@ -61,9 +61,9 @@ class Runtime:
     uploads: UploadRoom
     decoders: Decoders = field(default_factory=Decoders)
     # What pictures select as masks, by question, content and size.
-    judged: Cache[tuple[str, str, int, int], bool] = field(default_factory=lambda: Cache(10_000))
+    judged: Cache[tuple[str, str, int, int], bool] = field(default_factory=lambda: Cache("judged", 10_000))
     # The OpenAPI document by the prefix of its links: a proxy may give the gateway several.
-    documents: Cache[str, str] = field(default_factory=lambda: Cache(8))
+    documents: Cache[str, str] = field(default_factory=lambda: Cache("documents", 8))
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 

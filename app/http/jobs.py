@@ -57,8 +57,8 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
 def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
     """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
     asked_s = read_wait_s(request, runtime().settings.max_wait_s)
-    with wait.admitted(runtime(), caller(), asked_s) as wait_s:
-        response = answer(_view(*_watched(job_id, wait_s)))
+    with wait.waiting_place(runtime(), caller(), asked_s) as wait_s:
+        response = answer(_view(*_wait_for_job(job_id, wait_s)))
     if asked_s:
         response.headers["Preference-Applied"] = f"wait={wait_s}"
     response.headers["Cache-Control"] = "private, no-cache"
@@ -130,9 +130,9 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
     if not accepted.is_new:
         headers[REPLAYED] = "true"
     if wait_s:
-        with wait.admitted(runtime(), caller(), wait_s) as applied_s:
+        with wait.waiting_place(runtime(), caller(), wait_s) as applied_s:
             try:
-                view = _view(*_watched(job.id, applied_s))
+                view = _view(*_wait_for_job(job.id, applied_s))
             except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
                 log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
             else:
@@ -161,10 +161,10 @@ def _steps(job: Job | JobDocument) -> list[Step]:
     return runtime().news.steps(job.id) if job.state == JobState.RUNNING else []
 
 
-def _watched(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
+def _wait_for_job(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
     """Return the job, after waiting up to `wait_s` for its end, and what is known of its progress."""
     job = jobs.find(runtime(), caller(), job_id)
     if wait_s:
         uploads.release()  # whatever the job started from is stored by now
-        job = wait.until_ended(runtime(), caller(), job, wait_s, has_left=has_left(request))
+        job = wait.wait_for_end(runtime(), caller(), job, wait_s, has_left=has_left(request))
     return job, _steps(job)

@@ -17,7 +17,7 @@ def show_linked(artifact_id: uuid.UUID) -> Response:
 
     410 once its job was erased.
     """
-    artifact = artifacts.linked(
+    artifact = artifacts.find_linked(
         runtime(),
         artifact_id,
         expires=request.args.get("expires", ""),

@@ -25,17 +25,17 @@ IN_MEMORY_BYTES = 262_144  # of an upload; what is longer lies on disk
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def admit(request: Request, room: UploadRoom, tenant_id: uuid.UUID) -> None:
+def admit(asked: Request, room: UploadRoom, tenant_id: uuid.UUID) -> None:
     """Take what the request's body needs, if it is a large one. Raises UploadsExhausted."""
-    size = request.content_length
-    if size is None and "chunked" in request.headers.get("Transfer-Encoding", "").lower():
+    size = asked.content_length
+    if size is None and "chunked" in asked.headers.get("Transfer-Encoding", "").lower():
         size = room.largest_bytes
-    least = 0 if "Expect" in request.headers else SMALL_BODY_BYTES  # such a body comes only when a thread has asked for it
+    least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES  # such a body comes only when a thread has asked for it
     if size is None or not least < size <= room.largest_bytes:  # beyond that, whoever reads refuses it
         return
     holdings: list[Holding] = g.setdefault("upload_holdings", [])
     holdings.append(room.take_body(tenant_id))
-    if request.mimetype != "application/json":
+    if asked.mimetype != "application/json":
         holdings.append(room.take_spool(tenant_id, size))
 
 

@@ -35,6 +35,7 @@ from policy.steps import denoising_of, image_steps
 
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
+STALE_FOR_S = 5.0  # beyond these, while somebody reads: with a slow database no request waits for it
 MOST_KEPT = 10_000  # pools; pools and tiers; models, each with the sizes that are asked for
 PICTURES_LATE_S = 3.0  # for one job: then none come, and jobs that need none pass all that wait for theirs
 
@@ -344,10 +345,15 @@ class QueueForecaster:
 
 
 def _cache(fresh_for_s: float, refresher: Executor) -> Cache[Any, Any]:
-    """Make one that is read again half way, so that under load no request waits for it."""
+    """Make one that is read again half way, so that under load no request waits for it.
+
+    While that takes long, what is there is good enough for up to `STALE_FOR_S` more.
+    """
     return Cache(
+        "forecast",
         MOST_KEPT,
         keep_for_s=fresh_for_s,
+        stale_for_s=STALE_FOR_S,
         refresh_after_s=fresh_for_s / 2,
         refresher=refresher,
     )

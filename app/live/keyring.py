@@ -24,7 +24,7 @@ log = structlog.get_logger(__name__)
 TRUSTED_FOR_S = 0.75
 REFRESHED_AFTER_S = 0.25  # from then on those in use are all looked up again, behind their backs
 IN_USE_FOR_S = 5.0
-MOST_AT_ONCE = 500
+MOST_AT_ONCE = 500  # keys in use beyond these are looked up alone, each as often as it is not trusted any more
 MOST_REMEMBERED = 10_000
 NO_LIVE_KEY = "This API key is unknown, revoked or expired."
 _IN_USE = "in use"
@@ -51,21 +51,23 @@ class Keyring:
         self._used_at: FIFOCache[str, float] = FIFOCache(MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._together: Cache[str, dict[str, Known | None]] = Cache(
+            "keys in use",
             1,
             keep_for_s=TRUSTED_FOR_S,
             refresh_after_s=REFRESHED_AFTER_S,
             refresher=refresher,
         )
-        self._alone: Cache[str, Known | None] = Cache(MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S)
+        self._alone: Cache[str, Known | None] = Cache("other keys", MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S)
+        self._refresher = refresher
 
     def find(self, kid: str) -> Known | None:
         """Find the live key with that public id, as it was at most `TRUSTED_FOR_S` ago."""
-        with self._lock:
-            self._used_at[kid] = time.monotonic()
-        known = self._together.get(_IN_USE, self._read_those_in_use)
-        if kid in known:
-            return known[kid]
-        return self._alone.get(kid, lambda: self._read({kid})[kid])
+        together = self._together.get(_IN_USE, self._read_those_in_use)
+        known = together[kid] if kid in together else self._alone.get(kid, lambda: self._read({kid})[kid])
+        if known is not None:  # whoever makes keys up drives none of those in use out
+            with self._lock:
+                self._used_at[kid] = time.monotonic()
+        return known
 
     def is_live(self, kid: str) -> bool:
         """Tell whether the key, which was live, still is; yes while nobody can say."""
@@ -79,19 +81,18 @@ class Keyring:
         since = time.monotonic() - IN_USE_FOR_S
         with self._lock:
             kids = {kid for kid, used_at in self._used_at.items() if used_at > since}
-        return self._read(kids)
+        return self._read(kids) if kids else {}
 
     def _read(self, kids: Set[str]) -> dict[str, Known | None]:
         """Look up each of these; None for one that is not live."""
         with transaction(self._database) as session:
             keys = api_keys.look_up(session, list(kids))
-        self._note_use([key.id for key in keys.values() if key.is_use_to_be_noted])
+        if used := [key.id for key in keys.values() if key.is_use_to_be_noted]:
+            self._refresher.submit(self._note_use, used)  # no answer waits for a write
         live = {kid: Known(key, limits_of(key.limits)) for kid, key in keys.items()}
         return {kid: live.get(kid) for kid in kids}
 
     def _note_use(self, key_ids: Sequence[uuid.UUID]) -> None:
-        if not key_ids:
-            return
         try:
             with transaction(self._database) as session:
                 api_keys.note_use(session, key_ids)

@@ -91,7 +91,7 @@ class Events:
         heartbeat_s: float = 10,
         place: Holding | None = None,
     ) -> Iterator[Event | None]:
-        """Yield what happened to the caller's job after the event `after`, and goes on to its end.
+        """Yield what happened to the caller's job after the event `after`, and what happens until its end.
 
         None comes when a heartbeat is due. While the job waits, `queued` comes first, and again
         when the forecast changes; `final` comes last, with the whole job. When this process ends,

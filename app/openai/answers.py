@@ -26,11 +26,13 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
         return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id)
     if state == JobState.REJECTED:
         return ModerationBlocked("The request was refused by the safety rules.", job_id=shown_id)
-    if state == JobState.FAILED and failure_code is not None and is_our_fault(failure_code):
-        return JobFailed("The job failed on our side.", failure_code=failure_code, job_id=shown_id)
-    if state == JobState.FAILED and failure_code is not None:
+    if state == JobState.FAILED and is_our_fault(failure_code):
+        return JobFailed("The job failed on our side.", failure_code=failure_code or "unknown", job_id=shown_id)
+    if state == JobState.FAILED:
         detail = f"The job cannot be rendered: {failure_code}."
-        return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code, job_id=shown_id)
+        return InvalidImageRequest(
+            detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code or "unknown", job_id=shown_id
+        )
     return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, job_id=shown_id)
 
 

@@ -208,36 +208,35 @@ def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> Respo
         except BaseException:
             place.release()
             raise
-    with wait.required(runtime(), caller()):
+    with wait.require_waiting_place(runtime(), caller()):
         job_id = _accept(asked, sent, asks_for).job.id
         if sent is not None:
             sent.forget()
-        job = _ended(job_id)
+        job = _wait_for_job(job_id)
     if (problem := problem_of_end(job.id, job.state, job.failure_code)) is not None:
         raise problem
     return answer(_view(asked, job), headers={"X-Darkroom-Job-Id": str(job.id)})
 
 
-def _ended(job_id: uuid.UUID) -> Job:
+def _wait_for_job(job_id: uuid.UUID) -> Job:
     """Return the job once it has ended, or as it is after `IMAGES_WAIT_S`."""
     job = jobs.find(runtime(), caller(), job_id)
     uploads.release()  # whatever it started from is stored by now
-    return wait.until_ended(runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request))
+    return wait.wait_for_end(runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request))
 
 
 def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
     """Accept the job of this call: for a first try a new one; a further try may come to that of the try before."""
-    once = read_once(request, asks_for)
-    if once is not None:
-        return submit.accept_once(runtime(), caller(), lambda: _prepared(asked, sent), once=once)
 
     def may_answer(earlier: JobDocument) -> bool:
-        return may_still_answer(earlier, streams=asked.streams)
+        return own_key is not None or may_still_answer(earlier, streams=asked.streams)
 
-    return submit.accept_once(runtime(), caller(), lambda: _prepared(asked, sent), once=_by_itself(asks_for), may_answer=may_answer)
+    own_key = read_once(request, asks_for)
+    once = own_key or _by_itself(asks_for)
+    return submit.accept_once(runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer)
 
 
-def _prepared(asked: Asked, sent: _Sent | None) -> Prepared:
+def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
     """Resolve the call. Pictures are looked at last, if there is a job to be made of them."""
     metadata, wish = dict(asked.metadata), asked.wish
     if asked.user:

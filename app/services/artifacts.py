@@ -8,7 +8,7 @@ from models.database import transaction
 from models.tables import Artifact
 
 
-def linked(runtime: Runtime, artifact_id: UUID, *, expires: str, signature: str) -> Artifact:
+def find_linked(runtime: Runtime, artifact_id: UUID, *, expires: str, signature: str) -> Artifact:
     """Return the image of a link that this gateway signed and that holds.
 
     Raises LinkExpired, and Erased once its job was erased.

@@ -169,6 +169,7 @@ def _write(runtime: Runtime, caller: Caller, accepted: Sequence[NewJob], once: O
 
 def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
     """Return what the same batch came to before, its jobs as they are now."""
+    telemetry.REQUESTS_REPLAYED.inc()
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
     found = jobs.some(runtime, caller, job_ids) if job_ids else {}

@@ -32,7 +32,7 @@ def glance(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
 
 
 def state_of(runtime: Runtime, job_id: uuid.UUID) -> str | None:
-    """Return the state of a job that was found before."""
+    """Return the state of a job that the caller was found to have."""
     with transaction(runtime.database) as session:
         return jobs.state_of(session, job_id)
 

@@ -110,16 +110,21 @@ def accept_once(
     job still answers; where it does not, a new one takes its place under the key.
     Raises the Problem of a job that cannot be served now, and what `prepare` raises.
     """
-    if once is not None and (earlier := _answered(runtime, caller, once)) is not None:
+    if once is not None and (earlier := _find_earlier(runtime, caller, once)) is not None:
         if may_answer(earlier):
-            return Accepted(earlier, is_new=False)
+            return _came_before(earlier)
         once = replace(once, renew=True)
     try:
         return _accept(runtime, caller, prepare(), once)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
-        return Accepted(_job_of(runtime, caller, error.answer), is_new=False)
+        return _came_before(_job_of(runtime, caller, error.answer))
     except idempotency.KeyReused:
         raise reused() from None
+    except Problem:
+        # Not the answer if the same request was accepted while this one brought its pictures.
+        if once is None or (earlier := _find_earlier(runtime, caller, once)) is None:
+            raise
+        return _came_before(earlier)
 
 
 def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
@@ -199,7 +204,7 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
     drafted, expected = draft(runtime, caller, prepared)
     hint, limits = runtime.forecaster.release_hint(resolved, tenant_id)
 
-    def written(session: Session) -> tuple[NewJob, AcceptedRow]:
+    def write_job(session: Session) -> tuple[NewJob, AcceptedRow]:
         new = drafted
         quotas.lock(session, caller)
         if once is not None:
@@ -223,7 +228,7 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
 
     try:
         with quotas.charged(runtime, caller, drafted.megapixel_steps):
-            new, row = run_transaction(runtime.database, written)
+            new, row = run_transaction(runtime.database, write_job)
     except jobs.NothingLeft:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
     except FileGone as error:  # since it was looked up, a moment ago
@@ -283,12 +288,15 @@ def answer_to(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
             answer = idempotency.look_up(session, once, tenant_id=caller.tenant_id)
     except idempotency.KeyReused:
         raise reused() from None
-    if answer is not None:
-        telemetry.REQUESTS_REPLAYED.inc()
     return answer
 
 
-def _answered(runtime: Runtime, caller: Caller, once: Once) -> JobDocument | None:
+def _came_before(job: JobDocument) -> Accepted:
+    telemetry.REQUESTS_REPLAYED.inc()
+    return Accepted(job, is_new=False)
+
+
+def _find_earlier(runtime: Runtime, caller: Caller, once: Once) -> JobDocument | None:
     answer = answer_to(runtime, caller, once)
     return _job_of(runtime, caller, answer) if answer is not None else None
 

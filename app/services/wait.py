@@ -19,7 +19,7 @@ from policy.states import FINAL_STATES
 
 
 @contextmanager
-def admitted(runtime: Runtime, caller: Caller, wait_s: int) -> Iterator[int]:
+def waiting_place(runtime: Runtime, caller: Caller, wait_s: int) -> Iterator[int]:
     """Tell how long the caller may wait: `wait_s`, or 0 where as many wait as may."""
     holding = runtime.waits.take(caller.tenant_id) if wait_s else None
     if wait_s and holding is None:
@@ -32,16 +32,16 @@ def admitted(runtime: Runtime, caller: Caller, wait_s: int) -> Iterator[int]:
 
 
 @contextmanager
-def required(runtime: Runtime, caller: Caller) -> Iterator[None]:
+def require_waiting_place(runtime: Runtime, caller: Caller) -> Iterator[None]:
     """Let the caller wait within. Raises WaitsExhausted where as many wait as may."""
-    with admitted(runtime, caller, 1) as may_wait:
+    with waiting_place(runtime, caller, 1) as may_wait:
         if not may_wait:
             detail = "As many image calls wait here as may, or as many of your tenant. No job was made: ask again, or POST /v1/jobs."
             raise WaitsExhausted(detail, retry_after_s=2)
         yield
 
 
-def until_ended(
+def wait_for_end(
     runtime: Runtime,
     caller: Caller,
     job: Job,

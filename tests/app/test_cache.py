@@ -87,7 +87,7 @@ def wait_in_line(kept, key, read, threads, count=1):
 
 
 def test_an_answer_is_given_until_it_is_too_old(clock, source):
-    kept = Cache(10, keep_for_s=1.0)
+    kept = Cache("tests", 10, keep_for_s=1.0)
 
     assert kept.get("a", source) == 1
     clock.now += 0.99
@@ -97,7 +97,7 @@ def test_an_answer_is_given_until_it_is_too_old(clock, source):
 
 
 def test_an_age_counts_from_when_the_read_began(clock):
-    kept = Cache(10, keep_for_s=1.0)
+    kept = Cache("tests", 10, keep_for_s=1.0)
 
     def slow():
         clock.now += 0.8
@@ -109,7 +109,7 @@ def test_an_age_counts_from_when_the_read_began(clock):
 
 
 def test_an_answer_without_an_end_is_kept_and_none_is_one_too(source):
-    kept = Cache(10)
+    kept = Cache("tests", 10)
 
     assert [kept.get("a", source) for _ in range(3)] == [1, 1, 1]
     assert kept.get("b", lambda: None) is None
@@ -117,7 +117,7 @@ def test_an_answer_without_an_end_is_kept_and_none_is_one_too(source):
 
 
 def test_the_key_that_was_asked_for_longest_ago_makes_room():
-    kept = Cache(2)
+    kept = Cache("tests", 2)
     for key in ("a", "b", "a", "c"):
         kept.get(key, lambda key=key: f"first {key}")
 
@@ -127,7 +127,7 @@ def test_the_key_that_was_asked_for_longest_ago_makes_room():
 
 
 def test_all_who_ask_at_once_are_one_read(source, threads):
-    kept = Cache(10, keep_for_s=60)
+    kept = Cache("tests", 10, keep_for_s=60)
     source.goes_on.clear()
 
     asking = wait_in_line(kept, "a", source, threads, count=20)
@@ -138,7 +138,7 @@ def test_all_who_ask_at_once_are_one_read(source, threads):
 
 
 def test_one_key_does_not_wait_for_another(source, threads):
-    kept = Cache(10)
+    kept = Cache("tests", 10)
     source.goes_on.clear()
     wait_in_line(kept, "a", source, threads)
 
@@ -148,7 +148,7 @@ def test_one_key_does_not_wait_for_another(source, threads):
 
 
 def test_what_a_read_raises_is_not_remembered_and_the_next_one_tries(source, threads):
-    kept = Cache(10)
+    kept = Cache("tests", 10)
     source.goes_on.clear()
     source.error = OSError("away")
     first = wait_in_line(kept, "a", source, threads)
@@ -165,7 +165,7 @@ def test_what_a_read_raises_is_not_remembered_and_the_next_one_tries(source, thr
 
 def test_who_has_waited_long_enough_reads_too(source, threads, monkeypatch):
     monkeypatch.setattr(cache, "PATIENCE_S", 0.2)
-    kept = Cache(10)
+    kept = Cache("tests", 10)
     source.goes_on.clear()
     [hanging] = wait_in_line(kept, "a", source, threads)
     [patient] = wait_in_line(kept, "a", lambda: "by itself", threads)
@@ -180,7 +180,7 @@ def test_who_has_waited_long_enough_reads_too(source, threads, monkeypatch):
 
 def test_what_grows_old_is_read_behind_the_back_of_those_who_ask(clock, source):
     refresher = Later()
-    kept = Cache(10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
+    kept = Cache("tests", 10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
     kept.get("a", source)
     clock.now += 0.6
 
@@ -196,7 +196,7 @@ def test_what_grows_old_is_read_behind_the_back_of_those_who_ask(clock, source):
 
 def test_a_refresh_that_nobody_waited_for_is_left_out(clock, source):
     refresher = Later()
-    kept = Cache(10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
+    kept = Cache("tests", 10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
     kept.get("a", source)
     clock.now += 0.6
     kept.get("a", source)
@@ -210,7 +210,7 @@ def test_a_refresh_that_nobody_waited_for_is_left_out(clock, source):
 
 def test_a_refresh_that_fails_is_tried_again_and_then_who_asks_hears_of_it(clock, source):
     refresher = Later()
-    kept = Cache(10, keep_for_s=1.0, refresh_after_s=0.3, refresher=refresher)
+    kept = Cache("tests", 10, keep_for_s=1.0, refresh_after_s=0.3, refresher=refresher)
     kept.get("a", source)
     source.error = OSError("away")
 
@@ -227,7 +227,7 @@ def test_a_refresh_that_fails_is_tried_again_and_then_who_asks_hears_of_it(clock
 
 def test_while_it_is_refreshed_nobody_waits(source, threads):
     with ThreadPoolExecutor(1) as refresher:
-        kept = Cache(10, keep_for_s=60, refresh_after_s=0.01, refresher=refresher)
+        kept = Cache("tests", 10, keep_for_s=60, refresh_after_s=0.01, refresher=refresher)
         kept.get("a", source)
         time.sleep(0.02)
         source.goes_on.clear()
@@ -239,7 +239,7 @@ def test_while_it_is_refreshed_nobody_waits(source, threads):
 
 
 def test_what_was_forgotten_is_read_again(source):
-    kept = Cache(10)
+    kept = Cache("tests", 10)
     kept.get("a", source)
 
     kept.forget("a")
@@ -249,7 +249,7 @@ def test_what_was_forgotten_is_read_again(source):
 
 
 def test_a_read_that_began_before_a_forget_is_not_remembered(source, threads):
-    kept = Cache(10)
+    kept = Cache("tests", 10)
     source.goes_on.clear()
     [outdated] = wait_in_line(kept, "a", source, threads)
 
@@ -262,7 +262,7 @@ def test_a_read_that_began_before_a_forget_is_not_remembered(source, threads):
 
 
 def test_who_waited_for_a_read_that_was_forgotten_sees_the_change(source, threads):
-    kept = Cache(10)
+    kept = Cache("tests", 10)
     source.goes_on.clear()
     wait_in_line(kept, "a", source, threads)
     others = wait_in_line(kept, "a", lambda: "changed", threads, count=5)
@@ -275,7 +275,7 @@ def test_who_waited_for_a_read_that_was_forgotten_sees_the_change(source, thread
 
 def test_a_refresh_that_began_before_a_forget_is_not_remembered(clock):
     refresher = Later()
-    kept = Cache(10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
+    kept = Cache("tests", 10, keep_for_s=1.0, refresh_after_s=0.5, refresher=refresher)
     kept.get("a", lambda: "first")
     clock.now += 0.6
 
@@ -287,3 +287,37 @@ def test_a_refresh_that_began_before_a_forget_is_not_remembered(clock):
     refresher.do_all()
 
     assert kept.get("a", lambda: "changed") == "changed"
+
+
+def test_while_somebody_reads_others_take_what_is_a_little_too_old(clock, source, threads):
+    kept = Cache("tests", 10, keep_for_s=1.0, stale_for_s=2.0)
+    assert kept.get("a", source) == 1
+    source.goes_on.clear()
+    clock.now += 1.5
+    first = threads.submit(kept.get, "a", source)
+    source.entered.acquire()
+    source.entered.acquire()
+
+    assert kept.get("a", source) == 1
+    clock.now += 2.0
+    others = [threads.submit(kept.get, "a", source) for _ in range(3)]
+    source.goes_on.set()
+
+    assert first.result(10) == 2
+    assert {each.result(10) for each in others} == {3}  # that of the first began too long before they asked
+
+
+def test_a_read_that_others_did_not_wait_for_is_remembered_all_the_same(clock, source, threads, monkeypatch):
+    monkeypatch.setattr(cache, "PATIENCE_S", 0.0)
+    kept = Cache("tests", 10)
+    held, source.goes_on = source.goes_on, threading.Event()
+    reads = [threads.submit(kept.get, "a", source) for _ in range(3)]
+    for _ in reads:
+        source.entered.acquire()
+
+    source.goes_on.set()
+    held.set()
+
+    assert sorted(read.result(10) for read in reads) == [1, 2, 3]
+    assert kept.get("a", source) in (1, 2, 3)
+    assert source.reads == 3

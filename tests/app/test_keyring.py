@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from app.live import cache
-from app.live.keyring import MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
+from app.live.keyring import MOST_AT_ONCE, MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
 from models import api_keys, tenants
 from models.database import make_engine, transaction
 
@@ -106,3 +106,11 @@ def test_unknown_keys_are_remembered_as_such_and_not_without_end(ring):
     assert ring.find("unknownkid00") is None
     assert ring.asked_for == [1]
     assert MOST_REMEMBERED <= 10_000
+
+
+def test_made_up_keys_drive_none_of_those_in_use_out(ring, kids):
+    used_for(ring, kids, 0.1)
+    for number in range(MOST_AT_ONCE + 1):
+        assert ring.find(f"madeup{number:04}x") is None
+
+    assert set(kids) <= set(ring._used_at)

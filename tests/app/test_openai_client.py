@@ -366,6 +366,8 @@ def test_of_two_who_watch_one_job_only_the_last_to_leave_cancels_it(rest):
     body = {"prompt": PROMPT, "stream": True, "tier": "batch", "steps": 60, "seed": 4713}
     with rest.stream("POST", "/v1/images/generations", json=body) as first:
         with rest.stream("POST", "/v1/images/generations", json=body, headers={"X-Stainless-Retry-Count": "1"}) as second:
+            for stream in (first, second):
+                assert stream.status_code == 200, stream.read()
             job_id = first.headers["X-Darkroom-Job-Id"]
             assert second.headers["X-Darkroom-Job-Id"] == job_id
             chunks = first.iter_raw(), second.iter_raw()  # kept: with the iterator goes the connection

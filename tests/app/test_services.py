@@ -8,7 +8,7 @@ import pytest
 from sqlalchemy import event
 
 from app.caller import Caller
-from app.problems import JobNotFound
+from app.problems import FleetSaturated, JobNotFound
 from app.runtime import Runtime, open_runtime
 from app.services import jobs
 from app.services.batches import submit_batch
@@ -110,6 +110,18 @@ def test_a_job_that_may_not_answer_any_more_makes_room_for_another_under_its_key
 
     assert second.is_new
     assert accept_once(runtime, caller, never, once=once).job.id == second.job.id != first.job.id
+
+
+def test_a_request_that_is_refused_comes_to_the_job_that_its_double_made_meanwhile(runtime, caller):
+    once, made = a_key(), []
+
+    def prepare_too_late() -> Prepared:
+        made.append(submit(runtime, caller, ASKED, once=once))
+        raise FleetSaturated("The fleet is full.", retry_after_s=1)
+
+    again = accept_once(runtime, caller, prepare_too_late, once=once)
+
+    assert (again.job.id, again.is_new) == (made[0].job.id, False)
 
 
 def test_a_batch_that_came_before_is_not_read_again(runtime, caller):

@@ -92,7 +92,7 @@ def test_what_is_remembered_is_bounded():
     for number in range(MAX_KEPT + 50):
         statuses.get(uuid.UUID(int=1), uuid.UUID(int=number), lambda: b"{}")
 
-    assert len(statuses._kept) == MAX_KEPT
+    assert len(statuses) == MAX_KEPT
 
 
 def test_a_change_is_seen_even_by_who_asks_while_the_old_state_is_being_read():
