@@ -9,7 +9,7 @@ import pytest
 
 from edges.progress import CANCELS, ENDINGS, Endings, Listener, News, Preview, ProgressWriter, Step
 from tests.builders import a_closed_port, until
-from tests.edges.conftest import CORNER
+from tests.edges.conftest import subscribers
 
 
 @pytest.fixture
@@ -40,11 +40,6 @@ def endings(settings, handoff_redis):
     until(lambda: subscribers(handoff_redis), what="the subscription")
     yield endings
     endings.close()
-
-
-def subscribers(redis) -> list[dict]:
-    """The connections that listen in our corner; those of the house's own processes are in another."""
-    return [client for client in redis.client_list() if client["db"] == str(CORNER) and client["sub"] != "0"]
 
 
 def test_the_newest_step_of_every_image_can_be_read(writer, news):
