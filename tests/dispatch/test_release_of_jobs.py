@@ -8,7 +8,7 @@ from sqlalchemy import text
 
 from dispatch.release import Release
 from edges.broker import Broker, job_of_message
-from models import jobs, workers
+from models import files, jobs, workers
 from models.database import transaction
 from models.tables import Job
 from policy import queues
@@ -235,3 +235,33 @@ def test_every_message_says_how_many_images_it_is_however_it_came_to_be_sent(rel
     release.announce(pool, "fast", small.id, num_images=1)
 
     assert sizes(broker_redis, pool) == [1, 3, 3, 1]
+
+
+def asked_for(broker_redis, tier="fast") -> list[uuid.UUID]:
+    """The jobs whose pictures somebody is asked to bring, the first one in front."""
+    queued = broker_redis.lrange(f"results.{tier}", 0, -1)
+    return [job_of_message(raw) for raw in reversed(queued)]
+
+
+def a_picture_job(session, pool, **params) -> Job:
+    tenant = a_tenant(session)
+    digest = uuid.uuid4().hex * 2
+    shape = {"mode": "RGB", "size_bytes": 9, "width_px": 8, "height_px": 8, "actor": "tests"}
+    own = {"tenant_id": tenant.id, "object_key": f"t/x/{digest}", "content_sha256": digest}
+    file = files.keep(session, **own, **shape)
+    return a_job(session, tenant=tenant, pool=pool, init_file_id=file.id, strength=0.5, **params)
+
+
+def test_pictures_that_nobody_could_be_asked_for_are_asked_for_by_the_next_release(
+    release_without_broker, release, pool, broker_redis, database
+):
+    with transaction(database.app) as session:
+        ids = [a_picture_job(session, pool).id for _ in range(3)]
+
+    assert release_without_broker.release(pool, "fast") == 0
+    assert asked_for(broker_redis) == []
+
+    release.release(pool, "fast")
+    assert sorted(asked_for(broker_redis)) == sorted(ids)
+    release.release(pool, "fast")
+    assert len(asked_for(broker_redis)) == len(ids), "they were asked for"

@@ -39,6 +39,12 @@ def handoff_redis(settings) -> Iterator[redis.Redis]:
         client.flushdb()
 
 
+def subscribers(redis: redis.Redis) -> list[dict[str, str]]:
+    """The connections that listen in our corner; those of the house's processes are elsewhere."""
+    here = [client for client in redis.client_list() if client["db"] == str(CORNER)]
+    return [client for client in here if client["sub"] != "0"]
+
+
 @pytest.fixture
 def proxied() -> Iterator[Callable[[str], tuple[RefusingProxy, str]]]:
     """Puts a proxy before a Redis: the proxy, and the URL that leads through it."""

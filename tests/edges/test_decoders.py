@@ -176,3 +176,19 @@ def test_a_tenant_may_have_only_so_many_waiting():
         with pytest.raises(TooBusy), turns.one("a"):
             pass
     waiting.join()
+
+
+def test_a_picture_that_cannot_be_read_to_its_end_leaves_nothing_to_the_next():
+    own = Decoders(at_once=1)
+
+    class Broken(io.BytesIO):
+        def read(self, size=-1):
+            if self.tell():
+                raise OSError("the disk is gone")
+            return super().read(1000)
+
+    with pytest.raises(NotAPicture):
+        own.normalise(Broken(png() * 1000), tenant=1)
+
+    assert own.normalise(png(), tenant=1) == pictures.normalise(png())
+    own.close()

@@ -11,9 +11,10 @@ from PIL import Image
 
 from edges import eventlog
 from edges.eventlog import FINAL, PREVIEW, STARTED, STEP, STORED, Event
-from edges.events import LEAVE, NoSeat, Reader
+from edges.events import LEAVE, NoSeat, Reader, Seat
 from edges.progress import WATCHES, Listener, News, Preview, ProgressWriter, Step
 from tests.builders import a_closed_port, until
+from tests.edges.conftest import subscribers
 
 
 @pytest.fixture
@@ -131,9 +132,16 @@ def test_jobs_are_told_apart(reader, handoff_redis):
     assert seat.get(0.2) is None
 
 
-def test_the_end_is_told_after_all_that_came_before_it(reader, news):
-    job_id = uuid.uuid4()
+def sit_down(reader, redis, job_id) -> Seat:
+    """A seat, once the reader hears of endings: what is told before is lost, and may be."""
     seat, _ = reader.sit_down(job_id, wants_previews=False)
+    until(lambda: subscribers(redis), what="the subscription")
+    return seat
+
+
+def test_the_end_is_told_after_all_that_came_before_it(reader, news, handoff_redis):
+    job_id = uuid.uuid4()
+    seat = sit_down(reader, handoff_redis, job_id)
 
     for index in range(4):
         news.tell_stored(job_id, {"index": index})
@@ -160,7 +168,7 @@ def test_a_job_that_never_ran_leaves_no_record(news, handoff_redis):
 
 def test_a_slow_follower_loses_steps_but_no_stored_image_and_not_the_end(reader, handoff_redis, news):
     job_id = uuid.uuid4()
-    seat, _ = reader.sit_down(job_id, wants_previews=False)
+    seat = sit_down(reader, handoff_redis, job_id)
     for number in range(1, 601):
         step(handoff_redis, job_id, number)
     until(lambda: seat._news.qsize() >= 256)

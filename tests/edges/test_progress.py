@@ -9,7 +9,7 @@ import pytest
 
 from edges.progress import CANCELS, ENDINGS, Endings, Listener, News, Preview, ProgressWriter, Step
 from tests.builders import a_closed_port, until
-from tests.edges.conftest import CORNER
+from tests.edges.conftest import subscribers
 
 
 @pytest.fixture
@@ -40,11 +40,6 @@ def endings(settings, handoff_redis):
     until(lambda: subscribers(handoff_redis), what="the subscription")
     yield endings
     endings.close()
-
-
-def subscribers(redis) -> list[dict]:
-    """The connections that listen in our corner; those of the house's own processes are in another."""
-    return [client for client in redis.client_list() if client["db"] == str(CORNER) and client["sub"] != "0"]
 
 
 def test_the_newest_step_of_every_image_can_be_read(writer, news):
@@ -203,3 +198,41 @@ def test_previews_are_dropped_while_the_hand_off_is_half_full_and_their_making_e
         until(lambda: [fields[b"kind"] for _, fields in handoff_redis.xrange(f"events:{job_id}")] == [b"preview"], within_s=5)
     finally:
         writer.close()
+
+
+def test_a_listener_whose_hearer_fails_hears_the_next(settings, handoff_redis, news):
+    heard = queue.SimpleQueue()
+
+    def hear(job_id):
+        heard.put(job_id)
+        raise RuntimeError("one bad ending")
+
+    listener = Listener(settings.handoff_url, ENDINGS, hear)
+    until(lambda: subscribers(handoff_redis), what="the subscription")
+    first, second = uuid.uuid4(), uuid.uuid4()
+
+    news.tell_ending(first)
+    news.tell_ending(second)
+
+    assert [heard.get(timeout=5), heard.get(timeout=5)] == [first, second]
+    listener.close()
+
+
+def test_who_waits_no_longer_leaves_the_others_to_be_woken(endings, news):
+    job_id, over = uuid.uuid4(), threading.Event()
+    woken_at = queue.SimpleQueue()
+
+    def wait():
+        endings.wait(job_id, 30, over.is_set)
+        woken_at.put(time.monotonic())
+
+    waiter = threading.Thread(target=wait)
+    waiter.start()
+    endings.wait(job_id, 0.3, lambda: False)
+
+    over.set()
+    told_at = time.monotonic()
+    news.tell_ending(job_id)
+
+    assert woken_at.get(timeout=5) - told_at < 1  # without the news it would look again after 2 s
+    waiter.join()

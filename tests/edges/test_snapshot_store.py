@@ -43,17 +43,18 @@ def test_of_one_attempt_the_one_of_the_latest_step_is_kept_whatever_comes_last(s
     assert snapshots.of(job_id) == {0: Kept(1, 20, b"step 20")}
 
 
-def test_a_later_attempt_s_replaces_an_earlier_one_s_also_past_nine(snapshots, job_id):
-    for attempt in (1, 9, 10):
-        assert snapshots.put(job_id, 0, attempt, 10, b"of %d" % attempt)
+def test_a_later_attempt_s_replaces_an_earlier_one_s_of_whatever_step(snapshots, job_id):
+    """Also past nine. It may have begun again: what the earlier one had was of no use to it."""
+    for attempt, step in ((1, 30), (9, 20), (10, 4)):
+        assert snapshots.put(job_id, 0, attempt, step, b"of %d" % attempt)
 
-    assert snapshots.of(job_id) == {0: Kept(10, 10, b"of 10")}
+    assert snapshots.of(job_id) == {0: Kept(10, 4, b"of 10")}
 
 
 def test_who_wakes_up_late_does_not_overwrite_a_later_attempt_s(snapshots, job_id):
     snapshots.put(job_id, 0, 10, 10, b"of the later")
 
-    assert not snapshots.put(job_id, 0, 9, 10, b"of the zombie")
+    assert not snapshots.put(job_id, 0, 9, 20, b"of the zombie, which is further")
     assert snapshots.put(job_id, 1, 9, 10, b"of another image")
 
     assert snapshots.of(job_id) == {0: Kept(10, 10, b"of the later"), 1: Kept(9, 10, b"of another image")}

@@ -2,6 +2,7 @@
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import text
@@ -10,7 +11,7 @@ from sqlalchemy.orm import Session
 
 from models import audit, sweeping
 from models.database import transaction
-from tests.builders import a_succeeded_job, a_tenant
+from tests.builders import a_succeeded_job, a_tenant, a_zone_of_another_day
 from tests.models.facts import at_once
 
 
@@ -54,6 +55,14 @@ def test_events_are_numbered_and_linked(session, chain):
     assert [row.seq for row in rows] == [1, 2, 3]
     assert [row.prev_hash for row in rows] == ["", rows[0].hash, rows[1].hash]
     assert verify(session, chain) == []
+
+
+def test_the_log_verifies_whatever_time_zone_postgres_is_set_to(session):
+    session.execute(text(f"SET LOCAL TIME ZONE '{a_zone_of_another_day()}'"))
+    job = a_succeeded_job(session)
+    session.execute(text("SET LOCAL TIME ZONE 'Asia/Tokyo'"))
+
+    assert verify(session, str(job.tenant_id)) == []
 
 
 def test_a_whole_life_of_a_job_verifies(session):
@@ -269,16 +278,60 @@ def test_an_append_that_is_rolled_back_leaves_no_gap(database, chain):
         assert verify(session, chain) == []
 
 
+def partitions_of(connection) -> set[str]:
+    """The tables that hold the log."""
+    query = """SELECT inhrelid::regclass::text FROM pg_inherits
+               WHERE inhparent = 'audit_events'::regclass"""
+    return set(connection.scalars(text(query)))
+
+
 def test_the_log_is_partitioned_by_month_and_the_coming_months_are_there(database):
     with database.owner.connect() as connection:
-        partitions = set(
-            connection.scalars(text("SELECT inhrelid::regclass::text FROM pg_inherits WHERE inhparent = 'audit_events'::regclass"))
-        )
+        partitions = partitions_of(connection)
         months = connection.scalars(
             text("SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), 'YYYY_MM') FROM generate_series(0, 12) ahead")
         )
         assert partitions == {"audit_events_default", *(f"audit_events_{month}" for month in months)}
         assert connection.scalar(text("SELECT pg_get_partkeydef('audit_events'::regclass)")) == "RANGE (at)"
+
+
+def test_a_month_of_the_log_is_utc_s_whatever_time_zone_postgres_is_set_to(database):
+    """As it is made again, where another zone is set."""
+    bounds = text(
+        """SELECT pg_get_expr(relpartbound, oid) FROM pg_class
+           WHERE oid = to_regclass(:name)"""
+    )
+    with database.owner.connect() as connection:
+        connection.execute(text("SET LOCAL TIME ZONE 'UTC'"))
+        last = text("SELECT to_char(now() + interval '12 months', 'YYYY_MM')")
+        name = f"audit_events_{connection.scalar(last)}"
+        before = connection.scalar(bounds, {"name": name})
+        months = partitions_of(connection)
+        connection.execute(text(f"DROP TABLE {name}"))
+        connection.execute(text(f"SET LOCAL TIME ZONE '{a_zone_of_another_day()}'"))
+
+        connection.execute(text("SELECT audit_ensure_partitions(12)"))
+
+        connection.execute(text("SET LOCAL TIME ZONE 'UTC'"))
+        after = connection.scalar(bounds, {"name": name})
+        assert partitions_of(connection) == months
+        connection.rollback()
+
+    assert after == before
+    assert before is not None
+
+
+def test_the_months_ahead_are_counted_up_to_the_first_that_is_missing(database):
+    with database.owner.connect() as connection:
+        month = datetime.now(UTC).replace(day=1)
+        for _ in range(3):
+            month = (month + timedelta(days=32)).replace(day=1)
+        connection.execute(text(f"DROP TABLE audit_events_{month:%Y_%m}"))
+
+        ahead = connection.scalar(text("SELECT audit_partitions_ahead()"))
+        connection.rollback()
+
+    assert ahead == 2
 
 
 def test_an_event_lies_in_the_partition_of_its_month(database, chain):

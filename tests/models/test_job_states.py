@@ -291,6 +291,19 @@ def test_a_job_that_waits_again_past_its_run_deadline_fails(session):
     assert jobs.overrun(session, job.id) is None
 
 
+def test_a_job_that_began_does_not_expire_when_it_waits_again_past_its_start_deadline(session):
+    """Whoever looked for what expires may have seen it before a worker had it."""
+    job = a_job(session)
+    leases.give_back(session, a_lease(session, job), reason="drain")
+    missed = text("UPDATE jobs SET start_by = clock_timestamp() - interval '1 s' WHERE id = :id")
+    session.execute(missed, {"id": job.id})
+
+    assert job.id not in sweeping.missed_starts(session)
+    assert jobs.expire(session, job.id) is None
+    assert job.state == "queued"
+    assert a_lease(session, job).attempt == 2
+
+
 def test_neither_a_running_job_nor_one_that_never_ran_is_past_its_run_deadline(session):
     running, waiting = a_lease(session, run_within_s=0).job, a_job(session, run_within_s=0)
 

@@ -112,3 +112,11 @@ def test_a_job_that_is_listed_under_a_label_it_has_not_is_not_found_by_it(databa
 def test_a_label_tells_where_its_key_ends(database):
     with database.owner.connect() as connection:
         assert connection.scalar(text("SELECT job_label('a', 'bc') = job_label('ab', 'c')")) is False
+
+
+def test_of_jobs_that_are_named_a_tenant_is_given_its_own(session):
+    own, stranger = a_job(session), a_job(session)
+
+    found = listing.some(session, [own.id, stranger.id, uuid.uuid4()], tenant_id=own.tenant_id)
+
+    assert found == {own.id: own}

@@ -385,3 +385,32 @@ def test_endpoints_that_were_deleted_long_ago_and_old_days_of_the_ledger_go(owne
         assert count(session, "usage_ledger", tenant_id=tenant.id) == 1
         newest = session.execute(text("SELECT event, facts FROM audit_events WHERE chain_id = 'system' ORDER BY seq DESC LIMIT 1")).one()
         assert (newest.event, newest.facts["days"]) == ("usage:days:pruned", 1)
+
+
+def test_the_audit_chains_of_several_tenants_are_locked_in_their_order(owner):
+    """So two who append to the same ones never wait for each other in a circle."""
+    with transaction(owner) as session:
+        made = [a_tenant(session) for _ in range(6)]
+        for number, tenant in enumerate(reversed(made)):  # the newest tenant has the oldest job
+            age(session, a_succeeded_job(session, tenant=tenant))
+            digest = f"{number:064x}"
+            shape = {"mode": "RGB", "size_bytes": 10, "width_px": 8, "height_px": 8}
+            own = {"tenant_id": tenant.id, "object_key": f"t/{digest}", "content_sha256": digest}
+            files.keep(session, **own, **shape, actor="tests")
+        chains = sorted(str(tenant.id) for tenant in made)
+        moved = text("UPDATE files SET created_at = created_at - :age WHERE tenant_id = ANY(:ids)")
+        session.execute(moved, {"age": LONG_AGO, "ids": [tenant.id for tenant in made]})
+
+    with transaction(owner) as session:
+        pruning.prune_jobs(session, before=CUTOFF, limit=100)
+    with transaction(owner) as session:
+        pruning.prune_files(session, before=CUTOFF, limit=100)
+
+    appended = text(
+        """SELECT chain_id FROM audit_events
+           WHERE event = :event AND actor = 'operator' AND chain_id = ANY(:chains) ORDER BY at"""
+    )
+    with transaction(owner) as session:
+        for event in ("tenant:jobs:pruned", "file:content:erased"):
+            named = {"event": event, "chains": chains}
+            assert session.scalars(appended, named).all() == chains, event

@@ -1,4 +1,7 @@
-"""What each SQL view says, row by row, in a session that is not in UTC, as an operator's may be."""
+"""What the SQL views say: each of them row by row, and rules that a few rows do not show.
+
+Rows are read in a session that is not in UTC, as an operator's may be.
+"""
 
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -10,8 +13,8 @@ import pytest
 from sqlalchemy import text
 from sqlalchemy.orm import Session
 
-from models import files, jobs, leases, tenants, webhooks, workers
-from models.tables import Tenant
+from models import audit, files, inputs, jobs, leases, tenants, webhooks, workers
+from models.tables import File, Tenant
 from models.webhooks import Tried
 from policy.failures import FailureCode
 from tests.builders import (
@@ -42,7 +45,27 @@ def ago(session: Session, seconds: float) -> datetime:
     return now - timedelta(seconds=seconds)
 
 
+def keep_files(session: Session, tenant: Tenant, *sizes_bytes: int) -> list[File]:
+    """Pictures that the tenant brought."""
+    shape = {"mode": "RGB", "width_px": 8, "height_px": 8, "actor": "tests"}
+    kept = []
+    for number, size_bytes in enumerate(sizes_bytes):
+        digest = f"{number:064x}"
+        own = {"tenant_id": tenant.id, "content_sha256": digest, "object_key": f"t/{digest}"}
+        kept.append(files.keep(session, **own, **shape, size_bytes=size_bytes))
+    return kept
+
+
 def job_history(session, tenant) -> Rows:
+    roles = ("init_file_id", "mask_file_id", "control_file_id")
+    pictures = (file.id for file in keep_files(session, tenant, 1, 2, 3))
+    wish = {
+        "model_alias": "small",
+        **dict(zip(roles, pictures, strict=True)),
+        "strength": 0.5,
+        "adapters": [{"name": "ink", "weight": 0.75}],
+        "clip_skip": 1,
+    }
     job = a_job(
         session,
         tenant=tenant,
@@ -51,7 +74,10 @@ def job_history(session, tenant) -> Rows:
         determinism="reproducible",
         bucket_rows=8,
         negative_prompt="blue",
+        tenant_metadata={"order": "12"},
+        **wish,
     )
+    inputs.note_brought(session, job.id)
     leases.count_error(session, a_lease(session, job, worker="gpu1@b"), detail="no", max_attempts=5)
     lease = a_lease(session, job, worker="gpu0@a")
     hand_off(session, lease, 0, steps=4, shared_steps=3, max_rows=6, max_images=2)
@@ -105,6 +131,8 @@ def job_history(session, tenant) -> Rows:
             "failure_detail": None,
             "images_stored": 2,
             "steps_abandoned": 0,
+            "metadata": {"order": "12"},
+            **wish,
         }
     ]
 
@@ -145,10 +173,13 @@ def queue_now(session, tenant) -> Rows:
     announced = a_job(session, **own, num_images=4)
     a_lease(session, **own, num_images=8)
     a_lease(session, **own, tier="batch", num_images=3)
+    late = a_job(session, **own, tier="batch")
     hand_off(session, a_lease(session, **own, num_images=1))
+    hand_off(session, a_lease(session, **own, tier="quality"))
     a_succeeded_job(session, **own)
     change(session, "jobs", f"id = '{announced.id}'", announced_at=ago(session, 5))
     change(session, "jobs", f"id = '{waiting[1].id}'", accepted_at=ago(session, 90))
+    change(session, "jobs", f"id = '{late.id}'", accepted_at=ago(session, 300))
     beats = {"pool": tenant.name, "device": "cpu", "slots": 8, "facts": {}}
     for name, silent_after_s in (("live", 15.0), ("patient", 60.0), ("silent", 15.0)):
         name = f"{name}@{tenant.name}"
@@ -156,11 +187,13 @@ def queue_now(session, tenant) -> Rows:
     change(session, "workers", f"name = 'silent@{tenant.name}'", seen_at=ago(session, 20))
     change(session, "workers", f"name = 'patient@{tenant.name}'", seen_at=ago(session, 20))
     place = {"pool": tenant.name, "live_workers": 2}
-    none = {"waiting": 0, "announced": 0, "storing": 0, "oldest_wait_s": None}
+    batch = {"waiting": 1, "announced": 0, "running": 1, "storing": 0, "images": 4}
     fast = {"waiting": 2, "announced": 1, "running": 1, "storing": 1, "images": 16}
+    quality = {"waiting": 0, "announced": 0, "running": 0, "storing": 1, "images": 1}
     return [
-        {**place, "tier": "batch", **none, "running": 1, "images": 3},
+        {**place, "tier": "batch", **batch, "oldest_wait_s": NEAR(Decimal(300), abs=Decimal(30))},
         {**place, "tier": "fast", **fast, "oldest_wait_s": NEAR(Decimal(90), abs=Decimal(30))},
+        {**place, "tier": "quality", **quality, "oldest_wait_s": None},
     ]
 
 
@@ -255,12 +288,8 @@ def flows_now(session, tenant) -> Rows:
 
 def stored_files_by_tenant(session, tenant) -> Rows:
     tenants.limit(session, tenant, changes={"max_stored_bytes": 1000}, actor="tests")
-    shape = {"mode": "RGB", "width_px": 8, "height_px": 8, "actor": "tests"}
-    for number, size_bytes in enumerate((100, 150, 700)):
-        digest = f"{number:064x}"
-        own = {"tenant_id": tenant.id, "content_sha256": digest, "object_key": f"t/{digest}"}
-        kept = files.keep(session, **own, **shape, size_bytes=size_bytes)
-    files.erase(session, kept.id, tenant_id=tenant.id, actor="tests")
+    *_, erased = keep_files(session, tenant, 100, 150, 700)
+    files.erase(session, erased.id, tenant_id=tenant.id, actor="tests")
     return [
         {
             "tenant": tenant.name,
@@ -302,6 +331,7 @@ def usage_by_tenant_day(session, tenant) -> Rows:
 
 def webhooks_now(session, tenant) -> Rows:
     """One endpoint that failed, one that was never tried, one disabled, and one deleted."""
+    waiting_of = text("SELECT id FROM webhook_deliveries WHERE endpoint_id = :id ORDER BY id")
     shape = {"events": ["job.canceled"], "description": "", "secret": "whsec_AAAA"}
 
     def an_endpoint():
@@ -318,16 +348,15 @@ def webhooks_now(session, tenant) -> Rows:
     webhooks.delete(session, deleted, actor="tests")
     webhooks.change(session, disabled, enabled=False, actor="tests")
     idle = an_endpoint()
-    oldest, newest = session.scalars(
-        text("SELECT id FROM webhook_deliveries WHERE endpoint_id = :id ORDER BY id"),
-        {"id": tried.id},
-    )
+    oldest, newest = session.scalars(waiting_of, {"id": tried.id})
+    _, since = session.scalars(waiting_of, {"id": disabled.id})
     for delivery_id, status in ((newest, 503), (oldest, 204), (newest, 500)):
         change(session, "webhook_deliveries", f"id = '{delivery_id}'", due_at=ago(session, 1))
         claim = webhooks.claim(session, delivery_id)
         outcome = Tried(status=status, error=None, took_s=status / 1000, try_again_s=60.0)
         webhooks.record(session, claim, outcome, actor="courier")
     change(session, "webhook_deliveries", f"id = '{newest}'", created_at=ago(session, 90))
+    change(session, "webhook_deliveries", f"id = '{since}'", created_at=ago(session, 300))
     webhooks.note_speed(session, tried.id, is_slow=True)
     session.flush()
     session.refresh(disabled)
@@ -335,7 +364,7 @@ def webhooks_now(session, tenant) -> Rows:
     nothing = dict.fromkeys(last)
     live = {"tenant": tenant.name, "disabled_at": None, "disabled_reason": None, "is_slow": False}
     never = {**live, **nothing, "pending": 0, "oldest_pending_s": None}
-    a_while = NEAR(Decimal(0), abs=Decimal(30))
+    long = NEAR(Decimal(300), abs=Decimal(30))
     off = {"disabled_at": disabled.disabled_at, "disabled_reason": "by the tenant"}
     failed_at = session.scalar(
         text("SELECT at FROM webhook_attempts WHERE delivery_id = :id AND attempt = 2"),
@@ -345,7 +374,7 @@ def webhooks_now(session, tenant) -> Rows:
     waits = {"pending": 1, "oldest_pending_s": NEAR(Decimal(90), abs=Decimal(30))}
     rows = {
         tried.id: {**live, **failed, **waits, "last_took_s": 0.5, "is_slow": True},
-        disabled.id: {**never, **off, "pending": 2, "oldest_pending_s": a_while},
+        disabled.id: {**never, **off, "pending": 2, "oldest_pending_s": long},
         idle.id: never,
     }
     return [{"endpoint_id": id, **rows[id]} for id in sorted(rows, key=str)]
@@ -387,5 +416,103 @@ def test_a_view_says_what_is_so(database, view):
         session.rollback()
 
     assert len(rows) == len(expected)
-    for row, told in zip(rows, expected, strict=True):
-        assert {name: row[name] for name in told} == told
+    assert [dict(row) for row in rows] == list(expected)
+
+
+def rows_of(session: Session, view: str, tenant: Tenant) -> list[Any]:
+    """The tenant's rows, as the application sees them."""
+    query = text(f"SELECT * FROM {view} WHERE tenant = :name")
+    return list(session.execute(query, {"name": tenant.name}))
+
+
+def test_job_history_adds_up_the_attempts_of_a_job(session):
+    tenant = a_tenant(session)
+    job = a_job(session, tenant=tenant)
+    first = a_lease(session, job, worker="gpu0@here")
+    leases.count_error(session, first, detail="no", max_attempts=5)
+    change(session, "attempts", f"job_id = '{job.id}'", steps=3, max_rows=9)
+    hand_off(session, a_lease(session, job, worker="gpu1@there"), steps=4, max_rows=2)
+
+    [row] = rows_of(session, "job_history", tenant)
+
+    assert (row.attempts, row.worker, row.steps_run, row.max_batch_rows) == (2, "gpu1@there", 7, 9)
+
+
+@pytest.mark.parametrize(("end", "abandoned"), [("canceled", 4), ("failed", 0)])
+def test_job_history_counts_steps_as_abandoned_only_where_taken_back(session, end, abandoned):
+    tenant = a_tenant(session)
+    lease = a_lease(session, tenant=tenant, num_images=2)
+    hand_off(session, lease, num_steps=4, steps=4)
+    if end == "canceled":
+        jobs.cancel(session, lease.job_id, tenant_id=tenant.id, actor="tests")
+    else:
+        leases.fail(session, lease, code="internal", detail="no")
+
+    [row] = rows_of(session, "job_history", tenant)
+
+    assert (row.state, row.images_stored, row.steps_abandoned) == (end, 0, abandoned)
+
+
+def test_job_history_counts_no_more_steps_of_an_image_than_its_tenant_was_counted_for(session):
+    """As the ledger does: a pipeline may make more."""
+    tenant = a_tenant(session)
+    lease = a_lease(session, tenant=tenant)
+    hand_off(session, lease, num_steps=6, steps=6)
+    jobs.cancel(session, lease.job_id, tenant_id=tenant.id, actor="tests")
+
+    [row] = rows_of(session, "job_history", tenant)
+
+    assert (row.num_steps, row.steps_abandoned) == (4, 4)
+
+
+def test_job_history_shows_a_job_that_nobody_has_begun(session):
+    tenant = a_tenant(session)
+    a_job(session, tenant=tenant)
+
+    [row] = rows_of(session, "job_history", tenant)
+
+    run = (row.device, row.steps_run, row.max_batch_images)
+    assert (row.state, row.attempts, *run) == ("queued", 0, None, 0, 0)
+    assert (row.queue_s, row.render_s, row.store_s, row.total_s) == (None,) * 4
+
+
+def test_images_by_tenant_day_shares_the_cost_out_by_device_time_and_keeps_tiers_apart(session):
+    tenant = a_tenant(session)
+    lease = a_lease(session, tenant=tenant, num_images=2)
+    for index, device_seconds in ((0, 0.25), (1, 0.75)):
+        hand_off(session, lease, index, device_seconds=device_seconds)
+        store(session, lease.job, index)
+    batch = a_succeeded_job(session, tenant=tenant, tier="batch")
+
+    rows = {row.tier: row for row in rows_of(session, "images_by_tenant_day", tenant)}
+
+    assert rows.keys() == {"fast", "batch"}
+    fast, slow = rows["fast"], rows["batch"]
+    assert (fast.images, fast.size_bytes, slow.images, slow.size_bytes) == (2, 2000, 1, 1000)
+    assert (fast.gpu_seconds, fast.cost) == (Decimal("1.000"), lease.job.cost)
+    assert (slow.gpu_seconds, slow.cost) == (Decimal("0.500"), batch.cost)
+    today = ago(session, 0).astimezone(UTC).date()
+    told = {(row.model, row.currency, row.day) for row in rows.values()}
+    assert told == {("pocket", "EUR", today)}
+
+
+def test_stored_files_are_no_part_of_a_limit_of_nothing(session):
+    tenant = a_tenant(session)
+    tenants.limit(session, tenant, changes={"max_stored_bytes": 0}, actor="tests")
+
+    [row] = rows_of(session, "stored_files_by_tenant", tenant)
+
+    assert (row.files, row.size_bytes, row.max_stored_bytes, row.used_ratio) == (0, 0, 0, None)
+
+
+def test_the_audit_log_leaves_long_facts_to_the_whole_of_them(session):
+    tenant = a_tenant(session)
+    facts = {"b": 2, "a": "x", "long": "y" * 65}
+    named = {"chain": tenant.id, "actor": "tests", "attempt": 3}
+    audit.append(session, "test:thing:happened", **named, **facts)
+
+    query = text("SELECT * FROM audit_log WHERE chain = :name ORDER BY seq")
+    created, happened = session.execute(query, {"name": tenant.name}).all()
+
+    assert (happened.facts_text, happened.attempt, happened.facts) == ("a=x b=2", 3, facts)
+    assert happened.prev_hash == created.hash

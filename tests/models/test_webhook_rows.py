@@ -11,7 +11,15 @@ from sqlalchemy.orm import Session
 from models import jobs, leases, tenants, webhooks
 from models.database import transaction
 from models.tables import WebhookDelivery, WebhookEndpoint
-from models.webhooks import AT_ONCE_PER_ENDPOINT, AT_ONCE_PER_TENANT, KEPT_FOR_S, SLOW_AT_ONCE, TooManyUnderWay, Tried
+from models.webhooks import (
+    AT_ONCE_PER_ENDPOINT,
+    AT_ONCE_PER_TENANT,
+    CLAIM_S,
+    KEPT_FOR_S,
+    SLOW_AT_ONCE,
+    TooManyUnderWay,
+    Tried,
+)
 from policy.failures import FailureCode
 from policy.states import FINAL_STATES, DeliveryState, JobState
 from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, TEST_EVENT
@@ -298,3 +306,76 @@ def test_a_retry_is_due_when_it_was_said_and_a_last_attempt_ends_the_delivery(se
     assert due_in_s == pytest.approx(60, abs=5)
     assert (waits.claimed_until, waits.ended_at) == (None, None)
     assert (over.due_at, over.claimed_until, over.ended_at is None) == (None, None, False)
+
+
+def test_an_attempt_that_another_has_followed_records_nothing(session, database):
+    """Its claim ran out, so somebody else tries: only the newest attempt says what comes of it."""
+    endpoint = an_endpoint(session)
+    [delivery_id] = of(session, endpoint)
+    [late], _ = claim_all(session, [delivery_id])
+    delivery = session.get(WebhookDelivery, delivery_id)
+    delivery.claimed_until -= timedelta(seconds=CLAIM_S + 1)
+    session.commit()
+    [newest], _ = claim_all(session, [delivery_id])
+
+    def record(claim) -> tuple[str | None, str, list[int]]:
+        """What is said of it; then the delivery's state, and the attempts on record."""
+        with transaction(database.app) as own:
+            outcome = webhooks.record(own, claim, HEARD, actor="tests")
+        session.refresh(delivery)
+        tried = text("SELECT attempt FROM webhook_attempts WHERE delivery_id = :id")
+        return outcome, delivery.state, list(session.scalars(tried, {"id": delivery_id}))
+
+    assert (late.attempt, newest.attempt) == (1, 2)
+    assert record(late) == (None, DeliveryState.PENDING, [])
+    assert delivery.claimed_until is not None
+    assert record(newest) == (DeliveryState.DELIVERED, DeliveryState.DELIVERED, [2])
+    assert record(newest) == (None, DeliveryState.DELIVERED, [2])
+
+
+@pytest.mark.parametrize("status", [204, 500, 410])
+def test_a_delivery_that_is_asked_for_again_waits_as_one_that_never_ended(session, status):
+    """However old it is: what waits is never deleted."""
+    endpoint = an_endpoint(session)
+    [claim], _ = claim_all(session, of(session, endpoint))
+    outcome = Tried(status=status, error=None, took_s=0.1, try_again_s=None)
+    webhooks.record(session, claim, outcome, actor="tests")
+    delivery = session.get(WebhookDelivery, claim.id)
+    delivery.created_at -= timedelta(seconds=KEPT_FOR_S + 60)
+    session.commit()
+
+    again = webhooks.redeliver(session, claim.id, tenant_id=endpoint.tenant_id, actor="tests")
+    session.commit()
+
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    assert (again.id, again.state, again.ended_at) == (claim.id, DeliveryState.PENDING, None)
+    assert again.due_at <= now
+    assert webhooks.forget_old(session, limit=100) == 0
+
+
+def test_nobody_asks_again_for_a_delivery_of_a_stranger_s_or_to_an_endpoint_that_is_gone(session):
+    now = session.scalar(text("SELECT clock_timestamp()"))
+    live, deleted = an_endpoint(session), an_endpoint(session, deleted_at=now)
+
+    for endpoint, asking in ((live, deleted.tenant_id), (deleted, deleted.tenant_id)):
+        [delivery_id] = of(session, endpoint)
+        named = {"tenant_id": asking, "actor": "tests"}
+        assert webhooks.redeliver(session, delivery_id, **named) is None
+    unknown = {"tenant_id": live.tenant_id, "actor": "tests"}
+    assert webhooks.redeliver(session, uuid.uuid4(), **unknown) is None
+
+
+def test_the_secret_before_the_newest_signs_too_for_as_long_as_was_said_and_no_older_one(session):
+    endpoint = an_endpoint(session, deliveries=3)
+    waiting = iter(of(session, endpoint))
+
+    def signs_after(secret, grace_s) -> tuple[str, ...]:
+        webhooks.rotate(session, endpoint, secret=secret, grace_s=grace_s, actor="tests")
+        session.commit()
+        claim = webhooks.claim(session, next(waiting))
+        session.commit()
+        return claim.secrets
+
+    assert signs_after("second", 60.0) == ("second", "whsec_AAAA")
+    assert signs_after("third", 60.0) == ("third", "second")
+    assert signs_after("fourth", 0.0) == ("fourth",)
