@@ -22,11 +22,11 @@ from models import audit, inputs, jobs
 from models.audit_events import EventName
 from models.database import AFRESH
 from models.tables import Attempt, Image, Job
+from policy import gates
 from policy.failures import FailureCode
 from policy.states import ACTIVE_STATES, TAKEN_BACK, ImageState, JobState, Outcome
 
 OVERDUE_S = 30.0  # past its run deadline
-MOST_HAND_OFFS_LOST = 5  # of one image: pixels that wait in vain for an hour each, as a rule
 
 
 class LeaseLost(Exception):
@@ -317,8 +317,8 @@ def running_on(session: Session, worker: str) -> list[uuid.UUID]:
 def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: dict[int, int]) -> Job | None:
     """Have these images rendered again, for their pixels are gone; None if they were stored.
 
-    It does not count as a try; but a job that has lost the pixels of one image MOST_HAND_OFFS_LOST
-    times fails: it would be rendered for ever. What is stored of it stays.
+    It does not count as a try; but a job that has lost the pixels of one image too often
+    (policy/gates.py) fails: it would be rendered for ever. What is stored of it stays.
 
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
     A job that was rendered has kept its run deadline: while its pixels waited for a store in vain nothing ran, and it is
@@ -336,7 +336,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
             gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
-    if max(gone.values()) >= MOST_HAND_OFFS_LOST:
+    if gates.is_unstorable(max(gone.values())):
         return _end_unstorable(session, job, gone)
     if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
