@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 
 from models.audit_events import EventName
 from models.ids import new_id
-from models.tables import AuditEvent
+from models.tables import AuditEvent, Job
 
 SYSTEM = "system"
 
@@ -32,3 +32,8 @@ def append(
     row = {"id": new_id(), "chain_id": str(chain), "event": event, "actor": actor, "job_id": job_id, "attempt": attempt, "facts": facts}
     # What the trigger fills in must still be named: NOT NULL is checked after it, but SQLAlchemy would leave the columns out.
     session.execute(insert(AuditEvent).values(**row, seq=0, prev_hash=b"", hash=b""))
+
+
+def append_of_attempt(session: Session, event: EventName, job: Job, *, actor: str, **facts: Any) -> None:
+    """Append one event about the job's newest attempt to its tenant's chain, as `append` does."""
+    append(session, event, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)

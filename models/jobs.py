@@ -144,9 +144,7 @@ def take_back(session: Session, job: Job, *, actor: str) -> None:
     if was == JobState.RUNNING:
         end_attempt(session, job, Outcome.CANCELED)
     bill = finish(session, job, JobState.CANCELED)
-    audit.append(
-        session, EventName.JOB_STATE_CANCELED, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, was=was, **bill
-    )
+    audit.append_of_attempt(session, EventName.JOB_STATE_CANCELED, job, actor=actor, was=was, **bill)
 
 
 def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor: str) -> None:
@@ -166,7 +164,7 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
     session.flush()
     usage.abandon(session, amount, tenant_id=job.tenant_id, day=job.usage_day)
     facts = {"steps": steps, "abandoned": str(amount)}
-    audit.append(session, EventName.JOB_WORK_ABANDONED, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
+    audit.append_of_attempt(session, EventName.JOB_WORK_ABANDONED, job, actor=actor, **facts)
 
 
 def expire(session: Session, job_id: uuid.UUID) -> Job | None:

@@ -22,11 +22,11 @@ from models import audit, inputs, jobs
 from models.audit_events import EventName
 from models.database import AFRESH
 from models.tables import Attempt, Image, Job
+from policy import gates
 from policy.failures import FailureCode
 from policy.states import ACTIVE_STATES, TAKEN_BACK, ImageState, JobState, Outcome
 
 OVERDUE_S = 30.0  # past its run deadline
-MOST_HAND_OFFS_LOST = 5  # of one image: pixels that wait in vain for an hour each, as a rule
 
 
 class LeaseLost(Exception):
@@ -117,7 +117,7 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
         reached={index: step for index, step in pending if step},
     )
     session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
-    audit.append(session, EventName.JOB_LEASE_TAKEN, chain=row.tenant_id, actor=worker, job_id=job_id, attempt=row.attempt)
+    audit.append_of_attempt(session, EventName.JOB_LEASE_TAKEN, row, actor=worker)
     return lease
 
 
@@ -189,9 +189,7 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
         jobs.end_attempt(session, job, Outcome.RENDERED)
     facts = {"index": index, "steps": rendered.steps, "device_seconds": rendered.device_seconds, "fingerprint": rendered.fingerprint}
-    audit.append(
-        session, EventName.JOB_IMAGE_HANDED_OFF, chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
-    )
+    audit.append_of_attempt(session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts)
     return job
 
 
@@ -205,8 +203,7 @@ def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool
     jobs.requeue(job)
     if lacks_inputs:
         inputs.lose(job)
-    facts: dict[str, Any] = {"attempt": lease.attempt, "reason": reason}
-    audit.append(session, EventName.JOB_LEASE_RETURNED, chain=job.tenant_id, actor=lease.worker, job_id=job.id, **facts)
+    audit.append_of_attempt(session, EventName.JOB_LEASE_RETURNED, job, actor=lease.worker, reason=reason)
     return job
 
 
@@ -228,16 +225,7 @@ def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left]
     jobs.requeue(job)
     facts = {"reason": reason, "snapshots": len(left), "snapshot_bytes": attempt.snapshot_bytes}
     steps = {"steps_done": {str(image.index): image.steps_done for image in left}}
-    audit.append(
-        session,
-        EventName.JOB_LEASE_PREEMPTED,
-        chain=job.tenant_id,
-        actor=lease.worker,
-        job_id=job.id,
-        attempt=lease.attempt,
-        **facts,
-        **steps,
-    )
+    audit.append_of_attempt(session, EventName.JOB_LEASE_PREEMPTED, job, actor=lease.worker, **facts, **steps)
     return job
 
 
@@ -273,9 +261,7 @@ def warn(session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]) 
         job.warnings = [*known, *new]
     for each in new:
         facts = {name: value for name, value in each.items() if name != "detail"}
-        audit.append(
-            session, EventName.JOB_TEXT_LEFT_UNREAD, chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
-        )
+        audit.append_of_attempt(session, EventName.JOB_TEXT_LEFT_UNREAD, job, actor=lease.worker, **facts)
     return new
 
 
@@ -284,9 +270,7 @@ def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> J
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
     facts = {"code": code} | jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
-    audit.append(
-        session, EventName.JOB_STATE_FAILED, chain=job.tenant_id, actor=lease.worker, job_id=job.id, attempt=lease.attempt, **facts
-    )
+    audit.append_of_attempt(session, EventName.JOB_STATE_FAILED, job, actor=lease.worker, **facts)
     return job
 
 
@@ -314,11 +298,11 @@ def running_on(session: Session, worker: str) -> list[uuid.UUID]:
     return list(session.scalars(select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker)))
 
 
-def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: dict[int, int]) -> Job | None:
+def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: Mapping[int, int]) -> Job | None:
     """Have these images rendered again, for their pixels are gone; None if they were stored.
 
-    It does not count as a try; but a job that has lost the pixels of one image MOST_HAND_OFFS_LOST
-    times fails: it would be rendered for ever. What is stored of it stays.
+    It does not count as a try; but a job that has lost the pixels of one image too often
+    (policy/gates.py) fails: it would be rendered for ever. What is stored of it stays.
 
     attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
     A job that was rendered has kept its run deadline: while its pixels waited for a store in vain nothing ran, and it is
@@ -336,7 +320,7 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
             gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
-    if max(gone.values()) >= MOST_HAND_OFFS_LOST:
+    if gates.is_unstorable(max(gone.values())):
         return _end_unstorable(session, job, gone)
     if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
@@ -369,28 +353,12 @@ def _end_unstorable(session: Session, job: Job, gone: Mapping[int, int]) -> Job:
     code = FailureCode.NOT_STORED
     facts = {"code": code} | jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
     _note_lost_hand_off(session, job, gone)
-    audit.append(
-        session,
-        EventName.JOB_STATE_FAILED,
-        chain=job.tenant_id,
-        actor=jobs.SWEEPER,
-        job_id=job.id,
-        attempt=job.attempt,
-        **facts,
-    )
+    audit.append_of_attempt(session, EventName.JOB_STATE_FAILED, job, actor=jobs.SWEEPER, **facts)
     return job
 
 
 def _note_lost_hand_off(session: Session, job: Job, gone: Mapping[int, int]) -> None:
-    audit.append(
-        session,
-        EventName.JOB_HAND_OFF_LOST,
-        chain=job.tenant_id,
-        actor=jobs.SWEEPER,
-        job_id=job.id,
-        attempt=job.attempt,
-        indexes=sorted(gone),
-    )
+    audit.append_of_attempt(session, EventName.JOB_HAND_OFF_LOST, job, actor=jobs.SWEEPER, indexes=sorted(gone))
 
 
 def _held(session: Session, lease: Lease) -> Job:
@@ -412,7 +380,7 @@ def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_att
     else:
         jobs.requeue(job)
         event = EventName.JOB_LEASE_EXPIRED if outcome is Outcome.LEASE_LOST else EventName.JOB_ATTEMPT_FAILED
-    audit.append(session, event, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
+    audit.append_of_attempt(session, event, job, actor=actor, **facts)
     return job
 
 

@@ -1,7 +1,7 @@
 """Thresholds of a worker and of the sweeper: when to take a job, keep a snapshot, drop work.
 
 Plain values in, a decision out. The clock, the broker and the hand-off are read by the callers in
-`tasks/` and `edges/`, so each threshold can be tested without them.
+`tasks/` and `edges/`, rows by those in `models/`, so each threshold can be tested without them.
 """
 
 from collections.abc import Mapping
@@ -17,6 +17,7 @@ OVERTAKEN_BY_S = 2.0
 MOST_HANDED_OUT = 200  # messages of one queue that nobody has taken yet
 INPUTS_LATE_AFTER_S = 5.0  # pictures that were asked for that long ago: the store may be back
 INPUTS_LOST_AFTER_S = 60.0  # or, while other messages wait in that queue, theirs may have been lost
+MOST_HAND_OFFS_LOST = 5  # of one image: pixels that wait in vain for an hour each, as a rule
 
 
 def believed_fill(last_fill: float, *, silent_s: float, trusted_for_s: float) -> float:
@@ -97,6 +98,11 @@ def was_overtaken(announced_at: datetime, *, next_announced_at: datetime) -> boo
 def is_backed_up(waiting: int) -> bool:
     """Decide whether a queue with so many messages gets no more: nobody takes any for now."""
     return waiting > MOST_HANDED_OUT
+
+
+def is_unstorable(hand_offs_lost: int) -> bool:
+    """Decide whether a job fails because the pixels of one of its images were lost so often."""
+    return hand_offs_lost >= MOST_HAND_OFFS_LOST
 
 
 def inputs_late_after_s(waiting: int) -> float:

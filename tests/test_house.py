@@ -186,13 +186,16 @@ def test_only_settings_read_the_environment(room):
     assert readers - writers == set()
 
 
+APPENDS = {"audit.append", "audit.append_of_attempt", "take_back"}
+
+
 def writers() -> set[str]:
     """Functions of `models` that append to the audit log, as callers name them: who calls one locks more than one row."""
     found = set()
     for path in sorted((REPO / "models").glob("*.py")):
         for function in (node for node in parsed(path).body if isinstance(node, ast.FunctionDef)):
             calls = {ast.unparse(node.func) for node in ast.walk(function) if isinstance(node, ast.Call)}
-            found |= {f"{path.stem}.{function.name}"} if calls & {"audit.append", "take_back"} else set()
+            found |= {f"{path.stem}.{function.name}"} if calls & APPENDS else set()
     return found
 
 

@@ -98,3 +98,8 @@ def test_queue_is_backed_up_above_two_hundred_messages():
 def test_pictures_are_asked_for_again_soon_if_nothing_waits_and_later_if_the_request_may_wait():
     assert gates.inputs_late_after_s(waiting=0) == 5.0
     assert gates.inputs_late_after_s(waiting=1) == 60.0
+
+
+def test_job_is_unstorable_once_the_pixels_of_one_image_were_lost_five_times():
+    assert not gates.is_unstorable(4)
+    assert gates.is_unstorable(5)
