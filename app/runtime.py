@@ -16,12 +16,14 @@ from app.live.statuses import Statuses
 from app.live.streams import Events, Watchers
 from app.live.uploads import UploadRoom
 from app.signing import LinkSigner
+from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
 from edges.decoders import Decoders
 from edges.events import Reader
 from edges.handoff import Gauge, Handoff
+from edges.inputs import Inputs
 from edges.limits import Budgets, Rates
 from edges.objectstore import ObjectStore
 from edges.outbound import Outbound
@@ -44,11 +46,10 @@ class Runtime:
     database: Engine
     broker: Broker
     release: Release
-    handoff: Handoff
-    snapshots: Snapshots
     store: ObjectStore
     news: News
     endings: Endings
+    ended: EndedJobs
     forecaster: QueueForecaster
     events: Events
     outbound: Outbound
@@ -73,7 +74,10 @@ class Runtime:
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
-    """Connections are made at first use: a gateway starts, and says what is not ready, while its surroundings are away."""
+    """Make a runtime; connections are made at first use.
+
+    A gateway starts, and says what is not ready, while its surroundings are away.
+    """
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
@@ -83,7 +87,14 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
     keyring = Keyring(aside, refresher)
-    handoff, store = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s), ObjectStore(settings)
+    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    store = ObjectStore(settings)
+    ended = EndedJobs(
+        news=news,
+        handoff=handoff,
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+    )
     reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
     forecaster = QueueForecaster(aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s)
     return Runtime(
@@ -92,11 +103,10 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         database=database,
         broker=broker,
         release=release,
-        handoff=handoff,
-        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
         store=store,
         news=news,
         endings=Endings(settings.handoff_url),
+        ended=ended,
         forecaster=forecaster,
         events=Events(database, forecaster, news, reader, keyring, most=settings.gateway_max_streams),
         outbound=Outbound(settings.outbound_allowed_networks),

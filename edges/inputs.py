@@ -29,7 +29,10 @@ Brought = NDArray[np.uint8] | Gone
 
 
 class Inputs:
-    """`bring` by the results task, `of` and `drop` by the worker; `jobs` and `drop` by the sweeper."""
+    """`bring` by the results task, `of` by the worker, `jobs` by the sweeper.
+
+    `drop` by the worker that has rendered, by whoever ends the job, and by the sweeper.
+    """
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
         self._redis = connect(handoff_url, socket_timeout=10)

@@ -42,7 +42,7 @@ class Kept:
 
 
 class Snapshots:
-    """`put` by the worker that has to go, or now and then; `of` by the one that goes on; `drop` by the sweeper."""
+    """`put` by the worker that has to go, or now and then; `of` by the one that goes on; `drop` by whoever ends the job, or the sweeper."""
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
         self._redis = connect(handoff_url, socket_timeout=5)

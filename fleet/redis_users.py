@@ -15,7 +15,10 @@ BROKER = {
     "flower": "~* &* +@read +@connection +@pubsub +@transaction +@scripting -@dangerous +info +time +brpop +sadd +srem +zadd +zrem +del",
 }
 HANDOFF = {
-    "gateway": f"~handoff:* ~snapshot:* ~progress:* ~events:* ~watch:* ~budget:* ~LIMITS* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
+    "gateway": (
+        "~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~watch:* ~budget:* ~LIMITS* ~darkroom:probe"
+        f" &darkroom:* {_ANYTHING_ORDINARY}"
+    ),
     "worker": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~watch:* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
     "results": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",
     "sweeper": f"~handoff:* ~snapshot:* ~input:* ~progress:* ~events:* ~darkroom:probe &darkroom:* {_ANYTHING_ORDINARY}",

@@ -20,6 +20,7 @@ from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.endings import EndedJobs
 from edges import telemetry
 from models import learning, leases, workers
 from models.database import run_transaction, transaction
@@ -59,6 +60,7 @@ class LeaseKeeper:
         database: Engine,
         identity: WorkerIdentity,
         *,
+        ended: EndedJobs,
         ttl_s: float,
         renew_s: float,
         stop_s: float,
@@ -70,6 +72,7 @@ class LeaseKeeper:
         None: those of `database`.
         """
         self._database, self._beats, self.identity = database, beats or database, identity
+        self._ended = ended
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
         self._asked: Counter[uuid.UUID] = Counter()  # tasks that know whether they have got the lease, by job
@@ -228,8 +231,8 @@ class LeaseKeeper:
         with transaction(self._database) as session:
             left = leases.running_on(session, self.identity.name)
         for job_id in left:
-            own = {"max_attempts": max_attempts, "worker": self.identity.name}
-            job = run_transaction(self._database, partial(leases.lose, job_id=job_id, **own))
+            lose = partial(leases.lose, job_id=job_id, max_attempts=max_attempts, worker=self.identity.name)
+            job = self._ended.run_ending(self._database, lose)
             if job is not None:
                 log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
 

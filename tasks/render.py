@@ -148,7 +148,7 @@ class Renderer:
                 self._give_up(work)
             case End.FAILED:
                 assert result.error is not None
-                self._judge(work, result.error)
+                self.verdicts.decide(work.held, result.error)
 
     def _submit(self, work: Work) -> Earlier:
         """Give every pending image to the engine; return what earlier attempts left of them."""
@@ -335,11 +335,6 @@ class Renderer:
         with suppress(LeaseLost):
             run_transaction(self.database, give_back)
 
-    def _judge(self, work: Work, error: BaseException) -> None:
-        """Have the error decide what becomes of the job."""
-        if self.verdicts.decide(work.held, error):
-            self.inputs.drop(work.lease.job)
-
     def _give_up(self, work: Work) -> None:
         """Hand on what is finished and return the rest with snapshots, for the worker has to go."""
         held, lease = work.held, work.lease
@@ -356,7 +351,7 @@ class Renderer:
         except LeaseLost:
             return  # its last image was finished meanwhile, or it was canceled
         except BaseException as error:  # noqa: BLE001
-            self._judge(work, error)
+            self.verdicts.decide(work.held, error)
             return
         for image in left:
             work.note_snapshot_left(image.index)

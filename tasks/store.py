@@ -2,7 +2,6 @@
 
 import time
 import uuid
-from contextlib import suppress
 from dataclasses import dataclass, field
 from threading import Event
 
@@ -12,14 +11,14 @@ from sqlalchemy.exc import OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.endings import EndedJobs, lose_hand_off
 from dispatch.release import Release
 from edges import telemetry
 from edges.encoding import encode
 from edges.handoff import Handoff, HandoffCorrupt, HandoffUnavailable, Pixels
 from edges.objectstore import ObjectStore, StoreUnavailable, content_sha256, image_key
 from edges.progress import News
-from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import jobs, leases, sweeping, uploads
+from models import jobs, sweeping, uploads
 from models.database import run_transaction, transaction
 from models.tables import Job
 from policy.fleet import Fleet
@@ -40,9 +39,9 @@ class Storekeeper:
     fleet: Fleet
     database: Database
     handoff: Handoff
-    snapshots: Snapshots
     store: ObjectStore
     news: News
+    ended: EndedJobs
     release: Release
     name: str
     _is_behind: Event = field(default_factory=Event, init=False)  # something could not be stored since the last time that it could
@@ -69,7 +68,8 @@ class Storekeeper:
             return
         gone = [index for index, attempt in waiting.items() if not self._store_image(job, index, attempt)]
         if gone:
-            self._render_again(job, gone, waiting)
+            log.warning("handoff_gone", indexes=gone)
+            lose_hand_off(self.database, self.ended, job.id, gone, attempt_of=waiting, release=self.release)
 
     def _hasten_others(self) -> None:
         """What could not be stored is due at once when storing works again; else each job waits for the time of its next try."""
@@ -112,9 +112,7 @@ class Storekeeper:
         self.news.tell_stored(job.id, {"index": index, "seed": job.seed + index, **_told(artifact)})
         if after.state == JobState.SUCCEEDED:
             log.info("job_succeeded", tier=job.tier, device_seconds=round(after.device_seconds, 4))
-            self.news.tell_ending(job.id)
-            with suppress(SnapshotsUnavailable):  # the sweeper will
-                self.snapshots.drop([job.id])
+            self.ended.notify_ended(after)
         return True
 
     def _upload(self, job: Job, pixels: Pixels) -> dict:
@@ -140,17 +138,6 @@ class Storekeeper:
         """Whether another delivery stored the image between our two looks."""
         with transaction(self.database) as session:
             return index not in jobs.handed_off(session, job_id)
-
-    def _render_again(self, job: Job, gone: list[int], waiting: dict[int, int]) -> None:
-        log.warning("handoff_gone", indexes=gone)
-
-        def lose(session: Session) -> Job | None:
-            return leases.lose_hand_off(session, job.id, gone, attempt_of=waiting)
-
-        after = run_transaction(self.database, lose)
-        if after is not None and after.state == JobState.FAILED:
-            self.news.tell_ending(job.id)
-        self.release.release(job.pool, job.tier)
 
     def _tidy_one(self) -> bool:
         """Delete one orphan, its note locked meanwhile so that nobody stores the same object again; False if there is none."""

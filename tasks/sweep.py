@@ -19,14 +19,13 @@ from sqlalchemy import Engine as Database
 from sqlalchemy import text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.orm import Session
 
+from dispatch.endings import EndedJobs, lose_hand_off
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
-from edges.progress import News
 from edges.snapshots import Snapshots, SnapshotsUnavailable
 from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
 from models.database import is_away, run_transaction, transaction
@@ -36,7 +35,7 @@ from models.uploads import ORPHAN_AFTER_S
 from policy import gates, queues
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, learn_ratios
-from policy.states import JobState
+from policy.states import FINAL_STATES
 from policy.webhooks import GIVE_UP_AFTER_S
 from settings import Settings
 
@@ -64,7 +63,7 @@ class Sweeper:
     handoff: Handoff
     snapshots: Snapshots
     inputs: Inputs
-    news: News
+    ended: EndedJobs
     fill: Callable[[], float]  # of the hand-off
     on_turn: Callable[[], None] = lambda: None  # told of every step of a pass
     _in_pass: threading.Lock = field(default_factory=threading.Lock, init=False)
@@ -175,11 +174,9 @@ class Sweeper:
         with transaction(self.database) as session:
             expired = sweeping.expired_leases(session)
         for job_id in expired:
-            job = run_transaction(self.database, partial(leases.lose, job_id=job_id, max_attempts=self.settings.max_attempts))
-            if job is not None:
+            lose = partial(leases.lose, job_id=job_id, max_attempts=self.settings.max_attempts)
+            if self.ended.run_ending(self.database, lose) is not None:
                 self._count("lease_expired", job_id)
-                if job.state == JobState.FAILED:
-                    self.news.tell_ending(job_id)
 
     def _deadlines(self) -> None:
         """Jobs that nothing started in time, and those that were given back and have no time left."""
@@ -189,10 +186,8 @@ class Sweeper:
             missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
         for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
             for job_id in job_ids:
-                job = run_transaction(self.database, partial(end, job_id=job_id))
-                if job is not None:
+                if self.ended.run_ending(self.database, partial(end, job_id=job_id)) is not None:
                     self._count(why, job_id)
-                    self.news.tell_ending(job_id)
 
     def _stores(self) -> None:
         """Rendered jobs that nobody stored: announce them again while their pixels live, render again when they do not.
@@ -211,22 +206,18 @@ class Sweeper:
             queue = queues.results_queue(self.fleet, unstored.tier)
             held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
             gone = [index for index, here in held.items() if not here]
-            postpone = partial(self._postpone, unstored=unstored, gone=gone)
-            if run_transaction(self.database, postpone):
-                self.news.tell_ending(unstored.job_id)
-            elif any(held.values()) and missing[queue] > 0:
+            has_ended = bool(gone) and self._loses(unstored, gone)
+            postpone = partial(sweeping.postpone_store, job_id=unstored.job_id, store_within_s=self.settings.store_within_s)
+            run_transaction(self.database, postpone)  # nothing where it is to be rendered again, or has ended
+            if not has_ended and any(held.values()) and missing[queue] > 0:
                 missing[queue] -= 1
                 self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
 
-    def _postpone(self, session: Session, *, unstored: Unstored, gone: Sequence[int]) -> bool:
-        """Give a storing job more time, or have it rendered again; has it failed by that?"""
-        job = None
-        if gone:
-            attempt_of = unstored.attempt_of
-            job = leases.lose_hand_off(session, unstored.job_id, gone, attempt_of=attempt_of)
-        sweeping.postpone_store(session, unstored.job_id, store_within_s=self.settings.store_within_s)
-        return job is not None and job.state == JobState.FAILED
+    def _loses(self, unstored: Unstored, gone: Sequence[int]) -> bool:
+        """Have these images rendered again; has the job failed by that?"""
+        job = lose_hand_off(self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of)
+        return job is not None and job.state in FINAL_STATES
 
     def _releases(self) -> None:
         """Waiting jobs for which there is room: missed at accept, or put back since."""

@@ -6,6 +6,7 @@ worker's, does not count; anything unplanned does.
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -15,9 +16,9 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 
+from dispatch.endings import EndedJobs
 from edges import telemetry
 from edges.handoff import HandoffUnavailable
-from edges.progress import News
 from engine.errors import (
     DeadlinePassed,
     EngineDied,
@@ -29,11 +30,9 @@ from engine.errors import (
     UnsupportedRequest,
 )
 from models import leases
-from models.database import run_transaction
 from models.leases import LeaseLost
 from models.tables import Job
 from policy.failures import FailureCode
-from policy.states import JobState
 from tasks.health import Health
 from tasks.held import Held
 from tasks.inputs import InputGone, InputsMissing
@@ -52,26 +51,21 @@ class Verdicts:
     """One per worker."""
 
     database: Database
-    news: News
+    ended: EndedJobs
     health: Health
     max_attempts: int
 
-    def decide(self, held: Held, error: BaseException) -> bool:
-        """Write down what becomes of the job; nothing if it is not ours any more. Is it over?"""
+    def decide(self, held: Held, error: BaseException) -> None:
+        """Write down what becomes of the job; nothing if it is not ours any more."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
         log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
         if isinstance(error, EngineStopped):
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
-        try:
-            job = persist(lambda: self._decided(held, error, is_ours=is_ours), DATABASE_AWAY)
-        except LeaseLost:
-            return False
-        if job.state == JobState.FAILED:
-            self.news.tell_ending(job.id)
-        return job.state == JobState.FAILED
+        with suppress(LeaseLost):
+            persist(lambda: self._decide(held, error, is_ours=is_ours), DATABASE_AWAY)
 
-    def _decided(self, held: Held, error: BaseException, *, is_ours: bool) -> Job:
+    def _decide(self, held: Held, error: BaseException, *, is_ours: bool) -> None:
         lease = held.lease
 
         def decide(session: Session) -> Job:
@@ -84,7 +78,7 @@ class Verdicts:
             detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
             return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.max_attempts)
 
-        return run_transaction(self.database, decide)
+        self.ended.run_ending(self.database, decide)
 
 
 def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:

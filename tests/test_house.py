@@ -243,6 +243,19 @@ def test_one_place_publishes():
     assert senders == {"edges/broker.py"}
 
 
+@pytest.mark.parametrize("tells", ["tell_ending", "tell_cancel"])
+def test_whoever_ends_a_job_goes_through_one_place(tells):
+    tellers = {
+        str(path.relative_to(REPO))
+        for room in ("app", "tasks", "dispatch")
+        for path in modules(room)
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.Attribute) and node.attr == tells
+    }
+
+    assert tellers == {"dispatch/endings.py"}
+
+
 def test_every_dispatched_name_is_a_registered_task(stack):
     fleet = parse_fleet((REPO / "fleet.toml").read_text())
     celery = make_celery(BrokerSettings(broker_url=stack.env["BROKER_URL"]), fleet)

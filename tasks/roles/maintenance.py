@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import structlog
 
+from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
@@ -38,16 +39,20 @@ def build(
     """Make the sweeper. on_turn: is told of every step of a pass."""
     database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
     broker = Broker(settings, fleet)
+    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    snapshots = Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    inputs = Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    news = News(settings.handoff_url)
     return Sweeper(
         settings=settings,
         fleet=fleet,
         database=database,
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
-        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        news=News(settings.handoff_url),
+        handoff=handoff,
+        snapshots=snapshots,
+        inputs=inputs,
+        ended=EndedJobs(news=news, handoff=handoff, snapshots=snapshots, inputs=inputs),
         fill=Gauge(settings.handoff_url).fill,
         on_turn=on_turn,
     )

@@ -15,6 +15,7 @@ import structlog
 from celery.signals import worker_shutting_down
 from sqlalchemy import Engine as Database
 
+from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
@@ -103,23 +104,26 @@ def build(
     when_unfit: is told when its health says that it has to go; None: it leaves.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
-    keeper = _keeper(settings, fleet, engine, database)
-    gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
+    news = News(settings.handoff_url)
+    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     snapshots = Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    inputs = Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    ended = EndedJobs(news=news, handoff=handoff, snapshots=snapshots, inputs=inputs)
+    keeper = _keeper(settings, fleet, engine, database, ended)
+    gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)
     health = Health(
         engine,
         stuck_after_s=settings.engine_stuck_after_s,
         leave=when_unfit or preemption.begin,
     )
-    news = News(settings.handoff_url)
     renderer = _renderer(
         settings,
         fleet,
         database,
+        ended,
         keeper=keeper,
         health=health,
-        news=news,
         checkpoints=Checkpoints(engine, snapshots, news, fill=gauge.fill),
         progress=ProgressWriter(settings.handoff_url, fill=gauge.fill),
     )
@@ -139,10 +143,10 @@ def _renderer(
     settings: WorkerSettings,
     fleet: Fleet,
     database: Database,
+    ended: EndedJobs,
     *,
     keeper: LeaseKeeper,
     health: Health,
-    news: News,
     checkpoints: Checkpoints,
     progress: ProgressWriter,
 ) -> Renderer:
@@ -152,21 +156,21 @@ def _renderer(
         fleet=fleet,
         keeper=keeper,
         checkpoints=checkpoints,
-        inputs=InputPictures(inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)),
+        inputs=InputPictures(inputs=ended.inputs),
         health=health,
         verdicts=Verdicts(
             database=database,
-            news=news,
+            ended=ended,
             health=health,
             max_attempts=settings.max_attempts,
         ),
         database=database,
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
-        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        handoff=ended.handoff,
         progress=progress,
         previews=Previews(progress),
-        news=news,
+        news=ended.news,
     )
 
 
@@ -175,6 +179,7 @@ def _keeper(
     fleet: Fleet,
     engine: Engine,
     database: Database,
+    ended: EndedJobs,
 ) -> LeaseKeeper:
     identity = WorkerIdentity(
         name=worker_name(settings),
@@ -186,6 +191,7 @@ def _keeper(
     return LeaseKeeper(
         database,
         identity,
+        ended=ended,
         beats=make_engine(settings.database_url, pool_size=connections.WORKER_BEATS),
         ttl_s=settings.lease_ttl_s,
         renew_s=settings.lease_renew_s,

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
@@ -40,9 +41,13 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     store = ObjectStore(settings)
+    news = News(settings.handoff_url)
+    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    snapshots = Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    inputs = Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     stager = InputStager(
         database=database,
-        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=inputs,
         store=store,
         release=release,
         fill=Gauge(settings.handoff_url).fill,
@@ -51,10 +56,10 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
         settings=settings,
         fleet=fleet,
         database=database,
-        handoff=Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        handoff=handoff,
         store=store,
-        news=News(settings.handoff_url),
+        news=news,
+        ended=EndedJobs(news=news, handoff=handoff, snapshots=snapshots, inputs=inputs),
         release=release,
         name=name,
     )

@@ -9,6 +9,7 @@ import redis
 from sqlalchemy import text
 
 from edges.handoff import Handoff
+from edges.inputs import Inputs
 from edges.progress import News, ProgressWriter, Step
 from edges.snapshots import Snapshots
 from models import erasing, jobs, leases, uploads
@@ -162,7 +163,7 @@ def test_erasing_and_replaying_at_once_never_replays_nothing(gateway_with, new_k
 
 
 def test_an_erased_job_leaves_nothing_in_redis(a_house, stack, stack_database):
-    """At once: pixels on their way to the store, snapshots, progress, events and previews."""
+    """At once: pixels on their way to the store, snapshots, pictures, progress, events and previews."""
     tenant = a_house().with_workers().tenant()
     kept, erased = (tenant.post(n=2).json for _ in range(2))
     jobs_of = {name: uuid.UUID(job["id"]) for name, job in (("kept", kept), ("erased", erased))}
@@ -178,7 +179,7 @@ def test_an_erased_job_leaves_nothing_in_redis(a_house, stack, stack_database):
         handoff.delete(*left["kept"])
 
 
-KINDS_OF_TRACES = {"handoff", "snapshot", "progress", "events"}
+KINDS_OF_TRACES = {"handoff", "snapshot", "input", "progress", "events"}
 
 
 def _leave_traces(url, database, job_id) -> None:
@@ -190,6 +191,7 @@ def _leave_traces(url, database, job_id) -> None:
     for index in range(2):
         handoff.put(job_id, index, lease.attempt, some_pixels())
     snapshots.put(job_id, 1, lease.attempt, 3, b"latents")
+    Inputs(url, ttl_s=60).bring(job_id, {"init": some_pixels()})
     writer = ProgressWriter(url)
     writer.note(job_id, Step(1, 3, 20))
     until(lambda: News(url).steps(job_id), what="the progress")

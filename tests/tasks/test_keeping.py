@@ -14,7 +14,7 @@ from models import leases
 from models.database import transaction
 from tasks.checkpoints import Checkpoints
 from tasks.keeper import LeaseKeeper, WorkerIdentity
-from tests.builders import until
+from tests.builders import a_lease, until
 from tests.tasks.conftest import metric
 
 STOP_S = 1.5
@@ -26,6 +26,7 @@ def a_keeper(here, **times):
     keeper = LeaseKeeper(
         here.database,
         identity,
+        ended=here.renderer.verdicts.ended,
         **{"ttl_s": 6, "renew_s": 0.2, "stop_s": STOP_S} | times,
     )
     keeper.start(max_attempts=5)
@@ -108,3 +109,16 @@ def test_snapshots_on_the_way_are_kept_only_where_the_hand_off_has_room(here, fi
 
     assert here.row(job).state == "storing"
     assert bool(here.snapshots.of(job.id)) is is_kept
+
+
+def test_job_that_fails_with_its_worker_started_again_is_told_of(here, ended_jobs):
+    with transaction(here.database) as session:
+        lease = a_lease(session, worker="cpu7@here", ttl_s=600)
+        lease.job.counted_attempts = 4
+    here.snapshots.put(lease.job_id, 0, 1, 2, b"of its predecessor")
+
+    with a_keeper(here):
+        until(lambda: lease.job_id in ended_jobs, within_s=5, what="the word of its end")
+
+    assert here.row(lease.job).state == "failed"
+    until(lambda: here.snapshots.of(lease.job_id) == {}, what="the end of its snapshot")

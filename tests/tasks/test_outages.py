@@ -323,7 +323,7 @@ def test_a_sweep_that_fails_is_followed_by_the_next_and_the_loop_tells_that_it_m
 
 def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
     identity = WorkerIdentity(name="cpu0@early", pool="local", device="cpu", slots=4, facts={})
-    keeper = LeaseKeeper(sweeping.database.app, identity, ttl_s=6, renew_s=1, stop_s=5)
+    keeper = LeaseKeeper(sweeping.database.app, identity, ended=sweeping.sweeper.ended, ttl_s=6, renew_s=1, stop_s=5)
     starting = threading.Thread(target=lambda: keeper.start(max_attempts=5))
 
     with refusing(sweeping, "postgres"):

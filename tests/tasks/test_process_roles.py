@@ -10,11 +10,11 @@ import pytest
 
 from fleet.consumer import TakenTask
 from models.database import transaction
-from models.tables import IdempotencyKey
+from models.tables import IdempotencyKey, Job, Worker
 from policy import gates, queues
 from settings import REPO, Settings
 from tasks.roles import render
-from tests.builders import a_closed_port, a_tenant, settings_for, until
+from tests.builders import a_closed_port, a_job, a_tenant, settings_for, until
 
 
 @contextmanager
@@ -126,3 +126,45 @@ def test_serve_says_which_roles_there_are():
     assert ended.returncode == 1
     roles = "render|results|maintenance|webhooks|flower"
     assert ended.stderr.strip() == f"usage: python -m tasks.serve {roles}"
+
+
+_ITS_DEVICE_HANGS = """
+import time
+from engine.engine import Engine
+from settings import WorkerSettings, load, load_fleet_or_exit
+from tasks.roles import render
+
+Engine.stop = lambda engine: time.sleep(3600)
+settings = load(WorkerSettings)
+render.serve(settings, load_fleet_or_exit(settings))
+"""
+
+
+def test_worker_signs_off_before_it_waits_for_its_device(urls_here, database_here, sweeper):
+    name = "cpu5@here"
+    told = {key.upper(): value for key, value in urls_here.items()}
+    told |= {"WORKER_NAME": name, "DEVICE": "cpu", "SHUTDOWN_NOTICE_S": "1"}
+    process = subprocess.Popen([sys.executable, "-c", _ITS_DEVICE_HANGS], cwd=REPO, env=os.environ | told)
+
+    def is_known() -> bool:
+        with transaction(database_here) as session:
+            return session.get(Worker, name) is not None
+
+    def has_rendered() -> bool:
+        with transaction(database_here) as session:
+            return session.get(Job, job.id).state == "storing"
+
+    try:
+        until(is_known, within_s=150, what="its first heartbeat")
+        with transaction(database_here) as session:
+            job = a_job(session)
+        sweeper.broker.announce(queues.RENDER_JOB, "local.fast", job.id, num_images=1)
+        until(has_rendered, within_s=60, what="an image")
+
+        process.send_signal(signal.SIGTERM)
+        until(lambda: not is_known(), within_s=30, what="its sign-off")
+
+        assert process.poll() is None, "it waits for its device"
+    finally:
+        process.kill()
+        process.wait()

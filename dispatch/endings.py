@@ -1,0 +1,108 @@
+"""What follows the end of a job, whoever ended it: tell of it, and drop what was kept for it.
+
+    run_ending       a transaction that may end a job, and notify_ended if it has
+    notify_ended     for whoever has committed a final state and had more to do before telling
+    notify_erased    the same for a job whose content was deleted
+    lose_hand_off    what results workers and the sweeper do about pixels that are gone
+
+All of it comes after the commit and is best effort, for Postgres has the truth. What fails here
+others make good: a worker drops a job that is not its own at its next renewal, who waits for the
+job looks again by itself, and the sweeper drops what is left of it within a minute.
+"""
+
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import structlog
+from sqlalchemy import Engine
+from sqlalchemy.orm import Session
+
+from dispatch.release import Release
+from edges.handoff import Handoff, HandoffUnavailable
+from edges.inputs import Inputs
+from edges.progress import News
+from edges.snapshots import Snapshots, SnapshotsUnavailable
+from models import leases
+from models.database import run_transaction
+from models.tables import Job
+from policy.states import FINAL_STATES, JobState
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EndedJobs:
+    """Tells of jobs that have ended and drops what was kept for them; one per process.
+
+    No method raises because Redis is away.
+    """
+
+    news: News
+    handoff: Handoff
+    snapshots: Snapshots
+    inputs: Inputs
+
+    def run_ending(self, database: Engine, change: Callable[[Session], Job | None]) -> Job | None:
+        """Run `change` as a transaction and return its job; tell if that has ended by it.
+
+        change: returns the job that it changed; None if it changed nothing.
+        """
+        job = run_transaction(database, change)
+        if job is not None and job.state in FINAL_STATES:
+            self.notify_ended(job)
+        return job
+
+    def notify_ended(self, job: Job) -> None:
+        """Tell that the job is in a final state; drop its snapshots and the pictures it began from.
+
+        The worker that may still render it is told to stop: it may have been canceled, erased or
+        failed under way.  Harmless when repeated.
+        """
+        if job.attempt and job.state != JobState.SUCCEEDED:
+            self.news.tell_cancel(job.id)
+        self.news.tell_ending(job.id)
+        self._drop_what_it_began_from(job.id)
+
+    def notify_erased(self, job: Job) -> None:
+        """Tell as `notify_ended` does; drop its pixels and the record of its progress as well.
+
+        job: with its images.
+        """
+        self.notify_ended(job)
+        for image in job.images:
+            for attempt in {image.handed_off_attempt or job.attempt, job.attempt}:
+                self.handoff.drop(job.id, image.index, attempt)
+        self.news.forget(job.id)
+
+    def _drop_what_it_began_from(self, job_id: uuid.UUID) -> None:
+        try:
+            self.snapshots.drop([job_id])
+            self.inputs.drop([job_id])
+        except (SnapshotsUnavailable, HandoffUnavailable) as error:
+            log.info("not_dropped", job_id=str(job_id), reason=str(error))
+
+
+def lose_hand_off(
+    database: Engine,
+    ended: EndedJobs,
+    job_id: uuid.UUID,
+    gone: Sequence[int],
+    *,
+    attempt_of: Mapping[int, int],
+    release: Release | None = None,
+) -> Job | None:
+    """Have the images `gone` rendered again, for their pixels are; None if they were stored.
+
+    The job fails, and that is told, if it has lost the pixels of one image too often.
+
+    attempt_of: the attempt whose pixels were looked for, by index.  release: announces what has
+    room now; None: the caller has all its queues looked at anyway.
+    """
+    job = ended.run_ending(
+        database,
+        lambda session: leases.lose_hand_off(session, job_id, gone, attempt_of=attempt_of),
+    )
+    if job is not None and release is not None:
+        release.release(job.pool, job.tier)
+    return job
