@@ -12,6 +12,7 @@ from models import api_keys, tenants
 from models.database import transaction
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
+from tests.builders import until
 
 BODY = {"prompt": "a red circle", "tier": "batch"}
 
@@ -116,9 +117,11 @@ def test_the_last_use_of_a_key_is_noted(issue, nobody, stack_database):
 
     nobody.get("/v1/jobs", headers=bearer(key))
 
-    with transaction(stack_database) as session:
-        used_at = session.scalar(text("SELECT last_used_at FROM api_keys WHERE id = :id"), {"id": key_id})
-    assert datetime.now(UTC) - used_at < timedelta(minutes=1)
+    def used_at() -> datetime | None:
+        with transaction(stack_database) as session:
+            return session.scalar(text("SELECT last_used_at FROM api_keys WHERE id = :id"), {"id": key_id})
+
+    assert datetime.now(UTC) - until(used_at, what="its use") < timedelta(minutes=1)  # noted behind the answer's back
 
 
 @pytest.mark.parametrize("header", ["", "Bearer", "Basic a", "Bearer dr_x", "Bearer " + "a" * 500, "Bearer dr_aaaaaaaaaaaa_ü"])

@@ -2,12 +2,15 @@
 
 import contextlib
 import json
+import uuid
 from collections.abc import Callable, Iterator
 
 import pytest
 import redis
 
 from edges.progress import CANCELS, ENDINGS
+from models import leases
+from models.database import transaction
 from tests.builders import until
 
 CANCELED = {CANCELS, ENDINGS}
@@ -32,9 +35,16 @@ def told(stack) -> Iterator[Callable[[dict, set[str]], bool]]:
         yield told
 
 
-def test_a_cancel_is_told_to_the_worker_and_to_those_who_wait(a_house, told):
+def begin(database, job) -> None:
+    """Take the job's lease, as a worker that has just begun it."""
+    with transaction(database) as session:
+        assert leases.take(session, uuid.UUID(job["id"]), worker="tests", device="cpu", ttl_s=600)
+
+
+def test_a_cancel_is_told_to_the_worker_and_to_those_who_wait(a_house, told, stack_database):
     tenant = a_house().with_workers().tenant()
     job = tenant.post().json
+    begin(stack_database, job)
     assert told(job, set())
 
     tenant.send(job["urls"]["cancel"], {})
@@ -42,13 +52,23 @@ def test_a_cancel_is_told_to_the_worker_and_to_those_who_wait(a_house, told):
     until(lambda: told(job, CANCELED), within_s=2)
 
 
-def test_an_erasure_is_told_to_the_worker_and_to_those_who_wait(a_house, told):
+def test_an_erasure_is_told_to_the_worker_and_to_those_who_wait(a_house, told, stack_database):
     tenant = a_house().with_workers().tenant()
     job = tenant.post().json
+    begin(stack_database, job)
 
     tenant.delete(job["urls"]["self"])
 
     until(lambda: told(job, CANCELED), within_s=2)
+
+
+def test_the_end_of_a_job_that_no_worker_began_is_told_to_those_who_wait_alone(a_house, told):
+    tenant = a_house().with_workers().tenant()
+    job = tenant.post().json
+
+    tenant.send(job["urls"]["cancel"], {})
+
+    until(lambda: told(job, {ENDINGS}), within_s=2)
 
 
 def test_a_status_that_was_just_asked_for_is_not_remembered_beyond_a_cancel(a_house):
