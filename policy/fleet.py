@@ -15,6 +15,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
 MAX_SIDE_PX = 4096
+Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]  # those that the engine has
 FLOW_FAMILIES = ("sd3", "flux")  # native ones of flow matching
 OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
 
@@ -100,7 +101,7 @@ class Model(_Table):
 
     title: str
     aliases: tuple[ModelAlias, ...] = ()  # further ids that a request may say; its jobs are this model's
-    family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
+    family: Family
     pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
     options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
