@@ -16,7 +16,7 @@ Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
 MAX_SIDE_PX = 4096
 Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]  # those that the engine has
-FLOW_FAMILIES = ("sd3", "flux")  # native ones of flow matching
+BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")  # whose transformer can leave out later blocks
 OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
 
 
@@ -282,7 +282,7 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
-    if model.block_cache_threshold and model.family not in FLOW_FAMILIES:
+    if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
         problems.append(f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")

@@ -20,7 +20,7 @@ from engine.events import Previewed, Stepped
 from engine.families import FAMILIES
 from engine.loading import load_checkpoint
 from engine.request import AdapterUse, Determinism
-from policy.fleet import Family
+from policy.fleet import BLOCK_CACHE_FAMILIES, Family
 from policy.params import PARAMS
 
 NOISE, FLOW = ("euler", "dpmpp_2m"), ("flow_euler", "flow_euler_karras")
@@ -71,6 +71,8 @@ def asked(family, id="image", **changes):
 def test_the_engine_has_the_families_that_the_catalogue_may_name(specs):
     assert set(FAMILIES) == set(get_args(Family))
     assert set(specs) == set(NATIVE_FAMILIES)
+    cached = {name for name, spec in specs.items() if spec.block_cache_threshold}
+    assert cached == set(BLOCK_CACHE_FAMILIES)
 
 
 WAYS = {
@@ -129,7 +131,7 @@ def test_every_family_has_previews(engine, family):
     assert sum(isinstance(event, Previewed) for event in events) >= 3
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", BLOCK_CACHE_FAMILIES)
 def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engine, family):
     sampler = {"checkpoint": family, "sampler": FLOW[0], "num_steps": 8}
     before = engine.stats()["block_cache_rows_skipped"]
