@@ -138,8 +138,18 @@ def _check_rule(field: str, rule: AsAsked, value: Any, model: Model, model_id: s
         raise InvalidWish(field, rule.unfit.format(model=model_id))
     if rule.choices is not None:
         _one_of(field, value, rule.choices)
-    if rule.low is not None and rule.high is not None:
-        _within(field, value, rule.low, rule.high, "every model that takes it")
+    _check_range(field, value, rule.low, rule.high)
+
+
+def _check_range(field: str, value: Any, low: float | None, high: float | None) -> None:
+    """Refuse what is outside; None: that side has no end."""
+    by = "every model that takes it"
+    if low is not None and high is not None:
+        _within(field, value, low, high, by)
+    elif low is not None and not value >= low:
+        raise InvalidWish(field, f"must be at least {low} ({by})", {"min": low})
+    elif high is not None and not value <= high:
+        raise InvalidWish(field, f"must be at most {high} ({by})", {"max": high})
 
 
 def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | float]] | None:

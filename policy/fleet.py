@@ -15,7 +15,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
 MAX_SIDE_PX = 4096
-FLOW_FAMILIES = ("sd3", "flux")  # native ones of flow matching
+Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]  # those that the engine has
+BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")  # whose transformer can leave out later blocks
 OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
 
 
@@ -100,7 +101,7 @@ class Model(_Table):
 
     title: str
     aliases: tuple[ModelAlias, ...] = ()  # further ids that a request may say; its jobs are this model's
-    family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
+    family: Family
     pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
     options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
@@ -281,7 +282,7 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
         problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
-    if model.block_cache_threshold and model.family not in FLOW_FAMILIES:
+    if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
         problems.append(f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}")
     if model.default_guidance > model.max_guidance:
         problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")

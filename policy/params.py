@@ -62,8 +62,9 @@ class Wish:
 class AsAsked:
     """The rule of a parameter that is what the wish says, whatever the model or the tier.
 
-    choices: the values that are accepted.  low, high: the range that is, both included.
-    families: the model families that take it; None: all.  unfit: what is said where others do not.
+    choices: the values that are accepted.  low, high: the range that is, both included; either may
+    be without the other.  families: the model families that take it; None: all.  unfit: what is
+    said where others do not.
     """
 
     choices: tuple[str, ...] | None = None

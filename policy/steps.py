@@ -7,10 +7,11 @@ and progress. tests/engine/test_steps.py holds the two together.
 from dataclasses import dataclass
 from typing import Protocol
 
-from policy.fleet import FLOW_FAMILIES, OPEN_FAMILIES, Fleet, Model
+from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model
 from policy.params import Resolved
 
-ROUND_UP = FLOW_FAMILIES  # as the pipelines of flow matching do; those of noise prediction round down
+# As the pipelines of flow matching do; those of noise prediction round down.
+ROUND_UP_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def steps_made(family: str, *, num_steps: int, strength: float | None) -> int:
     if strength is None:
         return num_steps
     noisy_steps = min(num_steps * strength, num_steps)
-    if family in ROUND_UP:
+    if family in ROUND_UP_FAMILIES:
         return max(1, num_steps - int(num_steps - noisy_steps))
     return max(1, int(noisy_steps))
 

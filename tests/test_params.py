@@ -6,6 +6,7 @@ the message says what is missing where.
 
 import json
 import re
+from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from decimal import Decimal
 from types import NoneType, UnionType
@@ -184,22 +185,39 @@ def full(session):
     return new.params, job, document, shown
 
 
-def shown_in_answers() -> dict[str, set[str]]:
-    """The members of every answer that tells a job's parameters, here and as clients know them."""
-    return {
-        "app.schemas.Job": names_of(job_schemas.Job),
-        "app.schemas.Estimate": names_of(job_schemas.Estimate),
-        "darkroom_client.Job": names_of(client_jobs.Job),
-        "darkroom_client.Estimate": names_of(client_documents.Estimate),
-    }
+# A place that must know names, to how to find out what it must know and what it knows.
+Places = Mapping[str, Callable[[], tuple[set[str], set[str]]]]
 
 
-def openai_bodies() -> dict[str, set[str]]:
-    """The members of each body of /v1/images."""
-    with_a_picture = (openai_schemas.EditBody, openai_schemas.VariationBody, openai_schemas.EditForm, openai_schemas.VariationForm)
-    bodies = {f"app.schemas.openai.{kind.__name__}": set(get_type_hints(kind)) for kind in with_a_picture}
-    generation = set(get_type_hints(openai_schemas.GenerationBody))
-    return bodies | {"app.schemas.openai.GenerationBody": generation | {"strength"}}
+def missing_anywhere(places: Places) -> list[str]:
+    """Name what each place lacks; one that cannot even be looked at lacks what its error says."""
+    missing = []
+    for place, look in places.items():
+        try:
+            all_of, known = look()
+            names = sorted(all_of - known)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the other places are told, too
+            names = [f"missing: {type(error).__name__}: {error}"]
+        if names:
+            missing.append(f"{place}: {', '.join(names)}")
+    return missing
+
+
+# Every answer that tells a job's parameters, here and as clients know it.
+ANSWERS = {
+    "app.schemas.Job": job_schemas.Job,
+    "app.schemas.Estimate": job_schemas.Estimate,
+    "darkroom_client.Job": client_jobs.Job,
+    "darkroom_client.Estimate": client_documents.Estimate,
+}
+
+# The bodies of /v1/images that may have a picture.
+WITH_A_PICTURE = (
+    openai_schemas.EditBody,
+    openai_schemas.VariationBody,
+    openai_schemas.EditForm,
+    openai_schemas.VariationForm,
+)
 
 
 def options_of_the_command() -> set[str]:
@@ -208,72 +226,99 @@ def options_of_the_command() -> set[str]:
     return {option.name for option in wish_options(command).__click_params__}
 
 
-def documented() -> dict[str, set[str]]:
-    """The fields in backquotes of each place in the documents that lists them."""
-    readme = (REPO / "README.md").read_text()
+def listed_in_requests() -> set[str]:
+    """The fields in backquotes of the table of docs/requests.md."""
     table = (REPO / "docs/requests.md").read_text().partition("## Fields of a job")[2]
-    row = next(line for line in readme.splitlines() if line.startswith("| `POST /v1/jobs` |"))
-    extras = readme.partition("`extra_body` takes")[2].partition(";")[0]
-    first_cells = [line.split("|")[1] for line in table.partition("\n## ")[0].splitlines() if line[:1] == "|"]
-    return {
-        "docs/requests.md, Fields of a job": set(re.findall(r"`(\w+)`", "".join(first_cells))),
-        "README.md, POST /v1/jobs": set(re.findall(r"`(\w+)`", row)),
-        "README.md, extra_body": set(re.findall(r"`(\w+)`", extras)),
-    }
+    rows = [line for line in table.partition("\n## ")[0].splitlines() if line[:1] == "|"]
+    return quoted("".join(row.split("|")[1] for row in rows))
 
 
-def test_every_place_knows_every_parameter_of_a_job(full):
-    params, row, _, history = full
+def listed_in_readme_of_post_jobs() -> set[str]:
+    readme = (REPO / "README.md").read_text()
+    return quoted(next(row for row in readme.splitlines() if row.startswith("| `POST /v1/jobs` |")))
+
+
+def listed_in_readme_of_extra_body() -> set[str]:
+    readme = (REPO / "README.md").read_text()
+    return quoted(readme.partition("`extra_body` takes")[2].partition(";")[0])
+
+
+def quoted(text: str) -> set[str]:
+    """The single words in backquotes."""
+    return set(re.findall(r"`(\w+)`", text))
+
+
+def test_every_place_knows_every_parameter_of_a_job(request):
     asked, members = set(ASKED) | BESIDE, {param.member for param in SHOWN} | set(TOLD_TOGETHER)
     extras = {param.member for param in OPENAI_REQUEST}
-    docs = documented()
-    wanted: dict[str, tuple[set[str], set[str]]] = {
-        "policy.params.Resolved: members of requests": (set(ASKED), members),
-        "policy.params: extras of /v1/images": (set(ASKED) - set(NOT_AN_EXTRA), extras),
-        "app.schemas.bodies.JobBody": (asked, set(JobBody.model_fields)),
-        "app.openai.body": (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
-        "app.schemas.openai.OwnMembers": (
+    engine_fields = {param.engine_field for param in PARAMS if param.engine_field}
+
+    def kept_by_accept_jobs() -> set[str]:
+        params, row, _, _ = request.getfixturevalue("full")
+        return {name for name in NAMES if getattr(row, name) == getattr(params, name)}
+
+    def told_by_job_history() -> set[str]:
+        _, _, _, history = request.getfixturevalue("full")
+        return {name for name, value in history.items() if value is not None}
+
+    places: Places = {
+        "policy.params.Resolved: members of requests": lambda: (set(ASKED), members),
+        "policy.params: extras of /v1/images": lambda: (set(ASKED) - set(NOT_AN_EXTRA), extras),
+        "app.schemas.bodies.JobBody": lambda: (asked, set(JobBody.model_fields)),
+        "app.openai.body": lambda: (extras | {"metadata"}, openai_body.KNOWN_FIELDS),
+        "app.schemas.openai.OwnMembers": lambda: (
             {param.member for param in OPENAI_ANSWER},
             names_of(openai_schemas.OwnMembers),
         ),
-        "app.spec.job_fields": (asked, set(job_fields(a_fleet()))),
-        "models.tables.Job": (set(NAMES), set(inspect(Job).column_attrs.keys())),
-        "view job_history": (
+        "app.schemas.openai.GenerationBody": lambda: (
+            extras - {"strength"},
+            set(get_type_hints(openai_schemas.GenerationBody)),
+        ),
+        **{f"app.schemas.openai.{body.__name__}": lambda body=body: (extras, set(get_type_hints(body))) for body in WITH_A_PICTURE},
+        **{place: lambda answer=answer: (members, names_of(answer)) for place, answer in ANSWERS.items()},
+        "app.spec.job_fields": lambda: (asked, set(job_fields(a_fleet()))),
+        "models.tables.Job": lambda: (set(NAMES), set(inspect(Job).column_attrs.keys())),
+        "function accept_jobs": lambda: (set(NAMES), kept_by_accept_jobs()),
+        "view job_history": lambda: (
             set(NAMES) - {"width_px", "height_px"} | {"size", "metadata"},
-            {name for name, value in history.items() if value is not None},
+            told_by_job_history(),
         ),
-        "engine.request.ImageRequest": (
-            {param.engine_field for param in PARAMS if param.engine_field},
-            names_of(ImageRequest),
-        ),
-        "policy.params: fields of ImageRequest": (
+        "engine.request.ImageRequest": lambda: (engine_fields, names_of(ImageRequest)),
+        "policy.params: fields of ImageRequest": lambda: (
             names_of(ImageRequest) - set(SET_BY_THE_WORKER) - set(NOT_OFFERED_YET),
-            {param.engine_field for param in PARAMS if param.engine_field},
+            engine_fields,
         ),
-        "darkroom_client.Wish": (
+        "darkroom_client.Wish": lambda: (
             asked - set(NOT_IN_WISH),
             set(client_wishes.Wish.__annotations__),
         ),
-        "darkroom_client.wishes.PICTURE_FIELDS": (
+        "darkroom_client.wishes.PICTURE_FIELDS": lambda: (
             set(PICTURES),
             set(client_wishes.PICTURE_FIELDS),
         ),
-        "cli.wishes": (asked - set(NOT_AN_OPTION), options_of_the_command()),
-        "docs/requests.md, Fields of a job": (asked, docs["docs/requests.md, Fields of a job"]),
-        "README.md, POST /v1/jobs": (asked, docs["README.md, POST /v1/jobs"]),
-        "README.md, extra_body": (extras | {"metadata"}, docs["README.md, extra_body"]),
-        "function accept_jobs": (
-            set(NAMES),
-            {name for name in NAMES if getattr(row, name) == getattr(params, name)},
-        ),
-        **{place: (extras, known) for place, known in openai_bodies().items()},
-        **{place: (members, told) for place, told in shown_in_answers().items()},
+        "cli.wishes": lambda: (asked - set(NOT_AN_OPTION), options_of_the_command()),
+        "docs/requests.md, Fields of a job": lambda: (asked, listed_in_requests()),
+        "README.md, POST /v1/jobs": lambda: (asked, listed_in_readme_of_post_jobs()),
+        "README.md, extra_body": lambda: (extras | {"metadata"}, listed_in_readme_of_extra_body()),
     }
 
-    missing = {place: sorted(all_of - known) for place, (all_of, known) in wanted.items()}
+    missing = missing_anywhere(places)
 
-    assert {place: names for place, names in missing.items() if names} == {}
+    assert not missing, "\n".join(missing)
     assert {param.name for param in PARAMS if param.member is None} == {*NOT_IN_ANSWERS, "width_px", "height_px"}
+
+
+def test_a_place_that_cannot_be_looked_at_does_not_hide_the_others():
+    places: Places = {
+        "broken": lambda: (set(), {}["gone"]),
+        "forgetful": lambda: ({"n", "seed", "steps"}, {"n"}),
+        "whole": lambda: ({"seed"}, {"seed", "steps"}),
+    }
+
+    assert missing_anywhere(places) == [
+        "broken: missing: KeyError: 'gone'",
+        "forgetful: seed, steps",
+    ]
 
 
 def test_a_job_s_row_is_replayed_with_every_parameter(full):
@@ -367,21 +412,32 @@ NO_LIMITS = {
 
 
 def test_every_place_knows_every_limit_of_a_tenant():
-    columns = set(inspect(Tenant).column_attrs.keys())
-    help_text = CliRunner().invoke(tenants_commands, ["limit", "--help"]).output
-    wanted = {
-        "models.tables.Tenant": (set(LIMITS), columns),
-        "policy.limits.Limits, or NO_LIMITS here": (columns, {*LIMITS, *NO_LIMITS}),
-        "app.http.admin.TenantChange": ({*LIMITS, "weight"}, set(TenantChange.model_fields)),
-        "app.http.account.limits_view": (set(LIMITS), set(vars(limits_view(Limits())))),
-        "app.schemas.Limits": (set(LIMITS), names_of(account_schemas.Limits)),
-        "darkroom tenants limit --help": (set(LIMITS), set(re.findall(r"(\w+)=", help_text))),
-        "README.md": (set(LIMITS), set(re.findall(r"\w+", (REPO / "README.md").read_text()))),
+    def columns() -> set[str]:
+        return set(inspect(Tenant).column_attrs.keys())
+
+    def told_by_help() -> set[str]:
+        shown = CliRunner().invoke(tenants_commands, ["limit", "--help"]).output
+        return set(re.findall(r"(\w+)=", shown))
+
+    places: Places = {
+        "models.tables.Tenant": lambda: (set(LIMITS), columns()),
+        "policy.limits.Limits, or NO_LIMITS here": lambda: (columns(), {*LIMITS, *NO_LIMITS}),
+        "app.http.admin.TenantChange": lambda: (
+            {*LIMITS, "weight"},
+            set(TenantChange.model_fields),
+        ),
+        "app.http.account.limits_view": lambda: (set(LIMITS), set(vars(limits_view(Limits())))),
+        "app.schemas.Limits": lambda: (set(LIMITS), names_of(account_schemas.Limits)),
+        "darkroom tenants limit --help": lambda: (set(LIMITS), told_by_help()),
+        "README.md": lambda: (
+            set(LIMITS),
+            set(re.findall(r"\w+", (REPO / "README.md").read_text())),
+        ),
     }
 
-    missing = {place: sorted(all_of - known) for place, (all_of, known) in wanted.items()}
+    missing = missing_anywhere(places)
 
-    assert {place: names for place, names in missing.items() if names} == {}
+    assert not missing, "\n".join(missing)
 
 
 @pytest.mark.parametrize("name", LIMITS)

@@ -1,12 +1,14 @@
 """The environment, typed: a role starts with what it needs, and says by name what is missing."""
 
 import os
+import re
 import subprocess
 import sys
 
 import pytest
 from pydantic_core import PydanticUndefined
 
+from policy.fleet import Tier
 from settings import (
     REPO,
     BrokerSettings,
@@ -431,3 +433,81 @@ def test_secrets_do_not_show_when_settings_are_printed(environment):
 
     for secret in ("store-secret", "a pepper of sixteen letters", "flower-secret"):
         assert secret not in shown
+
+
+# Which compose sets, and deploy/compose.env.example explains.
+NOT_IN_README = {f"{role}_PASSWORD" for role in ("GATEWAY", "WORKER", "RESULTS", "SWEEPER", "WEBHOOKS")}
+
+# A default of README.md that is said in words, by its variable.
+SAID_IN_WORDS = {
+    "FLEET_FILE": ("`fleet.toml`", REPO / "fleet.toml"),
+    "CHECKPOINT_ROOT": ("the repository", REPO),
+    "CURVES_FOLDER": ("none; `./darkroom up` and compose set one", None),
+    "CUDA_VISIBLE_DEVICES": ("all", None),
+    "WORKER_NAME": ("`gpuN@host`", ""),
+    "S3_ENDPOINT_URL": ("AWS", None),
+    "S3_PUBLIC_ENDPOINT_URL": ("the same", None),
+    "GATEWAY_MAX_WAITS": ("half", None),
+    "GATEWAY_MAX_UPLOADS": ("an eighth of the threads", None),
+    "UPLOAD_SPOOL_BYTES": ("4/5 of what is free", None),
+}
+
+
+def shown_in_readme(head: str) -> dict[str, str]:
+    """The names of README's table with that head, and the default that it shows of each."""
+    table = (REPO / "README.md").read_text().partition(f"\n| {head} |")[2].partition("\n\n")[0]
+    shown: dict[str, str] = {}
+    for row in table.splitlines():
+        if row.startswith("| `"):
+            _, variables, defaults, *_ = (cell.strip() for cell in row.split("|"))
+            names = re.findall(r"`(\w+)`", variables)
+            told = re.split(r", ?", defaults) if defaults else [""] * len(names)
+            shown |= dict(zip(names, told, strict=True))
+    return shown
+
+
+def as_shown(name: str, default: object) -> str:
+    """How README shows a default."""
+    if name in SAID_IN_WORDS:
+        words, meant = SAID_IN_WORDS[name]
+        assert default == meant
+        return words
+    if default is PydanticUndefined:
+        return ""
+    if default in (None, ""):
+        return "none"
+    if isinstance(default, bool):
+        return f"`{str(default).lower()}`"
+    if isinstance(default, int) and default >= 2**20 and not default % 2**20:
+        return f"{default // 2**20} MiB"
+    return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
+
+
+def test_readme_shows_the_defaults_that_settings_have():
+    defaults = {name.upper(): field.default for kind in ROLES for name, field in kind.model_fields.items()}
+    shown = shown_in_readme("variable | default | who needs it, for what")
+
+    assert shown == {name: as_shown(name, defaults[name]) for name in shown}
+    assert set(SAID_IN_WORDS) <= set(shown)
+    assert set(defaults) - set(shown) == NOT_IN_README
+
+
+def test_readme_shows_the_defaults_that_tiers_have():
+    defaults = {name: field.default for name, field in Tier.model_fields.items()}
+    shown = shown_in_readme("key of a tier | default |")
+
+    assert len(shown) > 5
+    assert shown == {name: as_shown(name, defaults[name]).strip("`") for name in shown}
+
+
+def test_the_page_on_configuration_shows_what_a_wrong_setting_prints():
+    page = (REPO / "docs/configuration.md").read_text().partition("```\n")[2].partition("```")[0]
+    wrong = {"DATABASE_URL": "mysql://h/d", "LEASE_STOP_S": "15", "API_KEY_PEPPER": "brief"}
+
+    def told(changes) -> list[str]:
+        with pytest.raises(SettingsInvalid) as refused:
+            read(GatewaySettings, ENOUGH | changes)
+        return refused.value.problems
+
+    lines = [f"settings: {line}" for name, value in wrong.items() for line in told({name: value})]
+    assert [line for line in page.splitlines() if line.startswith("settings: ")] == lines

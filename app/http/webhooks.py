@@ -20,7 +20,7 @@ from app.services import webhooks
 from app.services.webhooks import MAX_DESCRIPTION_CHARS
 from models.tables import WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy.states import DeliveryState
-from policy.webhooks import EVENTS, SECRET_GRACE_S
+from policy.webhooks import ENDED_EVENTS, EVENTS, SECRET_GRACE_S
 
 bp = Blueprint("webhooks", __name__, url_prefix="/v1/webhooks")
 bp.before_request(require_key)
@@ -36,7 +36,7 @@ class EndpointBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
 
     url: Url
-    events: Events = list(EVENTS)
+    events: Events = list(ENDED_EVENTS)
     description: Description = ""
 
 

@@ -5,7 +5,6 @@ from typing import Any
 from app.schemas.bodies import MAX_METADATA_CHARS, MAX_METADATA_KEY_CHARS, MAX_METADATA_KEYS
 from policy.catalog import MAX_ADAPTERS, MAX_SEED, RANDOM_SEED
 from policy.fleet import Fleet
-from policy.formats import FORMATS
 from policy.params import ASKED, PARAMS, Param
 
 ABOUT = {
@@ -19,7 +18,6 @@ ABOUT = {
     "sampler": "The sampling method; by default the model's.",
     "seed": f"The seed of image 0; {RANDOM_SEED} or none: one is drawn, and the answer says which.",
     "n": "How many images.",
-    "output_format": "The format of the images.",
     "init_image": "The picture to start from: the id of a file, a data URL or, if you may, a URL.",
     "mask": "What of `init_image` is painted anew: where it is transparent, or else white.",
     "control_image": "The picture that a control network follows. Said as `init_image` is.",
@@ -45,7 +43,6 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
         "sampler": {"enum": sorted({sampler for model in models for sampler in model.samplers})},
         "seed": {"minimum": RANDOM_SEED, "maximum": MAX_SEED - 1},
         "n": {"minimum": 1, "maximum": max(tier.max_images for tier in tiers)},
-        "output_format": {"enum": list(FORMATS)},
         "strength": {"exclusiveMinimum": 0, "maximum": 1},
         "adapters": {"maxItems": MAX_ADAPTERS},
         "metadata": {
@@ -64,9 +61,10 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
 
 
 def _bounds(param: Param) -> dict[str, Any]:
-    """Return the range of a parameter that is what the request says, whatever the model."""
+    """Return what a parameter may be that is what the request says, whatever the model."""
     rule = param.as_asked
     if rule is None:
         return {}
-    given = {"minimum": rule.low, "maximum": rule.high}
+    choices = None if rule.choices is None else list(rule.choices)
+    given = {"enum": choices, "minimum": rule.low, "maximum": rule.high}
     return {keyword: bound for keyword, bound in given.items() if bound is not None}

@@ -13,10 +13,11 @@ import pytest
 from sqlalchemy import text
 from standardwebhooks import Webhook
 
+from app.http.webhooks import EndpointBody
 from models import jobs
 from models.database import transaction
 from models.webhooks import AT_ONCE_PER_TENANT
-from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, MAX_ENDPOINTS, SECRET_GRACE_S
+from policy.webhooks import ENDED_EVENTS, GIVE_UP_AFTER_S, MAX_ENDPOINTS, SECRET_GRACE_S
 from tasks.deliver import message
 from tests.app.problem import assert_problem
 from tests.builders import until
@@ -66,7 +67,7 @@ def test_an_endpoint_is_made_with_a_secret_that_is_shown_once(tenant, receiver):
 
     assert made["secret"].startswith("whsec_")
     assert len(base64.b64decode(made["secret"].removeprefix("whsec_"))) == 32
-    assert (made["url"], made["events"], made["description"], made["disabled_at"]) == (receiver.url, list(EVENTS), "orders", None)
+    assert (made["url"], made["events"], made["description"], made["disabled_at"]) == (receiver.url, list(ENDED_EVENTS), "orders", None)
     shown = tenant.get(made["urls"]["self"]).json()
     assert shown == {key: value for key, value in made.items() if key != "secret"}
     assert tenant.get("/v1/webhooks").json()["data"] == [shown]
@@ -114,6 +115,12 @@ def test_the_openai_client_verifies_it_too(tenant, receiver):
 
     with pytest.raises(openai.InvalidWebhookSignatureError):
         client.webhooks.verify_signature(receiver.heard[0].body + b" ", receiver.heard[0].headers)
+
+
+def test_an_endpoint_that_names_no_events_hears_of_ends_and_of_nothing_else():
+    ends = ["job.succeeded", "job.failed", "job.rejected", "job.canceled", "job.expired"]
+
+    assert EndpointBody(url="https://example.com/").events == ends
 
 
 def test_only_events_that_are_wanted_are_sent(tenant, receiver):

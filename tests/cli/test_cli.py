@@ -2,17 +2,20 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import click
 import psycopg2
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+import cli.main
 from cli import screen
 from cli.logs import follow
 from cli.main import darkroom, describe
@@ -22,6 +25,8 @@ from fleet.addresses import Addresses, write_env
 from fleet.stack import Stack
 from settings import REPO
 from tests.test_settings import ENOUGH
+
+COMMANDS = darkroom.list_commands(click.Context(darkroom))
 
 
 @pytest.fixture(autouse=True)
@@ -36,35 +41,31 @@ def run(data_dir, *arguments):
 
 def test_help_names_every_command_and_exit_code():
     shown = CliRunner().invoke(darkroom, ["--help"]).output
+    codes = re.findall(r"^(\d+) ", cli.main.__doc__, re.MULTILINE)
 
-    for word in (
-        "up",
-        "down",
-        "status",
-        "logs",
-        "env",
-        "generate",
-        "jobs",
-        "cancel",
-        "requeue",
-        "watch",
-        "replay",
-        "estimate",
-        "delete",
-        "sql",
-        "keys",
-        "usage",
-        "tenants",
-        "audit",
-        "demo",
-        "calibrate",
-        "prune",
-        "backup",
-        "restore",
-        "check",
-        "130",
-    ):
-        assert word in shown
+    listed = shown.partition("\nCommands:\n")[2].partition("\n\n")[0]
+
+    assert set(re.findall(r"^  (\w+)", listed, re.MULTILINE)) == set(COMMANDS)
+    assert len(codes) == 7
+    assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == codes
+
+
+def test_readme_names_every_command_and_no_other():
+    readme = (REPO / "README.md").read_text()
+    table = readme.partition("| command | what it does |")[2].partition("\n\n")[0]
+    cells = [row.split("|")[1] for row in table.splitlines() if "`./darkroom" in row]
+
+    said = [words.removeprefix("./darkroom ").split() for cell in cells for words in re.findall(r"`([^`]+)`", cell)]
+
+    named, subcommands = {words[0] for words in said}, _subcommands()
+    assert named - subcommands - set(COMMANDS) == set()
+    assert set(COMMANDS) - named == set()
+
+
+def _subcommands() -> set[str]:
+    """What may follow `tenants` or `keys` in the same cell without it."""
+    groups = [darkroom.get_command(click.Context(darkroom), name) for name in ("tenants", "keys")]
+    return {name for group in groups for name in group.commands}
 
 
 @pytest.mark.parametrize(

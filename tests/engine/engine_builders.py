@@ -6,12 +6,15 @@ import torch
 
 from engine.config import CheckpointSpec
 from engine.costs import CostModel
+from engine.families import FAMILIES
 from engine.inflight import BatchKey, ImageState, InFlight
 from engine.request import Determinism, ImageRequest
+from policy.fleet import OPEN_FAMILIES
 
 ALWAYS = 1e9  # a growth ceiling under which every row joins: what shares a forward does not depend on the machine's mood then
 SIZE = 64  # pixels: 8x8 latents
 SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "dpmpp_2m_sde", "unipc", "lcm", "tcd")
+NATIVE_FAMILIES = tuple(family for family in FAMILIES if family not in OPEN_FAMILIES)
 WORDS = ["a", "red", "green", "blue", "circle", "square", "star", "on", "the", "background", "small", "large"]
 
 

@@ -1,13 +1,14 @@
 """One engine, every family: the same promises for all of them, with everything a request can ask for at once."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
 from adapter_builders import a_file, lora_tensors
 from diffusers import EulerDiscreteScheduler
-from engine_builders import ALWAYS, a_request, a_spec, reproducible
+from engine_builders import ALWAYS, NATIVE_FAMILIES, a_request, a_spec, reproducible
 from tiny_checkpoints import a_mask, a_picture, save_repainting, save_tiny_sdxl
 from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
 from tiny_pipelines import a_pipeline_request, a_pipeline_spec, save_tiny_pipeline
@@ -16,11 +17,14 @@ from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import ImageCanceled, UnsupportedRequest
 from engine.events import Previewed, Stepped
+from engine.families import FAMILIES
 from engine.loading import load_checkpoint
 from engine.request import AdapterUse, Determinism
+from policy.fleet import BLOCK_CACHE_FAMILIES, Family
 from policy.params import PARAMS
 
 NOISE, FLOW = ("euler", "dpmpp_2m"), ("flow_euler", "flow_euler_karras")
+SAMPLERS_OF = {"sd": NOISE, "sdxl": NOISE, "sd3": FLOW, "flux": FLOW}
 SIZES = {"sizes": ((64, 64),)}
 
 
@@ -60,8 +64,15 @@ def engine(specs):
 
 
 def asked(family, id="image", **changes):
-    sampler = FLOW[0] if family in ("sd3", "flux") else NOISE[0]
+    sampler = SAMPLERS_OF[family][0]
     return reproducible(id, **{"checkpoint": family, "sampler": sampler, "num_steps": 4, "bucket_rows": 4} | changes)
+
+
+def test_the_engine_has_the_families_that_the_catalogue_may_name(specs):
+    assert set(FAMILIES) == set(get_args(Family))
+    assert set(specs) == set(NATIVE_FAMILIES)
+    cached = {name for name, spec in specs.items() if spec.block_cache_threshold}
+    assert cached == set(BLOCK_CACHE_FAMILIES)
 
 
 WAYS = {
@@ -73,7 +84,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", list(WAYS))
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_an_image_is_the_same_alone_in_company_and_after_a_move(engine, family, way):
     changes = dict(WAYS[way])
     if "adapters" in changes:
@@ -96,7 +107,7 @@ def test_an_image_is_the_same_alone_in_company_and_after_a_move(engine, family, 
     assert np.array_equal(moved.pixels, alone.pixels)
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_an_adapter_changes_the_image_and_is_named_in_its_fingerprint(engine, family):
     plain = engine.submit(asked(family, "plain")).result(60)
     adapted = engine.submit(asked(family, "adapted", adapters=(AdapterUse(family),))).result(60)
@@ -107,7 +118,7 @@ def test_an_adapter_changes_the_image_and_is_named_in_its_fingerprint(engine, fa
     assert plain.record.fingerprint != adapted.record.fingerprint
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_every_family_has_previews(engine, family):
     events = []
 
@@ -120,7 +131,7 @@ def test_every_family_has_previews(engine, family):
     assert sum(isinstance(event, Previewed) for event in events) >= 3
 
 
-@pytest.mark.parametrize("family", ["sd3", "flux"])
+@pytest.mark.parametrize("family", BLOCK_CACHE_FAMILIES)
 def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engine, family):
     sampler = {"checkpoint": family, "sampler": FLOW[0], "num_steps": 8}
     before = engine.stats()["block_cache_rows_skipped"]
@@ -238,7 +249,7 @@ def test_a_plain_pipeline_takes_no_adapters(tmp_path):
     assert refused.value.field == "adapters"
 
 
-@pytest.mark.parametrize("family", ["sd", "sdxl", "sd3", "flux"])
+@pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_a_family_takes_clip_skip_if_the_gateway_lets_it_through(engine, family):
     [param] = [param for param in PARAMS if param.name == "clip_skip"]
     request = asked(family, clip_skip=1)

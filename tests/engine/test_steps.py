@@ -2,7 +2,7 @@
 
 import pytest
 from diffusers import EulerDiscreteScheduler
-from engine_builders import ALWAYS, a_request, a_spec
+from engine_builders import ALWAYS, NATIVE_FAMILIES, a_request, a_spec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_checkpoints import a_picture, save_tiny_sdxl
@@ -40,6 +40,10 @@ def engine(checkpoint, tmp_path_factory):
 def asked(checkpoint, **changes):
     sampler = "euler" if checkpoint in ("sd", "sdxl") else "flow_euler"
     return a_request(f"{checkpoint} {changes}", checkpoint=checkpoint, sampler=sampler, **changes)
+
+
+def test_steps_and_rows_are_asked_of_every_native_family():
+    assert set(FAMILY_OF.values()) == set(NATIVE_FAMILIES)
 
 
 @pytest.mark.parametrize("checkpoint_name", list(FAMILY_OF))

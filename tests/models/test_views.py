@@ -496,6 +496,37 @@ def test_images_by_tenant_day_shares_the_cost_out_by_device_time_and_keeps_tiers
     assert told == {("pocket", "EUR", today)}
 
 
+def test_images_by_tenant_day_shares_the_cost_out_evenly_without_device_time(session):
+    """Of two days, one with two images; a stranger's are counted with none of them."""
+    tenant = a_tenant(session)
+    lease = a_lease(session, tenant=tenant, num_images=3)
+    for index in lease.pending:
+        hand_off(session, lease, index, device_seconds=0.0)
+        store(session, lease.job, index)
+    today = ago(session, 0)
+    where = f"job_id = '{lease.job_id}' AND index = 2"
+    change(session, "artifacts", where, created_at=today - timedelta(days=1))
+    change(session, "jobs", f"id = '{lease.job_id}'", cost=Decimal("0.000300"))
+    a_succeeded_job(session)
+
+    rows = rows_of(session, "images_by_tenant_day", tenant)
+
+    costs = {row.images: row.cost for row in rows}
+    assert costs == {2: Decimal("0.000200"), 1: Decimal("0.000100")}
+    assert [row.gpu_seconds for row in rows] == [0, 0]
+
+
+def test_images_by_tenant_day_has_no_cost_where_the_price_is_nothing(session):
+    tenant = a_tenant(session)
+    lease = a_lease(session, tenant=tenant)
+    hand_off(session, lease, 0, device_seconds=0.0)
+    store(session, lease.job, 0)
+
+    [row] = rows_of(session, "images_by_tenant_day", tenant)
+
+    assert row.cost == lease.job.cost == 0
+
+
 def test_stored_files_are_no_part_of_a_limit_of_nothing(session):
     tenant = a_tenant(session)
     tenants.limit(session, tenant, changes={"max_stored_bytes": 0}, actor="tests")

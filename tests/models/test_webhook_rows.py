@@ -22,7 +22,7 @@ from models.webhooks import (
 )
 from policy.failures import FailureCode
 from policy.states import FINAL_STATES, DeliveryState, JobState
-from policy.webhooks import EVENTS, GIVE_UP_AFTER_S, TEST_EVENT
+from policy.webhooks import ENDED_EVENTS, EVENTS, GIVE_UP_AFTER_S, TEST_EVENT
 from tests.builders import a_job, a_lease, hand_off, store
 from tests.models.facts import at_once
 
@@ -239,7 +239,7 @@ ENDS = {
 
 def test_every_final_state_has_its_event_and_its_way_there():
     assert set(ENDS) == set(FINAL_STATES)
-    assert {f"job.{state}" for state in FINAL_STATES} == set(EVENTS)
+    assert {f"job.{state}" for state in FINAL_STATES} == set(ENDED_EVENTS)
 
 
 @pytest.mark.parametrize("state", ENDS)

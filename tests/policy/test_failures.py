@@ -15,7 +15,7 @@ from edges.encoding import OPTIONS
 from policy.failures import FAILURES, FailureCode, is_our_fault, told_detail
 from policy.formats import FORMATS, extension_of
 from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, JobState
-from policy.webhooks import EVENTS, event_of
+from policy.webhooks import ENDED_EVENTS, event_of
 
 OURS = {"attempts_exhausted", "out_of_memory", "input_gone", "run_deadline", "not_stored", "internal"}
 KEPT_INSIDE = {"attempts_exhausted", "internal"}
@@ -48,8 +48,8 @@ def test_states_are_final_or_active_and_never_both():
 
 
 def test_states_have_an_event_of_their_own_each_once_final():
-    assert EVENTS == ("job.succeeded", "job.failed", "job.rejected", "job.canceled", "job.expired")
-    assert tuple(event_of(state) for state in FINAL_STATES) == EVENTS
+    assert ENDED_EVENTS == ("job.succeeded", "job.failed", "job.rejected", "job.canceled", "job.expired")
+    assert tuple(event_of(state) for state in FINAL_STATES) == ENDED_EVENTS
 
 
 def test_states_are_the_same_to_the_client_and_the_command_line():

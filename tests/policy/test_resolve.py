@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from policy import catalog
 from policy.catalog import MAX_SEED, RANDOM_SEED, InvalidWish, pick_version, resolve
 from policy.fleet import parse_size
-from policy.params import pictures_of
+from policy.params import AsAsked, pictures_of
 from tests.builders import a_fleet, a_wish, resolved
 
 
@@ -188,6 +189,28 @@ def test_a_parameter_that_is_as_asked_is_kept_in_its_range(family):
         with pytest.raises(InvalidWish) as refusal:
             resolved(fleet, clip_skip=skip)
         assert (refusal.value.field, refusal.value.accepted) == ("clip_skip", {"min": 0, "max": 12})
+
+
+@pytest.mark.parametrize(
+    ("rule", "taken", "refused", "accepted"),
+    [
+        (AsAsked(low=2), (2, 99), (1, -5), {"min": 2}),
+        (AsAsked(high=2), (2, -99), (3, 99), {"max": 2}),
+        (AsAsked(low=0.5, high=2.0), (0.5, 2.0), (0.4, 2.1), {"min": 0.5, "max": 2.0}),
+        (AsAsked(low=0.5), (0.5,), (float("nan"),), {"min": 0.5}),
+        (AsAsked(high=0.5), (0.5,), (float("nan"),), {"max": 0.5}),
+        (AsAsked(low=0, high=0), (0,), (-1, 1), {"min": 0, "max": 0}),
+    ],
+)
+def test_a_rule_holds_each_end_of_its_range_by_itself(rule, taken, refused, accepted):
+    model = a_fleet().models["pocket"]
+
+    for value in taken:
+        catalog._check_rule("vigour", rule, value, model, "pocket")
+    for value in refused:
+        with pytest.raises(InvalidWish, match="vigour: must be") as refusal:
+            catalog._check_rule("vigour", rule, value, model, "pocket")
+        assert (refusal.value.field, refusal.value.accepted) == ("vigour", accepted)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,19 @@ def load_pipeline(spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.dev
         reason = f"{pipeline_class.__name__} has no scheduler to count steps by"
         raise UnsupportedRequest("pipeline_class", reason)
     pipe.set_progress_bar_config(disable=True)
+    _let_layers_be_skipped(given.values())
     return pipe
+
+
+def _let_layers_be_skipped(networks: Iterable[Any]) -> None:
+    """Give CLIP text encoders the name by which the calls of pipelines look for a layer norm.
+
+    transformers 5 has dropped that level, and with `clip_skip` the call fails (diffusers issue
+    14124). Written past nn.Module, which would count the encoder as a part of itself.
+    """
+    for network in networks:
+        if isinstance(network, transformers.CLIPTextModel) and not hasattr(network, "text_model"):
+            vars(network)["text_model"] = network
 
 
 def _read_index(path: Path) -> dict[str, Any]:
