@@ -29,7 +29,9 @@ _PAUSE_S = 2.0  # between two tries; whom the first one made wait is served mean
 _WAIT_S = 600.0
 
 VERSIONS = [Path(__file__).parent / "versions"]  # folders of versioned migrations
-REPLACED = {f"{number:04}" for number in range(1, 12)}  # the baseline is the twelfth, and stands for these
+REPLACED = {
+    f"{number:04}" for number in range(1, 12)
+}  # the baseline is the twelfth, and stands for these
 
 
 def upgrade(
@@ -64,7 +66,11 @@ def upgrade(
     if before == after and applied:
         say(f"at revision {after}; made anew: {', '.join(applied)}")
     else:
-        say(f"at revision {after}, nothing to do" if before == after else f"at revision {after}, was {before or 'empty'}")
+        say(
+            f"at revision {after}, nothing to do"
+            if before == after
+            else f"at revision {after}, was {before or 'empty'}"
+        )
 
 
 def current_revision(engine: Engine) -> str | None:
@@ -137,7 +143,9 @@ def _apply_living(connection: Connection) -> list[str]:
     """Bring functions, views, triggers, who may use them, and the log's partitions up to date."""
     applied = living.apply(connection)
     roles.grant(connection)
-    connection.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
+    connection.execute(
+        text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD}
+    )
     return applied
 
 

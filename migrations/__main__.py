@@ -34,7 +34,9 @@ def main() -> None:
         sys.exit(f"migrations: {error}")
     except DBAPIError as error:
         reason = " ".join(str(error.orig).split())
-        hint = f". {WRONG_PASSWORD.format(owner=owner)}" if "authentication failed" in reason else ""
+        hint = (
+            f". {WRONG_PASSWORD.format(owner=owner)}" if "authentication failed" in reason else ""
+        )
         sys.exit(f"migrations: Postgres: {reason}{hint}")
     _say(f"logins of {', '.join(passwords) or 'nobody'} set")
 
@@ -48,7 +50,11 @@ def _passwords(settings: MigrationSettings, owner: str) -> dict[str, str]:
         if user is None or user.username == owner:
             continue
         if user.username != role:
-            refuse([f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"])
+            refuse(
+                [
+                    f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"
+                ]
+            )
         found[role] = str(user.password or "")
     for kind, role in roles.OF_PROCESS.items():
         if (password := getattr(settings, f"{kind}_password")) is not None:
@@ -63,7 +69,9 @@ def _say(line: str) -> None:
 def _let_in(owner_url: str, role: str, password: str) -> None:
     engine = create_engine(owner_url)
     with engine.begin() as connection:
-        literal = connection.execute(text("SELECT quote_literal(:password)"), {"password": password}).scalar_one()
+        literal = connection.execute(
+            text("SELECT quote_literal(:password)"), {"password": password}
+        ).scalar_one()
         connection.exec_driver_sql(f"ALTER ROLE {role} LOGIN PASSWORD {literal}".replace("%", "%%"))
     engine.dispose()
 

@@ -31,7 +31,12 @@ from migrations.errors import SqlInUse
 
 FOLDER = Path(models.__file__).parent / "sql"
 KINDS = ("function", "view", "trigger")
-LOCKED = ("jobs", "files", "audit_events_default", "audit_events")  # in the order of models/__init__.py
+LOCKED = (
+    "jobs",
+    "files",
+    "audit_events_default",
+    "audit_events",
+)  # in the order of models/__init__.py
 
 _NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter's name; other columns
 _DEPENDED_ON = "2BP01"
@@ -119,7 +124,9 @@ def read() -> list[Living]:
         sorter.add(living.key, *(named[name] for name in others))
     locked = {table: place for place, table in enumerate(LOCKED)}
     ordered = [by_key[key] for key in sorter.static_order()]
-    return sorted(ordered, key=lambda living: (living.kind == "trigger", locked.get(living.table, -1)))
+    return sorted(
+        ordered, key=lambda living: (living.kind == "trigger", locked.get(living.table, -1))
+    )
 
 
 def apply(connection: Connection) -> list[str]:
@@ -212,7 +219,11 @@ def _drop(connection: Connection, kind: str, *names: str) -> None:
     if kind == "trigger":
         statements = [f"DROP {_reference(kind, name, 'IF EXISTS ')}" for name in names]
     else:  # all at once, for one may be built on another
-        what = [each for name in names for each in _signatures(connection, name)] if kind == "function" else names
+        what = (
+            [each for name in names for each in _signatures(connection, name)]
+            if kind == "function"
+            else names
+        )
         statements = [f"DROP {kind.upper()} IF EXISTS {', '.join(what)}"] if what else []
     try:
         for statement in statements:
@@ -241,7 +252,9 @@ def _signatures(connection: Connection, name: str) -> list[str]:
 def _found(connection: Connection, kind: str, name: str) -> str | None:
     """Digest what Postgres says of the object; None if it is not there."""
     table, _, own_name = name.rpartition(".")
-    said = connection.scalar(text(_FOUND[kind]), {"name": own_name, **({"table": table} if table else {})})
+    said = connection.scalar(
+        text(_FOUND[kind]), {"name": own_name, **({"table": table} if table else {})}
+    )
     return None if said is None else _sha256(said)
 
 

@@ -32,9 +32,13 @@ def keep_prompts_out_of_logs(engine: Engine, say: Callable[[str], None]) -> None
         for role, settings in connection.execute(text(query)).all():
             if wanted <= set(settings):
                 continue
-            statements = [f"ALTER ROLE {role} SET {name} = '{value}'" for name, value in QUIET.items()]
+            statements = [
+                f"ALTER ROLE {role} SET {name} = '{value}'" for name, value in QUIET.items()
+            ]
             try:
                 for statement in statements:
                     connection.exec_driver_sql(statement)
             except ProgrammingError:
-                say(f"Postgres may log prompts of statements that fail; have a superuser run: {'; '.join(statements)}")
+                say(
+                    f"Postgres may log prompts of statements that fail; have a superuser run: {'; '.join(statements)}"
+                )

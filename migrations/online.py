@@ -24,7 +24,10 @@ def add_columns(table: str, columns: Iterable[sa.Column[Any]]) -> None:
     """Add those that are not there, in one statement. A default must be a constant, or Postgres writes the whole table anew."""
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
     shadow = sa.Table(table, sa.MetaData(), *columns)
-    added = [f"ADD COLUMN IF NOT EXISTS {CreateColumn(column).compile(dialect=dialect)}" for column in shadow.columns]
+    added = [
+        f"ADD COLUMN IF NOT EXISTS {CreateColumn(column).compile(dialect=dialect)}"
+        for column in shadow.columns
+    ]
     _run(f"ALTER TABLE {table} {', '.join(added)}")
 
 
@@ -36,17 +39,29 @@ def add_check(table: str, name: str, condition: str) -> None:
 def add_foreign_key(table: str, column: str, other: str, *, on_delete: str = "NO ACTION") -> None:
     """Make `column` name a row of `other` by its id."""
     action = "" if on_delete == "NO ACTION" else f" ON DELETE {on_delete}"
-    _add_constraint(table, f"{table}_{column}_fkey", f"FOREIGN KEY ({column}) REFERENCES {other} (id){action}")
+    _add_constraint(
+        table, f"{table}_{column}_fkey", f"FOREIGN KEY ({column}) REFERENCES {other} (id){action}"
+    )
 
 
-def create_index(name: str, table: str, columns: Sequence[str], *, where: str | None = None, unique: bool = False, using: str = "") -> None:
+def create_index(
+    name: str,
+    table: str,
+    columns: Sequence[str],
+    *,
+    where: str | None = None,
+    unique: bool = False,
+    using: str = "",
+) -> None:
     """Build an index while others write. One that an earlier try left half built is built anew."""
     if _is_valid(name):
         return
     drop_index(name)
     kind, how = ("UNIQUE INDEX" if unique else "INDEX"), (f"USING {using} " if using else "")
     condition = f" WHERE {where}" if where else ""
-    _run_for_long(f"CREATE {kind} CONCURRENTLY {name} ON {table} {how}({', '.join(columns)}){condition}")
+    _run_for_long(
+        f"CREATE {kind} CONCURRENTLY {name} ON {table} {how}({', '.join(columns)}){condition}"
+    )
 
 
 def drop_index(name: str) -> None:
@@ -54,7 +69,9 @@ def drop_index(name: str) -> None:
     _run_for_long(f"DROP INDEX CONCURRENTLY IF EXISTS {name}")
 
 
-def replace_index(name: str, table: str, columns: Sequence[str], *, where: str | None = None) -> None:
+def replace_index(
+    name: str, table: str, columns: Sequence[str], *, where: str | None = None
+) -> None:
     """Have the index `name` on other columns than before; there is one at any time."""
     new = f"{name}_new"
     if _columns_of(name) != list(columns):

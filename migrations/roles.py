@@ -37,7 +37,16 @@ class May:
 
 
 WISH = ("prompt", "negative_prompt", "metadata")  # what tenants write
-IDENTITY = ("id", "tenant_id", "api_key_id", "accepted_at", "usage_day", "megapixel_steps", "steps_per_image", "currency")
+IDENTITY = (
+    "id",
+    "tenant_id",
+    "api_key_id",
+    "accepted_at",
+    "usage_day",
+    "megapixel_steps",
+    "steps_per_image",
+    "currency",
+)
 
 # Whoever moves a job on to its next state, whatever that is, touches these: models/jobs.py, finish.
 _MOVES_JOBS = (
@@ -49,7 +58,11 @@ _MOVES_JOBS = (
     May("usage_ledger", "SELECT, INSERT, UPDATE"),
     May("tenants", "SELECT", only=("id", "name", "weight")),
     May("workers", "SELECT"),
-    May("webhook_endpoints", "SELECT", only=("id", "tenant_id", "events", "disabled_at", "deleted_at", "is_slow")),
+    May(
+        "webhook_endpoints",
+        "SELECT",
+        only=("id", "tenant_id", "events", "disabled_at", "deleted_at", "is_slow"),
+    ),
     May("webhook_deliveries", "SELECT, INSERT"),
     May("audit_events", "INSERT"),
 )
@@ -101,7 +114,9 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("workers", "DELETE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
         May("learnt_etas", "SELECT, INSERT, UPDATE"),
-        May("jobs", "UPDATE", only=WISH),  # to empty them, when they are older than their tier keeps them; never to read them
+        May(
+            "jobs", "UPDATE", only=WISH
+        ),  # to empty them, when they are older than their tier keeps them; never to read them
         May("artifacts", "SELECT, UPDATE"),
         May("files", "SELECT"),
         May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
@@ -113,7 +128,9 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("queue_now", "SELECT"),
     ),
     "webhooks": (
-        May("jobs", "SELECT", but=("prompt", "negative_prompt")),  # a tenant's own metadata are part of what is told
+        May(
+            "jobs", "SELECT", but=("prompt", "negative_prompt")
+        ),  # a tenant's own metadata are part of what is told
         May("images", "SELECT"),
         May("attempts", "SELECT"),
         May("artifacts", "SELECT"),
@@ -174,9 +191,13 @@ def grant(connection: Connection) -> None:
     views = [each.name for each in living.read() if each.kind == "view"]
     connection.execute(text(f"GRANT SELECT ON {', '.join(views)} TO {OPERATOR}, {AUDITOR}"))
     for function, allowed in FUNCTIONS.items():
-        connection.execute(text(f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC, {OPERATOR}, {AUDITOR}"))
+        connection.execute(
+            text(f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC, {OPERATOR}, {AUDITOR}")
+        )
         if allowed:
-            connection.execute(text(f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(allowed)}"))
+            connection.execute(
+                text(f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(allowed)}")
+            )
 
 
 def take_back(connection: Connection) -> None:
@@ -195,7 +216,11 @@ def _statement(may: May, role: str, columns: dict[str, list[str]]) -> str:
 
 
 def _columns(connection: Connection) -> dict[str, list[str]]:
-    rows = connection.execute(text("SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"))
+    rows = connection.execute(
+        text(
+            "SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"
+        )
+    )
     found: dict[str, list[str]] = {}
     for table, column in rows:
         found.setdefault(table, []).append(column)

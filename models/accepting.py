@@ -70,7 +70,13 @@ _ACCEPT = """
 
 
 def accept(
-    session: Session, new_jobs: Sequence[NewJob], *, tenant_id: uuid.UUID, api_key_id: uuid.UUID | None, currency: str, actor: str
+    session: Session,
+    new_jobs: Sequence[NewJob],
+    *,
+    tenant_id: uuid.UUID,
+    api_key_id: uuid.UUID | None,
+    currency: str,
+    actor: str,
 ) -> list[AcceptedRow]:
     """Write the tenant's jobs, complete and replayable, in the order of their places in line; what the database made of each.
 
@@ -82,19 +88,28 @@ def accept(
     rows = [_row(place, job) for place, job in enumerate(new_jobs)]
     ids = {"tenant_id": str(tenant_id), "api_key_id": _plain(api_key_id)}
     given = {"jobs": json.dumps(rows), "currency": currency, "actor": actor, **ids}
-    made = {row[0]: row[1:] for row in session.connection().exec_driver_sql(_ACCEPT, given)}  # plain: nothing to compile, nothing to map
+    made = {
+        row[0]: row[1:] for row in session.connection().exec_driver_sql(_ACCEPT, given)
+    }  # plain: nothing to compile, nothing to map
     return [AcceptedRow(job.id, *made[job.id]) for job in new_jobs]
 
 
 def in_order(new_jobs: Sequence[NewJob]) -> list[NewJob]:
     """The same with ids that sort as they do, even if they were made within a millisecond."""
-    return [replace(job, id=job_id) for job, job_id in zip(new_jobs, sorted(job.id for job in new_jobs), strict=True)]
+    return [
+        replace(job, id=job_id)
+        for job, job_id in zip(new_jobs, sorted(job.id for job in new_jobs), strict=True)
+    ]
 
 
 def _row(place: int, job: NewJob) -> dict[str, Any]:
     """The job as `accept_jobs` reads it: its columns by their names, and what it needs beside."""
     params = {name: _plain(getattr(job.params, name)) for name in NAMES}
-    origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
+    origin = {
+        name: str(value)
+        for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of))
+        if value is not None
+    }
     return {
         **params,
         **origin,

@@ -60,20 +60,48 @@ def issue(
     kid, secret = _random(_KID_CHARS), _random(_SECRET_CHARS)
     body = f"dr_{kid}_{secret}"
     key = body + _check(body)
-    row = ApiKey(tenant_id=tenant_id, kid=kid, name=name, digest=_digest(pepper, key), scopes=sorted(scopes), expires_at=expires_at)
+    row = ApiKey(
+        tenant_id=tenant_id,
+        kid=kid,
+        name=name,
+        digest=_digest(pepper, key),
+        scopes=sorted(scopes),
+        expires_at=expires_at,
+    )
     session.add(row)
     session.flush()
-    audit.append(session, EventName.API_KEY_SECRET_ISSUED, chain=tenant_id, actor=actor, api_key_id=str(row.id), kid=kid, scopes=row.scopes)
+    audit.append(
+        session,
+        EventName.API_KEY_SECRET_ISSUED,
+        chain=tenant_id,
+        actor=actor,
+        api_key_id=str(row.id),
+        kid=kid,
+        scopes=row.scopes,
+    )
     return row, key
 
 
-def rotate(session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, actor: str = "cli") -> tuple[ApiKey, str] | None:
+def rotate(
+    session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, actor: str = "cli"
+) -> tuple[ApiKey, str] | None:
     """A new key with the name and scopes of this one, which lives on for `grace_s`; None if there is no such live key."""
     # Jobs are accepted under the key meanwhile: they only name it.
-    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *_is_live()).with_for_update(of=ApiKey, key_share=True))
+    old = session.scalar(
+        select(ApiKey)
+        .where(ApiKey.id == key_id, *_is_live())
+        .with_for_update(of=ApiKey, key_share=True)
+    )
     if old is None:
         return None
-    row, key = issue(session, tenant_id=old.tenant_id, name=old.name, pepper=pepper, scopes=old.scopes, actor=actor)
+    row, key = issue(
+        session,
+        tenant_id=old.tenant_id,
+        name=old.name,
+        pepper=pepper,
+        scopes=old.scopes,
+        actor=actor,
+    )
     ends_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, grace_s)
     old.expires_at = func.least(func.coalesce(old.expires_at, ends_at), ends_at)
     session.flush()
@@ -102,40 +130,80 @@ def look_up(session: Session, kids: Sequence[str]) -> dict[str, KnownKey]:
 
 def note_use(session: Session, key_ids: Sequence[uuid.UUID]) -> None:
     """The keys were used just now. One that somebody else is writing to is left to the next time."""
-    free = select(ApiKey.id).where(ApiKey.id.in_(key_ids)).with_for_update(skip_locked=True, key_share=True)
-    session.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.clock_timestamp()))
+    free = (
+        select(ApiKey.id)
+        .where(ApiKey.id.in_(key_ids))
+        .with_for_update(skip_locked=True, key_share=True)
+    )
+    session.execute(
+        update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.clock_timestamp())
+    )
 
 
 def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey | None:
     """Refuse the key from now on; None if there is no such live key."""
-    statement = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=func.clock_timestamp())
+    statement = (
+        update(ApiKey)
+        .where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+        .values(revoked_at=func.clock_timestamp())
+    )
     row = session.scalar(statement.returning(ApiKey))
     if row is not None:
-        audit.append(session, EventName.API_KEY_SECRET_REVOKED, chain=row.tenant_id, actor=actor, api_key_id=str(row.id), kid=row.kid)
+        audit.append(
+            session,
+            EventName.API_KEY_SECRET_REVOKED,
+            chain=row.tenant_id,
+            actor=actor,
+            api_key_id=str(row.id),
+            kid=row.kid,
+        )
     return row
 
 
 def of_tenant(session: Session, tenant_id: uuid.UUID) -> list[ApiKey]:
     """The tenant's keys, oldest first, revoked ones included."""
-    return list(session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)))
+    return list(
+        session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id))
+    )
 
 
 def _look_up_statement() -> Select[Any]:
     """Made once: a gateway looks its keys up all the time."""
     stale = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, USE_NOTED_EVERY_M)
     is_stale = func.coalesce(ApiKey.last_used_at < stale, True)
-    key = (ApiKey.id, ApiKey.tenant_id, ApiKey.kid, ApiKey.digest, ApiKey.scopes, ApiKey.expires_at, is_stale)
-    query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(Tenant, Tenant.id == ApiKey.tenant_id)
+    key = (
+        ApiKey.id,
+        ApiKey.tenant_id,
+        ApiKey.kid,
+        ApiKey.digest,
+        ApiKey.scopes,
+        ApiKey.expires_at,
+        is_stale,
+    )
+    query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(
+        Tenant, Tenant.id == ApiKey.tenant_id
+    )
     return query.where(ApiKey.kid == any_(bindparam("kids", type_=ARRAY(Text))), *_is_live())
 
 
 def _known(row: Sequence[Any]) -> KnownKey:
     expires_at = row[5].timestamp() if row[5] is not None else None
-    return KnownKey(row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], dict(zip(LIMITS, row[7:], strict=True)))
+    return KnownKey(
+        row[0],
+        row[1],
+        row[2],
+        row[3],
+        frozenset(row[4]),
+        expires_at,
+        row[6],
+        dict(zip(LIMITS, row[7:], strict=True)),
+    )
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:
-    return ApiKey.revoked_at.is_(None), (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.clock_timestamp())
+    return ApiKey.revoked_at.is_(None), (ApiKey.expires_at.is_(None)) | (
+        ApiKey.expires_at > func.clock_timestamp()
+    )
 
 
 def _random(length: int) -> str:

@@ -21,11 +21,19 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
 # libpq: a server that is gone without a word (failover, a NAT that forgot us) is an error after some 8 s, not a hang of minutes.
-_NOTICES_SILENCE = {"keepalives_idle": 5, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 8000}
+_NOTICES_SILENCE = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 8000,
+}
 
 CHECKED_AFTER_S = 0.5  # of idleness; a check costs a round trip, and a Postgres that restarts is away for about as long
 
-CONFLICTS = {"40P01": "deadlock", "40001": "serialization"}  # by SQLSTATE: what ended is sound, and so is the database
+CONFLICTS = {
+    "40P01": "deadlock",
+    "40001": "serialization",
+}  # by SQLSTATE: what ended is sound, and so is the database
 TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each of them a second
 
 Answer = TypeVar("Answer")
@@ -33,9 +41,13 @@ Answer = TypeVar("Answer")
 # SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server ends sessions, or all of them.
 # 53: no connections, disk or memory left. 58: its files cannot be read or written.
 _SERVER_AWAY = re.compile("08...|25006|25P03|53...|57P..|58...")
-_SESSION_OVER = re.compile("08...|25006|25P03|57P..")  # of these: nothing will come of any connection that there is
+_SESSION_OVER = re.compile(
+    "08...|25006|25P03|57P.."
+)  # of these: nothing will come of any connection that there is
 
-AFRESH = {"populate_existing": True}  # execution options of a locking read: it is taken to see what is there now
+AFRESH = {
+    "populate_existing": True
+}  # execution options of a locking read: it is taken to see what is there now
 
 
 class DatabaseAway(OperationalError):
@@ -92,7 +104,9 @@ def _keep_values_out(context: ExceptionContext) -> None:
     """
     original, wrapped = context.original_exception, context.sqlalchemy_exception
     told = str(original).partition("\n")[0]
-    if str(getattr(original, "pgcode", "") or "").startswith("22"):  # a value that cannot be used, quoted at the end
+    if str(getattr(original, "pgcode", "") or "").startswith(
+        "22"
+    ):  # a value that cannot be used, quoted at the end
         told = told.partition('"')[0]
     if told != str(original):
         original.args = (told,)
@@ -104,7 +118,9 @@ def _check_idle_ones(engine: Engine) -> None:
     def note_use(connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
         record.info["used_at"] = time.monotonic()
 
-    def check(connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+    def check(
+        connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
         if time.monotonic() - record.info.get("used_at", math.inf) < CHECKED_AFTER_S:
             return
         try:
@@ -161,14 +177,20 @@ def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer
         except DBAPIError as error:
             if conflict(error) is None:
                 raise
-            time.sleep(random.uniform(0, 0.01 * 2**tried))  # apart: two who lost to each other would else meet again
+            time.sleep(
+                random.uniform(0, 0.01 * 2**tried)
+            )  # apart: two who lost to each other would else meet again
     with transaction(engine) as session:
         return work(session)
 
 
 def conflict(error: BaseException) -> str | None:
     """Name what ended a transaction if that was only what ran beside it, so that another try will do; None for any other error."""
-    return CONFLICTS.get(getattr(error.orig, "pgcode", None) or "") if isinstance(error, DBAPIError) else None
+    return (
+        CONFLICTS.get(getattr(error.orig, "pgcode", None) or "")
+        if isinstance(error, DBAPIError)
+        else None
+    )
 
 
 def now_once() -> ScalarSelect[Any]:

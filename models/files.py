@@ -38,7 +38,11 @@ def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.U
     """Keep the tenant's files from being erased until commit, for a job that is to start from them. Raises FileGone."""
     if not file_ids:
         return  # most jobs name none, and making the statement costs a tenth of all Python that accepts one
-    live = select(File.id).where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None)).order_by(File.id)
+    live = (
+        select(File.id)
+        .where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None))
+        .order_by(File.id)
+    )
     held = set(session.scalars(live.with_for_update(read=True, key_share=True)))
     for file_id in sorted(set(file_ids) - held):
         raise FileGone(file_id)
@@ -46,7 +50,11 @@ def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.U
 
 def find(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID) -> File | None:
     """The tenant's file; None also for an erased one and for another tenant's, for existence is private."""
-    return session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id, File.erased_at.is_(None)))
+    return session.scalar(
+        select(File).where(
+            File.id == file_id, File.tenant_id == tenant_id, File.erased_at.is_(None)
+        )
+    )
 
 
 def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID) -> File | None:
@@ -54,7 +62,9 @@ def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID)
     return session.scalar(_live(tenant_id).where(File.content_sha256 == content_sha256))
 
 
-def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None) -> Sequence[File]:
+def page(
+    session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None
+) -> Sequence[File]:
     """Up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
     # By the tenant's own index, whatever the planner believes: see models/listing.py.
     is_own = File.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
@@ -75,18 +85,33 @@ def keep(
     actor: str,
 ) -> File:
     """The row of a picture whose object is stored; the one that is there already if the tenant brought it before."""
-    picture = {"object_key": object_key, "mode": mode, "size_bytes": size_bytes, "width_px": width_px, "height_px": height_px}
+    picture = {
+        "object_key": object_key,
+        "mode": mode,
+        "size_bytes": size_bytes,
+        "width_px": width_px,
+        "height_px": height_px,
+    }
     row = {"id": new_id(), "tenant_id": tenant_id, "content_sha256": content_sha256, **picture}
     added: File | None = session.scalar(
         insert(File)
         .values(**row)
-        .on_conflict_do_nothing(index_elements=[File.tenant_id, File.content_sha256], index_where=File.erased_at.is_(None))
+        .on_conflict_do_nothing(
+            index_elements=[File.tenant_id, File.content_sha256],
+            index_where=File.erased_at.is_(None),
+        )
         .returning(File)
     )
     uploads.end(session, object_key)
     if added is None:
-        return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()  # committed before us
-    facts: dict[str, Any] = {"file_id": str(added.id), "content_sha256": content_sha256, "size_bytes": size_bytes}
+        return session.scalars(
+            _live(tenant_id).where(File.content_sha256 == content_sha256)
+        ).one()  # committed before us
+    facts: dict[str, Any] = {
+        "file_id": str(added.id),
+        "content_sha256": content_sha256,
+        "size_bytes": size_bytes,
+    }
     facts |= {"width_px": width_px, "height_px": height_px}
     audit.append(session, EventName.FILE_CONTENT_STORED, chain=tenant_id, actor=actor, **facts)
     return added
@@ -97,11 +122,17 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
 
     Raises FileInUse. Whoever tidies the store deletes the object, unless something else has the same content.
     """
-    file = session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update())
+    file = session.scalar(
+        select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update()
+    )
     if file is None or file.erased_at is not None:
         return file
     uses = or_(*(getattr(Job, param.name) == file_id for param in PICTURES.values()))
-    user = session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses).limit(1))
+    user = session.scalar(
+        select(Job.id)
+        .where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses)
+        .limit(1)
+    )
     if user is not None:
         raise FileInUse(file_id, user)
     file.erased_at = func.clock_timestamp()
@@ -116,14 +147,23 @@ def stored(session: Session, *, tenant_id: uuid.UUID) -> tuple[int, int]:
 
     Exact until commit for who has just kept or erased one: the count is locked by that.
     """
-    row = session.execute(select(StoredFiles.files, StoredFiles.size_bytes).where(StoredFiles.tenant_id == tenant_id)).one_or_none()
+    row = session.execute(
+        select(StoredFiles.files, StoredFiles.size_bytes).where(StoredFiles.tenant_id == tenant_id)
+    ).one_or_none()
     return (row.files, row.size_bytes) if row is not None else (0, 0)
 
 
-def find_all(session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID) -> dict[uuid.UUID, File]:
+def find_all(
+    session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID
+) -> dict[uuid.UUID, File]:
     """Those of these files that are the tenant's and not erased, by their ids."""
     is_one = File.id == any_(literal(list(file_ids), ARRAY(Uuid)))
-    return {file.id: file for file in session.scalars(select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None)))}
+    return {
+        file.id: file
+        for file in session.scalars(
+            select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None))
+        )
+    }
 
 
 def _live(tenant_id: uuid.UUID) -> Select[File]:

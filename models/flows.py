@@ -38,23 +38,37 @@ _SETTLE = text(
 )
 
 
-def settle(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float) -> None:
+def settle(
+    session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float
+) -> None:
     """Charge the flow what a job took instead of what was predicted: its later jobs move by the difference, actual - predicted."""
     if difference_s:
-        session.execute(_SETTLE, {"pool": pool, "tier": tier, "tenant_id": tenant_id, "difference_s": difference_s})
+        session.execute(
+            _SETTLE,
+            {"pool": pool, "tier": tier, "tenant_id": tenant_id, "difference_s": difference_s},
+        )
 
 
 def advance(session: Session, *, pool: str, tier: str, start_tag: float) -> None:
     """Let virtual time be at least the start tag of a job that was released. It never goes back."""
     statement = insert(FairClock).values(pool=pool, tier=tier, virtual_s=start_tag)
     later = {"virtual_s": func.greatest(FairClock.virtual_s, start_tag)}
-    session.execute(statement.on_conflict_do_update(index_elements=[FairClock.pool, FairClock.tier], set_=later))
+    session.execute(
+        statement.on_conflict_do_update(index_elements=[FairClock.pool, FairClock.tier], set_=later)
+    )
 
 
 def backlogs(session: Session, *, pool: str) -> list[FlowBacklog]:
     """Read every flow of the pool that has something queued."""
     query = (
-        select(Flow.tier, Flow.tenant_id, Tenant.weight, Flow.queued_jobs, Flow.queued_s, Flow.finish_tag)
+        select(
+            Flow.tier,
+            Flow.tenant_id,
+            Tenant.weight,
+            Flow.queued_jobs,
+            Flow.queued_s,
+            Flow.finish_tag,
+        )
         .join(Tenant, Tenant.id == Flow.tenant_id)
         .where(Flow.pool == pool, Flow.queued_jobs > 0)
     )
@@ -63,5 +77,7 @@ def backlogs(session: Session, *, pool: str) -> list[FlowBacklog]:
 
 def clocks(session: Session, *, pool: str) -> Mapping[str, float]:
     """Virtual time by tier, of the tiers in which anything was ever released."""
-    rows = session.execute(select(FairClock.tier, FairClock.virtual_s).where(FairClock.pool == pool))
+    rows = session.execute(
+        select(FairClock.tier, FairClock.virtual_s).where(FairClock.pool == pool)
+    )
     return {tier: virtual_s for tier, virtual_s in rows}  # noqa: C416 - rows are not pairs to mypy

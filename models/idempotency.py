@@ -73,7 +73,9 @@ def look_up(session: Session, once: Once, *, tenant_id: uuid.UUID) -> Answer | N
     if once.renew:
         return None
     oldest = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S)
-    return _answer(session, once, IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.created_at > oldest)
+    return _answer(
+        session, once, IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.created_at > oldest
+    )
 
 
 def claim(session: Session, once: Once, *, tenant_id: uuid.UUID) -> None:
@@ -90,11 +92,20 @@ def claim(session: Session, once: Once, *, tenant_id: uuid.UUID) -> None:
 
 
 def fulfil(
-    session: Session, once: Once, *, tenant_id: uuid.UUID, job_id: uuid.UUID | None = None, answer: Mapping[str, Any] | None = None
+    session: Session,
+    once: Once,
+    *,
+    tenant_id: uuid.UUID,
+    job_id: uuid.UUID | None = None,
+    answer: Mapping[str, Any] | None = None,
 ) -> None:
     """Note what the claimed key came to: a job, or the answer to a batch."""
     is_it = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == once.key)
-    session.execute(update(IdempotencyKey).where(*is_it).values(job_id=job_id, answer=dict(answer) if answer is not None else None))
+    session.execute(
+        update(IdempotencyKey)
+        .where(*is_it)
+        .values(job_id=job_id, answer=dict(answer) if answer is not None else None)
+    )
 
 
 def forget_old(session: Session, *, limit: int) -> int:
@@ -104,7 +115,9 @@ def forget_old(session: Session, *, limit: int) -> int:
 
 def _answer(session: Session, once: Once, *is_it: ColumnElement[bool]) -> Answer | None:
     columns = (IdempotencyKey.request_sha256, IdempotencyKey.job_id, IdempotencyKey.answer)
-    row = session.execute(select(*columns).where(IdempotencyKey.key == once.key, *is_it)).one_or_none()
+    row = session.execute(
+        select(*columns).where(IdempotencyKey.key == once.key, *is_it)
+    ).one_or_none()
     if row is not None and row.request_sha256 != once.request_sha256:
         raise KeyReused
     return Answer(row.job_id, row.answer) if row is not None else None

@@ -19,4 +19,6 @@ def new_id() -> uuid.UUID:
 
 def first_id(at: datetime) -> uuid.UUID:
     """Not above any id that is made in the millisecond of `at` or later, and above every one made before it."""
-    return uuid.UUID(int=min(_LAST_MS, max(0, math.floor((at - _EPOCH) / timedelta(milliseconds=1)))) << 80)
+    return uuid.UUID(
+        int=min(_LAST_MS, max(0, math.floor((at - _EPOCH) / timedelta(milliseconds=1)))) << 80
+    )

@@ -19,7 +19,9 @@ from policy.params import pictures_of
 from policy.states import JobState
 
 OF_EACH_TENANT = 2  # that has none asked for, while the others' fill the window
-LONGEST_WAIT_S = 3600.0  # for pictures past the start deadline, where the job has no run deadline to go by
+LONGEST_WAIT_S = (
+    3600.0  # for pictures past the start deadline, where the job has no run deadline to go by
+)
 
 # The window in fair order, and beyond it, up to twice as much, a little for each tenant that has nothing in it. Written so that it takes
 # a few steps in the indexes, however many wait.
@@ -107,9 +109,20 @@ def ask(session: Session, *, pool: str, tier: str, most: int) -> list[uuid.UUID]
 def ask_again(session: Session, *, pool: str, tier: str, asked_before_s: float) -> list[uuid.UUID]:
     """Stamp anew the jobs whose pictures were asked for that long ago and have not come; their ids."""
     long_ago = now_once() - func.make_interval(0, 0, 0, 0, 0, 0, asked_before_s)
-    is_late = (Job.state == JobState.QUEUED, Job.inputs_asked_at < long_ago, Job.inputs_asked_at.is_not(None), Job.lacks_inputs)
-    statement = update(Job).where(Job.pool == pool, Job.tier == tier, *is_late).values(inputs_asked_at=func.clock_timestamp())
-    return list(session.scalars(statement.returning(Job.id).execution_options(synchronize_session=False)))
+    is_late = (
+        Job.state == JobState.QUEUED,
+        Job.inputs_asked_at < long_ago,
+        Job.inputs_asked_at.is_not(None),
+        Job.lacks_inputs,
+    )
+    statement = (
+        update(Job)
+        .where(Job.pool == pool, Job.tier == tier, *is_late)
+        .values(inputs_asked_at=func.clock_timestamp())
+    )
+    return list(
+        session.scalars(statement.returning(Job.id).execution_options(synchronize_session=False))
+    )
 
 
 def forget_asking(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
@@ -120,7 +133,9 @@ def forget_asking(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
 
 def note_brought(session: Session, job_id: uuid.UUID) -> Brought | None:
     """Note that the job's pictures are in the hand-off: it may be announced now. None if it does not wait for them."""
-    waited = func.extract("epoch", func.clock_timestamp() - func.coalesce(Job.inputs_asked_at, func.clock_timestamp()))
+    waited = func.extract(
+        "epoch", func.clock_timestamp() - func.coalesce(Job.inputs_asked_at, func.clock_timestamp())
+    )
     statement = (
         update(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.lacks_inputs)
@@ -128,7 +143,9 @@ def note_brought(session: Session, job_id: uuid.UUID) -> Brought | None:
             lacks_inputs=False,
             inputs_asked_at=func.coalesce(Job.inputs_asked_at, func.clock_timestamp()),
             # From now on it may stand in line as long as any other.
-            start_by=func.greatest(Job.start_by, func.clock_timestamp() + (Job.start_by - Job.accepted_at)),
+            start_by=func.greatest(
+                Job.start_by, func.clock_timestamp() + (Job.start_by - Job.accepted_at)
+            ),
         )
         .returning(Job.pool, Job.tier, waited)
         .execution_options(synchronize_session=False)
@@ -170,5 +187,11 @@ def start_deadline() -> ColumnElement[datetime]:
 
     While its pictures are being brought it may wait for them, from its deadline on, as long as it may run.
     """
-    seconds = case((Job.lacks_inputs & Job.inputs_asked_at.is_not(None), func.coalesce(Job.run_within_s, LONGEST_WAIT_S)), else_=0.0)
+    seconds = case(
+        (
+            Job.lacks_inputs & Job.inputs_asked_at.is_not(None),
+            func.coalesce(Job.run_within_s, LONGEST_WAIT_S),
+        ),
+        else_=0.0,
+    )
     return Job.start_by + func.make_interval(0, 0, 0, 0, 0, 0, seconds)

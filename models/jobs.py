@@ -39,7 +39,10 @@ class JobAlreadyFinished(Exception):
 
     def __init__(self, job: Job) -> None:
         super().__init__(f"job {job.id} is {job.state}")
-        self.job_id, self.state = job.id, job.state  # values, for the row is expired once its transaction is rolled back
+        self.job_id, self.state = (
+            job.id,
+            job.state,
+        )  # values, for the row is expired once its transaction is rolled back
 
 
 class NothingLeft(Exception):
@@ -85,7 +88,14 @@ def accept(
         requeue_of=requeue_of,
         replay_of=replay_of,
     )
-    (row,) = accepting.accept(session, [new_job], tenant_id=tenant_id, api_key_id=api_key_id, currency=currency, actor=actor)
+    (row,) = accepting.accept(
+        session,
+        [new_job],
+        tenant_id=tenant_id,
+        api_key_id=api_key_id,
+        currency=currency,
+        actor=actor,
+    )
     if once is not None:
         idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
     return session.scalars(select(Job).where(Job.id == row.id).options(*whole())).one()
@@ -93,12 +103,20 @@ def accept(
 
 def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
     """The tenant's job with its images, attempts and artifacts; None also for another tenant's, for existence is private."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole()))
+    return session.scalar(
+        select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole())
+    )
 
 
-def find_without_prompts(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
+def find_without_prompts(
+    session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID
+) -> Job | None:
     """The same for who tells of a job: its prompts are not even asked for."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole(), *WITHOUT_PROMPTS))
+    return session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.tenant_id == tenant_id)
+        .options(*whole(), *WITHOUT_PROMPTS)
+    )
 
 
 def without_words(session: Session, job_id: uuid.UUID) -> Job | None:
@@ -108,7 +126,11 @@ def without_words(session: Session, job_id: uuid.UUID) -> Job | None:
 
 def glance(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
     """The tenant's job and its images, without what came of them."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(selectinload(Job.images)))
+    return session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.tenant_id == tenant_id)
+        .options(selectinload(Job.images))
+    )
 
 
 def state_of(session: Session, job_id: uuid.UUID) -> str | None:
@@ -117,7 +139,9 @@ def state_of(session: Session, job_id: uuid.UUID) -> str | None:
 
 def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uuid.UUID]:
     """Those of the jobs that are in a final state."""
-    return session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(FINAL_STATES))).all()
+    return session.scalars(
+        select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(FINAL_STATES))
+    ).all()
 
 
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
@@ -132,10 +156,14 @@ def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     return job
 
 
-def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, options: Sequence[Any] = ()) -> Job | None:
+def lock(
+    session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, options: Sequence[Any] = ()
+) -> Job | None:
     """The tenant's job, whole as `find` gives it, and nobody else's to change until commit. options: what of it is left out."""
     is_it = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
-    return session.scalar(is_it.with_for_update().options(*whole(), *options), execution_options=AFRESH)
+    return session.scalar(
+        is_it.with_for_update().options(*whole(), *options), execution_options=AFRESH
+    )
 
 
 def take_back(session: Session, job: Job, *, actor: str) -> None:
@@ -144,7 +172,9 @@ def take_back(session: Session, job: Job, *, actor: str) -> None:
     if was == JobState.RUNNING:
         end_attempt(session, job, Outcome.CANCELED)
     bill = finish(session, job, JobState.CANCELED)
-    audit.append_of_attempt(session, EventName.JOB_STATE_CANCELED, job, actor=actor, was=was, **bill)
+    audit.append_of_attempt(
+        session, EventName.JOB_STATE_CANCELED, job, actor=actor, was=was, **bill
+    )
 
 
 def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor: str) -> None:
@@ -152,7 +182,9 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
 
     steps_done: how far each had come, by index. Nothing for what is stored, or is in the row already.
     """
-    rows = session.scalars(select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)).all()
+    rows = session.scalars(
+        select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)
+    ).all()
     before = _counted(job, rows)
     for row in rows:
         row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), image_steps(job)))
@@ -171,14 +203,21 @@ def expire(session: Session, job_id: uuid.UUID) -> Job | None:
     """End a job that nothing started before its deadline; None if something did meanwhile."""
     job = session.scalar(
         select(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.attempt == 0, inputs.start_deadline() < func.clock_timestamp())
+        .where(
+            Job.id == job_id,
+            Job.state == JobState.QUEUED,
+            Job.attempt == 0,
+            inputs.start_deadline() < func.clock_timestamp(),
+        )
         .options(*WITHOUT_WORDS)
         .with_for_update(skip_locked=True),
         execution_options=AFRESH,
     )
     if job is not None:
         finish(session, job, JobState.EXPIRED)
-        audit.append(session, EventName.JOB_STATE_EXPIRED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id)
+        audit.append(
+            session, EventName.JOB_STATE_EXPIRED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id
+        )
     return job
 
 
@@ -193,12 +232,23 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
     )
     if job is not None:
         detail = f"not rendered within {job.run_within_s:g} s of its start"
-        facts = {"code": FailureCode.RUN_DEADLINE} | finish(session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail)
-        audit.append(session, EventName.JOB_STATE_FAILED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id, **facts)
+        facts = {"code": FailureCode.RUN_DEADLINE} | finish(
+            session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail
+        )
+        audit.append(
+            session,
+            EventName.JOB_STATE_FAILED,
+            chain=job.tenant_id,
+            actor=SWEEPER,
+            job_id=job.id,
+            **facts,
+        )
     return job
 
 
-def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str) -> Job | None:
+def requeue_dead(
+    session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str
+) -> Job | None:
     """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such job.
 
     Raises JobAlreadyFinished when it was requeued before.
@@ -244,7 +294,9 @@ def store(
     """
     job = session.get(Job, job_id, with_for_update=True, options=WITHOUT_WORDS)
     image = session.get(Image, (job_id, index))
-    if job is None or image is None or job.state not in ACTIVE_STATES:  # queued: its lease was lost after this hand-off
+    if (
+        job is None or image is None or job.state not in ACTIVE_STATES
+    ):  # queued: its lease was lost after this hand-off
         return None
     if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
         return None
@@ -258,26 +310,65 @@ def store(
     digests = {"pixels_sha256": row.pixels_sha256, "content_sha256": row.content_sha256}
     facts = {"index": index, "artifact_id": str(row.id), **digests}
     session.flush()
-    remaining = session.scalar(select(func.count()).where(Image.job_id == job_id, Image.state != ImageState.STORED))
+    remaining = session.scalar(
+        select(func.count()).where(Image.job_id == job_id, Image.state != ImageState.STORED)
+    )
     if remaining:
         if job.state == JobState.STORING:
             job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
-        audit.append(session, EventName.JOB_IMAGE_STORED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+        audit.append(
+            session,
+            EventName.JOB_IMAGE_STORED,
+            chain=job.tenant_id,
+            actor=actor,
+            job_id=job_id,
+            attempt=attempt,
+            **facts,
+        )
         return job
     finish(session, job, JobState.SUCCEEDED)
-    audit.append(session, EventName.JOB_IMAGE_STORED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+    audit.append(
+        session,
+        EventName.JOB_IMAGE_STORED,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job_id,
+        attempt=attempt,
+        **facts,
+    )
     bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
-    audit.append(session, EventName.JOB_STATE_SUCCEEDED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **bill)
+    audit.append(
+        session,
+        EventName.JOB_STATE_SUCCEEDED,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job_id,
+        attempt=attempt,
+        **bill,
+    )
     return job
 
 
 def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
     """The images whose pixels wait in the hand-off: attempt by index."""
-    query = select(Image.index, Image.handed_off_attempt).where(Image.job_id == job_id, Image.state == ImageState.HANDED_OFF)
-    return {index: attempt for index, attempt in session.execute(query.order_by(Image.index)) if attempt is not None}
+    query = select(Image.index, Image.handed_off_attempt).where(
+        Image.job_id == job_id, Image.state == ImageState.HANDED_OFF
+    )
+    return {
+        index: attempt
+        for index, attempt in session.execute(query.order_by(Image.index))
+        if attempt is not None
+    }
 
 
-def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> dict[str, Any]:
+def finish(
+    session: Session,
+    job: Job,
+    state: JobState,
+    *,
+    code: FailureCode | None = None,
+    detail: str | None = None,
+) -> dict[str, Any]:
     """Set a final state, drop every claim on the job, charge its flow what it really took, settle its entry in the ledger and note the
     webhooks that are to tell of it. The caller appends the audit event, with the facts that are returned: what it came to if it came to
     anything without succeeding.
@@ -286,10 +377,18 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
     job.lease_expires_at = job.announced_at = job.store_by = None
     job.failure_code, job.failure_detail = code, detail
     session.flush()
-    if state == JobState.SUCCEEDED or job.attempt == 0:  # what began and came to nothing costs its place all the same
+    if (
+        state == JobState.SUCCEEDED or job.attempt == 0
+    ):  # what began and came to nothing costs its place all the same
         actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
         difference_s = actual_s - job.predicted_s
-        flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
+        flows.settle(
+            session,
+            pool=job.pool,
+            tier=job.tier,
+            tenant_id=job.tenant_id,
+            difference_s=difference_s,
+        )
     stored, steps = _came_to(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
     shares = _shares(job)
     booking = usage.Booking(
@@ -321,7 +420,9 @@ def _came_to(session: Session, job: Job) -> tuple[int, int]:
     if job.attempt == 0:
         return 0, 0
     is_stored = Image.state == ImageState.STORED
-    counted = func.least(Image.steps_done, image_steps(job))  # a pipeline may make more than was counted
+    counted = func.least(
+        Image.steps_done, image_steps(job)
+    )  # a pipeline may make more than was counted
     sums = (func.count().filter(is_stored), func.coalesce(func.sum(counted).filter(~is_stored), 0))
     stored, steps = session.execute(select(*sums).where(Image.job_id == job.id)).one()
     return stored, steps

@@ -54,10 +54,15 @@ class Ended:
 
 def observe(session: Session, seen: Mapping[CostKey, Observed]) -> None:
     """Add what was measured since the last time."""
-    for (pool, model, width_px, height_px), sums in sorted(seen.items()):  # in one order everywhere: two workers never block each other
+    for (pool, model, width_px, height_px), sums in sorted(
+        seen.items()
+    ):  # in one order everywhere: two workers never block each other
         if sums.images and sums.row_steps:
             key = {"pool": pool, "model": model, "width_px": width_px, "height_px": height_px}
-            means = {"row_step_s": sums.denoise_s / sums.row_steps, "fixed_s": sums.fixed_s / sums.images}
+            means = {
+                "row_step_s": sums.denoise_s / sums.row_steps,
+                "fixed_s": sums.fixed_s / sums.images,
+            }
             session.execute(_OBSERVE, {**key, **means, "images": sums.images, "memory": MEMORY})
 
 
@@ -77,12 +82,17 @@ def newly_ended(session: Session, *, most: int = 500) -> Sequence[Ended]:
     taken_s = func.extract("epoch", Job.finished_at - Job.accepted_at)
     query = select(Job.pool, Job.tier, Job.eta_raw_s, taken_s, Job.finished_at).where(
         Job.finished_at > (since if since is not None else now_once() - timedelta(hours=1)),
-        Job.finished_at < now_once() - timedelta(seconds=2),  # `finished_at` is older than its commit
+        Job.finished_at
+        < now_once() - timedelta(seconds=2),  # `finished_at` is older than its commit
         Job.state == JobState.SUCCEEDED,
         Job.eta_raw_s > 0,
     )
     rows = session.execute(query.order_by(Job.finished_at).limit(most))
-    return [Ended(pool, tier, guessed_s, float(taken), at) for pool, tier, guessed_s, taken, at in rows if guessed_s and at]
+    return [
+        Ended(pool, tier, guessed_s, float(taken), at)
+        for pool, tier, guessed_s, taken, at in rows
+        if guessed_s and at
+    ]
 
 
 def learn_eta(session: Session, ended: Ended, *, ratio_p50: float, ratio_p90: float) -> None:

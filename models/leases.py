@@ -83,7 +83,9 @@ class Rendered:
     fingerprint_facts: dict[str, Any]
 
 
-def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s: float) -> Lease | None:
+def take(
+    session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s: float
+) -> Lease | None:
     """Give `worker` the job until the database's now + `ttl_s`; None if it is finished or someone else holds it.
 
     A single UPDATE, so two workers cannot both win. Only queued jobs are given: a silent worker's job is first put back by
@@ -99,7 +101,10 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
             attempt=Job.attempt + 1,
             lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s),
             started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
-            run_by=func.coalesce(Job.run_by, func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s)),
+            run_by=func.coalesce(
+                Job.run_by,
+                func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s),
+            ),
         )
         .returning(Job, func.extract("epoch", Job.run_by - func.clock_timestamp()))
     ).one_or_none()
@@ -107,7 +112,9 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
         return None
     row, run_left_s = taken
     is_pending = (Image.job_id == job_id, Image.state == ImageState.PENDING)
-    pending = session.execute(select(Image.index, Image.reached_step).where(*is_pending).order_by(Image.index)).all()
+    pending = session.execute(
+        select(Image.index, Image.reached_step).where(*is_pending).order_by(Image.index)
+    ).all()
     lease = Lease(
         job=row,
         attempt=row.attempt,
@@ -116,12 +123,22 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
         run_within_s=None if run_left_s is None else max(0.0, float(run_left_s)),
         reached={index: step for index, step in pending if step},
     )
-    session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
+    session.add(
+        Attempt(
+            job_id=job_id,
+            attempt=row.attempt,
+            worker=worker,
+            device=device,
+            outcome=Outcome.RUNNING,
+        )
+    )
     audit.append_of_attempt(session, EventName.JOB_LEASE_TAKEN, row, actor=worker)
     return lease
 
 
-def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float) -> set[uuid.UUID]:
+def renew(
+    session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float
+) -> set[uuid.UUID]:
     """Prolong all of the worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
 
     A job past its run deadline should have been stopped by its engine; when that is clearly not coming, its lease is not renewed.
@@ -134,7 +151,10 @@ def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: st
             tuple_(Job.id, Job.attempt).in_(held),
             Job.state == JobState.RUNNING,
             Job.worker == worker,
-            or_(Job.run_by.is_(None), Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S)),
+            or_(
+                Job.run_by.is_(None),
+                Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S),
+            ),
         )
         .order_by(Job.id)
         .with_for_update(key_share=True)
@@ -169,7 +189,9 @@ def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -
         session.execute(_NOTE_STEPS, {"job_ids": job_ids, "indexes": indexes, "steps": steps})
 
 
-def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float) -> Job:
+def hand_off(
+    session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float
+) -> Job:
     """Note that the image's pixels wait in the hand-off; with the last image the job is `storing` and the lease is over.
 
     Raises LeaseLost.
@@ -178,18 +200,31 @@ def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, 
     image = session.get_one(Image, (job.id, index))
     if image.handed_off_attempt == lease.attempt:
         return job  # noted already: the answer to a commit was lost, and this is the second try
-    image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
+    image.state, image.handed_off_attempt, image.handed_off_at = (
+        ImageState.HANDED_OFF,
+        lease.attempt,
+        func.clock_timestamp(),
+    )
     image.steps_done = image.reached_step = rendered.num_steps
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
-    if not session.scalar(select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)):
+    if not session.scalar(
+        select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
+    ):
         job.state, job.lease_expires_at = JobState.STORING, None
         job.rendered_at = func.clock_timestamp()
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
         jobs.end_attempt(session, job, Outcome.RENDERED)
-    facts = {"index": index, "steps": rendered.steps, "device_seconds": rendered.device_seconds, "fingerprint": rendered.fingerprint}
-    audit.append_of_attempt(session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts)
+    facts = {
+        "index": index,
+        "steps": rendered.steps,
+        "device_seconds": rendered.device_seconds,
+        "fingerprint": rendered.fingerprint,
+    }
+    audit.append_of_attempt(
+        session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts
+    )
     return job
 
 
@@ -203,11 +238,15 @@ def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool
     jobs.requeue(job)
     if lacks_inputs:
         inputs.lose(job)
-    audit.append_of_attempt(session, EventName.JOB_LEASE_RETURNED, job, actor=lease.worker, reason=reason)
+    audit.append_of_attempt(
+        session, EventName.JOB_LEASE_RETURNED, job, actor=lease.worker, reason=reason
+    )
     return job
 
 
-def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left], store: str) -> Job:
+def preempt(
+    session: Session, lease: Lease, *, reason: str, left: Sequence[Left], store: str
+) -> Job:
     """Return the job because its worker has to go, with what is left of its images; it does not count as a try. Raises LeaseLost."""
     job = _held(session, lease)
     attempt = session.get_one(Attempt, (job.id, lease.attempt))
@@ -215,9 +254,14 @@ def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left]
         row = session.get_one(Image, (job.id, image.index))
         row.snapshot_ref, row.steps_done = image.snapshot_ref, image.steps_done
         row.reached_step = max(row.reached_step, image.steps_done)
-        row.device_seconds += image.device_seconds  # bought something: it is the tenant's, once the image is finished from there
+        row.device_seconds += (
+            image.device_seconds
+        )  # bought something: it is the tenant's, once the image is finished from there
         attempt.device_seconds += image.device_seconds
-    attempt.snapshot_bytes, attempt.snapshot_store = sum(image.size_bytes for image in left), store if left else None
+    attempt.snapshot_bytes, attempt.snapshot_store = (
+        sum(image.size_bytes for image in left),
+        store if left else None,
+    )
     jobs.end_attempt(session, job, Outcome.PREEMPTED, error=reason)
     pending = select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
     if session.scalar(pending) == len(left):
@@ -225,11 +269,15 @@ def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left]
     jobs.requeue(job)
     facts = {"reason": reason, "snapshots": len(left), "snapshot_bytes": attempt.snapshot_bytes}
     steps = {"steps_done": {str(image.index): image.steps_done for image in left}}
-    audit.append_of_attempt(session, EventName.JOB_LEASE_PREEMPTED, job, actor=lease.worker, **facts, **steps)
+    audit.append_of_attempt(
+        session, EventName.JOB_LEASE_PREEMPTED, job, actor=lease.worker, **facts, **steps
+    )
     return job
 
 
-def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int], lost_steps: int) -> str | None:
+def note_resumption(
+    session: Session, lease: Lease, *, resumed: Mapping[int, int], lost_steps: int
+) -> str | None:
     """Put on the attempt's record what snapshots spared it, and how many steps of earlier attempts it does again.
 
     resumed: the step at which each image begins, by index; 0: from the start, so what it took before bought nothing.
@@ -238,30 +286,42 @@ def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int
     _held(session, lease)
     attempt = session.get_one(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
     attempt.resumed_steps, attempt.lost_steps = sum(resumed.values()), lost_steps
-    pending = select(Image).where(Image.job_id == lease.job_id, Image.index.in_(resumed), Image.state == ImageState.PENDING)
+    pending = select(Image).where(
+        Image.job_id == lease.job_id, Image.index.in_(resumed), Image.state == ImageState.PENDING
+    )
     for image in session.scalars(pending.order_by(Image.index)):
         image.steps_done = image.reached_step = resumed[image.index]
         if not image.steps_done:
             image.device_seconds, image.snapshot_ref = 0.0, None
     if lost_steps:
-        earlier = select(Attempt.outcome).where(Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt)
+        earlier = select(Attempt.outcome).where(
+            Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt
+        )
         attempt.lost_cause = session.scalar(earlier.order_by(Attempt.attempt.desc()).limit(1))
     return attempt.lost_cause
 
 
-def warn(session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def warn(
+    session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
     """Put on the job what of its texts turned out to have no effect; those that were not there yet. Raises LeaseLost.
 
     warnings: `code` and `field` of each, with what else is to be told.
     """
     job = _held(session, lease)
     known = job.warnings or []
-    new = [dict(each) for each in warnings if not any((each["code"], each["field"]) == (old["code"], old["field"]) for old in known)]
+    new = [
+        dict(each)
+        for each in warnings
+        if not any((each["code"], each["field"]) == (old["code"], old["field"]) for old in known)
+    ]
     if new:
         job.warnings = [*known, *new]
     for each in new:
         facts = {name: value for name, value in each.items() if name != "detail"}
-        audit.append_of_attempt(session, EventName.JOB_TEXT_LEFT_UNREAD, job, actor=lease.worker, **facts)
+        audit.append_of_attempt(
+            session, EventName.JOB_TEXT_LEFT_UNREAD, job, actor=lease.worker, **facts
+        )
     return new
 
 
@@ -276,29 +336,55 @@ def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> J
 
 def count_error(session: Session, lease: Lease, *, detail: str, max_attempts: int) -> Job:
     """Put the job back for another try, or fail it if this was the last one allowed. Raises LeaseLost."""
-    return _count(session, _held(session, lease), Outcome.ERROR, detail=detail, max_attempts=max_attempts, actor=lease.worker)
+    return _count(
+        session,
+        _held(session, lease),
+        Outcome.ERROR,
+        detail=detail,
+        max_attempts=max_attempts,
+        actor=lease.worker,
+    )
 
 
-def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str | None = None) -> Job | None:
+def lose(
+    session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str | None = None
+) -> Job | None:
     """Take an expired lease away and put the job back, or fail it; None if the worker renewed meanwhile.
 
     worker: a worker that has just started under this name and so knows that its predecessor's leases, expired or not, are nobody's.
     """
-    is_nobodys = Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
-    nobodys = select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).options(*jobs.WITHOUT_WORDS)
+    is_nobodys = (
+        Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
+    )
+    nobodys = (
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys)
+        .options(*jobs.WITHOUT_WORDS)
+    )
     job = session.scalar(nobodys.with_for_update(skip_locked=True), execution_options=AFRESH)
     if job is None:
         return None
     detail = f"{job.worker} fell silent" if worker is None else f"{job.worker} was started again"
-    return _count(session, job, Outcome.LEASE_LOST, detail=detail, max_attempts=max_attempts, actor=worker or jobs.SWEEPER)
+    return _count(
+        session,
+        job,
+        Outcome.LEASE_LOST,
+        detail=detail,
+        max_attempts=max_attempts,
+        actor=worker or jobs.SWEEPER,
+    )
 
 
 def running_on(session: Session, worker: str) -> list[uuid.UUID]:
     """The jobs whose lease is in the name of `worker`."""
-    return list(session.scalars(select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker)))
+    return list(
+        session.scalars(select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker))
+    )
 
 
-def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: Mapping[int, int]) -> Job | None:
+def lose_hand_off(
+    session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: Mapping[int, int]
+) -> Job | None:
     """Have these images rendered again, for their pixels are gone; None if they were stored.
 
     It does not count as a try; but a job that has lost the pixels of one image too often
@@ -312,17 +398,31 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     if job is None or job.state not in ACTIVE_STATES:
         return None
     gone: dict[int, int] = {}  # how often, by index
-    for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
-        if image.state == ImageState.HANDED_OFF and image.handed_off_attempt == attempt_of[image.index]:
-            image.state, image.handed_off_attempt, image.handed_off_at = ImageState.PENDING, None, None
-            image.device_seconds, image.steps_done = 0.0, 0  # `reached_step` stays: they are done again
+    for image in session.scalars(
+        select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))
+    ):
+        if (
+            image.state == ImageState.HANDED_OFF
+            and image.handed_off_attempt == attempt_of[image.index]
+        ):
+            image.state, image.handed_off_attempt, image.handed_off_at = (
+                ImageState.PENDING,
+                None,
+                None,
+            )
+            image.device_seconds, image.steps_done = (
+                0.0,
+                0,
+            )  # `reached_step` stays: they are done again
             image.hand_offs_lost += 1
             gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
     if gates.is_unstorable(max(gone.values())):
         return _end_unstorable(session, job, gone)
-    if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
+    if (
+        job.state == JobState.STORING
+    ):  # a queued one waits already; a running one is its worker's, which gives it back when it is done
         jobs.requeue(job)
         inputs.lose(job)  # they were dropped with the last image
         if job.run_within_s is not None:
@@ -331,7 +431,9 @@ def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *
     return job
 
 
-def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_done: Mapping[int, int]) -> None:
+def note_waste(
+    session: Session, lease: Lease, *, device_seconds: float, steps_done: Mapping[int, int]
+) -> None:
     """Add device time that bought no image to the attempt's record; its `waste_class` says why.
 
     steps_done: how far the images had come that it was spent on, by index. If the tenant took the job back, that is booked on its account.
@@ -358,35 +460,54 @@ def _end_unstorable(session: Session, job: Job, gone: Mapping[int, int]) -> Job:
 
 
 def _note_lost_hand_off(session: Session, job: Job, gone: Mapping[int, int]) -> None:
-    audit.append_of_attempt(session, EventName.JOB_HAND_OFF_LOST, job, actor=jobs.SWEEPER, indexes=sorted(gone))
+    audit.append_of_attempt(
+        session, EventName.JOB_HAND_OFF_LOST, job, actor=jobs.SWEEPER, indexes=sorted(gone)
+    )
 
 
 def _held(session: Session, lease: Lease) -> Job:
     """The job's row, locked, if it is still this attempt's."""
-    is_its = (Job.attempt == lease.attempt, Job.worker == lease.worker, Job.state == JobState.RUNNING)
-    job = session.scalar(select(Job).where(Job.id == lease.job_id, *is_its).with_for_update(), execution_options=AFRESH)
+    is_its = (
+        Job.attempt == lease.attempt,
+        Job.worker == lease.worker,
+        Job.state == JobState.RUNNING,
+    )
+    job = session.scalar(
+        select(Job).where(Job.id == lease.job_id, *is_its).with_for_update(),
+        execution_options=AFRESH,
+    )
     if job is None:
         raise LeaseLost(f"job {lease.job_id} is not attempt {lease.attempt}'s any more")
     return job
 
 
-def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_attempts: int, actor: str) -> Job:
+def _count(
+    session: Session, job: Job, outcome: Outcome, *, detail: str, max_attempts: int, actor: str
+) -> Job:
     jobs.end_attempt(session, job, outcome, error=detail)
     job.counted_attempts += 1
     facts = {"counted_attempts": job.counted_attempts, "outcome": outcome.value}
     if job.counted_attempts >= max_attempts:
-        facts |= jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
+        facts |= jobs.finish(
+            session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail
+        )
         event, facts["code"] = EventName.JOB_STATE_FAILED, FailureCode.ATTEMPTS_EXHAUSTED
     else:
         jobs.requeue(job)
-        event = EventName.JOB_LEASE_EXPIRED if outcome is Outcome.LEASE_LOST else EventName.JOB_ATTEMPT_FAILED
+        event = (
+            EventName.JOB_LEASE_EXPIRED
+            if outcome is Outcome.LEASE_LOST
+            else EventName.JOB_ATTEMPT_FAILED
+        )
     audit.append_of_attempt(session, event, job, actor=actor, **facts)
     return job
 
 
 def _add_to_record(attempt: Attempt, rendered: Rendered) -> None:
     steps = attempt.steps + rendered.steps
-    attempt.mean_rows = (attempt.mean_rows * attempt.steps + rendered.mean_rows * rendered.steps) / max(1, steps)
+    attempt.mean_rows = (
+        attempt.mean_rows * attempt.steps + rendered.mean_rows * rendered.steps
+    ) / max(1, steps)
     attempt.steps = steps
     attempt.shared_steps += rendered.shared_steps
     attempt.max_rows = max(attempt.max_rows, rendered.max_rows)
@@ -396,4 +517,7 @@ def _add_to_record(attempt: Attempt, rendered: Rendered) -> None:
     attempt.encode_s += rendered.encode_s
     attempt.denoise_s += rendered.denoise_s
     attempt.decode_s += rendered.decode_s
-    attempt.fingerprint, attempt.fingerprint_facts = rendered.fingerprint, rendered.fingerprint_facts
+    attempt.fingerprint, attempt.fingerprint_facts = (
+        rendered.fingerprint,
+        rendered.fingerprint_facts,
+    )

@@ -39,7 +39,9 @@ class Page:
     more_before: uuid.UUID | None = None
 
 
-_WITH_LABELS = text("SELECT job_id, is_found FROM jobs_with_labels(:tenant_id, :labels, :state, :since, :before, :limit, :probes)")
+_WITH_LABELS = text(
+    "SELECT job_id, is_found FROM jobs_with_labels(:tenant_id, :labels, :state, :since, :before, :limit, :probes)"
+)
 
 
 def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) -> Page:
@@ -50,9 +52,23 @@ def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) 
     where to go on; no list is read for longer than that.
     """
     if not sought.metadata:
-        return Page(session.scalars(_ordered(select(Job), tenant_id, sought).limit(limit).options(*whole())).all())
-    which = {"tenant_id": tenant_id, "state": sought.state, "since": sought.since, "before": sought.before}
-    asked = {**which, "labels": json.dumps(dict(sought.metadata)), "limit": limit, "probes": MOST_PROBES}
+        return Page(
+            session.scalars(
+                _ordered(select(Job), tenant_id, sought).limit(limit).options(*whole())
+            ).all()
+        )
+    which = {
+        "tenant_id": tenant_id,
+        "state": sought.state,
+        "since": sought.since,
+        "before": sought.before,
+    }
+    asked = {
+        **which,
+        "labels": json.dumps(dict(sought.metadata)),
+        "limit": limit,
+        "probes": MOST_PROBES,
+    }
     rows = session.execute(_WITH_LABELS, asked).all()
     ids = [job_id for job_id, is_found in rows if is_found]
     query = select(Job).where(Job.id == any_(literal(ids, ARRAY(Uuid)))).options(*whole())
@@ -66,12 +82,23 @@ def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) 
 def _ordered(query: Select[Any], tenant_id: uuid.UUID, sought: Sought) -> Select[Any]:
     query = query.where(Job.tenant_id == any_(literal([tenant_id], ARRAY(Uuid))))
     if sought.state is None:
-        return query.where(Job.id >= sought.since, Job.id < sought.before).order_by(Job.tenant_id.desc(), Job.id.desc())
+        return query.where(Job.id >= sought.since, Job.id < sought.before).order_by(
+            Job.tenant_id.desc(), Job.id.desc()
+        )
     place = tuple_(Job.state, Job.id)
-    query = query.where(place >= tuple_(sought.state, sought.since), place < tuple_(sought.state, sought.before))
+    query = query.where(
+        place >= tuple_(sought.state, sought.since), place < tuple_(sought.state, sought.before)
+    )
     return query.order_by(Job.tenant_id.desc(), Job.state.desc(), Job.id.desc())
 
 
-def some(session: Session, job_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID) -> dict[uuid.UUID, Job]:
+def some(
+    session: Session, job_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID
+) -> dict[uuid.UUID, Job]:
     """The tenant's jobs of these ids, without images, attempts and artifacts."""
-    return {job.id: job for job in session.scalars(select(Job).where(Job.tenant_id == tenant_id, Job.id.in_(job_ids)))}
+    return {
+        job.id: job
+        for job in session.scalars(
+            select(Job).where(Job.tenant_id == tenant_id, Job.id.in_(job_ids))
+        )
+    }

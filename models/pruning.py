@@ -20,12 +20,22 @@ from models.ids import first_id
 from policy.params import PICTURES
 
 ACTOR = "operator"
-NEWEST_JOBS = timedelta(days=1)  # younger ones are none of pruning's business: an idempotency key may name them
-NEWEST_USAGE = timedelta(days=62)  # quotas count the month that is under way, and the one before may still be billed
+NEWEST_JOBS = timedelta(
+    days=1
+)  # younger ones are none of pruning's business: an idempotency key may name them
+NEWEST_USAGE = timedelta(
+    days=62
+)  # quotas count the month that is under way, and the one before may still be billed
 FIRST_ID = uuid.UUID(int=0)
 
 # Every table with a foreign key to `jobs`, and what becomes of its rows; a test compares this with the database.
-OF_A_JOB = ("idempotency_keys", "webhook_deliveries", "images", "artifacts", "attempts")  # in this order: images name artifacts
+OF_A_JOB = (
+    "idempotency_keys",
+    "webhook_deliveries",
+    "images",
+    "artifacts",
+    "attempts",
+)  # in this order: images name artifacts
 NAME_ANOTHER_JOB = ("requeue_of", "replay_of")
 
 
@@ -52,11 +62,16 @@ def _ids(statement: str) -> TextClause:
     return text(statement).bindparams(bindparam("ids", type_=ARRAY(Uuid)))
 
 
-_IS_OLD = "j.id < :upto AND j.finished_at < :before AND (CAST(:tier AS text) IS NULL OR j.tier = :tier)"
+_IS_OLD = (
+    "j.id < :upto AND j.finished_at < :before AND (CAST(:tier AS text) IS NULL OR j.tier = :tier)"
+)
 _UNUSED = " AND ".join(
     [
         "f.created_at < :before",
-        *(f"NOT EXISTS (SELECT FROM jobs j WHERE j.{param.name} = f.id)" for param in PICTURES.values()),
+        *(
+            f"NOT EXISTS (SELECT FROM jobs j WHERE j.{param.name} = f.id)"
+            for param in PICTURES.values()
+        ),
     ]
 )
 
@@ -67,7 +82,9 @@ _COUNT_JOBS = text(
     ) a ON true WHERE {_IS_OLD}
     """
 )
-_COUNT_FILES = text(f"SELECT count(*), coalesce(sum(f.size_bytes), 0) FROM files f WHERE f.erased_at IS NULL AND {_UNUSED}")
+_COUNT_FILES = text(
+    f"SELECT count(*), coalesce(sum(f.size_bytes), 0) FROM files f WHERE f.erased_at IS NULL AND {_UNUSED}"
+)
 _NEXT_JOBS = text(
     f"""
     SELECT j.id, j.tenant_id FROM jobs j WHERE j.id > :after AND {_IS_OLD} ORDER BY j.id LIMIT :limit FOR UPDATE SKIP LOCKED
@@ -86,7 +103,9 @@ _OLD_FILES = text(
     f"SELECT f.id, f.tenant_id, f.object_key, f.content_sha256 FROM files f WHERE f.erased_at IS NULL AND {_UNUSED}"
     " ORDER BY f.tenant_id, f.id LIMIT :limit FOR UPDATE SKIP LOCKED"
 )
-_ERASE_FILES = _ids(f"UPDATE files f SET erased_at = clock_timestamp() WHERE f.id = ANY(:ids) AND {_UNUSED} RETURNING f.id")
+_ERASE_FILES = _ids(
+    f"UPDATE files f SET erased_at = clock_timestamp() WHERE f.id = ANY(:ids) AND {_UNUSED} RETURNING f.id"
+)
 # A day after its content: a job that was just being accepted with it has found it erased by then.
 _FORGET_FILES = text(
     f"""
@@ -119,7 +138,14 @@ def due(session: Session, *, before: datetime, tier: str | None = None) -> Due:
     return Due(jobs, int(images), int(size_bytes), files, int(file_bytes))
 
 
-def prune_jobs(session: Session, *, before: datetime, after: uuid.UUID = FIRST_ID, limit: int, tier: str | None = None) -> Piece:
+def prune_jobs(
+    session: Session,
+    *,
+    before: datetime,
+    after: uuid.UUID = FIRST_ID,
+    limit: int,
+    tier: str | None = None,
+) -> Piece:
     """Remove up to `limit` jobs with larger ids than `after` that ended before `before`, of one tier or of all.
 
     Their objects go as soon as the store is tidied. One audit event for each tenant says how many jobs went and which was the newest.
@@ -128,16 +154,26 @@ def prune_jobs(session: Session, *, before: datetime, after: uuid.UUID = FIRST_I
     if not rows:
         return Piece(0, None)
     ids = [row.id for row in rows]
-    for column in NAME_ANOTHER_JOB:  # before the objects, as where an image is stored: jobs first, then what they name
-        session.execute(_ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)"), {"ids": ids})
-    named = _ids("SELECT DISTINCT object_key FROM artifacts WHERE job_id = ANY(:ids) AND erased_at IS NULL")
+    for column in (
+        NAME_ANOTHER_JOB
+    ):  # before the objects, as where an image is stored: jobs first, then what they name
+        session.execute(
+            _ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)"), {"ids": ids}
+        )
+    named = _ids(
+        "SELECT DISTINCT object_key FROM artifacts WHERE job_id = ANY(:ids) AND erased_at IS NULL"
+    )
     _give_up(session, session.scalars(named, {"ids": ids}).all())
     for table in OF_A_JOB:
         session.execute(_ids(f"DELETE FROM {table} WHERE job_id = ANY(:ids)"), {"ids": ids})
     session.execute(_ids("DELETE FROM jobs WHERE id = ANY(:ids)"), {"ids": ids})
     for tenant_id in sorted({row.tenant_id for row in rows}, key=str):
         own = [row.id for row in rows if row.tenant_id == tenant_id]
-        facts: dict[str, Any] = {"jobs": len(own), "newest": str(own[-1]), "before": before.isoformat()}
+        facts: dict[str, Any] = {
+            "jobs": len(own),
+            "newest": str(own[-1]),
+            "before": before.isoformat(),
+        }
         audit.append(session, EventName.TENANT_JOBS_PRUNED, chain=tenant_id, actor=ACTOR, **facts)
     return Piece(len(ids), ids[-1])
 
@@ -146,12 +182,16 @@ def prune_files(session: Session, *, before: datetime, limit: int) -> int:
     """Erase up to `limit` files that were brought before `before` and that no job starts from any more, as DELETE does; how many."""
     locked = session.execute(_OLD_FILES, {"before": before, "limit": limit}).all()
     # Asked again now that nobody else can name them: a job may have been accepted with one while the first look was under way.
-    erased = set(session.scalars(_ERASE_FILES, {"before": before, "ids": [row.id for row in locked]}))
+    erased = set(
+        session.scalars(_ERASE_FILES, {"before": before, "ids": [row.id for row in locked]})
+    )
     rows = [row for row in locked if row.id in erased]
     _give_up(session, [row.object_key for row in rows])
     for row in rows:  # chains in order, as they were read
         facts: dict[str, Any] = {"file_id": str(row.id), "content_sha256": row.content_sha256}
-        audit.append(session, EventName.FILE_CONTENT_ERASED, chain=row.tenant_id, actor=ACTOR, **facts)
+        audit.append(
+            session, EventName.FILE_CONTENT_ERASED, chain=row.tenant_id, actor=ACTOR, **facts
+        )
     return len(rows)
 
 
@@ -167,7 +207,12 @@ def prune_endpoints(session: Session, *, before: datetime, limit: int) -> int:
 
 def usage_due(session: Session, *, before: date) -> int:
     """Days of tenants that `prune_usage` would remove from the ledger."""
-    return session.scalar(text("SELECT count(*) FROM usage_ledger WHERE day < :before"), {"before": before}) or 0
+    return (
+        session.scalar(
+            text("SELECT count(*) FROM usage_ledger WHERE day < :before"), {"before": before}
+        )
+        or 0
+    )
 
 
 def prune_usage(session: Session, *, before: date) -> int:
@@ -175,7 +220,14 @@ def prune_usage(session: Session, *, before: date) -> int:
     _take_time(session)
     days = _count(session, text("DELETE FROM usage_ledger WHERE day < :before"), before=before)
     if days:
-        audit.append(session, EventName.USAGE_DAYS_PRUNED, chain=audit.SYSTEM, actor=ACTOR, days=days, before=before.isoformat())
+        audit.append(
+            session,
+            EventName.USAGE_DAYS_PRUNED,
+            chain=audit.SYSTEM,
+            actor=ACTOR,
+            days=days,
+            before=before.isoformat(),
+        )
     return days
 
 

@@ -34,7 +34,10 @@ def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    is_late = (Job.start_by < now_once(), inputs.start_deadline() < now_once())  # the first by its index
+    is_late = (
+        Job.start_by < now_once(),
+        inputs.start_deadline() < now_once(),
+    )  # the first by its index
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, *is_late)
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
@@ -61,14 +64,21 @@ def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float
     """Give a storing job another deadline: as far off as it has waited by now, from 1 to LONGEST_STORE_WAIT times `store_within_s`."""
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is not None and job.state == JobState.STORING:
-        shortest, longest = timedelta(seconds=store_within_s), timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
+        shortest, longest = (
+            timedelta(seconds=store_within_s),
+            timedelta(seconds=LONGEST_STORE_WAIT * store_within_s),
+        )
         waited = func.clock_timestamp() - func.coalesce(Job.rendered_at, func.clock_timestamp())
         job.store_by = func.clock_timestamp() + func.least(func.greatest(waited, shortest), longest)
 
 
 def hasten_stores(session: Session) -> None:
     """Make every storing job overdue: storing works again."""
-    waiting = select(Job.id).where(Job.state == JobState.STORING, Job.store_by > now_once()).with_for_update(skip_locked=True)
+    waiting = (
+        select(Job.id)
+        .where(Job.state == JobState.STORING, Job.store_by > now_once())
+        .with_for_update(skip_locked=True)
+    )
     statement = update(Job).where(Job.id.in_(waiting)).values(store_by=func.clock_timestamp())
     session.execute(statement.execution_options(synchronize_session=False))
 
@@ -81,19 +91,32 @@ def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
     lasted, prolonged = timedelta(seconds=lasted_s), 0
     for deadline, is_waiting in ((Job.start_by, Job.attempt == 0), (Job.run_by, Job.attempt > 0)):
         near = select(Job.id).where(
-            Job.state == JobState.QUEUED, is_waiting, deadline > now_once() - lasted, deadline < now_once() + lasted
+            Job.state == JobState.QUEUED,
+            is_waiting,
+            deadline > now_once() - lasted,
+            deadline < now_once() + lasted,
         )
         # Rows that somebody holds are just being given to a worker, or ended: they are not waited for.
-        statement = update(Job).where(Job.id.in_(near.with_for_update(skip_locked=True))).values({deadline: now_once() + lasted})
-        done = session.execute(statement.returning(Job.id).execution_options(synchronize_session=False))
+        statement = (
+            update(Job)
+            .where(Job.id.in_(near.with_for_update(skip_locked=True)))
+            .values({deadline: now_once() + lasted})
+        )
+        done = session.execute(
+            statement.returning(Job.id).execution_options(synchronize_session=False)
+        )
         prolonged += len(done.all())
     return prolonged
 
 
-def awaited_pixels(session: Session, job_ids: Sequence[uuid.UUID]) -> set[tuple[uuid.UUID, int, int]]:
+def awaited_pixels(
+    session: Session, job_ids: Sequence[uuid.UUID]
+) -> set[tuple[uuid.UUID, int, int]]:
     """(job, index, attempt) of every image of these jobs whose pixels somebody may still read, or is just putting away."""
     active = select(Image.job_id, Image.index, Image.handed_off_attempt, Job.attempt, Job.state)
-    query = active.join(Job, Job.id == Image.job_id).where(Image.job_id.in_(job_ids), Job.state.in_(ACTIVE_STATES))
+    query = active.join(Job, Job.id == Image.job_id).where(
+        Image.job_id.in_(job_ids), Job.state.in_(ACTIVE_STATES)
+    )
     awaited = set()
     for job_id, index, handed_off_attempt, attempt, state in session.execute(query):
         if handed_off_attempt is not None:
@@ -105,13 +128,17 @@ def awaited_pixels(session: Session, job_ids: Sequence[uuid.UUID]) -> set[tuple[
 
 def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Those of these jobs that are in a final state, or that nobody knows."""
-    active = set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES))))
+    active = set(
+        session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES)))
+    )
     return set(job_ids) - active
 
 
 def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
     """Those of these jobs that no worker renders or will, or that nobody knows."""
-    to_render = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+    to_render = select(Job.id).where(
+        Job.id.in_(job_ids), Job.state.in_((JobState.QUEUED, JobState.RUNNING))
+    )
     return set(job_ids) - set(session.scalars(to_render))
 
 
@@ -131,7 +158,12 @@ def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: in
     now = session.scalar(select(now_once()))
     assert now is not None
     columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
-    query = select(*columns).where(Job.id > after, Job.id < first_id(now - older_than)).order_by(Job.id).limit(limit)
+    query = (
+        select(*columns)
+        .where(Job.id > after, Job.id < first_id(now - older_than))
+        .order_by(Job.id)
+        .limit(limit)
+    )
     found = []
     for job_id, tenant_id, tier, finished_at, erased_at in session.execute(query):
         is_due = erased_at is None and finished_at is not None and finished_at < now - older_than

@@ -19,17 +19,32 @@ def create(session: Session, *, name: str, weight: float = 1.0, actor: str = "cl
     tenant = Tenant(name=name, weight=weight)
     session.add(tenant)
     session.flush()
-    audit.append(session, EventName.TENANT_RECORD_CREATED, chain=tenant.id, actor=actor, tenant_id=str(tenant.id))
+    audit.append(
+        session,
+        EventName.TENANT_RECORD_CREATED,
+        chain=tenant.id,
+        actor=actor,
+        tenant_id=str(tenant.id),
+    )
     return tenant
 
 
 def weigh(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli") -> None:
     """Give the tenant another weight in fair order; jobs that wait keep the places they have."""
     was, tenant.weight = tenant.weight, weight
-    audit.append(session, EventName.TENANT_WEIGHT_CHANGED, chain=tenant.id, actor=actor, was=was, weight=weight)
+    audit.append(
+        session,
+        EventName.TENANT_WEIGHT_CHANGED,
+        chain=tenant.id,
+        actor=actor,
+        was=was,
+        weight=weight,
+    )
 
 
-def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli") -> None:
+def limit(
+    session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli"
+) -> None:
     """Give the tenant other limits, by the fields of `Limits`; None takes one away.
 
     Keys know of it within a second. Raises InvalidLimits for those that do not go together, and
@@ -44,8 +59,13 @@ def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor
     for name, value in columns.items():
         setattr(tenant, name, value)
     session.flush()
-    told = {name: float(value) if isinstance(value, Decimal) else value for name, value in columns.items()}
-    audit.append(session, EventName.TENANT_LIMITS_CHANGED, chain=tenant.id, actor=actor, changes=told)
+    told = {
+        name: float(value) if isinstance(value, Decimal) else value
+        for name, value in columns.items()
+    }
+    audit.append(
+        session, EventName.TENANT_LIMITS_CHANGED, chain=tenant.id, actor=actor, changes=told
+    )
 
 
 def page(session: Session, *, limit: int, before: uuid.UUID | None) -> Sequence[Tenant]:

@@ -17,7 +17,11 @@ ORPHAN_AFTER_S = 600.0  # no upload takes that long: its task is dead, or was to
 def begin(session: Session, object_key: str) -> None:
     """Note that the object is about to be stored. Waits for whoever is deleting it as an orphan right now."""
     row = {"started_at": func.clock_timestamp()}
-    session.execute(insert(Upload).values(object_key=object_key, **row).on_conflict_do_update(index_elements=[Upload.object_key], set_=row))
+    session.execute(
+        insert(Upload)
+        .values(object_key=object_key, **row)
+        .on_conflict_do_update(index_elements=[Upload.object_key], set_=row)
+    )
 
 
 def end(session: Session, object_key: str) -> None:
@@ -41,12 +45,18 @@ def give_up(session: Session, object_key: str) -> None:
     Waits for whoever is looking right now whether the object has a name: what it sees may be older than what the caller did.
     """
     note = insert(Upload).values(object_key=object_key, started_at=func.to_timestamp(0))
-    session.execute(note.on_conflict_do_update(index_elements=[Upload.object_key], set_={"started_at": Upload.started_at}))
+    session.execute(
+        note.on_conflict_do_update(
+            index_elements=[Upload.object_key], set_={"started_at": Upload.started_at}
+        )
+    )
 
 
 def are_left_behind(session: Session, *, older_than_s: float) -> bool:
     """Is there anything for `left_behind`?"""
-    return session.scalar(select(Upload.object_key).where(_is_old(older_than_s)).limit(1)) is not None
+    return (
+        session.scalar(select(Upload.object_key).where(_is_old(older_than_s)).limit(1)) is not None
+    )
 
 
 def left_behind(session: Session, *, older_than_s: float) -> str | None:
@@ -56,7 +66,13 @@ def left_behind(session: Session, *, older_than_s: float) -> str | None:
     other. The transaction may stay idle while the object store takes its time.
     """
     session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '120s'"))
-    query = select(Upload.object_key).where(_is_old(older_than_s)).order_by(Upload.started_at).limit(1).with_for_update(skip_locked=True)
+    query = (
+        select(Upload.object_key)
+        .where(_is_old(older_than_s))
+        .order_by(Upload.started_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
     while (key := session.scalar(query)) is not None:
         if not _is_named(session, key):
             return key
@@ -67,7 +83,10 @@ def left_behind(session: Session, *, older_than_s: float) -> str | None:
 def _is_named(session: Session, object_key: str) -> bool:
     """By anything that is not erased."""
     return any(
-        session.scalar(select(kind.id).where(kind.object_key == object_key, kind.erased_at.is_(None)).limit(1)) is not None
+        session.scalar(
+            select(kind.id).where(kind.object_key == object_key, kind.erased_at.is_(None)).limit(1)
+        )
+        is not None
         for kind in (Artifact, File)
     )
 

@@ -33,7 +33,9 @@ _SETTLE = text(
     WHERE tenant_id = :tenant_id AND day = :day
     """
 )
-_ABANDON = text("UPDATE usage_ledger SET abandoned = abandoned + :amount WHERE tenant_id = :tenant_id AND day = :day")
+_ABANDON = text(
+    "UPDATE usage_ledger SET abandoned = abandoned + :amount WHERE tenant_id = :tenant_id AND day = :day"
+)
 _MICRO = Decimal("0.000001")
 
 
@@ -50,11 +52,15 @@ class Shares:
 
     def of_images(self, stored: int) -> Decimal:
         """Count so many of the images; all of them are exactly what the job counts."""
-        return (self.megapixel_steps * stored / self.num_images).quantize(_MICRO, rounding=ROUND_DOWN)
+        return (self.megapixel_steps * stored / self.num_images).quantize(
+            _MICRO, rounding=ROUND_DOWN
+        )
 
     def of_steps(self, steps: int) -> Decimal:
         """Count so many denoise steps, of all images together."""
-        return (self.megapixel_steps * steps / (self.num_images * self.num_steps)).quantize(_MICRO, rounding=ROUND_DOWN)
+        return (self.megapixel_steps * steps / (self.num_images * self.num_steps)).quantize(
+            _MICRO, rounding=ROUND_DOWN
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,10 +106,15 @@ _TOTALS = text(
 
 def lock(session: Session, *, tenant_id: uuid.UUID) -> None:
     """Let nobody else write jobs of the tenant until commit: what is counted then is exact, also while the day turns."""
-    session.execute(text("SELECT pg_advisory_xact_lock(hashtextextended('usage:' || :tenant_id, 0))"), {"tenant_id": str(tenant_id)})
+    session.execute(
+        text("SELECT pg_advisory_xact_lock(hashtextextended('usage:' || :tenant_id, 0))"),
+        {"tenant_id": str(tenant_id)},
+    )
 
 
-def usage_totals(session: Session, *, tenant_id: uuid.UUID, count_jobs_to: int | None) -> UsageTotals:
+def usage_totals(
+    session: Session, *, tenant_id: uuid.UUID, count_jobs_to: int | None
+) -> UsageTotals:
     """Add up what the tenant has used, with what this transaction has written.
 
     count_jobs_to: there is no need to count on from there.

@@ -74,7 +74,9 @@ _IS_CLAIMABLE = """
     AND e.id = d.endpoint_id AND e.deleted_at IS NULL
     AND (e.disabled_at IS NULL OR d.event = 'webhook.test')
 """
-_LOOK = text(f"SELECT d.tenant_id, e.is_slow FROM webhook_deliveries d, webhook_endpoints e WHERE {_IS_CLAIMABLE}")
+_LOOK = text(
+    f"SELECT d.tenant_id, e.is_slow FROM webhook_deliveries d, webhook_endpoints e WHERE {_IS_CLAIMABLE}"
+)
 _CLAIM = text(
     f"""
     WITH under_way AS (
@@ -133,22 +135,40 @@ class Tried:
 
 
 def create(
-    session: Session, *, tenant_id: uuid.UUID, url: str, events: Sequence[str], description: str, secret: str, actor: str
+    session: Session,
+    *,
+    tenant_id: uuid.UUID,
+    url: str,
+    events: Sequence[str],
+    description: str,
+    secret: str,
+    actor: str,
 ) -> WebhookEndpoint:
     """A new endpoint, with its first secret."""
-    endpoint = WebhookEndpoint(tenant_id=tenant_id, url=url, events=list(events), description=description)
+    endpoint = WebhookEndpoint(
+        tenant_id=tenant_id, url=url, events=list(events), description=description
+    )
     endpoint.secrets = [WebhookSecret(secret=secret)]
     session.add(endpoint)
     audit.append(
-        session, EventName.WEBHOOK_ENDPOINT_CREATED, chain=tenant_id, actor=actor, endpoint_id=str(endpoint.id), events=list(events)
+        session,
+        EventName.WEBHOOK_ENDPOINT_CREATED,
+        chain=tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+        events=list(events),
     )
     return endpoint
 
 
 def count(session: Session, *, tenant_id: uuid.UUID) -> int:
     """The tenant's endpoints, disabled ones included; its row stays locked, so that nobody adds one meanwhile."""
-    session.execute(text("SELECT 1 FROM tenants WHERE id = :id FOR NO KEY UPDATE"), {"id": tenant_id})  # jobs may name it
-    query = select(func.count()).where(WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
+    session.execute(
+        text("SELECT 1 FROM tenants WHERE id = :id FOR NO KEY UPDATE"), {"id": tenant_id}
+    )  # jobs may name it
+    query = select(func.count()).where(
+        WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None)
+    )
     return session.scalar(query) or 0
 
 
@@ -158,16 +178,31 @@ def of_tenant(session: Session, *, tenant_id: uuid.UUID) -> Sequence[WebhookEndp
     return session.scalars(select(WebhookEndpoint).where(*own).order_by(WebhookEndpoint.id)).all()
 
 
-def find(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> WebhookEndpoint | None:
+def find(
+    session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID
+) -> WebhookEndpoint | None:
     """The tenant's endpoint; None also for another tenant's and for one that was deleted."""
-    own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
+    own = (
+        WebhookEndpoint.id == endpoint_id,
+        WebhookEndpoint.tenant_id == tenant_id,
+        WebhookEndpoint.deleted_at.is_(None),
+    )
     return session.scalar(select(WebhookEndpoint).where(*own))
 
 
-def lock(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> WebhookEndpoint | None:
+def lock(
+    session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID
+) -> WebhookEndpoint | None:
     """Find the endpoint as `find` does and keep it from others until commit; by the order of locks, before its secrets and deliveries."""
-    own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
-    return session.scalar(select(WebhookEndpoint).where(*own).with_for_update(key_share=True), execution_options=AFRESH)
+    own = (
+        WebhookEndpoint.id == endpoint_id,
+        WebhookEndpoint.tenant_id == tenant_id,
+        WebhookEndpoint.deleted_at.is_(None),
+    )
+    return session.scalar(
+        select(WebhookEndpoint).where(*own).with_for_update(key_share=True),
+        execution_options=AFRESH,
+    )
 
 
 def change(
@@ -185,49 +220,86 @@ def change(
     endpoint.events = endpoint.events if events is None else list(events)
     endpoint.description = endpoint.description if description is None else description
     if enabled is not None:
-        endpoint.disabled_at = None if enabled else endpoint.disabled_at or session.scalar(select(now_once()))
+        endpoint.disabled_at = (
+            None if enabled else endpoint.disabled_at or session.scalar(select(now_once()))
+        )
         endpoint.disabled_reason = None if enabled else endpoint.disabled_reason or OWN_WISH
     changed = [
-        name for name, value in (("url", url), ("events", events), ("description", description), ("enabled", enabled)) if value is not None
+        name
+        for name, value in (
+            ("url", url),
+            ("events", events),
+            ("description", description),
+            ("enabled", enabled),
+        )
+        if value is not None
     ]
     facts: dict[str, Any] = {"endpoint_id": str(endpoint.id), "changed": changed}
-    audit.append(session, EventName.WEBHOOK_ENDPOINT_CHANGED, chain=endpoint.tenant_id, actor=actor, **facts)
+    audit.append(
+        session, EventName.WEBHOOK_ENDPOINT_CHANGED, chain=endpoint.tenant_id, actor=actor, **facts
+    )
 
 
 def delete(session: Session, endpoint: WebhookEndpoint, *, actor: str) -> None:
     """Send nothing there any more, not even what waits."""
     endpoint.deleted_at = session.scalar(select(now_once()))
     _end_pending(session, endpoint.id)
-    audit.append(session, EventName.WEBHOOK_ENDPOINT_DELETED, chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
+    audit.append(
+        session,
+        EventName.WEBHOOK_ENDPOINT_DELETED,
+        chain=endpoint.tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+    )
 
 
-def rotate(session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s: float, actor: str) -> None:
+def rotate(
+    session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s: float, actor: str
+) -> None:
     """Sign with `secret` from now on, and with the one before it for `grace_s` more; older ones end at once."""
     ends_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, grace_s)
     older = update(WebhookSecret).where(WebhookSecret.endpoint_id == endpoint.id)
-    session.execute(older.where(WebhookSecret.expires_at.is_not(None)).values(expires_at=func.clock_timestamp()))
+    session.execute(
+        older.where(WebhookSecret.expires_at.is_not(None)).values(expires_at=func.clock_timestamp())
+    )
     session.execute(older.where(WebhookSecret.expires_at.is_(None)).values(expires_at=ends_at))
     session.add(WebhookSecret(endpoint_id=endpoint.id, secret=secret))
-    audit.append(session, EventName.WEBHOOK_SECRET_ROTATED, chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
+    audit.append(
+        session,
+        EventName.WEBHOOK_SECRET_ROTATED,
+        chain=endpoint.tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+    )
 
 
 def note(session: Session, job: Job, event: str) -> None:
     """Write a delivery of `event` for every live endpoint of the job's tenant that wants it; it is due at once."""
     wants = select(WebhookEndpoint.id).where(
-        WebhookEndpoint.tenant_id == job.tenant_id, *_IS_LIVE, literal(event) == any_(WebhookEndpoint.events)
+        WebhookEndpoint.tenant_id == job.tenant_id,
+        *_IS_LIVE,
+        literal(event) == any_(WebhookEndpoint.events),
     )
     for endpoint_id in session.scalars(wants):
-        session.add(WebhookDelivery(endpoint_id=endpoint_id, tenant_id=job.tenant_id, event=event, job_id=job.id))
+        session.add(
+            WebhookDelivery(
+                endpoint_id=endpoint_id, tenant_id=job.tenant_id, event=event, job_id=job.id
+            )
+        )
 
 
 def note_test(session: Session, endpoint: WebhookEndpoint, event: str) -> WebhookDelivery:
     """A delivery of an event that is about no job, also while the endpoint is disabled."""
-    delivery = WebhookDelivery(id=new_id(), endpoint_id=endpoint.id, tenant_id=endpoint.tenant_id, event=event)
+    delivery = WebhookDelivery(
+        id=new_id(), endpoint_id=endpoint.id, tenant_id=endpoint.tenant_id, event=event
+    )
     session.add(delivery)
     return delivery
 
 
-def endpoints_with_pending(session: Session, *, after: uuid.UUID | None, limit: int) -> list[uuid.UUID]:
+def endpoints_with_pending(
+    session: Session, *, after: uuid.UUID | None, limit: int
+) -> list[uuid.UUID]:
     """List up to `limit` endpoints that anything waits for, by id, beginning after `after`; None: at the first."""
     start = uuid.UUID(int=0) if after is None else after
     return list(session.scalars(_WITH_PENDING, {"after": start, "limit": limit}))
@@ -244,15 +316,26 @@ def due(session: Session, endpoint_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
 
 def due_of_job(session: Session, job_id: uuid.UUID) -> list[uuid.UUID]:
     """The job's deliveries that wait for their first attempt."""
-    query = select(WebhookDelivery.id).where(WebhookDelivery.job_id == job_id, _IS_PENDING, WebhookDelivery.attempts == 0)
+    query = select(WebhookDelivery.id).where(
+        WebhookDelivery.job_id == job_id, _IS_PENDING, WebhookDelivery.attempts == 0
+    )
     return list(session.scalars(query))
 
 
 def next_of_endpoint(session: Session, endpoint_id: uuid.UUID) -> uuid.UUID | None:
     """Another delivery that is due there."""
-    is_free = or_(WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until <= now_once())
-    here = (WebhookDelivery.endpoint_id == endpoint_id, _IS_PENDING, WebhookDelivery.due_at <= now_once(), is_free)
-    return session.scalar(select(WebhookDelivery.id).where(*here).order_by(WebhookDelivery.due_at).limit(1))
+    is_free = or_(
+        WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until <= now_once()
+    )
+    here = (
+        WebhookDelivery.endpoint_id == endpoint_id,
+        _IS_PENDING,
+        WebhookDelivery.due_at <= now_once(),
+        is_free,
+    )
+    return session.scalar(
+        select(WebhookDelivery.id).where(*here).order_by(WebhookDelivery.due_at).limit(1)
+    )
 
 
 def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
@@ -280,7 +363,9 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
             return None
         raise TooManyUnderWay
     is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
-    query = select(WebhookSecret.secret).where(WebhookSecret.endpoint_id == row.endpoint_id, is_live)
+    query = select(WebhookSecret.secret).where(
+        WebhookSecret.endpoint_id == row.endpoint_id, is_live
+    )
     secrets = session.scalars(query.order_by(WebhookSecret.created_at.desc()))
     return Claim(
         id=delivery_id,
@@ -298,7 +383,9 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
 
 def note_speed(session: Session, endpoint_id: uuid.UUID, *, is_slow: bool) -> None:
     """Remember whether the endpoint's last attempt took long: slow ones share a few threads."""
-    session.execute(update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id).values(is_slow=is_slow))
+    session.execute(
+        update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id).values(is_slow=is_slow)
+    )
 
 
 def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> DeliveryState | None:
@@ -307,12 +394,26 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
     A 410 disables the endpoint.
     """
     is_gone = tried.status == 410
-    endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update={"key_share": True}) if is_gone else None
+    endpoint = (
+        session.get(WebhookEndpoint, claim.endpoint_id, with_for_update={"key_share": True})
+        if is_gone
+        else None
+    )
     delivery = session.get(WebhookDelivery, claim.id, with_for_update=True)
-    if delivery is None or delivery.attempts != claim.attempt or delivery.state != DeliveryState.PENDING:
+    if (
+        delivery is None
+        or delivery.attempts != claim.attempt
+        or delivery.state != DeliveryState.PENDING
+    ):
         return None
     session.add(
-        WebhookAttempt(delivery_id=claim.id, attempt=claim.attempt, status=tried.status, error=tried.error, took_s=round(tried.took_s, 4))
+        WebhookAttempt(
+            delivery_id=claim.id,
+            attempt=claim.attempt,
+            status=tried.status,
+            error=tried.error,
+            took_s=round(tried.took_s, 4),
+        )
     )
     delivery.claimed_until = None
     if tried.is_delivered or is_gone or tried.try_again_s is None:
@@ -320,42 +421,75 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
         delivery.state = DeliveryState.DELIVERED if tried.is_delivered else gone
         delivery.due_at, delivery.ended_at = None, func.clock_timestamp()
     else:
-        delivery.due_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, tried.try_again_s)
+        delivery.due_at = func.clock_timestamp() + func.make_interval(
+            0, 0, 0, 0, 0, 0, tried.try_again_s
+        )
     state = DeliveryState(delivery.state)
     session.flush()
     if endpoint is not None:
-        endpoint.disabled_at, endpoint.disabled_reason = endpoint.disabled_at or func.clock_timestamp(), GONE
+        endpoint.disabled_at, endpoint.disabled_reason = (
+            endpoint.disabled_at or func.clock_timestamp(),
+            GONE,
+        )
         _end_pending(session, endpoint.id)
         audit.append(
-            session, EventName.WEBHOOK_ENDPOINT_DISABLED, chain=claim.tenant_id, actor=actor, endpoint_id=str(endpoint.id), reason=GONE
+            session,
+            EventName.WEBHOOK_ENDPOINT_DISABLED,
+            chain=claim.tenant_id,
+            actor=actor,
+            endpoint_id=str(endpoint.id),
+            reason=GONE,
         )
     return state
 
 
 def page(
-    session: Session, endpoint_id: uuid.UUID, *, limit: int, before: uuid.UUID | None, state: str | None
+    session: Session,
+    endpoint_id: uuid.UUID,
+    *,
+    limit: int,
+    before: uuid.UUID | None,
+    state: str | None,
 ) -> list[tuple[WebhookDelivery, list[WebhookAttempt]]]:
     """Up to `limit` of the endpoint's deliveries, newest first, older than `before`, each with its attempts."""
     query = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)
     query = query if before is None else query.where(WebhookDelivery.id < before)
     query = query if state is None else query.where(WebhookDelivery.state == state)
     deliveries = session.scalars(query.order_by(WebhookDelivery.id.desc()).limit(limit)).all()
-    tried = select(WebhookAttempt).where(WebhookAttempt.delivery_id.in_([delivery.id for delivery in deliveries]))
+    tried = select(WebhookAttempt).where(
+        WebhookAttempt.delivery_id.in_([delivery.id for delivery in deliveries])
+    )
     attempts = session.scalars(tried.order_by(WebhookAttempt.attempt)).all()
-    return [(delivery, [attempt for attempt in attempts if attempt.delivery_id == delivery.id]) for delivery in deliveries]
+    return [
+        (delivery, [attempt for attempt in attempts if attempt.delivery_id == delivery.id])
+        for delivery in deliveries
+    ]
 
 
-def redeliver(session: Session, delivery_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> WebhookDelivery | None:
+def redeliver(
+    session: Session, delivery_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str
+) -> WebhookDelivery | None:
     """Make the tenant's delivery due now, under the id it has, whatever came of it; None if it is not there, or its endpoint is not."""
-    query = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id, WebhookDelivery.tenant_id == tenant_id)
+    query = select(WebhookDelivery).where(
+        WebhookDelivery.id == delivery_id, WebhookDelivery.tenant_id == tenant_id
+    )
     delivery = session.scalar(query.with_for_update())
     if delivery is None or find(session, delivery.endpoint_id, tenant_id=tenant_id) is None:
         return None
-    delivery.state, delivery.due_at, delivery.ended_at = DeliveryState.PENDING.value, func.clock_timestamp(), None
+    delivery.state, delivery.due_at, delivery.ended_at = (
+        DeliveryState.PENDING.value,
+        func.clock_timestamp(),
+        None,
+    )
     session.flush()
     session.refresh(delivery)
-    facts: dict[str, Any] = {"delivery_id": str(delivery_id), "endpoint_id": str(delivery.endpoint_id)}
-    audit.append(session, EventName.WEBHOOK_DELIVERY_REDELIVERED, chain=tenant_id, actor=actor, **facts)
+    facts: dict[str, Any] = {
+        "delivery_id": str(delivery_id),
+        "endpoint_id": str(delivery.endpoint_id),
+    }
+    audit.append(
+        session, EventName.WEBHOOK_DELIVERY_REDELIVERED, chain=tenant_id, actor=actor, **facts
+    )
     return delivery
 
 
@@ -372,13 +506,19 @@ def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
     """
     old = select(WebhookDelivery.id).where(
         _IS_PENDING,
-        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
+        WebhookDelivery.created_at
+        < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
         WebhookDelivery.due_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, OVERDUE_S),
         or_(WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until < now_once()),
     )
     ids = list(session.scalars(old.limit(limit).with_for_update(skip_locked=True)))
     over = update(WebhookDelivery).where(WebhookDelivery.id.in_(ids), _IS_PENDING)
-    ended = over.values(state=DeliveryState.FAILED.value, due_at=None, claimed_until=None, ended_at=func.clock_timestamp())
+    ended = over.values(
+        state=DeliveryState.FAILED.value,
+        due_at=None,
+        claimed_until=None,
+        ended_at=func.clock_timestamp(),
+    )
     session.execute(ended.execution_options(synchronize_session=False))
     return len(ids)
 
@@ -386,7 +526,8 @@ def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
 def forget_old(session: Session, *, limit: int) -> int:
     """Delete up to `limit` deliveries that ended long ago, with their attempts; how many there were."""
     old = select(WebhookDelivery.id).where(
-        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S), WebhookDelivery.ended_at.is_not(None)
+        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S),
+        WebhookDelivery.ended_at.is_not(None),
     )
     ids = list(session.scalars(old.order_by(WebhookDelivery.created_at).limit(limit)))
     session.execute(text("DELETE FROM webhook_deliveries WHERE id = ANY(:ids)"), {"ids": ids})
@@ -394,6 +535,11 @@ def forget_old(session: Session, *, limit: int) -> int:
 
 
 def _end_pending(session: Session, endpoint_id: uuid.UUID) -> None:
-    over = {"state": DeliveryState.GONE.value, "due_at": None, "claimed_until": None, "ended_at": func.clock_timestamp()}
+    over = {
+        "state": DeliveryState.GONE.value,
+        "due_at": None,
+        "claimed_until": None,
+        "ended_at": func.clock_timestamp(),
+    }
     here = update(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id, _IS_PENDING)
     session.execute(here.values(**over).execution_options(synchronize_session=False))

@@ -12,12 +12,29 @@ from models.tables import Worker
 
 
 def heartbeat(
-    session: Session, *, name: str, pool: str, device: str, slots: int, facts: dict[str, Any], silent_after_s: float = 15.0
+    session: Session,
+    *,
+    name: str,
+    pool: str,
+    device: str,
+    slots: int,
+    facts: dict[str, Any],
+    silent_after_s: float = 15.0,
 ) -> None:
     """Say that the worker is alive, now by the database's clock, and that it is gone when nothing is heard for `silent_after_s`."""
-    row = {"pool": pool, "device": device, "slots": slots, "facts": facts, "seen_at": func.clock_timestamp()}
+    row = {
+        "pool": pool,
+        "device": device,
+        "slots": slots,
+        "facts": facts,
+        "seen_at": func.clock_timestamp(),
+    }
     row |= {"silent_after_s": silent_after_s}
-    session.execute(insert(Worker).values(name=name, **row).on_conflict_do_update(index_elements=[Worker.name], set_=row))
+    session.execute(
+        insert(Worker)
+        .values(name=name, **row)
+        .on_conflict_do_update(index_elements=[Worker.name], set_=row)
+    )
 
 
 def leave(session: Session, name: str) -> None:
@@ -42,9 +59,15 @@ def capacity(session: Session, *, pool: str, silent_for_s: float) -> Capacity:
     """What the workers heard of in the last `silent_for_s` can do."""
     fresh = func.clock_timestamp() - timedelta(seconds=silent_for_s)
     columns = func.coalesce(func.sum(Worker.slots), 0), func.count().filter(Worker.slots > 0)
-    return Capacity(*session.execute(select(*columns).where(Worker.pool == pool, Worker.seen_at > fresh)).one())
+    return Capacity(
+        *session.execute(select(*columns).where(Worker.pool == pool, Worker.seen_at > fresh)).one()
+    )
 
 
 def forget_the_silent(session: Session, *, silent_for_s: float) -> None:
     """Remove rows of workers that died without a word."""
-    session.execute(delete(Worker).where(Worker.seen_at < func.clock_timestamp() - timedelta(seconds=silent_for_s)))
+    session.execute(
+        delete(Worker).where(
+            Worker.seen_at < func.clock_timestamp() - timedelta(seconds=silent_for_s)
+        )
+    )

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, Line, Waiting, raw_eta_s
 
-HANDOFF_FULL = 0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
+HANDOFF_FULL = (
+    0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
+)
 HANDOFF_OVERFULL = 0.9
 HANDOFF_FULL_FOR_INPUTS = 0.7  # below what closes the workers: pictures that wait for a worker must not keep it from taking their jobs
 HANDOFF_FULL_FOR_PREVIEWS = 0.5  # whoever watches must not be able to close anything
@@ -77,7 +79,9 @@ class Refusal:
     retry_after_s: int
 
 
-def place_in(fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_images: int, lead_s: float) -> Place:
+def place_in(
+    fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_images: int, lead_s: float
+) -> Place:
     """Where a job of `tier` stands whose start tag is `lead_s` ahead of virtual time.
 
     Before it go all that better tiers have, what of its own tier runs, and what fair order releases first. The minimum shares
@@ -86,17 +90,32 @@ def place_in(fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_
     rank = fleet.tiers[tier].rank
     better = {name for name, other in fleet.tiers.items() if other.rank < rank}
     line, own = snapshot.lines.get(tier, Line()), snapshot.own.get(tier)
-    (ahead_s, jobs), (added_s, added) = line.before(lead_s), own.added_before(lead_s) if own is not None else (0.0, 0.0)
+    (ahead_s, jobs), (added_s, added) = (
+        line.before(lead_s),
+        own.added_before(lead_s) if own is not None else (0.0, 0.0),
+    )
     ahead_s += added_s + sum(snapshot.lines[name].cost_s for name in better & snapshot.lines.keys())
-    ahead_s += sum(work.now.cost_s - work.counted.cost_s for name, work in snapshot.own.items() if name in better)
-    ahead_s += sum(work.cost_s for name, work in snapshot.running.items() if name in better or name == tier)
+    ahead_s += sum(
+        work.now.cost_s - work.counted.cost_s
+        for name, work in snapshot.own.items()
+        if name in better
+    )
+    ahead_s += sum(
+        work.cost_s for name, work in snapshot.running.items() if name in better or name == tier
+    )
     slots = fleet.pools[pool].slots
     devices = max(1, snapshot.devices)
     images = num_images + sum(work.images for work in snapshot.running.values())
-    return Place(ahead_s, round(jobs + added), concurrent_images=min(float(slots), max(float(min(num_images, slots)), images / devices)))
+    return Place(
+        ahead_s,
+        round(jobs + added),
+        concurrent_images=min(float(slots), max(float(min(num_images, slots)), images / devices)),
+    )
 
 
-def first_guess_s(place: Place, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int) -> float:
+def first_guess_s(
+    place: Place, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int
+) -> float:
     """Seconds from now to the job's last image, as far as the queue tells; learnt ratios correct it."""
     return raw_eta_s(
         ahead_s=place.ahead_s,
@@ -123,16 +142,24 @@ def refusal(
     """
     shape, limits = fleet.pools[pool], fleet.tiers[tier]
     if not snapshot.devices and not shape.warm_floor and not shape.scalable:
-        return Refusal("unserved", f"No worker of pool {pool} is alive, and nothing starts one.", _jittered(60, draw))
+        return Refusal(
+            "unserved",
+            f"No worker of pool {pool} is alive, and nothing starts one.",
+            _jittered(60, draw),
+        )
     own, most_s = snapshot.own.get(tier), limits.max_queued_s_per_tenant
     if own is not None and own.now.cost_s + job_device_s > most_s:
-        others = snapshot.lines.get(tier, Line()).weights - (own.counted.weight if own.counted.jobs else 0.0)
+        others = snapshot.lines.get(tier, Line()).weights - (
+            own.counted.weight if own.counted.jobs else 0.0
+        )
         excess_s = own.now.cost_s + job_device_s - most_s
         wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
         detail = f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds; at most {most_s:.0f} may wait."
         return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
     if snapshot.handoff_fill > HANDOFF_OVERFULL:
-        return Refusal("handoff_full", "Images are made faster than they can be stored.", _jittered(5, draw))
+        return Refusal(
+            "handoff_full", "Images are made faster than they can be stored.", _jittered(5, draw)
+        )
     if snapshot.devices:
         pessimism = min(MOST_PESSIMISM, max(1.0, ratios.p90 if ratios is not None else 1.0))
         wait_s = place.ahead_s / snapshot.devices * pessimism
@@ -143,5 +170,7 @@ def refusal(
 
 
 def _jittered(seconds: float, draw: float) -> int:
-    bounded = min(LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds))  # first: who waits longest is spread, too
+    bounded = min(
+        LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds)
+    )  # first: who waits longest is spread, too
     return math.ceil(bounded * (1 - JITTER + 2 * JITTER * draw))

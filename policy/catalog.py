@@ -11,7 +11,9 @@ from policy.params import PARAMS, AsAsked, Resolved, Wish
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 RANDOM_SEED = -1  # what the programs of others say for one that is drawn
-DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
+DEFAULT_STRENGTH = (
+    0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
+)
 MAX_ADAPTERS, MAX_ADAPTER_STRENGTH = 8, 4.0
 
 Number = TypeVar("Number", int, float)
@@ -85,9 +87,15 @@ def _check_text(model: Model, wish: Wish) -> None:
     for field, text in (("prompt", wish.prompt), ("negative_prompt", wish.negative_prompt)):
         if len(text) > model.max_prompt_chars:
             accepted = {"max_chars": model.max_prompt_chars}
-            raise InvalidWish(field, f"has {len(text)} characters; at most {model.max_prompt_chars} are accepted", accepted)
+            raise InvalidWish(
+                field,
+                f"has {len(text)} characters; at most {model.max_prompt_chars} are accepted",
+                accepted,
+            )
         if "\x00" in text or not _is_unicode(text):
-            raise InvalidWish(field, "contains a NUL or a lone surrogate; plain Unicode text is accepted")
+            raise InvalidWish(
+                field, "contains a NUL or a lone surrogate; plain Unicode text is accepted"
+            )
     if not wish.prompt.strip() and wish.init_image is None:  # a picture may say it all
         raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
 
@@ -102,7 +110,10 @@ def _is_unicode(text: str) -> bool:
 
 def _seed(wish: Wish, default_seed: int, num_images: int) -> int:
     """The seed of image 0; RANDOM_SEED stands for one that is drawn."""
-    seed, most = default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed, MAX_SEED - num_images
+    seed, most = (
+        default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed,
+        MAX_SEED - num_images,
+    )
     if not 0 <= seed <= most:
         detail = f"must be from 0 to {most}, or {RANDOM_SEED} for one that is drawn"
         raise InvalidWish("seed", detail, {"min": RANDOM_SEED, "max": most})
@@ -144,18 +155,32 @@ def _check_rule(field: str, rule: AsAsked, value: Any, model: Model, model_id: s
 
 def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | float]] | None:
     if len(wish.adapters) > MAX_ADAPTERS:
-        raise InvalidWish("adapters", f"has {len(wish.adapters)} entries; at most {MAX_ADAPTERS} are accepted", {"max": MAX_ADAPTERS})
+        raise InvalidWish(
+            "adapters",
+            f"has {len(wish.adapters)} entries; at most {MAX_ADAPTERS} are accepted",
+            {"max": MAX_ADAPTERS},
+        )
     for place, adapter in enumerate(wish.adapters):
         if not model.adapters:
             raise InvalidWish("adapters", f"are not offered by model {model_id}", [])
         _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
-        _within(f"adapters/{place}/strength", adapter.strength, -MAX_ADAPTER_STRENGTH, MAX_ADAPTER_STRENGTH, "every adapter")
-    return [{"name": adapter.name, "strength": adapter.strength} for adapter in wish.adapters] or None
+        _within(
+            f"adapters/{place}/strength",
+            adapter.strength,
+            -MAX_ADAPTER_STRENGTH,
+            MAX_ADAPTER_STRENGTH,
+            "every adapter",
+        )
+    return [
+        {"name": adapter.name, "strength": adapter.strength} for adapter in wish.adapters
+    ] or None
 
 
 def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> str:
     if value not in accepted:
-        raise InvalidWish(field, f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}", list(accepted))
+        raise InvalidWish(
+            field, f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}", list(accepted)
+        )
     return value
 
 

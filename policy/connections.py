@@ -3,7 +3,10 @@
 A pool keeps `size` of them and opens as many again under load.
 """
 
-WORKER, WORKER_BEATS = 4, 1  # a task holds one for a statement or two; the renewal of leases never waits for a task's
+WORKER, WORKER_BEATS = (
+    4,
+    1,
+)  # a task holds one for a statement or two; the renewal of leases never waits for a task's
 RESULTS, SWEEPER, WEBHOOKS = 5, 3, 8
 GATEWAY_ASIDE = 2  # keys and queues are read beside whatever writes
 GATEWAY_READINESS = 1  # /readyz looks however many write
@@ -13,5 +16,10 @@ def at_most(kind: str, *, gateway_pool_size: int = 10, web_concurrency: int = 1)
     """Connections of one process of that kind; of the gateway, of all its processes together."""
     if kind == "gateway":
         return web_concurrency * 2 * (gateway_pool_size + GATEWAY_ASIDE + GATEWAY_READINESS)
-    sizes = {"worker": WORKER + WORKER_BEATS, "results": RESULTS, "sweeper": SWEEPER, "webhooks": WEBHOOKS}
+    sizes = {
+        "worker": WORKER + WORKER_BEATS,
+        "results": RESULTS,
+        "sweeper": SWEEPER,
+        "webhooks": WEBHOOKS,
+    }
     return 2 * sizes[kind]

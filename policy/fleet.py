@@ -10,13 +10,25 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
+ModelAlias = Annotated[
+    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")
+]  # what programs have built in
 MAX_SIDE_PX = 4096
 FLOW_FAMILIES = ("sd3", "flux")  # native ones of flow matching
-OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
+OPEN_FAMILIES = (
+    "pipeline",
+    "plain",
+)  # any diffusers pipeline: what it makes of its arguments is its own affair
 
 
 class FleetInvalid(Exception):
@@ -30,10 +42,21 @@ class FleetInvalid(Exception):
 def parse_size(text: str) -> tuple[int, int]:
     """`"512x768"` to (width_px, height_px); ValueError says what would be accepted."""
     width, separator, height = text.partition("x")
-    if not (separator and width.isascii() and height.isascii() and width.isdigit() and height.isdigit() and len(text) <= 11):
+    if not (
+        separator
+        and width.isascii()
+        and height.isascii()
+        and width.isdigit()
+        and height.isdigit()
+        and len(text) <= 11
+    ):
         raise ValueError('a size is "WIDTHxHEIGHT" in pixels, such as "512x512"')
     width_px, height_px = int(width), int(height)
-    if not (8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX) or width_px % 8 or height_px % 8:
+    if (
+        not (8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX)
+        or width_px % 8
+        or height_px % 8
+    ):
         raise ValueError(f"both sides must be multiples of 8 from 8 to {MAX_SIDE_PX}")
     return width_px, height_px
 
@@ -64,11 +87,21 @@ class Tier(_Table):
     determinism: Literal["best_effort", "reproducible"]
     price_weight: float = Field(gt=0)
     start_within_s: int = Field(ge=1)
-    run_within_s: float = Field(3600.0, gt=0)  # from the first start to the last pixels, storing not counted; then the job fails
-    checkpoint_every_steps: int = Field(10, ge=0)  # what a killed worker loses at most, of each image; 0: everything
-    retention_days: int | None = Field(None, ge=1)  # after a job's end its prompts and images are erased; None: kept
-    max_in_hand_per_tenant: int | None = Field(None, ge=1)  # images announced or running; None: as many as there is room for
-    max_queued_s_per_tenant: float = Field(86_400.0, gt=0)  # device seconds that one tenant may have waiting; more is a 429
+    run_within_s: float = Field(
+        3600.0, gt=0
+    )  # from the first start to the last pixels, storing not counted; then the job fails
+    checkpoint_every_steps: int = Field(
+        10, ge=0
+    )  # what a killed worker loses at most, of each image; 0: everything
+    retention_days: int | None = Field(
+        None, ge=1
+    )  # after a job's end its prompts and images are erased; None: kept
+    max_in_hand_per_tenant: int | None = Field(
+        None, ge=1
+    )  # images announced or running; None: as many as there is room for
+    max_queued_s_per_tenant: float = Field(
+        86_400.0, gt=0
+    )  # device seconds that one tenant may have waiting; more is a 429
 
 
 class ModelTier(_Table):
@@ -76,7 +109,9 @@ class ModelTier(_Table):
 
     default_steps: int | None = Field(None, ge=1)
     default_guidance: float | None = Field(None, ge=0)
-    bucket_rows: dict[Size, int] = Field(default_factory=dict)  # size -> rows of every forward of a reproducible request
+    bucket_rows: dict[Size, int] = Field(
+        default_factory=dict
+    )  # size -> rows of every forward of a reproducible request
 
 
 class ModelVersion(_Table):
@@ -85,7 +120,9 @@ class ModelVersion(_Table):
     id: Name
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
-    sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+    sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict
+    )
 
 
 class Adapter(_Table):
@@ -99,10 +136,16 @@ class Model(_Table):
     """An entry of the catalog: what clients may ask of one family of weights."""
 
     title: str
-    aliases: tuple[ModelAlias, ...] = ()  # further ids that a request may say; its jobs are this model's
+    aliases: tuple[
+        ModelAlias, ...
+    ] = ()  # further ids that a request may say; its jobs are this model's
     family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
-    pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
-    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
+    pipeline_class: str = (
+        ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
+    )
+    options: dict[Name, str | int | float | bool] = Field(
+        default_factory=dict
+    )  # the same two: arguments of every call
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
     channels_last: bool = False
     compile_blocks: bool = False
@@ -117,7 +160,9 @@ class Model(_Table):
     default_guidance: float = Field(ge=0)
     max_guidance: float = Field(gt=0)
     max_prompt_chars: int = Field(2000, ge=1, le=100_000)
-    cost_factor: float = Field(1.0, gt=0, le=1000)  # what a megapixel-step of it counts against budgets and quotas
+    cost_factor: float = Field(
+        1.0, gt=0, le=1000
+    )  # what a megapixel-step of it counts against budgets and quotas
     created_at: datetime
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)
@@ -129,7 +174,9 @@ class Pool(_Table):
     models: tuple[Name, ...] = Field(min_length=1)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
-    row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, ascending; (): exactly the rows there are
+    row_buckets: tuple[
+        int, ...
+    ] = ()  # sizes of best-effort forwards, ascending; (): exactly the rows there are
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     warm_floor: int = Field(0, ge=0)
     scalable: bool = False  # something starts workers when jobs wait; without it and without a live worker jobs are refused
@@ -205,7 +252,9 @@ class Fleet(_Table):
     @cached_property
     def model_ids(self) -> dict[str, str]:
         """What a request may say for a model, to the id of that model: the ids themselves in front, then the aliases."""
-        aliases = {alias: model_id for model_id, model in self.models.items() for alias in model.aliases}
+        aliases = {
+            alias: model_id for model_id, model in self.models.items() for alias in model.aliases
+        }
         return {model_id: model_id for model_id in self.models} | aliases
 
     def default_steps(self, model: str, tier: str) -> int:
@@ -216,7 +265,9 @@ class Fleet(_Table):
     def sizes_of(self, model: str, tier: str) -> tuple[str, ...]:
         """The sizes of `model` that are within the limit of `tier`, the default in front."""
         most_px = self.tiers[tier].max_megapixels * 1e6
-        return tuple(size for size in self.models[model].sizes if math.prod(parse_size(size)) <= most_px)
+        return tuple(
+            size for size in self.models[model].sizes if math.prod(parse_size(size)) <= most_px
+        )
 
     def default_model(self) -> str:
         """What a request without `model` gets: the first of the file."""
@@ -234,7 +285,12 @@ def parse_fleet(text: str) -> Fleet:
     except tomllib.TOMLDecodeError as error:
         raise FleetInvalid([f"not TOML: {error}"]) from None
     except ValidationError as error:
-        raise FleetInvalid([f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}" for problem in error.errors()]) from None
+        raise FleetInvalid(
+            [
+                f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}"
+                for problem in error.errors()
+            ]
+        ) from None
     if problems := list(_contradictions(fleet)):
         raise FleetInvalid(problems)
     return fleet
@@ -248,7 +304,9 @@ def _contradictions(fleet: Fleet) -> list[str]:
         if ranks[tier.rank] > 1:
             problems.append(f"tiers.{name}.rank: {tier.rank} is taken by another tier")
         if tier.default_steps > tier.max_steps:
-            problems.append(f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})")
+            problems.append(
+                f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})"
+            )
     if sum(tier.guaranteed_share for tier in fleet.tiers.values()) > 1:
         problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
     if "results" in fleet.pools:
@@ -257,15 +315,31 @@ def _contradictions(fleet: Fleet) -> list[str]:
         problems.append("tiers.front: the name belongs to the front queues; choose another")
     homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
     for name, pool in fleet.pools.items():
-        problems += [f"pools.{name}.models: {model!r} is not a model of this file" for model in pool.models if model not in fleet.models]
-        if list(pool.row_buckets) != sorted({rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}):
-            problems.append(f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows ({pool.max_batch_rows})")
+        problems += [
+            f"pools.{name}.models: {model!r} is not a model of this file"
+            for model in pool.models
+            if model not in fleet.models
+        ]
+        if list(pool.row_buckets) != sorted(
+            {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
+        ):
+            problems.append(
+                f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows ({pool.max_batch_rows})"
+            )
         for tier_name, tier in fleet.tiers.items():
             if tier.max_images > pool.slots:
-                problems.append(f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})")
-    said = Counter([*fleet.models, *(alias for model in fleet.models.values() for alias in model.aliases)])
+                problems.append(
+                    f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})"
+                )
+    said = Counter(
+        [*fleet.models, *(alias for model in fleet.models.values() for alias in model.aliases)]
+    )
     for name, model in fleet.models.items():
-        problems += [f"models.{name}.aliases: {alias!r} is taken" for alias in model.aliases if said[alias] > 1]
+        problems += [
+            f"models.{name}.aliases: {alias!r} is taken"
+            for alias in model.aliases
+            if said[alias] > 1
+        ]
         problems += _contradictions_of_model(fleet, name, model, homes[name])
     return problems
 
@@ -280,11 +354,17 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         if is_given and model.family not in OPEN_FAMILIES:
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
-        problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
+        problems.append(
+            f"models.{name}.guidance_distilled: means nothing to family {model.family!r}"
+        )
     if model.block_cache_threshold and model.family not in FLOW_FAMILIES:
-        problems.append(f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}")
+        problems.append(
+            f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}"
+        )
     if model.default_guidance > model.max_guidance:
-        problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
+        problems.append(
+            f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})"
+        )
     if len({version.id for version in model.versions}) < len(model.versions):
         problems.append(f"models.{name}.versions: ids must differ")
     if not any(version.traffic_weight for version in model.versions):
@@ -293,18 +373,26 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         if tier_name not in fleet.tiers:
             problems.append(f"models.{name}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
-            problems.append(f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps")
+            problems.append(
+                f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps"
+            )
         if own.default_guidance is not None and own.default_guidance > model.max_guidance:
-            problems.append(f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance ({model.max_guidance})")
+            problems.append(
+                f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance ({model.max_guidance})"
+            )
     for tier_name, tier in fleet.tiers.items():
         if not fleet.sizes_of(name, tier_name):
             problems.append(f"tiers.{tier_name}.max_megapixels: no size of model {name!r} fits")
         if tier.determinism != "reproducible":
             continue
         bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
-        rows_limit = min((pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0)
+        rows_limit = min(
+            (pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0
+        )
         for size in model.sizes:
             if not 2 <= bucket_rows.get(size, 0) <= rows_limit:
                 key = f"models.{name}.tiers.{tier_name}.bucket_rows"
-                problems.append(f"{key}: {size!r} needs 2 to {rows_limit} rows, for tier {tier_name} is reproducible")
+                problems.append(
+                    f"{key}: {size!r} needs 2 to {rows_limit} rows, for tier {tier_name} is reproducible"
+                )
     return problems

@@ -92,14 +92,18 @@ def _note_and_kind(hint: Any) -> tuple[Any, Offered | None]:
     return kind, next((note for note in notes if isinstance(note, Offered)), None)
 
 
-_NOTED = {name: _note_and_kind(hint) for name, hint in get_type_hints(Limits, include_extras=True).items()}
+_NOTED = {
+    name: _note_and_kind(hint) for name, hint in get_type_hints(Limits, include_extras=True).items()
+}
 KINDS: Mapping[str, Any] = {name: kind for name, (kind, _) in _NOTED.items()}
 OFFERED: Mapping[str, Offered] = {name: note for name, (_, note) in _NOTED.items() if note}
 
 
 def limits_of(values: Mapping[str, Any]) -> Limits:
     """Read the columns of a tenant's row."""
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return Limits(**plain)
 
 
@@ -161,10 +165,14 @@ def exceeded_stock(limits: Limits, totals: UsageTotals) -> StockExceeded | None:
     """Find the first stock that does not cover the totals; None if all do. What is used up exactly is covered."""
     most_jobs = limits.max_concurrent_jobs
     if most_jobs is not None and totals.active_jobs > most_jobs:
-        return StockExceeded("jobs", Decimal(totals.active_jobs), Decimal(most_jobs), JOBS_RETRY_AFTER_S)
+        return StockExceeded(
+            "jobs", Decimal(totals.active_jobs), Decimal(most_jobs), JOBS_RETRY_AFTER_S
+        )
     today, this_month = limits.daily_megapixel_steps, limits.monthly_megapixel_steps
     if today is not None and totals.used_today > today:
         return StockExceeded("day", totals.used_today, today, math.ceil(totals.day_ends_in_s))
     if this_month is not None and totals.used_this_month > this_month:
-        return StockExceeded("month", totals.used_this_month, this_month, math.ceil(totals.month_ends_in_s))
+        return StockExceeded(
+            "month", totals.used_this_month, this_month, math.ceil(totals.month_ends_in_s)
+        )
     return None

@@ -18,7 +18,9 @@ from uuid import UUID
 from policy.fleet import OPEN_FAMILIES
 from policy.formats import FORMATS
 
-CONTROLLED_FAMILIES = OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
+CONTROLLED_FAMILIES = (
+    OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
+)
 
 Picture = Literal["image", "mask"]
 
@@ -289,7 +291,9 @@ SHOWN = tuple(param for param in PARAMS if param.member is not None)
 OPENAI_REQUEST = tuple(param for param in PARAMS if Use.OPENAI_REQUEST in param.use)
 OPENAI_ANSWER = tuple(param for param in PARAMS if Use.OPENAI_ANSWER in param.use)
 # By their role in a job.
-PICTURES: Mapping[str, Param] = {param.member: param for param in PARAMS if param.picture and param.member}
+PICTURES: Mapping[str, Param] = {
+    param.member: param for param in PARAMS if param.picture and param.member
+}
 
 
 def params_of(source: object) -> Resolved:

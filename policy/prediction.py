@@ -56,7 +56,12 @@ class Line:
         self._costs_s = list(accumulate((flow.cost_s for flow in ordered), initial=0.0))
         self._jobs = list(accumulate((flow.jobs for flow in ordered), initial=0))
         self._weights = list(accumulate((flow.weight for flow in ordered), initial=0.0))
-        self._rates = list(accumulate((flow.jobs / span if (span := _span_s(flow)) > 0 else 0.0 for flow in ordered), initial=0.0))
+        self._rates = list(
+            accumulate(
+                (flow.jobs / span if (span := _span_s(flow)) > 0 else 0.0 for flow in ordered),
+                initial=0.0,
+            )
+        )
         self.jobs, self.cost_s, self.weights = self._jobs[-1], self._costs_s[-1], self._weights[-1]
 
     def before(self, lead_s: float) -> tuple[float, float]:
@@ -84,16 +89,22 @@ class Eta:
     p90_s: float
 
 
-def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int) -> float:
+def predicted_s(
+    cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int
+) -> float:
     """Predict the device seconds of a whole job."""
     megapixels = width_px * height_px / 1e6
-    unseen = Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
+    unseen = Cost(
+        UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels
+    )
     known = cost or unseen
     row_steps = denoising.steps * denoising.rows
     return num_images * (row_steps * known.row_step_s + known.fixed_s)
 
 
-def raw_eta_s(*, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float) -> float:
+def raw_eta_s(
+    *, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float
+) -> float:
     """First guess of the seconds to the end: all that is ahead, spread over the devices, then the job in company.
 
     ahead_s: device seconds queued and running that go first.  image_device_s: of one image of the job.  concurrent_images:
@@ -122,4 +133,9 @@ def learn_ratios(known: EtaRatios | None, ratio: float, *, observed: int) -> Eta
 
 
 def _moved(quantile: float, ratio: float, share: float, stride: float) -> float:
-    return min(1e3, max(1e-3, quantile * math.exp(stride * share if ratio > quantile else -stride * (1 - share))))
+    return min(
+        1e3,
+        max(
+            1e-3, quantile * math.exp(stride * share if ratio > quantile else -stride * (1 - share))
+        ),
+    )

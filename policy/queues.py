@@ -20,7 +20,11 @@ def render_queue(pool: str, tier: str, *, is_front: bool = False) -> str:
 
 def render_queues(fleet: Fleet, pool: str) -> list[str]:
     """What a worker of `pool` consumes: in rank order, each tier's front queue before its own."""
-    return [render_queue(pool, tier, is_front=is_front) for tier in fleet.tiers_by_rank for is_front in (True, False)]
+    return [
+        render_queue(pool, tier, is_front=is_front)
+        for tier in fleet.tiers_by_rank
+        for is_front in (True, False)
+    ]
 
 
 def tier_of(queue: str) -> tuple[str, bool]:
@@ -41,4 +45,8 @@ def results_queues(fleet: Fleet) -> list[str]:
 
 def all_queues(fleet: Fleet) -> list[str]:
     """Every queue of the house."""
-    return [*(queue for pool in fleet.pools for queue in render_queues(fleet, pool)), *results_queues(fleet), WEBHOOKS]
+    return [
+        *(queue for pool in fleet.pools for queue in render_queues(fleet, pool)),
+        *results_queues(fleet),
+        WEBHOOKS,
+    ]

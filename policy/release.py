@@ -133,7 +133,9 @@ def is_behind(
     return has_little and max(outstanding.running.values(), default=0) > running_share
 
 
-def may_go_at_once(outstanding: Outstanding, limits: ReleaseLimits, *, tenant_id: uuid.UUID, num_images: int) -> bool:
+def may_go_at_once(
+    outstanding: Outstanding, limits: ReleaseLimits, *, tenant_id: uuid.UUID, num_images: int
+) -> bool:
     """Check whether a new job that nobody waits before may be announced in its tier's own queue.
 
     Beyond the slots it may have to go to the front queue, which is for `Selection` to decide. A job
@@ -161,9 +163,13 @@ def release_hint(
 
     waiting_jobs: that wait to be announced.  sharing: as for `is_behind`.
     """
-    if waiting_jobs <= 0 and may_go_at_once(outstanding, limits, tenant_id=tenant_id, num_images=num_images):
+    if waiting_jobs <= 0 and may_go_at_once(
+        outstanding, limits, tenant_id=tenant_id, num_images=num_images
+    ):
         return ReleaseHint.IMMEDIATE
-    must_not_wait = is_behind(outstanding, limits, tenant_id=tenant_id, num_images=num_images, sharing=sharing)
+    must_not_wait = is_behind(
+        outstanding, limits, tenant_id=tenant_id, num_images=num_images, sharing=sharing
+    )
     if must_not_wait or waiting_jobs <= limits.limit_images:
         return ReleaseHint.TRY_RELEASE
     return ReleaseHint.BACKLOGGED

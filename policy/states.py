@@ -16,8 +16,17 @@ class JobState(StrEnum):
     EXPIRED = "expired"  # nothing started before start_by
 
 
-FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.REJECTED, JobState.CANCELED, JobState.EXPIRED)
-TAKEN_BACK = (JobState.CANCELED, JobState.REJECTED)  # by what its tenant did or asked for: work that came to nothing is the tenant's
+FINAL_STATES = (
+    JobState.SUCCEEDED,
+    JobState.FAILED,
+    JobState.REJECTED,
+    JobState.CANCELED,
+    JobState.EXPIRED,
+)
+TAKEN_BACK = (
+    JobState.CANCELED,
+    JobState.REJECTED,
+)  # by what its tenant did or asked for: work that came to nothing is the tenant's
 ACTIVE_STATES = (JobState.QUEUED, JobState.RUNNING, JobState.STORING)
 
 

@@ -10,7 +10,9 @@ from typing import Protocol
 from policy.fleet import FLOW_FAMILIES, OPEN_FAMILIES, Fleet, Model
 from policy.params import Resolved
 
-ROUND_UP = FLOW_FAMILIES  # as the pipelines of flow matching do; those of noise prediction round down
+ROUND_UP = (
+    FLOW_FAMILIES  # as the pipelines of flow matching do; those of noise prediction round down
+)
 
 
 @dataclass(frozen=True)

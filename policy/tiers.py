@@ -27,11 +27,17 @@ def own_slots(fleet: Fleet, tier: str, slots: int) -> int:
     slots: of one worker, or of all live ones together.
     """
     rank = fleet.tier_or_retired(tier).rank
-    kept = sum(guaranteed_slots(fleet, name, slots) for name, other in fleet.tiers.items() if other.rank < rank)
+    kept = sum(
+        guaranteed_slots(fleet, name, slots)
+        for name, other in fleet.tiers.items()
+        if other.rank < rank
+    )
     return max(1, slots - kept)
 
 
-def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is_front: bool = False) -> bool:
+def may_take(
+    fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is_front: bool = False
+) -> bool:
     """Whether a worker that holds `held` images by tier takes another job of `tier`.
 
     Yes while it holds less than the tier's own guarantee, whatever it holds of others, or while all it holds of this and of better tiers
@@ -42,16 +48,24 @@ def may_take(fleet: Fleet, tier: str, held: Mapping[str, int], slots: int, *, is
     if held.get(tier, 0) < guaranteed_slots(fleet, tier, slots):
         return True
     rank = fleet.tiers[tier].rank
-    before = sum(images for name, images in held.items() if fleet.tier_or_retired(name).rank <= rank)
+    before = sum(
+        images for name, images in held.items() if fleet.tier_or_retired(name).rank <= rank
+    )
     if before < own_slots(fleet, tier, slots):
         return True
-    promised = sum(max(0, guaranteed_slots(fleet, name, slots) - held.get(name, 0)) for name in fleet.tiers if name != tier)
+    promised = sum(
+        max(0, guaranteed_slots(fleet, name, slots) - held.get(name, 0))
+        for name in fleet.tiers
+        if name != tier
+    )
     return is_front and sum(held.values()) + promised < MAX_FRONT_LOAD * slots
 
 
 def most_jobs(fleet: Fleet, slots: int) -> int:
     """Jobs that a worker with `slots` has at once at most, however they come: each needs a thread, or a better tier finds none free."""
-    return MAX_FRONT_LOAD * slots + sum(_most_of_its_own(fleet, tier, slots) for tier in fleet.tiers)
+    return MAX_FRONT_LOAD * slots + sum(
+        _most_of_its_own(fleet, tier, slots) for tier in fleet.tiers
+    )
 
 
 def _most_of_its_own(fleet: Fleet, tier: str, slots: int) -> int:

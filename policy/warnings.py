@@ -23,10 +23,20 @@ def unread(field: str, *, tokens_given: int, tokens_read: int, guidance: float) 
     if tokens_read == 0 and field == "negative_prompt":
         return ignored(guidance)
     detail = f"The model reads the first {tokens_read} tokens of {field}, which has {tokens_given}: what comes after has no effect."
-    return {"code": TRUNCATED, "field": field, "detail": detail, "tokens_given": tokens_given, "tokens_read": tokens_read}
+    return {
+        "code": TRUNCATED,
+        "field": field,
+        "detail": detail,
+        "tokens_given": tokens_given,
+        "tokens_read": tokens_read,
+    }
 
 
 def ignored(guidance: float) -> dict[str, Any]:
     """Of a negative prompt that the model does not look at."""
-    why = f"has no effect at guidance {guidance:g}, only above 1" if guidance <= 1 else "has no effect on this model"
+    why = (
+        f"has no effect at guidance {guidance:g}, only above 1"
+        if guidance <= 1
+        else "has no effect on this model"
+    )
     return {"code": IGNORED, "field": "negative_prompt", "detail": f"negative_prompt {why}."}

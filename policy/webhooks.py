@@ -13,10 +13,20 @@ TEST_EVENT = "webhook.test"
 MAX_ENDPOINTS = 20  # of one tenant
 SECRET_GRACE_S = 86_400.0  # how long the secret before the newest still signs
 
-BACK_OFF_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 21_600.0)  # after the first attempt, the second, …; then the last again
+BACK_OFF_S = (
+    5.0,
+    30.0,
+    120.0,
+    600.0,
+    1800.0,
+    7200.0,
+    21_600.0,
+)  # after the first attempt, the second, …; then the last again
 GIVE_UP_AFTER_S = 3 * 86_400.0
 MAX_RETRY_AFTER_S = 3600.0  # of what a receiver asks for
-SLOW_AFTER_S = 3.0  # an attempt that takes longer makes its endpoint a slow one, until one is quicker
+SLOW_AFTER_S = (
+    3.0  # an attempt that takes longer makes its endpoint a slow one, until one is quicker
+)
 
 
 def next_try_s(attempts: int, *, draw: float, retry_after_s: float | None) -> float:

@@ -28,7 +28,13 @@ class File(Base):
 
     __table_args__ = (
         # The same picture twice is one file.
-        Index("files_live", "tenant_id", "content_sha256", unique=True, postgresql_where=text("erased_at IS NULL")),
+        Index(
+            "files_live",
+            "tenant_id",
+            "content_sha256",
+            unique=True,
+            postgresql_where=text("erased_at IS NULL"),
+        ),
         Index("files_by_key", "object_key"),
         Index("files_by_tenant", "tenant_id", "id", postgresql_where=text("erased_at IS NULL")),
     )

@@ -20,7 +20,9 @@ class Tenant(Base):
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(unique=True)
-    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)  # its share of a tier, against the others'
+    weight: Mapped[float] = mapped_column(
+        server_default=text("1"), default=1.0
+    )  # its share of a tier, against the others'
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
     # Its limits, field by field of policy.limits.Limits; None = no limit.
@@ -28,21 +30,33 @@ class Tenant(Base):
     megapixel_steps_per_minute: Mapped[float | None]  # at which its budget fills again
     burst_megapixel_steps: Mapped[float | None]  # what its budget holds at most
     max_concurrent_jobs: Mapped[int | None]  # that are not in a final state
-    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)  # by UTC days and months
+    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(
+        Megapixels
+    )  # by UTC days and months
     monthly_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     allowed_tiers: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
-    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of pictures that it brought and did not erase
-    url_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # may the gateway fetch pictures for it?
+    max_stored_bytes: Mapped[int | None] = mapped_column(
+        BigInteger
+    )  # of pictures that it brought and did not erase
+    url_inputs: Mapped[bool] = mapped_column(
+        server_default=text("false"), default=False
+    )  # may the gateway fetch pictures for it?
 
     __table_args__ = (
         CheckConstraint("weight > 0", name="tenants_weight_is_positive"),
-        CheckConstraint("(megapixel_steps_per_minute IS NULL) = (burst_megapixel_steps IS NULL)", name="tenants_budget_has_rate_and_burst"),
+        CheckConstraint(
+            "(megapixel_steps_per_minute IS NULL) = (burst_megapixel_steps IS NULL)",
+            name="tenants_budget_has_rate_and_burst",
+        ),
         CheckConstraint(
             "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps, max_concurrent_jobs) > 0",
             name="tenants_limits_are_positive",
         ),
-        CheckConstraint("least(daily_megapixel_steps, monthly_megapixel_steps) >= 0", name="tenants_quotas_are_not_negative"),
+        CheckConstraint(
+            "least(daily_megapixel_steps, monthly_megapixel_steps) >= 0",
+            name="tenants_quotas_are_not_negative",
+        ),
         CheckConstraint("max_stored_bytes >= 0", name="tenants_max_stored_bytes_is_not_negative"),
     )
 
@@ -84,9 +98,15 @@ class UsageDay(Base):
 
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)
-    reserved: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # megapixel-steps
-    settled: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
-    abandoned: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
+    reserved: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )  # megapixel-steps
+    settled: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )
+    abandoned: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )
     jobs_accepted: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     jobs_succeeded: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     cost: Mapped[Decimal] = mapped_column(server_default=text("0"), default=Decimal(0))  # money
