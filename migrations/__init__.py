@@ -29,9 +29,8 @@ _PAUSE_S = 2.0  # between two tries; whom the first one made wait is served mean
 _WAIT_S = 600.0
 
 VERSIONS = [Path(__file__).parent / "versions"]  # folders of versioned migrations
-REPLACED = {
-    f"{number:04}" for number in range(1, 12)
-}  # the baseline is the twelfth, and stands for these
+# The baseline is the twelfth, and stands for these.
+REPLACED = {f"{number:04}" for number in range(1, 12)}
 
 
 def upgrade(

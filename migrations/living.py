@@ -31,12 +31,13 @@ from migrations.errors import SqlInUse
 
 FOLDER = Path(models.__file__).parent / "sql"
 KINDS = ("function", "view", "trigger")
+# In the order of models/__init__.py.
 LOCKED = (
     "jobs",
     "files",
     "audit_events_default",
     "audit_events",
-)  # in the order of models/__init__.py
+)
 
 _NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter's name; other columns
 _DEPENDED_ON = "2BP01"

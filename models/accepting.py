@@ -88,9 +88,8 @@ def accept(
     rows = [_row(place, job) for place, job in enumerate(new_jobs)]
     ids = {"tenant_id": str(tenant_id), "api_key_id": _plain(api_key_id)}
     given = {"jobs": json.dumps(rows), "currency": currency, "actor": actor, **ids}
-    made = {
-        row[0]: row[1:] for row in session.connection().exec_driver_sql(_ACCEPT, given)
-    }  # plain: nothing to compile, nothing to map
+    # Plain: nothing to compile, nothing to map.
+    made = {row[0]: row[1:] for row in session.connection().exec_driver_sql(_ACCEPT, given)}
     return [AcceptedRow(job.id, *made[job.id]) for job in new_jobs]
 
 

@@ -28,12 +28,14 @@ _NOTICES_SILENCE = {
     "tcp_user_timeout": 8000,
 }
 
-CHECKED_AFTER_S = 0.5  # of idleness; a check costs a round trip, and a Postgres that restarts is away for about as long
+# Of idleness; a check costs a round trip, and a Postgres that restarts is away for about as long.
+CHECKED_AFTER_S = 0.5
 
+# By SQLSTATE: what ended is sound, and so is the database.
 CONFLICTS = {
     "40P01": "deadlock",
     "40001": "serialization",
-}  # by SQLSTATE: what ended is sound, and so is the database
+}
 TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each of them a second
 
 Answer = TypeVar("Answer")
@@ -41,13 +43,11 @@ Answer = TypeVar("Answer")
 # SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server ends sessions, or all of them.
 # 53: no connections, disk or memory left. 58: its files cannot be read or written.
 _SERVER_AWAY = re.compile("08...|25006|25P03|53...|57P..|58...")
-_SESSION_OVER = re.compile(
-    "08...|25006|25P03|57P.."
-)  # of these: nothing will come of any connection that there is
+# Of these: nothing will come of any connection that there is.
+_SESSION_OVER = re.compile("08...|25006|25P03|57P..")
 
-AFRESH = {
-    "populate_existing": True
-}  # execution options of a locking read: it is taken to see what is there now
+# Execution options of a locking read: it is taken to see what is there now.
+AFRESH = {"populate_existing": True}
 
 
 class DatabaseAway(OperationalError):
@@ -104,9 +104,8 @@ def _keep_values_out(context: ExceptionContext) -> None:
     """
     original, wrapped = context.original_exception, context.sqlalchemy_exception
     told = str(original).partition("\n")[0]
-    if str(getattr(original, "pgcode", "") or "").startswith(
-        "22"
-    ):  # a value that cannot be used, quoted at the end
+    # A value that cannot be used, quoted at the end.
+    if str(getattr(original, "pgcode", "") or "").startswith("22"):
         told = told.partition('"')[0]
     if told != str(original):
         original.args = (told,)
@@ -128,7 +127,8 @@ def _check_idle_ones(engine: Engine) -> None:
         except engine.dialect.loaded_dbapi.Error as error:
             raise InvalidatePoolError from error  # the pool makes all its connections anew
         if is_read_only:
-            raise InvalidatePoolError  # a primary that was demoted answers reads, ever older ones, to whoever stays
+            # A primary that was demoted answers reads, ever older ones, to whoever stays.
+            raise InvalidatePoolError
 
     event.listen(engine, "checkin", note_use)
     event.listen(engine, "checkout", check)
@@ -177,9 +177,8 @@ def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer
         except DBAPIError as error:
             if conflict(error) is None:
                 raise
-            time.sleep(
-                random.uniform(0, 0.01 * 2**tried)
-            )  # apart: two who lost to each other would else meet again
+            # Apart: two who lost to each other would else meet again.
+            time.sleep(random.uniform(0, 0.01 * 2**tried))
     with transaction(engine) as session:
         return work(session)
 

@@ -27,9 +27,8 @@ def erase(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: s
         artifact.erased_at = func.clock_timestamp()
     session.flush()
     for object_key in sorted({artifact.object_key for artifact in artifacts}):
-        uploads.give_up(
-            session, object_key
-        )  # before the flow is locked, as where an image is stored
+        # Before the flow is locked, as where an image is stored.
+        uploads.give_up(session, object_key)
     if job.state in ACTIVE_STATES:
         jobs.take_back(session, job, actor=actor)
     job.prompt, job.negative_prompt, job.tenant_metadata = "", "", None

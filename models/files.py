@@ -37,7 +37,9 @@ class FileGone(Exception):
 def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID) -> None:
     """Keep the tenant's files from being erased until commit, for a job that is to start from them. Raises FileGone."""
     if not file_ids:
-        return  # most jobs name none, and making the statement costs a tenth of all Python that accepts one
+        # Most jobs name none, and making the statement costs a tenth of all Python that accepts
+        # one.
+        return
     live = (
         select(File.id)
         .where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None))
@@ -104,9 +106,8 @@ def keep(
     )
     uploads.end(session, object_key)
     if added is None:
-        return session.scalars(
-            _live(tenant_id).where(File.content_sha256 == content_sha256)
-        ).one()  # committed before us
+        # Committed before us.
+        return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()
     facts: dict[str, Any] = {
         "file_id": str(added.id),
         "content_sha256": content_sha256,

@@ -39,10 +39,11 @@ class JobAlreadyFinished(Exception):
 
     def __init__(self, job: Job) -> None:
         super().__init__(f"job {job.id} is {job.state}")
+        # Values, for the row is expired once its transaction is rolled back.
         self.job_id, self.state = (
             job.id,
             job.state,
-        )  # values, for the row is expired once its transaction is rolled back
+        )
 
 
 class NothingLeft(Exception):
@@ -294,9 +295,8 @@ def store(
     """
     job = session.get(Job, job_id, with_for_update=True, options=WITHOUT_WORDS)
     image = session.get(Image, (job_id, index))
-    if (
-        job is None or image is None or job.state not in ACTIVE_STATES
-    ):  # queued: its lease was lost after this hand-off
+    # Queued: its lease was lost after this hand-off.
+    if job is None or image is None or job.state not in ACTIVE_STATES:
         return None
     if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
         return None
@@ -377,9 +377,8 @@ def finish(
     job.lease_expires_at = job.announced_at = job.store_by = None
     job.failure_code, job.failure_detail = code, detail
     session.flush()
-    if (
-        state == JobState.SUCCEEDED or job.attempt == 0
-    ):  # what began and came to nothing costs its place all the same
+    # What began and came to nothing costs its place all the same.
+    if state == JobState.SUCCEEDED or job.attempt == 0:
         actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
         difference_s = actual_s - job.predicted_s
         flows.settle(
@@ -420,9 +419,8 @@ def _came_to(session: Session, job: Job) -> tuple[int, int]:
     if job.attempt == 0:
         return 0, 0
     is_stored = Image.state == ImageState.STORED
-    counted = func.least(
-        Image.steps_done, image_steps(job)
-    )  # a pipeline may make more than was counted
+    # A pipeline may make more than was counted.
+    counted = func.least(Image.steps_done, image_steps(job))
     sums = (func.count().filter(is_stored), func.coalesce(func.sum(counted).filter(~is_stored), 0))
     stored, steps = session.execute(select(*sums).where(Image.job_id == job.id)).one()
     return stored, steps

@@ -54,9 +54,8 @@ class Ended:
 
 def observe(session: Session, seen: Mapping[CostKey, Observed]) -> None:
     """Add what was measured since the last time."""
-    for (pool, model, width_px, height_px), sums in sorted(
-        seen.items()
-    ):  # in one order everywhere: two workers never block each other
+    # In one order everywhere: two workers never block each other.
+    for (pool, model, width_px, height_px), sums in sorted(seen.items()):
         if sums.images and sums.row_steps:
             key = {"pool": pool, "model": model, "width_px": width_px, "height_px": height_px}
             means = {

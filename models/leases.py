@@ -254,9 +254,8 @@ def preempt(
         row = session.get_one(Image, (job.id, image.index))
         row.snapshot_ref, row.steps_done = image.snapshot_ref, image.steps_done
         row.reached_step = max(row.reached_step, image.steps_done)
-        row.device_seconds += (
-            image.device_seconds
-        )  # bought something: it is the tenant's, once the image is finished from there
+        # Bought something: it is the tenant's, once the image is finished from there.
+        row.device_seconds += image.device_seconds
         attempt.device_seconds += image.device_seconds
     attempt.snapshot_bytes, attempt.snapshot_store = (
         sum(image.size_bytes for image in left),
@@ -410,19 +409,20 @@ def lose_hand_off(
                 None,
                 None,
             )
+            # `reached_step` stays: they are done again.
             image.device_seconds, image.steps_done = (
                 0.0,
                 0,
-            )  # `reached_step` stays: they are done again
+            )
             image.hand_offs_lost += 1
             gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
     if gates.is_unstorable(max(gone.values())):
         return _end_unstorable(session, job, gone)
-    if (
-        job.state == JobState.STORING
-    ):  # a queued one waits already; a running one is its worker's, which gives it back when it is done
+    # A queued one waits already; a running one is its worker's, which gives it back when it is
+    # done.
+    if job.state == JobState.STORING:
         jobs.requeue(job)
         inputs.lose(job)  # they were dropped with the last image
         if job.run_within_s is not None:

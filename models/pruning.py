@@ -20,22 +20,21 @@ from models.ids import first_id
 from policy.params import PICTURES
 
 ACTOR = "operator"
-NEWEST_JOBS = timedelta(
-    days=1
-)  # younger ones are none of pruning's business: an idempotency key may name them
-NEWEST_USAGE = timedelta(
-    days=62
-)  # quotas count the month that is under way, and the one before may still be billed
+# Younger ones are none of pruning's business: an idempotency key may name them.
+NEWEST_JOBS = timedelta(days=1)
+# Quotas count the month that is under way, and the one before may still be billed.
+NEWEST_USAGE = timedelta(days=62)
 FIRST_ID = uuid.UUID(int=0)
 
 # Every table with a foreign key to `jobs`, and what becomes of its rows; a test compares this with the database.
+# In this order: images name artifacts.
 OF_A_JOB = (
     "idempotency_keys",
     "webhook_deliveries",
     "images",
     "artifacts",
     "attempts",
-)  # in this order: images name artifacts
+)
 NAME_ANOTHER_JOB = ("requeue_of", "replay_of")
 
 
@@ -154,9 +153,8 @@ def prune_jobs(
     if not rows:
         return Piece(0, None)
     ids = [row.id for row in rows]
-    for column in (
-        NAME_ANOTHER_JOB
-    ):  # before the objects, as where an image is stored: jobs first, then what they name
+    # Before the objects, as where an image is stored: jobs first, then what they name.
+    for column in NAME_ANOTHER_JOB:
         session.execute(
             _ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)"), {"ids": ids}
         )

@@ -208,9 +208,8 @@ def _in_order(
     room = limits.limit_images - outstanding.total_images
     if room <= 0:
         return []
-    if (
-        limits.max_per_tenant is not None
-    ):  # by their heads, past the capped: a backlog may be a million rows long
+    # By their heads, past the capped: a backlog may be a million rows long.
+    if limits.max_per_tenant is not None:
         capped = [
             tenant
             for tenant, held in outstanding.images.items()

@@ -34,10 +34,11 @@ def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
+    # The first by its index.
     is_late = (
         Job.start_by < now_once(),
         inputs.start_deadline() < now_once(),
-    )  # the first by its index
+    )
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, *is_late)
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 

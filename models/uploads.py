@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from models.database import now_once
 from models.tables import Artifact, File, Upload
 
-ORPHAN_AFTER_S = 600.0  # no upload takes that long: its task is dead, or was told that the image is stored already
+# No upload takes that long: its task is dead, or was told that the image is stored already.
+ORPHAN_AFTER_S = 600.0
 
 
 def begin(session: Session, object_key: str) -> None:

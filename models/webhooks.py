@@ -163,9 +163,10 @@ def create(
 
 def count(session: Session, *, tenant_id: uuid.UUID) -> int:
     """The tenant's endpoints, disabled ones included; its row stays locked, so that nobody adds one meanwhile."""
+    # Jobs may name it.
     session.execute(
         text("SELECT 1 FROM tenants WHERE id = :id FOR NO KEY UPDATE"), {"id": tenant_id}
-    )  # jobs may name it
+    )
     query = select(func.count()).where(
         WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None)
     )

@@ -11,9 +11,12 @@ HANDOFF_FULL = (
     0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
 )
 HANDOFF_OVERFULL = 0.9
-HANDOFF_FULL_FOR_INPUTS = 0.7  # below what closes the workers: pictures that wait for a worker must not keep it from taking their jobs
+# Below what closes the workers: pictures that wait for a worker must not keep it from taking their
+# jobs.
+HANDOFF_FULL_FOR_INPUTS = 0.7
 HANDOFF_FULL_FOR_PREVIEWS = 0.5  # whoever watches must not be able to close anything
-MOST_PESSIMISM = 4.0  # p90 of past jobs / their guess: beyond this it says more about an incident than about the queue
+# P90 of past jobs / their guess: beyond this it says more about an incident than about the queue.
+MOST_PESSIMISM = 4.0
 JITTER = 0.2  # of Retry-After, so that those refused together do not come back together
 LONGEST_RETRY_S, SHORTEST_RETRY_S = 600, 1
 
@@ -170,7 +173,6 @@ def refusal(
 
 
 def _jittered(seconds: float, draw: float) -> int:
-    bounded = min(
-        LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds)
-    )  # first: who waits longest is spread, too
+    # First: who waits longest is spread, too.
+    bounded = min(LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds))
     return math.ceil(bounded * (1 - JITTER + 2 * JITTER * draw))

@@ -3,10 +3,11 @@
 A pool keeps `size` of them and opens as many again under load.
 """
 
+# A task holds one for a statement or two; the renewal of leases never waits for a task's.
 WORKER, WORKER_BEATS = (
     4,
     1,
-)  # a task holds one for a statement or two; the renewal of leases never waits for a task's
+)
 RESULTS, SWEEPER, WEBHOOKS = 5, 3, 8
 GATEWAY_ASIDE = 2  # keys and queues are read beside whatever writes
 GATEWAY_READINESS = 1  # /readyz looks however many write

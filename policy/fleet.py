@@ -20,15 +20,15 @@ from pydantic import (
 )
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-ModelAlias = Annotated[
-    str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")
-]  # what programs have built in
+# What programs have built in.
+ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
 FLOW_FAMILIES = ("sd3", "flux")  # native ones of flow matching
+# Any diffusers pipeline: what it makes of its arguments is its own affair.
 OPEN_FAMILIES = (
     "pipeline",
     "plain",
-)  # any diffusers pipeline: what it makes of its arguments is its own affair
+)
 
 
 class FleetInvalid(Exception):
@@ -87,21 +87,16 @@ class Tier(_Table):
     determinism: Literal["best_effort", "reproducible"]
     price_weight: float = Field(gt=0)
     start_within_s: int = Field(ge=1)
-    run_within_s: float = Field(
-        3600.0, gt=0
-    )  # from the first start to the last pixels, storing not counted; then the job fails
-    checkpoint_every_steps: int = Field(
-        10, ge=0
-    )  # what a killed worker loses at most, of each image; 0: everything
-    retention_days: int | None = Field(
-        None, ge=1
-    )  # after a job's end its prompts and images are erased; None: kept
-    max_in_hand_per_tenant: int | None = Field(
-        None, ge=1
-    )  # images announced or running; None: as many as there is room for
-    max_queued_s_per_tenant: float = Field(
-        86_400.0, gt=0
-    )  # device seconds that one tenant may have waiting; more is a 429
+    # From the first start to the last pixels, storing not counted; then the job fails.
+    run_within_s: float = Field(3600.0, gt=0)
+    # What a killed worker loses at most, of each image; 0: everything.
+    checkpoint_every_steps: int = Field(10, ge=0)
+    # After a job's end its prompts and images are erased; None: kept.
+    retention_days: int | None = Field(None, ge=1)
+    # Images announced or running; None: as many as there is room for.
+    max_in_hand_per_tenant: int | None = Field(None, ge=1)
+    # Device seconds that one tenant may have waiting; more is a 429.
+    max_queued_s_per_tenant: float = Field(86_400.0, gt=0)
 
 
 class ModelTier(_Table):
@@ -109,9 +104,8 @@ class ModelTier(_Table):
 
     default_steps: int | None = Field(None, ge=1)
     default_guidance: float | None = Field(None, ge=0)
-    bucket_rows: dict[Size, int] = Field(
-        default_factory=dict
-    )  # size -> rows of every forward of a reproducible request
+    # Size -> rows of every forward of a reproducible request.
+    bucket_rows: dict[Size, int] = Field(default_factory=dict)
 
 
 class ModelVersion(_Table):
@@ -136,16 +130,14 @@ class Model(_Table):
     """An entry of the catalog: what clients may ask of one family of weights."""
 
     title: str
-    aliases: tuple[
-        ModelAlias, ...
-    ] = ()  # further ids that a request may say; its jobs are this model's
+    # Further ids that a request may say; its jobs are this model's.
+    aliases: tuple[ModelAlias, ...] = ()
     family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
     pipeline_class: str = (
         ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
     )
-    options: dict[Name, str | int | float | bool] = Field(
-        default_factory=dict
-    )  # the same two: arguments of every call
+    # The same two: arguments of every call.
+    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
     channels_last: bool = False
     compile_blocks: bool = False
@@ -153,16 +145,16 @@ class Model(_Table):
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache; sd3 and flux alone
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
-    guidance_distilled: bool = True  # family flux: the network takes guidance as an input (dev); false: it does not (schnell)
+    # Family flux: the network takes guidance as an input (dev); false: it does not (schnell).
+    guidance_distilled: bool = True
     sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default
     samplers: tuple[Name, ...] = Field(min_length=1)
     default_sampler: Name
     default_guidance: float = Field(ge=0)
     max_guidance: float = Field(gt=0)
     max_prompt_chars: int = Field(2000, ge=1, le=100_000)
-    cost_factor: float = Field(
-        1.0, gt=0, le=1000
-    )  # what a megapixel-step of it counts against budgets and quotas
+    # What a megapixel-step of it counts against budgets and quotas.
+    cost_factor: float = Field(1.0, gt=0, le=1000)
     created_at: datetime
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)
@@ -174,12 +166,13 @@ class Pool(_Table):
     models: tuple[Name, ...] = Field(min_length=1)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
-    row_buckets: tuple[
-        int, ...
-    ] = ()  # sizes of best-effort forwards, ascending; (): exactly the rows there are
+    # Sizes of best-effort forwards, ascending; (): exactly the rows there are.
+    row_buckets: tuple[int, ...] = ()
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     warm_floor: int = Field(0, ge=0)
-    scalable: bool = False  # something starts workers when jobs wait; without it and without a live worker jobs are refused
+    # Something starts workers when jobs wait; without it and without a live worker jobs are
+    # refused.
+    scalable: bool = False
     gpu_class: str = "any"
     gpu_hour_price: float = Field(0.0, ge=0)
 

@@ -8,7 +8,8 @@ from itertools import accumulate
 
 from policy.steps import Denoising
 
-UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
+# Before the first image of a model and size: a guess, so that fair order has something to go by.
+UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5
 UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
 RATIO_STRIDE = 0.05  # how far one job moves a learnt quantile, as a share of it
 FIRST_RATIOS = (1.0, 2.0)

@@ -10,7 +10,8 @@ STAGE_INPUTS = "tasks.staging.stage_inputs"
 TIDY_STORE = "tasks.store.tidy_store"
 DELIVER_WEBHOOK = "tasks.deliver.deliver_webhook"
 
-NUM_IMAGES = "num_images"  # header of a job's render message: what it counts in a worker's hand until the lease tells
+# Header of a job's render message: what it counts in a worker's hand until the lease tells.
+NUM_IMAGES = "num_images"
 
 
 def render_queue(pool: str, tier: str, *, is_front: bool = False) -> str:

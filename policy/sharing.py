@@ -1,6 +1,8 @@
 """How much of something scarce one tenant may hold while others may come: threads that wait, event streams, room for uploads."""
 
-RESERVE = 3  # a tenant's holdings never exceed three times what is left free: alone it gets three quarters, two get three sevenths each
+# A tenant's holdings never exceed three times what is left free: alone it gets three quarters, two
+# get three sevenths each.
+RESERVE = 3
 
 
 def may_take(amount: int, *, held: int, in_use: int, most: int) -> bool:

@@ -23,10 +23,11 @@ FINAL_STATES = (
     JobState.CANCELED,
     JobState.EXPIRED,
 )
+# By what its tenant did or asked for: work that came to nothing is the tenant's.
 TAKEN_BACK = (
     JobState.CANCELED,
     JobState.REJECTED,
-)  # by what its tenant did or asked for: work that came to nothing is the tenant's
+)
 ACTIVE_STATES = (JobState.QUEUED, JobState.RUNNING, JobState.STORING)
 
 

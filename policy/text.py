@@ -2,9 +2,8 @@
 
 import re
 
-_NOT_HUMAN = re.compile(
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff]"
-)  # control characters, and halves of a pair
+# Control characters, and halves of a pair.
+_NOT_HUMAN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_human(text: str) -> bool:

@@ -20,16 +20,13 @@ class Flow(Base):
     pool: Mapped[str] = mapped_column(primary_key=True)
     tier: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
-    finish_tag: Mapped[float] = mapped_column(
-        server_default=text("0"), default=0.0
-    )  # of its newest job, in virtual seconds
-    queued_jobs: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # announced or not
+    # Of its newest job, in virtual seconds.
+    finish_tag: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # Announced or not.
+    queued_jobs: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     queued_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
-    queued_s: Mapped[float] = mapped_column(
-        server_default=text("0"), default=0.0
-    )  # device seconds, predicted
+    # Device seconds, predicted.
+    queued_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
 
 
 class FairClock(Base):

@@ -58,25 +58,20 @@ class Job(Base):
     release_tag: Mapped[float] = mapped_column(
         server_default=text("extract(epoch from clock_timestamp())::double precision")
     )
-    predicted_s: Mapped[float] = mapped_column(
-        server_default=text("0"), default=0.0
-    )  # device seconds, as expected at accept
-    eta_raw_s: Mapped[
-        float | None
-    ]  # until its end, as expected at accept, before it is corrected by what was learnt
+    # Device seconds, as expected at accept.
+    predicted_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # Until its end, as expected at accept, before it is corrected by what was learnt.
+    eta_raw_s: Mapped[float | None]
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
     announced_at: Mapped[datetime | None]
-    is_front: Mapped[bool] = mapped_column(
-        server_default=text("false"), default=False
-    )  # announced ahead of its tier's queue
-    lacks_inputs: Mapped[bool] = mapped_column(
-        server_default=text("false"), default=False
-    )  # the pictures it starts from are to be brought
+    # Announced ahead of its tier's queue.
+    is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
+    # The pictures it starts from are to be brought.
+    lacks_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
     inputs_asked_at: Mapped[datetime | None]  # of whoever brings them, the last time
     start_by: Mapped[datetime]
-    run_within_s: Mapped[
-        float | None
-    ]  # from its first start to its last pixels; anew when these are lost before they are stored
+    # From its first start to its last pixels; anew when these are lost before they are stored.
+    run_within_s: Mapped[float | None]
     run_by: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     rendered_at: Mapped[datetime | None]
@@ -84,40 +79,34 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
     attempt: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # the fence
-    counted_attempts: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # lease losses and errors
+    # Lease losses and errors.
+    counted_attempts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     worker: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
 
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
-    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(
-        JSONB(none_as_null=True)
-    )  # what of its texts had no effect
-    requeue_of: Mapped[uuid.UUID | None] = mapped_column(
-        ForeignKey("jobs.id")
-    )  # the dead letter that this job is another try at
-    replay_of: Mapped[uuid.UUID | None] = mapped_column(
-        ForeignKey("jobs.id")
-    )  # the job whose parameters these are
+    # What of its texts had no effect.
+    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    # The dead letter that this job is another try at.
+    requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
+    # The job whose parameters these are.
+    replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
     # The tenant's own; `metadata` is SQLAlchemy's word.
     tenant_metadata: Mapped[dict[str, Any] | None] = mapped_column(
         "metadata", JSONB(none_as_null=True)
     )
-    erased_at: Mapped[
-        datetime | None
-    ]  # prompt, metadata and images are gone; what the audit log says stays
+    # Prompt, metadata and images are gone; what the audit log says stays.
+    erased_at: Mapped[datetime | None]
+    # What quotas count.
     megapixel_steps: Mapped[Decimal] = mapped_column(
         Megapixels, server_default=text("0"), default=Decimal(0)
-    )  # what quotas count
-    steps_per_image: Mapped[
-        int | None
-    ]  # denoise steps that each makes, and quotas count; None: all of `num_steps`
+    )
+    # Denoise steps that each makes, and quotas count; None: all of `num_steps`.
+    steps_per_image: Mapped[int | None]
     usage_day: Mapped[date | None]  # the day of the ledger they are booked on
-    device_seconds: Mapped[float] = mapped_column(
-        server_default=text("0"), default=0.0
-    )  # of its stored images
+    # Of its stored images.
+    device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     cost: Mapped[Decimal | None]
     currency: Mapped[str]
 
@@ -255,12 +244,10 @@ class Image(Base):
     handed_off_attempt: Mapped[int | None]
     handed_off_at: Mapped[datetime | None]
     snapshot_ref: Mapped[str | None]
-    steps_done: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # of it there is something to show for: pixels, a snapshot
-    reached_step: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # as last noted, whatever is left of it
+    # Of it there is something to show for: pixels, a snapshot.
+    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # As last noted, whatever is left of it.
+    reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     # How often its pixels were lost before they were stored.
     hand_offs_lost: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
@@ -296,30 +283,23 @@ class Attempt(Base):
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str]
-    waste_class: Mapped[
-        str | None
-    ]  # why its device time bought no image: lease_lost, canceled, error
+    # Why its device time bought no image: lease_lost, canceled, error.
+    waste_class: Mapped[str | None]
     error: Mapped[str | None]
-    resumed_steps: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # of its images, that a snapshot spared it
-    lost_steps: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # of its images, done before and to be done again
+    # Of its images, that a snapshot spared it.
+    resumed_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of its images, done before and to be done again.
+    lost_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     lost_cause: Mapped[str | None]  # outcome of the attempt that had done them
-    snapshot_bytes: Mapped[int] = mapped_column(
-        BigInteger, server_default=text("0"), default=0
-    )  # left for the next attempt
+    # Left for the next attempt.
+    snapshot_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"), default=0)
     snapshot_store: Mapped[str | None]  # where they lie
-    steps: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # denoise steps of its images, added up
-    shared_steps: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # of those, with another job's image in the forward
-    max_rows: Mapped[int] = mapped_column(
-        server_default=text("0"), default=0
-    )  # of the denoiser's largest forward, padding not counted
+    # Denoise steps of its images, added up.
+    steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of those, with another job's image in the forward.
+    shared_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of the denoiser's largest forward, padding not counted.
+    max_rows: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     max_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     mean_rows: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     bucket_rows: Mapped[int | None]

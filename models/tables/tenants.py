@@ -20,9 +20,8 @@ class Tenant(Base):
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(unique=True)
-    weight: Mapped[float] = mapped_column(
-        server_default=text("1"), default=1.0
-    )  # its share of a tier, against the others'
+    # Its share of a tier, against the others'.
+    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
     # Its limits, field by field of policy.limits.Limits; None = no limit.
@@ -30,18 +29,15 @@ class Tenant(Base):
     megapixel_steps_per_minute: Mapped[float | None]  # at which its budget fills again
     burst_megapixel_steps: Mapped[float | None]  # what its budget holds at most
     max_concurrent_jobs: Mapped[int | None]  # that are not in a final state
-    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(
-        Megapixels
-    )  # by UTC days and months
+    # By UTC days and months.
+    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     monthly_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     allowed_tiers: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
-    max_stored_bytes: Mapped[int | None] = mapped_column(
-        BigInteger
-    )  # of pictures that it brought and did not erase
-    url_inputs: Mapped[bool] = mapped_column(
-        server_default=text("false"), default=False
-    )  # may the gateway fetch pictures for it?
+    # Of pictures that it brought and did not erase.
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    # May the gateway fetch pictures for it?
+    url_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
 
     __table_args__ = (
         CheckConstraint("weight > 0", name="tenants_weight_is_positive"),
@@ -98,9 +94,10 @@ class UsageDay(Base):
 
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)
+    # Megapixel-steps.
     reserved: Mapped[Decimal] = mapped_column(
         Megapixels, server_default=text("0"), default=Decimal(0)
-    )  # megapixel-steps
+    )
     settled: Mapped[Decimal] = mapped_column(
         Megapixels, server_default=text("0"), default=Decimal(0)
     )

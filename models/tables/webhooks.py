@@ -23,13 +23,11 @@ class WebhookEndpoint(Base):
     events: Mapped[list[str]]  # the types it wants
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     disabled_at: Mapped[datetime | None]
-    disabled_reason: Mapped[
-        str | None
-    ]  # gone (its receiver answered 410), or the tenant's own wish
+    # Gone (its receiver answered 410), or the tenant's own wish.
+    disabled_reason: Mapped[str | None]
     deleted_at: Mapped[datetime | None]
-    is_slow: Mapped[bool] = mapped_column(
-        server_default=text("false"), default=False
-    )  # its last attempt took long
+    # Its last attempt took long.
+    is_slow: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
 
     secrets: Mapped[list["WebhookSecret"]] = relationship(
         order_by="WebhookSecret.created_at", lazy="raise"
@@ -73,9 +71,8 @@ class WebhookDelivery(Base):
         server_default=DeliveryState.PENDING.value, default=DeliveryState.PENDING.value
     )
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    due_at: Mapped[datetime | None] = mapped_column(
-        server_default=NOW
-    )  # when to try (again); None once it is over
+    # When to try (again); None once it is over.
+    due_at: Mapped[datetime | None] = mapped_column(server_default=NOW)
     claimed_until: Mapped[datetime | None]  # somebody is trying right now
     attempts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     ended_at: Mapped[datetime | None]
