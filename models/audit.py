@@ -27,7 +27,10 @@ def append(
     attempt: int | None = None,
     **facts: Any,
 ) -> None:
-    """Append one event to `chain`. The chain's head stays locked until commit: call this last, chains in sorted order."""
+    """Append one event to `chain`.
+
+    The chain's head stays locked until commit: call this last, and chains in sorted order.
+    """
     session.flush()  # whatever the event speaks of is written before it
     row = {
         "id": new_id(),
@@ -38,7 +41,8 @@ def append(
         "attempt": attempt,
         "facts": facts,
     }
-    # What the trigger fills in must still be named: NOT NULL is checked after it, but SQLAlchemy would leave the columns out.
+    # The trigger fills in the last three columns, before NOT NULL is checked; SQLAlchemy would
+    # leave out columns without a value.
     session.execute(insert(AuditEvent).values(**row, seq=0, prev_hash=b"", hash=b""))
 
 

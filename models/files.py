@@ -1,4 +1,7 @@
-"""Pictures that tenants bring: content-addressed, so the same picture twice is one file."""
+"""Keep pictures that tenants upload to start jobs from.
+
+Files are content-addressed, so the same picture twice is one file.
+"""
 
 import uuid
 from collections.abc import Collection, Sequence
@@ -23,11 +26,12 @@ class FileInUse(Exception):
 
     def __init__(self, file_id: uuid.UUID, job_id: uuid.UUID) -> None:
         super().__init__(f"job {job_id} starts from file {file_id}")
-        self.file_id, self.job_id = file_id, job_id
+        self.file_id = file_id
+        self.job_id = job_id
 
 
 class FileGone(Exception):
-    """A file that a job is to start from is not there any more, or never was the tenant's; nothing was changed."""
+    """A file that a job is to start from is erased, or not the tenant's; nothing was changed."""
 
     def __init__(self, file_id: uuid.UUID) -> None:
         super().__init__(f"file {file_id} is gone")
@@ -35,10 +39,13 @@ class FileGone(Exception):
 
 
 def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID) -> None:
-    """Keep the tenant's files from being erased until commit, for a job that is to start from them. Raises FileGone."""
+    """Keep the tenant's files from being erased until commit, for a job that is to start from them.
+
+    Raises FileGone.
+    """
     if not file_ids:
-        # Most jobs name none, and making the statement costs a tenth of all Python that accepts
-        # one.
+        # Most jobs name no file, and making the statement takes a tenth of the Python time of
+        # accepting one.
         return
     live = (
         select(File.id)
@@ -51,7 +58,10 @@ def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.U
 
 
 def find(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID) -> File | None:
-    """The tenant's file; None also for an erased one and for another tenant's, for existence is private."""
+    """Find the tenant's file; None if it is erased.
+
+    None also for another tenant's, for existence is private.
+    """
     return session.scalar(
         select(File).where(
             File.id == file_id, File.tenant_id == tenant_id, File.erased_at.is_(None)
@@ -60,15 +70,15 @@ def find(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID) -> File 
 
 
 def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID) -> File | None:
-    """The tenant's file with these bytes, if it is not erased."""
+    """Find the tenant's file with these bytes; None if there is none, or it is erased."""
     return session.scalar(_live(tenant_id).where(File.content_sha256 == content_sha256))
 
 
 def page(
     session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None
 ) -> Sequence[File]:
-    """Up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
-    # By the tenant's own index, whatever the planner believes: see models/listing.py.
+    """List up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
+    # Forces the index on tenant and id, whatever the planner estimates: see models/listing.py.
     is_own = File.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
     query = select(File).where(is_own, File.erased_at.is_(None), File.id < (before or _LAST_ID))
     return session.scalars(query.order_by(File.tenant_id.desc(), File.id.desc()).limit(limit)).all()
@@ -86,15 +96,20 @@ def keep(
     content_sha256: str,
     actor: str,
 ) -> File:
-    """The row of a picture whose object is stored; the one that is there already if the tenant brought it before."""
-    picture = {
+    """Write and return the row of a picture whose object is stored.
+
+    Returns the row that is there already if the tenant has brought the same picture before.
+    """
+    row = {
+        "id": new_id(),
+        "tenant_id": tenant_id,
+        "content_sha256": content_sha256,
         "object_key": object_key,
         "mode": mode,
         "size_bytes": size_bytes,
         "width_px": width_px,
         "height_px": height_px,
     }
-    row = {"id": new_id(), "tenant_id": tenant_id, "content_sha256": content_sha256, **picture}
     added: File | None = session.scalar(
         insert(File)
         .values(**row)
@@ -106,22 +121,24 @@ def keep(
     )
     uploads.end(session, object_key)
     if added is None:
-        # Committed before us.
+        # Another transaction committed the same picture first.
         return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()
     facts: dict[str, Any] = {
         "file_id": str(added.id),
         "content_sha256": content_sha256,
         "size_bytes": size_bytes,
+        "width_px": width_px,
+        "height_px": height_px,
     }
-    facts |= {"width_px": width_px, "height_px": height_px}
     audit.append(session, EventName.FILE_CONTENT_STORED, chain=tenant_id, actor=actor, **facts)
     return added
 
 
 def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> File | None:
-    """Have the content deleted; the row stays. None if the tenant has no such file; harmless when repeated.
+    """Have the content deleted; the row stays. None if the tenant has no such file.
 
-    Raises FileInUse. Whoever tidies the store deletes the object, unless something else has the same content.
+    Harmless when repeated. Raises FileInUse. A task that tidies the store deletes the object later,
+    unless something else has the same content.
     """
     file = session.scalar(
         select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update()
@@ -144,9 +161,9 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
 
 
 def stored(session: Session, *, tenant_id: uuid.UUID) -> tuple[int, int]:
-    """How many files the tenant has, and their bytes, with what this transaction has written.
+    """Count the tenant's files and their bytes, with what this transaction has written.
 
-    Exact until commit for who has just kept or erased one: the count is locked by that.
+    Exact until commit if this transaction has kept or erased a file: that locks the count.
     """
     row = session.execute(
         select(StoredFiles.files, StoredFiles.size_bytes).where(StoredFiles.tenant_id == tenant_id)
@@ -157,14 +174,10 @@ def stored(session: Session, *, tenant_id: uuid.UUID) -> tuple[int, int]:
 def find_all(
     session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID
 ) -> dict[uuid.UUID, File]:
-    """Those of these files that are the tenant's and not erased, by their ids."""
+    """Find those of these files that are the tenant's and not erased, by id."""
     is_one = File.id == any_(literal(list(file_ids), ARRAY(Uuid)))
-    return {
-        file.id: file
-        for file in session.scalars(
-            select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None))
-        )
-    }
+    query = select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None))
+    return {file.id: file for file in session.scalars(query)}
 
 
 def _live(tenant_id: uuid.UUID) -> Select[File]:

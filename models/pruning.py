@@ -1,7 +1,8 @@
 """Rows that are too old to be kept: jobs with all that belongs to them, files, ledger entries, months of the audit log. As the owner.
 
-The application has no right to remove any of these. Everything goes in small pieces, each with its audit event; objects are put on their
-way out of the store as where a tenant deletes a job, and the digests of what was stored stay in the audit log until their month goes.
+The application has no right to remove any of these. Everything goes in small pieces, each with its
+audit event; objects are put on their way out of the store as where a tenant deletes a job, and the
+digests of what was stored stay in the audit log until their month goes.
 """
 
 import json
@@ -147,7 +148,8 @@ def prune_jobs(
 ) -> Piece:
     """Remove up to `limit` jobs with larger ids than `after` that ended before `before`, of one tier or of all.
 
-    Their objects go as soon as the store is tidied. One audit event for each tenant says how many jobs went and which was the newest.
+    Their objects go as soon as the store is tidied. One audit event for each tenant says how many
+    jobs went and which was the newest.
     """
     rows = session.execute(_NEXT_JOBS, {**_old(before, tier), "after": after, "limit": limit}).all()
     if not rows:
@@ -244,7 +246,8 @@ def audit_events(session: Session, month: date) -> int:
 def prune_audit_month(session: Session, month: date, *, sha256: str | None = None) -> int:
     """Remove a month of the audit log; the rest can still be verified. How many events it had.
 
-    sha256: of the file they were written to before.  Fails with LockNotAvailable while somebody reads the log; try again.
+    sha256: of the file they were written to before.  Fails with LockNotAvailable while somebody
+    reads the log; try again.
     """
     _take_time(session)
     query = text("SELECT audit_prune_month(:month, :actor, CAST(:facts AS jsonb))")

@@ -87,7 +87,8 @@ def hasten_stores(session: Session) -> None:
 def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
     """Leave every waiting job at least `lasted_s` from now until its start or run deadline: nobody could be given it for so long.
 
-    Jobs whose deadline had passed before that are left alone. How many were prolonged is returned. Harmless when repeated.
+    Jobs whose deadline had passed before that are left alone. How many were prolonged is returned.
+    Harmless when repeated.
     """
     lasted, prolonged = timedelta(seconds=lasted_s), 0
     for deadline, is_waiting in ((Job.start_by, Job.attempt == 0), (Job.run_by, Job.attempt > 0)):
@@ -175,7 +176,8 @@ def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: in
 def ensure_audit_partitions(session: Session) -> int:
     """Make the partitions of the audit log for this month and a year ahead, if they are missing; how many months ahead there are.
 
-    Those are fewer than AUDIT_MONTHS_AHEAD while somebody reads the log: nobody is made to wait for that. To be tried again later.
+    Those are fewer than AUDIT_MONTHS_AHEAD while somebody reads the log: nobody is made to wait for
+    that. To be tried again later.
     """
     session.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
     return session.scalar(text("SELECT audit_partitions_ahead()")) or 0

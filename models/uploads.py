@@ -1,7 +1,8 @@
 """Objects on their way into the object store, or out of it: noted before the upload, struck out by the commit that names them.
 
-So what a crash between the two left behind is found without listing the bucket; what is given up gets the same kind of note. Keys are
-content-addressed: a picture and two jobs' images may be the same object, and the note of one is the note of all.
+So what a crash between the two left behind is found without listing the bucket; what is given up
+gets the same kind of note. Keys are content-addressed: a picture and two jobs' images may be the
+same object, and the note of one is the note of all.
 """
 
 from sqlalchemy import ColumnElement, delete, func, select, text
@@ -33,7 +34,8 @@ def end(session: Session, object_key: str) -> None:
 def end_if_named(session: Session, object_key: str) -> None:
     """Strike out a note that was made for nothing: the object has its artifact or its file by another delivery of the same pixels.
 
-    Left standing, it would look like an upload under way, and who gives the object up would have to wait for ORPHAN_AFTER_S.
+    Left standing, it would look like an upload under way, and who gives the object up would have to
+    wait for ORPHAN_AFTER_S.
     """
     note = select(Upload.object_key).where(Upload.object_key == object_key).with_for_update()
     if session.scalar(note) is not None and _is_named(session, object_key):
@@ -43,7 +45,8 @@ def end_if_named(session: Session, object_key: str) -> None:
 def give_up(session: Session, object_key: str) -> None:
     """The caller wants the object no more: `left_behind` is to find it at once, unless somebody is just storing it again.
 
-    Waits for whoever is looking right now whether the object has a name: what it sees may be older than what the caller did.
+    Waits for whoever is looking right now whether the object has a name: what it sees may be older
+    than what the caller did.
     """
     note = insert(Upload).values(object_key=object_key, started_at=func.to_timestamp(0))
     session.execute(
@@ -63,8 +66,9 @@ def are_left_behind(session: Session, *, older_than_s: float) -> bool:
 def left_behind(session: Session, *, older_than_s: float) -> str | None:
     """A key whose upload began that long ago and that nobody struck out, locked until commit: delete the object, then `end` it.
 
-    Keys that an artifact or a file names after all, a doubled delivery's for one, are struck out on the way. None if there is no
-    other. The transaction may stay idle while the object store takes its time.
+    Keys that an artifact or a file names after all, a doubled delivery's for one, are struck out on
+    the way. None if there is no other. The transaction may stay idle while the object store takes
+    its time.
     """
     session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '120s'"))
     query = (

@@ -1,17 +1,21 @@
 """The ledger: megapixel-steps reserved when a job is accepted, and when it ends settled, abandoned or free again.
 
-Settled: of the images that are stored, whatever the job's end: they can be had, so they are paid, at the price of their own device time.
-Abandoned: the denoise steps that were done on images which are not stored, where the tenant took the job back. It costs no money, and
-counts against quotas all the same, or canceling at the last step would be a way to use the devices for nothing. Of a job that failed,
-expired or lost steps with a worker nothing is abandoned: that is not the tenant's doing, and the attempts' records tell what it took.
-Free again: the rest. Quotas count what is reserved, settled and abandoned.
+Settled: of the images that are stored, whatever the job's end: they can be had, so they are paid,
+at the price of their own device time. Abandoned: the denoise steps that were done on images which
+are not stored, where the tenant took the job back. It costs no money, and counts against quotas all
+the same, or canceling at the last step would be a way to use the devices for nothing. Of a job that
+failed, expired or lost steps with a worker nothing is abandoned: that is not the tenant's doing,
+and the attempts' records tell what it took. Free again: the rest. Quotas count what is reserved,
+settled and abandoned.
 
-How far images had come is known in three ways: the steps of those that were rendered, and of those that a snapshot was kept of, are in
-their rows when the job is canceled, and are booked with it; what the worker had done since, it says itself when it has stopped, a
-step later, and that is booked then. A worker that dies just then takes along what it had done since it last spoke.
+How far images had come is known in three ways: the steps of those that were rendered, and of those
+that a snapshot was kept of, are in their rows when the job is canceled, and are booked with it;
+what the worker had done since, it says itself when it has stopped, a step later, and that is booked
+then. A worker that dies just then takes along what it had done since it last spoke.
 
-One row per tenant and UTC day, written in the transaction of the job's own transition, so no crash and no flushed Redis can make
-it say something else (`models.accepting` reserves). A job is booked on the day on which it was accepted.
+One row per tenant and UTC day, written in the transaction of the job's own transition, so no crash
+and no flushed Redis can make it say something else (`models.accepting` reserves). A job is booked
+on the day on which it was accepted.
 """
 
 import uuid

@@ -1,7 +1,8 @@
 """Webhook endpoints of tenants, and deliveries: one row per event and endpoint, written with the job's own transition.
 
-So an event is told at least once, however many processes die on the way, and always under the same id. A delivery is claimed before it
-is tried, by the database's clock; its number of attempts fences what is written afterwards.
+So an event is told at least once, however many processes die on the way, and always under the same
+id. A delivery is claimed before it is tried, by the database's clock; its number of attempts fences
+what is written afterwards.
 """
 
 import uuid
@@ -309,7 +310,8 @@ def endpoints_with_pending(
 def due(session: Session, endpoint_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
     """List the endpoints' deliveries that should be tried now and that nobody has claimed.
 
-    No more of an endpoint and of a tenant than may be under way at once, one of a tenant's slow endpoints, none of disabled ones.
+    No more of an endpoint and of a tenant than may be under way at once, one of a tenant's slow
+    endpoints, none of disabled ones.
     """
     caps = {"of_endpoint": AT_ONCE_PER_ENDPOINT, "of_tenant": AT_ONCE_PER_TENANT}
     return list(session.scalars(_DUE, {"endpoints": list(endpoint_ids), **caps}))
@@ -342,8 +344,8 @@ def next_of_endpoint(session: Session, endpoint_id: uuid.UUID) -> uuid.UUID | No
 def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
     """Take the delivery for `CLAIM_S`; None if it is over, not due, somebody else's, or its endpoint takes none.
 
-    Raises TooManyUnderWay. Claims of one tenant take turns, and those of slow endpoints over all tenants, so that the caps are
-    exact; in this order, so that nobody waits in a circle.
+    Raises TooManyUnderWay. Claims of one tenant take turns, and those of slow endpoints over all
+    tenants, so that the caps are exact; in this order, so that nobody waits in a circle.
     """
     found = session.execute(_LOOK, {"id": delivery_id}).one_or_none()
     if found is None:
@@ -503,7 +505,8 @@ def pending(session: Session) -> int:
 def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
     """End up to `limit` deliveries that were written so long ago and that nobody may try; return how many there were.
 
-    They wait for an endpoint that was disabled and never enabled again. One that was asked for again by hand is due anew.
+    They wait for an endpoint that was disabled and never enabled again. One that was asked for
+    again by hand is due anew.
     """
     old = select(WebhookDelivery.id).where(
         _IS_PENDING,
