@@ -41,8 +41,8 @@ TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each 
 Answer = TypeVar("Answer")
 
 # SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server ends
-# this session, or all of them. 53: no connections, disk or memory left. 58: its files cannot be read
-# or written.
+# this session, or all of them. 53: no connections, disk or memory left. 58: its files cannot be
+# read or written.
 _SERVER_AWAY = re.compile("08...|25006|25P03|53...|57P..|58...")
 # Those after which no existing connection is of use.
 _SESSION_OVER = re.compile("08...|25006|25P03|57P..")
@@ -104,8 +104,8 @@ def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
 def _keep_values_out(context: ExceptionContext) -> None:
     """Cut an error's text to what went wrong, without the row it went wrong with.
 
-    The lines after the first one quote the row, prompt included. `error.orig.diag` still has every
-    part.
+    The lines after the first one quote the row, prompt included. `error.orig.diag` still has all of
+    it.
     """
     original, wrapped = context.original_exception, context.sqlalchemy_exception
     told = str(original).partition("\n")[0]

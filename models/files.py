@@ -77,7 +77,10 @@ def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID)
 def page(
     session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None
 ) -> Sequence[File]:
-    """List up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
+    """List up to `limit` of the tenant's files, newest first, older than `before`.
+
+    Erased ones are left out.
+    """
     # Forces the index on tenant and id, whatever the planner estimates: see models/listing.py.
     is_own = File.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
     query = select(File).where(is_own, File.erased_at.is_(None), File.id < (before or _LAST_ID))

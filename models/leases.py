@@ -151,7 +151,7 @@ def take(
 def renew(
     session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float
 ) -> set[uuid.UUID]:
-    """Prolong all of the worker's leases in one UPDATE; return the ids of jobs that are still its own.
+    """Prolong all of the worker's leases in one UPDATE; return the ids of jobs still leased to it.
 
     held: (job id, attempt) of each. A worker's engine should stop a job at its run deadline; where
     that clearly has not happened, the lease is not renewed.
@@ -192,10 +192,10 @@ _NOTE_STEPS = text(
 
 
 def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -> None:
-    """Note how far images have come, by (job, index), of jobs that this transaction has just renewed.
+    """Note how far images have come, by (job, index).
 
-    It tells what a later attempt does again when nothing else is left of the images: neither
-    snapshots nor progress.
+    Their jobs' leases have just been renewed in this transaction. It tells what a later attempt
+    does again when nothing else is left of the images: neither snapshots nor progress.
     """
     if reached:
         rows = [(str(job_id), index, step) for (job_id, index), step in sorted(reached.items())]

@@ -25,7 +25,7 @@ _LAST_ID = uuid.UUID(int=2**128 - 1)
 
 @dataclass(frozen=True)
 class Sought:
-    """A filter of jobs. Ids are times: `since` <= id < `before`.  metadata: entries that they have."""
+    """A filter of jobs. Ids are times: `since` <= id < `before`.  metadata: required entries."""
 
     since: uuid.UUID = _FIRST_ID
     before: uuid.UUID = _LAST_ID

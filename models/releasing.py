@@ -72,11 +72,9 @@ def _heads_statement() -> Select[Any]:
 
     Of the tenant `only`, if that is given; of none in `without`.
     """
-    pool, tier, only = (
-        bindparam("pool", type_=Text),
-        bindparam("tier", type_=Text),
-        bindparam("only", type_=Uuid),
-    )
+    pool = bindparam("pool", type_=Text)
+    tier = bindparam("tier", type_=Text)
+    only = bindparam("only", type_=Uuid)
     without = bindparam("without", type_=ARRAY(Uuid))
     flow = select(Flow.tenant_id).where(
         Flow.pool == pool, Flow.tier == tier, Flow.queued_jobs > 0, Flow.tenant_id != all_(without)
@@ -208,7 +206,7 @@ def _in_order(
     room = limits.limit_images - outstanding.total_images
     if room <= 0:
         return []
-    # By their heads, past the capped: a backlog may be a million rows long.
+    # With a cap, read each tenant's first jobs: a capped tenant's backlog may be a million rows.
     if limits.max_per_tenant is not None:
         capped = [
             tenant
@@ -263,14 +261,17 @@ def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picke
 
 
 def withdraw(session: Session, job_ids: Sequence[uuid.UUID]) -> None:
-    """Take the stamp back: the message could not be published."""
+    """Take the stamps back: the messages could not be published."""
     queued = _in_turn(job_ids, Job.state == JobState.QUEUED)
     statement = update(Job).where(Job.id.in_(queued)).values(announced_at=None, is_front=False)
     session.execute(statement.execution_options(synchronize_session=False))
 
 
 def _in_turn(job_ids: Sequence[uuid.UUID], *conditions: ColumnElement[bool]) -> Select[Any]:
-    """Select those of the jobs that are so, locking them by ascending id: an UPDATE of a list locks them in any order."""
+    """Select those of the jobs that meet the conditions, and lock them by ascending id.
+
+    An UPDATE of a list of ids would lock them in any order.
+    """
     return (
         select(Job.id)
         .where(Job.id.in_(job_ids), *conditions)
@@ -280,7 +281,7 @@ def _in_turn(job_ids: Sequence[uuid.UUID], *conditions: ColumnElement[bool]) -> 
 
 
 def announced(session: Session, *, pool: str, tier: str, older_than_s: float) -> list[Announced]:
-    """Jobs that were announced that long ago and that no worker has taken, oldest announcement first."""
+    """List jobs announced that long ago that no worker has taken, oldest announcement first."""
     rows = session.execute(
         select(Job.id, Job.announced_at, Job.is_front)
         .where(

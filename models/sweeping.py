@@ -1,4 +1,7 @@
-"""What the sweeper looks for: rows whose time has come. Each list is read through a partial index, so it costs what has changed."""
+"""Find the rows that the sweeper acts on: those whose time has come.
+
+Each list is read through a partial index, so it costs as much as has changed.
+"""
 
 import uuid
 from collections import Counter
@@ -34,17 +37,17 @@ def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    # The first by its index.
-    is_late = (
-        Job.start_by < now_once(),
-        inputs.start_deadline() < now_once(),
-    )
+    # The first condition is there for its index; the second one implies it.
+    is_late = (Job.start_by < now_once(), inputs.start_deadline() < now_once())
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, *is_late)
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
 
 def overruns(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    """Jobs that wait again after an earlier attempt and are past their run deadline; running ones are their engine's."""
+    """List jobs that wait again after an earlier attempt and are past their run deadline.
+
+    Running ones are stopped by their engine.
+    """
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < now_once())
     return list(session.scalars(query.order_by(Job.run_by).limit(limit)))
 
@@ -56,19 +59,20 @@ def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
 
 
 def storing_by_tier(session: Session) -> Counter[str]:
-    """How many jobs wait to be stored, or are being stored, by tier."""
+    """Count the jobs that wait to be stored, or are being stored, by tier."""
     query = select(Job.tier, func.count()).where(Job.state == JobState.STORING).group_by(Job.tier)
     return Counter({tier: int(count) for tier, count in session.execute(query)})
 
 
 def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
-    """Give a storing job another deadline: as far off as it has waited by now, from 1 to LONGEST_STORE_WAIT times `store_within_s`."""
+    """Give a storing job another deadline: as far off as it has waited by now.
+
+    From 1 to LONGEST_STORE_WAIT times `store_within_s`.
+    """
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is not None and job.state == JobState.STORING:
-        shortest, longest = (
-            timedelta(seconds=store_within_s),
-            timedelta(seconds=LONGEST_STORE_WAIT * store_within_s),
-        )
+        shortest = timedelta(seconds=store_within_s)
+        longest = timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
         waited = func.clock_timestamp() - func.coalesce(Job.rendered_at, func.clock_timestamp())
         job.store_by = func.clock_timestamp() + func.least(func.greatest(waited, shortest), longest)
 
@@ -85,12 +89,13 @@ def hasten_stores(session: Session) -> None:
 
 
 def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
-    """Leave every waiting job at least `lasted_s` from now until its start or run deadline: nobody could be given it for so long.
+    """Leave every waiting job at least `lasted_s` until its start or run deadline; return how many changed.
 
-    Jobs whose deadline had passed before that are left alone. How many were prolonged is returned.
-    Harmless when repeated.
+    No worker could be given a job for so long. Jobs whose deadline had passed before that are left
+    alone. Harmless when repeated.
     """
-    lasted, prolonged = timedelta(seconds=lasted_s), 0
+    lasted = timedelta(seconds=lasted_s)
+    prolonged = 0
     for deadline, is_waiting in ((Job.start_by, Job.attempt == 0), (Job.run_by, Job.attempt > 0)):
         near = select(Job.id).where(
             Job.state == JobState.QUEUED,
@@ -98,7 +103,7 @@ def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
             deadline > now_once() - lasted,
             deadline < now_once() + lasted,
         )
-        # Rows that somebody holds are just being given to a worker, or ended: they are not waited for.
+        # Locked rows are just being given to a worker, or ended: they are not waited for.
         statement = (
             update(Job)
             .where(Job.id.in_(near.with_for_update(skip_locked=True)))
@@ -114,7 +119,10 @@ def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
 def awaited_pixels(
     session: Session, job_ids: Sequence[uuid.UUID]
 ) -> set[tuple[uuid.UUID, int, int]]:
-    """(job, index, attempt) of every image of these jobs whose pixels somebody may still read, or is just putting away."""
+    """List (job, index, attempt) of the images of these jobs whose pixels are still needed.
+
+    A task may still read them, or a worker is just handing them off.
+    """
     active = select(Image.job_id, Image.index, Image.handed_off_attempt, Job.attempt, Job.state)
     query = active.join(Job, Job.id == Image.job_id).where(
         Image.job_id.in_(job_ids), Job.state.in_(ACTIVE_STATES)
@@ -129,15 +137,13 @@ def awaited_pixels(
 
 
 def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Those of these jobs that are in a final state, or that nobody knows."""
-    active = set(
-        session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES)))
-    )
-    return set(job_ids) - active
+    """Return those of these jobs that are in a final state, or unknown."""
+    active = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES))
+    return set(job_ids) - set(session.scalars(active))
 
 
 def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Those of these jobs that no worker renders or will, or that nobody knows."""
+    """Return those of these jobs that no worker renders or will render, or that are unknown."""
     to_render = select(Job.id).where(
         Job.id.in_(job_ids), Job.state.in_((JobState.QUEUED, JobState.RUNNING))
     )
@@ -146,7 +152,7 @@ def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID
 
 @dataclass(frozen=True)
 class Aged:
-    """A job of long ago. is_due: it ended long enough ago, and its content is there."""
+    """A job of long ago. is_due: it ended long enough ago, and its content is not erased."""
 
     job_id: uuid.UUID
     tenant_id: uuid.UUID
@@ -156,7 +162,7 @@ class Aged:
 
 
 def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[Aged]:
-    """Up to `limit` jobs with ids above `after` that were accepted before `older_than` ago, the oldest first."""
+    """List up to `limit` jobs with ids above `after` accepted before `older_than` ago, oldest first."""
     now = session.scalar(select(now_once()))
     assert now is not None
     columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
@@ -174,10 +180,10 @@ def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: in
 
 
 def ensure_audit_partitions(session: Session) -> int:
-    """Make the partitions of the audit log for this month and a year ahead, if they are missing; how many months ahead there are.
+    """Make missing partitions of the audit log for this month and a year ahead; return how many are ahead.
 
-    Those are fewer than AUDIT_MONTHS_AHEAD while somebody reads the log: nobody is made to wait for
-    that. To be tried again later.
+    In months. There are fewer than AUDIT_MONTHS_AHEAD while the log is being read, for readers are
+    not blocked: try again later.
     """
     session.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
     return session.scalar(text("SELECT audit_partitions_ahead()")) or 0
