@@ -32,7 +32,7 @@ class Release:
     def __init__(
         self, engine: Engine, broker: Broker, fleet: Fleet, *, worker_silence_s: float
     ) -> None:
-        """worker_silence_s: a worker that was not heard of for so long counts as gone."""
+        """Keep the parts. worker_silence_s: a worker not heard of for so long counts as gone."""
         self._engine = engine
         self._broker = broker
         self._fleet = fleet

@@ -1,9 +1,11 @@
-"""Bring the database up to date, and let every kind of process, the operator and the auditor log in.
+"""Bring the database up to date, and set the logins of processes, the operator and the auditor.
 
-MIGRATION_DATABASE_URL is the owner's; the users and passwords of DATABASE_URL and AUDITOR_DATABASE_URL are given to the
-roles that the migrations made, as are GATEWAY_PASSWORD, WORKER_PASSWORD and their like. An owner's URL in their place is left as it is.
+MIGRATION_DATABASE_URL is the owner's. The users and passwords of DATABASE_URL and
+AUDITOR_DATABASE_URL are given to the roles that the migrations made, as are GATEWAY_PASSWORD,
+WORKER_PASSWORD and their like. An owner's URL in their place is left as it is.
 
-Exit codes: 0 done; 1 the database refuses, or is away, or is newer than this program; 78 a setting is wrong.
+Exit codes: 0 done; 1 the database refuses, or is away, or is newer than this program; 78 a setting
+is wrong.
 """
 
 import sys
@@ -42,7 +44,7 @@ def main() -> None:
 
 
 def _passwords(settings: MigrationSettings, owner: str) -> dict[str, str]:
-    """The password of every role that is to log in."""
+    """Collect the password of every role that is to log in."""
     found = {}
     for field, role in (("database_url", roles.OPERATOR), ("auditor_database_url", roles.AUDITOR)):
         url = getattr(settings, field)
@@ -52,7 +54,8 @@ def _passwords(settings: MigrationSettings, owner: str) -> dict[str, str]:
         if user.username != role:
             refuse(
                 [
-                    f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"
+                    f"settings: {field.upper()}: its user is {user.username!r};"
+                    f" accepted: {role!r}, or the owner"
                 ]
             )
         found[role] = str(user.password or "")

@@ -1,4 +1,4 @@
-"""Alembic's entry: runs with the connection that `migrations.upgrade` opened."""
+"""Run migrations for Alembic, with the connection that `migrations.upgrade` opened."""
 
 from alembic import context
 

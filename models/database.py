@@ -40,9 +40,9 @@ TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each 
 
 Answer = TypeVar("Answer")
 
-# SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server ends
-# this session, or all of them. 53: no connections, disk or memory left. 58: its files cannot be
-# read or written.
+# SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server
+# ends this session, or all of them. 53: no connections, disk or memory left. 58: its files cannot
+# be read or written.
 _SERVER_AWAY = re.compile("08...|25006|25P03|53...|57P..|58...")
 # Those after which no existing connection is of use.
 _SESSION_OVER = re.compile("08...|25006|25P03|57P..")

@@ -47,7 +47,7 @@ class Due:
 
 @dataclass(frozen=True)
 class Piece:
-    """The jobs of one transaction. last_id: where the next one begins; None: there are no others."""
+    """The jobs of one transaction. last_id: where the next one begins; None: there is none."""
 
     jobs: int
     last_id: uuid.UUID | None
@@ -244,7 +244,7 @@ def prune_usage(session: Session, *, before: date) -> int:
 
 
 def audit_months(session: Session, *, before: date) -> list[date]:
-    """List the months of the audit log that ended before `before`, by their first days, oldest first.
+    """List the months of the audit log that ended before `before`, oldest first, by first days.
 
     The default partition is none of them.
     """
@@ -259,10 +259,10 @@ def audit_events(session: Session, month: date) -> int:
 
 
 def prune_audit_month(session: Session, month: date, *, sha256: str | None = None) -> int:
-    """Remove a month of the audit log; return how many events it had. The rest can still be verified.
+    """Remove a month of the audit log; return how many events it had.
 
-    sha256: of the file that the month was exported to before.  Fails with LockNotAvailable while
-    the log is being read; try again.
+    The rest can still be verified. sha256: of the file that the month was exported to before.
+    Fails with LockNotAvailable while the log is being read; try again.
     """
     _take_time(session)
     query = text("SELECT audit_prune_month(:month, :actor, CAST(:facts AS jsonb))")

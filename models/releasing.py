@@ -1,10 +1,10 @@
 """Stamp the jobs that are announced next: the rows that the rule in `policy.release` decides on.
 
 Fair order is `release_tag, id` (models/flows.py computes the tag). A stamp without a message, or a
-message without a stamp, does no harm: the sweeper announces again, and a worker that comes second
-finds nothing to take.
+message without a stamp, does no harm: the sweeper announces the job again, and a worker that comes
+second cannot take it.
 
-A job whose pictures are not in the hand-off yet stands in no line and takes no room: others pass it
+A job whose pictures are not in the hand-off yet is not in line and takes no room: others pass it
 (models/inputs.py).
 """
 
@@ -68,9 +68,10 @@ _IS_WAITING = (Job.state == JobState.QUEUED, Job.announced_at.is_(None), ~Job.la
 
 
 def _heads_statement() -> Select[Any]:
-    """Make the query of each tenant's first waiting jobs, once: making it costs more than executing it.
+    """Make the query of each tenant's first waiting jobs.
 
-    Of the tenant `only`, if that is given; of none in `without`.
+    It is made once, for making it costs more than running it. Of the tenant `only`, if that is
+    given; of none in `without`.
     """
     pool = bindparam("pool", type_=Text)
     tier = bindparam("tier", type_=Text)
@@ -248,7 +249,7 @@ def _stamp(session: Session, chosen: Sequence[Picked]) -> set[uuid.UUID]:
 
 
 def announce_again(session: Session, job_ids: Sequence[uuid.UUID]) -> list[Picked]:
-    """Stamp jobs anew whose message was lost; those that are still queued come back."""
+    """Stamp jobs anew whose message was lost; return those that are still queued."""
     if not job_ids:
         return []
     queued = _in_turn(job_ids, Job.state == JobState.QUEUED)

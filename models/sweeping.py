@@ -89,10 +89,10 @@ def hasten_stores(session: Session) -> None:
 
 
 def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
-    """Leave every waiting job at least `lasted_s` until its start or run deadline; return how many changed.
+    """Move deadlines of waiting jobs to at least `lasted_s` from now; return how many jobs changed.
 
-    No worker could be given a job for so long. Jobs whose deadline had passed before that are left
-    alone. Harmless when repeated.
+    For that long no worker could be given a job. It moves start and run deadlines. Jobs whose
+    deadline had passed before that are left alone. Harmless when repeated.
     """
     lasted = timedelta(seconds=lasted_s)
     prolonged = 0
@@ -162,7 +162,7 @@ class Aged:
 
 
 def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[Aged]:
-    """List up to `limit` jobs with ids above `after` accepted before `older_than` ago, oldest first."""
+    """List up to `limit` jobs above id `after` accepted before `older_than` ago, oldest first."""
     now = session.scalar(select(now_once()))
     assert now is not None
     columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
@@ -180,10 +180,10 @@ def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: in
 
 
 def ensure_audit_partitions(session: Session) -> int:
-    """Make missing partitions of the audit log for this month and a year ahead; return how many are ahead.
+    """Make the audit log's missing partitions for this month and a year ahead.
 
-    In months. There are fewer than AUDIT_MONTHS_AHEAD while the log is being read, for readers are
-    not blocked: try again later.
+    Returns how many months ahead there are. They are fewer than AUDIT_MONTHS_AHEAD while the log is
+    being read, for readers are not blocked: try again later.
     """
     session.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
     return session.scalar(text("SELECT audit_partitions_ahead()")) or 0

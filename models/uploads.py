@@ -48,9 +48,9 @@ def end_if_named(session: Session, object_key: str) -> None:
 
 
 def give_up(session: Session, object_key: str) -> None:
-    """Note that the caller does not need the object any more, so that `left_behind` finds it at once.
+    """Note that the caller needs the object no more, so that `left_behind` finds it at once.
 
-    Not if it is just being stored again. Waits for a transaction that is checking right now whether
+    Unless it is just being stored again. Waits for a transaction that is checking right now whether
     anything names the object: it may not see yet what the caller changed.
     """
     note = insert(Upload).values(object_key=object_key, started_at=func.to_timestamp(0))
@@ -68,7 +68,7 @@ def are_left_behind(session: Session, *, older_than_s: float) -> bool:
 
 
 def left_behind(session: Session, *, older_than_s: float) -> str | None:
-    """Find a key whose upload began that long ago and lock its note until commit; None if there is none.
+    """Find a key whose upload began that long ago, and lock its note until commit; None if none.
 
     The caller deletes the object, then calls `end`. Notes of keys that an artifact or a file names
     after all, such as a second delivery's, are deleted on the way. The transaction may stay idle

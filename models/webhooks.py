@@ -291,7 +291,10 @@ def rotate(
 
 
 def note(session: Session, job: Job, event: str) -> None:
-    """Write a delivery of `event`, due at once, for every live endpoint of the tenant that wants it."""
+    """Write a delivery of `event` for every live endpoint of the job's tenant that wants it.
+
+    It is due at once.
+    """
     wants = select(WebhookEndpoint.id).where(
         WebhookEndpoint.tenant_id == job.tenant_id,
         *_IS_LIVE,
@@ -417,8 +420,8 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
     is_gone = tried.status == 410
     endpoint = None
     if is_gone:
-        lock = {"key_share": True}
-        endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update=lock)
+        no_key = {"key_share": True}
+        endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update=no_key)
     delivery = session.get(WebhookDelivery, claim.id, with_for_update=True)
     if delivery is None or delivery.attempts != claim.attempt:
         return None

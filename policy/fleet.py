@@ -1,6 +1,6 @@
-"""fleet.toml as a typed value: tiers, models, pools.
+"""Parse fleet.toml to a typed value: tiers, models, pools.
 
-Pure: it is handed the text. Whoever reads the file is `settings.py`. Errors name the key of the line.
+Pure: it is handed the text; `settings.py` reads the file. Errors name the key that is wrong.
 """
 
 import math
@@ -20,15 +20,12 @@ from pydantic import (
 )
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-# What programs have built in.
+# Ids that other programs have built in.
 ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
 FLOW_FAMILIES = ("sd3", "flux")  # native ones of flow matching
-# Any diffusers pipeline: what it makes of its arguments is its own affair.
-OPEN_FAMILIES = (
-    "pipeline",
-    "plain",
-)
+# Any diffusers pipeline: what it makes of its arguments is not known here.
+OPEN_FAMILIES = ("pipeline", "plain")
 
 
 class FleetInvalid(Exception):
@@ -40,23 +37,19 @@ class FleetInvalid(Exception):
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`"512x768"` to (width_px, height_px); ValueError says what would be accepted."""
+    """Parse `"512x768"` to (width_px, height_px).
+
+    Raises ValueError, which says what is accepted.
+    """
     width, separator, height = text.partition("x")
-    if not (
-        separator
-        and width.isascii()
-        and height.isascii()
-        and width.isdigit()
-        and height.isdigit()
-        and len(text) <= 11
-    ):
+    is_width = width.isascii() and width.isdigit()
+    is_height = height.isascii() and height.isdigit()
+    if not (separator and is_width and is_height and len(text) <= 11):
         raise ValueError('a size is "WIDTHxHEIGHT" in pixels, such as "512x512"')
-    width_px, height_px = int(width), int(height)
-    if (
-        not (8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX)
-        or width_px % 8
-        or height_px % 8
-    ):
+    width_px = int(width)
+    height_px = int(height)
+    in_range = 8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX
+    if not in_range or width_px % 8 or height_px % 8:
         raise ValueError(f"both sides must be multiples of 8 from 8 to {MAX_SIDE_PX}")
     return width_px, height_px
 
@@ -89,7 +82,7 @@ class Tier(_Table):
     start_within_s: int = Field(ge=1)
     # From the first start to the last pixels, storing not counted; then the job fails.
     run_within_s: float = Field(3600.0, gt=0)
-    # What a killed worker loses at most, of each image; 0: everything.
+    # Steps of each image that a killed worker loses at most; 0: all of them.
     checkpoint_every_steps: int = Field(10, ge=0)
     # After a job's end its prompts and images are erased; None: kept.
     retention_days: int | None = Field(None, ge=1)
@@ -100,7 +93,7 @@ class Tier(_Table):
 
 
 class ModelTier(_Table):
-    """What one model does differently in one tier."""
+    """One model in one tier: where it differs from its defaults and the tier's."""
 
     default_steps: int | None = Field(None, ge=1)
     default_guidance: float | None = Field(None, ge=0)
@@ -109,7 +102,7 @@ class ModelTier(_Table):
 
 
 class ModelVersion(_Table):
-    """One set of weights. `traffic_weight` 0 keeps it loadable for replays but gives it no new jobs."""
+    """One set of weights. `traffic_weight` 0: loadable for replays, but gets no new jobs."""
 
     id: Name
     source: str = Field(min_length=1)
@@ -133,10 +126,9 @@ class Model(_Table):
     # Further ids that a request may say; its jobs are this model's.
     aliases: tuple[ModelAlias, ...] = ()
     family: Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
-    pipeline_class: str = (
-        ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
-    )
-    # The same two: arguments of every call.
+    # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
+    pipeline_class: str = ""
+    # Families pipeline and plain: arguments of every call.
     options: dict[Name, str | int | float | bool] = Field(default_factory=dict)
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
     channels_last: bool = False
@@ -153,7 +145,7 @@ class Model(_Table):
     default_guidance: float = Field(ge=0)
     max_guidance: float = Field(gt=0)
     max_prompt_chars: int = Field(2000, ge=1, le=100_000)
-    # What a megapixel-step of it counts against budgets and quotas.
+    # The count of its megapixel-step against budgets and quotas.
     cost_factor: float = Field(1.0, gt=0, le=1000)
     created_at: datetime
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
@@ -170,15 +162,16 @@ class Pool(_Table):
     row_buckets: tuple[int, ...] = ()
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     warm_floor: int = Field(0, ge=0)
-    # Something starts workers when jobs wait; without it and without a live worker jobs are
+    # An autoscaler starts workers when jobs wait; without one and without a live worker jobs are
     # refused.
     scalable: bool = False
     gpu_class: str = "any"
     gpu_hour_price: float = Field(0.0, ge=0)
 
 
-# What stands for an entry that the catalogue no longer has, for jobs that were accepted under it: they are served first, cost no more
-# than their device time, are counted by the plain megapixel-step, and nothing is done for them that only a tier can ask for.
+# Stand-ins for entries that the catalogue no longer has, for jobs that were accepted under them.
+# Such jobs are served first, cost no more than their device time, are counted by the plain
+# megapixel-step, and get nothing that only a tier can ask for.
 RETIRED_TIER = Tier(
     rank=0,
     max_steps=1,
@@ -219,55 +212,64 @@ class Fleet(_Table):
 
     @cached_property
     def tiers_by_rank(self) -> tuple[str, ...]:
-        """Tier names, the one served first in front."""
+        """Return tier names, the one served first in front."""
         return tuple(sorted(self.tiers, key=lambda name: self.tiers[name].rank))
 
     def tier_or_retired(self, name: str) -> Tier:
-        """Find a tier, or what stands for one that the catalogue no longer has: its accepted jobs must still end."""
+        """Find a tier; RETIRED_TIER if the catalogue no longer has it.
+
+        Its accepted jobs must still end.
+        """
         return self.tiers.get(name, RETIRED_TIER)
 
     def pool_or_retired(self, name: str) -> Pool:
-        """Find a pool, or what stands for one that the catalogue no longer has."""
+        """Find a pool; RETIRED_POOL if the catalogue no longer has it."""
         return self.pools.get(name, RETIRED_POOL)
 
     def model_or_retired(self, name: str) -> Model:
-        """Find a model, or what stands for one that the catalogue no longer has."""
+        """Find a model; RETIRED_MODEL if the catalogue no longer has it."""
         return self.models.get(name, RETIRED_MODEL)
 
     def queue_tier(self, name: str) -> str:
-        """Name the tier whose queues take the work of tier `name`: its own, or the last in rank if the catalogue no longer has it."""
+        """Name the tier whose queues take the work of tier `name`.
+
+        Its own, or the last in rank if the catalogue no longer has it.
+        """
         return name if name in self.tiers else self.tiers_by_rank[-1]
 
     def pool_of(self, model: str) -> str:
-        """The pool that serves `model`; KeyError if the fleet has no such model."""
+        """Name the pool that serves `model`. Raises KeyError if the fleet has no such model."""
         return next(name for name, pool in self.pools.items() if model in pool.models)
 
     @cached_property
     def model_ids(self) -> dict[str, str]:
-        """What a request may say for a model, to the id of that model: the ids themselves in front, then the aliases."""
+        """Map every name that a request may give a model to the id of that model.
+
+        The ids themselves in front, then the aliases.
+        """
         aliases = {
             alias: model_id for model_id, model in self.models.items() for alias in model.aliases
         }
         return {model_id: model_id for model_id in self.models} | aliases
 
     def default_steps(self, model: str, tier: str) -> int:
-        """Denoise steps of a request that says none."""
+        """Return the denoise steps of a request that names none."""
         own = self.models[model].tiers.get(tier, ModelTier())
         return own.default_steps or self.tiers[tier].default_steps
 
     def sizes_of(self, model: str, tier: str) -> tuple[str, ...]:
-        """The sizes of `model` that are within the limit of `tier`, the default in front."""
+        """List the sizes of `model` within the limit of `tier`, the default in front."""
         most_px = self.tiers[tier].max_megapixels * 1e6
         return tuple(
             size for size in self.models[model].sizes if math.prod(parse_size(size)) <= most_px
         )
 
     def default_model(self) -> str:
-        """What a request without `model` gets: the first of the file."""
+        """Name the model of a request that names none: the first of the file."""
         return next(iter(self.models))
 
     def default_tier(self) -> str:
-        """What a request without `tier` gets: the first of the file."""
+        """Name the tier of a request that names none: the first of the file."""
         return next(iter(self.tiers))
 
 
@@ -290,7 +292,7 @@ def parse_fleet(text: str) -> Fleet:
 
 
 def _contradictions(fleet: Fleet) -> list[str]:
-    """What each table alone cannot see."""
+    """List contradictions between tables, which no table alone shows."""
     problems = []
     ranks = Counter(tier.rank for tier in fleet.tiers.values())
     for name, tier in fleet.tiers.items():
@@ -313,20 +315,20 @@ def _contradictions(fleet: Fleet) -> list[str]:
             for model in pool.models
             if model not in fleet.models
         ]
-        if list(pool.row_buckets) != sorted(
-            {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
-        ):
+        possible = {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
+        if list(pool.row_buckets) != sorted(possible):
             problems.append(
-                f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows ({pool.max_batch_rows})"
+                f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
+                f" ({pool.max_batch_rows})"
             )
         for tier_name, tier in fleet.tiers.items():
             if tier.max_images > pool.slots:
                 problems.append(
-                    f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})"
+                    f"pools.{name}.slots: {pool.slots} is less than"
+                    f" tiers.{tier_name}.max_images ({tier.max_images})"
                 )
-    said = Counter(
-        [*fleet.models, *(alias for model in fleet.models.values() for alias in model.aliases)]
-    )
+    aliases = [alias for model in fleet.models.values() for alias in model.aliases]
+    said = Counter([*fleet.models, *aliases])
     for name, model in fleet.models.items():
         problems += [
             f"models.{name}.aliases: {alias!r} is taken"
@@ -371,7 +373,8 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
             )
         if own.default_guidance is not None and own.default_guidance > model.max_guidance:
             problems.append(
-                f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance ({model.max_guidance})"
+                f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance"
+                f" ({model.max_guidance})"
             )
     for tier_name, tier in fleet.tiers.items():
         if not fleet.sizes_of(name, tier_name):
@@ -386,6 +389,7 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
             if not 2 <= bucket_rows.get(size, 0) <= rows_limit:
                 key = f"models.{name}.tiers.{tier_name}.bucket_rows"
                 problems.append(
-                    f"{key}: {size!r} needs 2 to {rows_limit} rows, for tier {tier_name} is reproducible"
+                    f"{key}: {size!r} needs 2 to {rows_limit} rows,"
+                    f" for tier {tier_name} is reproducible"
                 )
     return problems

@@ -24,7 +24,7 @@ LEAST_SHARE = 4  # images: enough for one person at work
 
 @dataclass(frozen=True)
 class ReleaseLimits:
-    """How many images of one (pool, tier) may be outstanding: with Celery, or with the workers.
+    """The number of images of one (pool, tier) that may be with Celery or with the workers.
 
     slots: what the live workers hold of this tier at once.  limit_images: what they may hold, and
     what may wait for them.  least_share: what a tenant may always have, however many share the
@@ -39,7 +39,7 @@ class ReleaseLimits:
 
 @dataclass
 class Outstanding:
-    """What of one (pool, tier) is with Celery and the workers.
+    """The jobs of one (pool, tier) that are with Celery and the workers.
 
     images, running: images by tenant, and those of them that run.  running_s: predicted device
     seconds of these.  announced_jobs: the jobs that do not run yet.
@@ -52,7 +52,7 @@ class Outstanding:
 
     @property
     def total_images(self) -> int:
-        """Images of all tenants."""
+        """Count the images of all tenants."""
         return self.images.total()
 
 
@@ -77,7 +77,7 @@ class Picked:
 
 
 class ReleaseHint(Enum):
-    """What to do about the release of a job that is accepted now."""
+    """The action on the release of a job that is accepted now."""
 
     IMMEDIATE = auto()  # nobody waits and there is room: announce it as it is written
     TRY_RELEASE = auto()  # let a release look, once it is written
@@ -184,7 +184,7 @@ class Selection:
     """
 
     def __init__(self, outstanding: Outstanding, limits: ReleaseLimits) -> None:
-        """outstanding: what is picked is added to it."""
+        """Begin a selection. outstanding: picked images are added to it."""
         self._outstanding, self._limits = outstanding, limits
         self.picked: dict[uuid.UUID, Picked] = {}
         self.newest_tag: float | None = None

@@ -1,4 +1,4 @@
-"""What tenants can hear of, and when to try again to tell them."""
+"""List the events that tenants can subscribe to, and decide when a delivery is tried again."""
 
 from policy.states import FINAL_STATES, JobState
 
@@ -30,9 +30,10 @@ SLOW_AFTER_S = (
 
 
 def next_try_s(attempts: int, *, draw: float, retry_after_s: float | None) -> float:
-    """Seconds until the attempt after `attempts` failed ones: from half of the step to all of it, so that what failed together spreads.
+    """Return the seconds until the attempt after `attempts` failed ones.
 
-    draw: in [0, 1).  retry_after_s: what the receiver's Retry-After says; within bounds it is granted.
+    From half of the step to all of it, so that deliveries that failed together spread out. draw: in
+    [0, 1).  retry_after_s: what the receiver's Retry-After says, which is granted within bounds.
     """
     step_s = BACK_OFF_S[min(attempts, len(BACK_OFF_S)) - 1]
     return max(step_s * (0.5 + 0.5 * draw), min(retry_after_s or 0.0, MAX_RETRY_AFTER_S))

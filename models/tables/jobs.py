@@ -1,4 +1,4 @@
-"""Jobs, their images, the attempts at them, and what is stored of them."""
+"""Define the tables of jobs, their images, the attempts at them, and stored artifacts."""
 
 import uuid
 from datetime import date, datetime
@@ -19,7 +19,7 @@ _IS_WAITING = "state = 'queued' AND announced_at IS NULL AND NOT lacks_inputs"
 
 
 class Job(Base):
-    """One wish of a tenant, complete enough to be replayed, with one final state."""
+    """A request of a tenant, complete enough to be replayed, with one final state."""
 
     __tablename__ = "jobs"
 
@@ -60,7 +60,7 @@ class Job(Base):
     )
     # Device seconds, as expected at accept.
     predicted_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
-    # Until its end, as expected at accept, before it is corrected by what was learnt.
+    # Seconds until its end, as estimated at accept, before the learnt correction.
     eta_raw_s: Mapped[float | None]
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
     announced_at: Mapped[datetime | None]
@@ -86,9 +86,9 @@ class Job(Base):
 
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
-    # What of its texts had no effect.
+    # Parts of its texts that had no effect.
     warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
-    # The dead letter that this job is another try at.
+    # The failed job that this one repeats.
     requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
     # The job whose parameters these are.
     replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
@@ -150,7 +150,7 @@ class Job(Base):
             "announced_at",
             postgresql_where=text("state = 'queued' AND announced_at IS NOT NULL"),
         ),
-        # Not by lease_expires_at: a renewal then touches no index at all, and the rows of what runs are few.
+        # Not by lease_expires_at: so a renewal touches no index, and running jobs are few.
         Index("jobs_running", "pool", "tier", postgresql_where=text("state = 'running'")),
         Index("jobs_storing", "store_by", postgresql_where=text("state = 'storing'")),
         Index(
@@ -221,7 +221,10 @@ class Job(Base):
 
 
 class JobLabel(Base):
-    """A job in the list of those that have one entry of metadata in common; triggers on `jobs` keep it. label: a digest of the entry."""
+    """A job in the list of those that share one entry of metadata; triggers on `jobs` keep it.
+
+    label: a digest of the entry.
+    """
 
     __tablename__ = "job_labels"
 
@@ -244,9 +247,9 @@ class Image(Base):
     handed_off_attempt: Mapped[int | None]
     handed_off_at: Mapped[datetime | None]
     snapshot_ref: Mapped[str | None]
-    # Of it there is something to show for: pixels, a snapshot.
+    # Steps that something is left of: pixels or a snapshot.
     steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)
-    # As last noted, whatever is left of it.
+    # The last step that was noted, whether anything is left of it or not.
     reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     # How often its pixels were lost before they were stored.
     hand_offs_lost: Mapped[int] = mapped_column(server_default=text("0"), default=0)
@@ -272,7 +275,7 @@ class Image(Base):
 
 
 class Attempt(Base):
-    """One try at a job: who, on what, how many steps in what company, how it ended."""
+    """One try at a job: its worker, its steps and those shared with other jobs, its outcome."""
 
     __tablename__ = "attempts"
 
@@ -312,7 +315,10 @@ class Attempt(Base):
 
 
 class Artifact(Base):
-    """A stored, content-addressed image. Two digests: the pixels as decoded, and the bytes as stored."""
+    """A stored, content-addressed image.
+
+    Two digests: of the pixels as decoded, and of the bytes as stored.
+    """
 
     __tablename__ = "artifacts"
 

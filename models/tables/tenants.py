@@ -1,4 +1,4 @@
-"""Tenants with their limits, their keys, what they used, and what they asked for under a key of their own."""
+"""Define the tables of tenants with their limits, keys, usage and idempotency keys."""
 
 import uuid
 from datetime import date, datetime
@@ -14,7 +14,7 @@ from policy.limits import DEFAULT_SCOPES, SCOPES
 
 
 class Tenant(Base):
-    """Who pays, and whose ids nobody else can see."""
+    """A customer; nobody else can see its ids."""
 
     __tablename__ = "tenants"
 
@@ -46,7 +46,8 @@ class Tenant(Base):
             name="tenants_budget_has_rate_and_burst",
         ),
         CheckConstraint(
-            "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps, max_concurrent_jobs) > 0",
+            "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps,"
+            " max_concurrent_jobs) > 0",
             name="tenants_limits_are_positive",
         ),
         CheckConstraint(
@@ -58,7 +59,10 @@ class Tenant(Base):
 
 
 class ApiKey(Base):
-    """A key as it is stored: its public id and the HMAC of the whole; the key itself is shown once."""
+    """A key as it is stored: its public id and the HMAC of the whole.
+
+    The key itself is shown once.
+    """
 
     __tablename__ = "api_keys"
 
@@ -110,7 +114,10 @@ class UsageDay(Base):
 
 
 class IdempotencyKey(Base):
-    """What a request under a key of the tenant's came to, so that asking again is harmless. Kept for a day."""
+    """The answer to a request under an idempotency key of the tenant. Kept for a day.
+
+    So repeating the request is harmless.
+    """
 
     __tablename__ = "idempotency_keys"
 

@@ -1,4 +1,4 @@
-"""Where tenants want to hear of their jobs, and every attempt to tell them."""
+"""Define the tables of webhook endpoints, deliveries, and the attempts at these."""
 
 import uuid
 from datetime import datetime
@@ -44,7 +44,7 @@ class WebhookEndpoint(Base):
 
 
 class WebhookSecret(Base):
-    """What an endpoint's events are signed with; while two are live both sign."""
+    """A key that an endpoint's events are signed with; while two are live both sign."""
 
     __tablename__ = "webhook_secrets"
 
@@ -105,7 +105,7 @@ class WebhookDelivery(Base):
 
 
 class WebhookAttempt(Base):
-    """One try at a delivery: what came back, or why nothing did."""
+    """One try at a delivery, with its answer, or the reason why there is none."""
 
     __tablename__ = "webhook_attempts"
 

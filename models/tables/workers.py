@@ -1,4 +1,4 @@
-"""Who is alive."""
+"""Define the table of live workers."""
 
 from datetime import datetime
 from typing import Any
