@@ -157,7 +157,8 @@ NOBODYS = {
     "living_sql": "the migrations' own",
 }
 
-# Functions that not everybody may call, and who may besides the owner. Maintenance is the sweeper's.
+# Functions that not every role may call, with those that may, besides the owner. Maintenance is the
+# sweeper's.
 FUNCTIONS = {
     "audit_verify": (OPERATOR, AUDITOR, OF_PROCESS["sweeper"]),
     "audit_verify_since": (OPERATOR, AUDITOR, OF_PROCESS["sweeper"]),

@@ -107,7 +107,8 @@ def _keep_values_out(context: ExceptionContext) -> None:
     The lines after the first one quote the row, prompt included. `error.orig.diag` still has all of
     it.
     """
-    original, wrapped = context.original_exception, context.sqlalchemy_exception
+    original = context.original_exception
+    wrapped = context.sqlalchemy_exception
     told = str(original).partition("\n")[0]
     # Class 22: a value that cannot be used, which the first line quotes at its end.
     if str(getattr(original, "pgcode", "") or "").startswith("22"):

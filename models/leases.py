@@ -61,10 +61,10 @@ class Lease:
 
 @dataclass(frozen=True)
 class Left:
-    """What is left of one image of a preempted attempt: its snapshot.
+    """The snapshot that a preempted attempt leaves of one image.
 
-    snapshot_ref, size_bytes: where the snapshot lies, and its size.  steps_done, device_seconds:
-    what it spares the next attempt.
+    snapshot_ref, size_bytes: its place and size.  steps_done, device_seconds: the work that it
+    spares the next attempt.
     """
 
     index: int
@@ -76,7 +76,7 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """What rendering one image took, in the columns of `attempts`."""
+    """The work of rendering one image, in the columns of `attempts`."""
 
     num_steps: int  # of the image, those of earlier attempts included
     steps: int
@@ -427,15 +427,17 @@ def lose_hand_off(
     gone: dict[int, int] = {}  # how often, by index
     query = select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))
     for image in session.scalars(query):
-        is_same_attempt = image.handed_off_attempt == attempt_of[image.index]
-        if image.state == ImageState.HANDED_OFF and is_same_attempt:
-            image.state = ImageState.PENDING
-            image.handed_off_attempt = None
-            image.handed_off_at = None
-            image.device_seconds = 0.0
-            image.steps_done = 0  # `reached_step` stays: those steps are done again
-            image.hand_offs_lost += 1
-            gone[image.index] = image.hand_offs_lost
+        if image.state != ImageState.HANDED_OFF:
+            continue
+        if image.handed_off_attempt != attempt_of[image.index]:
+            continue
+        image.state = ImageState.PENDING
+        image.handed_off_attempt = None
+        image.handed_off_at = None
+        image.device_seconds = 0.0
+        image.steps_done = 0  # `reached_step` stays: those steps are done again
+        image.hand_offs_lost += 1
+        gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
     if gates.is_unstorable(max(gone.values())):

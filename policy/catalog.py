@@ -25,7 +25,9 @@ class InvalidWish(Exception):
 
     def __init__(self, field: str, detail: str, accepted: object = None) -> None:
         super().__init__(f"{field}: {detail}")
-        self.field, self.detail, self.accepted = field, detail, accepted
+        self.field = field
+        self.detail = detail
+        self.accepted = accepted
 
 
 def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Resolved:
@@ -37,7 +39,8 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
     model_name = _one_of("model", _first(wish.model, fleet.default_model()), tuple(fleet.model_ids))
     model_id = fleet.model_ids[model_name]
     tier_id = _one_of("tier", _first(wish.tier, fleet.default_tier()), tuple(fleet.tiers))
-    model, tier = fleet.models[model_id], fleet.tiers[tier_id]
+    model = fleet.models[model_id]
+    tier = fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
     _check_text(model, wish)
     sizes = fleet.sizes_of(model_id, tier_id)

@@ -93,7 +93,7 @@ class Tier(_Table):
 
 
 class ModelTier(_Table):
-    """One model in one tier: where it differs from its defaults and the tier's."""
+    """The settings of one model in one tier, where they differ from the model's or the tier's."""
 
     default_steps: int | None = Field(None, ge=1)
     default_guidance: float | None = Field(None, ge=0)

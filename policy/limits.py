@@ -80,7 +80,8 @@ class InvalidLimits(Exception):
 
     def __init__(self, field: str, detail: str) -> None:
         super().__init__(f"{field}: {detail}")
-        self.field, self.detail = field, detail
+        self.field = field
+        self.detail = detail
 
 
 LIMITS = tuple(field.name for field in fields(Limits))  # the columns of `tenants` that are limits

@@ -34,10 +34,7 @@ class AdapterWish:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a tenant asked for, types already right; None = not said.
-
-    Its fields are the fields of a request that decide how the image looks.
-    """
+    """A tenant's request for a job, types already right; None: not given."""
 
     prompt: str
     negative_prompt: str = ""
@@ -61,10 +58,10 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class AsAsked:
-    """The rule of a parameter that is what the wish says, whatever the model or the tier.
+    """The rule of a parameter that is taken from the wish as it is, whatever the model or the tier.
 
-    choices: the values that are accepted.  low, high: the range that is, both included.
-    families: the model families that take it; None: all.  unfit: what is said where others do not.
+    choices: the values that are accepted.  low, high: the accepted range, both included.  families:
+    the model families that take it; None: all.  unfit: the error text for other families.
     """
 
     choices: tuple[str, ...] | None = None
@@ -75,7 +72,7 @@ class AsAsked:
 
 
 class Use(Flag):
-    """The places where a parameter is used beside requests, answers and the row of its job."""
+    """The places where a parameter is used beside requests, answers and its column."""
 
     NOWHERE = 0
     ENGINE = auto()  # a field of the engine's ImageRequest; where it is None, the engine's default

@@ -185,7 +185,8 @@ class Selection:
 
     def __init__(self, outstanding: Outstanding, limits: ReleaseLimits) -> None:
         """Begin a selection. outstanding: picked images are added to it."""
-        self._outstanding, self._limits = outstanding, limits
+        self._outstanding = outstanding
+        self._limits = limits
         self.picked: dict[uuid.UUID, Picked] = {}
         self.newest_tag: float | None = None
 

@@ -14,8 +14,11 @@ from models.tables.base import NOW, Base, Megapixels, listed
 from models.tables.tenants import Tenant
 from policy.states import FINAL_STATES, ImageState, JobState
 
-_FLOW = ("pool", "tier", "tenant_id")
+_IN_ORDER = ("release_tag", "id")  # fair order
+_LINE = ("pool", "tier", *_IN_ORDER)
+_LINE_OF_TENANT = ("pool", "tier", "tenant_id", *_IN_ORDER)
 _IS_WAITING = "state = 'queued' AND announced_at IS NULL AND NOT lacks_inputs"
+_LACKS_INPUTS = "state = 'queued' AND lacks_inputs"
 
 
 class Job(Base):
@@ -140,9 +143,7 @@ class Job(Base):
             "num_images >= 1 AND num_steps >= 1 AND seed >= 0", name="jobs_counts_are_positive"
         ),
         CheckConstraint("width_px >= 1 AND height_px >= 1", name="jobs_sides_are_positive"),
-        Index(
-            "jobs_ready", "pool", "tier", "release_tag", "id", postgresql_where=text(_IS_WAITING)
-        ),
+        Index("jobs_ready", *_LINE, postgresql_where=text(_IS_WAITING)),
         Index(
             "jobs_announced",
             "pool",
@@ -161,23 +162,12 @@ class Job(Base):
             "run_by",
             postgresql_where=text("state = 'queued' AND run_by IS NOT NULL"),
         ),
-        Index(
-            "jobs_ready_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text(_IS_WAITING)
-        ),
-        Index(
-            "jobs_lacking_inputs",
-            "pool",
-            "tier",
-            "release_tag",
-            "id",
-            postgresql_where=text("state = 'queued' AND lacks_inputs"),
-        ),
+        Index("jobs_ready_by_tenant", *_LINE_OF_TENANT, postgresql_where=text(_IS_WAITING)),
+        Index("jobs_lacking_inputs", *_LINE, postgresql_where=text(_LACKS_INPUTS)),
         Index(
             "jobs_lacking_inputs_by_tenant",
-            *_FLOW,
-            "release_tag",
-            "id",
-            postgresql_where=text("state = 'queued' AND lacks_inputs"),
+            *_LINE_OF_TENANT,
+            postgresql_where=text(_LACKS_INPUTS),
         ),
         Index(
             "jobs_inputs_asked",
@@ -204,7 +194,7 @@ class Job(Base):
         ),
         Index("jobs_by_tenant", "tenant_id", "id"),
         Index("jobs_by_tenant_state", "tenant_id", "state", "id"),
-        # For whoever removes a job or a file: what names it is found.
+        # To find the jobs that name a job or a file, where that is removed.
         Index("jobs_replayed", "replay_of", postgresql_where=text("replay_of IS NOT NULL")),
         Index(
             "jobs_by_init_file", "init_file_id", postgresql_where=text("init_file_id IS NOT NULL")
