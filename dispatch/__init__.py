@@ -1,1 +1,4 @@
-"""Who goes next: rows, the rule of `policy`, and the broker; for the gateway, the tasks and the sweeper."""
+"""Release waiting jobs, for the gateway, the tasks and the sweeper.
+
+This room joins the rows, the rule in `policy`, and the broker.
+"""

@@ -1,13 +1,13 @@
-"""What follows the end of a job, whoever ended it: tell of it, and drop what was kept for it.
+"""Publish the end of a job, whatever ended it, and drop what was kept for it.
 
-    run_ending       a transaction that may end a job, and notify_ended if it has
-    notify_ended     for whoever has committed a final state and had more to do before telling
+    run_ending       runs a transaction that may end a job, and notify_ended if it has
+    notify_ended     for callers that have committed a final state themselves
     notify_erased    the same for a job whose content was deleted
-    lose_hand_off    what results workers and the sweeper do about pixels that are gone
+    lose_hand_off    handles lost pixels, for results workers and the sweeper
 
-All of it comes after the commit and is best effort, for Postgres has the truth. What fails here
-others make good: a worker drops a job that is not its own at its next renewal, who waits for the
-job looks again by itself, and the sweeper drops what is left of it within a minute.
+All of it comes after the commit and is best effort, for Postgres has the truth. If it fails, others
+make up for it: a worker drops a job that is not its own at its next renewal, a client that waits
+for the job reads it again, and the sweeper drops what is left of it within a minute.
 """
 
 import uuid
@@ -33,7 +33,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EndedJobs:
-    """Tells of jobs that have ended and drops what was kept for them; one per process.
+    """Publishes the end of jobs and drops what was kept for them; one per process.
 
     No method raises because Redis is away.
     """

@@ -29,8 +29,10 @@ log = structlog.get_logger(__name__)
 class Release:
     """Announces waiting jobs to Celery as the limits allow."""
 
-    def __init__(self, engine: Engine, broker: Broker, fleet: Fleet, *, worker_silence_s: float) -> None:
-        """worker_silence_s: a worker that was not heard of for so long counts as gone."""
+    def __init__(
+        self, engine: Engine, broker: Broker, fleet: Fleet, *, worker_silence_s: float
+    ) -> None:
+        """Keep the parts. worker_silence_s: a worker not heard of for so long counts as gone."""
         self._engine = engine
         self._broker = broker
         self._fleet = fleet
@@ -46,7 +48,9 @@ class Release:
         def pick(session: Session) -> tuple[list[Picked], list[uuid.UUID]]:
             capacity = workers.capacity(session, pool=pool, silent_for_s=self._worker_silence_s)
             limits = self.limits(pool, tier, capacity.slots)
-            picked = releasing.pick(session, pool=pool, tier=tier, limits=limits, tenant_id=tenant_id)
+            picked = releasing.pick(
+                session, pool=pool, tier=tier, limits=limits, tenant_id=tenant_id
+            )
             lacking = inputs.ask(session, pool=pool, tier=tier, most=limits.limit_images)
             return picked, lacking
 
@@ -75,7 +79,9 @@ class Release:
 
     def reannounce(self, pool: str, tier: str, job_ids: Sequence[uuid.UUID]) -> int:
         """Announce jobs whose message was lost, but for those that a worker took meanwhile."""
-        picked = run_transaction(self._engine, lambda session: releasing.announce_again(session, job_ids))
+        picked = run_transaction(
+            self._engine, lambda session: releasing.announce_again(session, job_ids)
+        )
         return self._publish(pool, tier, picked)
 
     def return_to_queue(self, job_id: uuid.UUID) -> None:
@@ -105,7 +111,9 @@ class Release:
         for position, job in enumerate(picked):
             queue = queues.render_queue(pool, tier, is_front=job.is_front)
             try:
-                self._broker.announce(queues.RENDER_JOB, queue, job.job_id, num_images=job.num_images)
+                self._broker.announce(
+                    queues.RENDER_JOB, queue, job.job_id, num_images=job.num_images
+                )
             except BrokerUnavailable as error:
                 log.warning("announce_failed", job_id=str(job.job_id), reason=str(error))
                 self._withdraw([left.job_id for left in picked[position:]])

@@ -1,7 +1,7 @@
-"""How the tables got here, one story per file; functions, views and triggers follow models/sql.
+"""Bring a database up to date: versioned migrations, then living SQL, then the grants.
 
-`python -m migrations` brings a database up to date: versioned migrations, then living SQL, then the
-grants.
+`python -m migrations` runs it. The tables' history is in versions/, one story per file; functions,
+views and triggers follow their files in models/sql.
 """
 
 import os
@@ -29,7 +29,8 @@ _PAUSE_S = 2.0  # between two tries; whom the first one made wait is served mean
 _WAIT_S = 600.0
 
 VERSIONS = [Path(__file__).parent / "versions"]  # folders of versioned migrations
-REPLACED = {f"{number:04}" for number in range(1, 12)}  # the baseline is the twelfth, and stands for these
+# Revisions that the baseline, the twelfth, replaced.
+REPLACED = {f"{number:04}" for number in range(1, 12)}
 
 
 def upgrade(
@@ -43,8 +44,8 @@ def upgrade(
 
     Safe when several start at once, and beside running code.
 
-    revision: to stop at; living SQL is for the newest alone.  say: is told what is done, a line at
-    a time.  wait_s: how long it is tried to get locks that others hold.  Raises MigrationFailed.
+    revision: to stop at; living SQL is for the newest alone.  say: is called with each line of
+    progress.  wait_s: how long to try for locks that others hold.  Raises MigrationFailed.
     """
     engine = create_engine(owner_url)
     deadline = time.monotonic() + wait_s
@@ -54,7 +55,8 @@ def upgrade(
             while (applied := _try(engine, revision, say)) is None:
                 if time.monotonic() > deadline:
                     raise DatabaseBusy(
-                        f"a table stayed locked for {wait_s:g} s; end the transaction that holds it (see pg_stat_activity) and try again"
+                        f"a table stayed locked for {wait_s:g} s; end the transaction that holds it"
+                        " (see pg_stat_activity) and try again"
                     )
                 time.sleep(_PAUSE_S)
             after = current_revision(engine)
@@ -63,21 +65,24 @@ def upgrade(
         engine.dispose()
     if before == after and applied:
         say(f"at revision {after}; made anew: {', '.join(applied)}")
+    elif before == after:
+        say(f"at revision {after}, nothing to do")
     else:
-        say(f"at revision {after}, nothing to do" if before == after else f"at revision {after}, was {before or 'empty'}")
+        say(f"at revision {after}, was {before or 'empty'}")
 
 
 def current_revision(engine: Engine) -> str | None:
-    """The revision of the database; None for an empty one."""
+    """Read the revision of the database; None for an empty one."""
     with engine.connect() as connection:
         return MigrationContext.configure(connection).get_current_revision()
 
 
 @contextmanager
 def _only_one(engine: Engine, deadline: float, say: Callable[[str], None]) -> Iterator[None]:
-    """Take turns with whoever else migrates.
+    """Take turns with other processes that migrate.
 
-    Asks again and again: a statement that waits for the lock would have a snapshot, and for its end waits whoever builds an index.
+    It polls: a statement that waits for the lock would have a snapshot, and a process that builds
+    an index waits for the end of every snapshot.
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         is_told = False
@@ -102,9 +107,9 @@ def _check_revision(engine: Engine) -> str | None:
         return revision
     if revision in REPLACED:
         raise RevisionTooOld(
-            f"the database is at revision {revision}, and this version begins at {scripts.get_base()}:"
-            " upgrade it first with a version that has the migrations in between, or begin with an"
-            " empty database"
+            f"the database is at revision {revision}, and this version begins at"
+            f" {scripts.get_base()}: upgrade it first with a version that has the migrations in"
+            " between, or begin with an empty database"
         )
     raise UnknownRevision(
         f"the database is at revision {revision}, which this version does not know, so a newer one"
@@ -114,9 +119,9 @@ def _check_revision(engine: Engine) -> str | None:
 
 
 def _try(engine: Engine, revision: str, say: Callable[[str], None]) -> list[str] | None:
-    """Run what is missing; name the living SQL that was applied, or None if a lock was not to be had.
+    """Run what is missing; name the living SQL that was applied, or None if a lock was not free.
 
-    What was done by then stays, or is done again harmlessly.
+    What was done before that stays, or is done again harmlessly.
     """
     try:
         with engine.connect() as connection:
@@ -137,7 +142,9 @@ def _apply_living(connection: Connection) -> list[str]:
     """Bring functions, views, triggers, who may use them, and the log's partitions up to date."""
     applied = living.apply(connection)
     roles.grant(connection)
-    connection.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
+    connection.execute(
+        text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD}
+    )
     return applied
 
 

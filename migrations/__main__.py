@@ -1,9 +1,11 @@
-"""Bring the database up to date, and let every kind of process, the operator and the auditor log in.
+"""Bring the database up to date, and set the logins of processes, the operator and the auditor.
 
-MIGRATION_DATABASE_URL is the owner's; the users and passwords of DATABASE_URL and AUDITOR_DATABASE_URL are given to the
-roles that the migrations made, as are GATEWAY_PASSWORD, WORKER_PASSWORD and their like. An owner's URL in their place is left as it is.
+MIGRATION_DATABASE_URL is the owner's. The users and passwords of DATABASE_URL and
+AUDITOR_DATABASE_URL are given to the roles that the migrations made, as are GATEWAY_PASSWORD,
+WORKER_PASSWORD and their like. An owner's URL in their place is left as it is.
 
-Exit codes: 0 done; 1 the database refuses, or is away, or is newer than this program; 78 a setting is wrong.
+Exit codes: 0 done; 1 the database refuses, or is away, or is newer than this program; 78 a setting
+is wrong.
 """
 
 import sys
@@ -34,13 +36,15 @@ def main() -> None:
         sys.exit(f"migrations: {error}")
     except DBAPIError as error:
         reason = " ".join(str(error.orig).split())
-        hint = f". {WRONG_PASSWORD.format(owner=owner)}" if "authentication failed" in reason else ""
+        hint = (
+            f". {WRONG_PASSWORD.format(owner=owner)}" if "authentication failed" in reason else ""
+        )
         sys.exit(f"migrations: Postgres: {reason}{hint}")
     _say(f"logins of {', '.join(passwords) or 'nobody'} set")
 
 
 def _passwords(settings: MigrationSettings, owner: str) -> dict[str, str]:
-    """The password of every role that is to log in."""
+    """Collect the password of every role that is to log in."""
     found = {}
     for field, role in (("database_url", roles.OPERATOR), ("auditor_database_url", roles.AUDITOR)):
         url = getattr(settings, field)
@@ -48,7 +52,12 @@ def _passwords(settings: MigrationSettings, owner: str) -> dict[str, str]:
         if user is None or user.username == owner:
             continue
         if user.username != role:
-            refuse([f"settings: {field.upper()}: its user is {user.username!r}; accepted: {role!r}, or the owner"])
+            refuse(
+                [
+                    f"settings: {field.upper()}: its user is {user.username!r};"
+                    f" accepted: {role!r}, or the owner"
+                ]
+            )
         found[role] = str(user.password or "")
     for kind, role in roles.OF_PROCESS.items():
         if (password := getattr(settings, f"{kind}_password")) is not None:
@@ -63,7 +72,9 @@ def _say(line: str) -> None:
 def _let_in(owner_url: str, role: str, password: str) -> None:
     engine = create_engine(owner_url)
     with engine.begin() as connection:
-        literal = connection.execute(text("SELECT quote_literal(:password)"), {"password": password}).scalar_one()
+        literal = connection.execute(
+            text("SELECT quote_literal(:password)"), {"password": password}
+        ).scalar_one()
         connection.exec_driver_sql(f"ALTER ROLE {role} LOGIN PASSWORD {literal}".replace("%", "%%"))
     engine.dispose()
 

@@ -1,10 +1,10 @@
-"""What keeps a database from being brought up to date; each text says what to do.
+"""Name what keeps a database from being brought up to date; each text says what to do.
 
 MigrationFailed
-├── UnknownRevision   a newer version migrated it: start that one, or restore the backup of before
+├── UnknownRevision   a newer version migrated it: start that one, or restore the earlier backup
 ├── RevisionTooOld    older than the baseline: upgrade it with an older version first
-├── DatabaseBusy      somebody held a lock all the time: end that transaction, then try again
-└── SqlInUse          something of the operator's own is built on what has to be made anew
+├── DatabaseBusy      a lock was held all the time: end that transaction, then try again
+└── SqlInUse          an object of the operator depends on one that has to be made anew
 """
 
 

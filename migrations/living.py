@@ -1,15 +1,16 @@
 """Bring functions, views and triggers to what their files in models/sql say.
 
-These are not migrated: the file is the whole truth, and what differs from it is made anew after the
-versioned migrations. A file is named for its object, a trigger's for its table and itself. It opens
-with a comment, whose first paragraph becomes the object's comment in the database, and goes on with
-one CREATE OR REPLACE statement. Objects are made after those they name, triggers last.
+These are not migrated: the file is the whole truth, and an object that differs from its file is
+made anew after the versioned migrations. A file is named for its object, a trigger's for its table
+and itself. It opens with a comment, whose first paragraph becomes the object's comment in the
+database, and goes on with one CREATE OR REPLACE statement. Objects are made after those they name,
+triggers last.
 
-What differs is known by two digests in the table `living_sql`: of the file that was applied, and of
-what Postgres said of the object then. So a file that changed is applied, and one whose object
-somebody changed, disabled or dropped by hand; where neither is the case nothing is locked.
+A difference is found by two digests in the table `living_sql`: of the file that was applied, and of
+the definition that Postgres gave the object then. So a changed file is applied, as is one whose
+object was changed, disabled or dropped by hand; if neither is the case nothing is locked.
 
-Processes of the version before run on beside all of this: what they call and read stays for one
+Processes of the previous version run on beside all of this: what they call and read stays for one
 release, under its name or beside a new one. A migration that takes away what a view reads drops the
 view first; it is made anew from its file.
 """
@@ -31,7 +32,8 @@ from migrations.errors import SqlInUse
 
 FOLDER = Path(models.__file__).parent / "sql"
 KINDS = ("function", "view", "trigger")
-LOCKED = ("jobs", "files", "audit_events_default", "audit_events")  # in the order of models/__init__.py
+# Tables with triggers, in the order of locks of models/__init__.py.
+LOCKED = ("jobs", "files", "audit_events_default", "audit_events")
 
 _NOT_REPLACEABLE = ("42P13", "42P16")  # another return type or parameter's name; other columns
 _DEPENDED_ON = "2BP01"
@@ -92,13 +94,13 @@ class Living:
 
     @property
     def comment(self) -> str:
-        """Say what it is for: the first paragraph of the file's comment, on one line."""
+        """Return the object's comment: the first paragraph of the file's comment, on one line."""
         lines = takewhile(lambda line: line.startswith("-- "), self.sql.splitlines())
         return " ".join(line.removeprefix("-- ") for line in lines)
 
     @cached_property
     def words(self) -> frozenset[str]:
-        """Every word of its statement, comments left out."""
+        """Return every word of its statement, comments left out."""
         return frozenset(re.findall(r"\w+", re.sub(r"--.*", "", self.sql)))
 
     @property
@@ -119,11 +121,13 @@ def read() -> list[Living]:
         sorter.add(living.key, *(named[name] for name in others))
     locked = {table: place for place, table in enumerate(LOCKED)}
     ordered = [by_key[key] for key in sorter.static_order()]
-    return sorted(ordered, key=lambda living: (living.kind == "trigger", locked.get(living.table, -1)))
+    return sorted(
+        ordered, key=lambda living: (living.kind == "trigger", locked.get(living.table, -1))
+    )
 
 
 def apply(connection: Connection) -> list[str]:
-    """Make anew what is not as its file says, drop what has no file any more; return their names.
+    """Make anew what is not as its file says, drop objects without a file; return their names.
 
     In the caller's transaction, and under its lock_timeout.  Raises SqlInUse.
     """
@@ -146,7 +150,7 @@ def apply(connection: Connection) -> list[str]:
 
 
 def drop_all(connection: Connection) -> None:
-    """Leave no function, view or trigger of ours, nor the record of them."""
+    """Drop every function, view and trigger of this module, and the table `living_sql`."""
     for living in reversed(read()):
         _drop(connection, *living.key)
     connection.execute(text("DROP TABLE IF EXISTS living_sql"))
@@ -159,10 +163,10 @@ def _files(folder: Path) -> Iterator[Living]:
 
 
 def _make(connection: Connection, living: Living, later: Sequence[Living]) -> None:
-    """Create or replace the object and note what came of it.
+    """Create or replace the object and note its definition.
 
-    Where it cannot be replaced it is dropped before, with those `later` ones that are built on it:
-    they are found missing in their turn.
+    Where it cannot be replaced it is dropped first, with those of `later` that are built on it;
+    these are then found missing and made in their turn.
     """
     if not _replace(connection, living):
         _drop_with_users(connection, living, later)
@@ -175,7 +179,7 @@ def _make(connection: Connection, living: Living, later: Sequence[Living]) -> No
 
 
 def _replace(connection: Connection, living: Living) -> bool:
-    """Create the object or replace the one of before; False if that has to be dropped."""
+    """Create the object or replace the existing one; False if that has to be dropped first."""
     try:
         with connection.begin_nested():
             _run(connection, living.sql)
@@ -188,9 +192,9 @@ def _replace(connection: Connection, living: Living) -> bool:
 
 
 def _drop_with_users(connection: Connection, living: Living, later: Sequence[Living]) -> None:
-    """Drop the object, and before it, if need be, what of `later` names it, also by way of others.
+    """Drop the object, and before it, if necessary, those of `later` that are built on it.
 
-    Raises SqlInUse.
+    Also those built on it through others. Raises SqlInUse.
     """
     try:
         with connection.begin_nested():
@@ -212,7 +216,9 @@ def _drop(connection: Connection, kind: str, *names: str) -> None:
     if kind == "trigger":
         statements = [f"DROP {_reference(kind, name, 'IF EXISTS ')}" for name in names]
     else:  # all at once, for one may be built on another
-        what = [each for name in names for each in _signatures(connection, name)] if kind == "function" else names
+        what = list(names)
+        if kind == "function":
+            what = [each for name in names for each in _signatures(connection, name)]
         statements = [f"DROP {kind.upper()} IF EXISTS {', '.join(what)}"] if what else []
     try:
         for statement in statements:
@@ -239,9 +245,11 @@ def _signatures(connection: Connection, name: str) -> list[str]:
 
 
 def _found(connection: Connection, kind: str, name: str) -> str | None:
-    """Digest what Postgres says of the object; None if it is not there."""
+    """Digest the definition of the object in the database; None if it is not there."""
     table, _, own_name = name.rpartition(".")
-    said = connection.scalar(text(_FOUND[kind]), {"name": own_name, **({"table": table} if table else {})})
+    said = connection.scalar(
+        text(_FOUND[kind]), {"name": own_name, **({"table": table} if table else {})}
+    )
     return None if said is None else _sha256(said)
 
 

@@ -1,6 +1,7 @@
-"""What Postgres may log of the application: that a statement failed, and not what a tenant wrote in it.
+"""Limit what Postgres logs of the application: that a statement failed, but no text of a tenant.
 
-The settings belong to roles, not to a database: no dump carries them, so every run of the migrations sees to them.
+The settings belong to roles, not to a database: no dump carries them, so every run of the
+migrations checks them.
 """
 
 from collections.abc import Callable
@@ -8,8 +9,9 @@ from collections.abc import Callable
 from sqlalchemy import Engine, text
 from sqlalchemy.exc import ProgrammingError
 
-# Of the roles that bring prompts. Postgres logs a statement that fails, is slow, or waits for a lock as a whole, and the row that a
-# constraint refuses; parameters are part of the statement, for the driver puts them in.
+# Settings of the roles whose statements carry prompts. By default Postgres logs a statement that
+# fails, is slow, or waits for a lock as a whole, and the row that a constraint refuses; parameters
+# are part of the statement, for the driver puts them in.
 QUIET = {
     "log_statement": "none",
     "log_min_duration_statement": "-1",
@@ -21,20 +23,29 @@ QUIET = {
 
 
 def keep_prompts_out_of_logs(engine: Engine, say: Callable[[str], None]) -> None:
-    """Have Postgres log nothing of what the roles of the application ask for but that it failed. Only a superuser may say so."""
+    """Set the roles of the application so that Postgres logs only that their statements failed.
+
+    Only a superuser may; for another user it says what to run.
+    """
     wanted = {f"{name}={value}" for name, value in QUIET.items()}
     query = """
         SELECT r.rolname, coalesce(s.setconfig, '{}') FROM pg_roles r
         LEFT JOIN pg_db_role_setting s ON s.setrole = r.oid AND s.setdatabase = 0
-        WHERE r.rolname LIKE 'darkroom\\_%' AND NOT r.rolsuper AND r.rolname <> current_user ORDER BY r.rolname
+        WHERE r.rolname LIKE 'darkroom\\_%' AND NOT r.rolsuper AND r.rolname <> current_user
+        ORDER BY r.rolname
     """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
         for role, settings in connection.execute(text(query)).all():
             if wanted <= set(settings):
                 continue
-            statements = [f"ALTER ROLE {role} SET {name} = '{value}'" for name, value in QUIET.items()]
+            statements = [
+                f"ALTER ROLE {role} SET {name} = '{value}'" for name, value in QUIET.items()
+            ]
             try:
                 for statement in statements:
                     connection.exec_driver_sql(statement)
             except ProgrammingError:
-                say(f"Postgres may log prompts of statements that fail; have a superuser run: {'; '.join(statements)}")
+                say(
+                    "Postgres may log prompts of statements that fail; have a superuser run:"
+                    f" {'; '.join(statements)}"
+                )

@@ -1,17 +1,21 @@
-"""Who may do what with the tables: a role for each kind of process, and grants that are applied anew after every migration.
+"""Grant each kind of process what it may do with the tables.
 
-    darkroom_owner      the tables are his; migrates, and nothing else
-    darkroom_app        the operator: everything the processes below may do together (command line, one login for all of it)
+There is a role for each kind, and grants are applied anew after every migration.
+
+    darkroom_owner      owns the tables; migrates, and nothing else
+    darkroom_app        the operator: everything the processes below may do together
+                        (command line, one login for all of it)
     darkroom_gateway    what requests need: not the secrets that webhooks are signed with
-    darkroom_worker     what rendering needs: no key, no webhook address, no picture's place in the store
+    darkroom_worker     what rendering needs: no key, no webhook address, no key of a stored object
     darkroom_results    what storing needs: no prompt
     darkroom_sweeper    what sweeping needs: no prompt, no key
-    darkroom_webhooks   what delivering needs: no prompt, and of jobs nothing to change
+    darkroom_webhooks   what delivering needs: no prompt, and no change of a job
     darkroom_auditor    views only
 
-Migrations grant to the operator what a new table needs. Here is said what of it each process gets, table by table, and a test asks
-for every table; a column that is added to one later is treated as the others of that table. Grants are computed, so that they
-can say "all columns but these". Every view is for the operator and the auditor; FUNCTIONS says who may call what.
+Migrations grant to the operator what a new table needs. This module says what each process gets of
+it, table by table, and a test checks that no table is left out; a column that is added to a table
+later is treated like its others. Grants are computed, so that they can say "all columns but these".
+Every view is for the operator and the auditor; FUNCTIONS says which roles may call what.
 """
 
 from collections.abc import Sequence
@@ -21,14 +25,18 @@ from sqlalchemy import Connection, text
 
 from migrations import living
 
-OPERATOR, AUDITOR = "darkroom_app", "darkroom_auditor"
+OPERATOR = "darkroom_app"
+AUDITOR = "darkroom_auditor"
 KINDS = ("gateway", "worker", "results", "sweeper", "webhooks")
 OF_PROCESS = {kind: f"darkroom_{kind}" for kind in KINDS}
 
 
 @dataclass(frozen=True)
 class May:
-    """Privileges on one table. only: on these columns; but: on all columns but these; neither: on the table."""
+    """Privileges on one table.
+
+    only: on these columns; but: on all columns but these; neither: on the table.
+    """
 
     table: str
     privileges: str
@@ -37,9 +45,18 @@ class May:
 
 
 WISH = ("prompt", "negative_prompt", "metadata")  # what tenants write
-IDENTITY = ("id", "tenant_id", "api_key_id", "accepted_at", "usage_day", "megapixel_steps", "steps_per_image", "currency")
+IDENTITY = (
+    "id",
+    "tenant_id",
+    "api_key_id",
+    "accepted_at",
+    "usage_day",
+    "megapixel_steps",
+    "steps_per_image",
+    "currency",
+)
 
-# Whoever moves a job on to its next state, whatever that is, touches these: models/jobs.py, finish.
+# Privileges of every process that changes a job's state: see `finish` in models/jobs.py.
 _MOVES_JOBS = (
     May("jobs", "UPDATE", but=(*WISH, *IDENTITY)),
     May("images", "SELECT, UPDATE"),
@@ -49,7 +66,11 @@ _MOVES_JOBS = (
     May("usage_ledger", "SELECT, INSERT, UPDATE"),
     May("tenants", "SELECT", only=("id", "name", "weight")),
     May("workers", "SELECT"),
-    May("webhook_endpoints", "SELECT", only=("id", "tenant_id", "events", "disabled_at", "deleted_at", "is_slow")),
+    May(
+        "webhook_endpoints",
+        "SELECT",
+        only=("id", "tenant_id", "events", "disabled_at", "deleted_at", "is_slow"),
+    ),
     May("webhook_deliveries", "SELECT, INSERT"),
     May("audit_events", "INSERT"),
 )
@@ -101,7 +122,8 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("workers", "DELETE"),
         May("learnt_costs", "SELECT, INSERT, UPDATE"),
         May("learnt_etas", "SELECT, INSERT, UPDATE"),
-        May("jobs", "UPDATE", only=WISH),  # to empty them, when they are older than their tier keeps them; never to read them
+        # To empty prompts that are older than their tier keeps them; never to read them.
+        May("jobs", "UPDATE", only=WISH),
         May("artifacts", "SELECT, UPDATE"),
         May("files", "SELECT"),
         May("uploads", "SELECT, INSERT, UPDATE, DELETE"),
@@ -113,7 +135,8 @@ GRANTS: dict[str, tuple[May, ...]] = {
         May("queue_now", "SELECT"),
     ),
     "webhooks": (
-        May("jobs", "SELECT", but=("prompt", "negative_prompt")),  # a tenant's own metadata are part of what is told
+        # A tenant's own metadata are part of a delivery.
+        May("jobs", "SELECT", but=("prompt", "negative_prompt")),
         May("images", "SELECT"),
         May("attempts", "SELECT"),
         May("artifacts", "SELECT"),
@@ -134,7 +157,8 @@ NOBODYS = {
     "living_sql": "the migrations' own",
 }
 
-# Functions that not everybody may call, and who may besides the owner. Maintenance is the sweeper's.
+# Functions that not every role may call, with those that may, besides the owner. Maintenance is the
+# sweeper's.
 FUNCTIONS = {
     "audit_verify": (OPERATOR, AUDITOR, OF_PROCESS["sweeper"]),
     "audit_verify_since": (OPERATOR, AUDITOR, OF_PROCESS["sweeper"]),
@@ -151,15 +175,18 @@ END $$
 
 
 def create(connection: Connection) -> None:
-    """Make the roles that are missing. They belong to the whole server and cannot log in until somebody gives them a password."""
+    """Make the roles that are missing.
+
+    They belong to the whole server and cannot log in until they are given a password.
+    """
     for role in (OPERATOR, AUDITOR, *OF_PROCESS.values()):
         connection.execute(text(_CREATE.format(role)))
 
 
 def grant(connection: Connection) -> None:
-    """Give every kind of process what GRANTS says, and take whatever else it had.
+    """Give every kind of process what GRANTS says, and revoke everything else.
 
-    Give the operator and the auditor the views, and whom FUNCTIONS names the functions.
+    Give the operator and the auditor the views, and the roles that FUNCTIONS names its functions.
     """
     columns = _columns(connection)
     for kind, role in OF_PROCESS.items():
@@ -174,13 +201,15 @@ def grant(connection: Connection) -> None:
     views = [each.name for each in living.read() if each.kind == "view"]
     connection.execute(text(f"GRANT SELECT ON {', '.join(views)} TO {OPERATOR}, {AUDITOR}"))
     for function, allowed in FUNCTIONS.items():
-        connection.execute(text(f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC, {OPERATOR}, {AUDITOR}"))
+        revoke = f"REVOKE ALL ON FUNCTION {function} FROM PUBLIC, {OPERATOR}, {AUDITOR}"
+        connection.execute(text(revoke))
         if allowed:
-            connection.execute(text(f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(allowed)}"))
+            to_allowed = f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(allowed)}"
+            connection.execute(text(to_allowed))
 
 
 def take_back(connection: Connection) -> None:
-    """Leave the roles without any right in this database."""
+    """Revoke every right of the roles in this database."""
     for role in (OPERATOR, AUDITOR, *OF_PROCESS.values()):
         connection.execute(text(f"DROP OWNED BY {role}"))
 
@@ -195,7 +224,11 @@ def _statement(may: May, role: str, columns: dict[str, list[str]]) -> str:
 
 
 def _columns(connection: Connection) -> dict[str, list[str]]:
-    rows = connection.execute(text("SELECT table_name, column_name FROM information_schema.columns WHERE table_schema = 'public'"))
+    query = (
+        "SELECT table_name, column_name FROM information_schema.columns"
+        " WHERE table_schema = 'public'"
+    )
+    rows = connection.execute(text(query))
     found: dict[str, list[str]] = {}
     for table, column in rows:
         found.setdefault(table, []).append(column)

@@ -1,8 +1,11 @@
-"""Accept jobs: one statement writes any number of them, with images, places in fair order, ledger entries and audit events.
+"""Accept jobs: one statement writes any number of them with everything that belongs to them.
 
-One statement, because this is the way in: what it costs is what everybody pays, and every further round trip is paid with the tenant's
-place in line locked. It is the database's function `accept_jobs` (models/sql), so that each connection plans it once; planning it
-costs more than running it. Locks are taken in the order of models/__init__.py: the files that jobs start from, flows, ledger, audit chain.
+That is their images, places in fair order, ledger entries and audit events.
+
+It is one statement because every job comes through here, and each further round trip would keep the
+tenant's place in line locked. It is the database's function `accept_jobs` (models/sql), so that
+each connection plans it once; planning it costs more than running it. Locks are taken in the order
+of models/__init__.py: the files that jobs start from, flows, ledger, audit chain.
 """
 
 import json
@@ -26,10 +29,10 @@ class NewJob:
 
     params: every resolved parameter, so that it can be replayed.  predicted_s: device seconds of
     all its images.  eta_raw_s: the first guess of its end, kept to learn from.  megapixel_steps:
-    what it counts against quotas.  steps_per_image: denoise steps that each image makes, as they
-    were counted; None: all that are asked for.  tenant_metadata: the tenant's own.  warnings: what of
-    its texts has no effect, as far as is known.  announced: it goes to Celery as soon as this is
-    committed.
+    its count against quotas.  steps_per_image: denoise steps that each image makes, as they were
+    counted; None: as many as were asked for.  tenant_metadata: the tenant's own.  warnings: parts
+    of its texts that have no effect, as far as is known.  announced: it goes to Celery as soon as
+    this is committed.
     """
 
     id: uuid.UUID = field(default_factory=new_id)
@@ -48,13 +51,13 @@ class NewJob:
 
     @property
     def flow(self) -> tuple[str, str]:
-        """Pool and tier."""
+        """Return (pool, tier)."""
         return self.params.pool, self.params.tier
 
 
 @dataclass(frozen=True)
 class AcceptedRow:
-    """What the database made of a job."""
+    """A job as the database accepted it."""
 
     id: uuid.UUID
     accepted_at: datetime
@@ -65,36 +68,57 @@ class AcceptedRow:
 
 _ACCEPT = """
     SELECT id, accepted_at, start_by, release_tag, usage_day
-    FROM accept_jobs(%(jobs)s::jsonb, %(tenant_id)s::uuid, %(api_key_id)s::uuid, %(currency)s, %(actor)s)
+    FROM accept_jobs(
+        %(jobs)s::jsonb, %(tenant_id)s::uuid, %(api_key_id)s::uuid, %(currency)s, %(actor)s
+    )
 """
 
 
 def accept(
-    session: Session, new_jobs: Sequence[NewJob], *, tenant_id: uuid.UUID, api_key_id: uuid.UUID | None, currency: str, actor: str
+    session: Session,
+    new_jobs: Sequence[NewJob],
+    *,
+    tenant_id: uuid.UUID,
+    api_key_id: uuid.UUID | None,
+    currency: str,
+    actor: str,
 ) -> list[AcceptedRow]:
-    """Write the tenant's jobs, complete and replayable, in the order of their places in line; what the database made of each.
+    """Write the tenant's jobs, complete and replayable, and return their rows in the same order.
 
-    Locks the tenant's flows, its ledger of the day and its audit chain until commit, and before these the files that the jobs name,
-    which the statement's own foreign keys would only get to at its end. Raises FileGone.
+    The order of `new_jobs` is that of their places in line. Locks the tenant's flows, its ledger of
+    the day and its audit chain until commit. Before these it locks the files that the jobs name,
+    which the statement's own foreign keys would lock only at its end. Raises FileGone.
     """
     named = {file_id for job in new_jobs for file_id in pictures_of(job.params).values()}
     files.hold(session, named, tenant_id=tenant_id)
     rows = [_row(place, job) for place, job in enumerate(new_jobs)]
-    ids = {"tenant_id": str(tenant_id), "api_key_id": _plain(api_key_id)}
-    given = {"jobs": json.dumps(rows), "currency": currency, "actor": actor, **ids}
-    made = {row[0]: row[1:] for row in session.connection().exec_driver_sql(_ACCEPT, given)}  # plain: nothing to compile, nothing to map
-    return [AcceptedRow(job.id, *made[job.id]) for job in new_jobs]
+    values = {
+        "jobs": json.dumps(rows),
+        "currency": currency,
+        "actor": actor,
+        "tenant_id": str(tenant_id),
+        "api_key_id": _plain(api_key_id),
+    }
+    # The driver's own call: SQLAlchemy has nothing to compile and nothing to map.
+    result = session.connection().exec_driver_sql(_ACCEPT, values)
+    accepted = {row[0]: row[1:] for row in result}
+    return [AcceptedRow(job.id, *accepted[job.id]) for job in new_jobs]
 
 
 def in_order(new_jobs: Sequence[NewJob]) -> list[NewJob]:
-    """The same with ids that sort as they do, even if they were made within a millisecond."""
-    return [replace(job, id=job_id) for job, job_id in zip(new_jobs, sorted(job.id for job in new_jobs), strict=True)]
+    """Return the jobs with their ids dealt out anew, so that the ids sort in this order.
+
+    Ids that were made within one millisecond need not sort in the order in which they were made.
+    """
+    ids = sorted(job.id for job in new_jobs)
+    return [replace(job, id=job_id) for job, job_id in zip(new_jobs, ids, strict=True)]
 
 
 def _row(place: int, job: NewJob) -> dict[str, Any]:
-    """The job as `accept_jobs` reads it: its columns by their names, and what it needs beside."""
+    """Give the job as `accept_jobs` reads it: its columns by name, and further arguments."""
     params = {name: _plain(getattr(job.params, name)) for name in NAMES}
-    origin = {name: str(value) for name, value in (("requeue_of", job.requeue_of), ("replay_of", job.replay_of)) if value is not None}
+    origins = {"requeue_of": job.requeue_of, "replay_of": job.replay_of}
+    origin = {name: str(value) for name, value in origins.items() if value is not None}
     return {
         **params,
         **origin,
@@ -115,7 +139,7 @@ def _row(place: int, job: NewJob) -> dict[str, Any]:
 
 
 def _facts(job: NewJob) -> dict[str, Any]:
-    """What the audit log says of the job; never what its tenant wrote."""
+    """List the facts of the job's audit event; never what its tenant wrote."""
     params = job.params
     facts: dict[str, Any] = {
         "pool": params.pool,

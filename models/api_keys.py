@@ -1,7 +1,8 @@
-"""API keys: `dr_<kid>_<secret><check>`. The key is shown once; stored are its public id and an HMAC of the whole.
+"""Issue, find and revoke API keys: `dr_<kid>_<secret><check>`.
 
-A key has 256 random bits, so a fast keyed hash is enough: scrypt would cost 80 ms a request and buy nothing. The six
-check characters refuse a typo without a query and let secret scanners be sure.
+A key is shown once; its public id (kid) and an HMAC of the whole key are stored. A key has 256
+random bits, so a fast keyed hash is enough: scrypt would cost 80 ms a request and buy nothing. The
+six check characters refuse a typo without a query and let secret scanners be sure.
 """
 
 import hashlib
@@ -25,7 +26,9 @@ from policy.limits import DEFAULT_SCOPES, LIMITS
 
 _ALPHABET = string.digits + string.ascii_letters
 USE_NOTED_EVERY_M = 5  # minutes
-_KID_CHARS, _SECRET_CHARS, _CHECK_CHARS = 12, 43, 6
+_KID_CHARS = 12
+_SECRET_CHARS = 43
+_CHECK_CHARS = 6
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class KnownKey:
     limits: Mapping[str, Any]  # of its tenant, by the names of the columns
 
     def is_live(self, now: float) -> bool:
-        """Is it still, at `now` in Unix seconds?"""
+        """Tell whether the key is still live at `now`, in Unix seconds."""
         return self.expires_at is None or now < self.expires_at
 
 
@@ -56,24 +59,56 @@ def issue(
     expires_at: datetime | None = None,
     actor: str = "cli",
 ) -> tuple[ApiKey, str]:
-    """A new key of the tenant: the row, and the key itself, which nobody can show again."""
-    kid, secret = _random(_KID_CHARS), _random(_SECRET_CHARS)
+    """Make a new key of the tenant; return its row, and the key, which is never shown again."""
+    kid = _random(_KID_CHARS)
+    secret = _random(_SECRET_CHARS)
     body = f"dr_{kid}_{secret}"
     key = body + _check(body)
-    row = ApiKey(tenant_id=tenant_id, kid=kid, name=name, digest=_digest(pepper, key), scopes=sorted(scopes), expires_at=expires_at)
+    row = ApiKey(
+        tenant_id=tenant_id,
+        kid=kid,
+        name=name,
+        digest=_digest(pepper, key),
+        scopes=sorted(scopes),
+        expires_at=expires_at,
+    )
     session.add(row)
     session.flush()
-    audit.append(session, EventName.API_KEY_SECRET_ISSUED, chain=tenant_id, actor=actor, api_key_id=str(row.id), kid=kid, scopes=row.scopes)
+    audit.append(
+        session,
+        EventName.API_KEY_SECRET_ISSUED,
+        chain=tenant_id,
+        actor=actor,
+        api_key_id=str(row.id),
+        kid=kid,
+        scopes=row.scopes,
+    )
     return row, key
 
 
-def rotate(session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, actor: str = "cli") -> tuple[ApiKey, str] | None:
-    """A new key with the name and scopes of this one, which lives on for `grace_s`; None if there is no such live key."""
+def rotate(
+    session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, actor: str = "cli"
+) -> tuple[ApiKey, str] | None:
+    """Replace a key by a new one with its name and scopes; the old one lives on for `grace_s`.
+
+    Returns the new row and the new key; None if there is no such live key.
+    """
     # Jobs are accepted under the key meanwhile: they only name it.
-    old = session.scalar(select(ApiKey).where(ApiKey.id == key_id, *_is_live()).with_for_update(of=ApiKey, key_share=True))
+    old = session.scalar(
+        select(ApiKey)
+        .where(ApiKey.id == key_id, *_is_live())
+        .with_for_update(of=ApiKey, key_share=True)
+    )
     if old is None:
         return None
-    row, key = issue(session, tenant_id=old.tenant_id, name=old.name, pepper=pepper, scopes=old.scopes, actor=actor)
+    row, key = issue(
+        session,
+        tenant_id=old.tenant_id,
+        name=old.name,
+        pepper=pepper,
+        scopes=old.scopes,
+        actor=actor,
+    )
     ends_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, grace_s)
     old.expires_at = func.least(func.coalesce(old.expires_at, ends_at), ends_at)
     session.flush()
@@ -83,7 +118,10 @@ def rotate(session: Session, key_id: uuid.UUID, *, pepper: str, grace_s: float, 
 
 
 def kid_of(key: str) -> str | None:
-    """The public id in a key; None for what cannot be a key: a typo is refused without a query."""
+    """Return the public id in a key; None if the text cannot be a key.
+
+    So a typo is refused without a query.
+    """
     if not key.isascii() or _check(key[:-_CHECK_CHARS]) != key[-_CHECK_CHARS:]:
         return None
     parts = key.split("_")
@@ -91,51 +129,93 @@ def kid_of(key: str) -> str | None:
 
 
 def is_it(key: str, digest: bytes, *, pepper: str) -> bool:
-    """Is `key` the one that `digest` was made of?"""
+    """Tell whether `digest` was made of `key`."""
     return hmac.compare_digest(digest, _digest(pepper, key))
 
 
 def look_up(session: Session, kids: Sequence[str]) -> dict[str, KnownKey]:
-    """The live keys with these public ids, by them, in plain values; others are left out."""
+    """Find the live keys with these public ids; plain values by public id, others left out."""
     return {row[2]: _known(row) for row in session.execute(_LOOK_UP, {"kids": list(kids)})}
 
 
 def note_use(session: Session, key_ids: Sequence[uuid.UUID]) -> None:
-    """The keys were used just now. One that somebody else is writing to is left to the next time."""
-    free = select(ApiKey.id).where(ApiKey.id.in_(key_ids)).with_for_update(skip_locked=True, key_share=True)
-    session.execute(update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.clock_timestamp()))
+    """Note that the keys were used just now.
+
+    A key that another transaction is writing to is left to the next time.
+    """
+    free = (
+        select(ApiKey.id)
+        .where(ApiKey.id.in_(key_ids))
+        .with_for_update(skip_locked=True, key_share=True)
+    )
+    session.execute(
+        update(ApiKey).where(ApiKey.id.in_(free)).values(last_used_at=func.clock_timestamp())
+    )
 
 
 def revoke(session: Session, key_id: uuid.UUID, *, actor: str = "cli") -> ApiKey | None:
     """Refuse the key from now on; None if there is no such live key."""
-    statement = update(ApiKey).where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None)).values(revoked_at=func.clock_timestamp())
+    statement = (
+        update(ApiKey)
+        .where(ApiKey.id == key_id, ApiKey.revoked_at.is_(None))
+        .values(revoked_at=func.clock_timestamp())
+    )
     row = session.scalar(statement.returning(ApiKey))
     if row is not None:
-        audit.append(session, EventName.API_KEY_SECRET_REVOKED, chain=row.tenant_id, actor=actor, api_key_id=str(row.id), kid=row.kid)
+        audit.append(
+            session,
+            EventName.API_KEY_SECRET_REVOKED,
+            chain=row.tenant_id,
+            actor=actor,
+            api_key_id=str(row.id),
+            kid=row.kid,
+        )
     return row
 
 
 def of_tenant(session: Session, tenant_id: uuid.UUID) -> list[ApiKey]:
-    """The tenant's keys, oldest first, revoked ones included."""
-    return list(session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id)))
+    """List the tenant's keys, oldest first, revoked ones included."""
+    return list(
+        session.scalars(select(ApiKey).where(ApiKey.tenant_id == tenant_id).order_by(ApiKey.id))
+    )
 
 
 def _look_up_statement() -> Select[Any]:
-    """Made once: a gateway looks its keys up all the time."""
+    """Make the query of `look_up`, once: a gateway looks its keys up all the time."""
     stale = func.clock_timestamp() - func.make_interval(0, 0, 0, 0, 0, USE_NOTED_EVERY_M)
     is_stale = func.coalesce(ApiKey.last_used_at < stale, True)
-    key = (ApiKey.id, ApiKey.tenant_id, ApiKey.kid, ApiKey.digest, ApiKey.scopes, ApiKey.expires_at, is_stale)
-    query = select(*key, *(getattr(Tenant, name) for name in LIMITS)).join(Tenant, Tenant.id == ApiKey.tenant_id)
+    key = (
+        ApiKey.id,
+        ApiKey.tenant_id,
+        ApiKey.kid,
+        ApiKey.digest,
+        ApiKey.scopes,
+        ApiKey.expires_at,
+        is_stale,
+    )
+    limits = [getattr(Tenant, name) for name in LIMITS]
+    query = select(*key, *limits).join(Tenant, Tenant.id == ApiKey.tenant_id)
     return query.where(ApiKey.kid == any_(bindparam("kids", type_=ARRAY(Text))), *_is_live())
 
 
 def _known(row: Sequence[Any]) -> KnownKey:
     expires_at = row[5].timestamp() if row[5] is not None else None
-    return KnownKey(row[0], row[1], row[2], row[3], frozenset(row[4]), expires_at, row[6], dict(zip(LIMITS, row[7:], strict=True)))
+    return KnownKey(
+        id=row[0],
+        tenant_id=row[1],
+        kid=row[2],
+        digest=row[3],
+        scopes=frozenset(row[4]),
+        expires_at=expires_at,
+        is_use_to_be_noted=row[6],
+        limits=dict(zip(LIMITS, row[7:], strict=True)),
+    )
 
 
 def _is_live() -> tuple[ColumnElement[bool], ...]:
-    return ApiKey.revoked_at.is_(None), (ApiKey.expires_at.is_(None)) | (ApiKey.expires_at > func.clock_timestamp())
+    never_expires = ApiKey.expires_at.is_(None)
+    not_expired = never_expires | (ApiKey.expires_at > func.clock_timestamp())
+    return ApiKey.revoked_at.is_(None), not_expired
 
 
 def _random(length: int) -> str:
@@ -143,7 +223,8 @@ def _random(length: int) -> str:
 
 
 def _check(body: str) -> str:
-    rest, letters = zlib.crc32(body.encode()), ""
+    rest = zlib.crc32(body.encode())
+    letters = ""
     for _ in range(_CHECK_CHARS):
         rest, digit = divmod(rest, len(_ALPHABET))
         letters += _ALPHABET[digit]

@@ -27,13 +27,35 @@ def append(
     attempt: int | None = None,
     **facts: Any,
 ) -> None:
-    """Append one event to `chain`. The chain's head stays locked until commit: call this last, chains in sorted order."""
+    """Append one event to `chain`.
+
+    The chain's head stays locked until commit: call this last, and chains in sorted order.
+    """
     session.flush()  # whatever the event speaks of is written before it
-    row = {"id": new_id(), "chain_id": str(chain), "event": event, "actor": actor, "job_id": job_id, "attempt": attempt, "facts": facts}
-    # What the trigger fills in must still be named: NOT NULL is checked after it, but SQLAlchemy would leave the columns out.
+    row = {
+        "id": new_id(),
+        "chain_id": str(chain),
+        "event": event,
+        "actor": actor,
+        "job_id": job_id,
+        "attempt": attempt,
+        "facts": facts,
+    }
+    # The trigger fills in the last three columns, before NOT NULL is checked; SQLAlchemy would
+    # leave out columns without a value.
     session.execute(insert(AuditEvent).values(**row, seq=0, prev_hash=b"", hash=b""))
 
 
-def append_of_attempt(session: Session, event: EventName, job: Job, *, actor: str, **facts: Any) -> None:
+def append_of_attempt(
+    session: Session, event: EventName, job: Job, *, actor: str, **facts: Any
+) -> None:
     """Append one event about the job's newest attempt to its tenant's chain, as `append` does."""
-    append(session, event, chain=job.tenant_id, actor=actor, job_id=job.id, attempt=job.attempt, **facts)
+    append(
+        session,
+        event,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job.id,
+        attempt=job.attempt,
+        **facts,
+    )

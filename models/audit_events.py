@@ -1,13 +1,14 @@
-"""The names of all audit events: `subject:aspect:past-tense`, what happened to which side of what.
+"""Name all audit events: `subject:aspect:past-tense`.
 
-They are part of the record: a name that was ever appended keeps its meaning.
+The subject is the thing that changed, the aspect the side of it. The names are part of the record:
+one that was ever appended keeps its meaning.
 """
 
 from enum import StrEnum
 
 
 class EventName(StrEnum):
-    """Every event that is ever appended; where it is said so, by the database itself."""
+    """Every event that is ever appended; those marked "by" are appended by the database itself."""
 
     JOB_REQUEST_ACCEPTED = "job:request:accepted"  # by accept_jobs
     JOB_LEASE_TAKEN = "job:lease:taken"  # a worker begins an attempt

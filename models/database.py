@@ -1,8 +1,9 @@
-"""One engine per process, one transaction per `with`, or one that is tried again when another got into its way.
+"""Make the engine and run transactions: with `with`, or with another try after a conflict.
 
-A server that is not itself for a while is one kind of error: DatabaseAway is raised for a Postgres that restarts, shuts down, was
-demoted to a replica, has no connection, disk or memory left, or broke a connection, whatever class the driver gave the error. It is
-an OperationalError, so whoever outlives one that cannot be reached outlives all of these.
+A server that is unavailable for a while is one kind of error. DatabaseAway is raised for a Postgres
+that restarts, shuts down, was demoted to a replica, has no connection, disk or memory left, or
+broke a connection, whatever class the driver gave the error. It is an OperationalError, so a caller
+that survives an unreachable server survives all of these.
 """
 
 import math
@@ -20,49 +21,64 @@ from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 
-# libpq: a server that is gone without a word (failover, a NAT that forgot us) is an error after some 8 s, not a hang of minutes.
-_NOTICES_SILENCE = {"keepalives_idle": 5, "keepalives_interval": 1, "keepalives_count": 3, "tcp_user_timeout": 8000}
+# For libpq: a server that vanished without closing the connection (a failover, a NAT that dropped
+# it) is an error after some 8 s, not a hang of minutes.
+_NOTICES_SILENCE = {
+    "keepalives_idle": 5,
+    "keepalives_interval": 1,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 8000,
+}
 
-CHECKED_AFTER_S = 0.5  # of idleness; a check costs a round trip, and a Postgres that restarts is away for about as long
+# A connection that was idle for longer is checked before use. A check costs a round trip, and a
+# Postgres that restarts is away for about as long.
+CHECKED_AFTER_S = 0.5
 
-CONFLICTS = {"40P01": "deadlock", "40001": "serialization"}  # by SQLSTATE: what ended is sound, and so is the database
+# SQLSTATEs of a transaction that only conflicted with another: another try will do.
+CONFLICTS = {"40P01": "deadlock", "40001": "serialization"}
 TRIES = 5  # of a transaction that conflicts with others; a deadlock costs each of them a second
 
 Answer = TypeVar("Answer")
 
-# SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server ends sessions, or all of them.
-# 53: no connections, disk or memory left. 58: its files cannot be read or written.
+# SQLSTATEs. 08: the connection broke. 25006: read-only, as a replica is. 25P03, 57P: the server
+# ends this session, or all of them. 53: no connections, disk or memory left. 58: its files cannot
+# be read or written.
 _SERVER_AWAY = re.compile("08...|25006|25P03|53...|57P..|58...")
-_SESSION_OVER = re.compile("08...|25006|25P03|57P..")  # of these: nothing will come of any connection that there is
+# Those after which no existing connection is of use.
+_SESSION_OVER = re.compile("08...|25006|25P03|57P..")
 
-AFRESH = {"populate_existing": True}  # execution options of a locking read: it is taken to see what is there now
+# Execution options of a locking read, which must see the row as it is now, not as it was loaded.
+AFRESH = {"populate_existing": True}
 
 
 class DatabaseAway(OperationalError):
-    """The server cannot do what it is there for right now; the same will do later."""
+    """The server is unavailable right now; the same statement will work later."""
 
     def __init__(self, cause: BaseException, *, is_session_over: bool) -> None:
         super().__init__(None, None, cause, connection_invalidated=is_session_over)
 
 
 def is_away(error: BaseException) -> bool:
-    """Does the error tell of a server that cannot be reached or used at all, rather than of this one statement (a deadlock)?"""
+    """Tell whether the error says that the server cannot be reached or used at all.
+
+    False for an error of one statement only, such as a deadlock.
+    """
     if isinstance(error, OperationalError):
         return isinstance(error, DatabaseAway) or getattr(error.orig, "pgcode", None) is None
     return isinstance(error, PoolTimeout)
 
 
 def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
-    """Connections to a server that can be written to, in UTC, checked after they were idle.
+    """Make an engine of connections in UTC to a writable server, checked after they were idle.
 
-    Every wait is limited. A restarted Postgres costs a reconnect, not an error; so does one that was
-    demoted, where the URL leads to its successor: with several hosts in it, to the primary of them.
+    Every wait is limited. A restarted Postgres costs a reconnect, not an error. So does one that
+    was demoted, if the URL leads to its successor: with several hosts in the URL, to their primary.
     """
     settings = {
         "statement_timeout": "30000",
         "idle_in_transaction_session_timeout": "30000",
         "lock_timeout": "10000",
-        "timezone": "UTC",  # whatever the server's own: instants are shown as they come from here
+        "timezone": "UTC",  # not the server's own: instants are shown as they come from here
     }
     engine = create_engine(
         database_url,
@@ -86,13 +102,16 @@ def make_engine(database_url: str, *, pool_size: int = 5) -> Engine:
 
 
 def _keep_values_out(context: ExceptionContext) -> None:
-    """Leave of an error what went wrong, and not with which row: the lines after the first one quote it, prompt and all.
+    """Cut an error's text to what went wrong, without the row it went wrong with.
 
-    `error.orig.diag` still has every part.
+    The lines after the first one quote the row, prompt included. `error.orig.diag` still has all of
+    it.
     """
-    original, wrapped = context.original_exception, context.sqlalchemy_exception
+    original = context.original_exception
+    wrapped = context.sqlalchemy_exception
     told = str(original).partition("\n")[0]
-    if str(getattr(original, "pgcode", "") or "").startswith("22"):  # a value that cannot be used, quoted at the end
+    # Class 22: a value that cannot be used, which the first line quotes at its end.
+    if str(getattr(original, "pgcode", "") or "").startswith("22"):
         told = told.partition('"')[0]
     if told != str(original):
         original.args = (told,)
@@ -104,7 +123,9 @@ def _check_idle_ones(engine: Engine) -> None:
     def note_use(connection: DBAPIConnection | None, record: ConnectionPoolEntry) -> None:
         record.info["used_at"] = time.monotonic()
 
-    def check(connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection) -> None:
+    def check(
+        connection: DBAPIConnection, record: ConnectionPoolEntry, proxy: PoolProxiedConnection
+    ) -> None:
         if time.monotonic() - record.info.get("used_at", math.inf) < CHECKED_AFTER_S:
             return
         try:
@@ -112,15 +133,17 @@ def _check_idle_ones(engine: Engine) -> None:
         except engine.dialect.loaded_dbapi.Error as error:
             raise InvalidatePoolError from error  # the pool makes all its connections anew
         if is_read_only:
-            raise InvalidatePoolError  # a primary that was demoted answers reads, ever older ones, to whoever stays
+            # A demoted primary would go on to answer reads with ever older data.
+            raise InvalidatePoolError
 
     event.listen(engine, "checkin", note_use)
     event.listen(engine, "checkout", check)
 
 
 def _is_read_only(connection: Any) -> bool:
-    """Ask the server, outside of any transaction."""
-    before, connection.autocommit = connection.autocommit, True
+    """Ask the server whether it is read-only, outside of any transaction."""
+    before = connection.autocommit
+    connection.autocommit = True
     try:
         with connection.cursor() as cursor:
             cursor.execute("SHOW transaction_read_only")
@@ -131,7 +154,10 @@ def _is_read_only(connection: Any) -> bool:
 
 
 def _to_one_kind(context: ExceptionContext) -> DatabaseAway | None:
-    """The error to raise instead, if it tells of a server that is not itself; the pool drops connections that are of no use."""
+    """Return a DatabaseAway to raise instead, if the error says that the server is unavailable.
+
+    The pool drops connections that are of no use after it.
+    """
     cause = context.original_exception
     sqlstate = getattr(cause, "pgcode", None) or ""
     if _SESSION_OVER.fullmatch(sqlstate):
@@ -143,7 +169,7 @@ def _to_one_kind(context: ExceptionContext) -> DatabaseAway | None:
 
 @contextmanager
 def transaction(engine: Engine) -> Iterator[Session]:
-    """A session that commits when the block ends well and rolls back when it does not."""
+    """Open a session that commits when the block ends well and else rolls back."""
     with Session(engine, expire_on_commit=False) as session, session.begin():
         yield session
 
@@ -151,8 +177,9 @@ def transaction(engine: Engine) -> Iterator[Session]:
 def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer:
     """Do `work` in a transaction, commit it and return what `work` did.
 
-    A transaction that the database ended only because of another one beside it is begun again, from `work`'s first line, up to
-    TRIES times in all: so `work` touches nothing but its session. Raises what the last try raised.
+    A transaction that the database ended only because of a concurrent one is run again from
+    `work`'s first line, up to TRIES times in all: so `work` touches nothing but its session. Raises
+    what the last try raised.
     """
     for tried in range(1, TRIES):
         try:
@@ -161,19 +188,26 @@ def run_transaction(engine: Engine, work: Callable[[Session], Answer]) -> Answer
         except DBAPIError as error:
             if conflict(error) is None:
                 raise
-            time.sleep(random.uniform(0, 0.01 * 2**tried))  # apart: two who lost to each other would else meet again
+            # At random: two transactions that conflicted would otherwise conflict again.
+            time.sleep(random.uniform(0, 0.01 * 2**tried))
     with transaction(engine) as session:
         return work(session)
 
 
 def conflict(error: BaseException) -> str | None:
-    """Name what ended a transaction if that was only what ran beside it, so that another try will do; None for any other error."""
-    return CONFLICTS.get(getattr(error.orig, "pgcode", None) or "") if isinstance(error, DBAPIError) else None
+    """Name the conflict with a concurrent transaction that raised `error`; another try will do.
+
+    None for any other error.
+    """
+    if not isinstance(error, DBAPIError):
+        return None
+    return CONFLICTS.get(getattr(error.orig, "pgcode", None) or "")
 
 
 def now_once() -> ScalarSelect[Any]:
-    """The database's clock, read once a statement, to compare an indexed column with.
+    """Return SQL for the database's clock, read once a statement, for use with indexed columns.
 
-    `clock_timestamp()` itself is volatile: no index is searched with it, every row that a partial index holds is looked at.
+    `clock_timestamp()` itself is volatile: Postgres does not search an index with it, but looks at
+    every row of a partial index.
     """
     return select(func.clock_timestamp(type_=DateTime(timezone=True))).scalar_subquery()

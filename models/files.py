@@ -1,4 +1,7 @@
-"""Pictures that tenants bring: content-addressed, so the same picture twice is one file."""
+"""Keep pictures that tenants upload to start jobs from.
+
+Files are content-addressed, so the same picture twice is one file.
+"""
 
 import uuid
 from collections.abc import Collection, Sequence
@@ -23,11 +26,12 @@ class FileInUse(Exception):
 
     def __init__(self, file_id: uuid.UUID, job_id: uuid.UUID) -> None:
         super().__init__(f"job {job_id} starts from file {file_id}")
-        self.file_id, self.job_id = file_id, job_id
+        self.file_id = file_id
+        self.job_id = job_id
 
 
 class FileGone(Exception):
-    """A file that a job is to start from is not there any more, or never was the tenant's; nothing was changed."""
+    """A file that a job is to start from is erased, or not the tenant's; nothing was changed."""
 
     def __init__(self, file_id: uuid.UUID) -> None:
         super().__init__(f"file {file_id} is gone")
@@ -35,28 +39,49 @@ class FileGone(Exception):
 
 
 def hold(session: Session, file_ids: Collection[uuid.UUID], *, tenant_id: uuid.UUID) -> None:
-    """Keep the tenant's files from being erased until commit, for a job that is to start from them. Raises FileGone."""
+    """Keep the tenant's files from being erased until commit, for a job that is to start from them.
+
+    Raises FileGone.
+    """
     if not file_ids:
-        return  # most jobs name none, and making the statement costs a tenth of all Python that accepts one
-    live = select(File.id).where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None)).order_by(File.id)
+        # Most jobs name no file, and making the statement takes a tenth of the Python time of
+        # accepting one.
+        return
+    live = (
+        select(File.id)
+        .where(File.id.in_(file_ids), File.tenant_id == tenant_id, File.erased_at.is_(None))
+        .order_by(File.id)
+    )
     held = set(session.scalars(live.with_for_update(read=True, key_share=True)))
     for file_id in sorted(set(file_ids) - held):
         raise FileGone(file_id)
 
 
 def find(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID) -> File | None:
-    """The tenant's file; None also for an erased one and for another tenant's, for existence is private."""
-    return session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id, File.erased_at.is_(None)))
+    """Find the tenant's file; None if it is erased.
+
+    None also for another tenant's, for existence is private.
+    """
+    return session.scalar(
+        select(File).where(
+            File.id == file_id, File.tenant_id == tenant_id, File.erased_at.is_(None)
+        )
+    )
 
 
 def find_content(session: Session, content_sha256: str, *, tenant_id: uuid.UUID) -> File | None:
-    """The tenant's file with these bytes, if it is not erased."""
+    """Find the tenant's file with these bytes; None if there is none, or it is erased."""
     return session.scalar(_live(tenant_id).where(File.content_sha256 == content_sha256))
 
 
-def page(session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None) -> Sequence[File]:
-    """Up to `limit` of the tenant's files that are not erased, newest first, older than `before`."""
-    # By the tenant's own index, whatever the planner believes: see models/listing.py.
+def page(
+    session: Session, *, tenant_id: uuid.UUID, limit: int, before: uuid.UUID | None = None
+) -> Sequence[File]:
+    """List up to `limit` of the tenant's files, newest first, older than `before`.
+
+    Erased ones are left out.
+    """
+    # Forces the index on tenant and id, whatever the planner estimates: see models/listing.py.
     is_own = File.tenant_id == any_(literal([tenant_id], ARRAY(Uuid)))
     query = select(File).where(is_own, File.erased_at.is_(None), File.id < (before or _LAST_ID))
     return session.scalars(query.order_by(File.tenant_id.desc(), File.id.desc()).limit(limit)).all()
@@ -74,34 +99,61 @@ def keep(
     content_sha256: str,
     actor: str,
 ) -> File:
-    """The row of a picture whose object is stored; the one that is there already if the tenant brought it before."""
-    picture = {"object_key": object_key, "mode": mode, "size_bytes": size_bytes, "width_px": width_px, "height_px": height_px}
-    row = {"id": new_id(), "tenant_id": tenant_id, "content_sha256": content_sha256, **picture}
+    """Write and return the row of a picture whose object is stored.
+
+    Returns the row that is there already if the tenant has brought the same picture before.
+    """
+    row = {
+        "id": new_id(),
+        "tenant_id": tenant_id,
+        "content_sha256": content_sha256,
+        "object_key": object_key,
+        "mode": mode,
+        "size_bytes": size_bytes,
+        "width_px": width_px,
+        "height_px": height_px,
+    }
     added: File | None = session.scalar(
         insert(File)
         .values(**row)
-        .on_conflict_do_nothing(index_elements=[File.tenant_id, File.content_sha256], index_where=File.erased_at.is_(None))
+        .on_conflict_do_nothing(
+            index_elements=[File.tenant_id, File.content_sha256],
+            index_where=File.erased_at.is_(None),
+        )
         .returning(File)
     )
     uploads.end(session, object_key)
     if added is None:
-        return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()  # committed before us
-    facts: dict[str, Any] = {"file_id": str(added.id), "content_sha256": content_sha256, "size_bytes": size_bytes}
-    facts |= {"width_px": width_px, "height_px": height_px}
+        # Another transaction committed the same picture first.
+        return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()
+    facts: dict[str, Any] = {
+        "file_id": str(added.id),
+        "content_sha256": content_sha256,
+        "size_bytes": size_bytes,
+        "width_px": width_px,
+        "height_px": height_px,
+    }
     audit.append(session, EventName.FILE_CONTENT_STORED, chain=tenant_id, actor=actor, **facts)
     return added
 
 
 def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> File | None:
-    """Have the content deleted; the row stays. None if the tenant has no such file; harmless when repeated.
+    """Have the content deleted; the row stays. None if the tenant has no such file.
 
-    Raises FileInUse. Whoever tidies the store deletes the object, unless something else has the same content.
+    Harmless when repeated. Raises FileInUse. A task that tidies the store deletes the object later,
+    unless something else has the same content.
     """
-    file = session.scalar(select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update())
+    file = session.scalar(
+        select(File).where(File.id == file_id, File.tenant_id == tenant_id).with_for_update()
+    )
     if file is None or file.erased_at is not None:
         return file
     uses = or_(*(getattr(Job, param.name) == file_id for param in PICTURES.values()))
-    user = session.scalar(select(Job.id).where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses).limit(1))
+    user = session.scalar(
+        select(Job.id)
+        .where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses)
+        .limit(1)
+    )
     if user is not None:
         raise FileInUse(file_id, user)
     file.erased_at = func.clock_timestamp()
@@ -112,18 +164,23 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
 
 
 def stored(session: Session, *, tenant_id: uuid.UUID) -> tuple[int, int]:
-    """How many files the tenant has, and their bytes, with what this transaction has written.
+    """Count the tenant's files and their bytes, with what this transaction has written.
 
-    Exact until commit for who has just kept or erased one: the count is locked by that.
+    Exact until commit if this transaction has kept or erased a file: that locks the count.
     """
-    row = session.execute(select(StoredFiles.files, StoredFiles.size_bytes).where(StoredFiles.tenant_id == tenant_id)).one_or_none()
+    row = session.execute(
+        select(StoredFiles.files, StoredFiles.size_bytes).where(StoredFiles.tenant_id == tenant_id)
+    ).one_or_none()
     return (row.files, row.size_bytes) if row is not None else (0, 0)
 
 
-def find_all(session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID) -> dict[uuid.UUID, File]:
-    """Those of these files that are the tenant's and not erased, by their ids."""
+def find_all(
+    session: Session, file_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID
+) -> dict[uuid.UUID, File]:
+    """Find those of these files that are the tenant's and not erased, by id."""
     is_one = File.id == any_(literal(list(file_ids), ARRAY(Uuid)))
-    return {file.id: file for file in session.scalars(select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None)))}
+    query = select(File).where(is_one, File.tenant_id == tenant_id, File.erased_at.is_(None))
+    return {file.id: file for file in session.scalars(query)}
 
 
 def _live(tenant_id: uuid.UUID) -> Select[File]:

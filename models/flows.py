@@ -1,10 +1,12 @@
-"""Fair order within one (pool, tier): start-time fair queuing over the tenants' flows.
+"""Keep fair order within one (pool, tier): start-time fair queuing over the tenants' flows.
 
-A job's start tag is max(virtual time, its tenant's finish tag); its finish tag is that plus predicted cost / weight, and
-the tenant's next job starts there. Jobs are released in the order of start tags, and virtual time is the start tag of the
-one released last in that order. So a tenant who was away starts level with the others, whatever it did not use, and of two who always
-have work each gets device time in proportion to its weight (Goyal, Vin, Cheng 1996). Tags are device seconds; they begin
-at the wall clock only so that jobs without a tag of their own find a place among them.
+A job's start tag is max(virtual time, its tenant's finish tag). Its finish tag is that plus
+predicted cost / weight, and the tenant's next job starts there. Jobs are released in the order of
+start tags, and virtual time is the start tag of the one released last in that order. So a tenant
+that had no jobs for a while starts level with the others, whatever it did not use; and of two that
+always have work each gets device time in proportion to its weight (Goyal, Vin, Cheng 1996). Tags
+are device seconds; they begin at the wall clock only so that jobs without a tag of their own sort
+among them.
 """
 
 import uuid
@@ -20,7 +22,7 @@ from models.tables import FairClock, Flow, Tenant
 
 @dataclass(frozen=True)
 class FlowBacklog:
-    """What a flow has waiting; `queued_s` is device seconds."""
+    """A flow's waiting jobs; `queued_s` is device seconds."""
 
     tier: str
     tenant_id: uuid.UUID
@@ -32,29 +34,46 @@ class FlowBacklog:
 
 _SETTLE = text(
     """
-    UPDATE flows SET finish_tag = finish_tag + CAST(:difference_s AS double precision) / (SELECT weight FROM tenants WHERE id = :tenant_id)
+    UPDATE flows SET finish_tag = finish_tag
+        + CAST(:difference_s AS double precision)
+        / (SELECT weight FROM tenants WHERE id = :tenant_id)
     WHERE pool = :pool AND tier = :tier AND tenant_id = :tenant_id
     """
 )
 
 
-def settle(session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float) -> None:
-    """Charge the flow what a job took instead of what was predicted: its later jobs move by the difference, actual - predicted."""
+def settle(
+    session: Session, *, pool: str, tier: str, tenant_id: uuid.UUID, difference_s: float
+) -> None:
+    """Charge the flow what a job took instead of what was predicted.
+
+    Its later jobs move by `difference_s`, actual - predicted.
+    """
     if difference_s:
-        session.execute(_SETTLE, {"pool": pool, "tier": tier, "tenant_id": tenant_id, "difference_s": difference_s})
+        flow = {"pool": pool, "tier": tier, "tenant_id": tenant_id}
+        session.execute(_SETTLE, flow | {"difference_s": difference_s})
 
 
 def advance(session: Session, *, pool: str, tier: str, start_tag: float) -> None:
     """Let virtual time be at least the start tag of a job that was released. It never goes back."""
     statement = insert(FairClock).values(pool=pool, tier=tier, virtual_s=start_tag)
     later = {"virtual_s": func.greatest(FairClock.virtual_s, start_tag)}
-    session.execute(statement.on_conflict_do_update(index_elements=[FairClock.pool, FairClock.tier], set_=later))
+    session.execute(
+        statement.on_conflict_do_update(index_elements=[FairClock.pool, FairClock.tier], set_=later)
+    )
 
 
 def backlogs(session: Session, *, pool: str) -> list[FlowBacklog]:
     """Read every flow of the pool that has something queued."""
     query = (
-        select(Flow.tier, Flow.tenant_id, Tenant.weight, Flow.queued_jobs, Flow.queued_s, Flow.finish_tag)
+        select(
+            Flow.tier,
+            Flow.tenant_id,
+            Tenant.weight,
+            Flow.queued_jobs,
+            Flow.queued_s,
+            Flow.finish_tag,
+        )
         .join(Tenant, Tenant.id == Flow.tenant_id)
         .where(Flow.pool == pool, Flow.queued_jobs > 0)
     )
@@ -62,6 +81,8 @@ def backlogs(session: Session, *, pool: str) -> list[FlowBacklog]:
 
 
 def clocks(session: Session, *, pool: str) -> Mapping[str, float]:
-    """Virtual time by tier, of the tiers in which anything was ever released."""
-    rows = session.execute(select(FairClock.tier, FairClock.virtual_s).where(FairClock.pool == pool))
+    """Read virtual time by tier, of the tiers in which anything was ever released."""
+    rows = session.execute(
+        select(FairClock.tier, FairClock.virtual_s).where(FairClock.pool == pool)
+    )
     return {tier: virtual_s for tier, virtual_s in rows}  # noqa: C416 - rows are not pairs to mypy

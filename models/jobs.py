@@ -1,7 +1,8 @@
-"""The life of a job: accepted, canceled, failed, expired, stored. Leases and releases have modules of their own.
+"""Move a job through its life: accepted, canceled, failed, expired, stored.
 
-Every arrow of DESIGN section 3 is a function here or in `leases`, fenced where a worker is the caller, with its audit
-event in the same transaction. Callers commit.
+Leases and releases have modules of their own. Every arrow of DESIGN section 3 is a function here or
+in `leases`, fenced where a worker is the caller, with its audit event in the same transaction.
+Callers commit.
 """
 
 import uuid
@@ -29,7 +30,8 @@ from policy.webhooks import event_of
 
 SWEEPER = "sweeper"
 
-# Options of a query for jobs by who may not read what tenants wrote (migrations/roles.py): to touch it is an error.
+# Query options for processes that may not read what tenants wrote (migrations/roles.py): to touch
+# such a column is an error.
 WITHOUT_PROMPTS = (defer(Job.prompt, raiseload=True), defer(Job.negative_prompt, raiseload=True))
 WITHOUT_WORDS = (*WITHOUT_PROMPTS, defer(Job.tenant_metadata, raiseload=True))
 
@@ -39,7 +41,9 @@ class JobAlreadyFinished(Exception):
 
     def __init__(self, job: Job) -> None:
         super().__init__(f"job {job.id} is {job.state}")
-        self.job_id, self.state = job.id, job.state  # values, for the row is expired once its transaction is rolled back
+        # Values, not the row: that is expired once its transaction is rolled back.
+        self.job_id = job.id
+        self.state = job.state
 
 
 class NothingLeft(Exception):
@@ -65,9 +69,10 @@ def accept(
     replay_of: uuid.UUID | None = None,
     once: Once | None = None,
 ) -> Job:
-    """Accept one job (`models.accepting` does any number) and read it back, with its images and no attempts.
+    """Accept one job (`models.accepting` does any number); return it with its images, no attempts.
 
-    once: the key it comes under; raises AlreadyAnswered or KeyReused if it came before.  Raises NothingLeft, FileGone.
+    once: the request that asks for it; raises AlreadyAnswered or KeyReused if it came before.
+    Raises NothingLeft, FileGone.
     """
     if once is not None:
         idempotency.claim(session, once, tenant_id=tenant_id)
@@ -85,30 +90,52 @@ def accept(
         requeue_of=requeue_of,
         replay_of=replay_of,
     )
-    (row,) = accepting.accept(session, [new_job], tenant_id=tenant_id, api_key_id=api_key_id, currency=currency, actor=actor)
+    (row,) = accepting.accept(
+        session,
+        [new_job],
+        tenant_id=tenant_id,
+        api_key_id=api_key_id,
+        currency=currency,
+        actor=actor,
+    )
     if once is not None:
         idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
     return session.scalars(select(Job).where(Job.id == row.id).options(*whole())).one()
 
 
 def find(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
-    """The tenant's job with its images, attempts and artifacts; None also for another tenant's, for existence is private."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole()))
+    """Find the tenant's job with its images, attempts and artifacts.
+
+    None also for another tenant's job, for existence is private.
+    """
+    return session.scalar(
+        select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole())
+    )
 
 
-def find_without_prompts(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
-    """The same for who tells of a job: its prompts are not even asked for."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(*whole(), *WITHOUT_PROMPTS))
+def find_without_prompts(
+    session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID
+) -> Job | None:
+    """Find the job as `find` does, for a process that may not read prompts."""
+    return session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.tenant_id == tenant_id)
+        .options(*whole(), *WITHOUT_PROMPTS)
+    )
 
 
 def without_words(session: Session, job_id: uuid.UUID) -> Job | None:
-    """The job's row, of whatever tenant, without what the tenant wrote."""
+    """Read the job's row, whatever its tenant, without the text that its tenant wrote."""
     return session.get(Job, job_id, options=WITHOUT_WORDS)
 
 
 def glance(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID) -> Job | None:
-    """The tenant's job and its images, without what came of them."""
-    return session.scalar(select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id).options(selectinload(Job.images)))
+    """Find the tenant's job with its images, but without artifacts and attempts."""
+    return session.scalar(
+        select(Job)
+        .where(Job.id == job_id, Job.tenant_id == tenant_id)
+        .options(selectinload(Job.images))
+    )
 
 
 def state_of(session: Session, job_id: uuid.UUID) -> str | None:
@@ -116,12 +143,17 @@ def state_of(session: Session, job_id: uuid.UUID) -> str | None:
 
 
 def ended_among(session: Session, job_ids: Collection[uuid.UUID]) -> Sequence[uuid.UUID]:
-    """Those of the jobs that are in a final state."""
-    return session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(FINAL_STATES))).all()
+    """Return those of the jobs that are in a final state."""
+    return session.scalars(
+        select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(FINAL_STATES))
+    ).all()
 
 
 def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> Job | None:
-    """Take the job back; None if the tenant has no such job. Harmless when repeated; JobAlreadyFinished if it ended otherwise."""
+    """Cancel the job; None if the tenant has no such job.
+
+    Harmless when repeated. Raises JobAlreadyFinished if it ended otherwise.
+    """
     job = lock(session, job_id, tenant_id=tenant_id)
     if job is None or job.state == JobState.CANCELED:
         return job
@@ -132,27 +164,39 @@ def cancel(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     return job
 
 
-def lock(session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, options: Sequence[Any] = ()) -> Job | None:
-    """The tenant's job, whole as `find` gives it, and nobody else's to change until commit. options: what of it is left out."""
-    is_it = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
-    return session.scalar(is_it.with_for_update().options(*whole(), *options), execution_options=AFRESH)
+def lock(
+    session: Session, job_id: uuid.UUID, *, tenant_id: uuid.UUID, options: Sequence[Any] = ()
+) -> Job | None:
+    """Find the job as `find` does, and lock its row until commit.
+
+    options: query options, of what is to be left out.
+    """
+    query = select(Job).where(Job.id == job_id, Job.tenant_id == tenant_id)
+    return session.scalar(
+        query.with_for_update().options(*whole(), *options), execution_options=AFRESH
+    )
 
 
 def take_back(session: Session, job: Job, *, actor: str) -> None:
-    """End an active job, which the caller locked, that its tenant does not want any more."""
+    """Cancel an active job that the caller has locked."""
     was = job.state
     if was == JobState.RUNNING:
         end_attempt(session, job, Outcome.CANCELED)
     bill = finish(session, job, JobState.CANCELED)
-    audit.append_of_attempt(session, EventName.JOB_STATE_CANCELED, job, actor=actor, was=was, **bill)
+    audit.append_of_attempt(
+        session, EventName.JOB_STATE_CANCELED, job, actor=actor, was=was, **bill
+    )
 
 
 def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor: str) -> None:
-    """Book the work on images of a canceled job, which the caller locked, that was not known of when it was canceled.
+    """Book work on images of a canceled job that was not known when it was canceled.
 
-    steps_done: how far each had come, by index. Nothing for what is stored, or is in the row already.
+    The caller has locked the job. steps_done: how far each image had come, by index. Nothing is
+    booked for images that are stored, or steps that are in the row already.
     """
-    rows = session.scalars(select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)).all()
+    rows = session.scalars(
+        select(Image).where(Image.job_id == job.id, Image.state != ImageState.STORED)
+    ).all()
     before = _counted(job, rows)
     for row in rows:
         row.steps_done = max(row.steps_done, min(steps_done.get(row.index, 0), image_steps(job)))
@@ -168,22 +212,32 @@ def abandon(session: Session, job: Job, steps_done: Mapping[int, int], *, actor:
 
 
 def expire(session: Session, job_id: uuid.UUID) -> Job | None:
-    """End a job that nothing started before its deadline; None if something did meanwhile."""
+    """End a job that nothing started before its deadline; None if it was started meanwhile."""
     job = session.scalar(
         select(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.attempt == 0, inputs.start_deadline() < func.clock_timestamp())
+        .where(
+            Job.id == job_id,
+            Job.state == JobState.QUEUED,
+            Job.attempt == 0,
+            inputs.start_deadline() < func.clock_timestamp(),
+        )
         .options(*WITHOUT_WORDS)
         .with_for_update(skip_locked=True),
         execution_options=AFRESH,
     )
     if job is not None:
         finish(session, job, JobState.EXPIRED)
-        audit.append(session, EventName.JOB_STATE_EXPIRED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id)
+        audit.append(
+            session, EventName.JOB_STATE_EXPIRED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id
+        )
     return job
 
 
 def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
-    """Fail a job that waits again, after an earlier attempt, and is past its run deadline; None if something took it meanwhile."""
+    """Fail a job that waits again after an earlier attempt and is past its run deadline.
+
+    None if a worker took it meanwhile.
+    """
     job = session.scalar(
         select(Job)
         .where(Job.id == job_id, Job.state == JobState.QUEUED, Job.run_by < func.clock_timestamp())
@@ -193,18 +247,29 @@ def overrun(session: Session, job_id: uuid.UUID) -> Job | None:
     )
     if job is not None:
         detail = f"not rendered within {job.run_within_s:g} s of its start"
-        facts = {"code": FailureCode.RUN_DEADLINE} | finish(session, job, JobState.FAILED, code=FailureCode.RUN_DEADLINE, detail=detail)
-        audit.append(session, EventName.JOB_STATE_FAILED, chain=job.tenant_id, actor=SWEEPER, job_id=job.id, **facts)
+        code = FailureCode.RUN_DEADLINE
+        facts = {"code": code} | finish(session, job, JobState.FAILED, code=code, detail=detail)
+        audit.append(
+            session,
+            EventName.JOB_STATE_FAILED,
+            chain=job.tenant_id,
+            actor=SWEEPER,
+            job_id=job.id,
+            **facts,
+        )
     return job
 
 
-def requeue_dead(session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str) -> Job | None:
-    """Accept a failed job's wish again, as a job of its own: a final state stays final. None if there is no such job.
+def requeue_dead(
+    session: Session, job_id: uuid.UUID, *, start_within_s: float, actor: str
+) -> Job | None:
+    """Accept a failed job's parameters again, as a new job: a final state stays final.
 
-    Raises JobAlreadyFinished when it was requeued before.
+    None if there is no such job. Raises JobAlreadyFinished when it was requeued before.
     """
-    is_it = (Job.id == job_id, Job.state == JobState.FAILED, Job.erased_at.is_(None))
-    dead = session.scalar(select(Job).where(*is_it).with_for_update(), execution_options=AFRESH)
+    conditions = (Job.id == job_id, Job.state == JobState.FAILED, Job.erased_at.is_(None))
+    query = select(Job).where(*conditions)
+    dead = session.scalar(query.with_for_update(), execution_options=AFRESH)
     if dead is None:
         return None
     if session.scalar(select(Job.id).where(Job.requeue_of == job_id)) is not None:
@@ -237,14 +302,16 @@ def store(
     store_within_s: float,
     actor: str,
 ) -> Job | None:
-    """Record an uploaded image, and what the job costs by now; with the last one it succeeds, in the same transaction.
+    """Record an uploaded image and what the job costs by now; with its last image the job succeeds.
 
-    artifact: columns of Artifact from `object_key` to `content_sha256`.  fleet: says what device time costs.
-    None, and nothing is written, if the image is stored already, belongs to another attempt, or the job ended otherwise.
+    All in one transaction. artifact: columns of Artifact from `object_key` to `content_sha256`.
+    fleet: says what device time costs.  None, and nothing is written, if the image is stored
+    already, belongs to another attempt, or the job ended otherwise.
     """
     job = session.get(Job, job_id, with_for_update=True, options=WITHOUT_WORDS)
     image = session.get(Image, (job_id, index))
-    if job is None or image is None or job.state not in ACTIVE_STATES:  # queued: its lease was lost after this hand-off
+    # Active includes queued: its lease may have been lost after this hand-off.
+    if job is None or image is None or job.state not in ACTIVE_STATES:
         return None
     if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
         return None
@@ -252,44 +319,99 @@ def store(
     session.add(row)
     uploads.end(session, row.object_key)
     session.flush()
-    image.state, image.artifact_id = ImageState.STORED, row.id
+    image.state = ImageState.STORED
+    image.artifact_id = row.id
     job.device_seconds += image.device_seconds
     job.cost = price(fleet, pool=job.pool, tier=job.tier, device_seconds=job.device_seconds)
-    digests = {"pixels_sha256": row.pixels_sha256, "content_sha256": row.content_sha256}
-    facts = {"index": index, "artifact_id": str(row.id), **digests}
+    facts = {
+        "index": index,
+        "artifact_id": str(row.id),
+        "pixels_sha256": row.pixels_sha256,
+        "content_sha256": row.content_sha256,
+    }
     session.flush()
-    remaining = session.scalar(select(func.count()).where(Image.job_id == job_id, Image.state != ImageState.STORED))
+    remaining = session.scalar(
+        select(func.count()).where(Image.job_id == job_id, Image.state != ImageState.STORED)
+    )
     if remaining:
         if job.state == JobState.STORING:
             job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
-        audit.append(session, EventName.JOB_IMAGE_STORED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+        audit.append(
+            session,
+            EventName.JOB_IMAGE_STORED,
+            chain=job.tenant_id,
+            actor=actor,
+            job_id=job_id,
+            attempt=attempt,
+            **facts,
+        )
         return job
     finish(session, job, JobState.SUCCEEDED)
-    audit.append(session, EventName.JOB_IMAGE_STORED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **facts)
+    audit.append(
+        session,
+        EventName.JOB_IMAGE_STORED,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job_id,
+        attempt=attempt,
+        **facts,
+    )
     bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
-    audit.append(session, EventName.JOB_STATE_SUCCEEDED, chain=job.tenant_id, actor=actor, job_id=job_id, attempt=attempt, **bill)
+    audit.append(
+        session,
+        EventName.JOB_STATE_SUCCEEDED,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job_id,
+        attempt=attempt,
+        **bill,
+    )
     return job
 
 
 def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
-    """The images whose pixels wait in the hand-off: attempt by index."""
-    query = select(Image.index, Image.handed_off_attempt).where(Image.job_id == job_id, Image.state == ImageState.HANDED_OFF)
-    return {index: attempt for index, attempt in session.execute(query.order_by(Image.index)) if attempt is not None}
+    """Read the images whose pixels wait in the hand-off: attempt by index."""
+    query = select(Image.index, Image.handed_off_attempt).where(
+        Image.job_id == job_id, Image.state == ImageState.HANDED_OFF
+    )
+    return {
+        index: attempt
+        for index, attempt in session.execute(query.order_by(Image.index))
+        if attempt is not None
+    }
 
 
-def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | None = None, detail: str | None = None) -> dict[str, Any]:
-    """Set a final state, drop every claim on the job, charge its flow what it really took, settle its entry in the ledger and note the
-    webhooks that are to tell of it. The caller appends the audit event, with the facts that are returned: what it came to if it came to
-    anything without succeeding.
+def finish(
+    session: Session,
+    job: Job,
+    state: JobState,
+    *,
+    code: FailureCode | None = None,
+    detail: str | None = None,
+) -> dict[str, Any]:
+    """Set a final state and settle everything that hangs on the job.
+
+    Drops every claim on the job, charges its flow what it really took, settles its entry in the
+    ledger and writes the deliveries of its webhooks. The caller appends the audit event, with the
+    facts that are returned: the amounts that a job came to without succeeding, if any.
     """
-    job.state, job.finished_at = state, func.clock_timestamp()
+    job.state = state
+    job.finished_at = func.clock_timestamp()
     job.lease_expires_at = job.announced_at = job.store_by = None
-    job.failure_code, job.failure_detail = code, detail
+    job.failure_code = code
+    job.failure_detail = detail
     session.flush()
-    if state == JobState.SUCCEEDED or job.attempt == 0:  # what began and came to nothing costs its place all the same
+    # A job that was started and did not succeed is charged what was predicted.
+    if state == JobState.SUCCEEDED or job.attempt == 0:
         actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
         difference_s = actual_s - job.predicted_s
-        flows.settle(session, pool=job.pool, tier=job.tier, tenant_id=job.tenant_id, difference_s=difference_s)
+        flows.settle(
+            session,
+            pool=job.pool,
+            tier=job.tier,
+            tenant_id=job.tenant_id,
+            difference_s=difference_s,
+        )
     stored, steps = _came_to(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
     shares = _shares(job)
     booking = usage.Booking(
@@ -303,8 +425,13 @@ def finish(session: Session, job: Job, state: JobState, *, code: FailureCode | N
     webhooks.note(session, job, event_of(state))
     if booking.succeeded or not (stored or booking.abandoned):
         return {}
-    in_words = {name: str(getattr(booking, name)) for name in ("settled", "abandoned", "cost")}
-    return {"images_stored": stored, **in_words, "currency": job.currency}
+    return {
+        "images_stored": stored,
+        "settled": str(booking.settled),
+        "abandoned": str(booking.abandoned),
+        "cost": str(booking.cost),
+        "currency": job.currency,
+    }
 
 
 def _shares(job: Job) -> usage.Shares:
@@ -312,29 +439,40 @@ def _shares(job: Job) -> usage.Shares:
 
 
 def _counted(job: Job, images: Sequence[Image]) -> int:
-    """Add up the denoise steps of images that are not stored, of each no more than the job was counted for."""
+    """Add up the denoise steps of images that are not stored.
+
+    Of each no more than the job was counted for.
+    """
     return sum(min(image.steps_done, image_steps(job)) for image in images)
 
 
 def _came_to(session: Session, job: Job) -> tuple[int, int]:
-    """How many of the job's images are stored, and the denoise steps that its rows know of the others."""
+    """Count the job's stored images, and the denoise steps noted of the others."""
     if job.attempt == 0:
         return 0, 0
     is_stored = Image.state == ImageState.STORED
-    counted = func.least(Image.steps_done, image_steps(job))  # a pipeline may make more than was counted
+    # A pipeline may make more steps than were counted.
+    counted = func.least(Image.steps_done, image_steps(job))
     sums = (func.count().filter(is_stored), func.coalesce(func.sum(counted).filter(~is_stored), 0))
     stored, steps = session.execute(select(*sums).where(Image.job_id == job.id)).one()
     return stored, steps
 
 
 def requeue(job: Job) -> None:
-    """Back to the waiting ones, with its place kept: `release_tag` is not touched. The caller appends the audit event."""
-    job.state, job.is_front = JobState.QUEUED, False
+    """Put the job back among the waiting ones, with its place: `release_tag` is not touched.
+
+    The caller appends the audit event.
+    """
+    job.state = JobState.QUEUED
+    job.is_front = False
     job.lease_expires_at = job.announced_at = job.store_by = job.worker = job.rendered_at = None
 
 
 def hold(session: Session, job_id: uuid.UUID) -> None:
-    """Keep the job from being erased until commit; others may go on with it."""
+    """Keep the job from being erased until commit; other changes of it are not blocked.
+
+    Raises NothingLeft.
+    """
     query = select(Job.erased_at).where(Job.id == job_id).with_for_update(read=True, key_share=True)
     row = session.execute(query).one_or_none()
     if row is None or row.erased_at is not None:  # without a row: it was pruned
@@ -346,11 +484,13 @@ def end_attempt(session: Session, job: Job, outcome: Outcome, *, error: str | No
     attempt = session.get(Attempt, (job.id, job.attempt))
     if attempt is None or attempt.ended_at is not None:
         return
-    attempt.outcome, attempt.ended_at, attempt.error = outcome, func.clock_timestamp(), error
+    attempt.outcome = outcome
+    attempt.ended_at = func.clock_timestamp()
+    attempt.error = error
     if outcome is not Outcome.RENDERED:
         attempt.waste_class = outcome.value
 
 
 def whole() -> tuple[Any, ...]:
-    """Options of a query for jobs: with their images, artifacts and attempts."""
+    """Return query options that load jobs with their images, artifacts and attempts."""
     return (selectinload(Job.images).selectinload(Image.artifact), selectinload(Job.attempts))

@@ -1,7 +1,8 @@
-"""What jobs were seen to take: device seconds per row and step of each model and size, and how far guessed ends were off.
+"""Learn what jobs take: device seconds per row and step, and the error of estimated ends.
 
-Workers add what they measured with their heartbeat, the sweeper what it sees of ended jobs; so no hot row is written for
-every image. What to make of it is decided in `policy.prediction`.
+Device seconds are learnt for each model and size. Workers add what they measured with their
+heartbeat, the sweeper adds the ended jobs that it sees; so no row is written once for every image.
+`policy.prediction` decides what is made of it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,9 +24,10 @@ _OBSERVE = text(
     INSERT INTO learnt_costs AS c (pool, model, width_px, height_px, row_step_s, fixed_s, observed)
         VALUES (:pool, :model, :width_px, :height_px, :row_step_s, :fixed_s, :images)
     ON CONFLICT (pool, model, width_px, height_px) DO UPDATE SET
-        row_step_s = c.row_step_s
-            + (excluded.row_step_s - c.row_step_s) * excluded.observed / (least(c.observed, :memory) + excluded.observed),
-        fixed_s = c.fixed_s + (excluded.fixed_s - c.fixed_s) * excluded.observed / (least(c.observed, :memory) + excluded.observed),
+        row_step_s = c.row_step_s + (excluded.row_step_s - c.row_step_s)
+            * excluded.observed / (least(c.observed, :memory) + excluded.observed),
+        fixed_s = c.fixed_s + (excluded.fixed_s - c.fixed_s)
+            * excluded.observed / (least(c.observed, :memory) + excluded.observed),
         observed = least(c.observed + excluded.observed, 1000000000)
     """
 )
@@ -33,7 +35,7 @@ _OBSERVE = text(
 
 @dataclass
 class Observed:
-    """Images of one model and size, added up."""
+    """Measured images of one model and size, added up."""
 
     images: int = 0
     row_steps: float = 0.0
@@ -53,36 +55,53 @@ class Ended:
 
 
 def observe(session: Session, seen: Mapping[CostKey, Observed]) -> None:
-    """Add what was measured since the last time."""
-    for (pool, model, width_px, height_px), sums in sorted(seen.items()):  # in one order everywhere: two workers never block each other
+    """Add the measurements since the last call."""
+    # In the same order in every worker, so that no two deadlock.
+    for (pool, model, width_px, height_px), sums in sorted(seen.items()):
         if sums.images and sums.row_steps:
-            key = {"pool": pool, "model": model, "width_px": width_px, "height_px": height_px}
-            means = {"row_step_s": sums.denoise_s / sums.row_steps, "fixed_s": sums.fixed_s / sums.images}
-            session.execute(_OBSERVE, {**key, **means, "images": sums.images, "memory": MEMORY})
+            values = {
+                "pool": pool,
+                "model": model,
+                "width_px": width_px,
+                "height_px": height_px,
+                "row_step_s": sums.denoise_s / sums.row_steps,
+                "fixed_s": sums.fixed_s / sums.images,
+                "images": sums.images,
+                "memory": MEMORY,
+            }
+            session.execute(_OBSERVE, values)
 
 
 def cost_of(session: Session, key: CostKey) -> LearntCost | None:
-    """What was learnt of a model and size; None if nothing was."""
+    """Read what was learnt of a model and size; None if nothing was."""
     return session.get(LearntCost, key)
 
 
 def eta_of(session: Session, *, pool: str, tier: str) -> LearntEta | None:
-    """How far guessed ends are off in (pool, tier); None if no job has ended yet."""
+    """Read how far estimated ends are off in (pool, tier); None if no job has ended yet."""
     return session.get(LearntEta, (pool, tier))
 
 
 def newly_ended(session: Session, *, most: int = 500) -> Sequence[Ended]:
-    """Jobs that succeeded since the newest one that was learnt from, oldest first; at first those of the last hour."""
+    """List jobs that succeeded since the newest one that was learnt from, oldest first.
+
+    At first those of the last hour.
+    """
     since = session.scalar(select(func.max(LearntEta.learnt_until)))
     taken_s = func.extract("epoch", Job.finished_at - Job.accepted_at)
     query = select(Job.pool, Job.tier, Job.eta_raw_s, taken_s, Job.finished_at).where(
         Job.finished_at > (since if since is not None else now_once() - timedelta(hours=1)),
-        Job.finished_at < now_once() - timedelta(seconds=2),  # `finished_at` is older than its commit
+        # `finished_at` is older than its commit.
+        Job.finished_at < now_once() - timedelta(seconds=2),
         Job.state == JobState.SUCCEEDED,
         Job.eta_raw_s > 0,
     )
     rows = session.execute(query.order_by(Job.finished_at).limit(most))
-    return [Ended(pool, tier, guessed_s, float(taken), at) for pool, tier, guessed_s, taken, at in rows if guessed_s and at]
+    return [
+        Ended(pool, tier, guessed_s, float(taken), at)
+        for pool, tier, guessed_s, taken, at in rows
+        if guessed_s and at
+    ]
 
 
 def learn_eta(session: Session, ended: Ended, *, ratio_p50: float, ratio_p90: float) -> None:
@@ -91,5 +110,7 @@ def learn_eta(session: Session, ended: Ended, *, ratio_p50: float, ratio_p90: fl
     if row is None:
         row = LearntEta(pool=ended.pool, tier=ended.tier, observed=0)
         session.add(row)
-    row.ratio_p50, row.ratio_p90 = ratio_p50, ratio_p90
-    row.observed, row.learnt_until = row.observed + 1, ended.finished_at
+    row.ratio_p50 = ratio_p50
+    row.ratio_p90 = ratio_p90
+    row.observed += 1
+    row.learnt_until = ended.finished_at

@@ -1,12 +1,14 @@
-"""Leases: a worker's right to run a job until the database's clock says otherwise.
+"""Give, renew and end leases: a worker's right to run a job until a time on the database's clock.
 
-The attempt number is the fence: it grows with every lease, and every later write of a worker names it. Whoever comes
-late finds another number and is told LeaseLost. No row lock outlives its statement.
+The attempt number is the fence: it grows with every lease, and every later write of a worker names
+it. A worker that comes late finds another number and gets LeaseLost. No row lock outlives its
+statement.
 
-All of this takes a commit that was answered for one that stays: a standby that takes over has to have it (synchronous replication,
-`synchronous_standby_names` and `synchronous_commit` at `on` or above). One that has lost the last commits may give an attempt's number
-to a second worker. So the worker's name is part of the fence: the two cannot renew each other's lease or write under it. What the loss
-of commits did besides, nobody can tell any more.
+All of this assumes that a commit that was answered stays: a standby that takes over must have it
+(synchronous replication, `synchronous_standby_names` and `synchronous_commit` at `on` or above). A
+standby that has lost the last commits may give an attempt's number to a second worker. So the
+worker's name is part of the fence: the two cannot renew each other's lease or write under it. Other
+consequences of lost commits cannot be detected.
 """
 
 import uuid
@@ -30,15 +32,19 @@ OVERDUE_S = 30.0  # past its run deadline
 
 
 class LeaseLost(Exception):
-    """The job is not this attempt's any more: canceled, expired or alive elsewhere. Stop, and write nothing."""
+    """The job is not this attempt's any more; the caller stops and writes nothing.
+
+    It was canceled, expired, or another attempt runs it.
+    """
 
 
 @dataclass(frozen=True)
 class Lease:
-    """The right to run `job`; `attempt` fences every write made under it. `pending` are the images still to render.
+    """The right to run `job`; `attempt` fences every write made under it.
 
-    run_within_s: what is left of the job's run deadline; None = it has none.  reached: how far earlier attempts had come with each of the
-    pending images, by index.
+    pending: the images still to render.  run_within_s: what is left of the job's run deadline;
+    None: it has none.  reached: how far earlier attempts had come with each of the pending images,
+    by index.
     """
 
     job: Job
@@ -55,7 +61,11 @@ class Lease:
 
 @dataclass(frozen=True)
 class Left:
-    """What a preempted attempt leaves of one image: its snapshot's place and size, and what it spares the next one."""
+    """The snapshot that a preempted attempt leaves of one image.
+
+    snapshot_ref, size_bytes: its place and size.  steps_done, device_seconds: the work that it
+    spares the next attempt.
+    """
 
     index: int
     steps_done: int
@@ -66,7 +76,7 @@ class Left:
 
 @dataclass(frozen=True, kw_only=True)
 class Rendered:
-    """What rendering one image took; the shape of `attempts`."""
+    """The work of rendering one image, in the columns of `attempts`."""
 
     num_steps: int  # of the image, those of earlier attempts included
     steps: int
@@ -83,11 +93,15 @@ class Rendered:
     fingerprint_facts: dict[str, Any]
 
 
-def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s: float) -> Lease | None:
-    """Give `worker` the job until the database's now + `ttl_s`; None if it is finished or someone else holds it.
+def take(
+    session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s: float
+) -> Lease | None:
+    """Give `worker` the job until the database's now + `ttl_s`.
 
-    A single UPDATE, so two workers cannot both win. Only queued jobs are given: a silent worker's job is first put back by
-    `lose`, the one place that counts lost leases. And none whose pictures are not there, for it would only hold its slots.
+    None if it is finished or held by another worker. A single UPDATE, so two workers cannot both
+    win. Only queued jobs are given: a silent worker's job is first put back by `lose`, the one
+    place that counts lost leases. A job whose pictures are not there is not given, for it would
+    only hold slots.
     """
     in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp())
     taken = session.execute(
@@ -99,7 +113,10 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
             attempt=Job.attempt + 1,
             lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s),
             started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
-            run_by=func.coalesce(Job.run_by, func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s)),
+            run_by=func.coalesce(
+                Job.run_by,
+                func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s),
+            ),
         )
         .returning(Job, func.extract("epoch", Job.run_by - func.clock_timestamp()))
     ).one_or_none()
@@ -107,7 +124,9 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
         return None
     row, run_left_s = taken
     is_pending = (Image.job_id == job_id, Image.state == ImageState.PENDING)
-    pending = session.execute(select(Image.index, Image.reached_step).where(*is_pending).order_by(Image.index)).all()
+    pending = session.execute(
+        select(Image.index, Image.reached_step).where(*is_pending).order_by(Image.index)
+    ).all()
     lease = Lease(
         job=row,
         attempt=row.attempt,
@@ -116,25 +135,37 @@ def take(session: Session, job_id: uuid.UUID, *, worker: str, device: str, ttl_s
         run_within_s=None if run_left_s is None else max(0.0, float(run_left_s)),
         reached={index: step for index, step in pending if step},
     )
-    session.add(Attempt(job_id=job_id, attempt=row.attempt, worker=worker, device=device, outcome=Outcome.RUNNING))
+    session.add(
+        Attempt(
+            job_id=job_id,
+            attempt=row.attempt,
+            worker=worker,
+            device=device,
+            outcome=Outcome.RUNNING,
+        )
+    )
     audit.append_of_attempt(session, EventName.JOB_LEASE_TAKEN, row, actor=worker)
     return lease
 
 
-def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float) -> set[uuid.UUID]:
-    """Prolong all of the worker's leases, (job id, attempt) each, in one UPDATE; the ids that are still its own come back.
+def renew(
+    session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: str, ttl_s: float
+) -> set[uuid.UUID]:
+    """Prolong all of the worker's leases in one UPDATE; return the ids of jobs still leased to it.
 
-    A job past its run deadline should have been stopped by its engine; when that is clearly not coming, its lease is not renewed.
+    held: (job id, attempt) of each. A worker's engine should stop a job at its run deadline; where
+    that clearly has not happened, the lease is not renewed.
     """
     if not held:
         return set()
+    not_overdue = Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S)
     own = (
         select(Job.id)
         .where(
             tuple_(Job.id, Job.attempt).in_(held),
             Job.state == JobState.RUNNING,
             Job.worker == worker,
-            or_(Job.run_by.is_(None), Job.run_by > func.clock_timestamp() - timedelta(seconds=OVERDUE_S)),
+            or_(Job.run_by.is_(None), not_overdue),
         )
         .order_by(Job.id)
         .with_for_update(key_share=True)
@@ -152,16 +183,19 @@ def renew(session: Session, held: Sequence[tuple[uuid.UUID, int]], *, worker: st
 _NOTE_STEPS = text(
     """
     UPDATE images i SET reached_step = n.step
-    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:indexes AS integer[]), CAST(:steps AS integer[])) AS n (job_id, index, step)
-    WHERE i.job_id = n.job_id AND i.index = n.index AND i.state = 'pending' AND i.reached_step < n.step
+    FROM unnest(CAST(:job_ids AS uuid[]), CAST(:indexes AS integer[]), CAST(:steps AS integer[]))
+        AS n (job_id, index, step)
+    WHERE i.job_id = n.job_id AND i.index = n.index
+          AND i.state = 'pending' AND i.reached_step < n.step
     """
 )
 
 
 def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -> None:
-    """Note how far images have come, by job and index, of jobs whose leases this transaction has just renewed.
+    """Note how far images have come, by (job, index).
 
-    What a later attempt does again is told by this when nothing else is left of the images: neither snapshots nor progress.
+    Their jobs' leases have just been renewed in this transaction. It tells what a later attempt
+    does again when nothing else is left of the images: neither snapshots nor progress.
     """
     if reached:
         rows = [(str(job_id), index, step) for (job_id, index), step in sorted(reached.items())]
@@ -169,99 +203,148 @@ def note_steps(session: Session, reached: Mapping[tuple[uuid.UUID, int], int]) -
         session.execute(_NOTE_STEPS, {"job_ids": job_ids, "indexes": indexes, "steps": steps})
 
 
-def hand_off(session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float) -> Job:
-    """Note that the image's pixels wait in the hand-off; with the last image the job is `storing` and the lease is over.
+def hand_off(
+    session: Session, lease: Lease, index: int, *, rendered: Rendered, store_within_s: float
+) -> Job:
+    """Note that the image's pixels wait in the hand-off.
 
-    Raises LeaseLost.
+    With the last image the job is `storing` and the lease is over. Raises LeaseLost.
     """
     job = _held(session, lease)
     image = session.get_one(Image, (job.id, index))
     if image.handed_off_attempt == lease.attempt:
         return job  # noted already: the answer to a commit was lost, and this is the second try
-    image.state, image.handed_off_attempt, image.handed_off_at = ImageState.HANDED_OFF, lease.attempt, func.clock_timestamp()
+    image.state = ImageState.HANDED_OFF
+    image.handed_off_attempt = lease.attempt
+    image.handed_off_at = func.clock_timestamp()
     image.steps_done = image.reached_step = rendered.num_steps
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
-    if not session.scalar(select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)):
-        job.state, job.lease_expires_at = JobState.STORING, None
+    pending = select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
+    if not session.scalar(pending):
+        job.state = JobState.STORING
+        job.lease_expires_at = None
         job.rendered_at = func.clock_timestamp()
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
         jobs.end_attempt(session, job, Outcome.RENDERED)
-    facts = {"index": index, "steps": rendered.steps, "device_seconds": rendered.device_seconds, "fingerprint": rendered.fingerprint}
-    audit.append_of_attempt(session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts)
+    facts = {
+        "index": index,
+        "steps": rendered.steps,
+        "device_seconds": rendered.device_seconds,
+        "fingerprint": rendered.fingerprint,
+    }
+    audit.append_of_attempt(
+        session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts
+    )
     return job
 
 
 def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool = False) -> Job:
     """Return the job unharmed: the try does not count towards the cap. Raises LeaseLost.
 
-    lacks_inputs: the pictures it starts from are not in the hand-off; it waits until they were brought again.
+    lacks_inputs: the pictures it starts from are not in the hand-off; it waits until they are
+    brought again.
     """
     job = _held(session, lease)
     jobs.end_attempt(session, job, Outcome.RETURNED, error=reason)
     jobs.requeue(job)
     if lacks_inputs:
         inputs.lose(job)
-    audit.append_of_attempt(session, EventName.JOB_LEASE_RETURNED, job, actor=lease.worker, reason=reason)
+    audit.append_of_attempt(
+        session, EventName.JOB_LEASE_RETURNED, job, actor=lease.worker, reason=reason
+    )
     return job
 
 
-def preempt(session: Session, lease: Lease, *, reason: str, left: Sequence[Left], store: str) -> Job:
-    """Return the job because its worker has to go, with what is left of its images; it does not count as a try. Raises LeaseLost."""
+def preempt(
+    session: Session, lease: Lease, *, reason: str, left: Sequence[Left], store: str
+) -> Job:
+    """Return the job because its worker has to go, with the snapshots `left` of its images.
+
+    It does not count as a try. store: where the snapshots lie.  Raises LeaseLost.
+    """
     job = _held(session, lease)
     attempt = session.get_one(Attempt, (job.id, lease.attempt))
     for image in left:
         row = session.get_one(Image, (job.id, image.index))
-        row.snapshot_ref, row.steps_done = image.snapshot_ref, image.steps_done
+        row.snapshot_ref = image.snapshot_ref
+        row.steps_done = image.steps_done
         row.reached_step = max(row.reached_step, image.steps_done)
-        row.device_seconds += image.device_seconds  # bought something: it is the tenant's, once the image is finished from there
+        # Not wasted: the tenant pays for it once the image is finished from the snapshot.
+        row.device_seconds += image.device_seconds
         attempt.device_seconds += image.device_seconds
-    attempt.snapshot_bytes, attempt.snapshot_store = sum(image.size_bytes for image in left), store if left else None
+    attempt.snapshot_bytes = sum(image.size_bytes for image in left)
+    attempt.snapshot_store = store if left else None
     jobs.end_attempt(session, job, Outcome.PREEMPTED, error=reason)
     pending = select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
     if session.scalar(pending) == len(left):
         attempt.waste_class = None
     jobs.requeue(job)
-    facts = {"reason": reason, "snapshots": len(left), "snapshot_bytes": attempt.snapshot_bytes}
-    steps = {"steps_done": {str(image.index): image.steps_done for image in left}}
-    audit.append_of_attempt(session, EventName.JOB_LEASE_PREEMPTED, job, actor=lease.worker, **facts, **steps)
+    audit.append_of_attempt(
+        session,
+        EventName.JOB_LEASE_PREEMPTED,
+        job,
+        actor=lease.worker,
+        reason=reason,
+        snapshots=len(left),
+        snapshot_bytes=attempt.snapshot_bytes,
+        steps_done={str(image.index): image.steps_done for image in left},
+    )
     return job
 
 
-def note_resumption(session: Session, lease: Lease, *, resumed: Mapping[int, int], lost_steps: int) -> str | None:
-    """Put on the attempt's record what snapshots spared it, and how many steps of earlier attempts it does again.
+def note_resumption(
+    session: Session, lease: Lease, *, resumed: Mapping[int, int], lost_steps: int
+) -> str | None:
+    """Note on the attempt's record the steps that snapshots spared it, and those it does again.
 
-    resumed: the step at which each image begins, by index; 0: from the start, so what it took before bought nothing.
-    Returns the outcome of the attempt before it if steps were lost, else None. Raises LeaseLost.
+    resumed: the step at which each image begins, by index; 0: from the start, so the device time
+    before it bought nothing.  lost_steps: steps of earlier attempts that are done again.  Returns
+    the outcome of the attempt before it if steps were lost, else None.  Raises LeaseLost.
     """
     _held(session, lease)
     attempt = session.get_one(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
-    attempt.resumed_steps, attempt.lost_steps = sum(resumed.values()), lost_steps
-    pending = select(Image).where(Image.job_id == lease.job_id, Image.index.in_(resumed), Image.state == ImageState.PENDING)
+    attempt.resumed_steps = sum(resumed.values())
+    attempt.lost_steps = lost_steps
+    pending = select(Image).where(
+        Image.job_id == lease.job_id, Image.index.in_(resumed), Image.state == ImageState.PENDING
+    )
     for image in session.scalars(pending.order_by(Image.index)):
         image.steps_done = image.reached_step = resumed[image.index]
         if not image.steps_done:
-            image.device_seconds, image.snapshot_ref = 0.0, None
+            image.device_seconds = 0.0
+            image.snapshot_ref = None
     if lost_steps:
-        earlier = select(Attempt.outcome).where(Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt)
+        earlier = select(Attempt.outcome).where(
+            Attempt.job_id == lease.job_id, Attempt.attempt < lease.attempt
+        )
         attempt.lost_cause = session.scalar(earlier.order_by(Attempt.attempt.desc()).limit(1))
     return attempt.lost_cause
 
 
-def warn(session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Put on the job what of its texts turned out to have no effect; those that were not there yet. Raises LeaseLost.
+def warn(
+    session: Session, lease: Lease, warnings: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Add warnings to the job: parts of its texts that turned out to have no effect.
 
-    warnings: `code` and `field` of each, with what else is to be told.
+    warnings: each has `code` and `field`, and whatever else is shown.  Returns those that were not
+    there yet.  Raises LeaseLost.
     """
     job = _held(session, lease)
     known = job.warnings or []
-    new = [dict(each) for each in warnings if not any((each["code"], each["field"]) == (old["code"], old["field"]) for old in known)]
+    new = [
+        dict(each)
+        for each in warnings
+        if not any((each["code"], each["field"]) == (old["code"], old["field"]) for old in known)
+    ]
     if new:
         job.warnings = [*known, *new]
     for each in new:
         facts = {name: value for name, value in each.items() if name != "detail"}
-        audit.append_of_attempt(session, EventName.JOB_TEXT_LEFT_UNREAD, job, actor=lease.worker, **facts)
+        audit.append_of_attempt(
+            session, EventName.JOB_TEXT_LEFT_UNREAD, job, actor=lease.worker, **facts
+        )
     return new
 
 
@@ -275,66 +358,107 @@ def fail(session: Session, lease: Lease, *, code: FailureCode, detail: str) -> J
 
 
 def count_error(session: Session, lease: Lease, *, detail: str, max_attempts: int) -> Job:
-    """Put the job back for another try, or fail it if this was the last one allowed. Raises LeaseLost."""
-    return _count(session, _held(session, lease), Outcome.ERROR, detail=detail, max_attempts=max_attempts, actor=lease.worker)
+    """Put the job back for another try, or fail it if this was the last one allowed.
 
-
-def lose(session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str | None = None) -> Job | None:
-    """Take an expired lease away and put the job back, or fail it; None if the worker renewed meanwhile.
-
-    worker: a worker that has just started under this name and so knows that its predecessor's leases, expired or not, are nobody's.
+    Raises LeaseLost.
     """
-    is_nobodys = Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
-    nobodys = select(Job).where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys).options(*jobs.WITHOUT_WORDS)
+    return _count(
+        session,
+        _held(session, lease),
+        Outcome.ERROR,
+        detail=detail,
+        max_attempts=max_attempts,
+        actor=lease.worker,
+    )
+
+
+def lose(
+    session: Session, job_id: uuid.UUID, *, max_attempts: int, worker: str | None = None
+) -> Job | None:
+    """End an expired lease and put the job back, or fail it; None if the worker renewed meanwhile.
+
+    worker: a worker that has just started under this name; its predecessor's leases, expired or
+    not, belong to no process any more.
+    """
+    is_nobodys = (
+        Job.lease_expires_at < func.clock_timestamp() if worker is None else Job.worker == worker
+    )
+    nobodys = (
+        select(Job)
+        .where(Job.id == job_id, Job.state == JobState.RUNNING, is_nobodys)
+        .options(*jobs.WITHOUT_WORDS)
+    )
     job = session.scalar(nobodys.with_for_update(skip_locked=True), execution_options=AFRESH)
     if job is None:
         return None
     detail = f"{job.worker} fell silent" if worker is None else f"{job.worker} was started again"
-    return _count(session, job, Outcome.LEASE_LOST, detail=detail, max_attempts=max_attempts, actor=worker or jobs.SWEEPER)
+    return _count(
+        session,
+        job,
+        Outcome.LEASE_LOST,
+        detail=detail,
+        max_attempts=max_attempts,
+        actor=worker or jobs.SWEEPER,
+    )
 
 
 def running_on(session: Session, worker: str) -> list[uuid.UUID]:
-    """The jobs whose lease is in the name of `worker`."""
-    return list(session.scalars(select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker)))
+    """List the jobs whose lease is in the name of `worker`."""
+    return list(
+        session.scalars(select(Job.id).where(Job.state == JobState.RUNNING, Job.worker == worker))
+    )
 
 
-def lose_hand_off(session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: Mapping[int, int]) -> Job | None:
+def lose_hand_off(
+    session: Session, job_id: uuid.UUID, indexes: Sequence[int], *, attempt_of: Mapping[int, int]
+) -> Job | None:
     """Have these images rendered again, for their pixels are gone; None if they were stored.
 
     It does not count as a try; but a job that has lost the pixels of one image too often
-    (policy/gates.py) fails: it would be rendered for ever. What is stored of it stays.
+    (policy/gates.py) fails, or it would be rendered for ever. Its stored images stay.
 
-    attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since then is left alone.
-    A job that was rendered has kept its run deadline: while its pixels waited for a store in vain nothing ran, and it is
-    given the whole time again.
+    attempt_of: the attempt whose pixels were looked for, by index; an image handed off again since
+    then is left alone. A job that was rendered has met its run deadline: while its pixels waited to
+    be stored nothing ran, so it is given the whole time again.
     """
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is None or job.state not in ACTIVE_STATES:
         return None
     gone: dict[int, int] = {}  # how often, by index
-    for image in session.scalars(select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))):
-        if image.state == ImageState.HANDED_OFF and image.handed_off_attempt == attempt_of[image.index]:
-            image.state, image.handed_off_attempt, image.handed_off_at = ImageState.PENDING, None, None
-            image.device_seconds, image.steps_done = 0.0, 0  # `reached_step` stays: they are done again
-            image.hand_offs_lost += 1
-            gone[image.index] = image.hand_offs_lost
+    query = select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))
+    for image in session.scalars(query):
+        if image.state != ImageState.HANDED_OFF:
+            continue
+        if image.handed_off_attempt != attempt_of[image.index]:
+            continue
+        image.state = ImageState.PENDING
+        image.handed_off_attempt = None
+        image.handed_off_at = None
+        image.device_seconds = 0.0
+        image.steps_done = 0  # `reached_step` stays: those steps are done again
+        image.hand_offs_lost += 1
+        gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
     if gates.is_unstorable(max(gone.values())):
         return _end_unstorable(session, job, gone)
-    if job.state == JobState.STORING:  # a queued one waits already; a running one is its worker's, which gives it back when it is done
+    # A queued job waits already; a running one is given back by its worker when that is done.
+    if job.state == JobState.STORING:
         jobs.requeue(job)
-        inputs.lose(job)  # they were dropped with the last image
+        inputs.lose(job)  # its pictures were dropped with the last image
         if job.run_within_s is not None:
             job.run_by = func.clock_timestamp() + timedelta(seconds=job.run_within_s)
     _note_lost_hand_off(session, job, gone)
     return job
 
 
-def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_done: Mapping[int, int]) -> None:
+def note_waste(
+    session: Session, lease: Lease, *, device_seconds: float, steps_done: Mapping[int, int]
+) -> None:
     """Add device time that bought no image to the attempt's record; its `waste_class` says why.
 
-    steps_done: how far the images had come that it was spent on, by index. If the tenant took the job back, that is booked on its account.
+    steps_done: how far the images had come that it was spent on, by index. If the tenant canceled
+    the job, that is booked on the tenant's account.
     """
     job = session.get(Job, lease.job_id, with_for_update={"key_share": True})
     row = session.get(Attempt, (lease.job_id, lease.attempt), with_for_update=True)
@@ -346,7 +470,7 @@ def note_waste(session: Session, lease: Lease, *, device_seconds: float, steps_d
 
 
 def _end_unstorable(session: Session, job: Job, gone: Mapping[int, int]) -> Job:
-    """Fail a job whose pixels were lost once too often. gone: how often, by index."""
+    """Fail a job whose pixels were lost too often. gone: how often, by index."""
     index = max(gone, key=lambda index: gone[index])
     detail = f"image {index}: its pixels were lost {gone[index]} times before they could be stored"
     jobs.end_attempt(session, job, Outcome.FAILED, error=detail)
@@ -358,35 +482,50 @@ def _end_unstorable(session: Session, job: Job, gone: Mapping[int, int]) -> Job:
 
 
 def _note_lost_hand_off(session: Session, job: Job, gone: Mapping[int, int]) -> None:
-    audit.append_of_attempt(session, EventName.JOB_HAND_OFF_LOST, job, actor=jobs.SWEEPER, indexes=sorted(gone))
+    audit.append_of_attempt(
+        session, EventName.JOB_HAND_OFF_LOST, job, actor=jobs.SWEEPER, indexes=sorted(gone)
+    )
 
 
 def _held(session: Session, lease: Lease) -> Job:
-    """The job's row, locked, if it is still this attempt's."""
-    is_its = (Job.attempt == lease.attempt, Job.worker == lease.worker, Job.state == JobState.RUNNING)
-    job = session.scalar(select(Job).where(Job.id == lease.job_id, *is_its).with_for_update(), execution_options=AFRESH)
+    """Lock and return the job's row if it is still this attempt's. Raises LeaseLost."""
+    is_its = (
+        Job.attempt == lease.attempt,
+        Job.worker == lease.worker,
+        Job.state == JobState.RUNNING,
+    )
+    job = session.scalar(
+        select(Job).where(Job.id == lease.job_id, *is_its).with_for_update(),
+        execution_options=AFRESH,
+    )
     if job is None:
         raise LeaseLost(f"job {lease.job_id} is not attempt {lease.attempt}'s any more")
     return job
 
 
-def _count(session: Session, job: Job, outcome: Outcome, *, detail: str, max_attempts: int, actor: str) -> Job:
+def _count(
+    session: Session, job: Job, outcome: Outcome, *, detail: str, max_attempts: int, actor: str
+) -> Job:
     jobs.end_attempt(session, job, outcome, error=detail)
     job.counted_attempts += 1
     facts = {"counted_attempts": job.counted_attempts, "outcome": outcome.value}
     if job.counted_attempts >= max_attempts:
-        facts |= jobs.finish(session, job, JobState.FAILED, code=FailureCode.ATTEMPTS_EXHAUSTED, detail=detail)
-        event, facts["code"] = EventName.JOB_STATE_FAILED, FailureCode.ATTEMPTS_EXHAUSTED
+        code = FailureCode.ATTEMPTS_EXHAUSTED
+        facts |= jobs.finish(session, job, JobState.FAILED, code=code, detail=detail)
+        event = EventName.JOB_STATE_FAILED
+        facts["code"] = code
     else:
         jobs.requeue(job)
-        event = EventName.JOB_LEASE_EXPIRED if outcome is Outcome.LEASE_LOST else EventName.JOB_ATTEMPT_FAILED
+        was_lost = outcome is Outcome.LEASE_LOST
+        event = EventName.JOB_LEASE_EXPIRED if was_lost else EventName.JOB_ATTEMPT_FAILED
     audit.append_of_attempt(session, event, job, actor=actor, **facts)
     return job
 
 
 def _add_to_record(attempt: Attempt, rendered: Rendered) -> None:
     steps = attempt.steps + rendered.steps
-    attempt.mean_rows = (attempt.mean_rows * attempt.steps + rendered.mean_rows * rendered.steps) / max(1, steps)
+    rows = attempt.mean_rows * attempt.steps + rendered.mean_rows * rendered.steps
+    attempt.mean_rows = rows / max(1, steps)
     attempt.steps = steps
     attempt.shared_steps += rendered.shared_steps
     attempt.max_rows = max(attempt.max_rows, rendered.max_rows)
@@ -396,4 +535,5 @@ def _add_to_record(attempt: Attempt, rendered: Rendered) -> None:
     attempt.encode_s += rendered.encode_s
     attempt.denoise_s += rendered.denoise_s
     attempt.decode_s += rendered.decode_s
-    attempt.fingerprint, attempt.fingerprint_facts = rendered.fingerprint, rendered.fingerprint_facts
+    attempt.fingerprint = rendered.fingerprint
+    attempt.fingerprint_facts = rendered.fingerprint_facts

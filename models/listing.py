@@ -1,8 +1,9 @@
-"""A tenant's jobs, newest first, a page at a time, whatever else the table holds.
+"""List a tenant's jobs, newest first, a page at a time, whatever else the table holds.
 
-Whatever the planner believes of how states and tenants lie among the newest jobs, only the tenant's own indexes have the order asked for.
-With `tenant_id = … ORDER BY id` it may read the primary key backwards, past a million newer jobs that are not asked for; `= ANY` of one and
-a range of one state are no constants to it, and so part of the order.
+Whatever the planner estimates of states and tenants among the newest jobs, only the indexes that
+begin with the tenant have the order asked for. With `tenant_id = … ORDER BY id` it may read the
+primary key backwards, past a million newer jobs of other tenants; `= ANY` of one tenant and a range
+of one state are no constants to it, and so part of the order.
 """
 
 import json
@@ -18,12 +19,13 @@ from models.jobs import whole
 from models.tables import Job
 
 MOST_PROBES = 10_000  # of an index, for one page of jobs with certain metadata: about 0.1 s
-_FIRST_ID, _LAST_ID = uuid.UUID(int=0), uuid.UUID(int=2**128 - 1)
+_FIRST_ID = uuid.UUID(int=0)
+_LAST_ID = uuid.UUID(int=2**128 - 1)
 
 
 @dataclass(frozen=True)
 class Sought:
-    """Which jobs. Ids are times: `since` <= id < `before`.  metadata: entries that they have."""
+    """A filter of jobs. Ids are times: `since` <= id < `before`.  metadata: required entries."""
 
     since: uuid.UUID = _FIRST_ID
     before: uuid.UUID = _LAST_ID
@@ -33,26 +35,43 @@ class Sought:
 
 @dataclass(frozen=True)
 class Page:
-    """Jobs, newest first. more_before: there may be more, below this id; None: there are no others, or as many were found as asked for."""
+    """Jobs, newest first.
+
+    more_before: there may be more, below this id; None: there are no others, or as many were found
+    as were asked for.
+    """
 
     jobs: Sequence[Job]
     more_before: uuid.UUID | None = None
 
 
-_WITH_LABELS = text("SELECT job_id, is_found FROM jobs_with_labels(:tenant_id, :labels, :state, :since, :before, :limit, :probes)")
+_WITH_LABELS = text(
+    """
+    SELECT job_id, is_found
+    FROM jobs_with_labels(:tenant_id, :labels, :state, :since, :before, :limit, :probes)
+    """
+)
 
 
 def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) -> Page:
-    """Up to `limit` of the tenant's jobs, newest first.
+    """List up to `limit` of the tenant's jobs, newest first.
 
-    What several entries of metadata have in common, or one and a state, may be rare and
-    both of them frequent: who asks for that gets a page with fewer jobs, or none, and an id from
-    where to go on; no list is read for longer than that.
+    Jobs that have several entries of metadata, or one and a state, may be rare where each condition
+    is frequent. Such a page may hold fewer jobs, or none, and an id from where to go on: no list is
+    read for longer than MOST_PROBES.
     """
     if not sought.metadata:
-        return Page(session.scalars(_ordered(select(Job), tenant_id, sought).limit(limit).options(*whole())).all())
-    which = {"tenant_id": tenant_id, "state": sought.state, "since": sought.since, "before": sought.before}
-    asked = {**which, "labels": json.dumps(dict(sought.metadata)), "limit": limit, "probes": MOST_PROBES}
+        ordered = _ordered(select(Job), tenant_id, sought)
+        return Page(session.scalars(ordered.limit(limit).options(*whole())).all())
+    asked = {
+        "tenant_id": tenant_id,
+        "state": sought.state,
+        "since": sought.since,
+        "before": sought.before,
+        "labels": json.dumps(dict(sought.metadata)),
+        "limit": limit,
+        "probes": MOST_PROBES,
+    }
     rows = session.execute(_WITH_LABELS, asked).all()
     ids = [job_id for job_id, is_found in rows if is_found]
     query = select(Job).where(Job.id == any_(literal(ids, ARRAY(Uuid)))).options(*whole())
@@ -66,12 +85,18 @@ def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) 
 def _ordered(query: Select[Any], tenant_id: uuid.UUID, sought: Sought) -> Select[Any]:
     query = query.where(Job.tenant_id == any_(literal([tenant_id], ARRAY(Uuid))))
     if sought.state is None:
-        return query.where(Job.id >= sought.since, Job.id < sought.before).order_by(Job.tenant_id.desc(), Job.id.desc())
+        query = query.where(Job.id >= sought.since, Job.id < sought.before)
+        return query.order_by(Job.tenant_id.desc(), Job.id.desc())
     place = tuple_(Job.state, Job.id)
-    query = query.where(place >= tuple_(sought.state, sought.since), place < tuple_(sought.state, sought.before))
+    query = query.where(
+        place >= tuple_(sought.state, sought.since), place < tuple_(sought.state, sought.before)
+    )
     return query.order_by(Job.tenant_id.desc(), Job.state.desc(), Job.id.desc())
 
 
-def some(session: Session, job_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID) -> dict[uuid.UUID, Job]:
-    """The tenant's jobs of these ids, without images, attempts and artifacts."""
-    return {job.id: job for job in session.scalars(select(Job).where(Job.tenant_id == tenant_id, Job.id.in_(job_ids)))}
+def some(
+    session: Session, job_ids: Sequence[uuid.UUID], *, tenant_id: uuid.UUID
+) -> dict[uuid.UUID, Job]:
+    """Find the tenant's jobs of these ids, without images, attempts and artifacts; by id."""
+    query = select(Job).where(Job.tenant_id == tenant_id, Job.id.in_(job_ids))
+    return {job.id: job for job in session.scalars(query)}

@@ -1,4 +1,7 @@
-"""What the sweeper looks for: rows whose time has come. Each list is read through a partial index, so it costs what has changed."""
+"""Find the rows that the sweeper acts on: those whose time has come.
+
+Each list is read through a partial index, so it costs as much as has changed.
+"""
 
 import uuid
 from collections import Counter
@@ -34,13 +37,17 @@ def expired_leases(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
 
 
 def missed_starts(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    is_late = (Job.start_by < now_once(), inputs.start_deadline() < now_once())  # the first by its index
+    # The first condition is there for its index; the second one implies it.
+    is_late = (Job.start_by < now_once(), inputs.start_deadline() < now_once())
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.attempt == 0, *is_late)
     return list(session.scalars(query.order_by(Job.start_by).limit(limit)))
 
 
 def overruns(session: Session, *, limit: int = 500) -> list[uuid.UUID]:
-    """Jobs that wait again after an earlier attempt and are past their run deadline; running ones are their engine's."""
+    """List jobs that wait again after an earlier attempt and are past their run deadline.
+
+    Running ones are stopped by their engine.
+    """
     query = select(Job.id).where(Job.state == JobState.QUEUED, Job.run_by < now_once())
     return list(session.scalars(query.order_by(Job.run_by).limit(limit)))
 
@@ -52,48 +59,74 @@ def overdue_stores(session: Session, *, limit: int = 500) -> list[Unstored]:
 
 
 def storing_by_tier(session: Session) -> Counter[str]:
-    """How many jobs wait to be stored, or are being stored, by tier."""
+    """Count the jobs that wait to be stored, or are being stored, by tier."""
     query = select(Job.tier, func.count()).where(Job.state == JobState.STORING).group_by(Job.tier)
     return Counter({tier: int(count) for tier, count in session.execute(query)})
 
 
 def postpone_store(session: Session, job_id: uuid.UUID, *, store_within_s: float) -> None:
-    """Give a storing job another deadline: as far off as it has waited by now, from 1 to LONGEST_STORE_WAIT times `store_within_s`."""
+    """Give a storing job another deadline: as far off as it has waited by now.
+
+    From 1 to LONGEST_STORE_WAIT times `store_within_s`.
+    """
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is not None and job.state == JobState.STORING:
-        shortest, longest = timedelta(seconds=store_within_s), timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
+        shortest = timedelta(seconds=store_within_s)
+        longest = timedelta(seconds=LONGEST_STORE_WAIT * store_within_s)
         waited = func.clock_timestamp() - func.coalesce(Job.rendered_at, func.clock_timestamp())
         job.store_by = func.clock_timestamp() + func.least(func.greatest(waited, shortest), longest)
 
 
 def hasten_stores(session: Session) -> None:
     """Make every storing job overdue: storing works again."""
-    waiting = select(Job.id).where(Job.state == JobState.STORING, Job.store_by > now_once()).with_for_update(skip_locked=True)
+    waiting = (
+        select(Job.id)
+        .where(Job.state == JobState.STORING, Job.store_by > now_once())
+        .with_for_update(skip_locked=True)
+    )
     statement = update(Job).where(Job.id.in_(waiting)).values(store_by=func.clock_timestamp())
     session.execute(statement.execution_options(synchronize_session=False))
 
 
 def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
-    """Leave every waiting job at least `lasted_s` from now until its start or run deadline: nobody could be given it for so long.
+    """Move deadlines of waiting jobs to at least `lasted_s` from now; return how many jobs changed.
 
-    Jobs whose deadline had passed before that are left alone. How many were prolonged is returned. Harmless when repeated.
+    For that long no worker could be given a job. It moves start and run deadlines. Jobs whose
+    deadline had passed before that are left alone. Harmless when repeated.
     """
-    lasted, prolonged = timedelta(seconds=lasted_s), 0
+    lasted = timedelta(seconds=lasted_s)
+    prolonged = 0
     for deadline, is_waiting in ((Job.start_by, Job.attempt == 0), (Job.run_by, Job.attempt > 0)):
         near = select(Job.id).where(
-            Job.state == JobState.QUEUED, is_waiting, deadline > now_once() - lasted, deadline < now_once() + lasted
+            Job.state == JobState.QUEUED,
+            is_waiting,
+            deadline > now_once() - lasted,
+            deadline < now_once() + lasted,
         )
-        # Rows that somebody holds are just being given to a worker, or ended: they are not waited for.
-        statement = update(Job).where(Job.id.in_(near.with_for_update(skip_locked=True))).values({deadline: now_once() + lasted})
-        done = session.execute(statement.returning(Job.id).execution_options(synchronize_session=False))
+        # Locked rows are just being given to a worker, or ended: they are not waited for.
+        statement = (
+            update(Job)
+            .where(Job.id.in_(near.with_for_update(skip_locked=True)))
+            .values({deadline: now_once() + lasted})
+        )
+        done = session.execute(
+            statement.returning(Job.id).execution_options(synchronize_session=False)
+        )
         prolonged += len(done.all())
     return prolonged
 
 
-def awaited_pixels(session: Session, job_ids: Sequence[uuid.UUID]) -> set[tuple[uuid.UUID, int, int]]:
-    """(job, index, attempt) of every image of these jobs whose pixels somebody may still read, or is just putting away."""
+def awaited_pixels(
+    session: Session, job_ids: Sequence[uuid.UUID]
+) -> set[tuple[uuid.UUID, int, int]]:
+    """List (job, index, attempt) of the images of these jobs whose pixels are still needed.
+
+    A task may still read them, or a worker is just handing them off.
+    """
     active = select(Image.job_id, Image.index, Image.handed_off_attempt, Job.attempt, Job.state)
-    query = active.join(Job, Job.id == Image.job_id).where(Image.job_id.in_(job_ids), Job.state.in_(ACTIVE_STATES))
+    query = active.join(Job, Job.id == Image.job_id).where(
+        Image.job_id.in_(job_ids), Job.state.in_(ACTIVE_STATES)
+    )
     awaited = set()
     for job_id, index, handed_off_attempt, attempt, state in session.execute(query):
         if handed_off_attempt is not None:
@@ -104,20 +137,22 @@ def awaited_pixels(session: Session, job_ids: Sequence[uuid.UUID]) -> set[tuple[
 
 
 def finished_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Those of these jobs that are in a final state, or that nobody knows."""
-    active = set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES))))
-    return set(job_ids) - active
+    """Return those of these jobs that are in a final state, or unknown."""
+    active = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_(ACTIVE_STATES))
+    return set(job_ids) - set(session.scalars(active))
 
 
 def rendered_of(session: Session, job_ids: Sequence[uuid.UUID]) -> set[uuid.UUID]:
-    """Those of these jobs that no worker renders or will, or that nobody knows."""
-    to_render = select(Job.id).where(Job.id.in_(job_ids), Job.state.in_((JobState.QUEUED, JobState.RUNNING)))
+    """Return those of these jobs that no worker renders or will render, or that are unknown."""
+    to_render = select(Job.id).where(
+        Job.id.in_(job_ids), Job.state.in_((JobState.QUEUED, JobState.RUNNING))
+    )
     return set(job_ids) - set(session.scalars(to_render))
 
 
 @dataclass(frozen=True)
 class Aged:
-    """A job of long ago. is_due: it ended long enough ago, and its content is there."""
+    """A job of long ago. is_due: it ended long enough ago, and its content is not erased."""
 
     job_id: uuid.UUID
     tenant_id: uuid.UUID
@@ -127,11 +162,16 @@ class Aged:
 
 
 def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: int) -> list[Aged]:
-    """Up to `limit` jobs with ids above `after` that were accepted before `older_than` ago, the oldest first."""
+    """List up to `limit` jobs above id `after` accepted before `older_than` ago, oldest first."""
     now = session.scalar(select(now_once()))
     assert now is not None
     columns = (Job.id, Job.tenant_id, Job.tier, Job.finished_at, Job.erased_at)
-    query = select(*columns).where(Job.id > after, Job.id < first_id(now - older_than)).order_by(Job.id).limit(limit)
+    query = (
+        select(*columns)
+        .where(Job.id > after, Job.id < first_id(now - older_than))
+        .order_by(Job.id)
+        .limit(limit)
+    )
     found = []
     for job_id, tenant_id, tier, finished_at, erased_at in session.execute(query):
         is_due = erased_at is None and finished_at is not None and finished_at < now - older_than
@@ -140,9 +180,10 @@ def aged(session: Session, *, older_than: timedelta, after: uuid.UUID, limit: in
 
 
 def ensure_audit_partitions(session: Session) -> int:
-    """Make the partitions of the audit log for this month and a year ahead, if they are missing; how many months ahead there are.
+    """Make the audit log's missing partitions for this month and a year ahead.
 
-    Those are fewer than AUDIT_MONTHS_AHEAD while somebody reads the log: nobody is made to wait for that. To be tried again later.
+    Returns how many months ahead there are. They are fewer than AUDIT_MONTHS_AHEAD while the log is
+    being read, for readers are not blocked: try again later.
     """
     session.execute(text("SELECT audit_ensure_partitions(:months)"), {"months": AUDIT_MONTHS_AHEAD})
     return session.scalar(text("SELECT audit_partitions_ahead()")) or 0

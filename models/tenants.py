@@ -1,4 +1,4 @@
-"""Tenants."""
+"""Create tenants, change their weights and limits, list them."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -15,41 +15,65 @@ from policy.limits import LIMITS, as_column, check, limits_of
 
 
 def create(session: Session, *, name: str, weight: float = 1.0, actor: str = "cli") -> Tenant:
-    """A new tenant; its audit chain begins with this event. IntegrityError if the name is taken."""
+    """Create a tenant; its audit chain begins with this event.
+
+    Raises IntegrityError if the name is taken.
+    """
     tenant = Tenant(name=name, weight=weight)
     session.add(tenant)
     session.flush()
-    audit.append(session, EventName.TENANT_RECORD_CREATED, chain=tenant.id, actor=actor, tenant_id=str(tenant.id))
+    audit.append(
+        session,
+        EventName.TENANT_RECORD_CREATED,
+        chain=tenant.id,
+        actor=actor,
+        tenant_id=str(tenant.id),
+    )
     return tenant
 
 
 def weigh(session: Session, tenant: Tenant, *, weight: float, actor: str = "cli") -> None:
     """Give the tenant another weight in fair order; jobs that wait keep the places they have."""
-    was, tenant.weight = tenant.weight, weight
-    audit.append(session, EventName.TENANT_WEIGHT_CHANGED, chain=tenant.id, actor=actor, was=was, weight=weight)
+    was = tenant.weight
+    tenant.weight = weight
+    audit.append(
+        session,
+        EventName.TENANT_WEIGHT_CHANGED,
+        chain=tenant.id,
+        actor=actor,
+        was=was,
+        weight=weight,
+    )
 
 
-def limit(session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli") -> None:
-    """Give the tenant other limits, by the fields of `Limits`; None takes one away.
+def limit(
+    session: Session, tenant: Tenant, *, changes: Mapping[str, Any], actor: str = "cli"
+) -> None:
+    """Change limits of the tenant, by the fields of `Limits`; None takes a limit away.
 
-    Keys know of it within a second. Raises InvalidLimits for those that do not go together, and
-    ValueError for what is no limit; nothing was changed then.
+    They apply to its keys within a second. Raises InvalidLimits for limits that do not go together,
+    and ValueError for a name that is no limit; nothing was changed then.
     """
     if unknown := changes.keys() - set(LIMITS):
         raise ValueError(f"{min(unknown)} is no limit")
     columns = {name: as_column(name, value) for name, value in changes.items()}
-    # What it is checked with must not change meanwhile.
+    # The limits that stay are checked together with the changes, so the row must not change.
     session.refresh(tenant, with_for_update={"key_share": True})
     check(limits_of({name: getattr(tenant, name) for name in LIMITS} | columns))
     for name, value in columns.items():
         setattr(tenant, name, value)
     session.flush()
-    told = {name: float(value) if isinstance(value, Decimal) else value for name, value in columns.items()}
-    audit.append(session, EventName.TENANT_LIMITS_CHANGED, chain=tenant.id, actor=actor, changes=told)
+    told = {
+        name: float(value) if isinstance(value, Decimal) else value
+        for name, value in columns.items()
+    }
+    audit.append(
+        session, EventName.TENANT_LIMITS_CHANGED, chain=tenant.id, actor=actor, changes=told
+    )
 
 
 def page(session: Session, *, limit: int, before: uuid.UUID | None) -> Sequence[Tenant]:
-    """Up to `limit` tenants, newest first, older than `before`."""
+    """List up to `limit` tenants, newest first, older than `before`."""
     query = select(Tenant) if before is None else select(Tenant).where(Tenant.id < before)
     return session.scalars(query.order_by(Tenant.id.desc()).limit(limit)).all()
 
@@ -59,5 +83,5 @@ def by_name(session: Session, name: str) -> Tenant | None:
 
 
 def all_of_them(session: Session) -> list[Tenant]:
-    """Every tenant, oldest first."""
+    """List every tenant, oldest first."""
     return list(session.scalars(select(Tenant).order_by(Tenant.id)))

@@ -1,7 +1,9 @@
-"""Objects on their way into the object store, or out of it: noted before the upload, struck out by the commit that names them.
+"""Note objects on their way into the object store, or out of it.
 
-So what a crash between the two left behind is found without listing the bucket; what is given up gets the same kind of note. Keys are
-content-addressed: a picture and two jobs' images may be the same object, and the note of one is the note of all.
+An upload is noted before it begins, and the note is deleted in the transaction that writes the
+artifact or file with its key. So what a crash between the two left behind is found without listing
+the bucket; an object that is given up gets the same kind of note. Keys are content-addressed: a
+picture and two jobs' images may be the same object, and share one note.
 """
 
 from sqlalchemy import ColumnElement, delete, func, select, text
@@ -11,24 +13,34 @@ from sqlalchemy.orm import Session
 from models.database import now_once
 from models.tables import Artifact, File, Upload
 
-ORPHAN_AFTER_S = 600.0  # no upload takes that long: its task is dead, or was told that the image is stored already
+# No upload takes that long: its task is dead, or found that the image was stored already.
+ORPHAN_AFTER_S = 600.0
 
 
 def begin(session: Session, object_key: str) -> None:
-    """Note that the object is about to be stored. Waits for whoever is deleting it as an orphan right now."""
-    row = {"started_at": func.clock_timestamp()}
-    session.execute(insert(Upload).values(object_key=object_key, **row).on_conflict_do_update(index_elements=[Upload.object_key], set_=row))
+    """Note that the object is about to be stored.
+
+    Waits for a transaction that is deleting it as an orphan right now.
+    """
+    started_at = func.clock_timestamp()
+    note = insert(Upload).values(object_key=object_key, started_at=started_at)
+    session.execute(
+        note.on_conflict_do_update(
+            index_elements=[Upload.object_key], set_={"started_at": started_at}
+        )
+    )
 
 
 def end(session: Session, object_key: str) -> None:
-    """The object has its artifact or its file, in this transaction."""
+    """Delete the note: this transaction writes the artifact or file that names the object."""
     session.execute(delete(Upload).where(Upload.object_key == object_key))
 
 
 def end_if_named(session: Session, object_key: str) -> None:
-    """Strike out a note that was made for nothing: the object has its artifact or its file by another delivery of the same pixels.
+    """Delete a note that was made in vain, if an artifact or file names the object.
 
-    Left standing, it would look like an upload under way, and who gives the object up would have to wait for ORPHAN_AFTER_S.
+    Another delivery of the same pixels has stored it. If the note stayed, it would look like an
+    upload under way, and giving up the object would have to wait for ORPHAN_AFTER_S.
     """
     note = select(Upload.object_key).where(Upload.object_key == object_key).with_for_update()
     if session.scalar(note) is not None and _is_named(session, object_key):
@@ -36,27 +48,40 @@ def end_if_named(session: Session, object_key: str) -> None:
 
 
 def give_up(session: Session, object_key: str) -> None:
-    """The caller wants the object no more: `left_behind` is to find it at once, unless somebody is just storing it again.
+    """Note that the caller needs the object no more, so that `left_behind` finds it at once.
 
-    Waits for whoever is looking right now whether the object has a name: what it sees may be older than what the caller did.
+    Unless it is just being stored again. Waits for a transaction that is checking right now whether
+    anything names the object: it may not see yet what the caller changed.
     """
     note = insert(Upload).values(object_key=object_key, started_at=func.to_timestamp(0))
-    session.execute(note.on_conflict_do_update(index_elements=[Upload.object_key], set_={"started_at": Upload.started_at}))
+    session.execute(
+        note.on_conflict_do_update(
+            index_elements=[Upload.object_key], set_={"started_at": Upload.started_at}
+        )
+    )
 
 
 def are_left_behind(session: Session, *, older_than_s: float) -> bool:
-    """Is there anything for `left_behind`?"""
-    return session.scalar(select(Upload.object_key).where(_is_old(older_than_s)).limit(1)) is not None
+    """Tell whether there is anything for `left_behind`."""
+    query = select(Upload.object_key).where(_is_old(older_than_s)).limit(1)
+    return session.scalar(query) is not None
 
 
 def left_behind(session: Session, *, older_than_s: float) -> str | None:
-    """A key whose upload began that long ago and that nobody struck out, locked until commit: delete the object, then `end` it.
+    """Find a key whose upload began that long ago, and lock its note until commit; None if none.
 
-    Keys that an artifact or a file names after all, a doubled delivery's for one, are struck out on the way. None if there is no
-    other. The transaction may stay idle while the object store takes its time.
+    The caller deletes the object, then calls `end`. Notes of keys that an artifact or a file names
+    after all, such as a second delivery's, are deleted on the way. The transaction may stay idle
+    while the object store takes its time.
     """
     session.execute(text("SET LOCAL idle_in_transaction_session_timeout = '120s'"))
-    query = select(Upload.object_key).where(_is_old(older_than_s)).order_by(Upload.started_at).limit(1).with_for_update(skip_locked=True)
+    query = (
+        select(Upload.object_key)
+        .where(_is_old(older_than_s))
+        .order_by(Upload.started_at)
+        .limit(1)
+        .with_for_update(skip_locked=True)
+    )
     while (key := session.scalar(query)) is not None:
         if not _is_named(session, key):
             return key
@@ -65,11 +90,12 @@ def left_behind(session: Session, *, older_than_s: float) -> str | None:
 
 
 def _is_named(session: Session, object_key: str) -> bool:
-    """By anything that is not erased."""
-    return any(
-        session.scalar(select(kind.id).where(kind.object_key == object_key, kind.erased_at.is_(None)).limit(1)) is not None
-        for kind in (Artifact, File)
-    )
+    """Tell whether an artifact or a file that is not erased names the object."""
+    for kind in (Artifact, File):
+        query = select(kind.id).where(kind.object_key == object_key, kind.erased_at.is_(None))
+        if session.scalar(query.limit(1)) is not None:
+            return True
+    return False
 
 
 def _is_old(older_than_s: float) -> ColumnElement[bool]:

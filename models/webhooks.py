@@ -1,7 +1,8 @@
-"""Webhook endpoints of tenants, and deliveries: one row per event and endpoint, written with the job's own transition.
+"""Keep tenants' webhook endpoints, and deliveries: one row per event and endpoint.
 
-So an event is told at least once, however many processes die on the way, and always under the same id. A delivery is claimed before it
-is tried, by the database's clock; its number of attempts fences what is written afterwards.
+A delivery is written in the transaction of the job's own transition. So an event is delivered at
+least once, however many processes die on the way, and always under the same id. A delivery is
+claimed before it is tried, by the database's clock; its number of attempts fences later writes.
 """
 
 import uuid
@@ -27,12 +28,13 @@ CLAIM_S = 30.0  # longer than any attempt takes
 KEPT_FOR_S = 30 * 86_400.0
 OVERDUE_S = 3600.0  # due for so long and not tried: its endpoint is disabled
 PENDING_COUNTED = 10_000  # with a receiver away for days there may be a million
-GONE, OWN_WISH = "gone", "by the tenant"
+GONE = "gone"
+OWN_WISH = "by the tenant"
 
 _IS_LIVE = (WebhookEndpoint.disabled_at.is_(None), WebhookEndpoint.deleted_at.is_(None))
 _IS_PENDING = WebhookDelivery.state == DeliveryState.PENDING
 
-# The next endpoints that have anything pending, in the order of their ids: one probe of the index each.
+# The next endpoints with pending deliveries, by ascending id: one probe of the index for each.
 _WITH_PENDING = text(
     """
     WITH RECURSIVE waiting (id) AS (
@@ -48,7 +50,7 @@ _WITH_PENDING = text(
     """
 )
 
-# Of each of these endpoints the deliveries that are due and that nobody tries, no more than may be tried at once.
+# Deliveries of these endpoints that are due and not claimed, as many as may be tried at once.
 _DUE = text(
     """
     SELECT id FROM (
@@ -74,7 +76,12 @@ _IS_CLAIMABLE = """
     AND e.id = d.endpoint_id AND e.deleted_at IS NULL
     AND (e.disabled_at IS NULL OR d.event = 'webhook.test')
 """
-_LOOK = text(f"SELECT d.tenant_id, e.is_slow FROM webhook_deliveries d, webhook_endpoints e WHERE {_IS_CLAIMABLE}")
+_LOOK = text(
+    f"""
+    SELECT d.tenant_id, e.is_slow FROM webhook_deliveries d, webhook_endpoints e
+    WHERE {_IS_CLAIMABLE}
+    """
+)
 _CLAIM = text(
     f"""
     WITH under_way AS (
@@ -90,7 +97,8 @@ _CLAIM = text(
           AND (SELECT count(*) FROM under_way u WHERE u.tenant_id = d.tenant_id) < :of_tenant
           AND (NOT e.is_slow
                OR (SELECT count(*) FROM under_way u WHERE u.is_slow) < :slow
-                  AND NOT EXISTS (SELECT 1 FROM under_way u WHERE u.is_slow AND u.tenant_id = d.tenant_id))
+                  AND NOT EXISTS (
+                      SELECT 1 FROM under_way u WHERE u.is_slow AND u.tenant_id = d.tenant_id))
     RETURNING d.attempts, d.endpoint_id, d.tenant_id, d.event, d.job_id, e.url, e.is_slow,
               extract(epoch FROM clock_timestamp() - d.created_at)::double precision AS age_s
     """
@@ -115,12 +123,18 @@ class Claim:
 
 
 class TooManyUnderWay(Exception):
-    """The delivery is due, but its endpoint, its tenant or the slow ones have enough attempts under way; the sweeper asks again."""
+    """The delivery is due, but too many attempts are under way; the sweeper tries it again later.
+
+    The endpoint, the tenant, or the slow endpoints together are at their cap.
+    """
 
 
 @dataclass(frozen=True)
 class Tried:
-    """What an attempt came to. status: of the answer; None without one.  try_again_s: from now; None: never."""
+    """The result of an attempt.
+
+    status: the answer's HTTP status; None without an answer.  try_again_s: from now; None: never.
+    """
 
     status: int | None
     error: str | None
@@ -133,41 +147,80 @@ class Tried:
 
 
 def create(
-    session: Session, *, tenant_id: uuid.UUID, url: str, events: Sequence[str], description: str, secret: str, actor: str
+    session: Session,
+    *,
+    tenant_id: uuid.UUID,
+    url: str,
+    events: Sequence[str],
+    description: str,
+    secret: str,
+    actor: str,
 ) -> WebhookEndpoint:
-    """A new endpoint, with its first secret."""
-    endpoint = WebhookEndpoint(tenant_id=tenant_id, url=url, events=list(events), description=description)
+    """Create an endpoint with its first secret."""
+    endpoint = WebhookEndpoint(
+        tenant_id=tenant_id, url=url, events=list(events), description=description
+    )
     endpoint.secrets = [WebhookSecret(secret=secret)]
     session.add(endpoint)
     audit.append(
-        session, EventName.WEBHOOK_ENDPOINT_CREATED, chain=tenant_id, actor=actor, endpoint_id=str(endpoint.id), events=list(events)
+        session,
+        EventName.WEBHOOK_ENDPOINT_CREATED,
+        chain=tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+        events=list(events),
     )
     return endpoint
 
 
 def count(session: Session, *, tenant_id: uuid.UUID) -> int:
-    """The tenant's endpoints, disabled ones included; its row stays locked, so that nobody adds one meanwhile."""
-    session.execute(text("SELECT 1 FROM tenants WHERE id = :id FOR NO KEY UPDATE"), {"id": tenant_id})  # jobs may name it
-    query = select(func.count()).where(WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
+    """Count the tenant's endpoints, disabled ones included.
+
+    The tenant's row stays locked, so that no endpoint is added meanwhile.
+    """
+    # NO KEY: jobs that name the tenant are accepted meanwhile.
+    lock_tenant = text("SELECT 1 FROM tenants WHERE id = :id FOR NO KEY UPDATE")
+    session.execute(lock_tenant, {"id": tenant_id})
+    query = select(func.count()).where(
+        WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None)
+    )
     return session.scalar(query) or 0
 
 
 def of_tenant(session: Session, *, tenant_id: uuid.UUID) -> Sequence[WebhookEndpoint]:
-    """The tenant's endpoints, oldest first."""
+    """List the tenant's endpoints, oldest first."""
     own = (WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
     return session.scalars(select(WebhookEndpoint).where(*own).order_by(WebhookEndpoint.id)).all()
 
 
-def find(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> WebhookEndpoint | None:
-    """The tenant's endpoint; None also for another tenant's and for one that was deleted."""
-    own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
+def find(
+    session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID
+) -> WebhookEndpoint | None:
+    """Find the tenant's endpoint; None also for another tenant's and for a deleted one."""
+    own = (
+        WebhookEndpoint.id == endpoint_id,
+        WebhookEndpoint.tenant_id == tenant_id,
+        WebhookEndpoint.deleted_at.is_(None),
+    )
     return session.scalar(select(WebhookEndpoint).where(*own))
 
 
-def lock(session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID) -> WebhookEndpoint | None:
-    """Find the endpoint as `find` does and keep it from others until commit; by the order of locks, before its secrets and deliveries."""
-    own = (WebhookEndpoint.id == endpoint_id, WebhookEndpoint.tenant_id == tenant_id, WebhookEndpoint.deleted_at.is_(None))
-    return session.scalar(select(WebhookEndpoint).where(*own).with_for_update(key_share=True), execution_options=AFRESH)
+def lock(
+    session: Session, endpoint_id: uuid.UUID, *, tenant_id: uuid.UUID
+) -> WebhookEndpoint | None:
+    """Find the endpoint as `find` does, and lock its row until commit.
+
+    By the order of locks, before its secrets and deliveries.
+    """
+    own = (
+        WebhookEndpoint.id == endpoint_id,
+        WebhookEndpoint.tenant_id == tenant_id,
+        WebhookEndpoint.deleted_at.is_(None),
+    )
+    return session.scalar(
+        select(WebhookEndpoint).where(*own).with_for_update(key_share=True),
+        execution_options=AFRESH,
+    )
 
 
 def change(
@@ -180,86 +233,140 @@ def change(
     description: str | None = None,
     enabled: bool | None = None,
 ) -> None:
-    """Give the endpoint other values; None leaves one as it is. What waits for one that is disabled waits until it is enabled again."""
+    """Change values of the endpoint; None leaves one as it is.
+
+    Deliveries to a disabled endpoint wait until it is enabled again.
+    """
     endpoint.url = endpoint.url if url is None else url
     endpoint.events = endpoint.events if events is None else list(events)
     endpoint.description = endpoint.description if description is None else description
-    if enabled is not None:
-        endpoint.disabled_at = None if enabled else endpoint.disabled_at or session.scalar(select(now_once()))
-        endpoint.disabled_reason = None if enabled else endpoint.disabled_reason or OWN_WISH
-    changed = [
-        name for name, value in (("url", url), ("events", events), ("description", description), ("enabled", enabled)) if value is not None
-    ]
+    if enabled:
+        endpoint.disabled_at = None
+        endpoint.disabled_reason = None
+    elif enabled is not None:
+        endpoint.disabled_at = endpoint.disabled_at or session.scalar(select(now_once()))
+        endpoint.disabled_reason = endpoint.disabled_reason or OWN_WISH
+    values = {"url": url, "events": events, "description": description, "enabled": enabled}
+    changed = [name for name, value in values.items() if value is not None]
     facts: dict[str, Any] = {"endpoint_id": str(endpoint.id), "changed": changed}
-    audit.append(session, EventName.WEBHOOK_ENDPOINT_CHANGED, chain=endpoint.tenant_id, actor=actor, **facts)
+    audit.append(
+        session, EventName.WEBHOOK_ENDPOINT_CHANGED, chain=endpoint.tenant_id, actor=actor, **facts
+    )
 
 
 def delete(session: Session, endpoint: WebhookEndpoint, *, actor: str) -> None:
-    """Send nothing there any more, not even what waits."""
+    """Delete the endpoint: nothing is sent there any more, not even waiting deliveries."""
     endpoint.deleted_at = session.scalar(select(now_once()))
     _end_pending(session, endpoint.id)
-    audit.append(session, EventName.WEBHOOK_ENDPOINT_DELETED, chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
+    audit.append(
+        session,
+        EventName.WEBHOOK_ENDPOINT_DELETED,
+        chain=endpoint.tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+    )
 
 
-def rotate(session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s: float, actor: str) -> None:
-    """Sign with `secret` from now on, and with the one before it for `grace_s` more; older ones end at once."""
+def rotate(
+    session: Session, endpoint: WebhookEndpoint, *, secret: str, grace_s: float, actor: str
+) -> None:
+    """Sign with `secret` from now on, and for `grace_s` also with the one before it.
+
+    Older secrets end at once.
+    """
     ends_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, grace_s)
     older = update(WebhookSecret).where(WebhookSecret.endpoint_id == endpoint.id)
-    session.execute(older.where(WebhookSecret.expires_at.is_not(None)).values(expires_at=func.clock_timestamp()))
+    session.execute(
+        older.where(WebhookSecret.expires_at.is_not(None)).values(expires_at=func.clock_timestamp())
+    )
     session.execute(older.where(WebhookSecret.expires_at.is_(None)).values(expires_at=ends_at))
     session.add(WebhookSecret(endpoint_id=endpoint.id, secret=secret))
-    audit.append(session, EventName.WEBHOOK_SECRET_ROTATED, chain=endpoint.tenant_id, actor=actor, endpoint_id=str(endpoint.id))
+    audit.append(
+        session,
+        EventName.WEBHOOK_SECRET_ROTATED,
+        chain=endpoint.tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+    )
 
 
 def note(session: Session, job: Job, event: str) -> None:
-    """Write a delivery of `event` for every live endpoint of the job's tenant that wants it; it is due at once."""
+    """Write a delivery of `event` for every live endpoint of the job's tenant that wants it.
+
+    It is due at once.
+    """
     wants = select(WebhookEndpoint.id).where(
-        WebhookEndpoint.tenant_id == job.tenant_id, *_IS_LIVE, literal(event) == any_(WebhookEndpoint.events)
+        WebhookEndpoint.tenant_id == job.tenant_id,
+        *_IS_LIVE,
+        literal(event) == any_(WebhookEndpoint.events),
     )
     for endpoint_id in session.scalars(wants):
-        session.add(WebhookDelivery(endpoint_id=endpoint_id, tenant_id=job.tenant_id, event=event, job_id=job.id))
+        delivery = WebhookDelivery(
+            endpoint_id=endpoint_id, tenant_id=job.tenant_id, event=event, job_id=job.id
+        )
+        session.add(delivery)
 
 
 def note_test(session: Session, endpoint: WebhookEndpoint, event: str) -> WebhookDelivery:
-    """A delivery of an event that is about no job, also while the endpoint is disabled."""
-    delivery = WebhookDelivery(id=new_id(), endpoint_id=endpoint.id, tenant_id=endpoint.tenant_id, event=event)
+    """Write a delivery of an event without a job, also while the endpoint is disabled."""
+    delivery = WebhookDelivery(
+        id=new_id(), endpoint_id=endpoint.id, tenant_id=endpoint.tenant_id, event=event
+    )
     session.add(delivery)
     return delivery
 
 
-def endpoints_with_pending(session: Session, *, after: uuid.UUID | None, limit: int) -> list[uuid.UUID]:
-    """List up to `limit` endpoints that anything waits for, by id, beginning after `after`; None: at the first."""
+def endpoints_with_pending(
+    session: Session, *, after: uuid.UUID | None, limit: int
+) -> list[uuid.UUID]:
+    """List up to `limit` endpoints with pending deliveries, by id, beginning after `after`.
+
+    None: at the first.
+    """
     start = uuid.UUID(int=0) if after is None else after
     return list(session.scalars(_WITH_PENDING, {"after": start, "limit": limit}))
 
 
 def due(session: Session, endpoint_ids: Sequence[uuid.UUID]) -> list[uuid.UUID]:
-    """List the endpoints' deliveries that should be tried now and that nobody has claimed.
+    """List the endpoints' deliveries that should be tried now and are not claimed.
 
-    No more of an endpoint and of a tenant than may be under way at once, one of a tenant's slow endpoints, none of disabled ones.
+    Of an endpoint and of a tenant no more than may be under way at once; one of a tenant's slow
+    endpoints, none of disabled ones.
     """
     caps = {"of_endpoint": AT_ONCE_PER_ENDPOINT, "of_tenant": AT_ONCE_PER_TENANT}
     return list(session.scalars(_DUE, {"endpoints": list(endpoint_ids), **caps}))
 
 
 def due_of_job(session: Session, job_id: uuid.UUID) -> list[uuid.UUID]:
-    """The job's deliveries that wait for their first attempt."""
-    query = select(WebhookDelivery.id).where(WebhookDelivery.job_id == job_id, _IS_PENDING, WebhookDelivery.attempts == 0)
+    """List the job's deliveries that wait for their first attempt."""
+    query = select(WebhookDelivery.id).where(
+        WebhookDelivery.job_id == job_id, _IS_PENDING, WebhookDelivery.attempts == 0
+    )
     return list(session.scalars(query))
 
 
 def next_of_endpoint(session: Session, endpoint_id: uuid.UUID) -> uuid.UUID | None:
-    """Another delivery that is due there."""
-    is_free = or_(WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until <= now_once())
-    here = (WebhookDelivery.endpoint_id == endpoint_id, _IS_PENDING, WebhookDelivery.due_at <= now_once(), is_free)
-    return session.scalar(select(WebhookDelivery.id).where(*here).order_by(WebhookDelivery.due_at).limit(1))
+    """Find another delivery that is due at the endpoint; None if there is none."""
+    is_free = or_(
+        WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until <= now_once()
+    )
+    here = (
+        WebhookDelivery.endpoint_id == endpoint_id,
+        _IS_PENDING,
+        WebhookDelivery.due_at <= now_once(),
+        is_free,
+    )
+    return session.scalar(
+        select(WebhookDelivery.id).where(*here).order_by(WebhookDelivery.due_at).limit(1)
+    )
 
 
 def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
-    """Take the delivery for `CLAIM_S`; None if it is over, not due, somebody else's, or its endpoint takes none.
+    """Take the delivery for `CLAIM_S`.
 
-    Raises TooManyUnderWay. Claims of one tenant take turns, and those of slow endpoints over all tenants, so that the caps are
-    exact; in this order, so that nobody waits in a circle.
+    None if it is over, not due, claimed already, or its endpoint takes none. Raises
+    TooManyUnderWay. Claims of one tenant take turns, and those of slow endpoints over all tenants,
+    so that the caps are exact; in this order, so that no two claims deadlock.
     """
     found = session.execute(_LOOK, {"id": delivery_id}).one_or_none()
     if found is None:
@@ -280,7 +387,9 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
             return None
         raise TooManyUnderWay
     is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
-    query = select(WebhookSecret.secret).where(WebhookSecret.endpoint_id == row.endpoint_id, is_live)
+    query = select(WebhookSecret.secret).where(
+        WebhookSecret.endpoint_id == row.endpoint_id, is_live
+    )
     secrets = session.scalars(query.order_by(WebhookSecret.created_at.desc()))
     return Claim(
         id=delivery_id,
@@ -298,95 +407,155 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
 
 def note_speed(session: Session, endpoint_id: uuid.UUID, *, is_slow: bool) -> None:
     """Remember whether the endpoint's last attempt took long: slow ones share a few threads."""
-    session.execute(update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id).values(is_slow=is_slow))
+    session.execute(
+        update(WebhookEndpoint).where(WebhookEndpoint.id == endpoint_id).values(is_slow=is_slow)
+    )
 
 
 def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> DeliveryState | None:
-    """Note what the attempt came to, and what comes of the delivery; None if another attempt has begun since.
+    """Note the result of the attempt and the delivery's new state, and return that state.
 
-    A 410 disables the endpoint.
+    None if another attempt has begun since. A 410 disables the endpoint.
     """
     is_gone = tried.status == 410
-    endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update={"key_share": True}) if is_gone else None
+    endpoint = None
+    if is_gone:
+        no_key = {"key_share": True}
+        endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update=no_key)
     delivery = session.get(WebhookDelivery, claim.id, with_for_update=True)
-    if delivery is None or delivery.attempts != claim.attempt or delivery.state != DeliveryState.PENDING:
+    if delivery is None or delivery.attempts != claim.attempt:
+        return None
+    if delivery.state != DeliveryState.PENDING:
         return None
     session.add(
-        WebhookAttempt(delivery_id=claim.id, attempt=claim.attempt, status=tried.status, error=tried.error, took_s=round(tried.took_s, 4))
+        WebhookAttempt(
+            delivery_id=claim.id,
+            attempt=claim.attempt,
+            status=tried.status,
+            error=tried.error,
+            took_s=round(tried.took_s, 4),
+        )
     )
     delivery.claimed_until = None
     if tried.is_delivered or is_gone or tried.try_again_s is None:
         gone = DeliveryState.GONE if is_gone else DeliveryState.FAILED
         delivery.state = DeliveryState.DELIVERED if tried.is_delivered else gone
-        delivery.due_at, delivery.ended_at = None, func.clock_timestamp()
+        delivery.due_at = None
+        delivery.ended_at = func.clock_timestamp()
     else:
-        delivery.due_at = func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, tried.try_again_s)
+        pause = func.make_interval(0, 0, 0, 0, 0, 0, tried.try_again_s)
+        delivery.due_at = func.clock_timestamp() + pause
     state = DeliveryState(delivery.state)
     session.flush()
     if endpoint is not None:
-        endpoint.disabled_at, endpoint.disabled_reason = endpoint.disabled_at or func.clock_timestamp(), GONE
+        endpoint.disabled_at = endpoint.disabled_at or func.clock_timestamp()
+        endpoint.disabled_reason = GONE
         _end_pending(session, endpoint.id)
         audit.append(
-            session, EventName.WEBHOOK_ENDPOINT_DISABLED, chain=claim.tenant_id, actor=actor, endpoint_id=str(endpoint.id), reason=GONE
+            session,
+            EventName.WEBHOOK_ENDPOINT_DISABLED,
+            chain=claim.tenant_id,
+            actor=actor,
+            endpoint_id=str(endpoint.id),
+            reason=GONE,
         )
     return state
 
 
 def page(
-    session: Session, endpoint_id: uuid.UUID, *, limit: int, before: uuid.UUID | None, state: str | None
+    session: Session,
+    endpoint_id: uuid.UUID,
+    *,
+    limit: int,
+    before: uuid.UUID | None,
+    state: str | None,
 ) -> list[tuple[WebhookDelivery, list[WebhookAttempt]]]:
-    """Up to `limit` of the endpoint's deliveries, newest first, older than `before`, each with its attempts."""
+    """List up to `limit` of the endpoint's deliveries, newest first, each with its attempts.
+
+    before: older than this id alone.  state: in this state alone.
+    """
     query = select(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id)
     query = query if before is None else query.where(WebhookDelivery.id < before)
     query = query if state is None else query.where(WebhookDelivery.state == state)
     deliveries = session.scalars(query.order_by(WebhookDelivery.id.desc()).limit(limit)).all()
-    tried = select(WebhookAttempt).where(WebhookAttempt.delivery_id.in_([delivery.id for delivery in deliveries]))
+    tried = select(WebhookAttempt).where(
+        WebhookAttempt.delivery_id.in_([delivery.id for delivery in deliveries])
+    )
     attempts = session.scalars(tried.order_by(WebhookAttempt.attempt)).all()
-    return [(delivery, [attempt for attempt in attempts if attempt.delivery_id == delivery.id]) for delivery in deliveries]
+    return [
+        (delivery, [attempt for attempt in attempts if attempt.delivery_id == delivery.id])
+        for delivery in deliveries
+    ]
 
 
-def redeliver(session: Session, delivery_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str) -> WebhookDelivery | None:
-    """Make the tenant's delivery due now, under the id it has, whatever came of it; None if it is not there, or its endpoint is not."""
-    query = select(WebhookDelivery).where(WebhookDelivery.id == delivery_id, WebhookDelivery.tenant_id == tenant_id)
+def redeliver(
+    session: Session, delivery_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: str
+) -> WebhookDelivery | None:
+    """Make the tenant's delivery due now, under the id it has, whatever its state.
+
+    None if the tenant has no such delivery, or its endpoint was deleted.
+    """
+    query = select(WebhookDelivery).where(
+        WebhookDelivery.id == delivery_id, WebhookDelivery.tenant_id == tenant_id
+    )
     delivery = session.scalar(query.with_for_update())
     if delivery is None or find(session, delivery.endpoint_id, tenant_id=tenant_id) is None:
         return None
-    delivery.state, delivery.due_at, delivery.ended_at = DeliveryState.PENDING.value, func.clock_timestamp(), None
+    delivery.state = DeliveryState.PENDING.value
+    delivery.due_at = func.clock_timestamp()
+    delivery.ended_at = None
     session.flush()
     session.refresh(delivery)
-    facts: dict[str, Any] = {"delivery_id": str(delivery_id), "endpoint_id": str(delivery.endpoint_id)}
-    audit.append(session, EventName.WEBHOOK_DELIVERY_REDELIVERED, chain=tenant_id, actor=actor, **facts)
+    facts: dict[str, Any] = {
+        "delivery_id": str(delivery_id),
+        "endpoint_id": str(delivery.endpoint_id),
+    }
+    audit.append(
+        session, EventName.WEBHOOK_DELIVERY_REDELIVERED, chain=tenant_id, actor=actor, **facts
+    )
     return delivery
 
 
 def pending(session: Session) -> int:
-    """Deliveries that are not over; no more than PENDING_COUNTED are counted, for this is asked every few seconds."""
+    """Count deliveries that are not over, up to PENDING_COUNTED.
+
+    The limit is there because this is asked every few seconds.
+    """
     some = select(WebhookDelivery.id).where(_IS_PENDING).limit(PENDING_COUNTED).subquery()
     return session.scalar(select(func.count()).select_from(some)) or 0
 
 
 def give_up_old(session: Session, *, older_than_s: float, limit: int) -> int:
-    """End up to `limit` deliveries that were written so long ago and that nobody may try; return how many there were.
+    """End up to `limit` deliveries written so long ago that may not be tried; return how many.
 
-    They wait for an endpoint that was disabled and never enabled again. One that was asked for again by hand is due anew.
+    They wait for an endpoint that was disabled and never enabled again. One that was redelivered by
+    hand is due anew, and stays.
     """
+    oldest = now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s)
+    overdue = now_once() - func.make_interval(0, 0, 0, 0, 0, 0, OVERDUE_S)
     old = select(WebhookDelivery.id).where(
         _IS_PENDING,
-        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, older_than_s),
-        WebhookDelivery.due_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, OVERDUE_S),
+        WebhookDelivery.created_at < oldest,
+        WebhookDelivery.due_at < overdue,
         or_(WebhookDelivery.claimed_until.is_(None), WebhookDelivery.claimed_until < now_once()),
     )
     ids = list(session.scalars(old.limit(limit).with_for_update(skip_locked=True)))
     over = update(WebhookDelivery).where(WebhookDelivery.id.in_(ids), _IS_PENDING)
-    ended = over.values(state=DeliveryState.FAILED.value, due_at=None, claimed_until=None, ended_at=func.clock_timestamp())
+    ended = over.values(
+        state=DeliveryState.FAILED.value,
+        due_at=None,
+        claimed_until=None,
+        ended_at=func.clock_timestamp(),
+    )
     session.execute(ended.execution_options(synchronize_session=False))
     return len(ids)
 
 
 def forget_old(session: Session, *, limit: int) -> int:
-    """Delete up to `limit` deliveries that ended long ago, with their attempts; how many there were."""
+    """Delete up to `limit` deliveries that ended long ago, with their attempts; return how many."""
     old = select(WebhookDelivery.id).where(
-        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S), WebhookDelivery.ended_at.is_not(None)
+        WebhookDelivery.created_at < now_once() - func.make_interval(0, 0, 0, 0, 0, 0, KEPT_FOR_S),
+        WebhookDelivery.ended_at.is_not(None),
     )
     ids = list(session.scalars(old.order_by(WebhookDelivery.created_at).limit(limit)))
     session.execute(text("DELETE FROM webhook_deliveries WHERE id = ANY(:ids)"), {"ids": ids})
@@ -394,6 +563,11 @@ def forget_old(session: Session, *, limit: int) -> int:
 
 
 def _end_pending(session: Session, endpoint_id: uuid.UUID) -> None:
-    over = {"state": DeliveryState.GONE.value, "due_at": None, "claimed_until": None, "ended_at": func.clock_timestamp()}
     here = update(WebhookDelivery).where(WebhookDelivery.endpoint_id == endpoint_id, _IS_PENDING)
-    session.execute(here.values(**over).execution_options(synchronize_session=False))
+    ended = here.values(
+        state=DeliveryState.GONE.value,
+        due_at=None,
+        claimed_until=None,
+        ended_at=func.clock_timestamp(),
+    )
+    session.execute(ended.execution_options(synchronize_session=False))

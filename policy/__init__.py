@@ -1,1 +1,4 @@
-"""Decisions without I/O: catalog, queues, release, admission, steps, cost, failures. No clock but the one it is handed."""
+"""Decide without I/O: catalog, queues, release, admission, steps, cost, failures.
+
+No clock but the one that is handed in.
+"""

@@ -1,4 +1,4 @@
-"""Who is let in, and how long they will wait."""
+"""Decide which jobs are accepted, and estimate how long they will wait."""
 
 import math
 from collections.abc import Mapping
@@ -7,13 +7,17 @@ from dataclasses import dataclass, field
 from policy.fleet import Fleet
 from policy.prediction import EtaRatios, Line, Waiting, raw_eta_s
 
-HANDOFF_FULL = 0.8  # of its memory: workers take no more jobs; a little above, the gateway accepts none
-HANDOFF_OVERFULL = 0.9
-HANDOFF_FULL_FOR_INPUTS = 0.7  # below what closes the workers: pictures that wait for a worker must not keep it from taking their jobs
-HANDOFF_FULL_FOR_PREVIEWS = 0.5  # whoever watches must not be able to close anything
-MOST_PESSIMISM = 4.0  # p90 of past jobs / their guess: beyond this it says more about an incident than about the queue
+# Shares of the hand-off's memory.
+HANDOFF_FULL = 0.8  # workers take no more jobs
+HANDOFF_OVERFULL = 0.9  # the gateway accepts no more jobs
+# Below HANDOFF_FULL: pictures that wait for a worker must not keep it from taking their jobs.
+HANDOFF_FULL_FOR_INPUTS = 0.7
+HANDOFF_FULL_FOR_PREVIEWS = 0.5  # previews must not be able to stop workers
+# Bound on p90 of actual / guessed: beyond it, that tells of an incident rather than of the queue.
+MOST_PESSIMISM = 4.0
 JITTER = 0.2  # of Retry-After, so that those refused together do not come back together
-LONGEST_RETRY_S, SHORTEST_RETRY_S = 600, 1
+LONGEST_RETRY_S = 600
+SHORTEST_RETRY_S = 1
 
 
 @dataclass(frozen=True)
@@ -26,17 +30,18 @@ class Running:
 
 @dataclass(frozen=True)
 class TenantBacklog:
-    """What the asking tenant has waiting in one tier.
+    """The jobs of the asking tenant that wait in one tier.
 
-    counted: as the tier's line counts it.  now: with what the tenant adds right now.
+    counted: as the tier's line counts them.  now: with those that the tenant adds right now.
     """
 
     counted: Waiting
     now: Waiting
 
     def added_before(self, lead_s: float) -> tuple[float, float]:
-        """(device seconds, jobs) before a place, beyond what the line knows of."""
-        (known_s, known), (now_s, now) = self.counted.before(lead_s), self.now.before(lead_s)
+        """Count (device seconds, jobs) before a place that the line does not count yet."""
+        known_s, known = self.counted.before(lead_s)
+        now_s, now = self.now.before(lead_s)
         return now_s - known_s, now - known
 
 
@@ -44,8 +49,8 @@ class TenantBacklog:
 class PoolSnapshot:
     """A pool at one moment, as one tenant sees it.
 
-    devices: that work.  lines: what waits, by tier.  running: what runs, by tier.  handoff_fill: 0
-    to 1.  own: what of the lines is the tenant's, by tier.
+    devices: that work.  lines: waiting jobs, by tier.  running: running jobs, by tier.
+    handoff_fill: 0 to 1.  own: the tenant's part of the lines, by tier.
     """
 
     devices: int
@@ -57,7 +62,7 @@ class PoolSnapshot:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a job stands.
+    """A job's place in the queue.
 
     ahead_s, jobs_ahead: device seconds and jobs that go before it.  concurrent_images: that will
     share its device, its own included.
@@ -70,34 +75,53 @@ class Place:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a job is not let in. reason: unserved, tenant_queue_full, saturated or handoff_full."""
+    """The reason why a job is refused: unserved, tenant_queue_full, saturated or handoff_full."""
 
     reason: str
     detail: str
     retry_after_s: int
 
 
-def place_in(fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_images: int, lead_s: float) -> Place:
-    """Where a job of `tier` stands whose start tag is `lead_s` ahead of virtual time.
+def place_in(
+    fleet: Fleet, snapshot: PoolSnapshot, *, pool: str, tier: str, num_images: int, lead_s: float
+) -> Place:
+    """Find the place of a job of `tier` whose start tag is `lead_s` ahead of virtual time.
 
-    Before it go all that better tiers have, what of its own tier runs, and what fair order releases first. The minimum shares
-    of lower tiers are left to the learnt ratios.
+    Before it go all jobs of better tiers, the running ones of its own tier, and those that fair
+    order releases first. The minimum shares of lower tiers are left to the learnt ratios.
     """
     rank = fleet.tiers[tier].rank
     better = {name for name, other in fleet.tiers.items() if other.rank < rank}
-    line, own = snapshot.lines.get(tier, Line()), snapshot.own.get(tier)
-    (ahead_s, jobs), (added_s, added) = line.before(lead_s), own.added_before(lead_s) if own is not None else (0.0, 0.0)
+    own = snapshot.own.get(tier)
+    ahead_s, jobs = snapshot.lines.get(tier, Line()).before(lead_s)
+    added_s, added = own.added_before(lead_s) if own is not None else (0.0, 0.0)
     ahead_s += added_s + sum(snapshot.lines[name].cost_s for name in better & snapshot.lines.keys())
-    ahead_s += sum(work.now.cost_s - work.counted.cost_s for name, work in snapshot.own.items() if name in better)
-    ahead_s += sum(work.cost_s for name, work in snapshot.running.items() if name in better or name == tier)
+    ahead_s += sum(
+        work.now.cost_s - work.counted.cost_s
+        for name, work in snapshot.own.items()
+        if name in better
+    )
+    ahead_s += sum(
+        work.cost_s for name, work in snapshot.running.items() if name in better or name == tier
+    )
     slots = fleet.pools[pool].slots
     devices = max(1, snapshot.devices)
     images = num_images + sum(work.images for work in snapshot.running.values())
-    return Place(ahead_s, round(jobs + added), concurrent_images=min(float(slots), max(float(min(num_images, slots)), images / devices)))
+    least_images = float(min(num_images, slots))
+    return Place(
+        ahead_s,
+        round(jobs + added),
+        concurrent_images=min(float(slots), max(least_images, images / devices)),
+    )
 
 
-def first_guess_s(place: Place, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int) -> float:
-    """Seconds from now to the job's last image, as far as the queue tells; learnt ratios correct it."""
+def first_guess_s(
+    place: Place, snapshot: PoolSnapshot, *, job_device_s: float, num_images: int
+) -> float:
+    """Estimate the seconds from now to the job's last image, by the queue alone.
+
+    Learnt ratios correct it.
+    """
     return raw_eta_s(
         ahead_s=place.ahead_s,
         image_device_s=job_device_s / num_images,
@@ -117,31 +141,43 @@ def refusal(
     job_device_s: float,
     draw: float,
 ) -> Refusal | None:
-    """Why a job must not be let in now; None if it may.
+    """Decide why a job must not be accepted now; None if it may.
 
     job_device_s: its predicted device seconds.  draw: in [0, 1), for the jitter of Retry-After.
     """
-    shape, limits = fleet.pools[pool], fleet.tiers[tier]
+    shape = fleet.pools[pool]
+    limits = fleet.tiers[tier]
     if not snapshot.devices and not shape.warm_floor and not shape.scalable:
-        return Refusal("unserved", f"No worker of pool {pool} is alive, and nothing starts one.", _jittered(60, draw))
-    own, most_s = snapshot.own.get(tier), limits.max_queued_s_per_tenant
+        detail = f"No worker of pool {pool} is alive, and nothing starts one."
+        return Refusal("unserved", detail, _jittered(60, draw))
+    own = snapshot.own.get(tier)
+    most_s = limits.max_queued_s_per_tenant
     if own is not None and own.now.cost_s + job_device_s > most_s:
-        others = snapshot.lines.get(tier, Line()).weights - (own.counted.weight if own.counted.jobs else 0.0)
+        counted_weight = own.counted.weight if own.counted.jobs else 0.0
+        others = snapshot.lines.get(tier, Line()).weights - counted_weight
         excess_s = own.now.cost_s + job_device_s - most_s
         wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
-        detail = f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds; at most {most_s:.0f} may wait."
+        detail = (
+            f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds;"
+            f" at most {most_s:.0f} may wait."
+        )
         return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
     if snapshot.handoff_fill > HANDOFF_OVERFULL:
-        return Refusal("handoff_full", "Images are made faster than they can be stored.", _jittered(5, draw))
+        detail = "Images are made faster than they can be stored."
+        return Refusal("handoff_full", detail, _jittered(5, draw))
     if snapshot.devices:
         pessimism = min(MOST_PESSIMISM, max(1.0, ratios.p90 if ratios is not None else 1.0))
         wait_s = place.ahead_s / snapshot.devices * pessimism
         if wait_s > limits.start_within_s:
-            detail = f"A job of tier {tier} would wait about {wait_s:.0f} s and must start within {limits.start_within_s} s."
+            detail = (
+                f"A job of tier {tier} would wait about {wait_s:.0f} s"
+                f" and must start within {limits.start_within_s} s."
+            )
             return Refusal("saturated", detail, _jittered(wait_s - limits.start_within_s, draw))
     return None
 
 
 def _jittered(seconds: float, draw: float) -> int:
-    bounded = min(LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds))  # first: who waits longest is spread, too
+    # Bounded before the jitter, so that those at the bounds are spread, too.
+    bounded = min(LONGEST_RETRY_S / (1 + JITTER), max(SHORTEST_RETRY_S / (1 - JITTER), seconds))
     return math.ceil(bounded * (1 - JITTER + 2 * JITTER * draw))

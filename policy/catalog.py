@@ -1,6 +1,7 @@
-"""From a tenant's wish to parameters that say everything: resolved here, before anything is written.
+"""Resolve a tenant's wish to complete parameters, before anything is written.
 
-Pure: no clock, no randomness of its own (the caller hands a seed and a draw), so a resolved job can be replayed from its row.
+Pure: no clock, no randomness of its own (the caller hands a seed and a draw), so a resolved job can
+be replayed from its row.
 """
 
 import math
@@ -10,31 +11,36 @@ from policy.fleet import Fleet, Model, ModelTier, ModelVersion, parse_size
 from policy.params import PARAMS, AsAsked, Resolved, Wish
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
-RANDOM_SEED = -1  # what the programs of others say for one that is drawn
-DEFAULT_STRENGTH = 0.8  # of a picture that is started from; with a mask 1: what is masked is painted anew
-MAX_ADAPTERS, MAX_ADAPTER_STRENGTH = 8, 4.0
+RANDOM_SEED = -1  # what other programs send for a seed that is drawn
+DEFAULT_STRENGTH = 0.8  # without a mask; with one it is 1: the masked part is painted anew
+MAX_ADAPTERS = 8
+MAX_ADAPTER_STRENGTH = 4.0
 
 Number = TypeVar("Number", int, float)
 Value = TypeVar("Value")
 
 
 class InvalidWish(Exception):
-    """A field that no worker could ever render; `accepted` says what would be."""
+    """No worker could ever render the field; `accepted` says what would be accepted."""
 
     def __init__(self, field: str, detail: str, accepted: object = None) -> None:
         super().__init__(f"{field}: {detail}")
-        self.field, self.detail, self.accepted = field, detail, accepted
+        self.field = field
+        self.detail = detail
+        self.accepted = accepted
 
 
 def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Resolved:
-    """Fill in what was not said and refuse what cannot be served (InvalidWish, which names the field).
+    """Fill in what was not said and refuse what cannot be served.
 
-    default_seed: used when the wish names none.  draw: in [0, 1), picks the model version by traffic weight.
+    default_seed: used when the wish names none.  draw: in [0, 1), picks the model version by
+    traffic weight.  Raises InvalidWish, which names the field.
     """
     model_name = _one_of("model", _first(wish.model, fleet.default_model()), tuple(fleet.model_ids))
     model_id = fleet.model_ids[model_name]
     tier_id = _one_of("tier", _first(wish.tier, fleet.default_tier()), tuple(fleet.tiers))
-    model, tier = fleet.models[model_id], fleet.tiers[tier_id]
+    model = fleet.models[model_id]
+    tier = fleet.tiers[tier_id]
     own = model.tiers.get(tier_id, ModelTier())
     _check_text(model, wish)
     sizes = fleet.sizes_of(model_id, tier_id)
@@ -66,7 +72,7 @@ def resolve(fleet: Fleet, wish: Wish, *, default_seed: int, draw: float) -> Reso
 
 
 def pick_version(model: Model, draw: float) -> ModelVersion:
-    """The version that `draw` in [0, 1) falls on, by traffic weight."""
+    """Pick the version that `draw` in [0, 1) falls on, by traffic weight."""
     offered = [version for version in model.versions if version.traffic_weight > 0]
     point = draw * sum(version.traffic_weight for version in offered)
     for version in offered:
@@ -77,17 +83,19 @@ def pick_version(model: Model, draw: float) -> ModelVersion:
 
 
 def checkpoint_name(model: str, version: str) -> str:
-    """How the engine calls the weights of one version."""
+    """Name the weights of one version as the engine does."""
     return f"{model}@{version}"
 
 
 def _check_text(model: Model, wish: Wish) -> None:
     for field, text in (("prompt", wish.prompt), ("negative_prompt", wish.negative_prompt)):
         if len(text) > model.max_prompt_chars:
-            accepted = {"max_chars": model.max_prompt_chars}
-            raise InvalidWish(field, f"has {len(text)} characters; at most {model.max_prompt_chars} are accepted", accepted)
+            most = model.max_prompt_chars
+            detail = f"has {len(text)} characters; at most {most} are accepted"
+            raise InvalidWish(field, detail, {"max_chars": most})
         if "\x00" in text or not _is_unicode(text):
-            raise InvalidWish(field, "contains a NUL or a lone surrogate; plain Unicode text is accepted")
+            detail = "contains a NUL or a lone surrogate; plain Unicode text is accepted"
+            raise InvalidWish(field, detail)
     if not wish.prompt.strip() and wish.init_image is None:  # a picture may say it all
         raise InvalidWish("prompt", "is empty; describe the image", {"min_chars": 1})
 
@@ -101,8 +109,9 @@ def _is_unicode(text: str) -> bool:
 
 
 def _seed(wish: Wish, default_seed: int, num_images: int) -> int:
-    """The seed of image 0; RANDOM_SEED stands for one that is drawn."""
-    seed, most = default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed, MAX_SEED - num_images
+    """Return the seed of image 0; RANDOM_SEED stands for one that is drawn."""
+    seed = default_seed if wish.seed is None or wish.seed == RANDOM_SEED else wish.seed
+    most = MAX_SEED - num_images
     if not 0 <= seed <= most:
         detail = f"must be from 0 to {most}, or {RANDOM_SEED} for one that is drawn"
         raise InvalidWish("seed", detail, {"min": RANDOM_SEED, "max": most})
@@ -110,7 +119,7 @@ def _seed(wish: Wish, default_seed: int, num_images: int) -> int:
 
 
 def _strength(wish: Wish, num_steps: int) -> float | None:
-    """How far from the picture it starts with; None if there is none."""
+    """Return how far from the picture that it starts with a job goes; None without a picture."""
     if wish.init_image is None:
         for field, said in (("mask", wish.mask), ("strength", wish.strength)):
             if said is not None:
@@ -122,7 +131,7 @@ def _strength(wish: Wish, num_steps: int) -> float | None:
 
 
 def _as_asked(model: Model, model_id: str, wish: Wish) -> dict[str, Any]:
-    """The parameters that are what the wish says, by their names. Raises InvalidWish."""
+    """Return the parameters that are taken from the wish as they are. Raises InvalidWish."""
     taken = {}
     for param in PARAMS:
         if param.as_asked is not None and param.member is not None:
@@ -154,18 +163,25 @@ def _check_range(field: str, value: Any, low: float | None, high: float | None) 
 
 def _adapters(model: Model, model_id: str, wish: Wish) -> list[dict[str, str | float]] | None:
     if len(wish.adapters) > MAX_ADAPTERS:
-        raise InvalidWish("adapters", f"has {len(wish.adapters)} entries; at most {MAX_ADAPTERS} are accepted", {"max": MAX_ADAPTERS})
+        detail = f"has {len(wish.adapters)} entries; at most {MAX_ADAPTERS} are accepted"
+        raise InvalidWish("adapters", detail, {"max": MAX_ADAPTERS})
     for place, adapter in enumerate(wish.adapters):
         if not model.adapters:
             raise InvalidWish("adapters", f"are not offered by model {model_id}", [])
         _one_of(f"adapters/{place}/name", adapter.name, tuple(model.adapters))
-        _within(f"adapters/{place}/strength", adapter.strength, -MAX_ADAPTER_STRENGTH, MAX_ADAPTER_STRENGTH, "every adapter")
-    return [{"name": adapter.name, "strength": adapter.strength} for adapter in wish.adapters] or None
+        field = f"adapters/{place}/strength"
+        most = MAX_ADAPTER_STRENGTH
+        _within(field, adapter.strength, -most, most, "every adapter")
+    chosen: list[dict[str, str | float]] = [
+        {"name": adapter.name, "strength": adapter.strength} for adapter in wish.adapters
+    ]
+    return chosen or None
 
 
 def _one_of(field: str, value: str, accepted: tuple[str, ...]) -> str:
     if value not in accepted:
-        raise InvalidWish(field, f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}", list(accepted))
+        detail = f"{value[:64]!r} is not offered; accepted: {', '.join(accepted)}"
+        raise InvalidWish(field, detail, list(accepted))
     return value
 
 

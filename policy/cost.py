@@ -1,4 +1,4 @@
-"""What an image cost, and what it counts before anybody knows."""
+"""Price device time, and count jobs against quotas before their device time is known."""
 
 from decimal import ROUND_HALF_UP, ROUND_UP, Decimal
 
@@ -10,9 +10,11 @@ _MICRO = Decimal("0.000001")
 
 
 def price(fleet: Fleet, *, pool: str, tier: str, device_seconds: float) -> Decimal:
-    """Price of `device_seconds` in `fleet.currency`, to six decimals: device time x the pool's hourly price x the tier's weight.
+    """Price device time in `fleet.currency`, to six decimals.
 
-    Of a pool or a tier that the catalogue no longer has, `fleet.RETIRED_POOL` and `RETIRED_TIER`: the job was accepted and must end.
+    `device_seconds` x the pool's hourly price x the tier's weight. A pool or a tier that the
+    catalogue no longer has counts as `fleet.RETIRED_POOL` or `RETIRED_TIER`: the job was accepted
+    and must end.
     """
     hourly_price = fleet.pool_or_retired(pool).gpu_hour_price
     hourly = Decimal(str(hourly_price)) * Decimal(str(fleet.tier_or_retired(tier).price_weight))
@@ -20,9 +22,10 @@ def price(fleet: Fleet, *, pool: str, tier: str, device_seconds: float) -> Decim
 
 
 def megapixel_steps(fleet: Fleet, job: Resolved) -> Decimal:
-    """Count a job against budgets and quotas: megapixels x steps x images x the model's factor, rounded up to six decimals.
+    """Count a job against budgets and quotas, rounded up to six decimals.
 
-    Steps are those that the images really make: a picture to start from spares some. Rows are not counted: a guided image is one image.
+    Megapixels x steps x images x the model's factor. Steps are those that the images really make: a
+    picture to start from spares some. Rows are not counted: a guided image is one image.
     """
     factor = Decimal(str(fleet.model_or_retired(job.model).cost_factor))
     steps = denoising_of(fleet, job).steps * job.num_images

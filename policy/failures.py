@@ -1,8 +1,8 @@
-"""Why jobs fail: every failure code, whose fault it is, and what of it a tenant is told.
+"""List every failure code, with whose fault it is and what of it a tenant may read.
 
-Ours: what was asked for is offered, and the same request may do better on another try. The rest is
-the request's own: it comes to the same however often it is tried. The details of what went wrong
-inside stay inside, in the attempts table.
+Ours: what was asked for is offered, and the same request may do better on another try. The other
+failures come from the request itself, and happen at every try. Details of internal errors are
+not shown; they are in the attempts table.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from enum import StrEnum
 
 
 class FailureCode(StrEnum):
-    """What `jobs.failure_code` may be."""
+    """The values of `jobs.failure_code`."""
 
     ATTEMPTS_EXHAUSTED = "attempts_exhausted"  # the cap of attempts; the detail has the last error
     UNSUPPORTED = "unsupported"  # the engine cannot render this, on any worker
@@ -24,7 +24,10 @@ class FailureCode(StrEnum):
 
 @dataclass(frozen=True)
 class Failure:
-    """is_ours: whose fault it is.  is_detail_told: whether its detail leaves the house."""
+    """The handling of a failure code.
+
+    is_ours: it is our fault, not the request's.  is_detail_told: the tenant may read its detail.
+    """
 
     is_ours: bool
     is_detail_told: bool
@@ -50,12 +53,12 @@ def is_our_fault(code: str | None) -> bool:
 
 
 def told_detail(code: str | None, detail: str | None) -> str | None:
-    """Give the detail of a failure as a tenant may read it; None if it stays inside."""
+    """Give the detail of a failure as a tenant may read it; None if it is not shown."""
     return detail if _failure(code).is_detail_told else None
 
 
 def _failure(code: str | None) -> Failure:
-    """Find what is known of a code; of one that is not known nothing is told, and it is not ours."""
+    """Find the handling of a code; one that is unknown is not ours, and its detail not shown."""
     try:
         return FAILURES[FailureCode(code or "")]
     except ValueError:

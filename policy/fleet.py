@@ -1,6 +1,6 @@
-"""fleet.toml as a typed value: tiers, models, pools.
+"""Parse fleet.toml to a typed value: tiers, models, pools.
 
-Pure: it is handed the text. Whoever reads the file is `settings.py`. Errors name the key of the line.
+Pure: it is handed the text; `settings.py` reads the file. Errors name the key that is wrong.
 """
 
 import math
@@ -10,14 +10,25 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
 Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")]
-ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]  # what programs have built in
+# Ids that other programs have built in.
+ModelAlias = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@+-]{0,127}$")]
 MAX_SIDE_PX = 4096
-Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]  # those that the engine has
-BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")  # whose transformer can leave out later blocks
-OPEN_FAMILIES = ("pipeline", "plain")  # any diffusers pipeline: what it makes of its arguments is its own affair
+# Those that the engine has.
+Family = Literal["sd", "sdxl", "sd3", "flux", "pipeline", "plain"]
+# Whose transformer can leave out later blocks.
+BLOCK_CACHE_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
+# Any diffusers pipeline: what it makes of its arguments is not known here.
+OPEN_FAMILIES: tuple[Family, ...] = ("pipeline", "plain")
 
 
 class FleetInvalid(Exception):
@@ -29,12 +40,19 @@ class FleetInvalid(Exception):
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """`"512x768"` to (width_px, height_px); ValueError says what would be accepted."""
+    """Parse `"512x768"` to (width_px, height_px).
+
+    Raises ValueError, which says what is accepted.
+    """
     width, separator, height = text.partition("x")
-    if not (separator and width.isascii() and height.isascii() and width.isdigit() and height.isdigit() and len(text) <= 11):
+    is_width = width.isascii() and width.isdigit()
+    is_height = height.isascii() and height.isdigit()
+    if not (separator and is_width and is_height and len(text) <= 11):
         raise ValueError('a size is "WIDTHxHEIGHT" in pixels, such as "512x512"')
-    width_px, height_px = int(width), int(height)
-    if not (8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX) or width_px % 8 or height_px % 8:
+    width_px = int(width)
+    height_px = int(height)
+    in_range = 8 <= width_px <= MAX_SIDE_PX and 8 <= height_px <= MAX_SIDE_PX
+    if not in_range or width_px % 8 or height_px % 8:
         raise ValueError(f"both sides must be multiples of 8 from 8 to {MAX_SIDE_PX}")
     return width_px, height_px
 
@@ -65,28 +83,36 @@ class Tier(_Table):
     determinism: Literal["best_effort", "reproducible"]
     price_weight: float = Field(gt=0)
     start_within_s: int = Field(ge=1)
-    run_within_s: float = Field(3600.0, gt=0)  # from the first start to the last pixels, storing not counted; then the job fails
-    checkpoint_every_steps: int = Field(10, ge=0)  # what a killed worker loses at most, of each image; 0: everything
-    retention_days: int | None = Field(None, ge=1)  # after a job's end its prompts and images are erased; None: kept
-    max_in_hand_per_tenant: int | None = Field(None, ge=1)  # images announced or running; None: as many as there is room for
-    max_queued_s_per_tenant: float = Field(86_400.0, gt=0)  # device seconds that one tenant may have waiting; more is a 429
+    # From the first start to the last pixels, storing not counted; then the job fails.
+    run_within_s: float = Field(3600.0, gt=0)
+    # Steps of each image that a killed worker loses at most; 0: all of them.
+    checkpoint_every_steps: int = Field(10, ge=0)
+    # After a job's end its prompts and images are erased; None: kept.
+    retention_days: int | None = Field(None, ge=1)
+    # Images announced or running; None: as many as there is room for.
+    max_in_hand_per_tenant: int | None = Field(None, ge=1)
+    # Device seconds that one tenant may have waiting; more is a 429.
+    max_queued_s_per_tenant: float = Field(86_400.0, gt=0)
 
 
 class ModelTier(_Table):
-    """What one model does differently in one tier."""
+    """The settings of one model in one tier, where they differ from the model's or the tier's."""
 
     default_steps: int | None = Field(None, ge=1)
     default_guidance: float | None = Field(None, ge=0)
-    bucket_rows: dict[Size, int] = Field(default_factory=dict)  # size -> rows of every forward of a reproducible request
+    # Size -> rows of every forward of a reproducible request.
+    bucket_rows: dict[Size, int] = Field(default_factory=dict)
 
 
 class ModelVersion(_Table):
-    """One set of weights. `traffic_weight` 0 keeps it loadable for replays but gives it no new jobs."""
+    """One set of weights. `traffic_weight` 0: loadable for replays, but gets no new jobs."""
 
     id: Name
     source: str = Field(min_length=1)
     traffic_weight: float = Field(1.0, ge=0)
-    sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(default_factory=dict)
+    sha256: dict[str, Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]] = Field(
+        default_factory=dict
+    )
 
 
 class Adapter(_Table):
@@ -100,10 +126,13 @@ class Model(_Table):
     """An entry of the catalog: what clients may ask of one family of weights."""
 
     title: str
-    aliases: tuple[ModelAlias, ...] = ()  # further ids that a request may say; its jobs are this model's
+    # Further ids that a request may say; its jobs are this model's.
+    aliases: tuple[ModelAlias, ...] = ()
     family: Family
-    pipeline_class: str = ""  # families pipeline and plain: the diffusers class; "": what the checkpoint itself names
-    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)  # the same two: arguments of every call
+    # Families pipeline and plain: the diffusers class; "": the one that the checkpoint names.
+    pipeline_class: str = ""
+    # Families pipeline and plain: arguments of every call.
+    options: dict[Name, str | int | float | bool] = Field(default_factory=dict)
     adapters: dict[Name, Adapter] = Field(default_factory=dict)
     channels_last: bool = False
     compile_blocks: bool = False
@@ -111,14 +140,16 @@ class Model(_Table):
     block_cache_threshold: float = Field(0.0, ge=0, lt=1)  # 0: no block cache; sd3 and flux alone
     licence: str
     precision: Literal["fp32", "bf16", "fp16"]
-    guidance_distilled: bool = True  # family flux: the network takes guidance as an input (dev); false: it does not (schnell)
+    # Family flux: the network takes guidance as an input (dev); false: it does not (schnell).
+    guidance_distilled: bool = True
     sizes: tuple[Size, ...] = Field(min_length=1)  # the first is the default
     samplers: tuple[Name, ...] = Field(min_length=1)
     default_sampler: Name
     default_guidance: float = Field(ge=0)
     max_guidance: float = Field(gt=0)
     max_prompt_chars: int = Field(2000, ge=1, le=100_000)
-    cost_factor: float = Field(1.0, gt=0, le=1000)  # what a megapixel-step of it counts against budgets and quotas
+    # The count of its megapixel-step against budgets and quotas.
+    cost_factor: float = Field(1.0, gt=0, le=1000)
     created_at: datetime
     tiers: dict[Name, ModelTier] = Field(default_factory=dict)
     versions: tuple[ModelVersion, ...] = Field(min_length=1)
@@ -130,16 +161,20 @@ class Pool(_Table):
     models: tuple[Name, ...] = Field(min_length=1)
     slots: int = Field(ge=1, le=1024)  # images resident on one device
     max_batch_rows: int = Field(ge=1, le=1024)
-    row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, ascending; (): exactly the rows there are
+    # Sizes of best-effort forwards, ascending; (): exactly the rows there are.
+    row_buckets: tuple[int, ...] = ()
     attention: Literal["auto", "flash", "efficient", "cudnn", "math"] = "auto"
     warm_floor: int = Field(0, ge=0)
-    scalable: bool = False  # something starts workers when jobs wait; without it and without a live worker jobs are refused
+    # An autoscaler starts workers when jobs wait; without one and without a live worker jobs are
+    # refused.
+    scalable: bool = False
     gpu_class: str = "any"
     gpu_hour_price: float = Field(0.0, ge=0)
 
 
-# What stands for an entry that the catalogue no longer has, for jobs that were accepted under it: they are served first, cost no more
-# than their device time, are counted by the plain megapixel-step, and nothing is done for them that only a tier can ask for.
+# Stand-ins for entries that the catalogue no longer has, for jobs that were accepted under them.
+# Such jobs are served first, cost no more than their device time, are counted by the plain
+# megapixel-step, and get nothing that only a tier can ask for.
 RETIRED_TIER = Tier(
     rank=0,
     max_steps=1,
@@ -180,51 +215,64 @@ class Fleet(_Table):
 
     @cached_property
     def tiers_by_rank(self) -> tuple[str, ...]:
-        """Tier names, the one served first in front."""
+        """Return tier names, the one served first in front."""
         return tuple(sorted(self.tiers, key=lambda name: self.tiers[name].rank))
 
     def tier_or_retired(self, name: str) -> Tier:
-        """Find a tier, or what stands for one that the catalogue no longer has: its accepted jobs must still end."""
+        """Find a tier; RETIRED_TIER if the catalogue no longer has it.
+
+        Its accepted jobs must still end.
+        """
         return self.tiers.get(name, RETIRED_TIER)
 
     def pool_or_retired(self, name: str) -> Pool:
-        """Find a pool, or what stands for one that the catalogue no longer has."""
+        """Find a pool; RETIRED_POOL if the catalogue no longer has it."""
         return self.pools.get(name, RETIRED_POOL)
 
     def model_or_retired(self, name: str) -> Model:
-        """Find a model, or what stands for one that the catalogue no longer has."""
+        """Find a model; RETIRED_MODEL if the catalogue no longer has it."""
         return self.models.get(name, RETIRED_MODEL)
 
     def queue_tier(self, name: str) -> str:
-        """Name the tier whose queues take the work of tier `name`: its own, or the last in rank if the catalogue no longer has it."""
+        """Name the tier whose queues take the work of tier `name`.
+
+        Its own, or the last in rank if the catalogue no longer has it.
+        """
         return name if name in self.tiers else self.tiers_by_rank[-1]
 
     def pool_of(self, model: str) -> str:
-        """The pool that serves `model`; KeyError if the fleet has no such model."""
+        """Name the pool that serves `model`. Raises KeyError if the fleet has no such model."""
         return next(name for name, pool in self.pools.items() if model in pool.models)
 
     @cached_property
     def model_ids(self) -> dict[str, str]:
-        """What a request may say for a model, to the id of that model: the ids themselves in front, then the aliases."""
-        aliases = {alias: model_id for model_id, model in self.models.items() for alias in model.aliases}
+        """Map every name that a request may give a model to the id of that model.
+
+        The ids themselves in front, then the aliases.
+        """
+        aliases = {
+            alias: model_id for model_id, model in self.models.items() for alias in model.aliases
+        }
         return {model_id: model_id for model_id in self.models} | aliases
 
     def default_steps(self, model: str, tier: str) -> int:
-        """Denoise steps of a request that says none."""
+        """Return the denoise steps of a request that names none."""
         own = self.models[model].tiers.get(tier, ModelTier())
         return own.default_steps or self.tiers[tier].default_steps
 
     def sizes_of(self, model: str, tier: str) -> tuple[str, ...]:
-        """The sizes of `model` that are within the limit of `tier`, the default in front."""
+        """List the sizes of `model` within the limit of `tier`, the default in front."""
         most_px = self.tiers[tier].max_megapixels * 1e6
-        return tuple(size for size in self.models[model].sizes if math.prod(parse_size(size)) <= most_px)
+        return tuple(
+            size for size in self.models[model].sizes if math.prod(parse_size(size)) <= most_px
+        )
 
     def default_model(self) -> str:
-        """What a request without `model` gets: the first of the file."""
+        """Name the model of a request that names none: the first of the file."""
         return next(iter(self.models))
 
     def default_tier(self) -> str:
-        """What a request without `tier` gets: the first of the file."""
+        """Name the tier of a request that names none: the first of the file."""
         return next(iter(self.tiers))
 
 
@@ -235,21 +283,28 @@ def parse_fleet(text: str) -> Fleet:
     except tomllib.TOMLDecodeError as error:
         raise FleetInvalid([f"not TOML: {error}"]) from None
     except ValidationError as error:
-        raise FleetInvalid([f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}" for problem in error.errors()]) from None
+        raise FleetInvalid(
+            [
+                f"{'.'.join(str(p) for p in problem['loc'])}: {problem['msg']}"
+                for problem in error.errors()
+            ]
+        ) from None
     if problems := list(_contradictions(fleet)):
         raise FleetInvalid(problems)
     return fleet
 
 
 def _contradictions(fleet: Fleet) -> list[str]:
-    """What each table alone cannot see."""
+    """List contradictions between tables, which no table alone shows."""
     problems = []
     ranks = Counter(tier.rank for tier in fleet.tiers.values())
     for name, tier in fleet.tiers.items():
         if ranks[tier.rank] > 1:
             problems.append(f"tiers.{name}.rank: {tier.rank} is taken by another tier")
         if tier.default_steps > tier.max_steps:
-            problems.append(f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})")
+            problems.append(
+                f"tiers.{name}.default_steps: must not exceed max_steps ({tier.max_steps})"
+            )
     if sum(tier.guaranteed_share for tier in fleet.tiers.values()) > 1:
         problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
     if "results" in fleet.pools:
@@ -258,15 +313,31 @@ def _contradictions(fleet: Fleet) -> list[str]:
         problems.append("tiers.front: the name belongs to the front queues; choose another")
     homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
     for name, pool in fleet.pools.items():
-        problems += [f"pools.{name}.models: {model!r} is not a model of this file" for model in pool.models if model not in fleet.models]
-        if list(pool.row_buckets) != sorted({rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}):
-            problems.append(f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows ({pool.max_batch_rows})")
+        problems += [
+            f"pools.{name}.models: {model!r} is not a model of this file"
+            for model in pool.models
+            if model not in fleet.models
+        ]
+        possible = {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
+        if list(pool.row_buckets) != sorted(possible):
+            problems.append(
+                f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
+                f" ({pool.max_batch_rows})"
+            )
         for tier_name, tier in fleet.tiers.items():
             if tier.max_images > pool.slots:
-                problems.append(f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images ({tier.max_images})")
-    said = Counter([*fleet.models, *(alias for model in fleet.models.values() for alias in model.aliases)])
+                problems.append(
+                    f"pools.{name}.slots: {pool.slots} is less than"
+                    f" tiers.{tier_name}.max_images ({tier.max_images})"
+                )
+    aliases = [alias for model in fleet.models.values() for alias in model.aliases]
+    said = Counter([*fleet.models, *aliases])
     for name, model in fleet.models.items():
-        problems += [f"models.{name}.aliases: {alias!r} is taken" for alias in model.aliases if said[alias] > 1]
+        problems += [
+            f"models.{name}.aliases: {alias!r} is taken"
+            for alias in model.aliases
+            if said[alias] > 1
+        ]
         problems += _contradictions_of_model(fleet, name, model, homes[name])
     return problems
 
@@ -281,11 +352,17 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         if is_given and model.family not in OPEN_FAMILIES:
             problems.append(f"models.{name}.{key}: means nothing to family {model.family!r}")
     if not model.guidance_distilled and model.family != "flux":
-        problems.append(f"models.{name}.guidance_distilled: means nothing to family {model.family!r}")
+        problems.append(
+            f"models.{name}.guidance_distilled: means nothing to family {model.family!r}"
+        )
     if model.block_cache_threshold and model.family not in BLOCK_CACHE_FAMILIES:
-        problems.append(f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}")
+        problems.append(
+            f"models.{name}.block_cache_threshold: means nothing to family {model.family!r}"
+        )
     if model.default_guidance > model.max_guidance:
-        problems.append(f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})")
+        problems.append(
+            f"models.{name}.default_guidance: must not exceed max_guidance ({model.max_guidance})"
+        )
     if len({version.id for version in model.versions}) < len(model.versions):
         problems.append(f"models.{name}.versions: ids must differ")
     if not any(version.traffic_weight for version in model.versions):
@@ -294,18 +371,28 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         if tier_name not in fleet.tiers:
             problems.append(f"models.{name}.tiers.{tier_name}: not a tier of this file")
         elif own.default_steps is not None and own.default_steps > fleet.tiers[tier_name].max_steps:
-            problems.append(f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps")
+            problems.append(
+                f"models.{name}.tiers.{tier_name}.default_steps: exceeds the tier's max_steps"
+            )
         if own.default_guidance is not None and own.default_guidance > model.max_guidance:
-            problems.append(f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance ({model.max_guidance})")
+            problems.append(
+                f"models.{name}.tiers.{tier_name}.default_guidance: exceeds max_guidance"
+                f" ({model.max_guidance})"
+            )
     for tier_name, tier in fleet.tiers.items():
         if not fleet.sizes_of(name, tier_name):
             problems.append(f"tiers.{tier_name}.max_megapixels: no size of model {name!r} fits")
         if tier.determinism != "reproducible":
             continue
         bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
-        rows_limit = min((pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0)
+        rows_limit = min(
+            (pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0
+        )
         for size in model.sizes:
             if not 2 <= bucket_rows.get(size, 0) <= rows_limit:
                 key = f"models.{name}.tiers.{tier_name}.bucket_rows"
-                problems.append(f"{key}: {size!r} needs 2 to {rows_limit} rows, for tier {tier_name} is reproducible")
+                problems.append(
+                    f"{key}: {size!r} needs 2 to {rows_limit} rows,"
+                    f" for tier {tier_name} is reproducible"
+                )
     return problems

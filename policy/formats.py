@@ -1,11 +1,11 @@
-"""The formats in which images are stored and delivered: the one list of them."""
+"""List the formats in which images are stored and delivered."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class ImageFormat:
-    """content_type: as HTTP says it.  extension: of file names, without its dot."""
+    """A format. content_type: as HTTP says it.  extension: of file names, without its dot."""
 
     content_type: str
     extension: str
@@ -19,5 +19,5 @@ FORMATS = {
 
 
 def extension_of(content_type: str) -> str:
-    """Find the file name extension of a stored image. Raises KeyError for what is none of ours."""
+    """Find the file name extension of a stored image. Raises KeyError for an unknown type."""
     return {kind.content_type: kind.extension for kind in FORMATS.values()}[content_type]

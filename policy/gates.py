@@ -1,4 +1,4 @@
-"""Thresholds of a worker and of the sweeper: when to take a job, keep a snapshot, drop work.
+"""Decide at thresholds of a worker and of the sweeper: take a job, keep a snapshot, drop work.
 
 Plain values in, a decision out. The clock, the broker and the hand-off are read by the callers in
 `tasks/` and `edges/`, rows by those in `models/`, so each threshold can be tested without them.

@@ -1,8 +1,8 @@
-"""What a tenant may use: rates, a budget, stocks, tiers and models; and what a key may do.
+"""List what a tenant may use, and what a key may do.
 
-`Limits` is the one list of limits. The body that changes them, the columns that keep them, the
-command line's parsing and every look-up of a key are made from its fields; tests/test_params.py
-holds the rest to it. None is no limit.
+That is rates, a budget, stocks, tiers and models. `Limits` is the one list of limits. The body that
+changes them, the columns that keep them, the command line's parsing and every look-up of a key are
+made from its fields; tests/test_params.py compares the rest with it. None is no limit.
 """
 
 import math
@@ -17,7 +17,8 @@ Scope = Literal["generate", "read", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 DEFAULT_SCOPES: tuple[Scope, ...] = ("generate", "read")
 # Of a tenant: virtual time is device seconds divided by it, and has to stay a number.
-MIN_WEIGHT, MAX_WEIGHT = 0.001, 1e6
+MIN_WEIGHT = 0.001
+MAX_WEIGHT = 1e6
 KEY_GRACE_S = 86_400.0  # how long a key lives on after it was rotated
 _MICRO = Decimal("0.000001")
 
@@ -59,7 +60,7 @@ class Limits:
 
     @property
     def has_stocks(self) -> bool:
-        """Is there one that the database has to count?"""
+        """Tell whether there is a limit for which the database has to count."""
         stocks = (
             self.max_concurrent_jobs,
             self.daily_megapixel_steps,
@@ -68,7 +69,7 @@ class Limits:
         return any(stock is not None for stock in stocks)
 
     def allows(self, *, tier: str, model: str) -> bool:
-        """May the tenant have jobs of the tier, of the model?"""
+        """Tell whether the tenant may have jobs of this tier and of this model."""
         may_tier = self.allowed_tiers is None or tier in self.allowed_tiers
         may_model = self.allowed_models is None or model in self.allowed_models
         return may_tier and may_model
@@ -79,27 +80,32 @@ class InvalidLimits(Exception):
 
     def __init__(self, field: str, detail: str) -> None:
         super().__init__(f"{field}: {detail}")
-        self.field, self.detail = field, detail
+        self.field = field
+        self.detail = detail
 
 
 LIMITS = tuple(field.name for field in fields(Limits))  # the columns of `tenants` that are limits
 
 
 def _note_and_kind(hint: Any) -> tuple[Any, Offered | None]:
-    """The type of a limit, without its None and its bounds, and what it may name."""
+    """Return the type of a limit, without its None and its bounds, and its `Offered` note."""
     (hint,) = (kind for kind in get_args(hint) or (hint,) if kind is not type(None))
     kind, *notes = get_args(hint) if hasattr(hint, "__metadata__") else (hint,)
     return kind, next((note for note in notes if isinstance(note, Offered)), None)
 
 
-_NOTED = {name: _note_and_kind(hint) for name, hint in get_type_hints(Limits, include_extras=True).items()}
+_NOTED = {
+    name: _note_and_kind(hint) for name, hint in get_type_hints(Limits, include_extras=True).items()
+}
 KINDS: Mapping[str, Any] = {name: kind for name, (kind, _) in _NOTED.items()}
 OFFERED: Mapping[str, Offered] = {name: note for name, (_, note) in _NOTED.items() if note}
 
 
 def limits_of(values: Mapping[str, Any]) -> Limits:
     """Read the columns of a tenant's row."""
-    plain: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    plain: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return Limits(**plain)
 
 
@@ -127,7 +133,7 @@ def check(limits: Limits) -> None:
 
 @dataclass(frozen=True)
 class UsageTotals:
-    """What a tenant has used, and has under way.
+    """A tenant's usage: jobs under way, and megapixel-steps of the day and the month.
 
     used_today, used_this_month: megapixel-steps reserved, settled and abandoned, by the UTC day and
     month.  day_ends_in_s, month_ends_in_s: seconds until these end.
@@ -158,13 +164,21 @@ JOBS_RETRY_AFTER_S = 2  # one of them may have ended by then
 
 
 def exceeded_stock(limits: Limits, totals: UsageTotals) -> StockExceeded | None:
-    """Find the first stock that does not cover the totals; None if all do. What is used up exactly is covered."""
+    """Find the first stock that does not cover the totals; None if all do.
+
+    A stock that is used up exactly covers them.
+    """
     most_jobs = limits.max_concurrent_jobs
     if most_jobs is not None and totals.active_jobs > most_jobs:
-        return StockExceeded("jobs", Decimal(totals.active_jobs), Decimal(most_jobs), JOBS_RETRY_AFTER_S)
-    today, this_month = limits.daily_megapixel_steps, limits.monthly_megapixel_steps
+        return StockExceeded(
+            "jobs", Decimal(totals.active_jobs), Decimal(most_jobs), JOBS_RETRY_AFTER_S
+        )
+    today = limits.daily_megapixel_steps
+    this_month = limits.monthly_megapixel_steps
     if today is not None and totals.used_today > today:
         return StockExceeded("day", totals.used_today, today, math.ceil(totals.day_ends_in_s))
     if this_month is not None and totals.used_this_month > this_month:
-        return StockExceeded("month", totals.used_this_month, this_month, math.ceil(totals.month_ends_in_s))
+        return StockExceeded(
+            "month", totals.used_this_month, this_month, math.ceil(totals.month_ends_in_s)
+        )
     return None

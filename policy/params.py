@@ -1,9 +1,9 @@
-"""Every parameter of a job, listed once: what a request may ask for, and what it becomes.
+"""List every parameter of a job once: what a request may ask for, and what it becomes.
 
-`Wish` is what a tenant asked for and `Resolved` what came of it. The note on each field of
-`Resolved` says what the rest of the house calls it and where it shows. Request bodies, answers,
+`Wish` is what a tenant asked for and `Resolved` the complete parameters made from it. The note on
+each field of `Resolved` says what other rooms call it and where it shows. Request bodies, answers,
 columns, replays, OpenAI's extras and the engine's requests are made from this list. What is written
-by hand (client, command line, documents, the view `job_history`) is held to it by
+by hand (client, command line, documents, the view `job_history`) is compared with it by
 tests/test_params.py, which names whatever is missing anywhere.
 
 Pure values. Ranges that depend on a model or a tier are checked in policy/catalog.py.
@@ -18,7 +18,8 @@ from uuid import UUID
 from policy.fleet import OPEN_FAMILIES
 from policy.formats import FORMATS
 
-CONTROLLED_FAMILIES = OPEN_FAMILIES  # whether the pipeline itself has a control network its own call decides
+# Families that may take a control image; a pipeline's call decides if it has a control network.
+CONTROLLED_FAMILIES = OPEN_FAMILIES
 
 Picture = Literal["image", "mask"]
 
@@ -33,10 +34,7 @@ class AdapterWish:
 
 @dataclass(frozen=True, kw_only=True)
 class Wish:
-    """What a tenant asked for, types already right; None = not said.
-
-    Its fields are the fields of a request that decide how the image looks.
-    """
+    """A tenant's request for a job, types already right; None: not given."""
 
     prompt: str
     negative_prompt: str = ""
@@ -60,11 +58,11 @@ class Wish:
 
 @dataclass(frozen=True, kw_only=True)
 class AsAsked:
-    """The rule of a parameter that is what the wish says, whatever the model or the tier.
+    """The rule of a parameter that is taken from the wish as it is, whatever the model or the tier.
 
-    choices: the values that are accepted.  low, high: the range that is, both included; either may
-    be without the other.  families: the model families that take it; None: all.  unfit: what is
-    said where others do not.
+    choices: the values that are accepted.  low, high: the accepted range, both included; either may
+    be without the other.  families: the model families that take it; None: all.  unfit: the error
+    text for other families.
     """
 
     choices: tuple[str, ...] | None = None
@@ -75,7 +73,7 @@ class AsAsked:
 
 
 class Use(Flag):
-    """Where a parameter is used beside requests, answers and the row of its job."""
+    """The places where a parameter is used beside requests, answers and its column."""
 
     NOWHERE = 0
     ENGINE = auto()  # a field of the engine's ImageRequest; where it is None, the engine's default
@@ -110,7 +108,7 @@ class Param:
 
     @property
     def engine_field(self) -> str | None:
-        """The field of ImageRequest that it fills; None if it fills none."""
+        """Name the field of ImageRequest that it fills; None if it fills none."""
         if Use.ENGINE not in self.use:
             return None
         return self.member if self.picture else self.name
@@ -290,7 +288,9 @@ SHOWN = tuple(param for param in PARAMS if param.member is not None)
 OPENAI_REQUEST = tuple(param for param in PARAMS if Use.OPENAI_REQUEST in param.use)
 OPENAI_ANSWER = tuple(param for param in PARAMS if Use.OPENAI_ANSWER in param.use)
 # By their role in a job.
-PICTURES: Mapping[str, Param] = {param.member: param for param in PARAMS if param.picture and param.member}
+PICTURES: Mapping[str, Param] = {
+    param.member: param for param in PARAMS if param.picture and param.member
+}
 
 
 def params_of(source: object) -> Resolved:

@@ -1,4 +1,7 @@
-"""What a job will take and when it will be done: guesses from what was learnt of others like it, corrected by how wrong the last were."""
+"""Predict what a job will take and when it will be done.
+
+The guesses are made from jobs like it, and corrected by how wrong the last guesses were.
+"""
 
 import math
 from bisect import bisect_right
@@ -8,7 +11,8 @@ from itertools import accumulate
 
 from policy.steps import Denoising
 
-UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5  # before the first image of a model and size: a guess, so that fair order has something to go by
+# Used before the first image of a model and size, for fair order needs a number.
+UNSEEN_ROW_STEP_S_PER_MEGAPIXEL = 0.5
 UNSEEN_FIXED_S_PER_MEGAPIXEL = 1.0
 RATIO_STRIDE = 0.05  # how far one job moves a learnt quantile, as a share of it
 FIRST_RATIOS = (1.0, 2.0)
@@ -16,7 +20,10 @@ FIRST_RATIOS = (1.0, 2.0)
 
 @dataclass(frozen=True)
 class Cost:
-    """Device seconds of one model and size: `row_step_s` of one row in one denoise step, `fixed_s` of encode and decode."""
+    """The device seconds of one model and size.
+
+    row_step_s: of one row in one denoise step.  fixed_s: of encode and decode.
+    """
 
     row_step_s: float
     fixed_s: float
@@ -32,22 +39,27 @@ class EtaRatios:
 
 @dataclass(frozen=True)
 class Waiting:
-    """What one tenant has queued in one tier: a flow of fair queuing. cost_s: device seconds."""
+    """The queued jobs of one tenant in one tier: a flow of fair queuing. cost_s: device seconds."""
 
     weight: float
     jobs: int
     cost_s: float
 
     def before(self, lead_s: float) -> tuple[float, float]:
-        """(device seconds, jobs) of it that are released while virtual time moves by `lead_s`: weight * lead_s of them, or all it has."""
+        """Count its (device seconds, jobs) that are released while virtual time moves by `lead_s`.
+
+        That is weight * lead_s device seconds, or all it has.
+        """
         given_s = min(self.cost_s, max(0.0, lead_s) * self.weight)
-        return given_s, self.jobs * given_s / self.cost_s if self.cost_s > 0 else self.jobs
+        jobs = self.jobs * given_s / self.cost_s if self.cost_s > 0 else self.jobs
+        return given_s, jobs
 
 
 class Line:
-    """What all tenants have queued in one tier, laid out so that what goes before a place is found without a walk through all flows.
+    """The queued jobs of all tenants in one tier.
 
-    jobs, cost_s, weights: of all flows, added up.
+    Laid out so that what goes before a place is found without a walk through all flows. jobs,
+    cost_s, weights: of all flows, added up.
     """
 
     def __init__(self, flows: Iterable[Waiting] = ()) -> None:
@@ -56,14 +68,18 @@ class Line:
         self._costs_s = list(accumulate((flow.cost_s for flow in ordered), initial=0.0))
         self._jobs = list(accumulate((flow.jobs for flow in ordered), initial=0))
         self._weights = list(accumulate((flow.weight for flow in ordered), initial=0.0))
-        self._rates = list(accumulate((flow.jobs / span if (span := _span_s(flow)) > 0 else 0.0 for flow in ordered), initial=0.0))
-        self.jobs, self.cost_s, self.weights = self._jobs[-1], self._costs_s[-1], self._weights[-1]
+        rates = (flow.jobs / span if (span := _span_s(flow)) > 0 else 0.0 for flow in ordered)
+        self._rates = list(accumulate(rates, initial=0.0))
+        self.jobs = self._jobs[-1]
+        self.cost_s = self._costs_s[-1]
+        self.weights = self._weights[-1]
 
     def before(self, lead_s: float) -> tuple[float, float]:
-        """(device seconds, jobs) that start-time fair queuing releases before a job whose start tag is `lead_s` ahead of virtual time.
+        """Count (device seconds, jobs) that fair queuing releases before a job.
 
-        As each of its flows for itself: some are through by then, of the others each has had its part. A little more of its own tenant's
-        work may be ahead than that: rounding to whole jobs is left to the learnt ratios.
+        lead_s: how far the job's start tag is ahead of virtual time.  The sum over all flows: some
+        are all released by then, each of the others has had its part. A little more of the job's
+        own tenant may be ahead than that: rounding to whole jobs is left to the learnt ratios.
         """
         lead_s = max(0.0, lead_s)
         through = bisect_right(self._spans_s, lead_s)
@@ -72,47 +88,62 @@ class Line:
 
 
 def _span_s(flow: Waiting) -> float:
-    """How far virtual time moves until all of the flow is released."""
+    """Return how far virtual time moves until all of the flow is released."""
     return flow.cost_s / flow.weight
 
 
 @dataclass(frozen=True)
 class Eta:
-    """Seconds until the job's images are stored: half of such jobs are done within `p50_s`, nine of ten within `p90_s`."""
+    """Seconds until a job's images are stored.
+
+    Half of such jobs are done within `p50_s`, nine of ten within `p90_s`.
+    """
 
     p50_s: float
     p90_s: float
 
 
-def predicted_s(cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int) -> float:
+def predicted_s(
+    cost: Cost | None, *, width_px: int, height_px: int, denoising: Denoising, num_images: int
+) -> float:
     """Predict the device seconds of a whole job."""
     megapixels = width_px * height_px / 1e6
-    unseen = Cost(UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels)
+    unseen = Cost(
+        UNSEEN_ROW_STEP_S_PER_MEGAPIXEL * megapixels, UNSEEN_FIXED_S_PER_MEGAPIXEL * megapixels
+    )
     known = cost or unseen
     row_steps = denoising.steps * denoising.rows
     return num_images * (row_steps * known.row_step_s + known.fixed_s)
 
 
-def raw_eta_s(*, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float) -> float:
-    """First guess of the seconds to the end: all that is ahead, spread over the devices, then the job in company.
+def raw_eta_s(
+    *, ahead_s: float, image_device_s: float, devices: int, concurrent_images: float
+) -> float:
+    """Estimate the seconds to the job's end, before the learnt correction.
 
-    ahead_s: device seconds queued and running that go first.  image_device_s: of one image of the job.  concurrent_images:
-    that will share its device, itself included; its wall time is that many times its device time.
+    All that is ahead, spread over the devices, then the job beside the images that share its
+    device.
+
+    ahead_s: device seconds queued and running that go first.  image_device_s: of one image of the
+    job. concurrent_images: that will share its device, itself included; its wall time is that many
+    times its device time.
     """
     return ahead_s / max(1, devices) + image_device_s * max(1.0, concurrent_images)
 
 
 def corrected(raw_s: float, ratios: EtaRatios | None) -> Eta:
-    """The guess as an honest answer. p90 is never below p50."""
+    """Correct the guess by the learnt ratios. p90 is never below p50."""
     p50, p90 = (ratios.p50, ratios.p90) if ratios is not None else FIRST_RATIOS
     return Eta(p50_s=raw_s * p50, p90_s=raw_s * max(p50, p90))
 
 
 def learn_ratios(known: EtaRatios | None, ratio: float, *, observed: int) -> EtaRatios:
-    """Move both quantiles by one more actual / guessed, so that half and nine tenths of such ratios come to lie below them.
+    """Move both quantiles by one more actual / guessed.
 
-    Stochastic approximation of a quantile (Robbins, Monro 1951) in the logarithm: up by stride * q when the ratio is above, down by
-    stride * (1 - q) when it is below. The first few move it in larger strides.
+    They converge to values with half and nine tenths of such ratios below them. Stochastic
+    approximation of a quantile (Robbins, Monro 1951) in the logarithm: up by stride * q when the
+    ratio is above, down by stride * (1 - q) when it is below. The first few move it in larger
+    strides.
     """
     if not (math.isfinite(ratio) and ratio > 0):
         return known or EtaRatios(*FIRST_RATIOS)
@@ -122,4 +153,5 @@ def learn_ratios(known: EtaRatios | None, ratio: float, *, observed: int) -> Eta
 
 
 def _moved(quantile: float, ratio: float, share: float, stride: float) -> float:
-    return min(1e3, max(1e-3, quantile * math.exp(stride * share if ratio > quantile else -stride * (1 - share))))
+    move = stride * share if ratio > quantile else -stride * (1 - share)
+    return min(1e3, max(1e-3, quantile * math.exp(move)))

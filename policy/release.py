@@ -24,7 +24,7 @@ LEAST_SHARE = 4  # images: enough for one person at work
 
 @dataclass(frozen=True)
 class ReleaseLimits:
-    """How many images of one (pool, tier) may be outstanding: with Celery, or with the workers.
+    """The number of images of one (pool, tier) that may be with Celery or with the workers.
 
     slots: what the live workers hold of this tier at once.  limit_images: what they may hold, and
     what may wait for them.  least_share: what a tenant may always have, however many share the
@@ -39,7 +39,7 @@ class ReleaseLimits:
 
 @dataclass
 class Outstanding:
-    """What of one (pool, tier) is with Celery and the workers.
+    """The jobs of one (pool, tier) that are with Celery and the workers.
 
     images, running: images by tenant, and those of them that run.  running_s: predicted device
     seconds of these.  announced_jobs: the jobs that do not run yet.
@@ -52,7 +52,7 @@ class Outstanding:
 
     @property
     def total_images(self) -> int:
-        """Images of all tenants."""
+        """Count the images of all tenants."""
         return self.images.total()
 
 
@@ -77,7 +77,7 @@ class Picked:
 
 
 class ReleaseHint(Enum):
-    """What to do about the release of a job that is accepted now."""
+    """The action on the release of a job that is accepted now."""
 
     IMMEDIATE = auto()  # nobody waits and there is room: announce it as it is written
     TRY_RELEASE = auto()  # let a release look, once it is written
@@ -133,7 +133,9 @@ def is_behind(
     return has_little and max(outstanding.running.values(), default=0) > running_share
 
 
-def may_go_at_once(outstanding: Outstanding, limits: ReleaseLimits, *, tenant_id: uuid.UUID, num_images: int) -> bool:
+def may_go_at_once(
+    outstanding: Outstanding, limits: ReleaseLimits, *, tenant_id: uuid.UUID, num_images: int
+) -> bool:
     """Check whether a new job that nobody waits before may be announced in its tier's own queue.
 
     Beyond the slots it may have to go to the front queue, which is for `Selection` to decide. A job
@@ -161,9 +163,13 @@ def release_hint(
 
     waiting_jobs: that wait to be announced.  sharing: as for `is_behind`.
     """
-    if waiting_jobs <= 0 and may_go_at_once(outstanding, limits, tenant_id=tenant_id, num_images=num_images):
+    if waiting_jobs <= 0 and may_go_at_once(
+        outstanding, limits, tenant_id=tenant_id, num_images=num_images
+    ):
         return ReleaseHint.IMMEDIATE
-    must_not_wait = is_behind(outstanding, limits, tenant_id=tenant_id, num_images=num_images, sharing=sharing)
+    must_not_wait = is_behind(
+        outstanding, limits, tenant_id=tenant_id, num_images=num_images, sharing=sharing
+    )
     if must_not_wait or waiting_jobs <= limits.limit_images:
         return ReleaseHint.TRY_RELEASE
     return ReleaseHint.BACKLOGGED
@@ -178,8 +184,9 @@ class Selection:
     """
 
     def __init__(self, outstanding: Outstanding, limits: ReleaseLimits) -> None:
-        """outstanding: what is picked is added to it."""
-        self._outstanding, self._limits = outstanding, limits
+        """Begin a selection. outstanding: picked images are added to it."""
+        self._outstanding = outstanding
+        self._limits = limits
         self.picked: dict[uuid.UUID, Picked] = {}
         self.newest_tag: float | None = None
 

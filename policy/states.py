@@ -1,10 +1,13 @@
-"""States of jobs and images, outcomes of attempts. What each means stands beside its value."""
+"""List states of jobs and images, and outcomes of attempts; each with its meaning beside it."""
 
 from enum import StrEnum
 
 
 class JobState(StrEnum):
-    """queued -> running -> storing -> succeeded; running -> queued and storing -> queued when work has to be done again."""
+    """The states of a job: queued -> running -> storing -> succeeded, or another final state.
+
+    Also running -> queued and storing -> queued, when work has to be done again.
+    """
 
     QUEUED = "queued"  # accepted; waits, announced or not
     RUNNING = "running"  # a worker holds the lease
@@ -16,8 +19,15 @@ class JobState(StrEnum):
     EXPIRED = "expired"  # nothing started before start_by
 
 
-FINAL_STATES = (JobState.SUCCEEDED, JobState.FAILED, JobState.REJECTED, JobState.CANCELED, JobState.EXPIRED)
-TAKEN_BACK = (JobState.CANCELED, JobState.REJECTED)  # by what its tenant did or asked for: work that came to nothing is the tenant's
+FINAL_STATES = (
+    JobState.SUCCEEDED,
+    JobState.FAILED,
+    JobState.REJECTED,
+    JobState.CANCELED,
+    JobState.EXPIRED,
+)
+# Ended by what the tenant did or asked for: work on images that are not stored is the tenant's.
+TAKEN_BACK = (JobState.CANCELED, JobState.REJECTED)
 ACTIVE_STATES = (JobState.QUEUED, JobState.RUNNING, JobState.STORING)
 
 
@@ -28,7 +38,7 @@ class ImageState(StrEnum):
 
 
 class Outcome(StrEnum):
-    """How an attempt ended."""
+    """The end of an attempt."""
 
     RUNNING = "running"  # it has not
     RENDERED = "rendered"  # every image it was to render is handed off
@@ -41,7 +51,7 @@ class Outcome(StrEnum):
 
 
 class DeliveryState(StrEnum):
-    """How a webhook delivery stands."""
+    """The state of a webhook delivery."""
 
     PENDING = "pending"  # due now or later
     DELIVERED = "delivered"  # the receiver answered 2xx

@@ -1,7 +1,7 @@
-"""How much denoising an image takes: the steps it really makes, and the rows of each step's forward.
+"""Count how much denoising an image takes: the steps it really makes, and the rows of each forward.
 
 The engine's families decide both; this says beforehand what they will do, for prediction, quotas
-and progress. tests/engine/test_steps.py holds the two together.
+and progress. tests/engine/test_steps.py compares the two.
 """
 
 from dataclasses import dataclass
@@ -10,20 +10,23 @@ from typing import Protocol
 from policy.fleet import OPEN_FAMILIES, Family, Fleet, Model
 from policy.params import Resolved
 
-# As the pipelines of flow matching do; those of noise prediction round down.
+# Pipelines of flow matching round steps up; those of noise prediction round down.
 ROUND_UP_FAMILIES: tuple[Family, ...] = ("sd3", "flux")
 
 
 @dataclass(frozen=True)
 class Denoising:
-    """What one image takes.  steps: denoise steps.  rows: of each step's forward."""
+    """The denoising of one image.  steps: denoise steps.  rows: of each step's forward."""
 
     steps: int
     rows: int
 
 
 class AcceptedJob(Protocol):
-    """A job's row, as far as its steps go. steps_per_image: None of one accepted before they were noted."""
+    """The columns of a job that count its steps.
+
+    steps_per_image: None in a job that was accepted before the column existed.
+    """
 
     @property
     def num_steps(self) -> int: ...
@@ -33,12 +36,15 @@ class AcceptedJob(Protocol):
 
 
 def image_steps(job: AcceptedJob) -> int:
-    """Give the denoise steps that each image of an accepted job makes, as the job was counted."""
+    """Return the denoise steps that each image of an accepted job makes, as the job was counted."""
     return job.num_steps if job.steps_per_image is None else job.steps_per_image
 
 
 def denoising_of(fleet: Fleet, job: Resolved) -> Denoising:
-    """Tell what each image of the job takes; of a model that the catalogue no longer has, as `sd`."""
+    """Count the denoising of each image of the job.
+
+    A model that the catalogue no longer has counts as one of family `sd`.
+    """
     model = fleet.model_or_retired(job.model)
     return Denoising(
         steps=steps_made(model.family, num_steps=job.num_steps, strength=job.strength),
@@ -47,7 +53,7 @@ def denoising_of(fleet: Fleet, job: Resolved) -> Denoising:
 
 
 def steps_made(family: str, *, num_steps: int, strength: float | None) -> int:
-    """Count the denoise steps of an image: those that the picture it starts from makes needless are skipped.
+    """Count the denoise steps of an image, without those that a picture to start from spares.
 
     strength: how far from that picture it starts, above 0 and at most 1; None without one. Of the
     open families it is the most likely number: the engine tells the true one when the image begins.

@@ -1,10 +1,17 @@
-"""What text of people's own may be kept beside a job: whatever people write, and nothing that steers the machine that shows it."""
+"""Decide which text a tenant may keep beside a job.
+
+Whatever people write, but nothing that controls the terminal or program that shows it.
+"""
 
 import re
 
-_NOT_HUMAN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # control characters, and halves of a pair
+# Control characters and lone surrogates.
+_NOT_HUMAN = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def is_human(text: str) -> bool:
-    """Is there no control character and no lone surrogate in it? Every script, every space, joiners and marks are welcome."""
+    """Tell whether the text has no control character and no lone surrogate.
+
+    Every script, every space, joiners and marks are accepted.
+    """
     return _NOT_HUMAN.search(text) is None

@@ -1,4 +1,4 @@
-"""What tenants can hear of, and when to try again to tell them."""
+"""List the events that tenants can subscribe to, and decide when a delivery is tried again."""
 
 from policy.states import FINAL_STATES, JobState
 
@@ -14,16 +14,27 @@ TEST_EVENT = "webhook.test"
 MAX_ENDPOINTS = 20  # of one tenant
 SECRET_GRACE_S = 86_400.0  # how long the secret before the newest still signs
 
-BACK_OFF_S = (5.0, 30.0, 120.0, 600.0, 1800.0, 7200.0, 21_600.0)  # after the first attempt, the second, …; then the last again
+BACK_OFF_S = (
+    5.0,
+    30.0,
+    120.0,
+    600.0,
+    1800.0,
+    7200.0,
+    21_600.0,
+)  # after the first attempt, the second, …; then the last again
 GIVE_UP_AFTER_S = 3 * 86_400.0
 MAX_RETRY_AFTER_S = 3600.0  # of what a receiver asks for
-SLOW_AFTER_S = 3.0  # an attempt that takes longer makes its endpoint a slow one, until one is quicker
+SLOW_AFTER_S = (
+    3.0  # an attempt that takes longer makes its endpoint a slow one, until one is quicker
+)
 
 
 def next_try_s(attempts: int, *, draw: float, retry_after_s: float | None) -> float:
-    """Seconds until the attempt after `attempts` failed ones: from half of the step to all of it, so that what failed together spreads.
+    """Return the seconds until the attempt after `attempts` failed ones.
 
-    draw: in [0, 1).  retry_after_s: what the receiver's Retry-After says; within bounds it is granted.
+    From half of the step to all of it, so that deliveries that failed together spread out. draw: in
+    [0, 1).  retry_after_s: what the receiver's Retry-After says, which is granted within bounds.
     """
     step_s = BACK_OFF_S[min(attempts, len(BACK_OFF_S)) - 1]
     return max(step_s * (0.5 + 0.5 * draw), min(retry_after_s or 0.0, MAX_RETRY_AFTER_S))

@@ -1,4 +1,4 @@
-"""Every table of the first release, in one step.
+"""Create every table of the first release, in one step.
 
 It has the number of the last of the twelve migrations that it stands for, and makes what they made:
 a database that was migrated by those is at this revision already.

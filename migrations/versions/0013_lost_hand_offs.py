@@ -1,6 +1,7 @@
-"""How often each image's pixels were lost before they were stored, so that a job which cannot be stored has an end.
+"""Count how often each image's pixels were lost before they were stored.
 
-Works beside the code of before: the column has a default.
+So a job that cannot be stored has an end. Works beside the previous version: the column has a
+default.
 """
 
 import sqlalchemy as sa

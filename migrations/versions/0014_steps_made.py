@@ -1,7 +1,8 @@
-"""Jobs say how many denoise steps each of their images makes, which quotas count: a picture to start from spares some.
+"""Note on jobs how many denoise steps each of their images makes; quotas count these.
 
-Works beside the code of before: the column may be empty, and then an image makes, and its job counts, all the steps that were asked for.
-So it stays with jobs that were accepted before, whose entries in the ledger are of all their steps.
+A picture to start from spares some steps. Works beside the previous version: the column may be
+empty, and then an image makes, and its job counts, all the steps that were asked for. It stays
+empty for jobs that were accepted before, whose entries in the ledger count all their steps.
 """
 
 import sqlalchemy as sa

@@ -1,6 +1,6 @@
-"""Jobs say how many layers of the CLIP text encoder are left out at its end.
+"""Note on jobs how many layers of the CLIP text encoder are left out at its end.
 
-Works beside the code of the migrations before it: the column may be empty.
+Works beside the previous version: the column may be empty.
 """
 
 import sqlalchemy as sa

@@ -1,12 +1,14 @@
-"""The tables. What must always hold is a constraint or a partial index here, not a habit elsewhere.
+"""Define the tables.
+
+What must always hold is a constraint or a partial index here, not a habit elsewhere.
 
 tenants ─┬─ api_keys, usage_ledger, idempotency_keys
-         ├─ jobs ─┬─ images ── artifacts          files (pictures they start from)
-         │        └─ attempts                     uploads (objects that no artifact or file names yet)
+         ├─ jobs ─┬─ images ── artifacts          files (pictures that jobs start from)
+         │        └─ attempts                     uploads (objects not yet named, or given up)
          ├─ webhook_endpoints ─┬─ webhook_secrets
          │                     └─ webhook_deliveries ── webhook_attempts
          └─ flows ── fair_clocks                  learnt_costs, learnt_etas (what jobs took)
-audit_events ── audit_chains (heads)              workers (who is alive)
+audit_events ── audit_chains (heads)              workers (live ones)
              ── audit_checkpoints (of pruned months)  job_labels (jobs by metadata)
 """
 

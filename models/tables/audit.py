@@ -1,4 +1,4 @@
-"""The audit log and the heads of its chains."""
+"""Define the audit log and the heads of its chains."""
 
 import uuid
 from datetime import datetime
@@ -12,7 +12,10 @@ from models.tables.base import NOW, Base
 
 
 class AuditEvent(Base):
-    """An appended fact. `seq`, `prev_hash` and `hash` are the trigger's; whatever an application writes there is overwritten."""
+    """An appended fact.
+
+    A trigger sets `seq`, `prev_hash` and `hash`; values that an application gives are overwritten.
+    """
 
     __tablename__ = "audit_events"
 
@@ -37,7 +40,10 @@ class AuditEvent(Base):
 
 
 class AuditCheckpoint(Base):
-    """An event that went with its month and that a later one links to. Written where months are pruned, by the owner alone."""
+    """An event that was pruned with its month and that a later one links to.
+
+    Written where months are pruned, by the owner alone.
+    """
 
     __tablename__ = "audit_checkpoints"
 
@@ -47,7 +53,7 @@ class AuditCheckpoint(Base):
 
 
 class AuditChain(Base):
-    """The head of a chain: what the next event links to. Only the trigger writes it."""
+    """The head of a chain, which the next event links to. Only the trigger writes it."""
 
     __tablename__ = "audit_chains"
 

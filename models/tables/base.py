@@ -1,4 +1,4 @@
-"""What every table shares: the registry, how Python types are stored, the database's clock."""
+"""Share what every table needs: the registry, types of columns, the database's clock."""
 
 from collections.abc import Iterable
 from datetime import date, datetime
@@ -28,5 +28,5 @@ class Base(DeclarativeBase):
 
 
 def listed(values: Iterable[StrEnum]) -> str:
-    """The values of an enumeration, or some of them, as SQL's `IN` takes them."""
+    """Write values of an enumeration as SQL's `IN` takes them."""
     return "(" + ", ".join(f"'{value.value}'" for value in values) + ")"

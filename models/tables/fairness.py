@@ -1,4 +1,4 @@
-"""Fair order, and what jobs were seen to take."""
+"""Define the tables of fair order, and of what was learnt of jobs."""
 
 import uuid
 from datetime import datetime
@@ -10,9 +10,9 @@ from models.tables.base import Base
 
 
 class Flow(Base):
-    """A tenant's stream of jobs in one (pool, tier): its place in fair order, and what it has waiting.
+    """A tenant's stream of jobs in one (pool, tier), with its tag in fair order and its backlog.
 
-    The three sums are kept by a trigger on `jobs`, so that nobody has to count a backlog.
+    A trigger on `jobs` keeps the three sums, so that a backlog is never counted.
     """
 
     __tablename__ = "flows"
@@ -20,10 +20,13 @@ class Flow(Base):
     pool: Mapped[str] = mapped_column(primary_key=True)
     tier: Mapped[str] = mapped_column(primary_key=True)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
-    finish_tag: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its newest job, in virtual seconds
-    queued_jobs: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # announced or not
+    # The finish tag of its newest job, in virtual seconds.
+    finish_tag: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # Jobs that are announced or not.
+    queued_jobs: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     queued_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
-    queued_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # device seconds, predicted
+    # Device seconds, predicted.
+    queued_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
 
 
 class FairClock(Base):
@@ -37,7 +40,7 @@ class FairClock(Base):
 
 
 class LearntCost(Base):
-    """What images of one model and size take, learnt from those that were rendered."""
+    """The device seconds of one model and size, learnt from images that were rendered."""
 
     __tablename__ = "learnt_costs"
 
@@ -51,7 +54,10 @@ class LearntCost(Base):
 
 
 class LearntEta(Base):
-    """How far first guesses of a job's end are off in one (pool, tier): quantiles of actual / guessed."""
+    """The error of first estimates of a job's end in one (pool, tier).
+
+    As quantiles of actual / guessed.
+    """
 
     __tablename__ = "learnt_etas"
 

@@ -1,4 +1,4 @@
-"""Pictures that tenants brought, and objects on their way into the store."""
+"""Define the tables of pictures that tenants upload, and of objects on their way to the store."""
 
 import uuid
 from datetime import datetime
@@ -11,7 +11,10 @@ from models.tables.base import NOW, Base
 
 
 class File(Base):
-    """A picture a tenant brought, as we encoded it again: PNG, 8 bits, sRGB, upright, without metadata."""
+    """A picture of a tenant, encoded again by the gateway.
+
+    PNG, 8 bits, sRGB, upright, without metadata.
+    """
 
     __tablename__ = "files"
 
@@ -28,14 +31,23 @@ class File(Base):
 
     __table_args__ = (
         # The same picture twice is one file.
-        Index("files_live", "tenant_id", "content_sha256", unique=True, postgresql_where=text("erased_at IS NULL")),
+        Index(
+            "files_live",
+            "tenant_id",
+            "content_sha256",
+            unique=True,
+            postgresql_where=text("erased_at IS NULL"),
+        ),
         Index("files_by_key", "object_key"),
         Index("files_by_tenant", "tenant_id", "id", postgresql_where=text("erased_at IS NULL")),
     )
 
 
 class StoredFiles(Base):
-    """How much a tenant has stored, counted by a trigger on `files` in the transaction that changes it."""
+    """The number of a tenant's files, and their bytes.
+
+    Counted by a trigger on `files` in the transaction that changes it.
+    """
 
     __tablename__ = "stored_files"
 
@@ -45,7 +57,10 @@ class StoredFiles(Base):
 
 
 class Upload(Base):
-    """An object that is being stored: written before the upload, gone with the commit that names its artifact."""
+    """An object that is being stored, or was given up.
+
+    Written before the upload, deleted in the transaction that names the object's artifact or file.
+    """
 
     __tablename__ = "uploads"
 

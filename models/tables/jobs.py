@@ -1,4 +1,4 @@
-"""Jobs, their images, the attempts at them, and what is stored of them."""
+"""Define the tables of jobs, their images, the attempts at them, and stored artifacts."""
 
 import uuid
 from datetime import date, datetime
@@ -14,19 +14,24 @@ from models.tables.base import NOW, Base, Megapixels, listed
 from models.tables.tenants import Tenant
 from policy.states import FINAL_STATES, ImageState, JobState
 
-_FLOW = ("pool", "tier", "tenant_id")
+_IN_ORDER = ("release_tag", "id")  # fair order
+_LINE = ("pool", "tier", *_IN_ORDER)
+_LINE_OF_TENANT = ("pool", "tier", "tenant_id", *_IN_ORDER)
 _IS_WAITING = "state = 'queued' AND announced_at IS NULL AND NOT lacks_inputs"
+_LACKS_INPUTS = "state = 'queued' AND lacks_inputs"
 
 
 class Job(Base):
-    """One wish of a tenant, complete enough to be replayed, with one final state."""
+    """A request of a tenant, complete enough to be replayed, with one final state."""
 
     __tablename__ = "jobs"
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
     api_key_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("api_keys.id"))
-    state: Mapped[str] = mapped_column(server_default=JobState.QUEUED.value, default=JobState.QUEUED.value)
+    state: Mapped[str] = mapped_column(
+        server_default=JobState.QUEUED.value, default=JobState.QUEUED.value
+    )
 
     pool: Mapped[str]
     tier: Mapped[str]
@@ -53,16 +58,23 @@ class Job(Base):
     determinism: Mapped[str]
     bucket_rows: Mapped[int | None]
 
-    release_tag: Mapped[float] = mapped_column(server_default=text("extract(epoch from clock_timestamp())::double precision"))
-    predicted_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # device seconds, as expected at accept
-    eta_raw_s: Mapped[float | None]  # until its end, as expected at accept, before it is corrected by what was learnt
+    release_tag: Mapped[float] = mapped_column(
+        server_default=text("extract(epoch from clock_timestamp())::double precision")
+    )
+    # Device seconds, as expected at accept.
+    predicted_s: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
+    # Seconds until its end, as estimated at accept, before the learnt correction.
+    eta_raw_s: Mapped[float | None]
     accepted_at: Mapped[datetime] = mapped_column(server_default=NOW)
     announced_at: Mapped[datetime | None]
-    is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # announced ahead of its tier's queue
-    lacks_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # the pictures it starts from are to be brought
+    # Announced ahead of its tier's queue.
+    is_front: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
+    # The pictures it starts from are to be brought.
+    lacks_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
     inputs_asked_at: Mapped[datetime | None]  # of whoever brings them, the last time
     start_by: Mapped[datetime]
-    run_within_s: Mapped[float | None]  # from its first start to its last pixels; anew when these are lost before they are stored
+    # From its first start to its last pixels; anew when these are lost before they are stored.
+    run_within_s: Mapped[float | None]
     run_by: Mapped[datetime | None]
     started_at: Mapped[datetime | None]
     rendered_at: Mapped[datetime | None]
@@ -70,67 +82,139 @@ class Job(Base):
     finished_at: Mapped[datetime | None]
 
     attempt: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # the fence
-    counted_attempts: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # lease losses and errors
+    # Lease losses and errors.
+    counted_attempts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     worker: Mapped[str | None]
     lease_expires_at: Mapped[datetime | None]
 
     failure_code: Mapped[str | None]
     failure_detail: Mapped[str | None]
-    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))  # what of its texts had no effect
-    requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the dead letter that this job is another try at
-    replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # the job whose parameters these are
+    # Parts of its texts that had no effect.
+    warnings: Mapped[list[dict[str, Any]] | None] = mapped_column(JSONB(none_as_null=True))
+    # The failed job that this one repeats.
+    requeue_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
+    # The job whose parameters these are.
+    replay_of: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))
     # The tenant's own; `metadata` is SQLAlchemy's word.
-    tenant_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata", JSONB(none_as_null=True))
-    erased_at: Mapped[datetime | None]  # prompt, metadata and images are gone; what the audit log says stays
-    megapixel_steps: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # what quotas count
-    steps_per_image: Mapped[int | None]  # denoise steps that each makes, and quotas count; None: all of `num_steps`
+    tenant_metadata: Mapped[dict[str, Any] | None] = mapped_column(
+        "metadata", JSONB(none_as_null=True)
+    )
+    # Prompt, metadata and images are gone; what the audit log says stays.
+    erased_at: Mapped[datetime | None]
+    # What quotas count.
+    megapixel_steps: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )
+    # Denoise steps that each makes, and quotas count; None: all of `num_steps`.
+    steps_per_image: Mapped[int | None]
     usage_day: Mapped[date | None]  # the day of the ledger they are booked on
-    device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)  # of its stored images
+    # Of its stored images.
+    device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     cost: Mapped[Decimal | None]
     currency: Mapped[str]
 
-    images: Mapped[list["Image"]] = relationship(order_by="Image.index", lazy="raise", back_populates="job")
+    images: Mapped[list["Image"]] = relationship(
+        order_by="Image.index", lazy="raise", back_populates="job"
+    )
     attempts: Mapped[list["Attempt"]] = relationship(order_by="Attempt.attempt", lazy="raise")
     tenant: Mapped[Tenant] = relationship(lazy="raise")
 
     __table_args__ = (
         CheckConstraint(f"state IN {listed(JobState)}", name="jobs_state_is_known"),
-        CheckConstraint("(state = 'running') = (lease_expires_at IS NOT NULL)", name="jobs_lease_while_running"),
-        CheckConstraint("(state = 'storing') = (store_by IS NOT NULL)", name="jobs_store_by_while_storing"),
-        CheckConstraint(f"(state IN {listed(FINAL_STATES)}) = (finished_at IS NOT NULL)", name="jobs_finished_once_final"),
-        CheckConstraint("(failure_code IS NULL) = (state NOT IN ('failed', 'rejected'))", name="jobs_failure_has_code"),
-        CheckConstraint("(determinism = 'reproducible') = (bucket_rows IS NOT NULL)", name="jobs_bucket_when_reproducible"),
-        CheckConstraint("num_images >= 1 AND num_steps >= 1 AND seed >= 0", name="jobs_counts_are_positive"),
+        CheckConstraint(
+            "(state = 'running') = (lease_expires_at IS NOT NULL)", name="jobs_lease_while_running"
+        ),
+        CheckConstraint(
+            "(state = 'storing') = (store_by IS NOT NULL)", name="jobs_store_by_while_storing"
+        ),
+        CheckConstraint(
+            f"(state IN {listed(FINAL_STATES)}) = (finished_at IS NOT NULL)",
+            name="jobs_finished_once_final",
+        ),
+        CheckConstraint(
+            "(failure_code IS NULL) = (state NOT IN ('failed', 'rejected'))",
+            name="jobs_failure_has_code",
+        ),
+        CheckConstraint(
+            "(determinism = 'reproducible') = (bucket_rows IS NOT NULL)",
+            name="jobs_bucket_when_reproducible",
+        ),
+        CheckConstraint(
+            "num_images >= 1 AND num_steps >= 1 AND seed >= 0", name="jobs_counts_are_positive"
+        ),
         CheckConstraint("width_px >= 1 AND height_px >= 1", name="jobs_sides_are_positive"),
-        Index("jobs_ready", "pool", "tier", "release_tag", "id", postgresql_where=text(_IS_WAITING)),
-        Index("jobs_announced", "pool", "tier", "announced_at", postgresql_where=text("state = 'queued' AND announced_at IS NOT NULL")),
-        # Not by lease_expires_at: a renewal then touches no index at all, and the rows of what runs are few.
+        Index("jobs_ready", *_LINE, postgresql_where=text(_IS_WAITING)),
+        Index(
+            "jobs_announced",
+            "pool",
+            "tier",
+            "announced_at",
+            postgresql_where=text("state = 'queued' AND announced_at IS NOT NULL"),
+        ),
+        # Not by lease_expires_at: so a renewal touches no index, and running jobs are few.
         Index("jobs_running", "pool", "tier", postgresql_where=text("state = 'running'")),
         Index("jobs_storing", "store_by", postgresql_where=text("state = 'storing'")),
-        Index("jobs_start_by", "start_by", postgresql_where=text("state = 'queued' AND attempt = 0")),
-        Index("jobs_run_by", "run_by", postgresql_where=text("state = 'queued' AND run_by IS NOT NULL")),
-        Index("jobs_ready_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text(_IS_WAITING)),
-        Index("jobs_lacking_inputs", "pool", "tier", "release_tag", "id", postgresql_where=text("state = 'queued' AND lacks_inputs")),
-        Index("jobs_lacking_inputs_by_tenant", *_FLOW, "release_tag", "id", postgresql_where=text("state = 'queued' AND lacks_inputs")),
-        Index("jobs_inputs_asked", "pool", "tier", postgresql_where=text("state = 'queued' AND inputs_asked_at IS NOT NULL")),
-        Index("jobs_oldest", "pool", "tier", "accepted_at", postgresql_where=text("state = 'queued'")),
+        Index(
+            "jobs_start_by", "start_by", postgresql_where=text("state = 'queued' AND attempt = 0")
+        ),
+        Index(
+            "jobs_run_by",
+            "run_by",
+            postgresql_where=text("state = 'queued' AND run_by IS NOT NULL"),
+        ),
+        Index("jobs_ready_by_tenant", *_LINE_OF_TENANT, postgresql_where=text(_IS_WAITING)),
+        Index("jobs_lacking_inputs", *_LINE, postgresql_where=text(_LACKS_INPUTS)),
+        Index(
+            "jobs_lacking_inputs_by_tenant",
+            *_LINE_OF_TENANT,
+            postgresql_where=text(_LACKS_INPUTS),
+        ),
+        Index(
+            "jobs_inputs_asked",
+            "pool",
+            "tier",
+            postgresql_where=text("state = 'queued' AND inputs_asked_at IS NOT NULL"),
+        ),
+        Index(
+            "jobs_oldest", "pool", "tier", "accepted_at", postgresql_where=text("state = 'queued'")
+        ),
         Index("jobs_succeeded", "finished_at", postgresql_where=text("state = 'succeeded'")),
         Index("jobs_dead", "finished_at", postgresql_where=text("state = 'failed'")),
-        Index("jobs_requeued", "requeue_of", unique=True, postgresql_where=text("requeue_of IS NOT NULL")),
-        CheckConstraint("mask_file_id IS NULL OR init_file_id IS NOT NULL", name="jobs_mask_needs_init"),
-        CheckConstraint("(init_file_id IS NULL) = (strength IS NULL)", name="jobs_strength_with_init"),
+        Index(
+            "jobs_requeued",
+            "requeue_of",
+            unique=True,
+            postgresql_where=text("requeue_of IS NOT NULL"),
+        ),
+        CheckConstraint(
+            "mask_file_id IS NULL OR init_file_id IS NOT NULL", name="jobs_mask_needs_init"
+        ),
+        CheckConstraint(
+            "(init_file_id IS NULL) = (strength IS NULL)", name="jobs_strength_with_init"
+        ),
         Index("jobs_by_tenant", "tenant_id", "id"),
         Index("jobs_by_tenant_state", "tenant_id", "state", "id"),
-        # For whoever removes a job or a file: what names it is found.
+        # To find the jobs that name a job or a file, where that is removed.
         Index("jobs_replayed", "replay_of", postgresql_where=text("replay_of IS NOT NULL")),
-        Index("jobs_by_init_file", "init_file_id", postgresql_where=text("init_file_id IS NOT NULL")),
-        Index("jobs_by_mask_file", "mask_file_id", postgresql_where=text("mask_file_id IS NOT NULL")),
-        Index("jobs_by_control_file", "control_file_id", postgresql_where=text("control_file_id IS NOT NULL")),
+        Index(
+            "jobs_by_init_file", "init_file_id", postgresql_where=text("init_file_id IS NOT NULL")
+        ),
+        Index(
+            "jobs_by_mask_file", "mask_file_id", postgresql_where=text("mask_file_id IS NOT NULL")
+        ),
+        Index(
+            "jobs_by_control_file",
+            "control_file_id",
+            postgresql_where=text("control_file_id IS NOT NULL"),
+        ),
     )
 
 
 class JobLabel(Base):
-    """A job in the list of those that have one entry of metadata in common; triggers on `jobs` keep it. label: a digest of the entry."""
+    """A job in the list of those that share one entry of metadata; triggers on `jobs` keep it.
+
+    label: a digest of the entry.
+    """
 
     __tablename__ = "job_labels"
 
@@ -147,12 +231,16 @@ class Image(Base):
     job_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
     index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     seed: Mapped[int] = mapped_column(BigInteger)
-    state: Mapped[str] = mapped_column(server_default=ImageState.PENDING.value, default=ImageState.PENDING.value)
+    state: Mapped[str] = mapped_column(
+        server_default=ImageState.PENDING.value, default=ImageState.PENDING.value
+    )
     handed_off_attempt: Mapped[int | None]
     handed_off_at: Mapped[datetime | None]
     snapshot_ref: Mapped[str | None]
-    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of it there is something to show for: pixels, a snapshot
-    reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # as last noted, whatever is left of it
+    # Steps that something is left of: pixels or a snapshot.
+    steps_done: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # The last step that was noted, whether anything is left of it or not.
+    reached_step: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     # How often its pixels were lost before they were stored.
     hand_offs_lost: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     device_seconds: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
@@ -163,14 +251,21 @@ class Image(Base):
 
     __table_args__ = (
         CheckConstraint(f"state IN {listed(ImageState)}", name="images_state_is_known"),
-        CheckConstraint("(state = 'stored') = (artifact_id IS NOT NULL)", name="images_stored_have_artifact"),
-        CheckConstraint("(state = 'pending') = (handed_off_attempt IS NULL)", name="images_handed_off_by_attempt"),
-        Index("images_by_artifact", "artifact_id", postgresql_where=text("artifact_id IS NOT NULL")),
+        CheckConstraint(
+            "(state = 'stored') = (artifact_id IS NOT NULL)", name="images_stored_have_artifact"
+        ),
+        CheckConstraint(
+            "(state = 'pending') = (handed_off_attempt IS NULL)",
+            name="images_handed_off_by_attempt",
+        ),
+        Index(
+            "images_by_artifact", "artifact_id", postgresql_where=text("artifact_id IS NOT NULL")
+        ),
     )
 
 
 class Attempt(Base):
-    """One try at a job: who, on what, how many steps in what company, how it ended."""
+    """One try at a job: its worker, its steps and those shared with other jobs, its outcome."""
 
     __tablename__ = "attempts"
 
@@ -181,16 +276,23 @@ class Attempt(Base):
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     ended_at: Mapped[datetime | None]
     outcome: Mapped[str]
-    waste_class: Mapped[str | None]  # why its device time bought no image: lease_lost, canceled, error
+    # Why its device time bought no image: lease_lost, canceled, error.
+    waste_class: Mapped[str | None]
     error: Mapped[str | None]
-    resumed_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of its images, that a snapshot spared it
-    lost_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of its images, done before and to be done again
+    # Of its images, that a snapshot spared it.
+    resumed_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of its images, done before and to be done again.
+    lost_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     lost_cause: Mapped[str | None]  # outcome of the attempt that had done them
-    snapshot_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"), default=0)  # left for the next attempt
+    # Left for the next attempt.
+    snapshot_bytes: Mapped[int] = mapped_column(BigInteger, server_default=text("0"), default=0)
     snapshot_store: Mapped[str | None]  # where they lie
-    steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # denoise steps of its images, added up
-    shared_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of those, with another job's image in the forward
-    max_rows: Mapped[int] = mapped_column(server_default=text("0"), default=0)  # of the denoiser's largest forward, padding not counted
+    # Denoise steps of its images, added up.
+    steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of those, with another job's image in the forward.
+    shared_steps: Mapped[int] = mapped_column(server_default=text("0"), default=0)
+    # Of the denoiser's largest forward, padding not counted.
+    max_rows: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     max_images: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     mean_rows: Mapped[float] = mapped_column(server_default=text("0"), default=0.0)
     bucket_rows: Mapped[int | None]
@@ -203,7 +305,10 @@ class Attempt(Base):
 
 
 class Artifact(Base):
-    """A stored, content-addressed image. Two digests: the pixels as decoded, and the bytes as stored."""
+    """A stored, content-addressed image.
+
+    Two digests: of the pixels as decoded, and of the bytes as stored.
+    """
 
     __tablename__ = "artifacts"
 

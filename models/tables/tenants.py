@@ -1,4 +1,4 @@
-"""Tenants with their limits, their keys, what they used, and what they asked for under a key of their own."""
+"""Define the tables of tenants with their limits, keys, usage and idempotency keys."""
 
 import uuid
 from datetime import date, datetime
@@ -14,13 +14,14 @@ from policy.limits import DEFAULT_SCOPES, SCOPES
 
 
 class Tenant(Base):
-    """Who pays, and whose ids nobody else can see."""
+    """A customer; nobody else can see its ids."""
 
     __tablename__ = "tenants"
 
     id: Mapped[uuid.UUID] = mapped_column(primary_key=True, default=new_id)
     name: Mapped[str] = mapped_column(unique=True)
-    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)  # its share of a tier, against the others'
+    # Its share of a tier, against the others'.
+    weight: Mapped[float] = mapped_column(server_default=text("1"), default=1.0)
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
 
     # Its limits, field by field of policy.limits.Limits; None = no limit.
@@ -28,27 +29,40 @@ class Tenant(Base):
     megapixel_steps_per_minute: Mapped[float | None]  # at which its budget fills again
     burst_megapixel_steps: Mapped[float | None]  # what its budget holds at most
     max_concurrent_jobs: Mapped[int | None]  # that are not in a final state
-    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)  # by UTC days and months
+    # By UTC days and months.
+    daily_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     monthly_megapixel_steps: Mapped[Decimal | None] = mapped_column(Megapixels)
     allowed_tiers: Mapped[list[str] | None]
     allowed_models: Mapped[list[str] | None]
-    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)  # of pictures that it brought and did not erase
-    url_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # may the gateway fetch pictures for it?
+    # Of pictures that it brought and did not erase.
+    max_stored_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    # May the gateway fetch pictures for it?
+    url_inputs: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
 
     __table_args__ = (
         CheckConstraint("weight > 0", name="tenants_weight_is_positive"),
-        CheckConstraint("(megapixel_steps_per_minute IS NULL) = (burst_megapixel_steps IS NULL)", name="tenants_budget_has_rate_and_burst"),
         CheckConstraint(
-            "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps, max_concurrent_jobs) > 0",
+            "(megapixel_steps_per_minute IS NULL) = (burst_megapixel_steps IS NULL)",
+            name="tenants_budget_has_rate_and_burst",
+        ),
+        CheckConstraint(
+            "least(requests_per_minute, megapixel_steps_per_minute, burst_megapixel_steps,"
+            " max_concurrent_jobs) > 0",
             name="tenants_limits_are_positive",
         ),
-        CheckConstraint("least(daily_megapixel_steps, monthly_megapixel_steps) >= 0", name="tenants_quotas_are_not_negative"),
+        CheckConstraint(
+            "least(daily_megapixel_steps, monthly_megapixel_steps) >= 0",
+            name="tenants_quotas_are_not_negative",
+        ),
         CheckConstraint("max_stored_bytes >= 0", name="tenants_max_stored_bytes_is_not_negative"),
     )
 
 
 class ApiKey(Base):
-    """A key as it is stored: its public id and the HMAC of the whole; the key itself is shown once."""
+    """A key as it is stored: its public id and the HMAC of the whole.
+
+    The key itself is shown once.
+    """
 
     __tablename__ = "api_keys"
 
@@ -84,16 +98,26 @@ class UsageDay(Base):
 
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"), primary_key=True)
     day: Mapped[date] = mapped_column(primary_key=True)
-    reserved: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))  # megapixel-steps
-    settled: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
-    abandoned: Mapped[Decimal] = mapped_column(Megapixels, server_default=text("0"), default=Decimal(0))
+    # Megapixel-steps.
+    reserved: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )
+    settled: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )
+    abandoned: Mapped[Decimal] = mapped_column(
+        Megapixels, server_default=text("0"), default=Decimal(0)
+    )
     jobs_accepted: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     jobs_succeeded: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     cost: Mapped[Decimal] = mapped_column(server_default=text("0"), default=Decimal(0))  # money
 
 
 class IdempotencyKey(Base):
-    """What a request under a key of the tenant's came to, so that asking again is harmless. Kept for a day."""
+    """The answer to a request under an idempotency key of the tenant. Kept for a day.
+
+    So repeating the request is harmless.
+    """
 
     __tablename__ = "idempotency_keys"
 

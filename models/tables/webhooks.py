@@ -1,4 +1,4 @@
-"""Where tenants want to hear of their jobs, and every attempt to tell them."""
+"""Define the tables of webhook endpoints, deliveries, and the attempts at these."""
 
 import uuid
 from datetime import datetime
@@ -23,20 +23,28 @@ class WebhookEndpoint(Base):
     events: Mapped[list[str]]  # the types it wants
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
     disabled_at: Mapped[datetime | None]
-    disabled_reason: Mapped[str | None]  # gone (its receiver answered 410), or the tenant's own wish
+    # Gone (its receiver answered 410), or the tenant's own wish.
+    disabled_reason: Mapped[str | None]
     deleted_at: Mapped[datetime | None]
-    is_slow: Mapped[bool] = mapped_column(server_default=text("false"), default=False)  # its last attempt took long
+    # Its last attempt took long.
+    is_slow: Mapped[bool] = mapped_column(server_default=text("false"), default=False)
 
-    secrets: Mapped[list["WebhookSecret"]] = relationship(order_by="WebhookSecret.created_at", lazy="raise")
+    secrets: Mapped[list["WebhookSecret"]] = relationship(
+        order_by="WebhookSecret.created_at", lazy="raise"
+    )
 
     __table_args__ = (
-        Index("webhook_endpoints_live", "tenant_id", postgresql_where=text("disabled_at IS NULL AND deleted_at IS NULL")),
+        Index(
+            "webhook_endpoints_live",
+            "tenant_id",
+            postgresql_where=text("disabled_at IS NULL AND deleted_at IS NULL"),
+        ),
         Index("webhook_endpoints_by_tenant", "tenant_id"),
     )
 
 
 class WebhookSecret(Base):
-    """What an endpoint's events are signed with; while two are live both sign."""
+    """A key that an endpoint's events are signed with; while two are live both sign."""
 
     __tablename__ = "webhook_secrets"
 
@@ -59,31 +67,51 @@ class WebhookDelivery(Base):
     tenant_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("tenants.id"))
     event: Mapped[str]
     job_id: Mapped[uuid.UUID | None] = mapped_column(ForeignKey("jobs.id"))  # None: a test event
-    state: Mapped[str] = mapped_column(server_default=DeliveryState.PENDING.value, default=DeliveryState.PENDING.value)
+    state: Mapped[str] = mapped_column(
+        server_default=DeliveryState.PENDING.value, default=DeliveryState.PENDING.value
+    )
     created_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    due_at: Mapped[datetime | None] = mapped_column(server_default=NOW)  # when to try (again); None once it is over
+    # When to try (again); None once it is over.
+    due_at: Mapped[datetime | None] = mapped_column(server_default=NOW)
     claimed_until: Mapped[datetime | None]  # somebody is trying right now
     attempts: Mapped[int] = mapped_column(server_default=text("0"), default=0)
     ended_at: Mapped[datetime | None]
 
     __table_args__ = (
-        CheckConstraint(f"state IN {listed(DeliveryState)}", name="webhook_deliveries_state_is_known"),
-        CheckConstraint("(state = 'pending') = (due_at IS NOT NULL)", name="webhook_deliveries_due_while_pending"),
-        Index("webhook_deliveries_due", "endpoint_id", "due_at", postgresql_where=text("state = 'pending'")),
+        CheckConstraint(
+            f"state IN {listed(DeliveryState)}", name="webhook_deliveries_state_is_known"
+        ),
+        CheckConstraint(
+            "(state = 'pending') = (due_at IS NOT NULL)",
+            name="webhook_deliveries_due_while_pending",
+        ),
+        Index(
+            "webhook_deliveries_due",
+            "endpoint_id",
+            "due_at",
+            postgresql_where=text("state = 'pending'"),
+        ),
         Index("webhook_deliveries_by_job", "job_id", postgresql_where=text("state = 'pending'")),
         Index("webhook_deliveries_by_endpoint", "endpoint_id", "id"),
-        Index("webhook_deliveries_claimed", "endpoint_id", "claimed_until", postgresql_where=text("claimed_until IS NOT NULL")),
+        Index(
+            "webhook_deliveries_claimed",
+            "endpoint_id",
+            "claimed_until",
+            postgresql_where=text("claimed_until IS NOT NULL"),
+        ),
         Index("webhook_deliveries_by_age", "created_at"),
         Index("webhook_deliveries_of_job", "job_id", postgresql_where=text("job_id IS NOT NULL")),
     )
 
 
 class WebhookAttempt(Base):
-    """One try at a delivery: what came back, or why nothing did."""
+    """One try at a delivery, with its answer, or the reason why there is none."""
 
     __tablename__ = "webhook_attempts"
 
-    delivery_id: Mapped[uuid.UUID] = mapped_column(ForeignKey("webhook_deliveries.id", ondelete="CASCADE"), primary_key=True)
+    delivery_id: Mapped[uuid.UUID] = mapped_column(
+        ForeignKey("webhook_deliveries.id", ondelete="CASCADE"), primary_key=True
+    )
     attempt: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
     at: Mapped[datetime] = mapped_column(server_default=NOW)
     status: Mapped[int | None]  # HTTP; None: no answer

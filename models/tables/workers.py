@@ -1,4 +1,4 @@
-"""Who is alive."""
+"""Define the table of live workers."""
 
 from datetime import datetime
 from typing import Any
@@ -20,7 +20,8 @@ class Worker(Base):
     slots: Mapped[int] = mapped_column()
     started_at: Mapped[datetime] = mapped_column(server_default=NOW)
     seen_at: Mapped[datetime] = mapped_column(server_default=NOW)
-    silent_after_s: Mapped[float] = mapped_column(server_default=text("15"), default=15.0)  # without a word: then it counts as gone
+    # Without a word: then it counts as gone.
+    silent_after_s: Mapped[float] = mapped_column(server_default=text("15"), default=15.0)
     facts: Mapped[dict[str, Any]]
 
     __table_args__ = (Index("workers_by_pool", "pool", "seen_at"),)
