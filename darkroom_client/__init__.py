@@ -20,7 +20,17 @@ from darkroom_client.errors import (
     WaitTimeout,
 )
 from darkroom_client.events import Event
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Image, Job, JobWarning, Progress, Queue, Timing
+from darkroom_client.jobs import (
+    FINAL_STATES,
+    Cost,
+    Failure,
+    Image,
+    Job,
+    JobWarning,
+    Progress,
+    Queue,
+    Timing,
+)
 from darkroom_client.retries import Retries
 from darkroom_client.wishes import Wish
 

@@ -48,10 +48,15 @@ def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
     """One for each wish of a batch, in their order."""
 
     def submission(item: dict[str, Any]) -> Submission:
-        job, refusal = item.get("job"), item.get("problem")
-        return Submission(job_id=job["id"] if job else None, problem=_refusal(refusal), members=item)
+        job = item.get("job")
+        refusal = item.get("problem")
+        return Submission(
+            job_id=job["id"] if job else None, problem=_refusal(refusal), members=item
+        )
 
-    return _read(answer, "batch", lambda members: tuple(submission(item) for item in members["data"]))
+    return _read(
+        answer, "batch", lambda members: tuple(submission(item) for item in members["data"])
+    )
 
 
 def read_estimate(answer: httpx.Response) -> Estimate:
@@ -86,7 +91,12 @@ def read_status(answer: httpx.Response) -> Status:
 
 def read_file(answer: httpx.Response) -> File:
     def file(members: dict[str, Any]) -> File:
-        return File(id=members["id"], width_px=members.get("width_px"), height_px=members.get("height_px"), members=members)
+        return File(
+            id=members["id"],
+            width_px=members.get("width_px"),
+            height_px=members.get("height_px"),
+            members=members,
+        )
 
     return _read(answer, "file", file)
 
@@ -106,7 +116,9 @@ def read_location(answer: httpx.Response) -> str:
     if answer.is_redirect:
         return str(answer.headers["Location"])
     read_object(answer)
-    raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} instead of a redirect")
+    raise UnexpectedAnswer(
+        f"{answer.request.url} answered {answer.status_code} instead of a redirect"
+    )
 
 
 def read_object(answer: httpx.Response) -> dict[str, Any]:
@@ -116,15 +128,21 @@ def read_object(answer: httpx.Response) -> dict[str, Any]:
     except ValueError:
         members = None
     if not isinstance(members, dict):
-        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} with something that is no JSON object")
+        raise UnexpectedAnswer(
+            f"{answer.request.url} answered {answer.status_code} with something that is no JSON object"
+        )
     if answer.is_success:
         return members
     if "title" not in members:
-        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} without saying why")
+        raise UnexpectedAnswer(
+            f"{answer.request.url} answered {answer.status_code} without saying why"
+        )
     raise problem_of(members, answer.status_code, retry_after_s=told_s(answer))
 
 
-def problem_of(members: dict[str, Any], status: int, *, retry_after_s: float | None) -> ProblemError:
+def problem_of(
+    members: dict[str, Any], status: int, *, retry_after_s: float | None
+) -> ProblemError:
     """The error that a problem document tells of."""
     errors = members.get("errors") or ()
     return ProblemError(
@@ -133,7 +151,12 @@ def problem_of(members: dict[str, Any], status: int, *, retry_after_s: float | N
         type=str(members.get("type", "about:blank")),
         title=str(members["title"]),
         detail=str(members.get("detail") or ""),
-        errors=tuple(FieldError(str(error.get("pointer", "")), str(error.get("detail", "")), error.get("accepted")) for error in errors),
+        errors=tuple(
+            FieldError(
+                str(error.get("pointer", "")), str(error.get("detail", "")), error.get("accepted")
+            )
+            for error in errors
+        ),
         request_id=members.get("instance"),
         members=members,
     )
@@ -143,7 +166,9 @@ def _refusal(members: dict[str, Any] | None) -> ProblemError | None:
     """A problem that is told within an answer."""
     if members is None:
         return None
-    return problem_of(members, int(members.get("status", 0)), retry_after_s=members.get("retry_after_s"))
+    return problem_of(
+        members, int(members.get("status", 0)), retry_after_s=members.get("retry_after_s")
+    )
 
 
 def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Read]) -> Read:
@@ -151,4 +176,6 @@ def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Re
     try:
         return read(members)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnexpectedAnswer(f"{answer.request.url} answered with something that is no {what} ({error!r})") from error
+        raise UnexpectedAnswer(
+            f"{answer.request.url} answered with something that is no {what} ({error!r})"
+        ) from error

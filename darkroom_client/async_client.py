@@ -34,15 +34,23 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         place = Place.found(url, api_key)
-        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
-        self._gateway = httpx.AsyncClient(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._flows = Flows(place.url, retries)
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._gateway = httpx.AsyncClient(
+            base_url=place.url, headers=place.headers, transport=transport, **place.options
+        )
         self._store = httpx.AsyncClient(transport=transport, **place.options, timeout=2 * timeout_s)
 
-    async def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
+    async def create_job(
+        self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
+    ) -> Job:
         """As `Client.create_job`."""
         return await self._run(self._flows.create_job(prompt, wish, idempotency_key))
 
-    async def create_jobs(self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> tuple[Submission, ...]:
+    async def create_jobs(
+        self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> tuple[Submission, ...]:
         """As `Client.create_jobs`."""
         return await self._run(self._flows.create_jobs(wishes, idempotency_key))
 
@@ -74,7 +82,13 @@ class AsyncClient:
         """As `Client.jobs`."""
         cursor = None
         while True:
-            filters = {"state": state, "since": since, "until": until, "metadata": metadata, "limit": page_size}
+            filters = {
+                "state": state,
+                "since": since,
+                "until": until,
+                "metadata": metadata,
+                "limit": page_size,
+            }
             page = await self._run(self._flows.page(**filters, cursor=cursor))
             for job in page.jobs:
                 yield job
@@ -90,16 +104,22 @@ class AsyncClient:
         """As `Client.delete`."""
         await self._run(self._flows.delete(job_id))
 
-    async def wait(self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None) -> Job:
+    async def wait(
+        self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None
+    ) -> Job:
         """As `Client.wait`."""
         return await self._run(self._flows.wait(job_id, timeout_s, on_progress))
 
-    async def events(self, job_id: str, *, previews: bool = False, after: str | None = None) -> AsyncIterator[Event]:
+    async def events(
+        self, job_id: str, *, previews: bool = False, after: str | None = None
+    ) -> AsyncIterator[Event]:
         """As `Client.events`."""
         following = Following(job_id, previews=previews, after=after, retries=self._retries)
         while True:
             try:
-                async with self._gateway.stream(**following.call().arguments(self._timeout_s)) as answer:
+                async with self._gateway.stream(
+                    **following.call().arguments(self._timeout_s)
+                ) as answer:
                     if is_stream(answer):
                         async for content in answer.aiter_bytes():
                             for event in following.read(content):
@@ -118,7 +138,9 @@ class AsyncClient:
         """As `Client.image`."""
         return await self._run(self._flows.image(job, index))
 
-    async def download(self, job: Job | str, folder: str | Path, names: str = "{job}-{index}") -> tuple[Path, ...]:
+    async def download(
+        self, job: Job | str, folder: str | Path, names: str = "{job}-{index}"
+    ) -> tuple[Path, ...]:
         """As `Client.download`."""
         return await self._run(self._flows.download(job, Path(folder), names))
 
@@ -146,7 +168,12 @@ class AsyncClient:
     async def __aenter__(self) -> "AsyncClient":
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def _run(self, flow: Flow[Answer]) -> Answer:

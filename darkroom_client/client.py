@@ -35,11 +35,17 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         place = Place.found(url, api_key)
-        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
-        self._gateway = httpx.Client(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._flows = Flows(place.url, retries)
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._gateway = httpx.Client(
+            base_url=place.url, headers=place.headers, transport=transport, **place.options
+        )
         self._store = httpx.Client(transport=transport, **place.options, timeout=2 * timeout_s)
 
-    def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
+    def create_job(
+        self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
+    ) -> Job:
         """Ask for images. The job comes back accepted, with every parameter resolved; what is not said is the gateway's to choose.
 
         Lost answers and full queues are tried again without a second job. idempotency_key: so that a later call, of another process
@@ -47,7 +53,9 @@ class Client:
         """
         return self._run(self._flows.create_job(prompt, wish, idempotency_key))
 
-    def create_jobs(self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> tuple[Submission, ...]:
+    def create_jobs(
+        self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> tuple[Submission, ...]:
         """Up to 1,000 wishes in one request, each a mapping with `prompt` and the fields of `Wish`; some may be refused."""
         return self._run(self._flows.create_jobs(wishes, idempotency_key))
 
@@ -79,7 +87,13 @@ class Client:
         """The tenant's jobs, newest first, page after page as they are asked for: of one state, of a time, with all of that metadata."""
         cursor = None
         while True:
-            filters = {"state": state, "since": since, "until": until, "metadata": metadata, "limit": page_size}
+            filters = {
+                "state": state,
+                "since": since,
+                "until": until,
+                "metadata": metadata,
+                "limit": page_size,
+            }
             page = self._run(self._flows.page(**filters, cursor=cursor))
             yield from page.jobs
             if page.next_cursor is None:
@@ -94,14 +108,18 @@ class Client:
         """Have prompt and images erased; that there was a job stays in the audit log."""
         self._run(self._flows.delete(job_id))
 
-    def wait(self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None) -> Job:
+    def wait(
+        self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None
+    ) -> Job:
         """The job when it is finished, however it ended. Raises WaitTimeout.
 
         on_progress: called with the job several times a second, less often later, the last time when it is finished.
         """
         return self._run(self._flows.wait(job_id, timeout_s, on_progress))
 
-    def events(self, job_id: str, *, previews: bool = False, after: str | None = None) -> Iterator[Event]:
+    def events(
+        self, job_id: str, *, previews: bool = False, after: str | None = None
+    ) -> Iterator[Event]:
         """What happens to the job, as it happens, until it is finished; over a new connection whenever one breaks.
 
         previews: small pictures on the way, too.  after: only what followed the event of that id.
@@ -127,7 +145,9 @@ class Client:
         """The stored bytes of one image, checked against the digest that the job tells. Raises ImageNotStored, DigestMismatch."""
         return self._run(self._flows.image(job, index))
 
-    def download(self, job: Job | str, folder: str | Path, names: str = "{job}-{index}") -> tuple[Path, ...]:
+    def download(
+        self, job: Job | str, folder: str | Path, names: str = "{job}-{index}"
+    ) -> tuple[Path, ...]:
         """Have every stored image of the job in `folder`, and their paths. What is there with the right bytes is not fetched again.
 
         names: of the files, without extension, from {job}, {index} and {seed}. Raises DigestMismatch.
@@ -158,7 +178,12 @@ class Client:
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _run(self, flow: Flow[Answer]) -> Answer:

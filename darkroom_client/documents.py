@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from darkroom_client.errors import ProblemError
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, JobWarning, Parameters, Progress, Queue
+from darkroom_client.jobs import (
+    FINAL_STATES,
+    Cost,
+    Failure,
+    JobWarning,
+    Parameters,
+    Progress,
+    Queue,
+)
 
 
 @dataclass(frozen=True, kw_only=True)

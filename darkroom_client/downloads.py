@@ -12,7 +12,9 @@ _EXTENSIONS = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpg"}
 
 def path_of(folder: Path, job: Job, image: Image, names: str) -> Path:
     """Where an image goes: `names` with {job}, {index} and {seed} filled in, and the extension of its kind, which is one of ours."""
-    extension = _EXTENSIONS.get(image.content_type or "") or _EXTENSIONS.get(f"image/{job.output_format}", "bin")
+    extension = _EXTENSIONS.get(image.content_type or "") or _EXTENSIONS.get(
+        f"image/{job.output_format}", "bin"
+    )
     return folder / f"{names.format(job=job.id, index=image.index, seed=job.seed)}.{extension}"
 
 

@@ -53,8 +53,13 @@ class ProblemError(DarkroomError):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(_told(title, detail, errors))
-        self.status, self.type, self.title, self.detail = status, type, title, detail
-        self.errors, self.request_id, self.retry_after_s = errors, request_id, retry_after_s
+        self.status = status
+        self.type = type
+        self.title = title
+        self.detail = detail
+        self.errors = errors
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
         self.members = dict(members or {})  # the whole document, further facts included
 
     @property
@@ -66,7 +71,11 @@ class ProblemError(DarkroomError):
 def _told(title: str, detail: str, errors: tuple[FieldError, ...]) -> str:
     """One line: title, detail, and each wrong field that the detail does not name, with what would have been accepted."""
     text = f"{title}: {detail}" if detail else title
-    fields = [f"{error.pointer}: {error.detail}{_accepted(error.accepted)}" for error in errors if error.detail not in text]
+    fields = [
+        f"{error.pointer}: {error.detail}{_accepted(error.accepted)}"
+        for error in errors
+        if error.detail not in text
+    ]
     more = [f"and {len(fields) - _MOST_FIELDS} more"] if len(fields) > _MOST_FIELDS else []
     return " · ".join([text, *fields[:_MOST_FIELDS], *more])
 
@@ -74,7 +83,11 @@ def _told(title: str, detail: str, errors: tuple[FieldError, ...]) -> str:
 def _accepted(accepted: Any) -> str:
     if isinstance(accepted, Mapping):
         return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
-    return f" (accepted: {', '.join(map(str, accepted))})" if isinstance(accepted, list | tuple) and accepted else ""
+    return (
+        f" (accepted: {', '.join(map(str, accepted))})"
+        if isinstance(accepted, list | tuple) and accepted
+        else ""
+    )
 
 
 class UnexpectedAnswer(DarkroomError):

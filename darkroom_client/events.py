@@ -32,15 +32,22 @@ class Following:
 
     def __init__(self, job_id: str, *, previews: bool, after: str | None, retries: Retries) -> None:
         self.is_over = False
-        self._job_id, self._previews, self._last_id, self._retries = job_id, previews, after, retries
+        self._job_id = job_id
+        self._previews = previews
+        self._last_id = after
+        self._retries = retries
         self._tries = 0  # since anything came
         self._rest = b""
-        self._id, self._kind, self._data = after, "", list[str]()
+        self._id = after
+        self._kind = ""
+        self._data = list[str]()
 
     def call(self) -> wire.Call:
         """The next connection's request: it goes on after the last event that was seen."""
         self._tries += 1
-        self._rest, self._kind, self._data = b"", "", []
+        self._rest = b""
+        self._kind = ""
+        self._data = []
         return wire.follow_job(self._job_id, previews=self._previews, after=self._last_id)
 
     def refused(self, answer: httpx.Response) -> float:
@@ -48,7 +55,9 @@ class Following:
         pause_s = self._retries.pause_s(self._tries, told_s(answer)) if is_passing(answer) else None
         if pause_s is None:
             read_object(answer)
-            raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} with something that is no event stream")
+            raise UnexpectedAnswer(
+                f"{answer.request.url} answered {answer.status_code} with something that is no event stream"
+            )
         return pause_s
 
     def ended(self, error: httpx.TransportError | None = None) -> float:
@@ -56,7 +65,9 @@ class Following:
         pause_s = None if error and is_hopeless(error) else self._retries.pause_s(self._tries)
         if pause_s is None:
             why = str(error or "") or (type(error).__name__ if error else "the stream ends early")
-            raise Unreachable(f"the events of job {self._job_id} do not come, after {self._tries} tries: {why}") from error
+            raise Unreachable(
+                f"the events of job {self._job_id} do not come, after {self._tries} tries: {why}"
+            ) from error
         return pause_s
 
     def read(self, content: bytes) -> Iterator[Event]:
@@ -66,7 +77,8 @@ class Following:
         for line in lines:
             event = self._read_line(line.removesuffix(b"\r").decode(errors="replace"))
             if event is not None:
-                self._last_id, self.is_over = event.id, event.is_final
+                self._last_id = event.id
+                self.is_over = event.is_final
                 yield event
                 if self.is_over:
                     return
@@ -85,8 +97,10 @@ class Following:
         return None  # a comment is a heartbeat; `retry` is ours to know
 
     def _dispatch(self) -> Event | None:
-        kind, text = self._kind, "\n".join(self._data)
-        self._kind, self._data = "", []
+        kind = self._kind
+        text = "\n".join(self._data)
+        self._kind = ""
+        self._data = []
         try:
             data = json.loads(text)
         except ValueError:
@@ -96,4 +110,6 @@ class Following:
 
 def is_stream(answer: httpx.Response) -> bool:
     """Whether events are what comes."""
-    return answer.is_success and answer.headers.get("Content-Type", "").startswith("text/event-stream")
+    return answer.is_success and answer.headers.get("Content-Type", "").startswith(
+        "text/event-stream"
+    )

@@ -201,7 +201,11 @@ def _image(members: Mapping[str, Any]) -> Image:
 
 def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
     """`kind` from the members that it knows; None from None."""
-    return kind(**{name: members.get(name) for name in kind.__annotations__}) if members is not None else None
+    return (
+        kind(**{name: members.get(name) for name in kind.__annotations__})
+        if members is not None
+        else None
+    )
 
 
 def warnings_of(members: Mapping[str, Any]) -> tuple[JobWarning, ...]:
@@ -212,4 +216,8 @@ def warnings_of(members: Mapping[str, Any]) -> tuple[JobWarning, ...]:
 def cost_of(members: Mapping[str, Any] | None) -> Cost | None:
     if members is None:
         return None
-    return Cost(gpu_seconds=float(members["gpu_seconds"]), amount=str(members["amount"]), currency=members["currency"])
+    return Cost(
+        gpu_seconds=float(members["gpu_seconds"]),
+        amount=str(members["amount"]),
+        currency=members["currency"],
+    )

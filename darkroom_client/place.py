@@ -21,10 +21,15 @@ class Place:
     @classmethod
     def found(cls, url: str | None, api_key: str | None) -> "Place":
         """What is not given is DARKROOM_URL and DARKROOM_API_KEY. Raises NotConfigured."""
-        known = {"DARKROOM_URL": url or os.environ.get("DARKROOM_URL"), "DARKROOM_API_KEY": api_key or os.environ.get("DARKROOM_API_KEY")}
+        known = {
+            "DARKROOM_URL": url or os.environ.get("DARKROOM_URL"),
+            "DARKROOM_API_KEY": api_key or os.environ.get("DARKROOM_API_KEY"),
+        }
         missing = [name for name, value in known.items() if not value]
         if missing:
-            raise NotConfigured(f"No {' and no '.join(missing)}: pass it, or set it in the environment.")
+            raise NotConfigured(
+                f"No {' and no '.join(missing)}: pass it, or set it in the environment."
+            )
         return cls(str(known["DARKROOM_URL"]), str(known["DARKROOM_API_KEY"]))
 
     @property

@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 import httpx
 
 _PASSING = frozenset({429, 502, 503, 504})
-_HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)  # our own doing: the same request would fail the same way
+# Our own doing: the same request would fail the same way.
+_HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Retries:
         if attempt >= self.attempts or (told_s or 0) > self.longest_told_s:
             return None
         if told_s is not None:
-            return told_s + random.uniform(0, min(1.0, told_s / 4))  # not everybody who was told the same at the same instant
+            # Not everybody who was told the same at the same instant.
+            return told_s + random.uniform(0, min(1.0, told_s / 4))
         return random.uniform(0, min(self.longest_pause_s, self.first_pause_s * 2 ** (attempt - 1)))
 
 

@@ -35,7 +35,9 @@ class Call:
             "url": self.path,
             "params": dict(self.params),
             "headers": dict(self.headers),
-            "timeout": httpx.Timeout(timeout_s + self.held_s, connect=min(timeout_s, _CONNECTED_IN_S)),
+            "timeout": httpx.Timeout(
+                timeout_s + self.held_s, connect=min(timeout_s, _CONNECTED_IN_S)
+            ),
             **body,
         }
 
@@ -52,7 +54,13 @@ def create_job(wish: Mapping[str, Any], key: str) -> Call:
 
 def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> Call:
     """Up to 1,000 at once."""
-    return Call(method="POST", path="/v1/jobs:batch", json={"jobs": [_said(wish) for wish in wishes]}, headers=_once(key), held_s=_LARGE_S)
+    return Call(
+        method="POST",
+        path="/v1/jobs:batch",
+        json={"jobs": [_said(wish) for wish in wishes]},
+        headers=_once(key),
+        held_s=_LARGE_S,
+    )
 
 
 def estimate(wish: Mapping[str, Any]) -> Call:
@@ -107,14 +115,28 @@ def cancel_job(job_id: str) -> Call:
 
 def show_image(job_id: str, index: int, *, direct: bool = False) -> Call:
     """Answered with a redirect to a presigned URL of the object store, or with the image itself. direct: the latter, please."""
-    return Call(method="GET", path=f"/v1/jobs/{job_id}/images/{index}", params={"redirect": "false"} if direct else {})
+    return Call(
+        method="GET",
+        path=f"/v1/jobs/{job_id}/images/{index}",
+        params={"redirect": "false"} if direct else {},
+    )
 
 
 def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:
     """Server-sent events. after: the id of the last one that was seen."""
-    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store", **({"Last-Event-ID": after} if after else {})}
+    headers = {
+        "Accept": "text/event-stream",
+        "Cache-Control": "no-store",
+        **({"Last-Event-ID": after} if after else {}),
+    }
     params = {"previews": "true"} if previews else {}
-    return Call(method="GET", path=f"/v1/jobs/{job_id}/events", params=params, headers=headers, held_s=_HEARTBEATS_S)
+    return Call(
+        method="GET",
+        path=f"/v1/jobs/{job_id}/events",
+        params=params,
+        headers=headers,
+        held_s=_HEARTBEATS_S,
+    )
 
 
 def upload(name: str, content: bytes) -> Call:

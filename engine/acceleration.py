@@ -33,14 +33,19 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
     denoiser: Any = networks.get("unet", networks.get("transformer"))
     if spec.channels_last:
         if "unet" not in networks:
-            raise UnsupportedRequest("channels_last", f"family {spec.family!r} has no convolutional denoiser")
+            raise UnsupportedRequest(
+                "channels_last", f"family {spec.family!r} has no convolutional denoiser"
+            )
         denoiser.to(memory_format=torch.channels_last)
     if spec.compile_blocks:
         if not getattr(denoiser, "_repeated_blocks", None):
-            raise UnsupportedRequest("compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks")
+            raise UnsupportedRequest(
+                "compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks"
+            )
         if spec.adapters or spec.block_cache_threshold:
             raise UnsupportedRequest(
-                "compile_blocks", "with adapters or the block cache, a block would be compiled again for every row count"
+                "compile_blocks",
+                "with adapters or the block cache, a block would be compiled again for every row count",
             )
         # One graph for all row counts: static shapes gain a tenth more and cost a compilation per bucket.
         denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
@@ -58,7 +63,9 @@ def steady_options() -> dict[str, bool]:
     """
     from torch._inductor import list_options
 
-    return dict.fromkeys(sorted({"deterministic", "batch_invariant"}.intersection(list_options())), True)
+    return dict.fromkeys(
+        sorted({"deterministic", "batch_invariant"}.intersection(list_options())), True
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,9 @@ class CudaGraphs:
     def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
         self._denoise = denoise
         self._captured: dict[tuple[Any, ...], Captured] = {}
-        self._stream: Any = None  # where all are recorded: the libraries' workspaces are a stream's own, and so is a pool's memory
+        # Where all are recorded: the libraries' workspaces are a stream's own, and so is a pool's
+        # memory.
+        self._stream: Any = None
         self._pool: Any = None
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -100,11 +109,16 @@ class CudaGraphs:
         self._stream = self._stream or cuda.Stream()
         self._stream.wait_stream(cuda.current_stream())
         graph = cuda.CUDAGraph()
-        with cuda.stream(self._stream):  # left also where the recording fails: it would not find back by itself
-            for _ in range(2):  # lazy work (handles, workspaces, compilation) must be over before anything is recorded
+        # Left also where the recording fails: it would not find back by itself.
+        with cuda.stream(self._stream):
+            # Lazy work (handles, workspaces, compilation) must be over before anything is
+            # recorded.
+            for _ in range(2):
                 self._denoise(inputs)
             # Other threads may use the device meanwhile: only what this one does is recorded, and only it can spoil that.
-            with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            with cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 output = self._denoise(inputs)
         cuda.current_stream().wait_stream(self._stream)
         self._pool = self._pool or graph.pool()

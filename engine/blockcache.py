@@ -32,9 +32,13 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError, UnsupportedRequest
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")  # in the order in which a network runs them
-PER_ROW = frozenset({"hidden_states", "encoder_hidden_states", "temb"})  # arguments of a block with one entry per row
-SHARED: dict[str, frozenset[str]] = {  # arguments that all rows share, by class of block; each returns the two hidden states, text first
+# In the order in which a network runs them.
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+# Arguments of a block with one entry per row.
+PER_ROW = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
+# Arguments that all rows share, by class of block; each returns the two hidden states, text
+# first.
+SHARED: dict[str, frozenset[str]] = {
     "JointTransformerBlock": frozenset(),  # SD3; its last one returns no text
     "FluxTransformerBlock": frozenset({"image_rotary_emb"}),
     "FluxSingleTransformerBlock": frozenset({"image_rotary_emb"}),
@@ -70,7 +74,11 @@ class Memory:
     @property
     def size_bytes(self) -> int:
         """Memory it takes on the device."""
-        return sum(tensor.nbytes for tensor in (self.first, self.first_size, self.text, self.image) if tensor is not None)
+        return sum(
+            tensor.nbytes
+            for tensor in (self.first, self.first_size, self.text, self.image)
+            if tensor is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class Forward:
 
     keys: Sequence[RowKey | None]
     narrow: Callable[[list[int] | None], None]
-    calls_before: list[Any] = field(default_factory=list)  # of each block, while the cache stands before it
+    # Of each block, while the cache stands before it.
+    calls_before: list[Any] = field(default_factory=list)
     first: FirstBlock | None = None
 
 
@@ -101,7 +110,15 @@ class BlockCache:
     Used by the engine's thread only; the counters may be read from any.
     """
 
-    def __init__(self, transformer: nn.Module, *, threshold: float, max_bytes: int, warmup_steps: int = 2, last_steps: int = 1) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        threshold: float,
+        max_bytes: int,
+        warmup_steps: int = 2,
+        last_steps: int = 1,
+    ) -> None:
         """Look for the blocks; nothing is changed on the network until `rows()`.
 
         threshold: a row is skipped while the first block's residual differs by less than this share
@@ -109,12 +126,22 @@ class BlockCache:
         MiB per row of FLUX at 1024 px.  warmup_steps, last_steps: of each image, always computed in
         full.  Raises `UnsupportedRequest` for a network without the blocks this module knows.
         """
-        lists = [module for name in BLOCK_LISTS if isinstance(module := getattr(transformer, name, None), nn.ModuleList)]
+        lists = [
+            module
+            for name in BLOCK_LISTS
+            if isinstance(module := getattr(transformer, name, None), nn.ModuleList)
+        ]
         self._blocks: list[Any] = [block for blocks in lists for block in blocks]
         unknown = sorted({type(block).__name__ for block in self._blocks} - SHARED.keys())
         if len(self._blocks) < 2 or unknown:
-            found = f"blocks of class {', '.join(unknown)}" if unknown else "no transformer blocks in a row"
-            raise UnsupportedRequest("block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip")
+            found = (
+                f"blocks of class {', '.join(unknown)}"
+                if unknown
+                else "no transformer blocks in a row"
+            )
+            raise UnsupportedRequest(
+                "block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip"
+            )
         self.threshold = threshold
         self.max_bytes = max_bytes
         self.warmup_steps = warmup_steps
@@ -141,10 +168,19 @@ class BlockCache:
 
     def facts(self) -> dict[str, Any]:
         """Tell what of it can change a bit, as plain JSON values."""
-        return {"threshold": self.threshold, "warmup_steps": self.warmup_steps, "last_steps": self.last_steps}
+        return {
+            "threshold": self.threshold,
+            "warmup_steps": self.warmup_steps,
+            "last_steps": self.last_steps,
+        }
 
     @contextmanager
-    def rows(self, keys: Sequence[RowKey | None], *, narrow: Callable[[list[int] | None], None] | None = None) -> Iterator[None]:
+    def rows(
+        self,
+        keys: Sequence[RowKey | None],
+        *,
+        narrow: Callable[[list[int] | None], None] | None = None,
+    ) -> Iterator[None]:
         """Within it the next forward, of `len(keys)` rows, skips what it may.
 
         Any forward after that one runs as without a cache.
@@ -186,7 +222,9 @@ class BlockCache:
         forward.calls_before = [block._compiled_call_impl for block in self._blocks]
         steps = [self._run_first, *[self._run_between] * (len(self._blocks) - 2), self._run_last]
         for block, before, step in zip(self._blocks, forward.calls_before, steps, strict=True):
-            block._compiled_call_impl = partial(step, forward, before or block._call_impl, SHARED[type(block).__name__])
+            block._compiled_call_impl = partial(
+                step, forward, before or block._call_impl, SHARED[type(block).__name__]
+            )
 
     def _step_out(self, forward: Forward) -> None:
         """Let the network call its blocks directly again, with all rows. Harmless when repeated."""
@@ -196,15 +234,28 @@ class BlockCache:
             forward.narrow(None)
         forward.calls_before = []
 
-    def _run_first(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+    def _run_first(
+        self,
+        forward: Forward,
+        block: Callable[..., Streams],
+        shared: frozenset[str],
+        /,
+        **arguments: Any,
+    ) -> Streams:
         """Run the first block for all rows, and decide whom it was the last for."""
         unknown = arguments.keys() - PER_ROW - shared
-        strange = sorted(name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name])
+        strange = sorted(
+            name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name]
+        )
         if strange:
-            raise UnsupportedRequest("block_cache", f"whose row is what in {', '.join(strange)} is not known")
+            raise UnsupportedRequest(
+                "block_cache", f"whose row is what in {', '.join(strange)} is not known"
+            )
         before = arguments["hidden_states"]
         if len(before) != len(forward.keys):
-            raise EngineError(f"a forward of {len(before)} rows where the block cache was told of {len(forward.keys)}")
+            raise EngineError(
+                f"a forward of {len(before)} rows where the block cache was told of {len(forward.keys)}"
+            )
         text, image = block(**arguments)
         assert text is not None, "only a last block returns no text"
         added = image - before
@@ -219,18 +270,34 @@ class BlockCache:
         forward.narrow(computed)
         return text[index], image[index]
 
-    def _run_between(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+    def _run_between(
+        self,
+        forward: Forward,
+        block: Callable[..., Streams],
+        shared: frozenset[str],
+        /,
+        **arguments: Any,
+    ) -> Streams:
         """Run a block for the rows that are computed, if there are any."""
         first = forward.first
         if first is None or len(arguments["hidden_states"]) != len(first.computed):
-            raise EngineError("the first block was left out, or rows were changed after it, as by a control network")
+            raise EngineError(
+                "the first block was left out, or rows were changed after it, as by a control network"
+            )
         if not first.computed:
             return arguments["encoder_hidden_states"], arguments["hidden_states"]
         if first.index is not None:
             arguments["temb"] = arguments["temb"][first.index]
         return block(**arguments)
 
-    def _run_last(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+    def _run_last(
+        self,
+        forward: Forward,
+        block: Callable[..., Streams],
+        shared: frozenset[str],
+        /,
+        **arguments: Any,
+    ) -> Streams:
         """Run the last block likewise, remember what all of them added, and put the rows back into
         their places.
         """
@@ -242,9 +309,18 @@ class BlockCache:
         if first.index is None:
             return text, image
         # The first block's output is nobody else's any more: what went on was a copy of some of its rows.
-        image = _filled(first.image, first.index, image, {row: memory.image for row, memory in first.skipped.items()})
-        added = {row: memory.text for row, memory in first.skipped.items() if memory.text is not None}
-        return _filled(first.text, first.index, text, added) if text is not None and added else None, image
+        image = _filled(
+            first.image,
+            first.index,
+            image,
+            {row: memory.image for row, memory in first.skipped.items()},
+        )
+        added = {
+            row: memory.text for row, memory in first.skipped.items() if memory.text is not None
+        }
+        return _filled(
+            first.text, first.index, text, added
+        ) if text is not None and added else None, image
 
     # --- what is remembered ---
 
@@ -261,17 +337,27 @@ class BlockCache:
         """
         known: dict[int, Memory] = {}
         for row, key in enumerate(keys):
-            memory = None if key is None or self._is_full(key) else self._memories.get((key.image_id, key.row))
+            memory = (
+                None
+                if key is None or self._is_full(key)
+                else self._memories.get((key.image_id, key.row))
+            )
             # A memory that is not of an earlier step is of a step that is being repeated, or of another run of the image.
             if key is not None and memory is not None and memory.step < key.step:
                 known[row] = memory
         if not known:
             return {}
-        changes = [(added[row] - memory.first).abs().mean() / memory.first_size for row, memory in known.items()]
-        changed = dict(zip(known, torch.stack(changes).tolist(), strict=True))  # the one wait for the device
+        changes = [
+            (added[row] - memory.first).abs().mean() / memory.first_size
+            for row, memory in known.items()
+        ]
+        # The one wait for the device.
+        changed = dict(zip(known, torch.stack(changes).tolist(), strict=True))
         return {row: memory for row, memory in known.items() if changed[row] < self.threshold}
 
-    def _remember(self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor) -> None:
+    def _remember(
+        self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor
+    ) -> None:
         """Keep what the rows just computed in full will be measured against, and what the blocks
         after the first added to them.
 

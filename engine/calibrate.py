@@ -23,7 +23,9 @@ class CurvePoint:
     grows: bool  # do single rows that wait grow a forward to this size?
 
 
-def calibrate(config: EngineConfig, spec: CheckpointSpec, folder: Path) -> tuple[Path, list[CurvePoint]]:
+def calibrate(
+    config: EngineConfig, spec: CheckpointSpec, folder: Path
+) -> tuple[Path, list[CurvePoint]]:
     """Load `spec` alone, measure every bucket `config.warm_up_repeats` times, save the curves in
     `folder`.
 
@@ -37,5 +39,9 @@ def calibrate(config: EngineConfig, spec: CheckpointSpec, folder: Path) -> tuple
             knee = curve.knee(config.max_batch_rows)
             for rows in doublings(config.max_batch_rows):
                 gain = rows * curve.seconds(1) / curve.seconds(rows)
-                points.append(CurvePoint(key.width_px, key.height_px, rows, curve.seconds(rows), gain, rows <= knee))
+                points.append(
+                    CurvePoint(
+                        key.width_px, key.height_px, rows, curve.seconds(rows), gain, rows <= knee
+                    )
+                )
     return file, points

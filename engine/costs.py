@@ -118,7 +118,8 @@ class CostModel:
         Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and each further one half
         of that.
         """
-        point, curve = self._points.get(key), self._curves.nearest(key)
+        point = self._points.get(key)
+        curve = self._curves.nearest(key)
         if point is not None and curve is not None:
             (rows,) = point.averages
             return Curve(curve[1], point.seconds(rows) / curve[1].seconds(rows))
@@ -150,7 +151,9 @@ class CostModel:
 
     # --- bytes ---
 
-    def observe_memory(self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int) -> None:
+    def observe_memory(
+        self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int
+    ) -> None:
         """Note what the device holds whatever it does (weights, adapters, margin), what a row of a
         forward adds and what a decode does.
         """
@@ -225,7 +228,9 @@ class Curve:
         """Give the seconds of a forward of `rows` rows, padding included."""
         return self._scale * self._measured.seconds(rows)
 
-    def is_worth_growing(self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85) -> bool:
+    def is_worth_growing(
+        self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85
+    ) -> bool:
         """Does growing a forward cost less than `ceiling` times a single-row step for each of the
         `used_rows` rows it gains?
 
@@ -234,7 +239,9 @@ class Curve:
         """
         measured = self._measured
         more_s = measured.seconds(to_rows) - measured.seconds(from_rows)
-        return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(from_rows, to_rows)
+        return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(
+            from_rows, to_rows
+        )
 
     def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
         """Tell the rows a forward grows to when single rows wait without end, at most `most_rows`."""
@@ -262,7 +269,8 @@ class _Average:
             self.seconds += weight * (min(seconds, most * self.seconds) - self.seconds)
 
     def load(self, seconds: float, observations: int) -> None:
-        self.seconds, self.observations = seconds, observations
+        self.seconds = seconds
+        self.observations = observations
 
 
 class _Forwards:
@@ -295,11 +303,17 @@ class _Forwards:
     def is_due(self, from_rows: int, to_rows: int) -> bool:
         """Is `to_rows` the next measured row count, and a measurement that should be repeated?"""
         place = bisect_right(self._rows, from_rows)
-        return self._rows[place : place + 1] == [to_rows] and self._is_doubtful(to_rows) and not self._is_doubtful(from_rows)
+        return (
+            self._rows[place : place + 1] == [to_rows]
+            and self._is_doubtful(to_rows)
+            and not self._is_doubtful(from_rows)
+        )
 
     def _is_doubtful(self, rows: int) -> bool:
         average = self.averages.get(rows)
-        return average is not None and (average.observations == 1 or self._observations - average.seen_at > STALE_AFTER)
+        return average is not None and (
+            average.observations == 1 or self._observations - average.seen_at > STALE_AFTER
+        )
 
     def _fit(self, settled: float) -> None:
         """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean
@@ -311,16 +325,20 @@ class _Forwards:
         for rows in self._rows:
             average = self.averages[rows]
             age = self._observations - average.seen_at
-            seconds, weight, count = average.seconds, min(average.observations, settled) * 0.5 ** (age / HALF_LIFE), 1
+            seconds = average.seconds
+            weight = min(average.observations, settled) * 0.5 ** (age / HALF_LIFE)
+            count = 1
             while blocks and blocks[-1][0] >= seconds:
                 before, before_weight, before_count = blocks.pop()
                 seconds = (seconds * weight + before * before_weight) / (weight + before_weight)
-                weight, count = weight + before_weight, count + before_count
+                weight = weight + before_weight
+                count = count + before_count
             blocks.append((seconds, weight, count))
         self._seconds = [seconds for seconds, _, count in blocks for _ in range(count)]
 
     def _read(self, rows: int) -> float:
-        known, seconds = self._rows, self._seconds
+        known = self._rows
+        seconds = self._seconds
         if len(known) == 1:
             return seconds[0] * (1 + rows) / (1 + known[0])
         left = min(max(bisect_right(known, rows) - 1, 0), len(known) - 2)
@@ -366,7 +384,9 @@ class _ByKey(dict[BatchKey, Value], Generic[Value]):
             return key, own
         if key not in self._borrowed:
             self._borrowed[key] = min(
-                (other for other in self if other.checkpoint == key.checkpoint), key=_distance_from(key), default=None
+                (other for other in self if other.checkpoint == key.checkpoint),
+                key=_distance_from(key),
+                default=None,
             )
         alike = self._borrowed[key]
         return None if alike is None else (alike, self[alike])

@@ -13,11 +13,13 @@ cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
 
 
-ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")  # torch's kernels of scaled dot product attention
+# Torch's kernels of scaled dot product attention.
+ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
 KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
 # How torch on a CPU, CUDA itself (pinned memory, a graph) and its libraries (workspaces) say so; torch's allocator has a class for it.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-MEMORY_SHARE = 0.92  # of what is free: the allocator's fragments and the libraries' workspaces take the rest
+# Of what is free: the allocator's fragments and the libraries' workspaces take the rest.
+MEMORY_SHARE = 0.92
 
 
 class Stopwatch(Protocol):
@@ -56,7 +58,8 @@ class CudaStopwatch:
 
     def __init__(self) -> None:
         self._start = cuda.Event(enable_timing=True)
-        self._end = cuda.Event(enable_timing=True, blocking=True)  # whoever waits for it sleeps instead of burning a core
+        # Whoever waits for it sleeps instead of burning a core.
+        self._end = cuda.Event(enable_timing=True, blocking=True)
         self._start.record()
 
     @property
@@ -101,7 +104,9 @@ class Device:
         """
         torch.set_num_threads(self.num_threads)
         for kernel in ATTENTION[1:]:
-            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(self.attention in ("auto", kernel) or kernel == "math")
+            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(
+                self.attention in ("auto", kernel) or kernel == "math"
+            )
         if self.is_cuda:
             cuda.set_device(self.torch_device)
             backends.cudnn.benchmark = False  # else the kernel depends on what ran first
@@ -134,7 +139,9 @@ class Device:
         """
         if not self.is_cuda:
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
 
     def free_cached_memory(self) -> None:
         """Give unused cached blocks back, after the device ran out of memory."""
@@ -185,7 +192,9 @@ class Device:
             }
         return {
             "device": _cpu("model name") or platform.processor() or platform.machine(),
-            "instructions": sorted(flag for flag in _cpu("flags").split() if flag.startswith(("avx", "amx", "fma"))),
+            "instructions": sorted(
+                flag for flag in _cpu("flags").split() if flag.startswith(("avx", "amx", "fma"))
+            ),
             "capability": backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "onednn": backends.mkldnn.is_available(),
@@ -197,7 +206,9 @@ class Device:
 
 def is_out_of_memory(problem: BaseException) -> bool:
     """Did the device, or the host standing in for one, refuse an allocation?"""
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(words in str(problem) for words in OUT_OF_MEMORY)
+    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(problem) for words in OUT_OF_MEMORY
+    )
 
 
 def _cpu(key: str) -> str:

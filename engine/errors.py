@@ -28,7 +28,9 @@ class UnknownCheckpoint(EngineError):
     """
 
     def __init__(self, checkpoint: str, known: list[str]) -> None:
-        super().__init__(f"no checkpoint named {checkpoint!r} here; this engine holds {', '.join(known) or 'none'}")
+        super().__init__(
+            f"no checkpoint named {checkpoint!r} here; this engine holds {', '.join(known) or 'none'}"
+        )
         self.checkpoint = checkpoint
 
 

@@ -86,11 +86,14 @@ class InFlight:
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None
     last_step_at: float | None = None
-    seconds_per_step: float | None = None  # between its own steps, waiting included: what a caller feels
+    # Between its own steps, waiting included: what a caller feels.
+    seconds_per_step: float | None = None
     eta_s: float | None = None
     account: Account = field(default_factory=Account)
 
-    held: Any = None  # what its family keeps of it, `Tensors` for a native one; None before encode and after the end
+    # What its family keeps of it, `Tensors` for a native one; None before encode and after the
+    # end.
+    held: Any = None
 
     def __post_init__(self) -> None:
         self.num_steps = self.num_steps or self.request.num_steps

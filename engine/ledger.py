@@ -42,7 +42,8 @@ class Ledger:
         self.decodes = 0
         self.by_rows: dict[int, RowTotals] = defaultdict(RowTotals)
         self.seconds_by_rank: dict[int, float] = defaultdict(float)
-        self._launched: deque[tuple[Stopwatch, Callable[[float], None], bool]] = deque()  # in the device's order; True: a forward
+        # In the device's order; True: a forward.
+        self._launched: deque[tuple[Stopwatch, Callable[[float], None], bool]] = deque()
         self._forwards_ahead = 0
 
     def enter_forward(self, batch: Batch, watch: Stopwatch) -> None:
@@ -60,7 +61,9 @@ class Ledger:
             account.rows_total += batch.used_rows
             account.max_rows = max(account.max_rows, batch.used_rows)
             account.max_images = max(account.max_images, len(batch))
-            account.shared_forwards += any(other.request.group != image.request.group for other in batch)
+            account.shared_forwards += any(
+                other.request.group != image.request.group for other in batch
+            )
         self._launched.append((watch, partial(self._share_out, batch), True))
         self._forwards_ahead += 1
 
@@ -74,7 +77,9 @@ class Ledger:
         Waiting here is what keeps the engine from running more than `run_ahead` forwards ahead of a
         GPU: a newcomer or a cancel would meet a queue of forwards already launched.
         """
-        while self._launched and (self._forwards_ahead > run_ahead or self._launched[0][0].is_ready):
+        while self._launched and (
+            self._forwards_ahead > run_ahead or self._launched[0][0].is_ready
+        ):
             self._book_first()
 
     def book_decode(self, work: Decode, seconds: float) -> None:

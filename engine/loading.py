@@ -57,7 +57,15 @@ class LoadedCheckpoint:
     def conditioning_key(self, request: ImageRequest) -> str:
         """Tell what encodes this request's prompts, and under which safety rules it was admitted."""
         spec = self.spec
-        return json.dumps([self.weights_digest, spec.family, spec.precision, self.adapter_facts(request), request.policy_version])
+        return json.dumps(
+            [
+                self.weights_digest,
+                spec.family,
+                spec.precision,
+                self.adapter_facts(request),
+                request.policy_version,
+            ]
+        )
 
 
 def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
@@ -69,7 +77,9 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
     """
     started = time.perf_counter()
     if spec.precision not in PRECISIONS:
-        raise UnsupportedRequest("precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}")
+        raise UnsupportedRequest(
+            "precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}"
+        )
     path = Path(spec.path)
     family_class = family_named(spec.family)
     found = hash_files(path, family_class.folders(path))
@@ -90,9 +100,17 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
         )
     load_s = time.perf_counter() - started
     digest = digest_of(found)
-    log.info("checkpoint_loaded", extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s})
+    log.info(
+        "checkpoint_loaded",
+        extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s},
+    )
     return LoadedCheckpoint(
-        spec=spec, family=family, weights_digest=digest, load_s=load_s, adapters=bank, block_cache=_block_cache(spec, family)
+        spec=spec,
+        family=family,
+        weights_digest=digest,
+        load_s=load_s,
+        adapters=bank,
+        block_cache=_block_cache(spec, family),
     )
 
 
@@ -101,7 +119,10 @@ def _check_guidance(spec: CheckpointSpec, family: Family) -> None:
     is_distilled = getattr(family, "is_distilled", None)
     if spec.guidance_distilled not in (None, is_distilled):
         how = "as an input" if is_distilled else "by a second row, not as an input"
-        raise UnsupportedRequest("guidance_distilled", f"{spec.guidance_distilled} is declared, and the network takes guidance {how}")
+        raise UnsupportedRequest(
+            "guidance_distilled",
+            f"{spec.guidance_distilled} is declared, and the network takes guidance {how}",
+        )
 
 
 def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
@@ -127,7 +148,11 @@ def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
         raise CheckpointCorrupt(str(path), "is not a folder")
     found: dict[str, str] = {}
     for folder in folders:
-        files = sorted(file for file in (path / folder).glob("*") if file.is_file() and file.suffix in READ_SUFFIXES)
+        files = sorted(
+            file
+            for file in (path / folder).glob("*")
+            if file.is_file() and file.suffix in READ_SUFFIXES
+        )
         if not files:
             raise CheckpointCorrupt(folder, "is missing or empty")
         for file in files:

@@ -23,13 +23,19 @@ from torch import Tensor
 Rgb = tuple[float, float, float]
 
 # How a scheduler class of diffusers writes noisy latents x of clean latents x0 and unit noise n.
-BY_TIMESTEP = frozenset({"DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"})  # x = sqrt(acp) x0 + sqrt(1 - acp) n
-BY_SIGMA = frozenset({"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"})  # x = (x0 + sigma n) / sqrt(1 + sigma^2), or as flow
-UNSCALED = frozenset({"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"})  # x = x0 + sigma n
-FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"})  # x = (1 - sigma) x0 + sigma n, and the prediction is n - x0
+# X = sqrt(acp) x0 + sqrt(1 - acp) n.
+BY_TIMESTEP = frozenset({"DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"})
+# X = (x0 + sigma n) / sqrt(1 + sigma^2), or as flow.
+BY_SIGMA = frozenset({"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"})
+# X = x0 + sigma n.
+UNSCALED = frozenset({"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"})
+# X = (1 - sigma) x0 + sigma n, and the prediction is n - x0.
+FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"})
 
 
-def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor | None:
+def clean_latents(
+    sampler: Any, latents: Tensor, prediction: Tensor, timestep: Tensor
+) -> Tensor | None:
     """Give the clean latents that a prediction implies, in float32.
 
     None for a sampler this house does not know.
@@ -40,15 +46,21 @@ def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: T
     clipping that its config asks for is left out: latents have no range to be clipped to.
     """
     name = type(sampler).__name__
-    noisy, predicted = latents.float(), prediction.float()
+    noisy = latents.float()
+    predicted = prediction.float()
     if name in BY_TIMESTEP:
         signal_share = float(sampler.alphas_cumprod[int(timestep)])
-        signal, noise = math.sqrt(signal_share), math.sqrt(1 - signal_share)
+        signal = math.sqrt(signal_share)
+        noise = math.sqrt(1 - signal_share)
         kind = sampler.config.prediction_type
     elif name in BY_SIGMA | UNSCALED | FLOW:
         sigma = float(sampler.sigmas[_step_index(sampler, timestep)])
         is_flow = name in FLOW or sampler.config.get("use_flow_sigmas", False)
-        signal, noise = (1 - sigma, sigma) if is_flow else (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+        signal, noise = (
+            (1 - sigma, sigma)
+            if is_flow
+            else (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+        )
         kind = "flow_prediction" if name in FLOW else sampler.config.prediction_type
         if name in UNSCALED:
             noisy = noisy * signal
@@ -84,8 +96,10 @@ class Projector:
 
     factors: tuple[Rgb, ...]  # one row per latent channel
     bias: Rgb
-    squares: tuple[Rgb, ...] = ()  # one row per pair of channels, itself included: 00, 01, .. 0c, 11, .. cc; mostly not needed
-    r_squared: Rgb | None = None  # how much of each colour's variance a fit explains; None for a published table
+    # One row per pair of channels, itself included: 00, 01, .. 0c, 11, .. cc; mostly not needed.
+    squares: tuple[Rgb, ...] = ()
+    # How much of each colour's variance a fit explains; None for a published table.
+    r_squared: Rgb | None = None
 
     def project(self, latents: Tensor) -> NDArray[np.uint8]:
         """Give one pixel per latent, [h, w, 3], of unpacked latents [1, c, h, w].
@@ -95,7 +109,9 @@ class Projector:
         terms = _terms(latents[0].float().permute(1, 2, 0), with_squares=bool(self.squares))
         factors = torch.tensor(self.factors + self.squares, device=latents.device)
         rgb = terms @ factors + torch.tensor(self.bias, device=latents.device)
-        pixels: NDArray[np.uint8] = ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        pixels: NDArray[np.uint8] = (
+            ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        )
         return pixels
 
 
@@ -113,10 +129,22 @@ def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:
 # InvokeAI (Apache-2.0, invokeai/app/util/step_callback.py), after the forum thread "Decoding latents to RGB without upscaling".
 FACTORS: dict[str, Projector] = {
     "sd": Projector(
-        ((0.3444, 0.1385, 0.0670), (0.1247, 0.4027, 0.1494), (-0.3192, 0.2513, 0.2103), (-0.1307, -0.1874, -0.7445)), (0.0, 0.0, 0.0)
+        (
+            (0.3444, 0.1385, 0.0670),
+            (0.1247, 0.4027, 0.1494),
+            (-0.3192, 0.2513, 0.2103),
+            (-0.1307, -0.1874, -0.7445),
+        ),
+        (0.0, 0.0, 0.0),
     ),
     "sdxl": Projector(
-        ((0.3816, 0.4930, 0.5320), (-0.3753, 0.1631, 0.1739), (0.1770, 0.3588, -0.2048), (-0.4350, -0.2644, -0.4289)), (0.0, 0.0, 0.0)
+        (
+            (0.3816, 0.4930, 0.5320),
+            (-0.3753, 0.1631, 0.1739),
+            (0.1770, 0.3588, -0.2048),
+            (-0.4350, -0.2644, -0.4289),
+        ),
+        (0.0, 0.0, 0.0),
     ),
     "sd3": Projector(
         (
@@ -164,11 +192,17 @@ FACTORS: dict[str, Projector] = {
 
 
 SIDE_LATENTS = 16  # of a picture to fit on
-LINEAR_ENOUGH = 0.8  # r squared of every colour from which on products of channels are not worth their weight
+# R squared of every colour from which on products of channels are not worth their weight.
+LINEAR_ENOUGH = 0.8
 
 
 def fit(
-    encode: Callable[[Tensor], Tensor], *, latent_channels: int, pixels_per_latent: int, device: torch.device, dtype: torch.dtype
+    encode: Callable[[Tensor], Tensor],
+    *,
+    latent_channels: int,
+    pixels_per_latent: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Projector:
     """Fit a projector to a checkpoint's own VAE by least squares over drawn pictures.
 
@@ -180,15 +214,24 @@ def fit(
     small as pocket's is not, and gets products of channels too. Raises `ValueError` for latents of
     another shape.
     """
-    latents, colours = [], []
+    latents = []
+    colours = []
     for pictures in _drawn_pictures(pixels_per_latent):
         encoded = encode(pictures.to(device, dtype))
         expected = (len(pictures), latent_channels, SIDE_LATENTS, SIDE_LATENTS)
         if tuple(encoded.shape) != expected:
-            raise ValueError(f"encode gave latents {tuple(encoded.shape)} where {expected} were expected")
+            raise ValueError(
+                f"encode gave latents {tuple(encoded.shape)} where {expected} were expected"
+            )
         latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, latent_channels).cpu().double())
-        colours.append(torch.nn.functional.avg_pool2d(pictures, pixels_per_latent).permute(0, 2, 3, 1).reshape(-1, 3).double())
-    given, wanted = torch.cat(latents), torch.cat(colours)
+        colours.append(
+            torch.nn.functional.avg_pool2d(pictures, pixels_per_latent)
+            .permute(0, 2, 3, 1)
+            .reshape(-1, 3)
+            .double()
+        )
+    given = torch.cat(latents)
+    wanted = torch.cat(colours)
     linear = _least_squares(given, wanted, with_squares=False)
     is_enough = linear.r_squared is not None and min(linear.r_squared) >= LINEAR_ENOUGH
     return linear if is_enough else _least_squares(given, wanted, with_squares=True)
@@ -196,13 +239,17 @@ def fit(
 
 def _least_squares(latents: Tensor, colours: Tensor, *, with_squares: bool) -> Projector:
     """Give the best map from latents [n, c] to colours [n, 3] in -1..1, both in float64."""
-    terms = torch.cat([_terms(latents, with_squares=with_squares), latents.new_ones(len(latents), 1)], dim=1)
+    terms = torch.cat(
+        [_terms(latents, with_squares=with_squares), latents.new_ones(len(latents), 1)], dim=1
+    )
     solution = torch.linalg.lstsq(terms, colours).solution
     unexplained = (terms @ solution - colours).square().sum(0)
     r_squared = 1 - unexplained / (colours - colours.mean(0)).square().sum(0)
     *weights, bias = (_rgb(row) for row in solution)
     num_channels = latents.shape[1]
-    return Projector(tuple(weights[:num_channels]), bias, tuple(weights[num_channels:]), _rgb(r_squared))
+    return Projector(
+        tuple(weights[:num_channels]), bias, tuple(weights[num_channels:]), _rgb(r_squared)
+    )
 
 
 def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
@@ -214,10 +261,13 @@ def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
 
     def random_colours(num_pictures: int, cells: int) -> Tensor:
         even = torch.rand((num_pictures, 3, cells, cells), generator=generator) * 2 - 1
-        return even.sign() * even.abs().sqrt()  # drawn towards the corners of the cube: evenly drawn ones are mostly greyish
+        # Drawn towards the corners of the cube: evenly drawn ones are mostly greyish.
+        return even.sign() * even.abs().sqrt()
 
     def enlarged(colours: Tensor, mode: str) -> Tensor:
-        return torch.nn.functional.interpolate(colours, size=(side_px, side_px), mode=mode).clamp(-1, 1)
+        return torch.nn.functional.interpolate(colours, size=(side_px, side_px), mode=mode).clamp(
+            -1, 1
+        )
 
     squares = torch.arange(SIDE_LATENTS // 4)
     is_dark = ((squares[:, None] + squares) % 2).bool()
@@ -245,7 +295,9 @@ def jpeg(pixels: NDArray[np.uint8], *, size_px: int = 256, quality: int = 80) ->
     scale = size_px / max(picture.size)
     width_px, height_px = (max(1, round(side * scale)) for side in picture.size)
     packed = io.BytesIO()
-    picture.resize((width_px, height_px), Image.Resampling.BILINEAR).save(packed, "JPEG", quality=quality)
+    picture.resize((width_px, height_px), Image.Resampling.BILINEAR).save(
+        packed, "JPEG", quality=quality
+    )
     return packed.getvalue()
 
 

@@ -30,7 +30,9 @@ from engine.texts import UnreadText
 class PendingDecode:
     """An image's pixels on their way off the device."""
 
-    def __init__(self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch) -> None:
+    def __init__(
+        self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch
+    ) -> None:
         self.watch = watch  # of the decode
         self._if_not_finite = if_not_finite
         self._floats = floats  # [1, 3, h, w] in 0..1, on the CPU, there when the watch is ready
@@ -57,7 +59,9 @@ class PendingDecode:
 class Runner:
     """The loaded checkpoints on one device."""
 
-    def __init__(self, checkpoints: Mapping[str, LoadedCheckpoint], device: Device, cache: ConditioningCache) -> None:
+    def __init__(
+        self, checkpoints: Mapping[str, LoadedCheckpoint], device: Device, cache: ConditioningCache
+    ) -> None:
         self._checkpoints = checkpoints
         self._device = device
         self._cache = cache
@@ -122,7 +126,12 @@ class Runner:
             is_finite = self._device.fetch(torch.isfinite(decoded).all())
             floats = self._device.fetch((decoded * 0.5 + 0.5).clamp(0, 1))
             watch.stop()
-        return PendingDecode(f"image {image.id} decoded to NaN or infinity after {image.step} steps", floats, is_finite, watch)
+        return PendingDecode(
+            f"image {image.id} decoded to NaN or infinity after {image.step} steps",
+            floats,
+            is_finite,
+            watch,
+        )
 
     @torch.inference_mode()
     def save(self, image: InFlight) -> State:
@@ -140,7 +149,8 @@ class Runner:
 
         None when nobody watched that step.
         """
-        family, name = self._family_of(image), image.request.checkpoint
+        family = self._family_of(image)
+        name = image.request.checkpoint
         clean = family.clean_latents(image)
         if clean is not None and name not in self._projectors:
             self._projectors[name] = family.projector()
@@ -168,7 +178,9 @@ class Runner:
 
     def _adapted(self, batch: Batch) -> AbstractContextManager[None]:
         """Within it every row of a forward wears the adapters of its image; padding wears none."""
-        uses: list[tuple[AdapterUse, ...]] = [image.request.adapters for image in batch for _ in range(image.rows)]
+        uses: list[tuple[AdapterUse, ...]] = [
+            image.request.adapters for image in batch for _ in range(image.rows)
+        ]
         uses += [()] * (batch.bucket_rows - batch.used_rows)
         return self._checkpoints[batch.key.checkpoint].adapted(uses)
 

@@ -25,8 +25,11 @@ from engine.owners import Owner, Owners
 from engine.shares import Shares
 
 MAX_PARKS = 2  # of an image; after that it keeps its seat
-CHEAP = 0.1  # of a forward, by which the encode of a guest may delay it: else its free rows would stay empty
-HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
+# Of a forward, by which the encode of a guest may delay it: else its free rows would stay empty.
+CHEAP = 0.1
+# Of its remaining seconds, by which another of its rank must be ahead of an encoded image to take
+# its seat.
+HOLD = 0.25
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Batch:
 
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
-    predicted_s: float = field(default=0.0, compare=False)  # what its lane is charged until the seconds are measured
-    is_owed: bool = field(default=False, compare=False)  # does its rank go before a better one, for its share?
+    # What its lane is charged until the seconds are measured.
+    predicted_s: float = field(default=0.0, compare=False)
+    # Does its rank go before a better one, for its share?.
+    is_owed: bool = field(default=False, compare=False)
     rows: tuple[int, ...] = field(init=False, compare=False)  # of each image
     key: BatchKey = field(init=False, compare=False)  # what all its images agree on
 
@@ -65,7 +70,10 @@ class Batch:
     @property
     def parts(self) -> Iterator[tuple[InFlight, float]]:
         """Each image with its part of the forward's seconds: its share of the rows used."""
-        return ((image, rows / self.used_rows) for image, rows in zip(self.images, self.rows, strict=True))
+        return (
+            (image, rows / self.used_rows)
+            for image, rows in zip(self.images, self.rows, strict=True)
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,7 +123,8 @@ class _Kind:
     key: BatchKey
     pin: int | None
     curve: Curve
-    solo_s: dict[int, float] = field(default_factory=dict)  # of the forward an image of so many rows makes alone
+    # Of the forward an image of so many rows makes alone.
+    solo_s: dict[int, float] = field(default_factory=dict)
     encode_s: float = 0.0
     decode_s: float = 0.0
     looked_at: int = 0
@@ -134,7 +143,8 @@ class _Ticket:
     added_s: float
     home: _Kind  # as it arrived: with its group, the lane
     kind: _Kind  # of its next forward
-    seen_key: BatchKey  # the image's when `kind` was looked up: a pipeline's next forward may have another
+    # The image's when `kind` was looked up: a pipeline's next forward may have another.
+    seen_key: BatchKey
     owner: Owner = field(init=False)  # as it stands in the image's rank
     remaining_s: float = 0.0  # until it is decoded, if it were alone; as of the last look
     has_seat: bool = False
@@ -183,7 +193,12 @@ class Scheduler:
 
         Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
         """
-        limits = (max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps)
+        limits = (
+            max_inflight,
+            max_batch_rows,
+            max_encodes_between_steps,
+            max_decodes_between_steps,
+        )
         _check_limits(limits, row_buckets)
         self.max_inflight = max_inflight
         self.max_batch_rows = max_batch_rows
@@ -204,7 +219,8 @@ class Scheduler:
         self._ready: list[_Ticket] = []  # those with a seat or waiting for decode
         self._parked: list[InFlight] = []
         self._resumed: list[InFlight] = []
-        self._balances: dict[tuple[Group, _Kind], float] = {}  # by lane: seconds left in this round; below 0: overdrawn
+        # By lane: seconds left in this round; below 0: overdrawn.
+        self._balances: dict[tuple[Group, _Kind], float] = {}
         self._shares = Shares(rank_shares, share_patience_s)
         self._owners: dict[int, Owners] = {}  # by rank
         self._encodes = 0  # since the last forward
@@ -238,7 +254,9 @@ class Scheduler:
         self._now_s = now_s
         self._arrivals += 1
         kind = self._kind(image.batch_key, image.request.pinned_rows)
-        self._tickets[image.id] = ticket = _Ticket(image, self._arrivals, now_s, kind, kind, image.batch_key)
+        self._tickets[image.id] = ticket = _Ticket(
+            image, self._arrivals, now_s, kind, kind, image.batch_key
+        )
         self._estimate([ticket])
         self._enter(ticket)
         self._is_stale = True
@@ -267,7 +285,8 @@ class Scheduler:
 
         Their state says so already.
         """
-        parked, self._parked = self._parked, []
+        parked = self._parked
+        self._parked = []
         return [image for image in parked if image.id in self._tickets]
 
     def take_resumed(self) -> list[InFlight]:
@@ -275,7 +294,8 @@ class Scheduler:
 
         Their state says so already.
         """
-        resumed, self._resumed = self._resumed, []
+        resumed = self._resumed
+        self._resumed = []
         return [image for image in resumed if image.id in self._tickets]
 
     def cap_rows(self, key: BatchKey, rows: int) -> None:
@@ -361,17 +381,27 @@ class Scheduler:
         pool = []
         for ticket in mine:
             image = ticket.image
-            if image.state is ImageState.RUNNING or (image.state is ImageState.QUEUED and may_encode):
+            if image.state is ImageState.RUNNING or (
+                image.state is ImageState.QUEUED and may_encode
+            ):
                 pool.append(ticket)
             elif image.state is ImageState.DENOISED and may_decode:
                 return Decode(image, ticket.kind.decode_s)
         others = [ticket for ticket in ready if ticket.group != group]
         guests = [ticket for ticket in others if ticket.image.state is ImageState.RUNNING]
         if may_encode:
-            guests += [ticket for ticket in others if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode]
+            guests += [
+                ticket
+                for ticket in others
+                if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode
+            ]
         batch = self._next_batch(pool, guests)
         newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
-        return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
+        return (
+            batch
+            if newcomer is None
+            else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
+        )
 
     def _spend(self, work: Work, seconds: float) -> None:
         """Let the lane that had the turn pay for it.
@@ -382,7 +412,9 @@ class Scheduler:
         by_rank: dict[int, float] = {}
         for image, part in work.parts:
             by_rank[image.rank] = by_rank.get(image.rank, 0.0) + part
-        self._shares.spend(by_rank, seconds, owed_to=next(iter(work)).rank if work.is_owed else None)
+        self._shares.spend(
+            by_rank, seconds, owed_to=next(iter(work)).rank if work.is_owed else None
+        )
         if lead is not None and (lead.group, lead.home) in self._balances:
             self._balances[lead.group, lead.home] -= seconds
         for image, part in work.parts:
@@ -400,7 +432,8 @@ class Scheduler:
         owners = self._owners[image.rank]
         owners.leave(image.request.owner)
         if not owners:
-            del self._owners[image.rank]  # with what those had who left: there is nobody to compare them with
+            # With what those had who left: there is nobody to compare them with.
+            del self._owners[image.rank]
 
     # --- order and seats ---
 
@@ -410,7 +443,8 @@ class Scheduler:
         for ticket in tickets:
             image = ticket.image
             if ticket.seen_key is not image.batch_key:
-                ticket.kind, ticket.seen_key = self._kind(image.batch_key, ticket.kind.pin), image.batch_key
+                ticket.kind = self._kind(image.batch_key, ticket.kind.pin)
+                ticket.seen_key = image.batch_key
             kind = ticket.kind
             if kind.looked_at != self._looks:
                 kind.looked_at = self._looks
@@ -420,7 +454,9 @@ class Scheduler:
                 kind.decode_s = self._costs.decode_s(kind.key)
             if image.rows not in kind.solo_s:
                 kind.solo_s[image.rows] = kind.curve.seconds(kind.pin or self._padded(image.rows))
-            ticket.remaining_s = (image.num_steps - image.step) * kind.solo_s[image.rows] + kind.decode_s
+            ticket.remaining_s = (image.num_steps - image.step) * kind.solo_s[
+                image.rows
+            ] + kind.decode_s
             if image.state is ImageState.QUEUED:
                 ticket.remaining_s += kind.encode_s
 
@@ -471,11 +507,14 @@ class Scheduler:
             best_of_lane.setdefault((ticket.group, ticket.home), ticket)
         first = set(list(best_of_lane.values())[: self.max_inflight // 2])
         in_order.sort(key=lambda ticket: (ticket.group, ticket not in first))
-        seats, taken = self._shares.seats(self.max_inflight), Counter[int]()
-        kept, others = list[_Ticket](), list[_Ticket]()
+        seats = self._shares.seats(self.max_inflight)
+        taken = Counter[int]()
+        kept = list[_Ticket]()
+        others = list[_Ticket]()
         for ticket in in_order:
             rank = ticket.image.rank
-            if not kept or taken[rank] < seats.get(rank, 0):  # the best of all has a seat whatever worse ranks keep
+            # The best of all has a seat whatever worse ranks keep.
+            if not kept or taken[rank] < seats.get(rank, 0):
                 kept.append(ticket)
                 taken[rank] += 1
             else:
@@ -501,12 +540,20 @@ class Scheduler:
             leads.setdefault(ticket.home, ticket)
         lead = self._whose_turn(pool[0].group, leads)
         kind = lead.kind
-        own = [lead.image, *(ticket.image for ticket in pool if ticket is not lead and _may_join(ticket, lead))]
+        own = [
+            lead.image,
+            *(ticket.image for ticket in pool if ticket is not lead and _may_join(ticket, lead)),
+        ]
         if kind.pin is None:
             riders, bucket_rows = self._grown(kind, own)
         else:
-            riders, bucket_rows = own[:1], kind.pin
-        fitting = [ticket.image for ticket in (*pool, *guests) if _may_join(ticket, lead) or ticket.kind.may_fill(kind)]
+            riders = own[:1]
+            bucket_rows = kind.pin
+        fitting = [
+            ticket.image
+            for ticket in (*pool, *guests)
+            if _may_join(ticket, lead) or ticket.kind.may_fill(kind)
+        ]
         return self._filled(kind, riders, bucket_rows, own + fitting)
 
     def _whose_turn(self, group: Group, leads: dict[_Kind, _Ticket]) -> _Ticket:
@@ -542,8 +589,10 @@ class Scheduler:
         """
         lead = own[0]
         most_rows = self._most_rows(kind.key)
-        riders, joining = [lead], list[InFlight]()
-        rows, joining_rows = lead.rows, 0
+        riders = [lead]
+        joining = list[InFlight]()
+        rows = lead.rows
+        joining_rows = 0
         bucket_rows = self._padded(rows) if self._padded(rows) <= most_rows else rows
         for image in own[1:]:
             if rows + joining_rows >= most_rows:
@@ -553,12 +602,23 @@ class Scheduler:
                 continue
             joining.append(image)
             joining_rows += image.rows
-            if kind.curve.is_worth_growing(bucket_rows, to_rows, used_rows=joining_rows, ceiling=self.growth_ceiling):
-                riders, joining = riders + joining, []
-                rows, joining_rows, bucket_rows = rows + joining_rows, 0, to_rows
+            if kind.curve.is_worth_growing(
+                bucket_rows, to_rows, used_rows=joining_rows, ceiling=self.growth_ceiling
+            ):
+                riders = riders + joining
+                joining = []
+                rows = rows + joining_rows
+                joining_rows = 0
+                bucket_rows = to_rows
         return riders, bucket_rows
 
-    def _filled(self, kind: _Kind, riders: Sequence[InFlight], bucket_rows: int, candidates: Sequence[InFlight]) -> Batch:
+    def _filled(
+        self,
+        kind: _Kind,
+        riders: Sequence[InFlight],
+        bucket_rows: int,
+        candidates: Sequence[InFlight],
+    ) -> Batch:
         """Give the forward of `bucket_rows` rows with its free rows given to whoever fits, the
         first of the candidates first.
         """
@@ -574,14 +634,21 @@ class Scheduler:
         """Do these and the newcomer need no more different adapters than one forward can hold?"""
         if not newcomer.request.adapters:
             return True
-        return len({use.name for image in (*images, newcomer) for use in image.request.adapters}) <= self.max_adapters
+        return (
+            len({use.name for image in (*images, newcomer) for use in image.request.adapters})
+            <= self.max_adapters
+        )
 
     def _most_rows(self, key: BatchKey) -> int:
         """Tell the rows that a best-effort forward may have.
 
         An image that alone has more still runs alone.
         """
-        limits = (self.max_batch_rows, self._row_caps.get(key), self._costs.row_limit(key, self.memory_budget_bytes))
+        limits = (
+            self.max_batch_rows,
+            self._row_caps.get(key),
+            self._costs.row_limit(key, self.memory_budget_bytes),
+        )
         return min(limit for limit in limits if limit is not None)
 
     def _padded(self, rows: int) -> int:
@@ -592,7 +659,9 @@ class Scheduler:
 
 def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None:
     if min(limits) < 1:
-        raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
+        raise ValueError(
+            "max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1"
+        )
     if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
         raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
 
@@ -602,4 +671,6 @@ def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
 
     A pipeline's newcomer learns its call by its encode: until then its lane will do.
     """
-    return ticket.kind is lead.kind or (ticket.image.state is ImageState.QUEUED and ticket.home is lead.home)
+    return ticket.kind is lead.kind or (
+        ticket.image.state is ImageState.QUEUED and ticket.home is lead.home
+    )

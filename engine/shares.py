@@ -9,7 +9,9 @@ gaps of better ones, never comes to take a turn from them.
 
 from collections.abc import Container, Iterator, Mapping
 
-HORIZON_S = 60.0  # over so long a rank gets its share, less one piece of work; no credit is larger than what this earns
+# Over so long a rank gets its share, less one piece of work; no credit is larger than what this
+# earns.
+HORIZON_S = 60.0
 
 
 class Shares:
@@ -22,7 +24,9 @@ class Shares:
         Raises `ValueError` unless every share is above 0 and all together are below 1.
         """
         if not all(share > 0 for share in shares.values()) or not sum(shares.values()) < 1:
-            raise ValueError(f"rank_shares {dict(shares)} are not parts of a whole that leave something to the other ranks")
+            raise ValueError(
+                f"rank_shares {dict(shares)} are not parts of a whole that leave something to the other ranks"
+            )
         self._shares = dict(sorted(shares.items()))
         self._patience_s = patience_s
         self._credits: dict[int, float] = {}  # of the ranks that have work ready
@@ -43,7 +47,9 @@ class Shares:
         credits = self._kept | self._credits
         self._credits = {rank: credits.get(rank, 0.0) for rank in self._shares if rank in ranks}
         self._kept = {
-            rank: min(credit, self._shares[rank] * self._patience_s) for rank, credit in credits.items() if rank not in self._credits
+            rank: min(credit, self._shares[rank] * self._patience_s)
+            for rank, credit in credits.items()
+            if rank not in self._credits
         }
 
     def spend(self, parts: Mapping[int, float], seconds: float, *, owed_to: int | None) -> None:
@@ -54,7 +60,8 @@ class Shares:
         owed_to: the rank whose turn it was by its credit.
         """
         for rank, credit in self._credits.items():
-            share, part = self._shares[rank], parts.get(rank, 0.0)
+            share = self._shares[rank]
+            part = parts.get(rank, 0.0)
             rest = credit + (share - part) * seconds
             if part > share and rank != owed_to:
                 rest = min(credit, max(rest, 0.0))

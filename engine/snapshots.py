@@ -36,12 +36,19 @@ from engine.request import ImageRequest, Picture
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1  # raise it when blobs of today could not be read any more; a further field of the request needs no new format
+# Raise it when blobs of today could not be read any more; a further field of the request needs no
+# new format.
+FORMAT = 1
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # names and facts; a snapshot has some 4 KiB of them
-NOT_IN_THE_DIGEST = {"id", "group", "owner", "rank", "keep_steps"}  # whose it is, when it is served, what is kept: no pixel of it
+# Whose it is, when it is served, what is kept: no pixel of it.
+NOT_IN_THE_DIGEST = {"id", "group", "owner", "rank", "keep_steps"}
 
 _NAME = "darkroom-snapshot"
-_SEAL = re.compile(rb'\{"__metadata__":\{"' + _NAME.encode() + rb'":"(?P<format>\d{4}) (?P<size>\d{12}) (?P<sha256>[0-9a-f]{64}) ')
+_SEAL = re.compile(
+    rb'\{"__metadata__":\{"'
+    + _NAME.encode()
+    + rb'":"(?P<format>\d{4}) (?P<size>\d{12}) (?P<sha256>[0-9a-f]{64}) '
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,16 +104,22 @@ def to_bytes(snapshot: Snapshot) -> bytes:
         "facts": snapshot.facts,
         "layouts": layouts,
     }
-    tensors = {name: torch.from_numpy(np.array(picture.pixels, order="C")) for name, picture in pictures.items()}
+    tensors = {
+        name: torch.from_numpy(np.array(picture.pixels, order="C"))
+        for name, picture in pictures.items()
+    }
     for name, tensor in snapshot.tensors.items():
         copy = tensor.detach().to("cpu", copy=True)
-        if not copy.is_contiguous():  # channels last: safetensors has no strides, and another layout may choose another kernel
+        # Channels last: safetensors has no strides, and another layout may choose another kernel.
+        if not copy.is_contiguous():
             layouts[name] = list(copy.dim_order())
             copy = copy.permute(layouts[name])
         tensors[f"state/{name}"] = copy
     blob = save(tensors, {_NAME: f"{FORMAT:04d} {0:012d} {'0' * 64} {_json(about)}"})
     if int.from_bytes(blob[:8], "little") > MAX_HEADER_BYTES:
-        raise SnapshotRefused(f"the facts of image {snapshot.request.id} take more than {MAX_HEADER_BYTES} bytes")
+        raise SnapshotRefused(
+            f"the facts of image {snapshot.request.id} take more than {MAX_HEADER_BYTES} bytes"
+        )
     seal = _SEAL.match(blob, 8)
     assert seal is not None, "safetensors no longer writes the metadata first"
     front = blob[: seal.start("size")] + f"{len(blob):012d} ".encode()
@@ -127,8 +140,16 @@ def from_bytes(blob: bytes) -> Snapshot:
     about = _opened(blob)
     with _as_laid_out():
         stored = load(blob)
-        pictures = {name: Picture(tensor.numpy()) for name, tensor in stored.items() if name.startswith("request/")}
-        tensors = {name.removeprefix("state/"): tensor for name, tensor in stored.items() if name.startswith("state/")}
+        pictures = {
+            name: Picture(tensor.numpy())
+            for name, tensor in stored.items()
+            if name.startswith("request/")
+        }
+        tensors = {
+            name.removeprefix("state/"): tensor
+            for name, tensor in stored.items()
+            if name.startswith("state/")
+        }
         for name, order in about["layouts"].items():
             tensors[name] = tensors[name].permute([order.index(axis) for axis in range(len(order))])
         return Snapshot(
@@ -176,7 +197,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
     Empty for equal facts.
     """
-    flat_there, flat_here = _flat(there), _flat(here)
+    flat_there = _flat(there)
+    flat_here = _flat(here)
     return "; ".join(
         f"{name} {flat_there.get(name, 'unknown')} there, {flat_here.get(name, 'unknown')} here"
         for name in sorted(flat_there.keys() | flat_here.keys())
@@ -204,15 +226,24 @@ def _opened(blob: bytes) -> dict[str, Any]:
     if seal is None:
         raise SnapshotRefused("these bytes are no snapshot")
     if int(seal["format"]) != FORMAT:
-        raise SnapshotRefused(f"the snapshot is of format {int(seal['format'])}, this engine reads format {FORMAT}")
+        raise SnapshotRefused(
+            f"the snapshot is of format {int(seal['format'])}, this engine reads format {FORMAT}"
+        )
     if len(blob) < int(seal["size"]):
-        raise SnapshotRefused(f"the snapshot is truncated: {len(blob)} of {int(seal['size'])} bytes")
+        raise SnapshotRefused(
+            f"the snapshot is truncated: {len(blob)} of {int(seal['size'])} bytes"
+        )
     view = memoryview(blob)
-    if _checksum(view[: seal.start("sha256")], view[seal.end("sha256") :]) != seal["sha256"].decode():
+    if (
+        _checksum(view[: seal.start("sha256")], view[seal.end("sha256") :])
+        != seal["sha256"].decode()
+    ):
         raise SnapshotRefused("the snapshot is damaged: its checksum does not match its bytes")
     header_bytes = int.from_bytes(blob[:8], "little")
     if header_bytes > MAX_HEADER_BYTES:
-        raise SnapshotRefused(f"the snapshot's header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raise SnapshotRefused(
+            f"the snapshot's header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+        )
     with _as_laid_out():
         metadata: str = json.loads(blob[8 : 8 + header_bytes])["__metadata__"][_NAME]
         about: dict[str, Any] = json.loads(metadata.split(" ", 3)[3])
@@ -231,8 +262,17 @@ def _as_laid_out() -> Iterator[None]:
     """Only a blob sealed by somebody else's hand can fail here."""
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as problem:
-        raise SnapshotRefused(f"the snapshot is not laid out as format {FORMAT}: {problem!r}") from problem
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as problem:
+        raise SnapshotRefused(
+            f"the snapshot is not laid out as format {FORMAT}: {problem!r}"
+        ) from problem
 
 
 def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
@@ -244,10 +284,14 @@ def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
         pictures[name] = value
         return name
     if is_dataclass(value) and not isinstance(value, type):
-        types, parts = _types(type(value)), {part.name: getattr(value, part.name) for part in fields(value)}
+        types = _types(type(value))
+        parts = {part.name: getattr(value, part.name) for part in fields(value)}
         # Equal requests are written alike, also where one says 4 and the other 4.0.
         numbers = {part: float(given) for part, given in parts.items() if types[part] is float}
-        return {part: _written(given, f"{name}/{part}", pictures) for part, given in (parts | numbers).items()}
+        return {
+            part: _written(given, f"{name}/{part}", pictures)
+            for part, given in (parts | numbers).items()
+        }
     if isinstance(value, tuple):
         return [_written(item, f"{name}/{index}", pictures) for index, item in enumerate(value)]
     if isinstance(value, Mapping):
@@ -260,7 +304,8 @@ def _read(kind: Any, value: Any, pictures: Mapping[str, Picture]) -> Any:
 
     A field that is absent has its default.
     """
-    given, arguments = get_origin(kind), get_args(kind)
+    given = get_origin(kind)
+    arguments = get_args(kind)
     if NoneType in arguments:
         return None if value is None else _read(arguments[0], value, pictures)
     if kind is Picture:
@@ -268,7 +313,9 @@ def _read(kind: Any, value: Any, pictures: Mapping[str, Picture]) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
         types = _types(kind)
         if unknown := value.keys() - types.keys():
-            raise SnapshotRefused(f"the snapshot's request has what this engine does not know: {', '.join(sorted(unknown))}")
+            raise SnapshotRefused(
+                f"the snapshot's request has what this engine does not know: {', '.join(sorted(unknown))}"
+            )
         return kind(**{name: _read(types[name], part, pictures) for name, part in value.items()})
     if given is tuple:
         return tuple(_read(arguments[0], item, pictures) for item in value)
@@ -289,7 +336,9 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, str]:
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{above}{name}.")
         else:
-            flat[f"{above}{name}"] = json.dumps(value, ensure_ascii=False, sort_keys=True).strip('"')
+            flat[f"{above}{name}"] = json.dumps(value, ensure_ascii=False, sort_keys=True).strip(
+                '"'
+            )
     return flat
 
 

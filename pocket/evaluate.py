@@ -26,7 +26,8 @@ from pocket.world import SIDE_PX, caption, is_held_out, random_scene
 
 HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
-MEASURED_FROM, MEASURED_TO = "<!-- measured: begin -->", "<!-- measured: end -->"
+MEASURED_FROM = "<!-- measured: begin -->"
+MEASURED_TO = "<!-- measured: end -->"
 HEADER = """| steps | background | colour | shape | place | size | two objects: colours / shapes | everything right | s/image |
 |---|---|---|---|---|---|---|---|---|"""
 CHECKPOINT = HERE / "checkpoint"
@@ -34,7 +35,8 @@ PROMPT_SEED = 20_000
 GUIDANCE = 1.5  # more of it overdoes what tells shapes apart: squares grow horns
 TARGET = 0.95
 BATCH = 8
-SHEET_COLUMNS, SHEET_ROWS = 6, 4
+SHEET_COLUMNS = 6
+SHEET_ROWS = 4
 
 
 def unseen_prompts(count: int, seed: int = PROMPT_SEED) -> list[str]:
@@ -51,19 +53,34 @@ def unseen_prompts(count: int, seed: int = PROMPT_SEED) -> list[str]:
 def load_pipeline(checkpoint: Path = CHECKPOINT) -> StableDiffusionPipeline:
     """The shipped fp16 weights, computing in fp32."""
     pipeline = StableDiffusionPipeline.from_pretrained(
-        checkpoint, safety_checker=None, use_safetensors=True, torch_dtype=torch.float32, local_files_only=True
+        checkpoint,
+        safety_checker=None,
+        use_safetensors=True,
+        torch_dtype=torch.float32,
+        local_files_only=True,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def render(pipeline: StableDiffusionPipeline, prompts: Sequence[str], num_steps: int, first_seed: int = 0) -> list[np.ndarray]:
+def render(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], num_steps: int, first_seed: int = 0
+) -> list[np.ndarray]:
     """One uint8 picture per prompt; prompt i starts from the noise of seed `first_seed` + i, whatever the batches."""
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), BATCH):
         texts = list(prompts[start : start + BATCH])
-        seeds = [torch.Generator("cpu").manual_seed(first_seed + start + row) for row in range(len(texts))]
-        images = pipeline(texts, num_inference_steps=num_steps, guidance_scale=GUIDANCE, generator=seeds, output_type="np").images
+        seeds = [
+            torch.Generator("cpu").manual_seed(first_seed + start + row)
+            for row in range(len(texts))
+        ]
+        images = pipeline(
+            texts,
+            num_inference_steps=num_steps,
+            guidance_scale=GUIDANCE,
+            generator=seeds,
+            output_type="np",
+        ).images
         pictures.extend((images * 255).round().astype(np.uint8))
     return pictures
 
@@ -94,42 +111,66 @@ def table_row(num_steps: int, verdicts: Sequence[Verdict], seconds: float) -> st
 
 def contact_sheet(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> Image.Image:
     """A grid of pictures, each over its caption."""
-    pad, text_px = 14, 46
+    pad = 14
+    text_px = 46
     cell_width, cell_height = SIDE_PX + 2 * pad, SIDE_PX + pad + text_px
-    sheet = Image.new("RGB", (SHEET_COLUMNS * cell_width, SHEET_ROWS * cell_height + pad), (232, 232, 228))
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=11)
+    sheet = Image.new(
+        "RGB", (SHEET_COLUMNS * cell_width, SHEET_ROWS * cell_height + pad), (232, 232, 228)
+    )
+    pen = ImageDraw.Draw(sheet)
+    font = ImageFont.load_default(size=11)
     for index, (picture, prompt) in enumerate(zip(pictures, prompts, strict=True)):
         x, y = index % SHEET_COLUMNS * cell_width + pad, index // SHEET_COLUMNS * cell_height + pad
         sheet.paste(Image.fromarray(picture), (x, y))
-        pen.text((x, y + SIDE_PX + 3), "\n".join(textwrap.wrap(prompt, 24)), fill=(30, 30, 30), font=font, spacing=1)
+        pen.text(
+            (x, y + SIDE_PX + 3),
+            "\n".join(textwrap.wrap(prompt, 24)),
+            fill=(30, 30, 30),
+            font=font,
+            spacing=1,
+        )
     return sheet
 
 
 def digests(checkpoint: Path) -> str:
     """One line per weight file: its SHA-256 and its name."""
     files = sorted(checkpoint.glob("*/*.safetensors"))
-    return "\n".join(f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}" for path in files)
+    return "\n".join(
+        f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}"
+        for path in files
+    )
 
 
 def write_readme(rows: Sequence[str], num_prompts: int, checkpoint: Path) -> None:
     """Put what was measured, and of which weights, between the README's two marks."""
     text = README.read_text()
-    before, after = text[: text.index(MEASURED_FROM)], text[text.index(MEASURED_TO) :]
-    table, files = "\n".join([HEADER, *rows]), digests(checkpoint)
+    before = text[: text.index(MEASURED_FROM)]
+    after = text[text.index(MEASURED_TO) :]
+    table = "\n".join([HEADER, *rows])
+    files = digests(checkpoint)
     measured = f"Percent right, {num_prompts} unseen prompts:\n\n{table}\n\nMeasured on these files (SHA-256):\n\n```\n{files}\n```"
     README.write_text(f"{before}{MEASURED_FROM}\n{measured}\n{after}")
 
 
 def main() -> None:
     """Measure by the command line's wishes."""
-    parser = argparse.ArgumentParser(prog="python -m pocket.evaluate", description="Measure how well the pocket model follows prompts.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.evaluate",
+        description="Measure how well the pocket model follows prompts.",
+    )
     parser.add_argument("--steps", type=int, nargs="+", default=[20, 4])
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--prompt-seed", type=int, default=PROMPT_SEED, help="another seed gives other prompts")
+    parser.add_argument(
+        "--prompt-seed", type=int, default=PROMPT_SEED, help="another seed gives other prompts"
+    )
     parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT)
     parser.add_argument("--sheet", type=Path, default=HERE / "contact-sheet.png")
-    parser.add_argument("--readme", action="store_true", help="write the table and the digests into the README")
-    parser.add_argument("--misses", action="store_true", help="also tell what was wrong, picture by picture")
+    parser.add_argument(
+        "--readme", action="store_true", help="write the table and the digests into the README"
+    )
+    parser.add_argument(
+        "--misses", action="store_true", help="also tell what was wrong, picture by picture"
+    )
     wishes = parser.parse_args()
 
     torch.set_num_threads(1)
@@ -143,11 +184,17 @@ def main() -> None:
         started_s = time.perf_counter()
         pictures = render(pipeline, prompts, num_steps)
         seconds = time.perf_counter() - started_s
-        verdicts = [check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+        verdicts = [
+            check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)
+        ]
         rows.append(table_row(num_steps, verdicts, seconds))
         print(rows[-1], flush=True)
         judged = zip(prompts, verdicts, strict=True)
-        told += [f"{num_steps} steps, {prompt!r}: {v.summary}" for prompt, v in judged if not v.everything_right]
+        told += [
+            f"{num_steps} steps, {prompt!r}: {v.summary}"
+            for prompt, v in judged
+            if not v.everything_right
+        ]
         if np.mean([verdict.everything_right for verdict in verdicts]) < TARGET:
             missed.append(num_steps)
         if num_steps == wishes.steps[0]:

@@ -16,17 +16,22 @@ from pocket.world import caption, random_scene
 
 NUM_CAPTIONS = 4_000
 MAX_TOKENS = 24
-START, END = "<|startoftext|>", "<|endoftext|>"
+START = "<|startoftext|>"
+END = "<|endoftext|>"
 WORD_END = "</w>"
 
 
 def build_tokenizer(seed: int = 0) -> CLIPTokenizer:
     """Learn the vocabulary from `NUM_CAPTIONS` captions and give it as an ordinary CLIPTokenizer."""
     rng = random.Random(seed)
-    words = Counter(word for _ in range(NUM_CAPTIONS) for word in caption(random_scene(rng), rng).split())
+    words = Counter(
+        word for _ in range(NUM_CAPTIONS) for word in caption(random_scene(rng), rng).split()
+    )
     merges = learn_merges(words)
     letters = list(string.ascii_lowercase)
-    tokens = dict.fromkeys([*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END])
+    tokens = dict.fromkeys(
+        [*letters, *(letter + WORD_END for letter in letters), *map("".join, merges), START, END]
+    )
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS, pad_token=END)
 

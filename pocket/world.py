@@ -69,7 +69,9 @@ def is_held_out(scene: Scene) -> bool:
     return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
 
-def random_scene(rng: random.Random, *, pair_share: float = 0.3, held_out: bool | None = None) -> Scene:
+def random_scene(
+    rng: random.Random, *, pair_share: float = 0.3, held_out: bool | None = None
+) -> Scene:
     """Draw a fully specified scene, all its colours different.
 
     held_out: True for scenes training never sees, False for those it may, None for any.
@@ -80,7 +82,11 @@ def random_scene(rng: random.Random, *, pair_share: float = 0.3, held_out: bool 
         if is_pair:
             things = tuple(Thing(colour, rng.choice(SHAPES), "small") for colour in (first, second))
         else:
-            things = (Thing(first, rng.choice(SHAPES), rng.choice(list(RADIUS_PX)), rng.choice(list(PLACES))),)
+            things = (
+                Thing(
+                    first, rng.choice(SHAPES), rng.choice(list(RADIUS_PX)), rng.choice(list(PLACES))
+                ),
+            )
         scene = Scene(background, things)
         if held_out is None or is_held_out(scene) is held_out:
             return scene
@@ -112,18 +118,35 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
         radius = rng.uniform(*RADIUS_PX[thing.size])
         reach = radius * 1.08 + MARGIN_PX
         centre = [
-            min(max((at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX, reach), SIDE_PX - reach) * OVERSAMPLING for at in (x, y)
+            min(
+                max((at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX, reach),
+                SIDE_PX - reach,
+            )
+            * OVERSAMPLING
+            for at in (x, y)
         ]
-        _paint(pen, thing.shape, centre[0], centre[1], radius * OVERSAMPLING, _jittered(thing.colour, rng))
+        _paint(
+            pen,
+            thing.shape,
+            centre[0],
+            centre[1],
+            radius * OVERSAMPLING,
+            _jittered(thing.colour, rng),
+        )
     return np.asarray(image.reduce(OVERSAMPLING))
 
 
 def _jittered(colour: str, rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, level + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for level in COLOURS[colour])
+    red, green, blue = (
+        min(255, max(0, level + rng.randint(-COLOUR_JITTER, COLOUR_JITTER)))
+        for level in COLOURS[colour]
+    )
     return red, green, blue
 
 
-def _paint(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
+def _paint(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int]
+) -> None:
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "square":
@@ -134,6 +157,9 @@ def _paint(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, f
         radii = [1.08 * r if point % 2 == 0 else 0.45 * r for point in range(10)]
         angles = [math.pi * point / 5 - math.pi / 2 for point in range(10)]
         spokes = zip(radii, angles, strict=True)
-        pen.polygon([(x + reach * math.cos(angle), y + reach * math.sin(angle)) for reach, angle in spokes], fill=fill)
+        pen.polygon(
+            [(x + reach * math.cos(angle), y + reach * math.sin(angle)) for reach, angle in spokes],
+            fill=fill,
+        )
     else:
         raise ValueError(f"No such shape: {shape!r}.")

@@ -25,7 +25,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-MAX_COMPARED_BYTES = 16 * 1024 * 1024  # of a shared tensor; comparing a larger one at every step costs more than company saves
+# Of a shared tensor; comparing a larger one at every step costs more than company saves.
+MAX_COMPARED_BYTES = 16 * 1024 * 1024
 
 
 class Unlike(Exception):
@@ -95,7 +96,9 @@ class Rowed(Form):
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         """Split into views."""
-        return list(torch.split(value.narrow(self.axis, 0, sum(counts)), list(counts), dim=self.axis))
+        return list(
+            torch.split(value.narrow(self.axis, 0, sum(counts)), list(counts), dim=self.axis)
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,9 @@ class Listed(Form):
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe sizes only where the bits count."""
-        if type(value) is not self.kind or not all(isinstance(row, Tensor) and row.ndim == self.ndim for row in value):
+        if type(value) is not self.kind or not all(
+            isinstance(row, Tensor) and row.ndim == self.ndim for row in value
+        ):
             raise Unlike
         rows.add(len(value))
         dtypes = sorted({str(row.dtype) for row in value})
@@ -143,7 +148,12 @@ class Spread(Form):
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
         """Stack to [rows]."""
-        return torch.cat([value.expand(count) for value, count in zip([*values, values[0]], [*counts, padding], strict=True)])
+        return torch.cat(
+            [
+                value.expand(count)
+                for value, count in zip([*values, values[0]], [*counts, padding], strict=True)
+            ]
+        )
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         """Nobody's: networks are given such numbers, they do not return them."""
@@ -160,7 +170,11 @@ class Shared(Form):
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe its value."""
         if isinstance(value, Tensor):
-            if self.kind is not Tensor or value.ndim != self.ndim or value.nbytes > MAX_COMPARED_BYTES:
+            if (
+                self.kind is not Tensor
+                or value.ndim != self.ndim
+                or value.nbytes > MAX_COMPARED_BYTES
+            ):
                 raise Unlike
             content = value.cpu().reshape(-1).view(torch.uint8).numpy()
             return [str(value.dtype), *value.shape, hashlib.sha256(content.data).hexdigest()]
@@ -192,20 +206,35 @@ class Nested(Form):
         """Describe what its places say."""
         if type(value) is not self.kind or [place for place, _ in self.places] != _places(value):
             raise Unlike
-        return [[str(place), form.describe(value[place], rows, exactly=exactly)] for place, form in self.places]
+        return [
+            [str(place), form.describe(value[place], rows, exactly=exactly)]
+            for place, form in self.places
+        ]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        return self._of([form.stack([value[place] for value in values], counts, padding) for place, form in self.places])
+        return self._of(
+            [
+                form.stack([value[place] for value in values], counts, padding)
+                for place, form in self.places
+            ]
+        )
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         parts = [form.split(value[place], counts) for place, form in self.places]
         return [self._of([part[index] for part in parts]) for index in range(len(counts))]
 
     def spread(self, one: Any, other: Any) -> Form:
-        return replace(self, places=tuple((place, form.spread(one[place], other[place])) for place, form in self.places))
+        return replace(
+            self,
+            places=tuple(
+                (place, form.spread(one[place], other[place])) for place, form in self.places
+            ),
+        )
 
     def _of(self, items: list[Any]) -> Any:
-        return _container(self.kind, dict(zip((place for place, _ in self.places), items, strict=True)))
+        return _container(
+            self.kind, dict(zip((place for place, _ in self.places), items, strict=True))
+        )
 
 
 def probe(one: Any, two: Any) -> Form:
@@ -217,12 +246,19 @@ def probe(one: Any, two: Any) -> Form:
         raise Unlike
     if isinstance(one, Tensor):
         return _probe_tensor(one, two)
-    if type(one) in (list, tuple) and one and len(two) == 2 * len(one) and all(isinstance(row, Tensor) for row in two):
+    if (
+        type(one) in (list, tuple)
+        and one
+        and len(two) == 2 * len(one)
+        and all(isinstance(row, Tensor) for row in two)
+    ):
         return Listed(type(one), one[0].ndim)
     if _is_container(one):
         if _places(one) != _places(two):
             raise Unlike
-        return Nested(type(one), tuple((place, probe(one[place], two[place])) for place in _places(one)))
+        return Nested(
+            type(one), tuple((place, probe(one[place], two[place])) for place in _places(one))
+        )
     if not isinstance(one, PLAIN) or one != two:
         raise Unlike
     return Shared(type(one))
@@ -290,7 +326,9 @@ class CallForm:
         It has `bucket_rows` rows, or as many as they have if that is more.
         """
         padding = max(0, bucket_rows - sum(counts))
-        args, kwargs = self.given.stack([(call.args, call.kwargs) for call in calls], counts, padding)
+        args, kwargs = self.given.stack(
+            [(call.args, call.kwargs) for call in calls], counts, padding
+        )
         return Call(self.network, calls[0].context, args, kwargs)
 
     def split(self, result: Any, counts: Sequence[int]) -> list[Any]:
@@ -319,7 +357,11 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
             if one.network != two.network:
                 break
             try:
-                form = CallForm(one.network, probe((one.args, one.kwargs), (two.args, two.kwargs)), probe(returned_one, returned_two))
+                form = CallForm(
+                    one.network,
+                    probe((one.args, one.kwargs), (two.args, two.kwargs)),
+                    probe(returned_one, returned_two),
+                )
             except Unlike:
                 continue
             seen.setdefault(form, []).append(one)
@@ -341,13 +383,17 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
         alike.setdefault((call.context, shapes), []).append(call)
     proved = set()
     for first, last in ((some[0], some[-1]) for some in alike.values()):
-        spread = replace(form, given=form.given.spread((first.args, first.kwargs), (last.args, last.kwargs)))
+        spread = replace(
+            form, given=form.given.spread((first.args, first.kwargs), (last.args, last.kwargs))
+        )
         try:
             agreed = spread.describe(first, exactly=True)
             if first is last or spread.describe(last, exactly=True) != agreed:
                 continue
             mixed = _side_by_side(spread, first, last, agreed[0], network)
-            twins = [_side_by_side(form, call, call, agreed[0], network)[0] for call in (first, last)]
+            twins = [
+                _side_by_side(form, call, call, agreed[0], network)[0] for call in (first, last)
+            ]
         except Exception:  # noqa: BLE001  whatever it says, it does not take a stranger's rows
             return None
         if not _equal(mixed, twins):
@@ -363,7 +409,10 @@ def _side_by_side(form: CallForm, one: Call, other: Call, rows: int, network: Ne
 
 def _equal(one: Any, other: Any) -> bool:
     """Are they the same, bit by bit? They have one form."""
-    return all(torch.equal(mine, yours) for mine, yours in zip(tensors_of(one), tensors_of(other), strict=True))
+    return all(
+        torch.equal(mine, yours)
+        for mine, yours in zip(tensors_of(one), tensors_of(other), strict=True)
+    )
 
 
 # --- values as they are logged ------------------------------------------------------------------------------------------------------
@@ -383,7 +432,9 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if _is_container(value):
-        return _container(type(value), {place: with_tensors(value[place], change) for place in _places(value)})
+        return _container(
+            type(value), {place: with_tensors(value[place], change) for place in _places(value)}
+        )
     return value
 
 
@@ -422,7 +473,13 @@ def read(facts: Any, tensors: Sequence[Tensor]) -> Any:
     if "plain" in facts:
         return facts["plain"]
     module, name = facts["kind"]
-    kind = getattr(import_module(module), name) if module == "builtins" or module.startswith("diffusers.") else None
-    if kind not in (tuple, list, dict) and not (isinstance(kind, type) and issubclass(kind, BaseOutput)):
+    kind = (
+        getattr(import_module(module), name)
+        if module == "builtins" or module.startswith("diffusers.")
+        else None
+    )
+    if kind not in (tuple, list, dict) and not (
+        isinstance(kind, type) and issubclass(kind, BaseOutput)
+    ):
         raise Unlike
     return _container(kind, {place: read(item, tensors) for place, item in facts["items"]})

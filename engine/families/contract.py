@@ -54,8 +54,11 @@ class Family(Protocol):
     All but the first group of methods is called on the engine's thread, in inference mode.
     """
 
-    pixels_per_latent: int  # along a side; width_px and height_px must be multiples of it, and of more where `check` says so
-    follows_stream: bool  # does `decode` launch its work in the stream that is current where it is called?
+    # Along a side; width_px and height_px must be multiples of it, and of more where `check` says
+    # so.
+    pixels_per_latent: int
+    # Does `decode` launch its work in the stream that is current where it is called?.
+    follows_stream: bool
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:

@@ -43,14 +43,20 @@ class Coroutine:
     """One function on its way. All methods are for its owner, one thread at a time."""
 
     def __init__(
-        self, run: Callable[[Ask], Any], *, name: str = "coroutine", within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        run: Callable[[Ask], Any],
+        *,
+        name: str = "coroutine",
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
         """Nothing runs before the first `resume`.
 
         `within()` is entered in the function's own thread, around all of it.
         """
         # Handed to the thread, which drops it at its end: kept here too, it would close a circle of references around its tensors.
-        self._thread = threading.Thread(target=self._live, args=(run, within), name=name, daemon=True)
+        self._thread = threading.Thread(
+            target=self._live, args=(run, within), name=name, daemon=True
+        )
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._is_closing = False
@@ -95,11 +101,14 @@ class Coroutine:
     def _end(self) -> None:
         self.is_over = True
         if self._thread.ident is None:
-            self._thread = threading.Thread(name=self._thread.name)  # lets go of a function that never ran
+            # Lets go of a function that never ran.
+            self._thread = threading.Thread(name=self._thread.name)
         else:
             self._thread.join()
 
-    def _live(self, run: Callable[[Ask], Any], within: Callable[[], AbstractContextManager[Any]]) -> None:
+    def _live(
+        self, run: Callable[[Ask], Any], within: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
         """Live in the thread.
 
         What comes last is put where the owner waits for it, if anybody does.
@@ -120,4 +129,5 @@ class Coroutine:
             answer = self._answers.get()
             if not self._is_closing:
                 return answer
-        raise Closed  # also to who asks again while being unwound, in a `finally` or after a bare `except`
+        # Also to who asks again while being unwound, in a `finally` or after a bare `except`.
+        raise Closed

@@ -45,7 +45,9 @@ def check_pictures(request: ImageRequest) -> None:
         if request.mask is not None:
             raise UnsupportedRequest("mask", "needs an init_image to repaint")
         if request.strength != 1.0:
-            raise UnsupportedRequest("strength", f"{request.strength} needs an init_image; without one it is 1.0")
+            raise UnsupportedRequest(
+                "strength", f"{request.strength} needs an init_image; without one it is 1.0"
+            )
         return
     _check_pixels("init_image", request.init_image, (*size, 3))
     if request.mask is not None:
@@ -57,4 +59,6 @@ def check_pictures(request: ImageRequest) -> None:
 def _check_pixels(field_name: str, picture: Picture, shape: tuple[int, ...]) -> None:
     pixels = picture.pixels
     if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise UnsupportedRequest(field_name, f"is {list(pixels.shape)} of {pixels.dtype}, must be {list(shape)} of uint8")
+        raise UnsupportedRequest(
+            field_name, f"is {list(pixels.shape)} of {pixels.dtype}, must be {list(shape)} of uint8"
+        )

@@ -52,7 +52,8 @@ class LatentFamily(ABC):
     _vae: Any
     device: torch.device
     dtype: torch.dtype
-    graphs: Callable[[Rows], Tensor] | None = None  # `denoise` recorded, where the checkpoint asks for CUDA graphs
+    # `denoise` recorded, where the checkpoint asks for CUDA graphs.
+    graphs: Callable[[Rows], Tensor] | None = None
 
     # --- what a family says ---
 
@@ -81,7 +82,9 @@ class LatentFamily(ABC):
         """
 
     @abstractmethod
-    def begin(self, request: ImageRequest, sampler: Sampler, generator: torch.Generator) -> Beginning:
+    def begin(
+        self, request: ImageRequest, sampler: Sampler, generator: torch.Generator
+    ) -> Beginning:
         """Draw the initial noise, around the init image where there is one, in the order its
         pipeline draws.
         """
@@ -137,7 +140,11 @@ class LatentFamily(ABC):
         found = [cut_off("prompt", request.prompt, readers)]
         if request.negative_prompt.strip():
             is_read = self.rows(request) > 1
-            found.append((cut_off if is_read else ignored)("negative_prompt", request.negative_prompt, readers))
+            found.append(
+                (cut_off if is_read else ignored)(
+                    "negative_prompt", request.negative_prompt, readers
+                )
+            )
         return tuple(text for text in found if text is not None)
 
     def start(self, image: InFlight, recall: Recall) -> None:
@@ -159,17 +166,25 @@ class LatentFamily(ABC):
         """Run one forward; each part is [image.rows, ...]."""
         rows = stack_rows([self.inputs(image) for image in images], bucket_rows, self.device)
         is_plain = not any(image.request.adapters or image.skips_blocks for image in images)
-        prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
+        prediction = (
+            self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
+        )
         used_rows = sum(image.rows for image in images)
         # In one layout whatever the weights have: latents would inherit it, and a restored image is contiguous.
-        return list(torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images]))
+        return list(
+            torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images])
+        )
 
     def advance(self, image: InFlight, prediction: Any) -> None:
         # No isfinite() here: it would stall the device at every step; decoding checks.
         tensors = image.tensors
         guided = self.guide(image, prediction)
         timestep = tensors.timesteps[image.step]
-        tensors.clean = clean_latents(tensors.sampler, tensors.latents, guided, timestep) if image.is_watched else None
+        tensors.clean = (
+            clean_latents(tensors.sampler, tensors.latents, guided, timestep)
+            if image.is_watched
+            else None
+        )
         more = step_arguments(tensors.sampler, tensors.generator)
         tensors.latents = tensors.sampler.step(guided, timestep, tensors.latents, **more)[0]
         self.repaint(image)
@@ -189,7 +204,10 @@ class LatentFamily(ABC):
 
         Published ones are for VAEs with the published one's layers.
         """
-        if self.published is not None and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE:
+        if (
+            self.published is not None
+            and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE
+        ):
             return self.published
         generator = torch.Generator("cpu").manual_seed(0)
         return fit(
@@ -209,14 +227,21 @@ class LatentFamily(ABC):
         sampler_tensors, sampler_facts = save_sampler(tensors.sampler)
         saved = {"latents": tensors.latents, "generator": save_generator(tensors.generator)}
         saved |= {f"extras.{name}": tensor for name, tensor in tensors.extras.items()}
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in saved.items()}
+        copies = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in saved.items()
+        }
         facts = {"sampler": sampler_facts, "num_steps": image.num_steps}
-        return State(copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts)
+        return State(
+            copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts
+        )
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
         conditioning = self.encode(image.request, recall)
         sampler = self.sampler(image.request)
-        load_sampler(sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device)
+        load_sampler(
+            sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device
+        )
         image.num_steps = state.facts["num_steps"]
         image.is_denoised = image.step >= image.num_steps
         image.held = Tensors(
@@ -225,7 +250,10 @@ class LatentFamily(ABC):
             conditioning=conditioning,
             latents=state.tensors["latents"].to(self.device),
             generator=load_generator(state.tensors["generator"]),
-            extras={name: tensor.to(self.device) for name, tensor in _under("extras.", state.tensors).items()},
+            extras={
+                name: tensor.to(self.device)
+                for name, tensor in _under("extras.", state.tensors).items()
+            },
         )
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
@@ -237,7 +265,9 @@ class LatentFamily(ABC):
         step = image.step
         self.start(image, recall)
         image.step = step
-        begin_at(image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step)
+        begin_at(
+            image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step
+        )
         image.tensors.latents = latents.to(self.device, image.tensors.latents.dtype, copy=True)
 
     def latents(self, image: InFlight) -> Tensor:
@@ -273,7 +303,8 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
             tensors.append(first.new_zeros((padding, *first.shape[1:])))
         together = torch.cat(tensors).contiguous()
         if together.device.type != device.type:
-            together = together.pin_memory()  # else the copy would wait for all that the device has yet to do
+            # Else the copy would wait for all that the device has yet to do.
+            together = together.pin_memory()
         stacked[name] = together.to(device, non_blocking=True)
     return stacked
 
@@ -283,16 +314,28 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
     besides those named.
     """
     if request.control_image is not None:
-        raise UnsupportedRequest("control_image", "is only taken by a checkpoint of family pipeline with a control network")
+        raise UnsupportedRequest(
+            "control_image",
+            "is only taken by a checkpoint of family pipeline with a control network",
+        )
     if unknown := sorted(set(request.options) - set(option_names)):
-        raise UnsupportedRequest("options", f"{', '.join(unknown)}: not taken here; taken: {', '.join(sorted(option_names)) or 'none'}")
+        raise UnsupportedRequest(
+            "options",
+            f"{', '.join(unknown)}: not taken here; taken: {', '.join(sorted(option_names)) or 'none'}",
+        )
     if request.keep_steps and request.init_image is not None:
-        raise UnsupportedRequest("keep_steps", "an image that starts from a picture cannot be forked")
+        raise UnsupportedRequest(
+            "keep_steps", "an image that starts from a picture cannot be forked"
+        )
     if request.fork is not None:
         if request.init_image is not None:
-            raise UnsupportedRequest("fork", "starts from kept latents: give it or an init_image, not both")
+            raise UnsupportedRequest(
+                "fork", "starts from kept latents: give it or an init_image, not both"
+            )
         if not 0 < request.fork.step < request.num_steps:
-            raise UnsupportedRequest("fork", f"step {request.fork.step} is not within 1..{request.num_steps - 1}")
+            raise UnsupportedRequest(
+                "fork", f"step {request.fork.step} is not within 1..{request.num_steps - 1}"
+            )
 
 
 def check_side(field_name: str, size_px: int, multiple: int) -> None:
@@ -303,13 +346,19 @@ def check_side(field_name: str, size_px: int, multiple: int) -> None:
         raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
 
 
-def load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_network(
+    network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device
+) -> Any:
     """Read one network of diffusers or transformers, frozen and in eval mode.
 
     Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
     alone: safetensors maps the file, and a file rewritten in place would change running weights.
     """
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     if network_class.__module__.startswith("transformers"):
         options["dtype"] = dtype
     else:
@@ -349,4 +398,8 @@ def load_sampler_config(path: Path) -> dict[str, Any]:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

@@ -46,7 +46,8 @@ class Denoiser(StandIn):
     @contextmanager
     def cache_context(self, name: str, **_where: Any) -> Iterator[None]:
         """Goes into the calls made within it. On the network itself it would hold for everybody."""
-        outer, self._context = self._context, name
+        outer = self._context
+        self._context = name
         try:
             yield
         finally:

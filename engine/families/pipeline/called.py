@@ -172,7 +172,8 @@ class CalledPipeline(ABC):
         raise UnsupportedRequest("keep_steps", f"is not for {self._signature.name}")
 
     def release(self, image: InFlight) -> None:
-        running, image.held = image.held, None
+        running = image.held
+        image.held = None
         if running is not None:
             running.coroutine.close()
 
