@@ -287,14 +287,9 @@ class AdapterBank:
                 raise EngineError(
                     f"adapters lie over {len(chosen)} rows, but {slots.name} was given {len(rows)}"
                 )
-            output = slots.add(
-                layer,
-                rows,
-                output,
-                slots.down.index_select(0, chosen),
-                slots.up.index_select(0, chosen),
-                strengths,
-            )
+            down = slots.down.index_select(0, chosen)
+            up = slots.up.index_select(0, chosen)
+            output = slots.add(layer, rows, output, down, up, strengths)
         return output
 
 
@@ -484,14 +479,8 @@ def _updates(
                 raise ValueError(f"changes {name} twice")
             # By the rank that was trained, which a conversion may have split.
             scale = _scale(parts, facts, place)
-            update = _fitted(
-                networks[place[0]].get_submodule(place[1]),
-                name,
-                halves["down"],
-                halves["up"],
-                scale,
-                dtype,
-            )
+            layer = networks[place[0]].get_submodule(place[1])
+            update = _fitted(layer, name, halves["down"], halves["up"], scale, dtype)
             if update.rank > max_rank:
                 raise ValueError(
                     f"has rank {update.rank} for {name}, where {max_rank} is the limit"
@@ -579,13 +568,11 @@ def _fitted(
         )
     out, *inside = layer.weight.shape
     rank = len(down)
-    if list(down.shape) != [rank, *inside] or list(up.shape) != [
-        out,
-        rank,
-        *[1, 1] * is_convolution,
-    ]:
+    up_shape = [out, rank, *[1, 1] * is_convolution]
+    if list(down.shape) != [rank, *inside] or list(up.shape) != up_shape:
         raise ValueError(
-            f"has shapes {list(down.shape)} and {list(up.shape)} for {name}, whose weight is {[out, *inside]}"
+            f"has shapes {list(down.shape)} and {list(up.shape)} for {name}, "
+            f"whose weight is {[out, *inside]}"
         )
     if is_convolution:
         up = up.flatten(1)

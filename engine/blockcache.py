@@ -134,11 +134,9 @@ class BlockCache:
         self._blocks: list[Any] = [block for blocks in lists for block in blocks]
         unknown = sorted({type(block).__name__ for block in self._blocks} - SHARED.keys())
         if len(self._blocks) < 2 or unknown:
-            found = (
-                f"blocks of class {', '.join(unknown)}"
-                if unknown
-                else "no transformer blocks in a row"
-            )
+            found = "no transformer blocks in a row"
+            if unknown:
+                found = f"blocks of class {', '.join(unknown)}"
             raise UnsupportedRequest(
                 "block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip"
             )
@@ -309,18 +307,15 @@ class BlockCache:
         if first.index is None:
             return text, image
         # The first block's output is nobody else's any more: what went on was a copy of some of its rows.
-        image = _filled(
-            first.image,
-            first.index,
-            image,
-            {row: memory.image for row, memory in first.skipped.items()},
-        )
-        added = {
-            row: memory.text for row, memory in first.skipped.items() if memory.text is not None
+        skipped = first.skipped
+        added_to_image = {row: memory.image for row, memory in skipped.items()}
+        image = _filled(first.image, first.index, image, added_to_image)
+        added_to_text = {
+            row: memory.text for row, memory in skipped.items() if memory.text is not None
         }
-        return _filled(
-            first.text, first.index, text, added
-        ) if text is not None and added else None, image
+        if text is None or not added_to_text:
+            return None, image
+        return _filled(first.text, first.index, text, added_to_text), image
 
     # --- what is remembered ---
 

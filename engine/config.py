@@ -71,7 +71,7 @@ class CheckpointSpec:
     options: Mapping[str, Option] = field(default_factory=dict)
     # The UNet's weights in the layout that convolutions in half precision like.
     channels_last: bool = False
-    # Torch.compile, block by block: a minute at the first start, a tenth or more off each step.
+    # torch.compile, block by block: a minute at the first start, a tenth or more off each step.
     compile_blocks: bool = False
     # Record each bucket's forward once; with `row_buckets`, so that there are few.
     cuda_graphs: bool = False

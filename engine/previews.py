@@ -23,13 +23,13 @@ from torch import Tensor
 Rgb = tuple[float, float, float]
 
 # How a scheduler class of diffusers writes noisy latents x of clean latents x0 and unit noise n.
-# X = sqrt(acp) x0 + sqrt(1 - acp) n.
+# x = sqrt(acp) x0 + sqrt(1 - acp) n.
 BY_TIMESTEP = frozenset({"DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"})
-# X = (x0 + sigma n) / sqrt(1 + sigma^2), or as flow.
+# x = (x0 + sigma n) / sqrt(1 + sigma^2), or as flow.
 BY_SIGMA = frozenset({"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"})
-# X = x0 + sigma n.
+# x = x0 + sigma n.
 UNSCALED = frozenset({"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"})
-# X = (1 - sigma) x0 + sigma n, and the prediction is n - x0.
+# x = (1 - sigma) x0 + sigma n, and the prediction is n - x0.
 FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"})
 
 
@@ -224,12 +224,8 @@ def fit(
                 f"encode gave latents {tuple(encoded.shape)} where {expected} were expected"
             )
         latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, latent_channels).cpu().double())
-        colours.append(
-            torch.nn.functional.avg_pool2d(pictures, pixels_per_latent)
-            .permute(0, 2, 3, 1)
-            .reshape(-1, 3)
-            .double()
-        )
+        pooled = torch.nn.functional.avg_pool2d(pictures, pixels_per_latent)
+        colours.append(pooled.permute(0, 2, 3, 1).reshape(-1, 3).double())
     given = torch.cat(latents)
     wanted = torch.cat(colours)
     linear = _least_squares(given, wanted, with_squares=False)

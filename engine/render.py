@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -85,20 +86,18 @@ def native_size(checkpoint: Path) -> tuple[int, int]:
         (name for name in ("unet", "transformer") if (checkpoint / name).is_dir()), "unet"
     )
     try:
-        sample_size = json.loads(
-            (checkpoint / denoiser / "config.json").read_text(encoding="utf-8")
-        )["sample_size"]
-        levels = len(
-            json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))[
-                "block_out_channels"
-            ]
-        )
+        sample_size = _config(checkpoint / denoiser)["sample_size"]
+        levels = len(_config(checkpoint / "vae")["block_out_channels"])
     except (OSError, ValueError, KeyError) as problem:
         raise CheckpointCorrupt(
             str(checkpoint), f"its size cannot be read, name one with --size: {problem!r}"
         ) from problem
     height, width = sample_size if isinstance(sample_size, list) else (sample_size, sample_size)
     return width * 2 ** (levels - 1), height * 2 ** (levels - 1)
+
+
+def _config(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _picture(path: str, mode: str) -> Picture:

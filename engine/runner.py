@@ -126,12 +126,8 @@ class Runner:
             is_finite = self._device.fetch(torch.isfinite(decoded).all())
             floats = self._device.fetch((decoded * 0.5 + 0.5).clamp(0, 1))
             watch.stop()
-        return PendingDecode(
-            f"image {image.id} decoded to NaN or infinity after {image.step} steps",
-            floats,
-            is_finite,
-            watch,
-        )
+        complaint = f"image {image.id} decoded to NaN or infinity after {image.step} steps"
+        return PendingDecode(complaint, floats, is_finite, watch)
 
     @torch.inference_mode()
     def save(self, image: InFlight) -> State:

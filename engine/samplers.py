@@ -115,12 +115,8 @@ def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:
     """
     recipe = (SAMPLERS | FLOW_SAMPLERS)[name]
     renamed = {ours: config[theirs] for ours, theirs in recipe.renames.items() if theirs in config}
-    return cast(
-        Sampler,
-        _scheduler_class(recipe.scheduler_class).from_config(
-            dict(config), **recipe.overrides, **renamed
-        ),
-    )
+    kind = _scheduler_class(recipe.scheduler_class)
+    return cast(Sampler, kind.from_config(dict(config), **recipe.overrides, **renamed))
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:

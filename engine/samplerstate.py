@@ -119,16 +119,11 @@ def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         items = [_written(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
         return items if type(value) is list else {"tuple": items}
     if type(value) is dict:
-        pairs = enumerate(value.items())
-        return {
-            "dict": [
-                [
-                    _written(part, f"{name}.{index}.{side}", tensors)
-                    for side, part in enumerate(pair)
-                ]
-                for index, pair in pairs
-            ]
-        }
+        pairs = [
+            [_written(part, f"{name}.{index}.{side}", tensors) for side, part in enumerate(pair)]
+            for index, pair in enumerate(value.items())
+        ]
+        return {"dict": pairs}
     raise SnapshotRefused(
         f"the sampler's {name} is no plain data but a {type(value).__name__}: it cannot be saved"
     )

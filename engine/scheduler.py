@@ -43,7 +43,7 @@ class Batch:
     bucket_rows: int  # rows of the forward, padding included
     # What its lane is charged until the seconds are measured.
     predicted_s: float = field(default=0.0, compare=False)
-    # Does its rank go before a better one, for its share?.
+    # Does its rank go before a better one, for its share?
     is_owed: bool = field(default=False, compare=False)
     rows: tuple[int, ...] = field(init=False, compare=False)  # of each image
     key: BatchKey = field(init=False, compare=False)  # what all its images agree on

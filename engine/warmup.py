@@ -60,14 +60,8 @@ def warm_up(
         buckets = row_buckets or doublings(max_batch_rows)
         for guidance in (1.0, 2.0) if max_batch_rows > 1 else (1.0,):
             image = validated(replace(request, guidance=guidance))
-            _render(
-                image,
-                runner,
-                device,
-                costs,
-                [rows for rows in buckets if rows >= image.rows],
-                repeats,
-            )
+            fitting = [rows for rows in buckets if rows >= image.rows]
+            _render(image, runner, device, costs, fitting, repeats)
 
 
 def _as_it_can_be_rendered(

@@ -109,10 +109,8 @@ class MasterWeights:
         for parameter, value in zip(self.parameters, self.split(self.values), strict=True):
             parameter.data = value
         settings = self.optimizer.defaults
-        self.optimizer = torch.optim.AdamW(
-            [self.master],
-            **{name: settings[name] for name in ("lr", "betas", "weight_decay", "fused")},
-        )
+        chosen = {name: settings[name] for name in ("lr", "betas", "weight_decay", "fused")}
+        self.optimizer = torch.optim.AdamW([self.master], **chosen)
         self.optimizer.state[self.master] = {
             name: shared[name] for name in ("step", "exp_avg", "exp_avg_sq")
         }
@@ -310,13 +308,10 @@ def picture_loss(got: Tensor, wanted: Tensor) -> Tensor:
 
 def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> AutoencoderKL:
     """Learn the autoencoder on crops that grow from 16 to 64 px; gives its moving average in fp32."""
-    pictures = paint_scenes(
-        [
-            random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
-            for _ in range(plan.num_vae_scenes)
-        ],
-        rng,
-    )
+    scenes = [
+        random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_vae_scenes)
+    ]
+    pictures = paint_scenes(scenes, rng)
     vae = build_vae().to(device, torch.bfloat16).train()
     weights = MasterWeights(vae.parameters(), weight_decay=0.0, ema_decay=0.995)
     progress = Progress("vae")
@@ -354,13 +349,11 @@ def polish_decoder(
 
     The encoder stays as it is, so a denoiser trained on its latents still fits. Gives a new autoencoder; `vae` is left untouched.
     """
-    pictures = paint_scenes(
-        [
-            random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
-            for _ in range(plan.num_polish_scenes)
-        ],
-        rng,
-    )
+    scenes = [
+        random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
+        for _ in range(plan.num_polish_scenes)
+    ]
+    pictures = paint_scenes(scenes, rng)
     polished = copy.deepcopy(vae).bfloat16().train()
     with torch.no_grad():
         pieces = pictures.split(BATCH)
@@ -475,12 +468,8 @@ class Denoising:
         """Mean squared error of the predicted velocity; the noise levels of a batch are spread evenly."""
         batch = len(latents)
         levels = (torch.arange(batch) + torch.rand(batch))[torch.randperm(batch)] / batch
-        timesteps = (
-            (levels * len(self.signal_share))
-            .long()
-            .clamp(max=len(self.signal_share) - 1)
-            .to(self.device)
-        )
+        num_levels = len(self.signal_share)
+        timesteps = (levels * num_levels).long().clamp(max=num_levels - 1).to(self.device)
         signal = self.signal_share[timesteps].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -592,13 +581,9 @@ def help_learning(
 
 def pick_device(name: str) -> torch.device:
     """The device asked for; `auto` takes a GPU where there is one."""
-    return torch.device(
-        "cuda"
-        if name == "auto" and torch.cuda.is_available()
-        else "cpu"
-        if name == "auto"
-        else name
-    )
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:

@@ -117,22 +117,12 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
         x, y = PLACES[thing.place] if thing.place else (PAIR_X[index], 0.5)
         radius = rng.uniform(*RADIUS_PX[thing.size])
         reach = radius * 1.08 + MARGIN_PX
-        centre = [
-            min(
-                max((at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX, reach),
-                SIDE_PX - reach,
-            )
-            * OVERSAMPLING
-            for at in (x, y)
-        ]
-        _paint(
-            pen,
-            thing.shape,
-            centre[0],
-            centre[1],
-            radius * OVERSAMPLING,
-            _jittered(thing.colour, rng),
-        )
+        centre = []
+        for at in (x, y):
+            wanted_px = (at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX
+            centre.append(min(max(wanted_px, reach), SIDE_PX - reach) * OVERSAMPLING)
+        colour = _jittered(thing.colour, rng)
+        _paint(pen, thing.shape, centre[0], centre[1], radius * OVERSAMPLING, colour)
     return np.asarray(image.reduce(OVERSAMPLING))
 
 

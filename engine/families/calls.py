@@ -148,12 +148,8 @@ class Spread(Form):
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
         """Stack to [rows]."""
-        return torch.cat(
-            [
-                value.expand(count)
-                for value, count in zip([*values, values[0]], [*counts, padding], strict=True)
-            ]
-        )
+        parts = zip([*values, values[0]], [*counts, padding], strict=True)
+        return torch.cat([value.expand(count) for value, count in parts])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         """Nobody's: networks are given such numbers, they do not return them."""
@@ -224,12 +220,10 @@ class Nested(Form):
         return [self._of([part[index] for part in parts]) for index in range(len(counts))]
 
     def spread(self, one: Any, other: Any) -> Form:
-        return replace(
-            self,
-            places=tuple(
-                (place, form.spread(one[place], other[place])) for place, form in self.places
-            ),
+        places = tuple(
+            (place, form.spread(one[place], other[place])) for place, form in self.places
         )
+        return replace(self, places=places)
 
     def _of(self, items: list[Any]) -> Any:
         return _container(
@@ -473,13 +467,10 @@ def read(facts: Any, tensors: Sequence[Tensor]) -> Any:
     if "plain" in facts:
         return facts["plain"]
     module, name = facts["kind"]
-    kind = (
-        getattr(import_module(module), name)
-        if module == "builtins" or module.startswith("diffusers.")
-        else None
-    )
-    if kind not in (tuple, list, dict) and not (
-        isinstance(kind, type) and issubclass(kind, BaseOutput)
-    ):
+    kind = None
+    if module == "builtins" or module.startswith("diffusers."):
+        kind = getattr(import_module(module), name)
+    is_output = isinstance(kind, type) and issubclass(kind, BaseOutput)
+    if kind not in (tuple, list, dict) and not is_output:
         raise Unlike
     return _container(kind, {place: read(item, tensors) for place, item in facts["items"]})

@@ -57,7 +57,7 @@ class Family(Protocol):
     # Along a side; width_px and height_px must be multiples of it, and of more where `check` says
     # so.
     pixels_per_latent: int
-    # Does `decode` launch its work in the stream that is current where it is called?.
+    # Does `decode` launch its work in the stream that is current where it is called?
     follows_stream: bool
 
     @classmethod

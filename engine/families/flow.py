@@ -105,13 +105,9 @@ class FlowFamily(LatentFamily):
         text_encoders = [
             network for folder, network in self._networks.items() if folder != "transformer"
         ]
+        processors = self._transformer.attn_processors.values()
         return {
-            "attention": sorted(
-                {
-                    type(processor).__name__
-                    for processor in self._transformer.attn_processors.values()
-                }
-            ),
+            "attention": sorted({type(processor).__name__ for processor in processors}),
             "attention_backend": DIFFUSERS_ATTN_BACKEND,  # what those dispatch to
             "text_attention": [
                 str(getattr(encoder.config, "_attn_implementation", None))

@@ -115,10 +115,9 @@ class Flux(FlowFamily):
             recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"]
             for text in texts
         ]
+        t5_key = f"text_encoder_2 length={length}"
         hidden = [
-            recall(
-                f"text_encoder_2 length={length} {text}", partial(self.encode_t5, 2, text, length)
-            )["text"]
+            recall(f"{t5_key} {text}", partial(self.encode_t5, 2, text, length))["text"]
             for text in texts
         ]
         rows = {"text": torch.cat(hidden), "pooled": torch.cat(pooled)}

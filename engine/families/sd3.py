@@ -83,11 +83,9 @@ class StableDiffusion3(FlowFamily):
         clips = [
             (self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")
         ]
-        t5 = (
-            [(self._tokenizers["tokenizer_3"], self.text_tokens(request))]
-            if "text_encoder_3" in self._networks
-            else []
-        )
+        t5 = []
+        if "text_encoder_3" in self._networks:
+            t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))]
         return clips + t5
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
@@ -132,11 +130,8 @@ class StableDiffusion3(FlowFamily):
 
     def _encode_t5(self, text: str, length: int, recall: Recall) -> Tensor:
         if "text_encoder_3" not in self._networks:
-            return torch.zeros(
-                (1, length, self._transformer.config.joint_attention_dim),
-                device=self.device,
-                dtype=self.dtype,
-            )
+            width = self._transformer.config.joint_attention_dim
+            return torch.zeros((1, length, width), device=self.device, dtype=self.dtype)
         return recall(
             f"text_encoder_3 length={length} {text}", partial(self.encode_t5, 3, text, length)
         )["text"]

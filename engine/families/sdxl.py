@@ -176,11 +176,9 @@ class StableDiffusionXL(StableDiffusion):
         """
         mean = self._vae.config.latents_mean
         std = self._vae.config.latents_std
-        return (
-            None
-            if mean is None or std is None
-            else (torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1))
-        )
+        if mean is None or std is None:
+            return None
+        return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         known = self._mean_and_std()
