@@ -1,4 +1,4 @@
-"""Answers of the API, read: what came in as HTTP leaves as typed values, or as the errors of errors.py. No I/O."""
+"""Read the API's answers: HTTP responses become typed values or the errors of errors.py. No I/O."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from darkroom_client.jobs import (
     plain_of,
     warnings_of,
 )
-from darkroom_client.retries import told_s
+from darkroom_client.retries import retry_after_s
 
 Read = TypeVar("Read")
 
@@ -45,7 +45,7 @@ def read_page(answer: httpx.Response) -> Page:
 
 
 def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
-    """One for each wish of a batch, in their order."""
+    """Return one Submission for each wish of a batch, in their order. Raises as `read_object`."""
 
     def submission(item: dict[str, Any]) -> Submission:
         job = item.get("job")
@@ -106,13 +106,13 @@ def read_usage(answer: httpx.Response) -> Usage:
 
 
 def read_nothing(answer: httpx.Response) -> None:
-    """That it was done is all that there is to read."""
+    """Check that the request succeeded; its answer has no content. Raises as `read_object`."""
     if not answer.is_success:
         read_object(answer)
 
 
 def read_location(answer: httpx.Response) -> str:
-    """Where a redirect points."""
+    """Return the URL that a redirect points to. Raises as `read_object`."""
     if answer.is_redirect:
         return str(answer.headers["Location"])
     read_object(answer)
@@ -122,14 +122,19 @@ def read_location(answer: httpx.Response) -> str:
 
 
 def read_object(answer: httpx.Response) -> dict[str, Any]:
-    """The JSON object of a good answer. Raises ProblemError for a refusal, UnexpectedAnswer for anything else, as all of these do."""
+    """Return the JSON object of a successful answer.
+
+    Raises ProblemError for a refusal and UnexpectedAnswer for anything else. Every reader in this
+    module does the same.
+    """
     try:
         members = answer.json()
     except ValueError:
         members = None
     if not isinstance(members, dict):
         raise UnexpectedAnswer(
-            f"{answer.request.url} answered {answer.status_code} with something that is no JSON object"
+            f"{answer.request.url} answered {answer.status_code} "
+            "with something that is no JSON object"
         )
     if answer.is_success:
         return members
@@ -137,13 +142,13 @@ def read_object(answer: httpx.Response) -> dict[str, Any]:
         raise UnexpectedAnswer(
             f"{answer.request.url} answered {answer.status_code} without saying why"
         )
-    raise problem_of(members, answer.status_code, retry_after_s=told_s(answer))
+    raise problem_of(members, answer.status_code, retry_after_s=retry_after_s(answer))
 
 
 def problem_of(
     members: dict[str, Any], status: int, *, retry_after_s: float | None
 ) -> ProblemError:
-    """The error that a problem document tells of."""
+    """Make the error that a problem document describes."""
     errors = members.get("errors") or ()
     return ProblemError(
         status=status,
@@ -163,7 +168,7 @@ def problem_of(
 
 
 def _refusal(members: dict[str, Any] | None) -> ProblemError | None:
-    """A problem that is told within an answer."""
+    """Make the error of a problem that is part of an answer; None where there is none."""
     if members is None:
         return None
     return problem_of(

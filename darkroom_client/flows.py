@@ -1,7 +1,7 @@
-"""What each method says, to whom and in which order, with every retry: generators that do no I/O themselves.
+"""Define the requests and retries of each client method, as generators that do no I/O themselves.
 
-A flow yields what is to be done and is sent what came of it, or has the httpx error thrown in; what it returns is the method's
-answer. `Client` and `AsyncClient` are two ways of doing the same steps.
+A flow yields what is to be done. It is sent the outcome, or the httpx error is thrown into it. Its
+return value is the method's answer. `Client` and `AsyncClient` run the same flows in two ways.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from darkroom_client.errors import (
     WaitTimeout,
 )
 from darkroom_client.jobs import Job
-from darkroom_client.retries import Retries, is_hopeless, is_passing, told_s
+from darkroom_client.retries import Retries, is_hopeless, is_passing, retry_after_s
 from darkroom_client.wire import Call
 from darkroom_client.wishes import PICTURE_FIELDS, Picture, to_upload
 
@@ -126,7 +126,7 @@ class Flows:
                 return job
             if remaining_s <= 0:
                 raise WaitTimeout(f"job {job_id} is still {job.state} after {timeout_s:g} s", job)
-            # Who waits for long has no use for a glance every instant, and only so many requests a minute.
+            # In a long wait frequent polling is useless, and the tenant's request rate is limited.
             yield Pause(
                 min(max(_POLL_EVERY_S, min(spent_s / 20, _POLL_AT_LEAST_EVERY_S)), remaining_s)
             )
@@ -144,12 +144,17 @@ class Flows:
         content: bytes = answer.content
         if hashlib.sha256(content).hexdigest() != expected:
             raise DigestMismatch(
-                f"image {index} of job {known.id}: {len(content)} bytes came that are not the stored ones"
+                f"image {index} of job {known.id}: "
+                f"{len(content)} bytes came that are not the stored ones"
             )
         return content
 
     def _fetched(self, job_id: str, index: int, url: str) -> Flow[httpx.Response]:
-        """The image from the object store; from the gateway where that refuses, or, from then on, where it cannot be reached."""
+        """Fetch the image from the object store, or else from the gateway.
+
+        The gateway serves this image when the store refuses. Once the store could not be reached,
+        the gateway serves all later images too.
+        """
         try:
             answer = yield from self._sent(Fetch(url))
             if answer.is_success:
@@ -193,7 +198,10 @@ class Flows:
     def _with_pictures(
         self, wish: Mapping[str, Any], known: dict[bytes | Path, str] | None = None
     ) -> Flow[dict[str, Any]]:
-        """The wish with an id in place of each picture that had to be uploaded. known: those that were, and will be."""
+        """Return the wish with a file id in place of each picture that had to be uploaded.
+
+        known: the ids of pictures that were uploaded already; new ones are added to it.
+        """
         said = dict(wish)
         known = {} if known is None else known
         for field in PICTURE_FIELDS:
@@ -205,7 +213,7 @@ class Flows:
         return said
 
     def _sent(self, step: Call | Fetch) -> Flow[httpx.Response]:
-        """The answer, after as many tries as it takes and the client has. Raises Unreachable."""
+        """Send until there is an answer or no try is left. Raises Unreachable."""
         for attempt in itertools.count(1):
             try:
                 answer: httpx.Response = yield step
@@ -216,11 +224,14 @@ class Flows:
                 if pause_s is None:
                     tried = f" after {attempt} tries" if attempt > 1 else ""
                     raise Unreachable(
-                        f"{self._where(step)} does not answer{tried}: {error or type(error).__name__}"
+                        f"{self._where(step)} does not answer{tried}: "
+                        f"{error or type(error).__name__}"
                     ) from error
             else:
                 pause_s = (
-                    self._retries.pause_s(attempt, told_s(answer)) if is_passing(answer) else None
+                    self._retries.pause_s(attempt, retry_after_s(answer))
+                    if is_passing(answer)
+                    else None
                 )
                 if pause_s is None:
                     return answer
