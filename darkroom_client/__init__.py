@@ -1,7 +1,10 @@
-"""A typed client of Darkroom's HTTP API, for threads and for asyncio. Needs httpx, and nothing of the house.
+"""A typed client of Darkroom's HTTP API, for threads and for asyncio.
+
+It needs httpx and imports nothing else of this repository.
 
 with Client("http://127.0.0.1:8000", "dr_…") as client:
-    job = client.wait(client.create_job("a red circle on a blue background", tier="fast", seed=7).id)
+    job = client.create_job("a red circle on a blue background", tier="fast", seed=7)
+    job = client.wait(job.id)
     [path] = client.download(job, "images")
 """
 

@@ -19,9 +19,9 @@ from darkroom_client.wishes import Picture, Wish
 
 
 class AsyncClient:
-    """Darkroom, for programs that run on asyncio: the methods of `Client`, to be awaited. Close it when done.
+    """Use Darkroom from programs that run on asyncio. Close the client when done.
 
-    `jobs` and `events` are for `async for`.
+    The methods are those of `Client`, to be awaited; `jobs` and `events` are for `async for`.
     """
 
     def __init__(
@@ -45,29 +45,29 @@ class AsyncClient:
     async def create_job(
         self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
     ) -> Job:
-        """As `Client.create_job`."""
+        """Do as `Client.create_job`."""
         return await self._run(self._flows.create_job(prompt, wish, idempotency_key))
 
     async def create_jobs(
         self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
     ) -> tuple[Submission, ...]:
-        """As `Client.create_jobs`."""
+        """Do as `Client.create_jobs`."""
         return await self._run(self._flows.create_jobs(wishes, idempotency_key))
 
     async def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
-        """As `Client.estimate`."""
+        """Do as `Client.estimate`."""
         return await self._run(self._flows.estimate(prompt, wish))
 
     async def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
-        """As `Client.replay`."""
+        """Do as `Client.replay`."""
         return await self._run(self._flows.replay(job_id, idempotency_key))
 
     async def job(self, job_id: str, wait_s: int | None = None) -> Job:
-        """As `Client.job`."""
+        """Do as `Client.job`."""
         return await self._run(self._flows.job(job_id, wait_s))
 
     async def status(self, job_id: str) -> Status:
-        """As `Client.status`."""
+        """Do as `Client.status`."""
         return await self._run(self._flows.status(job_id))
 
     async def jobs(
@@ -79,7 +79,7 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         page_size: int = 50,
     ) -> AsyncIterator[Job]:
-        """As `Client.jobs`."""
+        """Do as `Client.jobs`."""
         cursor = None
         while True:
             filters = {
@@ -97,23 +97,23 @@ class AsyncClient:
             cursor = page.next_cursor
 
     async def cancel(self, job_id: str) -> Job:
-        """As `Client.cancel`."""
+        """Do as `Client.cancel`."""
         return await self._run(self._flows.cancel(job_id))
 
     async def delete(self, job_id: str) -> None:
-        """As `Client.delete`."""
+        """Do as `Client.delete`."""
         await self._run(self._flows.delete(job_id))
 
     async def wait(
         self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None
     ) -> Job:
-        """As `Client.wait`."""
+        """Do as `Client.wait`."""
         return await self._run(self._flows.wait(job_id, timeout_s, on_progress))
 
     async def events(
         self, job_id: str, *, previews: bool = False, after: str | None = None
     ) -> AsyncIterator[Event]:
-        """As `Client.events`."""
+        """Do as `Client.events`."""
         following = Following(job_id, previews=previews, after=after, retries=self._retries)
         while True:
             try:
@@ -135,29 +135,29 @@ class AsyncClient:
             await asyncio.sleep(pause_s)
 
     async def image(self, job: Job | str, index: int = 0) -> bytes:
-        """As `Client.image`."""
+        """Do as `Client.image`."""
         return await self._run(self._flows.image(job, index))
 
     async def download(
         self, job: Job | str, folder: str | Path, names: str = "{job}-{index}"
     ) -> tuple[Path, ...]:
-        """As `Client.download`."""
+        """Do as `Client.download`."""
         return await self._run(self._flows.download(job, Path(folder), names))
 
     async def upload(self, picture: Picture) -> File:
-        """As `Client.upload`."""
+        """Do as `Client.upload`."""
         return await self._run(self._flows.upload(picture))
 
     async def usage(self) -> Usage:
-        """As `Client.usage`."""
+        """Do as `Client.usage`."""
         return await self._run(self._flows.usage())
 
     async def models(self) -> list[dict[str, Any]]:
-        """As `Client.models`."""
+        """Do as `Client.models`."""
         return await self._run(self._flows.list_of("models"))
 
     async def tiers(self) -> list[dict[str, Any]]:
-        """As `Client.tiers`."""
+        """Do as `Client.tiers`."""
         return await self._run(self._flows.list_of("tiers"))
 
     async def close(self) -> None:
