@@ -45,9 +45,11 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
         if spec.adapters or spec.block_cache_threshold:
             raise UnsupportedRequest(
                 "compile_blocks",
-                "with adapters or the block cache, a block would be compiled again for every row count",
+                "with adapters or the block cache, "
+                "a block would be compiled again for every row count",
             )
-        # One graph for all row counts: static shapes gain a tenth more and cost a compilation per bucket.
+        # One graph for all row counts: static shapes are a tenth faster still, but cost a
+        # compilation per bucket.
         denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
@@ -56,10 +58,11 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
 
 
 def steady_options() -> dict[str, bool]:
-    """Options of torch.compile under which the order of sums depends neither on timings nor on the
-    row count that came first.
+    """Return options of torch.compile that make sums independent of timings and of earlier shapes.
 
-    Without them another process may compile other bits. What this torch does not know is left out.
+    Without them another process may compile kernels that give other bits, depending on which ran
+    fastest and on the row count that came first. Options that this torch does not know are left
+    out.
     """
     from torch._inductor import list_options
 
@@ -88,8 +91,8 @@ class CudaGraphs:
     def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
         self._denoise = denoise
         self._captured: dict[tuple[Any, ...], Captured] = {}
-        # Where all are recorded: the libraries' workspaces are a stream's own, and so is a pool's
-        # memory.
+        # The stream of all recordings: the libraries' workspaces and a pool's memory belong to one
+        # stream.
         self._stream: Any = None
         self._pool: Any = None
 
@@ -115,7 +118,8 @@ class CudaGraphs:
             # recorded.
             for _ in range(2):
                 self._denoise(inputs)
-            # Other threads may use the device meanwhile: only what this one does is recorded, and only it can spoil that.
+            # Other threads may use the device meanwhile. Only this thread's work is recorded, and
+            # only this thread can spoil the recording.
             with cuda.graph(
                 graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
             ):

@@ -132,11 +132,11 @@ class AdapterBank:
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the slots on the device, whether full or not."""
+        """Return the memory of the slots on the device, whether full or not."""
         return sum(layer.adapter_slots.size_bytes for layer in self._layers.values())
 
     def names(self) -> list[str]:
-        """Every adapter that may be used."""
+        """Return the names of all adapters that may be used."""
         return list(self._files)
 
     def digest(self, name: str) -> str:
@@ -178,8 +178,10 @@ class AdapterBank:
 
     @contextmanager
     def rows(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> Iterator[None]:
-        """Within it, forwards of `len(per_row)` rows lay the adapters `per_row[i]` over row i, in
-        their order; () is none.
+        """Apply the adapters `per_row[i]` to row i of every forward made within this context.
+
+        `len(per_row)` is the number of rows of those forwards; () is no adapter. Adapters are
+        applied in their order.
 
         Adapters without a slot are copied to the device, in place of those unused for longest. When
         no row wears any, the networks compute what they compute without a bank. Raises what `check`
@@ -266,7 +268,8 @@ class AdapterBank:
 
     @torch.inference_mode()
     def _load(self, name: str, slot: int) -> None:
-        # On a GPU the copies wait behind the forwards already launched, so those still meet the old weights.
+        # On a GPU the copies are queued behind the forwards already launched, so those still use
+        # the old weights.
         for place, layer in self._layers.items():
             layer.adapter_slots.fill(slot, self._files[name].updates.get(place))
 
@@ -336,7 +339,7 @@ class Slots:
 
     @property
     def size_bytes(self) -> int:
-        """Of all slots."""
+        """Return the memory of all slots."""
         return self.down.nbytes + self.up.nbytes
 
     def fill(self, slot: int, update: Update | None) -> None:
@@ -347,14 +350,14 @@ class Slots:
                 stack[slot][tuple(slice(size) for size in part.shape)].copy_(part)
 
 
-# Each gives the output with every row's own update added, in place where that can be.  rows, output: [b, ...].  down, up: [b, ...], as
-# in `Update`.  strengths: [b, 1, 1].
+# Each function returns the output with every row's own update added, in place where possible.
+# rows, output: [b, ...].  down, up: [b, ...], as in `Update`.  strengths: [b, 1, 1].
 
 
 def _add_to_linear(
     layer: nn.Linear, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor
 ) -> Tensor:
-    """rows: [b, ..., in].  output: [b, ..., out]."""
+    """Add to the output of a linear layer.  rows: [b, ..., in].  output: [b, ..., out]."""
     inner = torch.bmm(rows.reshape(len(rows), -1, layer.in_features), down).mul_(strengths)
     return output.reshape(len(rows), -1, layer.out_features).baddbmm_(inner, up).view(output.shape)
 
@@ -362,7 +365,7 @@ def _add_to_linear(
 def _add_to_pixels(
     layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor
 ) -> Tensor:
-    """For a convolution that looks at one pixel at a time.  rows, output: [b, c, h, w]."""
+    """Add to the output of a 1x1 convolution.  rows, output: [b, c, h, w]."""
     inner = torch.bmm(down.flatten(2), rows.flatten(2)).mul_(strengths)
     return output.add_(torch.bmm(up, inner).view(output.shape))
 
@@ -499,7 +502,8 @@ def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
         if "dora_scale" in key or "lora_magnitude_vector" in key:
             raise ValueError(
-                "is a DoRA (it holds dora_scale), which rescales the checkpoint's own weights and so cannot differ by row"
+                "is a DoRA (it holds dora_scale), "
+                "which rescales the checkpoint's own weights and so cannot differ by row"
             )
         ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
         if ending is None:
@@ -516,7 +520,7 @@ def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 
 def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
-    """Every name by which a file may call a layer."""
+    """Return every name that a file may use for a layer, with the layer's place."""
     spellings: dict[str, Place] = {}
     for network, module in networks.items():
         for name, layer in module.named_modules():
@@ -595,7 +599,7 @@ def _training_facts(data: bytes) -> dict[str, Any]:
 
 
 def _scale(parts: Mapping[str, Tensor], facts: Mapping[str, Any], place: Place) -> float:
-    """alpha / rank by the file's own tensor, else by the trainer's note.
+    """Return alpha / rank, by the file's own tensor, else by the trainer's note.
 
     1 where the file does not say.
     """

@@ -73,7 +73,7 @@ class Memory:
 
     @property
     def size_bytes(self) -> int:
-        """Memory it takes on the device."""
+        """Return the memory it takes on the device."""
         return sum(
             tensor.nbytes
             for tensor in (self.first, self.first_size, self.text, self.image)
@@ -153,14 +153,14 @@ class BlockCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all that is remembered, on the device."""
+        """Return the memory of all remembered rows on the device."""
         return int(self._memories.currsize)
 
     @property
     def rows_remembered(self) -> int:
-        """Rows that may be skipped at their next step.
+        """Count the rows that may be skipped at their next step.
 
-        Not the length: an empty cache would count as false.
+        This is not `__len__`: an empty cache would count as false.
         """
         return len(self._memories)
 
@@ -179,18 +179,18 @@ class BlockCache:
         *,
         narrow: Callable[[list[int] | None], None] | None = None,
     ) -> Iterator[None]:
-        """Within it the next forward, of `len(keys)` rows, skips what it may.
+        """Let the next forward, of `len(keys)` rows, skip blocks within this context.
 
         Any forward after that one runs as without a cache.
 
-        A row whose key is None does without: it is computed in full and not remembered, but its
-        last bits depend on how many rows are computed with it (see the module).  narrow: told which
-        rows the coming blocks hold, in their order, whenever those are not all of them, and None
-        when they are all again; for what else is laid over a batch by row, such as adapters.
+        A row whose key is None is computed in full and not remembered, but its last bits depend on
+        how many rows are computed with it (see the module).  narrow: called with the rows that the
+        coming blocks hold, in their order, whenever some are left out, and with None when all are
+        back. It serves whatever else works row by row, such as adapters.
 
         Raises `EngineError` within the forward when its rows are not those of `keys`, and
-        `UnsupportedRequest` when its blocks are given what this module does not know to be shared
-        or per row. Either way nothing of the network stays changed.
+        `UnsupportedRequest` when its blocks are given arguments that this module knows neither as
+        shared nor as per row. Either way the network is left unchanged.
         """
         for key in keys:
             if key is not None:
@@ -215,8 +215,9 @@ class BlockCache:
 
     def _step_in(self, forward: Forward) -> None:
         """Stand between the network and its blocks."""
-        # A module's __call__ hands over to this attribute where it is set: `compile()` puts a compiled block there, which goes on
-        # being used. Replacing `forward` instead would be traced into the compiled block, and lose it at the first decision.
+        # A module's __call__ delegates to this attribute where it is set. `compile()` puts a
+        # compiled block there, which stays in use. A replaced `forward` would be traced into the
+        # compiled block, which would be lost at the first decision.
         forward.calls_before = [block._compiled_call_impl for block in self._blocks]
         steps = [self._run_first, *[self._run_between] * (len(self._blocks) - 2), self._run_last]
         for block, before, step in zip(self._blocks, forward.calls_before, steps, strict=True):
@@ -252,7 +253,8 @@ class BlockCache:
         before = arguments["hidden_states"]
         if len(before) != len(forward.keys):
             raise EngineError(
-                f"a forward of {len(before)} rows where the block cache was told of {len(forward.keys)}"
+                f"a forward of {len(before)} rows "
+                f"where the block cache was told of {len(forward.keys)}"
             )
         text, image = block(**arguments)
         assert text is not None, "only a last block returns no text"
@@ -280,7 +282,8 @@ class BlockCache:
         first = forward.first
         if first is None or len(arguments["hidden_states"]) != len(first.computed):
             raise EngineError(
-                "the first block was left out, or rows were changed after it, as by a control network"
+                "the first block was left out, "
+                "or rows were changed after it, as by a control network"
             )
         if not first.computed:
             return arguments["encoder_hidden_states"], arguments["hidden_states"]
@@ -306,7 +309,8 @@ class BlockCache:
         self._remember(forward.keys, first, text, image)
         if first.index is None:
             return text, image
-        # The first block's output is nobody else's any more: what went on was a copy of some of its rows.
+        # The first block's output may be overwritten: the next blocks were given a copy of some of
+        # its rows.
         skipped = first.skipped
         added_to_image = {row: memory.image for row, memory in skipped.items()}
         image = _filled(first.image, first.index, image, added_to_image)
@@ -320,7 +324,7 @@ class BlockCache:
     # --- what is remembered ---
 
     def _is_full(self, key: RowKey) -> bool:
-        """Must this step be computed in full whatever changed?"""
+        """Tell whether this step must be computed in full, whatever changed."""
         return key.step < self.warmup_steps or self._is_last(key)
 
     def _is_last(self, key: RowKey) -> bool:
@@ -337,7 +341,8 @@ class BlockCache:
                 if key is None or self._is_full(key)
                 else self._memories.get((key.image_id, key.row))
             )
-            # A memory that is not of an earlier step is of a step that is being repeated, or of another run of the image.
+            # A memory of this step or a later one comes from a step that is now repeated, or from
+            # another run of the image.
             if key is not None and memory is not None and memory.step < key.step:
                 known[row] = memory
         if not known:

@@ -75,8 +75,8 @@ class CheckpointSpec:
     compile_blocks: bool = False
     # Record each bucket's forward once; with `row_buckets`, so that there are few.
     cuda_graphs: bool = False
-    # Relative change of the first block's residual under which a best-effort image skips the others;
-    # 0: no cache.
+    # A best-effort image skips the other blocks when the first block's residual changed relatively
+    # by less than this; 0: no cache.
     block_cache_threshold: float = 0.0
     block_cache_bytes: int = 1024 * 1024 * 1024
     # Of a flux network: whether it takes guidance as an input; None: nobody says.

@@ -1,21 +1,27 @@
-"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a
-decode, bytes of a row.
+"""Estimate what a piece of work costs on this device.
 
-Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `adopt` with
-what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no files. It does not know
-who waits; `scheduler.py` asks it.
+Covers the seconds of a forward by its rows, of an encode and of a decode, and the bytes of a row.
+
+Everything is measured, nothing assumed: `observe_*` is called at warm-up and after every piece of
+work, `adopt` with what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no
+files. This module does not know who waits; `scheduler.py` asks it.
 
 Three things stand between a measurement and a decision:
 
-- A *moving average* per row count. The first forward of a size also pays for what is done once (kernels chosen, memory laid out), so
-  the second observation replaces it when lower; from then on one observation counts as at most `OUTLIER` times the average. Values
-  from a file are trusted like a settled average: what is observed on top moves them slowly.
-- A *curve* through the averages that never falls (pool adjacent violators): more rows are never cheaper, and where the averages say so
-  they share their mean, in which half as much weight is given to what was not seen for `HALF_LIFE` forwards. Between measured row
-  counts it is straight, beyond the last it goes on with the last slope, below the first with the first slope but never under the
-  proportional share.
-- A *second look*. A row count found too dear is not used and so would never be measured again. The next larger one than what is used
-  is therefore tried when it was seen only once, or not within the last `STALE_AFTER` forwards of its batch key.
+- A *moving average* per row count. The first forward of a size also pays for what is done once
+  (kernels chosen, memory laid out), so the second observation replaces it when lower. From then on
+  one observation counts as at most `OUTLIER` times the average. Values from a file are trusted like
+  a settled average: later observations move them slowly.
+
+- A *curve* through the averages that never falls (pool adjacent violators): more rows are never
+  cheaper. Averages that say otherwise share their mean, in which a row count that was not seen for
+  `HALF_LIFE` forwards has half the weight. The curve is straight between measured row counts.
+  Beyond the last it continues with the last slope. Below the first it uses the first slope, but
+  never goes below the proportional share.
+
+- A *second look*. A row count found too expensive is not used and so would never be measured again.
+  The next row count above the one in use is therefore tried when it was seen only once, or not
+  within the last `STALE_AFTER` forwards of its batch key.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ STALE_AFTER = 1000  # likewise
 MAX_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
 TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
 
-# Before the first forward of a checkpoint was timed. Only the proportions matter then: which image is nearer its end.
+# Used before the first forward of a checkpoint was timed. Only the proportions matter then: they
+# tell which image is nearer its end.
 ROW_S_PER_MEGAPIXEL = 0.25
 DECODE_STEPS = 3.0  # a decode is as long as so many single-row steps
 ENCODE_STEPS = 1.0
@@ -66,8 +73,9 @@ class CostModel:
     """Seconds and bytes by batch key."""
 
     def __init__(self, *, memory: float = 0.1) -> None:
-        """`memory`: the weight of the newest observation in a moving average, above 0 and at most
-        1.
+        """Start without measurements.
+
+        memory: the weight of the newest observation in a moving average, above 0 and at most 1.
         """
         if not 0 < memory <= 1:
             raise ValueError(f"memory is {memory}, not above 0 and at most 1")
@@ -103,7 +111,7 @@ class CostModel:
         self._decodes.keep(key, average)
 
     def is_measured(self, key: BatchKey) -> bool:
-        """Is a forward of this very batch key known, by observation or from a file?"""
+        """Tell whether a forward of this very batch key is known, by observation or from a file."""
         return key in self._curves or key in self._points
 
     def measured_keys(self) -> list[BatchKey]:
@@ -231,11 +239,11 @@ class Curve:
     def is_worth_growing(
         self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85
     ) -> bool:
-        """Does growing a forward cost less than `ceiling` times a single-row step for each of the
-        `used_rows` rows it gains?
+        """Tell whether growing a forward is cheaper than running its new rows alone.
 
-        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second
-        look.
+        It is when the growth costs less than `ceiling` times a single-row step for each of the
+        `used_rows` rows gained. `from_rows` and `to_rows` include padding. True as well where a
+        second look is due.
         """
         measured = self._measured
         more_s = measured.seconds(to_rows) - measured.seconds(from_rows)
@@ -244,7 +252,9 @@ class Curve:
         )
 
     def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
-        """Tell the rows a forward grows to when single rows wait without end, at most `most_rows`."""
+        """Return the rows a forward grows to when single rows are always waiting, at most
+        `most_rows`.
+        """
         rows = 1
         for more in range(2, most_rows + 1):
             if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
@@ -301,7 +311,7 @@ class _Forwards:
         return self._known[rows]
 
     def is_due(self, from_rows: int, to_rows: int) -> bool:
-        """Is `to_rows` the next measured row count, and a measurement that should be repeated?"""
+        """Tell whether `to_rows` is the next measured row count and should be measured again."""
         place = bisect_right(self._rows, from_rows)
         return (
             self._rows[place : place + 1] == [to_rows]

@@ -16,7 +16,8 @@ backends: Any = torch.backends
 # Torch's kernels of scaled dot product attention.
 ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
 KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
-# How torch on a CPU, CUDA itself (pinned memory, a graph) and its libraries (workspaces) say so; torch's allocator has a class for it.
+# Messages of torch on a CPU, of CUDA itself (pinned memory, a graph) and of its libraries
+# (workspaces). Torch's allocator raises a class of its own instead.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
 # Of what is free: the allocator's fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
@@ -47,7 +48,7 @@ class HostStopwatch:
         self._seconds = time.perf_counter() - self._started
 
     def seconds(self) -> float:
-        """From start to stop."""
+        """Return the seconds from start to stop."""
         return self._seconds
 
 
@@ -64,7 +65,7 @@ class CudaStopwatch:
 
     @property
     def is_ready(self) -> bool:
-        """Has the device passed the end?"""
+        """Tell whether the device has passed the end."""
         return bool(self._end.query())
 
     def stop(self) -> None:
@@ -72,9 +73,9 @@ class CudaStopwatch:
         self._end.record()
 
     def seconds(self) -> float:
-        """From start to stop.
+        """Return the seconds from start to stop.
 
-        Waits for the device to pass the end, without holding the interpreter.
+        Waits for the device to pass the end, without holding the interpreter lock.
         """
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) / 1000
@@ -94,7 +95,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        """Is it an NVIDIA (or ROCm) GPU?"""
+        """Tell whether this is an NVIDIA (or ROCm) GPU."""
         return self.torch_device.type == "cuda"
 
     def prepare(self) -> None:
@@ -120,8 +121,9 @@ class Device:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """On a GPU, launch what follows beside the forwards to come, after all that was launched
-        until now.
+        """Launch the work of this context in a stream of its own; on a CPU, do nothing.
+
+        It runs after all that was launched until now, and beside the forwards to come.
         """
         if not self.is_cuda:
             yield
@@ -205,7 +207,7 @@ class Device:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Did the device, or the host standing in for one, refuse an allocation?"""
+    """Tell whether the device, or the host standing in for one, refused an allocation."""
     return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(
         words in str(problem) for words in OUT_OF_MEMORY
     )

@@ -83,7 +83,7 @@ class Handle:
         return self._controls.snapshot(self.request.id).result(timeout_s)
 
     def done(self) -> bool:
-        """Is it finished, failed or canceled?"""
+        """Tell whether the image is finished, failed or canceled."""
         return self._done.is_set()
 
     def result(self, timeout_s: float | None = None) -> FinishedImage:

@@ -69,7 +69,7 @@ class Inbox:
 
     @property
     def is_accepting(self) -> bool:
-        """Does the device thread take more?"""
+        """Tell whether the device thread takes more images."""
         return self._is_accepting
 
     def start_accepting(self) -> None:

@@ -38,7 +38,7 @@ class StepLatents:
 
     @property
     def size_bytes(self) -> int:
-        """Of the latents."""
+        """Return the size of the latents."""
         return self.latents.numel() * self.latents.element_size()
 
 
@@ -60,7 +60,7 @@ class KeptLatents:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all latents that are kept."""
+        """Return the size of all latents that are kept."""
         return int(self._entries.currsize)
 
     def keep(self, kept: StepLatents) -> None:
@@ -97,7 +97,10 @@ class KeptLatents:
 
 
 def digest_of_latents(latents: Tensor) -> str:
-    """sha256 of the bytes, hex: a fork's bits depend on them, and its request does not name them."""
+    """Return the sha256 of the latents' bytes, hex.
+
+    A fork's bits depend on them, and its request does not name them.
+    """
     import torch
 
     return hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -106,7 +109,9 @@ def digest_of_latents(latents: Tensor) -> str:
 def check_fork(
     request: ImageRequest, origin: ImageRequest, weights_digest: str, origin_digest: str, step: int
 ) -> None:
-    """Raise `UnsupportedRequest` when `request` cannot go on from latents of `origin` after `step`."""
+    """Raise `UnsupportedRequest` when `request` cannot continue from `origin`'s latents after
+    `step`.
+    """
     for name in SAME_FOR_A_FORK:
         wanted = getattr(request, name)
         found = getattr(origin, name)

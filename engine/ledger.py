@@ -23,7 +23,7 @@ class RowTotals:
 
     @property
     def mean_s(self) -> float:
-        """Seconds of one forward."""
+        """Return the mean seconds of one forward."""
         return self.seconds / self.forwards if self.forwards else 0.0
 
 
@@ -117,11 +117,11 @@ class Ledger:
 
     @property
     def mean_decode_s(self) -> float:
-        """Seconds of one decode."""
+        """Return the mean seconds of one decode."""
         return self.decode_s / self.decodes if self.decodes else 0.0
 
     def stats(self) -> dict[str, Any]:
-        """Plain numbers since the start; any thread may ask.
+        """Return plain numbers since the start; any thread may ask.
 
         A step counts once for the batch, an image step once per image in it.
         """

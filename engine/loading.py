@@ -47,7 +47,7 @@ class LoadedCheckpoint:
     block_cache: BlockCache | None = None
 
     def adapted(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> AbstractContextManager[None]:
-        """Within it row i of a forward wears the adapters `per_row[i]`."""
+        """Apply the adapters `per_row[i]` to row i of every forward made within this context."""
         return nullcontext() if self.adapters is None else self.adapters.rows(per_row)
 
     def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
@@ -55,7 +55,10 @@ class LoadedCheckpoint:
         return [] if self.adapters is None else self.adapters.facts(request.adapters)
 
     def conditioning_key(self, request: ImageRequest) -> str:
-        """Tell what encodes this request's prompts, and under which safety rules it was admitted."""
+        """Return the key of what encodes this request's prompts, under which safety rules.
+
+        Encodings are shared only between requests with the same key.
+        """
         spec = self.spec
         return json.dumps(
             [
@@ -115,7 +118,10 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
 
 
 def _check_guidance(spec: CheckpointSpec, family: Family) -> None:
-    """Raise UnsupportedRequest where the network takes guidance otherwise than the spec says: what is expected of its jobs follows that."""
+    """Raise UnsupportedRequest where the network takes guidance otherwise than the spec says.
+
+    The predictions for its jobs rely on the spec.
+    """
     is_distilled = getattr(family, "is_distilled", None)
     if spec.guidance_distilled not in (None, is_distilled):
         how = "as an input" if is_distilled else "by a second row, not as an input"
@@ -140,7 +146,7 @@ def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
 
 
 def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """sha256 of every file a family may read, by its name relative to `path`.
+    """Return the sha256 of every file a family may read, by its name relative to `path`.
 
     Other precisions' variants are not read.
     """
@@ -188,7 +194,7 @@ def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None
 
 
 def _is_variant(file: Path) -> bool:
-    """Is it weights of another precision, such as model.fp16.safetensors?
+    """Tell whether the file holds weights of another precision, such as model.fp16.safetensors.
 
     Those are never read, nor should they change the digest.
     """

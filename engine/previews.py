@@ -125,8 +125,9 @@ def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:
     return torch.cat([channels, channels[..., one] * channels[..., other]], dim=-1)
 
 
-# Least squares of each family's own VAE on photographs, for latents as the denoiser sees them: shifted, then scaled. Published with
-# InvokeAI (Apache-2.0, invokeai/app/util/step_callback.py), after the forum thread "Decoding latents to RGB without upscaling".
+# Least-squares fits of each family's own VAE on photographs, for latents as the denoiser sees them:
+# shifted, then scaled. Published with InvokeAI (Apache-2.0, invokeai/app/util/step_callback.py),
+# after the forum thread "Decoding latents to RGB without upscaling".
 FACTORS: dict[str, Projector] = {
     "sd": Projector(
         (
@@ -249,8 +250,9 @@ def _least_squares(latents: Tensor, colours: Tensor, *, with_squares: bool) -> P
 
 
 def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
-    """Large and small flat patches, gradients and chequers in vivid colours, each [n, 3, H, W] in
-    -1..1; always the same ones.
+    """Draw large and small flat patches, gradients and chequers in vivid colours.
+
+    Each is [n, 3, H, W] in -1..1. They are always the same ones.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     side_px = SIDE_LATENTS * pixels_per_latent
@@ -284,8 +286,9 @@ def _rgb(values: Tensor) -> Rgb:
 
 
 def jpeg(pixels: NDArray[np.uint8], *, size_px: int = 256, quality: int = 80) -> bytes:
-    """Pack pixels [h, w, 3] as a JPEG whose longer side is `size_px`: smoothed up, as a preview is
-    smaller than what it foretells.
+    """Pack pixels [h, w, 3] as a JPEG whose longer side is `size_px`.
+
+    It is scaled up smoothly, for a preview has fewer pixels than the image.
     """
     picture = Image.fromarray(pixels)
     scale = size_px / max(picture.size)
@@ -308,7 +311,8 @@ class Pace:
         self._next_s = -math.inf if per_s > 0 else math.inf
 
     def may_show(self, now_s: float) -> bool:
-        """May the image show a preview at `now_s`, on any clock that only goes forward?
+        """Tell whether the image may show a preview at `now_s`, on any clock that only goes
+        forward.
 
         A yes counts as shown.
         """

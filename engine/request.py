@@ -41,7 +41,7 @@ class Picture:
 
     @cached_property
     def sha256(self) -> str:
-        """Of the shape and the pixels, hex."""
+        """Return the sha256 of the shape and the pixels, hex."""
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(self.pixels.tobytes())
         return digest.hexdigest()
@@ -109,17 +109,17 @@ class ImageRequest:
 
     @property
     def is_guided(self) -> bool:
-        """Does it ask for classifier-free guidance?"""
+        """Tell whether the request asks for classifier-free guidance."""
         return self.guidance > 1
 
     @property
     def is_reproducible(self) -> bool:
-        """Must it have the same bits alone and in company?"""
+        """Tell whether the image must have the same bits alone and in company."""
         return self.determinism == Determinism.REPRODUCIBLE
 
     @property
     def pinned_rows(self) -> int | None:
-        """The number of rows every forward of this image must have.
+        """Return the number of rows that every forward of this image must have.
 
         None where the engine may choose.
         """

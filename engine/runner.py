@@ -40,7 +40,7 @@ class PendingDecode:
 
     @property
     def is_ready(self) -> bool:
-        """Would `pixels` not wait?"""
+        """Tell whether `pixels` would return without waiting."""
         return self.watch.is_ready
 
     def pixels(self) -> NDArray[np.uint8]:
@@ -165,15 +165,19 @@ class Runner:
 
     @contextmanager
     def _encoding(self, image: InFlight) -> Iterator[Recall]:
-        """Within it the text encoders wear the image's adapters, and what they give is remembered
-        under their names.
+        """Apply the image's adapters to the text encoders within this context.
+
+        Gives a `Recall` that remembers encodings under those adapters' names.
         """
         loaded = self._checkpoints[image.request.checkpoint]
         with loaded.adapted([image.request.adapters]):
             yield partial(self._cache.recall, loaded.conditioning_key(image.request))
 
     def _adapted(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within it every row of a forward wears the adapters of its image; padding wears none."""
+        """Apply each image's adapters to its rows of a forward within this context.
+
+        Padding has none.
+        """
         uses: list[tuple[AdapterUse, ...]] = [
             image.request.adapters for image in batch for _ in range(image.rows)
         ]

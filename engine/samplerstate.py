@@ -18,8 +18,9 @@ from torch import Tensor
 from engine.errors import SnapshotRefused
 from engine.snapshots import differences
 
-# Fields as facts. JSON's own numbers, strings, booleans, null and lists stand for themselves; a tagged object for the rest:
-#   {"tensor": name, "on": "cpu"}   kept among the tensors; "device" for one that lies beside the latents
+# Fields as facts. JSON's own numbers, strings, booleans, null and lists stand for themselves; the
+# rest is a tagged object:
+#   {"tensor": name, "on": "cpu"}   kept among the tensors; "device" for one beside the latents
 #   {"array": name}, {"scalar": name}   numpy's, kept as tensors
 #   {"tuple": [...]}, {"dict": [[key, value], ...]}, {"size": [...]}, {"float": "-inf"}
 

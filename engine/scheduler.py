@@ -25,10 +25,11 @@ from engine.owners import Owner, Owners
 from engine.shares import Shares
 
 MAX_PARKS = 2  # of an image; after that it keeps its seat
-# Of a forward, by which the encode of a guest may delay it: else its free rows would stay empty.
+# The share of a forward's seconds by which a guest's encode may delay it; the guest fills rows that
+# would stay empty.
 CHEAP = 0.1
-# Of its remaining seconds, by which another of its rank must be ahead of an encoded image to take
-# its seat.
+# The share of its remaining seconds by which another image of its rank must be ahead of an encoded
+# one to take its seat.
 HOLD = 0.25
 
 
@@ -41,7 +42,7 @@ class Batch:
 
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
-    # What its lane is charged until the seconds are measured.
+    # The seconds its lane is charged until they are measured.
     predicted_s: float = field(default=0.0, compare=False)
     # Does its rank go before a better one, for its share?
     is_owed: bool = field(default=False, compare=False)
@@ -54,7 +55,7 @@ class Batch:
 
     @property
     def used_rows(self) -> int:
-        """Rows that belong to an image; the rest is padding."""
+        """Count the rows that belong to an image; the rest is padding."""
         return sum(self.rows)
 
     @classmethod
@@ -64,12 +65,15 @@ class Batch:
 
     @property
     def is_pinned(self) -> bool:
-        """Must this forward have exactly `bucket_rows` rows?"""
+        """Tell whether this forward must have exactly `bucket_rows` rows."""
         return any(image.request.pinned_rows is not None for image in self.images)
 
     @property
     def parts(self) -> Iterator[tuple[InFlight, float]]:
-        """Each image with its part of the forward's seconds: its share of the rows used."""
+        """Iterate over each image with its part of the forward's seconds.
+
+        That part is its share of the rows used.
+        """
         return (
             (image, rows / self.used_rows)
             for image, rows in zip(self.images, self.rows, strict=True)
@@ -94,7 +98,7 @@ class _Single:
 
     @property
     def parts(self) -> Iterator[tuple[InFlight, float]]:
-        """As of a batch: all of it is this image's."""
+        """Iterate as a batch does: all of it is this image's."""
         return iter(((self.image, 1.0),))
 
     def __iter__(self) -> Iterator[InFlight]:
@@ -123,14 +127,14 @@ class _Kind:
     key: BatchKey
     pin: int | None
     curve: Curve
-    # Of the forward an image of so many rows makes alone.
+    # Seconds of the forward that an image of so many rows makes alone.
     solo_s: dict[int, float] = field(default_factory=dict)
     encode_s: float = 0.0
     decode_s: float = 0.0
     looked_at: int = 0
 
     def may_fill(self, other: "_Kind") -> bool:
-        """May its images ride in rows that a forward of the other pads anyway?"""
+        """Tell whether its images may use rows that a forward of the other only pads."""
         return self.key == other.key and self.pin is None and other.pin is not None
 
 
@@ -153,17 +157,17 @@ class _Ticket:
 
     @property
     def group(self) -> Group:
-        """Whom it takes turns and shares forwards with."""
+        """Return the group within which the image takes turns and shares forwards."""
         return self.image.rank, self.owner.is_ahead
 
     @property
     def is_cheap_to_encode(self) -> bool:
-        """Would its encode hardly delay a forward of others in which it fills free rows?"""
+        """Tell whether its encode hardly delays a forward of others in which it fills free rows."""
         return self.kind.encode_s <= CHEAP * self.kind.solo_s[self.image.rows]
 
     @property
     def is_pinned(self) -> bool:
-        """Has it been parked so often that it keeps its seat?"""
+        """Tell whether it has been parked so often that it keeps its seat."""
         return self.has_seat and self.parks >= MAX_PARKS
 
 
@@ -186,10 +190,11 @@ class Scheduler:
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
     ) -> None:
-        """`row_buckets` ascend.
+        """Start without images.
 
-        `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's
-        seconds owed to ranks; `ageing` trades the long for the short.
+        row_buckets: ascending.  max_adapters: different ones in a forward.  rank_shares: parts of
+        the device's seconds owed to ranks.  ageing: how much waiting counts against remaining
+        seconds.
 
         Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
         """
@@ -241,7 +246,7 @@ class Scheduler:
         return ticket.image if ticket is not None else None
 
     def in_order(self) -> list[InFlight]:
-        """Every image here, best first, as of the last `now_s`."""
+        """List every image here, best first, as of the last `now_s`."""
         return [ticket.image for ticket in self._sorted(self._tickets.values())]
 
     def add(self, image: InFlight, now_s: float) -> None:
@@ -299,8 +304,9 @@ class Scheduler:
         return [image for image in resumed if image.id in self._tickets]
 
     def cap_rows(self, key: BatchKey, rows: int) -> None:
-        """Never again make a best-effort forward of more than `rows` rows for this batch key: the
-        device could not hold it.
+        """Limit later best-effort forwards of this batch key to `rows` rows.
+
+        The device could not hold more.
         """
         self._row_caps[key] = max(1, min(rows, self._row_caps.get(key, rows)))
 
@@ -461,7 +467,7 @@ class Scheduler:
                 ticket.remaining_s += kind.encode_s
 
     def _sorted(self, tickets: Iterable[_Ticket], hold: float = 0.0) -> list[_Ticket]:
-        """Best first.
+        """Sort by priority, best first.
 
         With `hold`, running images with a seat are ahead by that share of what they still need.
         """
@@ -660,16 +666,17 @@ class Scheduler:
 def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None:
     if min(limits) < 1:
         raise ValueError(
-            "max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1"
+            "max_inflight, max_batch_rows and the encodes and decodes between steps "
+            "must be at least 1"
         )
     if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
         raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
 
 
 def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
-    """May it ride in a forward that `lead` leads?
+    """Tell whether the image may ride in a forward that `lead` leads.
 
-    A pipeline's newcomer learns its call by its encode: until then its lane will do.
+    A new image of a pipeline learns its call by its encode: until then its lane decides.
     """
     return ticket.kind is lead.kind or (
         ticket.image.state is ImageState.QUEUED and ticket.home is lead.home

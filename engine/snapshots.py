@@ -1,17 +1,19 @@
-"""One image in flight as bytes: written between two denoise steps, gone on with in another process,
-bit by bit.
+"""Write one image in flight as bytes, between two denoise steps.
 
-A snapshot is one safetensors blob, so any tool that reads those can look inside and nothing in it
+Another process can continue from them, bit by bit.
+
+A snapshot is one safetensors blob, so any tool that reads those can look inside, and nothing in it
 can run:
 
     8 bytes   length of the header
-    header    {"__metadata__": {"darkroom-snapshot": "<format> <bytes in all> <sha256> <all that is no tensor, as JSON>"}, ...}
+    header    {"__metadata__": {"darkroom-snapshot": FACTS}, ...}
+    FACTS     "<format> <bytes in all> <sha256> <all that is no tensor, as JSON>"
     tensors   state/…: the family's, request/…: the request's pictures
 
-The sha256 is over every other byte of the blob. It finds damage, not forgery: who can write to the
+The sha256 covers every other byte of the blob. It finds damage, not forgery: who can write to the
 store can write a snapshot, and the engine checks a restored request like a new one. Blobs are
-parsed from bytes; a file mapped into memory could be overwritten under a running image. What the
-tensors mean is the family's business. Importable, and `peek` usable, without torch.
+parsed from bytes; a file mapped into memory could be overwritten under a running image. Only the
+family knows what the tensors mean. Importable, and `peek` usable, without torch.
 """
 
 from __future__ import annotations
@@ -36,11 +38,11 @@ from engine.request import ImageRequest, Picture
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Raise it when blobs of today could not be read any more; a further field of the request needs no
-# new format.
+# Raise it when blobs of today could not be read any more. A new field of the request needs no new
+# format.
 FORMAT = 1
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # names and facts; a snapshot has some 4 KiB of them
-# Whose it is, when it is served, what is kept: no pixel of it.
+# These say whose it is, when it is served and what is kept; no pixel depends on them.
 NOT_IN_THE_DIGEST = {"id", "group", "owner", "rank", "keep_steps"}
 
 _NAME = "darkroom-snapshot"
@@ -159,7 +161,8 @@ def from_bytes(blob: bytes) -> Snapshot:
             fingerprint_facts=about["fingerprint_facts"],
             step=about["step"],
             num_steps=about["num_steps"],
-            # Into memory torch aligns: a matrix product over the blob's own alignment may add in another order.
+            # Cloned into memory that torch aligns: over the blob's own alignment a matrix product
+            # may add in another order.
             tensors={name: tensor.clone() for name, tensor in tensors.items()},
             facts=about["facts"],
         )
@@ -207,9 +210,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def request_digest(request: ImageRequest) -> str:
-    """sha256, hex, over all that decides the pixels, and the rules it was admitted under.
+    """Return the sha256, hex, of all that decides the pixels and of the safety rules' version.
 
-    Over nothing in `NOT_IN_THE_DIGEST`.
+    It leaves out what `NOT_IN_THE_DIGEST` names.
 
     Equal requests have equal digests; a field added to the request is in it from then on.
     """
@@ -251,7 +254,7 @@ def _opened(blob: bytes) -> dict[str, Any]:
 
 
 def _checksum(front: bytes | memoryview, rest: memoryview) -> str:
-    """sha256, hex, of all bytes but its own."""
+    """Return the sha256, hex, of all bytes but its own."""
     digest = hashlib.sha256(front)
     digest.update(rest)
     return digest.hexdigest()
@@ -259,7 +262,10 @@ def _checksum(front: bytes | memoryview, rest: memoryview) -> str:
 
 @contextmanager
 def _as_laid_out() -> Iterator[None]:
-    """Only a blob sealed by somebody else's hand can fail here."""
+    """Raise `SnapshotRefused` for the errors of reading a wrong layout.
+
+    Only a blob that another program wrote and sealed can fail here.
+    """
     try:
         yield
     except (
@@ -314,7 +320,8 @@ def _read(kind: Any, value: Any, pictures: Mapping[str, Picture]) -> Any:
         types = _types(kind)
         if unknown := value.keys() - types.keys():
             raise SnapshotRefused(
-                f"the snapshot's request has what this engine does not know: {', '.join(sorted(unknown))}"
+                "the snapshot's request has what this engine does not know: "
+                f"{', '.join(sorted(unknown))}"
             )
         return kind(**{name: _read(types[name], part, pictures) for name, part in value.items()})
     if given is tuple:
@@ -330,7 +337,7 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Facts by their dotted path, as one would say them."""
+    """Flatten nested facts to dotted paths and their values."""
     flat: dict[str, str] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping) and value:
@@ -343,9 +350,9 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, str]:
 
 
 def _json(value: Any) -> str:
-    """Canonical: equal values, equal text, in ASCII.
+    """Write canonical JSON: equal values give equal text, in ASCII.
 
-    Raises `SnapshotRefused` for what JSON has no word for.
+    Raises `SnapshotRefused` for what JSON cannot express.
     """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

@@ -88,7 +88,7 @@ def _as_it_can_be_rendered(
 
 
 def doublings(most: int) -> tuple[int, ...]:
-    """1, 2, 4 … and `most` itself."""
+    """Return 1, 2, 4 … and `most` itself."""
     powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     return (*powers, most)
 

@@ -1,7 +1,7 @@
 """Tell whether a picture shows what its caption names: plain geometry on pixels, nothing learnt.
 
-It reads the caption into a wish (a `Scene` in which None means *not said*), measures the picture, and compares the two.
-It knows the pocket world and numpy; it has never heard of torch, so any process can ask it.
+It reads the caption into a `Scene` in which None means *not said*, measures the picture, and
+compares the two. It knows the pocket world and numpy, but not torch, so any process can use it.
 """
 
 import re
@@ -29,7 +29,10 @@ class CaptionNotUnderstood(ValueError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was asked, what was seen, and per attribute whether they agree; None where the caption did not say."""
+    """What was asked, what was seen, and for each attribute whether they agree.
+
+    An attribute is None where the caption did not name it.
+    """
 
     wish: Scene
     seen: Scene
@@ -41,29 +44,33 @@ class Verdict:
 
     @property
     def everything_right(self) -> bool:
-        """Does the picture show all that the caption names?"""
+        """Tell whether the picture shows all that the caption names."""
         return False not in self.attributes().values()
 
     def attributes(self) -> dict[str, bool | None]:
-        """The answers by attribute name."""
+        """Return the answers by attribute name."""
         return {
             name: getattr(self, name) for name in ("background", "colour", "shape", "place", "size")
         }
 
     @property
     def summary(self) -> str:
-        """One line for people: what was seen, and what is wrong with it."""
+        """Write one line for people: what was seen, and what is wrong with it."""
         words = (
             (thing.size, thing.colour, thing.shape, thing.place and f"({thing.place})")
             for thing in self.seen.things
         )
         seen = " and ".join(" ".join(filter(None, named)) for named in words)
         wrong = [name for name, is_right in self.attributes().items() if is_right is False]
-        return f"{'wrong ' + ', '.join(wrong) if wrong else 'all right'}: {seen} on {self.seen.background}"
+        answer = f"wrong {', '.join(wrong)}" if wrong else "all right"
+        return f"{answer}: {seen} on {self.seen.background}"
 
 
 def read_caption(text: str) -> Scene:
-    """Read a caption as a wish: None wherever it names no size or place. Raises `CaptionNotUnderstood`."""
+    """Read a caption as a scene, with None wherever it names no size or place.
+
+    Raises `CaptionNotUnderstood`.
+    """
     words = " ".join(text.lower().strip(" .").split())
     ground = _GROUND.fullmatch(words)
     things = (
@@ -79,7 +86,10 @@ def read_caption(text: str) -> Scene:
 
 
 def check(image: np.ndarray, caption: str) -> Verdict:
-    """Compare a picture, uint8 [128, 128, 3], with its caption. Raises `CaptionNotUnderstood`, or ValueError for another size."""
+    """Compare a picture, uint8 [128, 128, 3], with its caption.
+
+    Raises `CaptionNotUnderstood`, or ValueError for another size.
+    """
     wish = read_caption(caption)
     seen = look(image, is_pair=wish.is_pair)
     pairs = list(zip(wish.things, seen.things, strict=True))
@@ -105,7 +115,10 @@ def check(image: np.ndarray, caption: str) -> Verdict:
 
 
 def look(image: np.ndarray, *, is_pair: bool) -> Scene:
-    """Measure a picture; with `is_pair` each half is looked at for itself. An object that is not there has the shape `nothing`."""
+    """Measure a picture; with `is_pair`, measure each half separately.
+
+    An object that is not there has the shape `nothing`.
+    """
     if image.shape != (SIDE_PX, SIDE_PX, 3):
         raise ValueError(f"Pictures of {SIDE_PX}x{SIDE_PX} px can be checked, not {image.shape}.")
     pixels = image.astype(np.float32)
@@ -134,7 +147,8 @@ def _look_at_one(
     if rough.sum() < FEWEST_PIXELS:
         return Thing("no colour", "nothing")
     colour = np.median(pixels[rough], axis=0)
-    # Decoded pictures are a little noisy and soft: the edge is where a pixel is as near to the object as to the ground.
+    # Decoded pictures are a little noisy and soft. The edge is where a pixel's colour is as near to
+    # the object's as to the ground's.
     mask = _majority((np.linalg.norm(pixels - colour, axis=2) < from_ground) & region)
     if mask.sum() < FEWEST_PIXELS:
         return Thing(_nearest_colour(colour), "nothing")
@@ -154,7 +168,7 @@ def _nearest_colour(rgb: np.ndarray) -> str:
 
 
 def _majority(mask: np.ndarray) -> np.ndarray:
-    """Each pixel takes the side most of its 3x3 neighbourhood is on."""
+    """Give each pixel the value of most pixels in its 3x3 neighbourhood."""
     padded = np.pad(mask.astype(np.uint8), 1)
     height, width = mask.shape
     return (
@@ -177,7 +191,10 @@ def _shape(box: np.ndarray) -> str:
 
 
 def _place(centre: np.ndarray, half_px: float) -> str:
-    """The nearest place, where large objects are pushed inside the picture as when they are drawn."""
+    """Return the nearest place.
+
+    Places of large objects are moved inside the picture, as when they are drawn.
+    """
     reach = min(half_px + MARGIN_PX, SIDE_PX / 2)
     spots = {
         name: np.clip(np.array(spot) * SIDE_PX, reach, SIDE_PX - reach)

@@ -1,10 +1,13 @@
-"""Measure how well the shipped pocket model does what it is told: `python -m pocket.evaluate`.
+"""Measure how well the shipped pocket model follows its prompts: `python -m pocket.evaluate`.
 
-Every prompt describes an unseen scene: its combination of colours, shapes, size and place is one of the tenth that
-`world.is_held_out` keeps out of training, so neither that picture nor its full caption was ever shown. All words are known ones.
-Each prompt names all its attributes. Weights are used in fp32 after the rounding to fp16 they are shipped with; prompts, seeds and the
-one torch thread are fixed. Prints a markdown table, paints a contact sheet, and exits 1 if a step count misses the target.
-With `--readme` the table and the weights' digests also replace those in `pocket/README.md`.
+Every prompt describes an unseen scene: its combination of colours, shapes, size and place is one of
+the tenth that `world.is_held_out` keeps out of training. So neither that picture nor its full
+caption was ever shown, though all words are known. Each prompt names all its attributes. Weights
+are used in fp32 after the rounding to fp16 they are shipped with; prompts, seeds and the one torch
+thread are fixed.
+
+Prints a markdown table, paints a contact sheet, and exits 1 if a step count misses the target. With
+`--readme` the table and the weights' digests also replace those in `pocket/README.md`.
 """
 
 import argparse
@@ -28,8 +31,11 @@ HERE = Path(__file__).resolve().parent
 README = HERE / "README.md"
 MEASURED_FROM = "<!-- measured: begin -->"
 MEASURED_TO = "<!-- measured: end -->"
-HEADER = """| steps | background | colour | shape | place | size | two objects: colours / shapes | everything right | s/image |
-|---|---|---|---|---|---|---|---|---|"""
+HEADER = (
+    "| steps | background | colour | shape | place | size "
+    "| two objects: colours / shapes | everything right | s/image |\n"
+    "|---|---|---|---|---|---|---|---|---|"
+)
 CHECKPOINT = HERE / "checkpoint"
 PROMPT_SEED = 20_000
 GUIDANCE = 1.5  # more of it overdoes what tells shapes apart: squares grow horns
@@ -40,7 +46,7 @@ SHEET_ROWS = 4
 
 
 def unseen_prompts(count: int, seed: int = PROMPT_SEED) -> list[str]:
-    """Different, complete captions of held-out scenes; three in ten have two objects."""
+    """Draw different, complete captions of held-out scenes; three in ten have two objects."""
     rng = random.Random(seed)
     prompts: dict[str, None] = {}
     while len(prompts) < count:
@@ -51,7 +57,7 @@ def unseen_prompts(count: int, seed: int = PROMPT_SEED) -> list[str]:
 
 
 def load_pipeline(checkpoint: Path = CHECKPOINT) -> StableDiffusionPipeline:
-    """The shipped fp16 weights, computing in fp32."""
+    """Load the shipped fp16 weights, to compute in fp32."""
     pipeline = StableDiffusionPipeline.from_pretrained(
         checkpoint,
         safety_checker=None,
@@ -66,7 +72,10 @@ def load_pipeline(checkpoint: Path = CHECKPOINT) -> StableDiffusionPipeline:
 def render(
     pipeline: StableDiffusionPipeline, prompts: Sequence[str], num_steps: int, first_seed: int = 0
 ) -> list[np.ndarray]:
-    """One uint8 picture per prompt; prompt i starts from the noise of seed `first_seed` + i, whatever the batches."""
+    """Render one uint8 picture per prompt.
+
+    Prompt i starts from the noise of seed `first_seed` + i, whatever the batches.
+    """
     pictures: list[np.ndarray] = []
     for start in range(0, len(prompts), BATCH):
         texts = list(prompts[start : start + BATCH])
@@ -86,13 +95,13 @@ def render(
 
 
 def share(answers: Sequence[bool | None]) -> str:
-    """The percentage of yes among those asked."""
+    """Return the percentage of yes among those asked."""
     asked = [answer for answer in answers if answer is not None]
     return f"{100 * sum(asked) / len(asked):.1f}" if asked else "–"
 
 
 def table_row(num_steps: int, verdicts: Sequence[Verdict], seconds: float) -> str:
-    """One line of the markdown table."""
+    """Write one line of the markdown table."""
     one = [verdict for verdict in verdicts if not verdict.wish.is_pair]
     two = [verdict for verdict in verdicts if verdict.wish.is_pair]
     cells = [
@@ -110,7 +119,7 @@ def table_row(num_steps: int, verdicts: Sequence[Verdict], seconds: float) -> st
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> Image.Image:
-    """A grid of pictures, each over its caption."""
+    """Paint a grid of pictures, each over its caption."""
     pad = 14
     text_px = 46
     cell_width, cell_height = SIDE_PX + 2 * pad, SIDE_PX + pad + text_px
@@ -133,7 +142,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], prompts: Sequence[str]) -> Ima
 
 
 def digests(checkpoint: Path) -> str:
-    """One line per weight file: its SHA-256 and its name."""
+    """Write one line per weight file: its SHA-256 and its name."""
     files = sorted(checkpoint.glob("*/*.safetensors"))
     return "\n".join(
         f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.relative_to(checkpoint)}"
@@ -148,12 +157,15 @@ def write_readme(rows: Sequence[str], num_prompts: int, checkpoint: Path) -> Non
     after = text[text.index(MEASURED_TO) :]
     table = "\n".join([HEADER, *rows])
     files = digests(checkpoint)
-    measured = f"Percent right, {num_prompts} unseen prompts:\n\n{table}\n\nMeasured on these files (SHA-256):\n\n```\n{files}\n```"
+    measured = (
+        f"Percent right, {num_prompts} unseen prompts:\n\n{table}\n\n"
+        f"Measured on these files (SHA-256):\n\n```\n{files}\n```"
+    )
     README.write_text(f"{before}{MEASURED_FROM}\n{measured}\n{after}")
 
 
 def main() -> None:
-    """Measure by the command line's wishes."""
+    """Measure with the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pocket.evaluate",
         description="Measure how well the pocket model follows prompts.",

@@ -1,9 +1,11 @@
-"""Train the pocket model from nothing: `python -m pocket.train` gives an ordinary Stable Diffusion folder.
+"""Train the pocket model from nothing: `python -m pocket.train` makes a Stable Diffusion folder.
 
-Four stages: an autoencoder learns to carry 128 px pictures as 16x16x4 latents, the training scenes are encoded once, the
-denoiser and the text encoder learn together, and last the decoder is polished while the latents stay what they are. Progress is
-kept in a work folder every few minutes, each time with a loadable pipeline beside it; `--resume` goes on from there. Uses a GPU
-where there is one; two CPU cores need about an hour.
+There are four stages. An autoencoder learns to carry 128 px pictures as 16x16x4 latents. The
+training scenes are encoded once. The denoiser and the text encoder learn together. Last, the
+decoder is polished while the latents stay what they are.
+
+Progress is kept in a work folder every few minutes, each time with a loadable pipeline beside it;
+`--resume` goes on from there. Uses a GPU where there is one; two CPU cores need about an hour.
 """
 
 import argparse
@@ -44,7 +46,10 @@ SAVE_EVERY_S = 240
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how much to train; a stage ends at its minutes or its count, whichever comes first."""
+    """How long and how much to train.
+
+    A stage ends at its minutes or its count, whichever comes first.
+    """
 
     vae_minutes: float
     denoiser_minutes: float
@@ -61,7 +66,8 @@ class Plan:
 class MasterWeights:
     """AdamW over fp32 masters of bf16 parameters, with a moving average of the masters.
 
-    Parameters and gradients become views of two long tensors: hundreds of small copies a step would cost a tenth of the time.
+    Parameters and gradients become views of two long tensors: hundreds of small copies a step would
+    cost a tenth of the time.
     """
 
     def __init__(
@@ -85,7 +91,10 @@ class MasterWeights:
         self.lock: AbstractContextManager[Any] = nullcontext()
 
     def share(self, lock: AbstractContextManager[Any]) -> dict[str, Tensor]:
-        """Move everything into shared memory, so that other processes can `adopt` it and learn on the same weights."""
+        """Move everything into shared memory, so that other processes can `adopt` it.
+
+        They then learn on the same weights.
+        """
         if not self.optimizer.state:  # an idle step makes the optimizer lay out its moments
             self.master.grad = torch.zeros_like(self.master)
             self.optimizer.step()
@@ -143,7 +152,7 @@ class MasterWeights:
             parameter.copy_(value)
 
     def state(self) -> dict[str, object]:
-        """Everything needed to go on later."""
+        """Return everything needed to go on later."""
         return {
             "master": self.master,
             "average": self.average,
@@ -161,7 +170,10 @@ class MasterWeights:
 
 
 class Progress:
-    """One line that tells where a stage is: rewritten in place on a terminal, printed every 15 s elsewhere."""
+    """One line that tells how far a stage is.
+
+    It is rewritten in place on a terminal, and printed every 15 s elsewhere.
+    """
 
     def __init__(self, stage: str) -> None:
         self.stage = stage
@@ -170,7 +182,7 @@ class Progress:
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the stage began."""
+        """Return the seconds since the stage began."""
         return time.monotonic() - self.started_s
 
     def tell(self, done: float, facts: str, *, is_last: bool = False) -> None:
@@ -183,7 +195,8 @@ class Progress:
         left_s = self.elapsed_s * (1 - done) / done if done > 0.01 else math.nan
         bar = "█" * round(24 * done) + "·" * (24 - round(24 * done))
         minutes_left = "" if math.isnan(left_s) else f"  {left_s / 60:.1f} min left"
-        line = f"{self.stage:<9} {bar} {100 * done:5.1f} %  {self.elapsed_s / 60:5.1f} min{minutes_left}  {facts}"
+        minutes = f"{self.elapsed_s / 60:5.1f} min{minutes_left}"
+        line = f"{self.stage:<9} {bar} {100 * done:5.1f} %  {minutes}  {facts}"
         print(
             f"\r\x1b[2K{line}" if on_terminal else line,
             end="\n" if is_last or not on_terminal else "",
@@ -192,7 +205,7 @@ class Progress:
 
 
 def build_vae() -> AutoencoderKL:
-    """A small autoencoder: 8 times down, 4 latent channels, 0.8 M parameters."""
+    """Build a small autoencoder: 8 times down, 4 latent channels, 0.8 M parameters."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -208,14 +221,17 @@ def build_vae() -> AutoencoderKL:
 
 
 def pin_variance(vae: AutoencoderKL) -> None:
-    """Make the encoder's distribution as narrow as the noise it was trained with, so that sampling from it is sound."""
+    """Make the encoder's distribution as narrow as the noise it was trained with.
+
+    Only then is sampling from it sound.
+    """
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = 2 * math.log(LATENT_NOISE)
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The denoiser: two levels, text attention at 8x8, 4 M parameters."""
+    """Build the denoiser: two levels, text attention at 8x8, 4 M parameters."""
     return UNet2DConditionModel(
         sample_size=SIDE_PX // 8,
         in_channels=4,
@@ -231,7 +247,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder: two layers, 128 wide."""
+    """Build the text encoder: two layers, 128 wide."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -252,7 +268,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_noise_schedule() -> DDIMScheduler:
-    """Velocity prediction down to zero signal, spaced so that four steps are enough."""
+    """Build a schedule of velocity prediction down to zero signal, spaced for four steps."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -266,7 +282,7 @@ def build_noise_schedule() -> DDIMScheduler:
 
 
 def fall_off(done: float, *, flat_until: float, floor: float) -> float:
-    """The learning rate's factor: flat, then linear down to `floor` at the end."""
+    """Return the learning rate's factor: flat, then linear down to `floor` at the end."""
     return (
         1.0
         if done < flat_until
@@ -284,12 +300,12 @@ def paint_scenes(scenes: list[Scene], rng: random.Random) -> Tensor:
 
 
 def to_model(pictures: Tensor, device: torch.device) -> Tensor:
-    """uint8 pictures as floats from -1 to 1 on the device."""
+    """Turn uint8 pictures into floats from -1 to 1 on the device."""
     return pictures.to(device).float() / 127.5 - 1
 
 
 def edge_mask(pictures: Tensor) -> Tensor:
-    """1 beside a sharp change, 0 elsewhere: [b, 1, h, w]."""
+    """Mark pixels beside a sharp change with 1, all others with 0: [b, 1, h, w]."""
     mask = torch.zeros_like(pictures[:, :1])
     across = (pictures[..., 1:] - pictures[..., :-1]).abs().sum(1, keepdim=True) > 0.2
     down = (pictures[..., 1:, :] - pictures[..., :-1, :]).abs().sum(1, keepdim=True) > 0.2
@@ -301,13 +317,16 @@ def edge_mask(pictures: Tensor) -> Tensor:
 
 
 def picture_loss(got: Tensor, wanted: Tensor) -> Tensor:
-    """Absolute and squared error together; what lies at an edge counts four times."""
+    """Add the absolute and the squared error; errors at an edge count four times."""
     error = got - wanted
     return ((error.abs() + error.square()) * (1 + 3 * edge_mask(wanted))).mean()
 
 
 def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> AutoencoderKL:
-    """Learn the autoencoder on crops that grow from 16 to 64 px; gives its moving average in fp32."""
+    """Train the autoencoder on crops that grow from 16 to 64 px.
+
+    Returns its moving average in fp32.
+    """
     scenes = [
         random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_vae_scenes)
     ]
@@ -345,9 +364,10 @@ def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> Autoencod
 def polish_decoder(
     vae: AutoencoderKL, plan: Plan, device: torch.device, rng: random.Random
 ) -> AutoencoderKL:
-    """Teach the decoder alone, on whole pictures, with twice the latent noise: a denoiser's latents are a little off.
+    """Train the decoder alone, on whole pictures, with twice the latent noise.
 
-    The encoder stays as it is, so a denoiser trained on its latents still fits. Gives a new autoencoder; `vae` is left untouched.
+    A denoiser's latents are a little off. The encoder stays as it is, so a denoiser trained on its
+    latents still fits. Returns a new autoencoder; `vae` is left untouched.
     """
     scenes = [
         random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
@@ -398,10 +418,10 @@ def encode_scenes(
     device: torch.device,
     rng: random.Random,
 ) -> dict[str, Tensor]:
-    """The training set, held in memory.
+    """Draw and encode the training set, and hold it in memory.
 
-    latents: [n, 4, 16, 16], of standard deviation 1.  tokens: [n, captions, 24].  no_words: [24], the empty caption.
-    Also tells the autoencoder its scaling factor.
+    latents: [n, 4, 16, 16], of standard deviation 1.  tokens: [n, captions, 24].  no_words: [24],
+    the empty caption. Also sets the autoencoder's scaling factor.
     """
     progress = Progress("encode")
     latents = []
@@ -443,7 +463,10 @@ def encode_scenes(
 
 
 class Denoising:
-    """The denoiser and its text encoder learning together; knows how to go on and how to leave a pipeline behind."""
+    """The training of the denoiser and its text encoder together.
+
+    It can be resumed, and it can write a loadable pipeline.
+    """
 
     def __init__(
         self, vae: AutoencoderKL | None, tokenizer: CLIPTokenizer, device: torch.device
@@ -465,7 +488,10 @@ class Denoising:
         self.signal_share = self.schedule.alphas_cumprod.to(device)
 
     def loss(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Mean squared error of the predicted velocity; the noise levels of a batch are spread evenly."""
+        """Return the mean squared error of the predicted velocity.
+
+        The noise levels of a batch are spread evenly.
+        """
         batch = len(latents)
         levels = (torch.arange(batch) + torch.rand(batch))[torch.randperm(batch)] / batch
         num_levels = len(self.signal_share)
@@ -479,7 +505,7 @@ class Denoising:
         return F.mse_loss(guess.float(), velocity)
 
     def learn_once(self, data: dict[str, Tensor], plan: Plan, done: float) -> float:
-        """One update from one random batch, a tenth of it without words; gives the loss."""
+        """Make one update from one random batch, a tenth of it without words; return the loss."""
         rows = torch.randint(len(data["latents"]), (BATCH,), device=self.device)
         texts = data["tokens"][
             rows, torch.randint(CAPTIONS_PER_SCENE, (BATCH,), device=self.device)
@@ -492,10 +518,12 @@ class Denoising:
         return loss.item()
 
     def train(self, data: dict[str, Tensor], plan: Plan, work: Path, *, num_workers: int) -> None:
-        """Learn until the plan's minutes or images are used up; keep a copy in `work` every few minutes.
+        """Train until the plan's minutes or images are used up; keep a copy in `work` every few
+        minutes.
 
-        On a CPU `num_workers` single-threaded processes learn on the same weights, each taking its turn to update them: on a busy
-        machine two threads in step wait for each other at every operation, two processes only for the update.
+        On a CPU `num_workers` single-threaded processes learn on the same weights and take turns to
+        update them. On a busy machine, two threads in step wait for each other at every operation,
+        but two processes wait only for the update.
         """
         data = {name: values.to(self.device) for name, values in data.items()}
         done = torch.zeros(()).share_memory_()
@@ -536,7 +564,10 @@ class Denoising:
         self.keep(work)
 
     def keep(self, work: Path) -> None:
-        """Leave the training state and a loadable pipeline in `work`; a crash in between leaves the old state whole."""
+        """Write the training state and a loadable pipeline to `work`.
+
+        A crash in between leaves the old state whole.
+        """
         fresh = work / "denoiser.pt.new"
         with self.weights.lock:
             torch.save({"weights": self.weights.state()}, fresh)
@@ -570,7 +601,7 @@ def help_learning(
     parent: int,
     worker: int,
 ) -> None:
-    """A further process learning on the shared weights until the first one is done or gone."""
+    """Train on the shared weights in a further process, until the first one is done or gone."""
     torch.set_num_threads(1)
     torch.manual_seed(worker)
     denoising = Denoising(None, build_tokenizer(), torch.device("cpu"))
@@ -580,14 +611,14 @@ def help_learning(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device asked for; `auto` takes a GPU where there is one."""
+    """Return the device asked for; `auto` takes a GPU where there is one."""
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
-    """Train by the command line's wishes."""
+    """Train with the options of the command line."""
     parser = argparse.ArgumentParser(
         prog="python -m pocket.train", description="Train the pocket model from nothing."
     )
@@ -652,7 +683,7 @@ def main() -> None:
             0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128
         )
 
-    # The encoded captions and the weights are only worth something with the tokenizer they were made with.
+    # The encoded captions and the weights are useless without the tokenizer they were made with.
     tokenizer_folder = wishes.work / "tokenizer"
     if wishes.resume and tokenizer_folder.exists():
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)

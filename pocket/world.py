@@ -1,7 +1,8 @@
-"""The pocket model's whole world: coloured shapes on coloured grounds, their captions and their pictures.
+"""The pocket model's whole world: coloured shapes on coloured grounds, captions and pictures.
 
-Procedural and exact: every picture is drawn from a `Scene`, so every caption is true and no third-party data is involved.
-Randomness comes from the `random.Random` that is handed in. It does not know what a network is.
+Procedural and exact: every picture is drawn from a `Scene`, so every caption is true and no
+third-party data is involved. Randomness comes from the `random.Random` that the caller passes. This
+module does not know what a network is.
 """
 
 import hashlib
@@ -42,7 +43,11 @@ HELD_OUT_SHARE = 10  # one scene in ten is kept out of training
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `place` is None beside another object: the order says who stands left. None elsewhere means *not said*."""
+    """One object.
+
+    `place` is None beside another object: there the order says which one stands left. None
+    elsewhere means *not said*.
+    """
 
     colour: str
     shape: str
@@ -52,19 +57,22 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one or two objects, the left one first; as a wish, whatever is None may be anything."""
+    """A background and one or two objects, the left one first.
+
+    In a scene that was read from a caption, whatever is None may be anything.
+    """
 
     background: str
     things: tuple[Thing, ...]
 
     @property
     def is_pair(self) -> bool:
-        """Are there two objects?"""
+        """Tell whether there are two objects."""
         return len(self.things) == 2
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Is this combination of colours, shapes, sizes and place one that training never draws?"""
+    """Tell whether training never draws this combination of colours, shapes, sizes and place."""
     digest = hashlib.sha256(repr(scene).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
@@ -93,7 +101,10 @@ def random_scene(
 
 
 def caption(scene: Scene, rng: random.Random, *, is_complete: bool = False) -> str:
-    """Say the scene in words; leaves out the size in 20 % and the place in 15 % unless `is_complete`."""
+    """Say the scene in words.
+
+    Unless `is_complete`, it leaves out the size in 20 % and the place in 15 % of the cases.
+    """
     with_size = is_complete or rng.random() < 0.80
     with_place = is_complete or rng.random() < 0.85
     named = []
@@ -107,7 +118,10 @@ def caption(scene: Scene, rng: random.Random, *, is_complete: bool = False) -> s
 
 
 def draw(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Paint a fully specified scene: uint8 [128, 128, 3]; `rng` jitters colours, radii and centres a little."""
+    """Paint a fully specified scene: uint8 [128, 128, 3].
+
+    `rng` varies colours, radii and centres a little.
+    """
     side = SIDE_PX * OVERSAMPLING
     image = Image.new("RGB", (side, side), _jittered(scene.background, rng))
     pen = ImageDraw.Draw(image)

@@ -43,7 +43,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-# --- forms of a value ---------------------------------------------------------------------------------------------------------------
+# --- forms of a value -----------------------------------------------------------------------------
 
 
 class Form(ABC):
@@ -91,7 +91,8 @@ class Rowed(Form):
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
         filler = [values[0].narrow(self.axis, 0, 1)] * padding
-        # Contiguous, for a neighbour in another memory format would otherwise choose the layout, and with it the kernels, for all.
+        # Contiguous: otherwise one neighbour in another memory format would choose the layout, and
+        # with it the kernels, for all.
         return torch.cat([*values, *filler], dim=self.axis).contiguous()
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
@@ -152,7 +153,7 @@ class Spread(Form):
         return torch.cat([value.expand(count) for value, count in parts])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """Nobody's: networks are given such numbers, they do not return them."""
+        """Refuse: networks take such numbers but do not return them."""
         raise Unlike
 
 
@@ -287,7 +288,7 @@ def _container(kind: Any, items: Mapping[Any, Any]) -> Any:
     return kind(items) if issubclass(kind, dict) else kind(items.values())
 
 
-# --- forms of a call ----------------------------------------------------------------------------------------------------------------
+# --- forms of a call ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -397,23 +398,23 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
 
 
 def _side_by_side(form: CallForm, one: Call, other: Call, rows: int, network: Network) -> list[Any]:
-    """Two calls of so many rows each made as one: what each of them gets."""
+    """Make one call of two calls with `rows` rows each; return the result of each."""
     return form.split(network(form.stack([one, other], [rows, rows], 0)), [rows, rows])
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Are they the same, bit by bit? They have one form."""
+    """Tell whether two values of one form are the same, bit by bit."""
     return all(
         torch.equal(mine, yours)
         for mine, yours in zip(tensors_of(one), tensors_of(other), strict=True)
     )
 
 
-# --- values as they are logged ------------------------------------------------------------------------------------------------------
+# --- values as they are logged --------------------------------------------------------------------
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in a value, in order."""
+    """Return every tensor in a value, in order."""
     if isinstance(value, Tensor):
         return [value]
     if _is_container(value):

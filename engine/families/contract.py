@@ -4,8 +4,9 @@ The engine holds one family object per checkpoint. Between two forwards an image
 (`InFlight`), and a family moves it:
 
     start(image)                       encode its prompts, draw its noise: it can be denoised now
-    predict(images, bucket_rows)       one forward for strangers at different steps; no image is changed, so it can be repeated
-    advance(image, its prediction)     guidance and the image's own sampler: the image is one step further
+    predict(images, bucket_rows)       one forward for images at different steps; it changes none
+                                       of them, so it can be repeated
+    advance(image, its prediction)     guidance and the image's own sampler: one step further
     decode(image)                      pixels
 
 Two kinds implement it. A native family (`latent.py` and what builds on it) keeps latents, a sampler
@@ -54,8 +55,7 @@ class Family(Protocol):
     All but the first group of methods is called on the engine's thread, in inference mode.
     """
 
-    # Along a side; width_px and height_px must be multiples of it, and of more where `check` says
-    # so.
+    # width_px and height_px must be multiples of it, and of more where `check` says so.
     pixels_per_latent: int
     # Does `decode` launch its work in the stream that is current where it is called?
     follows_stream: bool
@@ -93,8 +93,9 @@ class Family(Protocol):
         """Tell the rows of a forward this image takes."""
 
     def text_length(self, request: ImageRequest) -> int:
-        """Padded length of its text in tokens, chosen from its own prompt alone: part of the batch
-        key.
+        """Return the padded length of the request's text in tokens, as a part of the batch key.
+
+        It is chosen from the request's own prompt alone.
         """
 
     # --- of an image ---
@@ -139,14 +140,15 @@ class Family(Protocol):
         """Copy what is needed to go on elsewhere from `image.step`. The image is left untouched."""
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
-        """Instead of `start`: encode again and go on from a saved state.
+        """Encode again and go on from a saved state; called instead of `start`.
 
         `image.step` is set already.
         """
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
-        """Instead of `start`: encode, then go on from these kept latents at `image.step`, which is
-        set already.
+        """Encode, then go on from these kept latents; called instead of `start`.
+
+        `image.step` is set already.
         """
 
     def latents(self, image: InFlight) -> Tensor:

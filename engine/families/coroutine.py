@@ -17,7 +17,10 @@ from queue import SimpleQueue
 from typing import Any
 
 Ask = Callable[[Any], Any]
-"""ask(request): hand the baton to the owner; its answer, once it resumes. Raises `Closed` when it never will."""
+"""ask(request): pass control to the owner, wait until it resumes, and return its answer.
+
+Raises `Closed` when the owner will never answer.
+"""
 
 
 class Closed(BaseException):
@@ -49,11 +52,12 @@ class Coroutine:
         name: str = "coroutine",
         within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Nothing runs before the first `resume`.
+        """Prepare the function; nothing runs before the first `resume`.
 
         `within()` is entered in the function's own thread, around all of it.
         """
-        # Handed to the thread, which drops it at its end: kept here too, it would close a circle of references around its tensors.
+        # Passed to the thread, which drops it at its end. A second reference here would make a
+        # cycle that keeps its tensors alive.
         self._thread = threading.Thread(
             target=self._live, args=(run, within), name=name, daemon=True
         )
@@ -86,12 +90,10 @@ class Coroutine:
         return outcome
 
     def close(self) -> None:
-        """End it wherever it is: not begun, waiting for an answer, or over.
+        """End the function wherever it is: not begun, waiting for an answer, or over.
 
-        When this returns, its thread is gone.
-
-        A waiting function is unwound by `Closed`; whatever it makes of that is nobody's concern any
-        more.
+        When this returns, its thread is gone. A waiting function is unwound by `Closed`; whatever
+        it returns or raises then is ignored.
         """
         if not self.is_over:
             self._is_closing = True
@@ -109,9 +111,9 @@ class Coroutine:
     def _live(
         self, run: Callable[[Ask], Any], within: Callable[[], AbstractContextManager[Any]]
     ) -> None:
-        """Live in the thread.
+        """Run the function in the thread.
 
-        What comes last is put where the owner waits for it, if anybody does.
+        Its result or error is put where the owner waits for it, if anybody does.
         """
         try:
             with within():

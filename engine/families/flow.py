@@ -174,7 +174,7 @@ class FlowFamily(LatentFamily):
 
     @abstractmethod
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
-        """Does the pipeline tell `mu` to a scheduler of this config?"""
+        """Tell whether the pipeline passes `mu` to a scheduler of this config."""
 
     @abstractmethod
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
@@ -212,9 +212,9 @@ class FlowFamily(LatentFamily):
     # --- latents ---
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents [1, c, h, w] as an image keeps them and the sampler steps them.
+        """Turn latents [1, c, h, w] into the form that an image keeps and the sampler steps.
 
-        The same for SD3.
+        For SD3 that is the same.
         """
         return latents
 
@@ -255,7 +255,8 @@ class FlowFamily(LatentFamily):
         mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c,
         h, w].
         """
-        # The pipelines encode the masked picture too, which only networks that take it as context need, and draw from its posterior.
+        # The pipelines also encode the masked picture and draw from its posterior, though only
+        # networks that take it as context need it. The same draw is made here.
         torch.randn(clean.shape, generator=generator, dtype=self.dtype)
         latent_mask = interpolate(mask, size=clean.shape[-2:])
         return {
@@ -291,7 +292,7 @@ class FlowFamily(LatentFamily):
     # --- text ---
 
     def tokenize(self, tokenizer: str, text: str, length: int) -> Tensor:
-        """Token ids [1, length] on the device, padded or cut to `length`."""
+        """Return token ids [1, length] on the device, padded or cut to `length`."""
         tokens = self._tokenizers[tokenizer](
             text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         )

@@ -87,7 +87,7 @@ class Flux(FlowFamily):
         return 2 if self._true_cfg_scale(request) > 1 else 1
 
     def text_length(self, request: ImageRequest) -> int:
-        """T5's tokens; CLIP adds none."""
+        """Return the number of T5's tokens; CLIP adds none."""
         return self.text_tokens(request)
 
     def _true_cfg_scale(self, request: ImageRequest) -> float:
@@ -126,7 +126,7 @@ class Flux(FlowFamily):
         return rows
 
     def _encode_clip(self, text: str) -> Rows:
-        """{"pooled": [1, width]}."""
+        """Encode by CLIP to {"pooled": [1, width]}."""
         ids = self.tokenize("tokenizer", text, self._tokenizers["tokenizer"].model_max_length)
         return {
             "pooled": self._networks["text_encoder"](
@@ -141,7 +141,7 @@ class Flux(FlowFamily):
         return True
 
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """Space evenly down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
+        """Space evenly down to 1/num_steps, unless the scheduler uses a spacing of its own."""
         if sampler.config.get("use_flow_sigmas", False):
             sampler.set_timesteps(num_steps, device="cpu", **more)
         else:
@@ -229,8 +229,9 @@ class Flux(FlowFamily):
 
 
 def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds
-    those beyond 256, as in `pipe(...)`.
+    """Return (0, row, column) of every token, [rows * columns, 3], in the dtype of the text.
+
+    bf16 rounds positions beyond 256, as in `pipe(...)`.
     """
     ids = torch.zeros(rows, columns, 3, device=like.device)
     ids[..., 1] += torch.arange(rows, device=like.device)[:, None]

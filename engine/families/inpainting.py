@@ -29,8 +29,9 @@ def picture_tensor(picture: Picture, dtype: torch.dtype, device: torch.device) -
 
 
 def mask_tensor(picture: Picture) -> Tensor:
-    """[1, 1, h, w] float32 on the CPU: 1.0 where the image is repainted (128 and more of 255), 0.0
-    where it is kept.
+    """Return the mask as [1, 1, h, w] float32 on the CPU.
+
+    1.0 where the image is repainted (128 and more of 255), 0.0 where it is kept.
     """
     unit = torch.from_numpy(picture.pixels.astype(np.float32) / 255.0)
     return (unit >= 0.5).to(torch.float32)[None, None]

@@ -108,28 +108,29 @@ class LatentFamily(ABC):
         """
 
     def draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
-        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does:
-        another dtype is another noise.
+        """Draw unit noise, [1, c, h/8, w/8], in the checkpoint's dtype, as `pipe(...)` does.
+
+        Another dtype would give other noise.
         """
         side = self.pixels_per_latent
         shape = (1, self.latent_channels, request.height_px // side, request.width_px // side)
         return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
 
     def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
-        """Classifier-free guidance: [rows, ...] in the order uncond, cond becomes [1, ...]."""
+        """Apply classifier-free guidance: [rows, ...] in the order uncond, cond to [1, ...]."""
         if image.rows == 1:
             return prediction
         uncond, cond = prediction.chunk(2)
         return uncond + image.request.guidance * (cond - uncond)
 
     def repaint(self, image: InFlight) -> None:  # noqa: B027 - nothing to put back without a mask
-        """After a sampler step: put back what inpainting must not change.
+        """Put back what inpainting must not change; called after a sampler step.
 
         `image.step` has not been counted yet.
         """
 
     def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
-        """Latents as its denoiser takes them to [1, c, h, w]; the same for most."""
+        """Turn latents as the denoiser takes them into [1, c, h, w]; for most families the same."""
         return latents
 
     # --- what all of them do ---
@@ -170,7 +171,8 @@ class LatentFamily(ABC):
             self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
         )
         used_rows = sum(image.rows for image in images)
-        # In one layout whatever the weights have: latents would inherit it, and a restored image is contiguous.
+        # In one layout, whatever layout the weights have: latents would inherit that, but a
+        # restored image is contiguous.
         return list(
             torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images])
         )
@@ -196,7 +198,7 @@ class LatentFamily(ABC):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of latents as `encode_picture` gives them."""
+        """Return the number of channels of latents as `encode_picture` gives them."""
         return int(self._vae.config.latent_channels)
 
     def projector(self) -> Projector:
@@ -287,13 +289,12 @@ def begin_at(sampler: Any, index: int) -> None:
 
 
 def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) -> Rows:
-    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on
-    the device.
+    """Concatenate the rows of several images, pad with zeros to `bucket_rows`, move to the device.
 
     Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and
-    attention over equal keys is uniform. Rows never mix, so what the padding computes is nobody's.
-    Contiguous whatever the parts are: a convolution over another memory layout adds in another
-    order, and one part's layout would be the neighbours' too.
+    attention over equal keys is uniform. Rows never mix, so the padding's results are dropped. The
+    result is contiguous whatever the parts are: a convolution over another memory layout adds in
+    another order, and one part's layout would decide for its neighbours.
     """
     stacked: Rows = {}
     for name, first in parts[0].items():
@@ -321,7 +322,8 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
     if unknown := sorted(set(request.options) - set(option_names)):
         raise UnsupportedRequest(
             "options",
-            f"{', '.join(unknown)}: not taken here; taken: {', '.join(sorted(option_names)) or 'none'}",
+            f"{', '.join(unknown)}: not taken here; "
+            f"taken: {', '.join(sorted(option_names)) or 'none'}",
         )
     if request.keep_steps and request.init_image is not None:
         raise UnsupportedRequest(

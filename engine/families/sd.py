@@ -116,7 +116,7 @@ class StableDiffusion(LatentFamily):
         return 2 if request.is_guided else 1
 
     def text_length(self, request: ImageRequest) -> int:
-        """Always the tokenizer's full length: CLIP pads and truncates every prompt to it."""
+        """Return the tokenizer's full length: CLIP pads and truncates every prompt to it."""
         return int(self._tokenizer.model_max_length)
 
     # --- of an image ---
@@ -193,7 +193,7 @@ class StableDiffusion(LatentFamily):
         timesteps: Tensor,
         generator: torch.Generator,
     ) -> Beginning:
-        """At strength 1 from noise alone, otherwise from the noisy picture.
+        """Start inpainting: at strength 1 from noise alone, otherwise from the noisy picture.
 
         picture: [1, 3, h, w].  mask: [1, 1, h, w].
         """
@@ -212,7 +212,8 @@ class StableDiffusion(LatentFamily):
             extras["masked"] = self.encode_picture(picture * (mask < 0.5), generator)
         else:
             extras |= {"clean": clean, "noise": noise}
-            # The pipeline encodes the masked picture here too and never looks at it; only what it draws for that must be drawn.
+            # The pipeline encodes the masked picture here too but never uses it. Only its random
+            # draw must be repeated.
             torch.randn(noise.shape, generator=generator, dtype=self._encoder_dtype)
         return Beginning(latents, timesteps, extras)
 
@@ -227,7 +228,7 @@ class StableDiffusion(LatentFamily):
 
     @property
     def _encoder_dtype(self) -> torch.dtype:
-        """What the VAE encodes in, and what its posterior is drawn in."""
+        """Return the dtype in which the VAE encodes and its posterior is drawn."""
         dtype: torch.dtype = next(self._vae.encoder.parameters()).dtype
         return dtype
 
@@ -240,7 +241,7 @@ class StableDiffusion(LatentFamily):
             latents = torch.cat([latents, tensors.extras["mask"], tensors.extras["masked"]], dim=1)
         return {
             "latents": latents.expand(image.rows, -1, -1, -1),
-            # Integer and fractional timesteps meet in one batch as float32, which holds both exactly.
+            # A batch may mix integer and fractional timesteps; float32 holds both exactly.
             "timesteps": timestep.to(torch.float32).expand(image.rows),
             **tensors.conditioning,
         }
@@ -276,12 +277,12 @@ class StableDiffusion(LatentFamily):
         return pixels
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE to those of the denoiser."""
+        """Scale latents of the VAE to those of the denoiser."""
         scaled: Tensor = self._vae.config.scaling_factor * latents
         return scaled
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """Latents of the denoiser to those of the VAE."""
+        """Scale latents of the denoiser back to those of the VAE."""
         unscaled: Tensor = latents / self._vae.config.scaling_factor
         return unscaled
 

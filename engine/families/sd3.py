@@ -69,8 +69,9 @@ class StableDiffusion3(FlowFamily):
             )
 
     def text_length(self, request: ImageRequest) -> int:
-        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt
-        changes.
+        """Return the number of CLIP's tokens and T5's together.
+
+        Both are padded to a length that no prompt changes.
         """
         return self._clip_tokens + self.text_tokens(request)
 
@@ -120,7 +121,7 @@ class StableDiffusion3(FlowFamily):
         }
 
     def _encode_clip(self, suffix: str, text: str, clip_skip: int) -> Rows:
-        """{"text": [1, tokens, width], "pooled": [1, projected width]}."""
+        """Encode by one CLIP to {"text": [1, tokens, width], "pooled": [1, projected width]}."""
         ids = self.tokenize(f"tokenizer{suffix}", text, self._clip_tokens)
         encoded = self._networks[f"text_encoder{suffix}"](ids, output_hidden_states=True)
         return {
@@ -147,7 +148,7 @@ class StableDiffusion3(FlowFamily):
         tensors = image.tensors
         return {
             "latents": tensors.latents.expand(image.rows, -1, -1, -1),
-            # Integer and fractional timesteps meet in one batch as float32, which holds both exactly.
+            # A batch may mix integer and fractional timesteps; float32 holds both exactly.
             "timesteps": tensors.timesteps[image.step].to(torch.float32).expand(image.rows),
             **tensors.conditioning,
         }

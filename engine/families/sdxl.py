@@ -96,7 +96,8 @@ class StableDiffusionXL(StableDiffusion):
         if request.mask is not None and self._mean_and_std() is not None:
             raise UnsupportedRequest(
                 "mask",
-                "diffusers' inpainting leaves out the mean that this VAE's latents have, and spoils what is kept",
+                "diffusers' inpainting leaves out the mean that this VAE's latents have, "
+                "and spoils what is kept",
             )
 
     def _most_clip_skip(self) -> int:

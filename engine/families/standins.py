@@ -45,7 +45,10 @@ class Denoiser(StandIn):
 
     @contextmanager
     def cache_context(self, name: str, **_where: Any) -> Iterator[None]:
-        """Goes into the calls made within it. On the network itself it would hold for everybody."""
+        """Name the cache context of the calls made within it.
+
+        On the network itself the context would apply to all images.
+        """
         outer = self._context
         self._context = name
         try:

@@ -55,12 +55,12 @@ class CallSignature:
 
     @property
     def knows_guidance(self) -> bool:
-        """Is there an argument that guides?"""
+        """Tell whether the call has a guidance argument."""
         return self._guidance is not None
 
     @property
     def can_double(self) -> bool:
-        """Can one call make two images of one prompt?"""
+        """Tell whether one call can make two images of one prompt."""
         return "num_images_per_prompt" in self._parameters
 
     # --- a request ---
