@@ -112,7 +112,7 @@ class CudaGraphs:
         self._stream = self._stream or cuda.Stream()
         self._stream.wait_stream(cuda.current_stream())
         graph = cuda.CUDAGraph()
-        # Left also where the recording fails: it would not find back by itself.
+        # The stream is also left where the recording fails: torch would not switch back by itself.
         with cuda.stream(self._stream):
             # Lazy work (handles, workspaces, compilation) must be over before anything is
             # recorded.

@@ -67,7 +67,7 @@ class Call:
     """
 
     slots: tuple[Tensor, ...]  # of every row: [rows]
-    # Of every row: [rows, 1, 1], fp32 whatever the checkpoint is in, so that 0.7 is 0.7.
+    # Each row's strength: [rows, 1, 1], fp32 whatever the checkpoint is in, so that 0.7 is 0.7.
     strengths: tuple[Tensor, ...]
     changes: list[bool]  # by layer: does an adapter in use change it?
 
@@ -480,7 +480,7 @@ def _updates(
             name = ".".join(place)
             if place in updates:
                 raise ValueError(f"changes {name} twice")
-            # By the rank that was trained, which a conversion may have split.
+            # The rank is the trained one, which a conversion may have split.
             scale = _scale(parts, facts, place)
             layer = networks[place[0]].get_submodule(place[1])
             update = _fitted(layer, name, halves["down"], halves["up"], scale, dtype)
@@ -526,7 +526,7 @@ def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
         for name, layer in module.named_modules():
             if not isinstance(layer, (nn.Linear, nn.Conv2d)):
                 continue
-            # The latter: a level of CLIP's that transformers has dropped.
+            # The second spelling has a level of CLIP's that transformers has dropped.
             for spelled in (name, f"text_model.{name}"):
                 spellings[f"{network}.{spelled}"] = (network, name)
                 for prefix, meant in KOHYA_NETWORKS.items():

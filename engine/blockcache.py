@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError, UnsupportedRequest
 
-# In the order in which a network runs them.
+# These stand in the order in which a network runs them.
 BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
 # Arguments of a block with one entry per row.
 PER_ROW = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
@@ -99,7 +99,7 @@ class Forward:
 
     keys: Sequence[RowKey | None]
     narrow: Callable[[list[int] | None], None]
-    # Of each block, while the cache stands before it.
+    # The call of each block, kept while the cache replaces it.
     calls_before: list[Any] = field(default_factory=list)
     first: FirstBlock | None = None
 

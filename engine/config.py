@@ -24,7 +24,7 @@ class EngineConfig:
     max_inflight: int = 16  # images that advance by turns on this device, not those that wait
     # Rank -> part of the device it gets at least while it has work.
     rank_shares: Mapping[int, float] = field(default_factory=dict)
-    # Busy seconds that such a rank is put off: shorter work of a better one is never held up.
+    # Busy seconds that such a rank waits: shorter work of a better rank is never held up.
     share_patience_s: float = 2.0
     max_batch_rows: int = 16  # rows of one forward; a guided image takes two
     # A forward grows while one more row costs less than this share of a single-row step.

@@ -19,7 +19,7 @@ KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn"
 # Messages of torch on a CPU, of CUDA itself (pinned memory, a graph) and of its libraries
 # (workspaces). Torch's allocator raises a class of its own instead.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-# Of what is free: the allocator's fragments and the libraries' workspaces take the rest.
+# The share of free memory that is used: fragments and the libraries' workspaces take the rest.
 MEMORY_SHARE = 0.92
 
 
@@ -59,7 +59,7 @@ class CudaStopwatch:
 
     def __init__(self) -> None:
         self._start = cuda.Event(enable_timing=True)
-        # Whoever waits for it sleeps instead of burning a core.
+        # The waiting thread sleeps instead of using a core.
         self._end = cuda.Event(enable_timing=True, blocking=True)
         self._start.record()
 

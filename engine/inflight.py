@@ -88,7 +88,7 @@ class InFlight:
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None
     last_step_at: float | None = None
-    # Between its own steps, waiting included: what a caller feels.
+    # Between its own steps, waiting included: what a caller notices.
     seconds_per_step: float | None = None
     eta_s: float | None = None
     account: Account = field(default_factory=Account)

@@ -17,7 +17,7 @@ s of credit, 1.7 with 120; tests/engine/test_fairness.py).
 import math
 from dataclasses import dataclass
 
-# Device seconds that an owner may have had more than the least of those here, at least.
+# An owner may always have had so many more device seconds than the owner that had least.
 SLACK_S = 10.0
 CREDIT_S = 60.0  # device seconds by which a newcomer starts below what everybody here has had
 MAX_GONE = 256  # owners remembered after they left
@@ -39,7 +39,8 @@ class Owners:
     def __init__(self) -> None:
         self._here: dict[str, Owner] = {}
         self._gone: dict[str, float] = {}  # what they had when they left, the last to leave last
-        # What everybody here has had; it never falls, or each newcomer would pass the one before.
+        # The least that an owner here has had. It never falls, or each newcomer would overtake the
+        # one before.
         self._least_s = 0.0
 
     def __len__(self) -> int:

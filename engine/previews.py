@@ -193,7 +193,7 @@ FACTORS: dict[str, Projector] = {
 
 
 SIDE_LATENTS = 16  # of a picture to fit on
-# R squared of every colour from which on products of channels are not worth their weight.
+# From this R squared of every colour on, products of channels add too little to be worth it.
 LINEAR_ENOUGH = 0.8
 
 

@@ -78,7 +78,7 @@ class ImageRequest:
     id: str  # unique among the requests in one engine
     group: str  # the job it belongs to; a neighbour is an image of another group
     owner: str = ""  # whose it is: only images of one owner share kept latents
-    # Of the safety rules it was admitted under: nothing cached under others serves it.
+    # Version of the safety rules it was admitted under; results cached under others are not used.
     policy_version: str = ""
     checkpoint: str
     prompt: str

@@ -40,7 +40,7 @@ class Recipe:
     overrides: Mapping[str, Any] = field(default_factory=dict)
     # For checkpoints distilled to few steps: picks from the steps of the training schedule.
     is_distilled: bool = False
-    # What this class calls otherwise than the config: its name -> theirs.
+    # Names of the config that this class spells otherwise: its name -> theirs.
     renames: Mapping[str, str] = field(default_factory=dict)
     starts_from_noise_only: bool = False  # cannot mix a picture with noise as flow matching does
     refuses_idle_mu: bool = False  # cannot be told a shift (`mu`) that its config does not ask for
@@ -59,7 +59,7 @@ SAMPLERS: dict[str, Recipe] = {
     "tcd": Recipe("TCDScheduler", is_distilled=True),
 }
 
-# Whatever the checkpoint asks for.
+# These override whatever the checkpoint asks for.
 _PLAIN_SIGMAS = {
     "use_karras_sigmas": False,
     "use_exponential_sigmas": False,

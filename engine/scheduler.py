@@ -44,7 +44,7 @@ class Batch:
     bucket_rows: int  # rows of the forward, padding included
     # The seconds its lane is charged until they are measured.
     predicted_s: float = field(default=0.0, compare=False)
-    # Does its rank go before a better one, for its share?
+    # True: its rank goes before a better one, for its share.
     is_owed: bool = field(default=False, compare=False)
     rows: tuple[int, ...] = field(init=False, compare=False)  # of each image
     key: BatchKey = field(init=False, compare=False)  # what all its images agree on
@@ -438,7 +438,7 @@ class Scheduler:
         owners = self._owners[image.rank]
         owners.leave(image.request.owner)
         if not owners:
-            # With what those had who left: there is nobody to compare them with.
+            # The times of owners that left go too: nobody remains to compare them with.
             del self._owners[image.rank]
 
     # --- order and seats ---

@@ -25,7 +25,8 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-# Of a shared tensor; comparing a larger one at every step costs more than company saves.
+# The largest shared tensor that is compared: for a larger one, the comparison at every step costs
+# more than batching saves.
 MAX_COMPARED_BYTES = 16 * 1024 * 1024
 
 

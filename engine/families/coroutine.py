@@ -103,7 +103,7 @@ class Coroutine:
     def _end(self) -> None:
         self.is_over = True
         if self._thread.ident is None:
-            # Lets go of a function that never ran.
+            # Drops a function that never ran.
             self._thread = threading.Thread(name=self._thread.name)
         else:
             self._thread.join()
@@ -131,5 +131,5 @@ class Coroutine:
             answer = self._answers.get()
             if not self._is_closing:
                 return answer
-        # Also to who asks again while being unwound, in a `finally` or after a bare `except`.
+        # Also when it asks again while being unwound, in a `finally` or after a bare `except`.
         raise Closed

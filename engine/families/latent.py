@@ -304,7 +304,7 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
             tensors.append(first.new_zeros((padding, *first.shape[1:])))
         together = torch.cat(tensors).contiguous()
         if together.device.type != device.type:
-            # Else the copy would wait for all that the device has yet to do.
+            # Otherwise the copy would wait for all work already launched on the device.
             together = together.pin_memory()
         stacked[name] = together.to(device, non_blocking=True)
     return stacked
