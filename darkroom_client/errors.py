@@ -74,10 +74,10 @@ class ProblemError(DarkroomError):
 
 
 def _told(title: str, detail: str, errors: tuple[FieldError, ...]) -> str:
-    """Write the problem as one line: title, detail, and each wrong field that the detail does not
-    name.
+    """Write the problem as one line of text.
 
-    A field is followed by the values that would have been accepted.
+    It has the title, the detail, and each wrong field that the detail does not name, with the
+    values that would have been accepted.
     """
     text = f"{title}: {detail}" if detail else title
     fields = [

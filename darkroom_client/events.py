@@ -46,9 +46,7 @@ class Following:
         self._data = list[str]()
 
     def call(self) -> wire.Call:
-        """Return the request of the next connection, which resumes after the last event that was
-        seen.
-        """
+        """Return the next connection's request, which resumes after the last event seen."""
         self._tries += 1
         self._rest = b""
         self._kind = ""
@@ -75,8 +73,7 @@ class Following:
         return pause_s
 
     def ended(self, error: httpx.TransportError | None = None) -> float:
-        """Return the seconds to wait before the next connection, after one that broke or ended
-        early.
+        """Return the seconds to wait before the next connection, after one that broke or ended.
 
         Raises Unreachable where no try is left.
         """

@@ -34,7 +34,9 @@ class JobWarning:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """The progress of a job: denoise steps done and to do, summed over its images, and images
+    """The progress of a job.
+
+    It has the denoise steps done and to do, summed over its images, and the number of images
     stored.
     """
 
@@ -153,11 +155,11 @@ class Job(Parameters):
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> "Job":
-        """Read a job from its JSON members. Raises KeyError, TypeError or ValueError when they are
-        no job.
+        """Read a job from its JSON members.
 
-        Members that may become part of a file name cannot point to another folder, whoever answers:
-        an id has no dots or slashes, and a number is a number.
+        Raises KeyError, TypeError or ValueError when they are no job. Members that may become part
+        of a file name cannot point to another folder, whoever answers: an id has no dots or
+        slashes, and a number is a number.
         """
         plain = plain_of(cls, members)
         if not _ID.fullmatch(plain["id"]):

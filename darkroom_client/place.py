@@ -1,4 +1,4 @@
-"""Where Darkroom is, with which key, and how to reach it."""
+"""Find out where Darkroom is, with which key, and how to reach it."""
 
 import functools
 import os

@@ -1,4 +1,4 @@
-"""What may be said of a wish beside its prompt, and which of its fields bring pictures along."""
+"""The fields of a wish beside its prompt, and those among them that hold pictures."""
 
 import uuid
 from collections.abc import Mapping, Sequence

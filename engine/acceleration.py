@@ -1,5 +1,6 @@
-"""What makes a loaded checkpoint faster on its device without changing what it computes for whom:
-layout, compilation, CUDA graphs.
+"""Make a loaded checkpoint faster on its device without changing what it computes.
+
+The means are memory layout, compilation and CUDA graphs.
 
 Each is the checkpoint's own choice (`CheckpointSpec`), is off unless asked for, and is named in the
 fingerprint, for each can change the last bits. None of it has a kernel of its own.

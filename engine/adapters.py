@@ -1,5 +1,6 @@
-"""Lay other adapters over every row of one forward: strangers with different LoRAs, strengths,
-several of them or none share a batch.
+"""Apply other adapters to every row of one forward.
+
+Images with different LoRAs, other strengths, several adapters or none share a batch.
 
 A bank keeps the adapters of one checkpoint in host memory and some of them in *slots* on the
 device. Every layer that an adapter changes has the weights of all slots stacked, zeros in slot 0,
@@ -144,8 +145,9 @@ class AdapterBank:
         return self._files[name].sha256
 
     def facts(self, uses: Sequence[AdapterUse]) -> list[dict[str, Any]]:
-        """Tell what of these adapters can change a bit, as plain JSON values, in the order in which
-        they are added up.
+        """Return the facts of these adapters that can change a bit, as plain JSON values.
+
+        They are in the order in which the adapters are added up.
         """
         return [
             {
@@ -200,10 +202,10 @@ class AdapterBank:
             self._whole_call = self._call = None
 
     def narrow(self, rows: Sequence[int] | None) -> None:
-        """Say that the coming layers hold only these of the rows, in this order, or None for all
-        again: for what skips rows on the way.
+        """Tell the bank that the coming layers hold only these rows, in this order; None: all
+        again.
 
-        Without effect outside of `rows()`, and at its end.
+        For code that skips rows on the way. Without effect outside of `rows()`, and at its end.
         """
         whole = self._whole_call
         if whole is None or rows is None:
@@ -274,8 +276,9 @@ class AdapterBank:
             layer.adapter_slots.fill(slot, self._files[name].updates.get(place))
 
     def _after(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Add to each row of a layer's output what the row's adapters change: every adapted layer's
-        hook.
+        """Add to each row of a layer's output what the row's adapters change.
+
+        This is the hook of every adapted layer.
         """
         call = self._call
         if call is None:
@@ -495,8 +498,9 @@ def _updates(
 
 
 def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tell what belongs together: {a file's name for a layer: {"down": ..., "up": ..., perhaps
-    "alpha": ...}}.
+    """Group the tensors that belong to one layer, by the file's name for it.
+
+    Each group is {"down": ..., "up": ..., perhaps "alpha": ...}.
     """
     stems: dict[str, dict[str, Tensor]] = {}
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():

@@ -299,8 +299,10 @@ class BlockCache:
         /,
         **arguments: Any,
     ) -> Streams:
-        """Run the last block likewise, remember what all of them added, and put the rows back into
-        their places.
+        """Run the last block for the computed rows, and put the skipped rows back into their
+        places.
+
+        Remembers what all blocks added.
         """
         text, image = self._run_between(forward, block, shared, **arguments)
         self._step_out(forward)
@@ -331,8 +333,9 @@ class BlockCache:
         return key.step >= key.num_steps - self.last_steps
 
     def _skippable(self, keys: Sequence[RowKey | None], added: Tensor) -> dict[int, Memory]:
-        """Give the rows to which the first block added nearly what it added when they were last
-        computed, and what is remembered of them.
+        """Return the rows that may be skipped, with what is remembered of them.
+
+        To those rows the first block added nearly what it added when they were last computed.
         """
         known: dict[int, Memory] = {}
         for row, key in enumerate(keys):
@@ -358,8 +361,9 @@ class BlockCache:
     def _remember(
         self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor
     ) -> None:
-        """Keep what the rows just computed in full will be measured against, and what the blocks
-        after the first added to them.
+        """Remember the rows just computed in full, to compare and complete later ones.
+
+        It keeps what the first block added, and what the blocks after it added.
 
         text, image: [computed rows, tokens, width] after the last block.
         """
@@ -381,8 +385,9 @@ class BlockCache:
 
 
 def _filled(whole: Tensor, index: Tensor, computed: Tensor, added: dict[int, Tensor]) -> Tensor:
-    """Replace the rows `index` of `whole` by computed ones and add to each other row what is
-    remembered for it, in place.
+    """Replace the rows `index` of `whole` by computed ones, in place.
+
+    To each other row it adds what is remembered for it.
     """
     whole[index] = computed
     for row, remembered in added.items():

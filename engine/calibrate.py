@@ -1,5 +1,6 @@
-"""Measure a checkpoint's curves on this device and write them down, for workers to load instead of
-measuring at every start.
+"""Measure a checkpoint's curves on this device and write them down.
+
+Workers load them instead of measuring at every start.
 """
 
 from dataclasses import dataclass, replace
@@ -26,10 +27,10 @@ class CurvePoint:
 def calibrate(
     config: EngineConfig, spec: CheckpointSpec, folder: Path
 ) -> tuple[Path, list[CurvePoint]]:
-    """Load `spec` alone, measure every bucket `config.warm_up_repeats` times, save the curves in
-    `folder`.
+    """Load `spec` alone, measure every bucket, and save the curves in `folder`.
 
-    Curves saved there before are replaced. Returns the file and what it says, for people.
+    Each bucket is measured `config.warm_up_repeats` times. Curves saved there before are replaced.
+    Returns the file and a text of its contents, for people.
     """
     with Engine(replace(config, curves_folder=""), [spec]) as engine:
         file = save_curves(engine.costs, folder, spec.name, engine.fingerprint(spec.name))

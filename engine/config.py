@@ -1,4 +1,4 @@
-"""What an engine is started with: the device and its limits, and the checkpoints it holds.
+"""The settings of an engine: the device and its limits, and the checkpoints it holds.
 
 Plain values. Whoever reads the environment or the catalog turns them into these.
 """

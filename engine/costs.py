@@ -162,8 +162,10 @@ class CostModel:
     def observe_memory(
         self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int
     ) -> None:
-        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a
-        forward adds and what a decode does.
+        """Note the memory that the device needs.
+
+        It is a fixed part (weights, adapters, margin), a part per row of a forward, and a part per
+        decode.
         """
         self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
 
@@ -252,8 +254,9 @@ class Curve:
         )
 
     def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
-        """Return the rows a forward grows to when single rows are always waiting, at most
-        `most_rows`.
+        """Return the rows, at most `most_rows`, that a forward grows to.
+
+        Single rows are taken to be always waiting.
         """
         rows = 1
         for more in range(2, most_rows + 1):
@@ -326,8 +329,9 @@ class _Forwards:
         )
 
     def _fit(self, settled: float) -> None:
-        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean
-        (pool adjacent violators).
+        """Fit the curve anew (pool adjacent violators).
+
+        Neighbours of which the larger is cheaper share their weighted mean.
         """
         self._known.clear()
         self._rows = sorted(self.averages)
@@ -386,8 +390,9 @@ class _ByKey(dict[BatchKey, Value], Generic[Value]):
             self._borrowed.clear()
 
     def nearest(self, key: BatchKey) -> tuple[BatchKey, Value] | None:
-        """Give the key itself where it is known, else the most alike of its checkpoint: same call,
-        then pixels, then text length.
+        """Return the key itself where it is known, else the most similar one of its checkpoint.
+
+        The same call counts first, then pixels, then text length.
         """
         own = self.get(key)
         if own is not None:

@@ -53,8 +53,9 @@ class HostStopwatch:
 
 
 class CudaStopwatch:
-    """Time on the device's clock, by two events in its stream: taking it launches nothing and waits
-    for nothing.
+    """Time on the device's clock, by two events in its stream.
+
+    Taking it launches nothing and waits for nothing.
     """
 
     def __init__(self) -> None:
@@ -214,8 +215,9 @@ def is_out_of_memory(problem: BaseException) -> bool:
 
 
 def _cpu(key: str) -> str:
-    """Tell what Linux says of the processor, "" elsewhere: its instruction set chooses the kernels,
-    also inside oneDNN.
+    """Return what Linux says of the processor, "" elsewhere.
+
+    Its instruction set chooses the kernels, also inside oneDNN.
     """
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

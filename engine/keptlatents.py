@@ -109,8 +109,9 @@ def digest_of_latents(latents: Tensor) -> str:
 def check_fork(
     request: ImageRequest, origin: ImageRequest, weights_digest: str, origin_digest: str, step: int
 ) -> None:
-    """Raise `UnsupportedRequest` when `request` cannot continue from `origin`'s latents after
-    `step`.
+    """Raise `UnsupportedRequest` when `request` cannot continue from latents of `origin`.
+
+    The latents were kept after `step`.
     """
     for name in SAME_FOR_A_FORK:
         wanted = getattr(request, name)

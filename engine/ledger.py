@@ -1,4 +1,4 @@
-"""Who took how much of the device: each forward's seconds, shared out to the images in it.
+"""Account for the device's time: each forward's seconds, shared out to the images in it.
 
 A GPU's seconds are known only after it has passed them, so work is entered when launched and booked
 when it is over.
@@ -83,8 +83,9 @@ class Ledger:
             self._book_first()
 
     def book_decode(self, work: Decode, seconds: float) -> None:
-        """Book a decode that is over, and with it every forward that is: all of this image's are,
-        so its account is complete.
+        """Book a decode that is over, and with it every forward that is.
+
+        All forwards of this image are over, so its account is complete.
         """
         while self._launched and self._launched[0][0].is_ready:
             self._book_first()

@@ -1,5 +1,6 @@
-"""Who of the owners in one rank has had so much of the device that the others go first: nobody's
-hundred images hold up another's one.
+"""Tell which owners of one rank have had so much of the device that the others go first.
+
+So one owner's hundred images do not hold up another's one.
 
 As in start-time fair queuing every owner's device seconds are counted while it has images here, and
 whoever comes (again) starts from what everybody here has had, less a credit. Plain numbers;

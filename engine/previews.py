@@ -79,8 +79,9 @@ def clean_latents(
 
 
 def _step_index(sampler: Any, timestep: Tensor) -> int:
-    """Tell where in its schedule the sampler stands, or will stand at its first step, which is when
-    it looks for itself.
+    """Return the sampler's place in its schedule.
+
+    Before its first step, when it has not looked for it yet, it is where it will start.
     """
     for index in (sampler.step_index, sampler.begin_index):
         if index is not None:
@@ -90,8 +91,9 @@ def _step_index(sampler: Any, timestep: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Projector:
-    """A map from latent channels to red, green and blue, all nominally in -1..1: linear, or with
-    the products of channels as well.
+    """A map from latent channels to red, green and blue, all nominally in -1..1.
+
+    It is linear, or uses the products of channels as well.
     """
 
     factors: tuple[Rgb, ...]  # one row per latent channel
@@ -116,8 +118,9 @@ class Projector:
 
 
 def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:
-    """Tell what is weighted and summed up: channels [..., c], and all products of two of them where
-    asked.
+    """Return what is weighted and summed up: channels [..., c].
+
+    Where asked, all products of two of them follow.
     """
     if not with_squares:
         return channels
@@ -278,8 +281,9 @@ def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
 
 
 def _rgb(values: Tensor) -> Rgb:
-    """Give plain numbers of six decimals: lstsq is not exact to the last bit from one call to the
-    next.
+    """Round to plain numbers of six decimals.
+
+    lstsq is not exact to the last bit from one call to the next.
     """
     red, green, blue = (round(value, 6) for value in values.tolist())
     return red, green, blue
@@ -311,10 +315,9 @@ class Pace:
         self._next_s = -math.inf if per_s > 0 else math.inf
 
     def may_show(self, now_s: float) -> bool:
-        """Tell whether the image may show a preview at `now_s`, on any clock that only goes
-        forward.
+        """Tell whether the image may show a preview at `now_s`; a yes counts as shown.
 
-        A yes counts as shown.
+        `now_s` is on any clock that only goes forward.
         """
         if now_s < self._next_s:
             return False

@@ -1,4 +1,4 @@
-"""What a caller asks of the engine: one image, every parameter resolved.
+"""The request for one image, with every parameter resolved.
 
 Plain values only. It does not know tiers, tenants or jobs; `rank`, `group` and `owner` are all that
 is left of them here.
@@ -63,8 +63,9 @@ class AdapterUse:
 
 @dataclass(frozen=True)
 class Fork:
-    """Start from the latents an earlier image of the same owner kept after a step, under this
-    request's prompt.
+    """Start from latents that an earlier image of the same owner kept after a step.
+
+    The prompt is this request's.
     """
 
     image_id: str

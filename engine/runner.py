@@ -69,8 +69,9 @@ class Runner:
 
     @torch.inference_mode()
     def start(self, image: InFlight) -> None:
-        """Give the image its conditioning, sampler and initial latents: after this it can be
-        denoised.
+        """Give the image its conditioning, sampler and initial latents.
+
+        After this it can be denoised.
         """
         with self._encoding(image) as recall:
             self._family_of(image).start(image, recall)

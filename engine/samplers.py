@@ -96,8 +96,9 @@ FLOW_SAMPLERS: dict[str, Recipe] = {
 def check_sampler(
     name: str, num_steps: int, config: Mapping[str, Any], allowed: Mapping[str, Recipe] = SAMPLERS
 ) -> None:
-    """Raise `UnsupportedRequest` for a sampler that is not allowed, or more steps than its schedule
-    has. Plain numbers only.
+    """Raise `UnsupportedRequest` for a sampler that is not allowed.
+
+    Also for more steps than its schedule has. Plain numbers only.
     """
     if name not in allowed:
         raise UnsupportedRequest("sampler", f"{name!r} is none of {', '.join(allowed)}")
@@ -120,8 +121,9 @@ def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:
-    """Give the extra arguments `pipe(...)` would give to `sampler.step`: the image's own generator,
-    and eta 0 where eta is known.
+    """Return the extra arguments that `pipe(...)` would give to `sampler.step`.
+
+    They are the image's own generator, and eta 0 where eta is known.
     """
     accepted = _step_parameters(type(sampler))
     arguments: dict[str, Any] = {"return_dict": False}

@@ -1,5 +1,6 @@
-"""Put a sampler's state into tensors and plain facts, and back: a multi-step sampler remembers
-earlier predictions, step indices, orders.
+"""Turn a sampler's state into tensors and plain facts, and back.
+
+A multi-step sampler remembers earlier predictions, step indices and orders.
 
 All of a diffusers scheduler object but its config is taken, by its own `__dict__`, so that nothing
 has to be known about its class. What is not plain data (SASolver holds a function, DPM-SDE a noise
@@ -26,11 +27,10 @@ from engine.snapshots import differences
 
 
 def save_sampler(sampler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy everything a diffusers scheduler object holds: tensors on the CPU, in memory of their
-    own, and JSON-plain facts.
+    """Copy everything a diffusers scheduler object holds: tensors and JSON-plain facts.
 
-    The sampler is left untouched. Raises `SnapshotRefused`, naming the field, when it holds more
-    than plain data.
+    The tensors are on the CPU, in memory of their own. The sampler is left untouched. Raises
+    `SnapshotRefused`, naming the field, when it holds more than plain data.
     """
     config = sampler.config
     tensors = dict[str, Tensor]()
@@ -81,8 +81,9 @@ def load_generator(state: Tensor) -> torch.Generator:
 
 
 def _config(sampler: Any) -> dict[str, Any]:
-    """Tell what the sampler was made from, without diffusers' own notes, which it writes in no
-    fixed order.
+    """Return what the sampler was made from, without diffusers' own notes.
+
+    diffusers writes those in no fixed order.
     """
     arrays: dict[str, Tensor] = {}
     config = {

@@ -1,5 +1,4 @@
-"""Decide what the device does next: encode a prompt, advance a batch by one step, or decode an
-image.
+"""Decide what the device does next: encode a prompt, advance a batch one step, or decode an image.
 
 Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive
 it by hand. It does not know what a tier is; callers have already turned tiers into ranks. What
@@ -338,11 +337,11 @@ class Scheduler:
         return self._work_of(ready[0].group, ready)
 
     def settle(self, work: Work) -> None:
-        """Note that the work is done: after an encode the image runs, after a batch its images have
-        counted their step.
+        """Note that the work is done.
 
-        Images that took their last step now wait for decode; a decoded one is not offered again and
-        stays until it is removed.
+        After an encode the image runs; after a batch its images have counted their step. Images
+        that took their last step now wait for decode; a decoded one is not offered again and stays
+        until it is removed.
         """
         self._spend(work, work.predicted_s)
         if isinstance(work, Batch):
@@ -362,8 +361,9 @@ class Scheduler:
                 self._is_stale = True
 
     def charge(self, work: Work, seconds: float) -> None:
-        """Note what the work took on the device, be it some turns later: its lane pays that instead
-        of what was predicted.
+        """Note the seconds that the work took on the device, perhaps some turns later.
+
+        Its lane pays those instead of the predicted ones.
         """
         self._spend(work, seconds - work.predicted_s)
         if isinstance(work, Batch):
@@ -587,11 +587,10 @@ class Scheduler:
     # --- growth ---
 
     def _grown(self, kind: _Kind, own: Sequence[InFlight]) -> tuple[list[InFlight], int]:
-        """Tell who joins the first of these in a best-effort forward because it pays, and the rows
-        of the forward.
+        """Choose who joins the first image in a best-effort forward because it pays.
 
-        Where the next image alone does not pay, some together may: a curve with a jump in it is
-        crossed by as many as make it worth.
+        Returns them with the rows of the forward. Where the next image alone does not pay, some
+        together may: a curve with a jump in it is crossed by as many as make it worth.
         """
         lead = own[0]
         most_rows = self._most_rows(kind.key)
@@ -625,8 +624,9 @@ class Scheduler:
         bucket_rows: int,
         candidates: Sequence[InFlight],
     ) -> Batch:
-        """Give the forward of `bucket_rows` rows with its free rows given to whoever fits, the
-        first of the candidates first.
+        """Make the forward of `bucket_rows` rows, and give its free rows to whoever fits.
+
+        Earlier candidates go first.
         """
         taken = list(riders)
         free = bucket_rows - sum(image.rows for image in riders)

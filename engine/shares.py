@@ -1,4 +1,4 @@
-"""What ranks are owed of the device, whatever better ranks want of it.
+"""Account for the part of the device that ranks are owed, whatever better ranks want of it.
 
 A rank with a share earns credit while it has work ready: its share of every second that anybody's
 work takes. What it is given for its credit is taken from it, and what was predicted too low is

@@ -55,8 +55,9 @@ _SEAL = re.compile(
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Snapshot:
-    """All that is needed to go on with an image after `step` of `num_steps`, where the fingerprint
-    is the same.
+    """All that is needed to go on with an image after `step` of `num_steps`.
+
+    It holds only where the fingerprint is the same.
     """
 
     request: ImageRequest
@@ -187,8 +188,9 @@ def peek(blob: bytes) -> Label:
 
 
 def check_fingerprint(snapshot: Snapshot, expected: Fingerprint) -> None:
-    """Raise `SnapshotRefused`, naming every fact that differs, where going on with the snapshot
-    could give other bits.
+    """Raise `SnapshotRefused` where going on with the snapshot could give other bits.
+
+    The error names every fact that differs.
     """
     if snapshot.fingerprint != expected.sha256:
         different = differences(snapshot.fingerprint_facts, expected.facts)

@@ -1,4 +1,4 @@
-"""What images of native families hold on the device, and the words for it. Knows torch alone."""
+"""What images of native families hold on the device, and the terms for it. Knows torch alone."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What of a request's texts a checkpoint does not read: encoders cut off what is too long for them,
-and say nothing.
+"""Tell which parts of a request's texts a checkpoint does not read.
+
+Encoders cut off what is too long for them, without a message.
 """
 
 from __future__ import annotations

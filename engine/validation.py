@@ -57,8 +57,9 @@ def check_offered(request: ImageRequest, spec: CheckpointSpec) -> None:
 
 
 def check_rows(request: ImageRequest, rows: int, max_batch_rows: int) -> None:
-    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward, or into the
-    bucket it pins.
+    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward.
+
+    Also when they do not fit into the bucket that it pins.
     """
     if request.determinism not in tuple(Determinism):
         raise UnsupportedRequest(

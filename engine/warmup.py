@@ -1,5 +1,6 @@
-"""Render before anybody asks: kernels chosen, memory laid out, and the curve of seconds by rows
-measured.
+"""Render images before the first request arrives.
+
+This chooses kernels, lays out memory, and measures the curve of seconds by rows.
 
 Called on the engine's thread before it takes requests. `./darkroom calibrate` is the same with more
 repeats, its curve written down.

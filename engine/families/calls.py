@@ -1,5 +1,4 @@
-"""Take the calls of strange networks apart into rows, so that calls of strangers can be made as
-one.
+"""Split the calls of unknown networks into rows, so that calls of several images become one.
 
 Nothing here knows what an argument means. Which axis of which tensor counts rows is *probed*: the
 same call is made for one image and for two, and what doubles is per row; what does not is shared,
@@ -52,8 +51,8 @@ class Form(ABC):
 
     @abstractmethod
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """Say, in plain JSON, what values must agree on to be stacked, and add to `rows` how many
-        rows this one has.
+        """Describe in plain JSON what values must agree on to be stacked; add this value's rows to
+        `rows`.
 
         exactly: must a row's bits not depend on the others? Raises `Unlike` for a value of another
         form.
@@ -61,8 +60,10 @@ class Form(ABC):
 
     @abstractmethod
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """Give one value with the rows of all, `counts[i]` of values[i], then `padding` times the
-        first of them: safe for masks.
+        """Stack the rows of all values, `counts[i]` of values[i], then `padding` times the first of
+        them.
+
+        That padding is safe for masks.
         """
 
     @abstractmethod
@@ -70,8 +71,9 @@ class Form(ABC):
         """Give the inverse of `stack`; what is beyond the counts is dropped."""
 
     def spread(self, one: Any, other: Any) -> Form:
-        """Give the same form, but shared tensors of a single number that two values do not agree on
-        are spread over the rows.
+        """Return the same form, with some shared tensors of a single number spread over the rows.
+
+        Those are the ones on which the two values do not agree.
         """
         return self
 
@@ -136,8 +138,9 @@ class Listed(Form):
 
 @dataclass(frozen=True)
 class Spread(Form):
-    """A tensor of one number for all rows, such as a timestep, in whose place the network takes one
-    number per row.
+    """A tensor of one number for all rows, such as a timestep.
+
+    In its place the network takes one number per row.
     """
 
     ndim: int
@@ -301,11 +304,11 @@ class CallForm:
     returned: Form
 
     def describe(self, call: Call, *, exactly: bool) -> tuple[int, str]:
-        """Give the call's number of rows, and in a few letters all that calls must agree on to be
-        made as one. Raises `Unlike`.
+        """Return the call's number of rows, and briefly all that calls must agree on to be made as
+        one.
 
         exactly: a row's bits then depend on itself and the number of rows alone, whoever shares the
-        forward.
+        forward. Raises `Unlike`.
         """
         if call.network != self.network:
             raise Unlike
@@ -341,11 +344,10 @@ Run = Sequence[tuple[Call, Any]]
 
 
 def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
-    """Give a form for every kind of call in these runs, each of one image and again of two, that
-    can be made for strangers as well.
+    """Return a form for every kind of call in these runs that can be made for several images.
 
-    A call whose rows cannot be told apart, or that the network was not seen to keep apart, has
-    none.
+    Each run is of one image and again of two. A call has no form when its rows cannot be told
+    apart, or when the network was not seen to keep them apart.
     """
     seen: dict[CallForm, list[Call]] = {}
     for of_one, of_two in runs:
@@ -366,12 +368,11 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
 
 
 def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm | None:
-    """Give the form, its single numbers spread over rows, if the network gives a row the same bits
-    beside itself and beside another.
+    """Return the form if the network gives a row the same bits beside itself and beside another.
 
-    Compared at one number of rows, for another may take other kernels. A call beside itself has its
-    single numbers as the pipeline gave them, so a network that reads one number per row as
-    something else is found out.
+    The form's single numbers are spread over rows. Compared at one number of rows, for another may
+    take other kernels. A call beside itself has its single numbers as the pipeline gave them, so a
+    network that reads one number per row as something else is found out.
     """
     alike: dict[Any, list[Call]] = {}
     for call in calls:

@@ -1,4 +1,4 @@
-"""What the engine asks of a family of networks.
+"""Define what the engine asks of a family of networks.
 
 The engine holds one family object per checkpoint. Between two forwards an image is plain state
 (`InFlight`), and a family moves it:
@@ -75,13 +75,15 @@ class Family(Protocol):
         """
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """Give the networks an adapter can lie over, by the names diffusers gives their folders:
-        unet, transformer, text_encoder…
+        """Return the networks that an adapter can change, by their folders' names in diffusers.
+
+        Those are unet, transformer, text_encoder…
         """
 
     def facts(self) -> dict[str, Any]:
-        """Tell what of this checkpoint's set-up can change a bit: attention classes, tiling,
-        upcasts.
+        """Return the facts of this checkpoint's set-up that can change a bit.
+
+        Among them are attention classes, tiling and upcasts.
         """
 
     # --- of a request, from any thread, without tensors ---
@@ -107,8 +109,9 @@ class Family(Protocol):
         """
 
     def start(self, image: InFlight, recall: Recall) -> None:
-        """Encode and draw: sets `image.held` and `image.num_steps` (where the family finds out only
-        now: rows and batch key too).
+        """Encode and draw noise; set `image.held` and `image.num_steps`.
+
+        Where the family finds out only now, set rows and batch key too.
         """
 
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
@@ -121,8 +124,9 @@ class Family(Protocol):
         """
 
     def advance(self, image: InFlight, prediction: Any) -> None:
-        """Move the image on by its part of a prediction: `image.step`, `image.is_denoised` and all
-        it holds.
+        """Move the image on by its part of a prediction.
+
+        Changes `image.step`, `image.is_denoised` and all that it holds.
         """
 
     def clean_latents(self, image: InFlight) -> Tensor | None:

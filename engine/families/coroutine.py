@@ -1,5 +1,6 @@
-"""Run a function as a coroutine: from deep inside other people's code it asks, its owner answers,
-and one of the two runs at a time.
+"""Run a function as a coroutine: it asks, its owner answers, and only one of them runs at a time.
+
+The function may ask from deep inside other libraries' code.
 
 A generator cannot do that, for it can only yield from its own frame. So the function has a thread
 of its own and a baton goes back and forth. Threads rather than greenlets, because much of what

@@ -1,5 +1,7 @@
-"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the
-VAE shifts, a T5 text encoder.
+"""The parts that SD3 and FLUX share.
+
+Both have a transformer that predicts a flow's velocity, latents that the VAE shifts, and
+a T5 text encoder.
 
 The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers
 are drawn in the order of the diffusers pipelines: the posterior of the init image, the noise, the
@@ -178,8 +180,9 @@ class FlowFamily(LatentFamily):
 
     @abstractmethod
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's
-        own.
+        """Set the sampler's timesteps on the CPU.
+
+        more: arguments besides the family's own.
         """
 
     def sampler(self, request: ImageRequest) -> Sampler:
@@ -235,7 +238,7 @@ class FlowFamily(LatentFamily):
         )
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's
+        """Draw the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1 from the VAE's
         posterior.
         """
         drawn: Tensor = self._vae.encode(picture).latent_dist.sample(generator)
@@ -300,8 +303,9 @@ class FlowFamily(LatentFamily):
         return ids
 
     def encode_t5(self, number: int, text: str, length: int) -> Rows:
-        """Tell what the T5 encoder of this number makes of one text alone: {"text": [1, length,
-        width]}. Padding is attended to.
+        """Encode one text alone by the T5 encoder of this number: {"text": [1, length, width]}.
+
+        Padding is attended to.
         """
         hidden: Tensor = self._networks[f"text_encoder_{number}"](
             self.tokenize(f"tokenizer_{number}", text, length)

@@ -1,5 +1,6 @@
-"""Pictures as a native family's networks take them: the init image, the mask, and what a request
-may say of both.
+"""Turn pictures into what a native family's networks take: the init image and the mask.
+
+It also checks what a request may say of both.
 
 Bit for bit the numbers that diffusers' `VaeImageProcessor` makes of a PIL image of the same size,
 laid out in memory as it lays out a tensor: channels outermost. A PIL image it leaves with channels
@@ -38,8 +39,9 @@ def mask_tensor(picture: Picture) -> Tensor:
 
 
 def check_pictures(request: ImageRequest) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for pictures of another size or kind, a lone
-    mask, or a meaningless strength.
+    """Raise `UnsupportedRequest`, naming the field, for pictures that cannot be used.
+
+    Those have another size or kind, are a lone mask, or come with a meaningless strength.
     """
     size = (request.height_px, request.width_px)
     if request.init_image is None:

@@ -1,5 +1,4 @@
-"""What the native families have in common: latents, one sampler per image, rows stacked into one
-forward.
+"""The parts that native families share: latents, one sampler per image, rows in one forward.
 
 A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed
 and how latents become pixels; the life of an image between those is here. Each follows its
@@ -34,8 +33,9 @@ PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where an image starts: its latents, the timesteps before it, and what it needs again at every
-    step.
+    """The start of an image.
+
+    It has its latents, the timesteps before it, and what it needs again at every step.
     """
 
     latents: Tensor  # [1, ...] on the device
@@ -67,8 +67,9 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """Give the tokenizer of each text encoder that reads the whole text, and the length to
-        which it pads and cuts.
+        """Return the tokenizer of each text encoder that reads the whole text.
+
+        With it comes the length to which it pads and cuts.
         """
 
     @abstractmethod
@@ -77,16 +78,18 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def sampler(self, request: ImageRequest) -> Sampler:
-        """Give a fresh sampler for this image alone, its timesteps set (on the CPU: reading them
-        never waits for a device).
+        """Make a fresh sampler for this image alone, with its timesteps set.
+
+        They are on the CPU: reading them never waits for a device.
         """
 
     @abstractmethod
     def begin(
         self, request: ImageRequest, sampler: Sampler, generator: torch.Generator
     ) -> Beginning:
-        """Draw the initial noise, around the init image where there is one, in the order its
-        pipeline draws.
+        """Draw the initial noise, around the init image where there is one.
+
+        The order of the draws is that of its pipeline.
         """
 
     @abstractmethod
@@ -103,8 +106,9 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the
-        VAE's posterior.
+        """Draw the clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] from the VAE's posterior.
+
+        The pixels are in -1..1.
         """
 
     def draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
@@ -311,8 +315,9 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
 
 
 def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options
-    besides those named.
+    """Raise `UnsupportedRequest`, naming the field, for what no native family serves.
+
+    Options besides those named are refused too.
     """
     if request.control_image is not None:
         raise UnsupportedRequest(
@@ -341,9 +346,7 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
 
 
 def check_side(field_name: str, size_px: int, multiple: int) -> None:
-    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents
-    need.
-    """
+    """Raise `UnsupportedRequest` for a side that is not a multiple of what the latents need."""
     if size_px < multiple or size_px % multiple:
         raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
 

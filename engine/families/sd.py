@@ -139,8 +139,9 @@ class StableDiffusion(LatentFamily):
         return {"text": torch.cat([each["text"] for each in encoded])}
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens,
-        width]}.
+        """Encode one text alone: {"text": [1, tokens, width]}.
+
+        So its bits do not depend on another text.
         """
         tokens = self._tokenizer(
             text,
@@ -218,8 +219,9 @@ class StableDiffusion(LatentFamily):
         return Beginning(latents, timesteps, extras)
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the
-        denoiser sees them.
+        """Encode one picture [1, 3, h, w] and draw from the VAE's posterior.
+
+        Returns clean latents as the denoiser sees them.
         """
         posterior = self._vae.encode(
             picture.to(self.device, self.dtype).to(self._encoder_dtype)
@@ -323,16 +325,15 @@ def load_unet(
 
 
 def _skipped_steps(request: ImageRequest) -> int:
-    """Tell how many of the steps asked for are not made, as the noise they would remove is not
-    there.
+    """Return how many of the steps asked for are not made.
+
+    The noise they would remove is not there.
     """
     return request.num_steps - int(request.num_steps * request.strength)
 
 
 def _repaired(config: dict[str, Any]) -> dict[str, Any]:
-    """Give the scheduler config with the two repairs StableDiffusionPipeline makes to outdated
-    ones.
-    """
+    """Return the scheduler config with the two repairs that the pipeline makes to outdated ones."""
     if config.get("steps_offset", 1) != 1:
         config["steps_offset"] = 1
     if config.get("clip_sample") is True:

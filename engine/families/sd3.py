@@ -102,8 +102,9 @@ class StableDiffusion3(FlowFamily):
         return {name: torch.cat([part[name] for part in parts]) for name in ("text", "pooled")}
 
     def _encode_text(self, text: str, clip_skip: int, length: int, recall: Recall) -> Rows:
-        """Encode one text by all encoders: CLIP's widths side by side and filled up to T5's, then
-        T5's tokens.
+        """Encode one text by all encoders.
+
+        CLIP's widths stand side by side and filled up to T5's; then come T5's tokens.
         """
         clips = [
             recall(

@@ -136,8 +136,9 @@ class StableDiffusionXL(StableDiffusion):
         )
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the
-        second]}.
+        """Encode one text alone.
+
+        {"text": [1, tokens, both widths], "pooled": [1, width of the second]}.
         """
         hidden = []
         for tokenizer, text_encoder in (
@@ -212,11 +213,10 @@ def _size_ids(height_px: int, width_px: int) -> list[int]:
 
 
 def _upcast(vae: Any) -> Any:
-    """Give the VAE with those of its halves in float32 that the pipelines upcast for every call:
-    this VAE overflows in float16.
+    """Return the VAE with those halves in float32 that the pipelines upcast for every call.
 
-    Always the encoder, and the decoder where it would be float16. Weights were rounded to the
-    checkpoint's precision before.
+    This VAE overflows in float16. Upcast are the encoder always, and the decoder where it would be
+    float16. Weights were rounded to the checkpoint's precision before.
     """
     if vae.config.force_upcast:
         halves = [vae.encoder, vae.quant_conv]

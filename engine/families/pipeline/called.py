@@ -1,4 +1,4 @@
-"""What both pipeline families have in common: a loaded pipeline, and one call of it per image."""
+"""The parts that both pipeline families share: a loaded pipeline, and one call of it per image."""
 
 from __future__ import annotations
 

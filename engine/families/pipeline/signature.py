@@ -142,9 +142,7 @@ class CallSignature:
 
 
 def _samplers_for(own: Any) -> dict[str, Recipe]:
-    """Give the checkpoint's own sampler, and by name those of the house that its config is good
-    for.
-    """
+    """Return the checkpoint's own sampler, and by name those of the engine that suit its config."""
     own_class = type(own).__name__
     is_flow = "FlowMatch" in own_class or own.config.get("prediction_type") == "flow_prediction"
     fitting = {own_class, *(kind.__name__ for kind in own.compatibles)}
