@@ -1,7 +1,10 @@
-"""A typed client of Darkroom's HTTP API, for threads and for asyncio. Needs httpx, and nothing of the house.
+"""A typed client of Darkroom's HTTP API, for threads and for asyncio.
+
+It needs httpx and imports nothing else of this repository.
 
 with Client("http://127.0.0.1:8000", "dr_…") as client:
-    job = client.wait(client.create_job("a red circle on a blue background", tier="fast", seed=7).id)
+    job = client.create_job("a red circle on a blue background", tier="fast", seed=7)
+    job = client.wait(job.id)
     [path] = client.download(job, "images")
 """
 
@@ -20,7 +23,17 @@ from darkroom_client.errors import (
     WaitTimeout,
 )
 from darkroom_client.events import Event
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, Image, Job, JobWarning, Progress, Queue, Timing
+from darkroom_client.jobs import (
+    FINAL_STATES,
+    Cost,
+    Failure,
+    Image,
+    Job,
+    JobWarning,
+    Progress,
+    Queue,
+    Timing,
+)
 from darkroom_client.retries import Retries
 from darkroom_client.wishes import Wish
 

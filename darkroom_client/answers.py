@@ -1,4 +1,4 @@
-"""Answers of the API, read: what came in as HTTP leaves as typed values, or as the errors of errors.py. No I/O."""
+"""Read the API's answers: HTTP responses become typed values or the errors of errors.py. No I/O."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from darkroom_client.jobs import (
     plain_of,
     warnings_of,
 )
-from darkroom_client.retries import told_s
+from darkroom_client.retries import retry_after_s
 
 Read = TypeVar("Read")
 
@@ -45,13 +45,18 @@ def read_page(answer: httpx.Response) -> Page:
 
 
 def read_submissions(answer: httpx.Response) -> tuple[Submission, ...]:
-    """One for each wish of a batch, in their order."""
+    """Return one Submission for each wish of a batch, in their order. Raises as `read_object`."""
 
     def submission(item: dict[str, Any]) -> Submission:
-        job, refusal = item.get("job"), item.get("problem")
-        return Submission(job_id=job["id"] if job else None, problem=_refusal(refusal), members=item)
+        job = item.get("job")
+        refusal = item.get("problem")
+        return Submission(
+            job_id=job["id"] if job else None, problem=_refusal(refusal), members=item
+        )
 
-    return _read(answer, "batch", lambda members: tuple(submission(item) for item in members["data"]))
+    return _read(
+        answer, "batch", lambda members: tuple(submission(item) for item in members["data"])
+    )
 
 
 def read_estimate(answer: httpx.Response) -> Estimate:
@@ -86,7 +91,12 @@ def read_status(answer: httpx.Response) -> Status:
 
 def read_file(answer: httpx.Response) -> File:
     def file(members: dict[str, Any]) -> File:
-        return File(id=members["id"], width_px=members.get("width_px"), height_px=members.get("height_px"), members=members)
+        return File(
+            id=members["id"],
+            width_px=members.get("width_px"),
+            height_px=members.get("height_px"),
+            members=members,
+        )
 
     return _read(answer, "file", file)
 
@@ -96,36 +106,49 @@ def read_usage(answer: httpx.Response) -> Usage:
 
 
 def read_nothing(answer: httpx.Response) -> None:
-    """That it was done is all that there is to read."""
+    """Check that the request succeeded; its answer has no content. Raises as `read_object`."""
     if not answer.is_success:
         read_object(answer)
 
 
 def read_location(answer: httpx.Response) -> str:
-    """Where a redirect points."""
+    """Return the URL that a redirect points to. Raises as `read_object`."""
     if answer.is_redirect:
         return str(answer.headers["Location"])
     read_object(answer)
-    raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} instead of a redirect")
+    raise UnexpectedAnswer(
+        f"{answer.request.url} answered {answer.status_code} instead of a redirect"
+    )
 
 
 def read_object(answer: httpx.Response) -> dict[str, Any]:
-    """The JSON object of a good answer. Raises ProblemError for a refusal, UnexpectedAnswer for anything else, as all of these do."""
+    """Return the JSON object of a successful answer.
+
+    Raises ProblemError for a refusal and UnexpectedAnswer for anything else. Every reader in this
+    module does the same.
+    """
     try:
         members = answer.json()
     except ValueError:
         members = None
     if not isinstance(members, dict):
-        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} with something that is no JSON object")
+        raise UnexpectedAnswer(
+            f"{answer.request.url} answered {answer.status_code} "
+            "with something that is no JSON object"
+        )
     if answer.is_success:
         return members
     if "title" not in members:
-        raise UnexpectedAnswer(f"{answer.request.url} answered {answer.status_code} without saying why")
-    raise problem_of(members, answer.status_code, retry_after_s=told_s(answer))
+        raise UnexpectedAnswer(
+            f"{answer.request.url} answered {answer.status_code} without saying why"
+        )
+    raise problem_of(members, answer.status_code, retry_after_s=retry_after_s(answer))
 
 
-def problem_of(members: dict[str, Any], status: int, *, retry_after_s: float | None) -> ProblemError:
-    """The error that a problem document tells of."""
+def problem_of(
+    members: dict[str, Any], status: int, *, retry_after_s: float | None
+) -> ProblemError:
+    """Make the error that a problem document describes."""
     errors = members.get("errors") or ()
     return ProblemError(
         status=status,
@@ -133,17 +156,24 @@ def problem_of(members: dict[str, Any], status: int, *, retry_after_s: float | N
         type=str(members.get("type", "about:blank")),
         title=str(members["title"]),
         detail=str(members.get("detail") or ""),
-        errors=tuple(FieldError(str(error.get("pointer", "")), str(error.get("detail", "")), error.get("accepted")) for error in errors),
+        errors=tuple(
+            FieldError(
+                str(error.get("pointer", "")), str(error.get("detail", "")), error.get("accepted")
+            )
+            for error in errors
+        ),
         request_id=members.get("instance"),
         members=members,
     )
 
 
 def _refusal(members: dict[str, Any] | None) -> ProblemError | None:
-    """A problem that is told within an answer."""
+    """Make the error of a problem that is part of an answer; None where there is none."""
     if members is None:
         return None
-    return problem_of(members, int(members.get("status", 0)), retry_after_s=members.get("retry_after_s"))
+    return problem_of(
+        members, int(members.get("status", 0)), retry_after_s=members.get("retry_after_s")
+    )
 
 
 def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Read]) -> Read:
@@ -151,4 +181,6 @@ def _read(answer: httpx.Response, what: str, read: Callable[[dict[str, Any]], Re
     try:
         return read(members)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UnexpectedAnswer(f"{answer.request.url} answered with something that is no {what} ({error!r})") from error
+        raise UnexpectedAnswer(
+            f"{answer.request.url} answered with something that is no {what} ({error!r})"
+        ) from error

@@ -19,9 +19,9 @@ from darkroom_client.wishes import Picture, Wish
 
 
 class AsyncClient:
-    """Darkroom, for programs that run on asyncio: the methods of `Client`, to be awaited. Close it when done.
+    """Use Darkroom from programs that run on asyncio. Close the client when done.
 
-    `jobs` and `events` are for `async for`.
+    The methods are those of `Client`, to be awaited; `jobs` and `events` are for `async for`.
     """
 
     def __init__(
@@ -34,32 +34,40 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         place = Place.found(url, api_key)
-        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
-        self._gateway = httpx.AsyncClient(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._flows = Flows(place.url, retries)
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._gateway = httpx.AsyncClient(
+            base_url=place.url, headers=place.headers, transport=transport, **place.options
+        )
         self._store = httpx.AsyncClient(transport=transport, **place.options, timeout=2 * timeout_s)
 
-    async def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
-        """As `Client.create_job`."""
+    async def create_job(
+        self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
+    ) -> Job:
+        """Do as `Client.create_job`."""
         return await self._run(self._flows.create_job(prompt, wish, idempotency_key))
 
-    async def create_jobs(self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> tuple[Submission, ...]:
-        """As `Client.create_jobs`."""
+    async def create_jobs(
+        self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> tuple[Submission, ...]:
+        """Do as `Client.create_jobs`."""
         return await self._run(self._flows.create_jobs(wishes, idempotency_key))
 
     async def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
-        """As `Client.estimate`."""
+        """Do as `Client.estimate`."""
         return await self._run(self._flows.estimate(prompt, wish))
 
     async def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
-        """As `Client.replay`."""
+        """Do as `Client.replay`."""
         return await self._run(self._flows.replay(job_id, idempotency_key))
 
     async def job(self, job_id: str, wait_s: int | None = None) -> Job:
-        """As `Client.job`."""
+        """Do as `Client.job`."""
         return await self._run(self._flows.job(job_id, wait_s))
 
     async def status(self, job_id: str) -> Status:
-        """As `Client.status`."""
+        """Do as `Client.status`."""
         return await self._run(self._flows.status(job_id))
 
     async def jobs(
@@ -71,10 +79,16 @@ class AsyncClient:
         metadata: Mapping[str, str] | None = None,
         page_size: int = 50,
     ) -> AsyncIterator[Job]:
-        """As `Client.jobs`."""
+        """Do as `Client.jobs`."""
         cursor = None
         while True:
-            filters = {"state": state, "since": since, "until": until, "metadata": metadata, "limit": page_size}
+            filters = {
+                "state": state,
+                "since": since,
+                "until": until,
+                "metadata": metadata,
+                "limit": page_size,
+            }
             page = await self._run(self._flows.page(**filters, cursor=cursor))
             for job in page.jobs:
                 yield job
@@ -83,23 +97,29 @@ class AsyncClient:
             cursor = page.next_cursor
 
     async def cancel(self, job_id: str) -> Job:
-        """As `Client.cancel`."""
+        """Do as `Client.cancel`."""
         return await self._run(self._flows.cancel(job_id))
 
     async def delete(self, job_id: str) -> None:
-        """As `Client.delete`."""
+        """Do as `Client.delete`."""
         await self._run(self._flows.delete(job_id))
 
-    async def wait(self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None) -> Job:
-        """As `Client.wait`."""
+    async def wait(
+        self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None
+    ) -> Job:
+        """Do as `Client.wait`."""
         return await self._run(self._flows.wait(job_id, timeout_s, on_progress))
 
-    async def events(self, job_id: str, *, previews: bool = False, after: str | None = None) -> AsyncIterator[Event]:
-        """As `Client.events`."""
+    async def events(
+        self, job_id: str, *, previews: bool = False, after: str | None = None
+    ) -> AsyncIterator[Event]:
+        """Do as `Client.events`."""
         following = Following(job_id, previews=previews, after=after, retries=self._retries)
         while True:
             try:
-                async with self._gateway.stream(**following.call().arguments(self._timeout_s)) as answer:
+                async with self._gateway.stream(
+                    **following.call().arguments(self._timeout_s)
+                ) as answer:
                     if is_stream(answer):
                         async for content in answer.aiter_bytes():
                             for event in following.read(content):
@@ -115,27 +135,29 @@ class AsyncClient:
             await asyncio.sleep(pause_s)
 
     async def image(self, job: Job | str, index: int = 0) -> bytes:
-        """As `Client.image`."""
+        """Do as `Client.image`."""
         return await self._run(self._flows.image(job, index))
 
-    async def download(self, job: Job | str, folder: str | Path, names: str = "{job}-{index}") -> tuple[Path, ...]:
-        """As `Client.download`."""
+    async def download(
+        self, job: Job | str, folder: str | Path, names: str = "{job}-{index}"
+    ) -> tuple[Path, ...]:
+        """Do as `Client.download`."""
         return await self._run(self._flows.download(job, Path(folder), names))
 
     async def upload(self, picture: Picture) -> File:
-        """As `Client.upload`."""
+        """Do as `Client.upload`."""
         return await self._run(self._flows.upload(picture))
 
     async def usage(self) -> Usage:
-        """As `Client.usage`."""
+        """Do as `Client.usage`."""
         return await self._run(self._flows.usage())
 
     async def models(self) -> list[dict[str, Any]]:
-        """As `Client.models`."""
+        """Do as `Client.models`."""
         return await self._run(self._flows.list_of("models"))
 
     async def tiers(self) -> list[dict[str, Any]]:
-        """As `Client.tiers`."""
+        """Do as `Client.tiers`."""
         return await self._run(self._flows.list_of("tiers"))
 
     async def close(self) -> None:
@@ -146,7 +168,12 @@ class AsyncClient:
     async def __aenter__(self) -> "AsyncClient":
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         await self.close()
 
     async def _run(self, flow: Flow[Answer]) -> Answer:

@@ -19,10 +19,14 @@ from darkroom_client.wishes import Picture, Wish
 
 
 class Client:
-    """Darkroom at `url`, as the tenant whose key this is. Safe to share among threads; close it when done.
+    """Use Darkroom at `url` as the tenant of `api_key`.
 
-    url, api_key: DARKROOM_URL and DARKROOM_API_KEY of the environment by default.  timeout_s: of silence, after which a request counts
-    as lost.  retries: what happens then. Every method raises Unreachable when nothing answers, ProblemError when the gateway refuses.
+    Safe to share among threads; close it when done.
+
+    url, api_key: by default DARKROOM_URL and DARKROOM_API_KEY of the environment.  timeout_s: a
+    request that hears nothing for so long counts as lost.  retries: what happens to lost requests.
+
+    Every method raises Unreachable when nothing answers, and ProblemError when the gateway refuses.
     """
 
     def __init__(
@@ -35,36 +39,58 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         place = Place.found(url, api_key)
-        self._flows, self._retries, self._timeout_s = Flows(place.url, retries), retries, timeout_s
-        self._gateway = httpx.Client(base_url=place.url, headers=place.headers, transport=transport, **place.options)
+        self._flows = Flows(place.url, retries)
+        self._retries = retries
+        self._timeout_s = timeout_s
+        self._gateway = httpx.Client(
+            base_url=place.url, headers=place.headers, transport=transport, **place.options
+        )
         self._store = httpx.Client(transport=transport, **place.options, timeout=2 * timeout_s)
 
-    def create_job(self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]) -> Job:
-        """Ask for images. The job comes back accepted, with every parameter resolved; what is not said is the gateway's to choose.
+    def create_job(
+        self, prompt: str, *, idempotency_key: str | None = None, **wish: Unpack[Wish]
+    ) -> Job:
+        """Ask for images; return the accepted job with every parameter resolved.
 
-        Lost answers and full queues are tried again without a second job. idempotency_key: so that a later call, of another process
-        too, comes by the same job.
+        The gateway chooses what `wish` leaves out. Lost answers and full queues are tried again
+        without making a second job.  idempotency_key: give the same key in a later call, also from
+        another process, to get the same job.
         """
         return self._run(self._flows.create_job(prompt, wish, idempotency_key))
 
-    def create_jobs(self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None) -> tuple[Submission, ...]:
-        """Up to 1,000 wishes in one request, each a mapping with `prompt` and the fields of `Wish`; some may be refused."""
+    def create_jobs(
+        self, wishes: Sequence[Mapping[str, Any]], *, idempotency_key: str | None = None
+    ) -> tuple[Submission, ...]:
+        """Ask for up to 1,000 jobs in one request; some of them may be refused.
+
+        wishes: mappings with `prompt` and the fields of `Wish`.
+        """
         return self._run(self._flows.create_jobs(wishes, idempotency_key))
 
     def estimate(self, prompt: str, **wish: Unpack[Wish]) -> Estimate:
-        """What the wish would become now: every parameter, cost and time, and whether it would be let in. No job is made."""
+        """Estimate what the wish would become if it were sent now; no job is made.
+
+        The answer holds every parameter, cost and time, and tells whether the job would be
+        accepted.
+        """
         return self._run(self._flows.estimate(prompt, wish))
 
     def replay(self, job_id: str, *, idempotency_key: str | None = None) -> Job:
-        """Ask again for exactly what that job was; of a reproducible tier, the same pixels come."""
+        """Ask again for exactly what that job was. Reproducible tiers give the same pixels."""
         return self._run(self._flows.replay(job_id, idempotency_key))
 
     def job(self, job_id: str, wait_s: int | None = None) -> Job:
-        """The job as it is now. wait_s: as it is when it is finished, or after so many seconds."""
+        """Return the job in its present state.
+
+        wait_s: wait until the job is finished, at most so many seconds.
+        """
         return self._run(self._flows.job(job_id, wait_s))
 
     def status(self, job_id: str) -> Status:
-        """State, progress and place in the queue, which costs the gateway less than the whole job."""
+        """Return the job's state, progress and place in the queue.
+
+        This costs the gateway less than the whole job.
+        """
         return self._run(self._flows.status(job_id))
 
     def jobs(
@@ -76,10 +102,19 @@ class Client:
         metadata: Mapping[str, str] | None = None,
         page_size: int = 50,
     ) -> Iterator[Job]:
-        """The tenant's jobs, newest first, page after page as they are asked for: of one state, of a time, with all of that metadata."""
+        """Iterate over the tenant's jobs, newest first; each page is fetched when it is needed.
+
+        The filters select jobs of one state, of a time span, and with all the given metadata.
+        """
         cursor = None
         while True:
-            filters = {"state": state, "since": since, "until": until, "metadata": metadata, "limit": page_size}
+            filters = {
+                "state": state,
+                "since": since,
+                "until": until,
+                "metadata": metadata,
+                "limit": page_size,
+            }
             page = self._run(self._flows.page(**filters, cursor=cursor))
             yield from page.jobs
             if page.next_cursor is None:
@@ -87,24 +122,30 @@ class Client:
             cursor = page.next_cursor
 
     def cancel(self, job_id: str) -> Job:
-        """Cancel the job. ProblemError if it is finished already."""
+        """Cancel the job and return it. Raises ProblemError if it is finished already."""
         return self._run(self._flows.cancel(job_id))
 
     def delete(self, job_id: str) -> None:
-        """Have prompt and images erased; that there was a job stays in the audit log."""
+        """Erase the job's prompt and images. The audit log keeps the fact that there was a job."""
         self._run(self._flows.delete(job_id))
 
-    def wait(self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None) -> Job:
-        """The job when it is finished, however it ended. Raises WaitTimeout.
+    def wait(
+        self, job_id: str, timeout_s: float = 300, on_progress: Callable[[Job], None] | None = None
+    ) -> Job:
+        """Wait until the job is finished, however it ended, and return it. Raises WaitTimeout.
 
-        on_progress: called with the job several times a second, less often later, the last time when it is finished.
+        on_progress: called with the job several times a second at first, then less often, and a
+        last time when the job is finished.
         """
         return self._run(self._flows.wait(job_id, timeout_s, on_progress))
 
-    def events(self, job_id: str, *, previews: bool = False, after: str | None = None) -> Iterator[Event]:
-        """What happens to the job, as it happens, until it is finished; over a new connection whenever one breaks.
+    def events(
+        self, job_id: str, *, previews: bool = False, after: str | None = None
+    ) -> Iterator[Event]:
+        """Iterate over the job's events as they happen, until the job is finished.
 
-        previews: small pictures on the way, too.  after: only what followed the event of that id.
+        Opens a new connection whenever one breaks.  previews: include small preview pictures.
+        after: only the events that follow the one with this id.
         """
         following = Following(job_id, previews=previews, after=after, retries=self._retries)
         while True:
@@ -124,30 +165,39 @@ class Client:
             time.sleep(pause_s)
 
     def image(self, job: Job | str, index: int = 0) -> bytes:
-        """The stored bytes of one image, checked against the digest that the job tells. Raises ImageNotStored, DigestMismatch."""
+        """Return the stored bytes of one image, checked against the digest that the job names.
+
+        Raises ImageNotStored and DigestMismatch.
+        """
         return self._run(self._flows.image(job, index))
 
-    def download(self, job: Job | str, folder: str | Path, names: str = "{job}-{index}") -> tuple[Path, ...]:
-        """Have every stored image of the job in `folder`, and their paths. What is there with the right bytes is not fetched again.
+    def download(
+        self, job: Job | str, folder: str | Path, names: str = "{job}-{index}"
+    ) -> tuple[Path, ...]:
+        """Store every image of the job in `folder` and return the paths.
 
-        names: of the files, without extension, from {job}, {index} and {seed}. Raises DigestMismatch.
+        A file that already holds the right bytes is not fetched again.  names: file names without
+        extension, with {job}, {index} and {seed} filled in. Raises DigestMismatch.
         """
         return self._run(self._flows.download(job, Path(folder), names))
 
     def upload(self, picture: Picture) -> File:
-        """Keep a picture, bytes or a path, to start images from. The same picture twice is one file."""
+        """Upload a picture, given as bytes or as a path, to start images from.
+
+        The same picture uploaded twice is one file.
+        """
         return self._run(self._flows.upload(picture))
 
     def usage(self) -> Usage:
-        """What the tenant used, and what it may use."""
+        """Return what the tenant used, and its limits."""
         return self._run(self._flows.usage())
 
     def models(self) -> list[dict[str, Any]]:
-        """What can be asked for: every model of the catalog, as the gateway describes it."""
+        """Return every model of the catalog, as the gateway describes it."""
         return self._run(self._flows.list_of("models"))
 
     def tiers(self) -> list[dict[str, Any]]:
-        """The classes of service, with their limits and defaults."""
+        """Return the tiers, with their limits and defaults."""
         return self._run(self._flows.list_of("tiers"))
 
     def close(self) -> None:
@@ -158,7 +208,12 @@ class Client:
     def __enter__(self) -> "Client":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self.close()
 
     def _run(self, flow: Flow[Answer]) -> Answer:

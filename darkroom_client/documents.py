@@ -1,16 +1,30 @@
-"""What the API tells beside jobs, typed. Each keeps in `members` the JSON object as it came, with what this version does not know."""
+"""Type the API's documents other than jobs.
+
+Each keeps the JSON object as it came in `members`, including what this version does not know.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from darkroom_client.errors import ProblemError
-from darkroom_client.jobs import FINAL_STATES, Cost, Failure, JobWarning, Parameters, Progress, Queue
+from darkroom_client.jobs import (
+    FINAL_STATES,
+    Cost,
+    Failure,
+    JobWarning,
+    Parameters,
+    Progress,
+    Queue,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submission:
-    """What became of one wish of a batch: a job, of which the id and a few parameters are told, or the reason why there is none."""
+    """The outcome of one wish of a batch: a job, or the problem why there is none.
+
+    Of the job only the id and a few parameters are known.
+    """
 
     job_id: str | None
     problem: ProblemError | None
@@ -19,7 +33,10 @@ class Submission:
 
 @dataclass(frozen=True, kw_only=True)
 class Estimate(Parameters):
-    """What a wish would become now. refusal: why it would not be let in; its `retry_after_s` says when it may be."""
+    """What a wish would become if it were sent now.
+
+    refusal: why it would not be accepted; its `retry_after_s` says when it may be.
+    """
 
     can_be_served: bool
     refusal: ProblemError | None
@@ -46,7 +63,7 @@ class Status:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the state is final."""
+        """Tell whether the state is final."""
         return self.state in FINAL_STATES
 
 

@@ -11,13 +11,19 @@ _EXTENSIONS = {"image/png": "png", "image/webp": "webp", "image/jpeg": "jpg"}
 
 
 def path_of(folder: Path, job: Job, image: Image, names: str) -> Path:
-    """Where an image goes: `names` with {job}, {index} and {seed} filled in, and the extension of its kind, which is one of ours."""
-    extension = _EXTENSIONS.get(image.content_type or "") or _EXTENSIONS.get(f"image/{job.output_format}", "bin")
+    """Return the path at which to store an image.
+
+    names: the file name, in which {job}, {index} and {seed} are filled in. The extension follows
+    the image's content type and is always one of those known here.
+    """
+    extension = _EXTENSIONS.get(image.content_type or "") or _EXTENSIONS.get(
+        f"image/{job.output_format}", "bin"
+    )
     return folder / f"{names.format(job=job.id, index=image.index, seed=job.seed)}.{extension}"
 
 
 def is_there(path: Path, content_sha256: str) -> bool:
-    """Whether the file has exactly those bytes."""
+    """Tell whether the file has exactly the bytes with this digest."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest() == content_sha256
@@ -26,7 +32,10 @@ def is_there(path: Path, content_sha256: str) -> bool:
 
 
 def write(path: Path, content: bytes) -> None:
-    """Write the file, with the folders above it; whoever looks meanwhile, and after a crash, sees the old file or the new one."""
+    """Write the file, and create the folders above it.
+
+    The write is atomic: a reader, also one after a crash, sees the old file or the new one.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:

@@ -1,13 +1,13 @@
 """Everything that can go wrong between a program and Darkroom.
 
 DarkroomError
-├── Unreachable        no answer at all, however often it was tried: wrong address, or the gateway is down; trying later may help
+├── Unreachable        no answer to any try: wrong address, or the gateway is down; try later
 ├── ProblemError       the gateway refused, and says why (problem+json, RFC 9457)
 ├── UnexpectedAnswer   something answered that does not speak this API: a proxy, another service
 ├── ImageNotStored     that image is not there (yet): look at the job's state
 ├── DigestMismatch     the downloaded bytes are not those that were stored; trying again may help
-├── WaitTimeout        the job is not finished in the given time; it goes on, and can be waited for again
-└── NotConfigured      nothing says where Darkroom is, or with which key; the message tells how to say it
+├── WaitTimeout        the job was not finished in time; it goes on, so wait for it again
+└── NotConfigured      the URL or the API key is missing; the message tells how to set it
 """
 
 from collections.abc import Mapping
@@ -27,7 +27,11 @@ class Unreachable(DarkroomError):
 
 @dataclass(frozen=True)
 class FieldError:
-    """One wrong field of a request. pointer: JSON pointer, such as "/steps". accepted: what would have been taken, if said."""
+    """One wrong field of a request.
+
+    pointer: JSON pointer, such as "/steps".  accepted: the values that would be accepted, where the
+    gateway says so.
+    """
 
     pointer: str
     detail: str
@@ -35,9 +39,10 @@ class FieldError:
 
 
 class ProblemError(DarkroomError):
-    """The gateway refused. `type` is the stable name of the reason; `title` and `detail` are for people.
+    """The gateway refused the request.
 
-    retry_after_s: when the same request may be let in; None where waiting does not help.
+    `type` is the stable name of the reason; `title` and `detail` are for people.  retry_after_s:
+    seconds after which the same request may be accepted; None where waiting does not help.
     """
 
     def __init__(
@@ -53,20 +58,33 @@ class ProblemError(DarkroomError):
         retry_after_s: float | None = None,
     ) -> None:
         super().__init__(_told(title, detail, errors))
-        self.status, self.type, self.title, self.detail = status, type, title, detail
-        self.errors, self.request_id, self.retry_after_s = errors, request_id, retry_after_s
+        self.status = status
+        self.type = type
+        self.title = title
+        self.detail = detail
+        self.errors = errors
+        self.request_id = request_id
+        self.retry_after_s = retry_after_s
         self.members = dict(members or {})  # the whole document, further facts included
 
     @property
     def slug(self) -> str:
-        """The last part of `type`, such as "fleet-saturated"."""
+        """Return the last part of `type`, such as "fleet-saturated"."""
         return self.type.rpartition("/")[2]
 
 
 def _told(title: str, detail: str, errors: tuple[FieldError, ...]) -> str:
-    """One line: title, detail, and each wrong field that the detail does not name, with what would have been accepted."""
+    """Write the problem as one line of text.
+
+    It has the title, the detail, and each wrong field that the detail does not name, with the
+    values that would have been accepted.
+    """
     text = f"{title}: {detail}" if detail else title
-    fields = [f"{error.pointer}: {error.detail}{_accepted(error.accepted)}" for error in errors if error.detail not in text]
+    fields = [
+        f"{error.pointer}: {error.detail}{_accepted(error.accepted)}"
+        for error in errors
+        if error.detail not in text
+    ]
     more = [f"and {len(fields) - _MOST_FIELDS} more"] if len(fields) > _MOST_FIELDS else []
     return " · ".join([text, *fields[:_MOST_FIELDS], *more])
 
@@ -74,7 +92,11 @@ def _told(title: str, detail: str, errors: tuple[FieldError, ...]) -> str:
 def _accepted(accepted: Any) -> str:
     if isinstance(accepted, Mapping):
         return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
-    return f" (accepted: {', '.join(map(str, accepted))})" if isinstance(accepted, list | tuple) and accepted else ""
+    return (
+        f" (accepted: {', '.join(map(str, accepted))})"
+        if isinstance(accepted, list | tuple) and accepted
+        else ""
+    )
 
 
 class UnexpectedAnswer(DarkroomError):

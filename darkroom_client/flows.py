@@ -1,7 +1,7 @@
-"""What each method says, to whom and in which order, with every retry: generators that do no I/O themselves.
+"""Define the requests and retries of each client method, as generators that do no I/O themselves.
 
-A flow yields what is to be done and is sent what came of it, or has the httpx error thrown in; what it returns is the method's
-answer. `Client` and `AsyncClient` are two ways of doing the same steps.
+A flow yields what is to be done. It is sent the outcome, or the httpx error is thrown into it. Its
+return value is the method's answer. `Client` and `AsyncClient` run the same flows in two ways.
 """
 
 import hashlib
@@ -18,13 +18,20 @@ import httpx
 from darkroom_client import answers, downloads, wire
 from darkroom_client.answers import Page
 from darkroom_client.documents import Estimate, File, Status, Submission, Usage
-from darkroom_client.errors import DigestMismatch, ImageNotStored, UnexpectedAnswer, Unreachable, WaitTimeout
+from darkroom_client.errors import (
+    DigestMismatch,
+    ImageNotStored,
+    UnexpectedAnswer,
+    Unreachable,
+    WaitTimeout,
+)
 from darkroom_client.jobs import Job
-from darkroom_client.retries import Retries, is_hopeless, is_passing, told_s
+from darkroom_client.retries import Retries, is_hopeless, is_passing, retry_after_s
 from darkroom_client.wire import Call
 from darkroom_client.wishes import PICTURE_FIELDS, Picture, to_upload
 
-_POLL_EVERY_S, _POLL_AT_LEAST_EVERY_S = 0.15, 1.0
+_POLL_EVERY_S = 0.15
+_POLL_AT_LEAST_EVERY_S = 1.0
 _LONGEST_HOLD_S = 30  # the gateway would hold an answer for 60 s; proxies on the way may not
 
 
@@ -58,25 +65,35 @@ class Flows:
     """Every method of the clients."""
 
     def __init__(self, url: str, retries: Retries) -> None:
-        self._url, self._retries = url, retries
+        self._url = url
+        self._retries = retries
         self._store_is_far = False
 
     def create_job(self, prompt: str, wish: Mapping[str, Any], key: str | None) -> Flow[Job]:
         said = yield from self._with_pictures({"prompt": prompt, **wish})
-        return answers.read_job((yield from self._sent(wire.create_job(said, key or wire.new_key()))))
+        return answers.read_job(
+            (yield from self._sent(wire.create_job(said, key or wire.new_key())))
+        )
 
-    def create_jobs(self, wishes: Sequence[Mapping[str, Any]], key: str | None) -> Flow[tuple[Submission, ...]]:
-        said, known = [], dict[bytes | Path, str]()
+    def create_jobs(
+        self, wishes: Sequence[Mapping[str, Any]], key: str | None
+    ) -> Flow[tuple[Submission, ...]]:
+        said = []
+        known = dict[bytes | Path, str]()
         for wish in wishes:
             said.append((yield from self._with_pictures(wish, known)))
-        return answers.read_submissions((yield from self._sent(wire.create_jobs(said, key or wire.new_key()))))
+        return answers.read_submissions(
+            (yield from self._sent(wire.create_jobs(said, key or wire.new_key())))
+        )
 
     def estimate(self, prompt: str, wish: Mapping[str, Any]) -> Flow[Estimate]:
         said = yield from self._with_pictures({"prompt": prompt, **wish})
         return answers.read_estimate((yield from self._sent(wire.estimate(said))))
 
     def replay(self, job_id: str, key: str | None) -> Flow[Job]:
-        return answers.read_job((yield from self._sent(wire.replay_job(job_id, key or wire.new_key()))))
+        return answers.read_job(
+            (yield from self._sent(wire.replay_job(job_id, key or wire.new_key())))
+        )
 
     def job(self, job_id: str, wait_s: int | None) -> Flow[Job]:
         return answers.read_job((yield from self._sent(wire.show_job(job_id, wait_s))))
@@ -93,24 +110,32 @@ class Flows:
     def delete(self, job_id: str) -> Flow[None]:
         answers.read_nothing((yield from self._sent(wire.delete_job(job_id))))
 
-    def wait(self, job_id: str, timeout_s: float, on_progress: Callable[[Job], None] | None) -> Flow[Job]:
+    def wait(
+        self, job_id: str, timeout_s: float, on_progress: Callable[[Job], None] | None
+    ) -> Flow[Job]:
         started_at = time.monotonic()
         while True:
             spent_s = time.monotonic() - started_at
             remaining_s = max(0.0, timeout_s - spent_s)
-            job = yield from self.job(job_id, None if on_progress else min(_LONGEST_HOLD_S, int(remaining_s)))
+            job = yield from self.job(
+                job_id, None if on_progress else min(_LONGEST_HOLD_S, int(remaining_s))
+            )
             if on_progress:
                 on_progress(job)
             if job.is_finished:
                 return job
             if remaining_s <= 0:
                 raise WaitTimeout(f"job {job_id} is still {job.state} after {timeout_s:g} s", job)
-            # Who waits for long has no use for a glance every instant, and only so many requests a minute.
-            yield Pause(min(max(_POLL_EVERY_S, min(spent_s / 20, _POLL_AT_LEAST_EVERY_S)), remaining_s))
+            # In a long wait frequent polling is useless, and the tenant's request rate is limited.
+            yield Pause(
+                min(max(_POLL_EVERY_S, min(spent_s / 20, _POLL_AT_LEAST_EVERY_S)), remaining_s)
+            )
 
     def image(self, job: Job | str, index: int) -> Flow[bytes]:
         known = (yield from self.job(job, None)) if isinstance(job, str) else job
-        expected = next((image.content_sha256 for image in known.images if image.index == index), None)
+        expected = next(
+            (image.content_sha256 for image in known.images if image.index == index), None
+        )
         if expected is None:
             raise ImageNotStored(f"job {known.id} is {known.state} and has no stored image {index}")
         answer = yield from self._sent(wire.show_image(known.id, index, direct=self._store_is_far))
@@ -118,16 +143,25 @@ class Flows:
             answer = yield from self._fetched(known.id, index, answers.read_location(answer))
         content: bytes = answer.content
         if hashlib.sha256(content).hexdigest() != expected:
-            raise DigestMismatch(f"image {index} of job {known.id}: {len(content)} bytes came that are not the stored ones")
+            raise DigestMismatch(
+                f"image {index} of job {known.id}: "
+                f"{len(content)} bytes came that are not the stored ones"
+            )
         return content
 
     def _fetched(self, job_id: str, index: int, url: str) -> Flow[httpx.Response]:
-        """The image from the object store; from the gateway where that refuses, or, from then on, where it cannot be reached."""
+        """Fetch the image from the object store, or else from the gateway.
+
+        The gateway serves this image when the store refuses. Once the store could not be reached,
+        the gateway serves all later images too.
+        """
         try:
             answer = yield from self._sent(Fetch(url))
             if answer.is_success:
                 return answer
-            raise UnexpectedAnswer(f"the object store answered {answer.status_code} for image {index} of job {job_id}")
+            raise UnexpectedAnswer(
+                f"the object store answered {answer.status_code} for image {index} of job {job_id}"
+            )
         except (Unreachable, UnexpectedAnswer) as error:
             is_far = isinstance(error, Unreachable)  # a refusal may be over the next time
             direct = yield from self._sent(wire.show_image(job_id, index, direct=True))
@@ -149,7 +183,9 @@ class Flows:
         return tuple(paths)
 
     def upload(self, picture: Picture) -> Flow[File]:
-        content: bytes = picture if isinstance(picture, bytes) else (yield Work(Path(picture).read_bytes))
+        content: bytes = (
+            picture if isinstance(picture, bytes) else (yield Work(Path(picture).read_bytes))
+        )
         name = "picture" if isinstance(picture, bytes) else Path(picture).name
         return answers.read_file((yield from self._sent(wire.upload(name, content))))
 
@@ -159,9 +195,15 @@ class Flows:
     def list_of(self, resource: str) -> Flow[list[dict[str, Any]]]:
         return list(answers.read_object((yield from self._sent(wire.list_of(resource))))["data"])
 
-    def _with_pictures(self, wish: Mapping[str, Any], known: dict[bytes | Path, str] | None = None) -> Flow[dict[str, Any]]:
-        """The wish with an id in place of each picture that had to be uploaded. known: those that were, and will be."""
-        said, known = dict(wish), {} if known is None else known
+    def _with_pictures(
+        self, wish: Mapping[str, Any], known: dict[bytes | Path, str] | None = None
+    ) -> Flow[dict[str, Any]]:
+        """Return the wish with a file id in place of each picture that had to be uploaded.
+
+        known: the ids of pictures that were uploaded already; new ones are added to it.
+        """
+        said = dict(wish)
+        known = {} if known is None else known
         for field in PICTURE_FIELDS:
             picture = to_upload(said.get(field))
             if picture is not None:
@@ -171,7 +213,7 @@ class Flows:
         return said
 
     def _sent(self, step: Call | Fetch) -> Flow[httpx.Response]:
-        """The answer, after as many tries as it takes and the client has. Raises Unreachable."""
+        """Send until there is an answer or no try is left. Raises Unreachable."""
         for attempt in itertools.count(1):
             try:
                 answer: httpx.Response = yield step
@@ -181,9 +223,16 @@ class Flows:
                 pause_s = None if is_hopeless(error) else self._retries.pause_s(attempt)
                 if pause_s is None:
                     tried = f" after {attempt} tries" if attempt > 1 else ""
-                    raise Unreachable(f"{self._where(step)} does not answer{tried}: {error or type(error).__name__}") from error
+                    raise Unreachable(
+                        f"{self._where(step)} does not answer{tried}: "
+                        f"{error or type(error).__name__}"
+                    ) from error
             else:
-                pause_s = self._retries.pause_s(attempt, told_s(answer)) if is_passing(answer) else None
+                pause_s = (
+                    self._retries.pause_s(attempt, retry_after_s(answer))
+                    if is_passing(answer)
+                    else None
+                )
                 if pause_s is None:
                     return answer
             yield Pause(pause_s)

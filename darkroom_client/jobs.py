@@ -1,4 +1,4 @@
-"""A job as the API shows it, typed. Members that this version does not know are kept in `Job.members`."""
+"""Type a job as the API shows it. `Job.members` keeps members that this version does not know."""
 
 import functools
 import re
@@ -22,7 +22,10 @@ class Failure:
 
 @dataclass(frozen=True, kw_only=True)
 class JobWarning:
-    """What the job says and the model did not look at: a stable code, the field of the request, and a sentence."""
+    """A part of the request that had no effect on the images.
+
+    It has a stable code, the field of the request, and a sentence for people.
+    """
 
     code: str
     field: str
@@ -31,7 +34,11 @@ class JobWarning:
 
 @dataclass(frozen=True, kw_only=True)
 class Progress:
-    """How far the renderer is: denoise steps done of those to do, all images of the job added up, and how many images are stored."""
+    """The progress of a job.
+
+    It has the denoise steps done and to do, summed over its images, and the number of images
+    stored.
+    """
 
     step: int
     num_steps: int
@@ -59,7 +66,11 @@ class Cost:
 
 @dataclass(frozen=True, kw_only=True)
 class Queue:
-    """Where an unfinished job stands: jobs of its tier before it (None once it runs), and seconds until its images are stored."""
+    """The place of an unfinished job in its queue.
+
+    It holds the jobs of its tier ahead of it (None once it runs) and the seconds until its images
+    are stored.
+    """
 
     jobs_ahead: int | None
     eta_p50_s: float | None
@@ -139,15 +150,16 @@ class Job(Parameters):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the state is final."""
+        """Tell whether the state is final."""
         return self.state in FINAL_STATES
 
     @classmethod
     def from_json(cls, members: Mapping[str, Any]) -> "Job":
-        """Raises KeyError, TypeError or ValueError when this is no job.
+        """Read a job from its JSON members.
 
-        What may become part of a file's name cannot lead elsewhere, whoever answers: an id has no
-        dots or slashes, a number is one.
+        Raises KeyError, TypeError or ValueError when they are no job. Members that may become part
+        of a file name cannot point to another folder, whoever answers: an id has no dots or
+        slashes, and a number is a number.
         """
         plain = plain_of(cls, members)
         if not _ID.fullmatch(plain["id"]):
@@ -200,16 +212,24 @@ def _image(members: Mapping[str, Any]) -> Image:
 
 
 def part_of(kind: type[Any], members: Mapping[str, Any] | None) -> Any:
-    """`kind` from the members that it knows; None from None."""
-    return kind(**{name: members.get(name) for name in kind.__annotations__}) if members is not None else None
+    """Make a `kind` from the members that it knows; None from None."""
+    return (
+        kind(**{name: members.get(name) for name in kind.__annotations__})
+        if members is not None
+        else None
+    )
 
 
 def warnings_of(members: Mapping[str, Any]) -> tuple[JobWarning, ...]:
-    """What a job or an estimate warns of; nothing where the gateway does not tell."""
+    """Read the warnings of a job or an estimate; none where the gateway sends none."""
     return tuple(part_of(JobWarning, warning) for warning in members.get("warnings") or ())
 
 
 def cost_of(members: Mapping[str, Any] | None) -> Cost | None:
     if members is None:
         return None
-    return Cost(gpu_seconds=float(members["gpu_seconds"]), amount=str(members["amount"]), currency=members["currency"])
+    return Cost(
+        gpu_seconds=float(members["gpu_seconds"]),
+        amount=str(members["amount"]),
+        currency=members["currency"],
+    )

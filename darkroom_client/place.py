@@ -1,4 +1,4 @@
-"""Where Darkroom is, with which key, and how to reach it."""
+"""Find out where Darkroom is, with which key, and how to reach it."""
 
 import functools
 import os
@@ -20,26 +20,37 @@ class Place:
 
     @classmethod
     def found(cls, url: str | None, api_key: str | None) -> "Place":
-        """What is not given is DARKROOM_URL and DARKROOM_API_KEY. Raises NotConfigured."""
-        known = {"DARKROOM_URL": url or os.environ.get("DARKROOM_URL"), "DARKROOM_API_KEY": api_key or os.environ.get("DARKROOM_API_KEY")}
+        """Complete the URL and the key from DARKROOM_URL and DARKROOM_API_KEY.
+
+        Raises NotConfigured.
+        """
+        known = {
+            "DARKROOM_URL": url or os.environ.get("DARKROOM_URL"),
+            "DARKROOM_API_KEY": api_key or os.environ.get("DARKROOM_API_KEY"),
+        }
         missing = [name for name, value in known.items() if not value]
         if missing:
-            raise NotConfigured(f"No {' and no '.join(missing)}: pass it, or set it in the environment.")
+            raise NotConfigured(
+                f"No {' and no '.join(missing)}: pass it, or set it in the environment."
+            )
         return cls(str(known["DARKROOM_URL"]), str(known["DARKROOM_API_KEY"]))
 
     @property
     def options(self) -> dict[str, Any]:
-        """Of every httpx client that goes there. No proxy of the environment leads back to our own machine."""
+        """Return the options of every httpx client for this place.
+
+        For a gateway on this machine the proxies of the environment are ignored.
+        """
         is_near = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")
         return {"trust_env": not is_near, "verify": _trusted(not is_near)}
 
     @property
     def headers(self) -> dict[str, str]:
-        """Of every request to the gateway."""
+        """Return the headers of every request to the gateway."""
         return {"Authorization": f"Bearer {self.api_key}", "Accept": "application/json"}
 
 
 @functools.cache
 def _trusted(trust_env: bool) -> ssl.SSLContext:
-    """The certificates to believe in, read once: it takes longer than a request."""
+    """Load the trusted certificates, once: it takes longer than a request."""
     return httpx.create_ssl_context(trust_env=trust_env)

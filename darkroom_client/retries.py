@@ -1,7 +1,7 @@
-"""When to try again, and after how long. Decides only; whoever asks does the waiting.
+"""Decide when to try again, and after how long. The caller does the waiting.
 
-Every request of this client may be repeated: reads and cancels are harmless, uploads are content-addressed, and whatever makes
-jobs carries an Idempotency-Key, the same over all its tries.
+Every request of this client may be repeated. Reads and cancels are harmless, uploads are
+content-addressed, and requests that make jobs carry the same Idempotency-Key in all their tries.
 """
 
 import email.utils
@@ -12,43 +12,54 @@ from datetime import UTC, datetime
 import httpx
 
 _PASSING = frozenset({429, 502, 503, 504})
-_HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)  # our own doing: the same request would fail the same way
+# Our own doing: the same request would fail the same way.
+_HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Retries:
-    """How patient a client is. attempts=1: every request once.
+    """How often and when a client tries again. attempts=1: every request is sent once.
 
-    Pauses double from `first_pause_s` to `longest_pause_s`, with full jitter. A Retry-After wins over that; one that is longer than
-    `longest_told_s` ends the tries, and whoever catches the ProblemError reads from it when to come back.
+    Pauses double from `initial_backoff_s` to `max_backoff_s`, with full jitter. A Retry-After takes
+    precedence. One that is longer than `max_retry_after_s` ends the tries; the ProblemError then
+    tells when to come back.
     """
 
     attempts: int = 4
-    first_pause_s: float = 0.5
-    longest_pause_s: float = 8.0
-    longest_told_s: float = 30.0
+    initial_backoff_s: float = 0.5
+    max_backoff_s: float = 8.0
+    max_retry_after_s: float = 30.0
 
-    def pause_s(self, attempt: int, told_s: float | None = None) -> float | None:
-        """Seconds until the try that follows `attempt` (the first is 1); None: there is none."""
-        if attempt >= self.attempts or (told_s or 0) > self.longest_told_s:
+    def pause_s(self, attempt: int, retry_after_s: float | None = None) -> float | None:
+        """Return the seconds to wait after try number `attempt` (the first is 1); None: give up.
+
+        retry_after_s: what the answer's Retry-After asks for, if it does.
+        """
+        if attempt >= self.attempts or (retry_after_s or 0) > self.max_retry_after_s:
             return None
-        if told_s is not None:
-            return told_s + random.uniform(0, min(1.0, told_s / 4))  # not everybody who was told the same at the same instant
-        return random.uniform(0, min(self.longest_pause_s, self.first_pause_s * 2 ** (attempt - 1)))
+        if retry_after_s is not None:
+            # Jitter: clients that were told the same must not all return at once.
+            return retry_after_s + random.uniform(0, min(1.0, retry_after_s / 4))
+        return random.uniform(
+            0, min(self.max_backoff_s, self.initial_backoff_s * 2 ** (attempt - 1))
+        )
 
 
 def is_passing(answer: httpx.Response) -> bool:
-    """Whether the same request may be answered otherwise later: too many requests, or a part of the house or a proxy is away."""
+    """Tell whether the same request may succeed later.
+
+    That is so for too many requests, and while a part of Darkroom or a proxy is down.
+    """
     return answer.status_code in _PASSING and answer.headers.get("X-Should-Retry") != "false"
 
 
 def is_hopeless(error: httpx.TransportError) -> bool:
-    """Whether the request never could be sent."""
+    """Tell whether the request could never be sent, so that trying again is useless."""
     return isinstance(error, _HOPELESS)
 
 
-def told_s(answer: httpx.Response) -> float | None:
-    """Seconds that Retry-After asks for, in either of its forms."""
+def retry_after_s(answer: httpx.Response) -> float | None:
+    """Return the seconds that Retry-After asks for, in either of its forms."""
     text = answer.headers.get("Retry-After", "").strip()
     if text.isascii() and text.isdigit():
         return float(text)

@@ -1,4 +1,7 @@
-"""The API as it is asked: requests as values. No I/O, so that a client of any colour can use it; what comes back is read in answers.py."""
+"""Build the API's requests as values. No I/O, so sync and async clients share them.
+
+The answers are read in answers.py.
+"""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -26,7 +29,10 @@ class Call:
     held_s: float = 0.0  # how much longer than others it may take
 
     def arguments(self, timeout_s: float) -> dict[str, Any]:
-        """Keyword arguments for httpx. timeout_s: of silence, for an answer that takes no longer than others."""
+        """Return the keyword arguments for httpx.
+
+        timeout_s: seconds of silence that are allowed for an ordinary answer.
+        """
         body: dict[str, Any] = {} if self.json is None else {"json": self.json}
         if self.file is not None:
             body["files"] = {"file": self.file}
@@ -35,49 +41,64 @@ class Call:
             "url": self.path,
             "params": dict(self.params),
             "headers": dict(self.headers),
-            "timeout": httpx.Timeout(timeout_s + self.held_s, connect=min(timeout_s, _CONNECTED_IN_S)),
+            "timeout": httpx.Timeout(
+                timeout_s + self.held_s, connect=min(timeout_s, _CONNECTED_IN_S)
+            ),
             **body,
         }
 
 
 def new_key() -> str:
-    """An Idempotency-Key that nobody else has."""
+    """Make a unique Idempotency-Key."""
     return uuid.uuid4().hex
 
 
 def create_job(wish: Mapping[str, Any], key: str) -> Call:
-    """What is None in `wish` is left for the gateway to resolve. key: the same for the same wish, however often it is sent."""
+    """Ask for a job. The gateway resolves what is None in `wish`.
+
+    key: the same for the same wish, however often it is sent.
+    """
     return Call(method="POST", path="/v1/jobs", json=_said(wish), headers=_once(key))
 
 
 def create_jobs(wishes: Sequence[Mapping[str, Any]], key: str) -> Call:
-    """Up to 1,000 at once."""
-    return Call(method="POST", path="/v1/jobs:batch", json={"jobs": [_said(wish) for wish in wishes]}, headers=_once(key), held_s=_LARGE_S)
+    """Ask for up to 1,000 jobs at once."""
+    return Call(
+        method="POST",
+        path="/v1/jobs:batch",
+        json={"jobs": [_said(wish) for wish in wishes]},
+        headers=_once(key),
+        held_s=_LARGE_S,
+    )
 
 
 def estimate(wish: Mapping[str, Any]) -> Call:
-    """What the wish would become, without making it a job."""
+    """Ask what the wish would become, without making it a job."""
     return Call(method="POST", path="/v1/estimate", json=_said(wish))
 
 
 def replay_job(job_id: str, key: str) -> Call:
-    """A new job with every parameter of that one."""
+    """Ask for a new job with every parameter of that one."""
     return Call(method="POST", path=f"/v1/jobs/{job_id}/replay", headers=_once(key))
 
 
 def delete_job(job_id: str) -> Call:
-    """Prompt and images go, the audit log stays."""
+    """Erase the job's prompt and images; the audit log stays."""
     return Call(method="DELETE", path=f"/v1/jobs/{job_id}")
 
 
 def show_job(job_id: str, wait_s: int | None = None) -> Call:
-    """wait_s: let the gateway hold the answer until the job is finished, at most so long (it allows 60)."""
+    """Ask for the job.
+
+    wait_s: let the gateway hold the answer until the job is finished, at most so long (it allows
+    60).
+    """
     headers = {"Prefer": f"wait={wait_s}"} if wait_s else {}
     return Call(method="GET", path=f"/v1/jobs/{job_id}", headers=headers, held_s=wait_s or 0)
 
 
 def show_status(job_id: str) -> Call:
-    """The job's state and place, cheap for the gateway."""
+    """Ask for the job's state and place in the queue, which is cheap for the gateway."""
     return Call(method="GET", path=f"/v1/jobs/{job_id}/status")
 
 
@@ -106,29 +127,47 @@ def cancel_job(job_id: str) -> Call:
 
 
 def show_image(job_id: str, index: int, *, direct: bool = False) -> Call:
-    """Answered with a redirect to a presigned URL of the object store, or with the image itself. direct: the latter, please."""
-    return Call(method="GET", path=f"/v1/jobs/{job_id}/images/{index}", params={"redirect": "false"} if direct else {})
+    """Ask for an image.
+
+    The answer is a redirect to a presigned URL of the object store, or the image itself. direct:
+    ask for the image itself.
+    """
+    return Call(
+        method="GET",
+        path=f"/v1/jobs/{job_id}/images/{index}",
+        params={"redirect": "false"} if direct else {},
+    )
 
 
 def follow_job(job_id: str, *, previews: bool, after: str | None) -> Call:
-    """Server-sent events. after: the id of the last one that was seen."""
-    headers = {"Accept": "text/event-stream", "Cache-Control": "no-store", **({"Last-Event-ID": after} if after else {})}
+    """Ask for server-sent events. after: the id of the last event that was seen."""
+    headers = {
+        "Accept": "text/event-stream",
+        "Cache-Control": "no-store",
+        **({"Last-Event-ID": after} if after else {}),
+    }
     params = {"previews": "true"} if previews else {}
-    return Call(method="GET", path=f"/v1/jobs/{job_id}/events", params=params, headers=headers, held_s=_HEARTBEATS_S)
+    return Call(
+        method="GET",
+        path=f"/v1/jobs/{job_id}/events",
+        params=params,
+        headers=headers,
+        held_s=_HEARTBEATS_S,
+    )
 
 
 def upload(name: str, content: bytes) -> Call:
-    """A picture to start from."""
+    """Send a picture to start images from."""
     return Call(method="POST", path="/v1/files", file=(name, content), held_s=_LARGE_S)
 
 
 def show_usage() -> Call:
-    """What the tenant used, and may use."""
+    """Ask what the tenant used, and for its limits."""
     return Call(method="GET", path="/v1/usage")
 
 
 def list_of(resource: str) -> Call:
-    """resource: models or tiers."""
+    """Ask for the whole list of a resource: models or tiers."""
     return Call(method="GET", path=f"/v1/{resource}")
 
 
@@ -137,7 +176,7 @@ def _said(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _instant(at: datetime) -> str:
-    """With its offset; an instant that has none is meant in local time."""
+    """Write an instant with its offset; one without an offset is taken as local time."""
     return at.astimezone(UTC).isoformat()
 
 

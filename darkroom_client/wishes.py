@@ -1,4 +1,4 @@
-"""What may be said of a wish beside its prompt, and which of its fields bring pictures along."""
+"""The fields of a wish beside its prompt, and those among them that hold pictures."""
 
 import uuid
 from collections.abc import Mapping, Sequence
@@ -11,9 +11,10 @@ _REFERENCES = ("data:", "http://", "https://")
 
 
 class Wish(TypedDict, total=False):
-    """The fields of a job's request; what is left out, or None, is the gateway's to choose.
+    """The fields of a job's request. The gateway chooses what is left out or None.
 
-    A picture may be bytes, a path, a data URL, or the id of a file that is there already; bytes and paths are uploaded first.
+    A picture may be bytes, a path, a data URL, or the id of an uploaded file. Bytes and paths are
+    uploaded first.
     """
 
     negative_prompt: str | None
@@ -37,7 +38,10 @@ class Wish(TypedDict, total=False):
 
 
 def to_upload(value: Any) -> Path | bytes | None:
-    """What has to be uploaded before the field can name it; None for what the gateway understands as it is."""
+    """Return what must be uploaded before the field can name it.
+
+    None for a value that the gateway takes as it is.
+    """
     if isinstance(value, bytes | Path):
         return value
     if not isinstance(value, str) or value.startswith(_REFERENCES) or _is_id(value):

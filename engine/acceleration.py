@@ -1,5 +1,6 @@
-"""What makes a loaded checkpoint faster on its device without changing what it computes for whom:
-layout, compilation, CUDA graphs.
+"""Make a loaded checkpoint faster on its device without changing what it computes.
+
+The means are memory layout, compilation and CUDA graphs.
 
 Each is the checkpoint's own choice (`CheckpointSpec`), is off unless asked for, and is named in the
 fingerprint, for each can change the last bits. None of it has a kernel of its own.
@@ -33,16 +34,23 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
     denoiser: Any = networks.get("unet", networks.get("transformer"))
     if spec.channels_last:
         if "unet" not in networks:
-            raise UnsupportedRequest("channels_last", f"family {spec.family!r} has no convolutional denoiser")
+            raise UnsupportedRequest(
+                "channels_last", f"family {spec.family!r} has no convolutional denoiser"
+            )
         denoiser.to(memory_format=torch.channels_last)
     if spec.compile_blocks:
         if not getattr(denoiser, "_repeated_blocks", None):
-            raise UnsupportedRequest("compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks")
+            raise UnsupportedRequest(
+                "compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks"
+            )
         if spec.adapters or spec.block_cache_threshold:
             raise UnsupportedRequest(
-                "compile_blocks", "with adapters or the block cache, a block would be compiled again for every row count"
+                "compile_blocks",
+                "with adapters or the block cache, "
+                "a block would be compiled again for every row count",
             )
-        # One graph for all row counts: static shapes gain a tenth more and cost a compilation per bucket.
+        # One graph for all row counts: static shapes are a tenth faster still, but cost a
+        # compilation per bucket.
         denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
@@ -51,14 +59,17 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
 
 
 def steady_options() -> dict[str, bool]:
-    """Options of torch.compile under which the order of sums depends neither on timings nor on the
-    row count that came first.
+    """Return options of torch.compile that make sums independent of timings and of earlier shapes.
 
-    Without them another process may compile other bits. What this torch does not know is left out.
+    Without them another process may compile kernels that give other bits, depending on which ran
+    fastest and on the row count that came first. Options that this torch does not know are left
+    out.
     """
     from torch._inductor import list_options
 
-    return dict.fromkeys(sorted({"deterministic", "batch_invariant"}.intersection(list_options())), True)
+    return dict.fromkeys(
+        sorted({"deterministic", "batch_invariant"}.intersection(list_options())), True
+    )
 
 
 @dataclass(frozen=True)
@@ -81,7 +92,9 @@ class CudaGraphs:
     def __init__(self, denoise: Callable[[Rows], Tensor]) -> None:
         self._denoise = denoise
         self._captured: dict[tuple[Any, ...], Captured] = {}
-        self._stream: Any = None  # where all are recorded: the libraries' workspaces are a stream's own, and so is a pool's memory
+        # The stream of all recordings: the libraries' workspaces and a pool's memory belong to one
+        # stream.
+        self._stream: Any = None
         self._pool: Any = None
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -100,11 +113,17 @@ class CudaGraphs:
         self._stream = self._stream or cuda.Stream()
         self._stream.wait_stream(cuda.current_stream())
         graph = cuda.CUDAGraph()
-        with cuda.stream(self._stream):  # left also where the recording fails: it would not find back by itself
-            for _ in range(2):  # lazy work (handles, workspaces, compilation) must be over before anything is recorded
+        # The stream is also left where the recording fails: torch would not switch back by itself.
+        with cuda.stream(self._stream):
+            # Lazy work (handles, workspaces, compilation) must be over before anything is
+            # recorded.
+            for _ in range(2):
                 self._denoise(inputs)
-            # Other threads may use the device meanwhile: only what this one does is recorded, and only it can spoil that.
-            with cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+            # Other threads may use the device meanwhile. Only this thread's work is recorded, and
+            # only this thread can spoil the recording.
+            with cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ):
                 output = self._denoise(inputs)
         cuda.current_stream().wait_stream(self._stream)
         self._pool = self._pool or graph.pool()

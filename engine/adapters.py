@@ -1,5 +1,6 @@
-"""Lay other adapters over every row of one forward: strangers with different LoRAs, strengths,
-several of them or none share a batch.
+"""Apply other adapters to every row of one forward.
+
+Images with different LoRAs, other strengths, several adapters or none share a batch.
 
 A bank keeps the adapters of one checkpoint in host memory and some of them in *slots* on the
 device. Every layer that an adapter changes has the weights of all slots stacked, zeros in slot 0,
@@ -67,7 +68,8 @@ class Call:
     """
 
     slots: tuple[Tensor, ...]  # of every row: [rows]
-    strengths: tuple[Tensor, ...]  # of every row: [rows, 1, 1], fp32 whatever the checkpoint is in, so that 0.7 is 0.7
+    # Each row's strength: [rows, 1, 1], fp32 whatever the checkpoint is in, so that 0.7 is 0.7.
+    strengths: tuple[Tensor, ...]
     changes: list[bool]  # by layer: does an adapter in use change it?
 
 
@@ -96,14 +98,21 @@ class AdapterBank:
         """
         if len({spec.name for spec in specs}) != len(specs):
             raise ValueError("two adapters have one name")
-        self._files = {spec.name: read_adapter(spec, networks, max_rank=max_rank, dtype=dtype) for spec in specs}
+        self._files = {
+            spec.name: read_adapter(spec, networks, max_rank=max_rank, dtype=dtype)
+            for spec in specs
+        }
         self.slots = min(slots, len(specs))
-        self.rank = max((update.rank for file in self._files.values() for update in file.updates.values()), default=0)
+        self.rank = max(
+            (update.rank for file in self._files.values() for update in file.updates.values()),
+            default=0,
+        )
         self.hits = 0
         self.misses = 0
         self.evictions = 0
         self._device = device
-        self._slot_of: OrderedDict[str, int] = OrderedDict()  # adapter -> its slot, least recently used first
+        # Adapter -> its slot, least recently used first.
+        self._slot_of: OrderedDict[str, int] = OrderedDict()
         self._whole_call: Call | None = None  # with all rows
         self._call: Call | None = None  # with those the coming layers hold
         self._layers: dict[Place, Any] = {}
@@ -112,18 +121,23 @@ class AdapterBank:
             layer: Any = networks[place[0]].get_submodule(place[1])
             if hasattr(layer, "adapter_slots"):
                 raise ValueError(f"another bank lies over {'.'.join(place)}")
-            layer.adapter_slots = Slots(".".join(place), layer, len(self._layers), self.slots, self.rank, device, dtype)
+            layer.adapter_slots = Slots(
+                ".".join(place), layer, len(self._layers), self.slots, self.rank, device, dtype
+            )
             self._layers[place] = layer
             self._hooks.append(layer.register_forward_hook(self._after))
-        self._changes = {name: np.array([place in file.updates for place in self._layers]) for name, file in self._files.items()}
+        self._changes = {
+            name: np.array([place in file.updates for place in self._layers])
+            for name, file in self._files.items()
+        }
 
     @property
     def size_bytes(self) -> int:
-        """Memory of the slots on the device, whether full or not."""
+        """Return the memory of the slots on the device, whether full or not."""
         return sum(layer.adapter_slots.size_bytes for layer in self._layers.values())
 
     def names(self) -> list[str]:
-        """Every adapter that may be used."""
+        """Return the names of all adapters that may be used."""
         return list(self._files)
 
     def digest(self, name: str) -> str:
@@ -131,29 +145,45 @@ class AdapterBank:
         return self._files[name].sha256
 
     def facts(self, uses: Sequence[AdapterUse]) -> list[dict[str, Any]]:
-        """Tell what of these adapters can change a bit, as plain JSON values, in the order in which
-        they are added up.
+        """Return the facts of these adapters that can change a bit, as plain JSON values.
+
+        They are in the order in which the adapters are added up.
         """
         return [
-            {"name": use.name, "sha256": self.digest(use.name), "strength": float(use.strength), "padded_rank": self.rank} for use in uses
+            {
+                "name": use.name,
+                "sha256": self.digest(use.name),
+                "strength": float(use.strength),
+                "padded_rank": self.rank,
+            }
+            for use in uses
         ]
 
     def check(self, uses: Sequence[AdapterUse]) -> None:
         """Raise `UnsupportedRequest` for what no row can wear. Any thread; no tensors."""
         for use in uses:
             if use.name not in self._files:
-                raise UnsupportedRequest("adapters", f"{use.name!r} is none of {', '.join(self._files)}")
+                raise UnsupportedRequest(
+                    "adapters", f"{use.name!r} is none of {', '.join(self._files)}"
+                )
             if not abs(use.strength) <= MAX_STRENGTH:  # put so that NaN is refused too
-                raise UnsupportedRequest("adapters", f"{use.name!r} has strength {use.strength}, which is not within -10..10")
+                raise UnsupportedRequest(
+                    "adapters",
+                    f"{use.name!r} has strength {use.strength}, which is not within -10..10",
+                )
         if len({use.name for use in uses}) != len(uses):
             raise UnsupportedRequest("adapters", "one of them is named twice")
         if len(uses) > self.slots:
-            raise UnsupportedRequest("adapters", f"{len(uses)} are more than the {self.slots} that fit at once")
+            raise UnsupportedRequest(
+                "adapters", f"{len(uses)} are more than the {self.slots} that fit at once"
+            )
 
     @contextmanager
     def rows(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> Iterator[None]:
-        """Within it, forwards of `len(per_row)` rows lay the adapters `per_row[i]` over row i, in
-        their order; () is none.
+        """Apply the adapters `per_row[i]` to row i of every forward made within this context.
+
+        `len(per_row)` is the number of rows of those forwards; () is no adapter. Adapters are
+        applied in their order.
 
         Adapters without a slot are copied to the device, in place of those unused for longest. When
         no row wears any, the networks compute what they compute without a bank. Raises what `check`
@@ -172,10 +202,10 @@ class AdapterBank:
             self._whole_call = self._call = None
 
     def narrow(self, rows: Sequence[int] | None) -> None:
-        """Say that the coming layers hold only these of the rows, in this order, or None for all
-        again: for what skips rows on the way.
+        """Tell the bank that the coming layers hold only these rows, in this order; None: all
+        again.
 
-        Without effect outside of `rows()`, and at its end.
+        For code that skips rows on the way. Without effect outside of `rows()`, and at its end.
         """
         whole = self._whole_call
         if whole is None or rows is None:
@@ -218,7 +248,9 @@ class AdapterBank:
     def _fill_slots(self, names: Sequence[str]) -> None:
         """See that every one of these adapters has a slot."""
         if len(names) > self.slots:
-            raise EngineError(f"a forward asks for {len(names)} different adapters, {self.slots} fit at once")
+            raise EngineError(
+                f"a forward asks for {len(names)} different adapters, {self.slots} fit at once"
+            )
         loaded = [name for name in names if name in self._slot_of]
         missing = [name for name in names if name not in self._slot_of]
         self.hits += len(loaded)
@@ -238,13 +270,15 @@ class AdapterBank:
 
     @torch.inference_mode()
     def _load(self, name: str, slot: int) -> None:
-        # On a GPU the copies wait behind the forwards already launched, so those still meet the old weights.
+        # On a GPU the copies are queued behind the forwards already launched, so those still use
+        # the old weights.
         for place, layer in self._layers.items():
             layer.adapter_slots.fill(slot, self._files[name].updates.get(place))
 
     def _after(self, layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        """Add to each row of a layer's output what the row's adapters change: every adapted layer's
-        hook.
+        """Add to each row of a layer's output what the row's adapters change.
+
+        This is the hook of every adapted layer.
         """
         call = self._call
         if call is None:
@@ -256,8 +290,12 @@ class AdapterBank:
         rows = inputs[0]
         for chosen, strengths in zip(call.slots, call.strengths, strict=True):
             if len(rows) != len(chosen):
-                raise EngineError(f"adapters lie over {len(chosen)} rows, but {slots.name} was given {len(rows)}")
-            output = slots.add(layer, rows, output, slots.down.index_select(0, chosen), slots.up.index_select(0, chosen), strengths)
+                raise EngineError(
+                    f"adapters lie over {len(chosen)} rows, but {slots.name} was given {len(rows)}"
+                )
+            down = slots.down.index_select(0, chosen)
+            up = slots.up.index_select(0, chosen)
+            output = slots.add(layer, rows, output, down, up, strengths)
         return output
 
 
@@ -279,7 +317,16 @@ class Slots:
     Slot 0 is zeros, and ranks below the bank's are padded with zeros.
     """
 
-    def __init__(self, name: str, layer: Any, ordinal: int, slots: int, rank: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        name: str,
+        layer: Any,
+        ordinal: int,
+        slots: int,
+        rank: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
         self.name = name
         self.ordinal = ordinal
         self.add: Callable[[Any, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -295,7 +342,7 @@ class Slots:
 
     @property
     def size_bytes(self) -> int:
-        """Of all slots."""
+        """Return the memory of all slots."""
         return self.down.nbytes + self.up.nbytes
 
     def fill(self, slot: int, update: Update | None) -> None:
@@ -306,30 +353,38 @@ class Slots:
                 stack[slot][tuple(slice(size) for size in part.shape)].copy_(part)
 
 
-# Each gives the output with every row's own update added, in place where that can be.  rows, output: [b, ...].  down, up: [b, ...], as
-# in `Update`.  strengths: [b, 1, 1].
+# Each function returns the output with every row's own update added, in place where possible.
+# rows, output: [b, ...].  down, up: [b, ...], as in `Update`.  strengths: [b, 1, 1].
 
 
-def _add_to_linear(layer: nn.Linear, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor) -> Tensor:
-    """rows: [b, ..., in].  output: [b, ..., out]."""
+def _add_to_linear(
+    layer: nn.Linear, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor
+) -> Tensor:
+    """Add to the output of a linear layer.  rows: [b, ..., in].  output: [b, ..., out]."""
     inner = torch.bmm(rows.reshape(len(rows), -1, layer.in_features), down).mul_(strengths)
     return output.reshape(len(rows), -1, layer.out_features).baddbmm_(inner, up).view(output.shape)
 
 
-def _add_to_pixels(layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor) -> Tensor:
-    """For a convolution that looks at one pixel at a time.  rows, output: [b, c, h, w]."""
+def _add_to_pixels(
+    layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor
+) -> Tensor:
+    """Add to the output of a 1x1 convolution.  rows, output: [b, c, h, w]."""
     inner = torch.bmm(down.flatten(2), rows.flatten(2)).mul_(strengths)
     return output.add_(torch.bmm(up, inner).view(output.shape))
 
 
-def _add_to_convolution(layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor) -> Tensor:
+def _add_to_convolution(
+    layer: nn.Conv2d, rows: Tensor, output: Tensor, down: Tensor, up: Tensor, strengths: Tensor
+) -> Tensor:
     """Turn rows into groups of one convolution, so that each meets a kernel of its own.
 
     rows, output: [b, c, h, w].
     """
     grouped = rows.reshape(1, -1, *rows.shape[2:])
     kernels = down.flatten(0, 1)
-    inner = functional.conv2d(grouped, kernels, None, layer.stride, layer.padding, layer.dilation, groups=len(rows))
+    inner = functional.conv2d(
+        grouped, kernels, None, layer.stride, layer.padding, layer.dilation, groups=len(rows)
+    )
     inner = inner.reshape(len(rows), down.shape[1], -1).mul_(strengths)
     return output.add_(torch.bmm(up, inner).view(output.shape))
 
@@ -349,7 +404,9 @@ class AdapterFile:
     updates: Mapping[Place, Update]
 
 
-def read_adapter(spec: AdapterSpec, networks: Mapping[str, nn.Module], *, max_rank: int, dtype: torch.dtype) -> AdapterFile:
+def read_adapter(
+    spec: AdapterSpec, networks: Mapping[str, nn.Module], *, max_rank: int, dtype: torch.dtype
+) -> AdapterFile:
     """Read one safetensors file, in the words of diffusers and peft or of kohya.
 
     Nothing else is ever unpacked.
@@ -359,21 +416,30 @@ def read_adapter(spec: AdapterSpec, networks: Mapping[str, nn.Module], *, max_ra
     try:
         data = Path(spec.path).read_bytes()
     except OSError as problem:
-        raise CheckpointCorrupt(spec.path, f"adapter {spec.name!r} cannot be read: {problem.strerror}") from problem
+        raise CheckpointCorrupt(
+            spec.path, f"adapter {spec.name!r} cannot be read: {problem.strerror}"
+        ) from problem
     sha256 = hashlib.sha256(data).hexdigest()
     if spec.sha256 and sha256 != spec.sha256.lower():
-        raise CheckpointCorrupt(spec.path, f"adapter {spec.name!r} has sha256 {sha256}, not {spec.sha256.lower()}")
+        raise CheckpointCorrupt(
+            spec.path, f"adapter {spec.name!r} has sha256 {sha256}, not {spec.sha256.lower()}"
+        )
     try:
         tensors = safetensors.torch.load(data)
     except Exception as problem:
-        raise CheckpointCorrupt(spec.path, f"adapter {spec.name!r} is no safetensors file: {problem}") from problem
+        raise CheckpointCorrupt(
+            spec.path, f"adapter {spec.name!r} is no safetensors file: {problem}"
+        ) from problem
     try:
         updates = _updates(tensors, _training_facts(data), networks, max_rank, dtype)
     except ValueError as problem:
         raise UnsupportedRequest("adapters", f"{spec.name!r} {problem}") from problem
     for place, update in updates.items():
         if not (torch.isfinite(update.down).all() and torch.isfinite(update.up).all()):
-            raise CheckpointCorrupt(spec.path, f"adapter {spec.name!r} holds NaN or infinity for {'.'.join(place)}, as {dtype}")
+            raise CheckpointCorrupt(
+                spec.path,
+                f"adapter {spec.name!r} holds NaN or infinity for {'.'.join(place)}, as {dtype}",
+            )
     return AdapterFile(sha256, updates)
 
 
@@ -396,7 +462,11 @@ KOHYA_NETWORKS = {
 
 
 def _updates(
-    tensors: dict[str, Tensor], facts: Mapping[str, Any], networks: Mapping[str, nn.Module], max_rank: int, dtype: torch.dtype
+    tensors: dict[str, Tensor],
+    facts: Mapping[str, Any],
+    networks: Mapping[str, nn.Module],
+    max_rank: int,
+    dtype: torch.dtype,
 ) -> dict[Place, Update]:
     """Find the layer of every tensor.
 
@@ -413,10 +483,14 @@ def _updates(
             name = ".".join(place)
             if place in updates:
                 raise ValueError(f"changes {name} twice")
-            scale = _scale(parts, facts, place)  # by the rank that was trained, which a conversion may have split
-            update = _fitted(networks[place[0]].get_submodule(place[1]), name, halves["down"], halves["up"], scale, dtype)
+            # The rank is the trained one, which a conversion may have split.
+            scale = _scale(parts, facts, place)
+            layer = networks[place[0]].get_submodule(place[1])
+            update = _fitted(layer, name, halves["down"], halves["up"], scale, dtype)
             if update.rank > max_rank:
-                raise ValueError(f"has rank {update.rank} for {name}, where {max_rank} is the limit")
+                raise ValueError(
+                    f"has rank {update.rank} for {name}, where {max_rank} is the limit"
+                )
             updates[place] = update
     if not updates:
         raise ValueError("changes nothing")
@@ -424,13 +498,17 @@ def _updates(
 
 
 def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tell what belongs together: {a file's name for a layer: {"down": ..., "up": ..., perhaps
-    "alpha": ...}}.
+    """Group the tensors that belong to one layer, by the file's name for it.
+
+    Each group is {"down": ..., "up": ..., perhaps "alpha": ...}.
     """
     stems: dict[str, dict[str, Tensor]] = {}
     for key, tensor in convert_unet_state_dict_to_peft(tensors).items():
         if "dora_scale" in key or "lora_magnitude_vector" in key:
-            raise ValueError("is a DoRA (it holds dora_scale), which rescales the checkpoint's own weights and so cannot differ by row")
+            raise ValueError(
+                "is a DoRA (it holds dora_scale), "
+                "which rescales the checkpoint's own weights and so cannot differ by row"
+            )
         ending = next((ending for ending in ENDINGS if key.endswith(ending)), None)
         if ending is None:
             raise ValueError(f"holds {key!r}, which is no part of a plain LoRA")
@@ -438,19 +516,22 @@ def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     if sum(len(parts) for parts in stems.values()) != len(tensors):
         raise ValueError("holds a tensor twice, under two names")
     for stem, parts in stems.items():
-        if not {"down", "up"} <= parts.keys() or not all(parts[half].ndim > 1 and parts[half].numel() for half in ("down", "up")):
+        if not {"down", "up"} <= parts.keys() or not all(
+            parts[half].ndim > 1 and parts[half].numel() for half in ("down", "up")
+        ):
             raise ValueError(f"holds no complete pair of matrices for {stem!r}")
     return stems
 
 
 def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
-    """Every name by which a file may call a layer."""
+    """Return every name that a file may use for a layer, with the layer's place."""
     spellings: dict[str, Place] = {}
     for network, module in networks.items():
         for name, layer in module.named_modules():
             if not isinstance(layer, (nn.Linear, nn.Conv2d)):
                 continue
-            for spelled in (name, f"text_model.{name}"):  # the latter: a level of CLIP's that transformers has dropped
+            # The second spelling has a level of CLIP's that transformers has dropped.
+            for spelled in (name, f"text_model.{name}"):
                 spellings[f"{network}.{spelled}"] = (network, name)
                 for prefix, meant in KOHYA_NETWORKS.items():
                     if network in meant:
@@ -460,7 +541,9 @@ def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
     return spellings
 
 
-def _converted(stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+def _converted(
+    stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
+) -> dict[str, dict[str, Tensor]]:
     """Let diffusers translate one layer from the names in the original repositories.
 
     Here it may be several, or none.
@@ -468,29 +551,42 @@ def _converted(stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn
     tensors = {f"{stem}.lora_down.weight": parts["down"], f"{stem}.lora_up.weight": parts["up"]}
     try:
         if isinstance(networks.get("unet"), UNet2DConditionModel):
-            converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(tensors, unet_config=networks["unet"].config)
+            converted, _ = StableDiffusionXLLoraLoaderMixin.lora_state_dict(
+                tensors, unet_config=networks["unet"].config
+            )
         elif isinstance(networks.get("transformer"), FluxTransformer2DModel):
             converted = FluxLoraLoaderMixin.lora_state_dict(tensors)
         else:
             return {}
-    except Exception as problem:  # of every kind: the translators index and assert their way through foreign names
+    except (
+        Exception
+    ) as problem:  # of every kind: the translators index and assert their way through foreign names
         raise ValueError(f"changes {stem!r}, a layer that is not here") from problem
     return _by_stem(converted)
 
 
-def _fitted(layer: Any, name: str, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype) -> Update:
+def _fitted(
+    layer: Any, name: str, down: Tensor, up: Tensor, scale: float, dtype: torch.dtype
+) -> Update:
     """Lay the two matrices out for their layer. Raises `ValueError` where they do not fit it."""
     is_convolution = isinstance(layer, nn.Conv2d)
     if is_convolution and (layer.groups != 1 or layer.padding_mode != "zeros"):
-        raise ValueError(f"changes {name}, a convolution in groups or with other padding than zeros")
+        raise ValueError(
+            f"changes {name}, a convolution in groups or with other padding than zeros"
+        )
     out, *inside = layer.weight.shape
     rank = len(down)
-    if list(down.shape) != [rank, *inside] or list(up.shape) != [out, rank, *[1, 1] * is_convolution]:
-        raise ValueError(f"has shapes {list(down.shape)} and {list(up.shape)} for {name}, whose weight is {[out, *inside]}")
+    up_shape = [out, rank, *[1, 1] * is_convolution]
+    if list(down.shape) != [rank, *inside] or list(up.shape) != up_shape:
+        raise ValueError(
+            f"has shapes {list(down.shape)} and {list(up.shape)} for {name}, "
+            f"whose weight is {[out, *inside]}"
+        )
     if is_convolution:
         up = up.flatten(1)
     else:
-        down, up = down.T, up.T
+        down = down.T
+        up = up.T
     return Update(down.to(dtype).contiguous(), (up.float() * scale).to(dtype).contiguous(), rank)
 
 
@@ -500,12 +596,14 @@ def _training_facts(data: bytes) -> dict[str, Any]:
     {} where it did not.
     """
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    facts: dict[str, Any] = json.loads(header.get("__metadata__", {}).get("lora_adapter_metadata", "{}"))
+    facts: dict[str, Any] = json.loads(
+        header.get("__metadata__", {}).get("lora_adapter_metadata", "{}")
+    )
     return facts
 
 
 def _scale(parts: Mapping[str, Tensor], facts: Mapping[str, Any], place: Place) -> float:
-    """alpha / rank by the file's own tensor, else by the trainer's note.
+    """Return alpha / rank, by the file's own tensor, else by the trainer's note.
 
     1 where the file does not say.
     """
@@ -518,7 +616,9 @@ def _scale(parts: Mapping[str, Tensor], facts: Mapping[str, Any], place: Place) 
     alpha = facts.get(f"{network}.lora_alpha", rank)
     for pattern, other in facts.get(f"{network}.alpha_pattern", {}).items():
         if not re.fullmatch(r"\^?[\w.]+", pattern):
-            raise ValueError(f"scales its layers by the pattern {pattern!r}, which is no plain name")
+            raise ValueError(
+                f"scales its layers by the pattern {pattern!r}, which is no plain name"
+            )
         if name == pattern.removeprefix("^") or name.endswith(f".{pattern}"):
             alpha = other
     return float(alpha) / (math.sqrt(rank) if facts.get(f"{network}.use_rslora") else rank)

@@ -32,9 +32,13 @@ from torch import Tensor, nn
 
 from engine.errors import EngineError, UnsupportedRequest
 
-BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")  # in the order in which a network runs them
-PER_ROW = frozenset({"hidden_states", "encoder_hidden_states", "temb"})  # arguments of a block with one entry per row
-SHARED: dict[str, frozenset[str]] = {  # arguments that all rows share, by class of block; each returns the two hidden states, text first
+# These stand in the order in which a network runs them.
+BLOCK_LISTS = ("transformer_blocks", "single_transformer_blocks")
+# Arguments of a block with one entry per row.
+PER_ROW = frozenset({"hidden_states", "encoder_hidden_states", "temb"})
+# Arguments that all rows share, by class of block; each returns the two hidden states, text
+# first.
+SHARED: dict[str, frozenset[str]] = {
     "JointTransformerBlock": frozenset(),  # SD3; its last one returns no text
     "FluxTransformerBlock": frozenset({"image_rotary_emb"}),
     "FluxSingleTransformerBlock": frozenset({"image_rotary_emb"}),
@@ -69,8 +73,12 @@ class Memory:
 
     @property
     def size_bytes(self) -> int:
-        """Memory it takes on the device."""
-        return sum(tensor.nbytes for tensor in (self.first, self.first_size, self.text, self.image) if tensor is not None)
+        """Return the memory it takes on the device."""
+        return sum(
+            tensor.nbytes
+            for tensor in (self.first, self.first_size, self.text, self.image)
+            if tensor is not None
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +99,8 @@ class Forward:
 
     keys: Sequence[RowKey | None]
     narrow: Callable[[list[int] | None], None]
-    calls_before: list[Any] = field(default_factory=list)  # of each block, while the cache stands before it
+    # The call of each block, kept while the cache replaces it.
+    calls_before: list[Any] = field(default_factory=list)
     first: FirstBlock | None = None
 
 
@@ -101,7 +110,15 @@ class BlockCache:
     Used by the engine's thread only; the counters may be read from any.
     """
 
-    def __init__(self, transformer: nn.Module, *, threshold: float, max_bytes: int, warmup_steps: int = 2, last_steps: int = 1) -> None:
+    def __init__(
+        self,
+        transformer: nn.Module,
+        *,
+        threshold: float,
+        max_bytes: int,
+        warmup_steps: int = 2,
+        last_steps: int = 1,
+    ) -> None:
         """Look for the blocks; nothing is changed on the network until `rows()`.
 
         threshold: a row is skipped while the first block's residual differs by less than this share
@@ -109,12 +126,20 @@ class BlockCache:
         MiB per row of FLUX at 1024 px.  warmup_steps, last_steps: of each image, always computed in
         full.  Raises `UnsupportedRequest` for a network without the blocks this module knows.
         """
-        lists = [module for name in BLOCK_LISTS if isinstance(module := getattr(transformer, name, None), nn.ModuleList)]
+        lists = [
+            module
+            for name in BLOCK_LISTS
+            if isinstance(module := getattr(transformer, name, None), nn.ModuleList)
+        ]
         self._blocks: list[Any] = [block for blocks in lists for block in blocks]
         unknown = sorted({type(block).__name__ for block in self._blocks} - SHARED.keys())
         if len(self._blocks) < 2 or unknown:
-            found = f"blocks of class {', '.join(unknown)}" if unknown else "no transformer blocks in a row"
-            raise UnsupportedRequest("block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip")
+            found = "no transformer blocks in a row"
+            if unknown:
+                found = f"blocks of class {', '.join(unknown)}"
+            raise UnsupportedRequest(
+                "block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip"
+            )
         self.threshold = threshold
         self.max_bytes = max_bytes
         self.warmup_steps = warmup_steps
@@ -128,35 +153,44 @@ class BlockCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all that is remembered, on the device."""
+        """Return the memory of all remembered rows on the device."""
         return int(self._memories.currsize)
 
     @property
     def rows_remembered(self) -> int:
-        """Rows that may be skipped at their next step.
+        """Count the rows that may be skipped at their next step.
 
-        Not the length: an empty cache would count as false.
+        This is not `__len__`: an empty cache would count as false.
         """
         return len(self._memories)
 
     def facts(self) -> dict[str, Any]:
         """Tell what of it can change a bit, as plain JSON values."""
-        return {"threshold": self.threshold, "warmup_steps": self.warmup_steps, "last_steps": self.last_steps}
+        return {
+            "threshold": self.threshold,
+            "warmup_steps": self.warmup_steps,
+            "last_steps": self.last_steps,
+        }
 
     @contextmanager
-    def rows(self, keys: Sequence[RowKey | None], *, narrow: Callable[[list[int] | None], None] | None = None) -> Iterator[None]:
-        """Within it the next forward, of `len(keys)` rows, skips what it may.
+    def rows(
+        self,
+        keys: Sequence[RowKey | None],
+        *,
+        narrow: Callable[[list[int] | None], None] | None = None,
+    ) -> Iterator[None]:
+        """Let the next forward, of `len(keys)` rows, skip blocks within this context.
 
         Any forward after that one runs as without a cache.
 
-        A row whose key is None does without: it is computed in full and not remembered, but its
-        last bits depend on how many rows are computed with it (see the module).  narrow: told which
-        rows the coming blocks hold, in their order, whenever those are not all of them, and None
-        when they are all again; for what else is laid over a batch by row, such as adapters.
+        A row whose key is None is computed in full and not remembered, but its last bits depend on
+        how many rows are computed with it (see the module).  narrow: called with the rows that the
+        coming blocks hold, in their order, whenever some are left out, and with None when all are
+        back. It serves whatever else works row by row, such as adapters.
 
         Raises `EngineError` within the forward when its rows are not those of `keys`, and
-        `UnsupportedRequest` when its blocks are given what this module does not know to be shared
-        or per row. Either way nothing of the network stays changed.
+        `UnsupportedRequest` when its blocks are given arguments that this module knows neither as
+        shared nor as per row. Either way the network is left unchanged.
         """
         for key in keys:
             if key is not None:
@@ -181,12 +215,15 @@ class BlockCache:
 
     def _step_in(self, forward: Forward) -> None:
         """Stand between the network and its blocks."""
-        # A module's __call__ hands over to this attribute where it is set: `compile()` puts a compiled block there, which goes on
-        # being used. Replacing `forward` instead would be traced into the compiled block, and lose it at the first decision.
+        # A module's __call__ delegates to this attribute where it is set. `compile()` puts a
+        # compiled block there, which stays in use. A replaced `forward` would be traced into the
+        # compiled block, which would be lost at the first decision.
         forward.calls_before = [block._compiled_call_impl for block in self._blocks]
         steps = [self._run_first, *[self._run_between] * (len(self._blocks) - 2), self._run_last]
         for block, before, step in zip(self._blocks, forward.calls_before, steps, strict=True):
-            block._compiled_call_impl = partial(step, forward, before or block._call_impl, SHARED[type(block).__name__])
+            block._compiled_call_impl = partial(
+                step, forward, before or block._call_impl, SHARED[type(block).__name__]
+            )
 
     def _step_out(self, forward: Forward) -> None:
         """Let the network call its blocks directly again, with all rows. Harmless when repeated."""
@@ -196,15 +233,29 @@ class BlockCache:
             forward.narrow(None)
         forward.calls_before = []
 
-    def _run_first(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+    def _run_first(
+        self,
+        forward: Forward,
+        block: Callable[..., Streams],
+        shared: frozenset[str],
+        /,
+        **arguments: Any,
+    ) -> Streams:
         """Run the first block for all rows, and decide whom it was the last for."""
         unknown = arguments.keys() - PER_ROW - shared
-        strange = sorted(name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name])
+        strange = sorted(
+            name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name]
+        )
         if strange:
-            raise UnsupportedRequest("block_cache", f"whose row is what in {', '.join(strange)} is not known")
+            raise UnsupportedRequest(
+                "block_cache", f"whose row is what in {', '.join(strange)} is not known"
+            )
         before = arguments["hidden_states"]
         if len(before) != len(forward.keys):
-            raise EngineError(f"a forward of {len(before)} rows where the block cache was told of {len(forward.keys)}")
+            raise EngineError(
+                f"a forward of {len(before)} rows "
+                f"where the block cache was told of {len(forward.keys)}"
+            )
         text, image = block(**arguments)
         assert text is not None, "only a last block returns no text"
         added = image - before
@@ -219,20 +270,39 @@ class BlockCache:
         forward.narrow(computed)
         return text[index], image[index]
 
-    def _run_between(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
+    def _run_between(
+        self,
+        forward: Forward,
+        block: Callable[..., Streams],
+        shared: frozenset[str],
+        /,
+        **arguments: Any,
+    ) -> Streams:
         """Run a block for the rows that are computed, if there are any."""
         first = forward.first
         if first is None or len(arguments["hidden_states"]) != len(first.computed):
-            raise EngineError("the first block was left out, or rows were changed after it, as by a control network")
+            raise EngineError(
+                "the first block was left out, "
+                "or rows were changed after it, as by a control network"
+            )
         if not first.computed:
             return arguments["encoder_hidden_states"], arguments["hidden_states"]
         if first.index is not None:
             arguments["temb"] = arguments["temb"][first.index]
         return block(**arguments)
 
-    def _run_last(self, forward: Forward, block: Callable[..., Streams], shared: frozenset[str], /, **arguments: Any) -> Streams:
-        """Run the last block likewise, remember what all of them added, and put the rows back into
-        their places.
+    def _run_last(
+        self,
+        forward: Forward,
+        block: Callable[..., Streams],
+        shared: frozenset[str],
+        /,
+        **arguments: Any,
+    ) -> Streams:
+        """Run the last block for the computed rows, and put the skipped rows back into their
+        places.
+
+        Remembers what all blocks added.
         """
         text, image = self._run_between(forward, block, shared, **arguments)
         self._step_out(forward)
@@ -241,39 +311,59 @@ class BlockCache:
         self._remember(forward.keys, first, text, image)
         if first.index is None:
             return text, image
-        # The first block's output is nobody else's any more: what went on was a copy of some of its rows.
-        image = _filled(first.image, first.index, image, {row: memory.image for row, memory in first.skipped.items()})
-        added = {row: memory.text for row, memory in first.skipped.items() if memory.text is not None}
-        return _filled(first.text, first.index, text, added) if text is not None and added else None, image
+        # The first block's output may be overwritten: the next blocks were given a copy of some of
+        # its rows.
+        skipped = first.skipped
+        added_to_image = {row: memory.image for row, memory in skipped.items()}
+        image = _filled(first.image, first.index, image, added_to_image)
+        added_to_text = {
+            row: memory.text for row, memory in skipped.items() if memory.text is not None
+        }
+        if text is None or not added_to_text:
+            return None, image
+        return _filled(first.text, first.index, text, added_to_text), image
 
     # --- what is remembered ---
 
     def _is_full(self, key: RowKey) -> bool:
-        """Must this step be computed in full whatever changed?"""
+        """Tell whether this step must be computed in full, whatever changed."""
         return key.step < self.warmup_steps or self._is_last(key)
 
     def _is_last(self, key: RowKey) -> bool:
         return key.step >= key.num_steps - self.last_steps
 
     def _skippable(self, keys: Sequence[RowKey | None], added: Tensor) -> dict[int, Memory]:
-        """Give the rows to which the first block added nearly what it added when they were last
-        computed, and what is remembered of them.
+        """Return the rows that may be skipped, with what is remembered of them.
+
+        To those rows the first block added nearly what it added when they were last computed.
         """
         known: dict[int, Memory] = {}
         for row, key in enumerate(keys):
-            memory = None if key is None or self._is_full(key) else self._memories.get((key.image_id, key.row))
-            # A memory that is not of an earlier step is of a step that is being repeated, or of another run of the image.
+            memory = (
+                None
+                if key is None or self._is_full(key)
+                else self._memories.get((key.image_id, key.row))
+            )
+            # A memory of this step or a later one comes from a step that is now repeated, or from
+            # another run of the image.
             if key is not None and memory is not None and memory.step < key.step:
                 known[row] = memory
         if not known:
             return {}
-        changes = [(added[row] - memory.first).abs().mean() / memory.first_size for row, memory in known.items()]
-        changed = dict(zip(known, torch.stack(changes).tolist(), strict=True))  # the one wait for the device
+        changes = [
+            (added[row] - memory.first).abs().mean() / memory.first_size
+            for row, memory in known.items()
+        ]
+        # The one wait for the device.
+        changed = dict(zip(known, torch.stack(changes).tolist(), strict=True))
         return {row: memory for row, memory in known.items() if changed[row] < self.threshold}
 
-    def _remember(self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor) -> None:
-        """Keep what the rows just computed in full will be measured against, and what the blocks
-        after the first added to them.
+    def _remember(
+        self, keys: Sequence[RowKey | None], first: FirstBlock, text: Tensor | None, image: Tensor
+    ) -> None:
+        """Remember the rows just computed in full, to compare and complete later ones.
+
+        It keeps what the first block added, and what the blocks after it added.
 
         text, image: [computed rows, tokens, width] after the last block.
         """
@@ -295,8 +385,9 @@ class BlockCache:
 
 
 def _filled(whole: Tensor, index: Tensor, computed: Tensor, added: dict[int, Tensor]) -> Tensor:
-    """Replace the rows `index` of `whole` by computed ones and add to each other row what is
-    remembered for it, in place.
+    """Replace the rows `index` of `whole` by computed ones, in place.
+
+    To each other row it adds what is remembered for it.
     """
     whole[index] = computed
     for row, remembered in added.items():

@@ -1,5 +1,6 @@
-"""Measure a checkpoint's curves on this device and write them down, for workers to load instead of
-measuring at every start.
+"""Measure a checkpoint's curves on this device and write them down.
+
+Workers load them instead of measuring at every start.
 """
 
 from dataclasses import dataclass, replace
@@ -23,11 +24,13 @@ class CurvePoint:
     grows: bool  # do single rows that wait grow a forward to this size?
 
 
-def calibrate(config: EngineConfig, spec: CheckpointSpec, folder: Path) -> tuple[Path, list[CurvePoint]]:
-    """Load `spec` alone, measure every bucket `config.warm_up_repeats` times, save the curves in
-    `folder`.
+def calibrate(
+    config: EngineConfig, spec: CheckpointSpec, folder: Path
+) -> tuple[Path, list[CurvePoint]]:
+    """Load `spec` alone, measure every bucket, and save the curves in `folder`.
 
-    Curves saved there before are replaced. Returns the file and what it says, for people.
+    Each bucket is measured `config.warm_up_repeats` times. Curves saved there before are replaced.
+    Returns the file and a text of its contents, for people.
     """
     with Engine(replace(config, curves_folder=""), [spec]) as engine:
         file = save_curves(engine.costs, folder, spec.name, engine.fingerprint(spec.name))
@@ -37,5 +40,9 @@ def calibrate(config: EngineConfig, spec: CheckpointSpec, folder: Path) -> tuple
             knee = curve.knee(config.max_batch_rows)
             for rows in doublings(config.max_batch_rows):
                 gain = rows * curve.seconds(1) / curve.seconds(rows)
-                points.append(CurvePoint(key.width_px, key.height_px, rows, curve.seconds(rows), gain, rows <= knee))
+                points.append(
+                    CurvePoint(
+                        key.width_px, key.height_px, rows, curve.seconds(rows), gain, rows <= knee
+                    )
+                )
     return file, points

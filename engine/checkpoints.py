@@ -132,7 +132,7 @@ class LoadedCheckpoints(Mapping[str, LoadedCheckpoint]):
         return known
 
     def stats(self) -> dict[str, Any]:
-        """Plain numbers since the start, of all checkpoints together."""
+        """Return plain numbers since the start, of all checkpoints together."""
         loaded = list(self._loaded.values())
         banks = [one.adapters for one in loaded if one.adapters is not None]
         block_caches = [one.block_cache for one in loaded if one.block_cache is not None]

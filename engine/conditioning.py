@@ -29,7 +29,7 @@ class ConditioningCache:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all encodings that are remembered."""
+        """Return the memory of all encodings that are remembered."""
         return int(self._entries.currsize)
 
     def recall(self, encoder: str, text: str, encode: Callable[[], Rows]) -> Rows:

@@ -1,4 +1,4 @@
-"""What an engine is started with: the device and its limits, and the checkpoints it holds.
+"""The settings of an engine: the device and its limits, and the checkpoints it holds.
 
 Plain values. Whoever reads the environment or the catalog turns them into these.
 """
@@ -16,20 +16,28 @@ class EngineConfig:
     """One device and how much of it to use."""
 
     device: str = "cpu"  # "cpu" or "cuda:0"
-    attention: str = "auto"  # "flash", "efficient", "cudnn" or "math": pin one of torch's kernels, the plain one where it cannot
-    num_threads: int = 1  # torch threads on a CPU; never more than free cores. Part of the fingerprint
+    # "flash", "efficient", "cudnn" or "math": pin one of torch's kernels, the plain one where it
+    # cannot.
+    attention: str = "auto"
+    # Torch threads on a CPU; never more than free cores. Part of the fingerprint.
+    num_threads: int = 1
     max_inflight: int = 16  # images that advance by turns on this device, not those that wait
-    rank_shares: Mapping[int, float] = field(default_factory=dict)  # rank -> part of the device it gets at least while it has work
-    share_patience_s: float = 2.0  # busy seconds that such a rank is put off: shorter work of a better one is never held up
+    # Rank -> part of the device it gets at least while it has work.
+    rank_shares: Mapping[int, float] = field(default_factory=dict)
+    # Busy seconds that such a rank waits: shorter work of a better rank is never held up.
+    share_patience_s: float = 2.0
     max_batch_rows: int = 16  # rows of one forward; a guided image takes two
-    growth_ceiling: float = 0.85  # a forward grows while one more row costs less than this share of a single-row step
-    row_buckets: tuple[int, ...] = ()  # sizes of best-effort forwards, padded up; (): exactly the rows there are
+    # A forward grows while one more row costs less than this share of a single-row step.
+    growth_ceiling: float = 0.85
+    # Sizes of best-effort forwards, padded up; (): exactly the rows there are.
+    row_buckets: tuple[int, ...] = ()
     max_encodes_between_steps: int = 4  # so that newcomers never stall the others for long
     conditioning_cache_bytes: int = 256 * 1024 * 1024
     latent_cache_bytes: int = 64 * 1024 * 1024  # latents kept for forks
     warm_up_repeats: int = 1  # measurements of each bucket of which no curve is known
     previews_per_s: float = 2.0  # of one image, at most
-    curves_folder: str = ""  # what `./darkroom calibrate` measured; "": everything is measured at warm-up
+    # What `./darkroom calibrate` measured; "": everything is measured at warm-up.
+    curves_folder: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,20 +57,26 @@ class CheckpointSpec:
     path: str
     family: str = "sd"
     precision: str = "fp32"  # "fp32", "bf16" or "fp16"
-    sha256: Mapping[str, str] = field(default_factory=dict)  # "unet/config.json" -> hex digest; {} trusts the folder
+    # "unet/config.json" -> hex digest; {} trusts the folder.
+    sha256: Mapping[str, str] = field(default_factory=dict)
     sizes: tuple[tuple[int, int], ...]  # (width_px, height_px) that may be asked for
     samplers: tuple[str, ...]
     default_sampler: str | None = None  # renders the warm-up images; None: the first of `samplers`
     adapters: tuple[AdapterSpec, ...] = ()
     adapter_slots: int = 8  # different adapters in one forward
     max_adapter_rank: int = 64
-    pipeline_class: str = ""  # family "pipeline": the diffusers class; "": what the checkpoint's model_index.json names
-    options: Mapping[str, Option] = field(default_factory=dict)  # family "pipeline": arguments of every call
-    channels_last: bool = False  # the UNet's weights in the layout that convolutions in half precision like
-    compile_blocks: bool = False  # torch.compile, block by block: a minute at the first start, a tenth or more off each step
-    cuda_graphs: bool = False  # record each bucket's forward once; with `row_buckets`, so that there are few
-    # Relative change of the first block's residual under which a best-effort image skips the others;
-    # 0: no cache.
+    # Family "pipeline": the diffusers class; "": what the checkpoint's model_index.json names.
+    pipeline_class: str = ""
+    # Family "pipeline": arguments of every call.
+    options: Mapping[str, Option] = field(default_factory=dict)
+    # The UNet's weights in the layout that convolutions in half precision like.
+    channels_last: bool = False
+    # torch.compile, block by block: a minute at the first start, a tenth or more off each step.
+    compile_blocks: bool = False
+    # Record each bucket's forward once; with `row_buckets`, so that there are few.
+    cuda_graphs: bool = False
+    # A best-effort image skips the other blocks when the first block's residual changed relatively
+    # by less than this; 0: no cache.
     block_cache_threshold: float = 0.0
     block_cache_bytes: int = 1024 * 1024 * 1024
     # Of a flux network: whether it takes guidance as an input; None: nobody says.

@@ -1,21 +1,27 @@
-"""What a piece of work takes on this device: seconds of a forward by its rows, of an encode and a
-decode, bytes of a row.
+"""Estimate what a piece of work costs on this device.
 
-Measured, never assumed: `observe_*` is fed at warm-up and after every piece of work, `adopt` with
-what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no files. It does not know
-who waits; `scheduler.py` asks it.
+Covers the seconds of a forward by its rows, of an encode and of a decode, and the bytes of a row.
+
+Everything is measured, nothing assumed: `observe_*` is called at warm-up and after every piece of
+work, `adopt` with what `./darkroom calibrate` wrote down (`curves.py`). No torch, no clock, no
+files. This module does not know who waits; `scheduler.py` asks it.
 
 Three things stand between a measurement and a decision:
 
-- A *moving average* per row count. The first forward of a size also pays for what is done once (kernels chosen, memory laid out), so
-  the second observation replaces it when lower; from then on one observation counts as at most `OUTLIER` times the average. Values
-  from a file are trusted like a settled average: what is observed on top moves them slowly.
-- A *curve* through the averages that never falls (pool adjacent violators): more rows are never cheaper, and where the averages say so
-  they share their mean, in which half as much weight is given to what was not seen for `HALF_LIFE` forwards. Between measured row
-  counts it is straight, beyond the last it goes on with the last slope, below the first with the first slope but never under the
-  proportional share.
-- A *second look*. A row count found too dear is not used and so would never be measured again. The next larger one than what is used
-  is therefore tried when it was seen only once, or not within the last `STALE_AFTER` forwards of its batch key.
+- A *moving average* per row count. The first forward of a size also pays for what is done once
+  (kernels chosen, memory laid out), so the second observation replaces it when lower. From then on
+  one observation counts as at most `OUTLIER` times the average. Values from a file are trusted like
+  a settled average: later observations move them slowly.
+
+- A *curve* through the averages that never falls (pool adjacent violators): more rows are never
+  cheaper. Averages that say otherwise share their mean, in which a row count that was not seen for
+  `HALF_LIFE` forwards has half the weight. The curve is straight between measured row counts.
+  Beyond the last it continues with the last slope. Below the first it uses the first slope, but
+  never goes below the proportional share.
+
+- A *second look*. A row count found too expensive is not used and so would never be measured again.
+  The next row count above the one in use is therefore tried when it was seen only once, or not
+  within the last `STALE_AFTER` forwards of its batch key.
 """
 
 from __future__ import annotations
@@ -34,7 +40,8 @@ STALE_AFTER = 1000  # likewise
 MAX_KEYS = 256  # a pipeline call that can share no forward brings a batch key of its own
 TICK_S = 1e-6  # no forward takes less, whatever a coarse clock says
 
-# Before the first forward of a checkpoint was timed. Only the proportions matter then: which image is nearer its end.
+# Used before the first forward of a checkpoint was timed. Only the proportions matter then: they
+# tell which image is nearer its end.
 ROW_S_PER_MEGAPIXEL = 0.25
 DECODE_STEPS = 3.0  # a decode is as long as so many single-row steps
 ENCODE_STEPS = 1.0
@@ -66,8 +73,9 @@ class CostModel:
     """Seconds and bytes by batch key."""
 
     def __init__(self, *, memory: float = 0.1) -> None:
-        """`memory`: the weight of the newest observation in a moving average, above 0 and at most
-        1.
+        """Start without measurements.
+
+        memory: the weight of the newest observation in a moving average, above 0 and at most 1.
         """
         if not 0 < memory <= 1:
             raise ValueError(f"memory is {memory}, not above 0 and at most 1")
@@ -103,7 +111,7 @@ class CostModel:
         self._decodes.keep(key, average)
 
     def is_measured(self, key: BatchKey) -> bool:
-        """Is a forward of this very batch key known, by observation or from a file?"""
+        """Tell whether a forward of this very batch key is known, by observation or from a file."""
         return key in self._curves or key in self._points
 
     def measured_keys(self) -> list[BatchKey]:
@@ -118,7 +126,8 @@ class CostModel:
         Where nothing is known, the first row takes `ROW_S_PER_MEGAPIXEL` and each further one half
         of that.
         """
-        point, curve = self._points.get(key), self._curves.nearest(key)
+        point = self._points.get(key)
+        curve = self._curves.nearest(key)
         if point is not None and curve is not None:
             (rows,) = point.averages
             return Curve(curve[1], point.seconds(rows) / curve[1].seconds(rows))
@@ -150,9 +159,13 @@ class CostModel:
 
     # --- bytes ---
 
-    def observe_memory(self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int) -> None:
-        """Note what the device holds whatever it does (weights, adapters, margin), what a row of a
-        forward adds and what a decode does.
+    def observe_memory(
+        self, key: BatchKey, *, fixed_bytes: int, per_row_bytes: int, decode_bytes: int
+    ) -> None:
+        """Note the memory that the device needs.
+
+        It is a fixed part (weights, adapters, margin), a part per row of a forward, and a part per
+        decode.
         """
         self._footprints[key] = Footprint(fixed_bytes, per_row_bytes, decode_bytes)
 
@@ -225,19 +238,26 @@ class Curve:
         """Give the seconds of a forward of `rows` rows, padding included."""
         return self._scale * self._measured.seconds(rows)
 
-    def is_worth_growing(self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85) -> bool:
-        """Does growing a forward cost less than `ceiling` times a single-row step for each of the
-        `used_rows` rows it gains?
+    def is_worth_growing(
+        self, from_rows: int, to_rows: int, *, used_rows: int, ceiling: float = 0.85
+    ) -> bool:
+        """Tell whether growing a forward is cheaper than running its new rows alone.
 
-        `from_rows` and `to_rows` include padding. True as well where the answer is due for a second
-        look.
+        It is when the growth costs less than `ceiling` times a single-row step for each of the
+        `used_rows` rows gained. `from_rows` and `to_rows` include padding. True as well where a
+        second look is due.
         """
         measured = self._measured
         more_s = measured.seconds(to_rows) - measured.seconds(from_rows)
-        return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(from_rows, to_rows)
+        return more_s < ceiling * used_rows * measured.seconds(1) or measured.is_due(
+            from_rows, to_rows
+        )
 
     def knee(self, most_rows: int, ceiling: float = 0.85) -> int:
-        """Tell the rows a forward grows to when single rows wait without end, at most `most_rows`."""
+        """Return the rows, at most `most_rows`, that a forward grows to.
+
+        Single rows are taken to be always waiting.
+        """
         rows = 1
         for more in range(2, most_rows + 1):
             if self.is_worth_growing(rows, more, used_rows=more - rows, ceiling=ceiling):
@@ -262,7 +282,8 @@ class _Average:
             self.seconds += weight * (min(seconds, most * self.seconds) - self.seconds)
 
     def load(self, seconds: float, observations: int) -> None:
-        self.seconds, self.observations = seconds, observations
+        self.seconds = seconds
+        self.observations = observations
 
 
 class _Forwards:
@@ -293,17 +314,24 @@ class _Forwards:
         return self._known[rows]
 
     def is_due(self, from_rows: int, to_rows: int) -> bool:
-        """Is `to_rows` the next measured row count, and a measurement that should be repeated?"""
+        """Tell whether `to_rows` is the next measured row count and should be measured again."""
         place = bisect_right(self._rows, from_rows)
-        return self._rows[place : place + 1] == [to_rows] and self._is_doubtful(to_rows) and not self._is_doubtful(from_rows)
+        return (
+            self._rows[place : place + 1] == [to_rows]
+            and self._is_doubtful(to_rows)
+            and not self._is_doubtful(from_rows)
+        )
 
     def _is_doubtful(self, rows: int) -> bool:
         average = self.averages.get(rows)
-        return average is not None and (average.observations == 1 or self._observations - average.seen_at > STALE_AFTER)
+        return average is not None and (
+            average.observations == 1 or self._observations - average.seen_at > STALE_AFTER
+        )
 
     def _fit(self, settled: float) -> None:
-        """Draw the curve anew: neighbours of which the larger is cheaper share their weighted mean
-        (pool adjacent violators).
+        """Fit the curve anew (pool adjacent violators).
+
+        Neighbours of which the larger is cheaper share their weighted mean.
         """
         self._known.clear()
         self._rows = sorted(self.averages)
@@ -311,16 +339,20 @@ class _Forwards:
         for rows in self._rows:
             average = self.averages[rows]
             age = self._observations - average.seen_at
-            seconds, weight, count = average.seconds, min(average.observations, settled) * 0.5 ** (age / HALF_LIFE), 1
+            seconds = average.seconds
+            weight = min(average.observations, settled) * 0.5 ** (age / HALF_LIFE)
+            count = 1
             while blocks and blocks[-1][0] >= seconds:
                 before, before_weight, before_count = blocks.pop()
                 seconds = (seconds * weight + before * before_weight) / (weight + before_weight)
-                weight, count = weight + before_weight, count + before_count
+                weight = weight + before_weight
+                count = count + before_count
             blocks.append((seconds, weight, count))
         self._seconds = [seconds for seconds, _, count in blocks for _ in range(count)]
 
     def _read(self, rows: int) -> float:
-        known, seconds = self._rows, self._seconds
+        known = self._rows
+        seconds = self._seconds
         if len(known) == 1:
             return seconds[0] * (1 + rows) / (1 + known[0])
         left = min(max(bisect_right(known, rows) - 1, 0), len(known) - 2)
@@ -358,15 +390,18 @@ class _ByKey(dict[BatchKey, Value], Generic[Value]):
             self._borrowed.clear()
 
     def nearest(self, key: BatchKey) -> tuple[BatchKey, Value] | None:
-        """Give the key itself where it is known, else the most alike of its checkpoint: same call,
-        then pixels, then text length.
+        """Return the key itself where it is known, else the most similar one of its checkpoint.
+
+        The same call counts first, then pixels, then text length.
         """
         own = self.get(key)
         if own is not None:
             return key, own
         if key not in self._borrowed:
             self._borrowed[key] = min(
-                (other for other in self if other.checkpoint == key.checkpoint), key=_distance_from(key), default=None
+                (other for other in self if other.checkpoint == key.checkpoint),
+                key=_distance_from(key),
+                default=None,
             )
         alike = self._borrowed[key]
         return None if alike is None else (alike, self[alike])

@@ -13,11 +13,14 @@ cuda: Any = torch.cuda  # half of what is used of these two is not annotated
 backends: Any = torch.backends
 
 
-ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")  # torch's kernels of scaled dot product attention
+# Torch's kernels of scaled dot product attention.
+ATTENTION = ("auto", "flash", "efficient", "cudnn", "math")
 KERNEL_NAMES = {"flash": "flash", "efficient": "mem_efficient", "cudnn": "cudnn", "math": "math"}
-# How torch on a CPU, CUDA itself (pinned memory, a graph) and its libraries (workspaces) say so; torch's allocator has a class for it.
+# Messages of torch on a CPU, of CUDA itself (pinned memory, a graph) and of its libraries
+# (workspaces). Torch's allocator raises a class of its own instead.
 OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
-MEMORY_SHARE = 0.92  # of what is free: the allocator's fragments and the libraries' workspaces take the rest
+# The share of free memory that is used: fragments and the libraries' workspaces take the rest.
+MEMORY_SHARE = 0.92
 
 
 class Stopwatch(Protocol):
@@ -45,23 +48,25 @@ class HostStopwatch:
         self._seconds = time.perf_counter() - self._started
 
     def seconds(self) -> float:
-        """From start to stop."""
+        """Return the seconds from start to stop."""
         return self._seconds
 
 
 class CudaStopwatch:
-    """Time on the device's clock, by two events in its stream: taking it launches nothing and waits
-    for nothing.
+    """Time on the device's clock, by two events in its stream.
+
+    Taking it launches nothing and waits for nothing.
     """
 
     def __init__(self) -> None:
         self._start = cuda.Event(enable_timing=True)
-        self._end = cuda.Event(enable_timing=True, blocking=True)  # whoever waits for it sleeps instead of burning a core
+        # The waiting thread sleeps instead of using a core.
+        self._end = cuda.Event(enable_timing=True, blocking=True)
         self._start.record()
 
     @property
     def is_ready(self) -> bool:
-        """Has the device passed the end?"""
+        """Tell whether the device has passed the end."""
         return bool(self._end.query())
 
     def stop(self) -> None:
@@ -69,9 +74,9 @@ class CudaStopwatch:
         self._end.record()
 
     def seconds(self) -> float:
-        """From start to stop.
+        """Return the seconds from start to stop.
 
-        Waits for the device to pass the end, without holding the interpreter.
+        Waits for the device to pass the end, without holding the interpreter lock.
         """
         self._end.synchronize()
         return float(self._start.elapsed_time(self._end)) / 1000
@@ -91,7 +96,7 @@ class Device:
 
     @property
     def is_cuda(self) -> bool:
-        """Is it an NVIDIA (or ROCm) GPU?"""
+        """Tell whether this is an NVIDIA (or ROCm) GPU."""
         return self.torch_device.type == "cuda"
 
     def prepare(self) -> None:
@@ -101,7 +106,9 @@ class Device:
         """
         torch.set_num_threads(self.num_threads)
         for kernel in ATTENTION[1:]:
-            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(self.attention in ("auto", kernel) or kernel == "math")
+            getattr(backends.cuda, f"enable_{KERNEL_NAMES[kernel]}_sdp")(
+                self.attention in ("auto", kernel) or kernel == "math"
+            )
         if self.is_cuda:
             cuda.set_device(self.torch_device)
             backends.cudnn.benchmark = False  # else the kernel depends on what ran first
@@ -115,8 +122,9 @@ class Device:
 
     @contextmanager
     def aside(self) -> Iterator[None]:
-        """On a GPU, launch what follows beside the forwards to come, after all that was launched
-        until now.
+        """Launch the work of this context in a stream of its own; on a CPU, do nothing.
+
+        It runs after all that was launched until now, and beside the forwards to come.
         """
         if not self.is_cuda:
             yield
@@ -134,7 +142,9 @@ class Device:
         """
         if not self.is_cuda:
             return tensor
-        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
 
     def free_cached_memory(self) -> None:
         """Give unused cached blocks back, after the device ran out of memory."""
@@ -185,7 +195,9 @@ class Device:
             }
         return {
             "device": _cpu("model name") or platform.processor() or platform.machine(),
-            "instructions": sorted(flag for flag in _cpu("flags").split() if flag.startswith(("avx", "amx", "fma"))),
+            "instructions": sorted(
+                flag for flag in _cpu("flags").split() if flag.startswith(("avx", "amx", "fma"))
+            ),
             "capability": backends.cpu.get_cpu_capability(),
             "threads": torch.get_num_threads(),
             "onednn": backends.mkldnn.is_available(),
@@ -196,13 +208,16 @@ class Device:
 
 
 def is_out_of_memory(problem: BaseException) -> bool:
-    """Did the device, or the host standing in for one, refuse an allocation?"""
-    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(words in str(problem) for words in OUT_OF_MEMORY)
+    """Tell whether the device, or the host standing in for one, refused an allocation."""
+    return isinstance(problem, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in str(problem) for words in OUT_OF_MEMORY
+    )
 
 
 def _cpu(key: str) -> str:
-    """Tell what Linux says of the processor, "" elsewhere: its instruction set chooses the kernels,
-    also inside oneDNN.
+    """Return what Linux says of the processor, "" elsewhere.
+
+    Its instruction set chooses the kernels, also inside oneDNN.
     """
     try:
         with open("/proc/cpuinfo", encoding="utf-8") as lines:

@@ -135,14 +135,14 @@ class Engine:
 
     @property
     def is_running(self) -> bool:
-        """Does it take requests?"""
+        """Tell whether the engine takes requests."""
         return self._inbox.is_accepting
 
     @property
     def turn_s(self) -> float:
-        """Seconds that the turn in progress has taken; 0 between two turns.
+        """Return the seconds that the turn in progress has taken; 0 between two turns.
 
-        A turn that does not end is a device that hangs.
+        A turn that does not end means that the device hangs.
         """
         return self._loop.turn_s
 
@@ -305,12 +305,12 @@ class Engine:
 
     @property
     def load_s(self) -> float:
-        """Seconds that reading and verifying all checkpoints took."""
+        """Return the seconds that reading and verifying all checkpoints took."""
         return self._checkpoints.load_s
 
     @property
     def warm_up_s(self) -> float:
-        """Seconds that warming up all checkpoints took."""
+        """Return the seconds that warming up all checkpoints took."""
         return self._loop.warm_up_s
 
     def fingerprint(self, checkpoint: str, bucket_rows: int | None = None) -> Fingerprint:

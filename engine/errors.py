@@ -1,16 +1,16 @@
 """Everything that can go wrong in the engine.
 
 EngineError              the unplanned, with its cause attached: log it, count the attempt
-├── UnknownCheckpoint    this engine does not hold the checkpoint: a routing mistake, another worker may hold it
+├── UnknownCheckpoint    the checkpoint is not here: wrongly routed, another worker may hold it
 ├── UnsupportedRequest   no engine with this catalog could render it; names the field
 ├── CheckpointCorrupt    a file is missing, altered or unreadable; names the file
-├── SnapshotRefused      not a snapshot, a damaged one, or one of another request or set-up: start from step 0
+├── SnapshotRefused      no snapshot, damaged, or of another request or set-up: start from step 0
 ├── OutOfDeviceMemory    the device could not hold the work: try again alone, or elsewhere
 ├── ImageNotFinite       the checkpoint produced NaN or infinity: the same request fails again
 ├── ImageCanceled        somebody asked for it
-├── DeadlinePassed       it was not finished in the time it was given: more time, a better rank or a quieter engine
-└── EngineStopped        the engine is not running (any more): another worker can render it from the start
-    └── EngineDied       its device thread broke while this image was there: it may be the image's doing
+├── DeadlinePassed       the time was too short: give more time, a better rank, a quieter engine
+└── EngineStopped        the engine is not running: another worker can render it from the start
+    └── EngineDied       its device thread broke while it held this image, maybe because of it
 """
 
 
@@ -28,7 +28,10 @@ class UnknownCheckpoint(EngineError):
     """
 
     def __init__(self, checkpoint: str, known: list[str]) -> None:
-        super().__init__(f"no checkpoint named {checkpoint!r} here; this engine holds {', '.join(known) or 'none'}")
+        super().__init__(
+            f"no checkpoint named {checkpoint!r} here; "
+            f"this engine holds {', '.join(known) or 'none'}"
+        )
         self.checkpoint = checkpoint
 
 

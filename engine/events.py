@@ -1,5 +1,6 @@
-"""What an image tells its caller on the way: Queued, Started (or Resumed, from a snapshot),
-Stepped…, then Finished or Failed.
+"""The events that an image sends its caller.
+
+They are Queued, Started (or Resumed, from a snapshot), Stepped…, then Finished or Failed.
 
 Previewed comes after a Stepped while somebody watches; Parked and Resumed come in pairs between two
 steps, when a better rank takes the image's seat and gives it back. Events are values; `on_event` is

@@ -1,4 +1,4 @@
-"""What a caller holds of an image in flight. Every method may be called from any thread."""
+"""The caller's handle of an image in flight. Every method may be called from any thread."""
 
 from __future__ import annotations
 
@@ -64,8 +64,9 @@ class Handle:
             self._controls.set_rank(self.request.id, rank)
 
     def watch(self, watched: bool = True) -> None:
-        """Ask for `Previewed` events from the next step on, or for no more of them: they cost time,
-        so only while somebody looks.
+        """Ask for `Previewed` events from the next step on, or for no more of them.
+
+        They cost time, so ask only while somebody looks.
         """
         if not self.done():
             self._controls.watch(self.request.id, watched)
@@ -83,7 +84,7 @@ class Handle:
         return self._controls.snapshot(self.request.id).result(timeout_s)
 
     def done(self) -> bool:
-        """Is it finished, failed or canceled?"""
+        """Tell whether the image is finished, failed or canceled."""
         return self._done.is_set()
 
     def result(self, timeout_s: float | None = None) -> FinishedImage:

@@ -1,4 +1,4 @@
-"""What callers leave for the device thread, and the images it owes an end: all that both share.
+"""Hold what callers leave for the device thread, and the images that it has yet to end.
 
 One lock. Callers put in and go on; the device thread takes everything out between two turns. The
 scheduler's list of images changes under this lock alone, so that `stats` finds each once.
@@ -69,7 +69,7 @@ class Inbox:
 
     @property
     def is_accepting(self) -> bool:
-        """Does the device thread take more?"""
+        """Tell whether the device thread takes more images."""
         return self._is_accepting
 
     def start_accepting(self) -> None:

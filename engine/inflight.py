@@ -45,7 +45,9 @@ class BatchKey:
 
     def __str__(self) -> str:
         """Tell how curves on disk and in metrics name it."""
-        return f"{self.checkpoint} {self.width_px}x{self.height_px} text={self.text_length}{self.call and f' {self.call}'}"
+        call = self.call and f" {self.call}"
+        size = f"{self.width_px}x{self.height_px}"
+        return f"{self.checkpoint} {size} text={self.text_length}{call}"
 
 
 @dataclass
@@ -63,7 +65,7 @@ class Account:
 
     @property
     def device_seconds(self) -> float:
-        """Its share of the device until now."""
+        """Return the device seconds that the image took until now."""
         return self.encode_s + self.denoise_s + self.decode_s
 
 
@@ -86,11 +88,14 @@ class InFlight:
     submitted_at: float = 0.0  # these four on the monotonic clock
     first_step_at: float | None = None
     last_step_at: float | None = None
-    seconds_per_step: float | None = None  # between its own steps, waiting included: what a caller feels
+    # Between its own steps, waiting included: what a caller notices.
+    seconds_per_step: float | None = None
     eta_s: float | None = None
     account: Account = field(default_factory=Account)
 
-    held: Any = None  # what its family keeps of it, `Tensors` for a native one; None before encode and after the end
+    # The state that its family keeps, `Tensors` for a native one; None before encode and after the
+    # end.
+    held: Any = None
 
     def __post_init__(self) -> None:
         self.num_steps = self.num_steps or self.request.num_steps
@@ -98,7 +103,7 @@ class InFlight:
 
     @property
     def id(self) -> str:
-        """The request's id."""
+        """Return the request's id."""
         return self.request.id
 
     def count_step(self) -> None:
@@ -123,7 +128,7 @@ class InFlight:
 
     @property
     def tensors(self) -> Tensors:
-        """What an image of a native family holds on the device; there from encode to the end."""
+        """Return what an image of a native family holds on the device, from encode to the end."""
         assert self.held is not None, f"image {self.id} is {self.state} and holds no tensors"
         held: Tensors = self.held
         return held

@@ -38,7 +38,7 @@ class StepLatents:
 
     @property
     def size_bytes(self) -> int:
-        """Of the latents."""
+        """Return the size of the latents."""
         return self.latents.numel() * self.latents.element_size()
 
 
@@ -60,7 +60,7 @@ class KeptLatents:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all latents that are kept."""
+        """Return the size of all latents that are kept."""
         return int(self._entries.currsize)
 
     def keep(self, kept: StepLatents) -> None:
@@ -97,21 +97,36 @@ class KeptLatents:
 
 
 def digest_of_latents(latents: Tensor) -> str:
-    """sha256 of the bytes, hex: a fork's bits depend on them, and its request does not name them."""
+    """Return the sha256 of the latents' bytes, hex.
+
+    A fork's bits depend on them, and its request does not name them.
+    """
     import torch
 
     return hashlib.sha256(latents.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
-def check_fork(request: ImageRequest, origin: ImageRequest, weights_digest: str, origin_digest: str, step: int) -> None:
-    """Raise `UnsupportedRequest` when `request` cannot go on from latents of `origin` after `step`."""
+def check_fork(
+    request: ImageRequest, origin: ImageRequest, weights_digest: str, origin_digest: str, step: int
+) -> None:
+    """Raise `UnsupportedRequest` when `request` cannot continue from latents of `origin`.
+
+    The latents were kept after `step`.
+    """
     for name in SAME_FOR_A_FORK:
-        wanted, found = getattr(request, name), getattr(origin, name)
+        wanted = getattr(request, name)
+        found = getattr(origin, name)
         if wanted != found:
-            raise UnsupportedRequest(name, f"{wanted!r}: a fork must have that of its origin, {found!r}")
+            raise UnsupportedRequest(
+                name, f"{wanted!r}: a fork must have that of its origin, {found!r}"
+            )
     if weights_digest != origin_digest:
         raise UnsupportedRequest("fork", "its latents were made with other weights")
     if request.init_image is not None or origin.init_image is not None:
-        raise UnsupportedRequest("init_image", "a fork starts from kept latents, not from a picture")
+        raise UnsupportedRequest(
+            "init_image", "a fork starts from kept latents, not from a picture"
+        )
     if not 0 <= step < request.num_steps:
-        raise UnsupportedRequest("fork", f"after step {step} of {request.num_steps} nothing is left to denoise")
+        raise UnsupportedRequest(
+            "fork", f"after step {step} of {request.num_steps} nothing is left to denoise"
+        )

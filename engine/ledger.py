@@ -1,4 +1,4 @@
-"""Who took how much of the device: each forward's seconds, shared out to the images in it.
+"""Account for the device's time: each forward's seconds, shared out to the images in it.
 
 A GPU's seconds are known only after it has passed them, so work is entered when launched and booked
 when it is over.
@@ -23,7 +23,7 @@ class RowTotals:
 
     @property
     def mean_s(self) -> float:
-        """Seconds of one forward."""
+        """Return the mean seconds of one forward."""
         return self.seconds / self.forwards if self.forwards else 0.0
 
 
@@ -42,7 +42,8 @@ class Ledger:
         self.decodes = 0
         self.by_rows: dict[int, RowTotals] = defaultdict(RowTotals)
         self.seconds_by_rank: dict[int, float] = defaultdict(float)
-        self._launched: deque[tuple[Stopwatch, Callable[[float], None], bool]] = deque()  # in the device's order; True: a forward
+        # In the device's order; True: a forward.
+        self._launched: deque[tuple[Stopwatch, Callable[[float], None], bool]] = deque()
         self._forwards_ahead = 0
 
     def enter_forward(self, batch: Batch, watch: Stopwatch) -> None:
@@ -60,7 +61,9 @@ class Ledger:
             account.rows_total += batch.used_rows
             account.max_rows = max(account.max_rows, batch.used_rows)
             account.max_images = max(account.max_images, len(batch))
-            account.shared_forwards += any(other.request.group != image.request.group for other in batch)
+            account.shared_forwards += any(
+                other.request.group != image.request.group for other in batch
+            )
         self._launched.append((watch, partial(self._share_out, batch), True))
         self._forwards_ahead += 1
 
@@ -74,12 +77,15 @@ class Ledger:
         Waiting here is what keeps the engine from running more than `run_ahead` forwards ahead of a
         GPU: a newcomer or a cancel would meet a queue of forwards already launched.
         """
-        while self._launched and (self._forwards_ahead > run_ahead or self._launched[0][0].is_ready):
+        while self._launched and (
+            self._forwards_ahead > run_ahead or self._launched[0][0].is_ready
+        ):
             self._book_first()
 
     def book_decode(self, work: Decode, seconds: float) -> None:
-        """Book a decode that is over, and with it every forward that is: all of this image's are,
-        so its account is complete.
+        """Book a decode that is over, and with it every forward that is.
+
+        All forwards of this image are over, so its account is complete.
         """
         while self._launched and self._launched[0][0].is_ready:
             self._book_first()
@@ -112,11 +118,11 @@ class Ledger:
 
     @property
     def mean_decode_s(self) -> float:
-        """Seconds of one decode."""
+        """Return the mean seconds of one decode."""
         return self.decode_s / self.decodes if self.decodes else 0.0
 
     def stats(self) -> dict[str, Any]:
-        """Plain numbers since the start; any thread may ask.
+        """Return plain numbers since the start; any thread may ask.
 
         A step counts once for the batch, an image step once per image in it.
         """

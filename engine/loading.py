@@ -47,7 +47,7 @@ class LoadedCheckpoint:
     block_cache: BlockCache | None = None
 
     def adapted(self, per_row: Sequence[tuple[AdapterUse, ...]]) -> AbstractContextManager[None]:
-        """Within it row i of a forward wears the adapters `per_row[i]`."""
+        """Apply the adapters `per_row[i]` to row i of every forward made within this context."""
         return nullcontext() if self.adapters is None else self.adapters.rows(per_row)
 
     def adapter_facts(self, request: ImageRequest) -> list[dict[str, Any]]:
@@ -55,9 +55,20 @@ class LoadedCheckpoint:
         return [] if self.adapters is None else self.adapters.facts(request.adapters)
 
     def conditioning_key(self, request: ImageRequest) -> str:
-        """Tell what encodes this request's prompts, and under which safety rules it was admitted."""
+        """Return the key of what encodes this request's prompts, under which safety rules.
+
+        Encodings are shared only between requests with the same key.
+        """
         spec = self.spec
-        return json.dumps([self.weights_digest, spec.family, spec.precision, self.adapter_facts(request), request.policy_version])
+        return json.dumps(
+            [
+                self.weights_digest,
+                spec.family,
+                spec.precision,
+                self.adapter_facts(request),
+                request.policy_version,
+            ]
+        )
 
 
 def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
@@ -69,7 +80,9 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
     """
     started = time.perf_counter()
     if spec.precision not in PRECISIONS:
-        raise UnsupportedRequest("precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}")
+        raise UnsupportedRequest(
+            "precision", f"{spec.precision!r} is none of {', '.join(PRECISIONS)}"
+        )
     path = Path(spec.path)
     family_class = family_named(spec.family)
     found = hash_files(path, family_class.folders(path))
@@ -90,18 +103,32 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
         )
     load_s = time.perf_counter() - started
     digest = digest_of(found)
-    log.info("checkpoint_loaded", extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s})
+    log.info(
+        "checkpoint_loaded",
+        extra={"checkpoint": spec.name, "weights_digest": digest, "load_s": load_s},
+    )
     return LoadedCheckpoint(
-        spec=spec, family=family, weights_digest=digest, load_s=load_s, adapters=bank, block_cache=_block_cache(spec, family)
+        spec=spec,
+        family=family,
+        weights_digest=digest,
+        load_s=load_s,
+        adapters=bank,
+        block_cache=_block_cache(spec, family),
     )
 
 
 def _check_guidance(spec: CheckpointSpec, family: Family) -> None:
-    """Raise UnsupportedRequest where the network takes guidance otherwise than the spec says: what is expected of its jobs follows that."""
+    """Raise UnsupportedRequest where the network takes guidance otherwise than the spec says.
+
+    The predictions for its jobs rely on the spec.
+    """
     is_distilled = getattr(family, "is_distilled", None)
     if spec.guidance_distilled not in (None, is_distilled):
         how = "as an input" if is_distilled else "by a second row, not as an input"
-        raise UnsupportedRequest("guidance_distilled", f"{spec.guidance_distilled} is declared, and the network takes guidance {how}")
+        raise UnsupportedRequest(
+            "guidance_distilled",
+            f"{spec.guidance_distilled} is declared, and the network takes guidance {how}",
+        )
 
 
 def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
@@ -119,7 +146,7 @@ def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:
 
 
 def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
-    """sha256 of every file a family may read, by its name relative to `path`.
+    """Return the sha256 of every file a family may read, by its name relative to `path`.
 
     Other precisions' variants are not read.
     """
@@ -127,7 +154,11 @@ def hash_files(path: Path, folders: tuple[str, ...]) -> dict[str, str]:
         raise CheckpointCorrupt(str(path), "is not a folder")
     found: dict[str, str] = {}
     for folder in folders:
-        files = sorted(file for file in (path / folder).glob("*") if file.is_file() and file.suffix in READ_SUFFIXES)
+        files = sorted(
+            file
+            for file in (path / folder).glob("*")
+            if file.is_file() and file.suffix in READ_SUFFIXES
+        )
         if not files:
             raise CheckpointCorrupt(folder, "is missing or empty")
         for file in files:
@@ -163,7 +194,7 @@ def _verify(path: Path, expected: dict[str, str], found: dict[str, str]) -> None
 
 
 def _is_variant(file: Path) -> bool:
-    """Is it weights of another precision, such as model.fp16.safetensors?
+    """Tell whether the file holds weights of another precision, such as model.fp16.safetensors.
 
     Those are never read, nor should they change the digest.
     """

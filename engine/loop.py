@@ -97,12 +97,12 @@ class DeviceLoop:
 
     @property
     def turn_s(self) -> float:
-        """Seconds that the turn in progress has taken; 0 between two turns."""
+        """Return the seconds that the turn in progress has taken; 0 between two turns."""
         began_at = self._turn_began_at
         return time.monotonic() - began_at if began_at is not None else 0.0
 
     def stats(self) -> dict[str, Any]:
-        """Plain numbers since the start: how images ended, and what else they were told."""
+        """Return plain numbers since the start: how images ended, and the other events they had."""
         return {
             "finished": self._outcomes[ImageState.FINISHED],
             "failed": self._outcomes[ImageState.FAILED],

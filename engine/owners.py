@@ -1,5 +1,6 @@
-"""Who of the owners in one rank has had so much of the device that the others go first: nobody's
-hundred images hold up another's one.
+"""Tell which owners of one rank have had so much of the device that the others go first.
+
+So one owner's hundred images do not hold up another's one.
 
 As in start-time fair queuing every owner's device seconds are counted while it has images here, and
 whoever comes (again) starts from what everybody here has had, less a credit. Plain numbers;
@@ -17,7 +18,8 @@ s of credit, 1.7 with 120; tests/engine/test_fairness.py).
 import math
 from dataclasses import dataclass
 
-SLACK_S = 10.0  # device seconds that an owner may have had more than the least of those here, at least
+# An owner may always have had so many more device seconds than the owner that had least.
+SLACK_S = 10.0
 CREDIT_S = 60.0  # device seconds by which a newcomer starts below what everybody here has had
 MAX_GONE = 256  # owners remembered after they left
 
@@ -38,7 +40,9 @@ class Owners:
     def __init__(self) -> None:
         self._here: dict[str, Owner] = {}
         self._gone: dict[str, float] = {}  # what they had when they left, the last to leave last
-        self._least_s = 0.0  # what everybody here has had; it never falls, or each newcomer would pass the one before
+        # The least that an owner here has had. It never falls, or each newcomer would overtake the
+        # one before.
+        self._least_s = 0.0
 
     def __len__(self) -> int:
         return len(self._here)

@@ -23,13 +23,19 @@ from torch import Tensor
 Rgb = tuple[float, float, float]
 
 # How a scheduler class of diffusers writes noisy latents x of clean latents x0 and unit noise n.
-BY_TIMESTEP = frozenset({"DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"})  # x = sqrt(acp) x0 + sqrt(1 - acp) n
-BY_SIGMA = frozenset({"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"})  # x = (x0 + sigma n) / sqrt(1 + sigma^2), or as flow
-UNSCALED = frozenset({"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"})  # x = x0 + sigma n
-FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"})  # x = (1 - sigma) x0 + sigma n, and the prediction is n - x0
+# x = sqrt(acp) x0 + sqrt(1 - acp) n.
+BY_TIMESTEP = frozenset({"DDIMScheduler", "DDPMScheduler", "LCMScheduler", "TCDScheduler"})
+# x = (x0 + sigma n) / sqrt(1 + sigma^2), or as flow.
+BY_SIGMA = frozenset({"DPMSolverMultistepScheduler", "UniPCMultistepScheduler"})
+# x = x0 + sigma n.
+UNSCALED = frozenset({"EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"})
+# x = (1 - sigma) x0 + sigma n, and the prediction is n - x0.
+FLOW = frozenset({"FlowMatchEulerDiscreteScheduler", "FlowMatchLCMScheduler"})
 
 
-def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: Tensor) -> Tensor | None:
+def clean_latents(
+    sampler: Any, latents: Tensor, prediction: Tensor, timestep: Tensor
+) -> Tensor | None:
     """Give the clean latents that a prediction implies, in float32.
 
     None for a sampler this house does not know.
@@ -40,15 +46,21 @@ def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: T
     clipping that its config asks for is left out: latents have no range to be clipped to.
     """
     name = type(sampler).__name__
-    noisy, predicted = latents.float(), prediction.float()
+    noisy = latents.float()
+    predicted = prediction.float()
     if name in BY_TIMESTEP:
         signal_share = float(sampler.alphas_cumprod[int(timestep)])
-        signal, noise = math.sqrt(signal_share), math.sqrt(1 - signal_share)
+        signal = math.sqrt(signal_share)
+        noise = math.sqrt(1 - signal_share)
         kind = sampler.config.prediction_type
     elif name in BY_SIGMA | UNSCALED | FLOW:
         sigma = float(sampler.sigmas[_step_index(sampler, timestep)])
         is_flow = name in FLOW or sampler.config.get("use_flow_sigmas", False)
-        signal, noise = (1 - sigma, sigma) if is_flow else (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+        signal, noise = (
+            (1 - sigma, sigma)
+            if is_flow
+            else (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
+        )
         kind = "flow_prediction" if name in FLOW else sampler.config.prediction_type
         if name in UNSCALED:
             noisy = noisy * signal
@@ -67,8 +79,9 @@ def clean_latents(sampler: Any, latents: Tensor, prediction: Tensor, timestep: T
 
 
 def _step_index(sampler: Any, timestep: Tensor) -> int:
-    """Tell where in its schedule the sampler stands, or will stand at its first step, which is when
-    it looks for itself.
+    """Return the sampler's place in its schedule.
+
+    Before its first step, when it has not looked for it yet, it is where it will start.
     """
     for index in (sampler.step_index, sampler.begin_index):
         if index is not None:
@@ -78,14 +91,17 @@ def _step_index(sampler: Any, timestep: Tensor) -> int:
 
 @dataclass(frozen=True)
 class Projector:
-    """A map from latent channels to red, green and blue, all nominally in -1..1: linear, or with
-    the products of channels as well.
+    """A map from latent channels to red, green and blue, all nominally in -1..1.
+
+    It is linear, or uses the products of channels as well.
     """
 
     factors: tuple[Rgb, ...]  # one row per latent channel
     bias: Rgb
-    squares: tuple[Rgb, ...] = ()  # one row per pair of channels, itself included: 00, 01, .. 0c, 11, .. cc; mostly not needed
-    r_squared: Rgb | None = None  # how much of each colour's variance a fit explains; None for a published table
+    # One row per pair of channels, itself included: 00, 01, .. 0c, 11, .. cc; mostly not needed.
+    squares: tuple[Rgb, ...] = ()
+    # How much of each colour's variance a fit explains; None for a published table.
+    r_squared: Rgb | None = None
 
     def project(self, latents: Tensor) -> NDArray[np.uint8]:
         """Give one pixel per latent, [h, w, 3], of unpacked latents [1, c, h, w].
@@ -95,13 +111,16 @@ class Projector:
         terms = _terms(latents[0].float().permute(1, 2, 0), with_squares=bool(self.squares))
         factors = torch.tensor(self.factors + self.squares, device=latents.device)
         rgb = terms @ factors + torch.tensor(self.bias, device=latents.device)
-        pixels: NDArray[np.uint8] = ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        pixels: NDArray[np.uint8] = (
+            ((rgb * 0.5 + 0.5).clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+        )
         return pixels
 
 
 def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:
-    """Tell what is weighted and summed up: channels [..., c], and all products of two of them where
-    asked.
+    """Return what is weighted and summed up: channels [..., c].
+
+    Where asked, all products of two of them follow.
     """
     if not with_squares:
         return channels
@@ -109,14 +128,27 @@ def _terms(channels: Tensor, *, with_squares: bool) -> Tensor:
     return torch.cat([channels, channels[..., one] * channels[..., other]], dim=-1)
 
 
-# Least squares of each family's own VAE on photographs, for latents as the denoiser sees them: shifted, then scaled. Published with
-# InvokeAI (Apache-2.0, invokeai/app/util/step_callback.py), after the forum thread "Decoding latents to RGB without upscaling".
+# Least-squares fits of each family's own VAE on photographs, for latents as the denoiser sees them:
+# shifted, then scaled. Published with InvokeAI (Apache-2.0, invokeai/app/util/step_callback.py),
+# after the forum thread "Decoding latents to RGB without upscaling".
 FACTORS: dict[str, Projector] = {
     "sd": Projector(
-        ((0.3444, 0.1385, 0.0670), (0.1247, 0.4027, 0.1494), (-0.3192, 0.2513, 0.2103), (-0.1307, -0.1874, -0.7445)), (0.0, 0.0, 0.0)
+        (
+            (0.3444, 0.1385, 0.0670),
+            (0.1247, 0.4027, 0.1494),
+            (-0.3192, 0.2513, 0.2103),
+            (-0.1307, -0.1874, -0.7445),
+        ),
+        (0.0, 0.0, 0.0),
     ),
     "sdxl": Projector(
-        ((0.3816, 0.4930, 0.5320), (-0.3753, 0.1631, 0.1739), (0.1770, 0.3588, -0.2048), (-0.4350, -0.2644, -0.4289)), (0.0, 0.0, 0.0)
+        (
+            (0.3816, 0.4930, 0.5320),
+            (-0.3753, 0.1631, 0.1739),
+            (0.1770, 0.3588, -0.2048),
+            (-0.4350, -0.2644, -0.4289),
+        ),
+        (0.0, 0.0, 0.0),
     ),
     "sd3": Projector(
         (
@@ -164,11 +196,17 @@ FACTORS: dict[str, Projector] = {
 
 
 SIDE_LATENTS = 16  # of a picture to fit on
-LINEAR_ENOUGH = 0.8  # r squared of every colour from which on products of channels are not worth their weight
+# From this R squared of every colour on, products of channels add too little to be worth it.
+LINEAR_ENOUGH = 0.8
 
 
 def fit(
-    encode: Callable[[Tensor], Tensor], *, latent_channels: int, pixels_per_latent: int, device: torch.device, dtype: torch.dtype
+    encode: Callable[[Tensor], Tensor],
+    *,
+    latent_channels: int,
+    pixels_per_latent: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> Projector:
     """Fit a projector to a checkpoint's own VAE by least squares over drawn pictures.
 
@@ -180,15 +218,20 @@ def fit(
     small as pocket's is not, and gets products of channels too. Raises `ValueError` for latents of
     another shape.
     """
-    latents, colours = [], []
+    latents = []
+    colours = []
     for pictures in _drawn_pictures(pixels_per_latent):
         encoded = encode(pictures.to(device, dtype))
         expected = (len(pictures), latent_channels, SIDE_LATENTS, SIDE_LATENTS)
         if tuple(encoded.shape) != expected:
-            raise ValueError(f"encode gave latents {tuple(encoded.shape)} where {expected} were expected")
+            raise ValueError(
+                f"encode gave latents {tuple(encoded.shape)} where {expected} were expected"
+            )
         latents.append(encoded.permute(0, 2, 3, 1).reshape(-1, latent_channels).cpu().double())
-        colours.append(torch.nn.functional.avg_pool2d(pictures, pixels_per_latent).permute(0, 2, 3, 1).reshape(-1, 3).double())
-    given, wanted = torch.cat(latents), torch.cat(colours)
+        pooled = torch.nn.functional.avg_pool2d(pictures, pixels_per_latent)
+        colours.append(pooled.permute(0, 2, 3, 1).reshape(-1, 3).double())
+    given = torch.cat(latents)
+    wanted = torch.cat(colours)
     linear = _least_squares(given, wanted, with_squares=False)
     is_enough = linear.r_squared is not None and min(linear.r_squared) >= LINEAR_ENOUGH
     return linear if is_enough else _least_squares(given, wanted, with_squares=True)
@@ -196,28 +239,36 @@ def fit(
 
 def _least_squares(latents: Tensor, colours: Tensor, *, with_squares: bool) -> Projector:
     """Give the best map from latents [n, c] to colours [n, 3] in -1..1, both in float64."""
-    terms = torch.cat([_terms(latents, with_squares=with_squares), latents.new_ones(len(latents), 1)], dim=1)
+    terms = torch.cat(
+        [_terms(latents, with_squares=with_squares), latents.new_ones(len(latents), 1)], dim=1
+    )
     solution = torch.linalg.lstsq(terms, colours).solution
     unexplained = (terms @ solution - colours).square().sum(0)
     r_squared = 1 - unexplained / (colours - colours.mean(0)).square().sum(0)
     *weights, bias = (_rgb(row) for row in solution)
     num_channels = latents.shape[1]
-    return Projector(tuple(weights[:num_channels]), bias, tuple(weights[num_channels:]), _rgb(r_squared))
+    return Projector(
+        tuple(weights[:num_channels]), bias, tuple(weights[num_channels:]), _rgb(r_squared)
+    )
 
 
 def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
-    """Large and small flat patches, gradients and chequers in vivid colours, each [n, 3, H, W] in
-    -1..1; always the same ones.
+    """Draw large and small flat patches, gradients and chequers in vivid colours.
+
+    Each is [n, 3, H, W] in -1..1. They are always the same ones.
     """
     generator = torch.Generator("cpu").manual_seed(0)
     side_px = SIDE_LATENTS * pixels_per_latent
 
     def random_colours(num_pictures: int, cells: int) -> Tensor:
         even = torch.rand((num_pictures, 3, cells, cells), generator=generator) * 2 - 1
-        return even.sign() * even.abs().sqrt()  # drawn towards the corners of the cube: evenly drawn ones are mostly greyish
+        # Drawn towards the corners of the cube: evenly drawn ones are mostly greyish.
+        return even.sign() * even.abs().sqrt()
 
     def enlarged(colours: Tensor, mode: str) -> Tensor:
-        return torch.nn.functional.interpolate(colours, size=(side_px, side_px), mode=mode).clamp(-1, 1)
+        return torch.nn.functional.interpolate(colours, size=(side_px, side_px), mode=mode).clamp(
+            -1, 1
+        )
 
     squares = torch.arange(SIDE_LATENTS // 4)
     is_dark = ((squares[:, None] + squares) % 2).bool()
@@ -230,22 +281,26 @@ def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
 
 
 def _rgb(values: Tensor) -> Rgb:
-    """Give plain numbers of six decimals: lstsq is not exact to the last bit from one call to the
-    next.
+    """Round to plain numbers of six decimals.
+
+    lstsq is not exact to the last bit from one call to the next.
     """
     red, green, blue = (round(value, 6) for value in values.tolist())
     return red, green, blue
 
 
 def jpeg(pixels: NDArray[np.uint8], *, size_px: int = 256, quality: int = 80) -> bytes:
-    """Pack pixels [h, w, 3] as a JPEG whose longer side is `size_px`: smoothed up, as a preview is
-    smaller than what it foretells.
+    """Pack pixels [h, w, 3] as a JPEG whose longer side is `size_px`.
+
+    It is scaled up smoothly, for a preview has fewer pixels than the image.
     """
     picture = Image.fromarray(pixels)
     scale = size_px / max(picture.size)
     width_px, height_px = (max(1, round(side * scale)) for side in picture.size)
     packed = io.BytesIO()
-    picture.resize((width_px, height_px), Image.Resampling.BILINEAR).save(packed, "JPEG", quality=quality)
+    picture.resize((width_px, height_px), Image.Resampling.BILINEAR).save(
+        packed, "JPEG", quality=quality
+    )
     return packed.getvalue()
 
 
@@ -260,9 +315,9 @@ class Pace:
         self._next_s = -math.inf if per_s > 0 else math.inf
 
     def may_show(self, now_s: float) -> bool:
-        """May the image show a preview at `now_s`, on any clock that only goes forward?
+        """Tell whether the image may show a preview at `now_s`; a yes counts as shown.
 
-        A yes counts as shown.
+        `now_s` is on any clock that only goes forward.
         """
         if now_s < self._next_s:
             return False

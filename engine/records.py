@@ -1,4 +1,4 @@
-"""What a finished image is handed out with: its pixels and the account of how they were made."""
+"""A finished image: its pixels and the account of how they were made."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -37,7 +38,9 @@ def main(arguments: list[str] | None = None) -> int:
             sizes=((width_px, height_px),),
             samplers=(options.sampler,),
             default_sampler=options.sampler,
-            adapters=tuple(AdapterSpec(name=Path(path).stem, path=path) for path, _ in options.adapter),
+            adapters=tuple(
+                AdapterSpec(name=Path(path).stem, path=path) for path, _ in options.adapter
+            ),
         )
         request = ImageRequest(
             id="render",
@@ -54,11 +57,17 @@ def main(arguments: list[str] | None = None) -> int:
             init_image=_picture(options.init_image, "RGB") if options.init_image else None,
             mask=_picture(options.mask, "L") if options.mask else None,
             strength=options.strength,
-            adapters=tuple(AdapterUse(Path(path).stem, strength) for path, strength in options.adapter),
-            determinism=Determinism.REPRODUCIBLE if options.bucket_rows else Determinism.BEST_EFFORT,
+            adapters=tuple(
+                AdapterUse(Path(path).stem, strength) for path, strength in options.adapter
+            ),
+            determinism=Determinism.REPRODUCIBLE
+            if options.bucket_rows
+            else Determinism.BEST_EFFORT,
             bucket_rows=options.bucket_rows,
         )
-        with Engine(EngineConfig(device=options.device, num_threads=options.threads), [spec]) as engine:
+        with Engine(
+            EngineConfig(device=options.device, num_threads=options.threads), [spec]
+        ) as engine:
             image = engine.submit(request).result()
     except (EngineError, OSError) as problem:
         print(f"render: {problem}", file=sys.stderr)
@@ -73,14 +82,22 @@ def native_size(checkpoint: Path) -> tuple[int, int]:
 
     Raises `CheckpointCorrupt`.
     """
-    denoiser = next((name for name in ("unet", "transformer") if (checkpoint / name).is_dir()), "unet")
+    denoiser = next(
+        (name for name in ("unet", "transformer") if (checkpoint / name).is_dir()), "unet"
+    )
     try:
-        sample_size = json.loads((checkpoint / denoiser / "config.json").read_text(encoding="utf-8"))["sample_size"]
-        levels = len(json.loads((checkpoint / "vae" / "config.json").read_text(encoding="utf-8"))["block_out_channels"])
+        sample_size = _config(checkpoint / denoiser)["sample_size"]
+        levels = len(_config(checkpoint / "vae")["block_out_channels"])
     except (OSError, ValueError, KeyError) as problem:
-        raise CheckpointCorrupt(str(checkpoint), f"its size cannot be read, name one with --size: {problem!r}") from problem
+        raise CheckpointCorrupt(
+            str(checkpoint), f"its size cannot be read, name one with --size: {problem!r}"
+        ) from problem
     height, width = sample_size if isinstance(sample_size, list) else (sample_size, sample_size)
     return width * 2 ** (levels - 1), height * 2 ** (levels - 1)
+
+
+def _config(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
 def _picture(path: str, mode: str) -> Picture:
@@ -99,20 +116,48 @@ def _adapter(text: str) -> tuple[str, float]:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m engine.render", description="Render one image from a prompt.")
+    parser = argparse.ArgumentParser(
+        prog="python -m engine.render", description="Render one image from a prompt."
+    )
     parser.add_argument("prompt")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint folder in the layout of diffusers")
+    parser.add_argument(
+        "--checkpoint", required=True, help="a checkpoint folder in the layout of diffusers"
+    )
     parser.add_argument("--negative", default="", help="what should not be in the image")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--guidance", type=float, default=1.5, help="1 or less: no classifier-free guidance")
+    parser.add_argument(
+        "--guidance", type=float, default=1.5, help="1 or less: no classifier-free guidance"
+    )
     parser.add_argument("--sampler", choices=[*SAMPLERS, *FLOW_SAMPLERS], default="ddim")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=_size, help="WIDTHxHEIGHT in pixels; default: what the checkpoint was trained for")
+    parser.add_argument(
+        "--size",
+        type=_size,
+        help="WIDTHxHEIGHT in pixels; default: what the checkpoint was trained for",
+    )
     parser.add_argument("--init-image", help="a picture of that size to start from")
-    parser.add_argument("--mask", help="a picture of that size: repaint the init image where it is white")
-    parser.add_argument("--strength", type=float, default=1.0, help="0 to 1: how much of the init image is noise at the start")
-    parser.add_argument("--adapter", type=_adapter, action="append", default=[], metavar="FILE[:STRENGTH]", help="LoRA weights; repeatable")
-    parser.add_argument("--bucket-rows", type=int, help="render reproducibly, every forward padded to this many rows")
+    parser.add_argument(
+        "--mask", help="a picture of that size: repaint the init image where it is white"
+    )
+    parser.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        help="0 to 1: how much of the init image is noise at the start",
+    )
+    parser.add_argument(
+        "--adapter",
+        type=_adapter,
+        action="append",
+        default=[],
+        metavar="FILE[:STRENGTH]",
+        help="LoRA weights; repeatable",
+    )
+    parser.add_argument(
+        "--bucket-rows",
+        type=int,
+        help="render reproducibly, every forward padded to this many rows",
+    )
     parser.add_argument("--family", choices=list(FAMILIES), default="sd")
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--device", default="cpu")

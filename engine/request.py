@@ -1,4 +1,4 @@
-"""What a caller asks of the engine: one image, every parameter resolved.
+"""The request for one image, with every parameter resolved.
 
 Plain values only. It does not know tiers, tenants or jobs; `rank`, `group` and `owner` are all that
 is left of them here.
@@ -23,8 +23,10 @@ Option = str | int | float | bool
 class Determinism(StrEnum):
     """How strictly an image must not depend on its neighbours in a batch."""
 
-    BEST_EFFORT = "best_effort"  # the smallest forward that fits: the last bits may differ with load
-    REPRODUCIBLE = "reproducible"  # every forward has exactly `bucket_rows` rows: the same bits alone and in company
+    # The smallest forward that fits: the last bits may differ with load.
+    BEST_EFFORT = "best_effort"
+    # Every forward has exactly `bucket_rows` rows: the same bits alone and in company.
+    REPRODUCIBLE = "reproducible"
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +36,12 @@ class Picture:
     Two pictures are equal when their pixels are.
     """
 
-    pixels: NDArray[np.uint8]  # [h, w, 3]; a mask is [h, w], 255 where it is repainted. Not written to from here on
+    # [h, w, 3]; a mask is [h, w], 255 where it is repainted. Not written to from here on.
+    pixels: NDArray[np.uint8]
 
     @cached_property
     def sha256(self) -> str:
-        """Of the shape and the pixels, hex."""
+        """Return the sha256 of the shape and the pixels, hex."""
         digest = hashlib.sha256(repr(self.pixels.shape).encode())
         digest.update(self.pixels.tobytes())
         return digest.hexdigest()
@@ -60,8 +63,9 @@ class AdapterUse:
 
 @dataclass(frozen=True)
 class Fork:
-    """Start from the latents an earlier image of the same owner kept after a step, under this
-    request's prompt.
+    """Start from latents that an earlier image of the same owner kept after a step.
+
+    The prompt is this request's.
     """
 
     image_id: str
@@ -75,7 +79,8 @@ class ImageRequest:
     id: str  # unique among the requests in one engine
     group: str  # the job it belongs to; a neighbour is an image of another group
     owner: str = ""  # whose it is: only images of one owner share kept latents
-    policy_version: str = ""  # of the safety rules it was admitted under: nothing cached under others serves it
+    # Version of the safety rules it was admitted under; results cached under others are not used.
+    policy_version: str = ""
     checkpoint: str
     prompt: str
     negative_prompt: str = ""
@@ -85,13 +90,17 @@ class ImageRequest:
     guidance: float  # 1 or less: no classifier-free guidance, one row of a forward instead of two
     sampler: str
     seed: int  # 0..2**63-1; drawn on the CPU, so the noise is the same on every device
-    init_image: Picture | None = None  # [height_px, width_px, 3]: start from it instead of from noise alone
-    mask: Picture | None = None  # [height_px, width_px]: repaint where it is 255; needs `init_image`
-    strength: float = 1.0  # 0..1: how much of `init_image` is noise at the start; the steps behind that are skipped
+    # [height_px, width_px, 3]: start from it instead of from noise alone.
+    init_image: Picture | None = None
+    # [height_px, width_px]: repaint where it is 255; needs `init_image`.
+    mask: Picture | None = None
+    # 0..1: how much of `init_image` is noise at the start; the steps behind that are skipped.
+    strength: float = 1.0
     control_image: Picture | None = None  # what a control network follows
     clip_skip: int = 0  # layers of the CLIP text encoder left out at its end
     adapters: tuple[AdapterUse, ...] = ()
-    options: Mapping[str, Option] = field(default_factory=dict)  # further arguments of a diffusers pipeline's own call
+    # Further arguments of a diffusers pipeline's own call.
+    options: Mapping[str, Option] = field(default_factory=dict)
     # For iterative edits; workers set neither yet. Keep the latents after these steps for a `Fork`:
     keep_steps: tuple[int, ...] = ()
     fork: Fork | None = None
@@ -101,17 +110,17 @@ class ImageRequest:
 
     @property
     def is_guided(self) -> bool:
-        """Does it ask for classifier-free guidance?"""
+        """Tell whether the request asks for classifier-free guidance."""
         return self.guidance > 1
 
     @property
     def is_reproducible(self) -> bool:
-        """Must it have the same bits alone and in company?"""
+        """Tell whether the image must have the same bits alone and in company."""
         return self.determinism == Determinism.REPRODUCIBLE
 
     @property
     def pinned_rows(self) -> int | None:
-        """The number of rows every forward of this image must have.
+        """Return the number of rows that every forward of this image must have.
 
         None where the engine may choose.
         """

@@ -30,7 +30,9 @@ from engine.texts import UnreadText
 class PendingDecode:
     """An image's pixels on their way off the device."""
 
-    def __init__(self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch) -> None:
+    def __init__(
+        self, if_not_finite: str, floats: Tensor, is_finite: Tensor, watch: Stopwatch
+    ) -> None:
         self.watch = watch  # of the decode
         self._if_not_finite = if_not_finite
         self._floats = floats  # [1, 3, h, w] in 0..1, on the CPU, there when the watch is ready
@@ -38,7 +40,7 @@ class PendingDecode:
 
     @property
     def is_ready(self) -> bool:
-        """Would `pixels` not wait?"""
+        """Tell whether `pixels` would return without waiting."""
         return self.watch.is_ready
 
     def pixels(self) -> NDArray[np.uint8]:
@@ -57,7 +59,9 @@ class PendingDecode:
 class Runner:
     """The loaded checkpoints on one device."""
 
-    def __init__(self, checkpoints: Mapping[str, LoadedCheckpoint], device: Device, cache: ConditioningCache) -> None:
+    def __init__(
+        self, checkpoints: Mapping[str, LoadedCheckpoint], device: Device, cache: ConditioningCache
+    ) -> None:
         self._checkpoints = checkpoints
         self._device = device
         self._cache = cache
@@ -65,8 +69,9 @@ class Runner:
 
     @torch.inference_mode()
     def start(self, image: InFlight) -> None:
-        """Give the image its conditioning, sampler and initial latents: after this it can be
-        denoised.
+        """Give the image its conditioning, sampler and initial latents.
+
+        After this it can be denoised.
         """
         with self._encoding(image) as recall:
             self._family_of(image).start(image, recall)
@@ -122,7 +127,8 @@ class Runner:
             is_finite = self._device.fetch(torch.isfinite(decoded).all())
             floats = self._device.fetch((decoded * 0.5 + 0.5).clamp(0, 1))
             watch.stop()
-        return PendingDecode(f"image {image.id} decoded to NaN or infinity after {image.step} steps", floats, is_finite, watch)
+        complaint = f"image {image.id} decoded to NaN or infinity after {image.step} steps"
+        return PendingDecode(complaint, floats, is_finite, watch)
 
     @torch.inference_mode()
     def save(self, image: InFlight) -> State:
@@ -140,7 +146,8 @@ class Runner:
 
         None when nobody watched that step.
         """
-        family, name = self._family_of(image), image.request.checkpoint
+        family = self._family_of(image)
+        name = image.request.checkpoint
         clean = family.clean_latents(image)
         if clean is not None and name not in self._projectors:
             self._projectors[name] = family.projector()
@@ -159,16 +166,22 @@ class Runner:
 
     @contextmanager
     def _encoding(self, image: InFlight) -> Iterator[Recall]:
-        """Within it the text encoders wear the image's adapters, and what they give is remembered
-        under their names.
+        """Apply the image's adapters to the text encoders within this context.
+
+        Gives a `Recall` that remembers encodings under those adapters' names.
         """
         loaded = self._checkpoints[image.request.checkpoint]
         with loaded.adapted([image.request.adapters]):
             yield partial(self._cache.recall, loaded.conditioning_key(image.request))
 
     def _adapted(self, batch: Batch) -> AbstractContextManager[None]:
-        """Within it every row of a forward wears the adapters of its image; padding wears none."""
-        uses: list[tuple[AdapterUse, ...]] = [image.request.adapters for image in batch for _ in range(image.rows)]
+        """Apply each image's adapters to its rows of a forward within this context.
+
+        Padding has none.
+        """
+        uses: list[tuple[AdapterUse, ...]] = [
+            image.request.adapters for image in batch for _ in range(image.rows)
+        ]
         uses += [()] * (batch.bucket_rows - batch.used_rows)
         return self._checkpoints[batch.key.checkpoint].adapted(uses)
 

@@ -38,8 +38,10 @@ class Recipe:
 
     scheduler_class: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    is_distilled: bool = False  # for checkpoints distilled to few steps: picks from the steps of the training schedule
-    renames: Mapping[str, str] = field(default_factory=dict)  # what this class calls otherwise than the config: its name -> theirs
+    # For checkpoints distilled to few steps: picks from the steps of the training schedule.
+    is_distilled: bool = False
+    # Names of the config that this class spells otherwise: its name -> theirs.
+    renames: Mapping[str, str] = field(default_factory=dict)
     starts_from_noise_only: bool = False  # cannot mix a picture with noise as flow matching does
     refuses_idle_mu: bool = False  # cannot be told a shift (`mu`) that its config does not ask for
 
@@ -57,24 +59,46 @@ SAMPLERS: dict[str, Recipe] = {
     "tcd": Recipe("TCDScheduler", is_distilled=True),
 }
 
-_PLAIN_SIGMAS = {"use_karras_sigmas": False, "use_exponential_sigmas": False, "use_beta_sigmas": False}  # whatever the checkpoint asks for
+# These override whatever the checkpoint asks for.
+_PLAIN_SIGMAS = {
+    "use_karras_sigmas": False,
+    "use_exponential_sigmas": False,
+    "use_beta_sigmas": False,
+}
 _AS_FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True} | _PLAIN_SIGMAS
 
 FLOW_SAMPLERS: dict[str, Recipe] = {
     "flow_euler": Recipe("FlowMatchEulerDiscreteScheduler"),
-    "flow_euler_karras": Recipe("FlowMatchEulerDiscreteScheduler", _PLAIN_SIGMAS | {"use_karras_sigmas": True}),
-    "flow_euler_exponential": Recipe("FlowMatchEulerDiscreteScheduler", _PLAIN_SIGMAS | {"use_exponential_sigmas": True}),
-    "flow_lcm": Recipe("FlowMatchLCMScheduler", {"scale_factors": None}),  # None: latents keep their size from step to step
-    "flow_dpmpp_2m": Recipe(
-        "DPMSolverMultistepScheduler", _AS_FLOW, renames={"flow_shift": "shift"}, starts_from_noise_only=True, refuses_idle_mu=True
+    "flow_euler_karras": Recipe(
+        "FlowMatchEulerDiscreteScheduler", _PLAIN_SIGMAS | {"use_karras_sigmas": True}
     ),
-    "flow_unipc": Recipe("UniPCMultistepScheduler", _AS_FLOW, renames={"flow_shift": "shift"}, starts_from_noise_only=True),
+    "flow_euler_exponential": Recipe(
+        "FlowMatchEulerDiscreteScheduler", _PLAIN_SIGMAS | {"use_exponential_sigmas": True}
+    ),
+    # None: latents keep their size from step to step.
+    "flow_lcm": Recipe("FlowMatchLCMScheduler", {"scale_factors": None}),
+    "flow_dpmpp_2m": Recipe(
+        "DPMSolverMultistepScheduler",
+        _AS_FLOW,
+        renames={"flow_shift": "shift"},
+        starts_from_noise_only=True,
+        refuses_idle_mu=True,
+    ),
+    "flow_unipc": Recipe(
+        "UniPCMultistepScheduler",
+        _AS_FLOW,
+        renames={"flow_shift": "shift"},
+        starts_from_noise_only=True,
+    ),
 }
 
 
-def check_sampler(name: str, num_steps: int, config: Mapping[str, Any], allowed: Mapping[str, Recipe] = SAMPLERS) -> None:
-    """Raise `UnsupportedRequest` for a sampler that is not allowed, or more steps than its schedule
-    has. Plain numbers only.
+def check_sampler(
+    name: str, num_steps: int, config: Mapping[str, Any], allowed: Mapping[str, Recipe] = SAMPLERS
+) -> None:
+    """Raise `UnsupportedRequest` for a sampler that is not allowed.
+
+    Also for more steps than its schedule has. Plain numbers only.
     """
     if name not in allowed:
         raise UnsupportedRequest("sampler", f"{name!r} is none of {', '.join(allowed)}")
@@ -92,12 +116,14 @@ def fresh_sampler(name: str, config: Mapping[str, Any]) -> Sampler:
     """
     recipe = (SAMPLERS | FLOW_SAMPLERS)[name]
     renamed = {ours: config[theirs] for ours, theirs in recipe.renames.items() if theirs in config}
-    return cast(Sampler, _scheduler_class(recipe.scheduler_class).from_config(dict(config), **recipe.overrides, **renamed))
+    kind = _scheduler_class(recipe.scheduler_class)
+    return cast(Sampler, kind.from_config(dict(config), **recipe.overrides, **renamed))
 
 
 def step_arguments(sampler: Sampler, generator: torch.Generator) -> dict[str, Any]:
-    """Give the extra arguments `pipe(...)` would give to `sampler.step`: the image's own generator,
-    and eta 0 where eta is known.
+    """Return the extra arguments that `pipe(...)` would give to `sampler.step`.
+
+    They are the image's own generator, and eta 0 where eta is known.
     """
     accepted = _step_parameters(type(sampler))
     arguments: dict[str, Any] = {"return_dict": False}

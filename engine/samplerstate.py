@@ -1,5 +1,6 @@
-"""Put a sampler's state into tensors and plain facts, and back: a multi-step sampler remembers
-earlier predictions, step indices, orders.
+"""Turn a sampler's state into tensors and plain facts, and back.
+
+A multi-step sampler remembers earlier predictions, step indices and orders.
 
 All of a diffusers scheduler object but its config is taken, by its own `__dict__`, so that nothing
 has to be known about its class. What is not plain data (SASolver holds a function, DPM-SDE a noise
@@ -18,25 +19,35 @@ from torch import Tensor
 from engine.errors import SnapshotRefused
 from engine.snapshots import differences
 
-# Fields as facts. JSON's own numbers, strings, booleans, null and lists stand for themselves; a tagged object for the rest:
-#   {"tensor": name, "on": "cpu"}   kept among the tensors; "device" for one that lies beside the latents
+# Fields as facts. JSON's own numbers, strings, booleans, null and lists stand for themselves; the
+# rest is a tagged object:
+#   {"tensor": name, "on": "cpu"}   kept among the tensors; "device" for one beside the latents
 #   {"array": name}, {"scalar": name}   numpy's, kept as tensors
 #   {"tuple": [...]}, {"dict": [[key, value], ...]}, {"size": [...]}, {"float": "-inf"}
 
 
 def save_sampler(sampler: Any) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Copy everything a diffusers scheduler object holds: tensors on the CPU, in memory of their
-    own, and JSON-plain facts.
+    """Copy everything a diffusers scheduler object holds: tensors and JSON-plain facts.
 
-    The sampler is left untouched. Raises `SnapshotRefused`, naming the field, when it holds more
-    than plain data.
+    The tensors are on the CPU, in memory of their own. The sampler is left untouched. Raises
+    `SnapshotRefused`, naming the field, when it holds more than plain data.
     """
-    config, tensors = sampler.config, dict[str, Tensor]()
-    fields = {name: _written(value, name, tensors) for name, value in vars(sampler).items() if value is not config}
+    config = sampler.config
+    tensors = dict[str, Tensor]()
+    fields = {
+        name: _written(value, name, tensors)
+        for name, value in vars(sampler).items()
+        if value is not config
+    }
     return tensors, {"class": type(sampler).__name__, "config": _config(sampler), "fields": fields}
 
 
-def load_sampler(sampler: Any, tensors: Mapping[str, Tensor], facts: Mapping[str, Any], device: str | torch.device) -> None:
+def load_sampler(
+    sampler: Any,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, Any],
+    device: str | torch.device,
+) -> None:
     """Turn a fresh sampler of the same class and config into the saved one, bit by bit.
 
     Whatever it held before is gone.
@@ -46,7 +57,9 @@ def load_sampler(sampler: Any, tensors: Mapping[str, Tensor], facts: Mapping[str
     the sampler as it was.
     """
     if facts["class"] != type(sampler).__name__:
-        raise SnapshotRefused(f"the sampler is {facts['class']} there, {type(sampler).__name__} here")
+        raise SnapshotRefused(
+            f"the sampler is {facts['class']} there, {type(sampler).__name__} here"
+        )
     if different := differences(facts["config"], _config(sampler)):
         raise SnapshotRefused(f"the sampler's config is another: {different}")
     config = {name: value for name, value in vars(sampler).items() if value is sampler.config}
@@ -68,11 +81,16 @@ def load_generator(state: Tensor) -> torch.Generator:
 
 
 def _config(sampler: Any) -> dict[str, Any]:
-    """Tell what the sampler was made from, without diffusers' own notes, which it writes in no
-    fixed order.
+    """Return what the sampler was made from, without diffusers' own notes.
+
+    diffusers writes those in no fixed order.
     """
     arrays: dict[str, Tensor] = {}
-    config = {name: _written(value, name, arrays) for name, value in sampler.config.items() if not name.startswith("_")}
+    config = {
+        name: _written(value, name, arrays)
+        for name, value in sampler.config.items()
+        if not name.startswith("_")
+    }
     if arrays:
         raise SnapshotRefused(f"the sampler's config holds arrays: {', '.join(arrays)}")
     return config
@@ -83,7 +101,11 @@ def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
     What it holds of tensors is copied into `tensors`, under names that begin with `name`.
     """
-    if value is None or type(value) in (bool, int, str) or (type(value) is float and math.isfinite(value)):
+    if (
+        value is None
+        or type(value) in (bool, int, str)
+        or (type(value) is float and math.isfinite(value))
+    ):
         return value
     if type(value) is float:
         return {"float": repr(value)}
@@ -99,9 +121,14 @@ def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
         items = [_written(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
         return items if type(value) is list else {"tuple": items}
     if type(value) is dict:
-        pairs = enumerate(value.items())
-        return {"dict": [[_written(part, f"{name}.{index}.{side}", tensors) for side, part in enumerate(pair)] for index, pair in pairs]}
-    raise SnapshotRefused(f"the sampler's {name} is no plain data but a {type(value).__name__}: it cannot be saved")
+        pairs = [
+            [_written(part, f"{name}.{index}.{side}", tensors) for side, part in enumerate(pair)]
+            for index, pair in enumerate(value.items())
+        ]
+        return {"dict": pairs}
+    raise SnapshotRefused(
+        f"the sampler's {name} is no plain data but a {type(value).__name__}: it cannot be saved"
+    )
 
 
 def _read(value: Any, tensors: Mapping[str, Tensor], device: str | torch.device) -> Any:
@@ -118,7 +145,9 @@ def _read(value: Any, tensors: Mapping[str, Tensor], device: str | torch.device)
         case {"size": lengths}:
             return torch.Size(lengths)
         case {"dict": pairs}:
-            return {_read(key, tensors, device): _read(item, tensors, device) for key, item in pairs}
+            return {
+                _read(key, tensors, device): _read(item, tensors, device) for key, item in pairs
+            }
         case {"float": text}:
             return float(text)
         case list():

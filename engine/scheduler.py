@@ -1,5 +1,4 @@
-"""Decide what the device does next: encode a prompt, advance a batch by one step, or decode an
-image.
+"""Decide what the device does next: encode a prompt, advance a batch one step, or decode an image.
 
 Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed, so a test can drive
 it by hand. It does not know what a tier is; callers have already turned tiers into ranks. What
@@ -25,8 +24,12 @@ from engine.owners import Owner, Owners
 from engine.shares import Shares
 
 MAX_PARKS = 2  # of an image; after that it keeps its seat
-CHEAP = 0.1  # of a forward, by which the encode of a guest may delay it: else its free rows would stay empty
-HOLD = 0.25  # of its remaining seconds, by which another of its rank must be ahead of an encoded image to take its seat
+# The share of a forward's seconds by which a guest's encode may delay it; the guest fills rows that
+# would stay empty.
+CHEAP = 0.1
+# The share of its remaining seconds by which another image of its rank must be ahead of an encoded
+# one to take its seat.
+HOLD = 0.25
 
 
 @dataclass(frozen=True)
@@ -38,8 +41,10 @@ class Batch:
 
     images: tuple[InFlight, ...]
     bucket_rows: int  # rows of the forward, padding included
-    predicted_s: float = field(default=0.0, compare=False)  # what its lane is charged until the seconds are measured
-    is_owed: bool = field(default=False, compare=False)  # does its rank go before a better one, for its share?
+    # The seconds its lane is charged until they are measured.
+    predicted_s: float = field(default=0.0, compare=False)
+    # True: its rank goes before a better one, for its share.
+    is_owed: bool = field(default=False, compare=False)
     rows: tuple[int, ...] = field(init=False, compare=False)  # of each image
     key: BatchKey = field(init=False, compare=False)  # what all its images agree on
 
@@ -49,7 +54,7 @@ class Batch:
 
     @property
     def used_rows(self) -> int:
-        """Rows that belong to an image; the rest is padding."""
+        """Count the rows that belong to an image; the rest is padding."""
         return sum(self.rows)
 
     @classmethod
@@ -59,13 +64,19 @@ class Batch:
 
     @property
     def is_pinned(self) -> bool:
-        """Must this forward have exactly `bucket_rows` rows?"""
+        """Tell whether this forward must have exactly `bucket_rows` rows."""
         return any(image.request.pinned_rows is not None for image in self.images)
 
     @property
     def parts(self) -> Iterator[tuple[InFlight, float]]:
-        """Each image with its part of the forward's seconds: its share of the rows used."""
-        return ((image, rows / self.used_rows) for image, rows in zip(self.images, self.rows, strict=True))
+        """Iterate over each image with its part of the forward's seconds.
+
+        That part is its share of the rows used.
+        """
+        return (
+            (image, rows / self.used_rows)
+            for image, rows in zip(self.images, self.rows, strict=True)
+        )
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,7 +97,7 @@ class _Single:
 
     @property
     def parts(self) -> Iterator[tuple[InFlight, float]]:
-        """As of a batch: all of it is this image's."""
+        """Iterate as a batch does: all of it is this image's."""
         return iter(((self.image, 1.0),))
 
     def __iter__(self) -> Iterator[InFlight]:
@@ -115,13 +126,14 @@ class _Kind:
     key: BatchKey
     pin: int | None
     curve: Curve
-    solo_s: dict[int, float] = field(default_factory=dict)  # of the forward an image of so many rows makes alone
+    # Seconds of the forward that an image of so many rows makes alone.
+    solo_s: dict[int, float] = field(default_factory=dict)
     encode_s: float = 0.0
     decode_s: float = 0.0
     looked_at: int = 0
 
     def may_fill(self, other: "_Kind") -> bool:
-        """May its images ride in rows that a forward of the other pads anyway?"""
+        """Tell whether its images may use rows that a forward of the other only pads."""
         return self.key == other.key and self.pin is None and other.pin is not None
 
 
@@ -134,7 +146,8 @@ class _Ticket:
     added_s: float
     home: _Kind  # as it arrived: with its group, the lane
     kind: _Kind  # of its next forward
-    seen_key: BatchKey  # the image's when `kind` was looked up: a pipeline's next forward may have another
+    # The image's when `kind` was looked up: a pipeline's next forward may have another.
+    seen_key: BatchKey
     owner: Owner = field(init=False)  # as it stands in the image's rank
     remaining_s: float = 0.0  # until it is decoded, if it were alone; as of the last look
     has_seat: bool = False
@@ -143,17 +156,17 @@ class _Ticket:
 
     @property
     def group(self) -> Group:
-        """Whom it takes turns and shares forwards with."""
+        """Return the group within which the image takes turns and shares forwards."""
         return self.image.rank, self.owner.is_ahead
 
     @property
     def is_cheap_to_encode(self) -> bool:
-        """Would its encode hardly delay a forward of others in which it fills free rows?"""
+        """Tell whether its encode hardly delays a forward of others in which it fills free rows."""
         return self.kind.encode_s <= CHEAP * self.kind.solo_s[self.image.rows]
 
     @property
     def is_pinned(self) -> bool:
-        """Has it been parked so often that it keeps its seat?"""
+        """Tell whether it has been parked so often that it keeps its seat."""
         return self.has_seat and self.parks >= MAX_PARKS
 
 
@@ -176,14 +189,20 @@ class Scheduler:
         ageing: float = 0.05,
         memory_budget_bytes: int | None = None,
     ) -> None:
-        """`row_buckets` ascend.
+        """Start without images.
 
-        `max_adapters` counts different ones in a forward; `rank_shares` are parts of the device's
-        seconds owed to ranks; `ageing` trades the long for the short.
+        row_buckets: ascending.  max_adapters: different ones in a forward.  rank_shares: parts of
+        the device's seconds owed to ranks.  ageing: how much waiting counts against remaining
+        seconds.
 
         Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
         """
-        limits = (max_inflight, max_batch_rows, max_encodes_between_steps, max_decodes_between_steps)
+        limits = (
+            max_inflight,
+            max_batch_rows,
+            max_encodes_between_steps,
+            max_decodes_between_steps,
+        )
         _check_limits(limits, row_buckets)
         self.max_inflight = max_inflight
         self.max_batch_rows = max_batch_rows
@@ -204,7 +223,8 @@ class Scheduler:
         self._ready: list[_Ticket] = []  # those with a seat or waiting for decode
         self._parked: list[InFlight] = []
         self._resumed: list[InFlight] = []
-        self._balances: dict[tuple[Group, _Kind], float] = {}  # by lane: seconds left in this round; below 0: overdrawn
+        # By lane: seconds left in this round; below 0: overdrawn.
+        self._balances: dict[tuple[Group, _Kind], float] = {}
         self._shares = Shares(rank_shares, share_patience_s)
         self._owners: dict[int, Owners] = {}  # by rank
         self._encodes = 0  # since the last forward
@@ -225,7 +245,7 @@ class Scheduler:
         return ticket.image if ticket is not None else None
 
     def in_order(self) -> list[InFlight]:
-        """Every image here, best first, as of the last `now_s`."""
+        """List every image here, best first, as of the last `now_s`."""
         return [ticket.image for ticket in self._sorted(self._tickets.values())]
 
     def add(self, image: InFlight, now_s: float) -> None:
@@ -238,7 +258,9 @@ class Scheduler:
         self._now_s = now_s
         self._arrivals += 1
         kind = self._kind(image.batch_key, image.request.pinned_rows)
-        self._tickets[image.id] = ticket = _Ticket(image, self._arrivals, now_s, kind, kind, image.batch_key)
+        self._tickets[image.id] = ticket = _Ticket(
+            image, self._arrivals, now_s, kind, kind, image.batch_key
+        )
         self._estimate([ticket])
         self._enter(ticket)
         self._is_stale = True
@@ -267,7 +289,8 @@ class Scheduler:
 
         Their state says so already.
         """
-        parked, self._parked = self._parked, []
+        parked = self._parked
+        self._parked = []
         return [image for image in parked if image.id in self._tickets]
 
     def take_resumed(self) -> list[InFlight]:
@@ -275,12 +298,14 @@ class Scheduler:
 
         Their state says so already.
         """
-        resumed, self._resumed = self._resumed, []
+        resumed = self._resumed
+        self._resumed = []
         return [image for image in resumed if image.id in self._tickets]
 
     def cap_rows(self, key: BatchKey, rows: int) -> None:
-        """Never again make a best-effort forward of more than `rows` rows for this batch key: the
-        device could not hold it.
+        """Limit later best-effort forwards of this batch key to `rows` rows.
+
+        The device could not hold more.
         """
         self._row_caps[key] = max(1, min(rows, self._row_caps.get(key, rows)))
 
@@ -312,11 +337,11 @@ class Scheduler:
         return self._work_of(ready[0].group, ready)
 
     def settle(self, work: Work) -> None:
-        """Note that the work is done: after an encode the image runs, after a batch its images have
-        counted their step.
+        """Note that the work is done.
 
-        Images that took their last step now wait for decode; a decoded one is not offered again and
-        stays until it is removed.
+        After an encode the image runs; after a batch its images have counted their step. Images
+        that took their last step now wait for decode; a decoded one is not offered again and stays
+        until it is removed.
         """
         self._spend(work, work.predicted_s)
         if isinstance(work, Batch):
@@ -336,8 +361,9 @@ class Scheduler:
                 self._is_stale = True
 
     def charge(self, work: Work, seconds: float) -> None:
-        """Note what the work took on the device, be it some turns later: its lane pays that instead
-        of what was predicted.
+        """Note the seconds that the work took on the device, perhaps some turns later.
+
+        Its lane pays those instead of the predicted ones.
         """
         self._spend(work, seconds - work.predicted_s)
         if isinstance(work, Batch):
@@ -361,17 +387,27 @@ class Scheduler:
         pool = []
         for ticket in mine:
             image = ticket.image
-            if image.state is ImageState.RUNNING or (image.state is ImageState.QUEUED and may_encode):
+            if image.state is ImageState.RUNNING or (
+                image.state is ImageState.QUEUED and may_encode
+            ):
                 pool.append(ticket)
             elif image.state is ImageState.DENOISED and may_decode:
                 return Decode(image, ticket.kind.decode_s)
         others = [ticket for ticket in ready if ticket.group != group]
         guests = [ticket for ticket in others if ticket.image.state is ImageState.RUNNING]
         if may_encode:
-            guests += [ticket for ticket in others if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode]
+            guests += [
+                ticket
+                for ticket in others
+                if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode
+            ]
         batch = self._next_batch(pool, guests)
         newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
-        return batch if newcomer is None else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
+        return (
+            batch
+            if newcomer is None
+            else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
+        )
 
     def _spend(self, work: Work, seconds: float) -> None:
         """Let the lane that had the turn pay for it.
@@ -382,7 +418,9 @@ class Scheduler:
         by_rank: dict[int, float] = {}
         for image, part in work.parts:
             by_rank[image.rank] = by_rank.get(image.rank, 0.0) + part
-        self._shares.spend(by_rank, seconds, owed_to=next(iter(work)).rank if work.is_owed else None)
+        self._shares.spend(
+            by_rank, seconds, owed_to=next(iter(work)).rank if work.is_owed else None
+        )
         if lead is not None and (lead.group, lead.home) in self._balances:
             self._balances[lead.group, lead.home] -= seconds
         for image, part in work.parts:
@@ -400,7 +438,8 @@ class Scheduler:
         owners = self._owners[image.rank]
         owners.leave(image.request.owner)
         if not owners:
-            del self._owners[image.rank]  # with what those had who left: there is nobody to compare them with
+            # The times of owners that left go too: nobody remains to compare them with.
+            del self._owners[image.rank]
 
     # --- order and seats ---
 
@@ -410,7 +449,8 @@ class Scheduler:
         for ticket in tickets:
             image = ticket.image
             if ticket.seen_key is not image.batch_key:
-                ticket.kind, ticket.seen_key = self._kind(image.batch_key, ticket.kind.pin), image.batch_key
+                ticket.kind = self._kind(image.batch_key, ticket.kind.pin)
+                ticket.seen_key = image.batch_key
             kind = ticket.kind
             if kind.looked_at != self._looks:
                 kind.looked_at = self._looks
@@ -420,12 +460,14 @@ class Scheduler:
                 kind.decode_s = self._costs.decode_s(kind.key)
             if image.rows not in kind.solo_s:
                 kind.solo_s[image.rows] = kind.curve.seconds(kind.pin or self._padded(image.rows))
-            ticket.remaining_s = (image.num_steps - image.step) * kind.solo_s[image.rows] + kind.decode_s
+            ticket.remaining_s = (image.num_steps - image.step) * kind.solo_s[
+                image.rows
+            ] + kind.decode_s
             if image.state is ImageState.QUEUED:
                 ticket.remaining_s += kind.encode_s
 
     def _sorted(self, tickets: Iterable[_Ticket], hold: float = 0.0) -> list[_Ticket]:
-        """Best first.
+        """Sort by priority, best first.
 
         With `hold`, running images with a seat are ahead by that share of what they still need.
         """
@@ -471,11 +513,14 @@ class Scheduler:
             best_of_lane.setdefault((ticket.group, ticket.home), ticket)
         first = set(list(best_of_lane.values())[: self.max_inflight // 2])
         in_order.sort(key=lambda ticket: (ticket.group, ticket not in first))
-        seats, taken = self._shares.seats(self.max_inflight), Counter[int]()
-        kept, others = list[_Ticket](), list[_Ticket]()
+        seats = self._shares.seats(self.max_inflight)
+        taken = Counter[int]()
+        kept = list[_Ticket]()
+        others = list[_Ticket]()
         for ticket in in_order:
             rank = ticket.image.rank
-            if not kept or taken[rank] < seats.get(rank, 0):  # the best of all has a seat whatever worse ranks keep
+            # The best of all has a seat whatever worse ranks keep.
+            if not kept or taken[rank] < seats.get(rank, 0):
                 kept.append(ticket)
                 taken[rank] += 1
             else:
@@ -501,12 +546,20 @@ class Scheduler:
             leads.setdefault(ticket.home, ticket)
         lead = self._whose_turn(pool[0].group, leads)
         kind = lead.kind
-        own = [lead.image, *(ticket.image for ticket in pool if ticket is not lead and _may_join(ticket, lead))]
+        own = [
+            lead.image,
+            *(ticket.image for ticket in pool if ticket is not lead and _may_join(ticket, lead)),
+        ]
         if kind.pin is None:
             riders, bucket_rows = self._grown(kind, own)
         else:
-            riders, bucket_rows = own[:1], kind.pin
-        fitting = [ticket.image for ticket in (*pool, *guests) if _may_join(ticket, lead) or ticket.kind.may_fill(kind)]
+            riders = own[:1]
+            bucket_rows = kind.pin
+        fitting = [
+            ticket.image
+            for ticket in (*pool, *guests)
+            if _may_join(ticket, lead) or ticket.kind.may_fill(kind)
+        ]
         return self._filled(kind, riders, bucket_rows, own + fitting)
 
     def _whose_turn(self, group: Group, leads: dict[_Kind, _Ticket]) -> _Ticket:
@@ -534,16 +587,17 @@ class Scheduler:
     # --- growth ---
 
     def _grown(self, kind: _Kind, own: Sequence[InFlight]) -> tuple[list[InFlight], int]:
-        """Tell who joins the first of these in a best-effort forward because it pays, and the rows
-        of the forward.
+        """Choose who joins the first image in a best-effort forward because it pays.
 
-        Where the next image alone does not pay, some together may: a curve with a jump in it is
-        crossed by as many as make it worth.
+        Returns them with the rows of the forward. Where the next image alone does not pay, some
+        together may: a curve with a jump in it is crossed by as many as make it worth.
         """
         lead = own[0]
         most_rows = self._most_rows(kind.key)
-        riders, joining = [lead], list[InFlight]()
-        rows, joining_rows = lead.rows, 0
+        riders = [lead]
+        joining = list[InFlight]()
+        rows = lead.rows
+        joining_rows = 0
         bucket_rows = self._padded(rows) if self._padded(rows) <= most_rows else rows
         for image in own[1:]:
             if rows + joining_rows >= most_rows:
@@ -553,14 +607,26 @@ class Scheduler:
                 continue
             joining.append(image)
             joining_rows += image.rows
-            if kind.curve.is_worth_growing(bucket_rows, to_rows, used_rows=joining_rows, ceiling=self.growth_ceiling):
-                riders, joining = riders + joining, []
-                rows, joining_rows, bucket_rows = rows + joining_rows, 0, to_rows
+            if kind.curve.is_worth_growing(
+                bucket_rows, to_rows, used_rows=joining_rows, ceiling=self.growth_ceiling
+            ):
+                riders = riders + joining
+                joining = []
+                rows = rows + joining_rows
+                joining_rows = 0
+                bucket_rows = to_rows
         return riders, bucket_rows
 
-    def _filled(self, kind: _Kind, riders: Sequence[InFlight], bucket_rows: int, candidates: Sequence[InFlight]) -> Batch:
-        """Give the forward of `bucket_rows` rows with its free rows given to whoever fits, the
-        first of the candidates first.
+    def _filled(
+        self,
+        kind: _Kind,
+        riders: Sequence[InFlight],
+        bucket_rows: int,
+        candidates: Sequence[InFlight],
+    ) -> Batch:
+        """Make the forward of `bucket_rows` rows, and give its free rows to whoever fits.
+
+        Earlier candidates go first.
         """
         taken = list(riders)
         free = bucket_rows - sum(image.rows for image in riders)
@@ -574,14 +640,21 @@ class Scheduler:
         """Do these and the newcomer need no more different adapters than one forward can hold?"""
         if not newcomer.request.adapters:
             return True
-        return len({use.name for image in (*images, newcomer) for use in image.request.adapters}) <= self.max_adapters
+        return (
+            len({use.name for image in (*images, newcomer) for use in image.request.adapters})
+            <= self.max_adapters
+        )
 
     def _most_rows(self, key: BatchKey) -> int:
         """Tell the rows that a best-effort forward may have.
 
         An image that alone has more still runs alone.
         """
-        limits = (self.max_batch_rows, self._row_caps.get(key), self._costs.row_limit(key, self.memory_budget_bytes))
+        limits = (
+            self.max_batch_rows,
+            self._row_caps.get(key),
+            self._costs.row_limit(key, self.memory_budget_bytes),
+        )
         return min(limit for limit in limits if limit is not None)
 
     def _padded(self, rows: int) -> int:
@@ -592,14 +665,19 @@ class Scheduler:
 
 def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None:
     if min(limits) < 1:
-        raise ValueError("max_inflight, max_batch_rows and the encodes and decodes between steps must be at least 1")
+        raise ValueError(
+            "max_inflight, max_batch_rows and the encodes and decodes between steps "
+            "must be at least 1"
+        )
     if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
         raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
 
 
 def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
-    """May it ride in a forward that `lead` leads?
+    """Tell whether the image may ride in a forward that `lead` leads.
 
-    A pipeline's newcomer learns its call by its encode: until then its lane will do.
+    A new image of a pipeline learns its call by its encode: until then its lane decides.
     """
-    return ticket.kind is lead.kind or (ticket.image.state is ImageState.QUEUED and ticket.home is lead.home)
+    return ticket.kind is lead.kind or (
+        ticket.image.state is ImageState.QUEUED and ticket.home is lead.home
+    )

@@ -1,17 +1,19 @@
-"""One image in flight as bytes: written between two denoise steps, gone on with in another process,
-bit by bit.
+"""Write one image in flight as bytes, between two denoise steps.
 
-A snapshot is one safetensors blob, so any tool that reads those can look inside and nothing in it
+Another process can continue from them, bit by bit.
+
+A snapshot is one safetensors blob, so any tool that reads those can look inside, and nothing in it
 can run:
 
     8 bytes   length of the header
-    header    {"__metadata__": {"darkroom-snapshot": "<format> <bytes in all> <sha256> <all that is no tensor, as JSON>"}, ...}
+    header    {"__metadata__": {"darkroom-snapshot": FACTS}, ...}
+    FACTS     "<format> <bytes in all> <sha256> <all that is no tensor, as JSON>"
     tensors   state/…: the family's, request/…: the request's pictures
 
-The sha256 is over every other byte of the blob. It finds damage, not forgery: who can write to the
+The sha256 covers every other byte of the blob. It finds damage, not forgery: who can write to the
 store can write a snapshot, and the engine checks a restored request like a new one. Blobs are
-parsed from bytes; a file mapped into memory could be overwritten under a running image. What the
-tensors mean is the family's business. Importable, and `peek` usable, without torch.
+parsed from bytes; a file mapped into memory could be overwritten under a running image. Only the
+family knows what the tensors mean. Importable, and `peek` usable, without torch.
 """
 
 from __future__ import annotations
@@ -36,18 +38,26 @@ from engine.request import ImageRequest, Picture
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = 1  # raise it when blobs of today could not be read any more; a further field of the request needs no new format
+# Raise it when blobs of today could not be read any more. A new field of the request needs no new
+# format.
+FORMAT = 1
 MAX_HEADER_BYTES = 16 * 1024 * 1024  # names and facts; a snapshot has some 4 KiB of them
-NOT_IN_THE_DIGEST = {"id", "group", "owner", "rank", "keep_steps"}  # whose it is, when it is served, what is kept: no pixel of it
+# These say whose it is, when it is served and what is kept; no pixel depends on them.
+NOT_IN_THE_DIGEST = {"id", "group", "owner", "rank", "keep_steps"}
 
 _NAME = "darkroom-snapshot"
-_SEAL = re.compile(rb'\{"__metadata__":\{"' + _NAME.encode() + rb'":"(?P<format>\d{4}) (?P<size>\d{12}) (?P<sha256>[0-9a-f]{64}) ')
+_SEAL = re.compile(
+    rb'\{"__metadata__":\{"'
+    + _NAME.encode()
+    + rb'":"(?P<format>\d{4}) (?P<size>\d{12}) (?P<sha256>[0-9a-f]{64}) '
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Snapshot:
-    """All that is needed to go on with an image after `step` of `num_steps`, where the fingerprint
-    is the same.
+    """All that is needed to go on with an image after `step` of `num_steps`.
+
+    It holds only where the fingerprint is the same.
     """
 
     request: ImageRequest
@@ -97,16 +107,22 @@ def to_bytes(snapshot: Snapshot) -> bytes:
         "facts": snapshot.facts,
         "layouts": layouts,
     }
-    tensors = {name: torch.from_numpy(np.array(picture.pixels, order="C")) for name, picture in pictures.items()}
+    tensors = {
+        name: torch.from_numpy(np.array(picture.pixels, order="C"))
+        for name, picture in pictures.items()
+    }
     for name, tensor in snapshot.tensors.items():
         copy = tensor.detach().to("cpu", copy=True)
-        if not copy.is_contiguous():  # channels last: safetensors has no strides, and another layout may choose another kernel
+        # Channels last: safetensors has no strides, and another layout may choose another kernel.
+        if not copy.is_contiguous():
             layouts[name] = list(copy.dim_order())
             copy = copy.permute(layouts[name])
         tensors[f"state/{name}"] = copy
     blob = save(tensors, {_NAME: f"{FORMAT:04d} {0:012d} {'0' * 64} {_json(about)}"})
     if int.from_bytes(blob[:8], "little") > MAX_HEADER_BYTES:
-        raise SnapshotRefused(f"the facts of image {snapshot.request.id} take more than {MAX_HEADER_BYTES} bytes")
+        raise SnapshotRefused(
+            f"the facts of image {snapshot.request.id} take more than {MAX_HEADER_BYTES} bytes"
+        )
     seal = _SEAL.match(blob, 8)
     assert seal is not None, "safetensors no longer writes the metadata first"
     front = blob[: seal.start("size")] + f"{len(blob):012d} ".encode()
@@ -127,8 +143,16 @@ def from_bytes(blob: bytes) -> Snapshot:
     about = _opened(blob)
     with _as_laid_out():
         stored = load(blob)
-        pictures = {name: Picture(tensor.numpy()) for name, tensor in stored.items() if name.startswith("request/")}
-        tensors = {name.removeprefix("state/"): tensor for name, tensor in stored.items() if name.startswith("state/")}
+        pictures = {
+            name: Picture(tensor.numpy())
+            for name, tensor in stored.items()
+            if name.startswith("request/")
+        }
+        tensors = {
+            name.removeprefix("state/"): tensor
+            for name, tensor in stored.items()
+            if name.startswith("state/")
+        }
         for name, order in about["layouts"].items():
             tensors[name] = tensors[name].permute([order.index(axis) for axis in range(len(order))])
         return Snapshot(
@@ -138,7 +162,8 @@ def from_bytes(blob: bytes) -> Snapshot:
             fingerprint_facts=about["fingerprint_facts"],
             step=about["step"],
             num_steps=about["num_steps"],
-            # Into memory torch aligns: a matrix product over the blob's own alignment may add in another order.
+            # Cloned into memory that torch aligns: over the blob's own alignment a matrix product
+            # may add in another order.
             tensors={name: tensor.clone() for name, tensor in tensors.items()},
             facts=about["facts"],
         )
@@ -163,8 +188,9 @@ def peek(blob: bytes) -> Label:
 
 
 def check_fingerprint(snapshot: Snapshot, expected: Fingerprint) -> None:
-    """Raise `SnapshotRefused`, naming every fact that differs, where going on with the snapshot
-    could give other bits.
+    """Raise `SnapshotRefused` where going on with the snapshot could give other bits.
+
+    The error names every fact that differs.
     """
     if snapshot.fingerprint != expected.sha256:
         different = differences(snapshot.fingerprint_facts, expected.facts)
@@ -176,7 +202,8 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
     Empty for equal facts.
     """
-    flat_there, flat_here = _flat(there), _flat(here)
+    flat_there = _flat(there)
+    flat_here = _flat(here)
     return "; ".join(
         f"{name} {flat_there.get(name, 'unknown')} there, {flat_here.get(name, 'unknown')} here"
         for name in sorted(flat_there.keys() | flat_here.keys())
@@ -185,9 +212,9 @@ def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
 
 
 def request_digest(request: ImageRequest) -> str:
-    """sha256, hex, over all that decides the pixels, and the rules it was admitted under.
+    """Return the sha256, hex, of all that decides the pixels and of the safety rules' version.
 
-    Over nothing in `NOT_IN_THE_DIGEST`.
+    It leaves out what `NOT_IN_THE_DIGEST` names.
 
     Equal requests have equal digests; a field added to the request is in it from then on.
     """
@@ -204,15 +231,24 @@ def _opened(blob: bytes) -> dict[str, Any]:
     if seal is None:
         raise SnapshotRefused("these bytes are no snapshot")
     if int(seal["format"]) != FORMAT:
-        raise SnapshotRefused(f"the snapshot is of format {int(seal['format'])}, this engine reads format {FORMAT}")
+        raise SnapshotRefused(
+            f"the snapshot is of format {int(seal['format'])}, this engine reads format {FORMAT}"
+        )
     if len(blob) < int(seal["size"]):
-        raise SnapshotRefused(f"the snapshot is truncated: {len(blob)} of {int(seal['size'])} bytes")
+        raise SnapshotRefused(
+            f"the snapshot is truncated: {len(blob)} of {int(seal['size'])} bytes"
+        )
     view = memoryview(blob)
-    if _checksum(view[: seal.start("sha256")], view[seal.end("sha256") :]) != seal["sha256"].decode():
+    if (
+        _checksum(view[: seal.start("sha256")], view[seal.end("sha256") :])
+        != seal["sha256"].decode()
+    ):
         raise SnapshotRefused("the snapshot is damaged: its checksum does not match its bytes")
     header_bytes = int.from_bytes(blob[:8], "little")
     if header_bytes > MAX_HEADER_BYTES:
-        raise SnapshotRefused(f"the snapshot's header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}")
+        raise SnapshotRefused(
+            f"the snapshot's header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+        )
     with _as_laid_out():
         metadata: str = json.loads(blob[8 : 8 + header_bytes])["__metadata__"][_NAME]
         about: dict[str, Any] = json.loads(metadata.split(" ", 3)[3])
@@ -220,7 +256,7 @@ def _opened(blob: bytes) -> dict[str, Any]:
 
 
 def _checksum(front: bytes | memoryview, rest: memoryview) -> str:
-    """sha256, hex, of all bytes but its own."""
+    """Return the sha256, hex, of all bytes but its own."""
     digest = hashlib.sha256(front)
     digest.update(rest)
     return digest.hexdigest()
@@ -228,11 +264,23 @@ def _checksum(front: bytes | memoryview, rest: memoryview) -> str:
 
 @contextmanager
 def _as_laid_out() -> Iterator[None]:
-    """Only a blob sealed by somebody else's hand can fail here."""
+    """Raise `SnapshotRefused` for the errors of reading a wrong layout.
+
+    Only a blob that another program wrote and sealed can fail here.
+    """
     try:
         yield
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, SafetensorError) as problem:
-        raise SnapshotRefused(f"the snapshot is not laid out as format {FORMAT}: {problem!r}") from problem
+    except (
+        KeyError,
+        TypeError,
+        ValueError,
+        AttributeError,
+        RuntimeError,
+        SafetensorError,
+    ) as problem:
+        raise SnapshotRefused(
+            f"the snapshot is not laid out as format {FORMAT}: {problem!r}"
+        ) from problem
 
 
 def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
@@ -244,10 +292,14 @@ def _written(value: Any, name: str, pictures: dict[str, Picture]) -> Any:
         pictures[name] = value
         return name
     if is_dataclass(value) and not isinstance(value, type):
-        types, parts = _types(type(value)), {part.name: getattr(value, part.name) for part in fields(value)}
+        types = _types(type(value))
+        parts = {part.name: getattr(value, part.name) for part in fields(value)}
         # Equal requests are written alike, also where one says 4 and the other 4.0.
         numbers = {part: float(given) for part, given in parts.items() if types[part] is float}
-        return {part: _written(given, f"{name}/{part}", pictures) for part, given in (parts | numbers).items()}
+        return {
+            part: _written(given, f"{name}/{part}", pictures)
+            for part, given in (parts | numbers).items()
+        }
     if isinstance(value, tuple):
         return [_written(item, f"{name}/{index}", pictures) for index, item in enumerate(value)]
     if isinstance(value, Mapping):
@@ -260,7 +312,8 @@ def _read(kind: Any, value: Any, pictures: Mapping[str, Picture]) -> Any:
 
     A field that is absent has its default.
     """
-    given, arguments = get_origin(kind), get_args(kind)
+    given = get_origin(kind)
+    arguments = get_args(kind)
     if NoneType in arguments:
         return None if value is None else _read(arguments[0], value, pictures)
     if kind is Picture:
@@ -268,7 +321,10 @@ def _read(kind: Any, value: Any, pictures: Mapping[str, Picture]) -> Any:
     if isinstance(kind, type) and is_dataclass(kind):
         types = _types(kind)
         if unknown := value.keys() - types.keys():
-            raise SnapshotRefused(f"the snapshot's request has what this engine does not know: {', '.join(sorted(unknown))}")
+            raise SnapshotRefused(
+                "the snapshot's request has what this engine does not know: "
+                f"{', '.join(sorted(unknown))}"
+            )
         return kind(**{name: _read(types[name], part, pictures) for name, part in value.items()})
     if given is tuple:
         return tuple(_read(arguments[0], item, pictures) for item in value)
@@ -283,20 +339,22 @@ def _types(kind: type) -> dict[str, Any]:
 
 
 def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, str]:
-    """Facts by their dotted path, as one would say them."""
+    """Flatten nested facts to dotted paths and their values."""
     flat: dict[str, str] = {}
     for name, value in facts.items():
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{above}{name}.")
         else:
-            flat[f"{above}{name}"] = json.dumps(value, ensure_ascii=False, sort_keys=True).strip('"')
+            flat[f"{above}{name}"] = json.dumps(value, ensure_ascii=False, sort_keys=True).strip(
+                '"'
+            )
     return flat
 
 
 def _json(value: Any) -> str:
-    """Canonical: equal values, equal text, in ASCII.
+    """Write canonical JSON: equal values give equal text, in ASCII.
 
-    Raises `SnapshotRefused` for what JSON has no word for.
+    Raises `SnapshotRefused` for what JSON cannot express.
     """
     try:
         return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)

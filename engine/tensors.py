@@ -1,4 +1,4 @@
-"""What images of native families hold on the device, and the words for it. Knows torch alone."""
+"""What images of native families hold on the device, and the terms for it. Knows torch alone."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ class Tensors:
     sampler: Sampler
     timesteps: Tensor  # [num_steps], on the CPU
     conditioning: Rows  # each tensor [rows, ...]; with guidance in the order uncond, cond
-    latents: Tensor  # [1, c, h/8, w/8], or packed as the family's denoiser takes them: [1, tokens, c]
+    # [1, c, h/8, w/8], or packed as the family's denoiser takes them: [1, tokens, c].
+    latents: Tensor
     generator: torch.Generator  # on the CPU: initial noise, then what a stochastic sampler draws
     # What image-to-image and inpainting need again at every step.
     extras: dict[str, Tensor] = field(default_factory=dict)

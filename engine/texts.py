@@ -1,5 +1,6 @@
-"""What of a request's texts a checkpoint does not read: encoders cut off what is too long for them,
-and say nothing.
+"""Tell which parts of a request's texts a checkpoint does not read.
+
+Encoders cut off what is too long for them, without a message.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> Unread
     """
     furthest: UnreadText | None = None
     for tokenizer, length in readers:
-        given, room = _count(tokenizer, text), max(0, length - int(tokenizer.num_special_tokens_to_add()))
+        given = _count(tokenizer, text)
+        room = max(0, length - int(tokenizer.num_special_tokens_to_add()))
         if given <= room:
             return None
         if furthest is None or room > furthest.tokens_read:
@@ -38,8 +40,16 @@ def cut_off(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> Unread
 
 def ignored(field: str, text: str, readers: Sequence[tuple[Any, int]]) -> UnreadText:
     """Give a text that no encoder is given."""
-    return UnreadText(field=field, tokens_given=max((_count(tokenizer, text) for tokenizer, _ in readers), default=0), tokens_read=0)
+    return UnreadText(
+        field=field,
+        tokens_given=max((_count(tokenizer, text) for tokenizer, _ in readers), default=0),
+        tokens_read=0,
+    )
 
 
 def _count(tokenizer: Any, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False, truncation=False, padding=False, verbose=False).input_ids)
+    return len(
+        tokenizer(
+            text, add_special_tokens=False, truncation=False, padding=False, verbose=False
+        ).input_ids
+    )

@@ -33,7 +33,9 @@ def check_values(request: ImageRequest) -> None:
     for step in request.keep_steps:
         check_integer("keep_steps", step)
         if not 0 < step < request.num_steps:
-            raise UnsupportedRequest("keep_steps", f"{step} is not within 1..{request.num_steps - 1}")
+            raise UnsupportedRequest(
+                "keep_steps", f"{step} is not within 1..{request.num_steps - 1}"
+            )
     for name, option in request.options.items():
         if not isinstance(name, str) or not isinstance(option, str | int | float | bool):
             raise UnsupportedRequest("options", f"{name!r} is not a plain value under a name")
@@ -43,27 +45,38 @@ def check_offered(request: ImageRequest, spec: CheckpointSpec) -> None:
     """Raise `UnsupportedRequest` for a size or sampler that is not offered of this checkpoint."""
     if (request.width_px, request.height_px) not in spec.sizes:
         sizes = ", ".join(f"{width}x{height}" for width, height in spec.sizes)
-        raise UnsupportedRequest("width_px", f"{request.width_px}x{request.height_px} is none of {sizes}")
+        raise UnsupportedRequest(
+            "width_px", f"{request.width_px}x{request.height_px} is none of {sizes}"
+        )
     if request.sampler not in spec.samplers:
-        raise UnsupportedRequest("sampler", f"{request.sampler!r} is none of {', '.join(spec.samplers)}")
+        raise UnsupportedRequest(
+            "sampler", f"{request.sampler!r} is none of {', '.join(spec.samplers)}"
+        )
     if request.adapters and not spec.adapters:
         raise UnsupportedRequest("adapters", "none are offered of this checkpoint")
 
 
 def check_rows(request: ImageRequest, rows: int, max_batch_rows: int) -> None:
-    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward, or into the
-    bucket it pins.
+    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward.
+
+    Also when they do not fit into the bucket that it pins.
     """
     if request.determinism not in tuple(Determinism):
-        raise UnsupportedRequest("determinism", f"{request.determinism!r} is none of {', '.join(Determinism)}")
+        raise UnsupportedRequest(
+            "determinism", f"{request.determinism!r} is none of {', '.join(Determinism)}"
+        )
     if request.is_reproducible:
         if request.bucket_rows is None:
             raise UnsupportedRequest("bucket_rows", "a reproducible image needs one")
         check_integer("bucket_rows", request.bucket_rows)
         if not rows <= request.bucket_rows <= max_batch_rows:
-            raise UnsupportedRequest("bucket_rows", f"{request.bucket_rows} is not within {rows}..{max_batch_rows}")
+            raise UnsupportedRequest(
+                "bucket_rows", f"{request.bucket_rows} is not within {rows}..{max_batch_rows}"
+            )
     elif rows > max_batch_rows:
-        raise UnsupportedRequest("guidance", f"takes {rows} rows of a forward; this engine makes {max_batch_rows}")
+        raise UnsupportedRequest(
+            "guidance", f"takes {rows} rows of a forward; this engine makes {max_batch_rows}"
+        )
 
 
 def _check_text(field: str, value: object) -> None:

@@ -1,5 +1,6 @@
-"""Render before anybody asks: kernels chosen, memory laid out, and the curve of seconds by rows
-measured.
+"""Render images before the first request arrives.
+
+This chooses kernels, lays out memory, and measures the curve of seconds by rows.
 
 Called on the engine's thread before it takes requests. `./darkroom calibrate` is the same with more
 repeats, its curve written down.
@@ -38,7 +39,9 @@ def warm_up(
     checkpoint that offers no size or no sampler, or one that nobody could use.
     """
     if not spec.samplers or not spec.sizes:
-        raise UnsupportedRequest("samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none")
+        raise UnsupportedRequest(
+            "samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none"
+        )
     for width_px, height_px in spec.sizes:
         request = ImageRequest(
             id="warm-up",
@@ -58,13 +61,20 @@ def warm_up(
         buckets = row_buckets or doublings(max_batch_rows)
         for guidance in (1.0, 2.0) if max_batch_rows > 1 else (1.0,):
             image = validated(replace(request, guidance=guidance))
-            _render(image, runner, device, costs, [rows for rows in buckets if rows >= image.rows], repeats)
+            fitting = [rows for rows in buckets if rows >= image.rows]
+            _render(image, runner, device, costs, fitting, repeats)
 
 
-def _as_it_can_be_rendered(request: ImageRequest, validated: Callable[[ImageRequest], InFlight]) -> ImageRequest:
+def _as_it_can_be_rendered(
+    request: ImageRequest, validated: Callable[[ImageRequest], InFlight]
+) -> ImageRequest:
     """Give the request, with a grey picture wherever this checkpoint serves none without."""
     grey = np.full((request.height_px, request.width_px, 3), 128, np.uint8)
-    pictures: dict[str, Any] = {"init_image": Picture(grey), "mask": Picture(grey[..., 0]), "control_image": Picture(grey)}
+    pictures: dict[str, Any] = {
+        "init_image": Picture(grey),
+        "mask": Picture(grey[..., 0]),
+        "control_image": Picture(grey),
+    }
     while True:
         try:
             validated(request)
@@ -79,12 +89,19 @@ def _as_it_can_be_rendered(request: ImageRequest, validated: Callable[[ImageRequ
 
 
 def doublings(most: int) -> tuple[int, ...]:
-    """1, 2, 4 … and `most` itself."""
+    """Return 1, 2, 4 … and `most` itself."""
     powers = [1 << power for power in range(most.bit_length()) if 1 << power < most]
     return (*powers, most)
 
 
-def _render(image: InFlight, runner: Runner, device: Device, costs: CostModel, buckets: list[int], repeats: int) -> None:
+def _render(
+    image: InFlight,
+    runner: Runner,
+    device: Device,
+    costs: CostModel,
+    buckets: list[int],
+    repeats: int,
+) -> None:
     """Render one image to its end, with a forward of every bucket before its first step.
 
     Padded, for the tensors' shapes are all that matters.
@@ -92,7 +109,8 @@ def _render(image: InFlight, runner: Runner, device: Device, costs: CostModel, b
     try:
         runner.start(image)
         key = image.batch_key
-        is_known = costs.is_measured(key) or key.call.startswith("alone ")  # a plain pipeline calls its own denoiser, elsewhere
+        # A plain pipeline calls its own denoiser, elsewhere.
+        is_known = costs.is_measured(key) or key.call.startswith("alone ")
         base_bytes = device.memory_bytes()
         peaks: dict[int, int] = {}
         for rows in buckets:
@@ -116,7 +134,8 @@ def _render(image: InFlight, runner: Runner, device: Device, costs: CostModel, b
         device.forget_peak()
         costs.observe_decode(key, runner.decode(image).watch.seconds())
         if base_bytes and len(peaks) > 1:
-            least, most = min(peaks), max(peaks)
+            least = min(peaks)
+            most = max(peaks)
             costs.observe_memory(
                 key,
                 fixed_bytes=base_bytes,

@@ -1,9 +1,11 @@
-"""Train the pocket model from nothing: `python -m pocket.train` gives an ordinary Stable Diffusion folder.
+"""Train the pocket model from nothing: `python -m pocket.train` makes a Stable Diffusion folder.
 
-Four stages: an autoencoder learns to carry 128 px pictures as 16x16x4 latents, the training scenes are encoded once, the
-denoiser and the text encoder learn together, and last the decoder is polished while the latents stay what they are. Progress is
-kept in a work folder every few minutes, each time with a loadable pipeline beside it; `--resume` goes on from there. Uses a GPU
-where there is one; two CPU cores need about an hour.
+There are four stages. An autoencoder learns to carry 128 px pictures as 16x16x4 latents. The
+training scenes are encoded once. The denoiser and the text encoder learn together. Last, the
+decoder is polished while the latents stay what they are.
+
+Progress is kept in a work folder every few minutes, each time with a loadable pipeline beside it;
+`--resume` goes on from there. Uses a GPU where there is one; two CPU cores need about an hour.
 """
 
 import argparse
@@ -44,7 +46,10 @@ SAVE_EVERY_S = 240
 
 @dataclass(frozen=True)
 class Plan:
-    """How long and how much to train; a stage ends at its minutes or its count, whichever comes first."""
+    """How long and how much to train.
+
+    A stage ends at its minutes or its count, whichever comes first.
+    """
 
     vae_minutes: float
     denoiser_minutes: float
@@ -61,45 +66,71 @@ class Plan:
 class MasterWeights:
     """AdamW over fp32 masters of bf16 parameters, with a moving average of the masters.
 
-    Parameters and gradients become views of two long tensors: hundreds of small copies a step would cost a tenth of the time.
+    Parameters and gradients become views of two long tensors: hundreds of small copies a step would
+    cost a tenth of the time.
     """
 
-    def __init__(self, parameters: Iterable[nn.Parameter], *, weight_decay: float, ema_decay: float) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], *, weight_decay: float, ema_decay: float
+    ) -> None:
         self.parameters = list(parameters)
         self.values = torch.cat([parameter.detach().flatten() for parameter in self.parameters])
         self.gradients = torch.zeros_like(self.values)
-        for parameter, value, gradient in zip(self.parameters, self.split(self.values), self.split(self.gradients), strict=True):
-            parameter.data, parameter.grad = value, gradient
+        for parameter, value, gradient in zip(
+            self.parameters, self.split(self.values), self.split(self.gradients), strict=True
+        ):
+            parameter.data = value
+            parameter.grad = gradient
         self.master = self.values.float()
         self.average = self.master.clone()
-        self.optimizer = torch.optim.AdamW([self.master], lr=0.0, betas=BETAS, weight_decay=weight_decay, fused=True)
+        self.optimizer = torch.optim.AdamW(
+            [self.master], lr=0.0, betas=BETAS, weight_decay=weight_decay, fused=True
+        )
         self.ema_decay = ema_decay
         self.num_updates = torch.zeros((), dtype=torch.long)
         self.lock: AbstractContextManager[Any] = nullcontext()
 
     def share(self, lock: AbstractContextManager[Any]) -> dict[str, Tensor]:
-        """Move everything into shared memory, so that other processes can `adopt` it and learn on the same weights."""
+        """Move everything into shared memory, so that other processes can `adopt` it.
+
+        They then learn on the same weights.
+        """
         if not self.optimizer.state:  # an idle step makes the optimizer lay out its moments
             self.master.grad = torch.zeros_like(self.master)
             self.optimizer.step()
         self.lock = lock
-        shared = {"values": self.values, "master": self.master, "average": self.average, "num_updates": self.num_updates}
-        return {name: tensor.share_memory_() for name, tensor in (shared | self.optimizer.state[self.master]).items()}
+        shared = {
+            "values": self.values,
+            "master": self.master,
+            "average": self.average,
+            "num_updates": self.num_updates,
+        }
+        return {
+            name: tensor.share_memory_()
+            for name, tensor in (shared | self.optimizer.state[self.master]).items()
+        }
 
     def adopt(self, shared: dict[str, Tensor], lock: AbstractContextManager[Any]) -> None:
         """Work on the weights another process has shared, in place of one's own."""
-        self.values, self.master, self.average, self.num_updates = (shared[name] for name in ("values", "master", "average", "num_updates"))
+        self.values, self.master, self.average, self.num_updates = (
+            shared[name] for name in ("values", "master", "average", "num_updates")
+        )
         for parameter, value in zip(self.parameters, self.split(self.values), strict=True):
             parameter.data = value
         settings = self.optimizer.defaults
-        self.optimizer = torch.optim.AdamW([self.master], **{name: settings[name] for name in ("lr", "betas", "weight_decay", "fused")})
-        self.optimizer.state[self.master] = {name: shared[name] for name in ("step", "exp_avg", "exp_avg_sq")}
+        chosen = {name: settings[name] for name in ("lr", "betas", "weight_decay", "fused")}
+        self.optimizer = torch.optim.AdamW([self.master], **chosen)
+        self.optimizer.state[self.master] = {
+            name: shared[name] for name in ("step", "exp_avg", "exp_avg_sq")
+        }
         self.lock = lock
 
     def split(self, together: Tensor) -> list[Tensor]:
         """Cut a long tensor into views shaped like the parameters."""
         cuts = together.split([parameter.numel() for parameter in self.parameters])
-        return [cut.view(parameter.shape) for cut, parameter in zip(cuts, self.parameters, strict=True)]
+        return [
+            cut.view(parameter.shape) for cut, parameter in zip(cuts, self.parameters, strict=True)
+        ]
 
     def update(self, learning_rate: float) -> None:
         """Take one step from the parameters' gradients (clipped to norm 1) and clear them."""
@@ -121,7 +152,7 @@ class MasterWeights:
             parameter.copy_(value)
 
     def state(self) -> dict[str, object]:
-        """Everything needed to go on later."""
+        """Return everything needed to go on later."""
         return {
             "master": self.master,
             "average": self.average,
@@ -139,31 +170,42 @@ class MasterWeights:
 
 
 class Progress:
-    """One line that tells where a stage is: rewritten in place on a terminal, printed every 15 s elsewhere."""
+    """One line that tells how far a stage is.
+
+    It is rewritten in place on a terminal, and printed every 15 s elsewhere.
+    """
 
     def __init__(self, stage: str) -> None:
-        self.stage, self.started_s, self.printed_s = stage, time.monotonic(), 0.0
+        self.stage = stage
+        self.started_s = time.monotonic()
+        self.printed_s = 0.0
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the stage began."""
+        """Return the seconds since the stage began."""
         return time.monotonic() - self.started_s
 
     def tell(self, done: float, facts: str, *, is_last: bool = False) -> None:
         """Show the share done (0 to 1) and the facts."""
-        now_s, on_terminal = time.monotonic(), sys.stdout.isatty()
+        now_s = time.monotonic()
+        on_terminal = sys.stdout.isatty()
         if not is_last and now_s - self.printed_s < (0.2 if on_terminal else 15):
             return
         self.printed_s = now_s
         left_s = self.elapsed_s * (1 - done) / done if done > 0.01 else math.nan
         bar = "█" * round(24 * done) + "·" * (24 - round(24 * done))
         minutes_left = "" if math.isnan(left_s) else f"  {left_s / 60:.1f} min left"
-        line = f"{self.stage:<9} {bar} {100 * done:5.1f} %  {self.elapsed_s / 60:5.1f} min{minutes_left}  {facts}"
-        print(f"\r\x1b[2K{line}" if on_terminal else line, end="\n" if is_last or not on_terminal else "", flush=True)
+        minutes = f"{self.elapsed_s / 60:5.1f} min{minutes_left}"
+        line = f"{self.stage:<9} {bar} {100 * done:5.1f} %  {minutes}  {facts}"
+        print(
+            f"\r\x1b[2K{line}" if on_terminal else line,
+            end="\n" if is_last or not on_terminal else "",
+            flush=True,
+        )
 
 
 def build_vae() -> AutoencoderKL:
-    """A small autoencoder: 8 times down, 4 latent channels, 0.8 M parameters."""
+    """Build a small autoencoder: 8 times down, 4 latent channels, 0.8 M parameters."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -179,14 +221,17 @@ def build_vae() -> AutoencoderKL:
 
 
 def pin_variance(vae: AutoencoderKL) -> None:
-    """Make the encoder's distribution as narrow as the noise it was trained with, so that sampling from it is sound."""
+    """Make the encoder's distribution as narrow as the noise it was trained with.
+
+    Only then is sampling from it sound.
+    """
     with torch.no_grad():
         vae.quant_conv.weight[4:] = 0
         vae.quant_conv.bias[4:] = 2 * math.log(LATENT_NOISE)
 
 
 def build_unet() -> UNet2DConditionModel:
-    """The denoiser: two levels, text attention at 8x8, 4 M parameters."""
+    """Build the denoiser: two levels, text attention at 8x8, 4 M parameters."""
     return UNet2DConditionModel(
         sample_size=SIDE_PX // 8,
         in_channels=4,
@@ -202,7 +247,7 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """The text encoder: two layers, 128 wide."""
+    """Build the text encoder: two layers, 128 wide."""
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
@@ -223,7 +268,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_noise_schedule() -> DDIMScheduler:
-    """Velocity prediction down to zero signal, spaced so that four steps are enough."""
+    """Build a schedule of velocity prediction down to zero signal, spaced for four steps."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -237,22 +282,30 @@ def build_noise_schedule() -> DDIMScheduler:
 
 
 def fall_off(done: float, *, flat_until: float, floor: float) -> float:
-    """The learning rate's factor: flat, then linear down to `floor` at the end."""
-    return 1.0 if done < flat_until else max(floor, 1 - (1 - floor) * (done - flat_until) / (1 - flat_until))
+    """Return the learning rate's factor: flat, then linear down to `floor` at the end."""
+    return (
+        1.0
+        if done < flat_until
+        else max(floor, 1 - (1 - floor) * (done - flat_until) / (1 - flat_until))
+    )
 
 
 def paint_scenes(scenes: list[Scene], rng: random.Random) -> Tensor:
     """Draw them all: uint8 [n, 3, 128, 128]."""
-    return torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes])).permute(0, 3, 1, 2).contiguous()
+    return (
+        torch.from_numpy(np.stack([draw(scene, rng) for scene in scenes]))
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )
 
 
 def to_model(pictures: Tensor, device: torch.device) -> Tensor:
-    """uint8 pictures as floats from -1 to 1 on the device."""
+    """Turn uint8 pictures into floats from -1 to 1 on the device."""
     return pictures.to(device).float() / 127.5 - 1
 
 
 def edge_mask(pictures: Tensor) -> Tensor:
-    """1 beside a sharp change, 0 elsewhere: [b, 1, h, w]."""
+    """Mark pixels beside a sharp change with 1, all others with 0: [b, 1, h, w]."""
     mask = torch.zeros_like(pictures[:, :1])
     across = (pictures[..., 1:] - pictures[..., :-1]).abs().sum(1, keepdim=True) > 0.2
     down = (pictures[..., 1:, :] - pictures[..., :-1, :]).abs().sum(1, keepdim=True) > 0.2
@@ -264,17 +317,25 @@ def edge_mask(pictures: Tensor) -> Tensor:
 
 
 def picture_loss(got: Tensor, wanted: Tensor) -> Tensor:
-    """Absolute and squared error together; what lies at an edge counts four times."""
+    """Add the absolute and the squared error; errors at an edge count four times."""
     error = got - wanted
     return ((error.abs() + error.square()) * (1 + 3 * edge_mask(wanted))).mean()
 
 
 def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> AutoencoderKL:
-    """Learn the autoencoder on crops that grow from 16 to 64 px; gives its moving average in fp32."""
-    pictures = paint_scenes([random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_vae_scenes)], rng)
+    """Train the autoencoder on crops that grow from 16 to 64 px.
+
+    Returns its moving average in fp32.
+    """
+    scenes = [
+        random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_vae_scenes)
+    ]
+    pictures = paint_scenes(scenes, rng)
     vae = build_vae().to(device, torch.bfloat16).train()
     weights = MasterWeights(vae.parameters(), weight_decay=0.0, ema_decay=0.995)
-    progress, num_steps, shown = Progress("vae"), 0, 1.0
+    progress = Progress("vae")
+    num_steps = 0
+    shown = 1.0
     while (done := progress.elapsed_s / (plan.vae_minutes * 60)) < 1:
         # Starting with large crops stalls: the first thing to learn is colour.
         crop_px, batch = (16, 192) if done < 0.15 else (32, 64) if done < 0.40 else (64, 16)
@@ -288,7 +349,9 @@ def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> Autoencod
         loss = picture_loss(got, wanted) + 1e-3 * latents.float().square().mean()
         loss.backward()
         num_steps += 1
-        weights.update(plan.vae_peak_lr * min(1.0, num_steps / 50) * fall_off(done, flat_until=0.6, floor=0.02))
+        weights.update(
+            plan.vae_peak_lr * min(1.0, num_steps / 50) * fall_off(done, flat_until=0.6, floor=0.02)
+        )
         shown += 0.02 * ((got - wanted).detach().abs().mean().item() - shown)
         progress.tell(done, f"step {num_steps}  crops {crop_px} px  L1 {shown:.4f}")
     progress.tell(1.0, f"step {num_steps}  L1 {shown:.4f}", is_last=True)
@@ -298,26 +361,47 @@ def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> Autoencod
     return averaged.eval().requires_grad_(False)
 
 
-def polish_decoder(vae: AutoencoderKL, plan: Plan, device: torch.device, rng: random.Random) -> AutoencoderKL:
-    """Teach the decoder alone, on whole pictures, with twice the latent noise: a denoiser's latents are a little off.
+def polish_decoder(
+    vae: AutoencoderKL, plan: Plan, device: torch.device, rng: random.Random
+) -> AutoencoderKL:
+    """Train the decoder alone, on whole pictures, with twice the latent noise.
 
-    The encoder stays as it is, so a denoiser trained on its latents still fits. Gives a new autoencoder; `vae` is left untouched.
+    A denoiser's latents are a little off. The encoder stays as it is, so a denoiser trained on its
+    latents still fits. Returns a new autoencoder; `vae` is left untouched.
     """
-    pictures = paint_scenes([random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_polish_scenes)], rng)
+    scenes = [
+        random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
+        for _ in range(plan.num_polish_scenes)
+    ]
+    pictures = paint_scenes(scenes, rng)
     polished = copy.deepcopy(vae).bfloat16().train()
     with torch.no_grad():
         pieces = pictures.split(BATCH)
-        latents = torch.cat([polished.encode(to_model(piece, device).bfloat16()).latent_dist.mean for piece in pieces])
+        latents = torch.cat(
+            [
+                polished.encode(to_model(piece, device).bfloat16()).latent_dist.mean
+                for piece in pieces
+            ]
+        )
     taught = [*polished.post_quant_conv.parameters(), *polished.decoder.parameters()]
-    weights = MasterWeights([parameter.requires_grad_() for parameter in taught], weight_decay=0.0, ema_decay=0.995)
-    progress, num_steps, shown = Progress("decoder"), 0, 0.05
+    weights = MasterWeights(
+        [parameter.requires_grad_() for parameter in taught], weight_decay=0.0, ema_decay=0.995
+    )
+    progress = Progress("decoder")
+    num_steps = 0
+    shown = 0.05
     while (done := progress.elapsed_s / (plan.decoder_minutes * 60)) < 1:
         rows = torch.randint(len(pictures), (4,))
-        wanted, clean = to_model(pictures[rows], device), latents[rows.to(device)]
+        wanted = to_model(pictures[rows], device)
+        clean = latents[rows.to(device)]
         got = polished.decode(clean + 2 * LATENT_NOISE * torch.randn_like(clean)).sample.float()
         picture_loss(got, wanted).backward()
         num_steps += 1
-        weights.update(plan.decoder_peak_lr * min(1.0, num_steps / 50) * fall_off(done, flat_until=0.4, floor=0.02))
+        weights.update(
+            plan.decoder_peak_lr
+            * min(1.0, num_steps / 50)
+            * fall_off(done, flat_until=0.4, floor=0.02)
+        )
         shown += 0.02 * ((got - wanted).detach().abs().mean().item() - shown)
         progress.tell(done, f"step {num_steps}  L1 {shown:.4f}")
     progress.tell(1.0, f"step {num_steps}  L1 {shown:.4f}", is_last=True)
@@ -327,20 +411,35 @@ def polish_decoder(vae: AutoencoderKL, plan: Plan, device: torch.device, rng: ra
 
 
 @torch.no_grad()
-def encode_scenes(vae: AutoencoderKL, plan: Plan, tokenizer: CLIPTokenizer, device: torch.device, rng: random.Random) -> dict[str, Tensor]:
-    """The training set, held in memory.
+def encode_scenes(
+    vae: AutoencoderKL,
+    plan: Plan,
+    tokenizer: CLIPTokenizer,
+    device: torch.device,
+    rng: random.Random,
+) -> dict[str, Tensor]:
+    """Draw and encode the training set, and hold it in memory.
 
-    latents: [n, 4, 16, 16], of standard deviation 1.  tokens: [n, captions, 24].  no_words: [24], the empty caption.
-    Also tells the autoencoder its scaling factor.
+    latents: [n, 4, 16, 16], of standard deviation 1.  tokens: [n, captions, 24].  no_words: [24],
+    the empty caption. Also sets the autoencoder's scaling factor.
     """
-    progress, latents, tokens, error = Progress("encode"), [], [], 0.0
-    fast = copy.deepcopy(vae).bfloat16()  # its rounding is a tenth of the noise the latents were trained with
+    progress = Progress("encode")
+    latents = []
+    tokens = []
+    error = 0.0
+    # Its rounding is a tenth of the noise the latents were trained with.
+    fast = copy.deepcopy(vae).bfloat16()
 
     def tokenize(texts: list[str]) -> Tensor:
-        return tokenizer(texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt").input_ids
+        return tokenizer(
+            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+        ).input_ids
 
     for start in range(0, plan.num_scenes, BATCH):
-        scenes = [random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(min(BATCH, plan.num_scenes - start))]
+        scenes = [
+            random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
+            for _ in range(min(BATCH, plan.num_scenes - start))
+        ]
         pictures = to_model(paint_scenes(scenes, rng), device)
         encoded = fast.encode(pictures.bfloat16()).latent_dist.mean.float()
         if start == 0:
@@ -351,28 +450,52 @@ def encode_scenes(vae: AutoencoderKL, plan: Plan, tokenizer: CLIPTokenizer, devi
         progress.tell((start + len(scenes)) / plan.num_scenes, f"{start + len(scenes)} scenes")
     together = torch.cat(latents)
     vae.register_to_config(scaling_factor=1 / together.std().item())
-    progress.tell(1.0, f"PSNR {10 * math.log10(4 / error):.1f} dB  latents' deviation {together.std().item():.3f}", is_last=True)
-    return {"latents": together * vae.config.scaling_factor, "tokens": torch.cat(tokens), "no_words": tokenize([""])[0]}
+    progress.tell(
+        1.0,
+        f"PSNR {10 * math.log10(4 / error):.1f} dB  latents' deviation {together.std().item():.3f}",
+        is_last=True,
+    )
+    return {
+        "latents": together * vae.config.scaling_factor,
+        "tokens": torch.cat(tokens),
+        "no_words": tokenize([""])[0],
+    }
 
 
 class Denoising:
-    """The denoiser and its text encoder learning together; knows how to go on and how to leave a pipeline behind."""
+    """The training of the denoiser and its text encoder together.
 
-    def __init__(self, vae: AutoencoderKL | None, tokenizer: CLIPTokenizer, device: torch.device) -> None:
-        self.vae, self.tokenizer, self.device = vae, tokenizer, device
+    It can be resumed, and it can write a loadable pipeline.
+    """
+
+    def __init__(
+        self, vae: AutoencoderKL | None, tokenizer: CLIPTokenizer, device: torch.device
+    ) -> None:
+        self.vae = vae
+        self.tokenizer = tokenizer
+        self.device = device
         self.unet = build_unet().to(device, torch.bfloat16).train()
         if device.type == "cpu":
-            self.unet.set_attn_processor(AttnProcessor())  # at 64 tokens nearly twice as fast backwards as the fused one
+            # At 64 tokens nearly twice as fast backwards as the fused one.
+            self.unet.set_attn_processor(AttnProcessor())
         self.text_encoder = build_text_encoder(tokenizer).to(device, torch.bfloat16).train()
-        self.weights = MasterWeights([*self.unet.parameters(), *self.text_encoder.parameters()], weight_decay=0.01, ema_decay=0.998)
+        self.weights = MasterWeights(
+            [*self.unet.parameters(), *self.text_encoder.parameters()],
+            weight_decay=0.01,
+            ema_decay=0.998,
+        )
         self.schedule = build_noise_schedule()
         self.signal_share = self.schedule.alphas_cumprod.to(device)
 
     def loss(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """Mean squared error of the predicted velocity; the noise levels of a batch are spread evenly."""
+        """Return the mean squared error of the predicted velocity.
+
+        The noise levels of a batch are spread evenly.
+        """
         batch = len(latents)
         levels = (torch.arange(batch) + torch.rand(batch))[torch.randperm(batch)] / batch
-        timesteps = (levels * len(self.signal_share)).long().clamp(max=len(self.signal_share) - 1).to(self.device)
+        num_levels = len(self.signal_share)
+        timesteps = (levels * num_levels).long().clamp(max=num_levels - 1).to(self.device)
         signal = self.signal_share[timesteps].view(-1, 1, 1, 1)
         noise = torch.randn_like(latents)
         noisy = signal.sqrt() * latents + (1 - signal).sqrt() * noise
@@ -382,9 +505,11 @@ class Denoising:
         return F.mse_loss(guess.float(), velocity)
 
     def learn_once(self, data: dict[str, Tensor], plan: Plan, done: float) -> float:
-        """One update from one random batch, a tenth of it without words; gives the loss."""
+        """Make one update from one random batch, a tenth of it without words; return the loss."""
         rows = torch.randint(len(data["latents"]), (BATCH,), device=self.device)
-        texts = data["tokens"][rows, torch.randint(CAPTIONS_PER_SCENE, (BATCH,), device=self.device)]
+        texts = data["tokens"][
+            rows, torch.randint(CAPTIONS_PER_SCENE, (BATCH,), device=self.device)
+        ]
         texts = torch.where(torch.rand(BATCH, 1, device=self.device) < 0.1, data["no_words"], texts)
         loss = self.loss(data["latents"][rows], texts)
         loss.backward()
@@ -393,10 +518,13 @@ class Denoising:
         return loss.item()
 
     def train(self, data: dict[str, Tensor], plan: Plan, work: Path, *, num_workers: int) -> None:
-        """Learn until the plan's minutes or images are used up; keep a copy in `work` every few minutes.
+        """Train until the plan's minutes or images are used up.
 
-        On a CPU `num_workers` single-threaded processes learn on the same weights, each taking its turn to update them: on a busy
-        machine two threads in step wait for each other at every operation, two processes only for the update.
+        Keeps a copy in `work` every few minutes.
+
+        On a CPU `num_workers` single-threaded processes learn on the same weights and take turns to
+        update them. On a busy machine, two threads in step wait for each other at every operation,
+        but two processes wait only for the update.
         """
         data = {name: values.to(self.device) for name, values in data.items()}
         done = torch.zeros(()).share_memory_()
@@ -406,14 +534,27 @@ class Denoising:
             lock = processes.Lock()
             shared = self.weights.share(lock) | {"done": done}
             for worker in range(1, num_workers):
-                processes.Process(target=help_learning, args=(shared, lock, data, plan, os.getpid(), worker), daemon=True).start()
-        progress, shown, saved_s, first_update = Progress("denoiser"), 1.0, 0.0, self.weights.num_updates.item()
+                processes.Process(
+                    target=help_learning,
+                    args=(shared, lock, data, plan, os.getpid(), worker),
+                    daemon=True,
+                ).start()
+        progress = Progress("denoiser")
+        shown = 1.0
+        saved_s = 0.0
+        first_update = self.weights.num_updates.item()
         while True:
             num_updates = self.weights.num_updates.item()
             num_images = num_updates * BATCH
-            done.fill_(max(progress.elapsed_s / (plan.denoiser_minutes * 60), num_images / plan.max_images))
+            done.fill_(
+                max(progress.elapsed_s / (plan.denoiser_minutes * 60), num_images / plan.max_images)
+            )
             rate = (num_updates - first_update) * BATCH / progress.elapsed_s
-            progress.tell(min(1.0, done.item()), f"{num_images} images  {rate:.0f}/s  loss {shown:.4f}", is_last=done.item() >= 1)
+            progress.tell(
+                min(1.0, done.item()),
+                f"{num_images} images  {rate:.0f}/s  loss {shown:.4f}",
+                is_last=done.item() >= 1,
+            )
             if done.item() >= 1:
                 break
             loss = self.learn_once(data, plan, done.item())
@@ -424,7 +565,10 @@ class Denoising:
         self.keep(work)
 
     def keep(self, work: Path) -> None:
-        """Leave the training state and a loadable pipeline in `work`; a crash in between leaves the old state whole."""
+        """Write the training state and a loadable pipeline to `work`.
+
+        A crash in between leaves the old state whole.
+        """
         fresh = work / "denoiser.pt.new"
         with self.weights.lock:
             torch.save({"weights": self.weights.state()}, fresh)
@@ -433,7 +577,8 @@ class Denoising:
 
     def save(self, out: Path) -> None:
         """Write the moving average as a Stable Diffusion folder, fp16."""
-        unet, text_encoder = build_unet(), build_text_encoder(self.tokenizer)
+        unet = build_unet()
+        text_encoder = build_text_encoder(self.tokenizer)
         self.weights.put_average([*unet.parameters(), *text_encoder.parameters()])
         vae = copy.deepcopy(self.vae).cpu().half()
         vae.register_to_config(_name_or_path="")  # else the config tells where the work folder lay
@@ -450,9 +595,14 @@ class Denoising:
 
 
 def help_learning(
-    shared: dict[str, Tensor], lock: AbstractContextManager[Any], data: dict[str, Tensor], plan: Plan, parent: int, worker: int
+    shared: dict[str, Tensor],
+    lock: AbstractContextManager[Any],
+    data: dict[str, Tensor],
+    plan: Plan,
+    parent: int,
+    worker: int,
 ) -> None:
-    """A further process learning on the shared weights until the first one is done or gone."""
+    """Train on the shared weights in a further process, until the first one is done or gone."""
     torch.set_num_threads(1)
     torch.manual_seed(worker)
     denoising = Denoising(None, build_tokenizer(), torch.device("cpu"))
@@ -462,44 +612,88 @@ def help_learning(
 
 
 def pick_device(name: str) -> torch.device:
-    """The device asked for; `auto` takes a GPU where there is one."""
-    return torch.device("cuda" if name == "auto" and torch.cuda.is_available() else "cpu" if name == "auto" else name)
+    """Return the device asked for; `auto` takes a GPU where there is one."""
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def main() -> None:
-    """Train by the command line's wishes."""
-    parser = argparse.ArgumentParser(prog="python -m pocket.train", description="Train the pocket model from nothing.")
-    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="where the finished pipeline goes")
+    """Train with the options of the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m pocket.train", description="Train the pocket model from nothing."
+    )
+    parser.add_argument(
+        "--out", type=Path, default=CHECKPOINT, help="where the finished pipeline goes"
+    )
     parser.add_argument("--work", type=Path, default=WORK, help="where intermediate states go")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
-    parser.add_argument("--minutes", type=float, default=50, help="for autoencoder and denoiser together, one to four")
-    parser.add_argument("--decoder-minutes", type=float, default=8, help="for polishing the decoder afterwards")
-    parser.add_argument("--images", type=int, default=400_000, help="end the denoiser's training after so many images, if sooner")
-    parser.add_argument("--peak-lr", type=float, default=Plan.peak_lr, help="the denoiser's highest learning rate")
-    parser.add_argument("--resume", action="store_true", help="go on from what --work holds; --minutes is then for the denoiser alone")
-    parser.add_argument("--quick", action="store_true", help="a two-minute run that only proves the path; its pictures are mush")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=50,
+        help="for autoencoder and denoiser together, one to four",
+    )
+    parser.add_argument(
+        "--decoder-minutes", type=float, default=8, help="for polishing the decoder afterwards"
+    )
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=400_000,
+        help="end the denoiser's training after so many images, if sooner",
+    )
+    parser.add_argument(
+        "--peak-lr", type=float, default=Plan.peak_lr, help="the denoiser's highest learning rate"
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from what --work holds; --minutes is then for the denoiser alone",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a two-minute run that only proves the path; its pictures are mush",
+    )
     parser.add_argument("--threads", type=int, default=2, help="where one process learns alone")
-    parser.add_argument("--workers", type=int, default=2, help="processes that teach the denoiser together on a CPU, one thread each")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that teach the denoiser together on a CPU, one thread each",
+    )
     parser.add_argument("--seed", type=int, default=0)
     wishes = parser.parse_args()
 
     torch.set_num_threads(wishes.threads)
     torch.manual_seed(wishes.seed)
-    rng, device = random.Random(wishes.seed), pick_device(wishes.device)
+    rng = random.Random(wishes.seed)
+    device = pick_device(wishes.device)
     wishes.work.mkdir(parents=True, exist_ok=True)
     vae_minutes = 0 if wishes.resume and (wishes.work / "vae").exists() else wishes.minutes / 5
-    plan = Plan(vae_minutes, wishes.minutes - vae_minutes, wishes.decoder_minutes, wishes.images, peak_lr=wishes.peak_lr)
+    plan = Plan(
+        vae_minutes,
+        wishes.minutes - vae_minutes,
+        wishes.decoder_minutes,
+        wishes.images,
+        peak_lr=wishes.peak_lr,
+    )
     if wishes.quick:
-        plan = Plan(0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128)
+        plan = Plan(
+            0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128
+        )
 
-    # The encoded captions and the weights are only worth something with the tokenizer they were made with.
+    # The encoded captions and the weights are useless without the tokenizer they were made with.
     tokenizer_folder = wishes.work / "tokenizer"
     if wishes.resume and tokenizer_folder.exists():
         tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
     else:
         tokenizer = build_tokenizer()
         tokenizer.save_pretrained(tokenizer_folder)
-    vae_folder, data_file, state_file = wishes.work / "vae", wishes.work / "data.pt", wishes.work / "denoiser.pt"
+    vae_folder = wishes.work / "vae"
+    data_file = wishes.work / "data.pt"
+    state_file = wishes.work / "denoiser.pt"
     if wishes.resume and vae_folder.exists():
         vae = AutoencoderKL.from_pretrained(vae_folder).to(device).eval().requires_grad_(False)
     else:
@@ -517,7 +711,9 @@ def main() -> None:
     if wishes.resume and state_file.exists():
         denoising.weights.load(torch.load(state_file, map_location=device)["weights"])
     if wishes.resume and polished_folder.exists():
-        denoising.vae = AutoencoderKL.from_pretrained(polished_folder).to(device).eval().requires_grad_(False)
+        denoising.vae = (
+            AutoencoderKL.from_pretrained(polished_folder).to(device).eval().requires_grad_(False)
+        )
     if plan.denoiser_minutes > 0:
         denoising.train(data, plan, wishes.work, num_workers=wishes.workers)
     if plan.decoder_minutes > 0:

@@ -1,7 +1,8 @@
-"""The pocket model's whole world: coloured shapes on coloured grounds, their captions and their pictures.
+"""The pocket model's whole world: coloured shapes on coloured grounds, captions and pictures.
 
-Procedural and exact: every picture is drawn from a `Scene`, so every caption is true and no third-party data is involved.
-Randomness comes from the `random.Random` that is handed in. It does not know what a network is.
+Procedural and exact: every picture is drawn from a `Scene`, so every caption is true and no
+third-party data is involved. Randomness comes from the `random.Random` that the caller passes. This
+module does not know what a network is.
 """
 
 import hashlib
@@ -42,7 +43,11 @@ HELD_OUT_SHARE = 10  # one scene in ten is kept out of training
 
 @dataclass(frozen=True)
 class Thing:
-    """One object. `place` is None beside another object: the order says who stands left. None elsewhere means *not said*."""
+    """One object.
+
+    `place` is None beside another object: there the order says which one stands left. None
+    elsewhere means *not said*.
+    """
 
     colour: str
     shape: str
@@ -52,24 +57,29 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background and one or two objects, the left one first; as a wish, whatever is None may be anything."""
+    """A background and one or two objects, the left one first.
+
+    In a scene that was read from a caption, whatever is None may be anything.
+    """
 
     background: str
     things: tuple[Thing, ...]
 
     @property
     def is_pair(self) -> bool:
-        """Are there two objects?"""
+        """Tell whether there are two objects."""
         return len(self.things) == 2
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Is this combination of colours, shapes, sizes and place one that training never draws?"""
+    """Tell whether training never draws this combination of colours, shapes, sizes and place."""
     digest = hashlib.sha256(repr(scene).encode()).digest()
     return int.from_bytes(digest[:4], "big") % HELD_OUT_SHARE == 0
 
 
-def random_scene(rng: random.Random, *, pair_share: float = 0.3, held_out: bool | None = None) -> Scene:
+def random_scene(
+    rng: random.Random, *, pair_share: float = 0.3, held_out: bool | None = None
+) -> Scene:
     """Draw a fully specified scene, all its colours different.
 
     held_out: True for scenes training never sees, False for those it may, None for any.
@@ -80,14 +90,21 @@ def random_scene(rng: random.Random, *, pair_share: float = 0.3, held_out: bool 
         if is_pair:
             things = tuple(Thing(colour, rng.choice(SHAPES), "small") for colour in (first, second))
         else:
-            things = (Thing(first, rng.choice(SHAPES), rng.choice(list(RADIUS_PX)), rng.choice(list(PLACES))),)
+            things = (
+                Thing(
+                    first, rng.choice(SHAPES), rng.choice(list(RADIUS_PX)), rng.choice(list(PLACES))
+                ),
+            )
         scene = Scene(background, things)
         if held_out is None or is_held_out(scene) is held_out:
             return scene
 
 
 def caption(scene: Scene, rng: random.Random, *, is_complete: bool = False) -> str:
-    """Say the scene in words; leaves out the size in 20 % and the place in 15 % unless `is_complete`."""
+    """Say the scene in words.
+
+    Unless `is_complete`, it leaves out the size in 20 % and the place in 15 % of the cases.
+    """
     with_size = is_complete or rng.random() < 0.80
     with_place = is_complete or rng.random() < 0.85
     named = []
@@ -101,7 +118,10 @@ def caption(scene: Scene, rng: random.Random, *, is_complete: bool = False) -> s
 
 
 def draw(scene: Scene, rng: random.Random) -> np.ndarray:
-    """Paint a fully specified scene: uint8 [128, 128, 3]; `rng` jitters colours, radii and centres a little."""
+    """Paint a fully specified scene: uint8 [128, 128, 3].
+
+    `rng` varies colours, radii and centres a little.
+    """
     side = SIDE_PX * OVERSAMPLING
     image = Image.new("RGB", (side, side), _jittered(scene.background, rng))
     pen = ImageDraw.Draw(image)
@@ -111,19 +131,26 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
         x, y = PLACES[thing.place] if thing.place else (PAIR_X[index], 0.5)
         radius = rng.uniform(*RADIUS_PX[thing.size])
         reach = radius * 1.08 + MARGIN_PX
-        centre = [
-            min(max((at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX, reach), SIDE_PX - reach) * OVERSAMPLING for at in (x, y)
-        ]
-        _paint(pen, thing.shape, centre[0], centre[1], radius * OVERSAMPLING, _jittered(thing.colour, rng))
+        centre = []
+        for at in (x, y):
+            wanted_px = (at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX
+            centre.append(min(max(wanted_px, reach), SIDE_PX - reach) * OVERSAMPLING)
+        colour = _jittered(thing.colour, rng)
+        _paint(pen, thing.shape, centre[0], centre[1], radius * OVERSAMPLING, colour)
     return np.asarray(image.reduce(OVERSAMPLING))
 
 
 def _jittered(colour: str, rng: random.Random) -> tuple[int, int, int]:
-    red, green, blue = (min(255, max(0, level + rng.randint(-COLOUR_JITTER, COLOUR_JITTER))) for level in COLOURS[colour])
+    red, green, blue = (
+        min(255, max(0, level + rng.randint(-COLOUR_JITTER, COLOUR_JITTER)))
+        for level in COLOURS[colour]
+    )
     return red, green, blue
 
 
-def _paint(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int]) -> None:
+def _paint(
+    pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill: tuple[int, int, int]
+) -> None:
     if shape == "circle":
         pen.ellipse((x - r, y - r, x + r, y + r), fill=fill)
     elif shape == "square":
@@ -134,6 +161,9 @@ def _paint(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, f
         radii = [1.08 * r if point % 2 == 0 else 0.45 * r for point in range(10)]
         angles = [math.pi * point / 5 - math.pi / 2 for point in range(10)]
         spokes = zip(radii, angles, strict=True)
-        pen.polygon([(x + reach * math.cos(angle), y + reach * math.sin(angle)) for reach, angle in spokes], fill=fill)
+        pen.polygon(
+            [(x + reach * math.cos(angle), y + reach * math.sin(angle)) for reach, angle in spokes],
+            fill=fill,
+        )
     else:
         raise ValueError(f"No such shape: {shape!r}.")

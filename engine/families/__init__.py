@@ -12,11 +12,15 @@ from engine.families.contract import Family
 
 FAMILIES = {
     "sd": "engine.families.sd:StableDiffusion",  # SD 1.x and 2.x: UNet, one CLIP text encoder
-    "sdxl": "engine.families.sdxl:StableDiffusionXL",  # UNet, two CLIP text encoders, sizes as conditions
-    "sd3": "engine.families.sd3:StableDiffusion3",  # SD3 and 3.5: MMDiT, flow matching, two CLIP and T5
+    # UNet, two CLIP text encoders, sizes as conditions.
+    "sdxl": "engine.families.sdxl:StableDiffusionXL",
+    # SD3 and 3.5: MMDiT, flow matching, two CLIP and T5.
+    "sd3": "engine.families.sd3:StableDiffusion3",
     "flux": "engine.families.flux:Flux",  # FLUX.1: packed latents, distilled guidance, CLIP and T5
-    "pipeline": "engine.families.pipeline.batched:Pipeline",  # any other diffusers pipeline, its denoiser calls batched
-    "plain": "engine.families.pipeline.plain:PlainPipeline",  # the last resort: one whole call at a time, in turns of a step
+    # Any other diffusers pipeline, its denoiser calls batched.
+    "pipeline": "engine.families.pipeline.batched:Pipeline",
+    # The last resort: one whole call at a time, in turns of a step.
+    "plain": "engine.families.pipeline.plain:PlainPipeline",
 }
 
 

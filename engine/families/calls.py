@@ -1,5 +1,4 @@
-"""Take the calls of strange networks apart into rows, so that calls of strangers can be made as
-one.
+"""Split the calls of unknown networks into rows, so that calls of several images become one.
 
 Nothing here knows what an argument means. Which axis of which tensor counts rows is *probed*: the
 same call is made for one image and for two, and what doubles is per row; what does not is shared,
@@ -25,7 +24,9 @@ from diffusers.utils import BaseOutput
 from torch import Tensor
 
 PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device)
-MAX_COMPARED_BYTES = 16 * 1024 * 1024  # of a shared tensor; comparing a larger one at every step costs more than company saves
+# The largest shared tensor that is compared: for a larger one, the comparison at every step costs
+# more than batching saves.
+MAX_COMPARED_BYTES = 16 * 1024 * 1024
 
 
 class Unlike(Exception):
@@ -42,7 +43,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-# --- forms of a value ---------------------------------------------------------------------------------------------------------------
+# --- forms of a value -----------------------------------------------------------------------------
 
 
 class Form(ABC):
@@ -50,8 +51,8 @@ class Form(ABC):
 
     @abstractmethod
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
-        """Say, in plain JSON, what values must agree on to be stacked, and add to `rows` how many
-        rows this one has.
+        """Describe in plain JSON what values must agree on to be stacked; add this value's rows to
+        `rows`.
 
         exactly: must a row's bits not depend on the others? Raises `Unlike` for a value of another
         form.
@@ -59,8 +60,10 @@ class Form(ABC):
 
     @abstractmethod
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        """Give one value with the rows of all, `counts[i]` of values[i], then `padding` times the
-        first of them: safe for masks.
+        """Stack the rows of all values, `counts[i]` of values[i], then `padding` times the first of
+        them.
+
+        That padding is safe for masks.
         """
 
     @abstractmethod
@@ -68,8 +71,9 @@ class Form(ABC):
         """Give the inverse of `stack`; what is beyond the counts is dropped."""
 
     def spread(self, one: Any, other: Any) -> Form:
-        """Give the same form, but shared tensors of a single number that two values do not agree on
-        are spread over the rows.
+        """Return the same form, with some shared tensors of a single number spread over the rows.
+
+        Those are the ones on which the two values do not agree.
         """
         return self
 
@@ -90,12 +94,15 @@ class Rowed(Form):
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
         filler = [values[0].narrow(self.axis, 0, 1)] * padding
-        # Contiguous, for a neighbour in another memory format would otherwise choose the layout, and with it the kernels, for all.
+        # Contiguous: otherwise one neighbour in another memory format would choose the layout, and
+        # with it the kernels, for all.
         return torch.cat([*values, *filler], dim=self.axis).contiguous()
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         """Split into views."""
-        return list(torch.split(value.narrow(self.axis, 0, sum(counts)), list(counts), dim=self.axis))
+        return list(
+            torch.split(value.narrow(self.axis, 0, sum(counts)), list(counts), dim=self.axis)
+        )
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,9 @@ class Listed(Form):
 
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe sizes only where the bits count."""
-        if type(value) is not self.kind or not all(isinstance(row, Tensor) and row.ndim == self.ndim for row in value):
+        if type(value) is not self.kind or not all(
+            isinstance(row, Tensor) and row.ndim == self.ndim for row in value
+        ):
             raise Unlike
         rows.add(len(value))
         dtypes = sorted({str(row.dtype) for row in value})
@@ -129,8 +138,9 @@ class Listed(Form):
 
 @dataclass(frozen=True)
 class Spread(Form):
-    """A tensor of one number for all rows, such as a timestep, in whose place the network takes one
-    number per row.
+    """A tensor of one number for all rows, such as a timestep.
+
+    In its place the network takes one number per row.
     """
 
     ndim: int
@@ -143,10 +153,11 @@ class Spread(Form):
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
         """Stack to [rows]."""
-        return torch.cat([value.expand(count) for value, count in zip([*values, values[0]], [*counts, padding], strict=True)])
+        parts = zip([*values, values[0]], [*counts, padding], strict=True)
+        return torch.cat([value.expand(count) for value, count in parts])
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
-        """Nobody's: networks are given such numbers, they do not return them."""
+        """Refuse: networks take such numbers but do not return them."""
         raise Unlike
 
 
@@ -160,7 +171,11 @@ class Shared(Form):
     def describe(self, value: Any, rows: set[int], *, exactly: bool) -> Any:
         """Describe its value."""
         if isinstance(value, Tensor):
-            if self.kind is not Tensor or value.ndim != self.ndim or value.nbytes > MAX_COMPARED_BYTES:
+            if (
+                self.kind is not Tensor
+                or value.ndim != self.ndim
+                or value.nbytes > MAX_COMPARED_BYTES
+            ):
                 raise Unlike
             content = value.cpu().reshape(-1).view(torch.uint8).numpy()
             return [str(value.dtype), *value.shape, hashlib.sha256(content.data).hexdigest()]
@@ -192,20 +207,33 @@ class Nested(Form):
         """Describe what its places say."""
         if type(value) is not self.kind or [place for place, _ in self.places] != _places(value):
             raise Unlike
-        return [[str(place), form.describe(value[place], rows, exactly=exactly)] for place, form in self.places]
+        return [
+            [str(place), form.describe(value[place], rows, exactly=exactly)]
+            for place, form in self.places
+        ]
 
     def stack(self, values: Sequence[Any], counts: Sequence[int], padding: int) -> Any:
-        return self._of([form.stack([value[place] for value in values], counts, padding) for place, form in self.places])
+        return self._of(
+            [
+                form.stack([value[place] for value in values], counts, padding)
+                for place, form in self.places
+            ]
+        )
 
     def split(self, value: Any, counts: Sequence[int]) -> list[Any]:
         parts = [form.split(value[place], counts) for place, form in self.places]
         return [self._of([part[index] for part in parts]) for index in range(len(counts))]
 
     def spread(self, one: Any, other: Any) -> Form:
-        return replace(self, places=tuple((place, form.spread(one[place], other[place])) for place, form in self.places))
+        places = tuple(
+            (place, form.spread(one[place], other[place])) for place, form in self.places
+        )
+        return replace(self, places=places)
 
     def _of(self, items: list[Any]) -> Any:
-        return _container(self.kind, dict(zip((place for place, _ in self.places), items, strict=True)))
+        return _container(
+            self.kind, dict(zip((place for place, _ in self.places), items, strict=True))
+        )
 
 
 def probe(one: Any, two: Any) -> Form:
@@ -217,12 +245,19 @@ def probe(one: Any, two: Any) -> Form:
         raise Unlike
     if isinstance(one, Tensor):
         return _probe_tensor(one, two)
-    if type(one) in (list, tuple) and one and len(two) == 2 * len(one) and all(isinstance(row, Tensor) for row in two):
+    if (
+        type(one) in (list, tuple)
+        and one
+        and len(two) == 2 * len(one)
+        and all(isinstance(row, Tensor) for row in two)
+    ):
         return Listed(type(one), one[0].ndim)
     if _is_container(one):
         if _places(one) != _places(two):
             raise Unlike
-        return Nested(type(one), tuple((place, probe(one[place], two[place])) for place in _places(one)))
+        return Nested(
+            type(one), tuple((place, probe(one[place], two[place])) for place in _places(one))
+        )
     if not isinstance(one, PLAIN) or one != two:
         raise Unlike
     return Shared(type(one))
@@ -257,7 +292,7 @@ def _container(kind: Any, items: Mapping[Any, Any]) -> Any:
     return kind(items) if issubclass(kind, dict) else kind(items.values())
 
 
-# --- forms of a call ----------------------------------------------------------------------------------------------------------------
+# --- forms of a call ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -269,11 +304,11 @@ class CallForm:
     returned: Form
 
     def describe(self, call: Call, *, exactly: bool) -> tuple[int, str]:
-        """Give the call's number of rows, and in a few letters all that calls must agree on to be
-        made as one. Raises `Unlike`.
+        """Return the call's number of rows, and briefly all that calls must agree on to be made as
+        one.
 
         exactly: a row's bits then depend on itself and the number of rows alone, whoever shares the
-        forward.
+        forward. Raises `Unlike`.
         """
         if call.network != self.network:
             raise Unlike
@@ -290,7 +325,9 @@ class CallForm:
         It has `bucket_rows` rows, or as many as they have if that is more.
         """
         padding = max(0, bucket_rows - sum(counts))
-        args, kwargs = self.given.stack([(call.args, call.kwargs) for call in calls], counts, padding)
+        args, kwargs = self.given.stack(
+            [(call.args, call.kwargs) for call in calls], counts, padding
+        )
         return Call(self.network, calls[0].context, args, kwargs)
 
     def split(self, result: Any, counts: Sequence[int]) -> list[Any]:
@@ -307,11 +344,10 @@ Run = Sequence[tuple[Call, Any]]
 
 
 def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
-    """Give a form for every kind of call in these runs, each of one image and again of two, that
-    can be made for strangers as well.
+    """Return a form for every kind of call in these runs that can be made for several images.
 
-    A call whose rows cannot be told apart, or that the network was not seen to keep apart, has
-    none.
+    Each run is of one image and again of two. A call has no form when its rows cannot be told
+    apart, or when the network was not seen to keep them apart.
     """
     seen: dict[CallForm, list[Call]] = {}
     for of_one, of_two in runs:
@@ -319,7 +355,11 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
             if one.network != two.network:
                 break
             try:
-                form = CallForm(one.network, probe((one.args, one.kwargs), (two.args, two.kwargs)), probe(returned_one, returned_two))
+                form = CallForm(
+                    one.network,
+                    probe((one.args, one.kwargs), (two.args, two.kwargs)),
+                    probe(returned_one, returned_two),
+                )
             except Unlike:
                 continue
             seen.setdefault(form, []).append(one)
@@ -328,12 +368,11 @@ def learn(runs: Sequence[tuple[Run, Run]], network: Network) -> list[CallForm]:
 
 
 def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm | None:
-    """Give the form, its single numbers spread over rows, if the network gives a row the same bits
-    beside itself and beside another.
+    """Return the form if the network gives a row the same bits beside itself and beside another.
 
-    Compared at one number of rows, for another may take other kernels. A call beside itself has its
-    single numbers as the pipeline gave them, so a network that reads one number per row as
-    something else is found out.
+    The form's single numbers are spread over rows. Compared at one number of rows, for another may
+    take other kernels. A call beside itself has its single numbers as the pipeline gave them, so a
+    network that reads one number per row as something else is found out.
     """
     alike: dict[Any, list[Call]] = {}
     for call in calls:
@@ -341,13 +380,17 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
         alike.setdefault((call.context, shapes), []).append(call)
     proved = set()
     for first, last in ((some[0], some[-1]) for some in alike.values()):
-        spread = replace(form, given=form.given.spread((first.args, first.kwargs), (last.args, last.kwargs)))
+        spread = replace(
+            form, given=form.given.spread((first.args, first.kwargs), (last.args, last.kwargs))
+        )
         try:
             agreed = spread.describe(first, exactly=True)
             if first is last or spread.describe(last, exactly=True) != agreed:
                 continue
             mixed = _side_by_side(spread, first, last, agreed[0], network)
-            twins = [_side_by_side(form, call, call, agreed[0], network)[0] for call in (first, last)]
+            twins = [
+                _side_by_side(form, call, call, agreed[0], network)[0] for call in (first, last)
+            ]
         except Exception:  # noqa: BLE001  whatever it says, it does not take a stranger's rows
             return None
         if not _equal(mixed, twins):
@@ -357,20 +400,23 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
 
 
 def _side_by_side(form: CallForm, one: Call, other: Call, rows: int, network: Network) -> list[Any]:
-    """Two calls of so many rows each made as one: what each of them gets."""
+    """Make one call of two calls with `rows` rows each; return the result of each."""
     return form.split(network(form.stack([one, other], [rows, rows], 0)), [rows, rows])
 
 
 def _equal(one: Any, other: Any) -> bool:
-    """Are they the same, bit by bit? They have one form."""
-    return all(torch.equal(mine, yours) for mine, yours in zip(tensors_of(one), tensors_of(other), strict=True))
+    """Tell whether two values of one form are the same, bit by bit."""
+    return all(
+        torch.equal(mine, yours)
+        for mine, yours in zip(tensors_of(one), tensors_of(other), strict=True)
+    )
 
 
-# --- values as they are logged ------------------------------------------------------------------------------------------------------
+# --- values as they are logged --------------------------------------------------------------------
 
 
 def tensors_of(value: Any) -> list[Tensor]:
-    """Every tensor in a value, in order."""
+    """Return every tensor in a value, in order."""
     if isinstance(value, Tensor):
         return [value]
     if _is_container(value):
@@ -383,7 +429,9 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(value, Tensor):
         return change(value)
     if _is_container(value):
-        return _container(type(value), {place: with_tensors(value[place], change) for place in _places(value)})
+        return _container(
+            type(value), {place: with_tensors(value[place], change) for place in _places(value)}
+        )
     return value
 
 
@@ -422,7 +470,10 @@ def read(facts: Any, tensors: Sequence[Tensor]) -> Any:
     if "plain" in facts:
         return facts["plain"]
     module, name = facts["kind"]
-    kind = getattr(import_module(module), name) if module == "builtins" or module.startswith("diffusers.") else None
-    if kind not in (tuple, list, dict) and not (isinstance(kind, type) and issubclass(kind, BaseOutput)):
+    kind = None
+    if module == "builtins" or module.startswith("diffusers."):
+        kind = getattr(import_module(module), name)
+    is_output = isinstance(kind, type) and issubclass(kind, BaseOutput)
+    if kind not in (tuple, list, dict) and not is_output:
         raise Unlike
     return _container(kind, {place: read(item, tensors) for place, item in facts["items"]})

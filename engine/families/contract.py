@@ -1,11 +1,12 @@
-"""What the engine asks of a family of networks.
+"""Define what the engine asks of a family of networks.
 
 The engine holds one family object per checkpoint. Between two forwards an image is plain state
 (`InFlight`), and a family moves it:
 
     start(image)                       encode its prompts, draw its noise: it can be denoised now
-    predict(images, bucket_rows)       one forward for strangers at different steps; no image is changed, so it can be repeated
-    advance(image, its prediction)     guidance and the image's own sampler: the image is one step further
+    predict(images, bucket_rows)       one forward for images at different steps; it changes none
+                                       of them, so it can be repeated
+    advance(image, its prediction)     guidance and the image's own sampler: one step further
     decode(image)                      pixels
 
 Two kinds implement it. A native family (`latent.py` and what builds on it) keeps latents, a sampler
@@ -54,8 +55,10 @@ class Family(Protocol):
     All but the first group of methods is called on the engine's thread, in inference mode.
     """
 
-    pixels_per_latent: int  # along a side; width_px and height_px must be multiples of it, and of more where `check` says so
-    follows_stream: bool  # does `decode` launch its work in the stream that is current where it is called?
+    # width_px and height_px must be multiples of it, and of more where `check` says so.
+    pixels_per_latent: int
+    # Does `decode` launch its work in the stream that is current where it is called?
+    follows_stream: bool
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
@@ -72,13 +75,15 @@ class Family(Protocol):
         """
 
     def networks(self) -> Mapping[str, nn.Module]:
-        """Give the networks an adapter can lie over, by the names diffusers gives their folders:
-        unet, transformer, text_encoder…
+        """Return the networks that an adapter can change, by their folders' names in diffusers.
+
+        Those are unet, transformer, text_encoder…
         """
 
     def facts(self) -> dict[str, Any]:
-        """Tell what of this checkpoint's set-up can change a bit: attention classes, tiling,
-        upcasts.
+        """Return the facts of this checkpoint's set-up that can change a bit.
+
+        Among them are attention classes, tiling and upcasts.
         """
 
     # --- of a request, from any thread, without tensors ---
@@ -90,8 +95,9 @@ class Family(Protocol):
         """Tell the rows of a forward this image takes."""
 
     def text_length(self, request: ImageRequest) -> int:
-        """Padded length of its text in tokens, chosen from its own prompt alone: part of the batch
-        key.
+        """Return the padded length of the request's text in tokens, as a part of the batch key.
+
+        It is chosen from the request's own prompt alone.
         """
 
     # --- of an image ---
@@ -103,8 +109,9 @@ class Family(Protocol):
         """
 
     def start(self, image: InFlight, recall: Recall) -> None:
-        """Encode and draw: sets `image.held` and `image.num_steps` (where the family finds out only
-        now: rows and batch key too).
+        """Encode and draw noise; set `image.held` and `image.num_steps`.
+
+        Where the family finds out only now, set rows and batch key too.
         """
 
     def predict(self, images: Sequence[InFlight], bucket_rows: int) -> list[Any]:
@@ -117,8 +124,9 @@ class Family(Protocol):
         """
 
     def advance(self, image: InFlight, prediction: Any) -> None:
-        """Move the image on by its part of a prediction: `image.step`, `image.is_denoised` and all
-        it holds.
+        """Move the image on by its part of a prediction.
+
+        Changes `image.step`, `image.is_denoised` and all that it holds.
         """
 
     def clean_latents(self, image: InFlight) -> Tensor | None:
@@ -136,14 +144,15 @@ class Family(Protocol):
         """Copy what is needed to go on elsewhere from `image.step`. The image is left untouched."""
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
-        """Instead of `start`: encode again and go on from a saved state.
+        """Encode again and go on from a saved state; called instead of `start`.
 
         `image.step` is set already.
         """
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
-        """Instead of `start`: encode, then go on from these kept latents at `image.step`, which is
-        set already.
+        """Encode, then go on from these kept latents; called instead of `start`.
+
+        `image.step` is set already.
         """
 
     def latents(self, image: InFlight) -> Tensor:

@@ -1,5 +1,6 @@
-"""Run a function as a coroutine: from deep inside other people's code it asks, its owner answers,
-and one of the two runs at a time.
+"""Run a function as a coroutine: it asks, its owner answers, and only one of them runs at a time.
+
+The function may ask from deep inside other libraries' code.
 
 A generator cannot do that, for it can only yield from its own frame. So the function has a thread
 of its own and a baton goes back and forth. Threads rather than greenlets, because much of what
@@ -17,7 +18,10 @@ from queue import SimpleQueue
 from typing import Any
 
 Ask = Callable[[Any], Any]
-"""ask(request): hand the baton to the owner; its answer, once it resumes. Raises `Closed` when it never will."""
+"""ask(request): pass control to the owner, wait until it resumes, and return its answer.
+
+Raises `Closed` when the owner will never answer.
+"""
 
 
 class Closed(BaseException):
@@ -43,14 +47,21 @@ class Coroutine:
     """One function on its way. All methods are for its owner, one thread at a time."""
 
     def __init__(
-        self, run: Callable[[Ask], Any], *, name: str = "coroutine", within: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self,
+        run: Callable[[Ask], Any],
+        *,
+        name: str = "coroutine",
+        within: Callable[[], AbstractContextManager[Any]] = nullcontext,
     ) -> None:
-        """Nothing runs before the first `resume`.
+        """Prepare the function; nothing runs before the first `resume`.
 
         `within()` is entered in the function's own thread, around all of it.
         """
-        # Handed to the thread, which drops it at its end: kept here too, it would close a circle of references around its tensors.
-        self._thread = threading.Thread(target=self._live, args=(run, within), name=name, daemon=True)
+        # Passed to the thread, which drops it at its end. A second reference here would make a
+        # cycle that keeps its tensors alive.
+        self._thread = threading.Thread(
+            target=self._live, args=(run, within), name=name, daemon=True
+        )
         self._requests: SimpleQueue[Any] = SimpleQueue()
         self._answers: SimpleQueue[Any] = SimpleQueue()
         self._is_closing = False
@@ -80,12 +91,10 @@ class Coroutine:
         return outcome
 
     def close(self) -> None:
-        """End it wherever it is: not begun, waiting for an answer, or over.
+        """End the function wherever it is: not begun, waiting for an answer, or over.
 
-        When this returns, its thread is gone.
-
-        A waiting function is unwound by `Closed`; whatever it makes of that is nobody's concern any
-        more.
+        When this returns, its thread is gone. A waiting function is unwound by `Closed`; whatever
+        it returns or raises then is ignored.
         """
         if not self.is_over:
             self._is_closing = True
@@ -95,14 +104,17 @@ class Coroutine:
     def _end(self) -> None:
         self.is_over = True
         if self._thread.ident is None:
-            self._thread = threading.Thread(name=self._thread.name)  # lets go of a function that never ran
+            # Drops a function that never ran.
+            self._thread = threading.Thread(name=self._thread.name)
         else:
             self._thread.join()
 
-    def _live(self, run: Callable[[Ask], Any], within: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Live in the thread.
+    def _live(
+        self, run: Callable[[Ask], Any], within: Callable[[], AbstractContextManager[Any]]
+    ) -> None:
+        """Run the function in the thread.
 
-        What comes last is put where the owner waits for it, if anybody does.
+        Its result or error is put where the owner waits for it, if anybody does.
         """
         try:
             with within():
@@ -120,4 +132,5 @@ class Coroutine:
             answer = self._answers.get()
             if not self._is_closing:
                 return answer
-        raise Closed  # also to who asks again while being unwound, in a `finally` or after a bare `except`
+        # Also when it asks again while being unwound, in a `finally` or after a bare `except`.
+        raise Closed

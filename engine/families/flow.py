@@ -1,5 +1,7 @@
-"""What SD3 and FLUX have in common: a transformer that predicts a flow's velocity, latents that the
-VAE shifts, a T5 text encoder.
+"""The parts that SD3 and FLUX share.
+
+Both have a transformer that predicts a flow's velocity, latents that the VAE shifts, and
+a T5 text encoder.
 
 The denoiser, its text rows and the shift of its noise levels are each family's own. Random numbers
 are drawn in the order of the diffusers pipelines: the posterior of the init image, the noise, the
@@ -44,7 +46,8 @@ MOST_TEXT_TOKENS = 512  # of T5, in both pipelines
 class FlowFamily(LatentFamily):
     """One loaded checkpoint of SD3 or FLUX."""
 
-    NETWORKS: ClassVar[Mapping[str, Any]]  # the classes of the transformer and the text encoders, by folder
+    # The classes of the transformer and the text encoders, by folder.
+    NETWORKS: ClassVar[Mapping[str, Any]]
     TOKENIZERS: ClassVar[Mapping[str, Any]]
     OPTIONAL: ClassVar[frozenset[str]] = frozenset()  # folders of those that a checkpoint may lack
     TEXT_TOKENS: ClassVar[int]  # of T5, unless a request says otherwise
@@ -70,7 +73,11 @@ class FlowFamily(LatentFamily):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        present = {folder for folder in (*cls.NETWORKS, *cls.TOKENIZERS) if folder not in cls.OPTIONAL or (path / folder).is_dir()}
+        present = {
+            folder
+            for folder in (*cls.NETWORKS, *cls.TOKENIZERS)
+            if folder not in cls.OPTIONAL or (path / folder).is_dir()
+        }
         return tuple(sorted(present | {"scheduler", "vae"}))
 
     @classmethod
@@ -97,11 +104,17 @@ class FlowFamily(LatentFamily):
         return self._networks
 
     def facts(self) -> dict[str, Any]:
-        text_encoders = [network for folder, network in self._networks.items() if folder != "transformer"]
+        text_encoders = [
+            network for folder, network in self._networks.items() if folder != "transformer"
+        ]
+        processors = self._transformer.attn_processors.values()
         return {
-            "attention": sorted({type(processor).__name__ for processor in self._transformer.attn_processors.values()}),
+            "attention": sorted({type(processor).__name__ for processor in processors}),
             "attention_backend": DIFFUSERS_ATTN_BACKEND,  # what those dispatch to
-            "text_attention": [str(getattr(encoder.config, "_attn_implementation", None)) for encoder in text_encoders],
+            "text_attention": [
+                str(getattr(encoder.config, "_attn_implementation", None))
+                for encoder in text_encoders
+            ],
             "vae_tiling": bool(getattr(self._vae, "use_tiling", False)),
             "vae_slicing": bool(getattr(self._vae, "use_slicing", False)),
         }
@@ -120,20 +133,37 @@ class FlowFamily(LatentFamily):
         check_pictures(request)
         self._check_sampler_fits(request)
         if _skipped_steps(request) == request.num_steps:
-            raise UnsupportedRequest("strength", f"{request.strength} leaves none of {request.num_steps} steps")
+            raise UnsupportedRequest(
+                "strength", f"{request.strength} leaves none of {request.num_steps} steps"
+            )
         check_native(request, self.option_names())
         length = request.options.get("max_sequence_length", self.TEXT_TOKENS)
         if type(length) is not int or not 1 <= length <= MOST_TEXT_TOKENS:
-            raise UnsupportedRequest("options", f"max_sequence_length {length!r} is not an integer within 1..{MOST_TEXT_TOKENS}")
+            raise UnsupportedRequest(
+                "options",
+                f"max_sequence_length {length!r} is not an integer within 1..{MOST_TEXT_TOKENS}",
+            )
 
     def _check_sampler_fits(self, request: ImageRequest) -> None:
-        recipe, config = FLOW_SAMPLERS[request.sampler], self._sampler_config
+        recipe = FLOW_SAMPLERS[request.sampler]
+        config = self._sampler_config
         if recipe.starts_from_noise_only and request.init_image is not None:
-            able = [name for name, recipe in FLOW_SAMPLERS.items() if not recipe.starts_from_noise_only]
-            raise UnsupportedRequest("sampler", f"{request.sampler!r} cannot start from an init_image; {', '.join(able)} can")
-        shifts_by_mu = config.get("use_dynamic_shifting", False) and config.get("time_shift_type", "exponential") == "exponential"
+            able = [
+                name for name, recipe in FLOW_SAMPLERS.items() if not recipe.starts_from_noise_only
+            ]
+            raise UnsupportedRequest(
+                "sampler",
+                f"{request.sampler!r} cannot start from an init_image; {', '.join(able)} can",
+            )
+        shifts_by_mu = (
+            config.get("use_dynamic_shifting", False)
+            and config.get("time_shift_type", "exponential") == "exponential"
+        )
         if recipe.refuses_idle_mu and self.is_told_mu(config) and not shifts_by_mu:
-            raise UnsupportedRequest("sampler", f"{request.sampler!r} needs a checkpoint whose noise levels are shifted by size")
+            raise UnsupportedRequest(
+                "sampler",
+                f"{request.sampler!r} needs a checkpoint whose noise levels are shifted by size",
+            )
 
     def rows(self, request: ImageRequest) -> int:
         return 2 if request.is_guided else 1
@@ -146,12 +176,13 @@ class FlowFamily(LatentFamily):
 
     @abstractmethod
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
-        """Does the pipeline tell `mu` to a scheduler of this config?"""
+        """Tell whether the pipeline passes `mu` to a scheduler of this config."""
 
     @abstractmethod
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """Set the sampler's timesteps on the CPU, with the arguments `more` besides the family's
-        own.
+        """Set the sampler's timesteps on the CPU.
+
+        more: arguments besides the family's own.
         """
 
     def sampler(self, request: ImageRequest) -> Sampler:
@@ -173,8 +204,10 @@ class FlowFamily(LatentFamily):
         """
         pixels_per_token = self.pixels_per_latent * LATENTS_PER_TOKEN
         tokens = (request.height_px // pixels_per_token) * (request.width_px // pixels_per_token)
-        base_tokens, max_tokens = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
-        base_shift, max_shift = config.get("base_shift", 0.5), config.get("max_shift", self.MAX_SHIFT)
+        base_tokens = config.get("base_image_seq_len", 256)
+        max_tokens = config.get("max_image_seq_len", 4096)
+        base_shift = config.get("base_shift", 0.5)
+        max_shift = config.get("max_shift", self.MAX_SHIFT)
         slope = (max_shift - base_shift) / (max_tokens - base_tokens)
         offset = base_shift - slope * base_tokens
         return float(tokens * slope + offset)
@@ -182,9 +215,9 @@ class FlowFamily(LatentFamily):
     # --- latents ---
 
     def pack(self, latents: Tensor) -> Tensor:
-        """Latents [1, c, h, w] as an image keeps them and the sampler steps them.
+        """Turn latents [1, c, h, w] into the form that an image keeps and the sampler steps.
 
-        The same for SD3.
+        For SD3 that is the same.
         """
         return latents
 
@@ -200,26 +233,40 @@ class FlowFamily(LatentFamily):
         if request.mask is None:
             return Beginning(latents, timesteps)
         mask = mask_tensor(request.mask).to(self.device, self.dtype)
-        return Beginning(latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator))
+        return Beginning(
+            latents, timesteps, self.remember_mask(mask, picture, clean, noise, generator)
+        )
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1, drawn from the VAE's
+        """Draw the latents [1, c, h, w] of a picture [1, 3, H, W] in -1..1 from the VAE's
         posterior.
         """
         drawn: Tensor = self._vae.encode(picture).latent_dist.sample(generator)
         latents: Tensor = (drawn - self._vae.config.shift_factor) * self._vae.config.scaling_factor
         return latents
 
-    def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def remember_mask(
+        self,
+        mask: Tensor,
+        picture: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
         """Tell what repainting needs at every step, for `Tensors.extras`.
 
         mask: [1, 1, H, W], 1 where it is repainted.  picture: [1, 3, H, W].  clean, noise: [1, c,
         h, w].
         """
-        # The pipelines encode the masked picture too, which only networks that take it as context need, and draw from its posterior.
+        # The pipelines also encode the masked picture and draw from its posterior, though only
+        # networks that take it as context need it. The same draw is made here.
         torch.randn(clean.shape, generator=generator, dtype=self.dtype)
         latent_mask = interpolate(mask, size=clean.shape[-2:])
-        return {"mask": self.pack(latent_mask.expand_as(clean)), "clean": self.pack(clean), "noise": self.pack(noise)}
+        return {
+            "mask": self.pack(latent_mask.expand_as(clean)),
+            "clean": self.pack(clean),
+            "noise": self.pack(noise),
+        }
 
     def repaint(self, image: InFlight) -> None:
         """Lay the init image outside the mask, under the noise of the step that comes next."""
@@ -227,9 +274,12 @@ class FlowFamily(LatentFamily):
         if "mask" not in tensors.extras:
             return
         sampler: Any = tensors.sampler
-        kept, mask = tensors.extras["clean"], tensors.extras["mask"]
+        kept = tensors.extras["clean"]
+        mask = tensors.extras["mask"]
         if image.step < image.num_steps - 1:
-            kept = sampler.scale_noise(kept, tensors.timesteps[image.step + 1].view(1), tensors.extras["noise"])
+            kept = sampler.scale_noise(
+                kept, tensors.timesteps[image.step + 1].view(1), tensors.extras["noise"]
+            )
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
@@ -245,16 +295,21 @@ class FlowFamily(LatentFamily):
     # --- text ---
 
     def tokenize(self, tokenizer: str, text: str, length: int) -> Tensor:
-        """Token ids [1, length] on the device, padded or cut to `length`."""
-        tokens = self._tokenizers[tokenizer](text, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        """Return token ids [1, length] on the device, padded or cut to `length`."""
+        tokens = self._tokenizers[tokenizer](
+            text, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+        )
         ids: Tensor = tokens.input_ids.to(self.device)
         return ids
 
     def encode_t5(self, number: int, text: str, length: int) -> Rows:
-        """Tell what the T5 encoder of this number makes of one text alone: {"text": [1, length,
-        width]}. Padding is attended to.
+        """Encode one text alone by the T5 encoder of this number: {"text": [1, length, width]}.
+
+        Padding is attended to.
         """
-        hidden: Tensor = self._networks[f"text_encoder_{number}"](self.tokenize(f"tokenizer_{number}", text, length))[0]
+        hidden: Tensor = self._networks[f"text_encoder_{number}"](
+            self.tokenize(f"tokenizer_{number}", text, length)
+        )[0]
         return {"text": hidden.to(self.dtype)}
 
 
@@ -263,7 +318,9 @@ def _skipped_steps(request: ImageRequest) -> int:
 
     `get_timesteps` of the pipelines.
     """
-    return int(max(request.num_steps - min(request.num_steps * request.strength, request.num_steps), 0))
+    return int(
+        max(request.num_steps - min(request.num_steps * request.strength, request.num_steps), 0)
+    )
 
 
 def _load_flow_config(path: Path) -> dict[str, Any]:

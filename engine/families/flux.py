@@ -41,7 +41,10 @@ class Flux(FlowFamily):
         "text_encoder": CLIPTextModel,
         "text_encoder_2": T5EncoderModel,
     }
-    TOKENIZERS: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": T5TokenizerFast}
+    TOKENIZERS: ClassVar[Mapping[str, Any]] = {
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": T5TokenizerFast,
+    }
     TEXT_TOKENS: ClassVar[int] = 512
     MAX_SHIFT: ClassVar[float] = 1.15
 
@@ -50,21 +53,32 @@ class Flux(FlowFamily):
         self.is_distilled = bool(self._transformer.config.guidance_embeds)
         channels = self._transformer.config.in_channels // LATENTS_PER_TOKEN**2
         latent_channels = self._vae.config.latent_channels
-        self._is_fill = channels == 2 * latent_channels + self.pixels_per_latent**2  # latents, the masked picture's, a mask pixel each
+        # Latents, the masked picture's, a mask pixel each.
+        self._is_fill = channels == 2 * latent_channels + self.pixels_per_latent**2
         if channels != latent_channels and not self._is_fill:
-            raise CheckpointCorrupt("transformer/config.json", f"takes {channels} latent channels: a network of another task than Fill's")
+            raise CheckpointCorrupt(
+                "transformer/config.json",
+                f"takes {channels} latent channels: a network of another task than Fill's",
+            )
 
     # --- of a request ---
 
     def option_names(self) -> frozenset[str]:
-        return super().option_names() | ({"true_cfg_scale"} if self.is_distilled and not self._is_fill else set())
+        return super().option_names() | (
+            {"true_cfg_scale"} if self.is_distilled and not self._is_fill else set()
+        )
 
     def check(self, request: ImageRequest) -> None:
         super().check(request)
         if request.clip_skip:
-            raise UnsupportedRequest("clip_skip", f"{request.clip_skip} has no meaning for a pooled CLIP vector; 0 is accepted")
+            raise UnsupportedRequest(
+                "clip_skip",
+                f"{request.clip_skip} has no meaning for a pooled CLIP vector; 0 is accepted",
+            )
         if self._is_fill and request.mask is None:
-            raise UnsupportedRequest("mask", "this checkpoint only fills: it needs an init_image and a mask")
+            raise UnsupportedRequest(
+                "mask", "this checkpoint only fills: it needs an init_image and a mask"
+            )
         scale = request.options.get("true_cfg_scale", 1.0)
         if type(scale) not in (int, float):
             raise UnsupportedRequest("options", f"true_cfg_scale {scale!r} is not a number")
@@ -73,7 +87,7 @@ class Flux(FlowFamily):
         return 2 if self._true_cfg_scale(request) > 1 else 1
 
     def text_length(self, request: ImageRequest) -> int:
-        """T5's tokens; CLIP adds none."""
+        """Return the number of T5's tokens; CLIP adds none."""
         return self.text_tokens(request)
 
     def _true_cfg_scale(self, request: ImageRequest) -> float:
@@ -91,19 +105,34 @@ class Flux(FlowFamily):
 
         "guidance": [rows] where the network is distilled.
         """
-        texts = [request.negative_prompt, request.prompt] if self.rows(request) == 2 else [request.prompt]
+        texts = (
+            [request.negative_prompt, request.prompt]
+            if self.rows(request) == 2
+            else [request.prompt]
+        )
         length = self.text_tokens(request)
-        pooled = [recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"] for text in texts]
-        hidden = [recall(f"text_encoder_2 length={length} {text}", partial(self.encode_t5, 2, text, length))["text"] for text in texts]
+        pooled = [
+            recall(f"text_encoder {text}", partial(self._encode_clip, text))["pooled"]
+            for text in texts
+        ]
+        t5_key = f"text_encoder_2 length={length}"
+        hidden = [
+            recall(f"{t5_key} {text}", partial(self.encode_t5, 2, text, length))["text"]
+            for text in texts
+        ]
         rows = {"text": torch.cat(hidden), "pooled": torch.cat(pooled)}
         if self.is_distilled:
             rows["guidance"] = torch.full((len(texts),), request.guidance, dtype=torch.float32)
         return rows
 
     def _encode_clip(self, text: str) -> Rows:
-        """{"pooled": [1, width]}."""
+        """Encode by CLIP to {"pooled": [1, width]}."""
         ids = self.tokenize("tokenizer", text, self._tokenizers["tokenizer"].model_max_length)
-        return {"pooled": self._networks["text_encoder"](ids, output_hidden_states=False).pooler_output.to(self.dtype)}
+        return {
+            "pooled": self._networks["text_encoder"](
+                ids, output_hidden_states=False
+            ).pooler_output.to(self.dtype)
+        }
 
     # --- noise levels ---
 
@@ -112,11 +141,13 @@ class Flux(FlowFamily):
         return True
 
     def set_timesteps(self, sampler: Any, num_steps: int, more: dict[str, Any]) -> None:
-        """Space evenly down to 1/num_steps, unless the scheduler insists on a spacing of its own."""
+        """Space evenly down to 1/num_steps, unless the scheduler uses a spacing of its own."""
         if sampler.config.get("use_flow_sigmas", False):
             sampler.set_timesteps(num_steps, device="cpu", **more)
         else:
-            sampler.set_timesteps(sigmas=np.linspace(1.0, 1 / num_steps, num_steps), device="cpu", **more)
+            sampler.set_timesteps(
+                sigmas=np.linspace(1.0, 1 / num_steps, num_steps), device="cpu", **more
+            )
 
     # --- latents ---
 
@@ -134,7 +165,14 @@ class Flux(FlowFamily):
         patches = latents.reshape(b, h // 2, w // 2, c // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
         return patches.reshape(b, c // 4, h, w)
 
-    def remember_mask(self, mask: Tensor, picture: Tensor, clean: Tensor, noise: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def remember_mask(
+        self,
+        mask: Tensor,
+        picture: Tensor,
+        clean: Tensor,
+        noise: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Tensor]:
         """Give what a Fill network takes as channels beside its latents.
 
         The masked picture's latents, and every pixel of the mask.
@@ -144,7 +182,9 @@ class Flux(FlowFamily):
         masked = self.encode_picture(picture * (1 - mask), generator)
         size = self.pixels_per_latent
         h, w = clean.shape[-2:]
-        mask_pixels = mask.reshape(1, h, size, w, size).permute(0, 2, 4, 1, 3).reshape(1, size * size, h, w)
+        mask_pixels = (
+            mask.reshape(1, h, size, w, size).permute(0, 2, 4, 1, 3).reshape(1, size * size, h, w)
+        )
         return {"context": torch.cat([masked, mask_pixels], dim=1)}
 
     def inputs(self, image: InFlight) -> Rows:
@@ -155,7 +195,8 @@ class Flux(FlowFamily):
             latents = torch.cat([latents, tensors.extras["context"]], dim=1)
         return {
             "latents": latents.expand(image.rows, -1, -1, -1),
-            "timesteps": tensors.timesteps[image.step].to(latents.dtype).expand(image.rows),  # rounded before it is divided
+            # Rounded before it is divided.
+            "timesteps": tensors.timesteps[image.step].to(latents.dtype).expand(image.rows),
             **tensors.conditioning,
         }
 
@@ -164,7 +205,8 @@ class Flux(FlowFamily):
 
         Positions are shared by all rows: height and width are in the batch key.
         """
-        latents, text = rows["latents"], rows["text"]
+        latents = rows["latents"]
+        text = rows["text"]
         h, w = latents.shape[-2:]
         prediction: Tensor = self._transformer(
             hidden_states=self.pack(latents),
@@ -187,8 +229,9 @@ class Flux(FlowFamily):
 
 
 def _positions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(0, row, column) of every token [rows * columns, 3], in the dtype of the text: bf16 rounds
-    those beyond 256, as in `pipe(...)`.
+    """Return (0, row, column) of every token, [rows * columns, 3], in the dtype of the text.
+
+    bf16 rounds positions beyond 256, as in `pipe(...)`.
     """
     ids = torch.zeros(rows, columns, 3, device=like.device)
     ids[..., 1] += torch.arange(rows, device=like.device)[:, None]

@@ -1,5 +1,6 @@
-"""Pictures as a native family's networks take them: the init image, the mask, and what a request
-may say of both.
+"""Turn pictures into what a native family's networks take: the init image and the mask.
+
+It also checks what a request may say of both.
 
 Bit for bit the numbers that diffusers' `VaeImageProcessor` makes of a PIL image of the same size,
 laid out in memory as it lays out a tensor: channels outermost. A PIL image it leaves with channels
@@ -29,23 +30,27 @@ def picture_tensor(picture: Picture, dtype: torch.dtype, device: torch.device) -
 
 
 def mask_tensor(picture: Picture) -> Tensor:
-    """[1, 1, h, w] float32 on the CPU: 1.0 where the image is repainted (128 and more of 255), 0.0
-    where it is kept.
+    """Return the mask as [1, 1, h, w] float32 on the CPU.
+
+    1.0 where the image is repainted (128 and more of 255), 0.0 where it is kept.
     """
     unit = torch.from_numpy(picture.pixels.astype(np.float32) / 255.0)
     return (unit >= 0.5).to(torch.float32)[None, None]
 
 
 def check_pictures(request: ImageRequest) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for pictures of another size or kind, a lone
-    mask, or a meaningless strength.
+    """Raise `UnsupportedRequest`, naming the field, for pictures that cannot be used.
+
+    Those have another size or kind, are a lone mask, or come with a meaningless strength.
     """
     size = (request.height_px, request.width_px)
     if request.init_image is None:
         if request.mask is not None:
             raise UnsupportedRequest("mask", "needs an init_image to repaint")
         if request.strength != 1.0:
-            raise UnsupportedRequest("strength", f"{request.strength} needs an init_image; without one it is 1.0")
+            raise UnsupportedRequest(
+                "strength", f"{request.strength} needs an init_image; without one it is 1.0"
+            )
         return
     _check_pixels("init_image", request.init_image, (*size, 3))
     if request.mask is not None:
@@ -57,4 +62,6 @@ def check_pictures(request: ImageRequest) -> None:
 def _check_pixels(field_name: str, picture: Picture, shape: tuple[int, ...]) -> None:
     pixels = picture.pixels
     if pixels.shape != shape or pixels.dtype != np.uint8:
-        raise UnsupportedRequest(field_name, f"is {list(pixels.shape)} of {pixels.dtype}, must be {list(shape)} of uint8")
+        raise UnsupportedRequest(
+            field_name, f"is {list(pixels.shape)} of {pixels.dtype}, must be {list(shape)} of uint8"
+        )

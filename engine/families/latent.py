@@ -1,5 +1,4 @@
-"""What the native families have in common: latents, one sampler per image, rows stacked into one
-forward.
+"""The parts that native families share: latents, one sampler per image, rows in one forward.
 
 A native family says how its checkpoint is loaded and its prompts encoded, what its denoiser is fed
 and how latents become pixels; the life of an image between those is here. Each follows its
@@ -34,8 +33,9 @@ PUBLISHED_VAE = (128, 256, 512, 512)  # channels by level of every family's own 
 
 @dataclass(frozen=True)
 class Beginning:
-    """Where an image starts: its latents, the timesteps before it, and what it needs again at every
-    step.
+    """The start of an image.
+
+    It has its latents, the timesteps before it, and what it needs again at every step.
     """
 
     latents: Tensor  # [1, ...] on the device
@@ -52,7 +52,8 @@ class LatentFamily(ABC):
     _vae: Any
     device: torch.device
     dtype: torch.dtype
-    graphs: Callable[[Rows], Tensor] | None = None  # `denoise` recorded, where the checkpoint asks for CUDA graphs
+    # `denoise` recorded, where the checkpoint asks for CUDA graphs.
+    graphs: Callable[[Rows], Tensor] | None = None
 
     # --- what a family says ---
 
@@ -66,8 +67,9 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        """Give the tokenizer of each text encoder that reads the whole text, and the length to
-        which it pads and cuts.
+        """Return the tokenizer of each text encoder that reads the whole text.
+
+        With it comes the length to which it pads and cuts.
         """
 
     @abstractmethod
@@ -76,14 +78,18 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def sampler(self, request: ImageRequest) -> Sampler:
-        """Give a fresh sampler for this image alone, its timesteps set (on the CPU: reading them
-        never waits for a device).
+        """Make a fresh sampler for this image alone, with its timesteps set.
+
+        They are on the CPU: reading them never waits for a device.
         """
 
     @abstractmethod
-    def begin(self, request: ImageRequest, sampler: Sampler, generator: torch.Generator) -> Beginning:
-        """Draw the initial noise, around the init image where there is one, in the order its
-        pipeline draws.
+    def begin(
+        self, request: ImageRequest, sampler: Sampler, generator: torch.Generator
+    ) -> Beginning:
+        """Draw the initial noise, around the init image where there is one.
+
+        The order of the draws is that of its pipeline.
         """
 
     @abstractmethod
@@ -100,33 +106,35 @@ class LatentFamily(ABC):
 
     @abstractmethod
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Give the clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] in -1..1, drawn from the
-        VAE's posterior.
+        """Draw the clean latents [n, c, h/8, w/8] of pixels [n, 3, h, w] from the VAE's posterior.
+
+        The pixels are in -1..1.
         """
 
     def draw_noise(self, request: ImageRequest, generator: torch.Generator) -> Tensor:
-        """Unit noise, [1, c, h/8, w/8], drawn in the checkpoint's dtype, as `pipe(...)` does:
-        another dtype is another noise.
+        """Draw unit noise, [1, c, h/8, w/8], in the checkpoint's dtype, as `pipe(...)` does.
+
+        Another dtype would give other noise.
         """
         side = self.pixels_per_latent
         shape = (1, self.latent_channels, request.height_px // side, request.width_px // side)
         return torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
 
     def guide(self, image: InFlight, prediction: Tensor) -> Tensor:
-        """Classifier-free guidance: [rows, ...] in the order uncond, cond becomes [1, ...]."""
+        """Apply classifier-free guidance: [rows, ...] in the order uncond, cond to [1, ...]."""
         if image.rows == 1:
             return prediction
         uncond, cond = prediction.chunk(2)
         return uncond + image.request.guidance * (cond - uncond)
 
     def repaint(self, image: InFlight) -> None:  # noqa: B027 - nothing to put back without a mask
-        """After a sampler step: put back what inpainting must not change.
+        """Put back what inpainting must not change; called after a sampler step.
 
         `image.step` has not been counted yet.
         """
 
     def picture_latents(self, image: InFlight, latents: Tensor) -> Tensor:
-        """Latents as its denoiser takes them to [1, c, h, w]; the same for most."""
+        """Turn latents as the denoiser takes them into [1, c, h, w]; for most families the same."""
         return latents
 
     # --- what all of them do ---
@@ -137,7 +145,11 @@ class LatentFamily(ABC):
         found = [cut_off("prompt", request.prompt, readers)]
         if request.negative_prompt.strip():
             is_read = self.rows(request) > 1
-            found.append((cut_off if is_read else ignored)("negative_prompt", request.negative_prompt, readers))
+            found.append(
+                (cut_off if is_read else ignored)(
+                    "negative_prompt", request.negative_prompt, readers
+                )
+            )
         return tuple(text for text in found if text is not None)
 
     def start(self, image: InFlight, recall: Recall) -> None:
@@ -159,17 +171,26 @@ class LatentFamily(ABC):
         """Run one forward; each part is [image.rows, ...]."""
         rows = stack_rows([self.inputs(image) for image in images], bucket_rows, self.device)
         is_plain = not any(image.request.adapters or image.skips_blocks for image in images)
-        prediction = self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
+        prediction = (
+            self.graphs(rows) if self.graphs is not None and is_plain else self.denoise(rows)
+        )
         used_rows = sum(image.rows for image in images)
-        # In one layout whatever the weights have: latents would inherit it, and a restored image is contiguous.
-        return list(torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images]))
+        # In one layout, whatever layout the weights have: latents would inherit that, but a
+        # restored image is contiguous.
+        return list(
+            torch.split(prediction[:used_rows].contiguous(), [image.rows for image in images])
+        )
 
     def advance(self, image: InFlight, prediction: Any) -> None:
         # No isfinite() here: it would stall the device at every step; decoding checks.
         tensors = image.tensors
         guided = self.guide(image, prediction)
         timestep = tensors.timesteps[image.step]
-        tensors.clean = clean_latents(tensors.sampler, tensors.latents, guided, timestep) if image.is_watched else None
+        tensors.clean = (
+            clean_latents(tensors.sampler, tensors.latents, guided, timestep)
+            if image.is_watched
+            else None
+        )
         more = step_arguments(tensors.sampler, tensors.generator)
         tensors.latents = tensors.sampler.step(guided, timestep, tensors.latents, **more)[0]
         self.repaint(image)
@@ -181,7 +202,7 @@ class LatentFamily(ABC):
 
     @property
     def latent_channels(self) -> int:
-        """Channels of latents as `encode_picture` gives them."""
+        """Return the number of channels of latents as `encode_picture` gives them."""
         return int(self._vae.config.latent_channels)
 
     def projector(self) -> Projector:
@@ -189,7 +210,10 @@ class LatentFamily(ABC):
 
         Published ones are for VAEs with the published one's layers.
         """
-        if self.published is not None and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE:
+        if (
+            self.published is not None
+            and tuple(self._vae.config.block_out_channels) == PUBLISHED_VAE
+        ):
             return self.published
         generator = torch.Generator("cpu").manual_seed(0)
         return fit(
@@ -209,14 +233,21 @@ class LatentFamily(ABC):
         sampler_tensors, sampler_facts = save_sampler(tensors.sampler)
         saved = {"latents": tensors.latents, "generator": save_generator(tensors.generator)}
         saved |= {f"extras.{name}": tensor for name, tensor in tensors.extras.items()}
-        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in saved.items()}
+        copies = {
+            name: tensor.detach().to("cpu", copy=True).contiguous()
+            for name, tensor in saved.items()
+        }
         facts = {"sampler": sampler_facts, "num_steps": image.num_steps}
-        return State(copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts)
+        return State(
+            copies | {f"sampler.{name}": tensor for name, tensor in sampler_tensors.items()}, facts
+        )
 
     def restore(self, image: InFlight, state: State, recall: Recall) -> None:
         conditioning = self.encode(image.request, recall)
         sampler = self.sampler(image.request)
-        load_sampler(sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device)
+        load_sampler(
+            sampler, _under("sampler.", state.tensors), state.facts["sampler"], self.device
+        )
         image.num_steps = state.facts["num_steps"]
         image.is_denoised = image.step >= image.num_steps
         image.held = Tensors(
@@ -225,7 +256,10 @@ class LatentFamily(ABC):
             conditioning=conditioning,
             latents=state.tensors["latents"].to(self.device),
             generator=load_generator(state.tensors["generator"]),
-            extras={name: tensor.to(self.device) for name, tensor in _under("extras.", state.tensors).items()},
+            extras={
+                name: tensor.to(self.device)
+                for name, tensor in _under("extras.", state.tensors).items()
+            },
         )
 
     def fork(self, image: InFlight, latents: Tensor, recall: Recall) -> None:
@@ -237,7 +271,9 @@ class LatentFamily(ABC):
         step = image.step
         self.start(image, recall)
         image.step = step
-        begin_at(image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step)
+        begin_at(
+            image.tensors.sampler, len(image.tensors.sampler.timesteps) - image.num_steps + step
+        )
         image.tensors.latents = latents.to(self.device, image.tensors.latents.dtype, copy=True)
 
     def latents(self, image: InFlight) -> Tensor:
@@ -257,13 +293,12 @@ def begin_at(sampler: Any, index: int) -> None:
 
 
 def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) -> Rows:
-    """Concatenate the rows of several images and pad each tensor with zeros to `bucket_rows`, on
-    the device.
+    """Concatenate the rows of several images, pad with zeros to `bucket_rows`, move to the device.
 
     Zeros are cheap and stay finite in every network here: normalisations carry an epsilon, and
-    attention over equal keys is uniform. Rows never mix, so what the padding computes is nobody's.
-    Contiguous whatever the parts are: a convolution over another memory layout adds in another
-    order, and one part's layout would be the neighbours' too.
+    attention over equal keys is uniform. Rows never mix, so the padding's results are dropped. The
+    result is contiguous whatever the parts are: a convolution over another memory layout adds in
+    another order, and one part's layout would decide for its neighbours.
     """
     stacked: Rows = {}
     for name, first in parts[0].items():
@@ -273,43 +308,62 @@ def stack_rows(parts: Sequence[Rows], bucket_rows: int, device: torch.device) ->
             tensors.append(first.new_zeros((padding, *first.shape[1:])))
         together = torch.cat(tensors).contiguous()
         if together.device.type != device.type:
-            together = together.pin_memory()  # else the copy would wait for all that the device has yet to do
+            # Otherwise the copy would wait for all work already launched on the device.
+            together = together.pin_memory()
         stacked[name] = together.to(device, non_blocking=True)
     return stacked
 
 
 def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> None:
-    """Raise `UnsupportedRequest`, naming the field, for what no native family serves, and options
-    besides those named.
+    """Raise `UnsupportedRequest`, naming the field, for what no native family serves.
+
+    Options besides those named are refused too.
     """
     if request.control_image is not None:
-        raise UnsupportedRequest("control_image", "is only taken by a checkpoint of family pipeline with a control network")
+        raise UnsupportedRequest(
+            "control_image",
+            "is only taken by a checkpoint of family pipeline with a control network",
+        )
     if unknown := sorted(set(request.options) - set(option_names)):
-        raise UnsupportedRequest("options", f"{', '.join(unknown)}: not taken here; taken: {', '.join(sorted(option_names)) or 'none'}")
+        raise UnsupportedRequest(
+            "options",
+            f"{', '.join(unknown)}: not taken here; "
+            f"taken: {', '.join(sorted(option_names)) or 'none'}",
+        )
     if request.keep_steps and request.init_image is not None:
-        raise UnsupportedRequest("keep_steps", "an image that starts from a picture cannot be forked")
+        raise UnsupportedRequest(
+            "keep_steps", "an image that starts from a picture cannot be forked"
+        )
     if request.fork is not None:
         if request.init_image is not None:
-            raise UnsupportedRequest("fork", "starts from kept latents: give it or an init_image, not both")
+            raise UnsupportedRequest(
+                "fork", "starts from kept latents: give it or an init_image, not both"
+            )
         if not 0 < request.fork.step < request.num_steps:
-            raise UnsupportedRequest("fork", f"step {request.fork.step} is not within 1..{request.num_steps - 1}")
+            raise UnsupportedRequest(
+                "fork", f"step {request.fork.step} is not within 1..{request.num_steps - 1}"
+            )
 
 
 def check_side(field_name: str, size_px: int, multiple: int) -> None:
-    """Raise `UnsupportedRequest` for a side that is not a multiple of what the family's latents
-    need.
-    """
+    """Raise `UnsupportedRequest` for a side that is not a multiple of what the latents need."""
     if size_px < multiple or size_px % multiple:
         raise UnsupportedRequest(field_name, f"{size_px} is not a multiple of {multiple}")
 
 
-def load_network(network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device) -> Any:
+def load_network(
+    network_class: Any, path: Path, folder: str, dtype: torch.dtype, device: torch.device
+) -> Any:
     """Read one network of diffusers or transformers, frozen and in eval mode.
 
     Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
     alone: safetensors maps the file, and a file rewritten in place would change running weights.
     """
-    options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True}
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
     if network_class.__module__.startswith("transformers"):
         options["dtype"] = dtype
     else:
@@ -349,4 +403,8 @@ def load_sampler_config(path: Path) -> dict[str, Any]:
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(prefix)
+    }

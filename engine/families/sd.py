@@ -71,7 +71,9 @@ class StableDiffusion(LatentFamily):
         return ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 
     @classmethod
-    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusion:
+    def load(
+        cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device
+    ) -> StableDiffusion:
         path = Path(spec.path)
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
@@ -94,11 +96,17 @@ class StableDiffusion(LatentFamily):
         check_native(request)
         check_pictures(request)
         if self._sees_mask and request.mask is None:
-            raise UnsupportedRequest("mask", "this checkpoint only repaints: it needs an init_image and a mask")
+            raise UnsupportedRequest(
+                "mask", "this checkpoint only repaints: it needs an init_image and a mask"
+            )
         if _skipped_steps(request) == request.num_steps:
-            raise UnsupportedRequest("strength", f"{request.strength} leaves none of {request.num_steps} steps")
+            raise UnsupportedRequest(
+                "strength", f"{request.strength} leaves none of {request.num_steps} steps"
+            )
         if not 0 <= request.clip_skip <= self._most_clip_skip():
-            raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{self._most_clip_skip()}")
+            raise UnsupportedRequest(
+                "clip_skip", f"{request.clip_skip} is not within 0..{self._most_clip_skip()}"
+            )
 
     def _most_clip_skip(self) -> int:
         """Leave one layer."""
@@ -108,7 +116,7 @@ class StableDiffusion(LatentFamily):
         return 2 if request.is_guided else 1
 
     def text_length(self, request: ImageRequest) -> int:
-        """Always the tokenizer's full length: CLIP pads and truncates every prompt to it."""
+        """Return the tokenizer's full length: CLIP pads and truncates every prompt to it."""
         return int(self._tokenizer.model_max_length)
 
     # --- of an image ---
@@ -124,19 +132,31 @@ class StableDiffusion(LatentFamily):
         told = [(request.prompt, request.clip_skip)]
         if request.is_guided:
             told.insert(0, (request.negative_prompt, 0))
-        encoded = [recall(f"text_encoder clip_skip={skip} {text}", partial(self._encode_text, text, skip)) for text, skip in told]
+        encoded = [
+            recall(f"text_encoder clip_skip={skip} {text}", partial(self._encode_text, text, skip))
+            for text, skip in told
+        ]
         return {"text": torch.cat([each["text"] for each in encoded])}
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone, so that its bits do not depend on another: {"text": [1, tokens,
-        width]}.
+        """Encode one text alone: {"text": [1, tokens, width]}.
+
+        So its bits do not depend on another text.
         """
         tokens = self._tokenizer(
-            text, padding="max_length", max_length=self._tokenizer.model_max_length, truncation=True, return_tensors="pt"
+            text,
+            padding="max_length",
+            max_length=self._tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
         )
         uses_mask = getattr(self._text_encoder.config, "use_attention_mask", False)
         mask = tokens.attention_mask.to(self.device) if uses_mask else None
-        encoded = self._text_encoder(tokens.input_ids.to(self.device), attention_mask=mask, output_hidden_states=clip_skip > 0)
+        encoded = self._text_encoder(
+            tokens.input_ids.to(self.device),
+            attention_mask=mask,
+            output_hidden_states=clip_skip > 0,
+        )
         if clip_skip == 0:
             hidden = encoded.last_hidden_state
         else:
@@ -150,47 +170,67 @@ class StableDiffusion(LatentFamily):
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
         if request.init_image is None:
-            return Beginning(self.draw_noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps)
+            return Beginning(
+                self.draw_noise(request, generator) * sampler.init_noise_sigma, sampler.timesteps
+            )
         skipped = _skipped_steps(request)
         begin_at(sampler, skipped)
         timesteps = sampler.timesteps[skipped:]
         picture = picture_tensor(request.init_image, torch.float32, torch.device("cpu"))
         if request.mask is not None:
-            return self._begin_inpainting(request, picture, mask_tensor(request.mask), sampler, timesteps, generator)
+            return self._begin_inpainting(
+                request, picture, mask_tensor(request.mask), sampler, timesteps, generator
+            )
         clean = self.encode_picture(picture, generator)
         noise = self.draw_noise(request, generator)
         return Beginning(sampler.add_noise(clean, noise, timesteps[:1]), timesteps)
 
     def _begin_inpainting(
-        self, request: ImageRequest, picture: Tensor, mask: Tensor, sampler: Any, timesteps: Tensor, generator: torch.Generator
+        self,
+        request: ImageRequest,
+        picture: Tensor,
+        mask: Tensor,
+        sampler: Any,
+        timesteps: Tensor,
+        generator: torch.Generator,
     ) -> Beginning:
-        """At strength 1 from noise alone, otherwise from the noisy picture.
+        """Start inpainting: at strength 1 from noise alone, otherwise from the noisy picture.
 
         picture: [1, 3, h, w].  mask: [1, 1, h, w].
         """
         is_strongest = request.strength == 1.0
-        clean: Any = None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
+        clean: Any = (
+            None if self._sees_mask and is_strongest else self.encode_picture(picture, generator)
+        )
         noise = self.draw_noise(request, generator)
-        latents = noise * sampler.init_noise_sigma if is_strongest else sampler.add_noise(clean, noise, timesteps[:1])
+        latents = (
+            noise * sampler.init_noise_sigma
+            if is_strongest
+            else sampler.add_noise(clean, noise, timesteps[:1])
+        )
         extras = {"mask": interpolate(mask, size=noise.shape[-2:]).to(self.device, self.dtype)}
         if self._sees_mask:
             extras["masked"] = self.encode_picture(picture * (mask < 0.5), generator)
         else:
             extras |= {"clean": clean, "noise": noise}
-            # The pipeline encodes the masked picture here too and never looks at it; only what it draws for that must be drawn.
+            # The pipeline encodes the masked picture here too but never uses it. Only its random
+            # draw must be repeated.
             torch.randn(noise.shape, generator=generator, dtype=self._encoder_dtype)
         return Beginning(latents, timesteps, extras)
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
-        """Encode one picture [1, 3, h, w] and draw from what the VAE gives: clean latents as the
-        denoiser sees them.
+        """Encode one picture [1, 3, h, w] and draw from the VAE's posterior.
+
+        Returns clean latents as the denoiser sees them.
         """
-        posterior = self._vae.encode(picture.to(self.device, self.dtype).to(self._encoder_dtype)).latent_dist
+        posterior = self._vae.encode(
+            picture.to(self.device, self.dtype).to(self._encoder_dtype)
+        ).latent_dist
         return self._scaled(posterior.sample(generator).to(self.dtype))
 
     @property
     def _encoder_dtype(self) -> torch.dtype:
-        """What the VAE encodes in, and what its posterior is drawn in."""
+        """Return the dtype in which the VAE encodes and its posterior is drawn."""
         dtype: torch.dtype = next(self._vae.encoder.parameters()).dtype
         return dtype
 
@@ -203,13 +243,18 @@ class StableDiffusion(LatentFamily):
             latents = torch.cat([latents, tensors.extras["mask"], tensors.extras["masked"]], dim=1)
         return {
             "latents": latents.expand(image.rows, -1, -1, -1),
-            # Integer and fractional timesteps meet in one batch as float32, which holds both exactly.
+            # A batch may mix integer and fractional timesteps; float32 holds both exactly.
             "timesteps": timestep.to(torch.float32).expand(image.rows),
             **tensors.conditioning,
         }
 
     def denoise(self, rows: Rows) -> Tensor:
-        prediction: Tensor = self._unet(rows["latents"], rows["timesteps"], encoder_hidden_states=rows["text"], return_dict=False)[0]
+        prediction: Tensor = self._unet(
+            rows["latents"],
+            rows["timesteps"],
+            encoder_hidden_states=rows["text"],
+            return_dict=False,
+        )[0]
         return prediction
 
     def repaint(self, image: InFlight) -> None:
@@ -217,62 +262,78 @@ class StableDiffusion(LatentFamily):
         tensors = image.tensors
         if self._sees_mask or not tensors.extras:
             return
-        mask, kept = tensors.extras["mask"], tensors.extras["clean"]
+        mask = tensors.extras["mask"]
+        kept = tensors.extras["clean"]
         if image.step + 1 < image.num_steps:
             sampler: Any = tensors.sampler
-            kept = sampler.add_noise(kept, tensors.extras["noise"], tensors.timesteps[image.step + 1][None])
+            kept = sampler.add_noise(
+                kept, tensors.extras["noise"], tensors.timesteps[image.step + 1][None]
+            )
         tensors.latents = (1 - mask) * kept + mask * tensors.latents
 
     def decode(self, image: InFlight) -> Tensor:
         decoder_dtype = next(self._vae.decoder.parameters()).dtype
-        pixels: Tensor = self._vae.decode(self._unscaled(image.tensors.latents.to(decoder_dtype)), return_dict=False)[0]
+        pixels: Tensor = self._vae.decode(
+            self._unscaled(image.tensors.latents.to(decoder_dtype)), return_dict=False
+        )[0]
         return pixels
 
     def _scaled(self, latents: Tensor) -> Tensor:
-        """Latents of the VAE to those of the denoiser."""
+        """Scale latents of the VAE to those of the denoiser."""
         scaled: Tensor = self._vae.config.scaling_factor * latents
         return scaled
 
     def _unscaled(self, latents: Tensor) -> Tensor:
-        """Latents of the denoiser to those of the VAE."""
+        """Scale latents of the denoiser back to those of the VAE."""
         unscaled: Tensor = latents / self._vae.config.scaling_factor
         return unscaled
 
     def facts(self) -> dict[str, Any]:
         return {
-            "attention": sorted({type(processor).__name__ for processor in self._unet.attn_processors.values()}),
+            "attention": sorted(
+                {type(processor).__name__ for processor in self._unet.attn_processors.values()}
+            ),
             "text_attention": str(getattr(self._text_encoder.config, "_attn_implementation", None)),
             "vae_tiling": bool(getattr(self._vae, "use_tiling", False)),
             "vae_slicing": bool(getattr(self._vae, "use_slicing", False)),
         }
 
 
-def load_unet(path: Path, dtype: torch.dtype, device: torch.device, *, additions: str | None) -> Any:
+def load_unet(
+    path: Path, dtype: torch.dtype, device: torch.device, *, additions: str | None
+) -> Any:
     """Read a UNet that takes text and, under the name diffusers gives them, these `additions`.
 
     Raises `CheckpointCorrupt` for others.
     """
     unet = load_network(UNet2DConditionModel, path, "unet", dtype, device)
     if unet.config.time_cond_proj_dim is not None:
-        raise CheckpointCorrupt("unet/config.json", "takes an embedded guidance scale, which is not served")
+        raise CheckpointCorrupt(
+            "unet/config.json", "takes an embedded guidance scale, which is not served"
+        )
     if unet.config.in_channels not in (unet.config.out_channels, 9):
-        raise CheckpointCorrupt("unet/config.json", f"takes {unet.config.in_channels} channels: neither its latents nor a mask with them")
+        raise CheckpointCorrupt(
+            "unet/config.json",
+            f"takes {unet.config.in_channels} channels: neither its latents nor a mask with them",
+        )
     if unet.config.addition_embed_type != additions:
-        raise CheckpointCorrupt("unet/config.json", f"takes {unet.config.addition_embed_type} beside its text, not {additions}")
+        raise CheckpointCorrupt(
+            "unet/config.json",
+            f"takes {unet.config.addition_embed_type} beside its text, not {additions}",
+        )
     return unet
 
 
 def _skipped_steps(request: ImageRequest) -> int:
-    """Tell how many of the steps asked for are not made, as the noise they would remove is not
-    there.
+    """Return how many of the steps asked for are not made.
+
+    The noise they would remove is not there.
     """
     return request.num_steps - int(request.num_steps * request.strength)
 
 
 def _repaired(config: dict[str, Any]) -> dict[str, Any]:
-    """Give the scheduler config with the two repairs StableDiffusionPipeline makes to outdated
-    ones.
-    """
+    """Return the scheduler config with the two repairs that the pipeline makes to outdated ones."""
     if config.get("steps_offset", 1) != 1:
         config["steps_offset"] = 1
     if config.get("clip_sample") is True:

@@ -39,7 +39,11 @@ class StableDiffusion3(FlowFamily):
         "text_encoder_2": CLIPTextModelWithProjection,
         "text_encoder_3": T5EncoderModel,
     }
-    TOKENIZERS: ClassVar[Mapping[str, Any]] = {"tokenizer": CLIPTokenizer, "tokenizer_2": CLIPTokenizer, "tokenizer_3": T5TokenizerFast}
+    TOKENIZERS: ClassVar[Mapping[str, Any]] = {
+        "tokenizer": CLIPTokenizer,
+        "tokenizer_2": CLIPTokenizer,
+        "tokenizer_3": T5TokenizerFast,
+    }
     OPTIONAL: ClassVar[frozenset[str]] = frozenset({"text_encoder_3", "tokenizer_3"})
     TEXT_TOKENS: ClassVar[int] = 256
     MAX_SHIFT: ClassVar[float] = 1.16
@@ -48,17 +52,26 @@ class StableDiffusion3(FlowFamily):
         super().__init__(**parts)
         channels = self._transformer.config.in_channels
         if channels != self._vae.config.latent_channels:
-            raise CheckpointCorrupt("transformer/config.json", f"takes {channels} channels, more than the VAE's: an inpainting network?")
+            raise CheckpointCorrupt(
+                "transformer/config.json",
+                f"takes {channels} channels, more than the VAE's: an inpainting network?",
+            )
 
     def check(self, request: ImageRequest) -> None:
         super().check(request)
-        layers = min(self._networks[name].config.num_hidden_layers for name in ("text_encoder", "text_encoder_2"))
+        layers = min(
+            self._networks[name].config.num_hidden_layers
+            for name in ("text_encoder", "text_encoder_2")
+        )
         if not 0 <= request.clip_skip < layers:
-            raise UnsupportedRequest("clip_skip", f"{request.clip_skip} is not within 0..{layers - 1}")
+            raise UnsupportedRequest(
+                "clip_skip", f"{request.clip_skip} is not within 0..{layers - 1}"
+            )
 
     def text_length(self, request: ImageRequest) -> int:
-        """CLIP's tokens and T5's, one after the other: both padded to a length that no prompt
-        changes.
+        """Return the number of CLIP's tokens and T5's together.
+
+        Both are padded to a length that no prompt changes.
         """
         return self._clip_tokens + self.text_tokens(request)
 
@@ -68,41 +81,62 @@ class StableDiffusion3(FlowFamily):
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
         """Give T5 as well where it is there: it reads further than CLIP."""
-        clips = [(self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")]
-        t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))] if "text_encoder_3" in self._networks else []
+        clips = [
+            (self._tokenizers[name], self._clip_tokens) for name in ("tokenizer", "tokenizer_2")
+        ]
+        t5 = []
+        if "text_encoder_3" in self._networks:
+            t5 = [(self._tokenizers["tokenizer_3"], self.text_tokens(request))]
         return clips + t5
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """Encode to {"text": [rows, tokens, width], "pooled": [rows, width]}, uncond first."""
         texts = [(request.prompt, request.clip_skip)]
         if self.rows(request) == 2:
-            texts.insert(0, (request.negative_prompt, 0))  # `pipe(...)` skips no layers for the negative prompt
-        parts = [self._encode_text(text, clip_skip, self.text_tokens(request), recall) for text, clip_skip in texts]
+            # `pipe(...)` skips no layers for the negative prompt.
+            texts.insert(0, (request.negative_prompt, 0))
+        parts = [
+            self._encode_text(text, clip_skip, self.text_tokens(request), recall)
+            for text, clip_skip in texts
+        ]
         return {name: torch.cat([part[name] for part in parts]) for name in ("text", "pooled")}
 
     def _encode_text(self, text: str, clip_skip: int, length: int, recall: Recall) -> Rows:
-        """Encode one text by all encoders: CLIP's widths side by side and filled up to T5's, then
-        T5's tokens.
+        """Encode one text by all encoders.
+
+        CLIP's widths stand side by side and filled up to T5's; then come T5's tokens.
         """
         clips = [
-            recall(f"text_encoder{suffix} clip_skip={clip_skip} {text}", partial(self._encode_clip, suffix, text, clip_skip))
+            recall(
+                f"text_encoder{suffix} clip_skip={clip_skip} {text}",
+                partial(self._encode_clip, suffix, text, clip_skip),
+            )
             for suffix in ("", "_2")
         ]
         clip = torch.cat([part["text"] for part in clips], dim=-1)
         t5 = self._encode_t5(text, length, recall)
         clip = pad(clip, (0, t5.shape[-1] - clip.shape[-1]))
-        return {"text": torch.cat([clip, t5], dim=-2), "pooled": torch.cat([part["pooled"] for part in clips], dim=-1)}
+        return {
+            "text": torch.cat([clip, t5], dim=-2),
+            "pooled": torch.cat([part["pooled"] for part in clips], dim=-1),
+        }
 
     def _encode_clip(self, suffix: str, text: str, clip_skip: int) -> Rows:
-        """{"text": [1, tokens, width], "pooled": [1, projected width]}."""
+        """Encode by one CLIP to {"text": [1, tokens, width], "pooled": [1, projected width]}."""
         ids = self.tokenize(f"tokenizer{suffix}", text, self._clip_tokens)
         encoded = self._networks[f"text_encoder{suffix}"](ids, output_hidden_states=True)
-        return {"text": encoded.hidden_states[-(clip_skip + 2)].to(self.dtype), "pooled": encoded[0]}
+        return {
+            "text": encoded.hidden_states[-(clip_skip + 2)].to(self.dtype),
+            "pooled": encoded[0],
+        }
 
     def _encode_t5(self, text: str, length: int, recall: Recall) -> Tensor:
         if "text_encoder_3" not in self._networks:
-            return torch.zeros((1, length, self._transformer.config.joint_attention_dim), device=self.device, dtype=self.dtype)
-        return recall(f"text_encoder_3 length={length} {text}", partial(self.encode_t5, 3, text, length))["text"]
+            width = self._transformer.config.joint_attention_dim
+            return torch.zeros((1, length, width), device=self.device, dtype=self.dtype)
+        return recall(
+            f"text_encoder_3 length={length} {text}", partial(self.encode_t5, 3, text, length)
+        )["text"]
 
     def is_told_mu(self, config: Mapping[str, Any]) -> bool:
         return bool(config.get("use_dynamic_shifting", False))
@@ -115,7 +149,7 @@ class StableDiffusion3(FlowFamily):
         tensors = image.tensors
         return {
             "latents": tensors.latents.expand(image.rows, -1, -1, -1),
-            # Integer and fractional timesteps meet in one batch as float32, which holds both exactly.
+            # A batch may mix integer and fractional timesteps; float32 holds both exactly.
             "timesteps": tensors.timesteps[image.step].to(torch.float32).expand(image.rows),
             **tensors.conditioning,
         }

@@ -21,7 +21,13 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from engine.config import CheckpointSpec
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import Recall
-from engine.families.latent import Beginning, begin_at, load_network, load_sampler_config, load_tokenizer
+from engine.families.latent import (
+    Beginning,
+    begin_at,
+    load_network,
+    load_sampler_config,
+    load_tokenizer,
+)
 from engine.families.sd import StableDiffusion, load_unet
 from engine.previews import FACTORS
 from engine.request import ImageRequest
@@ -33,7 +39,9 @@ class StableDiffusionXL(StableDiffusion):
 
     published = FACTORS["sdxl"]
 
-    def __init__(self, *, tokenizer_2: Any, text_encoder_2: Any, zeros_for_no_prompt: bool, **others: Any) -> None:
+    def __init__(
+        self, *, tokenizer_2: Any, text_encoder_2: Any, zeros_for_no_prompt: bool, **others: Any
+    ) -> None:
         super().__init__(**others)
         self._tokenizer_2 = tokenizer_2
         self._text_encoder_2 = text_encoder_2
@@ -41,16 +49,33 @@ class StableDiffusionXL(StableDiffusion):
 
     @classmethod
     def folders(cls, path: Path) -> tuple[str, ...]:
-        return ("scheduler", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "vae")
+        return (
+            "scheduler",
+            "text_encoder",
+            "text_encoder_2",
+            "tokenizer",
+            "tokenizer_2",
+            "unet",
+            "vae",
+        )
 
     @classmethod
-    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> StableDiffusionXL:
+    def load(
+        cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device
+    ) -> StableDiffusionXL:
         path = Path(spec.path)
         unet = load_unet(path, dtype, device, additions="text_time")
-        text_encoder_2 = load_network(CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device)
-        told = unet.config.addition_time_embed_dim * len(_size_ids(0, 0)) + text_encoder_2.config.projection_dim
+        text_encoder_2 = load_network(
+            CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device
+        )
+        told = (
+            unet.config.addition_time_embed_dim * len(_size_ids(0, 0))
+            + text_encoder_2.config.projection_dim
+        )
         if unet.add_embedding.linear_1.in_features != told:
-            raise CheckpointCorrupt("unet/config.json", "is not told three sizes and a text's summary: a refiner?")
+            raise CheckpointCorrupt(
+                "unet/config.json", "is not told three sizes and a text's summary: a refiner?"
+            )
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
             tokenizer_2=load_tokenizer(CLIPTokenizer, path, "tokenizer_2"),
@@ -70,7 +95,9 @@ class StableDiffusionXL(StableDiffusion):
         super().check(request)
         if request.mask is not None and self._mean_and_std() is not None:
             raise UnsupportedRequest(
-                "mask", "diffusers' inpainting leaves out the mean that this VAE's latents have, and spoils what is kept"
+                "mask",
+                "diffusers' inpainting leaves out the mean that this VAE's latents have, "
+                "and spoils what is kept",
             )
 
     def _most_clip_skip(self) -> int:
@@ -79,7 +106,10 @@ class StableDiffusionXL(StableDiffusion):
         return min(int(encoder.config.num_hidden_layers) for encoder in encoders) - 2
 
     def readers(self, request: ImageRequest) -> Sequence[tuple[Any, int]]:
-        return [(tokenizer, int(tokenizer.model_max_length)) for tokenizer in (self._tokenizer, self._tokenizer_2)]
+        return [
+            (tokenizer, int(tokenizer.model_max_length))
+            for tokenizer in (self._tokenizer, self._tokenizer_2)
+        ]
 
     def encode(self, request: ImageRequest, recall: Recall) -> Rows:
         """Encode to "text" [rows, tokens, width], "pooled" [rows, width], "time_ids" [rows, 6].
@@ -88,29 +118,47 @@ class StableDiffusionXL(StableDiffusion):
         """
         encoded = [self._recalled(request.prompt, request.clip_skip, recall)]
         if request.is_guided and not request.negative_prompt and self._zeros_for_no_prompt:
-            encoded.insert(0, {name: torch.zeros_like(tensor) for name, tensor in encoded[0].items()})
+            encoded.insert(
+                0, {name: torch.zeros_like(tensor) for name, tensor in encoded[0].items()}
+            )
         elif request.is_guided:
             encoded.insert(0, self._recalled(request.negative_prompt, 0, recall))
-        sizes = torch.tensor([_size_ids(request.height_px, request.width_px)], dtype=self.dtype, device=self.device)
+        sizes = torch.tensor(
+            [_size_ids(request.height_px, request.width_px)], dtype=self.dtype, device=self.device
+        )
         rows = {name: torch.cat([each[name] for each in encoded]) for name in ("text", "pooled")}
         return {**rows, "time_ids": sizes.expand(len(encoded), -1)}
 
     def _recalled(self, text: str, clip_skip: int, recall: Recall) -> Rows:
-        return recall(f"text_encoder text_encoder_2 clip_skip={clip_skip} {text}", partial(self._encode_text, text, clip_skip))
+        return recall(
+            f"text_encoder text_encoder_2 clip_skip={clip_skip} {text}",
+            partial(self._encode_text, text, clip_skip),
+        )
 
     def _encode_text(self, text: str, clip_skip: int) -> Rows:
-        """Encode one text alone: {"text": [1, tokens, both widths], "pooled": [1, width of the
-        second]}.
+        """Encode one text alone.
+
+        {"text": [1, tokens, both widths], "pooled": [1, width of the second]}.
         """
         hidden = []
-        for tokenizer, text_encoder in ((self._tokenizer, self._text_encoder), (self._tokenizer_2, self._text_encoder_2)):
-            tokens = tokenizer(text, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt")
+        for tokenizer, text_encoder in (
+            (self._tokenizer, self._text_encoder),
+            (self._tokenizer_2, self._text_encoder_2),
+        ):
+            tokens = tokenizer(
+                text,
+                padding="max_length",
+                max_length=tokenizer.model_max_length,
+                truncation=True,
+                return_tensors="pt",
+            )
             encoded = text_encoder(tokens.input_ids.to(self.device), output_hidden_states=True)
             hidden.append(encoded.hidden_states[-(clip_skip + 2)])
         return {"text": torch.cat(hidden, dim=-1).to(self.dtype), "pooled": encoded.text_embeds}
 
     def begin(self, request: ImageRequest, sampler: Any, generator: torch.Generator) -> Beginning:
-        begin_at(sampler, 0)  # said here and not by SD's pipeline; it matters where a timestep occurs twice
+        # Said here and not by SD's pipeline; it matters where a timestep occurs twice.
+        begin_at(sampler, 0)
         return super().begin(request, sampler, generator)
 
     def denoise(self, rows: Rows) -> Tensor:
@@ -128,8 +176,11 @@ class StableDiffusionXL(StableDiffusion):
 
         None where it does not say.
         """
-        mean, std = self._vae.config.latents_mean, self._vae.config.latents_std
-        return None if mean is None or std is None else (torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1))
+        mean = self._vae.config.latents_mean
+        std = self._vae.config.latents_std
+        if mean is None or std is None:
+            return None
+        return torch.tensor(mean).view(1, -1, 1, 1), torch.tensor(std).view(1, -1, 1, 1)
 
     def _scaled(self, latents: Tensor) -> Tensor:
         known = self._mean_and_std()
@@ -162,11 +213,10 @@ def _size_ids(height_px: int, width_px: int) -> list[int]:
 
 
 def _upcast(vae: Any) -> Any:
-    """Give the VAE with those of its halves in float32 that the pipelines upcast for every call:
-    this VAE overflows in float16.
+    """Return the VAE with those halves in float32 that the pipelines upcast for every call.
 
-    Always the encoder, and the decoder where it would be float16. Weights were rounded to the
-    checkpoint's precision before.
+    This VAE overflows in float16. Upcast are the encoder always, and the decoder where it would be
+    float16. Weights were rounded to the checkpoint's precision before.
     """
     if vae.config.force_upcast:
         halves = [vae.encoder, vae.quant_conv]
@@ -185,6 +235,8 @@ def _zeros_for_no_prompt(path: Path) -> bool:
     """
     file = path / "model_index.json"
     try:
-        return bool(json.loads(file.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True))
+        return bool(
+            json.loads(file.read_text(encoding="utf-8")).get("force_zeros_for_empty_prompt", True)
+        )
     except (OSError, ValueError) as problem:
         raise CheckpointCorrupt("model_index.json", str(problem)) from problem

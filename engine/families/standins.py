@@ -1,5 +1,4 @@
-"""Take a network's place in one image's copy of a pipeline, so that what the pipeline does with it
-can be seen to.
+"""Replace a network in one image's copy of a pipeline, to intercept the pipeline's calls of it.
 
 The networks themselves are shared by all images and are left as they are: nothing is hooked,
 nothing is set on them. It does not know who is told, nor what comes of it.
@@ -45,8 +44,12 @@ class Denoiser(StandIn):
 
     @contextmanager
     def cache_context(self, name: str, **_where: Any) -> Iterator[None]:
-        """Goes into the calls made within it. On the network itself it would hold for everybody."""
-        outer, self._context = self._context, name
+        """Name the cache context of the calls made within it.
+
+        On the network itself the context would apply to all images.
+        """
+        outer = self._context
+        self._context = name
         try:
             yield
         finally:
@@ -75,12 +78,11 @@ class Decoder(StandIn):
 
 
 def lay_over(sampler: Any, name: str, around: Callable[..., Any]) -> None:
-    """Let a method of this one sampler, `set_timesteps` or `step`, be called as `around(sampler,
-    method, ...)`.
+    """Replace a method of this one sampler by `around(sampler, method, ...)`.
 
-    Its signature and the name of its class stay, which pipelines ask for. What is laid over last is
-    called first. It is handed the sampler and should not hold it: with the circle closed, its
-    tensors would stay until the next garbage collection.
+    The method is `set_timesteps` or `step`. Its signature and the name of its class stay, which
+    pipelines ask for. What is laid over last is called first. It is handed the sampler and should
+    not hold it: a reference cycle would keep its tensors until the next garbage collection.
     """
     if not hasattr(sampler, "_laid_over"):
         kind: Any = type(sampler)

@@ -13,7 +13,7 @@ import pytest
 
 from darkroom_client import AsyncClient, Client, Retries
 
-HASTY = Retries(first_pause_s=0.01, longest_pause_s=0.02)
+HASTY = Retries(initial_backoff_s=0.01, max_backoff_s=0.02)
 
 
 class Request:

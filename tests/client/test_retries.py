@@ -132,7 +132,7 @@ def test_the_tries_end_and_the_last_refusal_is_told(either, server):
     server.will(saturated)
 
     with pytest.raises(ProblemError, match="Fleet saturated"):
-        either.ask("create_job", "a red circle", retries=Retries(attempts=3, first_pause_s=0.01))
+        either.ask("create_job", "a red circle", retries=Retries(attempts=3, initial_backoff_s=0.01))
 
     assert len(server.requests) == 3
 
@@ -292,7 +292,7 @@ def test_events_of_a_job_that_is_not_there_are_refused_as_anything_else_is(eithe
 
 
 def test_pauses_grow_and_are_never_the_same_for_everybody():
-    retries = Retries(attempts=9, first_pause_s=1, longest_pause_s=8)
+    retries = Retries(attempts=9, initial_backoff_s=1, max_backoff_s=8)
 
     for attempt, longest in [(1, 1), (2, 2), (3, 4), (4, 8), (8, 8)]:
         pauses = [retries.pause_s(attempt) for _ in range(300)]

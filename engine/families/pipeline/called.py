@@ -1,4 +1,4 @@
-"""What both pipeline families have in common: a loaded pipeline, and one call of it per image."""
+"""The parts that both pipeline families share: a loaded pipeline, and one call of it per image."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ class CalledPipeline(ABC):
         raise UnsupportedRequest("keep_steps", f"is not for {self._signature.name}")
 
     def release(self, image: InFlight) -> None:
-        running, image.held = image.held, None
+        running = image.held
+        image.held = None
         if running is not None:
             running.coroutine.close()
 

@@ -137,7 +137,8 @@ def _note_steps(sampler: Any, image: InFlight) -> None:
 
     def step(sampler: Any, method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         given = parameters.bind(*args, **kwargs).arguments
-        sample, timestep = given["sample"], given["timestep"]
+        sample = given["sample"]
+        timestep = given["timestep"]
         # Others are packed, and only their pipeline knows how.
         is_seen = image.is_watched and sample.ndim == 4
         clean = clean_latents(sampler, sample, given["model_output"], timestep) if is_seen else None

@@ -55,12 +55,12 @@ class CallSignature:
 
     @property
     def knows_guidance(self) -> bool:
-        """Is there an argument that guides?"""
+        """Tell whether the call has a guidance argument."""
         return self._guidance is not None
 
     @property
     def can_double(self) -> bool:
-        """Can one call make two images of one prompt?"""
+        """Tell whether one call can make two images of one prompt."""
         return "num_images_per_prompt" in self._parameters
 
     # --- a request ---
@@ -142,9 +142,7 @@ class CallSignature:
 
 
 def _samplers_for(own: Any) -> dict[str, Recipe]:
-    """Give the checkpoint's own sampler, and by name those of the house that its config is good
-    for.
-    """
+    """Return the checkpoint's own sampler, and by name those of the engine that suit its config."""
     own_class = type(own).__name__
     is_flow = "FlowMatch" in own_class or own.config.get("prediction_type") == "flow_prediction"
     fitting = {own_class, *(kind.__name__ for kind in own.compatibles)}
