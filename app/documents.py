@@ -68,11 +68,16 @@ _IMAGE_COLUMNS = tuple(field.name for field in fields(ImageDocument))
 def of_row(job: Job) -> JobDocument:
     """Show the job of a row that was read with its images and their artifacts."""
     read: dict[str, Any] = {name: getattr(job, name) for name in _COLUMNS}
-    images = [ImageDocument(**{name: getattr(image, name) for name in _IMAGE_COLUMNS}) for image in job.images]
+    images = [
+        ImageDocument(**{name: getattr(image, name) for name in _IMAGE_COLUMNS})
+        for image in job.images
+    ]
     return JobDocument(**read, images=images)
 
 
-def of_accepted(new: NewJob, row: AcceptedRow, *, tenant_id: uuid.UUID, currency: str) -> JobDocument:
+def of_accepted(
+    new: NewJob, row: AcceptedRow, *, tenant_id: uuid.UUID, currency: str
+) -> JobDocument:
     """Show the job that was just written, as it stands in the database."""
     params = new.params
     return JobDocument(
@@ -89,5 +94,8 @@ def of_accepted(new: NewJob, row: AcceptedRow, *, tenant_id: uuid.UUID, currency
         accepted_at=row.accepted_at,
         start_by=row.start_by,
         currency=currency,
-        images=[ImageDocument(index=index, seed=params.seed + index) for index in range(params.num_images)],
+        images=[
+            ImageDocument(index=index, seed=params.seed + index)
+            for index in range(params.num_images)
+        ],
     )

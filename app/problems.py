@@ -138,8 +138,15 @@ class Problem(Exception):
 
     def _message(self) -> str:
         """The detail, and the wrong fields that it does not name, each with what would be accepted."""
-        named = [error for error in self.members.get("errors") or () if error["detail"] not in self.detail]
-        fields = [f"{_field(error)}: {error['detail']}{_accepted(error.get('accepted'))}" for error in named[:MOST_NAMED]]
+        named = [
+            error
+            for error in self.members.get("errors") or ()
+            if error["detail"] not in self.detail
+        ]
+        fields = [
+            f"{_field(error)}: {error['detail']}{_accepted(error.get('accepted'))}"
+            for error in named[:MOST_NAMED]
+        ]
         more = [f"and {len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
         return f"{self.detail} {'; '.join([*fields, *more])}." if named else self.detail
 
@@ -159,7 +166,11 @@ def _accepted(accepted: Any) -> str:
     """What an error says would be accepted, in words."""
     if isinstance(accepted, Mapping):
         return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
-    return f" (accepted: {', '.join(map(str, accepted))})" if isinstance(accepted, list | tuple) and accepted else ""
+    return (
+        f" (accepted: {', '.join(map(str, accepted))})"
+        if isinstance(accepted, list | tuple) and accepted
+        else ""
+    )
 
 
 class MalformedBody(Problem):

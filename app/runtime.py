@@ -62,7 +62,9 @@ class Runtime:
     uploads: UploadRoom
     decoders: Decoders = field(default_factory=Decoders)
     # What pictures select as masks, by question, content and size.
-    judged: Cache[tuple[str, str, int, int], bool] = field(default_factory=lambda: Cache("judged", 10_000))
+    judged: Cache[tuple[str, str, int, int], bool] = field(
+        default_factory=lambda: Cache("judged", 10_000)
+    )
     # The OpenAPI document by the prefix of its links: a proxy may give the gateway several.
     documents: Cache[str, str] = field(default_factory=lambda: Cache("documents", 8))
     statuses: Statuses = field(default_factory=Statuses)
@@ -70,7 +72,9 @@ class Runtime:
 
     def resolve(self, wish: Wish) -> Resolved:
         """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
-        return resolve(self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random())
+        return resolve(
+            self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random()
+        )
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
@@ -96,7 +100,9 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
     )
     reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
-    forecaster = QueueForecaster(aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s)
+    forecaster = QueueForecaster(
+        aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
+    )
     return Runtime(
         settings=settings,
         fleet=fleet,
@@ -108,7 +114,9 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         endings=Endings(settings.handoff_url),
         ended=ended,
         forecaster=forecaster,
-        events=Events(database, forecaster, news, reader, keyring, most=settings.gateway_max_streams),
+        events=Events(
+            database, forecaster, news, reader, keyring, most=settings.gateway_max_streams
+        ),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
         rates=Rates(settings.handoff_url),

@@ -20,7 +20,9 @@ class LinkSigner:
 
     def is_good(self, artifact_id: uuid.UUID, expires: str, signature: str) -> bool:
         """Whether the link is one of ours and not over."""
-        if not (expires.isascii() and expires.isdigit() and len(expires) <= 12 and signature.isascii()):
+        if not (
+            expires.isascii() and expires.isdigit() and len(expires) <= 12 and signature.isascii()
+        ):
             return False
         is_ours = hmac.compare_digest(signature, self._signature(artifact_id, expires))
         return is_ours and time.time() < int(expires)

@@ -105,4 +105,6 @@ def _day(asked: Request, name: str, default: date) -> date:
             return date.fromisoformat(text)
     except ValueError:
         pass
-    raise InvalidQuery(f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD")
+    raise InvalidQuery(
+        f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD"
+    )

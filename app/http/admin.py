@@ -35,7 +35,9 @@ from policy.text import is_human
 bp = Blueprint("admin", __name__, url_prefix="/v1/admin")
 bp.before_request(require_key)
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+]
 Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
 
 
@@ -43,7 +45,10 @@ class _Body(BaseModel):
     model_config = STRICT
 
 
-_LIMITS: dict[str, Any] = {name: (json_type(hint) | None, None) for name, hint in get_type_hints(Limits, include_extras=True).items()}
+_LIMITS: dict[str, Any] = {
+    name: (json_type(hint) | None, None)
+    for name, hint in get_type_hints(Limits, include_extras=True).items()
+}
 _LimitsBody: Any = create_model("_LimitsBody", __base__=_Body, **_LIMITS)
 
 
@@ -63,15 +68,23 @@ class TenantChange(_LimitsBody):
 class KeyBody(_Body):
     """The body of POST /v1/admin/tenants/{id}/keys."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")] = "api"
-    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(DEFAULT_SCOPES)
-    expires_at: Annotated[str | None, says("An instant in the future from which it is refused; null: never.")] = None
+    name: Annotated[
+        str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")
+    ] = "api"
+    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(
+        DEFAULT_SCOPES
+    )
+    expires_at: Annotated[
+        str | None, says("An instant in the future from which it is refused; null: never.")
+    ] = None
 
 
 class RotateBody(_Body):
     """The body of POST /v1/admin/keys/{id}/rotate."""
 
-    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")] = KEY_GRACE_S
+    grace_s: Annotated[
+        float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")
+    ] = KEY_GRACE_S
 
 
 @bp.get("/tenants")
@@ -136,7 +149,9 @@ def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """Add a key of the tenant: 201, with `key`, which is shown this once."""
     body = parse(KeyBody, read_object(request))
     if not is_human(body.name):
-        raise InvalidRequest.at("name", "must not have control characters in it", accepted={"max_chars": 64})
+        raise InvalidRequest.at(
+            "name", "must not have control characters in it", accepted={"max_chars": 64}
+        )
     row, key = tenants.issue_key(
         runtime(),
         caller(),

@@ -26,7 +26,9 @@ def require_key() -> None:
         telemetry.AUTH_FAILURES.labels("bad_key").inc()
         raise Unauthenticated(NO_LIVE_KEY)
     found = known.key
-    g.caller = Caller(found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits)
+    g.caller = Caller(
+        found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits
+    )
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
     enough = _scopes_that_do()
     if not found.scopes & set(enough):
@@ -46,7 +48,13 @@ def _known(key: str) -> Known | None:
     known = parts.keyring.find(kid)
     if known is None or not known.key.is_live(time.time()):
         return None
-    return known if api_keys.is_it(key, known.key.digest, pepper=parts.settings.api_key_pepper.get_secret_value()) else None
+    return (
+        known
+        if api_keys.is_it(
+            key, known.key.digest, pepper=parts.settings.api_key_pepper.get_secret_value()
+        )
+        else None
+    )
 
 
 def _count_request(asking: Caller) -> None:
@@ -59,7 +67,9 @@ def _count_request(asking: Caller) -> None:
     if not counted.passes:
         telemetry.SHED.labels("rate_limited").inc()
         detail = f"At most {most} requests a minute are let in."
-        raise RateLimited(detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S)
+        raise RateLimited(
+            detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S
+        )
 
 
 def _scopes_that_do() -> tuple[str, ...]:

@@ -28,7 +28,9 @@ bp.before_request(require_key)
 def create_jobs() -> ResponseReturnValue:
     """Accept every job of the batch that can be: 200, and for each item, in order, its job or its problem."""
     request.max_content_length = runtime().settings.max_batch_bytes
-    items, defaults = _read_batch(read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS}))
+    items, defaults = _read_batch(
+        read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS})
+    )
     once = read_once(request, [items, defaults])
     done = submit_batch(runtime(), caller(), _asked(items, defaults), once=once)
     return answer(_view(done), headers={} if done.is_new else {REPLAYED: "true"})
@@ -53,7 +55,9 @@ def _view(done: BatchAnswer) -> schemas.Batch:
     )
 
 
-def _item_view(item: Item, jobs: Mapping[uuid.UUID, BatchJob]) -> schemas.BatchAccepted | schemas.BatchRefused:
+def _item_view(
+    item: Item, jobs: Mapping[uuid.UUID, BatchJob]
+) -> schemas.BatchAccepted | schemas.BatchRefused:
     if "job_id" in item:
         return schemas.BatchAccepted(job=_job_view(jobs[uuid.UUID(item["job_id"])]))
     return schemas.BatchRefused(status=item["problem"]["status"], problem=item["problem"])
@@ -79,10 +83,16 @@ def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Read the items, and the fields that all of them share unless they say otherwise. Raises InvalidImageRequest."""
     for name in body:
         if name not in ("jobs", "defaults"):
-            raise invalid_wish(InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"]))
+            raise invalid_wish(
+                InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"])
+            )
     items, defaults = body.get("jobs"), body.get("defaults", {})
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
-        raise invalid_wish(InvalidWish("jobs", f"must be a list of 1 to {MAX_JOBS} jobs", {"min": 1, "max": MAX_JOBS}))
+        raise invalid_wish(
+            InvalidWish(
+                "jobs", f"must be a list of 1 to {MAX_JOBS} jobs", {"min": 1, "max": MAX_JOBS}
+            )
+        )
     if not isinstance(defaults, dict):
         raise invalid_wish(InvalidWish("defaults", "must be an object with fields of a job"))
     parse_shared(defaults)

@@ -32,7 +32,8 @@ from policy.params import ASKED, PICTURES, AdapterWish, Wish
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
-MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
+# of any object, any list, and of one within the other
+MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16
 MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
 MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
 NO_LISTS: Mapping[str, int] = {}
@@ -51,12 +52,16 @@ def parse_job(fields: Mapping[str, Any]) -> JobBody:
     return body
 
 
-def parse(kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest) -> Body:
+def parse(
+    kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest
+) -> Body:
     """The fields as a `kind`. Raises `problem`, which points at every one that is wrong."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise problem("The request has fields that cannot be used.", **_told(field_errors(error, kind))) from None
+        raise problem(
+            "The request has fields that cannot be used.", **_told(field_errors(error, kind))
+        ) from None
 
 
 def parse_shared(fields: Mapping[str, Any]) -> None:
@@ -64,9 +69,13 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
     try:
         JobBody.model_validate(fields)
     except ValidationError as error:
-        if errors := [entry for entry in field_errors(error, JobBody) if entry["detail"] != _MISSING]:
+        if errors := [
+            entry for entry in field_errors(error, JobBody) if entry["detail"] != _MISSING
+        ]:
             within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
-            raise InvalidImageRequest("The defaults have fields that cannot be used.", **_told(within)) from None
+            raise InvalidImageRequest(
+                "The defaults have fields that cannot be used.", **_told(within)
+            ) from None
 
 
 def job_request(body: JobBody) -> JobRequest:
@@ -88,14 +97,24 @@ def wish_of(body: JobBody) -> Wish:
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
     """Raises InvalidImageRequest for more than can be kept, and for text that nobody wrote."""
-    accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": MAX_METADATA_KEY_CHARS, "max_value_chars": MAX_METADATA_CHARS}
+    accepted = {
+        "max_keys": MAX_METADATA_KEYS,
+        "max_key_chars": MAX_METADATA_KEY_CHARS,
+        "max_value_chars": MAX_METADATA_CHARS,
+    }
     for key, value in metadata.items():
         is_short = 1 <= len(key) <= MAX_METADATA_KEY_CHARS and len(value) <= MAX_METADATA_CHARS
         if not is_short or not is_human(key + value):
             detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
             raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
-        raise invalid_wish(InvalidWish("metadata", f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted", accepted))
+        raise invalid_wish(
+            InvalidWish(
+                "metadata",
+                f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted",
+                accepted,
+            )
+        )
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:
@@ -106,7 +125,9 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
             value = value.strip().strip('"')
             if not (value.isascii() and value.isdigit() and len(value) <= 6):
                 raise InvalidQuery(
-                    f"Prefer: wait takes whole seconds, at most {max_wait_s}.", header="Prefer", accepted={"max": max_wait_s}
+                    f"Prefer: wait takes whole seconds, at most {max_wait_s}.",
+                    header="Prefer",
+                    accepted={"max": max_wait_s},
                 )
             return min(int(value), max_wait_s)
     return 0
@@ -115,22 +136,34 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
 def read_nothing(request: Request) -> None:
     """Refuse fields where there are none: no body at all, or an empty object. Raises as `read_job` does."""
     fields = read_object(request) if request.get_data() else {}
-    errors = [{"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []} for name in fields]
+    errors = [
+        {"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []}
+        for name in fields
+    ]
     if errors:
         raise InvalidImageRequest("This request takes no fields.", **_told(errors))
 
 
-def read_object(request: Request, *, problem: type[Problem] = InvalidRequest, lists: Mapping[str, int] = NO_LISTS) -> dict[str, Any]:
+def read_object(
+    request: Request,
+    *,
+    problem: type[Problem] = InvalidRequest,
+    lists: Mapping[str, int] = NO_LISTS,
+) -> dict[str, Any]:
     """The JSON object that the body is, bounded in whatever makes a small body expensive.
 
     lists: how many entries those lists may have that may have more than others, by their pointers. Raises UnsupportedMediaType,
     MalformedBody, BodyTooLarge, and `problem`, which points at what is too much.
     """
     if request.mimetype != "application/json":
-        raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
-    content = request.get_data(cache=False)  # not kept for as long as the client waits: it may hold pictures
+        raise UnsupportedMediaType(
+            "Send the request as `Content-Type: application/json`.", accepted=["application/json"]
+        )
+    # not kept for as long as the client waits: it may hold pictures
+    content = request.get_data(cache=False)
     if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
-        raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
+        # werkzeug cuts a chunked one off silently
+        raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")
     try:
         body = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError:
@@ -143,7 +176,12 @@ def read_object(request: Request, *, problem: type[Problem] = InvalidRequest, li
     return body
 
 
-def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Problem], lists: Mapping[str, int] = NO_LISTS) -> None:
+def check_bounds(
+    body: Mapping[str, Any] | Sequence[Any],
+    *,
+    problem: type[Problem],
+    lists: Mapping[str, int] = NO_LISTS,
+) -> None:
     """Raises `problem` for a JSON value that is larger than any request needs, and MalformedBody for one that is nested too deeply.
 
     Before anything else looks at it: what checks types, names errors or makes text of it takes time and memory for each value.
@@ -157,24 +195,40 @@ def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Probl
         most = MAX_MEMBERS if is_object else lists.get(pointer, MAX_ENTRIES)
         if len(value) > most:
             raise _too_much(
-                problem, pointer, f"has {len(value)} {'members' if is_object else 'entries'}; at most {most} are accepted", most
+                problem,
+                pointer,
+                f"has {len(value)} {'members' if is_object else 'entries'}; at most {most} are accepted",
+                most,
             )
         left -= len(value)
         if left < 0:
-            raise _too_much(problem, pointer, f"is of a body with more than {MAX_VALUES} values", MAX_VALUES)
+            raise _too_much(
+                problem, pointer, f"is of a body with more than {MAX_VALUES} values", MAX_VALUES
+            )
         named = value.items() if isinstance(value, Mapping) else enumerate(value)
-        inner += [(f"{pointer}/{_escaped(name)}", each, depth + 1) for name, each in named if isinstance(each, dict | list)]
+        inner += [
+            (f"{pointer}/{_escaped(name)}", each, depth + 1)
+            for name, each in named
+            if isinstance(each, dict | list)
+        ]
 
 
 def _too_much(problem: type[Problem], pointer: str, detail: str, most: int) -> Problem:
-    return problem.at(pointer.removeprefix("/"), detail, accepted={"max": most}, sentence=f"{pointer or 'The body'} {detail}.")
+    return problem.at(
+        pointer.removeprefix("/"),
+        detail,
+        accepted={"max": most},
+        sentence=f"{pointer or 'The body'} {detail}.",
+    )
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """The members of an object; one that is there twice could be read in two ways. Raises ValueError."""
     found = dict(members)
     if len(found) < len(members):
-        name = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
+        name = next(
+            name for name, count in Counter(name for name, _ in members).items() if count > 1
+        )
         raise ValueError(f"an object has the member {name[:64]!r} more than once")
     return found
 
@@ -185,14 +239,18 @@ def _refuse_constant(name: str) -> None:
 
 def field_errors(error: ValidationError, kind: type[BaseModel]) -> list[dict[str, Any]]:
     """What a problem says of each wrong field."""
-    return [_field_error(entry, kind) for entry in error.errors(include_url=False, include_context=False, include_input=False)]
+    return [
+        _field_error(entry, kind)
+        for entry in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
 
 
 def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
     pointer = "/" + "/".join(_escaped(part) for part in error["loc"])
     entry = {"pointer": pointer, "detail": error["msg"]}
     if error["type"] == "extra_forbidden":
-        names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields  # the only objects within one
+        # the only objects within one
+        names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields
         entry |= {"detail": "There is no such field", "accepted": list(names)}
     elif error["type"] == "missing":
         entry["detail"] = _MISSING

@@ -94,8 +94,13 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         max_prompt_chars=model.max_prompt_chars,
         output_formats=list(FORMATS),
         pool=fleet.pool_of(model_id),
-        versions=[schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight) for version in model.versions],
-        tiers={tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)},
+        versions=[
+            schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight)
+            for version in model.versions
+        ],
+        tiers={
+            tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)
+        },
         **alias,
     )
 

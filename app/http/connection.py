@@ -9,7 +9,9 @@ UNREAD_FOR_S = 30  # a client that takes nothing for so long has gone without a 
 
 def has_left(request: Request) -> Callable[[], bool]:
     """Return a function that tells whether the client has closed its connection."""
-    found: Callable[[], bool] | None = getattr(request.environ.get("gunicorn.socket"), "has_left", None)
+    found: Callable[[], bool] | None = getattr(
+        request.environ.get("gunicorn.socket"), "has_left", None
+    )
     return found or (lambda: False)
 
 

@@ -25,7 +25,9 @@ def register(app: Flask, allowed_origins: str) -> None:
     def answer_options() -> Response | None:
         if request.method != "OPTIONS":
             return None
-        is_preflight = "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+        is_preflight = (
+            "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+        )
         if request.routing_exception is not None and not (is_preflight and origins):
             return None  # 404. But a page learns of that only from the request after its preflight
         response = Response(status=204)
@@ -43,7 +45,8 @@ def register(app: Flask, allowed_origins: str) -> None:
         if not origins:
             return response
         if origins != {"*"}:
-            response.vary.add("Origin")  # also without one: a cache must not give that answer to a page
+            # also without one: a cache must not give that answer to a page
+            response.vary.add("Origin")
         allowed = _allowed(origins)
         if allowed is not None:
             response.headers["Access-Control-Allow-Origin"] = allowed

@@ -36,16 +36,26 @@ class Stored:
     def image(cls, artifact: Artifact) -> Self:
         """An image of a job."""
         filename = f"{artifact.job_id}-{artifact.index}.{extension_of(artifact.content_type)}"
-        return cls(artifact.object_key, artifact.content_type, artifact.size_bytes, artifact.content_sha256, filename)
+        return cls(
+            artifact.object_key,
+            artifact.content_type,
+            artifact.size_bytes,
+            artifact.content_sha256,
+            filename,
+        )
 
     @classmethod
     def file(cls, file: File) -> Self:
         """A picture that a tenant brought."""
-        return cls(file.object_key, "image/png", file.size_bytes, file.content_sha256, f"{file.id}.png")
+        return cls(
+            file.object_key, "image/png", file.size_bytes, file.content_sha256, f"{file.id}.png"
+        )
 
     def presigned_url(self) -> str:
         """A URL of the object store that shows it to whoever has the URL."""
-        return runtime().store.presigned_url(self.key, content_type=self.content_type, filename=self.filename)
+        return runtime().store.presigned_url(
+            self.key, content_type=self.content_type, filename=self.filename
+        )
 
 
 def deliver(stored: Stored) -> Response:
@@ -96,7 +106,9 @@ def _pieces(stored: Stored, span: Span | None) -> Iterable[bytes]:
     except ObjectGone:
         raise ImageNotFound("The object store does not have this picture any more.") from None
     except StoreUnavailable:
-        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+        raise PartUnavailable(
+            "The object store cannot be reached right now.", retry_after_s=2, part="object_store"
+        ) from None
     return pieces
 
 
@@ -122,5 +134,7 @@ def _is_redirected() -> bool:
     if text is None:
         return runtime().settings.image_delivery == "redirect"
     if text.lower() not in ("true", "false"):
-        raise InvalidQuery("redirect must be true or false.", parameter="redirect", accepted=["true", "false"])
+        raise InvalidQuery(
+            "redirect must be true or false.", parameter="redirect", accepted=["true", "false"]
+        )
     return text.lower() == "true"

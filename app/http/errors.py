@@ -23,7 +23,10 @@ from models.database import conflict
 
 log = structlog.get_logger(__name__)
 
-_BY_STATUS = {kind.status: kind for kind in (MalformedBody, NotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType)}
+_BY_STATUS = {
+    kind.status: kind
+    for kind in (MalformedBody, NotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType)
+}
 
 
 def respond(problem: Problem) -> Response:
@@ -68,7 +71,11 @@ def _from_werkzeug(error: HTTPException) -> BaseResponse:
         return error.get_response()
     kind: type[Problem] | None = _BY_STATUS.get(status)
     if kind is None:
-        kind = type("HttpProblem", (Problem,), {"slug": f"http-{status}", "title": error.name, "status": status})
+        kind = type(
+            "HttpProblem",
+            (Problem,),
+            {"slug": f"http-{status}", "title": error.name, "status": status},
+        )
     response = respond(kind(error.description or error.name))
     if allowed := getattr(error, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
@@ -80,13 +87,25 @@ def _body_not_there(error: ClientDisconnected) -> Response:
 
 
 def _database_away(error: Exception) -> Response:
-    if (why := conflict(error)) is not None:  # every try of the transaction lost; the database itself is well
+    if (why := conflict(error)) is not None:
+        # every try of the transaction lost; the database itself is well
         log.warning("transaction_conflicts", why=why)
-        return respond(PartUnavailable("Too much is being changed here at once; the same request will do in a moment.", retry_after_s=1))
+        return respond(
+            PartUnavailable(
+                "Too much is being changed here at once; the same request will do in a moment.",
+                retry_after_s=1,
+            )
+        )
     log.warning("database_away", reason=type(error).__name__)
-    return respond(PartUnavailable("The database cannot be reached right now.", retry_after_s=2, part="database"))
+    return respond(
+        PartUnavailable(
+            "The database cannot be reached right now.", retry_after_s=2, part="database"
+        )
+    )
 
 
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected_error", exc_info=error)
-    return respond(Unexpected("Something went wrong on our side; quote the request id when you report it."))
+    return respond(
+        Unexpected("Something went wrong on our side; quote the request id when you report it.")
+    )

@@ -30,7 +30,8 @@ def show_estimate() -> ResponseReturnValue:
     asked = job_request(body)
     expected = estimate(runtime(), caller(), asked)
     params = params_view(expected.params) | {
-        field: uuid.UUID(value) if value and _is_id(value) else None for field, value in body.pictures.items()
+        field: uuid.UUID(value) if value and _is_id(value) else None
+        for field, value in body.pictures.items()
     }
     if asked.wish.seed in (None, RANDOM_SEED):
         params["seed"] = None  # one that was not asked for is drawn for the job

@@ -57,7 +57,8 @@ def teller() -> Tell:
 
 def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
-    with suppress(Unauthenticated):  # the key was revoked: the client hears of it when it comes back
+    with suppress(Unauthenticated):
+        # the key was revoked: the client hears of it when it comes back
         for event in stream:
             if event is None:
                 yield ": still here\n\n"
@@ -69,12 +70,16 @@ def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
 def _read_last_id() -> str | None:
     text = request.headers.get("Last-Event-ID", "").strip()
     if text and not EVENT_ID.fullmatch(text):
-        raise InvalidQuery("Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID")
+        raise InvalidQuery(
+            "Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID"
+        )
     return text or None
 
 
 def _read_previews() -> bool:
     text = request.args.get("previews", "false").lower()
     if text not in ("true", "false"):
-        raise InvalidQuery("previews must be true or false.", parameter="previews", accepted=["true", "false"])
+        raise InvalidQuery(
+            "previews must be true or false.", parameter="previews", accepted=["true", "false"]
+        )
     return text == "true"

@@ -24,7 +24,13 @@ bp.before_request(require_key)
 
 FIELD = "file"
 _SAID_FOR_NOTHING = ("purpose",)  # OpenAI's clients have to say it
-CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
+CONTENT_TYPES = [
+    "multipart/form-data",
+    "image/png",
+    "image/jpeg",
+    "image/webp",
+    "application/octet-stream",
+]
 
 
 @bp.post("")
@@ -82,10 +88,14 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
         if len(sent) != 1:
             raise MalformedBody(f"Send one picture in the field `{field}`; there are {len(sent)}.")
         for name in ({*asked.files} | {*asked.form}) - {field, *_SAID_FOR_NOTHING}:
-            raise MalformedBody(f"The form has a field {name[:64]!r}; `{field}` is the only one that is read.")
+            raise MalformedBody(
+                f"The form has a field {name[:64]!r}; `{field}` is the only one that is read."
+            )
         return sent[0].stream  # type: ignore[return-value]
     if asked.mimetype not in CONTENT_TYPES:
-        raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES)
+        raise UnsupportedMediaType(
+            "Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES
+        )
     return _spooled(asked)
 
 

@@ -12,7 +12,8 @@ from models.idempotency import Once
 HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
 MAX_KEY_CHARS = 255
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
-_BARE = re.compile(r"[!#-+\--:<-\[\]-~]+")  # visible ASCII without what would make it a list, or have parameters: " , ; \
+# visible ASCII without what would make it a list, or have parameters: " , ; \
+_BARE = re.compile(r"[!#-+\--:<-\[\]-~]+")
 
 
 def read_once(request: Request, asks_for: object) -> Once | None:
@@ -20,7 +21,9 @@ def read_once(request: Request, asks_for: object) -> Once | None:
     text = request.headers.get(HEADER)
     if text is None:
         return None
-    canonical = json.dumps([request.method, request.path, asks_for], sort_keys=True, separators=(",", ":"))
+    canonical = json.dumps(
+        [request.method, request.path, asks_for], sort_keys=True, separators=(",", ":")
+    )
     return Once(read_key(text), hashlib.sha256(canonical.encode()).hexdigest())
 
 

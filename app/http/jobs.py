@@ -69,7 +69,9 @@ def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
 @bp.get("/<uuid:job_id>/status")
 def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
     """What changes of a job while one waits for it, as it was at most a second ago: cheap to ask for, with `If-None-Match` cheaper."""
-    status = runtime().statuses.get(caller().tenant_id, job_id, lambda: _read_status(job_id), root=request.script_root)
+    status = runtime().statuses.get(
+        caller().tenant_id, job_id, lambda: _read_status(job_id), root=request.script_root
+    )
     response = Response(status.content, content_type="application/json")
     response.headers["Cache-Control"] = "private, max-age=1"
     response.set_etag(status.etag)
@@ -133,7 +135,8 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
         with wait.waiting_place(runtime(), caller(), wait_s) as applied_s:
             try:
                 view = _view(*_wait_for_job(job.id, applied_s))
-            except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
+            except SQLAlchemyError as error:
+                # it is accepted: who is told otherwise asks for it again
                 log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
             else:
                 headers["Preference-Applied"] = f"wait={applied_s}"
@@ -154,7 +157,11 @@ def _view(job: Job | JobDocument, steps: list[Step]) -> schemas.Job:
 
 def _place(job: Job | JobDocument, steps: list[Step]) -> QueuePlace | None:
     is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
-    return runtime().forecaster.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
+    return (
+        runtime().forecaster.place_of(job, sum(step.step for step in steps))
+        if is_waited_for
+        else None
+    )
 
 
 def _steps(job: Job | JobDocument) -> list[Step]:

@@ -55,6 +55,8 @@ def _document() -> str:
 @bp.get("/docs")
 def show_docs() -> Response:
     """The same, to read and to try."""
-    response = Response(PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8")
+    response = Response(
+        PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8"
+    )
     response.headers["Content-Security-Policy"] = POLICY
     return response

@@ -21,7 +21,11 @@ def read_limit(request: Request) -> int:
 def parse_limit(text: str) -> int:
     """Raises InvalidQuery."""
     if not (text.isascii() and text.isdigit() and len(text) <= 4 and 1 <= int(text) <= MAX_PAGE):
-        raise InvalidQuery(f"limit must be a whole number from 1 to {MAX_PAGE}.", parameter="limit", accepted={"min": 1, "max": MAX_PAGE})
+        raise InvalidQuery(
+            f"limit must be a whole number from 1 to {MAX_PAGE}.",
+            parameter="limit",
+            accepted={"min": 1, "max": MAX_PAGE},
+        )
     return int(text)
 
 
@@ -36,13 +40,17 @@ def parse_cursor(text: str) -> uuid.UUID:
     try:
         return uuid.UUID(bytes=base64.b64decode(text + "==", altchars=b"-_", validate=True))
     except (ValueError, binascii.Error):
-        raise InvalidQuery("cursor must be a next_cursor of an earlier answer.", parameter="cursor") from None
+        raise InvalidQuery(
+            "cursor must be a next_cursor of an earlier answer.", parameter="cursor"
+        ) from None
 
 
 def _once(request: Request, parameter: str) -> str | None:
     values = request.args.getlist(parameter)
     if len(values) > 1:
-        raise InvalidQuery(f"{parameter} is there {len(values)} times; once is enough.", parameter=parameter)
+        raise InvalidQuery(
+            f"{parameter} is there {len(values)} times; once is enough.", parameter=parameter
+        )
     return values[0] if values else None
 
 
@@ -62,6 +70,7 @@ def next_page(
         return None, {}
     cursor = cursor_of(ids[limit - 1] if len(ids) > limit else more_before or ids[-1])
     said = {name: value for name, value in request.args.items() if name != "cursor"}
-    query = urlencode(said | {"cursor": cursor})  # not by url_for: it has parameters of its own, and clients choose these names
+    # not by url_for: it has parameters of its own, and clients choose these names
+    query = urlencode(said | {"cursor": cursor})
     path = url_for(str(request.endpoint), **request.view_args or {})
     return cursor, {"Link": f'<{path}?{query}>; rel="next"'}

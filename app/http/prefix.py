@@ -26,9 +26,15 @@ class PathPrefix:
     def __init__(self, application: "WSGIApplication", settings: GatewaySettings) -> None:
         self._trusts_proxy = settings.trust_forwarded_headers
         self._own = urlsplit(settings.public_url).path
-        self._application = ProxyFix(application, x_for=0, x_proto=1, x_host=1) if self._trusts_proxy else application
+        self._application = (
+            ProxyFix(application, x_for=0, x_proto=1, x_host=1)
+            if self._trusts_proxy
+            else application
+        )
 
-    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
         path = _SLASHES.sub("/", environ.get("PATH_INFO", ""))
         prefix = self._prefix(environ)
         if prefix:
@@ -40,5 +46,9 @@ class PathPrefix:
 
     def _prefix(self, environ: "WSGIEnvironment") -> str:
         """What the proxy says, if it is to be believed and says a path; otherwise the one of PUBLIC_URL."""
-        told = str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/") if self._trusts_proxy else ""
+        told = (
+            str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/")
+            if self._trusts_proxy
+            else ""
+        )
         return told if PATH_PREFIX.fullmatch(told) else self._own

@@ -25,7 +25,9 @@ def tell(response: Response) -> None:
         policies.append(f'"megapixel-steps";q={limits.megapixel_steps_per_minute:.0f};w={WINDOW_S}')
         taken = asking.used.budget
         if taken is not None:
-            stands.append(f'"megapixel-steps";r={max(0, math.floor(taken.left))};t={math.ceil(taken.wait_s)}')
+            stands.append(
+                f'"megapixel-steps";r={max(0, math.floor(taken.left))};t={math.ceil(taken.wait_s)}'
+            )
     if policies:
         response.headers["RateLimit-Policy"] = ", ".join(policies)
     if stands:

@@ -30,8 +30,10 @@ def admit(asked: Request, room: UploadRoom, tenant_id: uuid.UUID) -> None:
     size = asked.content_length
     if size is None and "chunked" in asked.headers.get("Transfer-Encoding", "").lower():
         size = room.largest_bytes
-    least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES  # such a body comes only when a thread has asked for it
-    if size is None or not least < size <= room.largest_bytes:  # beyond that, whoever reads refuses it
+    # such a body comes only when a thread has asked for it
+    least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES
+    if size is None or not least < size <= room.largest_bytes:
+        # beyond that, whoever reads refuses it
         return
     holdings: list[Holding] = g.setdefault("upload_holdings", [])
     holdings.append(room.take_body(tenant_id))
@@ -94,4 +96,6 @@ def _full(error: OSError) -> Exception:
         return error
     telemetry.SHED.labels("uploads_exhausted").inc()
     log.error("upload_spool_full", reason=error.strerror)
-    return UploadsExhausted("The temporary folder of this gateway process is full.", retry_after_s=RETRY_AFTER_S)
+    return UploadsExhausted(
+        "The temporary folder of this gateway process is full.", retry_after_s=RETRY_AFTER_S
+    )

@@ -18,7 +18,9 @@ from policy.states import FINAL_STATES, ImageState, JobState
 from policy.steps import image_steps
 
 
-def job_view(job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> schemas.Job:
+def job_view(
+    job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePlace | None = None
+) -> schemas.Job:
     """Show a job with its images.
 
     steps: what is known of a running one.  place: where an unfinished one stands.

@@ -113,7 +113,9 @@ class Cache(Generic[Key, Value]):
                 entry = self._entries.get(key)
                 age_s = asked_at - entry.read_at if entry is not None else math.inf
                 running = self._reads.get(key)
-                if entry is not None and age_s < self._keep_for_s + (self._stale_for_s if running else 0.0):
+                if entry is not None and age_s < self._keep_for_s + (
+                    self._stale_for_s if running else 0.0
+                ):
                     return entry.value
                 left_s = asked_at + PATIENCE_S - time.monotonic()
                 if not running or left_s <= 0:

@@ -22,7 +22,9 @@ class Capacity:
     def take(self, tenant_id: uuid.UUID, amount: int = 1) -> "Holding | None":
         """That much of it, until it is released; None if there is not enough for this tenant now."""
         with self._lock:
-            if not may_take(amount, held=self._held[tenant_id], in_use=self._in_use, most=self.most):
+            if not may_take(
+                amount, held=self._held[tenant_id], in_use=self._in_use, most=self.most
+            ):
                 return None
             self._add(tenant_id, amount)
         return Holding(self, tenant_id, amount)
@@ -61,5 +63,10 @@ class Holding:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.release()

@@ -35,9 +35,11 @@ from policy.steps import denoising_of, image_steps
 
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
-STALE_FOR_S = 5.0  # beyond these, while somebody reads: with a slow database no request waits for it
+# beyond these, while somebody reads: with a slow database no request waits for it
+STALE_FOR_S = 5.0
 MOST_KEPT = 10_000  # pools; pools and tiers; models, each with the sizes that are asked for
-PICTURES_LATE_S = 3.0  # for one job: then none come, and jobs that need none pass all that wait for theirs
+# for one job: then none come, and jobs that need none pass all that wait for theirs
+PICTURES_LATE_S = 3.0
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,11 @@ def _pool_state(
         slots=capacity.slots,
         flows={(flow.tier, flow.tenant_id): flow for flow in backlogs},
         lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
-        running={tier: Running(work.running_s, work.running.total()) for tier, work in outstanding.items() if work.running},
+        running={
+            tier: Running(work.running_s, work.running.total())
+            for tier, work in outstanding.items()
+            if work.running
+        },
         clocks=clocks,
         outstanding=outstanding,
         sharing={tier: frozenset(tenants) for tier, tenants in sharing.items()},
@@ -135,7 +141,9 @@ def _pool_state(
     )
 
 
-def _without(backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]) -> list[FlowBacklog]:
+def _without(
+    backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]
+) -> list[FlowBacklog]:
     """Leave out of the flows the jobs that lack their pictures."""
     left = []
     for flow in backlogs:
@@ -180,13 +188,17 @@ class QueueForecaster:
         self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
 
-    def expect(self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None) -> Expected:
+    def expect(
+        self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None
+    ) -> Expected:
         """Estimate when a job that the tenant submits now would end, and whether to refuse it.
 
         booked: what the tenant is about to submit before this one, by pool and tier.
         """
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
-        pool_bookings = {tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool}
+        pool_bookings = {
+            tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool
+        }
         snapshot = self._snapshot(state, tenant_id, pool_bookings)
         job_device_s = self._predicted_s(wish)
         place = admission.place_in(
@@ -197,7 +209,9 @@ class QueueForecaster:
             num_images=wish.num_images,
             lead_s=_lead_s(state, wish.tier, tenant_id, pool_bookings.get(wish.tier, Booked())),
         )
-        raw_s = admission.first_guess_s(place, snapshot, job_device_s=job_device_s, num_images=wish.num_images)
+        raw_s = admission.first_guess_s(
+            place, snapshot, job_device_s=job_device_s, num_images=wish.num_images
+        )
         ratios = self._ratios(wish.pool, wish.tier)
         refused = admission.refusal(
             self._fleet,
@@ -222,7 +236,9 @@ class QueueForecaster:
             num_images=wish.num_images,
         )
 
-    def release_hint(self, wish: Resolved, tenant_id: uuid.UUID) -> tuple[ReleaseHint, ReleaseLimits]:
+    def release_hint(
+        self, wish: Resolved, tenant_id: uuid.UUID
+    ) -> tuple[ReleaseHint, ReleaseLimits]:
         """Tell how to release a new job, by what was read at most `FRESH_FOR_S` ago; and its limits."""
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         limits = self._limits(wish.pool, wish.tier, state.slots)
@@ -261,14 +277,18 @@ class QueueForecaster:
             lead_s=max(0.0, job.release_tag - clock) if is_queued else 0.0,
         )
         if is_queued:
-            raw_s = admission.first_guess_s(place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images)
+            raw_s = admission.first_guess_s(
+                place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images
+            )
             return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
         steps_to_do = image_steps(job) * job.num_images
         left = 1 - min(1.0, steps_done / steps_to_do)
         raw_s = left * job.predicted_s / job.num_images * place.concurrent_images
         return QueuePlace(None, prediction.corrected(raw_s, ratios))
 
-    def _snapshot(self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING) -> PoolSnapshot:
+    def _snapshot(
+        self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING
+    ) -> PoolSnapshot:
         """Make the pool's snapshot for one tenant; its weight counts as 1 where it is not known.
 
         booked: what the tenant is about to add, by tier.

@@ -24,7 +24,8 @@ log = structlog.get_logger(__name__)
 TRUSTED_FOR_S = 0.75
 REFRESHED_AFTER_S = 0.25  # from then on those in use are all looked up again, behind their backs
 IN_USE_FOR_S = 5.0
-MOST_AT_ONCE = 500  # keys in use beyond these are looked up alone, each as often as it is not trusted any more
+# keys in use beyond these are looked up alone, each as often as it is not trusted any more
+MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
 NO_LIVE_KEY = "This API key is unknown, revoked or expired."
 _IN_USE = "in use"
@@ -57,13 +58,19 @@ class Keyring:
             refresh_after_s=REFRESHED_AFTER_S,
             refresher=refresher,
         )
-        self._alone: Cache[str, Known | None] = Cache("other keys", MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S)
+        self._alone: Cache[str, Known | None] = Cache(
+            "other keys", MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S
+        )
         self._refresher = refresher
 
     def find(self, kid: str) -> Known | None:
         """Find the live key with that public id, as it was at most `TRUSTED_FOR_S` ago."""
         together = self._together.get(_IN_USE, self._read_those_in_use)
-        known = together[kid] if kid in together else self._alone.get(kid, lambda: self._read({kid})[kid])
+        known = (
+            together[kid]
+            if kid in together
+            else self._alone.get(kid, lambda: self._read({kid})[kid])
+        )
         if known is not None:  # whoever makes keys up drives none of those in use out
             with self._lock:
                 self._used_at[kid] = time.monotonic()

@@ -56,7 +56,9 @@ class Readiness:
                 return
             self._has_started = True
         for name in self._checks:
-            threading.Thread(target=self._ask_again_and_again, args=(name,), name=f"ready-{name}", daemon=True).start()
+            threading.Thread(
+                target=self._ask_again_and_again, args=(name,), name=f"ready-{name}", daemon=True
+            ).start()
 
     def close(self) -> None:
         """Ask no more."""
@@ -77,13 +79,19 @@ class Readiness:
             said = _answer(self._checks[name])
             with self._lock:
                 if part.said is None or part.said["ready"] != said["ready"]:
-                    log.info("part_ready" if said["ready"] else "part_not_ready", part=name, detail=said.get("detail"))
+                    log.info(
+                        "part_ready" if said["ready"] else "part_not_ready",
+                        part=name,
+                        detail=said.get("detail"),
+                    )
                 part.said, part.asked_at = said, None
             if self._stop.wait(CHECK_EVERY_S):
                 return
 
 
-def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore) -> dict[str, Check]:
+def checks(
+    settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore
+) -> dict[str, Check]:
     """How each part is asked; the database over connections of its own, so that no crowd keeps it from being asked."""
     database = make_engine(settings.database_url, pool_size=connections.GATEWAY_READINESS)
 
@@ -92,7 +100,8 @@ def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: 
             with transaction(database) as session:
                 session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
         except OperationalError as error:
-            if "read-only" in str(error.orig):  # a primary that was demoted, which `make_engine` connects to no more
+            if "read-only" in str(error.orig):
+                # a primary that was demoted, which `make_engine` connects to no more
                 return {"ready": False, "detail": "read-only"}
             raise
         return {"ready": True}
@@ -100,7 +109,9 @@ def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: 
     def has_workers() -> dict[str, Any]:
         """Whether every pool with a warm floor has that many live workers; jobs for the others wait in Postgres."""
         with transaction(database) as session:
-            live = [worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
+            live = [
+                worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
+            ]
         short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
         detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
         return {"ready": not short, "live": len(live), **detail}
@@ -124,7 +135,8 @@ def _answer(check: Check) -> dict[str, Any]:
         return check()
     except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, StoreUnavailable) as error:
         return {"ready": False, "detail": type(error).__name__}
-    except Exception as error:  # whatever a library makes of a part that is half there: the next check must come
+    except Exception as error:
+        # whatever a library makes of a part that is half there: the next check must come
         log.error("part_not_checked", exc_info=error)
         return {"ready": False, "detail": type(error).__name__}
 

@@ -27,7 +27,9 @@ class Statuses:
     """One per gateway process. Who asks while another one reads waits for that answer."""
 
     def __init__(self) -> None:
-        self._kept: Cache[tuple[uuid.UUID, uuid.UUID, str], Status] = Cache("statuses", MAX_KEPT, keep_for_s=FRESH_FOR_S)
+        self._kept: Cache[tuple[uuid.UUID, uuid.UUID, str], Status] = Cache(
+            "statuses", MAX_KEPT, keep_for_s=FRESH_FOR_S
+        )
         self._roots: set[str] = set()
 
     def __len__(self) -> int:
@@ -53,7 +55,8 @@ class Statuses:
         if root not in self._roots:
             if len(self._roots) >= MOST_ROOTS:
                 return read_status()
-            self._roots = self._roots | {root}  # a new set: `forget` may be going through the old one
+            # a new set: `forget` may be going through the old one
+            self._roots = self._roots | {root}
         return self._kept.get((tenant_id, job_id, root), read_status)
 
     def forget(self, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:

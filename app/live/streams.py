@@ -64,8 +64,23 @@ class Watchers:
 class Events:
     """One per gateway process; its threads start with the first follower."""
 
-    def __init__(self, database: Engine, forecaster: QueueForecaster, news: News, reader: Reader, keyring: Keyring, *, most: int) -> None:
-        self._database, self._forecaster, self._news, self._reader, self._keyring = database, forecaster, news, reader, keyring
+    def __init__(
+        self,
+        database: Engine,
+        forecaster: QueueForecaster,
+        news: News,
+        reader: Reader,
+        keyring: Keyring,
+        *,
+        most: int,
+    ) -> None:
+        self._database, self._forecaster, self._news, self._reader, self._keyring = (
+            database,
+            forecaster,
+            news,
+            reader,
+            keyring,
+        )
         self._places = Capacity(most)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._kids: dict[Seat, str] = {}  # the key that each follower came with
@@ -77,7 +92,9 @@ class Events:
         if place is None:
             telemetry.SHED.labels("streams_exhausted").inc()
             whose = f"your tenant has {self._places.held_by(tenant_id)} of {self._places.most}"
-            raise StreamsExhausted(f"This process has as many event streams open as it may; {whose}.", retry_after_s=5)
+            raise StreamsExhausted(
+                f"This process has as many event streams open as it may; {whose}.", retry_after_s=5
+            )
         return place
 
     def follow(
@@ -112,7 +129,9 @@ class Events:
             heartbeat_s=heartbeat_s,
             place=place,
         )
-        next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
+        # to its seat, or the refusal: from here on it is left again even if nobody ever asks for
+        # an event
+        next(stream)
         return stream
 
     def close(self) -> None:
@@ -135,7 +154,9 @@ class Events:
             seat, earlier = self._reader.sit_down(job_id, wants_previews=previews, after=after)
         except NoSeat:
             place.release()
-            raise StreamsExhausted("This process has as many event streams open as it may.", retry_after_s=5) from None
+            raise StreamsExhausted(
+                "This process has as many event streams open as it may.", retry_after_s=5
+            ) from None
         except BaseException:
             place.release()
             raise
@@ -167,7 +188,9 @@ class Events:
             self._reader.leave(seat)
             place.release()
 
-    def _events(self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float) -> Iterator[Event | None]:
+    def _events(
+        self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float
+    ) -> Iterator[Event | None]:
         """As they are heard of, without end but for that of this process."""
         forecast = _Forecast(self._forecaster, job)
         yield from forecast.news()

@@ -6,7 +6,15 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app.documents import JobDocument
-from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
+from app.problems import (
+    InvalidImageRequest,
+    JobAlreadyFinished,
+    JobExpired,
+    JobFailed,
+    JobUnfinished,
+    ModerationBlocked,
+    Problem,
+)
 from models.tables import Job
 from policy.failures import is_our_fault
 from policy.params import OPENAI_ANSWER, members_of
@@ -23,17 +31,28 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
     if state == JobState.CANCELED:
         return JobAlreadyFinished("The job was canceled.", state=state, job_id=shown_id)
     if state == JobState.EXPIRED:
-        return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id)
+        return JobExpired(
+            "No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id
+        )
     if state == JobState.REJECTED:
         return ModerationBlocked("The request was refused by the safety rules.", job_id=shown_id)
     if state == JobState.FAILED and is_our_fault(failure_code):
-        return JobFailed("The job failed on our side.", failure_code=failure_code or "unknown", job_id=shown_id)
+        return JobFailed(
+            "The job failed on our side.", failure_code=failure_code or "unknown", job_id=shown_id
+        )
     if state == JobState.FAILED:
         detail = f"The job cannot be rendered: {failure_code}."
         return InvalidImageRequest(
-            detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code or "unknown", job_id=shown_id
+            detail,
+            errors=[{"pointer": "", "detail": detail}],
+            failure_code=failure_code or "unknown",
+            job_id=shown_id,
         )
-    return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, job_id=shown_id)
+    return JobUnfinished(
+        "The job is not done yet. The same request, tried again, waits for this job.",
+        retry_after_s=1,
+        job_id=shown_id,
+    )
 
 
 def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
@@ -44,7 +63,9 @@ def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
     """
     if job.finished_at is None:
         return True
-    is_ours = job.state == JobState.EXPIRED or (job.state == JobState.FAILED and is_our_fault(job.failure_code))
+    is_ours = job.state == JobState.EXPIRED or (
+        job.state == JobState.FAILED and is_our_fault(job.failure_code)
+    )
     has_left = job.state == JobState.CANCELED and streams
     ended_s = (datetime.now(UTC) - job.finished_at).total_seconds()
     return not is_ours and not has_left and job.erased_at is None and ended_s < JOINED_FOR_S

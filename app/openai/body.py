@@ -68,25 +68,38 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
     _check_formats(said)
     if (unknown := said.names() - KNOWN_FIELDS) or (kind == VARIATION and "mask" in said.names()):
         name = min(unknown) if unknown else "mask"
-        raise InvalidImageRequest.at(name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS))
+        raise InvalidImageRequest.at(
+            name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS)
+        )
     streams, count = said.boolean("stream", False), said.number("n", 1, 1, MOST_IMAGES)
     if streams and (count != 1 or kind == VARIATION):
-        raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
+        raise NotOffered(
+            "A stream shows one image: stream takes n=1, and variations do not stream.",
+            parameter="stream",
+        )
     quality = said.one_of("quality", "auto", QUALITIES)
     answers_url = not streams and _is_of_dall_e(said, quality)
     asked = Asked(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
         metadata=_metadata(said),
-        as_url=said.one_of("response_format", "url" if answers_url else "b64_json", RESPONSE_FORMATS) == "url",
+        as_url=said.one_of(
+            "response_format", "url" if answers_url else "b64_json", RESPONSE_FORMATS
+        )
+        == "url",
         streams=streams,
         partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
-        keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
+        keeps_running=said.boolean("background", False)
+        if _is_boolean(said.get("background"))
+        else False,
         quality=_SAID_AS.get(quality, quality),
         user=_user(said),
     )
     if streams and asked.as_url:
-        raise NotOffered("A stream carries its images: response_format=url and stream exclude each other.", parameter="response_format")
+        raise NotOffered(
+            "A stream carries its images: response_format=url and stream exclude each other.",
+            parameter="response_format",
+        )
     return asked
 
 
@@ -98,16 +111,25 @@ def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """
     for name, values in form.items():
         if name in PICTURES and any(values):
-            raise InvalidImageRequest.at(name.removesuffix("[]"), "must be a file of the form; in a body of JSON it may be a data URL")
+            raise InvalidImageRequest.at(
+                name.removesuffix("[]"),
+                "must be a file of the form; in a body of JSON it may be a data URL",
+            )
         if name not in SPREAD and name not in PICTURES and len(values) > 1:
             raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
     names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
-    fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
+    fields: dict[str, Any] = {
+        name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES
+    }
     if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
-        raise InvalidImageRequest.at("adapters", "in a form need a name each, and a strength each or none at all")
+        raise InvalidImageRequest.at(
+            "adapters", "in a form need a name each, and a strength each or none at all"
+        )
     if names:
         with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
-        fields["adapters"] = [{"name": name, "strength": strength} for name, strength in with_strength]
+        fields["adapters"] = [
+            {"name": name, "strength": strength} for name, strength in with_strength
+        ]
     return fields
 
 
@@ -117,7 +139,8 @@ def tier_of(quality: str, fleet: Fleet) -> str:
     if quality == "low":
         return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
     if quality in ("high", "xhigh", "max", "hd"):
-        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)  # the first of equals is the best in rank
+        # the first of equals is the best in rank
+        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
     return fleet.default_tier()
 
 
@@ -150,7 +173,10 @@ class _Said:
         self._fields = fields
 
     def names(self) -> set[str]:
-        return {name.partition("[")[0] if name.startswith(("metadata[", "svg[")) else name for name in self._fields}
+        return {
+            name.partition("[")[0] if name.startswith(("metadata[", "svg[")) else name
+            for name in self._fields
+        }
 
     def get(self, name: str) -> Any:
         return self._fields.get(name)
@@ -173,7 +199,9 @@ class _Said:
     def number(self, name: str, default: int, low: int, high: int) -> int:
         value = self._parsed(name, default, int, "a whole number")
         if not low <= value <= high:
-            raise InvalidImageRequest.at(name, f"must be from {low} to {high}", accepted={"min": low, "max": high})
+            raise InvalidImageRequest.at(
+                name, f"must be from {low} to {high}", accepted={"min": low, "max": high}
+            )
         return int(value)
 
     def plain(self, name: str, kind: Any) -> Any:
@@ -192,7 +220,9 @@ class _Said:
     def one_of(self, name: str, default: str, accepted: tuple[str, ...]) -> str:
         value = self.text(name, default)
         if value not in accepted:
-            raise InvalidImageRequest.at(name, f"{str(value)[:32]!r} is not offered", accepted=list(accepted))
+            raise InvalidImageRequest.at(
+                name, f"{str(value)[:32]!r} is not offered", accepted=list(accepted)
+            )
         return value
 
     def structure(self, name: str, kind: type, default: Any) -> Any:
@@ -204,7 +234,9 @@ class _Said:
             except (ValueError, RecursionError):
                 raise InvalidImageRequest.at(name, "is not JSON") from None
         if not isinstance(value, kind):
-            raise InvalidImageRequest.at(name, f"must be {'a list' if kind is list else 'an object'}")
+            raise InvalidImageRequest.at(
+                name, f"must be {'a list' if kind is list else 'an object'}"
+            )
         assert isinstance(value, list | dict)
         check_bounds(value, problem=InvalidImageRequest)
         return value
@@ -215,7 +247,11 @@ class _Said:
             value = _number_of(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # 1.0 is a whole number
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+        fits = (
+            isinstance(value, int | float)
+            and not isinstance(value, bool)
+            and abs(value) < _TOO_LARGE
+        )
         if not fits or (kind is int and not isinstance(value, int)):
             raise InvalidImageRequest.at(name, f"must be {what}")
         return value
@@ -230,8 +266,26 @@ def _without_none(hint: Any) -> Any:
 _EXTRAS = {param.member for param in OPENAI_REQUEST if param.member is not None}
 _KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items()}
 _OURS = _EXTRAS | {"metadata"}
-_THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
-_THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
+_THEIRS = {
+    "prompt",
+    "model",
+    "n",
+    "size",
+    "quality",
+    "output_format",
+    "output_compression",
+    "background",
+    "moderation",
+    "stream",
+}
+_THEIRS |= {
+    "partial_images",
+    "response_format",
+    "style",
+    "user",
+    "safety_identifier",
+    "input_fidelity",
+}
 KNOWN_FIELDS = _OURS | _THEIRS
 
 
@@ -246,13 +300,23 @@ def _is_of_dall_e(said: _Said, quality: str) -> bool:
 def _check_formats(said: _Said) -> None:
     """What is a word of the interface and nothing that is done here."""
     if (output := said.text("output_format", "png")) not in FORMATS:
-        raise NotOffered(f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.", parameter="output_format")
+        raise NotOffered(
+            f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.",
+            parameter="output_format",
+        )
     background = said.get("background")
-    if background is not None and not _is_boolean(background) and background not in ("auto", "opaque"):
+    if (
+        background is not None
+        and not _is_boolean(background)
+        and background not in ("auto", "opaque")
+    ):
         detail = "No model here makes transparent backgrounds: background takes auto and opaque, and true to keep the job running."
         raise NotOffered(detail, parameter="background")
     if said.number("output_compression", 100, 0, 100) != 100:
-        raise NotOffered("output_compression is not offered: files are written at one quality.", parameter="output_compression")
+        raise NotOffered(
+            "output_compression is not offered: files are written at one quality.",
+            parameter="output_compression",
+        )
     said.one_of("moderation", "auto", MODERATIONS)
     said.one_of("style", "natural", STYLES)
     said.one_of("input_fidelity", "high", FIDELITIES)
@@ -262,7 +326,11 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
     model = said.text("model", None)
     if model is not None and model not in fleet.model_ids:
         offered = list(fleet.model_ids)
-        raise ModelNotFound(f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.", parameter="model", accepted=offered)
+        raise ModelNotFound(
+            f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.",
+            parameter="model",
+            accepted=offered,
+        )
     if kind != VARIATION and "prompt" not in said.names():
         raise InvalidImageRequest.at("prompt", "is required")
     size, extras = said.text("size", "auto"), _extras(said)
@@ -271,13 +339,17 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
         if extras["steps"] is None:
             model_id = fleet.model_ids[model or fleet.default_model()]
             extras["steps"] = steps_of(quality, fleet, model_id)
-    if kind == VARIATION:  # nothing is asked for in words: with an empty prompt, guidance would be twice the work for the same
+    if kind == VARIATION:
+        # nothing is asked for in words: with an empty prompt, guidance would be twice the work for
+        # the same
         if extras["guidance"] is None and not said.get("prompt"):
             extras["guidance"] = 1.0
         if extras["strength"] is None:
             extras["strength"] = VARIATION_STRENGTH
     elif kind == GENERATION and extras["strength"] is not None:
-        raise InvalidImageRequest.at("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
+        raise InvalidImageRequest.at(
+            "strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations"
+        )
     return Wish(
         prompt=said.text("prompt", "") or "",
         model=model,
@@ -299,7 +371,11 @@ def _extras(said: _Said) -> dict[str, Any]:
 
 
 def _adapter(place: int, entry: Any) -> AdapterWish:
-    fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
+    fits = (
+        isinstance(entry, dict)
+        and entry.keys() <= {"name", "strength"}
+        and isinstance(entry.get("name"), str)
+    )
     if not fits:
         raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
     place_of_it = f"adapters/{place}/strength"
@@ -309,7 +385,11 @@ def _adapter(place: int, entry: Any) -> AdapterWish:
 
 def _metadata(said: _Said) -> Mapping[str, str]:
     """An object, or in a form the fields that the client makes of one: metadata[key]."""
-    spread = {name[9:-1]: value for name, value in said.items().items() if name.startswith("metadata[") and name.endswith("]")}
+    spread = {
+        name[9:-1]: value
+        for name, value in said.items().items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
     metadata = spread or said.structure("metadata", dict, {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidImageRequest.at("metadata", "must map text to text")
@@ -322,7 +402,11 @@ def _user(said: _Said) -> str | None:
     for name in ("safety_identifier", "user"):
         if user := said.text(name, None):
             if len(user) > MOST_USER_CHARS or not is_human(user):
-                raise InvalidImageRequest.at(name, "is too long or has control characters in it", accepted={"max_chars": MOST_USER_CHARS})
+                raise InvalidImageRequest.at(
+                    name,
+                    "is too long or has control characters in it",
+                    accepted={"max_chars": MOST_USER_CHARS},
+                )
             return user
     return None
 
@@ -340,4 +424,6 @@ def _number_of(text: str) -> int | float | None:
 
 
 def _is_boolean(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
+    return isinstance(value, bool) or (
+        isinstance(value, str) and value.lower() in ("true", "false")
+    )

@@ -46,7 +46,8 @@ from policy.params import Wish
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
 bp.before_request(require_key)
 
-RETRY_COUNT = "X-Stainless-Retry-Count"  # how OpenAI's clients number their tries; they send no idempotency key
+# how OpenAI's clients number their tries; they send no idempotency key
+RETRY_COUNT = "X-Stainless-Retry-Count"
 
 
 @bp.errorhandler(InvalidImageRequest)
@@ -97,7 +98,9 @@ class _Sent:
 
     def digests(self) -> list[str | None]:
         """What tells these from others."""
-        return [_digest(source) if source is not None else None for source in (self.image, self.mask)]
+        return [
+            _digest(source) if source is not None else None for source in (self.image, self.mask)
+        ]
 
     def forget(self) -> None:
         """Let go of the pictures: nobody holds them while the client waits."""
@@ -105,7 +108,9 @@ class _Sent:
 
     def unseen(self, wish: Wish) -> Wish:
         """The wish with stand-ins for its pictures, to ask whether it could be served before they are looked at."""
-        return replace(wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None)
+        return replace(
+            wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None
+        )
 
     def bring(self, wish: Wish) -> Wish:
         """Return the wish with its pictures; its size, if it has none, is that of the picture. Raises as services.inputs does."""
@@ -120,7 +125,9 @@ class _Sent:
             inputs.check_shapes(asking, init, mask)
             intake.check_mask(mask, *size)
             return replace(wish, init_image=init.id, mask=mask.id)
-        return replace(wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None)
+        return replace(
+            wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None
+        )
 
 
 def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
@@ -148,15 +155,22 @@ def _read_edit() -> tuple[dict[str, Any], _Sent]:
         fields = read_object(request, problem=InvalidImageRequest)
         return fields, _sent_in(fields)
     accepted = ["multipart/form-data", "application/json"]
-    raise UnsupportedMediaType("Send the picture as multipart/form-data, or as a data URL in JSON.", accepted=accepted)
+    raise UnsupportedMediaType(
+        "Send the picture as multipart/form-data, or as a data URL in JSON.", accepted=accepted
+    )
 
 
 def _read_form() -> tuple[dict[str, Any], _Sent]:
-    files = {name: [file for file in sent if not is_left_out(file)] for name, sent in request.files.lists()}
+    files = {
+        name: [file for file in sent if not is_left_out(file)]
+        for name, sent in request.files.lists()
+    }
     images = files.pop("image", []) + files.pop("image[]", [])
     masks = files.pop("mask", []) + files.pop("mask[]", [])
     for name in (name for name, sent in files.items() if sent):
-        raise NotOffered(f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64])
+        raise NotOffered(
+            f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64]
+        )
     fields = openai_body.gathered(request.form.to_dict(flat=False))
     return fields, _only(images, masks, "one picture, as a file of the form")
 
@@ -167,7 +181,11 @@ def _sent_in(fields: dict[str, Any]) -> _Sent:
     listed = [each for said in images for each in (said if isinstance(said, list) else [said])]
     mask = fields.pop("mask", None)
     sources = [_source(each, "image") for each in listed]
-    return _only(sources, [_source(mask, "mask")] if mask is not None else [], 'one picture: "images": [{"image_url": "data:…"}]')
+    return _only(
+        sources,
+        [_source(mask, "mask")] if mask is not None else [],
+        'one picture: "images": [{"image_url": "data:…"}]',
+    )
 
 
 def _source(said: object, field: str) -> str:
@@ -182,7 +200,10 @@ def _source(said: object, field: str) -> str:
 def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Sent:
     for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
         if len(sent) > 1:
-            raise NotOffered(f"The models here take one {what} at a time; there are {len(sent)}.", parameter=field)
+            raise NotOffered(
+                f"The models here take one {what} at a time; there are {len(sent)}.",
+                parameter=field,
+            )
     if not images:
         raise InvalidImageRequest.at("image", f"is required: {wanted}")
     return _Sent(images[0], masks[0] if masks else None)
@@ -195,7 +216,9 @@ def _sized(wish: Wish, picture: File) -> Wish:
     fleet = runtime().fleet
     model = fleet.model_ids[wish.model or fleet.default_model()]
     tier = wish.tier if wish.tier in fleet.tiers else fleet.default_tier()
-    return replace(wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px))
+    return replace(
+        wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px)
+    )
 
 
 def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
@@ -222,7 +245,9 @@ def _wait_for_job(job_id: uuid.UUID) -> Job:
     """Return the job once it has ended, or as it is after `IMAGES_WAIT_S`."""
     job = jobs.find(runtime(), caller(), job_id)
     uploads.release()  # whatever it started from is stored by now
-    return wait.wait_for_end(runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request))
+    return wait.wait_for_end(
+        runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request)
+    )
 
 
 def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
@@ -233,7 +258,9 @@ def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
 
     own_key = read_once(request, asks_for)
     once = own_key or _by_itself(asks_for)
-    return submit.accept_once(runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer)
+    return submit.accept_once(
+        runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer
+    )
 
 
 def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
@@ -243,7 +270,8 @@ def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
         metadata.setdefault("user", asked.user)
     if sent is not None:
         unseen = submit.resolve(runtime(), caller(), sent.unseen(wish))
-        submit.foresee(runtime(), caller(), unseen)  # also for files that are here: whether they have a hole is looked at
+        # also for files that are here: whether they have a hole is looked at
+        submit.foresee(runtime(), caller(), unseen)
         wish = sent.bring(wish)
     return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
 
@@ -253,7 +281,8 @@ def _by_itself(asks_for: list[Any]) -> Once:
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     is_first = request.headers.get(RETRY_COUNT, "0") == "0"
-    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)  # no header can carry that arrow
+    # no header can carry that arrow
+    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
 
 
 def _view(asked: Asked, job: Job) -> schemas.Images:
@@ -261,7 +290,11 @@ def _view(asked: Asked, job: Job) -> schemas.Images:
     user: dict[str, Any] = {"safety_identifier": asked.user} if asked.user else {}
     return kind(
         created=int(job.accepted_at.timestamp()),
-        data=[_image_view(asked, image.artifact, image.seed) for image in job.images if image.artifact is not None],
+        data=[
+            _image_view(asked, image.artifact, image.seed)
+            for image in job.images
+            if image.artifact is not None
+        ],
         output_format=job.output_format,
         quality=None if asked.quality == "auto" else asked.quality,
         size=f"{job.width_px}x{job.height_px}",
@@ -271,7 +304,9 @@ def _view(asked: Asked, job: Job) -> schemas.Images:
     )
 
 
-def _image_view(asked: Asked, artifact: Artifact, seed: int) -> schemas.ImageContent | schemas.ImageLink:
+def _image_view(
+    asked: Asked, artifact: Artifact, seed: int
+) -> schemas.ImageContent | schemas.ImageLink:
     if asked.as_url:
         return schemas.ImageLink(
             url=delivery.url_of(artifact),
@@ -282,7 +317,9 @@ def _image_view(asked: Asked, artifact: Artifact, seed: int) -> schemas.ImageCon
     try:
         content = runtime().store.get(artifact.object_key)
     except StoreUnavailable:
-        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+        raise PartUnavailable(
+            "The object store cannot be reached right now.", retry_after_s=2, part="object_store"
+        ) from None
     return schemas.ImageContent(
         b64_json=base64.b64encode(content).decode(),
         seed=seed,

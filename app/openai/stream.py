@@ -65,7 +65,13 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
                 is_over = is_over or (event is not None and event.kind == FINAL)
             if not is_over:  # this process ends, and the job goes on
                 is_over = True
-                yield _data(_error(PartUnavailable("The gateway is being restarted; ask again.", part="gateway")))
+                yield _data(
+                    _error(
+                        PartUnavailable(
+                            "The gateway is being restarted; ask again.", part="gateway"
+                        )
+                    )
+                )
             yield "data: [DONE]\n\n"
         except Unauthenticated as problem:  # whoever holds the key now says nothing about the job
             is_over = True
@@ -75,7 +81,11 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
             if is_last and not is_over and not asked.keeps_running:
                 _cancel(parts, asking, job.id)
 
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Darkroom-Job-Id": str(job.id)}
+    headers = {
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",
+        "X-Darkroom-Job-Id": str(job.id),
+    }
     return Response(lines(), content_type="text/event-stream", headers=headers)
 
 
@@ -98,7 +108,9 @@ class _Told:
     def _is_due(self, preview: Mapping[str, Any]) -> bool:
         """Partial images are spread over the steps: the k-th of n comes when k / (n + 1) of them are done."""
         wanted = self._asked.partial_images
-        is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (self._partials + 1)
+        is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (
+            self._partials + 1
+        )
         return self._partials < wanted and preview["step"] < preview["num_steps"] and is_far_enough
 
     def _partial(self, preview: Mapping[str, Any]) -> schemas.PartialImage:
@@ -122,11 +134,17 @@ class _Told:
         if problem is not None:
             return _error(problem)
         image = job["images"][0]
-        key = image_key(self._tenant_id, image["content_sha256"], FORMATS[self._output_format].extension)
+        key = image_key(
+            self._tenant_id, image["content_sha256"], FORMATS[self._output_format].extension
+        )
         try:
             content = self._parts.store.get(key)
         except StoreUnavailable:
-            return _error(PartUnavailable("The object store cannot be reached right now.", part="object_store"))
+            return _error(
+                PartUnavailable(
+                    "The object store cannot be reached right now.", part="object_store"
+                )
+            )
         kind = schemas.CompletedImageOnBehalf if self._asked.user else schemas.CompletedImage
         user: dict[str, Any] = {"safety_identifier": self._asked.user} if self._asked.user else {}
         return kind(

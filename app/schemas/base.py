@@ -40,7 +40,11 @@ def with_params(params: Iterable[Param]) -> Callable[[Made], Made]:
 
     def made(kind: Made) -> Made:
         own = dict(kind.__annotations__)
-        listed = {param.member: Annotated[param.kind, says(param.says)] for param in params if param.member}
+        listed = {
+            param.member: Annotated[param.kind, says(param.says)]
+            for param in params
+            if param.member
+        }
         kind.__annotations__ = {name: own.pop(name, hint) for name, hint in listed.items()} | own
         return kind
 

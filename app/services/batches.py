@@ -29,7 +29,8 @@ from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
-MAX_PROBLEM_CHARS = 262_144  # of what a batch says of the items that it refuses; of those beyond it says less
+# of what a batch says of the items that it refuses; of those beyond it says less
+MAX_PROBLEM_CHARS = 262_144
 MAX_SHORT_DETAIL_CHARS = 160
 Outcome = NewJob | Problem
 Item = Mapping[str, Any]
@@ -122,7 +123,9 @@ def submit_batch(
         raise submit.picture_gone(error) from None
 
 
-def _complete(runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Problem]) -> list[Outcome]:
+def _complete(
+    runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Problem]
+) -> list[Outcome]:
     """Look at the pictures of those that could be let in. Raises as `quotas.foresee` does, before a new one is looked at."""
     admitted = [draft for draft in drafts if isinstance(draft, _Draft)]
     said = {value for draft in admitted for value in draft.pictures.values() if value is not None}
@@ -134,24 +137,35 @@ def _complete(runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Proble
     return [draft.complete(intake) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
-def _accept(runtime: Runtime, caller: Caller, outcomes: Sequence[Outcome], once: Once | None) -> BatchAnswer:
+def _accept(
+    runtime: Runtime, caller: Caller, outcomes: Sequence[Outcome], once: Once | None
+) -> BatchAnswer:
     """Write what was let in, if anything was, and announce what there is room for."""
     new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
     outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
     accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
     items = list(_noted(outcomes))
     if accepted:
-        _write(runtime, caller, accepted, once, {"items": json.dumps(items)})  # as text: JSONB has no place for every text that JSON has
+        # as text: JSONB has no place for every text that JSON has
+        _write(runtime, caller, accepted, once, {"items": json.dumps(items)})
     for job in accepted:
         telemetry.JOBS_ACCEPTED.labels(job.params.tier, job.params.model).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
         submit.release_waiting_jobs(runtime, caller, pool, tier)
     # Not read back: they are accepted, whatever becomes of the database.
-    return BatchAnswer(items, {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted})
+    return BatchAnswer(
+        items, {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted}
+    )
 
 
-def _write(runtime: Runtime, caller: Caller, accepted: Sequence[NewJob], once: Once | None, noted: Mapping[str, str]) -> None:
+def _write(
+    runtime: Runtime,
+    caller: Caller,
+    accepted: Sequence[NewJob],
+    once: Once | None,
+    noted: Mapping[str, str],
+) -> None:
     tenant_id = caller.tenant_id
 
     def write(session: Session) -> None:
@@ -173,7 +187,11 @@ def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
     found = jobs.some(runtime, caller, job_ids) if job_ids else {}
-    return BatchAnswer(items, {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}, is_new=False)
+    return BatchAnswer(
+        items,
+        {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()},
+        is_new=False,
+    )
 
 
 def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
@@ -191,8 +209,16 @@ def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
 
 def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
     """Keep what it is, and the first field that it is about."""
-    short = {name: problem[name] for name in ("type", "title", "status")} | {"detail": problem["detail"][:MAX_SHORT_DETAIL_CHARS]}
+    short = {name: problem[name] for name in ("type", "title", "status")} | {
+        "detail": problem["detail"][:MAX_SHORT_DETAIL_CHARS]
+    }
     if errors := problem.get("errors"):
-        first = {"pointer": errors[0]["pointer"], "detail": errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS]}
-        short |= {"errors": [first], "errors_left_out": len(errors) - 1 + problem.get("errors_left_out", 0)}
+        first = {
+            "pointer": errors[0]["pointer"],
+            "detail": errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS],
+        }
+        short |= {
+            "errors": [first],
+            "errors_left_out": len(errors) - 1 + problem.get("errors_left_out", 0),
+        }
     return short

@@ -41,7 +41,9 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
     fleet = runtime.fleet
     wish = replace(asked.unseen(), **_known(runtime, caller, asked.pictures))
     resolved = submit.resolve(runtime, caller, wish)
-    deadline_s = submit.start_deadline_s(asked.start_within_s, fleet.tiers[resolved.tier].start_within_s)
+    deadline_s = submit.start_deadline_s(
+        asked.start_within_s, fleet.tiers[resolved.tier].start_within_s
+    )
     expected = runtime.forecaster.expect(resolved, caller.tenant_id)
     return Estimate(
         params=resolved,
@@ -49,7 +51,9 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
         warnings=warnings.expected(fleet.models[resolved.model], resolved),
         megapixel_steps=megapixel_steps(fleet, resolved),
         device_s=expected.predicted_s,
-        cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s),
+        cost=price(
+            fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s
+        ),
         currency=fleet.currency,
         place=expected.place,
         refusal=expected.refusal,
@@ -58,5 +62,9 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
 
 def _known(runtime: Runtime, caller: Caller, fields: Mapping[str, str | None]) -> dict[str, Any]:
     """Look up the pictures that are files already; of the others it only counts that there is one."""
-    there = {field: value for field, value in fields.items() if value is not None and not inputs.is_new(value)}
+    there = {
+        field: value
+        for field, value in fields.items()
+        if value is not None and not inputs.is_new(value)
+    }
     return {field: file.id for field, file in Intake(runtime, caller).files(there).items()}

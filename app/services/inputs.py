@@ -9,7 +9,13 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.caller import Caller
-from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable, Problem, StorageQuotaExceeded
+from app.problems import (
+    InvalidImageRequest,
+    InvalidPicture,
+    PartUnavailable,
+    Problem,
+    StorageQuotaExceeded,
+)
 from app.runtime import Runtime
 from app.schemas.problems import FieldError
 from app.services import dataurls, quotas
@@ -28,7 +34,8 @@ log = structlog.get_logger(__name__)
 MAX_NEW_PICTURES = 16  # of one request: each is decoded, encoded and stored while its client waits
 UNSEEN = uuid.UUID(int=0)  # stands for a picture that is not looked at yet
 _FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: all pictures by URL of one request
-_KEPT_BYTES = 8_000_000  # of new pictures, until their request is answered: masks are looked at again
+# of new pictures, until their request is answered: masks are looked at again
+_KEPT_BYTES = 8_000_000
 _WAYS = {
     "id": "the id that POST /v1/files answered with",
     "data": "a data URL: data:image/png;base64,…",
@@ -36,7 +43,9 @@ _WAYS = {
 }
 
 
-def keep(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, *, field: str, way: str = "upload") -> File:
+def keep(
+    runtime: Runtime, caller: Caller, content: bytes | BinaryIO, *, field: str, way: str = "upload"
+) -> File:
     """Check a picture, encode it again and store it; the row of the file, which is the one that is there if the tenant brought it before.
 
     content: a file is read only when its turn has come.  field: how the caller's interface names it.  way: how it came, for the metrics.
@@ -54,7 +63,13 @@ def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
     if file is None or not _is_stored(runtime, file):
         file = _store(runtime, caller, picture, digest)
     telemetry.PICTURES_KEPT.labels(way).inc()
-    log.info("picture_kept", file_id=str(file.id), way=way, width_px=file.width_px, height_px=file.height_px)
+    log.info(
+        "picture_kept",
+        file_id=str(file.id),
+        way=way,
+        width_px=file.width_px,
+        height_px=file.height_px,
+    )
     return file
 
 
@@ -83,15 +98,21 @@ class Intake:
         ids = {value: file_id for value in values if (file_id := _id(value)) is not None}
         if ids:
             with transaction(self._runtime.database) as session:
-                found = files.find_all(session, list(set(ids.values())), tenant_id=self._caller.tenant_id)
-            self._files |= {value: found[file_id] for value, file_id in ids.items() if file_id in found}
+                found = files.find_all(
+                    session, list(set(ids.values())), tenant_id=self._caller.tenant_id
+                )
+            self._files |= {
+                value: found[file_id] for value, file_id in ids.items() if file_id in found
+            }
 
     def files(self, fields: Mapping[str, str | None]) -> dict[str, File]:
         """The file of each field that stands for a picture, of those that say something.
 
         Raises InvalidImageRequest or InvalidPicture, which point at the field, StorageQuotaExceeded and PartUnavailable.
         """
-        found = {field: self._file(field, value) for field, value in fields.items() if value is not None}
+        found = {
+            field: self._file(field, value) for field, value in fields.items() if value is not None
+        }
         if "mask" in found and "init_image" in found:
             check_shapes(self._caller, found["init_image"], found["mask"])
         return found
@@ -108,17 +129,26 @@ class Intake:
         """Raises InvalidImageRequest for a mask that selects nothing of an image of this size: all that work would change nothing."""
         if self._judge("selects", mask, width_px, height_px) is False:
             detail = "selects nothing: it is neither transparent nor white anywhere that can be seen at this size"
-            raise _refused(self._caller, field, detail, {"repainted": "where it is transparent, or white if it is transparent nowhere"})
+            raise _refused(
+                self._caller,
+                field,
+                detail,
+                {"repainted": "where it is transparent, or white if it is transparent nowhere"},
+            )
 
     def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
         """Is a part of the picture transparent, as far as can be told right now?"""
-        return picture.mode == "RGBA" and self._judge("has_hole", picture, width_px, height_px) is True
+        return (
+            picture.mode == "RGBA" and self._judge("has_hole", picture, width_px, height_px) is True
+        )
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
         """None where that cannot be told soon, as while the store is away: the job is accepted, as it would be without this question."""
         key = (what, file.content_sha256, width_px, height_px)
         try:
-            return self._runtime.judged.get(key, lambda: self._look(what, file, width_px, height_px))
+            return self._runtime.judged.get(
+                key, lambda: self._look(what, file, width_px, height_px)
+            )
         except (StoreUnavailable, ObjectGone, NotAPicture) as error:
             log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
             self._to_fetch = 0  # a store that is away is not asked a thousand times for one request
@@ -163,7 +193,10 @@ class Intake:
         if self._new > MAX_NEW_PICTURES:
             most = {"max_new_pictures": MAX_NEW_PICTURES}
             raise _refused(
-                self._caller, field, f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first", most
+                self._caller,
+                field,
+                f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first",
+                most,
             )
         if dataurls.is_one(value):
             return self.keep(_decoded(self._caller, field, value), field=field, way="data_url")
@@ -173,16 +206,24 @@ class Intake:
         """What lies behind a URL, for a tenant that may have pictures fetched."""
         parts = self._runtime
         if not self._caller.limits.url_inputs:
-            raise _refused(self._caller, field, "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files")
+            raise _refused(
+                self._caller,
+                field,
+                "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files",
+            )
         if (why := parts.outbound.refusal(url)) is not None:
             raise _refused(self._caller, field, why)
         within_s = parts.settings.fetch_within_s
         left_s = min(within_s, _FETCHES_WITHIN * within_s - self._fetched_s)
         if left_s <= 0:
-            raise _refused(self._caller, field, "was not fetched: the pictures before it took too long")
+            raise _refused(
+                self._caller, field, "was not fetched: the pictures before it took too long"
+            )
         began = time.monotonic()
         try:
-            return parts.outbound.fetch(url, max_bytes=parts.settings.max_upload_bytes, timeout_s=left_s)
+            return parts.outbound.fetch(
+                url, max_bytes=parts.settings.max_upload_bytes, timeout_s=left_s
+            )
         except Unreachable as error:
             raise _refused(self._caller, field, f"could not be fetched: {error.reason}") from None
         finally:
@@ -192,7 +233,12 @@ class Intake:
 def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
     """The file whose id it is."""
     if (file_id := _id(value)) is None:
-        raise _refused(caller, field, "is neither the id of a file nor a data URL" + (" nor a URL" if caller.limits.url_inputs else ""))
+        raise _refused(
+            caller,
+            field,
+            "is neither the id of a file nor a data URL"
+            + (" nor a URL" if caller.limits.url_inputs else ""),
+        )
     with transaction(runtime.database) as session:
         file = files.find(session, file_id, tenant_id=caller.tenant_id)
     if file is None:
@@ -202,7 +248,8 @@ def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
 
 def _id(value: str) -> uuid.UUID | None:
     try:
-        return uuid.UUID(value) if len(value) <= 45 else None  # urn:uuid:{…} is the longest way to write one
+        # urn:uuid:{…} is the longest way to write one
+        return uuid.UUID(value) if len(value) <= 45 else None
     except ValueError:
         return None
 
@@ -220,14 +267,22 @@ def _normalised(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, fie
         if isinstance(error, DecoderDied):
             telemetry.DECODERS_DIED.inc()
             log.warning("decoder_died", field=field)
-        entry: FieldError = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}
-        raise InvalidPicture(f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED) from None
+        entry: FieldError = {
+            "pointer": f"/{field}",
+            "detail": f"The picture {error}",
+            "accepted": encoding.ACCEPTED,
+        }
+        raise InvalidPicture(
+            f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED
+        ) from None
     except TooBusy:
         raise _too_busy() from None
 
 
 def _too_busy() -> PartUnavailable:
-    return PartUnavailable("Many pictures are being read right now.", retry_after_s=2, part="pictures")
+    return PartUnavailable(
+        "Many pictures are being read right now.", retry_after_s=2, part="pictures"
+    )
 
 
 def _is_stored(runtime: Runtime, file: File) -> bool:
@@ -245,7 +300,9 @@ def _store(runtime: Runtime, caller: Caller, picture: Picture, digest: str) -> F
         runtime.store.put(key, picture.content, content_type="image/png")
     except StoreUnavailable as error:
         log.warning("picture_not_stored", reason=str(error))
-        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+        raise PartUnavailable(
+            "The object store cannot be reached right now.", retry_after_s=2, part="object_store"
+        ) from None
 
     def keep_row(session: Session) -> File:
         file = files.keep(
@@ -275,11 +332,19 @@ def _decoded(caller: Caller, field: str, value: str) -> bytes:
 def check_shapes(caller: Caller, picture: File, mask: File) -> None:
     """A mask is scaled and cut as its picture is: of another shape, it would cover something else."""
     difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
-    if difference > picture.width_px + picture.height_px:  # what rounding makes of a picture that was scaled
+    if difference > picture.width_px + picture.height_px:
+        # what rounding makes of a picture that was scaled
         shapes = f"{mask.width_px}x{mask.height_px} pixels, and init_image {picture.width_px}x{picture.height_px}"
-        raise _refused(caller, "mask", f"has another shape than init_image: it is {shapes}", {"ratio_of": "init_image"})
+        raise _refused(
+            caller,
+            "mask",
+            f"has another shape than init_image: it is {shapes}",
+            {"ratio_of": "init_image"},
+        )
 
 
-def _refused(caller: Caller, field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
+def _refused(
+    caller: Caller, field: str, detail: str, accepted: object = None
+) -> InvalidImageRequest:
     ways = [text for way, text in _WAYS.items() if way != "url" or caller.limits.url_inputs]
     return InvalidImageRequest.at(field, detail, accepted=ways if accepted is None else accepted)

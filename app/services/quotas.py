@@ -9,7 +9,14 @@ from decimal import Decimal
 from sqlalchemy.orm import Session
 
 from app.caller import Caller
-from app.problems import BudgetSpent, Forbidden, QuotaExceeded, StorageQuotaExceeded, TooManyJobs, invalid_wish
+from app.problems import (
+    BudgetSpent,
+    Forbidden,
+    QuotaExceeded,
+    StorageQuotaExceeded,
+    TooManyJobs,
+    invalid_wish,
+)
 from app.runtime import Runtime
 from edges import telemetry
 from edges.limits import Taken
@@ -25,9 +32,15 @@ def check_allowed(caller: Caller, resolved: Resolved) -> None:
     limits = caller.limits
     if not limits.allows(tier=resolved.tier, model=resolved.model):
         tiers, models = limits.allowed_tiers, limits.allowed_models
-        accepted = {"tiers": list(tiers) if tiers is not None else None, "models": list(models) if models is not None else None}
+        accepted = {
+            "tiers": list(tiers) if tiers is not None else None,
+            "models": list(models) if models is not None else None,
+        }
         detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
-        raise Forbidden(detail, accepted={name: allowed for name, allowed in accepted.items() if allowed is not None})
+        raise Forbidden(
+            detail,
+            accepted={name: allowed for name, allowed in accepted.items() if allowed is not None},
+        )
 
 
 @contextmanager
@@ -63,12 +76,20 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
     per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
     if per_minute is not None and burst is not None:
         _check_burst(amount, burst)
-        held = runtime.budgets.take(caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
+        held = runtime.budgets.take(
+            caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0
+        )
         if held.left < float(amount):
-            raise _budget_spent(amount, replace(held, wait_s=(float(amount) - held.left) / per_minute * 60), per_minute)
+            raise _budget_spent(
+                amount,
+                replace(held, wait_s=(float(amount) - held.left) / per_minute * 60),
+                per_minute,
+            )
     if limits.has_stocks:
         with transaction(runtime.database) as session:
-            totals = usage.usage_totals(session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+            totals = usage.usage_totals(
+                session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
+            )
         _check_totals(
             limits,
             replace(
@@ -109,19 +130,28 @@ def check_stocks(session: Session, caller: Caller) -> None:
     limits = caller.limits
     if not limits.has_stocks:
         return
-    _check_totals(limits, usage.usage_totals(session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs))
+    _check_totals(
+        limits,
+        usage.usage_totals(
+            session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
+        ),
+    )
 
 
 def _check_burst(amount: Decimal, burst: float) -> None:
     if amount > Decimal(str(burst)):
-        detail = f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        detail = (
+            f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        )
         raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
 
 
 def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpent:
     telemetry.SHED.labels("budget_spent").inc()
     detail = f"{amount} megapixel-steps are asked for and {held.left:.2f} are left; {per_minute:g} come back each minute."
-    return BudgetSpent(detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps")
+    return BudgetSpent(
+        detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps"
+    )
 
 
 def _check_totals(limits: Limits, totals: UsageTotals) -> None:
@@ -131,7 +161,9 @@ def _check_totals(limits: Limits, totals: UsageTotals) -> None:
     if exceeded.stock == "jobs":
         telemetry.SHED.labels("too_many_jobs").inc()
         detail = f"At most {exceeded.limit} jobs may be under way at once."
-        raise TooManyJobs(detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit))
+        raise TooManyJobs(
+            detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit)
+        )
     telemetry.SHED.labels("quota_exceeded").inc()
     asked = f"With this request {exceeded.used} of {exceeded.limit} megapixel-steps"
     raise QuotaExceeded(

@@ -61,7 +61,9 @@ class JobRequest:
 
     def unseen(self) -> Wish:
         """Return the wish with a stand-in for each picture: nobody has looked at them yet."""
-        stand_ins: dict[str, Any] = {field: UNSEEN for field, value in self.pictures.items() if value is not None}
+        stand_ins: dict[str, Any] = {
+            field: UNSEEN for field, value in self.pictures.items() if value is not None
+        }
         return replace(self.wish, **stand_ins)
 
 
@@ -90,7 +92,9 @@ class Accepted:
     place: QueuePlace | None = None
 
 
-def submit(runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None) -> Accepted:
+def submit(
+    runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None
+) -> Accepted:
     """Accept the job that is asked for, once. Raises as `prepare` and `accept_once` do."""
     return accept_once(runtime, caller, lambda: prepare(runtime, caller, asked), once=once)
 
@@ -134,7 +138,8 @@ def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
     """
     resolved = resolve(runtime, caller, asked.unseen())
     if asked.pictures.get("mask") is not None or any(map(inputs.is_new, asked.pictures.values())):
-        foresee(runtime, caller, resolved, start_within_s=asked.start_within_s)  # a mask is looked at also when it is here
+        # a mask is looked at also when it is here
+        foresee(runtime, caller, resolved, start_within_s=asked.start_within_s)
     resolved = with_pictures(resolved, asked.pictures, Intake(runtime, caller))
     return Prepared(resolved, asked.metadata, asked.start_within_s)
 
@@ -149,7 +154,9 @@ def resolve(runtime: Runtime, caller: Caller, wish: Wish) -> Resolved:
     return resolved
 
 
-def foresee(runtime: Runtime, caller: Caller, resolved: Resolved, *, start_within_s: float | None = None) -> None:
+def foresee(
+    runtime: Runtime, caller: Caller, resolved: Resolved, *, start_within_s: float | None = None
+) -> None:
     """Raise what the job would be refused for now. Nothing is written: for pictures that would be decoded and stored for nothing."""
     new, _ = draft(runtime, caller, Prepared(resolved, start_within_s=start_within_s))
     quotas.foresee(runtime, caller, new.megapixel_steps)
@@ -240,7 +247,9 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
     return Accepted(document, is_new=True, place=expected.place)
 
 
-def write(session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJob]) -> list[AcceptedRow]:
+def write(
+    session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJob]
+) -> list[AcceptedRow]:
     """Write the caller's jobs, if its stocks allow. Raises QuotaExceeded, TooManyJobs: nothing is written then, by rolling back.
 
     To be called in a transaction that began with `quotas.lock`.
@@ -257,7 +266,9 @@ def write(session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJ
     return rows
 
 
-def _announce(runtime: Runtime, caller: Caller, new: NewJob, row: AcceptedRow, hint: ReleaseHint) -> None:
+def _announce(
+    runtime: Runtime, caller: Caller, new: NewJob, row: AcceptedRow, hint: ReleaseHint
+) -> None:
     """Count the job, now that it is committed, and hand it or those before it to Celery."""
     params = new.params
     telemetry.JOBS_ACCEPTED.labels(params.tier, params.model).inc()
@@ -303,7 +314,9 @@ def _find_earlier(runtime: Runtime, caller: Caller, once: Once) -> JobDocument |
 
 def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
     with transaction(runtime.database) as session:
-        job = jobs.find(session, answer.job_id, tenant_id=caller.tenant_id) if answer.job_id else None
+        job = (
+            jobs.find(session, answer.job_id, tenant_id=caller.tenant_id) if answer.job_id else None
+        )
     if job is None:
         raise reused()
     return of_row(job)
@@ -311,7 +324,10 @@ def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
 
 def problem_of(refusal: Refusal) -> Problem:
     """Make the problem of a wish that could be served at another time."""
-    kinds: dict[str, type[Problem]] = {"unserved": ModelUnserved, "tenant_queue_full": TenantQueueFull}
+    kinds: dict[str, type[Problem]] = {
+        "unserved": ModelUnserved,
+        "tenant_queue_full": TenantQueueFull,
+    }
     kind = kinds.get(refusal.reason, FleetSaturated)
     return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
 
@@ -324,7 +340,10 @@ def picture_gone(error: FileGone) -> InvalidImageRequest:
 
 def reused() -> IdempotencyKeyReused:
     """Make the problem of a key that came with another request."""
-    return IdempotencyKeyReused("This Idempotency-Key came with another request within the last day.", header="Idempotency-Key")
+    return IdempotencyKeyReused(
+        "This Idempotency-Key came with another request within the last day.",
+        header="Idempotency-Key",
+    )
 
 
 def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
@@ -333,5 +352,9 @@ def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
         return longest_s
     if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):
         accepted = {"min": 0, "max": longest_s}
-        raise invalid_wish(InvalidWish("start_deadline_s", f"must be more than 0 and at most {longest_s} seconds", accepted))
+        raise invalid_wish(
+            InvalidWish(
+                "start_deadline_s", f"must be more than 0 and at most {longest_s} seconds", accepted
+            )
+        )
     return asked_s
