@@ -1,4 +1,7 @@
-"""HTTP in, JSON out: a blueprint per resource. Names tasks instead of importing them, so no web process loads the engine."""
+"""Build the gateway: HTTP in, JSON out, with a blueprint per resource.
+
+It names tasks instead of importing them, so no web process loads the engine.
+"""
 
 import re
 import time
@@ -58,7 +61,7 @@ _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
 def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
-    """The gateway as a WSGI application."""
+    """Build the gateway as a WSGI application."""
     app = Flask(__name__)
     app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes

@@ -117,7 +117,7 @@ class Problem(Exception):
         return headers
 
     def summary(self) -> schemas.ProblemSummary:
-        """Say it as a part of an answer that is about more than this problem."""
+        """Return it as a part of an answer that is about more than this problem."""
         return schemas.ProblemSummary(
             type=f"/problems/{self.slug}",
             title=self.title,
@@ -127,7 +127,7 @@ class Problem(Exception):
         )
 
     def openai_error(self) -> schemas.OpenAIError:
-        """Say it in OpenAI's words: its clients take message, param and code from here."""
+        """Return OpenAI's `error` object: its clients take message, param and code from there."""
         otherwise = "server_error" if self.status >= 500 else "invalid_request_error"
         return schemas.OpenAIError(
             message=self._message(),
@@ -137,7 +137,10 @@ class Problem(Exception):
         )
 
     def _message(self) -> str:
-        """The detail, and the wrong fields that it does not name, each with what would be accepted."""
+        """Return the detail, followed by the wrong fields that it does not name.
+
+        Each of these is followed by the values that would be accepted.
+        """
         named = [
             error
             for error in self.members.get("errors") or ()
@@ -158,12 +161,12 @@ class Problem(Exception):
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """A pointer, as OpenAI writes it."""
+    """Convert a JSON pointer to the dotted name that OpenAI uses."""
     return str(error["pointer"]).removeprefix("/").replace("/", ".")
 
 
 def _accepted(accepted: Any) -> str:
-    """What an error says would be accepted, in words."""
+    """Say in words which values would be accepted."""
     if isinstance(accepted, Mapping):
         return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
     return (
@@ -315,7 +318,7 @@ class RangeNotSatisfiable(Problem):
     about = "The picture has no such bytes; `size_bytes` says how many it has."
 
     def headers(self) -> dict[str, str]:
-        """Return the size where HTTP has it, too."""
+        """Return the headers, with the picture's size in Content-Range."""
         return {**super().headers(), "Content-Range": f"bytes */{self.members['size_bytes']}"}
 
 

@@ -1,4 +1,4 @@
-"""What the gateway's use cases work with, made once per process."""
+"""Hold what the gateway's services work with; made once per process."""
 
 import random
 import secrets
@@ -39,7 +39,7 @@ from settings import GatewaySettings
 
 @dataclass(frozen=True)
 class Runtime:
-    """The parts of the house that a use case may touch."""
+    """The connections, caches and settings that a service may use."""
 
     settings: GatewaySettings
     fleet: Fleet
@@ -71,16 +71,20 @@ class Runtime:
     watchers: Watchers = field(default_factory=Watchers)
 
     def resolve(self, wish: Wish) -> Resolved:
-        """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
+        """Resolve every parameter of the wish. Raises InvalidWish.
+
+        A seed is drawn where none was asked for.
+        """
         return resolve(
             self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random()
         )
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
-    """Make a runtime; connections are made at first use.
+    """Make a runtime; connections are opened at first use.
 
-    A gateway starts, and says what is not ready, while its surroundings are away.
+    So a gateway starts while Postgres, Redis or the object store are away, and reports it in
+    /readyz.
     """
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
     broker = Broker(settings, fleet)

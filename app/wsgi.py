@@ -1,4 +1,4 @@
-"""The door that gunicorn opens: `gunicorn -c deploy/gunicorn.conf.py app.wsgi:application`."""
+"""Expose the WSGI application: `gunicorn -c deploy/gunicorn.conf.py app.wsgi:application`."""
 
 import structlog
 

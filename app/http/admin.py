@@ -1,4 +1,7 @@
-"""/v1/admin: an operator's routes over the whole installation: tenants with their limits, keys, usage. Keys need the scope `admin`."""
+"""Serve /v1/admin, for operators: tenants with their limits, API keys, and usage.
+
+Keys need the scope `admin`.
+"""
 
 import uuid
 from datetime import UTC, datetime
@@ -60,7 +63,7 @@ class TenantBody(_Body):
 
 
 class TenantChange(_LimitsBody):
-    """The body of PATCH /v1/admin/tenants/{id}; what is not there stays, null takes a limit away."""
+    """The body of PATCH /v1/admin/tenants/{id}; a missing field stays, null removes a limit."""
 
     weight: Weight | None = None
 
@@ -138,7 +141,7 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
 def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """List the tenant's keys, oldest first, revoked ones included.
 
-    What they are, nobody can show.
+    The secret part of a key is not stored, so it cannot be shown.
     """
     rows = tenants.keys_of(runtime(), tenant_id)
     return whole_list(schemas.KeyPage, [_key_view(row) for row in rows])
@@ -146,7 +149,7 @@ def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.post("/tenants/<uuid:tenant_id>/keys")
 def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """Add a key of the tenant: 201, with `key`, which is shown this once."""
+    """Add a key of the tenant: 201, with `key`, which is shown only this once."""
     body = parse(KeyBody, read_object(request))
     if not is_human(body.name):
         raise InvalidRequest.at(
@@ -167,7 +170,7 @@ def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
 def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """Add a key with the same name and scopes: 201.
 
-    The old one lives on for `grace_s` (a day), so that nobody is locked out.
+    The old key stays valid for `grace_s` (by default a day), so that nobody is locked out.
     """
     body = parse(RotateBody, read_object(request) if request.get_data() else {})
     row, key = tenants.rotate_key(runtime(), caller(), key_id, grace_s=body.grace_s)
@@ -183,14 +186,14 @@ def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.delete("/keys/<uuid:key_id>")
 def revoke_key(key_id: uuid.UUID) -> ResponseReturnValue:
-    """Refuse the key from now on: within a second, in every process. 204."""
+    """Revoke the key: 204; every process refuses it within a second."""
     tenants.revoke_key(runtime(), caller(), key_id)
     return "", 204
 
 
 @bp.get("/tenants/<uuid:tenant_id>/usage")
 def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """Show the tenant's ledger by UTC days, `from` and `to` included (this month)."""
+    """Show the tenant's ledger by UTC days, `from` and `to` included; by default this month."""
     since, until = read_days(request)
     rows = usage.days_of(runtime(), tenant_id, since=since, until=until)
     return answer(schemas.TenantUsage(**usage_view(rows, since, until), tenant_id=tenant_id))
@@ -221,7 +224,7 @@ def _tenant_view(tenant: Tenant) -> schemas.Tenant:
 
 
 def _key_view(row: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
-    """Show a key as a document of the kind; `more`: the members that it has beside."""
+    """Show a key as a document of this kind; `more`: members that only this kind has."""
     return kind(
         id=row.id,
         kid=row.kid,

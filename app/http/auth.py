@@ -1,4 +1,4 @@
-"""Who is asking: API keys as Bearer tokens, and what each may do."""
+"""Authenticate requests: API keys as Bearer tokens, and what each key may do."""
 
 import time
 
@@ -16,7 +16,11 @@ from models import api_keys
 
 
 def require_key() -> None:
-    """Set `g.caller`, or raise: Unauthenticated, for unknown, revoked and expired keys look alike; Forbidden; RateLimited."""
+    """Authenticate the request by its API key and set `g.caller`.
+
+    Raises Unauthenticated, the same for unknown, revoked and expired keys; Forbidden for a key
+    without the scope; RateLimited; and UploadsExhausted for a large body.
+    """
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         telemetry.AUTH_FAILURES.labels("no_key").inc()
@@ -73,8 +77,12 @@ def _count_request(asking: Caller) -> None:
 
 
 def _scopes_that_do() -> tuple[str, ...]:
-    """Those of which one is enough: reading needs `read`, whatever changes something `generate`, the operator's routes `admin`, which
-    implies neither. An estimate changes nothing and says what whoever generates must know."""
+    """Return the scopes of which the key needs one.
+
+    Reading needs `read` and changing something `generate`. The operator's routes need `admin`,
+    which implies neither of the two. An estimate takes either `read` or `generate`: it changes
+    nothing, and clients that generate need it.
+    """
     if request.blueprint == "admin":
         return ("admin",)
     if request.blueprint == "estimates":

@@ -1,4 +1,7 @@
-"""POST /v1/jobs:batch: up to a thousand jobs in one request, each of them accepted or refused by itself."""
+"""Serve POST /v1/jobs:batch: up to a thousand jobs in one request.
+
+Each job is accepted or refused on its own.
+"""
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +29,10 @@ bp.before_request(require_key)
 
 @bp.post("/v1/jobs:batch")
 def create_jobs() -> ResponseReturnValue:
-    """Accept every job of the batch that can be: 200, and for each item, in order, its job or its problem."""
+    """Accept every job of the batch that can be accepted.
+
+    Answers 200 with the job or the problem of each item, in the order of the request.
+    """
     request.max_content_length = runtime().settings.max_batch_bytes
     items, defaults = _read_batch(
         read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS})
@@ -37,7 +43,7 @@ def create_jobs() -> ResponseReturnValue:
 
 
 def _asked(items: Sequence[Any], defaults: Mapping[str, Any]) -> Iterator[JobRequest | Problem]:
-    """Yield what each item asks for, or the problem of one that cannot be read."""
+    """Yield the job request of each item, or the problem of an item that cannot be read."""
     for item in items:
         try:
             if not isinstance(item, dict):
@@ -64,7 +70,7 @@ def _item_view(
 
 
 def _job_view(job: BatchJob) -> schemas.BatchJob:
-    """Show enough of an item's job to know it again; the rest is at its address."""
+    """Show the main members of an item's job; the rest is at its URL."""
     params = job.params
     return schemas.BatchJob(
         id=job.id,
@@ -80,7 +86,7 @@ def _job_view(job: BatchJob) -> schemas.BatchJob:
 
 
 def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Read the items, and the fields that all of them share unless they say otherwise. Raises InvalidImageRequest."""
+    """Read the items, and the defaults for fields that they omit. Raises InvalidImageRequest."""
     for name in body:
         if name not in ("jobs", "defaults"):
             raise invalid_wish(

@@ -1,4 +1,4 @@
-"""From the bytes of a request to a Wish, or a problem that points at every field that is wrong."""
+"""Parse the body of a request into a Wish, or a problem that points at every wrong field."""
 
 import json
 import math
@@ -41,7 +41,10 @@ _MISSING = "This field is required"
 
 
 def read_job(request: Request) -> JobBody:
-    """Parse the body. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest."""
+    """Parse the body of a job.
+
+    Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest.
+    """
     return parse_job(read_object(request, problem=InvalidImageRequest))
 
 
@@ -55,7 +58,7 @@ def parse_job(fields: Mapping[str, Any]) -> JobBody:
 def parse(
     kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest
 ) -> Body:
-    """The fields as a `kind`. Raises `problem`, which points at every one that is wrong."""
+    """Validate the fields as a `kind`. Raises `problem`, which points at every wrong field."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
@@ -65,7 +68,10 @@ def parse(
 
 
 def parse_shared(fields: Mapping[str, Any]) -> None:
-    """Check names and types of fields of a job that its other fields are to complete. Raises InvalidImageRequest."""
+    """Check names and types of a batch's default fields; none is required here.
+
+    Raises InvalidImageRequest.
+    """
     try:
         JobBody.model_validate(fields)
     except ValidationError as error:
@@ -79,7 +85,7 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
 
 
 def job_request(body: JobBody) -> JobRequest:
-    """Make what `services.submit` takes of a body."""
+    """Convert a body to what `services.submit` takes."""
     return JobRequest(
         wish=wish_of(body),
         pictures=body.pictures,
@@ -89,14 +95,17 @@ def job_request(body: JobBody) -> JobRequest:
 
 
 def wish_of(body: JobBody) -> Wish:
-    """Make the wish of a body, but for its pictures."""
+    """Convert a body to a wish, without its pictures."""
     said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
     said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in said["adapters"])
     return Wish(**said)
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raises InvalidImageRequest for more than can be kept, and for text that nobody wrote."""
+    """Check the number and the length of metadata entries. Raises InvalidImageRequest.
+
+    Control characters are refused, too.
+    """
     accepted = {
         "max_keys": MAX_METADATA_KEYS,
         "max_key_chars": MAX_METADATA_KEY_CHARS,
@@ -118,7 +127,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:
-    """N of `Prefer: wait=N`, capped; 0 if it was not asked for. Raises InvalidQuery."""
+    """Read N of `Prefer: wait=N`, at most `max_wait_s`; 0 without it. Raises InvalidQuery."""
     for preference in request.headers.get("Prefer", "").split(","):
         name, _, value = preference.strip().partition("=")
         if name.strip().lower() == "wait":
@@ -134,7 +143,7 @@ def read_wait_s(request: Request, max_wait_s: int) -> int:
 
 
 def read_nothing(request: Request) -> None:
-    """Refuse fields where there are none: no body at all, or an empty object. Raises as `read_job` does."""
+    """Check that the body is absent or an empty object. Raises as `read_job` does."""
     fields = read_object(request) if request.get_data() else {}
     errors = [
         {"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []}
@@ -150,10 +159,14 @@ def read_object(
     problem: type[Problem] = InvalidRequest,
     lists: Mapping[str, int] = NO_LISTS,
 ) -> dict[str, Any]:
-    """The JSON object that the body is, bounded in whatever makes a small body expensive.
+    """Parse the body as a JSON object of limited size.
 
-    lists: how many entries those lists may have that may have more than others, by their pointers. Raises UnsupportedMediaType,
-    MalformedBody, BodyTooLarge, and `problem`, which points at what is too much.
+    Size means the number of members, entries and values, and the depth: a small body can be
+    expensive in any of these.
+
+    lists: by the JSON pointer of a list, how many entries it may have instead of MAX_ENTRIES.
+    Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, and `problem`, which points at what is
+    too large.
     """
     if request.mimetype != "application/json":
         raise UnsupportedMediaType(
@@ -182,9 +195,10 @@ def check_bounds(
     problem: type[Problem],
     lists: Mapping[str, int] = NO_LISTS,
 ) -> None:
-    """Raises `problem` for a JSON value that is larger than any request needs, and MalformedBody for one that is nested too deeply.
+    """Check that a JSON value is not larger than any request needs. Raises `problem`.
 
-    Before anything else looks at it: what checks types, names errors or makes text of it takes time and memory for each value.
+    Raises MalformedBody for a value that is nested too deeply. Call it before anything else reads
+    the value: validation and error messages cost time and memory for each member.
     """
     left, inner = MAX_VALUES, [("", body, 1)]
     while inner:
@@ -223,7 +237,7 @@ def _too_much(problem: type[Problem], pointer: str, detail: str, most: int) -> P
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of an object; one that is there twice could be read in two ways. Raises ValueError."""
+    """Build a JSON object; raise ValueError for a repeated member, which has no clear meaning."""
     found = dict(members)
     if len(found) < len(members):
         name = next(
@@ -238,7 +252,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def field_errors(error: ValidationError, kind: type[BaseModel]) -> list[dict[str, Any]]:
-    """What a problem says of each wrong field."""
+    """Describe each wrong field, as the `errors` of a problem."""
     return [
         _field_error(entry, kind)
         for entry in error.errors(include_url=False, include_context=False, include_input=False)
@@ -258,11 +272,11 @@ def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
 
 
 def _told(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The members of a problem: the first errors, and how many more there are."""
+    """Return the members of a problem: the first errors, and how many were left out."""
     more = len(errors) - MAX_ERRORS
     return {"errors": errors[:MAX_ERRORS]} | ({"errors_left_out": more} if more > 0 else {})
 
 
 def _escaped(part: object) -> str:
-    """A part of a JSON pointer."""
+    """Escape a part of a JSON pointer."""
     return str(part).replace("~", "~0").replace("/", "~1")[:64]

@@ -1,4 +1,7 @@
-"""The client's connection, as the gateway's server hands it on (deploy/connections.py); nothing is known of it under another server."""
+"""Watch the client's connection, as the gateway's server exposes it (deploy/connections.py).
+
+Under another server nothing is known about the connection.
+"""
 
 from collections.abc import Callable
 
@@ -16,6 +19,6 @@ def has_left(request: Request) -> Callable[[], bool]:
 
 
 def give_up_when_unread(request: Request) -> None:
-    """End the answer when the client takes nothing of it for `UNREAD_FOR_S`."""
+    """Abort the answer when the client reads nothing of it for `UNREAD_FOR_S`."""
     if (sock := request.environ.get("gunicorn.socket")) is not None:
         sock.settimeout(UNREAD_FOR_S)

@@ -1,8 +1,8 @@
-"""Which pages may call this gateway from a browser: CORS, by CORS_ALLOWED_ORIGINS; by default none.
+"""Allow web pages to call the gateway (CORS): those of CORS_ALLOWED_ORIGINS, by default none.
 
-Credentials in the sense of CORS (cookies) are never allowed. A page sends its key itself, in Authorization, so being allowed
-here gives it nothing that the key does not. Browsers ask first, by OPTIONS and without the key: that is answered to anybody,
-as is every other OPTIONS.
+CORS credentials (cookies) are never allowed. A page sends its API key itself, in Authorization, so
+allowing its origin gives it nothing that the key does not. Browsers send an OPTIONS request first,
+without the key; it is answered for everybody, as is every other OPTIONS request.
 """
 
 import re
@@ -19,7 +19,10 @@ _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(\s*,\s*[A-Za-z0-9-]{1,64}){0,63}
 
 
 def register(app: Flask, allowed_origins: str) -> None:
-    """Answer every OPTIONS of `app`, and let pages of these origins, with commas between, read what it answers."""
+    """Answer every OPTIONS request of `app`, and let pages of these origins read its answers.
+
+    allowed_origins: separated by commas.
+    """
     origins = frozenset(filter(None, allowed_origins.split(",")))
 
     def answer_options() -> Response | None:
@@ -58,7 +61,10 @@ def register(app: Flask, allowed_origins: str) -> None:
 
 
 def _allowed(origins: frozenset[str]) -> str | None:
-    """The value of Access-Control-Allow-Origin for this request; None for a page that may not call, and for what is no page."""
+    """Return the value of Access-Control-Allow-Origin for this request.
+
+    None for an origin that is not allowed, and for a request without one.
+    """
     origin = request.headers.get("Origin")
     if origin is None:
         return None
@@ -66,7 +72,10 @@ def _allowed(origins: frozenset[str]) -> str | None:
 
 
 def _permit(response: Response) -> None:
-    """Let the request follow that the preflight asks for, with any headers: without cookies, none of them means harm."""
+    """Allow the request that this preflight announces, with any headers.
+
+    That is safe because cookies are never allowed: no other header gives a page the user's rights.
+    """
     response.headers["Access-Control-Allow-Methods"] = METHODS
     wanted = request.headers.get("Access-Control-Request-Headers", "").strip()
     if _HEADER_NAMES.fullmatch(wanted):

@@ -1,4 +1,4 @@
-"""Every error of the gateway as a problem: RFC 9457 details, whatever raised it."""
+"""Turn every error of the gateway into a problem (RFC 9457), whatever raised it."""
 
 import structlog
 from flask import Flask, Response, g, json
@@ -41,7 +41,7 @@ def respond(problem: Problem) -> Response:
 
 
 def register(app: Flask) -> None:
-    """Make every error of `app` a problem."""
+    """Register handlers that turn every error of `app` into a problem."""
     app.register_error_handler(Problem, respond)
     app.register_error_handler(HTTPException, _from_werkzeug)
     app.register_error_handler(ClientDisconnected, _body_not_there)
@@ -52,7 +52,7 @@ def register(app: Flask) -> None:
 
 
 def explain(slug: str) -> Response:
-    """Answer GET of a problem's `type`: what it means."""
+    """Answer GET of a problem's `type`: what the problem means."""
     for kind in Problem.__subclasses__():
         if kind.slug == slug:
             meant = schemas.ProblemType(

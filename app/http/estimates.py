@@ -1,4 +1,4 @@
-"""POST /v1/estimate: what a job would be, cost and wait for."""
+"""Serve POST /v1/estimate: what a job would be, cost and wait for."""
 
 import uuid
 from typing import cast
@@ -24,7 +24,10 @@ bp.before_request(require_key)
 
 @bp.post("/v1/estimate", endpoint="estimate")
 def show_estimate() -> ResponseReturnValue:
-    """Every resolved parameter of the job that POST /v1/jobs would make of this body, its price and its wait; or its problem."""
+    """Show what POST /v1/jobs would make of this body, or its problem.
+
+    Shows every resolved parameter, the price and the wait.
+    """
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
     asked = job_request(body)

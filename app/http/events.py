@@ -1,4 +1,4 @@
-"""GET /v1/jobs/{id}/events: what happens to a job, as server-sent events."""
+"""Serve GET /v1/jobs/{id}/events: what happens to a job, as server-sent events."""
 
 import re
 import uuid
@@ -26,7 +26,10 @@ EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
 
 @bp.get("/<uuid:job_id>/events")
 def follow_job(job_id: uuid.UUID) -> Response:
-    """The job's events, from the first or from `Last-Event-ID` on, until `final`; with `?previews=true`, pictures on the way."""
+    """Stream the job's events until `final`, from the first or from `Last-Event-ID` on.
+
+    With `?previews=true` it includes preview pictures.
+    """
     parts = runtime()
     stream = parts.events.follow(
         caller(),
@@ -42,7 +45,10 @@ def follow_job(job_id: uuid.UUID) -> Response:
 
 
 def teller() -> Tell:
-    """Make what shows events to clients, with links as this request has them, even after it."""
+    """Return a function that shows events to clients, with the links of this request.
+
+    It works after the request has ended, too.
+    """
 
     def tell(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
         if ended is not None:

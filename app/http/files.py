@@ -1,4 +1,4 @@
-"""/v1/files: bring, show, list and erase the pictures that jobs start from."""
+"""Serve /v1/files: upload, show, list and erase the pictures that jobs start from."""
 
 import io
 import uuid
@@ -35,7 +35,10 @@ CONTENT_TYPES = [
 
 @bp.post("")
 def bring_file() -> ResponseReturnValue:
-    """Keep a picture: 201 and the file, the same one for the same picture. Multipart with the field `file`, or the picture itself."""
+    """Store a picture: 201 and the file; the same picture gives the same file.
+
+    The body is multipart with the field `file`, or the picture itself.
+    """
     with uploaded(request) as content:
         file = inputs.keep(runtime(), caller(), content, field=FIELD)
     return answer(file_view(file), 201, {"Location": url_for(".show_file", file_id=file.id)})
@@ -59,13 +62,13 @@ def list_files() -> ResponseReturnValue:
 
 @bp.get("/<uuid:file_id>")
 def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
-    """Show what is known of the file."""
+    """Show the file's metadata."""
     return answer(file_view(files.find(runtime(), caller(), file_id)))
 
 
 @bp.get("/<uuid:file_id>/content")
 def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
-    """Give the picture, as it was encoded again.
+    """Serve the picture, as the gateway has encoded it.
 
     302 to a presigned URL, or with `?redirect=false` the bytes themselves.
     """
@@ -81,7 +84,10 @@ def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
 
 
 def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
-    """The one picture in the body, not in memory yet. Raises BodyTooLarge, MalformedBody, UnsupportedMediaType."""
+    """Return the one picture in the body as a stream, not read into memory yet.
+
+    Raises BodyTooLarge, MalformedBody, UnsupportedMediaType.
+    """
     asked.max_content_length = runtime().settings.max_upload_bytes
     if asked.mimetype == "multipart/form-data":
         sent = [file for file in asked.files.getlist(field) if not is_left_out(file)]
@@ -100,7 +106,7 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
 
 
 def is_left_out(file: FileStorage) -> bool:
-    """Is it what a browser sends for a file that nobody chose?"""
+    """Check whether this is the empty part that a browser sends when no file was chosen."""
     return not file.filename and not file.stream.seek(0, io.SEEK_END)
 
 

@@ -1,4 +1,4 @@
-"""The header Idempotency-Key: a structured-field string (RFC 9651), or the same without quotes, beside what the request asks for."""
+"""Read the header Idempotency-Key: a structured-field string (RFC 9651), or one without quotes."""
 
 import hashlib
 import json
@@ -17,7 +17,10 @@ _BARE = re.compile(r"[!#-+\--:<-\[\]-~]+")
 
 
 def read_once(request: Request, asks_for: object) -> Once | None:
-    """The key that the request came under, if any, with the digest of `asks_for`: plain values, canonical. Raises InvalidQuery."""
+    """Return the request's idempotency key with a digest of `asks_for`; None without a key.
+
+    asks_for: plain JSON values. Raises InvalidQuery.
+    """
     text = request.headers.get(HEADER)
     if text is None:
         return None
@@ -28,7 +31,7 @@ def read_once(request: Request, asks_for: object) -> Once | None:
 
 
 def read_key(text: str) -> str:
-    """The key that a header's value means: `"abc"` and `abc` are the same. Raises InvalidQuery."""
+    """Decode the header's value: `"abc"` and `abc` are the same key. Raises InvalidQuery."""
     text = text.strip(" \t")
     quoted = _QUOTED.fullmatch(text)
     key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else text

@@ -1,4 +1,7 @@
-"""What GET /v1/jobs may be asked: which jobs, how many, from where on. Nothing else: a parameter that is unknown is refused by name."""
+"""Read the query of GET /v1/jobs: which jobs, how many, from where on.
+
+Unknown parameters are refused by name.
+"""
 
 import re
 from datetime import datetime
@@ -18,7 +21,7 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d
 
 
 def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
-    """The jobs that are sought, and how many of them. Raises InvalidQuery, which names the parameter."""
+    """Return the filter and the page size. Raises InvalidQuery, which names the parameter."""
     said, metadata = {}, {}
     for name, values in query.lists():
         _check(name, values)
@@ -45,7 +48,7 @@ def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
 
 
 def read_instant(parameter: str, text: str) -> datetime:
-    """An instant of RFC 3339, with its offset. Raises InvalidQuery."""
+    """Parse an RFC 3339 instant with its offset. Raises InvalidQuery."""
     try:
         if _INSTANT.fullmatch(text.upper()):
             return datetime.fromisoformat(text.upper())

@@ -1,4 +1,7 @@
-"""/openapi.json and /docs: what this gateway can do, for programs and for people. Neither asks for a key; nothing comes from elsewhere."""
+"""Serve /openapi.json and /docs: what this gateway offers, for programs and for people.
+
+Neither needs a key, and neither loads anything from another host.
+"""
 
 import hashlib
 
@@ -37,7 +40,7 @@ PAGE = """<!doctype html>
 
 @bp.get("/openapi.json")
 def show_spec() -> BaseResponse:
-    """The OpenAPI 3.1 document."""
+    """Serve the OpenAPI 3.1 document."""
     content = runtime().documents.get(request.script_root, _document)
     response = Response(content, content_type="application/json")
     response.headers["Cache-Control"] = "public, max-age=60"
@@ -46,7 +49,7 @@ def show_spec() -> BaseResponse:
 
 
 def _document() -> str:
-    """Write the document for clients that ask under this prefix."""
+    """Build the document with links under the prefix of this request."""
     parts = runtime()
     root = request.script_root or "/"
     return json.dumps(build(current_app, parts.fleet, parts.settings, root=root))
@@ -54,7 +57,7 @@ def _document() -> str:
 
 @bp.get("/docs")
 def show_docs() -> Response:
-    """The same, to read and to try."""
+    """Serve the viewer of the OpenAPI document, where requests can be tried."""
     response = Response(
         PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8"
     )

@@ -1,8 +1,9 @@
-"""The path under which clients reach the gateway, when a proxy gives it one of several, such as https://example.com/darkroom/.
+"""Handle a path prefix, when a proxy serves the gateway at, say, https://example.com/darkroom/.
 
-As WSGI, before routing. Every link that a route writes begins with SCRIPT_NAME, so that is where the prefix goes. Whether the proxy
-takes it off the path or passes it on, both arrive here as the path of a route. Repeated slashes count as one: many programs join
-a base URL that ends in a slash with a path that begins with one.
+A WSGI wrapper, because it acts before routing. Every link that a route writes begins with
+SCRIPT_NAME, so the prefix is put there. A proxy may remove the prefix from the path or pass it on;
+both work. Repeated slashes count as one: many programs join a base URL that ends in a slash with a
+path that begins with one.
 """
 
 import re
@@ -21,7 +22,7 @@ _SLASHES = re.compile("//+")
 
 
 class PathPrefix:
-    """The application, under the path of PUBLIC_URL or of X-Forwarded-Prefix."""
+    """Runs the application under the path of PUBLIC_URL or of X-Forwarded-Prefix."""
 
     def __init__(self, application: "WSGIApplication", settings: GatewaySettings) -> None:
         self._trusts_proxy = settings.trust_forwarded_headers
@@ -45,7 +46,7 @@ class PathPrefix:
         return self._application(environ, start_response)
 
     def _prefix(self, environ: "WSGIEnvironment") -> str:
-        """What the proxy says, if it is to be believed and says a path; otherwise the one of PUBLIC_URL."""
+        """Return the prefix that a trusted proxy sends; otherwise the path of PUBLIC_URL."""
         told = (
             str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/")
             if self._trusts_proxy

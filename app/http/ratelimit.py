@@ -1,6 +1,7 @@
-"""Headers that tell where a tenant stands with its limits.
+"""Write the headers that tell how much of its limits a tenant has left.
 
-`RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers, a policy per limit that is spent by the minute.
+They are `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers, with one policy
+for each limit per minute.
 """
 
 import math
@@ -12,7 +13,7 @@ from edges.limits import WINDOW_S
 
 
 def tell(response: Response) -> None:
-    """Put on the answer where the caller's tenant stands."""
+    """Add the caller's limits and what is left of them to the headers."""
     asking: Caller | None = g.get("caller")
     if asking is None:
         return

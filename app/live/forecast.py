@@ -1,6 +1,7 @@
-"""Forecast when jobs start and finish, by what is known of the queues; and decide on admission by it.
+"""Forecast when jobs start and finish, and decide on admission by that.
 
-Read at most a few times a second per pool, however many clients ask; nothing here scans a backlog.
+Reads each pool at most a few times a second, however many clients ask; nothing here scans a
+backlog.
 """
 
 import random
@@ -44,9 +45,9 @@ PICTURES_LATE_S = 3.0
 
 @dataclass(frozen=True)
 class QueuePlace:
-    """Where an unfinished job stands.
+    """The queue position of an unfinished job.
 
-    jobs_ahead: jobs of its tier before it; None once it runs.  eta: its end, from now.
+    jobs_ahead: jobs of its tier before it; None once it runs. eta: its end, from now.
     """
 
     jobs_ahead: int | None
@@ -55,10 +56,10 @@ class QueuePlace:
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of a job at accept.
+    """The estimate for a job at accept.
 
-    predicted_s: device seconds.  eta_raw_s: the first guess of its end, from now.  place: where it
-    would stand.  refusal: why it should not be let in.
+    predicted_s: device seconds. eta_raw_s: the first guess of its end, from now. place: the queue
+    position that it would get. refusal: why to refuse it, if so.
     """
 
     predicted_s: float
@@ -69,9 +70,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Booked:
-    """Jobs of the caller that are as good as accepted, and nowhere to be read yet.
+    """Jobs of the caller that will be accepted, but are not in the database yet.
 
-    Those before one in its batch.
+    These are the earlier jobs of the same batch.
     """
 
     jobs: int = 0
@@ -87,9 +88,9 @@ NOTHING: Mapping[str, Booked] = {}
 
 @dataclass(frozen=True)
 class _PoolState:
-    """What was read of a pool.
+    """What was read about a pool.
 
-    flows: by tier and tenant.  sharing: by tier, the tenants that have any outstanding or waiting.
+    flows: by tier and tenant. sharing: by tier, the tenants with outstanding or waiting jobs.
     lacking_inputs: tiers with jobs that wait for their pictures, not for workers.
     """
 
@@ -116,7 +117,7 @@ def _pool_state(
     clocks: Mapping[str, float],
     lacking_inputs: frozenset[str],
 ) -> _PoolState:
-    """Put together what was read of a pool."""
+    """Combine what was read about a pool."""
     by_tier: dict[str, list[FlowBacklog]] = defaultdict(list)
     sharing: dict[str, set[uuid.UUID]] = defaultdict(set)
     for flow in backlogs:
@@ -144,7 +145,7 @@ def _pool_state(
 def _without(
     backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]
 ) -> list[FlowBacklog]:
-    """Leave out of the flows the jobs that lack their pictures."""
+    """Subtract from the flows the jobs whose pictures are missing."""
     left = []
     for flow in backlogs:
         out = lacking.get((flow.tier, flow.tenant_id), Lacking(0, 0.0))
@@ -154,7 +155,7 @@ def _without(
 
 
 def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) -> float:
-    """Tell how far ahead of virtual time the tenant's next job would start, in virtual seconds."""
+    """Return by how many virtual seconds the tenant's next job would start after virtual time."""
     own = state.flows.get((tier, tenant_id))
     if own is None:
         return booked.cost_s
@@ -163,7 +164,7 @@ def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) 
 
 
 class QueueForecaster:
-    """Answers how long a job would wait and whether to let it in. One per gateway process."""
+    """Estimates how long a job would wait and whether to accept it. One per gateway process."""
 
     def __init__(
         self,
@@ -175,7 +176,10 @@ class QueueForecaster:
         *,
         worker_silence_s: float,
     ) -> None:
-        """limits: `Release.limits`.  refresher: reads again what grows old."""
+        """Make a forecaster that reads nothing yet.
+
+        limits: `Release.limits`. refresher: rereads values before they are too old.
+        """
         self._database = database
         self._fleet = fleet
         self._gauge = gauge
@@ -193,7 +197,7 @@ class QueueForecaster:
     ) -> Expected:
         """Estimate when a job that the tenant submits now would end, and whether to refuse it.
 
-        booked: what the tenant is about to submit before this one, by pool and tier.
+        booked: what the tenant submits before this job in the same request, by pool and tier.
         """
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         pool_bookings = {
@@ -239,7 +243,10 @@ class QueueForecaster:
     def release_hint(
         self, wish: Resolved, tenant_id: uuid.UUID
     ) -> tuple[ReleaseHint, ReleaseLimits]:
-        """Tell how to release a new job, by what was read at most `FRESH_FOR_S` ago; and its limits."""
+        """Tell how to release a new job, with the limits that apply.
+
+        Uses what was read at most `FRESH_FOR_S` ago.
+        """
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         limits = self._limits(wish.pool, wish.tier, state.slots)
         if pictures_of(wish) or wish.tier in state.lacking_inputs:
@@ -258,9 +265,10 @@ class QueueForecaster:
         return hint, limits
 
     def place_of(self, job: Job | JobDocument, steps_done: int = 0) -> QueuePlace | None:
-        """Estimate where an unfinished job stands.
+        """Estimate the queue position of an unfinished job.
 
-        None if the catalogue no longer has its tier or pool.  steps_done: denoise steps of all its images.
+        None if the catalogue no longer has its tier or pool. steps_done: denoise steps of all its
+        images.
         """
         if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
             return None
@@ -289,7 +297,7 @@ class QueueForecaster:
     def _snapshot(
         self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING
     ) -> PoolSnapshot:
-        """Make the pool's snapshot for one tenant; its weight counts as 1 where it is not known.
+        """Build the pool's snapshot for one tenant; an unknown weight counts as 1.
 
         booked: what the tenant is about to add, by tier.
         """
@@ -305,15 +313,15 @@ class QueueForecaster:
         return PoolSnapshot(state.devices, state.lines, state.running, self._gauge.fill(), own)
 
     def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
-        """Give the pool as a job sees it, as it was at most `FRESH_FOR_S` ago.
+        """Return the pool as this job sees it, as it was at most `FRESH_FOR_S` ago.
 
-        While no pictures come, a job that needs none has those that wait for theirs not before it.
+        While no pictures arrive, a job that needs none passes the jobs that wait for theirs.
         """
         whole, passing = self._pools.get(pool, lambda: self._read_pool(pool))
         return whole if needs_pictures else passing
 
     def _read_pool(self, pool: str) -> tuple[_PoolState, _PoolState]:
-        """Read the pool as jobs see it that need pictures, and as those do that need none."""
+        """Read the pool twice: as jobs with pictures see it, and as jobs without pictures do."""
         tiers = list(self._fleet.tiers)
         with transaction(self._database) as session:
             backlogs = flows.backlogs(session, pool=pool)
@@ -335,7 +343,11 @@ class QueueForecaster:
         )
 
     def _pictures_are_late(self, session: Session, pool: str) -> bool:
-        """Check whether one job has waited for its pictures, once they were asked for, so long that none seem to come."""
+        """Tell whether the pool's pictures seem not to arrive at all.
+
+        That is so when the same job has been the oldest to wait for requested pictures for
+        PICTURES_LATE_S.
+        """
         now, oldest = time.monotonic(), inputs.oldest_asked(session, pool=pool)
         with self._lock:
             known, since = self._waits_for_pictures.get(pool, (None, now))
@@ -365,9 +377,9 @@ class QueueForecaster:
 
 
 def _cache(fresh_for_s: float, refresher: Executor) -> Cache[Any, Any]:
-    """Make one that is read again half way, so that under load no request waits for it.
+    """Make a cache that refreshes at half its age, so that under load no request waits for a read.
 
-    While that takes long, what is there is good enough for up to `STALE_FOR_S` more.
+    While a read takes long, the old value serves for up to `STALE_FOR_S` more.
     """
     return Cache(
         "forecast",

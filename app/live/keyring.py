@@ -1,4 +1,4 @@
-"""The API keys that were used in the last moment, so that most requests ask the database nothing."""
+"""Cache the API keys that were used a moment ago, so that most requests need no database."""
 
 import threading
 import time
@@ -39,11 +39,10 @@ class Known(NamedTuple):
 
 
 class Keyring:
-    """What is known of keys that were used in the last moment, by their public ids.
+    """The keys that were used in the last moment, by their public ids.
 
-    Those in use are one answer of the database, read for all of them at once; one that was not
-    among them, for it is new or there are too many, is looked up alone. Unknown keys are
-    remembered as such.
+    All keys in use are read in one query. A key that is not among them, because it is new or there
+    are too many, is looked up alone. Unknown keys are cached as unknown.
     """
 
     def __init__(self, database: Engine, refresher: Executor) -> None:
@@ -64,7 +63,7 @@ class Keyring:
         self._refresher = refresher
 
     def find(self, kid: str) -> Known | None:
-        """Find the live key with that public id, as it was at most `TRUSTED_FOR_S` ago."""
+        """Find the live key with this public id, as it was at most `TRUSTED_FOR_S` ago."""
         together = self._together.get(_IN_USE, self._read_those_in_use)
         known = (
             together[kid]
@@ -77,7 +76,7 @@ class Keyring:
         return known
 
     def is_live(self, kid: str) -> bool:
-        """Tell whether the key, which was live, still is; yes while nobody can say."""
+        """Tell whether a key that was live still is; true while the database cannot be read."""
         try:
             known = self.find(kid)
         except SQLAlchemyError:
@@ -91,7 +90,7 @@ class Keyring:
         return self._read(kids) if kids else {}
 
     def _read(self, kids: Set[str]) -> dict[str, Known | None]:
-        """Look up each of these; None for one that is not live."""
+        """Look up each of these keys; None for one that is not live."""
         with transaction(self._database) as session:
             keys = api_keys.look_up(session, list(kids))
         if used := [key.id for key in keys.values() if key.is_use_to_be_noted]:

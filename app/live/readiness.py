@@ -1,8 +1,9 @@
-"""Whether this gateway can accept jobs, and which parts of the house it could not reach a moment ago.
+"""Tell whether this gateway can accept jobs, and which parts it could not reach a moment ago.
 
-Every part is asked in a thread of its own, every two seconds, so that whoever wants to know is answered from memory, at once, also while a
-part does not answer at all. Ready is who can accept jobs, and for that the database must take writes. The rest may be away for a while:
-jobs wait, and other gateways would be no better off.
+Each part is checked in a thread of its own every two seconds. So /readyz answers from memory at
+once, even while a part does not answer at all. Ready means that jobs can be accepted, and for that
+the database must take writes. The other parts may be away for a while: jobs wait, and another
+gateway would have the same trouble.
 """
 
 import threading
@@ -34,14 +35,14 @@ Check = Callable[[], dict[str, Any]]
 
 @dataclass
 class _Part:
-    """What is known of one part. asked_at: since when it has not answered, if it is being asked."""
+    """The last result of one part. asked_at: when the running check began; None between checks."""
 
     said: dict[str, Any] | None = None
     asked_at: float | None = None
 
 
 class Readiness:
-    """One per gateway process; its threads start with `start()`, or with the first who wants to know."""
+    """The checks of one gateway process; threads start with `start()` or the first `parts()`."""
 
     def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
@@ -50,7 +51,7 @@ class Readiness:
         self._has_started = False
 
     def start(self) -> None:
-        """Begin to ask; harmless when repeated."""
+        """Start checking; harmless when repeated."""
         with self._lock:
             if self._has_started:
                 return
@@ -61,11 +62,14 @@ class Readiness:
             ).start()
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop checking."""
         self._stop.set()
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Every part, `ready` or with the reason why not, as it was at most three seconds ago; from memory."""
+        """Return every part, `ready` or with the reason why not, at most three seconds old.
+
+        Answers from memory.
+        """
         self.start()
         now = time.monotonic()
         with self._lock:
@@ -92,7 +96,10 @@ class Readiness:
 def checks(
     settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore
 ) -> dict[str, Check]:
-    """How each part is asked; the database over connections of its own, so that no crowd keeps it from being asked."""
+    """Return the check of each part.
+
+    The database is checked over connections of its own, so that a busy pool cannot block the check.
+    """
     database = make_engine(settings.database_url, pool_size=connections.GATEWAY_READINESS)
 
     def takes_writes() -> dict[str, Any]:
@@ -107,7 +114,10 @@ def checks(
         return {"ready": True}
 
     def has_workers() -> dict[str, Any]:
-        """Whether every pool with a warm floor has that many live workers; jobs for the others wait in Postgres."""
+        """Check that every pool with a warm floor has that many live workers.
+
+        Jobs for other pools wait in Postgres.
+        """
         with transaction(database) as session:
             live = [
                 worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)

@@ -1,7 +1,8 @@
-"""Follow a job live, as the one who asked for it: from its place in the queue to its end.
+"""Stream a job's events to the client that follows it, from its place in the queue to its end.
 
-What comes by way of Redis may be lost; what ends a stream is Postgres, which is asked about all followed jobs at once every few
-seconds, and about one when its ending is heard.
+Events that come through Redis may be lost. The end of a stream is decided by Postgres: it is
+queried every few seconds about all followed jobs at once, and about one job when its end is
+announced.
 """
 
 import threading
@@ -41,7 +42,7 @@ Tell = Callable[[Event, uuid.UUID, Job | None], Event]
 
 
 class Watchers:
-    """How many clients of this process watch which job."""
+    """Counts how many clients of this process stream each job."""
 
     def __init__(self) -> None:
         self._counts: Counter[uuid.UUID] = Counter()
@@ -52,7 +53,7 @@ class Watchers:
             self._counts[job_id] += 1
 
     def leave(self, job_id: uuid.UUID) -> bool:
-        """Was it the last one?"""
+        """Count one client less; return whether it was the last."""
         with self._lock:
             self._counts[job_id] -= 1
             is_last = self._counts[job_id] == 0
@@ -62,7 +63,7 @@ class Watchers:
 
 
 class Events:
-    """One per gateway process; its threads start with the first follower."""
+    """The event streams of one gateway process; its threads start with the first follower."""
 
     def __init__(
         self,
@@ -87,7 +88,7 @@ class Events:
         self._net: threading.Thread | None = None
 
     def take_place(self, tenant_id: uuid.UUID) -> Holding:
-        """Take a place for one more stream of the tenant. Raises StreamsExhausted."""
+        """Reserve a stream for the tenant. Raises StreamsExhausted."""
         place = self._places.take(tenant_id)
         if place is None:
             telemetry.SHED.labels("streams_exhausted").inc()
@@ -108,16 +109,15 @@ class Events:
         heartbeat_s: float = 10,
         place: Holding | None = None,
     ) -> Iterator[Event | None]:
-        """Yield what happened to the caller's job after the event `after`, and what happens until its end.
+        """Yield the events of the caller's job after the event `after`, until its end.
 
-        None comes when a heartbeat is due. While the job waits, `queued` comes first, and again
+        Yields None when a heartbeat is due. While the job waits, `queued` comes first, and again
         when the forecast changes; `final` comes last, with the whole job. When this process ends,
-        so does the iterator, without `final`; when the caller's key is revoked or expires, it
-        raises Unauthenticated. Closing the iterator, or letting go of it, forgets the follower
-        and leaves its place.
+        the iterator ends without `final`. When the caller's key is revoked or expires, it raises
+        Unauthenticated. Closing or dropping the iterator ends the subscription and frees its place.
 
-        tell: called with each event, by whoever iterates.  place: taken before; None takes one.
-        Raises JobNotFound, StreamsExhausted.
+        tell: called with each event, by the iterating thread. place: reserved before; None reserves
+        one. Raises JobNotFound, StreamsExhausted.
         """
         place = place or self.take_place(caller.tenant_id)
         stream = self._stream(
@@ -135,7 +135,7 @@ class Events:
         return stream
 
     def close(self) -> None:
-        """Send every follower away: they go on elsewhere from where they are."""
+        """End every stream; clients reconnect elsewhere and go on after their last event."""
         self._stop.set()
         self._reader.close()
 
@@ -191,7 +191,7 @@ class Events:
     def _events(
         self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float
     ) -> Iterator[Event | None]:
-        """As they are heard of, without end but for that of this process."""
+        """Yield events as they arrive; ends only when this process does."""
         forecast = _Forecast(self._forecaster, job)
         yield from forecast.news()
         for past in earlier:
@@ -218,7 +218,7 @@ class Events:
             return jobs.find(session, job_id, tenant_id=tenant_id)
 
     def _ended(self, job: Job) -> Job | None:
-        """The job as it ended; None if that cannot be seen."""
+        """Return the job as it ended; None if it has not ended or Postgres cannot be read."""
         try:
             found = self._find(job.id, job.tenant_id)
         except SQLAlchemyError as error:
@@ -234,7 +234,7 @@ class Events:
                 threading.Thread(target=self._check_keys, name="event-keys", daemon=True).start()
 
     def _catch(self) -> None:
-        """Look for endings that were not heard, and say which previews are still looked at."""
+        """Look in Postgres for ends that were not announced; report which previews are watched."""
         while not self._stop.wait(LOOK_EVERY_S):
             try:
                 if followed := self._reader.followed():
@@ -247,7 +247,7 @@ class Events:
                 log.warning("endings_not_looked_for", reason=type(error).__name__)
 
     def _check_keys(self) -> None:
-        """End the streams whose key is not live any more."""
+        """End the streams whose key is no longer live."""
         while not self._stop.wait(CHECK_KEYS_EVERY_S):
             with self._lock:
                 followers = dict(self._kids)
@@ -258,7 +258,7 @@ class Events:
 
 
 class _Forecast:
-    """What a waiting job is told of its place in the queue: at once, and when more has changed than the time."""
+    """Decides when to send a waiting job its queue position: at once, and after a real change."""
 
     def __init__(self, forecaster: QueueForecaster, job: Job) -> None:
         self._forecaster, self._job = forecaster, job
@@ -267,12 +267,12 @@ class _Forecast:
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
 
     def hear(self, event: Event) -> None:
-        """An attempt that begins ends the wait; those that are over by now do not."""
+        """Stop forecasting when a new attempt starts; events of earlier attempts do not count."""
         if event.kind == STARTED and event.data.get("attempt", 0) > self._job.attempt:
             self.due_at = float("inf")
 
     def news(self) -> list[Event]:
-        """A `queued` event if it is due to look and there is something to tell."""
+        """Return a `queued` event if a look is due and the position has changed; else nothing."""
         now = time.monotonic()
         if now < self.due_at:
             return []
@@ -287,7 +287,10 @@ class _Forecast:
         return [Event(None, QUEUED, to_plain(_queued(place)))]
 
     def _is_news(self, place: QueuePlace | None, now: float) -> bool:
-        """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
+        """Tell whether the position or the expected end has moved by more than a tenth.
+
+        Far back in a long queue, smaller moves would be noise.
+        """
         if place is None or place.jobs_ahead is None:
             return not self._has_told
         if self._told is None or self._told.jobs_ahead is None:
@@ -298,7 +301,7 @@ class _Forecast:
 
 
 def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
-    """Tell where the job stands; null where nobody can say."""
+    """Build the `queued` event; its members are null where no forecast is possible."""
     if place is None:
         return schemas.QueuedEvent(jobs_ahead=None, eta_p50_s=None, eta_p90_s=None)
     return schemas.QueuedEvent(

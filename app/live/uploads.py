@@ -1,4 +1,4 @@
-"""Room for large bodies: how many one process takes in at once, and how many bytes of its temporary folder they may fill."""
+"""Limit the large bodies of one process: their number, and their bytes in the temporary folder."""
 
 import shutil
 import tempfile
@@ -17,7 +17,7 @@ RETRY_AFTER_S = 2
 
 
 class UploadRoom:
-    """What large bodies need of one process, shared among tenants."""
+    """The places and the disk space for large bodies, shared among tenants."""
 
     def __init__(self, settings: GatewaySettings) -> None:
         self.largest_bytes = max(
@@ -37,11 +37,11 @@ class UploadRoom:
         self._spool = Capacity(max(room, self.largest_bytes), telemetry.SPOOLED_BYTES)
 
     def take_body(self, tenant_id: uuid.UUID) -> Holding:
-        """Take a place for one more large body. Raises UploadsExhausted."""
+        """Reserve a place for one more large body. Raises UploadsExhausted."""
         return _taken(self._bodies, tenant_id, 1, "as many uploads coming in as it may")
 
     def take_spool(self, tenant_id: uuid.UUID, size_bytes: int) -> Holding:
-        """Take so many bytes of the temporary folder. Raises UploadsExhausted."""
+        """Reserve bytes of the temporary folder. Raises UploadsExhausted."""
         return _taken(self._spool, tenant_id, size_bytes, "no room for another upload of this size")
 
 

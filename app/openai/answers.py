@@ -1,4 +1,4 @@
-"""What calls of /v1/images answer with, streamed or not: how a job's end is told, and the members that are ours."""
+"""Build what answers and streams of /v1/images share: how a job ended, and our extra members."""
 
 import uuid
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
 
 
 def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
-    """Why a job gave no images; None if it did."""
+    """Return the problem of a job that gave no images; None if it succeeded."""
     shown_id = str(job_id)
     if state == JobState.SUCCEEDED:
         return None
@@ -56,10 +56,12 @@ def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> P
 
 
 def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
-    """Whether another try of a call is to come to this job: one that is under way, or that ended a moment ago with what a new one would.
+    """Tell whether a repeated call may be answered with this earlier job, instead of a new one.
 
-    Not one that a new one may do better than, nor one whose client had left its stream, nor one of an earlier time of day: its first try
-    may never have reached us.
+    True for an unfinished job, and for one that ended less than JOINED_FOR_S ago in a way that a
+    new job would repeat. False for a job that failed on our side or expired, since a new one may
+    succeed; for an erased one; and for one that was canceled because its client left the stream. An
+    older job does not count either: OpenAI's clients send no key, so this may be a new call.
     """
     if job.finished_at is None:
         return True
@@ -72,5 +74,5 @@ def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
 
 
 def extras_of(job: Job | JobDocument) -> Mapping[str, Any]:
-    """Return the members of `schemas.OwnMembers`: what OpenAI's interface does not have."""
+    """Return the members of `schemas.OwnMembers`: those that OpenAI's interface does not have."""
     return {"job_id": job.id, **members_of(job, OPENAI_ANSWER), "warnings": job.warnings or []}

@@ -1,7 +1,7 @@
-"""OpenAI's words for images to ours, and back. Pure: what a body says, against fleet.toml; pictures are somebody else's.
+"""Translate OpenAI's image requests to wishes. Pure: it sees fields and fleet.toml, no pictures.
 
-Facts about the interface, as its Python client 3.57 sends and reads it: fields of a multipart body are strings, also numbers and booleans;
-`extra_body` arrives as further fields, which is where our own parameters ride.
+How OpenAI's Python client 3.57 sends requests: every field of a multipart body is a string, also
+numbers and booleans. `extra_body` arrives as further fields; our own parameters come that way.
 """
 
 import json
@@ -42,7 +42,10 @@ _NOT_DONE = {
 
 @dataclass(frozen=True, kw_only=True)
 class Asked:
-    """What a request asks for; `wish` has no pictures yet. keeps_running: also when the client goes away."""
+    """A parsed image call; its `wish` has no pictures yet.
+
+    keeps_running: do not cancel the job when the client leaves its stream.
+    """
 
     kind: str
     wish: Wish
@@ -56,12 +59,12 @@ class Asked:
 
     @property
     def event(self) -> str:
-        """How the events of its stream begin."""
+        """Return the prefix of the names of the stream's events."""
         return EDIT if self.kind == EDIT else GENERATION
 
 
 def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
-    """Understand the fields, or say which one cannot be used. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
+    """Parse and check the fields. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
     said = _Said({name: value for name, value in fields.items() if value is not None})
     for name in said.names() & _NOT_DONE.keys():
         raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
@@ -104,10 +107,10 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
 
 
 def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The fields of a form as the body of JSON would have them. Raises InvalidImageRequest.
+    """Convert the fields of a form to those of a JSON body. Raises InvalidImageRequest.
 
-    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`. Any other field is there once: of two, one would not
-    be read.
+    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`. Any other
+    repeated field is refused, because one of its values would be ignored.
     """
     for name, values in form.items():
         if name in PICTURES and any(values):
@@ -134,7 +137,11 @@ def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
 
 
 def tier_of(quality: str, fleet: Fleet) -> str:
-    """The tier that a quality stands for: the fewest steps for low, the most for high and above, else the default one."""
+    """Return the tier for a quality.
+
+    Low is the tier with the fewest default steps, high and above the one with the most; any other
+    quality is the default tier.
+    """
     by_rank = fleet.tiers_by_rank
     if quality == "low":
         return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
@@ -145,9 +152,10 @@ def tier_of(quality: str, fleet: Fleet) -> str:
 
 
 def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
-    """The steps that a quality stands for in its tier; None: that tier's own.
+    """Return the steps for a quality in its tier; None for the tier's default.
 
-    Medium has as many times the steps of low as high has of its own, so that the three differ where low and medium share a tier.
+    Medium takes the geometric mean of the steps of low and high, so that the three differ even
+    where low and medium share a tier.
     """
     if quality not in ("medium", "standard"):
         return None
@@ -156,7 +164,7 @@ def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
 
 
 def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
-    """The offered size whose shape, and then whose area, is nearest to a picture's."""
+    """Return the offered size whose shape, and then whose area, is nearest to a picture's."""
 
     def distance(size: str) -> tuple[float, float]:
         width, height = parse_size(size)
@@ -167,7 +175,10 @@ def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
 
 
 class _Said:
-    """The fields, each read as the type it should have: from JSON as it is, from a form out of its text."""
+    """The fields of a request; reads each as the type that it should have.
+
+    Values of JSON are used as they are; those of a form are parsed from text.
+    """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
@@ -205,7 +216,7 @@ class _Said:
         return int(value)
 
     def plain(self, name: str, kind: Any) -> Any:
-        """Read a field as `kind`, a type of `Wish` without its None; None where it is not said."""
+        """Read a field as `kind`, a type of `Wish` without its None; None for a missing field."""
         if name not in self._fields:
             return None
         if kind is int:
@@ -226,7 +237,7 @@ class _Said:
         return value
 
     def structure(self, name: str, kind: type, default: Any) -> Any:
-        """A list or an object; in a form, as JSON."""
+        """Read a list or an object; in a form it is JSON in a string."""
         value = self._fields.get(name, default)
         if isinstance(value, str):
             try:
@@ -258,7 +269,7 @@ class _Said:
 
 
 def _without_none(hint: Any) -> Any:
-    """`int` of `int | None`, anything else as it is."""
+    """Return `int` for `int | None`, and any other type unchanged."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not NoneType)
 
@@ -290,15 +301,16 @@ KNOWN_FIELDS = _OURS | _THEIRS
 
 
 def _is_of_dall_e(said: _Said, quality: str) -> bool:
-    """Whether the request was made for DALL-E: by the model, or in words that OpenAI's newer models refuse.
+    """Tell whether the request was written for DALL-E: by its model, or by values of that time.
 
-    It is answered with URLs by default then, as OpenAI does: programs of those days read nothing else.
+    Newer models of OpenAI refuse those values. Such a request gets URLs by default, as from OpenAI:
+    programs of that time cannot read anything else.
     """
     return said.get("model") in _DALL_E or quality in ("standard", "hd") or "style" in said.names()
 
 
 def _check_formats(said: _Said) -> None:
-    """What is a word of the interface and nothing that is done here."""
+    """Refuse values of OpenAI's interface that this gateway does not offer."""
     if (output := said.text("output_format", "png")) not in FORMATS:
         raise NotOffered(
             f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.",
@@ -361,7 +373,7 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
 
 
 def _extras(said: _Said) -> dict[str, Any]:
-    """Read our own parameters, by the fields of `Wish`; what is not said has its default there."""
+    """Read our own parameters, by the fields of `Wish`; a missing one gets its default there."""
     found: dict[str, Any] = {}
     for field in fields(Wish):
         if field.name in _EXTRAS:
@@ -384,7 +396,7 @@ def _adapter(place: int, entry: Any) -> AdapterWish:
 
 
 def _metadata(said: _Said) -> Mapping[str, str]:
-    """An object, or in a form the fields that the client makes of one: metadata[key]."""
+    """Read the metadata: an object, or the form fields `metadata[key]` that clients make of it."""
     spread = {
         name[9:-1]: value
         for name, value in said.items().items()
@@ -398,7 +410,7 @@ def _metadata(said: _Said) -> Mapping[str, str]:
 
 
 def _user(said: _Said) -> str | None:
-    """On whose behalf, in the words of the tenant; kept as metadata."""
+    """Return the end user that the tenant names; it is stored as metadata."""
     for name in ("safety_identifier", "user"):
         if user := said.text(name, None):
             if len(user) > MOST_USER_CHARS or not is_human(user):
@@ -412,7 +424,7 @@ def _user(said: _Said) -> str | None:
 
 
 def _number_of(text: str) -> int | float | None:
-    """What a form's text says; None if that is no number."""
+    """Parse a number of a form; None if the text is no number."""
     if len(text) > 32 or not text.isascii():
         return None
     for kind in (int, float):

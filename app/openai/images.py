@@ -1,4 +1,7 @@
-"""/v1/images: OpenAI's interface for images, so that its clients work unmodified. Every call is a job like any other."""
+"""Serve /v1/images, OpenAI's images interface, so that its clients work unmodified.
+
+Every call makes a job like any other.
+"""
 
 import base64
 import hashlib
@@ -54,24 +57,28 @@ RETRY_COUNT = "X-Stainless-Retry-Count"
 @bp.errorhandler(InvalidPicture)
 @bp.errorhandler(InvalidQuery)
 def as_bad_request(problem: Problem) -> Response:
-    """400, where our own routes say 422: it is what OpenAI answers, and what its clients raise BadRequestError for."""
+    """Answer 400 where our own routes answer 422.
+
+    OpenAI answers 400, and its clients raise BadRequestError for that status only.
+    """
     problem.status = 400
     return respond(problem)
 
 
 @bp.post("/generations")
 def generate() -> ResponseReturnValue:
-    """Images from a prompt; with `stream`, server-sent events with partial images on the way."""
+    """Make images from a prompt; with `stream`, send events with partial images on the way."""
     fields = read_object(request, problem=InvalidImageRequest)
     return _serve(openai_body.read(GENERATION, fields, runtime().fleet), None, fields)
 
 
 @bp.post("/edits")
 def edit() -> ResponseReturnValue:
-    """A picture painted over as the prompt says; with a mask, only where that is transparent (or white, if it has no transparency).
+    """Repaint a picture as the prompt says; with a mask, only in the area that it selects.
 
-    Without one, a part of the picture that is transparent is the mask. As a form, or as JSON with `images` and `mask` that each hold an
-    `image_url` (a data URL) or a `file_id`.
+    A mask selects its transparent area, or its white area if it has no transparency. Without a
+    mask, the transparent area of the picture is repainted. The body is a form, or JSON with
+    `images` and `mask`, where each holds an `image_url` (a data URL) or a `file_id`.
     """
     fields, sent = _read_edit()
     return _serve(openai_body.read(EDIT, fields, runtime().fleet), sent, fields)
@@ -79,7 +86,7 @@ def edit() -> ResponseReturnValue:
 
 @bp.post("/variations")
 def vary() -> ResponseReturnValue:
-    """Make pictures like the one that is sent."""
+    """Make variations of the picture in the body."""
     fields, sent = _read_edit()
     if sent.mask is not None:
         raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")
@@ -91,29 +98,32 @@ Source = FileStorage | str  # a file of a form; the id of a file, a data URL or 
 
 @dataclass
 class _Sent:
-    """The picture that a call is about, and its mask, as they came: nobody has looked at them."""
+    """The picture of a call, and its mask, as they were sent; not decoded yet."""
 
     image: Source
     mask: Source | None
 
     def digests(self) -> list[str | None]:
-        """What tells these from others."""
+        """Return a digest of each, to compare calls."""
         return [
             _digest(source) if source is not None else None for source in (self.image, self.mask)
         ]
 
     def forget(self) -> None:
-        """Let go of the pictures: nobody holds them while the client waits."""
+        """Free the pictures, so that they take no memory while the client waits."""
         self.image, self.mask = "", None
 
     def unseen(self, wish: Wish) -> Wish:
-        """The wish with stand-ins for its pictures, to ask whether it could be served before they are looked at."""
+        """Return the wish with placeholders for its pictures, to check it before decoding them."""
         return replace(
             wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None
         )
 
     def bring(self, wish: Wish) -> Wish:
-        """Return the wish with its pictures; its size, if it has none, is that of the picture. Raises as services.inputs does."""
+        """Return the wish with its pictures stored; without a size it gets one near the picture's.
+
+        Raises as services.inputs does.
+        """
         asking = caller()
         intake = inputs.Intake(runtime(), asking)
         init = _brought(intake, self.image, "image")
@@ -146,7 +156,10 @@ def _digest(source: Source) -> str:
 
 
 def _read_edit() -> tuple[dict[str, Any], _Sent]:
-    """The fields, the one picture and the mask. Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge."""
+    """Read the fields, the one picture and the mask.
+
+    Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge.
+    """
     if request.mimetype == "multipart/form-data":
         request.max_content_length = runtime().settings.max_upload_bytes
         return _read_form()
@@ -176,7 +189,10 @@ def _read_form() -> tuple[dict[str, Any], _Sent]:
 
 
 def _sent_in(fields: dict[str, Any]) -> _Sent:
-    """Take the pictures out of the fields: `image` or `images`, and `mask`, each as text or {"image_url": …} or {"file_id": …}."""
+    """Take the pictures out of the fields `image` or `images`, and `mask`.
+
+    Each is text, {"image_url": …} or {"file_id": …}.
+    """
     images = [fields.pop(name) for name in ("image", "images") if fields.get(name) is not None]
     listed = [each for said in images for each in (said if isinstance(said, list) else [said])]
     mask = fields.pop("mask", None)
@@ -210,7 +226,7 @@ def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Se
 
 
 def _sized(wish: Wish, picture: File) -> Wish:
-    """`auto` is the offered size that is nearest to the picture's."""
+    """Replace size `auto` by the offered size that is nearest to the picture's."""
     if wish.size is not None:
         return wish
     fleet = runtime().fleet
@@ -251,7 +267,7 @@ def _wait_for_job(job_id: uuid.UUID) -> Job:
 
 
 def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
-    """Accept the job of this call: for a first try a new one; a further try may come to that of the try before."""
+    """Accept the job of this call; a client's retry may get the job of the earlier try."""
 
     def may_answer(earlier: JobDocument) -> bool:
         return own_key is not None or may_still_answer(earlier, streams=asked.streams)
@@ -264,7 +280,7 @@ def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
 
 
 def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
-    """Resolve the call. Pictures are looked at last, if there is a job to be made of them."""
+    """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
     metadata, wish = dict(asked.metadata), asked.wish
     if asked.user:
         metadata.setdefault("user", asked.user)
@@ -277,7 +293,7 @@ def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
 
 
 def _by_itself(asks_for: list[Any]) -> Once:
-    """What a call without an idempotency key is known by when it is tried again."""
+    """Make an idempotency key for a call without one, so that a retry finds its job."""
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     is_first = request.headers.get(RETRY_COUNT, "0") == "0"

@@ -1,8 +1,10 @@
-"""An image call as server-sent events, as OpenAI's clients read them: partial images from the latents on the way, then the image.
+"""Stream an image call as server-sent events for OpenAI's clients: partial images, then the image.
 
-Their decoder takes every block for an event of theirs, so there is no `id:`, no `retry:`, no event of ours; a heartbeat is a comment. It is
-also how we notice that a client has gone: with the last of those who watch it through this process the job is canceled, unless it was asked
-to keep running. Nobody knows of watchers in other processes: a client tries again where its connection leads.
+Their decoder takes every block for one of their own events. So the stream has no `id:`, no `retry:`
+and no other event; a heartbeat is a comment. A failed heartbeat also shows that the client has
+left. When the last client that streams a job through this process has left, the job is canceled,
+unless the call asked to keep it running. Clients of other processes are not counted: a client that
+tries again may be connected to any process.
 """
 
 import base64
@@ -42,7 +44,10 @@ HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
 
 
 def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
-    """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
+    """Stream the events of a job, whether it is new or was found by its key.
+
+    place: reserved among the event streams; freed at the end.
+    """
     parts, asking = runtime(), caller()
     events = parts.events.follow(
         asking,
@@ -90,7 +95,7 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
 
 
 class _Told:
-    """Which events of the job its client hears of, and in what words."""
+    """Selects which events of the job are sent, and translates them to OpenAI's."""
 
     def __init__(self, asked: Asked, job: JobDocument, parts: Runtime) -> None:
         self._asked, self._parts = asked, parts
@@ -106,7 +111,7 @@ class _Told:
             yield _data(self._final(event.data))
 
     def _is_due(self, preview: Mapping[str, Any]) -> bool:
-        """Partial images are spread over the steps: the k-th of n comes when k / (n + 1) of them are done."""
+        """Tell whether to send this preview: the k-th of n is due at k / (n + 1) of the steps."""
         wanted = self._asked.partial_images
         is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (
             self._partials + 1
@@ -177,7 +182,7 @@ def _data(told: schemas.ImageEvent | schemas.StreamError) -> str:
 
 
 def _cancel(parts: Runtime, asking: Caller, job_id: uuid.UUID) -> None:
-    """Cancel the job of a client that has gone: nobody would see the image."""
+    """Cancel the job of a client that has left: nobody would see its image."""
     try:
         cancel(parts, asking, job_id)
     except (JobAlreadyFinished, JobNotFound, SQLAlchemyError) as error:

@@ -1,4 +1,4 @@
-"""Models and tiers that can be asked for."""
+"""Define documents of models and tiers."""
 
 from typing import Annotated, Literal
 

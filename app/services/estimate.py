@@ -1,4 +1,4 @@
-"""Tell what a job would be, cost and wait for. Nothing is written, not even a picture."""
+"""Estimate what a job would be, cost and wait for. Nothing is written, not even a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ from policy.params import Resolved
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a request would come to.
+    """The estimate for one job.
 
-    start_within_s: its start deadline.  device_s: device seconds.  cost: in `currency`.
-    place: where it would stand.  refusal: why it would not be accepted now.
+    start_within_s: its start deadline. device_s: device seconds. cost: in `currency`. place: the
+    queue position that it would get. refusal: why it would be refused now, if so.
     """
 
     params: Resolved
@@ -37,7 +37,10 @@ class Estimate:
 
 
 def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
-    """Estimate the job that `submit` would make of this request. Raises InvalidImageRequest, Forbidden."""
+    """Estimate the job that `submit` would make of this request.
+
+    Raises InvalidImageRequest, Forbidden.
+    """
     fleet = runtime.fleet
     wish = replace(asked.unseen(), **_known(runtime, caller, asked.pictures))
     resolved = submit.resolve(runtime, caller, wish)
@@ -61,7 +64,7 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
 
 
 def _known(runtime: Runtime, caller: Caller, fields: Mapping[str, str | None]) -> dict[str, Any]:
-    """Look up the pictures that are files already; of the others it only counts that there is one."""
+    """Look up the pictures that are stored files; of new ones only their presence matters here."""
     there = {
         field: value
         for field, value in fields.items()

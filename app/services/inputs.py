@@ -1,4 +1,7 @@
-"""Pictures that a request starts from: uploads, data URLs and, for tenants that may, URLs; all become files, and files have ids."""
+"""Store the pictures that a request starts from, as files with ids.
+
+They come as uploads, data URLs and, for tenants that may use them, as URLs.
+"""
 
 import time
 import uuid
@@ -46,9 +49,10 @@ _WAYS = {
 def keep(
     runtime: Runtime, caller: Caller, content: bytes | BinaryIO, *, field: str, way: str = "upload"
 ) -> File:
-    """Check a picture, encode it again and store it; the row of the file, which is the one that is there if the tenant brought it before.
+    """Check a picture, encode it again and store it; return its file.
 
-    content: a file is read only when its turn has come.  field: how the caller's interface names it.  way: how it came, for the metrics.
+    A picture that the tenant stored before keeps its file. content: a file is read only once a
+    decoder is free. field: its name in the caller's interface. way: how it came, for the metrics.
     Raises InvalidPicture, which points at the field, StorageQuotaExceeded and PartUnavailable.
     """
     return _kept(runtime, caller, _normalised(runtime, caller, content, field), way)
@@ -74,16 +78,16 @@ def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
 
 
 def is_new(value: str | None) -> bool:
-    """Would there be work to do before there is a file: to decode, perhaps to fetch, to store?"""
+    """Tell whether the value is a picture that still has to be decoded and stored, or fetched."""
     return value is not None and (dataurls.is_one(value) or _is_url(value))
 
 
 class _FetchedEnough(Exception):
-    """The request has fetched as many pictures as it may, or has found the store away."""
+    """The request may fetch no more pictures, or the object store is away."""
 
 
 class Intake:
-    """Pictures on their way into one request: what is said twice is brought once, and only so much of it is new."""
+    """The pictures of one request: repeated values are stored once, and new ones are limited."""
 
     def __init__(self, runtime: Runtime, caller: Caller) -> None:
         self._runtime, self._caller = runtime, caller
@@ -94,7 +98,7 @@ class Intake:
         self._new, self._fetched_s, self._to_fetch = 0, 0.0, MAX_NEW_PICTURES
 
     def look_up(self, values: Iterable[str]) -> None:
-        """Find all that are ids of files at once, so that a thousand jobs do not ask for each."""
+        """Find all values that are ids of files in one query, also for a thousand jobs."""
         ids = {value: file_id for value in values if (file_id := _id(value)) is not None}
         if ids:
             with transaction(self._runtime.database) as session:
@@ -106,9 +110,10 @@ class Intake:
             }
 
     def files(self, fields: Mapping[str, str | None]) -> dict[str, File]:
-        """The file of each field that stands for a picture, of those that say something.
+        """Return the file of each picture field that has a value.
 
-        Raises InvalidImageRequest or InvalidPicture, which point at the field, StorageQuotaExceeded and PartUnavailable.
+        Raises InvalidImageRequest or InvalidPicture, which point at the field, StorageQuotaExceeded
+        and PartUnavailable.
         """
         found = {
             field: self._file(field, value) for field, value in fields.items() if value is not None
@@ -118,7 +123,7 @@ class Intake:
         return found
 
     def keep(self, content: bytes | BinaryIO, *, field: str, way: str) -> File:
-        """`keep`, remembering what the picture holds for as long as the request lasts."""
+        """Store as `keep` does, and cache the picture's bytes until the request ends."""
         picture = _normalised(self._runtime, self._caller, content, field)
         file = _kept(self._runtime, self._caller, picture, way)
         if sum(map(len, self._contents.values())) + len(picture.content) <= _KEPT_BYTES:
@@ -126,7 +131,10 @@ class Intake:
         return file
 
     def check_mask(self, mask: File, width_px: int, height_px: int, *, field: str = "mask") -> None:
-        """Raises InvalidImageRequest for a mask that selects nothing of an image of this size: all that work would change nothing."""
+        """Check that the mask selects something of an image of this size.
+
+        Raises InvalidImageRequest otherwise: the job would change nothing.
+        """
         if self._judge("selects", mask, width_px, height_px) is False:
             detail = "selects nothing: it is neither transparent nor white anywhere that can be seen at this size"
             raise _refused(
@@ -137,13 +145,16 @@ class Intake:
             )
 
     def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
-        """Is a part of the picture transparent, as far as can be told right now?"""
+        """Tell whether a part of the picture is transparent; False if that cannot be told now."""
         return (
             picture.mode == "RGBA" and self._judge("has_hole", picture, width_px, height_px) is True
         )
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
-        """None where that cannot be told soon, as while the store is away: the job is accepted, as it would be without this question."""
+        """Answer a yes-or-no question about a picture; None where that takes too long.
+
+        So it is while the object store is away: then the job is accepted without the check.
+        """
         key = (what, file.content_sha256, width_px, height_px)
         try:
             return self._runtime.judged.get(
@@ -159,7 +170,7 @@ class Intake:
             raise _too_busy() from None
 
     def _look(self, what: str, file: File, width_px: int, height_px: int) -> bool:
-        """Ask a decoder what the picture shows. Raises _FetchedEnough."""
+        """Ask a decoder about the picture's pixels. Raises _FetchedEnough."""
         content = self._contents.get(file.id)
         if content is None:
             if self._to_fetch <= 0:
@@ -203,7 +214,7 @@ class Intake:
         return self.keep(self._fetched(field, value), field=field, way="url")
 
     def _fetched(self, field: str, url: str) -> bytes:
-        """What lies behind a URL, for a tenant that may have pictures fetched."""
+        """Fetch a picture by its URL, if the tenant may use URLs."""
         parts = self._runtime
         if not self._caller.limits.url_inputs:
             raise _refused(
@@ -231,7 +242,7 @@ class Intake:
 
 
 def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
-    """The file whose id it is."""
+    """Find the file with this id."""
     if (file_id := _id(value)) is None:
         raise _refused(
             caller,
@@ -286,7 +297,10 @@ def _too_busy() -> PartUnavailable:
 
 
 def _is_stored(runtime: Runtime, file: File) -> bool:
-    """Ask whether the store still has it: what it has lost is there again with whoever brings it again. If it cannot say: yes."""
+    """Ask whether the store still has the picture; True if the store cannot tell.
+
+    A lost picture is stored again when its tenant uploads it again.
+    """
     try:
         return runtime.store.holds(file.object_key)
     except StoreUnavailable:
@@ -330,7 +344,10 @@ def _decoded(caller: Caller, field: str, value: str) -> bytes:
 
 
 def check_shapes(caller: Caller, picture: File, mask: File) -> None:
-    """A mask is scaled and cut as its picture is: of another shape, it would cover something else."""
+    """Check that mask and picture have the same shape. Raises InvalidImageRequest.
+
+    Both are scaled and cropped alike, so a mask of another shape would cover the wrong area.
+    """
     difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
     if difference > picture.width_px + picture.height_px:
         # what rounding makes of a picture that was scaled

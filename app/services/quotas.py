@@ -1,4 +1,4 @@
-"""A tenant's limits when it asks for something: which refusal each is, and when asking again helps."""
+"""Check a tenant's limits: which refusal each one means, and when to try again."""
 
 import math
 from collections.abc import Iterator
@@ -45,7 +45,7 @@ def check_allowed(caller: Caller, resolved: Resolved) -> None:
 
 @contextmanager
 def charged(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
-    """Take `amount` megapixel-steps out of the caller's budget; what is raised within gives them back.
+    """Charge the caller's budget with `amount` megapixel-steps; an error within gives them back.
 
     Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
     """
@@ -68,9 +68,10 @@ def charged(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]
 
 
 def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1) -> None:
-    """Raise what so many jobs of so many megapixel-steps together would be refused for now. Nothing is taken and nothing locked.
+    """Raise what so many jobs of so many megapixel-steps together would be refused for now.
 
-    For work that is done before they are written, and would be done for nothing; what decides is `charged` and `check_stocks`.
+    Takes and locks nothing. Call it before expensive work that a refusal would waste; the decision
+    is made by `charged` and `check_stocks`.
     """
     limits = caller.limits
     per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
@@ -102,9 +103,9 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
 
 
 def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
-    """Check that the caller's tenant may store so many bytes more than it has. Raises StorageQuotaExceeded.
+    """Check that the tenant may store so many bytes more. Raises StorageQuotaExceeded.
 
-    Exact for who has just written a file in this session, and asks for none beside it.
+    It is exact after a file was written in this session, with `size_bytes` 0.
     """
     most = caller.limits.max_stored_bytes
     if most is None:
@@ -117,16 +118,20 @@ def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
 
 
 def lock(session: Session, caller: Caller) -> None:
-    """Let no other job of a tenant with stocks be written until commit.
+    """Lock the tenant's usage until commit, if it has stocks, so that its jobs are written in turn.
 
-    To be called first in the transaction: who waits here must not keep a tier's releases, or the row of a key, from others.
+    Call it first in the transaction. Waiting here later would hold locks that others need: those of
+    a tier's releases, or the row of a key.
     """
     if caller.limits.has_stocks:
         usage.lock(session, tenant_id=caller.tenant_id)
 
 
 def check_stocks(session: Session, caller: Caller) -> None:
-    """Check that what was just written, and all before it, is within the caller's stocks. Raises QuotaExceeded, TooManyJobs."""
+    """Check the caller's stocks, with what this session has just written.
+
+    Raises QuotaExceeded, TooManyJobs.
+    """
     limits = caller.limits
     if not limits.has_stocks:
         return

@@ -1,4 +1,4 @@
-"""Ask for a job's parameters again: nothing is resolved anew, so the same image comes of them."""
+"""Submit the parameters of a job again; they are not resolved anew, so the image is the same."""
 
 import uuid
 
@@ -18,7 +18,7 @@ from policy.params import params_of, pictures_of
 def replay(
     runtime: Runtime, caller: Caller, job_id: uuid.UUID, *, once: Once | None = None
 ) -> Accepted:
-    """Accept a job with every parameter of the caller's job, the version of its model included.
+    """Accept a job with every parameter of the caller's job, including its model version.
 
     Raises JobNotFound, ReplayImpossible and what `accept_once` raises.
     """

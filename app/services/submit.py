@@ -1,6 +1,7 @@
-"""From a request for images to an accepted job: look up its key, resolve, admit, write, announce.
+"""Turn a request for images into an accepted job: look up its key, resolve, admit, write, announce.
 
-Every way in leads through `accept_once`, but for a batch (app/services/batches.py), which writes many at once.
+Every route uses `accept_once`, except batches (app/services/batches.py), which write many jobs at
+once.
 """
 
 import math
@@ -48,10 +49,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a caller asks for.
+    """A caller's request for one job.
 
-    wish: but for its pictures.  pictures: what its fields say of them: ids, data URLs, URLs.
-    metadata: the tenant's own.  start_within_s: its start deadline; None is the tier's own.
+    wish: without its pictures. pictures: by field, an id, a data URL or a URL. metadata: the
+    tenant's own. start_within_s: its start deadline; None for the tier's.
     """
 
     wish: Wish
@@ -60,7 +61,7 @@ class JobRequest:
     start_within_s: float | None = None
 
     def unseen(self) -> Wish:
-        """Return the wish with a stand-in for each picture: nobody has looked at them yet."""
+        """Return the wish with a placeholder for each picture, since none is decoded yet."""
         stand_ins: dict[str, Any] = {
             field: UNSEEN for field, value in self.pictures.items() if value is not None
         }
@@ -82,9 +83,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The job that a request came to.
+    """The job that a request made or found.
 
-    is_new: False where the same request came before, under the same key.  place: where a new one stands.
+    is_new: False if the same request came before with the same key. place: the queue position of a
+    new job.
     """
 
     job: JobDocument
@@ -95,7 +97,7 @@ class Accepted:
 def submit(
     runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None
 ) -> Accepted:
-    """Accept the job that is asked for, once. Raises as `prepare` and `accept_once` do."""
+    """Accept the requested job, once. Raises as `prepare` and `accept_once` do."""
     return accept_once(runtime, caller, lambda: prepare(runtime, caller, asked), once=once)
 
 
@@ -107,11 +109,12 @@ def accept_once(
     once: Once | None = None,
     may_answer: Callable[[JobDocument], bool] = lambda earlier: True,
 ) -> Accepted:
-    """Accept a job, once.
+    """Accept a job, or return the one that an earlier request with the same key made.
 
-    prepare: called only if the same request did not come before.  once: the key that the request comes under; if it
-    came before, the job of then is the answer, as it is now, whatever could be served now.  may_answer: whether that
-    job still answers; where it does not, a new one takes its place under the key.
+    prepare: called only if there is no earlier job. once: the request's idempotency key. An earlier
+    job is returned as it is now, even if no such job could be accepted any more. may_answer: tells
+    whether the earlier job still counts; if not, a new one replaces it under the key.
+
     Raises the Problem of a job that cannot be served now, and what `prepare` raises.
     """
     if once is not None and (earlier := _find_earlier(runtime, caller, once)) is not None:
@@ -132,7 +135,7 @@ def accept_once(
 
 
 def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
-    """Resolve what is asked for, and bring its pictures if such a job could be accepted now.
+    """Resolve the request, and store its pictures if the job could be accepted now.
 
     Raises as `resolve`, `foresee` and `with_pictures` do.
     """
@@ -145,7 +148,10 @@ def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
 
 
 def resolve(runtime: Runtime, caller: Caller, wish: Wish) -> Resolved:
-    """Resolve every parameter of the wish. Raises InvalidImageRequest, which names the field, and Forbidden."""
+    """Resolve every parameter of the wish.
+
+    Raises InvalidImageRequest, which names the field, and Forbidden.
+    """
     try:
         resolved = runtime.resolve(wish)
     except InvalidWish as error:
@@ -157,13 +163,19 @@ def resolve(runtime: Runtime, caller: Caller, wish: Wish) -> Resolved:
 def foresee(
     runtime: Runtime, caller: Caller, resolved: Resolved, *, start_within_s: float | None = None
 ) -> None:
-    """Raise what the job would be refused for now. Nothing is written: for pictures that would be decoded and stored for nothing."""
+    """Raise what the job would be refused for now; nothing is written.
+
+    Call it before pictures are decoded and stored, which a refusal would waste.
+    """
     new, _ = draft(runtime, caller, Prepared(resolved, start_within_s=start_within_s))
     quotas.foresee(runtime, caller, new.megapixel_steps)
 
 
 def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: Intake) -> Resolved:
-    """Put in the files that the fields stand for, brought if they are new. Raises as `Intake.files` and `check_mask` do."""
+    """Add the files of the picture fields, storing new pictures.
+
+    Raises as `Intake.files` and `check_mask` do.
+    """
     found = intake.files(fields)
     if "mask" in found:
         intake.check_mask(found["mask"], resolved.width_px, resolved.height_px)
@@ -178,9 +190,9 @@ def draft(
     *,
     booked: Bookings | None = None,
 ) -> tuple[NewJob, Expected]:
-    """Return all that is to be written of a job that may be let in now, and what is expected of it.
+    """Price and admit a job; return the row to write, and the forecast for it.
 
-    booked: what the caller is about to write before it. Raises the Problem of one that may not be let in.
+    booked: what the caller will write before it. Raises the Problem of a job that is refused.
     """
     resolved, fleet = prepared.params, runtime.fleet
     quotas.check_allowed(caller, resolved)  # a replay was not resolved just now
@@ -206,7 +218,7 @@ def draft(
 
 
 def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | None) -> Accepted:
-    """Write the job, complete with its images, and announce it if there is room."""
+    """Write the job with its images, and announce it if the limits allow."""
     resolved, tenant_id = prepared.params, caller.tenant_id
     drafted, expected = draft(runtime, caller, prepared)
     hint, limits = runtime.forecaster.release_hint(resolved, tenant_id)
@@ -250,9 +262,9 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
 def write(
     session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJob]
 ) -> list[AcceptedRow]:
-    """Write the caller's jobs, if its stocks allow. Raises QuotaExceeded, TooManyJobs: nothing is written then, by rolling back.
+    """Insert the caller's jobs, if its stocks allow. Call it after `quotas.lock`.
 
-    To be called in a transaction that began with `quotas.lock`.
+    Raises QuotaExceeded, TooManyJobs; the transaction must then be rolled back.
     """
     rows = accepting.accept(
         session,
@@ -269,7 +281,7 @@ def write(
 def _announce(
     runtime: Runtime, caller: Caller, new: NewJob, row: AcceptedRow, hint: ReleaseHint
 ) -> None:
-    """Count the job, now that it is committed, and hand it or those before it to Celery."""
+    """Count the committed job, and announce it or the waiting jobs before it."""
     params = new.params
     telemetry.JOBS_ACCEPTED.labels(params.tier, params.model).inc()
     log.info("job_accepted", job_id=str(row.id), tier=params.tier, model=params.model)
@@ -280,9 +292,10 @@ def _announce(
 
 
 def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str) -> None:
-    """Announce waiting jobs as the limits allow, now that the caller's rows are committed.
+    """Announce waiting jobs as the limits allow; the caller's rows must be committed.
 
-    They are accepted whatever happens here: the sweeper covers a crash, a broker or a database that goes away between the two.
+    An error here does not undo the accept. If the process crashes, or the broker or the database
+    goes away, the sweeper announces them.
     """
     try:
         runtime.release.release(pool, tier, tenant_id=caller.tenant_id)
@@ -291,7 +304,10 @@ def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str)
 
 
 def answer_to(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
-    """Return what the same request came to before; None if it is new, or to be renewed. Raises IdempotencyKeyReused."""
+    """Return the stored answer of the same request; None if it is new or to be renewed.
+
+    Raises IdempotencyKeyReused.
+    """
     if once.renew:
         return None
     try:
@@ -323,7 +339,7 @@ def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
 
 
 def problem_of(refusal: Refusal) -> Problem:
-    """Make the problem of a wish that could be served at another time."""
+    """Make the problem of a job that is refused now but may be accepted later."""
     kinds: dict[str, type[Problem]] = {
         "unserved": ModelUnserved,
         "tenant_queue_full": TenantQueueFull,
@@ -333,13 +349,13 @@ def problem_of(refusal: Refusal) -> Problem:
 
 
 def picture_gone(error: FileGone) -> InvalidImageRequest:
-    """Make the problem of a picture that was erased while the request that names it was being read."""
+    """Make the problem of a picture that was erased while the request was being served."""
     detail = f"The picture {error.file_id} was deleted meanwhile."
     return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}])
 
 
 def reused() -> IdempotencyKeyReused:
-    """Make the problem of a key that came with another request."""
+    """Make the problem of an idempotency key that came with another request before."""
     return IdempotencyKeyReused(
         "This Idempotency-Key came with another request within the last day.",
         header="Idempotency-Key",
@@ -347,7 +363,10 @@ def reused() -> IdempotencyKeyReused:
 
 
 def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
-    """Return the seconds within which the job must start: what is asked for, or the tier's own. Raises InvalidImageRequest."""
+    """Return the seconds within which the job must start: the requested ones, or the tier's.
+
+    Raises InvalidImageRequest.
+    """
     if asked_s is None:
         return longest_s
     if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):

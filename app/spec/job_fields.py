@@ -1,4 +1,4 @@
-"""Say what a job's fields mean and may be, by what is enforced and what fleet.toml offers."""
+"""Describe a job's fields and their bounds, by what is enforced and what fleet.toml offers."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ ABOUT = {
 
 
 def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """Return keywords of JSON Schema by the names of a job's fields; all that is accepted fits."""
+    """Return JSON Schema keywords by the names of a job's fields; every accepted value fits."""
     models, tiers = fleet.models.values(), fleet.tiers.values()
     longest_prompt = max(model.max_prompt_chars for model in models)
     bounds: dict[str, dict[str, Any]] = {
@@ -58,17 +58,13 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
             "maximum": max(tier.start_within_s for tier in tiers),
         },
     }
-    as_asked = {
-        param.member: {"description": param.says} | _bounds(param)
-        for param in PARAMS
-        if param.member in ASKED
-    }
+    as_asked = {param.member: {"description": param.says} | _bounds(param) for param in PARAMS if param.member in ASKED}
     said = {name: {"description": about} | bounds.get(name, {}) for name, about in ABOUT.items()}
     return as_asked | said
 
 
 def _bounds(param: Param) -> dict[str, Any]:
-    """Return the range of a parameter that is what the request says, whatever the model."""
+    """Return the range of a parameter whose bounds do not depend on the model."""
     rule = param.as_asked
     if rule is None:
         return {}

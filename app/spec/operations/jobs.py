@@ -1,4 +1,4 @@
-"""Operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate."""
+"""Describe the operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate."""
 
 from app.http.listing import METADATA
 from app.schemas.bodies import BatchBody, JobBody
