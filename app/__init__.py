@@ -53,7 +53,7 @@ BLUEPRINTS = (
     links.bp,
     health.bp,
 )
-# of RFC 9110 and 5789
+# The methods of RFC 9110 and 5789.
 METHODS = frozenset(
     {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"}
 )
@@ -65,10 +65,8 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app = Flask(__name__)
     app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-    app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = (
-        settings.max_body_bytes,
-        MAX_FORM_PARTS,
-    )
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes
+    app.config["MAX_FORM_PARTS"] = MAX_FORM_PARTS
     assert isinstance(app.json, DefaultJSONProvider)
     app.json.sort_keys = False
     app.extensions["darkroom"] = open_runtime(settings, fleet)
@@ -77,7 +75,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)
-    # after _open_request, and before any blueprint asks for a key
+    # After _open_request, and before any blueprint asks for a key.
     cors.register(app, settings.cors_allowed_origins)
     app.wsgi_app = PathPrefix(app.wsgi_app, settings)  # type: ignore[method-assign]
     app.teardown_request(uploads.release)
@@ -99,7 +97,7 @@ def _close_request(response: Response) -> Response:
     response.headers["X-Content-Type-Options"] = "nosniff"
     ratelimit.tell(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
-    # no client may choose what a label says
+    # Clients must not choose the value of a metric's label.
     method = request.method if request.method in METHODS else "unknown"
     telemetry.HTTP_REQUESTS.labels(method, route, response.status_code).inc()
     if "Preference-Applied" not in response.headers and "opened_at" in g:

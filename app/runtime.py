@@ -61,7 +61,7 @@ class Runtime:
     waits: Capacity
     uploads: UploadRoom
     decoders: Decoders = field(default_factory=Decoders)
-    # What pictures select as masks, by question, content and size.
+    # Answers about pictures (does a mask select anything?), by question, content and size.
     judged: Cache[tuple[str, str, int, int], bool] = field(
         default_factory=lambda: Cache("judged", 10_000)
     )
@@ -90,7 +90,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     news = News(settings.handoff_url)
-    # So that who may come in, and what waits, is read however many write.
+    # An engine of its own, so that keys and queues can be read however many requests write.
     aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)

@@ -18,5 +18,5 @@ at_most = connections.at_most(
     web_concurrency=settings.web_concurrency,
 )
 log.info("database_connections", at_most=at_most)
-# its metrics are served by deploy/gunicorn.conf.py, for all processes
+# Its metrics are served by deploy/gunicorn.conf.py, for all processes.
 application = create_app(settings, fleet)

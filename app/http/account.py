@@ -64,7 +64,8 @@ def show_usage() -> ResponseReturnValue:
 def read_days(asked: Request) -> tuple[date, date]:
     """Read `from` and `to`; the default is this month up to today. Raises InvalidQuery."""
     today = datetime.now(UTC).date()
-    since, until = _day(asked, "from", today.replace(day=1)), _day(asked, "to", today)
+    since = _day(asked, "from", today.replace(day=1))
+    until = _day(asked, "to", today)
     if not 0 <= (until - since).days <= MOST_DAYS:
         raise InvalidQuery(f"to must be from `from` to {MOST_DAYS} days later.", parameter="to")
     return since, until

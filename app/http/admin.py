@@ -205,7 +205,7 @@ def _instant(text: str | None) -> datetime | None:
     try:
         at = datetime.fromisoformat(text.upper())
         is_future = at.tzinfo is not None and at.astimezone(UTC) > datetime.now(UTC)
-    except (ValueError, OverflowError):  # no instant, or one that no calendar has in UTC
+    except (ValueError, OverflowError):  # no instant, or one that is out of range in UTC
         is_future = False
     if not is_future:
         detail = "must be an instant in the future, with its offset"

@@ -39,7 +39,9 @@ def require_key() -> None:
         telemetry.AUTH_FAILURES.labels("scope").inc()
         detail = f"This API key lacks the scope {' or '.join(f'`{scope}`' for scope in enough)}."
         raise Forbidden(detail, scope=enough[0], scopes=sorted(found.scopes))
-    if "admin" not in enough:  # or an operator whose tenant is at its limits could not raise them
+    if (
+        "admin" not in enough
+    ):  # an operator whose tenant is at its limits must be able to raise them
         _count_request(g.caller)
     uploads.admit(request, runtime().uploads, g.caller.tenant_id)
 
@@ -52,13 +54,8 @@ def _known(key: str) -> Known | None:
     known = parts.keyring.find(kid)
     if known is None or not known.key.is_live(time.time()):
         return None
-    return (
-        known
-        if api_keys.is_it(
-            key, known.key.digest, pepper=parts.settings.api_key_pepper.get_secret_value()
-        )
-        else None
-    )
+    pepper = parts.settings.api_key_pepper.get_secret_value()
+    return known if api_keys.is_it(key, known.key.digest, pepper=pepper) else None
 
 
 def _count_request(asking: Caller) -> None:

@@ -34,9 +34,8 @@ def create_jobs() -> ResponseReturnValue:
     Answers 200 with the job or the problem of each item, in the order of the request.
     """
     request.max_content_length = runtime().settings.max_batch_bytes
-    items, defaults = _read_batch(
-        read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS})
-    )
+    body = read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS})
+    items, defaults = _read_batch(body)
     once = read_once(request, [items, defaults])
     done = submit_batch(runtime(), caller(), _asked(items, defaults), once=once)
     return answer(_view(done), headers={} if done.is_new else {REPLAYED: "true"})
@@ -89,16 +88,13 @@ def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Read the items, and the defaults for fields that they omit. Raises InvalidImageRequest."""
     for name in body:
         if name not in ("jobs", "defaults"):
-            raise invalid_wish(
-                InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"])
-            )
-    items, defaults = body.get("jobs"), body.get("defaults", {})
+            wrong = InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"])
+            raise invalid_wish(wrong)
+    items = body.get("jobs")
+    defaults = body.get("defaults", {})
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
-        raise invalid_wish(
-            InvalidWish(
-                "jobs", f"must be a list of 1 to {MAX_JOBS} jobs", {"min": 1, "max": MAX_JOBS}
-            )
-        )
+        detail = f"must be a list of 1 to {MAX_JOBS} jobs"
+        raise invalid_wish(InvalidWish("jobs", detail, {"min": 1, "max": MAX_JOBS}))
     if not isinstance(defaults, dict):
         raise invalid_wish(InvalidWish("defaults", "must be an object with fields of a job"))
     parse_shared(defaults)

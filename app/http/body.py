@@ -32,10 +32,11 @@ from policy.params import ASKED, PICTURES, AdapterWish, Wish
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
-# of any object, any list, and of one within the other
-MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16
-MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
-MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
+MAX_MEMBERS = 64  # of an object
+MAX_ENTRIES = 256  # of a list
+MAX_DEPTH = 16  # of objects and lists within each other
+MAX_VALUES = 100_000  # of a body; a batch of a thousand jobs with every field has fewer
+MAX_ERRORS = 20  # in one problem; a body can have about as many errors as bytes
 NO_LISTS: Mapping[str, int] = {}
 _MISSING = "This field is required"
 
@@ -62,9 +63,8 @@ def parse(
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise problem(
-            "The request has fields that cannot be used.", **_told(field_errors(error, kind))
-        ) from None
+        members = _told(field_errors(error, kind))
+        raise problem("The request has fields that cannot be used.", **members) from None
 
 
 def parse_shared(fields: Mapping[str, Any]) -> None:
@@ -75,13 +75,11 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
     try:
         JobBody.model_validate(fields)
     except ValidationError as error:
-        if errors := [
-            entry for entry in field_errors(error, JobBody) if entry["detail"] != _MISSING
-        ]:
+        found = field_errors(error, JobBody)
+        if errors := [entry for entry in found if entry["detail"] != _MISSING]:
             within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
-            raise InvalidImageRequest(
-                "The defaults have fields that cannot be used.", **_told(within)
-            ) from None
+            detail = "The defaults have fields that cannot be used."
+            raise InvalidImageRequest(detail, **_told(within)) from None
 
 
 def job_request(body: JobBody) -> JobRequest:
@@ -117,13 +115,8 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
             detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
             raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
-        raise invalid_wish(
-            InvalidWish(
-                "metadata",
-                f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted",
-                accepted,
-            )
-        )
+        detail = f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted"
+        raise invalid_wish(InvalidWish("metadata", detail, accepted))
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:
@@ -172,10 +165,10 @@ def read_object(
         raise UnsupportedMediaType(
             "Send the request as `Content-Type: application/json`.", accepted=["application/json"]
         )
-    # not kept for as long as the client waits: it may hold pictures
+    # Not cached, so that a body with pictures is freed while the client waits.
     content = request.get_data(cache=False)
     if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
-        # werkzeug cuts a chunked one off silently
+        # werkzeug truncates a chunked body without an error.
         raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")
     try:
         body = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_object)
@@ -200,7 +193,8 @@ def check_bounds(
     Raises MalformedBody for a value that is nested too deeply. Call it before anything else reads
     the value: validation and error messages cost time and memory for each member.
     """
-    left, inner = MAX_VALUES, [("", body, 1)]
+    left = MAX_VALUES
+    inner = [("", body, 1)]
     while inner:
         pointer, value, depth = inner.pop()
         if depth > MAX_DEPTH:
@@ -208,17 +202,13 @@ def check_bounds(
         is_object = isinstance(value, Mapping)
         most = MAX_MEMBERS if is_object else lists.get(pointer, MAX_ENTRIES)
         if len(value) > most:
-            raise _too_much(
-                problem,
-                pointer,
-                f"has {len(value)} {'members' if is_object else 'entries'}; at most {most} are accepted",
-                most,
-            )
+            what = "members" if is_object else "entries"
+            detail = f"has {len(value)} {what}; at most {most} are accepted"
+            raise _too_much(problem, pointer, detail, most)
         left -= len(value)
         if left < 0:
-            raise _too_much(
-                problem, pointer, f"is of a body with more than {MAX_VALUES} values", MAX_VALUES
-            )
+            detail = f"is of a body with more than {MAX_VALUES} values"
+            raise _too_much(problem, pointer, detail, MAX_VALUES)
         named = value.items() if isinstance(value, Mapping) else enumerate(value)
         inner += [
             (f"{pointer}/{_escaped(name)}", each, depth + 1)
@@ -240,9 +230,8 @@ def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
     """Build a JSON object; raise ValueError for a repeated member, which has no clear meaning."""
     found = dict(members)
     if len(found) < len(members):
-        name = next(
-            name for name, count in Counter(name for name, _ in members).items() if count > 1
-        )
+        counts = Counter(name for name, _ in members)
+        name = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"an object has the member {name[:64]!r} more than once")
     return found
 
@@ -253,17 +242,15 @@ def _refuse_constant(name: str) -> None:
 
 def field_errors(error: ValidationError, kind: type[BaseModel]) -> list[dict[str, Any]]:
     """Describe each wrong field, as the `errors` of a problem."""
-    return [
-        _field_error(entry, kind)
-        for entry in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
+    entries = error.errors(include_url=False, include_context=False, include_input=False)
+    return [_field_error(entry, kind) for entry in entries]
 
 
 def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
     pointer = "/" + "/".join(_escaped(part) for part in error["loc"])
     entry = {"pointer": pointer, "detail": error["msg"]}
     if error["type"] == "extra_forbidden":
-        # the only objects within one
+        # An adapter is the only object within a body.
         names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields
         entry |= {"detail": "There is no such field", "accepted": list(names)}
     elif error["type"] == "missing":

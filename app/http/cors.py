@@ -10,9 +10,11 @@ import re
 from flask import Flask, Response, current_app, request
 
 METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
-EXPOSED = (  # what a page may read of an answer, beside what every page may
-    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Idempotency-Replayed, Link, Location, "
-    "Preference-Applied, RateLimit, RateLimit-Policy, Retry-After, X-Darkroom-Job-Id, X-Request-Id, X-Should-Retry"
+# The headers that a page may read of an answer, beside those that CORS allows every page.
+EXPOSED = (
+    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, "
+    "Idempotency-Replayed, Link, Location, Preference-Applied, RateLimit, RateLimit-Policy, "
+    "Retry-After, X-Darkroom-Job-Id, X-Request-Id, X-Should-Retry"
 )
 ASKED_AGAIN_AFTER_S = 600
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(\s*,\s*[A-Za-z0-9-]{1,64}){0,63}")
@@ -32,13 +34,13 @@ def register(app: Flask, allowed_origins: str) -> None:
             "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
         )
         if request.routing_exception is not None and not (is_preflight and origins):
-            return None  # 404. But a page learns of that only from the request after its preflight
+            return None  # 404; a page sees that status only in the request after its preflight
         response = Response(status=204)
         del response.headers["Content-Type"]
         response.headers["Allow"] = METHODS
         if request.routing_exception is None:
             routes = current_app.create_url_adapter(request)
-            assert routes is not None  # of a request there always is one
+            assert routes is not None  # a request always has an adapter
             response.headers["Allow"] = ", ".join(sorted(routes.allowed_methods()))
         if is_preflight and _allowed(origins) is not None:
             _permit(response)
@@ -48,7 +50,7 @@ def register(app: Flask, allowed_origins: str) -> None:
         if not origins:
             return response
         if origins != {"*"}:
-            # also without one: a cache must not give that answer to a page
+            # Also for requests without an Origin: a cache must not give their answer to a page.
             response.vary.add("Origin")
         allowed = _allowed(origins)
         if allowed is not None:

@@ -38,18 +38,22 @@ class Stored:
         """Describe an image of a job."""
         filename = f"{artifact.job_id}-{artifact.index}.{extension_of(artifact.content_type)}"
         return cls(
-            artifact.object_key,
-            artifact.content_type,
-            artifact.size_bytes,
-            artifact.content_sha256,
-            filename,
+            key=artifact.object_key,
+            content_type=artifact.content_type,
+            size_bytes=artifact.size_bytes,
+            content_sha256=artifact.content_sha256,
+            filename=filename,
         )
 
     @classmethod
     def file(cls, file: File) -> Self:
         """Describe a picture that a tenant uploaded."""
         return cls(
-            file.object_key, "image/png", file.size_bytes, file.content_sha256, f"{file.id}.png"
+            key=file.object_key,
+            content_type="image/png",
+            size_bytes=file.size_bytes,
+            content_sha256=file.content_sha256,
+            filename=f"{file.id}.png",
         )
 
     def presigned_url(self) -> str:
@@ -121,7 +125,8 @@ def _span(stored: Stored) -> Span | None:
 
     A request for several ranges is answered with the whole picture, too.
     """
-    wanted, size = request.range if request.method == "GET" else None, stored.size_bytes
+    wanted = request.range if request.method == "GET" else None
+    size = stored.size_bytes
     if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1 or not _is_same(stored):
         return None
     found = wanted.range_for_length(size)

@@ -88,24 +88,16 @@ def _body_not_there(error: ClientDisconnected) -> Response:
 
 def _database_away(error: Exception) -> Response:
     if (why := conflict(error)) is not None:
-        # every try of the transaction lost; the database itself is well
+        # Every try of the transaction met a conflict; the database itself works.
         log.warning("transaction_conflicts", why=why)
-        return respond(
-            PartUnavailable(
-                "Too much is being changed here at once; the same request will do in a moment.",
-                retry_after_s=1,
-            )
-        )
+        detail = "Too much is being changed here at once; the same request will do in a moment."
+        return respond(PartUnavailable(detail, retry_after_s=1))
     log.warning("database_away", reason=type(error).__name__)
-    return respond(
-        PartUnavailable(
-            "The database cannot be reached right now.", retry_after_s=2, part="database"
-        )
-    )
+    detail = "The database cannot be reached right now."
+    return respond(PartUnavailable(detail, retry_after_s=2, part="database"))
 
 
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected_error", exc_info=error)
-    return respond(
-        Unexpected("Something went wrong on our side; quote the request id when you report it.")
-    )
+    detail = "Something went wrong on our side; quote the request id when you report it."
+    return respond(Unexpected(detail))

@@ -37,7 +37,7 @@ def show_estimate() -> ResponseReturnValue:
         for field, value in body.pictures.items()
     }
     if asked.wish.seed in (None, RANDOM_SEED):
-        params["seed"] = None  # one that was not asked for is drawn for the job
+        params["seed"] = None  # without a requested seed, the job will draw its own
     shown = schemas.Estimate(
         **params,
         metadata=body.metadata,

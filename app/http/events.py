@@ -20,7 +20,7 @@ from models.tables import Job
 bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
 
-_RETRY_MS = 2000  # before a browser comes again
+_RETRY_MS = 2000  # before a browser reconnects
 EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
 
 
@@ -64,7 +64,7 @@ def teller() -> Tell:
 def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
     with suppress(Unauthenticated):
-        # the key was revoked: the client hears of it when it comes back
+        # The key was revoked: the stream ends, and the client gets a 401 when it reconnects.
         for event in stream:
             if event is None:
                 yield ": still here\n\n"

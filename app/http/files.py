@@ -23,7 +23,7 @@ bp = Blueprint("files", __name__, url_prefix="/v1/files")
 bp.before_request(require_key)
 
 FIELD = "file"
-_SAID_FOR_NOTHING = ("purpose",)  # OpenAI's clients have to say it
+_SAID_FOR_NOTHING = ("purpose",)  # ignored: OpenAI's clients must send it
 CONTENT_TYPES = [
     "multipart/form-data",
     "image/png",
@@ -112,11 +112,13 @@ def is_left_out(file: FileStorage) -> bool:
 
 def _spooled(asked: Request) -> BinaryIO:
     spool = Spool()  # the caller closes it
-    length, limit = 0, asked.max_content_length or 0
+    length = 0
+    limit = asked.max_content_length or 0
     while piece := asked.stream.read(65_536):
         length += len(piece)
         spool.write(piece)
-    if asked.content_length is None and length >= limit:  # werkzeug cuts a chunked one off silently
+    # werkzeug truncates a chunked body without an error.
+    if asked.content_length is None and length >= limit:
         raise BodyTooLarge(f"The body is larger than {limit} bytes.")
     spool.seek(0)
     return spool  # type: ignore[return-value]

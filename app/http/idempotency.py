@@ -9,10 +9,11 @@ from flask import Request
 from app.problems import InvalidQuery
 from models.idempotency import Once
 
-HEADER, REPLAYED = "Idempotency-Key", "Idempotency-Replayed"
+HEADER = "Idempotency-Key"
+REPLAYED = "Idempotency-Replayed"
 MAX_KEY_CHARS = 255
 _QUOTED = re.compile(r'"((?:[ !#-\[\]-~]|\\["\\])*)"')
-# visible ASCII without what would make it a list, or have parameters: " , ; \
+# Visible ASCII without " , ; \ which would make the value a list or give it parameters.
 _BARE = re.compile(r"[!#-+\--:<-\[\]-~]+")
 
 
@@ -36,6 +37,9 @@ def read_key(text: str) -> str:
     quoted = _QUOTED.fullmatch(text)
     key = re.sub(r"\\(.)", r"\1", quoted[1]) if quoted else text
     if not 1 <= len(key) <= MAX_KEY_CHARS or not (quoted or _BARE.fullmatch(text)):
-        accepted = f"1 to {MAX_KEY_CHARS} printable ASCII characters, in double quotes if there are spaces, commas, semicolons or quotes"
+        accepted = (
+            f"1 to {MAX_KEY_CHARS} printable ASCII characters, in double quotes if there are"
+            " spaces, commas, semicolons or quotes"
+        )
         raise InvalidQuery(f"{HEADER} must be {accepted}.", header=HEADER, accepted=accepted)
     return key

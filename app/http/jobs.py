@@ -154,7 +154,7 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
             try:
                 view = _view(*_wait_for_job(job.id, applied_s))
             except SQLAlchemyError as error:
-                # it is accepted: who is told otherwise asks for it again
+                # The job is accepted: after an error the client would submit it again.
                 log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
             else:
                 headers["Preference-Applied"] = f"wait={applied_s}"
@@ -174,12 +174,9 @@ def _view(job: Job | JobDocument, steps: list[Step]) -> schemas.Job:
 
 
 def _place(job: Job | JobDocument, steps: list[Step]) -> QueuePlace | None:
-    is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
-    return (
-        runtime().forecaster.place_of(job, sum(step.step for step in steps))
-        if is_waited_for
-        else None
-    )
+    if job.state not in (JobState.QUEUED, JobState.RUNNING):
+        return None
+    return runtime().forecaster.place_of(job, sum(step.step for step in steps))
 
 
 def _steps(job: Job | JobDocument) -> list[Step]:

@@ -22,29 +22,24 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d
 
 def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
     """Return the filter and the page size. Raises InvalidQuery, which names the parameter."""
-    said, metadata = {}, {}
+    said = {}
+    metadata = {}
     for name, values in query.lists():
         _check(name, values)
         if name.startswith(METADATA):
             metadata[name.removeprefix(METADATA)] = values[0]
         else:
             said[name] = values[0]
-    before = (
-        [first_id(read_instant("created_before", said["created_before"]))]
-        if "created_before" in said
-        else []
-    )
-    before += [parse_cursor(said["cursor"])] if "cursor" in said else []
-    since = (
-        [first_id(read_instant("created_after", said["created_after"]))]
-        if "created_after" in said
-        else []
-    )
+    before = []
+    if "created_before" in said:
+        before.append(first_id(read_instant("created_before", said["created_before"])))
+    if "cursor" in said:
+        before.append(parse_cursor(said["cursor"]))
     bounds = {"before": min(before)} if before else {}
-    bounds |= {"since": since[0]} if since else {}
-    return Sought(**bounds, state=_state(said.get("state")), metadata=metadata), parse_limit(
-        said.get("limit", str(DEFAULT_PAGE))
-    )
+    if "created_after" in said:
+        bounds["since"] = first_id(read_instant("created_after", said["created_after"]))
+    sought = Sought(**bounds, state=_state(said.get("state")), metadata=metadata)
+    return sought, parse_limit(said.get("limit", str(DEFAULT_PAGE)))
 
 
 def read_instant(parameter: str, text: str) -> datetime:

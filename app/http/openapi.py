@@ -16,7 +16,8 @@ bp = Blueprint("openapi", __name__)
 
 # The viewer draws its own styles and pictures; scripts come from here alone.
 POLICY = (
-    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 PAGE = """<!doctype html>
@@ -29,9 +30,11 @@ PAGE = """<!doctype html>
 <script type="module" src="{prefix}/static/docs/rapidoc-min.js"></script>
 </head>
 <body style="margin: 0">
-<rapi-doc spec-url="{prefix}/openapi.json" render-style="read" show-header="false" allow-authentication="true"
+<rapi-doc spec-url="{prefix}/openapi.json" render-style="read" show-header="false" \
+allow-authentication="true"
   allow-server-selection="false"
-  load-fonts="false" schema-style="table" persist-auth="false" regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
+  load-fonts="false" schema-style="table" persist-auth="false" \
+regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
 </rapi-doc>
 </body>
 </html>

@@ -13,7 +13,8 @@ from flask import Request, url_for
 
 from app.problems import InvalidQuery
 
-MAX_PAGE, DEFAULT_PAGE = 100, 20  # rows
+MAX_PAGE = 100  # rows
+DEFAULT_PAGE = 20  # rows
 
 
 def read_limit(request: Request) -> int:
@@ -77,7 +78,7 @@ def next_page(
         return None, {}
     cursor = cursor_of(ids[limit - 1] if len(ids) > limit else more_before or ids[-1])
     said = {name: value for name, value in request.args.items() if name != "cursor"}
-    # not by url_for: it has parameters of its own, and clients choose these names
+    # Not by url_for: it has parameters of its own, and clients choose these names.
     query = urlencode(said | {"cursor": cursor})
     path = url_for(str(request.endpoint), **request.view_args or {})
     return cursor, {"Link": f'<{path}?{query}>; rel="next"'}

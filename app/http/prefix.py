@@ -27,11 +27,9 @@ class PathPrefix:
     def __init__(self, application: "WSGIApplication", settings: GatewaySettings) -> None:
         self._trusts_proxy = settings.trust_forwarded_headers
         self._own = urlsplit(settings.public_url).path
-        self._application = (
-            ProxyFix(application, x_for=0, x_proto=1, x_host=1)
-            if self._trusts_proxy
-            else application
-        )
+        if self._trusts_proxy:
+            application = ProxyFix(application, x_for=0, x_proto=1, x_host=1)
+        self._application = application
 
     def __call__(
         self, environ: "WSGIEnvironment", start_response: "StartResponse"
@@ -47,9 +45,7 @@ class PathPrefix:
 
     def _prefix(self, environ: "WSGIEnvironment") -> str:
         """Return the prefix that a trusted proxy sends; otherwise the path of PUBLIC_URL."""
-        told = (
-            str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/")
-            if self._trusts_proxy
-            else ""
-        )
+        if not self._trusts_proxy:
+            return self._own
+        told = str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/")
         return told if PATH_PREFIX.fullmatch(told) else self._own

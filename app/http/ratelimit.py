@@ -17,7 +17,9 @@ def tell(response: Response) -> None:
     asking: Caller | None = g.get("caller")
     if asking is None:
         return
-    limits, policies, stands = asking.limits, [], []
+    limits = asking.limits
+    policies = []
+    stands = []
     counted = asking.used.requests
     if counted is not None:
         policies.append(f'"requests";q={limits.requests_per_minute};w={WINDOW_S}')
@@ -26,9 +28,8 @@ def tell(response: Response) -> None:
         policies.append(f'"megapixel-steps";q={limits.megapixel_steps_per_minute:.0f};w={WINDOW_S}')
         taken = asking.used.budget
         if taken is not None:
-            stands.append(
-                f'"megapixel-steps";r={max(0, math.floor(taken.left))};t={math.ceil(taken.wait_s)}'
-            )
+            remaining = max(0, math.floor(taken.left))
+            stands.append(f'"megapixel-steps";r={remaining};t={math.ceil(taken.wait_s)}')
     if policies:
         response.headers["RateLimit-Policy"] = ", ".join(policies)
     if stands:

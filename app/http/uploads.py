@@ -31,11 +31,10 @@ def admit(asked: Request, room: UploadRoom, tenant_id: uuid.UUID) -> None:
     size = asked.content_length
     if size is None and "chunked" in asked.headers.get("Transfer-Encoding", "").lower():
         size = room.largest_bytes
-    # such a body comes only when a thread has asked for it
+    # With Expect, the client sends its body only once a thread asks for it.
     least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES
     if size is None or not least < size <= room.largest_bytes:
-        # beyond that, whoever reads refuses it
-        return
+        return  # small, or so large that it is refused where it is read
     holdings: list[Holding] = g.setdefault("upload_holdings", [])
     holdings.append(room.take_body(tenant_id))
     if asked.mimetype != "application/json":
@@ -91,7 +90,7 @@ class SpoolingRequest(Request):
     def get_data(self, *args: Any, **options: Any) -> Any:
         data = super().get_data(*args, **options)
         if len(data) <= SMALL_BODY_BYTES:
-            release()  # it was chunked, and small after all
+            release()  # a chunked body turned out to be small
         return data
 
     def _get_file_stream(self, *args: Any, **kwargs: Any) -> IO[bytes]:

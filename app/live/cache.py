@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-PATIENCE_S = 5.0  # with whoever reads for all: another read under load makes it later still
+PATIENCE_S = 5.0  # with the thread that reads; more reads under load would only make it later
 
 
 @dataclass(slots=True)
@@ -116,9 +116,8 @@ class Cache(Generic[Key, Value]):
                 entry = self._entries.get(key)
                 age_s = asked_at - entry.read_at if entry is not None else math.inf
                 running = self._reads.get(key)
-                if entry is not None and age_s < self._keep_for_s + (
-                    self._stale_for_s if running else 0.0
-                ):
+                allowed_s = self._keep_for_s + (self._stale_for_s if running else 0.0)
+                if entry is not None and age_s < allowed_s:
                     return entry.value
                 left_s = asked_at + PATIENCE_S - time.monotonic()
                 if not running or left_s <= 0:

@@ -22,15 +22,16 @@ class Capacity:
 
     def __init__(self, most: int, gauge: Gauge | None = None) -> None:
         self.most = most
-        self._gauge, self._lock = gauge, threading.Lock()
-        self._in_use, self._held = 0, Counter[uuid.UUID]()
+        self._gauge = gauge
+        self._lock = threading.Lock()
+        self._in_use = 0
+        self._held = Counter[uuid.UUID]()
 
     def take(self, tenant_id: uuid.UUID, amount: int = 1) -> "Holding | None":
         """Take an amount until it is released; None if this tenant cannot have it now."""
         with self._lock:
-            if not may_take(
-                amount, held=self._held[tenant_id], in_use=self._in_use, most=self.most
-            ):
+            held = self._held[tenant_id]
+            if not may_take(amount, held=held, in_use=self._in_use, most=self.most):
                 return None
             self._add(tenant_id, amount)
         return Holding(self, tenant_id, amount)
@@ -58,7 +59,9 @@ class Holding:
     """An amount of a capacity that a tenant holds until it is released."""
 
     def __init__(self, capacity: Capacity, tenant_id: uuid.UUID, amount: int) -> None:
-        self._capacity, self._tenant_id, self._amount = capacity, tenant_id, amount
+        self._capacity = capacity
+        self._tenant_id = tenant_id
+        self._amount = amount
 
     def release(self) -> None:
         """Give the amount back; harmless when repeated by the same thread."""

@@ -36,10 +36,10 @@ from policy.steps import denoising_of, image_steps
 
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
-# beyond these, while somebody reads: with a slow database no request waits for it
+# How much longer a value serves while it is read again, so that no request waits for a slow read.
 STALE_FOR_S = 5.0
-MOST_KEPT = 10_000  # pools; pools and tiers; models, each with the sizes that are asked for
-# for one job: then none come, and jobs that need none pass all that wait for theirs
+MOST_KEPT = 10_000  # entries of each cache: pools; pools and tiers; models with their sizes
+# How long one job waits for pictures until jobs that need none may pass all that wait for theirs.
 PICTURES_LATE_S = 3.0
 
 
@@ -149,7 +149,8 @@ def _without(
     left = []
     for flow in backlogs:
         out = lacking.get((flow.tier, flow.tenant_id), Lacking(0, 0.0))
-        jobs, queued_s = max(0, flow.queued_jobs - out.jobs), max(0.0, flow.queued_s - out.queued_s)
+        jobs = max(0, flow.queued_jobs - out.jobs)
+        queued_s = max(0.0, flow.queued_s - out.queued_s)
         left.append(replace(flow, queued_jobs=jobs, queued_s=queued_s))
     return left
 
@@ -188,7 +189,7 @@ class QueueForecaster:
         self._pools: Cache[str, tuple[_PoolState, _PoolState]] = _cache(FRESH_FOR_S, refresher)
         self._costs: Cache[learning.CostKey, Cost | None] = _cache(LEARNT_FOR_S, refresher)
         self._learnt: Cache[tuple[str, str], EtaRatios | None] = _cache(LEARNT_FOR_S, refresher)
-        # The oldest job of each pool whose pictures have been asked for, and since when it is that.
+        # By pool: the oldest job that waits for requested pictures, and since when it is the oldest.
         self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
 
@@ -250,7 +251,7 @@ class QueueForecaster:
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         limits = self._limits(wish.pool, wish.tier, state.slots)
         if pictures_of(wish) or wish.tier in state.lacking_inputs:
-            # Its pictures are to be asked for; or how many that wait are before it is not known.
+            # Its pictures must be requested first; or the number of jobs before it is not known.
             return ReleaseHint.TRY_RELEASE, limits
         outstanding = state.outstanding.get(wish.tier, Outstanding())
         queued_jobs = state.lines.get(wish.tier, Line()).jobs
@@ -273,7 +274,8 @@ class QueueForecaster:
         if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
             return None
         state = self._pool_state(job.pool, needs_pictures=bool(pictures_of(job)))
-        snapshot, ratios = self._snapshot(state, job.tenant_id), self._ratios(job.pool, job.tier)
+        snapshot = self._snapshot(state, job.tenant_id)
+        ratios = self._ratios(job.pool, job.tier)
         is_queued = job.state == JobState.QUEUED
         clock = state.clocks.get(job.tier, job.release_tag)
         place = admission.place_in(
@@ -303,7 +305,8 @@ class QueueForecaster:
         """
         own = {}
         for tier in self._fleet.tiers:
-            flow, more = state.flows.get((tier, tenant_id)), booked.get(tier)
+            flow = state.flows.get((tier, tenant_id))
+            more = booked.get(tier)
             if flow is None and more is None:
                 continue
             counted = _waiting(flow) if flow is not None else Waiting(1.0, 0, 0.0)
@@ -348,7 +351,8 @@ class QueueForecaster:
         That is so when the same job has been the oldest to wait for requested pictures for
         PICTURES_LATE_S.
         """
-        now, oldest = time.monotonic(), inputs.oldest_asked(session, pool=pool)
+        now = time.monotonic()
+        oldest = inputs.oldest_asked(session, pool=pool)
         with self._lock:
             known, since = self._waits_for_pictures.get(pool, (None, now))
             if oldest is None:

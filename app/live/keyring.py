@@ -20,11 +20,11 @@ from policy.limits import Limits, limits_of
 
 log = structlog.get_logger(__name__)
 
-# A key is looked up again after that: a revoked one is refused within a second, in every process.
+# A key is looked up again after that, so every process refuses a revoked key within a second.
 TRUSTED_FOR_S = 0.75
-REFRESHED_AFTER_S = 0.25  # from then on those in use are all looked up again, behind their backs
+REFRESHED_AFTER_S = 0.25  # after that, all keys in use are looked up again in the background
 IN_USE_FOR_S = 5.0
-# keys in use beyond these are looked up alone, each as often as it is not trusted any more
+# Further keys in use are looked up one by one, whenever their time of trust is over.
 MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
 NO_LIVE_KEY = "This API key is unknown, revoked or expired."
@@ -47,7 +47,7 @@ class Keyring:
 
     def __init__(self, database: Engine, refresher: Executor) -> None:
         self._database = database
-        # When each of the keys used last was used; to look at one of these is not to use it.
+        # When each recently used key was used; first in, first out, since a look-up is no use.
         self._used_at: FIFOCache[str, float] = FIFOCache(MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._together: Cache[str, dict[str, Known | None]] = Cache(
@@ -65,12 +65,11 @@ class Keyring:
     def find(self, kid: str) -> Known | None:
         """Find the live key with this public id, as it was at most `TRUSTED_FOR_S` ago."""
         together = self._together.get(_IN_USE, self._read_those_in_use)
-        known = (
-            together[kid]
-            if kid in together
-            else self._alone.get(kid, lambda: self._read({kid})[kid])
-        )
-        if known is not None:  # whoever makes keys up drives none of those in use out
+        if kid in together:
+            known = together[kid]
+        else:
+            known = self._alone.get(kid, lambda: self._read({kid})[kid])
+        if known is not None:  # made-up keys must not displace keys in use
             with self._lock:
                 self._used_at[kid] = time.monotonic()
         return known

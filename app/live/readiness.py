@@ -47,7 +47,8 @@ class Readiness:
     def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
         self._parts = {name: _Part() for name in checks}
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._has_started = False
 
     def start(self) -> None:
@@ -57,9 +58,11 @@ class Readiness:
                 return
             self._has_started = True
         for name in self._checks:
-            threading.Thread(
-                target=self._ask_again_and_again, args=(name,), name=f"ready-{name}", daemon=True
-            ).start()
+            thread_name = f"ready-{name}"
+            asking = threading.Thread(
+                target=self._check_repeatedly, args=(name,), name=thread_name, daemon=True
+            )
+            asking.start()
 
     def close(self) -> None:
         """Stop checking."""
@@ -75,7 +78,7 @@ class Readiness:
         with self._lock:
             return {name: _said(part, now) for name, part in self._parts.items()}
 
-    def _ask_again_and_again(self, name: str) -> None:
+    def _check_repeatedly(self, name: str) -> None:
         part = self._parts[name]
         while True:
             with self._lock:
@@ -83,12 +86,10 @@ class Readiness:
             said = _answer(self._checks[name])
             with self._lock:
                 if part.said is None or part.said["ready"] != said["ready"]:
-                    log.info(
-                        "part_ready" if said["ready"] else "part_not_ready",
-                        part=name,
-                        detail=said.get("detail"),
-                    )
-                part.said, part.asked_at = said, None
+                    event = "part_ready" if said["ready"] else "part_not_ready"
+                    log.info(event, part=name, detail=said.get("detail"))
+                part.said = said
+                part.asked_at = None
             if self._stop.wait(CHECK_EVERY_S):
                 return
 
@@ -108,7 +109,7 @@ def checks(
                 session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
         except OperationalError as error:
             if "read-only" in str(error.orig):
-                # a primary that was demoted, which `make_engine` connects to no more
+                # A demoted primary; `make_engine` opens no new connections to it.
                 return {"ready": False, "detail": "read-only"}
             raise
         return {"ready": True}
@@ -119,9 +120,8 @@ def checks(
         Jobs for other pools wait in Postgres.
         """
         with transaction(database) as session:
-            live = [
-                worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
-            ]
+            found = workers.live(session, silent_for_s=settings.lease_ttl_s)
+            live = [worker.pool for worker in found]
         short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
         detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
         return {"ready": not short, "live": len(live), **detail}
@@ -146,7 +146,7 @@ def _answer(check: Check) -> dict[str, Any]:
     except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, StoreUnavailable) as error:
         return {"ready": False, "detail": type(error).__name__}
     except Exception as error:
-        # whatever a library makes of a part that is half there: the next check must come
+        # Libraries raise anything for a part that works only in part; checking must go on.
         log.error("part_not_checked", exc_info=error)
         return {"ready": False, "detail": type(error).__name__}
 

@@ -56,7 +56,7 @@ class Statuses:
         if root not in self._roots:
             if len(self._roots) >= MOST_ROOTS:
                 return read_status()
-            # a new set: `forget` may be going through the old one
+            # A new set, because another thread may be iterating over the old one in `forget`.
             self._roots = self._roots | {root}
         return self._kept.get((tenant_id, job_id, root), read_status)
 

@@ -37,7 +37,7 @@ LOOK_EVERY_S = 5.0
 CHECK_KEYS_EVERY_S = 0.5
 _REVOKED = Event(None, "revoked", {})
 
-# How an event is told to a client: the event, of which job, and that job as it ended with `final`.
+# Shows an event to a client: takes the event, its job's id, and for `final` the ended job.
 Tell = Callable[[Event, uuid.UUID, Job | None], Event]
 
 
@@ -75,17 +75,16 @@ class Events:
         *,
         most: int,
     ) -> None:
-        self._database, self._forecaster, self._news, self._reader, self._keyring = (
-            database,
-            forecaster,
-            news,
-            reader,
-            keyring,
-        )
+        self._database = database
+        self._forecaster = forecaster
+        self._news = news
+        self._reader = reader
+        self._keyring = keyring
         self._places = Capacity(most)
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._kids: dict[Seat, str] = {}  # the key that each follower came with
-        self._net: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._kids: dict[Seat, str] = {}  # the public id of each follower's key
+        self._reconciler: threading.Thread | None = None
 
     def take_place(self, tenant_id: uuid.UUID) -> Holding:
         """Reserve a stream for the tenant. Raises StreamsExhausted."""
@@ -129,8 +128,8 @@ class Events:
             heartbeat_s=heartbeat_s,
             place=place,
         )
-        # to its seat, or the refusal: from here on it is left again even if nobody ever asks for
-        # an event
+        # Run it up to the subscription, or the refusal. From then on, closing the generator also
+        # unsubscribes, even if nobody ever takes an event.
         next(stream)
         return stream
 
@@ -163,13 +162,13 @@ class Events:
         with self._lock:
             self._kids[seat] = caller.kid
         try:
-            # Once seated: no ending goes unheard after this look.
+            # Read after the subscription, so that no end is missed in between.
             job = self._find(job_id, caller.tenant_id)
             if job is None:
                 raise JobNotFound(f"There is no job {job_id}.")
             if previews and job.state not in FINAL_STATES:
                 self._news.tell_watching([job_id])
-            self._start_net()
+            self._start_threads()
             yield None
             for event in self._events(job, seat, earlier, heartbeat_s):
                 if event is None:
@@ -177,7 +176,7 @@ class Events:
                     continue
                 whole = self._ended(job) if event.kind == FINAL else None
                 if event.kind == FINAL and whole is None:
-                    continue  # Postgres is away for now; the net hears of the ending again
+                    continue  # Postgres is away for now; the reconciler sends `final` again
                 telemetry.EVENTS_SENT.labels(event.kind).inc()
                 yield tell(event, job_id, whole)
                 if event.kind == FINAL:
@@ -226,14 +225,16 @@ class Events:
             return None
         return found if found is not None and found.state in FINAL_STATES else None
 
-    def _start_net(self) -> None:
+    def _start_threads(self) -> None:
         with self._lock:
-            if self._net is None:
-                self._net = threading.Thread(target=self._catch, name="event-net", daemon=True)
-                self._net.start()
+            if self._reconciler is None:
+                self._reconciler = threading.Thread(
+                    target=self._poll_ended_jobs, name="event-net", daemon=True
+                )
+                self._reconciler.start()
                 threading.Thread(target=self._check_keys, name="event-keys", daemon=True).start()
 
-    def _catch(self) -> None:
+    def _poll_ended_jobs(self) -> None:
         """Look in Postgres for ends that were not announced; report which previews are watched."""
         while not self._stop.wait(LOOK_EVERY_S):
             try:
@@ -261,8 +262,10 @@ class _Forecast:
     """Decides when to send a waiting job its queue position: at once, and after a real change."""
 
     def __init__(self, forecaster: QueueForecaster, job: Job) -> None:
-        self._forecaster, self._job = forecaster, job
-        self._has_told, self._told_at = False, 0.0
+        self._forecaster = forecaster
+        self._job = job
+        self._has_told = False
+        self._told_at = 0.0
         self._told: QueuePlace | None = None
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
 
@@ -283,7 +286,9 @@ class _Forecast:
             place = None
         if not self._is_news(place, now):
             return []
-        self._has_told, self._told, self._told_at = True, place, now
+        self._has_told = True
+        self._told = place
+        self._told_at = now
         return [Event(None, QUEUED, to_plain(_queued(place)))]
 
     def _is_news(self, place: QueuePlace | None, now: float) -> bool:

@@ -33,7 +33,7 @@ class UploadRoom:
                 room_bytes=room,
                 largest_bytes=self.largest_bytes,
             )
-        # one upload may always try
+        # At least one upload of the largest size is always admitted.
         self._spool = Capacity(max(room, self.largest_bytes), telemetry.SPOOLED_BYTES)
 
     def take_body(self, tenant_id: uuid.UUID) -> Holding:
