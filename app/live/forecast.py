@@ -189,7 +189,7 @@ class QueueForecaster:
         self._pools: Cache[str, tuple[_PoolState, _PoolState]] = _cache(FRESH_FOR_S, refresher)
         self._costs: Cache[learning.CostKey, Cost | None] = _cache(LEARNT_FOR_S, refresher)
         self._learnt: Cache[tuple[str, str], EtaRatios | None] = _cache(LEARNT_FOR_S, refresher)
-        # By pool: the oldest job that waits for requested pictures, and since when it is the oldest.
+        # By pool: the oldest job that waits for requested pictures, and since when that is so.
         self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
 

@@ -47,7 +47,7 @@ class Keyring:
 
     def __init__(self, database: Engine, refresher: Executor) -> None:
         self._database = database
-        # When each recently used key was used; first in, first out, since a look-up is no use.
+        # When each key was last used. FIFO, because reading an entry here is no use of its key.
         self._used_at: FIFOCache[str, float] = FIFOCache(MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._together: Cache[str, dict[str, Known | None]] = Cache(

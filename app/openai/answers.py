@@ -20,7 +20,7 @@ from policy.failures import is_our_fault
 from policy.params import OPENAI_ANSWER, members_of
 from policy.states import JobState
 
-JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
+JOINED_FOR_S = 600.0  # after the job's end; clients retry within seconds
 
 
 def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
@@ -65,9 +65,8 @@ def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
     """
     if job.finished_at is None:
         return True
-    is_ours = job.state == JobState.EXPIRED or (
-        job.state == JobState.FAILED and is_our_fault(job.failure_code)
-    )
+    has_failed_here = job.state == JobState.FAILED and is_our_fault(job.failure_code)
+    is_ours = job.state == JobState.EXPIRED or has_failed_here
     has_left = job.state == JobState.CANCELED and streams
     ended_s = (datetime.now(UTC) - job.finished_at).total_seconds()
     return not is_ours and not has_left and job.erased_at is None and ended_s < JOINED_FOR_S

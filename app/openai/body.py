@@ -18,9 +18,13 @@ from policy.formats import FORMATS
 from policy.params import OPENAI_REQUEST, AdapterWish, Wish
 from policy.text import is_human
 
-GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
-MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
-VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
+GENERATION = "image_generation"
+EDIT = "image_edit"
+VARIATION = "image_variation"
+MOST_IMAGES = 10
+MOST_PARTIALS = 3
+MOST_USER_CHARS = 512
+VARIATION_STRENGTH = 0.6  # high enough to differ, low enough to be recognised
 PICTURES = ("image", "image[]", "mask", "mask[]")  # the files of a form, and how clients name them
 SPREAD = ("adapters[][name]", "adapters[][strength]")
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
@@ -28,9 +32,9 @@ RESPONSE_FORMATS = ("b64_json", "url")
 MODERATIONS = ("auto", "low")
 STYLES = ("natural", "vivid")
 FIDELITIES = ("high", "low")
-_TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
+_TOO_LARGE = 1e300  # for a number; converting a larger int to a float would overflow later
 _DALL_E = ("dall-e-2", "dall-e-3")
-_SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
+_SAID_AS = {"standard": "medium", "hd": "high"}  # answers have only the newer names
 _NOT_DONE = {
     "svg": "no model here draws vectors",
     "frame_count": "no model here makes animations",
@@ -74,7 +78,8 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
         raise InvalidImageRequest.at(
             name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS)
         )
-    streams, count = said.boolean("stream", False), said.number("n", 1, 1, MOST_IMAGES)
+    streams = said.boolean("stream", False)
+    count = said.number("n", 1, 1, MOST_IMAGES)
     if streams and (count != 1 or kind == VARIATION):
         raise NotOffered(
             "A stream shows one image: stream takes n=1, and variations do not stream.",
@@ -82,19 +87,16 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
         )
     quality = said.one_of("quality", "auto", QUALITIES)
     answers_url = not streams and _is_of_dall_e(said, quality)
+    keeps_running = _is_boolean(said.get("background")) and said.boolean("background", False)
+    default_format = "url" if answers_url else "b64_json"
     asked = Asked(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
         metadata=_metadata(said),
-        as_url=said.one_of(
-            "response_format", "url" if answers_url else "b64_json", RESPONSE_FORMATS
-        )
-        == "url",
+        as_url=said.one_of("response_format", default_format, RESPONSE_FORMATS) == "url",
         streams=streams,
         partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
-        keeps_running=said.boolean("background", False)
-        if _is_boolean(said.get("background"))
-        else False,
+        keeps_running=keeps_running,
         quality=_SAID_AS.get(quality, quality),
         user=_user(said),
     )
@@ -120,11 +122,12 @@ def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             )
         if name not in SPREAD and name not in PICTURES and len(values) > 1:
             raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
-    names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
+    names = form.get("adapters[][name]", ())
+    strengths = form.get("adapters[][strength]", ())
     fields: dict[str, Any] = {
         name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES
     }
-    if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
+    if strengths and len(strengths) != len(names):  # which name each belongs to is unknown
         raise InvalidImageRequest.at(
             "adapters", "in a form need a name each, and a strength each or none at all"
         )
@@ -146,7 +149,7 @@ def tier_of(quality: str, fleet: Fleet) -> str:
     if quality == "low":
         return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
     if quality in ("high", "xhigh", "max", "hd"):
-        # the first of equals is the best in rank
+        # Of tiers with as many steps, max() takes the first, which has the best rank.
         return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
     return fleet.default_tier()
 
@@ -258,11 +261,8 @@ class _Said:
             value = _number_of(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # 1.0 is a whole number
-        fits = (
-            isinstance(value, int | float)
-            and not isinstance(value, bool)
-            and abs(value) < _TOO_LARGE
-        )
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and abs(value) < _TOO_LARGE
         if not fits or (kind is int and not isinstance(value, int)):
             raise InvalidImageRequest.at(name, f"must be {what}")
         return value
@@ -277,26 +277,9 @@ def _without_none(hint: Any) -> Any:
 _EXTRAS = {param.member for param in OPENAI_REQUEST if param.member is not None}
 _KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items()}
 _OURS = _EXTRAS | {"metadata"}
-_THEIRS = {
-    "prompt",
-    "model",
-    "n",
-    "size",
-    "quality",
-    "output_format",
-    "output_compression",
-    "background",
-    "moderation",
-    "stream",
-}
-_THEIRS |= {
-    "partial_images",
-    "response_format",
-    "style",
-    "user",
-    "safety_identifier",
-    "input_fidelity",
-}
+_THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression"}
+_THEIRS |= {"background", "moderation", "stream", "partial_images", "response_format", "style"}
+_THEIRS |= {"user", "safety_identifier", "input_fidelity"}
 KNOWN_FIELDS = _OURS | _THEIRS
 
 
@@ -317,12 +300,12 @@ def _check_formats(said: _Said) -> None:
             parameter="output_format",
         )
     background = said.get("background")
-    if (
-        background is not None
-        and not _is_boolean(background)
-        and background not in ("auto", "opaque")
-    ):
-        detail = "No model here makes transparent backgrounds: background takes auto and opaque, and true to keep the job running."
+    is_offered = background in (None, "auto", "opaque") or _is_boolean(background)
+    if not is_offered:
+        detail = (
+            "No model here makes transparent backgrounds: background takes auto and opaque,"
+            " and true to keep the job running."
+        )
         raise NotOffered(detail, parameter="background")
     if said.number("output_compression", 100, 0, 100) != 100:
         raise NotOffered(
@@ -345,15 +328,15 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
         )
     if kind != VARIATION and "prompt" not in said.names():
         raise InvalidImageRequest.at("prompt", "is required")
-    size, extras = said.text("size", "auto"), _extras(said)
+    size = said.text("size", "auto")
+    extras = _extras(said)
     if not extras["tier"]:
         extras["tier"] = tier_of(quality, fleet)
         if extras["steps"] is None:
             model_id = fleet.model_ids[model or fleet.default_model()]
             extras["steps"] = steps_of(quality, fleet, model_id)
     if kind == VARIATION:
-        # nothing is asked for in words: with an empty prompt, guidance would be twice the work for
-        # the same
+        # With an empty prompt, guidance would double the work and change nothing.
         if extras["guidance"] is None and not said.get("prompt"):
             extras["guidance"] = 1.0
         if extras["strength"] is None:
@@ -383,12 +366,8 @@ def _extras(said: _Said) -> dict[str, Any]:
 
 
 def _adapter(place: int, entry: Any) -> AdapterWish:
-    fits = (
-        isinstance(entry, dict)
-        and entry.keys() <= {"name", "strength"}
-        and isinstance(entry.get("name"), str)
-    )
-    if not fits:
+    has_its_fields = isinstance(entry, dict) and entry.keys() <= {"name", "strength"}
+    if not has_its_fields or not isinstance(entry.get("name"), str):
         raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
     place_of_it = f"adapters/{place}/strength"
     strength = _Said({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)

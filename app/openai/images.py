@@ -49,7 +49,7 @@ from policy.params import Wish
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
 bp.before_request(require_key)
 
-# how OpenAI's clients number their tries; they send no idempotency key
+# The header in which OpenAI's clients count their tries; they send no idempotency key.
 RETRY_COUNT = "X-Stainless-Retry-Count"
 
 
@@ -105,19 +105,18 @@ class _Sent:
 
     def digests(self) -> list[str | None]:
         """Return a digest of each, to compare calls."""
-        return [
-            _digest(source) if source is not None else None for source in (self.image, self.mask)
-        ]
+        sources = (self.image, self.mask)
+        return [_digest(source) if source is not None else None for source in sources]
 
     def forget(self) -> None:
         """Free the pictures, so that they take no memory while the client waits."""
-        self.image, self.mask = "", None
+        self.image = ""
+        self.mask = None
 
     def unseen(self, wish: Wish) -> Wish:
         """Return the wish with placeholders for its pictures, to check it before decoding them."""
-        return replace(
-            wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None
-        )
+        mask = inputs.UNSEEN if self.mask is not None else None
+        return replace(wish, init_image=inputs.UNSEEN, mask=mask)
 
     def bring(self, wish: Wish) -> Wish:
         """Return the wish with its pictures stored; without a size it gets one near the picture's.
@@ -135,9 +134,8 @@ class _Sent:
             inputs.check_shapes(asking, init, mask)
             intake.check_mask(mask, *size)
             return replace(wish, init_image=init.id, mask=mask.id)
-        return replace(
-            wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None
-        )
+        mask_id = init.id if intake.has_hole(init, *size) else None
+        return replace(wish, init_image=init.id, mask=mask_id)
 
 
 def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
@@ -197,11 +195,8 @@ def _sent_in(fields: dict[str, Any]) -> _Sent:
     listed = [each for said in images for each in (said if isinstance(said, list) else [said])]
     mask = fields.pop("mask", None)
     sources = [_source(each, "image") for each in listed]
-    return _only(
-        sources,
-        [_source(mask, "mask")] if mask is not None else [],
-        'one picture: "images": [{"image_url": "data:…"}]',
-    )
+    masks = [_source(mask, "mask")] if mask is not None else []
+    return _only(sources, masks, 'one picture: "images": [{"image_url": "data:…"}]')
 
 
 def _source(said: object, field: str) -> str:
@@ -232,15 +227,14 @@ def _sized(wish: Wish, picture: File) -> Wish:
     fleet = runtime().fleet
     model = fleet.model_ids[wish.model or fleet.default_model()]
     tier = wish.tier if wish.tier in fleet.tiers else fleet.default_tier()
-    return replace(
-        wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px)
-    )
+    size = nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px)
+    return replace(wish, size=size)
 
 
 def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
     asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
-        # Before there is a job that nobody could watch.
+        # Before the job is made: without a place nobody could follow it.
         place = runtime().events.take_place(caller().tenant_id)
         try:
             return openai_stream.respond(asked, _accept(asked, sent, asks_for).job, place)
@@ -260,10 +254,9 @@ def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> Respo
 def _wait_for_job(job_id: uuid.UUID) -> Job:
     """Return the job once it has ended, or as it is after `IMAGES_WAIT_S`."""
     job = jobs.find(runtime(), caller(), job_id)
-    uploads.release()  # whatever it started from is stored by now
-    return wait.wait_for_end(
-        runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request)
-    )
+    uploads.release()  # the job's pictures are stored by now
+    wait_s = runtime().settings.images_wait_s
+    return wait.wait_for_end(runtime(), caller(), job, wait_s, has_left=has_left(request))
 
 
 def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
@@ -281,12 +274,13 @@ def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
 
 def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
     """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
-    metadata, wish = dict(asked.metadata), asked.wish
+    metadata = dict(asked.metadata)
+    wish = asked.wish
     if asked.user:
         metadata.setdefault("user", asked.user)
     if sent is not None:
         unseen = submit.resolve(runtime(), caller(), sent.unseen(wish))
-        # also for files that are here: whether they have a hole is looked at
+        # Also for stored files: they are decoded to find out whether they have a transparent area.
         submit.foresee(runtime(), caller(), unseen)
         wish = sent.bring(wish)
     return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
@@ -297,7 +291,7 @@ def _by_itself(asks_for: list[Any]) -> Once:
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     is_first = request.headers.get(RETRY_COUNT, "0") == "0"
-    # no header can carry that arrow
+    # No key that a client sends in a header can contain the arrow.
     return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
 
 

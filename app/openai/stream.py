@@ -40,7 +40,7 @@ from policy.formats import FORMATS
 
 log = structlog.get_logger(__name__)
 
-HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
+HEARTBEAT_S = 1.5  # the second heartbeat shows that a client has left
 
 
 def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
@@ -48,7 +48,8 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
 
     place: reserved among the event streams; freed at the end.
     """
-    parts, asking = runtime(), caller()
+    parts = runtime()
+    asking = caller()
     events = parts.events.follow(
         asking,
         job.id,
@@ -70,15 +71,10 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
                 is_over = is_over or (event is not None and event.kind == FINAL)
             if not is_over:  # this process ends, and the job goes on
                 is_over = True
-                yield _data(
-                    _error(
-                        PartUnavailable(
-                            "The gateway is being restarted; ask again.", part="gateway"
-                        )
-                    )
-                )
+                detail = "The gateway is being restarted; ask again."
+                yield _data(_error(PartUnavailable(detail, part="gateway")))
             yield "data: [DONE]\n\n"
-        except Unauthenticated as problem:  # whoever holds the key now says nothing about the job
+        except Unauthenticated as problem:  # a revoked key is no reason to cancel the job
             is_over = True
             yield _data(_error(problem))
         finally:
@@ -98,8 +94,10 @@ class _Told:
     """Selects which events of the job are sent, and translates them to OpenAI's."""
 
     def __init__(self, asked: Asked, job: JobDocument, parts: Runtime) -> None:
-        self._asked, self._parts = asked, parts
-        self._tenant_id, self._output_format = job.tenant_id, job.output_format
+        self._asked = asked
+        self._parts = parts
+        self._tenant_id = job.tenant_id
+        self._output_format = job.output_format
         self._extras = dict(extras_of(job))
         self._size = f"{job.width_px}x{job.height_px}"
         self._partials = 0
@@ -113,17 +111,18 @@ class _Told:
     def _is_due(self, preview: Mapping[str, Any]) -> bool:
         """Tell whether to send this preview: the k-th of n is due at k / (n + 1) of the steps."""
         wanted = self._asked.partial_images
-        is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (
-            self._partials + 1
-        )
-        return self._partials < wanted and preview["step"] < preview["num_steps"] and is_far_enough
+        step = preview["step"]
+        num_steps = preview["num_steps"]
+        is_far_enough = step * (wanted + 1) >= num_steps * (self._partials + 1)
+        return self._partials < wanted and step < num_steps and is_far_enough
 
     def _partial(self, preview: Mapping[str, Any]) -> schemas.PartialImage:
         content = base64.b64decode(preview["jpeg_base64"])
         if self._output_format != "jpeg":
             pixels = np.asarray(Image.open(io.BytesIO(content), formats=["JPEG"]).convert("RGB"))
             content = encode(pixels, self._output_format)
-        index, self._partials = self._partials, self._partials + 1
+        index = self._partials
+        self._partials += 1
         return schemas.PartialImage(
             type=f"{self._asked.event}.partial_image",
             partial_image_index=index,
@@ -139,17 +138,13 @@ class _Told:
         if problem is not None:
             return _error(problem)
         image = job["images"][0]
-        key = image_key(
-            self._tenant_id, image["content_sha256"], FORMATS[self._output_format].extension
-        )
+        extension = FORMATS[self._output_format].extension
+        key = image_key(self._tenant_id, image["content_sha256"], extension)
         try:
             content = self._parts.store.get(key)
         except StoreUnavailable:
-            return _error(
-                PartUnavailable(
-                    "The object store cannot be reached right now.", part="object_store"
-                )
-            )
+            detail = "The object store cannot be reached right now."
+            return _error(PartUnavailable(detail, part="object_store"))
         kind = schemas.CompletedImageOnBehalf if self._asked.user else schemas.CompletedImage
         user: dict[str, Any] = {"safety_identifier": self._asked.user} if self._asked.user else {}
         return kind(

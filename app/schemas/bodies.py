@@ -59,7 +59,7 @@ def json_type(hint: Any) -> Any:
         checks: list[Any] = []
         if get_origin(kind) is Annotated:
             kind, *checks = get_args(kind)
-        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
+        return Annotated[(kind, *bounds, *checks)]  # a schema shows a bound only beside its type
     return _JSON_TYPES.get(hint, hint)
 
 
@@ -73,7 +73,7 @@ def _fields_of_a_wish() -> dict[str, Any]:
     return found
 
 
-# Its fields are those of `Wish`, which no type checker sees; `job_request` reads them by their names.
+# The fields of `Wish`. No type checker sees them, so `job_request` reads them by their names.
 _WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
 
 

@@ -29,7 +29,7 @@ from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
-# of what a batch says of the items that it refuses; of those beyond it says less
+# Of all problems in the answer to a batch; further problems are shortened.
 MAX_PROBLEM_CHARS = 262_144
 MAX_SHORT_DETAIL_CHARS = 160
 Outcome = NewJob | Problem
@@ -150,17 +150,16 @@ def _accept(
     accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
     items = list(_noted(outcomes))
     if accepted:
-        # as text: JSONB has no place for every text that JSON has
+        # As text: JSONB cannot hold every JSON string.
         _write(runtime, caller, accepted, once, {"items": json.dumps(items)})
     for job in accepted:
         telemetry.JOBS_ACCEPTED.labels(job.params.tier, job.params.model).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
         submit.release_waiting_jobs(runtime, caller, pool, tier)
-    # Not read back: they are accepted, whatever becomes of the database.
-    return BatchAnswer(
-        items, {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted}
-    )
+    # Not read back: the jobs are accepted, even if the database goes away now.
+    shown = {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted}
+    return BatchAnswer(items, shown)
 
 
 def _write(
@@ -191,11 +190,8 @@ def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
     found = jobs.some(runtime, caller, job_ids) if job_ids else {}
-    return BatchAnswer(
-        items,
-        {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()},
-        is_new=False,
-    )
+    shown = {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}
+    return BatchAnswer(items, shown, is_new=False)
 
 
 def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
@@ -216,16 +212,10 @@ def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
 
 def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
     """Keep the type of the problem, and its first wrong field."""
-    short = {name: problem[name] for name in ("type", "title", "status")} | {
-        "detail": problem["detail"][:MAX_SHORT_DETAIL_CHARS]
-    }
+    short = {name: problem[name] for name in ("type", "title", "status")}
+    short["detail"] = problem["detail"][:MAX_SHORT_DETAIL_CHARS]
     if errors := problem.get("errors"):
-        first = {
-            "pointer": errors[0]["pointer"],
-            "detail": errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS],
-        }
-        short |= {
-            "errors": [first],
-            "errors_left_out": len(errors) - 1 + problem.get("errors_left_out", 0),
-        }
+        detail = errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS]
+        short["errors"] = [{"pointer": errors[0]["pointer"], "detail": detail}]
+        short["errors_left_out"] = len(errors) - 1 + problem.get("errors_left_out", 0)
     return short

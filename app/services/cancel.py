@@ -30,9 +30,8 @@ def cancel(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
     try:
         job = run_transaction(runtime.database, end)
     except jobs.JobAlreadyFinished as error:
-        raise JobAlreadyFinished(
-            f"The job is {error.state} and stays so.", state=error.state
-        ) from None
+        detail = f"The job is {error.state} and stays so."
+        raise JobAlreadyFinished(detail, state=error.state) from None
     if job is None:
         raise not_found(job_id)
     runtime.statuses.forget(job.tenant_id, job.id)

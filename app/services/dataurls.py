@@ -50,7 +50,7 @@ def _from_base64(data: bytes) -> bytes:
     plain = data.translate(None, _WHITE)
     if len(plain) % 4 == 0:
         plain = plain[:-2] + plain[-2:].rstrip(b"=")
-    if b"=" in plain:  # padding that is not at the end of what it pads
+    if b"=" in plain:  # padding before the end
         raise Unreadable("whose base64 is damaged")
     try:
         return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)

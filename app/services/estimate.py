@@ -48,15 +48,14 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
         asked.start_within_s, fleet.tiers[resolved.tier].start_within_s
     )
     expected = runtime.forecaster.expect(resolved, caller.tenant_id)
+    device_s = expected.predicted_s
     return Estimate(
         params=resolved,
         start_within_s=deadline_s,
         warnings=warnings.expected(fleet.models[resolved.model], resolved),
         megapixel_steps=megapixel_steps(fleet, resolved),
-        device_s=expected.predicted_s,
-        cost=price(
-            fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s
-        ),
+        device_s=device_s,
+        cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=device_s),
         currency=fleet.currency,
         place=expected.place,
         refusal=expected.refusal,
@@ -65,9 +64,6 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
 
 def _known(runtime: Runtime, caller: Caller, fields: Mapping[str, str | None]) -> dict[str, Any]:
     """Look up the pictures that are stored files; of new ones only their presence matters here."""
-    there = {
-        field: value
-        for field, value in fields.items()
-        if value is not None and not inputs.is_new(value)
-    }
-    return {field: file.id for field, file in Intake(runtime, caller).files(there).items()}
+    given = {field: value for field, value in fields.items() if value is not None}
+    stored = {field: value for field, value in given.items() if not inputs.is_new(value)}
+    return {field: file.id for field, file in Intake(runtime, caller).files(stored).items()}

@@ -35,9 +35,9 @@ from models.tables import File
 log = structlog.get_logger(__name__)
 
 MAX_NEW_PICTURES = 16  # of one request: each is decoded, encoded and stored while its client waits
-UNSEEN = uuid.UUID(int=0)  # stands for a picture that is not looked at yet
-_FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: all pictures by URL of one request
-# of new pictures, until their request is answered: masks are looked at again
+UNSEEN = uuid.UUID(int=0)  # the placeholder for a picture that is not decoded yet
+_FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: the time for all URLs of one request
+# The cache of new pictures' bytes, during one request: masks are decoded a second time.
 _KEPT_BYTES = 8_000_000
 _WAYS = {
     "id": "the id that POST /v1/files answered with",
@@ -90,12 +90,15 @@ class Intake:
     """The pictures of one request: repeated values are stored once, and new ones are limited."""
 
     def __init__(self, runtime: Runtime, caller: Caller) -> None:
-        self._runtime, self._caller = runtime, caller
+        self._runtime = runtime
+        self._caller = caller
         self._files: dict[str, File] = {}
         self._refused: dict[tuple[str, str], Problem] = {}
-        self._closed: Problem | None = None  # why no new picture is taken any more
+        self._closed: Problem | None = None  # why no further picture is stored
         self._contents: dict[uuid.UUID, bytes] = {}
-        self._new, self._fetched_s, self._to_fetch = 0, 0.0, MAX_NEW_PICTURES
+        self._new = 0
+        self._fetched_s = 0.0  # seconds that URLs took
+        self._to_fetch = MAX_NEW_PICTURES  # how many may still be read from the object store
 
     def look_up(self, values: Iterable[str]) -> None:
         """Find all values that are ids of files in one query, also for a thousand jobs."""
@@ -136,19 +139,20 @@ class Intake:
         Raises InvalidImageRequest otherwise: the job would change nothing.
         """
         if self._judge("selects", mask, width_px, height_px) is False:
-            detail = "selects nothing: it is neither transparent nor white anywhere that can be seen at this size"
-            raise _refused(
-                self._caller,
-                field,
-                detail,
-                {"repainted": "where it is transparent, or white if it is transparent nowhere"},
+            detail = (
+                "selects nothing: it is neither transparent nor white anywhere that can be seen"
+                " at this size"
             )
+            accepted = {
+                "repainted": "where it is transparent, or white if it is transparent nowhere"
+            }
+            raise _refused(self._caller, field, detail, accepted)
 
     def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
         """Tell whether a part of the picture is transparent; False if that cannot be told now."""
-        return (
-            picture.mode == "RGBA" and self._judge("has_hole", picture, width_px, height_px) is True
-        )
+        if picture.mode != "RGBA":
+            return False
+        return self._judge("has_hole", picture, width_px, height_px) is True
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
         """Answer a yes-or-no question about a picture; None where that takes too long.
@@ -162,7 +166,7 @@ class Intake:
             )
         except (StoreUnavailable, ObjectGone, NotAPicture) as error:
             log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
-            self._to_fetch = 0  # a store that is away is not asked a thousand times for one request
+            self._to_fetch = 0  # a request must not ask an absent store a thousand times
             return None
         except _FetchedEnough:
             return None
@@ -203,12 +207,11 @@ class Intake:
         self._new += 1
         if self._new > MAX_NEW_PICTURES:
             most = {"max_new_pictures": MAX_NEW_PICTURES}
-            raise _refused(
-                self._caller,
-                field,
-                f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first",
-                most,
+            detail = (
+                f"is one of more than {MAX_NEW_PICTURES} new pictures;"
+                " bring them with POST /v1/files first"
             )
+            raise _refused(self._caller, field, detail, most)
         if dataurls.is_one(value):
             return self.keep(_decoded(self._caller, field, value), field=field, way="data_url")
         return self.keep(self._fetched(field, value), field=field, way="url")
@@ -217,24 +220,22 @@ class Intake:
         """Fetch a picture by its URL, if the tenant may use URLs."""
         parts = self._runtime
         if not self._caller.limits.url_inputs:
-            raise _refused(
-                self._caller,
-                field,
-                "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files",
+            detail = (
+                "is a URL, and pictures are not fetched for your tenant;"
+                " upload it with POST /v1/files"
             )
+            raise _refused(self._caller, field, detail)
         if (why := parts.outbound.refusal(url)) is not None:
             raise _refused(self._caller, field, why)
         within_s = parts.settings.fetch_within_s
         left_s = min(within_s, _FETCHES_WITHIN * within_s - self._fetched_s)
         if left_s <= 0:
-            raise _refused(
-                self._caller, field, "was not fetched: the pictures before it took too long"
-            )
+            detail = "was not fetched: the pictures before it took too long"
+            raise _refused(self._caller, field, detail)
         began = time.monotonic()
         try:
-            return parts.outbound.fetch(
-                url, max_bytes=parts.settings.max_upload_bytes, timeout_s=left_s
-            )
+            max_bytes = parts.settings.max_upload_bytes
+            return parts.outbound.fetch(url, max_bytes=max_bytes, timeout_s=left_s)
         except Unreachable as error:
             raise _refused(self._caller, field, f"could not be fetched: {error.reason}") from None
         finally:
@@ -244,12 +245,8 @@ class Intake:
 def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
     """Find the file with this id."""
     if (file_id := _id(value)) is None:
-        raise _refused(
-            caller,
-            field,
-            "is neither the id of a file nor a data URL"
-            + (" nor a URL" if caller.limits.url_inputs else ""),
-        )
+        nor_url = " nor a URL" if caller.limits.url_inputs else ""
+        raise _refused(caller, field, f"is neither the id of a file nor a data URL{nor_url}")
     with transaction(runtime.database) as session:
         file = files.find(session, file_id, tenant_id=caller.tenant_id)
     if file is None:
@@ -259,7 +256,7 @@ def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
 
 def _id(value: str) -> uuid.UUID | None:
     try:
-        # urn:uuid:{…} is the longest way to write one
+        # The longest spelling of a UUID is urn:uuid:{…}, of 45 characters.
         return uuid.UUID(value) if len(value) <= 45 else None
     except ValueError:
         return None
@@ -350,14 +347,12 @@ def check_shapes(caller: Caller, picture: File, mask: File) -> None:
     """
     difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
     if difference > picture.width_px + picture.height_px:
-        # what rounding makes of a picture that was scaled
-        shapes = f"{mask.width_px}x{mask.height_px} pixels, and init_image {picture.width_px}x{picture.height_px}"
-        raise _refused(
-            caller,
-            "mask",
-            f"has another shape than init_image: it is {shapes}",
-            {"ratio_of": "init_image"},
+        # A larger difference than rounding makes when a picture is scaled.
+        detail = (
+            f"has another shape than init_image: it is {mask.width_px}x{mask.height_px} pixels,"
+            f" and init_image {picture.width_px}x{picture.height_px}"
         )
+        raise _refused(caller, "mask", detail, {"ratio_of": "init_image"})
 
 
 def _refused(

@@ -31,16 +31,10 @@ def check_allowed(caller: Caller, resolved: Resolved) -> None:
     """Raise Forbidden for a tier or model that the caller's tenant may not use."""
     limits = caller.limits
     if not limits.allows(tier=resolved.tier, model=resolved.model):
-        tiers, models = limits.allowed_tiers, limits.allowed_models
-        accepted = {
-            "tiers": list(tiers) if tiers is not None else None,
-            "models": list(models) if models is not None else None,
-        }
+        allowed = {"tiers": limits.allowed_tiers, "models": limits.allowed_models}
+        accepted = {name: list(names) for name, names in allowed.items() if names is not None}
         detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
-        raise Forbidden(
-            detail,
-            accepted={name: allowed for name, allowed in accepted.items() if allowed is not None},
-        )
+        raise Forbidden(detail, accepted=accepted)
 
 
 @contextmanager
@@ -81,11 +75,8 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
             caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0
         )
         if held.left < float(amount):
-            raise _budget_spent(
-                amount,
-                replace(held, wait_s=(float(amount) - held.left) / per_minute * 60),
-                per_minute,
-            )
+            wait_s = (float(amount) - held.left) / per_minute * 60
+            raise _budget_spent(amount, replace(held, wait_s=wait_s), per_minute)
     if limits.has_stocks:
         with transaction(runtime.database) as session:
             totals = usage.usage_totals(
@@ -113,7 +104,10 @@ def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
     _, now = files.stored(session, tenant_id=caller.tenant_id)
     if now + size_bytes > most:
         telemetry.SHED.labels("storage_quota_exceeded").inc()
-        detail = f"With this picture {now + size_bytes} of {most} bytes would be stored; delete pictures that are not needed."
+        detail = (
+            f"With this picture {now + size_bytes} of {most} bytes would be stored;"
+            " delete pictures that are not needed."
+        )
         raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
 
 
@@ -135,12 +129,10 @@ def check_stocks(session: Session, caller: Caller) -> None:
     limits = caller.limits
     if not limits.has_stocks:
         return
-    _check_totals(
-        limits,
-        usage.usage_totals(
-            session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
-        ),
+    totals = usage.usage_totals(
+        session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
     )
+    _check_totals(limits, totals)
 
 
 def _check_burst(amount: Decimal, burst: float) -> None:
@@ -153,10 +145,12 @@ def _check_burst(amount: Decimal, burst: float) -> None:
 
 def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpent:
     telemetry.SHED.labels("budget_spent").inc()
-    detail = f"{amount} megapixel-steps are asked for and {held.left:.2f} are left; {per_minute:g} come back each minute."
-    return BudgetSpent(
-        detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps"
+    detail = (
+        f"{amount} megapixel-steps are asked for and {held.left:.2f} are left;"
+        f" {per_minute:g} come back each minute."
     )
+    retry_after_s = max(1, math.ceil(held.wait_s))
+    return BudgetSpent(detail, retry_after_s=retry_after_s, policy="megapixel-steps")
 
 
 def _check_totals(limits: Limits, totals: UsageTotals) -> None:

@@ -128,7 +128,7 @@ def accept_once(
     except idempotency.KeyReused:
         raise reused() from None
     except Problem:
-        # Not the answer if the same request was accepted while this one brought its pictures.
+        # The same request may have been accepted while this one stored its pictures.
         if once is None or (earlier := _find_earlier(runtime, caller, once)) is None:
             raise
         return _came_before(earlier)
@@ -141,7 +141,7 @@ def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
     """
     resolved = resolve(runtime, caller, asked.unseen())
     if asked.pictures.get("mask") is not None or any(map(inputs.is_new, asked.pictures.values())):
-        # a mask is looked at also when it is here
+        # Also for a mask that is stored already: it has to be decoded.
         foresee(runtime, caller, resolved, start_within_s=asked.start_within_s)
     resolved = with_pictures(resolved, asked.pictures, Intake(runtime, caller))
     return Prepared(resolved, asked.metadata, asked.start_within_s)
@@ -194,8 +194,9 @@ def draft(
 
     booked: what the caller will write before it. Raises the Problem of a job that is refused.
     """
-    resolved, fleet = prepared.params, runtime.fleet
-    quotas.check_allowed(caller, resolved)  # a replay was not resolved just now
+    resolved = prepared.params
+    fleet = runtime.fleet
+    quotas.check_allowed(caller, resolved)  # for replays, which were not resolved just now
     tier = fleet.tiers[resolved.tier]
     deadline_s = start_deadline_s(prepared.start_within_s, tier.start_within_s)
     expected = runtime.forecaster.expect(resolved, caller.tenant_id, booked)
@@ -219,7 +220,8 @@ def draft(
 
 def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | None) -> Accepted:
     """Write the job with its images, and announce it if the limits allow."""
-    resolved, tenant_id = prepared.params, caller.tenant_id
+    resolved = prepared.params
+    tenant_id = caller.tenant_id
     drafted, expected = draft(runtime, caller, prepared)
     hint, limits = runtime.forecaster.release_hint(resolved, tenant_id)
 
@@ -250,7 +252,7 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
             new, row = run_transaction(runtime.database, write_job)
     except jobs.NothingLeft:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
-    except FileGone as error:  # since it was looked up, a moment ago
+    except FileGone as error:  # it was erased after its look-up a moment ago
         if prepared.replay_of is not None:
             raise ReplayImpossible("A picture that the job starts from was deleted.") from None
         raise picture_gone(error) from None
@@ -330,9 +332,8 @@ def _find_earlier(runtime: Runtime, caller: Caller, once: Once) -> JobDocument |
 
 def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
     with transaction(runtime.database) as session:
-        job = (
-            jobs.find(session, answer.job_id, tenant_id=caller.tenant_id) if answer.job_id else None
-        )
+        job_id = answer.job_id
+        job = jobs.find(session, job_id, tenant_id=caller.tenant_id) if job_id else None
     if job is None:
         raise reused()
     return of_row(job)
@@ -371,9 +372,6 @@ def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
         return longest_s
     if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):
         accepted = {"min": 0, "max": longest_s}
-        raise invalid_wish(
-            InvalidWish(
-                "start_deadline_s", f"must be more than 0 and at most {longest_s} seconds", accepted
-            )
-        )
+        detail = f"must be more than 0 and at most {longest_s} seconds"
+        raise invalid_wish(InvalidWish("start_deadline_s", detail, accepted))
     return asked_s

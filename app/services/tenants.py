@@ -158,7 +158,8 @@ def revoke_key(runtime: Runtime, caller: Caller, key_id: UUID) -> None:
 def _check_offered(runtime: Runtime, limits: Mapping[str, Any]) -> None:
     """Check that the limits name tiers and models of fleet.toml. Raises InvalidRequest."""
     for name, note in OFFERED.items():
-        said, offered = limits.get(name), getattr(runtime.fleet, note.section)
+        said = limits.get(name)
+        offered = getattr(runtime.fleet, note.section)
         if said is not None and (not said or set(said) - offered.keys()):
             detail = "must name at least one, and only those of fleet.toml"
             raise InvalidRequest.at(name, detail, accepted=list(offered))

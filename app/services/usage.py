@@ -13,7 +13,7 @@ from models.database import transaction
 from models.tables import UsageDay
 from policy.limits import UsageTotals
 
-COUNT_JOBS_TO = 100_000  # of what is under way; whoever has more is told of one more
+COUNT_JOBS_TO = 100_000  # unfinished jobs; the count of more than that is this number plus one
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,7 +37,10 @@ def require_waiting_place(runtime: Runtime, caller: Caller) -> Iterator[None]:
     """Reserve a place to wait. Raises WaitsExhausted if none is free."""
     with waiting_place(runtime, caller, 1) as may_wait:
         if not may_wait:
-            detail = "As many image calls wait here as may, or as many of your tenant. No job was made: ask again, or POST /v1/jobs."
+            detail = (
+                "As many image calls wait here as may, or as many of your tenant."
+                " No job was made: ask again, or POST /v1/jobs."
+            )
             raise WaitsExhausted(detail, retry_after_s=2)
         yield
 

@@ -190,7 +190,7 @@ def redeliver(runtime: Runtime, caller: Caller, delivery_id: UUID) -> WebhookDel
 def _announce(runtime: Runtime, delivery_id: UUID) -> None:
     try:
         runtime.broker.ask_to_deliver(delivery_id)
-    except BrokerUnavailable as error:  # the sweeper will
+    except BrokerUnavailable as error:  # the sweeper will announce it
         log.info("delivery_not_announced", delivery_id=str(delivery_id), reason=str(error))
 
 

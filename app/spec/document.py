@@ -46,12 +46,8 @@ TAGS = {  # blueprint -> the heading of its operations, in the order in which th
     "health": "The gateway itself",
     "explain": "The gateway itself",
 }
-LEFT_OUT = {
-    "static",
-    "openapi.show_spec",
-    "openapi.show_docs",
-    "links.show_linked",
-}  # no interface of programs
+# Routes that are not meant for programs.
+LEFT_OUT = {"static", "openapi.show_spec", "openapi.show_docs", "links.show_linked"}
 _KINDS: dict[str, Schema] = {
     "uuid": {"type": "string", "format": "uuid"},
     "int": {"type": "integer", "minimum": 0},

@@ -9,7 +9,9 @@ from app.http.idempotency import MAX_KEY_CHARS
 from app.http.pages import DEFAULT_PAGE, MAX_PAGE
 from settings import GatewaySettings
 
-JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"
+JSON = "application/json"
+FORM = "multipart/form-data"
+STREAM = "text/event-stream"
 PROMPT = "a large red circle in the center on a blue background"
 Schema = dict[str, Any]
 About = str | Callable[[GatewaySettings], str]
