@@ -95,7 +95,7 @@ def _open_request() -> None:
 def _close_request(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id", "unknown")
     response.headers["X-Content-Type-Options"] = "nosniff"
-    ratelimit.tell(response)
+    ratelimit.add_ratelimit_headers(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
     # Clients must not choose the value of a metric's label.
     method = request.method if request.method in METHODS else "unknown"

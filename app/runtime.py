@@ -13,7 +13,7 @@ from app.live.forecast import QueueForecaster
 from app.live.keyring import Keyring
 from app.live.readiness import Readiness, checks
 from app.live.statuses import Statuses
-from app.live.streams import Events, Watchers
+from app.live.streams import JobEventStreams, Watchers
 from app.live.uploads import UploadRoom
 from app.signing import LinkSigner
 from dispatch.endings import EndedJobs
@@ -51,7 +51,7 @@ class Runtime:
     endings: Endings
     ended: EndedJobs
     forecaster: QueueForecaster
-    events: Events
+    events: JobEventStreams
     outbound: Outbound
     keyring: Keyring
     rates: Rates
@@ -118,7 +118,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         endings=Endings(settings.handoff_url),
         ended=ended,
         forecaster=forecaster,
-        events=Events(
+        events=JobEventStreams(
             database, forecaster, news, reader, keyring, most=settings.gateway_max_streams
         ),
         outbound=Outbound(settings.outbound_allowed_networks),

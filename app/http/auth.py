@@ -34,7 +34,7 @@ def require_key() -> None:
         found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits
     )
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
-    enough = _scopes_that_do()
+    enough = _sufficient_scopes()
     if not found.scopes & set(enough):
         telemetry.AUTH_FAILURES.labels("scope").inc()
         detail = f"This API key lacks the scope {' or '.join(f'`{scope}`' for scope in enough)}."
@@ -73,7 +73,7 @@ def _count_request(asking: Caller) -> None:
         )
 
 
-def _scopes_that_do() -> tuple[str, ...]:
+def _sufficient_scopes() -> tuple[str, ...]:
     """Return the scopes of which the key needs one.
 
     Reading needs `read` and changing something `generate`. The operator's routes need `admin`,

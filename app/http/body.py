@@ -63,7 +63,7 @@ def parse(
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        members = _told(field_errors(error, kind))
+        members = _error_members(field_errors(error, kind))
         raise problem("The request has fields that cannot be used.", **members) from None
 
 
@@ -79,7 +79,7 @@ def parse_shared(fields: Mapping[str, Any]) -> None:
         if errors := [entry for entry in found if entry["detail"] != _MISSING]:
             within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
             detail = "The defaults have fields that cannot be used."
-            raise InvalidImageRequest(detail, **_told(within)) from None
+            raise InvalidImageRequest(detail, **_error_members(within)) from None
 
 
 def job_request(body: JobBody) -> JobRequest:
@@ -143,7 +143,7 @@ def read_nothing(request: Request) -> None:
         for name in fields
     ]
     if errors:
-        raise InvalidImageRequest("This request takes no fields.", **_told(errors))
+        raise InvalidImageRequest("This request takes no fields.", **_error_members(errors))
 
 
 def read_object(
@@ -258,7 +258,7 @@ def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
     return entry
 
 
-def _told(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _error_members(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Return the members of a problem: the first errors, and how many were left out."""
     more = len(errors) - MAX_ERRORS
     return {"errors": errors[:MAX_ERRORS]} | ({"errors_left_out": more} if more > 0 else {})

@@ -12,7 +12,7 @@ from app.caller import Caller
 from edges.limits import WINDOW_S
 
 
-def tell(response: Response) -> None:
+def add_ratelimit_headers(response: Response) -> None:
     """Add the caller's limits and what is left of them to the headers."""
     asking: Caller | None = g.get("caller")
     if asking is None:

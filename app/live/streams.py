@@ -62,7 +62,7 @@ class Watchers:
             return is_last
 
 
-class Events:
+class JobEventStreams:
     """The event streams of one gateway process; its threads start with the first follower."""
 
     def __init__(

@@ -45,7 +45,7 @@ _NOT_DONE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
+class ImageCall:
     """A parsed image call; its `wish` has no pictures yet.
 
     keeps_running: do not cancel the job when the client leaves its stream.
@@ -67,9 +67,9 @@ class Asked:
         return EDIT if self.kind == EDIT else GENERATION
 
 
-def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
+def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     """Parse and check the fields. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
-    said = _Said({name: value for name, value in fields.items() if value is not None})
+    said = _FormFields({name: value for name, value in fields.items() if value is not None})
     for name in said.names() & _NOT_DONE.keys():
         raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
     _check_formats(said)
@@ -89,7 +89,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
     answers_url = not streams and _is_of_dall_e(said, quality)
     keeps_running = _is_boolean(said.get("background")) and said.boolean("background", False)
     default_format = "url" if answers_url else "b64_json"
-    asked = Asked(
+    asked = ImageCall(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
         metadata=_metadata(said),
@@ -177,8 +177,8 @@ def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
     return min(sizes, key=distance)
 
 
-class _Said:
-    """The fields of a request; reads each as the type that it should have.
+class _FormFields:
+    """The fields of a request, of JSON or a form; reads each as the type that it should have.
 
     Values of JSON are used as they are; those of a form are parsed from text.
     """
@@ -283,7 +283,7 @@ _THEIRS |= {"user", "safety_identifier", "input_fidelity"}
 KNOWN_FIELDS = _OURS | _THEIRS
 
 
-def _is_of_dall_e(said: _Said, quality: str) -> bool:
+def _is_of_dall_e(said: _FormFields, quality: str) -> bool:
     """Tell whether the request was written for DALL-E: by its model, or by values of that time.
 
     Newer models of OpenAI refuse those values. Such a request gets URLs by default, as from OpenAI:
@@ -292,7 +292,7 @@ def _is_of_dall_e(said: _Said, quality: str) -> bool:
     return said.get("model") in _DALL_E or quality in ("standard", "hd") or "style" in said.names()
 
 
-def _check_formats(said: _Said) -> None:
+def _check_formats(said: _FormFields) -> None:
     """Refuse values of OpenAI's interface that this gateway does not offer."""
     if (output := said.text("output_format", "png")) not in FORMATS:
         raise NotOffered(
@@ -317,7 +317,7 @@ def _check_formats(said: _Said) -> None:
     said.one_of("input_fidelity", "high", FIDELITIES)
 
 
-def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wish:
+def _wish(kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str) -> Wish:
     model = said.text("model", None)
     if model is not None and model not in fleet.model_ids:
         offered = list(fleet.model_ids)
@@ -355,7 +355,7 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
     )
 
 
-def _extras(said: _Said) -> dict[str, Any]:
+def _extras(said: _FormFields) -> dict[str, Any]:
     """Read our own parameters, by the fields of `Wish`; a missing one gets its default there."""
     found: dict[str, Any] = {}
     for field in fields(Wish):
@@ -370,11 +370,11 @@ def _adapter(place: int, entry: Any) -> AdapterWish:
     if not has_its_fields or not isinstance(entry.get("name"), str):
         raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
     place_of_it = f"adapters/{place}/strength"
-    strength = _Said({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
+    strength = _FormFields({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
     return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
 
 
-def _metadata(said: _Said) -> Mapping[str, str]:
+def _metadata(said: _FormFields) -> Mapping[str, str]:
     """Read the metadata: an object, or the form fields `metadata[key]` that clients make of it."""
     spread = {
         name[9:-1]: value
@@ -388,7 +388,7 @@ def _metadata(said: _Said) -> Mapping[str, str]:
     return metadata
 
 
-def _user(said: _Said) -> str | None:
+def _user(said: _FormFields) -> str | None:
     """Return the end user that the tenant names; it is stored as metadata."""
     for name in ("safety_identifier", "user"):
         if user := said.text(name, None):

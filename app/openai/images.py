@@ -28,7 +28,7 @@ from app.http.idempotency import read_once
 from app.openai import body as openai_body
 from app.openai import stream as openai_stream
 from app.openai.answers import extras_of, may_still_answer, problem_of_end
-from app.openai.body import EDIT, GENERATION, VARIATION, Asked, nearest_size
+from app.openai.body import EDIT, GENERATION, VARIATION, ImageCall, nearest_size
 from app.problems import (
     InvalidImageRequest,
     InvalidPicture,
@@ -231,7 +231,7 @@ def _sized(wish: Wish, picture: File) -> Wish:
     return replace(wish, size=size)
 
 
-def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
+def _serve(asked: ImageCall, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
     asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
         # Before the job is made: without a place nobody could follow it.
@@ -259,20 +259,20 @@ def _wait_for_job(job_id: uuid.UUID) -> Job:
     return wait.wait_for_end(runtime(), caller(), job, wait_s, has_left=has_left(request))
 
 
-def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+def _accept(asked: ImageCall, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
     """Accept the job of this call; a client's retry may get the job of the earlier try."""
 
     def may_answer(earlier: JobDocument) -> bool:
         return own_key is not None or may_still_answer(earlier, streams=asked.streams)
 
     own_key = read_once(request, asks_for)
-    once = own_key or _by_itself(asks_for)
+    once = own_key or _derived_key(asks_for)
     return submit.accept_once(
         runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer
     )
 
 
-def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
+def _prepare(asked: ImageCall, sent: _Sent | None) -> Prepared:
     """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
     metadata = dict(asked.metadata)
     wish = asked.wish
@@ -286,7 +286,7 @@ def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
     return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
 
 
-def _by_itself(asks_for: list[Any]) -> Once:
+def _derived_key(asks_for: list[Any]) -> Once:
     """Make an idempotency key for a call without one, so that a retry finds its job."""
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
@@ -295,7 +295,7 @@ def _by_itself(asks_for: list[Any]) -> Once:
     return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
 
 
-def _view(asked: Asked, job: Job) -> schemas.Images:
+def _view(asked: ImageCall, job: Job) -> schemas.Images:
     kind = schemas.ImagesOnBehalf if asked.user else schemas.Images
     user: dict[str, Any] = {"safety_identifier": asked.user} if asked.user else {}
     return kind(
@@ -315,7 +315,7 @@ def _view(asked: Asked, job: Job) -> schemas.Images:
 
 
 def _image_view(
-    asked: Asked, artifact: Artifact, seed: int
+    asked: ImageCall, artifact: Artifact, seed: int
 ) -> schemas.ImageContent | schemas.ImageLink:
     if asked.as_url:
         return schemas.ImageLink(

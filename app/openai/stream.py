@@ -27,7 +27,7 @@ from app.http.context import caller, runtime
 from app.http.events import teller
 from app.live.capacity import Holding
 from app.openai.answers import extras_of, problem_of_end
-from app.openai.body import Asked
+from app.openai.body import ImageCall
 from app.problems import JobAlreadyFinished, JobNotFound, PartUnavailable, Problem, Unauthenticated
 from app.runtime import Runtime
 from app.schemas import openai as schemas
@@ -43,7 +43,7 @@ log = structlog.get_logger(__name__)
 HEARTBEAT_S = 1.5  # the second heartbeat shows that a client has left
 
 
-def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
+def respond(asked: ImageCall, job: JobDocument, place: Holding) -> Response:
     """Stream the events of a job, whether it is new or was found by its key.
 
     place: reserved among the event streams; freed at the end.
@@ -59,7 +59,7 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
         place=place,
     )
     give_up_when_unread(request)
-    told = _Told(asked, job, parts)
+    told = _EventTranslator(asked, job, parts)
 
     def lines() -> Iterator[str]:
         is_over = False
@@ -90,10 +90,10 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
     return Response(lines(), content_type="text/event-stream", headers=headers)
 
 
-class _Told:
+class _EventTranslator:
     """Selects which events of the job are sent, and translates them to OpenAI's."""
 
-    def __init__(self, asked: Asked, job: JobDocument, parts: Runtime) -> None:
+    def __init__(self, asked: ImageCall, job: JobDocument, parts: Runtime) -> None:
         self._asked = asked
         self._parts = parts
         self._tenant_id = job.tenant_id

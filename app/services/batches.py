@@ -89,7 +89,7 @@ class _Admission:
         try:
             resolved = submit.resolve(self.runtime, self.caller, asked.unseen())
             prepared = Prepared(resolved, asked.metadata, asked.start_within_s)
-            new, _ = submit.draft(self.runtime, self.caller, prepared, booked=self.booked)
+            new, _ = submit.price_and_admit(self.runtime, self.caller, prepared, booked=self.booked)
         except Problem as problem:
             return problem
         self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
@@ -110,7 +110,10 @@ def submit_batch(
     together they exceed the tenant's limits. Also raises IdempotencyKeyReused and
     InvalidImageRequest.
     """
-    if once is not None and (earlier := submit.answer_to(runtime, caller, once)) is not None:
+    if (
+        once is not None
+        and (earlier := submit.find_replayed_answer(runtime, caller, once)) is not None
+    ):
         return _earlier(runtime, caller, earlier)
     admission = _Admission(runtime, caller)
     outcomes = _complete(runtime, caller, [admission.admit(asked) for asked in items])
@@ -172,15 +175,15 @@ def _write(
     tenant_id = caller.tenant_id
 
     def write(session: Session) -> None:
-        quotas.lock(session, caller)
+        quotas.lock_tenant_usage(session, caller)
         if once is not None:
             idempotency.claim(session, once, tenant_id=tenant_id)
-        submit.write(session, runtime, caller, accepted)
+        submit.insert_jobs(session, runtime, caller, accepted)
         if once is not None:
             idempotency.fulfil(session, once, tenant_id=tenant_id, answer=noted)
 
     whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
-    with quotas.charged(runtime, caller, whole):
+    with quotas.budget_charge(runtime, caller, whole):
         run_transaction(runtime.database, write)
 
 

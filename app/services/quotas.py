@@ -38,26 +38,31 @@ def check_allowed(caller: Caller, resolved: Resolved) -> None:
 
 
 @contextmanager
-def charged(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
+def budget_charge(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
     """Charge the caller's budget with `amount` megapixel-steps; an error within gives them back.
 
     Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
     """
     limits = caller.limits
-    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    per_minute = limits.megapixel_steps_per_minute
+    burst = limits.burst_megapixel_steps
     if per_minute is None or burst is None:
         yield
         return
     _check_burst(amount, burst)
-    budget = {"per_minute": per_minute, "burst": burst, "amount": float(amount)}
-    taken: Taken = runtime.budgets.take(caller.tenant_id, **budget)
+    charge = float(amount)
+    taken = runtime.budgets.take(
+        caller.tenant_id, per_minute=per_minute, burst=burst, amount=charge
+    )
     caller.used.budget = taken
     if not taken.passes:
         raise _budget_spent(amount, taken, per_minute)
     try:
         yield
     except BaseException:
-        runtime.budgets.give_back(caller.tenant_id, **budget)
+        runtime.budgets.give_back(
+            caller.tenant_id, per_minute=per_minute, burst=burst, amount=charge
+        )
         raise
 
 
@@ -65,10 +70,11 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
     """Raise what so many jobs of so many megapixel-steps together would be refused for now.
 
     Takes and locks nothing. Call it before expensive work that a refusal would waste; the decision
-    is made by `charged` and `check_stocks`.
+    is made by `budget_charge` and `check_stocks`.
     """
     limits = caller.limits
-    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    per_minute = limits.megapixel_steps_per_minute
+    burst = limits.burst_megapixel_steps
     if per_minute is not None and burst is not None:
         _check_burst(amount, burst)
         held = runtime.budgets.take(
@@ -111,7 +117,7 @@ def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
         raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
 
 
-def lock(session: Session, caller: Caller) -> None:
+def lock_tenant_usage(session: Session, caller: Caller) -> None:
     """Lock the tenant's usage until commit, if it has stocks, so that its jobs are written in turn.
 
     Call it first in the transaction. Waiting here later would hold locks that others need: those of

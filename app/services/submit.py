@@ -167,7 +167,7 @@ def foresee(
 
     Call it before pictures are decoded and stored, which a refusal would waste.
     """
-    new, _ = draft(runtime, caller, Prepared(resolved, start_within_s=start_within_s))
+    new, _ = price_and_admit(runtime, caller, Prepared(resolved, start_within_s=start_within_s))
     quotas.foresee(runtime, caller, new.megapixel_steps)
 
 
@@ -183,7 +183,7 @@ def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: 
     return replace(resolved, **ids)
 
 
-def draft(
+def price_and_admit(
     runtime: Runtime,
     caller: Caller,
     prepared: Prepared,
@@ -222,12 +222,12 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
     """Write the job with its images, and announce it if the limits allow."""
     resolved = prepared.params
     tenant_id = caller.tenant_id
-    drafted, expected = draft(runtime, caller, prepared)
+    drafted, expected = price_and_admit(runtime, caller, prepared)
     hint, limits = runtime.forecaster.release_hint(resolved, tenant_id)
 
     def write_job(session: Session) -> tuple[NewJob, AcceptedRow]:
         new = drafted
-        quotas.lock(session, caller)
+        quotas.lock_tenant_usage(session, caller)
         if once is not None:
             idempotency.claim(session, once, tenant_id=tenant_id)
         if prepared.replay_of is not None:
@@ -242,13 +242,13 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
                 num_images=resolved.num_images,
             )
             new = replace(new, announced=may_pass)
-        (row,) = write(session, runtime, caller, [new])
+        (row,) = insert_jobs(session, runtime, caller, [new])
         if once is not None:
             idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
         return new, row
 
     try:
-        with quotas.charged(runtime, caller, drafted.megapixel_steps):
+        with quotas.budget_charge(runtime, caller, drafted.megapixel_steps):
             new, row = run_transaction(runtime.database, write_job)
     except jobs.NothingLeft:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
@@ -261,10 +261,10 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
     return Accepted(document, is_new=True, place=expected.place)
 
 
-def write(
+def insert_jobs(
     session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJob]
 ) -> list[AcceptedRow]:
-    """Insert the caller's jobs, if its stocks allow. Call it after `quotas.lock`.
+    """Insert the caller's jobs, if its stocks allow. Call it after `quotas.lock_tenant_usage`.
 
     Raises QuotaExceeded, TooManyJobs; the transaction must then be rolled back.
     """
@@ -305,7 +305,7 @@ def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str)
         log.warning("release_postponed", pool=pool, tier=tier, reason=type(error).__name__)
 
 
-def answer_to(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
+def find_replayed_answer(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
     """Return the stored answer of the same request; None if it is new or to be renewed.
 
     Raises IdempotencyKeyReused.
@@ -326,7 +326,7 @@ def _came_before(job: JobDocument) -> Accepted:
 
 
 def _find_earlier(runtime: Runtime, caller: Caller, once: Once) -> JobDocument | None:
-    answer = answer_to(runtime, caller, once)
+    answer = find_replayed_answer(runtime, caller, once)
     return _job_of(runtime, caller, answer) if answer is not None else None
 
 
