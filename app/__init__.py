@@ -1,4 +1,7 @@
-"""HTTP in, JSON out: a blueprint per resource. Names tasks instead of importing them, so no web process loads the engine."""
+"""Build the gateway: HTTP in, JSON out, with a blueprint per resource.
+
+It names tasks instead of importing them, so no web process loads the engine.
+"""
 
 import re
 import time
@@ -50,16 +53,20 @@ BLUEPRINTS = (
     links.bp,
     health.bp,
 )
-METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"})  # of RFC 9110 and 5789
+# The methods of RFC 9110 and 5789.
+METHODS = frozenset(
+    {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "CONNECT", "OPTIONS", "TRACE"}
+)
 _SANE_REQUEST_ID = re.compile(r"^[A-Za-z0-9._-]{1,64}$")
 
 
 def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
-    """The gateway as a WSGI application."""
+    """Build the gateway as a WSGI application."""
     app = Flask(__name__)
     app.request_class = uploads.SpoolingRequest
     app.config["MAX_CONTENT_LENGTH"] = settings.max_body_bytes
-    app.config["MAX_FORM_MEMORY_SIZE"], app.config["MAX_FORM_PARTS"] = settings.max_body_bytes, MAX_FORM_PARTS
+    app.config["MAX_FORM_MEMORY_SIZE"] = settings.max_body_bytes
+    app.config["MAX_FORM_PARTS"] = MAX_FORM_PARTS
     assert isinstance(app.json, DefaultJSONProvider)
     app.json.sort_keys = False
     app.extensions["darkroom"] = open_runtime(settings, fleet)
@@ -68,7 +75,8 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
         app.register_blueprint(blueprint)
     app.before_request(_open_request)
     app.after_request(_close_request)
-    cors.register(app, settings.cors_allowed_origins)  # after _open_request, and before any blueprint asks for a key
+    # After _open_request, and before any blueprint asks for a key.
+    cors.register(app, settings.cors_allowed_origins)
     app.wsgi_app = PathPrefix(app.wsgi_app, settings)  # type: ignore[method-assign]
     app.teardown_request(uploads.release)
     return app
@@ -87,9 +95,10 @@ def _open_request() -> None:
 def _close_request(response: Response) -> Response:
     response.headers["X-Request-Id"] = g.get("request_id", "unknown")
     response.headers["X-Content-Type-Options"] = "nosniff"
-    ratelimit.tell(response)
+    ratelimit.add_ratelimit_headers(response)
     route = request.url_rule.rule if request.url_rule else "unknown"
-    method = request.method if request.method in METHODS else "unknown"  # no client may choose what a label says
+    # Clients must not choose the value of a metric's label.
+    method = request.method if request.method in METHODS else "unknown"
     telemetry.HTTP_REQUESTS.labels(method, route, response.status_code).inc()
     if "Preference-Applied" not in response.headers and "opened_at" in g:
         telemetry.HTTP_SECONDS.labels(method, route).observe(time.monotonic() - g.opened_at)

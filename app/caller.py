@@ -1,4 +1,4 @@
-"""Who asks: the tenant, the key that spoke for it, and what was counted of its limits meanwhile."""
+"""Describe who sends a request: the tenant, its API key, and the request's use of its limits."""
 
 from dataclasses import dataclass, field
 from uuid import UUID
@@ -9,9 +9,9 @@ from policy.limits import Limits
 
 @dataclass
 class LimitsUse:
-    """What one request has used of the limits that are told in its answer's headers.
+    """What one request has used of the limits that its answer's headers report.
 
-    requests: of this minute.  budget: megapixel-steps.  None: not asked for.
+    requests: of this minute. budget: megapixel-steps. None: the limit was not checked.
     """
 
     requests: Counted | None = None
@@ -20,9 +20,10 @@ class LimitsUse:
 
 @dataclass(frozen=True)
 class Caller:
-    """A tenant, as one request of it is seen.
+    """The tenant and the API key that a request was sent with.
 
-    kid: the public id of its key.  actor: how the audit log names it.  used: filled while the request is answered.
+    kid: the public id of its key. actor: its name in the audit log. used: filled in while the
+    request is answered.
     """
 
     tenant_id: UUID

@@ -1,7 +1,7 @@
-"""A job as answers show it: one value, whether it was just accepted or was read from its row.
+"""Hold a job as answers show it, whether it was just accepted or was read from its row.
 
-What has just been written is not read back: rows that are made persistent cost more than all the
-rest of the answer.
+A job that was just written is not read back: loading its rows through the ORM would cost more than
+the rest of the answer.
 """
 
 import uuid
@@ -19,7 +19,7 @@ from policy.states import ImageState, JobState
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDocument:
-    """One image of a job, and what is stored of it."""
+    """One image of a job, with its stored artifact if there is one."""
 
     index: int
     seed: int
@@ -66,14 +66,19 @@ _IMAGE_COLUMNS = tuple(field.name for field in fields(ImageDocument))
 
 
 def of_row(job: Job) -> JobDocument:
-    """Show the job of a row that was read with its images and their artifacts."""
+    """Convert a row that was read with its images and their artifacts."""
     read: dict[str, Any] = {name: getattr(job, name) for name in _COLUMNS}
-    images = [ImageDocument(**{name: getattr(image, name) for name in _IMAGE_COLUMNS}) for image in job.images]
+    images = [
+        ImageDocument(**{name: getattr(image, name) for name in _IMAGE_COLUMNS})
+        for image in job.images
+    ]
     return JobDocument(**read, images=images)
 
 
-def of_accepted(new: NewJob, row: AcceptedRow, *, tenant_id: uuid.UUID, currency: str) -> JobDocument:
-    """Show the job that was just written, as it stands in the database."""
+def of_accepted(
+    new: NewJob, row: AcceptedRow, *, tenant_id: uuid.UUID, currency: str
+) -> JobDocument:
+    """Build the document of a job that was just inserted, equal to what its row holds."""
     params = new.params
     return JobDocument(
         **vars(params),
@@ -89,5 +94,8 @@ def of_accepted(new: NewJob, row: AcceptedRow, *, tenant_id: uuid.UUID, currency
         accepted_at=row.accepted_at,
         start_by=row.start_by,
         currency=currency,
-        images=[ImageDocument(index=index, seed=params.seed + index) for index in range(params.num_images)],
+        images=[
+            ImageDocument(index=index, seed=params.seed + index)
+            for index in range(params.num_images)
+        ],
     )

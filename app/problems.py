@@ -1,18 +1,18 @@
-"""Every refusal the API can utter, as RFC 9457 problem details with OpenAI's `error` object beside them.
+"""Define every refusal of the API: RFC 9457 problem details, with OpenAI's `error` object added.
 
 Problem
 ├── MalformedBody         400   not JSON at all
-├── ModerationBlocked     400   the safety rules said no
-├── NotOffered            400   asked for in OpenAI's words, and nothing here does it
+├── ModerationBlocked     400   the safety rules refused the request
+├── NotOffered            400   a feature of OpenAI's interface that this gateway lacks
 ├── Unauthenticated       401   no live API key
-├── Forbidden             403   the key's scopes, or the tenant's tiers and models, do not reach that far
-├── LinkExpired           403   a link to one image that is over, or was never ours
+├── Forbidden             403   the key's scopes, or the tenant's tiers and models, do not allow it
+├── LinkExpired           403   a link to one image has expired, or was never ours
 ├── NotFound              404   no such route
 ├── JobNotFound           404   also for another tenant's job: existence is private
 ├── ImageNotFound         404   the job has no such image
-├── FileNotFound          404   the same for pictures that tenants bring
-├── WebhookNotFound       404   and for endpoints
-├── DeliveryNotFound      404   and for what was sent to them
+├── FileNotFound          404   also for another tenant's file
+├── WebhookNotFound       404   also for another tenant's endpoint
+├── DeliveryNotFound      404   also for another tenant's delivery
 ├── TenantNotFound        404   (admin)
 ├── KeyNotFound           404   (admin)
 ├── ModelNotFound         404
@@ -20,35 +20,35 @@ Problem
 ├── RequestTimeout        408   the body did not come in time
 ├── ImageNotReady         409   with Retry-After while it may still come
 ├── JobAlreadyFinished    409   the cancel came too late
-├── ReplayImpossible      409   its parameters, or what they need, are gone
-├── FileInUse             409   a job under way starts from it
+├── ReplayImpossible      409   the job's parameters, or what they need, are gone
+├── FileInUse             409   an unfinished job starts from it
 ├── TenantExists          409   (admin) the name is taken
-├── StorageQuotaExceeded  409   the tenant's pictures take as much room as they may
-├── Erased                410   the tenant had it deleted
+├── StorageQuotaExceeded  409   the tenant's pictures use all the storage that it may use
+├── Erased                410   its tenant deleted it
 ├── BodyTooLarge          413
 ├── UnsupportedMediaType  415
-├── RangeNotSatisfiable   416   the picture is shorter than the part that is asked for
+├── RangeNotSatisfiable   416   the picture is shorter than the requested part
 ├── InvalidImageRequest   422   no worker could ever render this; `errors` points at each field
-├── InvalidRequest        422   the same for bodies that ask for no image
+├── InvalidRequest        422   wrong fields in any other body
 ├── InvalidPicture        422   the upload is no picture that can be used
-├── InvalidQuery          422   the same for query parameters and headers
+├── InvalidQuery          422   a wrong query parameter or header
 ├── IdempotencyKeyReused  422   the key came before with another body
-├── RateLimited           429   with Retry-After: requests of this minute
-├── BudgetSpent           429   with Retry-After: megapixel-steps, until the budget has filled again
-├── TooManyJobs           429   with Retry-After: of this tenant at once
+├── RateLimited           429   with Retry-After: too many requests in this minute
+├── BudgetSpent           429   with Retry-After: megapixel-steps, until the budget has refilled
+├── TooManyJobs           429   with Retry-After: unfinished jobs of this tenant
 ├── QuotaExceeded         429   with Retry-After: megapixel-steps of this day or month
-├── TenantQueueFull       429   with Retry-After: this tenant has enough waiting in the tier
-├── Unexpected            500   says nothing of our insides
+├── TenantQueueFull       429   with Retry-After: too much work of this tenant waits in the tier
+├── Unexpected            500   reveals nothing of our internals
 ├── JobFailed             500   an image call whose job failed on our side
 ├── MethodUnknown         501   no method of HTTP
-├── PartUnavailable       503   with Retry-After
-├── StreamsExhausted      503   with Retry-After: this process has as many event streams open as it may
-├── WaitsExhausted        503   with Retry-After: and as many image calls that wait
-├── UploadsExhausted      503   with Retry-After: and as many uploads, or no room for them
-├── FleetSaturated        503   with Retry-After: it would not start in time
-├── ModelUnserved         503   with Retry-After: no worker has the model, and none is to come
-├── JobExpired            503   with Retry-After: an image call whose job nothing started in time
-└── JobUnfinished         504   with Retry-After: an image call that waited as long as it may
+├── PartUnavailable       503   with Retry-After: the database, store or another part is away
+├── StreamsExhausted      503   with Retry-After: too many event streams in this process
+├── WaitsExhausted        503   with Retry-After: too many waiting image calls in this process
+├── UploadsExhausted      503   with Retry-After: too many uploads, or no disk space for them
+├── FleetSaturated        503   with Retry-After: the job would not start in time
+├── ModelUnserved         503   with Retry-After: no worker has the model, and none will start
+├── JobExpired            503   with Retry-After: no worker started an image call's job in time
+└── JobUnfinished         504   with Retry-After: an image call has waited as long as it may
 """
 
 from collections.abc import Mapping
@@ -58,7 +58,7 @@ from app.schemas import problems as schemas
 from app.schemas.problems import FieldError, ProblemFacts
 from policy.catalog import InvalidWish
 
-MOST_NAMED = 5  # wrong fields in one sentence
+MOST_NAMED = 5  # wrong fields in OpenAI's one message
 _OPENAI_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
@@ -70,7 +70,7 @@ class Problem(Exception):
     """
 
     slug, title, status = "unexpected", "Unexpected error", 500
-    openai_type = ""  # "": what its status stands for
+    openai_type = ""  # "": the type for its status
     about = ""
 
     def __init__(
@@ -111,13 +111,13 @@ class Problem(Exception):
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
         elif self.status in (409, 429):
-            headers["X-Should-Retry"] = "false"  # OpenAI's clients would, and it would not help
+            headers["X-Should-Retry"] = "false"  # OpenAI's clients would retry, to no avail
         if self.status == 401:
             headers["WWW-Authenticate"] = 'Bearer realm="darkroom"'
         return headers
 
     def summary(self) -> schemas.ProblemSummary:
-        """Say it as a part of an answer that is about more than this problem."""
+        """Return it as a part of an answer that is about more than this problem."""
         return schemas.ProblemSummary(
             type=f"/problems/{self.slug}",
             title=self.title,
@@ -127,7 +127,7 @@ class Problem(Exception):
         )
 
     def openai_error(self) -> schemas.OpenAIError:
-        """Say it in OpenAI's words: its clients take message, param and code from here."""
+        """Return OpenAI's `error` object: its clients take message, param and code from there."""
         otherwise = "server_error" if self.status >= 500 else "invalid_request_error"
         return schemas.OpenAIError(
             message=self._message(),
@@ -137,9 +137,16 @@ class Problem(Exception):
         )
 
     def _message(self) -> str:
-        """The detail, and the wrong fields that it does not name, each with what would be accepted."""
-        named = [error for error in self.members.get("errors") or () if error["detail"] not in self.detail]
-        fields = [f"{_field(error)}: {error['detail']}{_accepted(error.get('accepted'))}" for error in named[:MOST_NAMED]]
+        """Return the detail, followed by the wrong fields that it does not name.
+
+        Each of these is followed by the values that would be accepted.
+        """
+        errors = self.members.get("errors") or ()
+        named = [error for error in errors if error["detail"] not in self.detail]
+        fields = [
+            f"{_field(error)}: {error['detail']}{_accepted(error.get('accepted'))}"
+            for error in named[:MOST_NAMED]
+        ]
         more = [f"and {len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
         return f"{self.detail} {'; '.join([*fields, *more])}." if named else self.detail
 
@@ -151,15 +158,17 @@ class Problem(Exception):
 
 
 def _field(error: Mapping[str, Any]) -> str:
-    """A pointer, as OpenAI writes it."""
+    """Convert a JSON pointer to the dotted name that OpenAI uses."""
     return str(error["pointer"]).removeprefix("/").replace("/", ".")
 
 
 def _accepted(accepted: Any) -> str:
-    """What an error says would be accepted, in words."""
+    """Say in words which values would be accepted."""
     if isinstance(accepted, Mapping):
         return f" ({', '.join(f'{name} {value}' for name, value in accepted.items())})"
-    return f" (accepted: {', '.join(map(str, accepted))})" if isinstance(accepted, list | tuple) and accepted else ""
+    if isinstance(accepted, list | tuple) and accepted:
+        return f" (accepted: {', '.join(map(str, accepted))})"
+    return ""
 
 
 class MalformedBody(Problem):
@@ -304,7 +313,7 @@ class RangeNotSatisfiable(Problem):
     about = "The picture has no such bytes; `size_bytes` says how many it has."
 
     def headers(self) -> dict[str, str]:
-        """Return the size where HTTP has it, too."""
+        """Return the headers, with the picture's size in Content-Range."""
         return {**super().headers(), "Content-Range": f"bytes */{self.members['size_bytes']}"}
 
 

@@ -1,4 +1,4 @@
-"""What the gateway's use cases work with, made once per process."""
+"""Hold what the gateway's services work with; made once per process."""
 
 import random
 import secrets
@@ -13,7 +13,7 @@ from app.live.forecast import QueueForecaster
 from app.live.keyring import Keyring
 from app.live.readiness import Readiness, checks
 from app.live.statuses import Statuses
-from app.live.streams import Events, Watchers
+from app.live.streams import JobEventStreams, Watchers
 from app.live.uploads import UploadRoom
 from app.signing import LinkSigner
 from dispatch.endings import EndedJobs
@@ -39,7 +39,7 @@ from settings import GatewaySettings
 
 @dataclass(frozen=True)
 class Runtime:
-    """The parts of the house that a use case may touch."""
+    """The connections, caches and settings that a service may use."""
 
     settings: GatewaySettings
     fleet: Fleet
@@ -51,7 +51,7 @@ class Runtime:
     endings: Endings
     ended: EndedJobs
     forecaster: QueueForecaster
-    events: Events
+    events: JobEventStreams
     outbound: Outbound
     keyring: Keyring
     rates: Rates
@@ -61,28 +61,36 @@ class Runtime:
     waits: Capacity
     uploads: UploadRoom
     decoders: Decoders = field(default_factory=Decoders)
-    # What pictures select as masks, by question, content and size.
-    judged: Cache[tuple[str, str, int, int], bool] = field(default_factory=lambda: Cache("judged", 10_000))
+    # Answers about pictures (does a mask select anything?), by question, content and size.
+    judged: Cache[tuple[str, str, int, int], bool] = field(
+        default_factory=lambda: Cache("judged", 10_000)
+    )
     # The OpenAPI document by the prefix of its links: a proxy may give the gateway several.
     documents: Cache[str, str] = field(default_factory=lambda: Cache("documents", 8))
     statuses: Statuses = field(default_factory=Statuses)
     watchers: Watchers = field(default_factory=Watchers)
 
     def resolve(self, wish: Wish) -> Resolved:
-        """Every parameter of the wish; a seed is drawn where none was asked for. Raises InvalidWish."""
-        return resolve(self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random())
+        """Resolve every parameter of the wish. Raises InvalidWish.
+
+        A seed is drawn where none was asked for.
+        """
+        return resolve(
+            self.fleet, wish, default_seed=secrets.randbelow(2**32), draw=random.random()
+        )
 
 
 def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
-    """Make a runtime; connections are made at first use.
+    """Make a runtime; connections are opened at first use.
 
-    A gateway starts, and says what is not ready, while its surroundings are away.
+    So a gateway starts while Postgres, Redis or the object store are away, and reports it in
+    /readyz.
     """
     database = make_engine(settings.database_url, pool_size=settings.database_pool_size)
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     news = News(settings.handoff_url)
-    # So that who may come in, and what waits, is read however many write.
+    # An engine of its own, so that keys and queues can be read however many requests write.
     aside = make_engine(settings.database_url, pool_size=connections.GATEWAY_ASIDE)
     refresher = ThreadPoolExecutor(max_workers=1, thread_name_prefix="refresh")
     gauge = Gauge(settings.handoff_url)
@@ -96,7 +104,9 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
     )
     reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
-    forecaster = QueueForecaster(aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s)
+    forecaster = QueueForecaster(
+        aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
+    )
     return Runtime(
         settings=settings,
         fleet=fleet,
@@ -108,7 +118,9 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         endings=Endings(settings.handoff_url),
         ended=ended,
         forecaster=forecaster,
-        events=Events(database, forecaster, news, reader, keyring, most=settings.gateway_max_streams),
+        events=JobEventStreams(
+            database, forecaster, news, reader, keyring, most=settings.gateway_max_streams
+        ),
         outbound=Outbound(settings.outbound_allowed_networks),
         keyring=keyring,
         rates=Rates(settings.handoff_url),

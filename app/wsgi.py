@@ -1,4 +1,4 @@
-"""The door that gunicorn opens: `gunicorn -c deploy/gunicorn.conf.py app.wsgi:application`."""
+"""Expose the WSGI application: `gunicorn -c deploy/gunicorn.conf.py app.wsgi:application`."""
 
 import structlog
 
@@ -12,6 +12,11 @@ settings, fleet = load_gateway()
 telemetry.configure_logs(settings.log_level)
 for hint in settings.hints():
     log.warning("settings_hint", hint=hint)
-at_most = connections.at_most("gateway", gateway_pool_size=settings.database_pool_size, web_concurrency=settings.web_concurrency)
+at_most = connections.at_most(
+    "gateway",
+    gateway_pool_size=settings.database_pool_size,
+    web_concurrency=settings.web_concurrency,
+)
 log.info("database_connections", at_most=at_most)
-application = create_app(settings, fleet)  # its metrics are served by deploy/gunicorn.conf.py, for all processes
+# Its metrics are served by deploy/gunicorn.conf.py, for all processes.
+application = create_app(settings, fleet)

@@ -1,1 +1,1 @@
-"""HTTP in, JSON out: a blueprint per resource parses, calls a use case, and answers."""
+"""Serve HTTP: a blueprint per resource parses the request, calls a service, and answers in JSON."""

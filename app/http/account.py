@@ -1,4 +1,4 @@
-"""/v1/key and /v1/usage: who a caller is, what it may use and what it has used."""
+"""Serve /v1/key and /v1/usage: who the caller is, what it may use and what it has used."""
 
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
@@ -25,7 +25,7 @@ MOST_DAYS = 366
 
 @bp.get("/key")
 def show_key() -> ResponseReturnValue:
-    """Show the key that asks: its id, its tenant, its scopes, and the tenant's limits."""
+    """Show the key of this request: its id, its tenant, its scopes, and the tenant's limits."""
     asking = caller()
     shown = schemas.OwnKey(
         id=asking.api_key_id,
@@ -39,9 +39,9 @@ def show_key() -> ResponseReturnValue:
 
 @bp.get("/usage")
 def show_usage() -> ResponseReturnValue:
-    """Show the tenant's ledger by UTC days, with its limits and where it stands.
+    """Show the tenant's ledger by UTC days, its limits, and what it has used of them.
 
-    `from` and `to` are included; by default they are those of this month.
+    `from` and `to` are included; by default they are the first day of this month and today.
     """
     since, until = read_days(request)
     used = usage.own(runtime(), caller(), since=since, until=until)
@@ -62,16 +62,17 @@ def show_usage() -> ResponseReturnValue:
 
 
 def read_days(asked: Request) -> tuple[date, date]:
-    """`from` and `to`, by default this month. Raises InvalidQuery."""
+    """Read `from` and `to`; the default is this month up to today. Raises InvalidQuery."""
     today = datetime.now(UTC).date()
-    since, until = _day(asked, "from", today.replace(day=1)), _day(asked, "to", today)
+    since = _day(asked, "from", today.replace(day=1))
+    until = _day(asked, "to", today)
     if not 0 <= (until - since).days <= MOST_DAYS:
         raise InvalidQuery(f"to must be from `from` to {MOST_DAYS} days later.", parameter="to")
     return since, until
 
 
 def usage_view(rows: Sequence[UsageDay], since: date, until: date) -> dict[str, Any]:
-    """Return the members of `schemas.Usage`: days of a ledger."""
+    """Return the members of `schemas.Usage` for these days of a ledger."""
     days = [
         schemas.UsageDay(
             day=row.day,
@@ -88,7 +89,7 @@ def usage_view(rows: Sequence[UsageDay], since: date, until: date) -> dict[str, 
 
 
 def limits_view(limits: Limits) -> schemas.Limits:
-    """Show a tenant's limits; null is none."""
+    """Show a tenant's limits; null means no limit."""
     return schemas.Limits(**{name: _plain(value) for name, value in vars(limits).items()})
 
 
@@ -105,4 +106,6 @@ def _day(asked: Request, name: str, default: date) -> date:
             return date.fromisoformat(text)
     except ValueError:
         pass
-    raise InvalidQuery(f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD")
+    raise InvalidQuery(
+        f"{name} must be a day such as 2026-11-26.", parameter=name, accepted="YYYY-MM-DD"
+    )

@@ -1,4 +1,7 @@
-"""/v1/admin: an operator's routes over the whole installation: tenants with their limits, keys, usage. Keys need the scope `admin`."""
+"""Serve /v1/admin, for operators: tenants with their limits, API keys, and usage.
+
+Keys need the scope `admin`.
+"""
 
 import uuid
 from datetime import UTC, datetime
@@ -35,7 +38,9 @@ from policy.text import is_human
 bp = Blueprint("admin", __name__, url_prefix="/v1/admin")
 bp.before_request(require_key)
 
-Name = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[
+    str, StringConstraints(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+]
 Weight = Annotated[float, Field(ge=MIN_WEIGHT, le=MAX_WEIGHT)]
 
 
@@ -43,7 +48,10 @@ class _Body(BaseModel):
     model_config = STRICT
 
 
-_LIMITS: dict[str, Any] = {name: (json_type(hint) | None, None) for name, hint in get_type_hints(Limits, include_extras=True).items()}
+_LIMITS: dict[str, Any] = {
+    name: (json_type(hint) | None, None)
+    for name, hint in get_type_hints(Limits, include_extras=True).items()
+}
 _LimitsBody: Any = create_model("_LimitsBody", __base__=_Body, **_LIMITS)
 
 
@@ -55,7 +63,7 @@ class TenantBody(_Body):
 
 
 class TenantChange(_LimitsBody):
-    """The body of PATCH /v1/admin/tenants/{id}; what is not there stays, null takes a limit away."""
+    """The body of PATCH /v1/admin/tenants/{id}; a missing field stays, null removes a limit."""
 
     weight: Weight | None = None
 
@@ -63,15 +71,23 @@ class TenantChange(_LimitsBody):
 class KeyBody(_Body):
     """The body of POST /v1/admin/tenants/{id}/keys."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")] = "api"
-    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(DEFAULT_SCOPES)
-    expires_at: Annotated[str | None, says("An instant in the future from which it is refused; null: never.")] = None
+    name: Annotated[
+        str, StringConstraints(min_length=1, max_length=64), says("Your own words for it.")
+    ] = "api"
+    scopes: Annotated[list[Scope], Field(min_length=1), says("What it may do.")] = list(
+        DEFAULT_SCOPES
+    )
+    expires_at: Annotated[
+        str | None, says("An instant in the future from which it is refused; null: never.")
+    ] = None
 
 
 class RotateBody(_Body):
     """The body of POST /v1/admin/keys/{id}/rotate."""
 
-    grace_s: Annotated[float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")] = KEY_GRACE_S
+    grace_s: Annotated[
+        float, Field(ge=0, le=30 * 86_400), says("So long the old key is accepted, too.")
+    ] = KEY_GRACE_S
 
 
 @bp.get("/tenants")
@@ -125,7 +141,7 @@ def change_tenant(tenant_id: uuid.UUID) -> ResponseReturnValue:
 def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
     """List the tenant's keys, oldest first, revoked ones included.
 
-    What they are, nobody can show.
+    The secret part of a key is not stored, so it cannot be shown.
     """
     rows = tenants.keys_of(runtime(), tenant_id)
     return whole_list(schemas.KeyPage, [_key_view(row) for row in rows])
@@ -133,10 +149,12 @@ def list_keys(tenant_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.post("/tenants/<uuid:tenant_id>/keys")
 def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """Add a key of the tenant: 201, with `key`, which is shown this once."""
+    """Add a key of the tenant: 201, with `key`, which is shown only this once."""
     body = parse(KeyBody, read_object(request))
     if not is_human(body.name):
-        raise InvalidRequest.at("name", "must not have control characters in it", accepted={"max_chars": 64})
+        raise InvalidRequest.at(
+            "name", "must not have control characters in it", accepted={"max_chars": 64}
+        )
     row, key = tenants.issue_key(
         runtime(),
         caller(),
@@ -152,7 +170,7 @@ def issue_key(tenant_id: uuid.UUID) -> ResponseReturnValue:
 def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
     """Add a key with the same name and scopes: 201.
 
-    The old one lives on for `grace_s` (a day), so that nobody is locked out.
+    The old key stays valid for `grace_s` (by default a day), so that nobody is locked out.
     """
     body = parse(RotateBody, read_object(request) if request.get_data() else {})
     row, key = tenants.rotate_key(runtime(), caller(), key_id, grace_s=body.grace_s)
@@ -168,14 +186,14 @@ def rotate_key(key_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.delete("/keys/<uuid:key_id>")
 def revoke_key(key_id: uuid.UUID) -> ResponseReturnValue:
-    """Refuse the key from now on: within a second, in every process. 204."""
+    """Revoke the key: 204; every process refuses it within a second."""
     tenants.revoke_key(runtime(), caller(), key_id)
     return "", 204
 
 
 @bp.get("/tenants/<uuid:tenant_id>/usage")
 def show_usage(tenant_id: uuid.UUID) -> ResponseReturnValue:
-    """Show the tenant's ledger by UTC days, `from` and `to` included (this month)."""
+    """Show the tenant's ledger by UTC days, `from` and `to` included; by default this month."""
     since, until = read_days(request)
     rows = usage.days_of(runtime(), tenant_id, since=since, until=until)
     return answer(schemas.TenantUsage(**usage_view(rows, since, until), tenant_id=tenant_id))
@@ -187,7 +205,7 @@ def _instant(text: str | None) -> datetime | None:
     try:
         at = datetime.fromisoformat(text.upper())
         is_future = at.tzinfo is not None and at.astimezone(UTC) > datetime.now(UTC)
-    except (ValueError, OverflowError):  # no instant, or one that no calendar has in UTC
+    except (ValueError, OverflowError):  # no instant, or one that is out of range in UTC
         is_future = False
     if not is_future:
         detail = "must be an instant in the future, with its offset"
@@ -206,7 +224,7 @@ def _tenant_view(tenant: Tenant) -> schemas.Tenant:
 
 
 def _key_view(row: ApiKey, kind: type[schemas.Key] = schemas.Key, **more: Any) -> schemas.Key:
-    """Show a key as a document of the kind; `more`: the members that it has beside."""
+    """Show a key as a document of this kind; `more`: members that only this kind has."""
     return kind(
         id=row.id,
         kid=row.kid,

@@ -1,4 +1,4 @@
-"""Answer with a document: its JSON, its status, its headers."""
+"""Answer with a document: JSON, status and headers."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -27,10 +27,10 @@ def answer_page(
     id_of: Callable[[Row], UUID],
     more_before: UUID | None = None,
 ) -> Response:
-    """Answer with up to `limit` of the rows, and with a link to those after them.
+    """Answer with up to `limit` of the rows, and with a link to the next page.
 
-    rows: one more than `limit` where there are more.  more_before: also with fewer rows there is
-    another page, and it begins behind this id.
+    rows: `limit` + 1 of them where there are more. more_before: there is another page even if there
+    are fewer rows, and it begins behind this id.
     """
     cursor, link = next_page(request, [id_of(row) for row in rows], limit, more_before=more_before)
     data = [show(row) for row in rows[:limit]]
@@ -38,5 +38,5 @@ def answer_page(
 
 
 def whole_list(kind: Callable[..., Page], data: Sequence[Any]) -> Response:
-    """Answer with a list that has one page."""
+    """Answer with a list that fits on one page."""
     return answer(kind(data=data, has_more=False, next_cursor=None))

@@ -1,4 +1,4 @@
-"""Who is asking: API keys as Bearer tokens, and what each may do."""
+"""Authenticate requests: API keys as Bearer tokens, and what each key may do."""
 
 import time
 
@@ -16,7 +16,11 @@ from models import api_keys
 
 
 def require_key() -> None:
-    """Set `g.caller`, or raise: Unauthenticated, for unknown, revoked and expired keys look alike; Forbidden; RateLimited."""
+    """Authenticate the request by its API key and set `g.caller`.
+
+    Raises Unauthenticated, the same for unknown, revoked and expired keys; Forbidden for a key
+    without the scope; RateLimited; and UploadsExhausted for a large body.
+    """
     scheme, _, key = request.headers.get("Authorization", "").partition(" ")
     if scheme.lower() != "bearer" or not key.strip():
         telemetry.AUTH_FAILURES.labels("no_key").inc()
@@ -26,14 +30,18 @@ def require_key() -> None:
         telemetry.AUTH_FAILURES.labels("bad_key").inc()
         raise Unauthenticated(NO_LIVE_KEY)
     found = known.key
-    g.caller = Caller(found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits)
+    g.caller = Caller(
+        found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits
+    )
     structlog.contextvars.bind_contextvars(tenant_id=str(found.tenant_id))
-    enough = _scopes_that_do()
+    enough = _sufficient_scopes()
     if not found.scopes & set(enough):
         telemetry.AUTH_FAILURES.labels("scope").inc()
         detail = f"This API key lacks the scope {' or '.join(f'`{scope}`' for scope in enough)}."
         raise Forbidden(detail, scope=enough[0], scopes=sorted(found.scopes))
-    if "admin" not in enough:  # or an operator whose tenant is at its limits could not raise them
+    if (
+        "admin" not in enough
+    ):  # an operator whose tenant is at its limits must be able to raise them
         _count_request(g.caller)
     uploads.admit(request, runtime().uploads, g.caller.tenant_id)
 
@@ -46,7 +54,8 @@ def _known(key: str) -> Known | None:
     known = parts.keyring.find(kid)
     if known is None or not known.key.is_live(time.time()):
         return None
-    return known if api_keys.is_it(key, known.key.digest, pepper=parts.settings.api_key_pepper.get_secret_value()) else None
+    pepper = parts.settings.api_key_pepper.get_secret_value()
+    return known if api_keys.is_it(key, known.key.digest, pepper=pepper) else None
 
 
 def _count_request(asking: Caller) -> None:
@@ -59,12 +68,18 @@ def _count_request(asking: Caller) -> None:
     if not counted.passes:
         telemetry.SHED.labels("rate_limited").inc()
         detail = f"At most {most} requests a minute are let in."
-        raise RateLimited(detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S)
+        raise RateLimited(
+            detail, retry_after_s=counted.reset_s, policy="requests", quota=most, window_s=WINDOW_S
+        )
 
 
-def _scopes_that_do() -> tuple[str, ...]:
-    """Those of which one is enough: reading needs `read`, whatever changes something `generate`, the operator's routes `admin`, which
-    implies neither. An estimate changes nothing and says what whoever generates must know."""
+def _sufficient_scopes() -> tuple[str, ...]:
+    """Return the scopes of which the key needs one.
+
+    Reading needs `read` and changing something `generate`. The operator's routes need `admin`,
+    which implies neither of the two. An estimate takes either `read` or `generate`: it changes
+    nothing, and clients that generate need it.
+    """
     if request.blueprint == "admin":
         return ("admin",)
     if request.blueprint == "estimates":

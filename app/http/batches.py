@@ -1,4 +1,7 @@
-"""POST /v1/jobs:batch: up to a thousand jobs in one request, each of them accepted or refused by itself."""
+"""Serve POST /v1/jobs:batch: up to a thousand jobs in one request.
+
+Each job is accepted or refused on its own.
+"""
 
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,16 +29,20 @@ bp.before_request(require_key)
 
 @bp.post("/v1/jobs:batch")
 def create_jobs() -> ResponseReturnValue:
-    """Accept every job of the batch that can be: 200, and for each item, in order, its job or its problem."""
+    """Accept every job of the batch that can be accepted.
+
+    Answers 200 with the job or the problem of each item, in the order of the request.
+    """
     request.max_content_length = runtime().settings.max_batch_bytes
-    items, defaults = _read_batch(read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS}))
+    body = read_object(request, problem=InvalidImageRequest, lists={"/jobs": MAX_JOBS})
+    items, defaults = _read_batch(body)
     once = read_once(request, [items, defaults])
     done = submit_batch(runtime(), caller(), _asked(items, defaults), once=once)
     return answer(_view(done), headers={} if done.is_new else {REPLAYED: "true"})
 
 
 def _asked(items: Sequence[Any], defaults: Mapping[str, Any]) -> Iterator[JobRequest | Problem]:
-    """Yield what each item asks for, or the problem of one that cannot be read."""
+    """Yield the job request of each item, or the problem of an item that cannot be read."""
     for item in items:
         try:
             if not isinstance(item, dict):
@@ -53,14 +60,16 @@ def _view(done: BatchAnswer) -> schemas.Batch:
     )
 
 
-def _item_view(item: Item, jobs: Mapping[uuid.UUID, BatchJob]) -> schemas.BatchAccepted | schemas.BatchRefused:
+def _item_view(
+    item: Item, jobs: Mapping[uuid.UUID, BatchJob]
+) -> schemas.BatchAccepted | schemas.BatchRefused:
     if "job_id" in item:
         return schemas.BatchAccepted(job=_job_view(jobs[uuid.UUID(item["job_id"])]))
     return schemas.BatchRefused(status=item["problem"]["status"], problem=item["problem"])
 
 
 def _job_view(job: BatchJob) -> schemas.BatchJob:
-    """Show enough of an item's job to know it again; the rest is at its address."""
+    """Show the main members of an item's job; the rest is at its URL."""
     params = job.params
     return schemas.BatchJob(
         id=job.id,
@@ -76,13 +85,16 @@ def _job_view(job: BatchJob) -> schemas.BatchJob:
 
 
 def _read_batch(body: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Read the items, and the fields that all of them share unless they say otherwise. Raises InvalidImageRequest."""
+    """Read the items, and the defaults for fields that they omit. Raises InvalidImageRequest."""
     for name in body:
         if name not in ("jobs", "defaults"):
-            raise invalid_wish(InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"]))
-    items, defaults = body.get("jobs"), body.get("defaults", {})
+            wrong = InvalidWish(name[:64], "is no field of a batch", ["jobs", "defaults"])
+            raise invalid_wish(wrong)
+    items = body.get("jobs")
+    defaults = body.get("defaults", {})
     if not isinstance(items, list) or not 1 <= len(items) <= MAX_JOBS:
-        raise invalid_wish(InvalidWish("jobs", f"must be a list of 1 to {MAX_JOBS} jobs", {"min": 1, "max": MAX_JOBS}))
+        detail = f"must be a list of 1 to {MAX_JOBS} jobs"
+        raise invalid_wish(InvalidWish("jobs", detail, {"min": 1, "max": MAX_JOBS}))
     if not isinstance(defaults, dict):
         raise invalid_wish(InvalidWish("defaults", "must be an object with fields of a job"))
     parse_shared(defaults)

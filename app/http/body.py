@@ -1,4 +1,4 @@
-"""From the bytes of a request to a Wish, or a problem that points at every field that is wrong."""
+"""Parse the body of a request into a Wish, or a problem that points at every wrong field."""
 
 import json
 import math
@@ -32,15 +32,20 @@ from policy.params import ASKED, PICTURES, AdapterWish, Wish
 from policy.text import is_human
 
 Body = TypeVar("Body", bound=BaseModel)
-MAX_MEMBERS, MAX_ENTRIES, MAX_DEPTH = 64, 256, 16  # of any object, any list, and of one within the other
-MAX_VALUES = 100_000  # of a body: a thousand jobs that say everything there is to say have fewer
-MAX_ERRORS = 20  # that are told of one body; a body may have as many as it has bytes
+MAX_MEMBERS = 64  # of an object
+MAX_ENTRIES = 256  # of a list
+MAX_DEPTH = 16  # of objects and lists within each other
+MAX_VALUES = 100_000  # of a body; a batch of a thousand jobs with every field has fewer
+MAX_ERRORS = 20  # in one problem; a body can have about as many errors as bytes
 NO_LISTS: Mapping[str, int] = {}
 _MISSING = "This field is required"
 
 
 def read_job(request: Request) -> JobBody:
-    """Parse the body. Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest."""
+    """Parse the body of a job.
+
+    Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, InvalidImageRequest.
+    """
     return parse_job(read_object(request, problem=InvalidImageRequest))
 
 
@@ -51,26 +56,34 @@ def parse_job(fields: Mapping[str, Any]) -> JobBody:
     return body
 
 
-def parse(kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest) -> Body:
-    """The fields as a `kind`. Raises `problem`, which points at every one that is wrong."""
+def parse(
+    kind: type[Body], fields: Mapping[str, Any], *, problem: type[Problem] = InvalidRequest
+) -> Body:
+    """Validate the fields as a `kind`. Raises `problem`, which points at every wrong field."""
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise problem("The request has fields that cannot be used.", **_told(field_errors(error, kind))) from None
+        members = _error_members(field_errors(error, kind))
+        raise problem("The request has fields that cannot be used.", **members) from None
 
 
 def parse_shared(fields: Mapping[str, Any]) -> None:
-    """Check names and types of fields of a job that its other fields are to complete. Raises InvalidImageRequest."""
+    """Check names and types of a batch's default fields; none is required here.
+
+    Raises InvalidImageRequest.
+    """
     try:
         JobBody.model_validate(fields)
     except ValidationError as error:
-        if errors := [entry for entry in field_errors(error, JobBody) if entry["detail"] != _MISSING]:
+        found = field_errors(error, JobBody)
+        if errors := [entry for entry in found if entry["detail"] != _MISSING]:
             within = [entry | {"pointer": f"/defaults{entry['pointer']}"} for entry in errors]
-            raise InvalidImageRequest("The defaults have fields that cannot be used.", **_told(within)) from None
+            detail = "The defaults have fields that cannot be used."
+            raise InvalidImageRequest(detail, **_error_members(within)) from None
 
 
 def job_request(body: JobBody) -> JobRequest:
-    """Make what `services.submit` takes of a body."""
+    """Convert a body to what `services.submit` takes."""
     return JobRequest(
         wish=wish_of(body),
         pictures=body.pictures,
@@ -80,57 +93,83 @@ def job_request(body: JobBody) -> JobRequest:
 
 
 def wish_of(body: JobBody) -> Wish:
-    """Make the wish of a body, but for its pictures."""
+    """Convert a body to a wish, without its pictures."""
     said: dict[str, Any] = {name: getattr(body, name) for name in ASKED if name not in PICTURES}
     said["adapters"] = tuple(AdapterWish(each.name, each.strength) for each in said["adapters"])
     return Wish(**said)
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Raises InvalidImageRequest for more than can be kept, and for text that nobody wrote."""
-    accepted = {"max_keys": MAX_METADATA_KEYS, "max_key_chars": MAX_METADATA_KEY_CHARS, "max_value_chars": MAX_METADATA_CHARS}
+    """Check the number and the length of metadata entries. Raises InvalidImageRequest.
+
+    Control characters are refused, too.
+    """
+    accepted = {
+        "max_keys": MAX_METADATA_KEYS,
+        "max_key_chars": MAX_METADATA_KEY_CHARS,
+        "max_value_chars": MAX_METADATA_CHARS,
+    }
     for key, value in metadata.items():
         is_short = 1 <= len(key) <= MAX_METADATA_KEY_CHARS and len(value) <= MAX_METADATA_CHARS
         if not is_short or not is_human(key + value):
             detail = f"has an entry that is too long or has control characters in it: {key[:64]!r}"
             raise invalid_wish(InvalidWish("metadata", detail, accepted))
     if len(metadata) > MAX_METADATA_KEYS:
-        raise invalid_wish(InvalidWish("metadata", f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted", accepted))
+        detail = f"has {len(metadata)} keys; at most {MAX_METADATA_KEYS} are accepted"
+        raise invalid_wish(InvalidWish("metadata", detail, accepted))
 
 
 def read_wait_s(request: Request, max_wait_s: int) -> int:
-    """N of `Prefer: wait=N`, capped; 0 if it was not asked for. Raises InvalidQuery."""
+    """Read N of `Prefer: wait=N`, at most `max_wait_s`; 0 without it. Raises InvalidQuery."""
     for preference in request.headers.get("Prefer", "").split(","):
         name, _, value = preference.strip().partition("=")
         if name.strip().lower() == "wait":
             value = value.strip().strip('"')
             if not (value.isascii() and value.isdigit() and len(value) <= 6):
                 raise InvalidQuery(
-                    f"Prefer: wait takes whole seconds, at most {max_wait_s}.", header="Prefer", accepted={"max": max_wait_s}
+                    f"Prefer: wait takes whole seconds, at most {max_wait_s}.",
+                    header="Prefer",
+                    accepted={"max": max_wait_s},
                 )
             return min(int(value), max_wait_s)
     return 0
 
 
 def read_nothing(request: Request) -> None:
-    """Refuse fields where there are none: no body at all, or an empty object. Raises as `read_job` does."""
+    """Check that the body is absent or an empty object. Raises as `read_job` does."""
     fields = read_object(request) if request.get_data() else {}
-    errors = [{"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []} for name in fields]
+    errors = [
+        {"pointer": f"/{name[:64]}", "detail": "There is no such field", "accepted": []}
+        for name in fields
+    ]
     if errors:
-        raise InvalidImageRequest("This request takes no fields.", **_told(errors))
+        raise InvalidImageRequest("This request takes no fields.", **_error_members(errors))
 
 
-def read_object(request: Request, *, problem: type[Problem] = InvalidRequest, lists: Mapping[str, int] = NO_LISTS) -> dict[str, Any]:
-    """The JSON object that the body is, bounded in whatever makes a small body expensive.
+def read_object(
+    request: Request,
+    *,
+    problem: type[Problem] = InvalidRequest,
+    lists: Mapping[str, int] = NO_LISTS,
+) -> dict[str, Any]:
+    """Parse the body as a JSON object of limited size.
 
-    lists: how many entries those lists may have that may have more than others, by their pointers. Raises UnsupportedMediaType,
-    MalformedBody, BodyTooLarge, and `problem`, which points at what is too much.
+    Size means the number of members, entries and values, and the depth: a small body can be
+    expensive in any of these.
+
+    lists: by the JSON pointer of a list, how many entries it may have instead of MAX_ENTRIES.
+    Raises UnsupportedMediaType, MalformedBody, BodyTooLarge, and `problem`, which points at what is
+    too large.
     """
     if request.mimetype != "application/json":
-        raise UnsupportedMediaType("Send the request as `Content-Type: application/json`.", accepted=["application/json"])
-    content = request.get_data(cache=False)  # not kept for as long as the client waits: it may hold pictures
+        raise UnsupportedMediaType(
+            "Send the request as `Content-Type: application/json`.", accepted=["application/json"]
+        )
+    # Not cached, so that a body with pictures is freed while the client waits.
+    content = request.get_data(cache=False)
     if request.content_length is None and len(content) >= (request.max_content_length or math.inf):
-        raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")  # werkzeug cuts a chunked one off silently
+        # werkzeug truncates a chunked body without an error.
+        raise BodyTooLarge(f"The body is larger than {request.max_content_length} bytes.")
     try:
         body = json.loads(content, parse_constant=_refuse_constant, object_pairs_hook=_object)
     except RecursionError:
@@ -143,12 +182,19 @@ def read_object(request: Request, *, problem: type[Problem] = InvalidRequest, li
     return body
 
 
-def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Problem], lists: Mapping[str, int] = NO_LISTS) -> None:
-    """Raises `problem` for a JSON value that is larger than any request needs, and MalformedBody for one that is nested too deeply.
+def check_bounds(
+    body: Mapping[str, Any] | Sequence[Any],
+    *,
+    problem: type[Problem],
+    lists: Mapping[str, int] = NO_LISTS,
+) -> None:
+    """Check that a JSON value is not larger than any request needs. Raises `problem`.
 
-    Before anything else looks at it: what checks types, names errors or makes text of it takes time and memory for each value.
+    Raises MalformedBody for a value that is nested too deeply. Call it before anything else reads
+    the value: validation and error messages cost time and memory for each member.
     """
-    left, inner = MAX_VALUES, [("", body, 1)]
+    left = MAX_VALUES
+    inner = [("", body, 1)]
     while inner:
         pointer, value, depth = inner.pop()
         if depth > MAX_DEPTH:
@@ -156,25 +202,36 @@ def check_bounds(body: Mapping[str, Any] | Sequence[Any], *, problem: type[Probl
         is_object = isinstance(value, Mapping)
         most = MAX_MEMBERS if is_object else lists.get(pointer, MAX_ENTRIES)
         if len(value) > most:
-            raise _too_much(
-                problem, pointer, f"has {len(value)} {'members' if is_object else 'entries'}; at most {most} are accepted", most
-            )
+            what = "members" if is_object else "entries"
+            detail = f"has {len(value)} {what}; at most {most} are accepted"
+            raise _too_much(problem, pointer, detail, most)
         left -= len(value)
         if left < 0:
-            raise _too_much(problem, pointer, f"is of a body with more than {MAX_VALUES} values", MAX_VALUES)
+            detail = f"is of a body with more than {MAX_VALUES} values"
+            raise _too_much(problem, pointer, detail, MAX_VALUES)
         named = value.items() if isinstance(value, Mapping) else enumerate(value)
-        inner += [(f"{pointer}/{_escaped(name)}", each, depth + 1) for name, each in named if isinstance(each, dict | list)]
+        inner += [
+            (f"{pointer}/{_escaped(name)}", each, depth + 1)
+            for name, each in named
+            if isinstance(each, dict | list)
+        ]
 
 
 def _too_much(problem: type[Problem], pointer: str, detail: str, most: int) -> Problem:
-    return problem.at(pointer.removeprefix("/"), detail, accepted={"max": most}, sentence=f"{pointer or 'The body'} {detail}.")
+    return problem.at(
+        pointer.removeprefix("/"),
+        detail,
+        accepted={"max": most},
+        sentence=f"{pointer or 'The body'} {detail}.",
+    )
 
 
 def _object(members: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The members of an object; one that is there twice could be read in two ways. Raises ValueError."""
+    """Build a JSON object; raise ValueError for a repeated member, which has no clear meaning."""
     found = dict(members)
     if len(found) < len(members):
-        name = next(name for name, count in Counter(name for name, _ in members).items() if count > 1)
+        counts = Counter(name for name, _ in members)
+        name = next(name for name, count in counts.items() if count > 1)
         raise ValueError(f"an object has the member {name[:64]!r} more than once")
     return found
 
@@ -184,27 +241,29 @@ def _refuse_constant(name: str) -> None:
 
 
 def field_errors(error: ValidationError, kind: type[BaseModel]) -> list[dict[str, Any]]:
-    """What a problem says of each wrong field."""
-    return [_field_error(entry, kind) for entry in error.errors(include_url=False, include_context=False, include_input=False)]
+    """Describe each wrong field, as the `errors` of a problem."""
+    entries = error.errors(include_url=False, include_context=False, include_input=False)
+    return [_field_error(entry, kind) for entry in entries]
 
 
 def _field_error(error: Any, kind: type[BaseModel]) -> dict[str, Any]:
     pointer = "/" + "/".join(_escaped(part) for part in error["loc"])
     entry = {"pointer": pointer, "detail": error["msg"]}
     if error["type"] == "extra_forbidden":
-        names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields  # the only objects within one
+        # An adapter is the only object within a body.
+        names = kind.model_fields if len(error["loc"]) == 1 else AdapterBody.model_fields
         entry |= {"detail": "There is no such field", "accepted": list(names)}
     elif error["type"] == "missing":
         entry["detail"] = _MISSING
     return entry
 
 
-def _told(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The members of a problem: the first errors, and how many more there are."""
+def _error_members(errors: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the members of a problem: the first errors, and how many were left out."""
     more = len(errors) - MAX_ERRORS
     return {"errors": errors[:MAX_ERRORS]} | ({"errors_left_out": more} if more > 0 else {})
 
 
 def _escaped(part: object) -> str:
-    """A part of a JSON pointer."""
+    """Escape a part of a JSON pointer."""
     return str(part).replace("~", "~0").replace("/", "~1")[:64]

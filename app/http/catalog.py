@@ -1,4 +1,4 @@
-"""/v1/models and /v1/tiers: what can be asked for, straight from fleet.toml."""
+"""Serve /v1/models and /v1/tiers: what fleet.toml offers."""
 
 from typing import Any
 
@@ -19,14 +19,17 @@ bp.before_request(require_key)
 
 @bp.get("/models")
 def list_models() -> ResponseReturnValue:
-    """OpenAI's list shape; our facts are extra members. Aliases come after the models, for programs that look for theirs in the list."""
+    """List the models in OpenAI's shape, with members of our own added.
+
+    Aliases come after the models: some programs look up the model they asked for in this list.
+    """
     fleet = runtime().fleet
     return answer(schemas.Models(data=[_model_view(fleet, name) for name in _usable_names(fleet)]))
 
 
 @bp.get("/models/<path:name>")
 def show_model(name: str) -> ResponseReturnValue:
-    """One model, by its id or an alias: sizes, samplers, versions, defaults by tier."""
+    """Show one model, by its id or an alias: sizes, samplers, versions, defaults by tier."""
     fleet = runtime().fleet
     usable = _usable_names(fleet)
     if name not in usable:
@@ -36,7 +39,7 @@ def show_model(name: str) -> ResponseReturnValue:
 
 @bp.get("/tiers")
 def list_tiers() -> ResponseReturnValue:
-    """List tiers in the order in which they are served."""
+    """List the tiers in the order in which they are served."""
     fleet = runtime().fleet
     usable = [name for name in fleet.tiers_by_rank if _may_use_tier(name)]
     return answer(schemas.Tiers(data=[_tier_view(fleet, name) for name in usable]))
@@ -94,14 +97,19 @@ def _model_view(fleet: Fleet, name: str) -> schemas.Model:
         max_prompt_chars=model.max_prompt_chars,
         output_formats=list(FORMATS),
         pool=fleet.pool_of(model_id),
-        versions=[schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight) for version in model.versions],
-        tiers={tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)},
+        versions=[
+            schemas.ModelVersion(id=version.id, traffic_weight=version.traffic_weight)
+            for version in model.versions
+        ],
+        tiers={
+            tier: _defaults(fleet, model_id, tier) for tier in fleet.tiers if _may_use_tier(tier)
+        },
         **alias,
     )
 
 
 def _defaults(fleet: Fleet, model_id: str, tier: str) -> schemas.ModelDefaults:
-    """Show what the model does in the tier unless a job says otherwise."""
+    """Show the model's defaults in the tier."""
     model = fleet.models[model_id]
     guidance = model.tiers.get(tier, ModelTier()).default_guidance
     return schemas.ModelDefaults(

@@ -1,4 +1,7 @@
-"""The client's connection, as the gateway's server hands it on (deploy/connections.py); nothing is known of it under another server."""
+"""Watch the client's connection, as the gateway's server exposes it (deploy/connections.py).
+
+Under another server nothing is known about the connection.
+"""
 
 from collections.abc import Callable
 
@@ -9,11 +12,13 @@ UNREAD_FOR_S = 30  # a client that takes nothing for so long has gone without a 
 
 def has_left(request: Request) -> Callable[[], bool]:
     """Return a function that tells whether the client has closed its connection."""
-    found: Callable[[], bool] | None = getattr(request.environ.get("gunicorn.socket"), "has_left", None)
+    found: Callable[[], bool] | None = getattr(
+        request.environ.get("gunicorn.socket"), "has_left", None
+    )
     return found or (lambda: False)
 
 
 def give_up_when_unread(request: Request) -> None:
-    """End the answer when the client takes nothing of it for `UNREAD_FOR_S`."""
+    """Abort the answer when the client reads nothing of it for `UNREAD_FOR_S`."""
     if (sock := request.environ.get("gunicorn.socket")) is not None:
         sock.settimeout(UNREAD_FOR_S)

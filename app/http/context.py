@@ -1,4 +1,4 @@
-"""What a request works with: the runtime of its process, and its caller."""
+"""Give a request the runtime of its process, and its caller."""
 
 from flask import current_app, g
 
@@ -13,6 +13,6 @@ def runtime() -> Runtime:
 
 
 def caller() -> Caller:
-    """Return who asks: whom `auth.require_key` found."""
+    """Return the caller that `auth.require_key` found."""
     found: Caller = g.caller
     return found

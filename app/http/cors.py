@@ -1,8 +1,8 @@
-"""Which pages may call this gateway from a browser: CORS, by CORS_ALLOWED_ORIGINS; by default none.
+"""Allow web pages to call the gateway (CORS): those of CORS_ALLOWED_ORIGINS, by default none.
 
-Credentials in the sense of CORS (cookies) are never allowed. A page sends its key itself, in Authorization, so being allowed
-here gives it nothing that the key does not. Browsers ask first, by OPTIONS and without the key: that is answered to anybody,
-as is every other OPTIONS.
+CORS credentials (cookies) are never allowed. A page sends its API key itself, in Authorization, so
+allowing its origin gives it nothing that the key does not. Browsers send an OPTIONS request first,
+without the key; it is answered for everybody, as is every other OPTIONS request.
 """
 
 import re
@@ -10,30 +10,37 @@ import re
 from flask import Flask, Response, current_app, request
 
 METHODS = "GET, HEAD, POST, PATCH, DELETE, OPTIONS"
-EXPOSED = (  # what a page may read of an answer, beside what every page may
-    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, Idempotency-Replayed, Link, Location, "
-    "Preference-Applied, RateLimit, RateLimit-Policy, Retry-After, X-Darkroom-Job-Id, X-Request-Id, X-Should-Retry"
+# The headers that a page may read of an answer, beside those that CORS allows every page.
+EXPOSED = (
+    "Accept-Ranges, Content-Disposition, Content-Length, Content-Range, ETag, "
+    "Idempotency-Replayed, Link, Location, Preference-Applied, RateLimit, RateLimit-Policy, "
+    "Retry-After, X-Darkroom-Job-Id, X-Request-Id, X-Should-Retry"
 )
 ASKED_AGAIN_AFTER_S = 600
 _HEADER_NAMES = re.compile(r"[A-Za-z0-9-]{1,64}(\s*,\s*[A-Za-z0-9-]{1,64}){0,63}")
 
 
 def register(app: Flask, allowed_origins: str) -> None:
-    """Answer every OPTIONS of `app`, and let pages of these origins, with commas between, read what it answers."""
+    """Answer every OPTIONS request of `app`, and let pages of these origins read its answers.
+
+    allowed_origins: separated by commas.
+    """
     origins = frozenset(filter(None, allowed_origins.split(",")))
 
     def answer_options() -> Response | None:
         if request.method != "OPTIONS":
             return None
-        is_preflight = "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+        is_preflight = (
+            "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+        )
         if request.routing_exception is not None and not (is_preflight and origins):
-            return None  # 404. But a page learns of that only from the request after its preflight
+            return None  # 404; a page sees that status only in the request after its preflight
         response = Response(status=204)
         del response.headers["Content-Type"]
         response.headers["Allow"] = METHODS
         if request.routing_exception is None:
             routes = current_app.create_url_adapter(request)
-            assert routes is not None  # of a request there always is one
+            assert routes is not None  # a request always has an adapter
             response.headers["Allow"] = ", ".join(sorted(routes.allowed_methods()))
         if is_preflight and _allowed(origins) is not None:
             _permit(response)
@@ -43,7 +50,8 @@ def register(app: Flask, allowed_origins: str) -> None:
         if not origins:
             return response
         if origins != {"*"}:
-            response.vary.add("Origin")  # also without one: a cache must not give that answer to a page
+            # Also for requests without an Origin: a cache must not give their answer to a page.
+            response.vary.add("Origin")
         allowed = _allowed(origins)
         if allowed is not None:
             response.headers["Access-Control-Allow-Origin"] = allowed
@@ -55,7 +63,10 @@ def register(app: Flask, allowed_origins: str) -> None:
 
 
 def _allowed(origins: frozenset[str]) -> str | None:
-    """The value of Access-Control-Allow-Origin for this request; None for a page that may not call, and for what is no page."""
+    """Return the value of Access-Control-Allow-Origin for this request.
+
+    None for an origin that is not allowed, and for a request without one.
+    """
     origin = request.headers.get("Origin")
     if origin is None:
         return None
@@ -63,7 +74,10 @@ def _allowed(origins: frozenset[str]) -> str | None:
 
 
 def _permit(response: Response) -> None:
-    """Let the request follow that the preflight asks for, with any headers: without cookies, none of them means harm."""
+    """Allow the request that this preflight announces, with any headers.
+
+    That is safe because cookies are never allowed: no other header gives a page the user's rights.
+    """
     response.headers["Access-Control-Allow-Methods"] = METHODS
     wanted = request.headers.get("Access-Control-Request-Headers", "").strip()
     if _HEADER_NAMES.fullmatch(wanted):

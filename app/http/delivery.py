@@ -1,10 +1,11 @@
-"""How a stored picture comes to a client: by a redirect to the object store, or through this gateway.
+"""Deliver a stored picture: by a redirect to the object store, or through this gateway.
 
-A redirect costs the gateway nothing, but asks three things of a client: that it reaches the object store, that it leaves its key
-behind on the way (a store refuses a signed URL that comes with `Authorization`), and, in a browser, that the store allows its page.
-Whoever cannot do that asks for `?redirect=false`, or the operator sets IMAGE_DELIVERY=proxy: then the bytes come from here, in
-pieces as the store gives them. What a client does not take at once waits in GATEWAY_BUFFER_BYTES, in no thread. HEAD is always
-answered here, from the database.
+A redirect costs the gateway nothing, but the client must reach the object store, must drop its API
+key on the way (a store refuses a signed URL that comes with `Authorization`), and, in a browser,
+needs the store's permission for its page (CORS). Other clients ask for `?redirect=false`, or the
+operator sets IMAGE_DELIVERY=proxy. Then the bytes come from here, in chunks as the store sends
+them. Bytes that the client has not read yet wait in GATEWAY_BUFFER_BYTES and occupy no thread. HEAD
+is always answered here, from the database.
 """
 
 from collections.abc import Iterable
@@ -34,22 +35,36 @@ class Stored:
 
     @classmethod
     def image(cls, artifact: Artifact) -> Self:
-        """An image of a job."""
+        """Describe an image of a job."""
         filename = f"{artifact.job_id}-{artifact.index}.{extension_of(artifact.content_type)}"
-        return cls(artifact.object_key, artifact.content_type, artifact.size_bytes, artifact.content_sha256, filename)
+        return cls(
+            key=artifact.object_key,
+            content_type=artifact.content_type,
+            size_bytes=artifact.size_bytes,
+            content_sha256=artifact.content_sha256,
+            filename=filename,
+        )
 
     @classmethod
     def file(cls, file: File) -> Self:
-        """A picture that a tenant brought."""
-        return cls(file.object_key, "image/png", file.size_bytes, file.content_sha256, f"{file.id}.png")
+        """Describe a picture that a tenant uploaded."""
+        return cls(
+            key=file.object_key,
+            content_type="image/png",
+            size_bytes=file.size_bytes,
+            content_sha256=file.content_sha256,
+            filename=f"{file.id}.png",
+        )
 
     def presigned_url(self) -> str:
-        """A URL of the object store that shows it to whoever has the URL."""
-        return runtime().store.presigned_url(self.key, content_type=self.content_type, filename=self.filename)
+        """Return a URL of the object store that needs no key."""
+        return runtime().store.presigned_url(
+            self.key, content_type=self.content_type, filename=self.filename
+        )
 
 
 def deliver(stored: Stored) -> Response:
-    """The answer to a GET or HEAD of the picture. Raises InvalidQuery, and as `content` does."""
+    """Answer a GET or HEAD of the picture. Raises InvalidQuery, and as `content` does."""
     if _is_redirected() and request.method != "HEAD":
         response = cast("Response", redirect(stored.presigned_url(), 302, Response=Response))
         response.headers["Cache-Control"] = "no-store"
@@ -58,7 +73,10 @@ def deliver(stored: Stored) -> Response:
 
 
 def url_of(artifact: Artifact) -> str:
-    """An absolute URL that shows the image to whoever has it, for PRESIGN_TTL_S: of the object store, or of this gateway."""
+    """Return an absolute URL of the image that needs no API key for PRESIGN_TTL_S.
+
+    It is a URL of the object store or of this gateway, by IMAGE_DELIVERY.
+    """
     parts = runtime()
     if parts.settings.image_delivery == "redirect":
         return Stored.image(artifact).presigned_url()
@@ -68,7 +86,7 @@ def url_of(artifact: Artifact) -> str:
 
 
 def content(stored: Stored) -> Response:
-    """The picture itself, or the part of it that is asked for; of HEAD, what is known of it.
+    """Answer with the picture or the requested part of it; to HEAD, with the headers only.
 
     Raises ImageNotFound, PartUnavailable, RangeNotSatisfiable.
     """
@@ -96,13 +114,19 @@ def _pieces(stored: Stored, span: Span | None) -> Iterable[bytes]:
     except ObjectGone:
         raise ImageNotFound("The object store does not have this picture any more.") from None
     except StoreUnavailable:
-        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+        raise PartUnavailable(
+            "The object store cannot be reached right now.", retry_after_s=2, part="object_store"
+        ) from None
     return pieces
 
 
 def _span(stored: Stored) -> Span | None:
-    """The part that is asked for; None for all of it. Several parts at once are none: that is answered with all of it."""
-    wanted, size = request.range if request.method == "GET" else None, stored.size_bytes
+    """Return the requested byte range; None for the whole picture.
+
+    A request for several ranges is answered with the whole picture, too.
+    """
+    wanted = request.range if request.method == "GET" else None
+    size = stored.size_bytes
     if wanted is None or wanted.units != "bytes" or len(wanted.ranges) != 1 or not _is_same(stored):
         return None
     found = wanted.range_for_length(size)
@@ -112,7 +136,7 @@ def _span(stored: Stored) -> Span | None:
 
 
 def _is_same(stored: Stored) -> bool:
-    """Whether what the client has a part of is this picture: by If-Range, where it says so."""
+    """Check `If-Range`: does the client's part belong to this picture? True without the header."""
     told = request.headers.get("If-Range")
     return told is None or unquote_etag(told) == (stored.content_sha256, False)
 
@@ -122,5 +146,7 @@ def _is_redirected() -> bool:
     if text is None:
         return runtime().settings.image_delivery == "redirect"
     if text.lower() not in ("true", "false"):
-        raise InvalidQuery("redirect must be true or false.", parameter="redirect", accepted=["true", "false"])
+        raise InvalidQuery(
+            "redirect must be true or false.", parameter="redirect", accepted=["true", "false"]
+        )
     return text.lower() == "true"

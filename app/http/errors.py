@@ -1,4 +1,4 @@
-"""Every error of the gateway as a problem: RFC 9457 details, whatever raised it."""
+"""Turn every error of the gateway into a problem (RFC 9457), whatever raised it."""
 
 import structlog
 from flask import Flask, Response, g, json
@@ -23,7 +23,10 @@ from models.database import conflict
 
 log = structlog.get_logger(__name__)
 
-_BY_STATUS = {kind.status: kind for kind in (MalformedBody, NotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType)}
+_BY_STATUS = {
+    kind.status: kind
+    for kind in (MalformedBody, NotFound, MethodNotAllowed, BodyTooLarge, UnsupportedMediaType)
+}
 
 
 def respond(problem: Problem) -> Response:
@@ -38,7 +41,7 @@ def respond(problem: Problem) -> Response:
 
 
 def register(app: Flask) -> None:
-    """Make every error of `app` a problem."""
+    """Register handlers that turn every error of `app` into a problem."""
     app.register_error_handler(Problem, respond)
     app.register_error_handler(HTTPException, _from_werkzeug)
     app.register_error_handler(ClientDisconnected, _body_not_there)
@@ -49,7 +52,7 @@ def register(app: Flask) -> None:
 
 
 def explain(slug: str) -> Response:
-    """Answer GET of a problem's `type`: what it means."""
+    """Answer GET of a problem's `type`: what the problem means."""
     for kind in Problem.__subclasses__():
         if kind.slug == slug:
             meant = schemas.ProblemType(
@@ -68,7 +71,11 @@ def _from_werkzeug(error: HTTPException) -> BaseResponse:
         return error.get_response()
     kind: type[Problem] | None = _BY_STATUS.get(status)
     if kind is None:
-        kind = type("HttpProblem", (Problem,), {"slug": f"http-{status}", "title": error.name, "status": status})
+        kind = type(
+            "HttpProblem",
+            (Problem,),
+            {"slug": f"http-{status}", "title": error.name, "status": status},
+        )
     response = respond(kind(error.description or error.name))
     if allowed := getattr(error, "valid_methods", None):
         response.headers["Allow"] = ", ".join(sorted(allowed))
@@ -80,13 +87,17 @@ def _body_not_there(error: ClientDisconnected) -> Response:
 
 
 def _database_away(error: Exception) -> Response:
-    if (why := conflict(error)) is not None:  # every try of the transaction lost; the database itself is well
+    if (why := conflict(error)) is not None:
+        # Every try of the transaction met a conflict; the database itself works.
         log.warning("transaction_conflicts", why=why)
-        return respond(PartUnavailable("Too much is being changed here at once; the same request will do in a moment.", retry_after_s=1))
+        detail = "Too much is being changed here at once; the same request will do in a moment."
+        return respond(PartUnavailable(detail, retry_after_s=1))
     log.warning("database_away", reason=type(error).__name__)
-    return respond(PartUnavailable("The database cannot be reached right now.", retry_after_s=2, part="database"))
+    detail = "The database cannot be reached right now."
+    return respond(PartUnavailable(detail, retry_after_s=2, part="database"))
 
 
 def _unexpected(error: Exception) -> Response:
     log.error("unexpected_error", exc_info=error)
-    return respond(Unexpected("Something went wrong on our side; quote the request id when you report it."))
+    detail = "Something went wrong on our side; quote the request id when you report it."
+    return respond(Unexpected(detail))

@@ -1,4 +1,4 @@
-"""POST /v1/estimate: what a job would be, cost and wait for."""
+"""Serve POST /v1/estimate: what a job would be, cost and wait for."""
 
 import uuid
 from typing import cast
@@ -24,16 +24,20 @@ bp.before_request(require_key)
 
 @bp.post("/v1/estimate", endpoint="estimate")
 def show_estimate() -> ResponseReturnValue:
-    """Every resolved parameter of the job that POST /v1/jobs would make of this body, its price and its wait; or its problem."""
+    """Show what POST /v1/jobs would make of this body, or its problem.
+
+    Shows every resolved parameter, the price and the wait.
+    """
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
     asked = job_request(body)
     expected = estimate(runtime(), caller(), asked)
     params = params_view(expected.params) | {
-        field: uuid.UUID(value) if value and _is_id(value) else None for field, value in body.pictures.items()
+        field: uuid.UUID(value) if value and _is_id(value) else None
+        for field, value in body.pictures.items()
     }
     if asked.wish.seed in (None, RANDOM_SEED):
-        params["seed"] = None  # one that was not asked for is drawn for the job
+        params["seed"] = None  # without a requested seed, the job will draw its own
     shown = schemas.Estimate(
         **params,
         metadata=body.metadata,

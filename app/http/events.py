@@ -1,4 +1,4 @@
-"""GET /v1/jobs/{id}/events: what happens to a job, as server-sent events."""
+"""Serve GET /v1/jobs/{id}/events: what happens to a job, as server-sent events."""
 
 import re
 import uuid
@@ -20,13 +20,16 @@ from models.tables import Job
 bp = Blueprint("events", __name__, url_prefix="/v1/jobs")
 bp.before_request(require_key)
 
-_RETRY_MS = 2000  # before a browser comes again
+_RETRY_MS = 2000  # before a browser reconnects
 EVENT_ID = re.compile(r"[0-9]{1,15}(-[0-9]{1,15})?", re.ASCII)
 
 
 @bp.get("/<uuid:job_id>/events")
 def follow_job(job_id: uuid.UUID) -> Response:
-    """The job's events, from the first or from `Last-Event-ID` on, until `final`; with `?previews=true`, pictures on the way."""
+    """Stream the job's events until `final`, from the first or from `Last-Event-ID` on.
+
+    With `?previews=true` it includes preview pictures.
+    """
     parts = runtime()
     stream = parts.events.follow(
         caller(),
@@ -42,7 +45,10 @@ def follow_job(job_id: uuid.UUID) -> Response:
 
 
 def teller() -> Tell:
-    """Make what shows events to clients, with links as this request has them, even after it."""
+    """Return a function that shows events to clients, with the links of this request.
+
+    It works after the request has ended, too.
+    """
 
     def tell(event: Event, job_id: uuid.UUID, ended: Job | None) -> Event:
         if ended is not None:
@@ -57,7 +63,8 @@ def teller() -> Tell:
 
 def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
     yield f"retry: {_RETRY_MS}\n\n"
-    with suppress(Unauthenticated):  # the key was revoked: the client hears of it when it comes back
+    with suppress(Unauthenticated):
+        # The key was revoked: the stream ends, and the client gets a 401 when it reconnects.
         for event in stream:
             if event is None:
                 yield ": still here\n\n"
@@ -69,12 +76,16 @@ def _lines(stream: Iterator[Event | None]) -> Iterator[str]:
 def _read_last_id() -> str | None:
     text = request.headers.get("Last-Event-ID", "").strip()
     if text and not EVENT_ID.fullmatch(text):
-        raise InvalidQuery("Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID")
+        raise InvalidQuery(
+            "Last-Event-ID must be the id of an event of this stream.", header="Last-Event-ID"
+        )
     return text or None
 
 
 def _read_previews() -> bool:
     text = request.args.get("previews", "false").lower()
     if text not in ("true", "false"):
-        raise InvalidQuery("previews must be true or false.", parameter="previews", accepted=["true", "false"])
+        raise InvalidQuery(
+            "previews must be true or false.", parameter="previews", accepted=["true", "false"]
+        )
     return text == "true"

@@ -1,4 +1,4 @@
-"""/v1/files: bring, show, list and erase the pictures that jobs start from."""
+"""Serve /v1/files: upload, show, list and erase the pictures that jobs start from."""
 
 import io
 import uuid
@@ -23,13 +23,22 @@ bp = Blueprint("files", __name__, url_prefix="/v1/files")
 bp.before_request(require_key)
 
 FIELD = "file"
-_SAID_FOR_NOTHING = ("purpose",)  # OpenAI's clients have to say it
-CONTENT_TYPES = ["multipart/form-data", "image/png", "image/jpeg", "image/webp", "application/octet-stream"]
+_SAID_FOR_NOTHING = ("purpose",)  # ignored: OpenAI's clients must send it
+CONTENT_TYPES = [
+    "multipart/form-data",
+    "image/png",
+    "image/jpeg",
+    "image/webp",
+    "application/octet-stream",
+]
 
 
 @bp.post("")
 def bring_file() -> ResponseReturnValue:
-    """Keep a picture: 201 and the file, the same one for the same picture. Multipart with the field `file`, or the picture itself."""
+    """Store a picture: 201 and the file; the same picture gives the same file.
+
+    The body is multipart with the field `file`, or the picture itself.
+    """
     with uploaded(request) as content:
         file = inputs.keep(runtime(), caller(), content, field=FIELD)
     return answer(file_view(file), 201, {"Location": url_for(".show_file", file_id=file.id)})
@@ -53,13 +62,13 @@ def list_files() -> ResponseReturnValue:
 
 @bp.get("/<uuid:file_id>")
 def show_file(file_id: uuid.UUID) -> ResponseReturnValue:
-    """Show what is known of the file."""
+    """Show the file's metadata."""
     return answer(file_view(files.find(runtime(), caller(), file_id)))
 
 
 @bp.get("/<uuid:file_id>/content")
 def show_content(file_id: uuid.UUID) -> ResponseReturnValue:
-    """Give the picture, as it was encoded again.
+    """Serve the picture, as the gateway has encoded it.
 
     302 to a presigned URL, or with `?redirect=false` the bytes themselves.
     """
@@ -75,32 +84,41 @@ def erase_file(file_id: uuid.UUID) -> ResponseReturnValue:
 
 
 def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
-    """The one picture in the body, not in memory yet. Raises BodyTooLarge, MalformedBody, UnsupportedMediaType."""
+    """Return the one picture in the body as a stream, not read into memory yet.
+
+    Raises BodyTooLarge, MalformedBody, UnsupportedMediaType.
+    """
     asked.max_content_length = runtime().settings.max_upload_bytes
     if asked.mimetype == "multipart/form-data":
         sent = [file for file in asked.files.getlist(field) if not is_left_out(file)]
         if len(sent) != 1:
             raise MalformedBody(f"Send one picture in the field `{field}`; there are {len(sent)}.")
         for name in ({*asked.files} | {*asked.form}) - {field, *_SAID_FOR_NOTHING}:
-            raise MalformedBody(f"The form has a field {name[:64]!r}; `{field}` is the only one that is read.")
+            raise MalformedBody(
+                f"The form has a field {name[:64]!r}; `{field}` is the only one that is read."
+            )
         return sent[0].stream  # type: ignore[return-value]
     if asked.mimetype not in CONTENT_TYPES:
-        raise UnsupportedMediaType("Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES)
+        raise UnsupportedMediaType(
+            "Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES
+        )
     return _spooled(asked)
 
 
 def is_left_out(file: FileStorage) -> bool:
-    """Is it what a browser sends for a file that nobody chose?"""
+    """Check whether this is the empty part that a browser sends when no file was chosen."""
     return not file.filename and not file.stream.seek(0, io.SEEK_END)
 
 
 def _spooled(asked: Request) -> BinaryIO:
     spool = Spool()  # the caller closes it
-    length, limit = 0, asked.max_content_length or 0
+    length = 0
+    limit = asked.max_content_length or 0
     while piece := asked.stream.read(65_536):
         length += len(piece)
         spool.write(piece)
-    if asked.content_length is None and length >= limit:  # werkzeug cuts a chunked one off silently
+    # werkzeug truncates a chunked body without an error.
+    if asked.content_length is None and length >= limit:
         raise BodyTooLarge(f"The body is larger than {limit} bytes.")
     spool.seek(0)
     return spool  # type: ignore[return-value]

@@ -1,4 +1,4 @@
-"""/healthz: the process answers. /readyz: it can accept jobs; and which parts of the house are away, by name."""
+"""Serve /healthz (the process answers) and /readyz (it can accept jobs; what is away, by name)."""
 
 from typing import cast
 
@@ -20,7 +20,10 @@ def healthz() -> ResponseReturnValue:
 
 @bp.get("/readyz")
 def readyz() -> ResponseReturnValue:
-    """200 while jobs can be accepted, else 503; `degraded` names the parts that are away, and `parts` says why."""
+    """Answer 200 while jobs can be accepted, else 503.
+
+    `degraded` names the parts that are away; `parts` gives the reason for each.
+    """
     parts = runtime().readiness.parts()
     is_ready = parts[NEEDED]["ready"]
     degraded = [name for name, part in parts.items() if not part["ready"]]

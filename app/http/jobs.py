@@ -1,4 +1,4 @@
-"""/v1/jobs: accept, show, list, cancel, replay, erase, and the way to the images."""
+"""Serve /v1/jobs: accept, show, list, cancel, replay and erase jobs, and deliver their images."""
 
 import uuid
 
@@ -36,9 +36,10 @@ bp.before_request(require_key)
 
 @bp.post("")
 def create_job() -> ResponseReturnValue:
-    """Accept an image request: 202 and the job, or a problem. With `Prefer: wait=N`, answer when it ended or after N seconds.
+    """Accept an image request: 202 and the job, or a problem.
 
-    Under an `Idempotency-Key` that came before with the same request, the answer is the job of then.
+    With `Prefer: wait=N`, answer when the job has ended or after N seconds. A repeated request with
+    the same `Idempotency-Key` gets the job that the first one made.
     """
     wait_s = read_wait_s(request, runtime().settings.max_wait_s)
     return _answer(_accepted(), wait_s)
@@ -46,7 +47,10 @@ def create_job() -> ResponseReturnValue:
 
 @bp.post("/<uuid:job_id>/replay")
 def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
-    """Accept a job with every parameter of this one, the version of its model included: as POST /v1/jobs does, with no body."""
+    """Accept a new job with every parameter of this one, including its model version.
+
+    Takes no body; otherwise it answers as POST /v1/jobs does.
+    """
     wait_s = read_wait_s(request, runtime().settings.max_wait_s)
     read_nothing(request)
     once = read_once(request, {})
@@ -55,7 +59,7 @@ def replay_job(job_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("/<uuid:job_id>")
 def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
-    """The job as it is now; with `Prefer: wait=N`, when it ended or after N seconds (at most 60)."""
+    """Show the job; with `Prefer: wait=N`, when it has ended or after N seconds (at most 60)."""
     asked_s = read_wait_s(request, runtime().settings.max_wait_s)
     with wait.waiting_place(runtime(), caller(), asked_s) as wait_s:
         response = answer(_view(*_wait_for_job(job_id, wait_s)))
@@ -68,8 +72,13 @@ def show_job(job_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("/<uuid:job_id>/status")
 def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
-    """What changes of a job while one waits for it, as it was at most a second ago: cheap to ask for, with `If-None-Match` cheaper."""
-    status = runtime().statuses.get(caller().tenant_id, job_id, lambda: _read_status(job_id), root=request.script_root)
+    """Show the changing members of a job, at most a second old.
+
+    Meant for polling: cheap, and cheaper still with `If-None-Match`.
+    """
+    status = runtime().statuses.get(
+        caller().tenant_id, job_id, lambda: _read_status(job_id), root=request.script_root
+    )
     response = Response(status.content, content_type="application/json")
     response.headers["Cache-Control"] = "private, max-age=1"
     response.set_etag(status.etag)
@@ -78,9 +87,11 @@ def show_status(job_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.get("")
 def list_jobs() -> ResponseReturnValue:
-    """The tenant's jobs, newest first: `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before`, `metadata.<key>`.
+    """List the tenant's jobs, newest first.
 
-    With several conditions a page may have fewer jobs than `limit`, or none, and go on at `next_cursor` all the same.
+    Takes `limit` (1 to 100), `cursor`, `state`, `created_after`, `created_before` and
+    `metadata.<key>`. With several conditions a page may have fewer jobs than `limit`, or none,
+    although `next_cursor` leads to more.
     """
     sought, limit = read_query(request.args)
     found = jobs.page(runtime(), caller(), sought, limit=limit + 1)
@@ -97,26 +108,35 @@ def list_jobs() -> ResponseReturnValue:
 
 @bp.delete("/<uuid:job_id>")
 def erase_job(job_id: uuid.UUID) -> ResponseReturnValue:
-    """Delete what the job was about: prompts, metadata, images. That it was there, and what it cost, stays. Harmless when repeated."""
+    """Delete the job's prompts, metadata and images; harmless when repeated.
+
+    The fact that the job existed, and what it cost, are kept.
+    """
     cancel.erase(runtime(), caller(), job_id)
     return "", 204
 
 
 @bp.post("/<uuid:job_id>/cancel")
 def cancel_job(job_id: uuid.UUID) -> ResponseReturnValue:
-    """Take the job back. Harmless when repeated; 409 if it ended otherwise."""
+    """Cancel the job; harmless when repeated. 409 if it has ended otherwise."""
     return answer(job_view(cancel.cancel(runtime(), caller(), job_id)))
 
 
 @bp.get("/<uuid:job_id>/images/<int:index>")
 def show_image(job_id: uuid.UUID, index: int) -> ResponseReturnValue:
-    """The stored image: 302 to a presigned URL, or with `?redirect=false` the bytes themselves; 410 once the job was erased."""
+    """Deliver the stored image; 410 once the job was erased.
+
+    302 to a presigned URL, or with `?redirect=false` the bytes themselves.
+    """
     artifact = jobs.stored_image(runtime(), caller(), job_id, index)
     return delivery.deliver(delivery.Stored.image(artifact))
 
 
 def _accepted() -> Accepted:
-    """Accept the job of the body. Nobody holds the body, with its pictures, while the client waits."""
+    """Read the body and accept its job.
+
+    A function of its own so that the body, with its pictures, is freed before the client waits.
+    """
     request.max_content_length = runtime().settings.max_job_body_bytes
     body = read_job(request)
     once = read_once(request, body.model_dump(exclude_defaults=True))
@@ -124,7 +144,7 @@ def _accepted() -> Accepted:
 
 
 def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
-    """The answer to a request that came to a job, whether just now or under the same key before."""
+    """Answer with the job that the request made, now or earlier with the same key."""
     job = accepted.job
     headers = {"Location": url_for(".show_job", job_id=job.id), "Retry-After": "1"}
     if not accepted.is_new:
@@ -133,7 +153,8 @@ def _answer(accepted: Accepted, wait_s: int) -> ResponseReturnValue:
         with wait.waiting_place(runtime(), caller(), wait_s) as applied_s:
             try:
                 view = _view(*_wait_for_job(job.id, applied_s))
-            except SQLAlchemyError as error:  # it is accepted: who is told otherwise asks for it again
+            except SQLAlchemyError as error:
+                # The job is accepted: after an error the client would submit it again.
                 log.warning("wait_given_up", job_id=str(job.id), reason=type(error).__name__)
             else:
                 headers["Preference-Applied"] = f"wait={applied_s}"
@@ -153,8 +174,9 @@ def _view(job: Job | JobDocument, steps: list[Step]) -> schemas.Job:
 
 
 def _place(job: Job | JobDocument, steps: list[Step]) -> QueuePlace | None:
-    is_waited_for = job.state in (JobState.QUEUED, JobState.RUNNING)
-    return runtime().forecaster.place_of(job, sum(step.step for step in steps)) if is_waited_for else None
+    if job.state not in (JobState.QUEUED, JobState.RUNNING):
+        return None
+    return runtime().forecaster.place_of(job, sum(step.step for step in steps))
 
 
 def _steps(job: Job | JobDocument) -> list[Step]:
@@ -162,7 +184,7 @@ def _steps(job: Job | JobDocument) -> list[Step]:
 
 
 def _wait_for_job(job_id: uuid.UUID, wait_s: int) -> tuple[Job, list[Step]]:
-    """Return the job, after waiting up to `wait_s` for its end, and what is known of its progress."""
+    """Return the job and its known progress, after waiting up to `wait_s` for its end."""
     job = jobs.find(runtime(), caller(), job_id)
     if wait_s:
         uploads.release()  # whatever the job started from is stored by now

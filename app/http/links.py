@@ -1,4 +1,7 @@
-"""Links that show one image to whoever has them, for a while: what a presigned URL is where clients do not reach the object store."""
+"""Serve links that show one image without an API key, for a while.
+
+They stand in for presigned URLs where clients cannot reach the object store.
+"""
 
 import uuid
 
@@ -13,7 +16,7 @@ bp = Blueprint("links", __name__)
 
 @bp.get("/links/images/<uuid:artifact_id>")
 def show_linked(artifact_id: uuid.UUID) -> Response:
-    """Give the image of a link that this gateway wrote and that has not expired.
+    """Deliver the image of a link that this gateway signed and that has not expired.
 
     410 once its job was erased.
     """

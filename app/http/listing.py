@@ -1,4 +1,7 @@
-"""What GET /v1/jobs may be asked: which jobs, how many, from where on. Nothing else: a parameter that is unknown is refused by name."""
+"""Read the query of GET /v1/jobs: which jobs, how many, from where on.
+
+Unknown parameters are refused by name.
+"""
 
 import re
 from datetime import datetime
@@ -18,24 +21,29 @@ _INSTANT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,9})?(Z|[+-]\d\d:\d
 
 
 def read_query(query: MultiDict[str, str]) -> tuple[Sought, int]:
-    """The jobs that are sought, and how many of them. Raises InvalidQuery, which names the parameter."""
-    said, metadata = {}, {}
+    """Return the filter and the page size. Raises InvalidQuery, which names the parameter."""
+    said = {}
+    metadata = {}
     for name, values in query.lists():
         _check(name, values)
         if name.startswith(METADATA):
             metadata[name.removeprefix(METADATA)] = values[0]
         else:
             said[name] = values[0]
-    before = [first_id(read_instant("created_before", said["created_before"]))] if "created_before" in said else []
-    before += [parse_cursor(said["cursor"])] if "cursor" in said else []
-    since = [first_id(read_instant("created_after", said["created_after"]))] if "created_after" in said else []
+    before = []
+    if "created_before" in said:
+        before.append(first_id(read_instant("created_before", said["created_before"])))
+    if "cursor" in said:
+        before.append(parse_cursor(said["cursor"]))
     bounds = {"before": min(before)} if before else {}
-    bounds |= {"since": since[0]} if since else {}
-    return Sought(**bounds, state=_state(said.get("state")), metadata=metadata), parse_limit(said.get("limit", str(DEFAULT_PAGE)))
+    if "created_after" in said:
+        bounds["since"] = first_id(read_instant("created_after", said["created_after"]))
+    sought = Sought(**bounds, state=_state(said.get("state")), metadata=metadata)
+    return sought, parse_limit(said.get("limit", str(DEFAULT_PAGE)))
 
 
 def read_instant(parameter: str, text: str) -> datetime:
-    """An instant of RFC 3339, with its offset. Raises InvalidQuery."""
+    """Parse an RFC 3339 instant with its offset. Raises InvalidQuery."""
     try:
         if _INSTANT.fullmatch(text.upper()):
             return datetime.fromisoformat(text.upper())
@@ -43,21 +51,34 @@ def read_instant(parameter: str, text: str) -> datetime:
         pass
     accepted = "2026-11-26T18:00:00Z"
     raise InvalidQuery(
-        f"{parameter} must be an instant such as {accepted}; write the + of an offset as %2B.", parameter=parameter, accepted=accepted
+        f"{parameter} must be an instant such as {accepted}; write the + of an offset as %2B.",
+        parameter=parameter,
+        accepted=accepted,
     )
 
 
 def _check(name: str, values: list[str]) -> None:
     shown = name[:64]
     if name not in PARAMETERS[:-1] and not name.startswith(METADATA):
-        raise InvalidQuery(f"There is no parameter {shown!r}.", parameter=shown, accepted=list(PARAMETERS))
+        raise InvalidQuery(
+            f"There is no parameter {shown!r}.", parameter=shown, accepted=list(PARAMETERS)
+        )
     if len(values) > 1:
-        raise InvalidQuery(f"{shown} is there {len(values)} times; once is enough.", parameter=shown)
+        raise InvalidQuery(
+            f"{shown} is there {len(values)} times; once is enough.", parameter=shown
+        )
     if name.startswith(METADATA) and not (len(name) > len(METADATA) and is_human(name + values[0])):
-        raise InvalidQuery("metadata.<key>=<value> takes a key and text without control characters.", parameter=shown)
+        raise InvalidQuery(
+            "metadata.<key>=<value> takes a key and text without control characters.",
+            parameter=shown,
+        )
 
 
 def _state(text: str | None) -> str | None:
     if text is not None and text not in list(JobState):
-        raise InvalidQuery(f"state {text[:32]!r} is not a job state.", parameter="state", accepted=[state.value for state in JobState])
+        raise InvalidQuery(
+            f"state {text[:32]!r} is not a job state.",
+            parameter="state",
+            accepted=[state.value for state in JobState],
+        )
     return text

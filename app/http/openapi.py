@@ -1,4 +1,7 @@
-"""/openapi.json and /docs: what this gateway can do, for programs and for people. Neither asks for a key; nothing comes from elsewhere."""
+"""Serve /openapi.json and /docs: what this gateway offers, for programs and for people.
+
+Neither needs a key, and neither loads anything from another host.
+"""
 
 import hashlib
 
@@ -13,7 +16,8 @@ bp = Blueprint("openapi", __name__)
 
 # The viewer draws its own styles and pictures; scripts come from here alone.
 POLICY = (
-    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; font-src 'self'; "
+    "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self' 'unsafe-inline'; "
+    "img-src 'self' data:; font-src 'self'; "
     "frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
 )
 PAGE = """<!doctype html>
@@ -26,9 +30,11 @@ PAGE = """<!doctype html>
 <script type="module" src="{prefix}/static/docs/rapidoc-min.js"></script>
 </head>
 <body style="margin: 0">
-<rapi-doc spec-url="{prefix}/openapi.json" render-style="read" show-header="false" allow-authentication="true"
+<rapi-doc spec-url="{prefix}/openapi.json" render-style="read" show-header="false" \
+allow-authentication="true"
   allow-server-selection="false"
-  load-fonts="false" schema-style="table" persist-auth="false" regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
+  load-fonts="false" schema-style="table" persist-auth="false" \
+regular-font="system-ui, sans-serif" mono-font="ui-monospace, monospace">
 </rapi-doc>
 </body>
 </html>
@@ -37,7 +43,7 @@ PAGE = """<!doctype html>
 
 @bp.get("/openapi.json")
 def show_spec() -> BaseResponse:
-    """The OpenAPI 3.1 document."""
+    """Serve the OpenAPI 3.1 document."""
     content = runtime().documents.get(request.script_root, _document)
     response = Response(content, content_type="application/json")
     response.headers["Cache-Control"] = "public, max-age=60"
@@ -46,7 +52,7 @@ def show_spec() -> BaseResponse:
 
 
 def _document() -> str:
-    """Write the document for clients that ask under this prefix."""
+    """Build the document with links under the prefix of this request."""
     parts = runtime()
     root = request.script_root or "/"
     return json.dumps(build(current_app, parts.fleet, parts.settings, root=root))
@@ -54,7 +60,9 @@ def _document() -> str:
 
 @bp.get("/docs")
 def show_docs() -> Response:
-    """The same, to read and to try."""
-    response = Response(PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8")
+    """Serve the viewer of the OpenAPI document, where requests can be tried."""
+    response = Response(
+        PAGE.format(prefix=escape(request.script_root)), content_type="text/html; charset=utf-8"
+    )
     response.headers["Content-Security-Policy"] = POLICY
     return response

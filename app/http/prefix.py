@@ -1,8 +1,9 @@
-"""The path under which clients reach the gateway, when a proxy gives it one of several, such as https://example.com/darkroom/.
+"""Handle a path prefix, when a proxy serves the gateway at, say, https://example.com/darkroom/.
 
-As WSGI, before routing. Every link that a route writes begins with SCRIPT_NAME, so that is where the prefix goes. Whether the proxy
-takes it off the path or passes it on, both arrive here as the path of a route. Repeated slashes count as one: many programs join
-a base URL that ends in a slash with a path that begins with one.
+A WSGI wrapper, because it acts before routing. Every link that a route writes begins with
+SCRIPT_NAME, so the prefix is put there. A proxy may remove the prefix from the path or pass it on;
+both work. Repeated slashes count as one: many programs join a base URL that ends in a slash with a
+path that begins with one.
 """
 
 import re
@@ -21,14 +22,18 @@ _SLASHES = re.compile("//+")
 
 
 class PathPrefix:
-    """The application, under the path of PUBLIC_URL or of X-Forwarded-Prefix."""
+    """Runs the application under the path of PUBLIC_URL or of X-Forwarded-Prefix."""
 
     def __init__(self, application: "WSGIApplication", settings: GatewaySettings) -> None:
         self._trusts_proxy = settings.trust_forwarded_headers
         self._own = urlsplit(settings.public_url).path
-        self._application = ProxyFix(application, x_for=0, x_proto=1, x_host=1) if self._trusts_proxy else application
+        if self._trusts_proxy:
+            application = ProxyFix(application, x_for=0, x_proto=1, x_host=1)
+        self._application = application
 
-    def __call__(self, environ: "WSGIEnvironment", start_response: "StartResponse") -> Iterable[bytes]:
+    def __call__(
+        self, environ: "WSGIEnvironment", start_response: "StartResponse"
+    ) -> Iterable[bytes]:
         path = _SLASHES.sub("/", environ.get("PATH_INFO", ""))
         prefix = self._prefix(environ)
         if prefix:
@@ -39,6 +44,8 @@ class PathPrefix:
         return self._application(environ, start_response)
 
     def _prefix(self, environ: "WSGIEnvironment") -> str:
-        """What the proxy says, if it is to be believed and says a path; otherwise the one of PUBLIC_URL."""
-        told = str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/") if self._trusts_proxy else ""
+        """Return the prefix that a trusted proxy sends; otherwise the path of PUBLIC_URL."""
+        if not self._trusts_proxy:
+            return self._own
+        told = str(environ.get("HTTP_X_FORWARDED_PREFIX", "")).rstrip("/")
         return told if PATH_PREFIX.fullmatch(told) else self._own

@@ -1,6 +1,7 @@
-"""Headers that tell where a tenant stands with its limits.
+"""Write the headers that tell how much of its limits a tenant has left.
 
-`RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers, a policy per limit that is spent by the minute.
+They are `RateLimit-Policy` and `RateLimit` of draft-ietf-httpapi-ratelimit-headers, with one policy
+for each limit per minute.
 """
 
 import math
@@ -11,12 +12,14 @@ from app.caller import Caller
 from edges.limits import WINDOW_S
 
 
-def tell(response: Response) -> None:
-    """Put on the answer where the caller's tenant stands."""
+def add_ratelimit_headers(response: Response) -> None:
+    """Add the caller's limits and what is left of them to the headers."""
     asking: Caller | None = g.get("caller")
     if asking is None:
         return
-    limits, policies, stands = asking.limits, [], []
+    limits = asking.limits
+    policies = []
+    stands = []
     counted = asking.used.requests
     if counted is not None:
         policies.append(f'"requests";q={limits.requests_per_minute};w={WINDOW_S}')
@@ -25,7 +28,8 @@ def tell(response: Response) -> None:
         policies.append(f'"megapixel-steps";q={limits.megapixel_steps_per_minute:.0f};w={WINDOW_S}')
         taken = asking.used.budget
         if taken is not None:
-            stands.append(f'"megapixel-steps";r={max(0, math.floor(taken.left))};t={math.ceil(taken.wait_s)}')
+            remaining = max(0, math.floor(taken.left))
+            stands.append(f'"megapixel-steps";r={remaining};t={math.ceil(taken.wait_s)}')
     if policies:
         response.headers["RateLimit-Policy"] = ", ".join(policies)
     if stands:

@@ -1,7 +1,8 @@
-"""Large bodies: how many come in at once, and where uploads lie until they are read.
+"""Limit how many large bodies are received at once, and hold uploads until they are read.
 
-Reading one keeps a thread for as long as its client takes, and uploads are written to the temporary folder meanwhile, so both have an end:
-a request takes its share of them before the first byte is read (`admit`) and gives it back when it waits for something else, or is over.
+A body occupies a thread for as long as its client sends, and an upload is written to the temporary
+folder meanwhile. Both are limited: a request takes its share before the first byte is read
+(`admit`). It gives the share back when it begins to wait for something else, or when it ends.
 """
 
 import errno
@@ -26,13 +27,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def admit(asked: Request, room: UploadRoom, tenant_id: uuid.UUID) -> None:
-    """Take what the request's body needs, if it is a large one. Raises UploadsExhausted."""
+    """Reserve what the request's body needs, if it is large. Raises UploadsExhausted."""
     size = asked.content_length
     if size is None and "chunked" in asked.headers.get("Transfer-Encoding", "").lower():
         size = room.largest_bytes
-    least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES  # such a body comes only when a thread has asked for it
-    if size is None or not least < size <= room.largest_bytes:  # beyond that, whoever reads refuses it
-        return
+    # With Expect, the client sends its body only once a thread asks for it.
+    least = 0 if "Expect" in asked.headers else SMALL_BODY_BYTES
+    if size is None or not least < size <= room.largest_bytes:
+        return  # small, or so large that it is refused where it is read
     holdings: list[Holding] = g.setdefault("upload_holdings", [])
     holdings.append(room.take_body(tenant_id))
     if asked.mimetype != "application/json":
@@ -40,7 +42,10 @@ def admit(asked: Request, room: UploadRoom, tenant_id: uuid.UUID) -> None:
 
 
 def release(error: BaseException | None = None) -> None:
-    """Let go of what this request's body took; harmless when repeated. What was not read of it is gone."""
+    """Give back what this request's body reserved; harmless when repeated.
+
+    Closes the request, so that a part of the body that was not read is lost.
+    """
     holdings: list[Holding] = g.get("upload_holdings", [])
     if holdings:
         request.close()
@@ -49,20 +54,23 @@ def release(error: BaseException | None = None) -> None:
 
 
 class Spool(tempfile.SpooledTemporaryFile[bytes]):
-    """An upload on its way: in memory while it is small, else in the temporary folder. A full one is a 503, not a fault of ours."""
+    """An upload: in memory while it is small, else in the temporary folder.
+
+    A full folder raises UploadsExhausted, a 503, instead of an unexpected error.
+    """
 
     def __init__(self) -> None:
         super().__init__(max_size=IN_MEMORY_BYTES, mode="w+b")
 
     def write(self, data: Any) -> int:
-        """Raises UploadsExhausted."""
+        """Write the bytes. Raises UploadsExhausted."""
         try:
             return int(super().write(data))
         except OSError as error:
             raise _full(error) from error
 
     def seek(self, *where: int) -> int:
-        """Raises UploadsExhausted: what was written may only now go to the disk."""
+        """Move the position; buffered bytes may be written only now. Raises UploadsExhausted."""
         try:
             return int(super().seek(*where))
         except OSError as error:
@@ -77,12 +85,12 @@ class Spool(tempfile.SpooledTemporaryFile[bytes]):
 
 
 class SpoolingRequest(Request):
-    """A request whose forms keep their files in spools."""
+    """A request that writes the files of its forms to spools."""
 
     def get_data(self, *args: Any, **options: Any) -> Any:
         data = super().get_data(*args, **options)
         if len(data) <= SMALL_BODY_BYTES:
-            release()  # it was chunked, and small after all
+            release()  # a chunked body turned out to be small
         return data
 
     def _get_file_stream(self, *args: Any, **kwargs: Any) -> IO[bytes]:
@@ -94,4 +102,6 @@ def _full(error: OSError) -> Exception:
         return error
     telemetry.SHED.labels("uploads_exhausted").inc()
     log.error("upload_spool_full", reason=error.strerror)
-    return UploadsExhausted("The temporary folder of this gateway process is full.", retry_after_s=RETRY_AFTER_S)
+    return UploadsExhausted(
+        "The temporary folder of this gateway process is full.", retry_after_s=RETRY_AFTER_S
+    )

@@ -1,4 +1,4 @@
-"""Show rows to a client. Of a job every parameter: enough to ask for the image again."""
+"""Show rows to a client; a job with every parameter that is needed to make its image again."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -18,10 +18,12 @@ from policy.states import FINAL_STATES, ImageState, JobState
 from policy.steps import image_steps
 
 
-def job_view(job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePlace | None = None) -> schemas.Job:
+def job_view(
+    job: Job | JobDocument, steps: Sequence[Step] = (), place: QueuePlace | None = None
+) -> schemas.Job:
     """Show a job with its images.
 
-    steps: what is known of a running one.  place: where an unfinished one stands.
+    steps: the progress of a running job. place: the queue position of an unfinished job.
     """
     texts = {"prompt": None, "negative_prompt": None} if job.erased_at else {}
     return schemas.Job(
@@ -60,7 +62,7 @@ def status_view(
     steps: Sequence[Step] = (),
     place: QueuePlace | None = None,
 ) -> schemas.JobStatus:
-    """Show the little that changes while one waits for a job; arguments as of `job_view`."""
+    """Show the members of a job that change while a client waits; arguments as for `job_view`."""
     return schemas.JobStatus(
         id=job.id,
         state=job.state,
@@ -77,7 +79,7 @@ def status_view(
 
 
 def urls_view(job_id: UUID) -> schemas.JobUrls:
-    """Say where a job, what changes of it, and what can be done with it are found."""
+    """Return the URLs of a job, of its status, and of the actions on it."""
     own = url_for("jobs.show_job", job_id=job_id)
     return schemas.JobUrls(
         self=own,
@@ -89,7 +91,7 @@ def urls_view(job_id: UUID) -> schemas.JobUrls:
 
 
 def params_view(of: Job | JobDocument | Resolved) -> dict[str, Any]:
-    """Every parameter of a job, or of one that might be."""
+    """Return every parameter of a job, or of an estimated one."""
     return {**members_of(of), "size": size_of(of)}
 
 
@@ -115,9 +117,9 @@ def image_url(job_id: UUID, index: int) -> str:
 
 
 def _progress(job: Job | JobDocument, steps: Sequence[Step]) -> schemas.Progress | None:
-    """Add up the steps of all images: those that are done, of those that are to do.
+    """Sum up the steps of all images: those done, and those to do.
 
-    What a picture that they start from makes needless is neither.
+    Steps that an initial picture makes unnecessary count as neither.
     """
     has_come_to_nothing = job.state in FINAL_STATES and job.state != JobState.SUCCEEDED
     if job.state == JobState.QUEUED or has_come_to_nothing:
@@ -138,7 +140,7 @@ def _progress(job: Job | JobDocument, steps: Sequence[Step]) -> schemas.Progress
 
 
 def queue_view(place: QueuePlace | None) -> schemas.QueuePlace | None:
-    """Show where a job stands in the queue; None where it does not."""
+    """Show a job's queue position; None for a job without one."""
     if place is None:
         return None
     return schemas.QueuePlace(
@@ -149,7 +151,7 @@ def queue_view(place: QueuePlace | None) -> schemas.QueuePlace | None:
 
 
 def _failure(job: Job | JobDocument) -> schemas.Failure | None:
-    """Show what the tenant may know: our own faults keep their insides in the attempts table."""
+    """Show the failure without internal details: those stay in the attempts table."""
     if job.failure_code is None:
         return None
     detail = told_detail(job.failure_code, job.failure_detail)

@@ -1,4 +1,4 @@
-"""/v1/webhooks: where a tenant wants to hear of its jobs, with what secret, and what became of every delivery."""
+"""Serve /v1/webhooks: a tenant's endpoints with their secrets, and what became of each delivery."""
 
 import uuid
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ class EndpointBody(BaseModel):
 
 
 class EndpointChange(BaseModel):
-    """The body of PATCH /v1/webhooks/{id}; what is not there stays as it is."""
+    """The body of PATCH /v1/webhooks/{id}; a missing field stays as it is."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
 
@@ -53,7 +53,7 @@ class EndpointChange(BaseModel):
 
 @bp.post("")
 def create_webhook() -> ResponseReturnValue:
-    """Add an endpoint: 201 and the endpoint with its secret, which is shown this once."""
+    """Add an endpoint: 201 and the endpoint with its secret, which is shown only this once."""
     body = parse(EndpointBody, read_object(request))
     endpoint, secret = webhooks.create(
         runtime(),
@@ -68,7 +68,7 @@ def create_webhook() -> ResponseReturnValue:
 
 @bp.get("")
 def list_webhooks() -> ResponseReturnValue:
-    """List the tenant's endpoints, oldest first; there are never many."""
+    """List the tenant's endpoints, oldest first, on one page: their number is limited."""
     found = webhooks.all_of(runtime(), caller())
     return whole_list(schemas.WebhookPage, [_endpoint_view(endpoint) for endpoint in found])
 
@@ -100,16 +100,16 @@ def change_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.delete("/<uuid:endpoint_id>")
 def delete_webhook(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """Send nothing there any more, not even what waits."""
+    """Delete the endpoint; events that wait for it are not sent any more."""
     webhooks.delete(runtime(), caller(), endpoint_id)
     return "", 204
 
 
 @bp.post("/<uuid:endpoint_id>/rotate")
 def rotate_secret(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """Give the endpoint a new secret, shown this once.
+    """Give the endpoint a new secret, which is shown only this once.
 
-    For a day the one before it signs, too: receivers may change over at their leisure.
+    For a day the old secret signs, too, so that receivers have time to change over.
     """
     endpoint, secret = webhooks.rotate(runtime(), caller(), endpoint_id)
     shown = _endpoint_view(
@@ -123,16 +123,16 @@ def rotate_secret(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.post("/<uuid:endpoint_id>/test")
 def send_test(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """Send an event of the type `webhook.test` there: 202 and the delivery."""
+    """Send an event of the type `webhook.test` to the endpoint: 202 and the delivery."""
     delivery = webhooks.send_test(runtime(), caller(), endpoint_id)
     return answer(_delivery_view(delivery, []), 202)
 
 
 @bp.get("/<uuid:endpoint_id>/deliveries")
 def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
-    """List what was sent there, newest first, each with its attempts.
+    """List what was sent to the endpoint, newest first, with the attempts of each delivery.
 
-    `limit` (1 to 100), `cursor`, `state`.
+    Takes `limit` (1 to 100), `cursor` and `state`.
     """
     limit = read_limit(request)
     before = read_cursor(request)
@@ -157,13 +157,13 @@ def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
 
 @bp.post("/deliveries/<uuid:delivery_id>/redeliver")
 def redeliver(delivery_id: uuid.UUID) -> ResponseReturnValue:
-    """Send it again, under the id that it has: 202 and the delivery."""
+    """Send the delivery again under the same id: 202 and the delivery."""
     delivery = webhooks.redeliver(runtime(), caller(), delivery_id)
     return answer(_delivery_view(delivery, []), 202)
 
 
 def _read_state(asked: Request) -> DeliveryState | None:
-    """Read the state that deliveries are to have; None: any. Raises InvalidQuery."""
+    """Read the state to filter deliveries by; None for any state. Raises InvalidQuery."""
     text = asked.args.get("state")
     if text is None:
         return None
@@ -176,7 +176,7 @@ def _read_state(asked: Request) -> DeliveryState | None:
 
 
 def _endpoint_view(endpoint: WebhookEndpoint, kind: type[schemas.Webhook] = schemas.Webhook, **more: Any) -> schemas.Webhook:
-    """Show an endpoint as a document of the kind; `more`: the members that it has beside."""
+    """Show an endpoint as a document of this kind; `more`: members that only this kind has."""
     return kind(
         id=endpoint.id,
         url=endpoint.url,

@@ -1,7 +1,7 @@
-"""Remember what was read a moment ago, so that many who ask at once are one read.
+"""Cache what was read a moment ago, so that many simultaneous callers cause one read.
 
-Every cache of a gateway process is one of these: bounded, with ages by the monotonic clock. It
-does not know what is read, nor from where.
+Every cache of a gateway process is a `Cache`: bounded, with ages by the monotonic clock. This
+module knows neither what is read nor from where.
 """
 
 import math
@@ -20,12 +20,12 @@ log = structlog.get_logger(__name__)
 Key = TypeVar("Key", bound=Hashable)
 Value = TypeVar("Value")
 
-PATIENCE_S = 5.0  # with whoever reads for all: another read under load makes it later still
+PATIENCE_S = 5.0  # with the thread that reads; more reads under load would only make it later
 
 
 @dataclass(slots=True)
 class _Entry(Generic[Value]):
-    """What was read, when that began, and from when on it is to be read again."""
+    """A value, when its read began, and when to refresh it."""
 
     value: Value
     read_at: float
@@ -33,7 +33,7 @@ class _Entry(Generic[Value]):
 
 
 class _Reading:
-    """A read that is under way; `is_over` is set when it has ended or nobody is to wait for it."""
+    """A read in progress; `is_over` is set when it has ended or when nobody should wait for it."""
 
     def __init__(self) -> None:
         self.is_over = threading.Event()
@@ -41,11 +41,11 @@ class _Reading:
 
 
 class Cache(Generic[Key, Value]):
-    """What was read in the last moment, by key; any thread may ask.
+    """Recently read values by key, for any thread.
 
-    An age counts from when its read began: the answer may lack what changed since. So cachetools
-    gives the bound here, where the key asked for longest ago goes first, and not the ages: its
-    TTLCache counts from when the answer was there.
+    The age of a value counts from the start of its read, because it may lack what changed during
+    the read. So only the bound comes from cachetools (least recently used goes first): its TTLCache
+    would count from the end of the read.
     """
 
     def __init__(
@@ -58,9 +58,12 @@ class Cache(Generic[Key, Value]):
         refresh_after_s: float = math.inf,
         refresher: Executor | None = None,
     ) -> None:
-        """name: for the log.  most: entries.  refresher: reads what is asked for from `refresh_after_s` on.
+        """Make an empty cache.
 
-        stale_for_s: how much older than `keep_for_s` an answer may be while somebody reads.
+        name: for the log. most: the number of entries. refresher: rereads entries older than
+        `refresh_after_s`.
+
+        stale_for_s: how much older than `keep_for_s` a value may be while a read is in progress.
         """
         self._name = name
         self._keep_for_s = keep_for_s
@@ -75,12 +78,12 @@ class Cache(Generic[Key, Value]):
         return len(self._entries)
 
     def get(self, key: Key, read: Callable[[], Value]) -> Value:
-        """Give what was read at most `keep_for_s` before this question, or else `read()`.
+        """Return the value that was read at most `keep_for_s` ago, or else `read()`.
 
-        One thread reads. The others take what is there, if it is not older than `stale_for_s`
-        beyond, or wait for its answer; whoever has waited for `PATIENCE_S` reads too. What grows
-        old is read by the refresher while all take what is there. What `read` raises is its
-        caller's: it is not remembered, and one of those who wait tries next.
+        One thread reads. The others take a value that is up to `stale_for_s` older, or wait for the
+        read; after `PATIENCE_S` a waiting thread reads itself. The refresher rereads an ageing
+        value while callers still get it. An error of `read` goes to its caller and is not cached;
+        one of the waiting threads tries next.
         """
         asked_at = time.monotonic()
         is_due = False
@@ -97,9 +100,9 @@ class Cache(Generic[Key, Value]):
         return entry.value
 
     def forget(self, key: Key) -> None:
-        """Make whoever asks from now on see what has just changed.
+        """Drop the key, so that the next `get` sees a change that was just made.
 
-        What was being read meanwhile is not remembered, and nobody waits for it any more.
+        A read that is in progress is not cached, and nobody waits for it any more.
         """
         with self._lock:
             self._entries.pop(key, None)
@@ -113,7 +116,8 @@ class Cache(Generic[Key, Value]):
                 entry = self._entries.get(key)
                 age_s = asked_at - entry.read_at if entry is not None else math.inf
                 running = self._reads.get(key)
-                if entry is not None and age_s < self._keep_for_s + (self._stale_for_s if running else 0.0):
+                allowed_s = self._keep_for_s + (self._stale_for_s if running else 0.0)
+                if entry is not None and age_s < allowed_s:
                     return entry.value
                 left_s = asked_at + PATIENCE_S - time.monotonic()
                 if not running or left_s <= 0:
@@ -124,7 +128,7 @@ class Cache(Generic[Key, Value]):
         return self._read(key, read, own)
 
     def _refresh(self, key: Key, read: Callable[[], Value]) -> None:
-        """Read again, unless somebody did who could not wait for that, or does."""
+        """Read again, unless another thread just did or is doing so."""
         with self._lock:
             entry = self._entries.get(key)
             if entry is None or time.monotonic() - entry.read_at < self._refresh_after_s:
@@ -135,13 +139,13 @@ class Cache(Generic[Key, Value]):
         self._read(key, read, own)
 
     def _begin(self, key: Key) -> _Reading:
-        """Have others wait for this read from now on; those who wait for an earlier one still do."""
+        """Register a read that later callers wait for; earlier waiters keep waiting for theirs."""
         own = _Reading()
         self._reads.setdefault(key, []).append(own)
         return own
 
     def _read(self, key: Key, read: Callable[[], Value], own: _Reading) -> Value:
-        """Read, and remember it unless the key was forgotten meanwhile or a younger answer is there."""
+        """Read and cache the value, unless the key was forgotten or a newer value is there."""
         began_at = time.monotonic()
         try:
             value = read()
@@ -160,7 +164,7 @@ class Cache(Generic[Key, Value]):
                         del self._reads[key]
 
     def _log_failure(self, refresh: Future[None]) -> None:
-        """Log that a refresh failed; whoever asks for what is too old reads, and hears of it."""
+        """Log a failed refresh; once the value is too old, a caller's own read raises the error."""
         error = None if refresh.cancelled() else refresh.exception()
         if error is not None:
             log.info("refresh_failed", cache=self._name, reason=type(error).__name__)

@@ -1,4 +1,7 @@
-"""What one gateway process has only so much of, and how much of it each tenant holds: waits, event streams, large bodies, spooled bytes."""
+"""Share what a gateway process has a limited amount of: waits, streams, large bodies, disk space.
+
+Counts how much of it each tenant holds.
+"""
 
 import threading
 import uuid
@@ -12,28 +15,34 @@ from policy.sharing import may_take
 
 
 class Capacity:
-    """So much of one thing, shared among tenants (policy/sharing.py). Nobody waits for any: there is enough, or there is not."""
+    """A limited amount of one resource, shared among tenants (policy/sharing.py).
+
+    Nobody waits for it: a request gets its share at once, or is refused.
+    """
 
     def __init__(self, most: int, gauge: Gauge | None = None) -> None:
         self.most = most
-        self._gauge, self._lock = gauge, threading.Lock()
-        self._in_use, self._held = 0, Counter[uuid.UUID]()
+        self._gauge = gauge
+        self._lock = threading.Lock()
+        self._in_use = 0
+        self._held = Counter[uuid.UUID]()
 
     def take(self, tenant_id: uuid.UUID, amount: int = 1) -> "Holding | None":
-        """That much of it, until it is released; None if there is not enough for this tenant now."""
+        """Take an amount until it is released; None if this tenant cannot have it now."""
         with self._lock:
-            if not may_take(amount, held=self._held[tenant_id], in_use=self._in_use, most=self.most):
+            held = self._held[tenant_id]
+            if not may_take(amount, held=held, in_use=self._in_use, most=self.most):
                 return None
             self._add(tenant_id, amount)
         return Holding(self, tenant_id, amount)
 
     def held_by(self, tenant_id: uuid.UUID) -> int:
-        """How much of it a tenant holds."""
+        """Return how much of it the tenant holds."""
         with self._lock:
             return self._held[tenant_id]
 
     def give_back(self, tenant_id: uuid.UUID, amount: int) -> None:
-        """What was taken; see `Holding.release`."""
+        """Return what a tenant took; see `Holding.release`."""
         with self._lock:
             self._add(tenant_id, -amount)
 
@@ -47,13 +56,15 @@ class Capacity:
 
 
 class Holding:
-    """Some of a capacity, in a tenant's hands until it is released."""
+    """An amount of a capacity that a tenant holds until it is released."""
 
     def __init__(self, capacity: Capacity, tenant_id: uuid.UUID, amount: int) -> None:
-        self._capacity, self._tenant_id, self._amount = capacity, tenant_id, amount
+        self._capacity = capacity
+        self._tenant_id = tenant_id
+        self._amount = amount
 
     def release(self) -> None:
-        """Harmless when repeated, by one thread."""
+        """Give the amount back; harmless when repeated by the same thread."""
         amount, self._amount = self._amount, 0
         if amount:
             self._capacity.give_back(self._tenant_id, amount)
@@ -61,5 +72,10 @@ class Holding:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.release()

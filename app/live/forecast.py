@@ -1,6 +1,7 @@
-"""Forecast when jobs start and finish, by what is known of the queues; and decide on admission by it.
+"""Forecast when jobs start and finish, and decide on admission by that.
 
-Read at most a few times a second per pool, however many clients ask; nothing here scans a backlog.
+Reads each pool at most a few times a second, however many clients ask; nothing here scans a
+backlog.
 """
 
 import random
@@ -35,16 +36,18 @@ from policy.steps import denoising_of, image_steps
 
 FRESH_FOR_S = 0.5
 LEARNT_FOR_S = 2.0
-STALE_FOR_S = 5.0  # beyond these, while somebody reads: with a slow database no request waits for it
-MOST_KEPT = 10_000  # pools; pools and tiers; models, each with the sizes that are asked for
-PICTURES_LATE_S = 3.0  # for one job: then none come, and jobs that need none pass all that wait for theirs
+# How much longer a value serves while it is read again, so that no request waits for a slow read.
+STALE_FOR_S = 5.0
+MOST_KEPT = 10_000  # entries of each cache: pools; pools and tiers; models with their sizes
+# How long one job waits for pictures until jobs that need none may pass all that wait for theirs.
+PICTURES_LATE_S = 3.0
 
 
 @dataclass(frozen=True)
 class QueuePlace:
-    """Where an unfinished job stands.
+    """The queue position of an unfinished job.
 
-    jobs_ahead: jobs of its tier before it; None once it runs.  eta: its end, from now.
+    jobs_ahead: jobs of its tier before it; None once it runs. eta: its end, from now.
     """
 
     jobs_ahead: int | None
@@ -53,10 +56,10 @@ class QueuePlace:
 
 @dataclass(frozen=True)
 class Expected:
-    """What is expected of a job at accept.
+    """The estimate for a job at accept.
 
-    predicted_s: device seconds.  eta_raw_s: the first guess of its end, from now.  place: where it
-    would stand.  refusal: why it should not be let in.
+    predicted_s: device seconds. eta_raw_s: the first guess of its end, from now. place: the queue
+    position that it would get. refusal: why to refuse it, if so.
     """
 
     predicted_s: float
@@ -67,9 +70,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Booked:
-    """Jobs of the caller that are as good as accepted, and nowhere to be read yet.
+    """Jobs of the caller that will be accepted, but are not in the database yet.
 
-    Those before one in its batch.
+    These are the earlier jobs of the same batch.
     """
 
     jobs: int = 0
@@ -85,9 +88,9 @@ NOTHING: Mapping[str, Booked] = {}
 
 @dataclass(frozen=True)
 class _PoolState:
-    """What was read of a pool.
+    """What was read about a pool.
 
-    flows: by tier and tenant.  sharing: by tier, the tenants that have any outstanding or waiting.
+    flows: by tier and tenant. sharing: by tier, the tenants with outstanding or waiting jobs.
     lacking_inputs: tiers with jobs that wait for their pictures, not for workers.
     """
 
@@ -114,7 +117,7 @@ def _pool_state(
     clocks: Mapping[str, float],
     lacking_inputs: frozenset[str],
 ) -> _PoolState:
-    """Put together what was read of a pool."""
+    """Combine what was read about a pool."""
     by_tier: dict[str, list[FlowBacklog]] = defaultdict(list)
     sharing: dict[str, set[uuid.UUID]] = defaultdict(set)
     for flow in backlogs:
@@ -127,7 +130,11 @@ def _pool_state(
         slots=capacity.slots,
         flows={(flow.tier, flow.tenant_id): flow for flow in backlogs},
         lines={tier: Line(map(_waiting, here)) for tier, here in by_tier.items()},
-        running={tier: Running(work.running_s, work.running.total()) for tier, work in outstanding.items() if work.running},
+        running={
+            tier: Running(work.running_s, work.running.total())
+            for tier, work in outstanding.items()
+            if work.running
+        },
         clocks=clocks,
         outstanding=outstanding,
         sharing={tier: frozenset(tenants) for tier, tenants in sharing.items()},
@@ -135,18 +142,21 @@ def _pool_state(
     )
 
 
-def _without(backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]) -> list[FlowBacklog]:
-    """Leave out of the flows the jobs that lack their pictures."""
+def _without(
+    backlogs: Sequence[FlowBacklog], lacking: Mapping[tuple[str, uuid.UUID], Lacking]
+) -> list[FlowBacklog]:
+    """Subtract from the flows the jobs whose pictures are missing."""
     left = []
     for flow in backlogs:
         out = lacking.get((flow.tier, flow.tenant_id), Lacking(0, 0.0))
-        jobs, queued_s = max(0, flow.queued_jobs - out.jobs), max(0.0, flow.queued_s - out.queued_s)
+        jobs = max(0, flow.queued_jobs - out.jobs)
+        queued_s = max(0.0, flow.queued_s - out.queued_s)
         left.append(replace(flow, queued_jobs=jobs, queued_s=queued_s))
     return left
 
 
 def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) -> float:
-    """Tell how far ahead of virtual time the tenant's next job would start, in virtual seconds."""
+    """Return by how many virtual seconds the tenant's next job would start after virtual time."""
     own = state.flows.get((tier, tenant_id))
     if own is None:
         return booked.cost_s
@@ -155,7 +165,7 @@ def _lead_s(state: _PoolState, tier: str, tenant_id: uuid.UUID, booked: Booked) 
 
 
 class QueueForecaster:
-    """Answers how long a job would wait and whether to let it in. One per gateway process."""
+    """Estimates how long a job would wait and whether to accept it. One per gateway process."""
 
     def __init__(
         self,
@@ -167,7 +177,10 @@ class QueueForecaster:
         *,
         worker_silence_s: float,
     ) -> None:
-        """limits: `Release.limits`.  refresher: reads again what grows old."""
+        """Make a forecaster that reads nothing yet.
+
+        limits: `Release.limits`. refresher: rereads values before they are too old.
+        """
         self._database = database
         self._fleet = fleet
         self._gauge = gauge
@@ -176,17 +189,21 @@ class QueueForecaster:
         self._pools: Cache[str, tuple[_PoolState, _PoolState]] = _cache(FRESH_FOR_S, refresher)
         self._costs: Cache[learning.CostKey, Cost | None] = _cache(LEARNT_FOR_S, refresher)
         self._learnt: Cache[tuple[str, str], EtaRatios | None] = _cache(LEARNT_FOR_S, refresher)
-        # The oldest job of each pool whose pictures have been asked for, and since when it is that.
+        # By pool: the oldest job that waits for requested pictures, and since when that is so.
         self._waits_for_pictures: dict[str, tuple[uuid.UUID, float]] = {}
         self._lock = threading.Lock()
 
-    def expect(self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None) -> Expected:
+    def expect(
+        self, wish: Resolved, tenant_id: uuid.UUID, booked: Bookings | None = None
+    ) -> Expected:
         """Estimate when a job that the tenant submits now would end, and whether to refuse it.
 
-        booked: what the tenant is about to submit before this one, by pool and tier.
+        booked: what the tenant submits before this job in the same request, by pool and tier.
         """
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
-        pool_bookings = {tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool}
+        pool_bookings = {
+            tier: work for (pool, tier), work in (booked or {}).items() if pool == wish.pool
+        }
         snapshot = self._snapshot(state, tenant_id, pool_bookings)
         job_device_s = self._predicted_s(wish)
         place = admission.place_in(
@@ -197,7 +214,9 @@ class QueueForecaster:
             num_images=wish.num_images,
             lead_s=_lead_s(state, wish.tier, tenant_id, pool_bookings.get(wish.tier, Booked())),
         )
-        raw_s = admission.first_guess_s(place, snapshot, job_device_s=job_device_s, num_images=wish.num_images)
+        raw_s = admission.first_guess_s(
+            place, snapshot, job_device_s=job_device_s, num_images=wish.num_images
+        )
         ratios = self._ratios(wish.pool, wish.tier)
         refused = admission.refusal(
             self._fleet,
@@ -222,12 +241,17 @@ class QueueForecaster:
             num_images=wish.num_images,
         )
 
-    def release_hint(self, wish: Resolved, tenant_id: uuid.UUID) -> tuple[ReleaseHint, ReleaseLimits]:
-        """Tell how to release a new job, by what was read at most `FRESH_FOR_S` ago; and its limits."""
+    def release_hint(
+        self, wish: Resolved, tenant_id: uuid.UUID
+    ) -> tuple[ReleaseHint, ReleaseLimits]:
+        """Tell how to release a new job, with the limits that apply.
+
+        Uses what was read at most `FRESH_FOR_S` ago.
+        """
         state = self._pool_state(wish.pool, needs_pictures=bool(pictures_of(wish)))
         limits = self._limits(wish.pool, wish.tier, state.slots)
         if pictures_of(wish) or wish.tier in state.lacking_inputs:
-            # Its pictures are to be asked for; or how many that wait are before it is not known.
+            # Its pictures must be requested first; or the number of jobs before it is not known.
             return ReleaseHint.TRY_RELEASE, limits
         outstanding = state.outstanding.get(wish.tier, Outstanding())
         queued_jobs = state.lines.get(wish.tier, Line()).jobs
@@ -242,14 +266,16 @@ class QueueForecaster:
         return hint, limits
 
     def place_of(self, job: Job | JobDocument, steps_done: int = 0) -> QueuePlace | None:
-        """Estimate where an unfinished job stands.
+        """Estimate the queue position of an unfinished job.
 
-        None if the catalogue no longer has its tier or pool.  steps_done: denoise steps of all its images.
+        None if the catalogue no longer has its tier or pool. steps_done: denoise steps of all its
+        images.
         """
         if job.tier not in self._fleet.tiers or job.pool not in self._fleet.pools:
             return None
         state = self._pool_state(job.pool, needs_pictures=bool(pictures_of(job)))
-        snapshot, ratios = self._snapshot(state, job.tenant_id), self._ratios(job.pool, job.tier)
+        snapshot = self._snapshot(state, job.tenant_id)
+        ratios = self._ratios(job.pool, job.tier)
         is_queued = job.state == JobState.QUEUED
         clock = state.clocks.get(job.tier, job.release_tag)
         place = admission.place_in(
@@ -261,21 +287,26 @@ class QueueForecaster:
             lead_s=max(0.0, job.release_tag - clock) if is_queued else 0.0,
         )
         if is_queued:
-            raw_s = admission.first_guess_s(place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images)
+            raw_s = admission.first_guess_s(
+                place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images
+            )
             return QueuePlace(place.jobs_ahead, prediction.corrected(raw_s, ratios))
         steps_to_do = image_steps(job) * job.num_images
         left = 1 - min(1.0, steps_done / steps_to_do)
         raw_s = left * job.predicted_s / job.num_images * place.concurrent_images
         return QueuePlace(None, prediction.corrected(raw_s, ratios))
 
-    def _snapshot(self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING) -> PoolSnapshot:
-        """Make the pool's snapshot for one tenant; its weight counts as 1 where it is not known.
+    def _snapshot(
+        self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING
+    ) -> PoolSnapshot:
+        """Build the pool's snapshot for one tenant; an unknown weight counts as 1.
 
         booked: what the tenant is about to add, by tier.
         """
         own = {}
         for tier in self._fleet.tiers:
-            flow, more = state.flows.get((tier, tenant_id)), booked.get(tier)
+            flow = state.flows.get((tier, tenant_id))
+            more = booked.get(tier)
             if flow is None and more is None:
                 continue
             counted = _waiting(flow) if flow is not None else Waiting(1.0, 0, 0.0)
@@ -285,15 +316,15 @@ class QueueForecaster:
         return PoolSnapshot(state.devices, state.lines, state.running, self._gauge.fill(), own)
 
     def _pool_state(self, pool: str, *, needs_pictures: bool) -> _PoolState:
-        """Give the pool as a job sees it, as it was at most `FRESH_FOR_S` ago.
+        """Return the pool as this job sees it, as it was at most `FRESH_FOR_S` ago.
 
-        While no pictures come, a job that needs none has those that wait for theirs not before it.
+        While no pictures arrive, a job that needs none passes the jobs that wait for theirs.
         """
         whole, passing = self._pools.get(pool, lambda: self._read_pool(pool))
         return whole if needs_pictures else passing
 
     def _read_pool(self, pool: str) -> tuple[_PoolState, _PoolState]:
-        """Read the pool as jobs see it that need pictures, and as those do that need none."""
+        """Read the pool twice: as jobs with pictures see it, and as jobs without pictures do."""
         tiers = list(self._fleet.tiers)
         with transaction(self._database) as session:
             backlogs = flows.backlogs(session, pool=pool)
@@ -315,8 +346,13 @@ class QueueForecaster:
         )
 
     def _pictures_are_late(self, session: Session, pool: str) -> bool:
-        """Check whether one job has waited for its pictures, once they were asked for, so long that none seem to come."""
-        now, oldest = time.monotonic(), inputs.oldest_asked(session, pool=pool)
+        """Tell whether the pool's pictures seem not to arrive at all.
+
+        That is so when the same job has been the oldest to wait for requested pictures for
+        PICTURES_LATE_S.
+        """
+        now = time.monotonic()
+        oldest = inputs.oldest_asked(session, pool=pool)
         with self._lock:
             known, since = self._waits_for_pictures.get(pool, (None, now))
             if oldest is None:
@@ -345,9 +381,9 @@ class QueueForecaster:
 
 
 def _cache(fresh_for_s: float, refresher: Executor) -> Cache[Any, Any]:
-    """Make one that is read again half way, so that under load no request waits for it.
+    """Make a cache that refreshes at half its age, so that under load no request waits for a read.
 
-    While that takes long, what is there is good enough for up to `STALE_FOR_S` more.
+    While a read takes long, the old value serves for up to `STALE_FOR_S` more.
     """
     return Cache(
         "forecast",

@@ -1,4 +1,4 @@
-"""The API keys that were used in the last moment, so that most requests ask the database nothing."""
+"""Cache the API keys that were used a moment ago, so that most requests need no database."""
 
 import threading
 import time
@@ -20,11 +20,12 @@ from policy.limits import Limits, limits_of
 
 log = structlog.get_logger(__name__)
 
-# A key is looked up again after that: a revoked one is refused within a second, in every process.
+# A key is looked up again after that, so every process refuses a revoked key within a second.
 TRUSTED_FOR_S = 0.75
-REFRESHED_AFTER_S = 0.25  # from then on those in use are all looked up again, behind their backs
+REFRESHED_AFTER_S = 0.25  # after that, all keys in use are looked up again in the background
 IN_USE_FOR_S = 5.0
-MOST_AT_ONCE = 500  # keys in use beyond these are looked up alone, each as often as it is not trusted any more
+# Further keys in use are looked up one by one, whenever their time of trust is over.
+MOST_AT_ONCE = 500
 MOST_REMEMBERED = 10_000
 NO_LIVE_KEY = "This API key is unknown, revoked or expired."
 _IN_USE = "in use"
@@ -38,16 +39,15 @@ class Known(NamedTuple):
 
 
 class Keyring:
-    """What is known of keys that were used in the last moment, by their public ids.
+    """The keys that were used in the last moment, by their public ids.
 
-    Those in use are one answer of the database, read for all of them at once; one that was not
-    among them, for it is new or there are too many, is looked up alone. Unknown keys are
-    remembered as such.
+    All keys in use are read in one query. A key that is not among them, because it is new or there
+    are too many, is looked up alone. Unknown keys are cached as unknown.
     """
 
     def __init__(self, database: Engine, refresher: Executor) -> None:
         self._database = database
-        # When each of the keys used last was used; to look at one of these is not to use it.
+        # When each key was last used. FIFO, because reading an entry here is no use of its key.
         self._used_at: FIFOCache[str, float] = FIFOCache(MOST_AT_ONCE)
         self._lock = threading.Lock()
         self._together: Cache[str, dict[str, Known | None]] = Cache(
@@ -57,20 +57,25 @@ class Keyring:
             refresh_after_s=REFRESHED_AFTER_S,
             refresher=refresher,
         )
-        self._alone: Cache[str, Known | None] = Cache("other keys", MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S)
+        self._alone: Cache[str, Known | None] = Cache(
+            "other keys", MOST_REMEMBERED, keep_for_s=TRUSTED_FOR_S
+        )
         self._refresher = refresher
 
     def find(self, kid: str) -> Known | None:
-        """Find the live key with that public id, as it was at most `TRUSTED_FOR_S` ago."""
+        """Find the live key with this public id, as it was at most `TRUSTED_FOR_S` ago."""
         together = self._together.get(_IN_USE, self._read_those_in_use)
-        known = together[kid] if kid in together else self._alone.get(kid, lambda: self._read({kid})[kid])
-        if known is not None:  # whoever makes keys up drives none of those in use out
+        if kid in together:
+            known = together[kid]
+        else:
+            known = self._alone.get(kid, lambda: self._read({kid})[kid])
+        if known is not None:  # made-up keys must not displace keys in use
             with self._lock:
                 self._used_at[kid] = time.monotonic()
         return known
 
     def is_live(self, kid: str) -> bool:
-        """Tell whether the key, which was live, still is; yes while nobody can say."""
+        """Tell whether a key that was live still is; true while the database cannot be read."""
         try:
             known = self.find(kid)
         except SQLAlchemyError:
@@ -84,7 +89,7 @@ class Keyring:
         return self._read(kids) if kids else {}
 
     def _read(self, kids: Set[str]) -> dict[str, Known | None]:
-        """Look up each of these; None for one that is not live."""
+        """Look up each of these keys; None for one that is not live."""
         with transaction(self._database) as session:
             keys = api_keys.look_up(session, list(kids))
         if used := [key.id for key in keys.values() if key.is_use_to_be_noted]:

@@ -1,8 +1,9 @@
-"""Whether this gateway can accept jobs, and which parts of the house it could not reach a moment ago.
+"""Tell whether this gateway can accept jobs, and which parts it could not reach a moment ago.
 
-Every part is asked in a thread of its own, every two seconds, so that whoever wants to know is answered from memory, at once, also while a
-part does not answer at all. Ready is who can accept jobs, and for that the database must take writes. The rest may be away for a while:
-jobs wait, and other gateways would be no better off.
+Each part is checked in a thread of its own every two seconds. So /readyz answers from memory at
+once, even while a part does not answer at all. Ready means that jobs can be accepted, and for that
+the database must take writes. The other parts may be away for a while: jobs wait, and another
+gateway would have the same trouble.
 """
 
 import threading
@@ -34,42 +35,50 @@ Check = Callable[[], dict[str, Any]]
 
 @dataclass
 class _Part:
-    """What is known of one part. asked_at: since when it has not answered, if it is being asked."""
+    """The last result of one part. asked_at: when the running check began; None between checks."""
 
     said: dict[str, Any] | None = None
     asked_at: float | None = None
 
 
 class Readiness:
-    """One per gateway process; its threads start with `start()`, or with the first who wants to know."""
+    """The checks of one gateway process; threads start with `start()` or the first `parts()`."""
 
     def __init__(self, checks: Mapping[str, Check]) -> None:
         self._checks = checks
         self._parts = {name: _Part() for name in checks}
-        self._lock, self._stop = threading.Lock(), threading.Event()
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
         self._has_started = False
 
     def start(self) -> None:
-        """Begin to ask; harmless when repeated."""
+        """Start checking; harmless when repeated."""
         with self._lock:
             if self._has_started:
                 return
             self._has_started = True
         for name in self._checks:
-            threading.Thread(target=self._ask_again_and_again, args=(name,), name=f"ready-{name}", daemon=True).start()
+            thread_name = f"ready-{name}"
+            asking = threading.Thread(
+                target=self._check_repeatedly, args=(name,), name=thread_name, daemon=True
+            )
+            asking.start()
 
     def close(self) -> None:
-        """Ask no more."""
+        """Stop checking."""
         self._stop.set()
 
     def parts(self) -> dict[str, dict[str, Any]]:
-        """Every part, `ready` or with the reason why not, as it was at most three seconds ago; from memory."""
+        """Return every part, `ready` or with the reason why not, at most three seconds old.
+
+        Answers from memory.
+        """
         self.start()
         now = time.monotonic()
         with self._lock:
             return {name: _said(part, now) for name, part in self._parts.items()}
 
-    def _ask_again_and_again(self, name: str) -> None:
+    def _check_repeatedly(self, name: str) -> None:
         part = self._parts[name]
         while True:
             with self._lock:
@@ -77,14 +86,21 @@ class Readiness:
             said = _answer(self._checks[name])
             with self._lock:
                 if part.said is None or part.said["ready"] != said["ready"]:
-                    log.info("part_ready" if said["ready"] else "part_not_ready", part=name, detail=said.get("detail"))
-                part.said, part.asked_at = said, None
+                    event = "part_ready" if said["ready"] else "part_not_ready"
+                    log.info(event, part=name, detail=said.get("detail"))
+                part.said = said
+                part.asked_at = None
             if self._stop.wait(CHECK_EVERY_S):
                 return
 
 
-def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore) -> dict[str, Check]:
-    """How each part is asked; the database over connections of its own, so that no crowd keeps it from being asked."""
+def checks(
+    settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: Handoff, store: ObjectStore
+) -> dict[str, Check]:
+    """Return the check of each part.
+
+    The database is checked over connections of its own, so that a busy pool cannot block the check.
+    """
     database = make_engine(settings.database_url, pool_size=connections.GATEWAY_READINESS)
 
     def takes_writes() -> dict[str, Any]:
@@ -92,15 +108,20 @@ def checks(settings: GatewaySettings, fleet: Fleet, *, broker: Broker, handoff: 
             with transaction(database) as session:
                 session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
         except OperationalError as error:
-            if "read-only" in str(error.orig):  # a primary that was demoted, which `make_engine` connects to no more
+            if "read-only" in str(error.orig):
+                # A demoted primary; `make_engine` opens no new connections to it.
                 return {"ready": False, "detail": "read-only"}
             raise
         return {"ready": True}
 
     def has_workers() -> dict[str, Any]:
-        """Whether every pool with a warm floor has that many live workers; jobs for the others wait in Postgres."""
+        """Check that every pool with a warm floor has that many live workers.
+
+        Jobs for other pools wait in Postgres.
+        """
         with transaction(database) as session:
-            live = [worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
+            found = workers.live(session, silent_for_s=settings.lease_ttl_s)
+            live = [worker.pool for worker in found]
         short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
         detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
         return {"ready": not short, "live": len(live), **detail}
@@ -124,7 +145,8 @@ def _answer(check: Check) -> dict[str, Any]:
         return check()
     except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, StoreUnavailable) as error:
         return {"ready": False, "detail": type(error).__name__}
-    except Exception as error:  # whatever a library makes of a part that is half there: the next check must come
+    except Exception as error:
+        # Libraries raise anything for a part that works only in part; checking must go on.
         log.error("part_not_checked", exc_info=error)
         return {"ready": False, "detail": type(error).__name__}
 

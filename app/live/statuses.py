@@ -1,6 +1,6 @@
-"""How a job stands, for those who ask often.
+"""Cache the status of jobs for clients that poll.
 
-Read from the database at most once a second per job, however many ask.
+Each job is read at most once a second, however many clients ask.
 """
 
 import hashlib
@@ -24,10 +24,12 @@ class Status:
 
 
 class Statuses:
-    """One per gateway process. Who asks while another one reads waits for that answer."""
+    """The statuses of one gateway process. Callers that ask during a read wait for its answer."""
 
     def __init__(self) -> None:
-        self._kept: Cache[tuple[uuid.UUID, uuid.UUID, str], Status] = Cache("statuses", MAX_KEPT, keep_for_s=FRESH_FOR_S)
+        self._kept: Cache[tuple[uuid.UUID, uuid.UUID, str], Status] = Cache(
+            "statuses", MAX_KEPT, keep_for_s=FRESH_FOR_S
+        )
         self._roots: set[str] = set()
 
     def __len__(self) -> int:
@@ -41,9 +43,10 @@ class Statuses:
         *,
         root: str = "",
     ) -> Status:
-        """Give the status as it was at most a second ago; `read` gives it anew.
+        """Return the status as it was at most a second ago; `read` returns a new one.
 
-        root: the path under which its links are; beyond `MOST_ROOTS` nothing is remembered.
+        root: the path prefix of its links. Statuses under more than `MOST_ROOTS` prefixes are not
+        cached.
         """
 
         def read_status() -> Status:
@@ -53,10 +56,11 @@ class Statuses:
         if root not in self._roots:
             if len(self._roots) >= MOST_ROOTS:
                 return read_status()
-            self._roots = self._roots | {root}  # a new set: `forget` may be going through the old one
+            # A new set, because another thread may be iterating over the old one in `forget`.
+            self._roots = self._roots | {root}
         return self._kept.get((tenant_id, job_id, root), read_status)
 
     def forget(self, tenant_id: uuid.UUID, job_id: uuid.UUID) -> None:
-        """Make whoever asks from now on see the change that has just been made to the job."""
+        """Drop the job's status, so that the next `get` sees a change that was just made."""
         for root in self._roots:
             self._kept.forget((tenant_id, job_id, root))

@@ -1,7 +1,8 @@
-"""Follow a job live, as the one who asked for it: from its place in the queue to its end.
+"""Stream a job's events to the client that follows it, from its place in the queue to its end.
 
-What comes by way of Redis may be lost; what ends a stream is Postgres, which is asked about all followed jobs at once every few
-seconds, and about one when its ending is heard.
+Events that come through Redis may be lost. The end of a stream is decided by Postgres: it is
+queried every few seconds about all followed jobs at once, and about one job when its end is
+announced.
 """
 
 import threading
@@ -36,12 +37,12 @@ LOOK_EVERY_S = 5.0
 CHECK_KEYS_EVERY_S = 0.5
 _REVOKED = Event(None, "revoked", {})
 
-# How an event is told to a client: the event, of which job, and that job as it ended with `final`.
+# Shows an event to a client: takes the event, its job's id, and for `final` the ended job.
 Tell = Callable[[Event, uuid.UUID, Job | None], Event]
 
 
 class Watchers:
-    """How many clients of this process watch which job."""
+    """Counts how many clients of this process stream each job."""
 
     def __init__(self) -> None:
         self._counts: Counter[uuid.UUID] = Counter()
@@ -52,7 +53,7 @@ class Watchers:
             self._counts[job_id] += 1
 
     def leave(self, job_id: uuid.UUID) -> bool:
-        """Was it the last one?"""
+        """Count one client less; return whether it was the last."""
         with self._lock:
             self._counts[job_id] -= 1
             is_last = self._counts[job_id] == 0
@@ -61,23 +62,39 @@ class Watchers:
             return is_last
 
 
-class Events:
-    """One per gateway process; its threads start with the first follower."""
+class JobEventStreams:
+    """The event streams of one gateway process; its threads start with the first follower."""
 
-    def __init__(self, database: Engine, forecaster: QueueForecaster, news: News, reader: Reader, keyring: Keyring, *, most: int) -> None:
-        self._database, self._forecaster, self._news, self._reader, self._keyring = database, forecaster, news, reader, keyring
+    def __init__(
+        self,
+        database: Engine,
+        forecaster: QueueForecaster,
+        news: News,
+        reader: Reader,
+        keyring: Keyring,
+        *,
+        most: int,
+    ) -> None:
+        self._database = database
+        self._forecaster = forecaster
+        self._news = news
+        self._reader = reader
+        self._keyring = keyring
         self._places = Capacity(most)
-        self._lock, self._stop = threading.Lock(), threading.Event()
-        self._kids: dict[Seat, str] = {}  # the key that each follower came with
-        self._net: threading.Thread | None = None
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._kids: dict[Seat, str] = {}  # the public id of each follower's key
+        self._reconciler: threading.Thread | None = None
 
     def take_place(self, tenant_id: uuid.UUID) -> Holding:
-        """Take a place for one more stream of the tenant. Raises StreamsExhausted."""
+        """Reserve a stream for the tenant. Raises StreamsExhausted."""
         place = self._places.take(tenant_id)
         if place is None:
             telemetry.SHED.labels("streams_exhausted").inc()
             whose = f"your tenant has {self._places.held_by(tenant_id)} of {self._places.most}"
-            raise StreamsExhausted(f"This process has as many event streams open as it may; {whose}.", retry_after_s=5)
+            raise StreamsExhausted(
+                f"This process has as many event streams open as it may; {whose}.", retry_after_s=5
+            )
         return place
 
     def follow(
@@ -91,16 +108,15 @@ class Events:
         heartbeat_s: float = 10,
         place: Holding | None = None,
     ) -> Iterator[Event | None]:
-        """Yield what happened to the caller's job after the event `after`, and what happens until its end.
+        """Yield the events of the caller's job after the event `after`, until its end.
 
-        None comes when a heartbeat is due. While the job waits, `queued` comes first, and again
+        Yields None when a heartbeat is due. While the job waits, `queued` comes first, and again
         when the forecast changes; `final` comes last, with the whole job. When this process ends,
-        so does the iterator, without `final`; when the caller's key is revoked or expires, it
-        raises Unauthenticated. Closing the iterator, or letting go of it, forgets the follower
-        and leaves its place.
+        the iterator ends without `final`. When the caller's key is revoked or expires, it raises
+        Unauthenticated. Closing or dropping the iterator ends the subscription and frees its place.
 
-        tell: called with each event, by whoever iterates.  place: taken before; None takes one.
-        Raises JobNotFound, StreamsExhausted.
+        tell: called with each event, by the iterating thread. place: reserved before; None reserves
+        one. Raises JobNotFound, StreamsExhausted.
         """
         place = place or self.take_place(caller.tenant_id)
         stream = self._stream(
@@ -112,11 +128,13 @@ class Events:
             heartbeat_s=heartbeat_s,
             place=place,
         )
-        next(stream)  # to its seat, or the refusal: from here on it is left again even if nobody ever asks for an event
+        # Run it up to the subscription, or the refusal. From then on, closing the generator also
+        # unsubscribes, even if nobody ever takes an event.
+        next(stream)
         return stream
 
     def close(self) -> None:
-        """Send every follower away: they go on elsewhere from where they are."""
+        """End every stream; clients reconnect elsewhere and go on after their last event."""
         self._stop.set()
         self._reader.close()
 
@@ -135,20 +153,22 @@ class Events:
             seat, earlier = self._reader.sit_down(job_id, wants_previews=previews, after=after)
         except NoSeat:
             place.release()
-            raise StreamsExhausted("This process has as many event streams open as it may.", retry_after_s=5) from None
+            raise StreamsExhausted(
+                "This process has as many event streams open as it may.", retry_after_s=5
+            ) from None
         except BaseException:
             place.release()
             raise
         with self._lock:
             self._kids[seat] = caller.kid
         try:
-            # Once seated: no ending goes unheard after this look.
+            # Read after the subscription, so that no end is missed in between.
             job = self._find(job_id, caller.tenant_id)
             if job is None:
                 raise JobNotFound(f"There is no job {job_id}.")
             if previews and job.state not in FINAL_STATES:
                 self._news.tell_watching([job_id])
-            self._start_net()
+            self._start_threads()
             yield None
             for event in self._events(job, seat, earlier, heartbeat_s):
                 if event is None:
@@ -156,7 +176,7 @@ class Events:
                     continue
                 whole = self._ended(job) if event.kind == FINAL else None
                 if event.kind == FINAL and whole is None:
-                    continue  # Postgres is away for now; the net hears of the ending again
+                    continue  # Postgres is away for now; the reconciler sends `final` again
                 telemetry.EVENTS_SENT.labels(event.kind).inc()
                 yield tell(event, job_id, whole)
                 if event.kind == FINAL:
@@ -167,8 +187,10 @@ class Events:
             self._reader.leave(seat)
             place.release()
 
-    def _events(self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float) -> Iterator[Event | None]:
-        """As they are heard of, without end but for that of this process."""
+    def _events(
+        self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float
+    ) -> Iterator[Event | None]:
+        """Yield events as they arrive; ends only when this process does."""
         forecast = _Forecast(self._forecaster, job)
         yield from forecast.news()
         for past in earlier:
@@ -195,7 +217,7 @@ class Events:
             return jobs.find(session, job_id, tenant_id=tenant_id)
 
     def _ended(self, job: Job) -> Job | None:
-        """The job as it ended; None if that cannot be seen."""
+        """Return the job as it ended; None if it has not ended or Postgres cannot be read."""
         try:
             found = self._find(job.id, job.tenant_id)
         except SQLAlchemyError as error:
@@ -203,15 +225,17 @@ class Events:
             return None
         return found if found is not None and found.state in FINAL_STATES else None
 
-    def _start_net(self) -> None:
+    def _start_threads(self) -> None:
         with self._lock:
-            if self._net is None:
-                self._net = threading.Thread(target=self._catch, name="event-net", daemon=True)
-                self._net.start()
+            if self._reconciler is None:
+                self._reconciler = threading.Thread(
+                    target=self._poll_ended_jobs, name="event-net", daemon=True
+                )
+                self._reconciler.start()
                 threading.Thread(target=self._check_keys, name="event-keys", daemon=True).start()
 
-    def _catch(self) -> None:
-        """Look for endings that were not heard, and say which previews are still looked at."""
+    def _poll_ended_jobs(self) -> None:
+        """Look in Postgres for ends that were not announced; report which previews are watched."""
         while not self._stop.wait(LOOK_EVERY_S):
             try:
                 if followed := self._reader.followed():
@@ -224,7 +248,7 @@ class Events:
                 log.warning("endings_not_looked_for", reason=type(error).__name__)
 
     def _check_keys(self) -> None:
-        """End the streams whose key is not live any more."""
+        """End the streams whose key is no longer live."""
         while not self._stop.wait(CHECK_KEYS_EVERY_S):
             with self._lock:
                 followers = dict(self._kids)
@@ -235,21 +259,23 @@ class Events:
 
 
 class _Forecast:
-    """What a waiting job is told of its place in the queue: at once, and when more has changed than the time."""
+    """Decides when to send a waiting job its queue position: at once, and after a real change."""
 
     def __init__(self, forecaster: QueueForecaster, job: Job) -> None:
-        self._forecaster, self._job = forecaster, job
-        self._has_told, self._told_at = False, 0.0
+        self._forecaster = forecaster
+        self._job = job
+        self._has_told = False
+        self._told_at = 0.0
         self._told: QueuePlace | None = None
         self.due_at = time.monotonic() if job.state == JobState.QUEUED else float("inf")
 
     def hear(self, event: Event) -> None:
-        """An attempt that begins ends the wait; those that are over by now do not."""
+        """Stop forecasting when a new attempt starts; events of earlier attempts do not count."""
         if event.kind == STARTED and event.data.get("attempt", 0) > self._job.attempt:
             self.due_at = float("inf")
 
     def news(self) -> list[Event]:
-        """A `queued` event if it is due to look and there is something to tell."""
+        """Return a `queued` event if a look is due and the position has changed; else nothing."""
         now = time.monotonic()
         if now < self.due_at:
             return []
@@ -260,11 +286,16 @@ class _Forecast:
             place = None
         if not self._is_news(place, now):
             return []
-        self._has_told, self._told, self._told_at = True, place, now
+        self._has_told = True
+        self._told = place
+        self._told_at = now
         return [Event(None, QUEUED, to_plain(_queued(place)))]
 
     def _is_news(self, place: QueuePlace | None, now: float) -> bool:
-        """Whether place or end have moved by a tenth: far back in a long queue, every step of one would be nothing but noise."""
+        """Tell whether the position or the expected end has moved by more than a tenth.
+
+        Far back in a long queue, smaller moves would be noise.
+        """
         if place is None or place.jobs_ahead is None:
             return not self._has_told
         if self._told is None or self._told.jobs_ahead is None:
@@ -275,7 +306,7 @@ class _Forecast:
 
 
 def _queued(place: QueuePlace | None) -> schemas.QueuedEvent:
-    """Tell where the job stands; null where nobody can say."""
+    """Build the `queued` event; its members are null where no forecast is possible."""
     if place is None:
         return schemas.QueuedEvent(jobs_ahead=None, eta_p50_s=None, eta_p90_s=None)
     return schemas.QueuedEvent(

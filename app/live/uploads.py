@@ -1,4 +1,4 @@
-"""Room for large bodies: how many one process takes in at once, and how many bytes of its temporary folder they may fill."""
+"""Limit the large bodies of one process: their number, and their bytes in the temporary folder."""
 
 import shutil
 import tempfile
@@ -17,23 +17,31 @@ RETRY_AFTER_S = 2
 
 
 class UploadRoom:
-    """What large bodies need of one process, shared among tenants."""
+    """The places and the disk space for large bodies, shared among tenants."""
 
     def __init__(self, settings: GatewaySettings) -> None:
-        self.largest_bytes = max(settings.max_upload_bytes, settings.max_job_body_bytes, settings.max_batch_bytes)
+        self.largest_bytes = max(
+            settings.max_upload_bytes, settings.max_job_body_bytes, settings.max_batch_bytes
+        )
         self._bodies = Capacity(settings.max_uploads, telemetry.UPLOADS)
         free = shutil.disk_usage(tempfile.gettempdir()).free
         room = settings.upload_spool_bytes or free * 4 // 5 // settings.web_concurrency
         if room < self.largest_bytes:
-            log.warning("upload_spool_too_small", free_bytes=free, room_bytes=room, largest_bytes=self.largest_bytes)
-        self._spool = Capacity(max(room, self.largest_bytes), telemetry.SPOOLED_BYTES)  # one upload may always try
+            log.warning(
+                "upload_spool_too_small",
+                free_bytes=free,
+                room_bytes=room,
+                largest_bytes=self.largest_bytes,
+            )
+        # At least one upload of the largest size is always admitted.
+        self._spool = Capacity(max(room, self.largest_bytes), telemetry.SPOOLED_BYTES)
 
     def take_body(self, tenant_id: uuid.UUID) -> Holding:
-        """Take a place for one more large body. Raises UploadsExhausted."""
+        """Reserve a place for one more large body. Raises UploadsExhausted."""
         return _taken(self._bodies, tenant_id, 1, "as many uploads coming in as it may")
 
     def take_spool(self, tenant_id: uuid.UUID, size_bytes: int) -> Holding:
-        """Take so many bytes of the temporary folder. Raises UploadsExhausted."""
+        """Reserve bytes of the temporary folder. Raises UploadsExhausted."""
         return _taken(self._spool, tenant_id, size_bytes, "no room for another upload of this size")
 
 
@@ -42,5 +50,7 @@ def _taken(capacity: Capacity, tenant_id: uuid.UUID, amount: int, what: str) -> 
     if holding is None:
         telemetry.SHED.labels("uploads_exhausted").inc()
         whose = f", of which your tenant holds {capacity.held_by(tenant_id)} of {capacity.most}"
-        raise UploadsExhausted(f"This gateway process has {what}{whose}.", retry_after_s=RETRY_AFTER_S)
+        raise UploadsExhausted(
+            f"This gateway process has {what}{whose}.", retry_after_s=RETRY_AFTER_S
+        )
     return holding

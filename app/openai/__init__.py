@@ -1,1 +1,1 @@
-"""OpenAI's dialect of the images interface, over the same use cases."""
+"""Serve OpenAI's images interface with the same services as the gateway's own routes."""

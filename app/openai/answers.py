@@ -1,4 +1,4 @@
-"""What calls of /v1/images answer with, streamed or not: how a job's end is told, and the members that are ours."""
+"""Build what answers and streams of /v1/images share: how a job ended, and our extra members."""
 
 import uuid
 from collections.abc import Mapping
@@ -6,50 +6,72 @@ from datetime import UTC, datetime
 from typing import Any
 
 from app.documents import JobDocument
-from app.problems import InvalidImageRequest, JobAlreadyFinished, JobExpired, JobFailed, JobUnfinished, ModerationBlocked, Problem
+from app.problems import (
+    InvalidImageRequest,
+    JobAlreadyFinished,
+    JobExpired,
+    JobFailed,
+    JobUnfinished,
+    ModerationBlocked,
+    Problem,
+)
 from models.tables import Job
 from policy.failures import is_our_fault
 from policy.params import OPENAI_ANSWER, members_of
 from policy.states import JobState
 
-JOINED_FOR_S = 600.0  # after its end; clients come again within seconds
+JOINED_FOR_S = 600.0  # after the job's end; clients retry within seconds
 
 
 def problem_of_end(job_id: uuid.UUID, state: str, failure_code: str | None) -> Problem | None:
-    """Why a job gave no images; None if it did."""
+    """Return the problem of a job that gave no images; None if it succeeded."""
     shown_id = str(job_id)
     if state == JobState.SUCCEEDED:
         return None
     if state == JobState.CANCELED:
         return JobAlreadyFinished("The job was canceled.", state=state, job_id=shown_id)
     if state == JobState.EXPIRED:
-        return JobExpired("No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id)
+        return JobExpired(
+            "No worker began the job before its start deadline.", retry_after_s=5, job_id=shown_id
+        )
     if state == JobState.REJECTED:
         return ModerationBlocked("The request was refused by the safety rules.", job_id=shown_id)
     if state == JobState.FAILED and is_our_fault(failure_code):
-        return JobFailed("The job failed on our side.", failure_code=failure_code or "unknown", job_id=shown_id)
+        return JobFailed(
+            "The job failed on our side.", failure_code=failure_code or "unknown", job_id=shown_id
+        )
     if state == JobState.FAILED:
         detail = f"The job cannot be rendered: {failure_code}."
         return InvalidImageRequest(
-            detail, errors=[{"pointer": "", "detail": detail}], failure_code=failure_code or "unknown", job_id=shown_id
+            detail,
+            errors=[{"pointer": "", "detail": detail}],
+            failure_code=failure_code or "unknown",
+            job_id=shown_id,
         )
-    return JobUnfinished("The job is not done yet. The same request, tried again, waits for this job.", retry_after_s=1, job_id=shown_id)
+    return JobUnfinished(
+        "The job is not done yet. The same request, tried again, waits for this job.",
+        retry_after_s=1,
+        job_id=shown_id,
+    )
 
 
 def may_still_answer(job: Job | JobDocument, *, streams: bool) -> bool:
-    """Whether another try of a call is to come to this job: one that is under way, or that ended a moment ago with what a new one would.
+    """Tell whether a repeated call may be answered with this earlier job, instead of a new one.
 
-    Not one that a new one may do better than, nor one whose client had left its stream, nor one of an earlier time of day: its first try
-    may never have reached us.
+    True for an unfinished job, and for one that ended less than JOINED_FOR_S ago in a way that a
+    new job would repeat. False for a job that failed on our side or expired, since a new one may
+    succeed; for an erased one; and for one that was canceled because its client left the stream. An
+    older job does not count either: OpenAI's clients send no key, so this may be a new call.
     """
     if job.finished_at is None:
         return True
-    is_ours = job.state == JobState.EXPIRED or (job.state == JobState.FAILED and is_our_fault(job.failure_code))
+    has_failed_here = job.state == JobState.FAILED and is_our_fault(job.failure_code)
+    is_ours = job.state == JobState.EXPIRED or has_failed_here
     has_left = job.state == JobState.CANCELED and streams
     ended_s = (datetime.now(UTC) - job.finished_at).total_seconds()
     return not is_ours and not has_left and job.erased_at is None and ended_s < JOINED_FOR_S
 
 
 def extras_of(job: Job | JobDocument) -> Mapping[str, Any]:
-    """Return the members of `schemas.OwnMembers`: what OpenAI's interface does not have."""
+    """Return the members of `schemas.OwnMembers`: those that OpenAI's interface does not have."""
     return {"job_id": job.id, **members_of(job, OPENAI_ANSWER), "warnings": job.warnings or []}

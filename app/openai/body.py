@@ -1,7 +1,7 @@
-"""OpenAI's words for images to ours, and back. Pure: what a body says, against fleet.toml; pictures are somebody else's.
+"""Translate OpenAI's image requests to wishes. Pure: it sees fields and fleet.toml, no pictures.
 
-Facts about the interface, as its Python client 3.57 sends and reads it: fields of a multipart body are strings, also numbers and booleans;
-`extra_body` arrives as further fields, which is where our own parameters ride.
+How OpenAI's Python client 3.57 sends requests: every field of a multipart body is a string, also
+numbers and booleans. `extra_body` arrives as further fields; our own parameters come that way.
 """
 
 import json
@@ -18,9 +18,13 @@ from policy.formats import FORMATS
 from policy.params import OPENAI_REQUEST, AdapterWish, Wish
 from policy.text import is_human
 
-GENERATION, EDIT, VARIATION = "image_generation", "image_edit", "image_variation"
-MOST_IMAGES, MOST_PARTIALS, MOST_USER_CHARS = 10, 3, 512
-VARIATION_STRENGTH = 0.6  # far enough to differ, near enough to be recognised
+GENERATION = "image_generation"
+EDIT = "image_edit"
+VARIATION = "image_variation"
+MOST_IMAGES = 10
+MOST_PARTIALS = 3
+MOST_USER_CHARS = 512
+VARIATION_STRENGTH = 0.6  # high enough to differ, low enough to be recognised
 PICTURES = ("image", "image[]", "mask", "mask[]")  # the files of a form, and how clients name them
 SPREAD = ("adapters[][name]", "adapters[][strength]")
 QUALITIES = ("auto", "low", "medium", "high", "xhigh", "max", "standard", "hd")
@@ -28,9 +32,9 @@ RESPONSE_FORMATS = ("b64_json", "url")
 MODERATIONS = ("auto", "low")
 STYLES = ("natural", "vivid")
 FIDELITIES = ("high", "low")
-_TOO_LARGE = 1e300  # for a number; an int beyond what a float holds would overflow in what follows
+_TOO_LARGE = 1e300  # for a number; converting a larger int to a float would overflow later
 _DALL_E = ("dall-e-2", "dall-e-3")
-_SAID_AS = {"standard": "medium", "hd": "high"}  # in answers, which know the newer names alone
+_SAID_AS = {"standard": "medium", "hd": "high"}  # answers have only the newer names
 _NOT_DONE = {
     "svg": "no model here draws vectors",
     "frame_count": "no model here makes animations",
@@ -41,8 +45,11 @@ _NOT_DONE = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Asked:
-    """What a request asks for; `wish` has no pictures yet. keeps_running: also when the client goes away."""
+class ImageCall:
+    """A parsed image call; its `wish` has no pictures yet.
+
+    keeps_running: do not cancel the job when the client leaves its stream.
+    """
 
     kind: str
     wish: Wish
@@ -56,75 +63,102 @@ class Asked:
 
     @property
     def event(self) -> str:
-        """How the events of its stream begin."""
+        """Return the prefix of the names of the stream's events."""
         return EDIT if self.kind == EDIT else GENERATION
 
 
-def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> Asked:
-    """Understand the fields, or say which one cannot be used. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
-    said = _Said({name: value for name, value in fields.items() if value is not None})
+def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
+    """Parse and check the fields. Raises InvalidImageRequest, NotOffered, ModelNotFound."""
+    said = _FormFields({name: value for name, value in fields.items() if value is not None})
     for name in said.names() & _NOT_DONE.keys():
         raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
     _check_formats(said)
     if (unknown := said.names() - KNOWN_FIELDS) or (kind == VARIATION and "mask" in said.names()):
         name = min(unknown) if unknown else "mask"
-        raise InvalidImageRequest.at(name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS))
-    streams, count = said.boolean("stream", False), said.number("n", 1, 1, MOST_IMAGES)
+        raise InvalidImageRequest.at(
+            name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS)
+        )
+    streams = said.boolean("stream", False)
+    count = said.number("n", 1, 1, MOST_IMAGES)
     if streams and (count != 1 or kind == VARIATION):
-        raise NotOffered("A stream shows one image: stream takes n=1, and variations do not stream.", parameter="stream")
+        raise NotOffered(
+            "A stream shows one image: stream takes n=1, and variations do not stream.",
+            parameter="stream",
+        )
     quality = said.one_of("quality", "auto", QUALITIES)
     answers_url = not streams and _is_of_dall_e(said, quality)
-    asked = Asked(
+    keeps_running = _is_boolean(said.get("background")) and said.boolean("background", False)
+    default_format = "url" if answers_url else "b64_json"
+    asked = ImageCall(
         kind=kind,
         wish=_wish(kind, said, fleet, count, quality),
         metadata=_metadata(said),
-        as_url=said.one_of("response_format", "url" if answers_url else "b64_json", RESPONSE_FORMATS) == "url",
+        as_url=said.one_of("response_format", default_format, RESPONSE_FORMATS) == "url",
         streams=streams,
         partial_images=said.number("partial_images", 0, 0, MOST_PARTIALS),
-        keeps_running=said.boolean("background", False) if _is_boolean(said.get("background")) else False,
+        keeps_running=keeps_running,
         quality=_SAID_AS.get(quality, quality),
         user=_user(said),
     )
     if streams and asked.as_url:
-        raise NotOffered("A stream carries its images: response_format=url and stream exclude each other.", parameter="response_format")
+        raise NotOffered(
+            "A stream carries its images: response_format=url and stream exclude each other.",
+            parameter="response_format",
+        )
     return asked
 
 
 def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """The fields of a form as the body of JSON would have them. Raises InvalidImageRequest.
+    """Convert the fields of a form to those of a JSON body. Raises InvalidImageRequest.
 
-    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`. Any other field is there once: of two, one would not
-    be read.
+    The client spreads adapters over `adapters[][name]` and `adapters[][strength]`. Any other
+    repeated field is refused, because one of its values would be ignored.
     """
     for name, values in form.items():
         if name in PICTURES and any(values):
-            raise InvalidImageRequest.at(name.removesuffix("[]"), "must be a file of the form; in a body of JSON it may be a data URL")
+            raise InvalidImageRequest.at(
+                name.removesuffix("[]"),
+                "must be a file of the form; in a body of JSON it may be a data URL",
+            )
         if name not in SPREAD and name not in PICTURES and len(values) > 1:
             raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
-    names, strengths = form.get("adapters[][name]", ()), form.get("adapters[][strength]", ())
-    fields: dict[str, Any] = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
-    if strengths and len(strengths) != len(names):  # whose they are can no longer be seen
-        raise InvalidImageRequest.at("adapters", "in a form need a name each, and a strength each or none at all")
+    names = form.get("adapters[][name]", ())
+    strengths = form.get("adapters[][strength]", ())
+    fields: dict[str, Any] = {
+        name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES
+    }
+    if strengths and len(strengths) != len(names):  # which name each belongs to is unknown
+        raise InvalidImageRequest.at(
+            "adapters", "in a form need a name each, and a strength each or none at all"
+        )
     if names:
         with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
-        fields["adapters"] = [{"name": name, "strength": strength} for name, strength in with_strength]
+        fields["adapters"] = [
+            {"name": name, "strength": strength} for name, strength in with_strength
+        ]
     return fields
 
 
 def tier_of(quality: str, fleet: Fleet) -> str:
-    """The tier that a quality stands for: the fewest steps for low, the most for high and above, else the default one."""
+    """Return the tier for a quality.
+
+    Low is the tier with the fewest default steps, high and above the one with the most; any other
+    quality is the default tier.
+    """
     by_rank = fleet.tiers_by_rank
     if quality == "low":
         return min(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
     if quality in ("high", "xhigh", "max", "hd"):
-        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)  # the first of equals is the best in rank
+        # Of tiers with as many steps, max() takes the first, which has the best rank.
+        return max(by_rank, key=lambda tier: fleet.tiers[tier].default_steps)
     return fleet.default_tier()
 
 
 def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
-    """The steps that a quality stands for in its tier; None: that tier's own.
+    """Return the steps for a quality in its tier; None for the tier's default.
 
-    Medium has as many times the steps of low as high has of its own, so that the three differ where low and medium share a tier.
+    Medium takes the geometric mean of the steps of low and high, so that the three differ even
+    where low and medium share a tier.
     """
     if quality not in ("medium", "standard"):
         return None
@@ -133,7 +167,7 @@ def steps_of(quality: str, fleet: Fleet, model: str) -> int | None:
 
 
 def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
-    """The offered size whose shape, and then whose area, is nearest to a picture's."""
+    """Return the offered size whose shape, and then whose area, is nearest to a picture's."""
 
     def distance(size: str) -> tuple[float, float]:
         width, height = parse_size(size)
@@ -143,14 +177,20 @@ def nearest_size(sizes: tuple[str, ...], width_px: int, height_px: int) -> str:
     return min(sizes, key=distance)
 
 
-class _Said:
-    """The fields, each read as the type it should have: from JSON as it is, from a form out of its text."""
+class _FormFields:
+    """The fields of a request, of JSON or a form; reads each as the type that it should have.
+
+    Values of JSON are used as they are; those of a form are parsed from text.
+    """
 
     def __init__(self, fields: Mapping[str, Any]) -> None:
         self._fields = fields
 
     def names(self) -> set[str]:
-        return {name.partition("[")[0] if name.startswith(("metadata[", "svg[")) else name for name in self._fields}
+        return {
+            name.partition("[")[0] if name.startswith(("metadata[", "svg[")) else name
+            for name in self._fields
+        }
 
     def get(self, name: str) -> Any:
         return self._fields.get(name)
@@ -173,11 +213,13 @@ class _Said:
     def number(self, name: str, default: int, low: int, high: int) -> int:
         value = self._parsed(name, default, int, "a whole number")
         if not low <= value <= high:
-            raise InvalidImageRequest.at(name, f"must be from {low} to {high}", accepted={"min": low, "max": high})
+            raise InvalidImageRequest.at(
+                name, f"must be from {low} to {high}", accepted={"min": low, "max": high}
+            )
         return int(value)
 
     def plain(self, name: str, kind: Any) -> Any:
-        """Read a field as `kind`, a type of `Wish` without its None; None where it is not said."""
+        """Read a field as `kind`, a type of `Wish` without its None; None for a missing field."""
         if name not in self._fields:
             return None
         if kind is int:
@@ -192,11 +234,13 @@ class _Said:
     def one_of(self, name: str, default: str, accepted: tuple[str, ...]) -> str:
         value = self.text(name, default)
         if value not in accepted:
-            raise InvalidImageRequest.at(name, f"{str(value)[:32]!r} is not offered", accepted=list(accepted))
+            raise InvalidImageRequest.at(
+                name, f"{str(value)[:32]!r} is not offered", accepted=list(accepted)
+            )
         return value
 
     def structure(self, name: str, kind: type, default: Any) -> Any:
-        """A list or an object; in a form, as JSON."""
+        """Read a list or an object; in a form it is JSON in a string."""
         value = self._fields.get(name, default)
         if isinstance(value, str):
             try:
@@ -204,7 +248,9 @@ class _Said:
             except (ValueError, RecursionError):
                 raise InvalidImageRequest.at(name, "is not JSON") from None
         if not isinstance(value, kind):
-            raise InvalidImageRequest.at(name, f"must be {'a list' if kind is list else 'an object'}")
+            raise InvalidImageRequest.at(
+                name, f"must be {'a list' if kind is list else 'an object'}"
+            )
         assert isinstance(value, list | dict)
         check_bounds(value, problem=InvalidImageRequest)
         return value
@@ -215,14 +261,15 @@ class _Said:
             value = _number_of(value)
         if kind is int and isinstance(value, float) and value.is_integer():
             value = int(value)  # 1.0 is a whole number
-        fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _TOO_LARGE
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        fits = is_number and abs(value) < _TOO_LARGE
         if not fits or (kind is int and not isinstance(value, int)):
             raise InvalidImageRequest.at(name, f"must be {what}")
         return value
 
 
 def _without_none(hint: Any) -> Any:
-    """`int` of `int | None`, anything else as it is."""
+    """Return `int` for `int | None`, and any other type unchanged."""
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     return next(kind for kind in kinds if kind is not NoneType)
 
@@ -230,54 +277,74 @@ def _without_none(hint: Any) -> Any:
 _EXTRAS = {param.member for param in OPENAI_REQUEST if param.member is not None}
 _KINDS = {name: _without_none(hint) for name, hint in get_type_hints(Wish).items()}
 _OURS = _EXTRAS | {"metadata"}
-_THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression", "background", "moderation", "stream"}
-_THEIRS |= {"partial_images", "response_format", "style", "user", "safety_identifier", "input_fidelity"}
+_THEIRS = {"prompt", "model", "n", "size", "quality", "output_format", "output_compression"}
+_THEIRS |= {"background", "moderation", "stream", "partial_images", "response_format", "style"}
+_THEIRS |= {"user", "safety_identifier", "input_fidelity"}
 KNOWN_FIELDS = _OURS | _THEIRS
 
 
-def _is_of_dall_e(said: _Said, quality: str) -> bool:
-    """Whether the request was made for DALL-E: by the model, or in words that OpenAI's newer models refuse.
+def _is_of_dall_e(said: _FormFields, quality: str) -> bool:
+    """Tell whether the request was written for DALL-E: by its model, or by values of that time.
 
-    It is answered with URLs by default then, as OpenAI does: programs of those days read nothing else.
+    Newer models of OpenAI refuse those values. Such a request gets URLs by default, as from OpenAI:
+    programs of that time cannot read anything else.
     """
     return said.get("model") in _DALL_E or quality in ("standard", "hd") or "style" in said.names()
 
 
-def _check_formats(said: _Said) -> None:
-    """What is a word of the interface and nothing that is done here."""
+def _check_formats(said: _FormFields) -> None:
+    """Refuse values of OpenAI's interface that this gateway does not offer."""
     if (output := said.text("output_format", "png")) not in FORMATS:
-        raise NotOffered(f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.", parameter="output_format")
+        raise NotOffered(
+            f"output_format {str(output)[:16]!r} is not offered: {', '.join(FORMATS)}.",
+            parameter="output_format",
+        )
     background = said.get("background")
-    if background is not None and not _is_boolean(background) and background not in ("auto", "opaque"):
-        detail = "No model here makes transparent backgrounds: background takes auto and opaque, and true to keep the job running."
+    is_offered = background in (None, "auto", "opaque") or _is_boolean(background)
+    if not is_offered:
+        detail = (
+            "No model here makes transparent backgrounds: background takes auto and opaque,"
+            " and true to keep the job running."
+        )
         raise NotOffered(detail, parameter="background")
     if said.number("output_compression", 100, 0, 100) != 100:
-        raise NotOffered("output_compression is not offered: files are written at one quality.", parameter="output_compression")
+        raise NotOffered(
+            "output_compression is not offered: files are written at one quality.",
+            parameter="output_compression",
+        )
     said.one_of("moderation", "auto", MODERATIONS)
     said.one_of("style", "natural", STYLES)
     said.one_of("input_fidelity", "high", FIDELITIES)
 
 
-def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wish:
+def _wish(kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str) -> Wish:
     model = said.text("model", None)
     if model is not None and model not in fleet.model_ids:
         offered = list(fleet.model_ids)
-        raise ModelNotFound(f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.", parameter="model", accepted=offered)
+        raise ModelNotFound(
+            f"There is no model {model[:64]!r}; offered: {', '.join(offered)}.",
+            parameter="model",
+            accepted=offered,
+        )
     if kind != VARIATION and "prompt" not in said.names():
         raise InvalidImageRequest.at("prompt", "is required")
-    size, extras = said.text("size", "auto"), _extras(said)
+    size = said.text("size", "auto")
+    extras = _extras(said)
     if not extras["tier"]:
         extras["tier"] = tier_of(quality, fleet)
         if extras["steps"] is None:
             model_id = fleet.model_ids[model or fleet.default_model()]
             extras["steps"] = steps_of(quality, fleet, model_id)
-    if kind == VARIATION:  # nothing is asked for in words: with an empty prompt, guidance would be twice the work for the same
+    if kind == VARIATION:
+        # With an empty prompt, guidance would double the work and change nothing.
         if extras["guidance"] is None and not said.get("prompt"):
             extras["guidance"] = 1.0
         if extras["strength"] is None:
             extras["strength"] = VARIATION_STRENGTH
     elif kind == GENERATION and extras["strength"] is not None:
-        raise InvalidImageRequest.at("strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations")
+        raise InvalidImageRequest.at(
+            "strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations"
+        )
     return Wish(
         prompt=said.text("prompt", "") or "",
         model=model,
@@ -288,8 +355,8 @@ def _wish(kind: str, said: _Said, fleet: Fleet, count: int, quality: str) -> Wis
     )
 
 
-def _extras(said: _Said) -> dict[str, Any]:
-    """Read our own parameters, by the fields of `Wish`; what is not said has its default there."""
+def _extras(said: _FormFields) -> dict[str, Any]:
+    """Read our own parameters, by the fields of `Wish`; a missing one gets its default there."""
     found: dict[str, Any] = {}
     for field in fields(Wish):
         if field.name in _EXTRAS:
@@ -299,17 +366,21 @@ def _extras(said: _Said) -> dict[str, Any]:
 
 
 def _adapter(place: int, entry: Any) -> AdapterWish:
-    fits = isinstance(entry, dict) and entry.keys() <= {"name", "strength"} and isinstance(entry.get("name"), str)
-    if not fits:
+    has_its_fields = isinstance(entry, dict) and entry.keys() <= {"name", "strength"}
+    if not has_its_fields or not isinstance(entry.get("name"), str):
         raise InvalidImageRequest.at(f"adapters/{place}", 'must be {"name": …, "strength": …}')
     place_of_it = f"adapters/{place}/strength"
-    strength = _Said({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
+    strength = _FormFields({place_of_it: entry.get("strength", 1.0)}).plain(place_of_it, float)
     return AdapterWish(entry["name"], 1.0 if strength is None else float(strength))
 
 
-def _metadata(said: _Said) -> Mapping[str, str]:
-    """An object, or in a form the fields that the client makes of one: metadata[key]."""
-    spread = {name[9:-1]: value for name, value in said.items().items() if name.startswith("metadata[") and name.endswith("]")}
+def _metadata(said: _FormFields) -> Mapping[str, str]:
+    """Read the metadata: an object, or the form fields `metadata[key]` that clients make of it."""
+    spread = {
+        name[9:-1]: value
+        for name, value in said.items().items()
+        if name.startswith("metadata[") and name.endswith("]")
+    }
     metadata = spread or said.structure("metadata", dict, {})
     if not all(isinstance(value, str) for value in metadata.values()):
         raise InvalidImageRequest.at("metadata", "must map text to text")
@@ -317,18 +388,22 @@ def _metadata(said: _Said) -> Mapping[str, str]:
     return metadata
 
 
-def _user(said: _Said) -> str | None:
-    """On whose behalf, in the words of the tenant; kept as metadata."""
+def _user(said: _FormFields) -> str | None:
+    """Return the end user that the tenant names; it is stored as metadata."""
     for name in ("safety_identifier", "user"):
         if user := said.text(name, None):
             if len(user) > MOST_USER_CHARS or not is_human(user):
-                raise InvalidImageRequest.at(name, "is too long or has control characters in it", accepted={"max_chars": MOST_USER_CHARS})
+                raise InvalidImageRequest.at(
+                    name,
+                    "is too long or has control characters in it",
+                    accepted={"max_chars": MOST_USER_CHARS},
+                )
             return user
     return None
 
 
 def _number_of(text: str) -> int | float | None:
-    """What a form's text says; None if that is no number."""
+    """Parse a number of a form; None if the text is no number."""
     if len(text) > 32 or not text.isascii():
         return None
     for kind in (int, float):
@@ -340,4 +415,6 @@ def _number_of(text: str) -> int | float | None:
 
 
 def _is_boolean(value: Any) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value.lower() in ("true", "false"))
+    return isinstance(value, bool) or (
+        isinstance(value, str) and value.lower() in ("true", "false")
+    )

@@ -1,4 +1,7 @@
-"""/v1/images: OpenAI's interface for images, so that its clients work unmodified. Every call is a job like any other."""
+"""Serve /v1/images, OpenAI's images interface, so that its clients work unmodified.
+
+Every call makes a job like any other.
+"""
 
 import base64
 import hashlib
@@ -25,7 +28,7 @@ from app.http.idempotency import read_once
 from app.openai import body as openai_body
 from app.openai import stream as openai_stream
 from app.openai.answers import extras_of, may_still_answer, problem_of_end
-from app.openai.body import EDIT, GENERATION, VARIATION, Asked, nearest_size
+from app.openai.body import EDIT, GENERATION, VARIATION, ImageCall, nearest_size
 from app.problems import (
     InvalidImageRequest,
     InvalidPicture,
@@ -46,31 +49,36 @@ from policy.params import Wish
 bp = Blueprint("openai_images", __name__, url_prefix="/v1/images")
 bp.before_request(require_key)
 
-RETRY_COUNT = "X-Stainless-Retry-Count"  # how OpenAI's clients number their tries; they send no idempotency key
+# The header in which OpenAI's clients count their tries; they send no idempotency key.
+RETRY_COUNT = "X-Stainless-Retry-Count"
 
 
 @bp.errorhandler(InvalidImageRequest)
 @bp.errorhandler(InvalidPicture)
 @bp.errorhandler(InvalidQuery)
 def as_bad_request(problem: Problem) -> Response:
-    """400, where our own routes say 422: it is what OpenAI answers, and what its clients raise BadRequestError for."""
+    """Answer 400 where our own routes answer 422.
+
+    OpenAI answers 400, and its clients raise BadRequestError for that status only.
+    """
     problem.status = 400
     return respond(problem)
 
 
 @bp.post("/generations")
 def generate() -> ResponseReturnValue:
-    """Images from a prompt; with `stream`, server-sent events with partial images on the way."""
+    """Make images from a prompt; with `stream`, send events with partial images on the way."""
     fields = read_object(request, problem=InvalidImageRequest)
     return _serve(openai_body.read(GENERATION, fields, runtime().fleet), None, fields)
 
 
 @bp.post("/edits")
 def edit() -> ResponseReturnValue:
-    """A picture painted over as the prompt says; with a mask, only where that is transparent (or white, if it has no transparency).
+    """Repaint a picture as the prompt says; with a mask, only in the area that it selects.
 
-    Without one, a part of the picture that is transparent is the mask. As a form, or as JSON with `images` and `mask` that each hold an
-    `image_url` (a data URL) or a `file_id`.
+    A mask selects its transparent area, or its white area if it has no transparency. Without a
+    mask, the transparent area of the picture is repainted. The body is a form, or JSON with
+    `images` and `mask`, where each holds an `image_url` (a data URL) or a `file_id`.
     """
     fields, sent = _read_edit()
     return _serve(openai_body.read(EDIT, fields, runtime().fleet), sent, fields)
@@ -78,7 +86,7 @@ def edit() -> ResponseReturnValue:
 
 @bp.post("/variations")
 def vary() -> ResponseReturnValue:
-    """Make pictures like the one that is sent."""
+    """Make variations of the picture in the body."""
     fields, sent = _read_edit()
     if sent.mask is not None:
         raise NotOffered("A variation takes no mask; /v1/images/edits does.", parameter="mask")
@@ -90,25 +98,31 @@ Source = FileStorage | str  # a file of a form; the id of a file, a data URL or 
 
 @dataclass
 class _Sent:
-    """The picture that a call is about, and its mask, as they came: nobody has looked at them."""
+    """The picture of a call, and its mask, as they were sent; not decoded yet."""
 
     image: Source
     mask: Source | None
 
     def digests(self) -> list[str | None]:
-        """What tells these from others."""
-        return [_digest(source) if source is not None else None for source in (self.image, self.mask)]
+        """Return a digest of each, to compare calls."""
+        sources = (self.image, self.mask)
+        return [_digest(source) if source is not None else None for source in sources]
 
     def forget(self) -> None:
-        """Let go of the pictures: nobody holds them while the client waits."""
-        self.image, self.mask = "", None
+        """Free the pictures, so that they take no memory while the client waits."""
+        self.image = ""
+        self.mask = None
 
     def unseen(self, wish: Wish) -> Wish:
-        """The wish with stand-ins for its pictures, to ask whether it could be served before they are looked at."""
-        return replace(wish, init_image=inputs.UNSEEN, mask=inputs.UNSEEN if self.mask is not None else None)
+        """Return the wish with placeholders for its pictures, to check it before decoding them."""
+        mask = inputs.UNSEEN if self.mask is not None else None
+        return replace(wish, init_image=inputs.UNSEEN, mask=mask)
 
     def bring(self, wish: Wish) -> Wish:
-        """Return the wish with its pictures; its size, if it has none, is that of the picture. Raises as services.inputs does."""
+        """Return the wish with its pictures stored; without a size it gets one near the picture's.
+
+        Raises as services.inputs does.
+        """
         asking = caller()
         intake = inputs.Intake(runtime(), asking)
         init = _brought(intake, self.image, "image")
@@ -120,7 +134,8 @@ class _Sent:
             inputs.check_shapes(asking, init, mask)
             intake.check_mask(mask, *size)
             return replace(wish, init_image=init.id, mask=mask.id)
-        return replace(wish, init_image=init.id, mask=init.id if intake.has_hole(init, *size) else None)
+        mask_id = init.id if intake.has_hole(init, *size) else None
+        return replace(wish, init_image=init.id, mask=mask_id)
 
 
 def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
@@ -139,7 +154,10 @@ def _digest(source: Source) -> str:
 
 
 def _read_edit() -> tuple[dict[str, Any], _Sent]:
-    """The fields, the one picture and the mask. Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge."""
+    """Read the fields, the one picture and the mask.
+
+    Raises UnsupportedMediaType, NotOffered, InvalidImageRequest, BodyTooLarge.
+    """
     if request.mimetype == "multipart/form-data":
         request.max_content_length = runtime().settings.max_upload_bytes
         return _read_form()
@@ -148,26 +166,37 @@ def _read_edit() -> tuple[dict[str, Any], _Sent]:
         fields = read_object(request, problem=InvalidImageRequest)
         return fields, _sent_in(fields)
     accepted = ["multipart/form-data", "application/json"]
-    raise UnsupportedMediaType("Send the picture as multipart/form-data, or as a data URL in JSON.", accepted=accepted)
+    raise UnsupportedMediaType(
+        "Send the picture as multipart/form-data, or as a data URL in JSON.", accepted=accepted
+    )
 
 
 def _read_form() -> tuple[dict[str, Any], _Sent]:
-    files = {name: [file for file in sent if not is_left_out(file)] for name, sent in request.files.lists()}
+    files = {
+        name: [file for file in sent if not is_left_out(file)]
+        for name, sent in request.files.lists()
+    }
     images = files.pop("image", []) + files.pop("image[]", [])
     masks = files.pop("mask", []) + files.pop("mask[]", [])
     for name in (name for name, sent in files.items() if sent):
-        raise NotOffered(f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64])
+        raise NotOffered(
+            f"{name[:64]} is not offered as a file: image and mask are.", parameter=name[:64]
+        )
     fields = openai_body.gathered(request.form.to_dict(flat=False))
     return fields, _only(images, masks, "one picture, as a file of the form")
 
 
 def _sent_in(fields: dict[str, Any]) -> _Sent:
-    """Take the pictures out of the fields: `image` or `images`, and `mask`, each as text or {"image_url": …} or {"file_id": …}."""
+    """Take the pictures out of the fields `image` or `images`, and `mask`.
+
+    Each is text, {"image_url": …} or {"file_id": …}.
+    """
     images = [fields.pop(name) for name in ("image", "images") if fields.get(name) is not None]
     listed = [each for said in images for each in (said if isinstance(said, list) else [said])]
     mask = fields.pop("mask", None)
     sources = [_source(each, "image") for each in listed]
-    return _only(sources, [_source(mask, "mask")] if mask is not None else [], 'one picture: "images": [{"image_url": "data:…"}]')
+    masks = [_source(mask, "mask")] if mask is not None else []
+    return _only(sources, masks, 'one picture: "images": [{"image_url": "data:…"}]')
 
 
 def _source(said: object, field: str) -> str:
@@ -182,26 +211,30 @@ def _source(said: object, field: str) -> str:
 def _only(images: Sequence[Source], masks: Sequence[Source], wanted: str) -> _Sent:
     for field, what, sent in (("image", "picture", images), ("mask", "mask", masks)):
         if len(sent) > 1:
-            raise NotOffered(f"The models here take one {what} at a time; there are {len(sent)}.", parameter=field)
+            raise NotOffered(
+                f"The models here take one {what} at a time; there are {len(sent)}.",
+                parameter=field,
+            )
     if not images:
         raise InvalidImageRequest.at("image", f"is required: {wanted}")
     return _Sent(images[0], masks[0] if masks else None)
 
 
 def _sized(wish: Wish, picture: File) -> Wish:
-    """`auto` is the offered size that is nearest to the picture's."""
+    """Replace size `auto` by the offered size that is nearest to the picture's."""
     if wish.size is not None:
         return wish
     fleet = runtime().fleet
     model = fleet.model_ids[wish.model or fleet.default_model()]
     tier = wish.tier if wish.tier in fleet.tiers else fleet.default_tier()
-    return replace(wish, size=nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px))
+    size = nearest_size(fleet.sizes_of(model, tier), picture.width_px, picture.height_px)
+    return replace(wish, size=size)
 
 
-def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
+def _serve(asked: ImageCall, sent: _Sent | None, fields: Mapping[str, Any]) -> ResponseReturnValue:
     asks_for = [fields, *(sent.digests() if sent is not None else [])]
     if asked.streams:
-        # Before there is a job that nobody could watch.
+        # Before the job is made: without a place nobody could follow it.
         place = runtime().events.take_place(caller().tenant_id)
         try:
             return openai_stream.respond(asked, _accept(asked, sent, asks_for).job, place)
@@ -221,47 +254,57 @@ def _serve(asked: Asked, sent: _Sent | None, fields: Mapping[str, Any]) -> Respo
 def _wait_for_job(job_id: uuid.UUID) -> Job:
     """Return the job once it has ended, or as it is after `IMAGES_WAIT_S`."""
     job = jobs.find(runtime(), caller(), job_id)
-    uploads.release()  # whatever it started from is stored by now
-    return wait.wait_for_end(runtime(), caller(), job, runtime().settings.images_wait_s, has_left=has_left(request))
+    uploads.release()  # the job's pictures are stored by now
+    wait_s = runtime().settings.images_wait_s
+    return wait.wait_for_end(runtime(), caller(), job, wait_s, has_left=has_left(request))
 
 
-def _accept(asked: Asked, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
-    """Accept the job of this call: for a first try a new one; a further try may come to that of the try before."""
+def _accept(asked: ImageCall, sent: _Sent | None, asks_for: list[Any]) -> Accepted:
+    """Accept the job of this call; a client's retry may get the job of the earlier try."""
 
     def may_answer(earlier: JobDocument) -> bool:
         return own_key is not None or may_still_answer(earlier, streams=asked.streams)
 
     own_key = read_once(request, asks_for)
-    once = own_key or _by_itself(asks_for)
-    return submit.accept_once(runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer)
+    once = own_key or _derived_key(asks_for)
+    return submit.accept_once(
+        runtime(), caller(), lambda: _prepare(asked, sent), once=once, may_answer=may_answer
+    )
 
 
-def _prepare(asked: Asked, sent: _Sent | None) -> Prepared:
-    """Resolve the call. Pictures are looked at last, if there is a job to be made of them."""
-    metadata, wish = dict(asked.metadata), asked.wish
+def _prepare(asked: ImageCall, sent: _Sent | None) -> Prepared:
+    """Resolve the call. Pictures are decoded last, and only if the job could be accepted."""
+    metadata = dict(asked.metadata)
+    wish = asked.wish
     if asked.user:
         metadata.setdefault("user", asked.user)
     if sent is not None:
         unseen = submit.resolve(runtime(), caller(), sent.unseen(wish))
-        submit.foresee(runtime(), caller(), unseen)  # also for files that are here: whether they have a hole is looked at
+        # Also for stored files: they are decoded to find out whether they have a transparent area.
+        submit.foresee(runtime(), caller(), unseen)
         wish = sent.bring(wish)
     return Prepared(submit.resolve(runtime(), caller(), wish), metadata)
 
 
-def _by_itself(asks_for: list[Any]) -> Once:
-    """What a call without an idempotency key is known by when it is tried again."""
+def _derived_key(asks_for: list[Any]) -> Once:
+    """Make an idempotency key for a call without one, so that a retry finds its job."""
     canonical = json.dumps([request.path, *asks_for], sort_keys=True, separators=(",", ":"))
     digest = hashlib.sha256(canonical.encode()).hexdigest()
     is_first = request.headers.get(RETRY_COUNT, "0") == "0"
-    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)  # no header can carry that arrow
+    # No key that a client sends in a header can contain the arrow.
+    return Once(f"→openai:{caller().api_key_id}:{digest}", digest, renew=is_first)
 
 
-def _view(asked: Asked, job: Job) -> schemas.Images:
+def _view(asked: ImageCall, job: Job) -> schemas.Images:
     kind = schemas.ImagesOnBehalf if asked.user else schemas.Images
     user: dict[str, Any] = {"safety_identifier": asked.user} if asked.user else {}
     return kind(
         created=int(job.accepted_at.timestamp()),
-        data=[_image_view(asked, image.artifact, image.seed) for image in job.images if image.artifact is not None],
+        data=[
+            _image_view(asked, image.artifact, image.seed)
+            for image in job.images
+            if image.artifact is not None
+        ],
         output_format=job.output_format,
         quality=None if asked.quality == "auto" else asked.quality,
         size=f"{job.width_px}x{job.height_px}",
@@ -271,7 +314,9 @@ def _view(asked: Asked, job: Job) -> schemas.Images:
     )
 
 
-def _image_view(asked: Asked, artifact: Artifact, seed: int) -> schemas.ImageContent | schemas.ImageLink:
+def _image_view(
+    asked: ImageCall, artifact: Artifact, seed: int
+) -> schemas.ImageContent | schemas.ImageLink:
     if asked.as_url:
         return schemas.ImageLink(
             url=delivery.url_of(artifact),
@@ -282,7 +327,9 @@ def _image_view(asked: Asked, artifact: Artifact, seed: int) -> schemas.ImageCon
     try:
         content = runtime().store.get(artifact.object_key)
     except StoreUnavailable:
-        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+        raise PartUnavailable(
+            "The object store cannot be reached right now.", retry_after_s=2, part="object_store"
+        ) from None
     return schemas.ImageContent(
         b64_json=base64.b64encode(content).decode(),
         seed=seed,

@@ -1,8 +1,10 @@
-"""An image call as server-sent events, as OpenAI's clients read them: partial images from the latents on the way, then the image.
+"""Stream an image call as server-sent events for OpenAI's clients: partial images, then the image.
 
-Their decoder takes every block for an event of theirs, so there is no `id:`, no `retry:`, no event of ours; a heartbeat is a comment. It is
-also how we notice that a client has gone: with the last of those who watch it through this process the job is canceled, unless it was asked
-to keep running. Nobody knows of watchers in other processes: a client tries again where its connection leads.
+Their decoder takes every block for one of their own events. So the stream has no `id:`, no `retry:`
+and no other event; a heartbeat is a comment. A failed heartbeat also shows that the client has
+left. When the last client that streams a job through this process has left, the job is canceled,
+unless the call asked to keep it running. Clients of other processes are not counted: a client that
+tries again may be connected to any process.
 """
 
 import base64
@@ -25,7 +27,7 @@ from app.http.context import caller, runtime
 from app.http.events import teller
 from app.live.capacity import Holding
 from app.openai.answers import extras_of, problem_of_end
-from app.openai.body import Asked
+from app.openai.body import ImageCall
 from app.problems import JobAlreadyFinished, JobNotFound, PartUnavailable, Problem, Unauthenticated
 from app.runtime import Runtime
 from app.schemas import openai as schemas
@@ -38,12 +40,16 @@ from policy.formats import FORMATS
 
 log = structlog.get_logger(__name__)
 
-HEARTBEAT_S = 1.5  # a client that has gone is noticed at the second one
+HEARTBEAT_S = 1.5  # the second heartbeat shows that a client has left
 
 
-def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
-    """The stream of a job that was just accepted, or of one that was there. place: among the streams; it is left at the end."""
-    parts, asking = runtime(), caller()
+def respond(asked: ImageCall, job: JobDocument, place: Holding) -> Response:
+    """Stream the events of a job, whether it is new or was found by its key.
+
+    place: reserved among the event streams; freed at the end.
+    """
+    parts = runtime()
+    asking = caller()
     events = parts.events.follow(
         asking,
         job.id,
@@ -53,7 +59,7 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
         place=place,
     )
     give_up_when_unread(request)
-    told = _Told(asked, job, parts)
+    told = _EventTranslator(asked, job, parts)
 
     def lines() -> Iterator[str]:
         is_over = False
@@ -65,9 +71,10 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
                 is_over = is_over or (event is not None and event.kind == FINAL)
             if not is_over:  # this process ends, and the job goes on
                 is_over = True
-                yield _data(_error(PartUnavailable("The gateway is being restarted; ask again.", part="gateway")))
+                detail = "The gateway is being restarted; ask again."
+                yield _data(_error(PartUnavailable(detail, part="gateway")))
             yield "data: [DONE]\n\n"
-        except Unauthenticated as problem:  # whoever holds the key now says nothing about the job
+        except Unauthenticated as problem:  # a revoked key is no reason to cancel the job
             is_over = True
             yield _data(_error(problem))
         finally:
@@ -75,16 +82,22 @@ def respond(asked: Asked, job: JobDocument, place: Holding) -> Response:
             if is_last and not is_over and not asked.keeps_running:
                 _cancel(parts, asking, job.id)
 
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no", "X-Darkroom-Job-Id": str(job.id)}
+    headers = {
+        "Cache-Control": "no-store",
+        "X-Accel-Buffering": "no",
+        "X-Darkroom-Job-Id": str(job.id),
+    }
     return Response(lines(), content_type="text/event-stream", headers=headers)
 
 
-class _Told:
-    """Which events of the job its client hears of, and in what words."""
+class _EventTranslator:
+    """Selects which events of the job are sent, and translates them to OpenAI's."""
 
-    def __init__(self, asked: Asked, job: JobDocument, parts: Runtime) -> None:
-        self._asked, self._parts = asked, parts
-        self._tenant_id, self._output_format = job.tenant_id, job.output_format
+    def __init__(self, asked: ImageCall, job: JobDocument, parts: Runtime) -> None:
+        self._asked = asked
+        self._parts = parts
+        self._tenant_id = job.tenant_id
+        self._output_format = job.output_format
         self._extras = dict(extras_of(job))
         self._size = f"{job.width_px}x{job.height_px}"
         self._partials = 0
@@ -96,17 +109,20 @@ class _Told:
             yield _data(self._final(event.data))
 
     def _is_due(self, preview: Mapping[str, Any]) -> bool:
-        """Partial images are spread over the steps: the k-th of n comes when k / (n + 1) of them are done."""
+        """Tell whether to send this preview: the k-th of n is due at k / (n + 1) of the steps."""
         wanted = self._asked.partial_images
-        is_far_enough = preview["step"] * (wanted + 1) >= preview["num_steps"] * (self._partials + 1)
-        return self._partials < wanted and preview["step"] < preview["num_steps"] and is_far_enough
+        step = preview["step"]
+        num_steps = preview["num_steps"]
+        is_far_enough = step * (wanted + 1) >= num_steps * (self._partials + 1)
+        return self._partials < wanted and step < num_steps and is_far_enough
 
     def _partial(self, preview: Mapping[str, Any]) -> schemas.PartialImage:
         content = base64.b64decode(preview["jpeg_base64"])
         if self._output_format != "jpeg":
             pixels = np.asarray(Image.open(io.BytesIO(content), formats=["JPEG"]).convert("RGB"))
             content = encode(pixels, self._output_format)
-        index, self._partials = self._partials, self._partials + 1
+        index = self._partials
+        self._partials += 1
         return schemas.PartialImage(
             type=f"{self._asked.event}.partial_image",
             partial_image_index=index,
@@ -122,11 +138,13 @@ class _Told:
         if problem is not None:
             return _error(problem)
         image = job["images"][0]
-        key = image_key(self._tenant_id, image["content_sha256"], FORMATS[self._output_format].extension)
+        extension = FORMATS[self._output_format].extension
+        key = image_key(self._tenant_id, image["content_sha256"], extension)
         try:
             content = self._parts.store.get(key)
         except StoreUnavailable:
-            return _error(PartUnavailable("The object store cannot be reached right now.", part="object_store"))
+            detail = "The object store cannot be reached right now."
+            return _error(PartUnavailable(detail, part="object_store"))
         kind = schemas.CompletedImageOnBehalf if self._asked.user else schemas.CompletedImage
         user: dict[str, Any] = {"safety_identifier": self._asked.user} if self._asked.user else {}
         return kind(
@@ -159,7 +177,7 @@ def _data(told: schemas.ImageEvent | schemas.StreamError) -> str:
 
 
 def _cancel(parts: Runtime, asking: Caller, job_id: uuid.UUID) -> None:
-    """Cancel the job of a client that has gone: nobody would see the image."""
+    """Cancel the job of a client that has left: nobody would see its image."""
     try:
         cancel(parts, asking, job_id)
     except (JobAlreadyFinished, JobNotFound, SQLAlchemyError) as error:

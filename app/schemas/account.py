@@ -1,4 +1,4 @@
-"""Tenants with their limits, keys and usage, for a tenant itself and for an operator."""
+"""Define documents of tenants with their limits, keys and usage, for tenants and for operators."""
 
 from datetime import date
 from typing import Annotated, Literal

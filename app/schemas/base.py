@@ -33,14 +33,18 @@ def document(about: str) -> Callable[[Made], Made]:
 
 
 def with_params(params: Iterable[Param]) -> Callable[[Made], Made]:
-    """Give the class a member for each parameter of a job, ahead of its own.
+    """Give the class a member for each parameter of a job, ahead of its own members.
 
-    Where it says one itself, that is what the member is.
+    A member that the class defines itself wins.
     """
 
     def made(kind: Made) -> Made:
         own = dict(kind.__annotations__)
-        listed = {param.member: Annotated[param.kind, says(param.says)] for param in params if param.member}
+        listed = {
+            param.member: Annotated[param.kind, says(param.says)]
+            for param in params
+            if param.member
+        }
         kind.__annotations__ = {name: own.pop(name, hint) for name, hint in listed.items()} | own
         return kind
 
@@ -53,12 +57,15 @@ def described(about: str) -> ConfigDict:
 
 
 def kept(about: str) -> ConfigDict:
-    """Return that of one which is kept in a row as it stands: members of a newer release are shown, too."""
+    """Return the configuration of a document that is stored in a row as it is.
+
+    Members that a newer release has written are shown, too.
+    """
     return ConfigDict(json_schema_extra={"description": about}, extra="allow")
 
 
 def says(about: str, **keywords: Any) -> FieldInfo:
-    """Annotate a member with its description and further keywords of JSON Schema."""
+    """Annotate a member with its description and further JSON Schema keywords."""
     extra: dict[str, Any] = {"json_schema_extra": keywords} if keywords else {}
     return FieldInfo(description=about, **extra)  # an explicit None would take away what is there
 
@@ -72,14 +79,14 @@ _ADAPTERS: dict[Any, TypeAdapter[Any]] = {}
 
 
 def adapter_of(kind: Any) -> TypeAdapter[Any]:
-    """Return what serialises documents of the kind and knows their schema; made once."""
+    """Return the pydantic adapter of a document type; made once per type."""
     if (known := _ADAPTERS.get(kind)) is None:
         known = _ADAPTERS[kind] = TypeAdapter(kind)
     return known
 
 
 def to_json(shown: Any) -> bytes:
-    """Return a document as JSON in ASCII."""
+    """Serialise a document as ASCII JSON."""
     adapter = adapter_of(type(shown))
     try:
         return adapter.dump_json(shown, by_alias=True, warnings=False, ensure_ascii=True)
@@ -88,7 +95,7 @@ def to_json(shown: Any) -> bytes:
 
 
 def to_plain(shown: Any) -> dict[str, Any]:
-    """Return a document as values that every JSON writer takes."""
+    """Convert a document to plain values that any JSON writer takes."""
     adapter = adapter_of(type(shown))
     plain: dict[str, Any] = adapter.dump_python(shown, mode="json", by_alias=True, warnings=False)
     return plain
@@ -103,7 +110,7 @@ Size = Annotated[str, FieldInfo(json_schema_extra={"pattern": "^[0-9]+x[0-9]+$"}
 
 @document("A page of a list.")
 class Page:
-    """What every list has beside its data."""
+    """The members of every list beside its data."""
 
     object: Literal["list"] = "list"
     has_more: Annotated[bool, says("Whether there is a page after this one.")]

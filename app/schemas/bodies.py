@@ -1,4 +1,4 @@
-"""Bodies of requests, as models."""
+"""Define bodies of requests, as pydantic models."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ MAX_JOBS = 1_000  # of a batch
 
 
 def _as_whole(value: object) -> object:
-    """JSON has one kind of number: 1.0 and 1e2 are whole."""
+    """Convert 1.0 and 1e2 to whole numbers: JSON has only one kind of number."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -32,7 +32,7 @@ STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 
 
 class AdapterBody(BaseModel):
-    """One adapter of the model, and how much of it."""
+    """One adapter of the model, and its strength."""
 
     model_config = STRICT
 
@@ -50,7 +50,7 @@ _JSON_TYPES: Mapping[Any, Any] = {
 
 
 def json_type(hint: Any) -> Any:
-    """A type of our values as a body of JSON has it; the bounds that it is annotated with stay."""
+    """Return the JSON type for a type of ours; bounds in its annotation are kept."""
     if get_origin(hint) in (Union, UnionType):
         return Union[tuple(json_type(kind) for kind in get_args(hint))]  # noqa: UP007
     if get_origin(hint) is Annotated:
@@ -59,12 +59,12 @@ def json_type(hint: Any) -> Any:
         checks: list[Any] = []
         if get_origin(kind) is Annotated:
             kind, *checks = get_args(kind)
-        return Annotated[(kind, *bounds, *checks)]  # schemas show a bound only beside its type
+        return Annotated[(kind, *bounds, *checks)]  # a schema shows a bound only beside its type
     return _JSON_TYPES.get(hint, hint)
 
 
 def _fields_of_a_wish() -> dict[str, Any]:
-    """The fields of `Wish` as a body of JSON has them, each with its type and its default."""
+    """Return the fields of `Wish` as JSON bodies have them, each with its type and its default."""
     hints = get_type_hints(Wish)
     found: dict[str, Any] = {}
     for field in dataclasses.fields(Wish):
@@ -73,24 +73,24 @@ def _fields_of_a_wish() -> dict[str, Any]:
     return found
 
 
-# Its fields are those of `Wish`, which no type checker sees; `job_request` reads them by their names.
+# The fields of `Wish`. No type checker sees them, so `job_request` reads them by their names.
 _WishBody: Any = create_model("_WishBody", __config__=STRICT, **_fields_of_a_wish())
 
 
 class JobBody(_WishBody):
-    """The body of POST /v1/jobs. Ranges depend on model and tier and are checked by `policy.catalog`."""
+    """The body of POST /v1/jobs. Ranges depend on model and tier: `policy.catalog` checks them."""
 
     metadata: dict[str, str] = {}
     start_deadline_s: float | None = None
 
     @property
     def pictures(self) -> dict[str, str | None]:
-        """What the fields say that stand for pictures."""
+        """Return the value of each picture field."""
         return {field: getattr(self, field) for field in PICTURES}
 
 
 class JobFields(TypedDict):
-    """Fields of a job, none of them required: in the document they are those of `JobBody`."""
+    """Fields of a job, none of them required; in the document their schema is that of `JobBody`."""
 
 
 @with_config(described("Jobs, each of which is accepted or refused by itself."))

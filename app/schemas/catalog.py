@@ -1,4 +1,4 @@
-"""Models and tiers that can be asked for."""
+"""Define documents of models and tiers."""
 
 from typing import Annotated, Literal
 
@@ -34,7 +34,9 @@ class Model:
     default_sampler: Annotated[str, says("The one that is used unless a job says otherwise.")]
     max_guidance: Annotated[float, says("The largest guidance that it takes.")]
     max_prompt_chars: Annotated[int, says("The longest prompt that it takes.")]
-    output_formats: Annotated[list[Annotated[str, one_of(FORMATS)]], says("Formats that images may have.")]
+    output_formats: Annotated[
+        list[Annotated[str, one_of(FORMATS)]], says("Formats that images may have.")
+    ]
     pool: Annotated[str, says("The workers that hold it.")]
     versions: Annotated[list[ModelVersion], says("Its versions.")]
     tiers: Annotated[dict[str, ModelDefaults], says("Its defaults by tier.")]

@@ -1,4 +1,4 @@
-"""What is told as it happens: events of a job's stream, and the bodies that webhooks are sent."""
+"""Define events of a job's stream, and the bodies that are sent to webhooks."""
 
 from typing import Annotated, Literal
 

@@ -1,4 +1,4 @@
-"""Pictures that tenants bring."""
+"""Define documents of the pictures that tenants upload."""
 
 from typing import Annotated, Literal
 from uuid import UUID

@@ -1,4 +1,4 @@
-"""Whether the gateway lives, and whether it can accept jobs."""
+"""Define documents of liveness and readiness."""
 
 from typing import Annotated, Literal, NotRequired
 

@@ -1,4 +1,4 @@
-"""A job, its images, where it stands in the queue, what it would be; batches and pages of jobs."""
+"""Define documents of jobs: a job, its images, queue position, estimate; batches and pages."""
 
 from typing import Annotated, Literal, NotRequired
 from uuid import UUID
@@ -47,9 +47,9 @@ class JobWarning(TypedDict):
 @document("Every parameter of a job, resolved: enough to ask for the same images again.")
 @with_params(SHOWN)
 class Parameters:
-    """What a job and an estimate have in common: the parameters that clients see.
+    """The parameters that clients see, of a job and of an estimate.
 
-    Here stand those that JSON shows otherwise than the column of their name.
+    Listed here are those that JSON shows differently from the column of the same name.
     """
 
     size: Annotated[Size, says("Width and height in pixels.", examples=["128x128"])]
@@ -124,7 +124,7 @@ class JobUrls:
 
 @document("A job and its state.")
 class JobHead:
-    """How every document of a job begins."""
+    """The first members of every document of a job."""
 
     id: UUID
     object: Literal["job"] = "job"

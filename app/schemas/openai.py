@@ -1,4 +1,4 @@
-"""OpenAI's images interface: what is asked, with our own members beside, and what is answered."""
+"""Define requests and answers of OpenAI's images interface, with our own members added."""
 
 from typing import Annotated, Literal, Required
 from uuid import UUID
@@ -37,7 +37,7 @@ _Extras = TypedDict(  # type: ignore[misc]
 
 
 class ImagesBody(_Extras, total=False):
-    """What every image call takes; parameters of a job that OpenAI's interface does not have come first."""
+    """The fields of every image call; job parameters that OpenAI does not have come first."""
 
     model: Annotated[str | None, says("A model or one of its other names.")]
     n: Annotated[Annotated[int, Field(ge=1, le=MOST_IMAGES)] | None, says("How many images.")]

@@ -1,4 +1,4 @@
-"""Problems: RFC 9457's members, OpenAI's `error` beside them, and all that a type may add."""
+"""Define problems: the members of RFC 9457, OpenAI's `error` object, and the extra members."""
 
 from typing import Annotated, Any, NotRequired
 
@@ -16,7 +16,7 @@ class FieldError(TypedDict):
 
 
 class ProblemFacts(TypedDict, total=False):
-    """What problems have beside the members of all; which of them, their types say."""
+    """The members that only some types of problems have."""
 
     errors: Annotated[list[FieldError], says("The wrong fields.")]
     errors_left_out: Annotated[int, says("How many more wrong fields there are.")]

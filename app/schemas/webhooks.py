@@ -1,4 +1,4 @@
-"""Endpoints of webhooks, and what became of each delivery."""
+"""Define documents of webhook endpoints and of their deliveries."""
 
 from typing import Annotated, Literal
 from uuid import UUID

@@ -1,1 +1,4 @@
-"""Use cases: what the API does, whoever asks and however. They take a runtime and a caller, and know no request."""
+"""Implement what the API does, for every route and interface.
+
+Services take a runtime and a caller, and know nothing of the HTTP request.
+"""

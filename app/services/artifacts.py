@@ -1,4 +1,4 @@
-"""Find stored images for who shows a link to one instead of a key."""
+"""Find stored images for clients that present a signed link instead of an API key."""
 
 from uuid import UUID
 
@@ -9,7 +9,7 @@ from models.tables import Artifact
 
 
 def find_linked(runtime: Runtime, artifact_id: UUID, *, expires: str, signature: str) -> Artifact:
-    """Return the image of a link that this gateway signed and that holds.
+    """Return the image of a link that this gateway signed and that has not expired.
 
     Raises LinkExpired, and Erased once its job was erased.
     """

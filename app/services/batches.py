@@ -1,4 +1,4 @@
-"""Accept many jobs in one transaction, each of them checked by itself."""
+"""Accept many jobs in one transaction, after checking each on its own."""
 
 import json
 import uuid
@@ -29,7 +29,8 @@ from policy.states import JobState
 
 log = structlog.get_logger(__name__)
 
-MAX_PROBLEM_CHARS = 262_144  # of what a batch says of the items that it refuses; of those beyond it says less
+# Of all problems in the answer to a batch; further problems are shortened.
+MAX_PROBLEM_CHARS = 262_144
 MAX_SHORT_DETAIL_CHARS = 160
 Outcome = NewJob | Problem
 Item = Mapping[str, Any]
@@ -37,7 +38,7 @@ Item = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class BatchJob:
-    """Enough of an item's job to know it again."""
+    """The main facts of an item's job."""
 
     id: uuid.UUID
     state: str
@@ -46,10 +47,10 @@ class BatchJob:
 
 @dataclass(frozen=True)
 class BatchAnswer:
-    """What a batch came to.
+    """The result of a batch.
 
-    items: of each, in order, its `job_id` or its `problem`.  jobs: those that were accepted, by id.
-    is_new: False where the same request came before, under the same key.
+    items: in the order of the request, the `job_id` or the `problem` of each item. jobs: the
+    accepted ones, by id. is_new: False if the same request was answered before with the same key.
     """
 
     items: Sequence[Item]
@@ -59,13 +60,13 @@ class BatchAnswer:
 
 @dataclass(frozen=True)
 class _Draft:
-    """An item that may be let in but for its pictures, which nobody has looked at."""
+    """An item that may be accepted if its pictures can be used; they are not decoded yet."""
 
     job: NewJob
     pictures: Mapping[str, str | None]
 
     def complete(self, intake: Intake) -> Outcome:
-        """Return the job to be written, with its pictures; or why they cannot be used."""
+        """Return the job with its pictures, ready to be written; or the problem of its pictures."""
         try:
             resolved = submit.with_pictures(self.job.params, self.pictures, intake)
         except Problem as problem:
@@ -75,20 +76,20 @@ class _Draft:
 
 @dataclass
 class _Admission:
-    """Judges the items of one batch, one after the other; what it let in counts when the next one is judged."""
+    """Judges the items of one batch in order; accepted items count when the next one is judged."""
 
     runtime: Runtime
     caller: Caller
     booked: dict[tuple[str, str], Booked] = field(default_factory=dict)
 
     def admit(self, asked: JobRequest | Problem) -> _Draft | Problem:
-        """Return what may be let in if its pictures can be used, or why it may not be."""
+        """Return the item as a draft, or the problem for which it is refused."""
         if isinstance(asked, Problem):
             return asked
         try:
             resolved = submit.resolve(self.runtime, self.caller, asked.unseen())
             prepared = Prepared(resolved, asked.metadata, asked.start_within_s)
-            new, _ = submit.draft(self.runtime, self.caller, prepared, booked=self.booked)
+            new, _ = submit.price_and_admit(self.runtime, self.caller, prepared, booked=self.booked)
         except Problem as problem:
             return problem
         self.booked[new.flow] = self.booked.get(new.flow, Booked()).and_one(new.predicted_s)
@@ -102,13 +103,17 @@ def submit_batch(
     *,
     once: Once | None = None,
 ) -> BatchAnswer:
-    """Accept every job of the batch that can be.
+    """Accept every job of the batch that can be accepted.
 
-    items: read only if the same request did not come before; one that could not be read is its problem.
-    All of what is let in is written, or nothing: raises BudgetSpent, QuotaExceeded or TooManyJobs if the whole does
-    not fit into the tenant's limits; IdempotencyKeyReused, InvalidImageRequest.
+    items: read only if the request is new; an item that could not be read is its problem. All
+    accepted items are written, or none: raises BudgetSpent, QuotaExceeded or TooManyJobs if
+    together they exceed the tenant's limits. Also raises IdempotencyKeyReused and
+    InvalidImageRequest.
     """
-    if once is not None and (earlier := submit.answer_to(runtime, caller, once)) is not None:
+    if (
+        once is not None
+        and (earlier := submit.find_replayed_answer(runtime, caller, once)) is not None
+    ):
         return _earlier(runtime, caller, earlier)
     admission = _Admission(runtime, caller)
     outcomes = _complete(runtime, caller, [admission.admit(asked) for asked in items])
@@ -122,8 +127,13 @@ def submit_batch(
         raise submit.picture_gone(error) from None
 
 
-def _complete(runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Problem]) -> list[Outcome]:
-    """Look at the pictures of those that could be let in. Raises as `quotas.foresee` does, before a new one is looked at."""
+def _complete(
+    runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Problem]
+) -> list[Outcome]:
+    """Add the pictures to the drafts. Before a new picture is decoded, the limits are checked.
+
+    Raises as `quotas.foresee` does.
+    """
     admitted = [draft for draft in drafts if isinstance(draft, _Draft)]
     said = {value for draft in admitted for value in draft.pictures.values() if value is not None}
     if any(map(inputs.is_new, said)) or any(draft.pictures.get("mask") for draft in admitted):
@@ -134,50 +144,64 @@ def _complete(runtime: Runtime, caller: Caller, drafts: Sequence[_Draft | Proble
     return [draft.complete(intake) if isinstance(draft, _Draft) else draft for draft in drafts]
 
 
-def _accept(runtime: Runtime, caller: Caller, outcomes: Sequence[Outcome], once: Once | None) -> BatchAnswer:
-    """Write what was let in, if anything was, and announce what there is room for."""
+def _accept(
+    runtime: Runtime, caller: Caller, outcomes: Sequence[Outcome], once: Once | None
+) -> BatchAnswer:
+    """Write the accepted jobs, if any, and announce as many as the limits allow."""
     new = iter(in_order([outcome for outcome in outcomes if isinstance(outcome, NewJob)]))
     outcomes = [next(new) if isinstance(outcome, NewJob) else outcome for outcome in outcomes]
     accepted = [outcome for outcome in outcomes if isinstance(outcome, NewJob)]
     items = list(_noted(outcomes))
     if accepted:
-        _write(runtime, caller, accepted, once, {"items": json.dumps(items)})  # as text: JSONB has no place for every text that JSON has
+        # As text: JSONB cannot hold every JSON string.
+        _write(runtime, caller, accepted, once, {"items": json.dumps(items)})
     for job in accepted:
         telemetry.JOBS_ACCEPTED.labels(job.params.tier, job.params.model).inc()
     log.info("batch_accepted", jobs=len(accepted), refused=len(outcomes) - len(accepted))
     for pool, tier in sorted({job.flow for job in accepted}):
         submit.release_waiting_jobs(runtime, caller, pool, tier)
-    # Not read back: they are accepted, whatever becomes of the database.
-    return BatchAnswer(items, {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted})
+    # Not read back: the jobs are accepted, even if the database goes away now.
+    shown = {job.id: BatchJob(job.id, JobState.QUEUED, job.params) for job in accepted}
+    return BatchAnswer(items, shown)
 
 
-def _write(runtime: Runtime, caller: Caller, accepted: Sequence[NewJob], once: Once | None, noted: Mapping[str, str]) -> None:
+def _write(
+    runtime: Runtime,
+    caller: Caller,
+    accepted: Sequence[NewJob],
+    once: Once | None,
+    noted: Mapping[str, str],
+) -> None:
     tenant_id = caller.tenant_id
 
     def write(session: Session) -> None:
-        quotas.lock(session, caller)
+        quotas.lock_tenant_usage(session, caller)
         if once is not None:
             idempotency.claim(session, once, tenant_id=tenant_id)
-        submit.write(session, runtime, caller, accepted)
+        submit.insert_jobs(session, runtime, caller, accepted)
         if once is not None:
             idempotency.fulfil(session, once, tenant_id=tenant_id, answer=noted)
 
     whole = sum((job.megapixel_steps for job in accepted), Decimal(0))
-    with quotas.charged(runtime, caller, whole):
+    with quotas.budget_charge(runtime, caller, whole):
         run_transaction(runtime.database, write)
 
 
 def _earlier(runtime: Runtime, caller: Caller, answer: Answer) -> BatchAnswer:
-    """Return what the same batch came to before, its jobs as they are now."""
+    """Return the stored answer of the same batch, with its jobs as they are now."""
     telemetry.REQUESTS_REPLAYED.inc()
     items = json.loads((answer.items or {}).get("items", "[]"))
     job_ids = [uuid.UUID(item["job_id"]) for item in items if "job_id" in item]
     found = jobs.some(runtime, caller, job_ids) if job_ids else {}
-    return BatchAnswer(items, {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}, is_new=False)
+    shown = {job_id: BatchJob(job_id, job.state, job) for job_id, job in found.items()}
+    return BatchAnswer(items, shown, is_new=False)
 
 
 def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
-    """Yield what is answered of each, and kept for those who ask again; of many problems the first ones in full."""
+    """Yield the answer for each item, as it is sent and stored for repeated requests.
+
+    Problems beyond MAX_PROBLEM_CHARS in total are shortened.
+    """
     left = MAX_PROBLEM_CHARS
     for outcome in outcomes:
         if isinstance(outcome, NewJob):
@@ -190,9 +214,11 @@ def _noted(outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
 
 
 def _shortened(problem: Mapping[str, Any]) -> dict[str, Any]:
-    """Keep what it is, and the first field that it is about."""
-    short = {name: problem[name] for name in ("type", "title", "status")} | {"detail": problem["detail"][:MAX_SHORT_DETAIL_CHARS]}
+    """Keep the type of the problem, and its first wrong field."""
+    short = {name: problem[name] for name in ("type", "title", "status")}
+    short["detail"] = problem["detail"][:MAX_SHORT_DETAIL_CHARS]
     if errors := problem.get("errors"):
-        first = {"pointer": errors[0]["pointer"], "detail": errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS]}
-        short |= {"errors": [first], "errors_left_out": len(errors) - 1 + problem.get("errors_left_out", 0)}
+        detail = errors[0]["detail"][:MAX_SHORT_DETAIL_CHARS]
+        short["errors"] = [{"pointer": errors[0]["pointer"], "detail": detail}]
+        short["errors_left_out"] = len(errors) - 1 + problem.get("errors_left_out", 0)
     return short

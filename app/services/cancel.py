@@ -1,4 +1,4 @@
-"""End a job on its tenant's behalf: take it back, or delete what it was about."""
+"""Cancel a job or erase it, for its tenant."""
 
 import uuid
 
@@ -19,7 +19,10 @@ log = structlog.get_logger(__name__)
 
 
 def cancel(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
-    """Take the caller's job back; harmless when repeated. Raises JobNotFound; JobAlreadyFinished if it ended otherwise."""
+    """Cancel the caller's job; harmless when repeated.
+
+    Raises JobNotFound, and JobAlreadyFinished if it has ended otherwise.
+    """
 
     def end(session: Session) -> Job | None:
         return jobs.cancel(session, job_id, tenant_id=caller.tenant_id, actor=caller.actor)
@@ -27,7 +30,8 @@ def cancel(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
     try:
         job = run_transaction(runtime.database, end)
     except jobs.JobAlreadyFinished as error:
-        raise JobAlreadyFinished(f"The job is {error.state} and stays so.", state=error.state) from None
+        detail = f"The job is {error.state} and stays so."
+        raise JobAlreadyFinished(detail, state=error.state) from None
     if job is None:
         raise not_found(job_id)
     runtime.statuses.forget(job.tenant_id, job.id)
@@ -36,10 +40,11 @@ def cancel(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
 
 
 def erase(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> None:
-    """Delete what the caller's job was about: prompts, metadata, images. That it was there, and what it cost, stays.
+    """Delete prompts, metadata and images of the caller's job; harmless when repeated.
 
-    It is canceled first if it is under way. Gone from the database at once, and from everywhere else as soon as can be.
-    Harmless when repeated. Raises JobNotFound.
+    The fact that the job existed, and what it cost, are kept. An unfinished job is canceled first.
+    The data leaves the database at once, and all other places as soon as possible. Raises
+    JobNotFound.
     """
 
     def end(session: Session) -> Job | None:

@@ -1,6 +1,7 @@
-"""data: URLs as browsers read them (the Fetch standard's data: URL processor and forgiving base64), so that what works there works here.
+"""Decode data URLs as browsers do, so that what works there works here.
 
-A type may be missing; white space in and around the base64, its padding and percent-encoding do not matter.
+This follows the Fetch standard's data URL processor and its forgiving base64: the type may be
+missing; white space in and around the base64, its padding and percent-encoding do not matter.
 """
 
 import base64
@@ -17,16 +18,16 @@ _MAX_TYPE_CHARS = 1024
 
 
 class Unreadable(Exception):
-    """What begins as a data URL says nothing; the message continues "… is a data URL" and says why."""
+    """A data URL cannot be decoded; the message continues "… is a data URL" and says why."""
 
 
 def is_one(text: str) -> bool:
-    """Does it begin as a data URL?"""
+    """Tell whether the text begins like a data URL."""
     return text[:64].lstrip()[: len(SCHEME)].lower() == SCHEME
 
 
 def decoded(text: str) -> bytes:
-    """The bytes that a data URL of a picture holds. Raises Unreadable."""
+    """Decode the data URL of a picture to bytes. Raises Unreadable."""
     said = text.strip("".join(map(chr, range(0x21))))[len(SCHEME) :]
     kind, comma, body = said.partition(",")
     if not comma or len(kind) > _MAX_TYPE_CHARS:
@@ -49,7 +50,7 @@ def _from_base64(data: bytes) -> bytes:
     plain = data.translate(None, _WHITE)
     if len(plain) % 4 == 0:
         plain = plain[:-2] + plain[-2:].rstrip(b"=")
-    if b"=" in plain:  # padding that is not at the end of what it pads
+    if b"=" in plain:  # padding before the end
         raise Unreadable("whose base64 is damaged")
     try:
         return base64.b64decode(plain + b"=" * (-len(plain) % 4), validate=True)

@@ -1,4 +1,4 @@
-"""Tell what a job would be, cost and wait for. Nothing is written, not even a picture."""
+"""Estimate what a job would be, cost and wait for. Nothing is written, not even a picture."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,10 @@ from policy.params import Resolved
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a request would come to.
+    """The estimate for one job.
 
-    start_within_s: its start deadline.  device_s: device seconds.  cost: in `currency`.
-    place: where it would stand.  refusal: why it would not be accepted now.
+    start_within_s: its start deadline. device_s: device seconds. cost: in `currency`. place: the
+    queue position that it would get. refusal: why it would be refused now, if so.
     """
 
     params: Resolved
@@ -37,19 +37,25 @@ class Estimate:
 
 
 def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
-    """Estimate the job that `submit` would make of this request. Raises InvalidImageRequest, Forbidden."""
+    """Estimate the job that `submit` would make of this request.
+
+    Raises InvalidImageRequest, Forbidden.
+    """
     fleet = runtime.fleet
     wish = replace(asked.unseen(), **_known(runtime, caller, asked.pictures))
     resolved = submit.resolve(runtime, caller, wish)
-    deadline_s = submit.start_deadline_s(asked.start_within_s, fleet.tiers[resolved.tier].start_within_s)
+    deadline_s = submit.start_deadline_s(
+        asked.start_within_s, fleet.tiers[resolved.tier].start_within_s
+    )
     expected = runtime.forecaster.expect(resolved, caller.tenant_id)
+    device_s = expected.predicted_s
     return Estimate(
         params=resolved,
         start_within_s=deadline_s,
         warnings=warnings.expected(fleet.models[resolved.model], resolved),
         megapixel_steps=megapixel_steps(fleet, resolved),
-        device_s=expected.predicted_s,
-        cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=expected.predicted_s),
+        device_s=device_s,
+        cost=price(fleet, pool=resolved.pool, tier=resolved.tier, device_seconds=device_s),
         currency=fleet.currency,
         place=expected.place,
         refusal=expected.refusal,
@@ -57,6 +63,7 @@ def estimate(runtime: Runtime, caller: Caller, asked: JobRequest) -> Estimate:
 
 
 def _known(runtime: Runtime, caller: Caller, fields: Mapping[str, str | None]) -> dict[str, Any]:
-    """Look up the pictures that are files already; of the others it only counts that there is one."""
-    there = {field: value for field, value in fields.items() if value is not None and not inputs.is_new(value)}
-    return {field: file.id for field, file in Intake(runtime, caller).files(there).items()}
+    """Look up the pictures that are stored files; of new ones only their presence matters here."""
+    given = {field: value for field, value in fields.items() if value is not None}
+    stored = {field: value for field, value in given.items() if not inputs.is_new(value)}
+    return {field: file.id for field, file in Intake(runtime, caller).files(stored).items()}

@@ -1,4 +1,4 @@
-"""Show, list and erase the pictures that jobs start from; app/services/inputs.py brings them."""
+"""Show, list and erase the pictures that jobs start from; app/services/inputs.py stores them."""
 
 from collections.abc import Sequence
 from uuid import UUID

@@ -1,4 +1,7 @@
-"""Pictures that a request starts from: uploads, data URLs and, for tenants that may, URLs; all become files, and files have ids."""
+"""Store the pictures that a request starts from, as files with ids.
+
+They come as uploads, data URLs and, for tenants that may use them, as URLs.
+"""
 
 import time
 import uuid
@@ -9,7 +12,13 @@ import structlog
 from sqlalchemy.orm import Session
 
 from app.caller import Caller
-from app.problems import InvalidImageRequest, InvalidPicture, PartUnavailable, Problem, StorageQuotaExceeded
+from app.problems import (
+    InvalidImageRequest,
+    InvalidPicture,
+    PartUnavailable,
+    Problem,
+    StorageQuotaExceeded,
+)
 from app.runtime import Runtime
 from app.schemas.problems import FieldError
 from app.services import dataurls, quotas
@@ -26,9 +35,10 @@ from models.tables import File
 log = structlog.get_logger(__name__)
 
 MAX_NEW_PICTURES = 16  # of one request: each is decoded, encoded and stored while its client waits
-UNSEEN = uuid.UUID(int=0)  # stands for a picture that is not looked at yet
-_FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: all pictures by URL of one request
-_KEPT_BYTES = 8_000_000  # of new pictures, until their request is answered: masks are looked at again
+UNSEEN = uuid.UUID(int=0)  # the placeholder for a picture that is not decoded yet
+_FETCHES_WITHIN = 3  # times FETCH_WITHIN_S: the time for all URLs of one request
+# The cache of new pictures' bytes, during one request: masks are decoded a second time.
+_KEPT_BYTES = 8_000_000
 _WAYS = {
     "id": "the id that POST /v1/files answered with",
     "data": "a data URL: data:image/png;base64,…",
@@ -36,10 +46,13 @@ _WAYS = {
 }
 
 
-def keep(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, *, field: str, way: str = "upload") -> File:
-    """Check a picture, encode it again and store it; the row of the file, which is the one that is there if the tenant brought it before.
+def keep(
+    runtime: Runtime, caller: Caller, content: bytes | BinaryIO, *, field: str, way: str = "upload"
+) -> File:
+    """Check a picture, encode it again and store it; return its file.
 
-    content: a file is read only when its turn has come.  field: how the caller's interface names it.  way: how it came, for the metrics.
+    A picture that the tenant stored before keeps its file. content: a file is read only once a
+    decoder is free. field: its name in the caller's interface. way: how it came, for the metrics.
     Raises InvalidPicture, which points at the field, StorageQuotaExceeded and PartUnavailable.
     """
     return _kept(runtime, caller, _normalised(runtime, caller, content, field), way)
@@ -54,50 +67,66 @@ def _kept(runtime: Runtime, caller: Caller, picture: Picture, way: str) -> File:
     if file is None or not _is_stored(runtime, file):
         file = _store(runtime, caller, picture, digest)
     telemetry.PICTURES_KEPT.labels(way).inc()
-    log.info("picture_kept", file_id=str(file.id), way=way, width_px=file.width_px, height_px=file.height_px)
+    log.info(
+        "picture_kept",
+        file_id=str(file.id),
+        way=way,
+        width_px=file.width_px,
+        height_px=file.height_px,
+    )
     return file
 
 
 def is_new(value: str | None) -> bool:
-    """Would there be work to do before there is a file: to decode, perhaps to fetch, to store?"""
+    """Tell whether the value is a picture that still has to be decoded and stored, or fetched."""
     return value is not None and (dataurls.is_one(value) or _is_url(value))
 
 
 class _FetchedEnough(Exception):
-    """The request has fetched as many pictures as it may, or has found the store away."""
+    """The request may fetch no more pictures, or the object store is away."""
 
 
 class Intake:
-    """Pictures on their way into one request: what is said twice is brought once, and only so much of it is new."""
+    """The pictures of one request: repeated values are stored once, and new ones are limited."""
 
     def __init__(self, runtime: Runtime, caller: Caller) -> None:
-        self._runtime, self._caller = runtime, caller
+        self._runtime = runtime
+        self._caller = caller
         self._files: dict[str, File] = {}
         self._refused: dict[tuple[str, str], Problem] = {}
-        self._closed: Problem | None = None  # why no new picture is taken any more
+        self._closed: Problem | None = None  # why no further picture is stored
         self._contents: dict[uuid.UUID, bytes] = {}
-        self._new, self._fetched_s, self._to_fetch = 0, 0.0, MAX_NEW_PICTURES
+        self._new = 0
+        self._fetched_s = 0.0  # seconds that URLs took
+        self._to_fetch = MAX_NEW_PICTURES  # how many may still be read from the object store
 
     def look_up(self, values: Iterable[str]) -> None:
-        """Find all that are ids of files at once, so that a thousand jobs do not ask for each."""
+        """Find all values that are ids of files in one query, also for a thousand jobs."""
         ids = {value: file_id for value in values if (file_id := _id(value)) is not None}
         if ids:
             with transaction(self._runtime.database) as session:
-                found = files.find_all(session, list(set(ids.values())), tenant_id=self._caller.tenant_id)
-            self._files |= {value: found[file_id] for value, file_id in ids.items() if file_id in found}
+                found = files.find_all(
+                    session, list(set(ids.values())), tenant_id=self._caller.tenant_id
+                )
+            self._files |= {
+                value: found[file_id] for value, file_id in ids.items() if file_id in found
+            }
 
     def files(self, fields: Mapping[str, str | None]) -> dict[str, File]:
-        """The file of each field that stands for a picture, of those that say something.
+        """Return the file of each picture field that has a value.
 
-        Raises InvalidImageRequest or InvalidPicture, which point at the field, StorageQuotaExceeded and PartUnavailable.
+        Raises InvalidImageRequest or InvalidPicture, which point at the field, StorageQuotaExceeded
+        and PartUnavailable.
         """
-        found = {field: self._file(field, value) for field, value in fields.items() if value is not None}
+        found = {
+            field: self._file(field, value) for field, value in fields.items() if value is not None
+        }
         if "mask" in found and "init_image" in found:
             check_shapes(self._caller, found["init_image"], found["mask"])
         return found
 
     def keep(self, content: bytes | BinaryIO, *, field: str, way: str) -> File:
-        """`keep`, remembering what the picture holds for as long as the request lasts."""
+        """Store as `keep` does, and cache the picture's bytes until the request ends."""
         picture = _normalised(self._runtime, self._caller, content, field)
         file = _kept(self._runtime, self._caller, picture, way)
         if sum(map(len, self._contents.values())) + len(picture.content) <= _KEPT_BYTES:
@@ -105,23 +134,39 @@ class Intake:
         return file
 
     def check_mask(self, mask: File, width_px: int, height_px: int, *, field: str = "mask") -> None:
-        """Raises InvalidImageRequest for a mask that selects nothing of an image of this size: all that work would change nothing."""
+        """Check that the mask selects something of an image of this size.
+
+        Raises InvalidImageRequest otherwise: the job would change nothing.
+        """
         if self._judge("selects", mask, width_px, height_px) is False:
-            detail = "selects nothing: it is neither transparent nor white anywhere that can be seen at this size"
-            raise _refused(self._caller, field, detail, {"repainted": "where it is transparent, or white if it is transparent nowhere"})
+            detail = (
+                "selects nothing: it is neither transparent nor white anywhere that can be seen"
+                " at this size"
+            )
+            accepted = {
+                "repainted": "where it is transparent, or white if it is transparent nowhere"
+            }
+            raise _refused(self._caller, field, detail, accepted)
 
     def has_hole(self, picture: File, width_px: int, height_px: int) -> bool:
-        """Is a part of the picture transparent, as far as can be told right now?"""
-        return picture.mode == "RGBA" and self._judge("has_hole", picture, width_px, height_px) is True
+        """Tell whether a part of the picture is transparent; False if that cannot be told now."""
+        if picture.mode != "RGBA":
+            return False
+        return self._judge("has_hole", picture, width_px, height_px) is True
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
-        """None where that cannot be told soon, as while the store is away: the job is accepted, as it would be without this question."""
+        """Answer a yes-or-no question about a picture; None where that takes too long.
+
+        So it is while the object store is away: then the job is accepted without the check.
+        """
         key = (what, file.content_sha256, width_px, height_px)
         try:
-            return self._runtime.judged.get(key, lambda: self._look(what, file, width_px, height_px))
+            return self._runtime.judged.get(
+                key, lambda: self._look(what, file, width_px, height_px)
+            )
         except (StoreUnavailable, ObjectGone, NotAPicture) as error:
             log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
-            self._to_fetch = 0  # a store that is away is not asked a thousand times for one request
+            self._to_fetch = 0  # a request must not ask an absent store a thousand times
             return None
         except _FetchedEnough:
             return None
@@ -129,7 +174,7 @@ class Intake:
             raise _too_busy() from None
 
     def _look(self, what: str, file: File, width_px: int, height_px: int) -> bool:
-        """Ask a decoder what the picture shows. Raises _FetchedEnough."""
+        """Ask a decoder about the picture's pixels. Raises _FetchedEnough."""
         content = self._contents.get(file.id)
         if content is None:
             if self._to_fetch <= 0:
@@ -162,27 +207,35 @@ class Intake:
         self._new += 1
         if self._new > MAX_NEW_PICTURES:
             most = {"max_new_pictures": MAX_NEW_PICTURES}
-            raise _refused(
-                self._caller, field, f"is one of more than {MAX_NEW_PICTURES} new pictures; bring them with POST /v1/files first", most
+            detail = (
+                f"is one of more than {MAX_NEW_PICTURES} new pictures;"
+                " bring them with POST /v1/files first"
             )
+            raise _refused(self._caller, field, detail, most)
         if dataurls.is_one(value):
             return self.keep(_decoded(self._caller, field, value), field=field, way="data_url")
         return self.keep(self._fetched(field, value), field=field, way="url")
 
     def _fetched(self, field: str, url: str) -> bytes:
-        """What lies behind a URL, for a tenant that may have pictures fetched."""
+        """Fetch a picture by its URL, if the tenant may use URLs."""
         parts = self._runtime
         if not self._caller.limits.url_inputs:
-            raise _refused(self._caller, field, "is a URL, and pictures are not fetched for your tenant; upload it with POST /v1/files")
+            detail = (
+                "is a URL, and pictures are not fetched for your tenant;"
+                " upload it with POST /v1/files"
+            )
+            raise _refused(self._caller, field, detail)
         if (why := parts.outbound.refusal(url)) is not None:
             raise _refused(self._caller, field, why)
         within_s = parts.settings.fetch_within_s
         left_s = min(within_s, _FETCHES_WITHIN * within_s - self._fetched_s)
         if left_s <= 0:
-            raise _refused(self._caller, field, "was not fetched: the pictures before it took too long")
+            detail = "was not fetched: the pictures before it took too long"
+            raise _refused(self._caller, field, detail)
         began = time.monotonic()
         try:
-            return parts.outbound.fetch(url, max_bytes=parts.settings.max_upload_bytes, timeout_s=left_s)
+            max_bytes = parts.settings.max_upload_bytes
+            return parts.outbound.fetch(url, max_bytes=max_bytes, timeout_s=left_s)
         except Unreachable as error:
             raise _refused(self._caller, field, f"could not be fetched: {error.reason}") from None
         finally:
@@ -190,9 +243,10 @@ class Intake:
 
 
 def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
-    """The file whose id it is."""
+    """Find the file with this id."""
     if (file_id := _id(value)) is None:
-        raise _refused(caller, field, "is neither the id of a file nor a data URL" + (" nor a URL" if caller.limits.url_inputs else ""))
+        nor_url = " nor a URL" if caller.limits.url_inputs else ""
+        raise _refused(caller, field, f"is neither the id of a file nor a data URL{nor_url}")
     with transaction(runtime.database) as session:
         file = files.find(session, file_id, tenant_id=caller.tenant_id)
     if file is None:
@@ -202,7 +256,8 @@ def _named(runtime: Runtime, caller: Caller, field: str, value: str) -> File:
 
 def _id(value: str) -> uuid.UUID | None:
     try:
-        return uuid.UUID(value) if len(value) <= 45 else None  # urn:uuid:{…} is the longest way to write one
+        # The longest spelling of a UUID is urn:uuid:{…}, of 45 characters.
+        return uuid.UUID(value) if len(value) <= 45 else None
     except ValueError:
         return None
 
@@ -220,18 +275,29 @@ def _normalised(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, fie
         if isinstance(error, DecoderDied):
             telemetry.DECODERS_DIED.inc()
             log.warning("decoder_died", field=field)
-        entry: FieldError = {"pointer": f"/{field}", "detail": f"The picture {error}", "accepted": encoding.ACCEPTED}
-        raise InvalidPicture(f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED) from None
+        entry: FieldError = {
+            "pointer": f"/{field}",
+            "detail": f"The picture {error}",
+            "accepted": encoding.ACCEPTED,
+        }
+        raise InvalidPicture(
+            f"{field}: the picture {error}.", errors=[entry], accepted=encoding.ACCEPTED
+        ) from None
     except TooBusy:
         raise _too_busy() from None
 
 
 def _too_busy() -> PartUnavailable:
-    return PartUnavailable("Many pictures are being read right now.", retry_after_s=2, part="pictures")
+    return PartUnavailable(
+        "Many pictures are being read right now.", retry_after_s=2, part="pictures"
+    )
 
 
 def _is_stored(runtime: Runtime, file: File) -> bool:
-    """Ask whether the store still has it: what it has lost is there again with whoever brings it again. If it cannot say: yes."""
+    """Ask whether the store still has the picture; True if the store cannot tell.
+
+    A lost picture is stored again when its tenant uploads it again.
+    """
     try:
         return runtime.store.holds(file.object_key)
     except StoreUnavailable:
@@ -245,7 +311,9 @@ def _store(runtime: Runtime, caller: Caller, picture: Picture, digest: str) -> F
         runtime.store.put(key, picture.content, content_type="image/png")
     except StoreUnavailable as error:
         log.warning("picture_not_stored", reason=str(error))
-        raise PartUnavailable("The object store cannot be reached right now.", retry_after_s=2, part="object_store") from None
+        raise PartUnavailable(
+            "The object store cannot be reached right now.", retry_after_s=2, part="object_store"
+        ) from None
 
     def keep_row(session: Session) -> File:
         file = files.keep(
@@ -273,13 +341,22 @@ def _decoded(caller: Caller, field: str, value: str) -> bytes:
 
 
 def check_shapes(caller: Caller, picture: File, mask: File) -> None:
-    """A mask is scaled and cut as its picture is: of another shape, it would cover something else."""
+    """Check that mask and picture have the same shape. Raises InvalidImageRequest.
+
+    Both are scaled and cropped alike, so a mask of another shape would cover the wrong area.
+    """
     difference = abs(mask.width_px * picture.height_px - picture.width_px * mask.height_px)
-    if difference > picture.width_px + picture.height_px:  # what rounding makes of a picture that was scaled
-        shapes = f"{mask.width_px}x{mask.height_px} pixels, and init_image {picture.width_px}x{picture.height_px}"
-        raise _refused(caller, "mask", f"has another shape than init_image: it is {shapes}", {"ratio_of": "init_image"})
+    if difference > picture.width_px + picture.height_px:
+        # A larger difference than rounding makes when a picture is scaled.
+        detail = (
+            f"has another shape than init_image: it is {mask.width_px}x{mask.height_px} pixels,"
+            f" and init_image {picture.width_px}x{picture.height_px}"
+        )
+        raise _refused(caller, "mask", detail, {"ratio_of": "init_image"})
 
 
-def _refused(caller: Caller, field: str, detail: str, accepted: object = None) -> InvalidImageRequest:
+def _refused(
+    caller: Caller, field: str, detail: str, accepted: object = None
+) -> InvalidImageRequest:
     ways = [text for way, text in _WAYS.items() if way != "url" or caller.limits.url_inputs]
     return InvalidImageRequest.at(field, detail, accepted=ways if accepted is None else accepted)

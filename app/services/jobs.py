@@ -23,7 +23,7 @@ def find(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
 
 
 def glance(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
-    """Return what changes of the caller's job while one waits for it. Raises JobNotFound."""
+    """Return the changing members of the caller's job. Raises JobNotFound."""
     with transaction(runtime.database) as session:
         job = jobs.glance(session, job_id, tenant_id=caller.tenant_id)
     if job is None:
@@ -32,25 +32,28 @@ def glance(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Job:
 
 
 def state_of(runtime: Runtime, job_id: uuid.UUID) -> str | None:
-    """Return the state of a job that the caller was found to have."""
+    """Return the state of a job; the caller must have been found to own it."""
     with transaction(runtime.database) as session:
         return jobs.state_of(session, job_id)
 
 
 def page(runtime: Runtime, caller: Caller, sought: Sought, *, limit: int) -> Page:
-    """Return the caller's jobs that are sought, newest first, at most `limit` of them."""
+    """List up to `limit` of the caller's jobs that pass the filter, newest first."""
     with transaction(runtime.database) as session:
         return listing.page(session, sought, tenant_id=caller.tenant_id, limit=limit)
 
 
 def some(runtime: Runtime, caller: Caller, job_ids: Sequence[uuid.UUID]) -> dict[uuid.UUID, Job]:
-    """Return those of the caller's jobs that are there, by id."""
+    """Return those of the caller's jobs that exist, by id."""
     with transaction(runtime.database) as session:
         return listing.some(session, job_ids, tenant_id=caller.tenant_id)
 
 
 def stored_image(runtime: Runtime, caller: Caller, job_id: uuid.UUID, index: int) -> Artifact:
-    """Return what is stored of an image of the job. Raises JobNotFound, ImageNotFound, ImageNotReady, Erased."""
+    """Return the artifact of an image of the job.
+
+    Raises JobNotFound, ImageNotFound, ImageNotReady, Erased.
+    """
     job = find(runtime, caller, job_id)
     image = next((image for image in job.images if image.index == index), None)
     if image is None:
@@ -65,5 +68,5 @@ def stored_image(runtime: Runtime, caller: Caller, job_id: uuid.UUID, index: int
 
 
 def not_found(job_id: uuid.UUID) -> JobNotFound:
-    """Make the problem of a job that is not there, or is another tenant's."""
+    """Make the problem of a job that does not exist or is another tenant's."""
     return JobNotFound(f"There is no job {job_id}.")

@@ -1,4 +1,4 @@
-"""A tenant's limits when it asks for something: which refusal each is, and when asking again helps."""
+"""Check a tenant's limits: which refusal each one means, and when to try again."""
 
 import math
 from collections.abc import Iterator
@@ -9,7 +9,14 @@ from decimal import Decimal
 from sqlalchemy.orm import Session
 
 from app.caller import Caller
-from app.problems import BudgetSpent, Forbidden, QuotaExceeded, StorageQuotaExceeded, TooManyJobs, invalid_wish
+from app.problems import (
+    BudgetSpent,
+    Forbidden,
+    QuotaExceeded,
+    StorageQuotaExceeded,
+    TooManyJobs,
+    invalid_wish,
+)
 from app.runtime import Runtime
 from edges import telemetry
 from edges.limits import Taken
@@ -24,51 +31,63 @@ def check_allowed(caller: Caller, resolved: Resolved) -> None:
     """Raise Forbidden for a tier or model that the caller's tenant may not use."""
     limits = caller.limits
     if not limits.allows(tier=resolved.tier, model=resolved.model):
-        tiers, models = limits.allowed_tiers, limits.allowed_models
-        accepted = {"tiers": list(tiers) if tiers is not None else None, "models": list(models) if models is not None else None}
+        allowed = {"tiers": limits.allowed_tiers, "models": limits.allowed_models}
+        accepted = {name: list(names) for name, names in allowed.items() if names is not None}
         detail = f"Your tenant may not use tier {resolved.tier} with model {resolved.model}."
-        raise Forbidden(detail, accepted={name: allowed for name, allowed in accepted.items() if allowed is not None})
+        raise Forbidden(detail, accepted=accepted)
 
 
 @contextmanager
-def charged(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
-    """Take `amount` megapixel-steps out of the caller's budget; what is raised within gives them back.
+def budget_charge(runtime: Runtime, caller: Caller, amount: Decimal) -> Iterator[None]:
+    """Charge the caller's budget with `amount` megapixel-steps; an error within gives them back.
 
     Raises BudgetSpent, or InvalidImageRequest when no waiting would help.
     """
     limits = caller.limits
-    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    per_minute = limits.megapixel_steps_per_minute
+    burst = limits.burst_megapixel_steps
     if per_minute is None or burst is None:
         yield
         return
     _check_burst(amount, burst)
-    budget = {"per_minute": per_minute, "burst": burst, "amount": float(amount)}
-    taken: Taken = runtime.budgets.take(caller.tenant_id, **budget)
+    charge = float(amount)
+    taken = runtime.budgets.take(
+        caller.tenant_id, per_minute=per_minute, burst=burst, amount=charge
+    )
     caller.used.budget = taken
     if not taken.passes:
         raise _budget_spent(amount, taken, per_minute)
     try:
         yield
     except BaseException:
-        runtime.budgets.give_back(caller.tenant_id, **budget)
+        runtime.budgets.give_back(
+            caller.tenant_id, per_minute=per_minute, burst=burst, amount=charge
+        )
         raise
 
 
 def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1) -> None:
-    """Raise what so many jobs of so many megapixel-steps together would be refused for now. Nothing is taken and nothing locked.
+    """Raise what so many jobs of so many megapixel-steps together would be refused for now.
 
-    For work that is done before they are written, and would be done for nothing; what decides is `charged` and `check_stocks`.
+    Takes and locks nothing. Call it before expensive work that a refusal would waste; the decision
+    is made by `budget_charge` and `check_stocks`.
     """
     limits = caller.limits
-    per_minute, burst = limits.megapixel_steps_per_minute, limits.burst_megapixel_steps
+    per_minute = limits.megapixel_steps_per_minute
+    burst = limits.burst_megapixel_steps
     if per_minute is not None and burst is not None:
         _check_burst(amount, burst)
-        held = runtime.budgets.take(caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
+        held = runtime.budgets.take(
+            caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0
+        )
         if held.left < float(amount):
-            raise _budget_spent(amount, replace(held, wait_s=(float(amount) - held.left) / per_minute * 60), per_minute)
+            wait_s = (float(amount) - held.left) / per_minute * 60
+            raise _budget_spent(amount, replace(held, wait_s=wait_s), per_minute)
     if limits.has_stocks:
         with transaction(runtime.database) as session:
-            totals = usage.usage_totals(session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs)
+            totals = usage.usage_totals(
+                session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
+            )
         _check_totals(
             limits,
             replace(
@@ -81,9 +100,9 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
 
 
 def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
-    """Check that the caller's tenant may store so many bytes more than it has. Raises StorageQuotaExceeded.
+    """Check that the tenant may store so many bytes more. Raises StorageQuotaExceeded.
 
-    Exact for who has just written a file in this session, and asks for none beside it.
+    It is exact after a file was written in this session, with `size_bytes` 0.
     """
     most = caller.limits.max_stored_bytes
     if most is None:
@@ -91,37 +110,53 @@ def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:
     _, now = files.stored(session, tenant_id=caller.tenant_id)
     if now + size_bytes > most:
         telemetry.SHED.labels("storage_quota_exceeded").inc()
-        detail = f"With this picture {now + size_bytes} of {most} bytes would be stored; delete pictures that are not needed."
+        detail = (
+            f"With this picture {now + size_bytes} of {most} bytes would be stored;"
+            " delete pictures that are not needed."
+        )
         raise StorageQuotaExceeded(detail, max_stored_bytes=most, stored_bytes=now + size_bytes)
 
 
-def lock(session: Session, caller: Caller) -> None:
-    """Let no other job of a tenant with stocks be written until commit.
+def lock_tenant_usage(session: Session, caller: Caller) -> None:
+    """Lock the tenant's usage until commit, if it has stocks, so that its jobs are written in turn.
 
-    To be called first in the transaction: who waits here must not keep a tier's releases, or the row of a key, from others.
+    Call it first in the transaction. Waiting here later would hold locks that others need: those of
+    a tier's releases, or the row of a key.
     """
     if caller.limits.has_stocks:
         usage.lock(session, tenant_id=caller.tenant_id)
 
 
 def check_stocks(session: Session, caller: Caller) -> None:
-    """Check that what was just written, and all before it, is within the caller's stocks. Raises QuotaExceeded, TooManyJobs."""
+    """Check the caller's stocks, with what this session has just written.
+
+    Raises QuotaExceeded, TooManyJobs.
+    """
     limits = caller.limits
     if not limits.has_stocks:
         return
-    _check_totals(limits, usage.usage_totals(session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs))
+    totals = usage.usage_totals(
+        session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
+    )
+    _check_totals(limits, totals)
 
 
 def _check_burst(amount: Decimal, burst: float) -> None:
     if amount > Decimal(str(burst)):
-        detail = f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        detail = (
+            f"would take {amount} megapixel-steps, and your budget never holds more than {burst:g}"
+        )
         raise invalid_wish(InvalidWish("steps", detail, {"max_megapixel_steps": burst}))
 
 
 def _budget_spent(amount: Decimal, held: Taken, per_minute: float) -> BudgetSpent:
     telemetry.SHED.labels("budget_spent").inc()
-    detail = f"{amount} megapixel-steps are asked for and {held.left:.2f} are left; {per_minute:g} come back each minute."
-    return BudgetSpent(detail, retry_after_s=max(1, math.ceil(held.wait_s)), policy="megapixel-steps")
+    detail = (
+        f"{amount} megapixel-steps are asked for and {held.left:.2f} are left;"
+        f" {per_minute:g} come back each minute."
+    )
+    retry_after_s = max(1, math.ceil(held.wait_s))
+    return BudgetSpent(detail, retry_after_s=retry_after_s, policy="megapixel-steps")
 
 
 def _check_totals(limits: Limits, totals: UsageTotals) -> None:
@@ -131,7 +166,9 @@ def _check_totals(limits: Limits, totals: UsageTotals) -> None:
     if exceeded.stock == "jobs":
         telemetry.SHED.labels("too_many_jobs").inc()
         detail = f"At most {exceeded.limit} jobs may be under way at once."
-        raise TooManyJobs(detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit))
+        raise TooManyJobs(
+            detail, retry_after_s=exceeded.retry_after_s, max_concurrent_jobs=int(exceeded.limit)
+        )
     telemetry.SHED.labels("quota_exceeded").inc()
     asked = f"With this request {exceeded.used} of {exceeded.limit} megapixel-steps"
     raise QuotaExceeded(

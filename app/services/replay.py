@@ -1,4 +1,4 @@
-"""Ask for a job's parameters again: nothing is resolved anew, so the same image comes of them."""
+"""Submit the parameters of a job again; they are not resolved anew, so the image is the same."""
 
 import uuid
 
@@ -15,8 +15,10 @@ from policy.fleet import Fleet
 from policy.params import params_of, pictures_of
 
 
-def replay(runtime: Runtime, caller: Caller, job_id: uuid.UUID, *, once: Once | None = None) -> Accepted:
-    """Accept a job with every parameter of the caller's job, the version of its model included.
+def replay(
+    runtime: Runtime, caller: Caller, job_id: uuid.UUID, *, once: Once | None = None
+) -> Accepted:
+    """Accept a job with every parameter of the caller's job, including its model version.
 
     Raises JobNotFound, ReplayImpossible and what `accept_once` raises.
     """
@@ -35,14 +37,21 @@ def _prepared(runtime: Runtime, caller: Caller, job_id: uuid.UUID) -> Prepared:
 def _check_fleet(fleet: Fleet, job: Job) -> None:
     model = fleet.models.get(job.model)
     if model is None or all(version.id != job.model_version for version in model.versions):
-        raise ReplayImpossible(f"Version {job.model_version} of model {job.model} is not offered any more.", gone="model_version")
+        raise ReplayImpossible(
+            f"Version {job.model_version} of model {job.model} is not offered any more.",
+            gone="model_version",
+        )
     if job.tier not in fleet.tiers:
         raise ReplayImpossible(f"Tier {job.tier} is not offered any more.", gone="tier")
     if job.pool not in fleet.pools or job.model not in fleet.pools[job.pool].models:
-        raise ReplayImpossible(f"Model {job.model} is not served by the same workers any more.", gone="pool")
+        raise ReplayImpossible(
+            f"Model {job.model} is not served by the same workers any more.", gone="pool"
+        )
     for adapter in job.adapters or []:
         if adapter["name"] not in model.adapters:
-            raise ReplayImpossible(f"Adapter {adapter['name']} is not offered any more.", gone="adapter")
+            raise ReplayImpossible(
+                f"Adapter {adapter['name']} is not offered any more.", gone="adapter"
+            )
 
 
 def _check_files(runtime: Runtime, job: Job) -> None:

@@ -1,6 +1,7 @@
-"""From a request for images to an accepted job: look up its key, resolve, admit, write, announce.
+"""Turn a request for images into an accepted job: look up its key, resolve, admit, write, announce.
 
-Every way in leads through `accept_once`, but for a batch (app/services/batches.py), which writes many at once.
+Every route uses `accept_once`, except batches (app/services/batches.py), which write many jobs at
+once.
 """
 
 import math
@@ -48,10 +49,10 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a caller asks for.
+    """A caller's request for one job.
 
-    wish: but for its pictures.  pictures: what its fields say of them: ids, data URLs, URLs.
-    metadata: the tenant's own.  start_within_s: its start deadline; None is the tier's own.
+    wish: without its pictures. pictures: by field, an id, a data URL or a URL. metadata: the
+    tenant's own. start_within_s: its start deadline; None for the tier's.
     """
 
     wish: Wish
@@ -60,8 +61,10 @@ class JobRequest:
     start_within_s: float | None = None
 
     def unseen(self) -> Wish:
-        """Return the wish with a stand-in for each picture: nobody has looked at them yet."""
-        stand_ins: dict[str, Any] = {field: UNSEEN for field, value in self.pictures.items() if value is not None}
+        """Return the wish with a placeholder for each picture, since none is decoded yet."""
+        stand_ins: dict[str, Any] = {
+            field: UNSEEN for field, value in self.pictures.items() if value is not None
+        }
         return replace(self.wish, **stand_ins)
 
 
@@ -80,9 +83,10 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The job that a request came to.
+    """The job that a request made or found.
 
-    is_new: False where the same request came before, under the same key.  place: where a new one stands.
+    is_new: False if the same request came before with the same key. place: the queue position of a
+    new job.
     """
 
     job: JobDocument
@@ -90,8 +94,10 @@ class Accepted:
     place: QueuePlace | None = None
 
 
-def submit(runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None) -> Accepted:
-    """Accept the job that is asked for, once. Raises as `prepare` and `accept_once` do."""
+def submit(
+    runtime: Runtime, caller: Caller, asked: JobRequest, *, once: Once | None = None
+) -> Accepted:
+    """Accept the requested job, once. Raises as `prepare` and `accept_once` do."""
     return accept_once(runtime, caller, lambda: prepare(runtime, caller, asked), once=once)
 
 
@@ -103,11 +109,12 @@ def accept_once(
     once: Once | None = None,
     may_answer: Callable[[JobDocument], bool] = lambda earlier: True,
 ) -> Accepted:
-    """Accept a job, once.
+    """Accept a job, or return the one that an earlier request with the same key made.
 
-    prepare: called only if the same request did not come before.  once: the key that the request comes under; if it
-    came before, the job of then is the answer, as it is now, whatever could be served now.  may_answer: whether that
-    job still answers; where it does not, a new one takes its place under the key.
+    prepare: called only if there is no earlier job. once: the request's idempotency key. An earlier
+    job is returned as it is now, even if no such job could be accepted any more. may_answer: tells
+    whether the earlier job still counts; if not, a new one replaces it under the key.
+
     Raises the Problem of a job that cannot be served now, and what `prepare` raises.
     """
     if once is not None and (earlier := _find_earlier(runtime, caller, once)) is not None:
@@ -121,26 +128,30 @@ def accept_once(
     except idempotency.KeyReused:
         raise reused() from None
     except Problem:
-        # Not the answer if the same request was accepted while this one brought its pictures.
+        # The same request may have been accepted while this one stored its pictures.
         if once is None or (earlier := _find_earlier(runtime, caller, once)) is None:
             raise
         return _came_before(earlier)
 
 
 def prepare(runtime: Runtime, caller: Caller, asked: JobRequest) -> Prepared:
-    """Resolve what is asked for, and bring its pictures if such a job could be accepted now.
+    """Resolve the request, and store its pictures if the job could be accepted now.
 
     Raises as `resolve`, `foresee` and `with_pictures` do.
     """
     resolved = resolve(runtime, caller, asked.unseen())
     if asked.pictures.get("mask") is not None or any(map(inputs.is_new, asked.pictures.values())):
-        foresee(runtime, caller, resolved, start_within_s=asked.start_within_s)  # a mask is looked at also when it is here
+        # Also for a mask that is stored already: it has to be decoded.
+        foresee(runtime, caller, resolved, start_within_s=asked.start_within_s)
     resolved = with_pictures(resolved, asked.pictures, Intake(runtime, caller))
     return Prepared(resolved, asked.metadata, asked.start_within_s)
 
 
 def resolve(runtime: Runtime, caller: Caller, wish: Wish) -> Resolved:
-    """Resolve every parameter of the wish. Raises InvalidImageRequest, which names the field, and Forbidden."""
+    """Resolve every parameter of the wish.
+
+    Raises InvalidImageRequest, which names the field, and Forbidden.
+    """
     try:
         resolved = runtime.resolve(wish)
     except InvalidWish as error:
@@ -149,14 +160,22 @@ def resolve(runtime: Runtime, caller: Caller, wish: Wish) -> Resolved:
     return resolved
 
 
-def foresee(runtime: Runtime, caller: Caller, resolved: Resolved, *, start_within_s: float | None = None) -> None:
-    """Raise what the job would be refused for now. Nothing is written: for pictures that would be decoded and stored for nothing."""
-    new, _ = draft(runtime, caller, Prepared(resolved, start_within_s=start_within_s))
+def foresee(
+    runtime: Runtime, caller: Caller, resolved: Resolved, *, start_within_s: float | None = None
+) -> None:
+    """Raise what the job would be refused for now; nothing is written.
+
+    Call it before pictures are decoded and stored, which a refusal would waste.
+    """
+    new, _ = price_and_admit(runtime, caller, Prepared(resolved, start_within_s=start_within_s))
     quotas.foresee(runtime, caller, new.megapixel_steps)
 
 
 def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: Intake) -> Resolved:
-    """Put in the files that the fields stand for, brought if they are new. Raises as `Intake.files` and `check_mask` do."""
+    """Add the files of the picture fields, storing new pictures.
+
+    Raises as `Intake.files` and `check_mask` do.
+    """
     found = intake.files(fields)
     if "mask" in found:
         intake.check_mask(found["mask"], resolved.width_px, resolved.height_px)
@@ -164,19 +183,20 @@ def with_pictures(resolved: Resolved, fields: Mapping[str, str | None], intake: 
     return replace(resolved, **ids)
 
 
-def draft(
+def price_and_admit(
     runtime: Runtime,
     caller: Caller,
     prepared: Prepared,
     *,
     booked: Bookings | None = None,
 ) -> tuple[NewJob, Expected]:
-    """Return all that is to be written of a job that may be let in now, and what is expected of it.
+    """Price and admit a job; return the row to write, and the forecast for it.
 
-    booked: what the caller is about to write before it. Raises the Problem of one that may not be let in.
+    booked: what the caller will write before it. Raises the Problem of a job that is refused.
     """
-    resolved, fleet = prepared.params, runtime.fleet
-    quotas.check_allowed(caller, resolved)  # a replay was not resolved just now
+    resolved = prepared.params
+    fleet = runtime.fleet
+    quotas.check_allowed(caller, resolved)  # for replays, which were not resolved just now
     tier = fleet.tiers[resolved.tier]
     deadline_s = start_deadline_s(prepared.start_within_s, tier.start_within_s)
     expected = runtime.forecaster.expect(resolved, caller.tenant_id, booked)
@@ -199,14 +219,15 @@ def draft(
 
 
 def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | None) -> Accepted:
-    """Write the job, complete with its images, and announce it if there is room."""
-    resolved, tenant_id = prepared.params, caller.tenant_id
-    drafted, expected = draft(runtime, caller, prepared)
+    """Write the job with its images, and announce it if the limits allow."""
+    resolved = prepared.params
+    tenant_id = caller.tenant_id
+    drafted, expected = price_and_admit(runtime, caller, prepared)
     hint, limits = runtime.forecaster.release_hint(resolved, tenant_id)
 
     def write_job(session: Session) -> tuple[NewJob, AcceptedRow]:
         new = drafted
-        quotas.lock(session, caller)
+        quotas.lock_tenant_usage(session, caller)
         if once is not None:
             idempotency.claim(session, once, tenant_id=tenant_id)
         if prepared.replay_of is not None:
@@ -221,17 +242,17 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
                 num_images=resolved.num_images,
             )
             new = replace(new, announced=may_pass)
-        (row,) = write(session, runtime, caller, [new])
+        (row,) = insert_jobs(session, runtime, caller, [new])
         if once is not None:
             idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
         return new, row
 
     try:
-        with quotas.charged(runtime, caller, drafted.megapixel_steps):
+        with quotas.budget_charge(runtime, caller, drafted.megapixel_steps):
             new, row = run_transaction(runtime.database, write_job)
     except jobs.NothingLeft:
         raise ReplayImpossible("The job was erased: its parameters are gone.") from None
-    except FileGone as error:  # since it was looked up, a moment ago
+    except FileGone as error:  # it was erased after its look-up a moment ago
         if prepared.replay_of is not None:
             raise ReplayImpossible("A picture that the job starts from was deleted.") from None
         raise picture_gone(error) from None
@@ -240,10 +261,12 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
     return Accepted(document, is_new=True, place=expected.place)
 
 
-def write(session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJob]) -> list[AcceptedRow]:
-    """Write the caller's jobs, if its stocks allow. Raises QuotaExceeded, TooManyJobs: nothing is written then, by rolling back.
+def insert_jobs(
+    session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJob]
+) -> list[AcceptedRow]:
+    """Insert the caller's jobs, if its stocks allow. Call it after `quotas.lock_tenant_usage`.
 
-    To be called in a transaction that began with `quotas.lock`.
+    Raises QuotaExceeded, TooManyJobs; the transaction must then be rolled back.
     """
     rows = accepting.accept(
         session,
@@ -257,8 +280,10 @@ def write(session: Session, runtime: Runtime, caller: Caller, new: Sequence[NewJ
     return rows
 
 
-def _announce(runtime: Runtime, caller: Caller, new: NewJob, row: AcceptedRow, hint: ReleaseHint) -> None:
-    """Count the job, now that it is committed, and hand it or those before it to Celery."""
+def _announce(
+    runtime: Runtime, caller: Caller, new: NewJob, row: AcceptedRow, hint: ReleaseHint
+) -> None:
+    """Count the committed job, and announce it or the waiting jobs before it."""
     params = new.params
     telemetry.JOBS_ACCEPTED.labels(params.tier, params.model).inc()
     log.info("job_accepted", job_id=str(row.id), tier=params.tier, model=params.model)
@@ -269,9 +294,10 @@ def _announce(runtime: Runtime, caller: Caller, new: NewJob, row: AcceptedRow, h
 
 
 def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str) -> None:
-    """Announce waiting jobs as the limits allow, now that the caller's rows are committed.
+    """Announce waiting jobs as the limits allow; the caller's rows must be committed.
 
-    They are accepted whatever happens here: the sweeper covers a crash, a broker or a database that goes away between the two.
+    An error here does not undo the accept. If the process crashes, or the broker or the database
+    goes away, the sweeper announces them.
     """
     try:
         runtime.release.release(pool, tier, tenant_id=caller.tenant_id)
@@ -279,8 +305,11 @@ def release_waiting_jobs(runtime: Runtime, caller: Caller, pool: str, tier: str)
         log.warning("release_postponed", pool=pool, tier=tier, reason=type(error).__name__)
 
 
-def answer_to(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
-    """Return what the same request came to before; None if it is new, or to be renewed. Raises IdempotencyKeyReused."""
+def find_replayed_answer(runtime: Runtime, caller: Caller, once: Once) -> Answer | None:
+    """Return the stored answer of the same request; None if it is new or to be renewed.
+
+    Raises IdempotencyKeyReused.
+    """
     if once.renew:
         return None
     try:
@@ -297,41 +326,52 @@ def _came_before(job: JobDocument) -> Accepted:
 
 
 def _find_earlier(runtime: Runtime, caller: Caller, once: Once) -> JobDocument | None:
-    answer = answer_to(runtime, caller, once)
+    answer = find_replayed_answer(runtime, caller, once)
     return _job_of(runtime, caller, answer) if answer is not None else None
 
 
 def _job_of(runtime: Runtime, caller: Caller, answer: Answer) -> JobDocument:
     with transaction(runtime.database) as session:
-        job = jobs.find(session, answer.job_id, tenant_id=caller.tenant_id) if answer.job_id else None
+        job_id = answer.job_id
+        job = jobs.find(session, job_id, tenant_id=caller.tenant_id) if job_id else None
     if job is None:
         raise reused()
     return of_row(job)
 
 
 def problem_of(refusal: Refusal) -> Problem:
-    """Make the problem of a wish that could be served at another time."""
-    kinds: dict[str, type[Problem]] = {"unserved": ModelUnserved, "tenant_queue_full": TenantQueueFull}
+    """Make the problem of a job that is refused now but may be accepted later."""
+    kinds: dict[str, type[Problem]] = {
+        "unserved": ModelUnserved,
+        "tenant_queue_full": TenantQueueFull,
+    }
     kind = kinds.get(refusal.reason, FleetSaturated)
     return kind(refusal.detail, retry_after_s=refusal.retry_after_s, reason=refusal.reason)
 
 
 def picture_gone(error: FileGone) -> InvalidImageRequest:
-    """Make the problem of a picture that was erased while the request that names it was being read."""
+    """Make the problem of a picture that was erased while the request was being served."""
     detail = f"The picture {error.file_id} was deleted meanwhile."
     return InvalidImageRequest(detail, errors=[{"pointer": "", "detail": detail}])
 
 
 def reused() -> IdempotencyKeyReused:
-    """Make the problem of a key that came with another request."""
-    return IdempotencyKeyReused("This Idempotency-Key came with another request within the last day.", header="Idempotency-Key")
+    """Make the problem of an idempotency key that came with another request before."""
+    return IdempotencyKeyReused(
+        "This Idempotency-Key came with another request within the last day.",
+        header="Idempotency-Key",
+    )
 
 
 def start_deadline_s(asked_s: float | None, longest_s: float) -> float:
-    """Return the seconds within which the job must start: what is asked for, or the tier's own. Raises InvalidImageRequest."""
+    """Return the seconds within which the job must start: the requested ones, or the tier's.
+
+    Raises InvalidImageRequest.
+    """
     if asked_s is None:
         return longest_s
     if not (math.isfinite(asked_s) and 0 < asked_s <= longest_s):
         accepted = {"min": 0, "max": longest_s}
-        raise invalid_wish(InvalidWish("start_deadline_s", f"must be more than 0 and at most {longest_s} seconds", accepted))
+        detail = f"must be more than 0 and at most {longest_s} seconds"
+        raise invalid_wish(InvalidWish("start_deadline_s", detail, accepted))
     return asked_s

@@ -1,4 +1,4 @@
-"""What an operator does with tenants, their limits and their API keys."""
+"""Manage tenants, their limits and their API keys, for operators."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -44,7 +44,7 @@ def find(runtime: Runtime, tenant_id: UUID) -> Tenant:
 
 
 def find_in(session: Session, tenant_id: UUID) -> Tenant:
-    """Return the tenant, read in a transaction that goes on. Raises TenantNotFound."""
+    """Return the tenant, read in this session. Raises TenantNotFound."""
     tenant = session.get(Tenant, tenant_id)
     if tenant is None:
         raise TenantNotFound(f"There is no tenant {tenant_id}.")
@@ -59,10 +59,10 @@ def change(
     weight: float | None,
     limits: Mapping[str, Any],
 ) -> Tenant:
-    """Give the tenant another weight and other limits; every process knows within a second.
+    """Change the tenant's weight and limits; every process knows within a second.
 
-    weight: None leaves it as it is.  limits: by the fields of `Limits`, those that change; None
-    takes one away.  Raises InvalidRequest and TenantNotFound.
+    weight: None keeps it. limits: the fields of `Limits` that change; None removes a limit. Raises
+    InvalidRequest and TenantNotFound.
     """
     _check_offered(runtime, limits)
 
@@ -96,7 +96,7 @@ def issue_key(
     scopes: Sequence[str],
     expires_at: datetime | None,
 ) -> tuple[ApiKey, str]:
-    """Add a key; return its row and the key itself, which nobody can show again.
+    """Add a key; return its row and the key itself, which is not stored and cannot be shown again.
 
     Raises TenantNotFound.
     """
@@ -124,7 +124,7 @@ def rotate_key(
     *,
     grace_s: float,
 ) -> tuple[ApiKey, str]:
-    """Add a key with the name and scopes of this one, which lives on for `grace_s`.
+    """Add a key with the name and scopes of this one, which stays valid for `grace_s`.
 
     Return the new row and the new key. Raises KeyNotFound.
     """
@@ -146,7 +146,7 @@ def rotate_key(
 
 
 def revoke_key(runtime: Runtime, caller: Caller, key_id: UUID) -> None:
-    """Refuse the key from now on; every process knows within a second. Raises KeyNotFound."""
+    """Revoke the key; every process refuses it within a second. Raises KeyNotFound."""
     row = run_transaction(
         runtime.database,
         lambda session: api_keys.revoke(session, key_id, actor=caller.actor),
@@ -156,9 +156,10 @@ def revoke_key(runtime: Runtime, caller: Caller, key_id: UUID) -> None:
 
 
 def _check_offered(runtime: Runtime, limits: Mapping[str, Any]) -> None:
-    """Raise InvalidRequest for tiers and models that are not those of the fleet."""
+    """Check that the limits name tiers and models of fleet.toml. Raises InvalidRequest."""
     for name, note in OFFERED.items():
-        said, offered = limits.get(name), getattr(runtime.fleet, note.section)
+        said = limits.get(name)
+        offered = getattr(runtime.fleet, note.section)
         if said is not None and (not said or set(said) - offered.keys()):
             detail = "must name at least one, and only those of fleet.toml"
             raise InvalidRequest.at(name, detail, accepted=list(offered))

@@ -1,4 +1,4 @@
-"""Have objects deleted from the store that nothing refers to any more."""
+"""Have objects deleted from the store that no row refers to any more."""
 
 import structlog
 
@@ -10,9 +10,9 @@ log = structlog.get_logger(__name__)
 
 
 def ask_to_tidy(runtime: Runtime) -> None:
-    """Ask a results worker to tidy the store now; to be called after commit.
+    """Ask a results worker to tidy the store now; call it after commit.
 
-    While the broker is away nothing is asked, and nothing raised: the sweeper finds what is left.
+    While the broker is away, nothing is sent and nothing is raised: the sweeper deletes them later.
     """
     last_queue = queues.results_queue(runtime.fleet, runtime.fleet.tiers_by_rank[-1])
     try:

@@ -1,4 +1,4 @@
-"""What tenants have used: their ledgers, and where a caller stands."""
+"""Read what tenants have used: their ledgers, and a caller's current use."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from models.database import transaction
 from models.tables import UsageDay
 from policy.limits import UsageTotals
 
-COUNT_JOBS_TO = 100_000  # of what is under way; whoever has more is told of one more
+COUNT_JOBS_TO = 100_000  # unfinished jobs; the count of more than that is this number plus one
 
 
 @dataclass(frozen=True, kw_only=True)
 class OwnUsage:
-    """What a caller has used, and what it has under way and stored now."""
+    """A caller's ledger, its unfinished jobs and its stored files."""
 
     days: Sequence[UsageDay]
     totals: UsageTotals
@@ -27,7 +27,7 @@ class OwnUsage:
 
 
 def own(runtime: Runtime, caller: Caller, *, since: date, until: date) -> OwnUsage:
-    """Read the caller's ledger of the days `since` to `until`, and where it stands now."""
+    """Read the caller's ledger from `since` to `until`, and its current use."""
     with transaction(runtime.database) as session:
         days = usage.days(session, tenant_id=caller.tenant_id, since=since, until=until)
         totals = usage.usage_totals(
@@ -51,7 +51,7 @@ def days_of(
     since: date,
     until: date,
 ) -> Sequence[UsageDay]:
-    """Read any tenant's ledger of the days `since` to `until`. Raises TenantNotFound."""
+    """Read any tenant's ledger from `since` to `until`. Raises TenantNotFound."""
     with transaction(runtime.database) as session:
         tenants.find_in(session, tenant_id)
         return usage.days(session, tenant_id=tenant_id, since=since, until=until)

@@ -1,7 +1,8 @@
-"""Wait for a job's end on behalf of a client, with no connection to the database held meanwhile.
+"""Wait for a job's end on behalf of a client, without holding a database connection.
 
-A client that waits keeps a thread, so a process lets so many wait and no more, and a tenant its
-share of them (app/live/capacity.py). It is let go when it has left, and when its key is revoked.
+A waiting client occupies a thread. So a process has a limited number of places, shared among
+tenants (app/live/capacity.py). The wait ends early when the client has left, or when its key is
+revoked.
 """
 
 import uuid
@@ -20,7 +21,7 @@ from policy.states import FINAL_STATES
 
 @contextmanager
 def waiting_place(runtime: Runtime, caller: Caller, wait_s: int) -> Iterator[int]:
-    """Tell how long the caller may wait: `wait_s`, or 0 where as many wait as may."""
+    """Reserve a place to wait; yield `wait_s`, or 0 if no place is free."""
     holding = runtime.waits.take(caller.tenant_id) if wait_s else None
     if wait_s and holding is None:
         telemetry.SHED.labels("waits_exhausted").inc()
@@ -33,10 +34,13 @@ def waiting_place(runtime: Runtime, caller: Caller, wait_s: int) -> Iterator[int
 
 @contextmanager
 def require_waiting_place(runtime: Runtime, caller: Caller) -> Iterator[None]:
-    """Let the caller wait within. Raises WaitsExhausted where as many wait as may."""
+    """Reserve a place to wait. Raises WaitsExhausted if none is free."""
     with waiting_place(runtime, caller, 1) as may_wait:
         if not may_wait:
-            detail = "As many image calls wait here as may, or as many of your tenant. No job was made: ask again, or POST /v1/jobs."
+            detail = (
+                "As many image calls wait here as may, or as many of your tenant."
+                " No job was made: ask again, or POST /v1/jobs."
+            )
             raise WaitsExhausted(detail, retry_after_s=2)
         yield
 
@@ -49,10 +53,10 @@ def wait_for_end(
     *,
     has_left: Callable[[], bool],
 ) -> Job:
-    """Return the caller's job as it is once it has ended, or after `wait_s`.
+    """Return the caller's job once it has ended, or as it is after `wait_s`.
 
-    has_left: whether the client has gone, so that nobody waits for the answer. Raises JobNotFound;
-    Unauthenticated when the key is revoked or expires meanwhile.
+    has_left: tells whether the client has gone, so that nobody needs the answer. Raises
+    JobNotFound; Unauthenticated when the key is revoked or expires meanwhile.
     """
     if not wait_s or job.state in FINAL_STATES:
         return job

@@ -1,4 +1,4 @@
-"""Keep a tenant's webhook endpoints and their secrets, and send there what is asked for."""
+"""Manage a tenant's webhook endpoints, their secrets and their deliveries."""
 
 from collections.abc import Sequence
 from uuid import UUID
@@ -31,9 +31,9 @@ def create(
     events: Sequence[str],
     description: str,
 ) -> tuple[WebhookEndpoint, str]:
-    """Add an endpoint; return it and its secret, which nobody can show again.
+    """Add an endpoint; return it and its secret, which is not shown again.
 
-    Raises InvalidRequest, also for one more endpoint than a tenant may have.
+    Raises InvalidRequest, also for more endpoints than a tenant may have.
     """
     _check(runtime, url, events, description)
     secret = new_secret()
@@ -58,7 +58,7 @@ def create(
 
 
 def all_of(runtime: Runtime, caller: Caller) -> Sequence[WebhookEndpoint]:
-    """List the caller's endpoints, oldest first; there are never many."""
+    """List the caller's endpoints, oldest first; there are at most MAX_ENDPOINTS."""
     with transaction(runtime.database) as session:
         return webhooks.of_tenant(session, tenant_id=caller.tenant_id)
 
@@ -79,7 +79,7 @@ def change(
     description: str | None,
     enabled: bool | None,
 ) -> WebhookEndpoint:
-    """Give the caller's endpoint other values; None leaves one as it is.
+    """Change the caller's endpoint; None keeps a value.
 
     Raises InvalidRequest and WebhookNotFound.
     """
@@ -103,7 +103,7 @@ def change(
 
 
 def delete(runtime: Runtime, caller: Caller, endpoint_id: UUID) -> None:
-    """Send nothing there any more, not even what waits. Raises WebhookNotFound."""
+    """Delete the endpoint; waiting deliveries are not sent any more. Raises WebhookNotFound."""
 
     def end(session: Session) -> None:
         webhooks.delete(session, _lock(session, caller, endpoint_id), actor=caller.actor)
@@ -116,7 +116,7 @@ def rotate(
     caller: Caller,
     endpoint_id: UUID,
 ) -> tuple[WebhookEndpoint, str]:
-    """Give the endpoint a new secret; return both. The one before signs for SECRET_GRACE_S, too.
+    """Give the endpoint a new secret; return both. The old one signs, too, for SECRET_GRACE_S.
 
     Raises WebhookNotFound.
     """
@@ -162,7 +162,7 @@ def deliveries(
 ) -> list[tuple[WebhookDelivery, list[WebhookAttempt]]]:
     """List up to `limit` deliveries with their attempts, newest first, older than `before`.
 
-    state: only those in it.  Raises WebhookNotFound.
+    state: only deliveries in this state. Raises WebhookNotFound.
     """
     with transaction(runtime.database) as session:
         _find(session, caller, endpoint_id)
@@ -170,7 +170,7 @@ def deliveries(
 
 
 def redeliver(runtime: Runtime, caller: Caller, delivery_id: UUID) -> WebhookDelivery:
-    """Send a delivery again, under the id that it has. Raises DeliveryNotFound."""
+    """Send a delivery again under the same id. Raises DeliveryNotFound."""
 
     def make_due(session: Session) -> WebhookDelivery | None:
         return webhooks.redeliver(
@@ -190,7 +190,7 @@ def redeliver(runtime: Runtime, caller: Caller, delivery_id: UUID) -> WebhookDel
 def _announce(runtime: Runtime, delivery_id: UUID) -> None:
     try:
         runtime.broker.ask_to_deliver(delivery_id)
-    except BrokerUnavailable as error:  # the sweeper will
+    except BrokerUnavailable as error:  # the sweeper will announce it
         log.info("delivery_not_announced", delivery_id=str(delivery_id), reason=str(error))
 
 
@@ -216,7 +216,7 @@ def _check(
     events: Sequence[str] | None,
     description: str | None,
 ) -> None:
-    """Raise InvalidRequest for what is of the right type and of no use."""
+    """Check the values, whose types are right already. Raises InvalidRequest."""
     if url is not None and (why := runtime.outbound.refusal(url)) is not None:
         raise InvalidRequest.at("url", why, accepted="an https URL of a public host")
     if events is not None and (not events or set(events) - set(EVENTS)):

@@ -1,1 +1,1 @@
-"""Describe what can be asked, with what parameters, and all of it as one OpenAPI document."""
+"""Describe every operation of the API with its parameters, as one OpenAPI document."""

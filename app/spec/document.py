@@ -46,12 +46,8 @@ TAGS = {  # blueprint -> the heading of its operations, in the order in which th
     "health": "The gateway itself",
     "explain": "The gateway itself",
 }
-LEFT_OUT = {
-    "static",
-    "openapi.show_spec",
-    "openapi.show_docs",
-    "links.show_linked",
-}  # no interface of programs
+# Routes that are not meant for programs.
+LEFT_OUT = {"static", "openapi.show_spec", "openapi.show_docs", "links.show_linked"}
 _KINDS: dict[str, Schema] = {
     "uuid": {"type": "string", "format": "uuid"},
     "int": {"type": "integer", "minimum": 0},
@@ -82,7 +78,7 @@ def paths_of(app: Flask) -> dict[tuple[str, str], tuple[str, dict[str, Schema]]]
 def build(app: Flask, fleet: Fleet, settings: GatewaySettings, root: str = "/") -> dict[str, Any]:
     """Build the document; `root` is the path under which clients reach the gateway.
 
-    KeyError for a route that `OPERATIONS` does not describe.
+    Raises KeyError for a route that `OPERATIONS` does not describe.
     """
     shapes = _Shapes(fleet)
     paths: dict[str, dict[str, Any]] = {}
@@ -116,13 +112,13 @@ def build(app: Flask, fleet: Fleet, settings: GatewaySettings, root: str = "/") 
 
 
 class _PlainSchema(GenerateJsonSchema):
-    """JSON Schema without what pydantic makes of names in our code, and of docstrings."""
+    """Generates JSON Schema without the titles and descriptions that pydantic takes from code."""
 
     def field_title_should_be_set(self, schema: Any) -> bool:
         return False
 
     def field_is_required(self, field: Any, total: bool) -> bool:
-        """Say that an answer has what its dataclass has, and a TypedDict what it says itself."""
+        """Require every member of an answer's dataclass; a TypedDict says what it requires."""
         if field["type"] == "typed-dict-field":
             return bool(field.get("required", total))
         return self.mode == "serialization" or super().field_is_required(field, total)
@@ -138,7 +134,7 @@ class _PlainSchema(GenerateJsonSchema):
 
 
 class _Shapes:
-    """The documents of all operations as components of one document."""
+    """The schemas of all operations, as components of one document."""
 
     def __init__(self, fleet: Fleet) -> None:
         wanted = list(dict.fromkeys(_kinds()))
@@ -152,12 +148,12 @@ class _Shapes:
         self._describe_limits()
 
     def of(self, kinds: Iterable[Any], mode: JsonSchemaMode = "serialization") -> Schema:
-        """Return the schema of what is any of the kinds."""
+        """Return the schema of a document that is one of these kinds."""
         refs = [self._refs[kind, mode] for kind in kinds]
         return refs[0] if len(refs) == 1 else {"anyOf": refs}
 
     def content(self, kinds: Iterable[Any], media_type: str = JSON) -> dict[str, Any]:
-        """Return the content of an answer that is any of the kinds."""
+        """Return the content of an answer that is one of these kinds."""
         return {media_type: {"schema": self.of(kinds)}}
 
     def body(self, kind: Any) -> Schema:
@@ -165,7 +161,7 @@ class _Shapes:
         return kind if isinstance(kind, dict) else self.of((kind,), "validation")
 
     def _describe_jobs(self, fleet: Fleet) -> None:
-        """Say what a job's fields mean and may be; in `JobFields` none is required."""
+        """Describe a job's fields and their bounds; in `JobFields` none is required."""
         job = self.definitions[JobBody.__name__]
         for name, keywords in job_fields(fleet).items():
             _add(job["properties"][name], keywords)
@@ -174,7 +170,7 @@ class _Shapes:
         self.definitions[JobFields.__name__] = fields
 
     def _describe_limits(self) -> None:
-        """Say of limits that are changed what is said of those that are shown."""
+        """Give the limits of a change the descriptions of the limits that are shown."""
         changed = self.definitions[TenantChange.__name__]["properties"]
         for name, member in self.definitions[Tenant.__name__]["properties"].items():
             if name in changed:
@@ -184,7 +180,7 @@ class _Shapes:
 
 
 def _kinds() -> Iterable[tuple[Any, JsonSchemaMode]]:
-    """List every kind of document that operations name, and which way it goes."""
+    """List every kind of document that operations name, with its direction."""
     yield Problem, "serialization"
     for kind, _ in MESSAGES.values():
         yield kind, "serialization"
@@ -197,7 +193,7 @@ def _kinds() -> Iterable[tuple[Any, JsonSchemaMode]]:
 
 
 def _without_names(described: Schema, schema: Any) -> Schema:
-    """Take away a document's title and docstring: they are for whoever reads the code."""
+    """Remove a document's title and docstring, which are written for readers of the code."""
     described.pop("title", None)
     if described.get("description") == inspect.getdoc(schema["cls"]):
         described.pop("description", None)
@@ -205,7 +201,7 @@ def _without_names(described: Schema, schema: Any) -> Schema:
 
 
 def _add(member: Schema, keywords: Schema) -> None:
-    """Add a description, and what bounds a value, to a member that may be null."""
+    """Add a description and bounds to a member that may be null."""
     bounds = {name: value for name, value in keywords.items() if name != "description"}
     member["description"] = keywords["description"]
     bounded = next((each for each in member.get("anyOf", ()) if each["type"] != "null"), member)

@@ -1,4 +1,4 @@
-"""Say what a job's fields mean and may be, by what is enforced and what fleet.toml offers."""
+"""Describe a job's fields and their bounds, by what is enforced and what fleet.toml offers."""
 
 from typing import Any
 
@@ -29,7 +29,7 @@ ABOUT = {
 
 
 def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
-    """Return keywords of JSON Schema by the names of a job's fields; all that is accepted fits."""
+    """Return JSON Schema keywords by the names of a job's fields; every accepted value fits."""
     models, tiers = fleet.models.values(), fleet.tiers.values()
     longest_prompt = max(model.max_prompt_chars for model in models)
     bounds: dict[str, dict[str, Any]] = {
@@ -61,7 +61,7 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
 
 
 def _bounds(param: Param) -> dict[str, Any]:
-    """Return what a parameter may be that is what the request says, whatever the model."""
+    """Return range and choices of a parameter whose bounds do not depend on the model."""
     rule = param.as_asked
     if rule is None:
         return {}

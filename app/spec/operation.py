@@ -1,4 +1,4 @@
-"""What the document says of one route and method, and the parameters that several routes take."""
+"""Define how the document describes an operation, and the parameters that several routes share."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -9,7 +9,9 @@ from app.http.idempotency import MAX_KEY_CHARS
 from app.http.pages import DEFAULT_PAGE, MAX_PAGE
 from settings import GatewaySettings
 
-JSON, FORM, STREAM = "application/json", "multipart/form-data", "text/event-stream"
+JSON = "application/json"
+FORM = "multipart/form-data"
+STREAM = "text/event-stream"
 PROMPT = "a large red circle in the center on a blue background"
 Schema = dict[str, Any]
 About = str | Callable[[GatewaySettings], str]
@@ -17,7 +19,10 @@ About = str | Callable[[GatewaySettings], str]
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A query parameter or a header. about: for users; perhaps with the installation's numbers."""
+    """A query parameter or a header.
+
+    about: its text for users, or a function that makes the text from the settings.
+    """
 
     name: str
     where: str
@@ -30,10 +35,11 @@ class Parameter:
 class Operation:
     """One route and method.
 
-    summary, description: for users of the API.  answers: documents, one of which a good answer is;
-    none: it has no JSON.  events: of a stream that it may answer with, by name, the documents of
-    their data.  also: further good answers, by status, in words.  body: by content type, a model,
-    a TypedDict or a schema.  examples: by content type, bodies that run as they are.
+    summary, description: for users of the API. answers: the documents, of which a successful answer
+    is one; empty if it has no JSON. events: if it may answer with a stream, the documents of the
+    data of each event, by name. also: further successful answers, by status, in words. body: by
+    content type, a model, a TypedDict or a schema. examples: by content type, bodies that can be
+    sent as they are.
     """
 
     summary: str

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 
 from app.openai.answers import may_still_answer, problem_of_end
-from app.openai.body import EDIT, GENERATION, VARIATION, Asked, gathered, nearest_size, read
+from app.openai.body import EDIT, GENERATION, VARIATION, ImageCall, gathered, nearest_size, read
 from app.problems import InvalidImageRequest, JobFailed, ModelNotFound, NotOffered, Problem
 from models.tables import Job
 from policy.failures import FailureCode
@@ -47,7 +47,7 @@ def a_job_that(state, *, failure_code=None, ended_ago_s=None, erased=False) -> J
     return Job(id=uuid.uuid4(), state=state, failure_code=failure_code, finished_at=finished_at, erased_at=erased_at)
 
 
-def understood(read_it) -> Asked | None:
+def understood(read_it) -> ImageCall | None:
     """None if it was refused by a problem that names a field."""
     try:
         return read_it()

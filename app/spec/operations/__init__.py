@@ -1,4 +1,4 @@
-"""All that can be asked, by method and path, with texts for users of the API."""
+"""Describe every operation by method and path, with texts for users of the API."""
 
 from app.spec.operation import Operation
 from app.spec.operations import account, admin, files, jobs, openai, webhooks

@@ -1,4 +1,4 @@
-"""Operations of what a tenant may ask for, and of what it may use and has used."""
+"""Describe the operations of models, tiers, /v1/key and /v1/usage, and of the gateway itself."""
 
 from app.http.account import MOST_DAYS
 from app.schemas.account import OwnKey, OwnUsage

@@ -1,4 +1,4 @@
-"""Operations of an operator over the whole installation; keys need the scope `admin`."""
+"""Describe the operations of /v1/admin, for operators; keys need the scope `admin`."""
 
 from app.http.admin import KeyBody, RotateBody, TenantBody, TenantChange
 from app.schemas.account import IssuedKey, KeyPage, RotatedKey, Tenant, TenantPage, TenantUsage

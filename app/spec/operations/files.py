@@ -1,4 +1,4 @@
-"""Operations of the pictures that jobs start from."""
+"""Describe the operations of /v1/files."""
 
 from app.http.files import CONTENT_TYPES
 from app.schemas.files import File, FileForm, FilePage

@@ -1,4 +1,4 @@
-"""Operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate."""
+"""Describe the operations of jobs: accept, show, list, follow, cancel, replay, erase, estimate."""
 
 from app.http.listing import METADATA
 from app.schemas.bodies import BatchBody, JobBody
@@ -87,7 +87,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
         summary="Follow a job live",
         description="What happens to the job, as server-sent events, from the first one or from"
         " `Last-Event-ID` on, until `final`, whose data are the whole job.",
-        events={**{name: (kind,) for name, kind in EVENTS.items()}, "final": (Job,)},
+        events={name: (kind,) for name, kind in EVENTS.items()} | {"final": (Job,)},
         parameters=(
             query(
                 "previews",

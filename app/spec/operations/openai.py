@@ -1,4 +1,4 @@
-"""Operations of OpenAI's images interface."""
+"""Describe the operations of OpenAI's images interface."""
 
 from app.schemas import openai as schemas
 from app.schemas.openai import STREAM

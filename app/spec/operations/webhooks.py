@@ -1,4 +1,4 @@
-"""Operations of webhooks, and the messages that endpoints are sent."""
+"""Describe the operations of webhooks, and the messages that endpoints receive."""
 
 from app.http.webhooks import EndpointBody, EndpointChange
 from app.schemas.events import JobMessage, TestMessage
