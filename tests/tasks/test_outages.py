@@ -334,3 +334,33 @@ def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
     starting.join(timeout=10)
     assert not starting.is_alive()
     keeper.close()
+
+
+def test_sweeper_that_stood_by_while_another_swept_takes_that_time_for_no_outage(sweeping):
+    another = build(sweeping.sweeper.settings, sweeping.sweeper.fleet)
+    time.sleep(1.5)
+    sweeping.sweeper.on_turn = another.sweep  # in the midst of our passes
+    sweeping.sweeper.sweep()
+    sweeping.sweeper.on_turn = lambda: None
+    job = sweeping.accept(start_within_s=1.2)
+    before = sweeping.row(job).start_by
+
+    with refusing(sweeping, "broker"):
+        another.sweep()
+
+    assert sweeping.row(job).start_by == before, "the outage lasted no second"
+
+
+def test_lost_message_of_the_front_queue_is_missed_though_the_tier_s_own_queue_has_some(sweeping):
+    made = announced_long_ago(sweeping, plain=10, front=5)
+    with transaction(sweeping.database.app) as session:
+        query = text("UPDATE jobs SET is_front = true WHERE id = :id")
+        session.execute(query, {"id": made["front"].id})
+    announce = sweeping.sweeper.broker.announce
+    announce(queues.RENDER_JOB, "local.fast", made["plain"].id, num_images=1)
+
+    sweeping.sweeper.sweep()
+
+    front = [job_of_message(raw) for raw in sweeping.broker.lrange("local.fast.front", 0, -1)]
+    assert front == [made["front"].id]
+    assert messages_of(sweeping, made["plain"]) == 1
