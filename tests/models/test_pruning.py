@@ -208,9 +208,9 @@ def test_only_months_that_ended_before_are_due(own_database, owner, months):
 # Jobs and files
 
 
-def age(session, job) -> uuid.UUID:
+def age(session, job, by: timedelta = LONG_AGO) -> uuid.UUID:
     """Make the job one of long ago, its id included, for ids are times."""
-    old = first_id(datetime.now(UTC) - LONG_AGO).int | (job.id.int & (1 << 80) - 1)
+    old = first_id(datetime.now(UTC) - by).int | (job.id.int & (1 << 80) - 1)
     job_id, old_id = job.id, uuid.UUID(int=old)
     session.execute(text("SET LOCAL session_replication_role = replica"))
     for table, column in [("jobs", "id"), *((table, "job_id") for table in ("job_labels", *pruning.OF_A_JOB))]:
@@ -218,7 +218,7 @@ def age(session, job) -> uuid.UUID:
     for column in pruning.NAME_ANOTHER_JOB:
         session.execute(text(f"UPDATE jobs SET {column} = :new WHERE {column} = :old"), {"new": old_id, "old": job_id})
     moved = "accepted_at = accepted_at - :age, finished_at = finished_at - :age"
-    session.execute(text(f"UPDATE jobs SET {moved} WHERE id = :id"), {"id": old_id, "age": LONG_AGO})
+    session.execute(text(f"UPDATE jobs SET {moved} WHERE id = :id"), {"id": old_id, "age": by})
     session.execute(text("SET LOCAL session_replication_role = DEFAULT"))
     session.expunge_all()
     return old_id

@@ -251,3 +251,32 @@ def test_sweep_measures_the_jobs_that_lack_their_pictures(here, shelf, sweeper, 
 
     bring(shelf, job)
     assert lacking() == before
+
+
+@pytest.mark.parametrize(("width_px", "height_px"), [(128, 192), (192, 128)])
+def test_picture_is_brought_in_the_size_of_its_job_and_not_on_its_side(
+    here,
+    shelf,
+    width_px,
+    height_px,
+):
+    job = accept(here, shelf, width_px=width_px, height_px=height_px)
+
+    bring(shelf, job)
+
+    assert shelf.inputs.of(job.id)["init_image"].shape == (height_px, width_px, 3)
+
+
+def test_job_that_lacks_one_of_its_pictures_is_given_back_and_has_all_brought_again(here, shelf):
+    job = accept(here, shelf, mask_file_id=shelf.file.id)
+    bring(shelf, job)
+    redis.Redis.from_url(here.settings.handoff_url).hdel(f"input:{job.id}", "mask")
+
+    here.render(job).join(timeout=30)
+    row = here.row(job)
+    assert (row.state, row.counted_attempts, row.lacks_inputs) == (JobState.QUEUED, 0, True)
+    assert not shelf.inputs.are_there(job.id), "or what is there would be taken for all"
+
+    bring(shelf, job)
+    here.render(job).join(timeout=30)
+    assert here.row(job).state == JobState.STORING

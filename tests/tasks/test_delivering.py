@@ -2,17 +2,22 @@
 
 import uuid
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 
 import pytest
 from sqlalchemy import text
 
+import tasks.deliver
+from models import jobs
 from models.database import transaction
 from models.tables import WebhookDelivery, WebhookEndpoint, WebhookSecret
+from policy.instants import rfc3339
 from policy.webhooks import GIVE_UP_AFTER_S, TEST_EVENT
 from settings import CourierSettings
-from tasks.deliver import Courier
+from tasks.deliver import Courier, message
 from tasks.roles.webhooks import build
-from tests.builders import a_tenant, settings_for
+from tests.builders import a_job, a_tenant, settings_for
 from tests.receivers import Receiver, a_receiver
 
 
@@ -150,3 +155,35 @@ def test_delivery_that_failed_is_followed_by_no_other(delivering):
     delivering.courier.deliver_webhook(delivery_id=str(first))
 
     assert (attempts_of(delivering, first), attempts_of(delivering, second)) == ([(500, None)], [])
+
+
+def test_endpoint_is_a_slow_one_until_it_answers_quickly_again(delivering, monkeypatch):
+    def is_slow() -> bool:
+        with transaction(delivering.courier.database) as session:
+            return session.get(WebhookEndpoint, delivering.endpoint_id).is_slow
+
+    assert not is_slow()
+    with monkeypatch.context() as patched:
+        patched.setattr(tasks.deliver, "SLOW_AFTER_S", 0.1)
+        delivering.receiver.hang_s = 0.2
+        delivering.tried(delivering.write())
+    assert is_slow()
+
+    delivering.receiver.hang_s = 0.0
+    delivering.tried(delivering.write())
+
+    assert not is_slow()
+
+
+def test_message_of_a_job_that_ended_is_the_same_at_every_attempt(database_here):
+    with transaction(database_here) as session:
+        job = a_job(session)
+        jobs.cancel(session, job.id, tenant_id=job.tenant_id, actor="tests")
+        ended = jobs.find_without_prompts(session, job.id, tenant_id=job.tenant_id)
+        session.refresh(ended)
+        claim, at = SimpleNamespace(event="job.canceled"), datetime.now(UTC) + timedelta(hours=1)
+
+        messages = [message(claim, ended, at + timedelta(hours=hours)) for hours in (0, 5)]
+
+        assert messages[0] == messages[1]
+        assert messages[0]["timestamp"] == rfc3339(ended.finished_at)

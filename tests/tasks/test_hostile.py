@@ -9,12 +9,15 @@ import pytest
 import redis
 import torch
 from sqlalchemy import text
+from sqlalchemy.exc import OperationalError
 
 import tasks.health
 import tasks.verdicts
 from edges.broker import job_of_message
 from edges.notices import FakeNotices, Notice, NoticeWatch
+from edges.progress import Step
 from engine.engine import Engine
+from engine.errors import EngineDied, EngineStopped
 from models import leases
 from models.database import transaction
 from settings import REPO
@@ -502,3 +505,80 @@ def test_a_job_that_came_back_to_the_same_worker_is_not_forgotten_when_the_attem
         first.close()
 
         assert here.keeper.all_held() == [again]
+
+
+def test_one_job_that_fails_again_and_again_is_not_its_worker_s_fault(here, monkeypatch):
+    job = here.accept()
+    monkeypatch.setattr(here.engine._runner, "predict", lambda batch: 1 / 0)
+
+    counted = [ended(here, job)[0].counted_attempts for _ in range(tasks.health.STRIKES + 1)]
+
+    assert counted == [1, 2, 3, 4]
+    assert here.notices.poll() is None
+
+
+@pytest.mark.parametrize(
+    ("sampler", "write", "state"),
+    [("nobody's", "fail", "failed"), ("ddim", "count_error", "queued")],
+)
+def test_verdict_waits_for_a_database_that_is_away_for_a_moment(
+    here,
+    monkeypatch,
+    sampler,
+    write,
+    state,
+):
+    job, decide, tried = here.accept(sampler=sampler), getattr(leases, write), []
+    monkeypatch.setattr(tasks.verdicts, "PATIENCE_S", (0.1, 0.1))
+    monkeypatch.setattr(here.engine._runner, "predict", lambda batch: 1 / 0)
+
+    def decide_at_the_third_try(*arguments, **options):
+        tried.append(1)
+        if len(tried) < 3:
+            raise OperationalError("UPDATE jobs", {}, Exception("it is starting up"))
+        return decide(*arguments, **options)
+
+    monkeypatch.setattr(leases, write, decide_at_the_third_try)
+
+    (row,) = ended(here, job)
+
+    assert (row.state, len(tried)) == (state, 3)
+
+
+@pytest.mark.parametrize(
+    ("error", "counted_attempts", "outcome"),
+    [(EngineStopped("it was stopped"), 0, "returned"), (EngineDied("it broke"), 1, "error")],
+)
+def test_engine_that_was_stopped_is_held_against_no_job_and_one_that_broke_is(
+    here,
+    error,
+    counted_attempts,
+    outcome,
+):
+    job = here.accept()
+    with here.keeper.leased(job.id) as held:
+        is_over = here.renderer.verdicts.decide(held, error)
+
+    row = here.row(job)
+    assert (is_over, row.state, row.counted_attempts) == (False, "queued", counted_attempts)
+    assert outcomes(here, job) == [outcome]
+    assert here.notices.poll().detail == str(error), "its worker leaves all the same"
+
+
+@pytest.mark.parametrize(("in_row", "heard"), [(4, 9), (9, 4)])
+def test_steps_that_are_done_again_are_counted_by_whatever_was_heard_of_last(here, in_row, heard):
+    job = here.accept(**{**LONG, "num_steps": 12})
+    with transaction(here.database) as session:
+        a_lease(session, job, ttl_s=-1)
+        leases.lose(session, job.id, max_attempts=5)
+        query = text("UPDATE images SET reached_step = :step WHERE job_id = :id")
+        session.execute(query, {"id": job.id, "step": in_row})
+    here.renderer.progress.note(job.id, Step(0, heard, 12))
+    here.renderer.progress.flush(within_s=5)
+
+    (row,) = ended(here, job)
+
+    assert (row.state, row.attempt) == ("storing", 2)
+    with transaction(here.database) as session:
+        query = text("SELECT lost_steps FROM attempts WHERE job_id = :id AND attempt = 2")
+        assert session.scalar(query, {"id": job.id}) == 9

@@ -2,19 +2,20 @@
 
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import tasks.keeper
 from models import leases
 from models.database import transaction
+from policy import connections
 from tasks.checkpoints import Checkpoints
 from tasks.keeper import LeaseKeeper, WorkerIdentity
-from tests.builders import a_lease, until
+from tests.builders import a_lease, hand_off, until
 from tests.tasks.conftest import metric
 
 STOP_S = 1.5
@@ -122,3 +123,75 @@ def test_job_that_fails_with_its_worker_started_again_is_told_of(here, ended_job
 
     assert here.row(lease.job).state == "failed"
     until(lambda: here.snapshots.of(lease.job_id) == {}, what="the end of its snapshot")
+
+
+def test_time_without_renewal_is_counted_from_the_beginning_of_the_last_that_came_through(
+    here,
+    monkeypatch,
+):
+    job, renew, begun_at = here.accept(), leases.renew, []
+    stop_s, slow_s, goes_on = 4.0, 2.5, threading.Event()
+
+    def renew_slowly_and_then_hang(*arguments, **options):
+        begun_at.append(time.monotonic())
+        goes_on.wait(slow_s if len(begun_at) == 1 else 4 * stop_s)
+        return renew(*arguments, **options)
+
+    with a_keeper(here, stop_s=stop_s) as keeper, keeper.leased(job.id) as held:
+        monkeypatch.setattr(leases, "renew", renew_slowly_and_then_hang)
+        until(lambda: held.is_lost, within_s=4 * stop_s)
+        lost_at = time.monotonic()
+        goes_on.set()
+
+    assert lost_at - begun_at[0] < slow_s + stop_s - 0.8
+
+
+def test_lease_that_ended_with_its_last_hand_off_is_no_lost_one(here):
+    job, before = here.accept(), metric("darkroom_leases_lost_total")
+
+    with a_keeper(here) as keeper, keeper.leased(job.id) as held:
+        with transaction(here.database) as session:
+            hand_off(session, held.lease, 0)
+        held.note_handed_on()
+        beats = beats_of(here)
+        until(lambda: beats_of(here) > beats, what="the next heartbeat")
+        until(lambda: beats_of(here) > beats + 0.3, what="one that began after that")
+
+        assert not held.is_lost
+    assert metric("darkroom_leases_lost_total") == before
+
+
+def beats_of(here) -> float:
+    """When the worker of `a_keeper` was seen last."""
+    with transaction(here.database) as session:
+        query = "SELECT extract(epoch FROM seen_at)::float FROM workers WHERE name = 'cpu7@here'"
+        return session.scalar(text(query))
+
+
+def test_keeper_that_starts_puts_back_what_a_worker_of_its_name_held_and_nothing_else(here):
+    with transaction(here.database) as session:
+        own = a_lease(session, worker="cpu7@here", ttl_s=600).job
+        other = a_lease(session, worker="cpu6@here", ttl_s=600).job
+
+    with a_keeper(here):
+        assert (here.row(own).state, here.row(own).counted_attempts) == ("queued", 1)
+        assert here.row(other).state == "running"
+
+
+def test_leases_are_renewed_while_tasks_hold_every_connection_of_their_own(here):
+    job = here.accept()
+    seen = text("SELECT lease_expires_at FROM jobs WHERE id = :id")
+
+    with ExitStack() as held, create_engine(here.database.url).connect() as aside:
+        held.enter_context(here.keeper.leased(job.id))
+        for _ in range(2 * connections.WORKER):
+            held.enter_context(here.database.connect())
+        first = aside.scalar(seen, {"id": job.id})
+        aside.rollback()
+
+        def is_renewed() -> bool:
+            expires_at = aside.scalar(seen, {"id": job.id})
+            aside.rollback()
+            return expires_at > first
+
+        until(is_renewed, within_s=4 * here.settings.lease_renew_s, what="a renewal")

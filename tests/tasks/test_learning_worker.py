@@ -7,6 +7,14 @@ from models import learning
 from models.database import transaction
 from tests.builders import until
 
+LONG = {
+    "tier": "quality",
+    "determinism": "reproducible",
+    "bucket_rows": 8,
+    "num_steps": 60,
+    "guidance": 1.0,
+}
+
 
 @pytest.mark.parametrize(("guidance", "rows", "width_px", "height_px"), [(4.0, 2, 128, 192), (1.0, 1, 128, 128)])
 def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(here, guidance, rows, width_px, height_px):
@@ -24,3 +32,22 @@ def test_a_guided_image_teaches_the_cost_of_one_row_and_not_of_two(here, guidanc
     with transaction(here.database) as session:
         denoise_s = session.scalar(text("SELECT denoise_s FROM attempts WHERE job_id = :id"), {"id": job.id})
     assert cost.row_step_s == pytest.approx(denoise_s / (6 * rows))
+
+
+def test_resumed_image_teaches_by_the_steps_that_were_done_here(here, monkeypatch):
+    job, learnt = here.accept(**LONG), []
+    monkeypatch.setattr(here.keeper, "learn", lambda key, **seen: learnt.append(seen["row_steps"]))
+    thread = here.render(job)
+    held = until(lambda: next(iter(here.keeper.all_held()), None), what="the lease")
+    until(lambda: here.snapshots.of(job.id), within_s=30, what="a checkpoint")
+    held.leave("a test wants it")
+    thread.join(timeout=30)
+    assert learnt == []
+
+    here.render(job).join(timeout=60)
+
+    with transaction(here.database) as session:
+        query = text("SELECT steps, resumed_steps FROM attempts WHERE job_id = :id AND attempt = 2")
+        steps, resumed_steps = session.execute(query, {"id": job.id}).one()
+    assert resumed_steps > 0
+    assert learnt == [steps]

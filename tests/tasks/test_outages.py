@@ -13,6 +13,7 @@ from sqlalchemy import create_engine, text
 from sqlalchemy.exc import OperationalError
 
 import models.sweeping
+import tasks.sweep
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
 from edges.broker import job_of_message
 from edges.handoff import Handoff
@@ -334,3 +335,37 @@ def test_a_worker_waits_for_a_database_that_is_away_when_it_starts(sweeping):
     starting.join(timeout=10)
     assert not starting.is_alive()
     keeper.close()
+
+
+def test_sweeper_that_stood_by_while_another_swept_takes_that_time_for_no_outage(
+    sweeping,
+    monkeypatch,
+):
+    another = build(sweeping.sweeper.settings, sweeping.sweeper.fleet)
+    now = time.monotonic
+    monkeypatch.setattr(tasks.sweep.time, "monotonic", lambda: now() + 60)
+    sweeping.sweeper.on_turn = another.sweep  # in the midst of our passes
+    sweeping.sweeper.sweep()
+    sweeping.sweeper.on_turn = lambda: None
+    job = sweeping.accept(start_within_s=30)
+    before = sweeping.row(job).start_by
+
+    with refusing(sweeping, "broker"):
+        another.sweep()
+
+    assert sweeping.row(job).start_by == before, "the outage lasted no minute"
+
+
+def test_lost_message_of_the_front_queue_is_missed_though_the_tier_s_own_queue_has_some(sweeping):
+    made = announced_long_ago(sweeping, plain=10, front=5)
+    with transaction(sweeping.database.app) as session:
+        query = text("UPDATE jobs SET is_front = true WHERE id = :id")
+        session.execute(query, {"id": made["front"].id})
+    announce = sweeping.sweeper.broker.announce
+    announce(queues.RENDER_JOB, "local.fast", made["plain"].id, num_images=1)
+
+    sweeping.sweeper.sweep()
+
+    front = [job_of_message(raw) for raw in sweeping.broker.lrange("local.fast.front", 0, -1)]
+    assert front == [made["front"].id]
+    assert messages_of(sweeping, made["plain"]) == 1

@@ -7,14 +7,26 @@ import sys
 from contextlib import contextmanager
 
 import pytest
+from sqlalchemy import text
 
+import tasks.preemption
+import tasks.roles.maintenance
+import tasks.roles.webhooks
+import tasks.serve
+from edges.notices import FakeNotices, NoticeSourceUnavailable
+from edges.progress import News
 from fleet.consumer import TakenTask
+from models import jobs, webhooks
 from models.database import transaction
 from models.tables import IdempotencyKey, Job, Worker
 from policy import gates, queues
-from settings import REPO, Settings
+from policy.webhooks import EVENTS
+from settings import REPO, CourierSettings, Settings
+from tasks.deliver import Courier
+from tasks.engines import engine_config
+from tasks.preemption import wait_while_a_notice_stands
 from tasks.roles import render
-from tests.builders import a_closed_port, a_job, a_tenant, settings_for, until
+from tests.builders import a_closed_port, a_fleet, a_job, a_tenant, settings_for, until
 
 
 @contextmanager
@@ -168,3 +180,112 @@ def test_worker_signs_off_before_it_waits_for_its_device(urls_here, database_her
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize("stands_at", [0, 1])
+def test_worker_does_not_begin_while_any_of_its_sources_has_a_notice(monkeypatch, stands_at):
+    sources = [FakeNotices("first"), FakeNotices("second")]
+    sources[stands_at].announce(60)
+    slept = []
+    monkeypatch.setattr(tasks.preemption.time, "sleep", slept.append)
+
+    wait_while_a_notice_stands(sources)
+
+    assert len(slept) == 1, "each announcement is heard at one look"
+
+
+def test_worker_begins_though_one_of_its_sources_does_not_answer():
+    class Silent(FakeNotices):
+        def poll(self):
+            raise NoticeSourceUnavailable("no answer")
+
+    wait_while_a_notice_stands([Silent(), FakeNotices()])
+
+
+def test_engine_gives_every_tier_the_share_of_the_device_that_it_has_of_the_slots(settings_here):
+    changes = {
+        "tiers.batch.guaranteed_share": 0.0,
+        "pools.local.slots": 12,
+        "pools.local.max_batch_rows": 10,
+    }
+    fleet = a_fleet(changes)
+
+    config = engine_config(settings_here, fleet, fleet.pools["local"])
+
+    assert config.rank_shares == {0: 0.25, 1: 0.15}, "none of its own for a tier without one"
+    assert (config.max_inflight, config.max_batch_rows) == (12, 10)
+    assert config.num_threads == settings_here.torch_threads
+
+
+@pytest.mark.parametrize("status", [0, 70])
+def test_process_of_a_role_ends_with_its_role_s_status(settings_here, monkeypatch, status):
+    told = {name: str(value) for name, value in urls_of(settings_here).items()}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sys, "argv", ["tasks.serve", "maintenance"])
+    monkeypatch.setattr(tasks.roles.maintenance, "serve", lambda settings, fleet: status)
+
+    with pytest.raises(SystemExit) as ended:
+        tasks.serve.main()
+
+    assert ended.value.code == status
+
+
+def urls_of(settings) -> dict[str, str]:
+    names = ("database_url", "broker_url", "handoff_url")
+    return {name.upper(): str(getattr(settings, name)) for name in names}
+
+
+@pytest.mark.parametrize(("is_fit", "status"), [(True, 0), (False, 70)])
+def test_worker_that_gave_up_ends_because_of_an_error_though_celery_ended_well(
+    settings_here,
+    fleet_here,
+    engine_here,
+    monkeypatch,
+    is_fit,
+    status,
+):
+    settings = settings_here.model_copy(update={"worker_name": "cpu4@here"})
+    parts = render.build(settings, fleet_here, engine=engine_here, when_empty=lambda: None)
+
+    def consume(*arguments, **options) -> int:
+        if not is_fit:
+            parts.renderer.health.give_up("a test wants it")
+        return 0
+
+    monkeypatch.setattr(render, "consume", consume)
+    monkeypatch.setattr(engine_here, "stop", lambda: None)  # other tests go on with it
+
+    assert render._take_jobs(parts, []) == status
+
+    parts.renderer.database.dispose()
+
+
+def test_courier_hands_out_what_is_to_be_told_as_soon_as_it_hears_that_a_job_ended(
+    stack,
+    urls_here,
+    fleet_here,
+    database_here,
+    monkeypatch,
+):
+    handed_out = []
+    monkeypatch.setattr(Courier, "hand_out", lambda courier, found: handed_out.extend(found))
+    settings = settings_for(CourierSettings, stack.env, **urls_here)
+    with transaction(database_here) as session:
+        tenant = a_tenant(session)
+        shape = {"url": "https://example.com/", "description": "", "secret": "whsec_AA"}
+        webhooks.create(session, tenant_id=tenant.id, events=EVENTS, **shape, actor="tests")
+        job = a_job(session, tenant=tenant)
+        jobs.cancel(session, job.id, tenant_id=tenant.id, actor="tests")
+        query = text("SELECT id FROM webhook_deliveries WHERE job_id = :id")
+        [delivery_id] = session.scalars(query, {"id": job.id})
+
+    def consume(*arguments, **options) -> int:
+        news = News(settings.handoff_url)
+        until(lambda: news.tell_ending(job.id) or handed_out, what="the courier's hearing of it")
+        return 0
+
+    monkeypatch.setattr(tasks.roles.webhooks, "consume", consume)
+
+    assert tasks.roles.webhooks.serve(settings, fleet_here) == 0
+    assert set(handed_out) == {delivery_id}

@@ -199,3 +199,50 @@ def test_tidying_has_an_end_however_much_is_left(storekeeper, monkeypatch):
 
     assert calls
     assert time.monotonic() - started < 5
+
+
+def test_second_delivery_that_comes_too_late_leaves_no_note_of_its_upload(
+    here,
+    storekeeper,
+    rendered_job,
+    monkeypatch,
+):
+    job, get = rendered_job(), storekeeper.handoff.get
+
+    def get_and_be_overtaken(*key):
+        pixels = get(*key)
+        monkeypatch.setattr(storekeeper.handoff, "get", get)
+        storekeeper.store_images(job_id=str(job.id))
+        return pixels
+
+    monkeypatch.setattr(storekeeper.handoff, "get", get_and_be_overtaken)
+
+    storekeeper.store_images(job_id=str(job.id))
+
+    assert (here.row(job).state, images_of(here, job)) == ("succeeded", ["stored"])
+    assert uploads_of(here, job) == {}, "or who erases it would have to wait for that upload"
+
+
+def test_job_whose_pixels_are_gone_is_announced_at_once(here, storekeeper, rendered_job):
+    job = rendered_job()
+    storekeeper.handoff.drop(job.id, 0, 1)
+
+    storekeeper.store_images(job_id=str(job.id))
+
+    row = here.row(job)
+    assert row.state == "queued"
+    assert row.announced_at is not None
+
+
+def test_followers_are_told_of_each_stored_image_with_its_own_seed(
+    here,
+    storekeeper,
+    rendered_job,
+    monkeypatch,
+):
+    job, told = rendered_job(num_images=2, seed=5), []
+    monkeypatch.setattr(storekeeper.news, "tell_stored", lambda job_id, image: told.append(image))
+
+    storekeeper.store_images(job_id=str(job.id))
+
+    assert [(image["index"], image["seed"]) for image in told] == [(0, 5), (1, 6)]

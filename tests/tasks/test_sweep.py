@@ -4,6 +4,7 @@ import threading
 import time
 import uuid
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import redis
@@ -11,10 +12,11 @@ from sqlalchemy import null, text
 
 import tasks.sweep
 from edges.broker import job_of_message
-from models import jobs, webhooks
+from models import jobs, learning, webhooks
 from models.database import make_engine, transaction
 from models.tables import IdempotencyKey, WebhookAttempt, WebhookDelivery, WebhookEndpoint
 from policy import queues
+from policy.prediction import FIRST_RATIOS
 from tasks.sweep import Sweeper
 from tests.builders import a_fleet, a_job, a_lease, a_succeeded_job, a_tenant, until
 from tests.models.conftest import a_database
@@ -301,3 +303,97 @@ def test_sweep_measures_the_deliveries_that_are_not_over(sweeper, database_here)
     sweeper.sweep()
 
     assert metric("darkroom_webhooks_pending") == before + 2
+
+
+def a_due_delivery(session, tenant) -> uuid.UUID:
+    """A delivery that is due at an endpoint of its own."""
+    endpoint = WebhookEndpoint(tenant_id=tenant.id, url="https://example.com", events=[])
+    session.add(endpoint)
+    session.flush()
+    delivery = WebhookDelivery(endpoint_id=endpoint.id, tenant_id=tenant.id, event="job.failed")
+    session.add(delivery)
+    session.flush()
+    return delivery.id
+
+
+def test_each_sweep_looks_at_the_endpoints_after_those_of_the_sweep_before_it(
+    sweeper,
+    stack,
+    monkeypatch,
+):
+    monkeypatch.setattr(tasks.sweep, "ENDPOINTS_AT_A_TIME", 2)
+    asked = []
+    monkeypatch.setattr(sweeper.broker, "ask_to_deliver", asked.append)
+    with a_database(stack.env) as database:
+        sweeper = replace(sweeper, database=database.app)
+        with transaction(database.app) as session:
+            due = {a_due_delivery(session, a_tenant(session)) for _ in range(5)}
+
+        for sweeps in range(1, 4):
+            sweeper.sweep()
+            assert len(set(asked)) == min(2 * sweeps, 5), "nobody claims what is asked for"
+        sweeper.sweep()
+
+    assert set(asked) == due
+    assert len(asked) == 7, "from the first one on again"
+
+
+@pytest.mark.parametrize(("took_s", "is_longer"), [(50.0, True), (2.0, False)])
+def test_jobs_that_took_longer_than_was_guessed_make_the_next_guess_longer(
+    sweeper,
+    stack,
+    took_s,
+    is_longer,
+):
+    with a_database(stack.env) as database:
+        sweeper = replace(sweeper, database=database.app)
+        with transaction(database.app) as session:
+            job = a_succeeded_job(session, eta_raw_s=10.0)
+            ended = "finished_at = clock_timestamp() - interval '5 s'"
+            accepted = "accepted_at = clock_timestamp() - make_interval(secs => :s)"
+            query = text(f"UPDATE jobs SET {ended}, {accepted} WHERE id = :id")
+            session.execute(query, {"id": job.id, "s": 5 + took_s})
+
+        sweeper.sweep()
+
+        with transaction(database.app) as session:
+            learnt = learning.eta_of(session, pool="local", tier="fast")
+            assert (learnt.ratio_p50 > FIRST_RATIOS[0]) is is_longer
+
+
+def test_content_is_kept_for_as_many_days_as_its_tier_says(keeps_for_a_month):
+    sweeper, owner = keeps_for_a_month
+    with transaction(owner) as session:
+        tenant = a_tenant(session)
+
+        def canceled(days):
+            job = a_job(session, tenant=tenant)
+            jobs.cancel(session, job.id, tenant_id=tenant.id, actor="tests")
+            return age(session, job, timedelta(days=days))
+
+        old, young = canceled(31), canceled(29)
+
+    sweeper.sweep()
+
+    with transaction(owner) as session:
+        rows = session.execute(text("SELECT id, erased_at IS NOT NULL FROM jobs"))
+        assert dict(tuple(row) for row in rows) == {old: True, young: False}
+
+
+def test_queue_that_is_backed_up_keeps_no_other_tier_from_its_pictures(sweeper, monkeypatch):
+    asked = []
+
+    def waiting(queue):
+        return 1000 if queue == "results.fast" else 0
+
+    def ask_for_inputs_again(pool, tier, *, asked_before_s):
+        asked.append((pool, tier))
+        return 0
+
+    monkeypatch.setattr(sweeper.broker, "waiting", waiting)
+    monkeypatch.setattr(sweeper.release, "ask_for_inputs_again", ask_for_inputs_again)
+
+    sweeper.sweep()
+
+    pools_and_tiers = {(pool, tier) for pool in ("local", "big") for tier in ("quality", "batch")}
+    assert set(asked) == pools_and_tiers

@@ -1,13 +1,18 @@
 """A job's images in the engine: what is known of them, when they stop, what is on record."""
 
+import time
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 
 from engine.errors import ImageCanceled
 from engine.events import Failed, Finished
+from models.database import transaction
+from models.leases import Lease
+from tasks.held import Held
 from tasks.work import ImageEnding, Work
-from tests.builders import until
+from tests.builders import a_lease, until
 
 LONG = {"tier": "quality", "determinism": "reproducible", "bucket_rows": 8, "num_steps": 60}
 
@@ -111,3 +116,40 @@ def test_images_that_are_finished_come_with_their_index(here):
 
         assert index == 1
         assert finished.request.seed == work.lease.job.seed + 1
+
+
+def test_work_expects_nothing_while_one_of_its_images_has_not_begun(here):
+    def an_image(eta_s: float | None) -> SimpleNamespace:
+        progress = SimpleNamespace(eta_s=eta_s)
+        return SimpleNamespace(progress=lambda: progress, done=lambda: False)
+
+    with here.keeper.leased(here.accept(num_images=2).id) as held:
+        work = Work(held)
+        work.add(0, an_image(eta_s=0.5), first_step=0)
+        work.add(1, an_image(eta_s=None), first_step=0)
+        assert held.expected_s() is None
+
+        work.add(1, an_image(eta_s=0.7), first_step=0)
+
+        assert held.expected_s() == 0.7
+
+
+def test_what_is_left_of_a_run_deadline_shrinks_while_the_job_is_held_and_is_never_below_none(here):
+    lease = next_lease(here, run_within_s=0.4)
+    held = Held(lease)
+    assert 0.2 < held.run_left_s <= 0.4
+
+    time.sleep(0.2)
+    assert 0 <= held.run_left_s <= 0.2
+    time.sleep(0.3)
+
+    assert held.run_left_s == 0.0
+
+
+def test_job_without_a_run_deadline_has_no_time_that_is_left(here):
+    assert Held(next_lease(here)).run_left_s is None
+
+
+def next_lease(here, **params) -> Lease:
+    with transaction(here.database) as session:
+        return a_lease(session, **params)
