@@ -34,17 +34,27 @@ class Broker:
 
     def __init__(self, settings: BrokerSettings, fleet: Fleet) -> None:
         # An app of its own, for publishing alone: retry=False does not keep kombu from trying to connect for 6 s, this does.
-        options = celeryconfig.delivery(settings, fleet)["broker_transport_options"] | {"max_retries": 0}
+        options = celeryconfig.delivery(settings, fleet)["broker_transport_options"] | {
+            "max_retries": 0
+        }
         self._celery = make_celery(settings, fleet, broker_transport_options=options)
         self._redis = connect(settings.broker_url, socket_timeout=5)
 
-    def announce(self, task_name: str, queue: str, job_id: uuid.UUID, *, num_images: int | None = None) -> None:
+    def announce(
+        self, task_name: str, queue: str, job_id: uuid.UUID, *, num_images: int | None = None
+    ) -> None:
         """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again.
 
         num_images: of a job that is to be rendered.
         """
         headers = {queues.NUM_IMAGES: num_images} if num_images is not None else {}
-        self._send(task_name, queue, kwargs={"job_id": str(job_id)}, task_id=f"{job_id}:{VERBS[task_name]}", headers=headers)
+        self._send(
+            task_name,
+            queue,
+            kwargs={"job_id": str(job_id)},
+            task_id=f"{job_id}:{VERBS[task_name]}",
+            headers=headers,
+        )
 
     def ask_for(self, task_name: str, queue: str) -> None:
         """Say once that a task which is about no job in particular should run; raises BrokerUnavailable."""
@@ -52,7 +62,12 @@ class Broker:
 
     def ask_to_deliver(self, delivery_id: uuid.UUID) -> None:
         """Say once that a webhook delivery is due; raises BrokerUnavailable."""
-        self._send(queues.DELIVER_WEBHOOK, queues.WEBHOOKS, kwargs={"delivery_id": str(delivery_id)}, task_id=f"{delivery_id}:deliver")
+        self._send(
+            queues.DELIVER_WEBHOOK,
+            queues.WEBHOOKS,
+            kwargs={"delivery_id": str(delivery_id)},
+            task_id=f"{delivery_id}:deliver",
+        )
 
     def waiting(self, queue: str) -> int:
         """Messages in `queue` that no worker has taken."""
@@ -71,7 +86,9 @@ class Broker:
         theirs = (KombuError, redis.RedisError, OSError, QueueNotFound)
         with wrap(theirs, BrokerUnavailable), self._celery.producer_or_acquire() as producer:
             try:
-                self._celery.send_task(task_name, queue=queue, retry=False, producer=producer, **options)
+                self._celery.send_task(
+                    task_name, queue=queue, retry=False, producer=producer, **options
+                )
             except (KombuError, redis.RedisError):
                 producer.connection.collect()  # a primary that was demoted keeps who stays: the next message takes a new one
                 raise

@@ -13,7 +13,13 @@ from redis.retry import Retry
 NOT_THE_ONE = (ReadOnlyError, MasterDownError, ClusterDownError)
 
 
-def connect(url: str, *, socket_timeout: float, socket_connect_timeout: float = 2.0, health_check_interval: int = 0) -> redis.Redis:
+def connect(
+    url: str,
+    *,
+    socket_timeout: float,
+    socket_connect_timeout: float = 2.0,
+    health_check_interval: int = 0,
+) -> redis.Redis:
     """A client, no connection yet. Every error it raises is a redis.RedisError."""
     return redis.Redis.from_url(
         url,

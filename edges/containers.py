@@ -17,9 +17,21 @@ MAX_TAGS = 512  # of an EXIF, looked through for the one that is needed
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # not stuffing, not a restart; of a run of FF the last one counts
+_MARKER = re.compile(
+    rb"\xff([^\x00\xd0-\xd7\xff])"
+)  # not stuffing, not a restart; of a run of FF the last one counts
 _WINDOW_BYTES = 65_536  # searched at once: a search that never returns to Python keeps all other threads from running
-_EOI, _SOS, _TEM, _COM, _APP0, _APP1, _APP2, _APP14, _APP15 = 0xD9, 0xDA, 0x01, 0xFE, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF
+_EOI, _SOS, _TEM, _COM, _APP0, _APP1, _APP2, _APP14, _APP15 = (
+    0xD9,
+    0xDA,
+    0x01,
+    0xFE,
+    0xE0,
+    0xE1,
+    0xE2,
+    0xEE,
+    0xEF,
+)
 _ICC_HEAD, _EXIF_HEAD = b"ICC_PROFILE\0", b"Exif\0\0"
 _WEBP_NEEDED = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
 _WEBP_WITHOUT = ~0x2C  # the flags of VP8X that promise a profile, EXIF and XMP
@@ -52,7 +64,9 @@ def take_apart(content: bytes) -> Container:
         return _jpeg(content)
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return _webp(content)
-    raise NotAContainer("is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes")
+    raise NotAContainer(
+        "is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes"
+    )
 
 
 def _png(content: bytes) -> Container:
@@ -101,11 +115,18 @@ def _jpeg(content: bytes) -> Container:
         scans += marker == _SOS
         if data_at is None and marker == _SOS:
             data_at = at  # from here on parts are not taken out any more: pixels lie between them
-        elif data_at is None and marker == _APP1 and not orientation and whole[at + 4 : at + 10] == _EXIF_HEAD:
+        elif (
+            data_at is None
+            and marker == _APP1
+            and not orientation
+            and whole[at + 4 : at + 10] == _EXIF_HEAD
+        ):
             orientation = _orientation(whole[at + 4 : end])
         elif data_at is None and marker == _APP2 and whole[at + 4 : at + 16] == _ICC_HEAD:
             profile.append(whole[at + 16 : end])
-        elif data_at is None and (marker in (_APP0, _APP14) or not (marker == _COM or _APP0 <= marker <= _APP15)):
+        elif data_at is None and (
+            marker in (_APP0, _APP14) or not (marker == _COM or _APP0 <= marker <= _APP15)
+        ):
             needed.append(whole[at:end])
     raise NotAContainer("is cut off")
 
@@ -154,7 +175,12 @@ def _webp(content: bytes) -> Container:
     for _ in range(MAX_PARTS):
         if at + 8 > stop:
             body = b"".join(needed)
-            return Container("WEBP", b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body, profile, orientation)
+            return Container(
+                "WEBP",
+                b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body,
+                profile,
+                orientation,
+            )
         name, length = struct.unpack_from("<4sI", content, at)
         data, end = whole[at + 8 : at + 8 + length], at + 8 + length + length % 2
         if at + 8 + length > stop:
@@ -163,7 +189,11 @@ def _webp(content: bytes) -> Container:
         if frames > 1:
             raise _animated(frames)
         if name == b"VP8X" and length:
-            needed += [whole[at : at + 8], bytes([data[0] & _WEBP_WITHOUT & 0xFF]), whole[at + 9 : end]]
+            needed += [
+                whole[at : at + 8],
+                bytes([data[0] & _WEBP_WITHOUT & 0xFF]),
+                whole[at + 9 : end],
+            ]
         elif name in _WEBP_NEEDED:
             needed.append(whole[at:end])
         elif name == b"ICCP" and profile is None and length <= MAX_ICC_BYTES:
@@ -185,7 +215,9 @@ def _orientation(exif: memoryview) -> int:
         for place in range(min(struct.unpack_from(order + "H", exif, at)[0], MAX_TAGS)):
             tag, kind, count, value = struct.unpack_from(order + "HHI4s", exif, at + 2 + 12 * place)
             if tag == _ORIENTATION and count == 1 and kind in (3, 4):
-                said = struct.unpack(order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4])[0]
+                said = struct.unpack(
+                    order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4]
+                )[0]
                 return said if 1 <= said <= 8 else 1
     except struct.error:  # it leads out of what there is
         pass

@@ -73,9 +73,13 @@ class Decoders:
         for decoder in self._idle:
             decoder.close()
 
-    def _told(self, what: str, content: bytes, width_px: int, height_px: int, tenant: Hashable) -> bool:
+    def _told(
+        self, what: str, content: bytes, width_px: int, height_px: int, tenant: Hashable
+    ) -> bool:
         with self._turn(tenant) as decoder:
-            told, _ = decoder.ask({"what": what, "width_px": width_px, "height_px": height_px}, content)
+            told, _ = decoder.ask(
+                {"what": what, "width_px": width_px, "height_px": height_px}, content
+            )
             return bool(told["is_so"])
 
     @contextmanager
@@ -132,14 +136,23 @@ class Turns:
         """Give free turns to those that wait."""
         self._running += Counter()  # forgets who has none
         while self._waiting and self._running.total() < self._at_once:
-            chosen = min(self._waiting, key=lambda one: (self._running[one.tenant], self._last_turn.get(one.tenant, 0), one.arrival))
+            chosen = min(
+                self._waiting,
+                key=lambda one: (
+                    self._running[one.tenant],
+                    self._last_turn.get(one.tenant, 0),
+                    one.arrival,
+                ),
+            )
             self._waiting.remove(chosen)
             self._running[chosen.tenant] += 1
             self._count += 1
             self._last_turn[chosen.tenant] = self._count
             chosen.may_go = True
         known = {one.tenant for one in self._waiting} | self._running.keys()
-        self._last_turn = {tenant: turn for tenant, turn in self._last_turn.items() if tenant in known}
+        self._last_turn = {
+            tenant: turn for tenant, turn in self._last_turn.items() if tenant in known
+        }
         self._changed.notify_all()
 
 
@@ -149,7 +162,9 @@ class _Decoder:
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
+    def ask(
+        self, question: dict[str, Any], source: bytes | BinaryIO
+    ) -> tuple[dict[str, Any], bytes]:
         """What it says, and the bytes that come with it. Raises NotAPicture, DecoderDied, and TooBusy where no process can be started."""
         process = self._started()
         try:
@@ -172,7 +187,9 @@ class _Decoder:
                     pipe.close()  # type: ignore[union-attr]
             process.wait()
 
-    def _ask(self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
+    def _ask(
+        self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO
+    ) -> tuple[dict[str, Any], bytes]:
         given, answers = process.stdin, process.stdout
         assert given is not None
         assert answers is not None
@@ -192,7 +209,13 @@ class _Decoder:
             self.close()
             command = [sys.executable, "-m", "edges.decoders"]
             try:
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, env=_ENVIRONMENT)
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    cwd=REPO,
+                    env=_ENVIRONMENT,
+                )
             except OSError as error:  # neither memory nor a process is left
                 raise TooBusy from error
             if self._process.stdout is None or self._process.stdout.readline() != _READY:
@@ -218,10 +241,14 @@ def _answer(question: dict[str, Any], content: bytes) -> tuple[dict[str, Any], b
 
 def _limit_memory() -> None:
     """Whatever a picture makes a decoder ask for, the machine is not brought down by it."""
-    with contextlib.suppress(OSError, ValueError):  # where there is no /proc, or a lower limit stands
+    with contextlib.suppress(
+        OSError, ValueError
+    ):  # where there is no /proc, or a lower limit stands
         with open("/proc/self/statm") as file:
             now_bytes = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now_bytes + EXTRA_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        resource.setrlimit(
+            resource.RLIMIT_AS, (now_bytes + EXTRA_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1])
+        )
         resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
@@ -229,7 +256,9 @@ def _limit_processor_time() -> None:
     """From now on for one picture: the kernel ends the process when that is spent."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent_s = int(used.ru_utime + used.ru_stime)
-    resource.setrlimit(resource.RLIMIT_CPU, (spent_s + CPU_S + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (spent_s + CPU_S + 1, resource.getrlimit(resource.RLIMIT_CPU)[1])
+    )
 
 
 def serve(given: IO[bytes], answers: IO[bytes]) -> None:
@@ -248,7 +277,10 @@ def serve(given: IO[bytes], answers: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the gateway, whose end is the end of the input
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # meant for the gateway, whose end is the end of the input
         signal.signal(number, signal.SIG_IGN)
     _limit_memory()
     serve(sys.stdin.buffer, sys.stdout.buffer)

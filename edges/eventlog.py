@@ -18,7 +18,14 @@ from typing import Any
 from PIL import Image
 from redis.client import Pipeline
 
-QUEUED, STARTED, STEP, PREVIEW, STORED, FINAL = "queued", "started", "step", "preview", "stored", "final"
+QUEUED, STARTED, STEP, PREVIEW, STORED, FINAL = (
+    "queued",
+    "started",
+    "step",
+    "preview",
+    "stored",
+    "final",
+)
 BEGINNING = "0-0"
 KEPT_PREVIEWS = 2  # of each image
 _MOST_EVENTS = 1000
@@ -38,7 +45,9 @@ def key(job_id: object) -> str:
     return f"events:{job_id}"
 
 
-def append(pipe: Pipeline, job_id: object, kind: str, data: Mapping[str, Any], jpeg: bytes | None = None) -> None:
+def append(
+    pipe: Pipeline, job_id: object, kind: str, data: Mapping[str, Any], jpeg: bytes | None = None
+) -> None:
     """Queue the writing of an event; the pipe's answer to it is the event's id."""
     fields: dict[Any, Any] = {"kind": kind, "data": json.dumps(data, separators=(",", ":"))}
     if jpeg is not None:
@@ -61,7 +70,11 @@ def parsed(raw_id: bytes, fields: Mapping[bytes, bytes]) -> Event:
     data = json.loads(fields[b"data"])
     if (jpeg := fields.get(b"jpeg")) is not None:
         width_px, height_px = Image.open(io.BytesIO(jpeg), formats=["JPEG"]).size
-        data |= {"jpeg_base64": base64.b64encode(jpeg).decode(), "width_px": width_px, "height_px": height_px}
+        data |= {
+            "jpeg_base64": base64.b64encode(jpeg).decode(),
+            "width_px": width_px,
+            "height_px": height_px,
+        }
     return Event(raw_id.decode(), fields[b"kind"].decode(), data)
 
 

@@ -83,7 +83,9 @@ class Reader:
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
-    def sit_down(self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING) -> tuple[Seat, Sequence[Event]]:
+    def sit_down(
+        self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING
+    ) -> tuple[Seat, Sequence[Event]]:
         """A seat, and what happened after the event `after`; what happens from now on comes to the seat. Raises NoSeat.
 
         Whoever sits down must `leave`.
@@ -132,7 +134,11 @@ class Reader:
     def watched(self) -> list[uuid.UUID]:
         """Those of them whose previews somebody wants."""
         with self._lock:
-            return [job_id for job_id, seats in self._seats.items() if any(seat.wants_previews for seat in seats)]
+            return [
+                job_id
+                for job_id, seats in self._seats.items()
+                if any(seat.wants_previews for seat in seats)
+            ]
 
     def close(self) -> None:
         """Send every follower away, and stop."""
@@ -156,11 +162,17 @@ class Reader:
             read_to = self._positions.setdefault(seat.job_id, position)
             self._seats.setdefault(seat.job_id, []).append(seat)
             self._lock.notify_all()
-        if eventlog.order(read_to) > eventlog.order(position):  # others were told of these before we came
+        if eventlog.order(read_to) > eventlog.order(
+            position
+        ):  # others were told of these before we came
             events += self._tried_range(seat.job_id, position) or []
         if first is not None:  # one wait for a Redis that is away is enough
             self._wake()
-        return [event for event in events if seat.is_new(event) and (seat.wants_previews or event.kind != PREVIEW)]
+        return [
+            event
+            for event in events
+            if seat.is_new(event) and (seat.wants_previews or event.kind != PREVIEW)
+        ]
 
     def _tried_range(self, job_id: uuid.UUID, after: str) -> list[Event] | None:
         try:
@@ -186,7 +198,9 @@ class Reader:
         while not self._stop.wait(READ_EVERY_S):
             with self._lock:
                 self._lock.wait_for(lambda: self._positions or self._stop.is_set())
-                positions = {eventlog.key(job_id): position for job_id, position in self._positions.items()}
+                positions = {
+                    eventlog.key(job_id): position for job_id, position in self._positions.items()
+                }
             try:
                 self._read(positions)
             except redis.RedisError as error:
@@ -197,7 +211,9 @@ class Reader:
                 self._stop.wait(0.5)
 
     def _read(self, positions: dict[str, str]) -> None:
-        for raw_key, entries in self._redis.xread({**positions, self._wake_key: self._wake_id}, block=_BLOCK_MS):
+        for raw_key, entries in self._redis.xread(
+            {**positions, self._wake_key: self._wake_id}, block=_BLOCK_MS
+        ):
             name = raw_key.decode()
             if name == self._wake_key:
                 self._wake_id = entries[-1][0].decode()
@@ -209,7 +225,10 @@ class Reader:
         with self._lock:
             if job_id not in self._positions:
                 return
-            newest = max([self._positions[job_id], *(event.id for event in events if event.id is not None)], key=eventlog.order)
+            newest = max(
+                [self._positions[job_id], *(event.id for event in events if event.id is not None)],
+                key=eventlog.order,
+            )
             self._positions[job_id] = newest
             for seat in self._seats[job_id]:
                 for event in events:

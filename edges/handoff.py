@@ -52,7 +52,11 @@ class Handoff:
         head = json.dumps({"shape": pixels.shape, "sha256": digest}).encode()
         body = np.ascontiguousarray(pixels).tobytes()
         with wrap(redis.RedisError, HandoffUnavailable):
-            self._redis.set(_key(job_id, index, attempt), len(head).to_bytes(4, "big") + head + body, ex=self._ttl_s)
+            self._redis.set(
+                _key(job_id, index, attempt),
+                len(head).to_bytes(4, "big") + head + body,
+                ex=self._ttl_s,
+            )
         return digest
 
     def get(self, job_id: uuid.UUID, index: int, attempt: int) -> Pixels | None:
@@ -122,7 +126,9 @@ class Gauge:
             self._asked_at = now
             try:
                 memory = self._redis.info("memory")
-                self._fill = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+                self._fill = (
+                    memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+                )
                 self._redis.set(PROBE, 1, ex=60)
                 self._answered_at = now
             except redis.RedisError:

@@ -55,7 +55,10 @@ class Inputs:
     def of(self, job_id: uuid.UUID) -> dict[str, Brought]:
         """What was brought for the job, by role; empty if nothing was (yet). Raises HandoffUnavailable."""
         with wrap((redis.RedisError, ValueError, KeyError, TypeError), HandoffUnavailable):
-            return {role.decode(): _unpacked(packed) for role, packed in self._redis.hgetall(_key(job_id)).items()}
+            return {
+                role.decode(): _unpacked(packed)
+                for role, packed in self._redis.hgetall(_key(job_id)).items()
+            }
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
         """Forget what was brought for these jobs. Raises HandoffUnavailable; then the TTL does it."""
@@ -66,7 +69,10 @@ class Inputs:
     def jobs(self) -> list[uuid.UUID]:
         """Every job that something is kept for. Raises HandoffUnavailable."""
         with wrap((redis.RedisError, ValueError), HandoffUnavailable):
-            return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
+            return [
+                uuid.UUID(key.decode().partition(":")[2])
+                for key in self._redis.scan_iter(match=_key("*"), count=500)
+            ]
 
 
 def _packed(picture: Brought) -> bytes:

@@ -81,10 +81,14 @@ class Rates:
             return self._count(self._own, item, tenant_id)
 
     @staticmethod
-    def _count(limiter: SlidingWindowCounterRateLimiter, item: RateLimitItemPerMinute, tenant_id: uuid.UUID) -> Counted:
+    def _count(
+        limiter: SlidingWindowCounterRateLimiter, item: RateLimitItemPerMinute, tenant_id: uuid.UUID
+    ) -> Counted:
         passes = limiter.hit(item, "tenant", str(tenant_id))
         stats = limiter.get_window_stats(item, "tenant", str(tenant_id))
-        return Counted(passes, max(0, int(stats.remaining)), max(1, round(stats.reset_time - time.time())))
+        return Counted(
+            passes, max(0, int(stats.remaining)), max(1, round(stats.reset_time - time.time()))
+        )
 
 
 class Budgets:
@@ -94,16 +98,22 @@ class Budgets:
         self._redis = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
         self._script = self._redis.register_script(_TAKE)
 
-    def take(self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float) -> Taken:
+    def take(
+        self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float
+    ) -> Taken:
         """Take `amount` out of the budget, or nothing. While Redis is away everything passes."""
         try:
-            taken, left, wait_s = self._script(keys=[f"budget:{tenant_id}"], args=[per_minute / 60, burst, amount])
+            taken, left, wait_s = self._script(
+                keys=[f"budget:{tenant_id}"], args=[per_minute / 60, burst, amount]
+            )
             return Taken(bool(taken), float(left), float(wait_s))
         except redis.RedisError as error:
             telemetry.LIMITS_LOCAL.labels("budget").inc()
             log.info("budget_not_asked", reason=type(error).__name__)
             return Taken(True, burst, 0.0)
 
-    def give_back(self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float) -> None:
+    def give_back(
+        self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float
+    ) -> None:
         """What was taken for nothing."""
         self.take(tenant_id, per_minute=per_minute, burst=burst, amount=-amount)

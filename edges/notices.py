@@ -62,12 +62,17 @@ class NoticeWatch:
     `on_notice` is called by one thread at a time and should return soon. Nothing that a source or `on_notice` raises ends the watch.
     """
 
-    def __init__(self, sources: Iterable[NoticeSource], on_notice: Callable[[Notice], None]) -> None:
+    def __init__(
+        self, sources: Iterable[NoticeSource], on_notice: Callable[[Notice], None]
+    ) -> None:
         self._on_notice = on_notice
         self._ends_at = math.inf  # time.monotonic() when the machine goes
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=[source], name=f"notices-{source.name}", daemon=True) for source in sources
+            threading.Thread(
+                target=self._run, args=[source], name=f"notices-{source.name}", daemon=True
+            )
+            for source in sources
         ]
         for thread in self._threads:
             thread.start()
@@ -95,11 +100,15 @@ class NoticeWatch:
             if notice is not None:
                 self._hear(notice, time.monotonic() + notice.within_s)
             return None
-        except Exception as error:  # one answer that nobody foresaw must not make us deaf to the next
+        except (
+            Exception
+        ) as error:  # one answer that nobody foresaw must not make us deaf to the next
             bug = None if isinstance(error, NoticeSourceUnavailable) else error
             trouble = repr(error) if bug else str(error)
             if trouble != known_trouble:
-                log.warning("notice_source_unavailable", source=source.name, reason=trouble, exc_info=bug)
+                log.warning(
+                    "notice_source_unavailable", source=source.name, reason=trouble, exc_info=bug
+                )
             return trouble
 
     def _hear(self, notice: Notice, ends_at: float) -> None:
@@ -107,7 +116,12 @@ class NoticeWatch:
             if self._stop.is_set() or ends_at >= self._ends_at - _SAME_END_S:
                 return
             self._ends_at = ends_at
-            log.warning("notice_heard", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
+            log.warning(
+                "notice_heard",
+                source=notice.source,
+                within_s=round(notice.within_s, 1),
+                detail=notice.detail,
+            )
             try:
                 self._on_notice(notice)
             except Exception as error:
@@ -172,11 +186,17 @@ class AwsNotices:
             answer = self._get("/latest/meta-data/events/recommendations/rebalance")
             if answer.status == 200:
                 self._is_rebalance_logged = True
-                log.info("rebalance_recommended", source=self.name, noticed_at=answer.json().get("noticeTime"))
+                log.info(
+                    "rebalance_recommended",
+                    source=self.name,
+                    noticed_at=answer.json().get("noticeTime"),
+                )
 
     def _get(self, path: str) -> "_Answer":
         answer = self._server.ask("GET", path, self._credentials(), expected=(200, 401, 404))
-        if answer.status == 401:  # expired before we thought so: the monotonic clock stands still while a machine sleeps
+        if (
+            answer.status == 401
+        ):  # expired before we thought so: the monotonic clock stands still while a machine sleeps
             self._token = None
             answer = self._server.ask("GET", path, self._credentials(), expected=(200, 404))
         return answer
@@ -184,7 +204,9 @@ class AwsNotices:
     def _credentials(self) -> dict[str, str]:
         if self._token is None or time.monotonic() >= self._renew_at:
             ttl_header = "X-aws-ec2-metadata-token-ttl-seconds"
-            answer = self._server.ask("PUT", "/latest/api/token", {ttl_header: str(self._token_ttl_s)})
+            answer = self._server.ask(
+                "PUT", "/latest/api/token", {ttl_header: str(self._token_ttl_s)}
+            )
             ttl_s = _seconds(answer.headers.get(ttl_header)) or self._token_ttl_s
             self._token, self._renew_at = answer.body.strip(), time.monotonic() + 0.9 * ttl_s
             if not (self._token.isascii() and self._token.isprintable()):
@@ -201,16 +223,22 @@ class GcpNotices:
 
     name, poll_every_s = "gcp", 1.0
 
-    def __init__(self, base_url: str = LINK_LOCAL, *, within_s: float = 30.0, hold_s: int = 10) -> None:
+    def __init__(
+        self, base_url: str = LINK_LOCAL, *, within_s: float = 30.0, hold_s: int = 10
+    ) -> None:
         self._server = _MetadataServer(base_url)
         self._within_s, self._hold_s = within_s, hold_s
         self._etag = "0"  # of no value: the first answer comes at once
 
     def poll(self) -> Notice | None:
         """Returns when the value is another than at the last poll, and after `hold_s` in any case."""
-        query = urlencode({"wait_for_change": "true", "timeout_sec": self._hold_s, "last_etag": self._etag})
+        query = urlencode(
+            {"wait_for_change": "true", "timeout_sec": self._hold_s, "last_etag": self._etag}
+        )
         path = f"/computeMetadata/v1/instance/preempted?{query}"
-        answer = self._server.ask("GET", path, {"Metadata-Flavor": "Google"}, timeout_s=self._hold_s + _TIMEOUT_S)
+        answer = self._server.ask(
+            "GET", path, {"Metadata-Flavor": "Google"}, timeout_s=self._hold_s + _TIMEOUT_S
+        )
         value = answer.body.strip()
         if answer.headers.get("Metadata-Flavor") != "Google" or value not in ("TRUE", "FALSE"):
             raise NoticeSourceUnavailable("preempted: not an answer of Google's metadata server")
@@ -245,12 +273,18 @@ class AzureNotices:
     def _takes_us(self, event: dict[str, Any]) -> bool:
         if event.get("EventType") not in ("Preempt", "Terminate"):
             return False
-        return self._instance is None or self._instance.lower() in [str(name).lower() for name in event.get("Resources") or ()]
+        return self._instance is None or self._instance.lower() in [
+            str(name).lower() for name in event.get("Resources") or ()
+        ]
 
     def _notice(self, event: dict[str, Any], answer: "_Answer") -> Notice:
         not_before = event.get("NotBefore") or ""
-        within_s = 0.0 if not_before == "" else answer.seconds_until(not_before, or_else=30.0)  # empty once it has started
-        return Notice(self.name, within_s, f"{event['EventType'].lower()} at {not_before or 'once'}")
+        within_s = (
+            0.0 if not_before == "" else answer.seconds_until(not_before, or_else=30.0)
+        )  # empty once it has started
+        return Notice(
+            self.name, within_s, f"{event['EventType'].lower()} at {not_before or 'once'}"
+        )
 
 
 class FileNotices:
@@ -272,7 +306,9 @@ class FileNotices:
             except FileNotFoundError:
                 return None
         within_s = _seconds(content.decode(errors="replace"))
-        return Notice(self.name, self._default_s if within_s is None else within_s, f"{self._path} appeared")
+        return Notice(
+            self.name, self._default_s if within_s is None else within_s, f"{self._path} appeared"
+        )
 
 
 class SignalNotices:
@@ -292,7 +328,9 @@ class SignalNotices:
     def poll(self) -> Notice | None:
         if self._notified_at is None:
             return None
-        return Notice(self.name, max(0.0, self._notified_at + self._within_s - time.monotonic()), "signalled")
+        return Notice(
+            self.name, max(0.0, self._notified_at + self._within_s - time.monotonic()), "signalled"
+        )
 
 
 class FakeNotices:
@@ -343,7 +381,13 @@ class _MetadataServer:
         self._netloc = urlsplit(base_url).netloc
 
     def ask(
-        self, method: str, path: str, headers: Mapping[str, str], *, expected: tuple[int, ...] = (200,), timeout_s: float = _TIMEOUT_S
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        *,
+        expected: tuple[int, ...] = (200,),
+        timeout_s: float = _TIMEOUT_S,
     ) -> _Answer:
         """Raises NoticeSourceUnavailable when nobody answers in time, or not with a status that is `expected`."""
         what = path.partition("?")[0].rpartition("/")[2]

@@ -18,7 +18,9 @@ from botocore.exceptions import BotoCoreError, ClientError
 from edges.errors import wrap
 from settings import StoreSettings
 
-PRIVATE = "private, max-age=600"  # no cache but the client's own keeps a picture that a tenant may erase
+PRIVATE = (
+    "private, max-age=600"  # no cache but the client's own keeps a picture that a tenant may erase
+)
 PIECE_BYTES = 65_536
 _FOREIGN = (BotoCoreError, ClientError)
 
@@ -64,12 +66,22 @@ class ObjectStore:
         self._hasty = _client(settings, settings.s3_endpoint_url, read_timeout_s=3, retries=0)
         public = settings.s3_public_endpoint_url
         self._probe = _client(settings, settings.s3_endpoint_url, read_timeout_s=1, retries=0)
-        self._public = self._client if public in (None, settings.s3_endpoint_url) else _client(settings, public)
+        self._public = (
+            self._client
+            if public in (None, settings.s3_endpoint_url)
+            else _client(settings, public)
+        )
 
     def put(self, key: str, content: bytes, *, content_type: str) -> None:
         """Store `content` under `key`. Raises StoreUnavailable."""
         with wrap(_FOREIGN, _unavailable):
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type, CacheControl=PRIVATE)
+            self._client.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=content,
+                ContentType=content_type,
+                CacheControl=PRIVATE,
+            )
 
     def get(self, key: str, *, soon: bool = False) -> bytes:
         """Raises StoreUnavailable, also for a store that takes more than a few seconds if `soon`; ObjectGone when there is no such key."""
@@ -102,9 +114,17 @@ class ObjectStore:
     def presigned_url(self, key: str, *, content_type: str, filename: str) -> str:
         """A URL that shows the object to whoever has it, for `presign_ttl_s`; signed for the public endpoint."""
         disposition = f'inline; filename="{filename}"'
-        told = {"ResponseContentType": content_type, "ResponseContentDisposition": disposition, "ResponseCacheControl": PRIVATE}
+        told = {
+            "ResponseContentType": content_type,
+            "ResponseContentDisposition": disposition,
+            "ResponseCacheControl": PRIVATE,
+        }
         parameters = {"Bucket": self._bucket, "Key": key, **told}
-        return str(self._public.generate_presigned_url("get_object", Params=parameters, ExpiresIn=self._presign_ttl_s))
+        return str(
+            self._public.generate_presigned_url(
+                "get_object", Params=parameters, ExpiresIn=self._presign_ttl_s
+            )
+        )
 
     def ping(self) -> None:
         """Raises StoreUnavailable if the bucket cannot be seen."""
@@ -127,7 +147,13 @@ def content_sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def _client(settings: StoreSettings, endpoint_url: str | None, *, read_timeout_s: float = 20, retries: int = 3) -> BaseClient:
+def _client(
+    settings: StoreSettings,
+    endpoint_url: str | None,
+    *,
+    read_timeout_s: float = 20,
+    retries: int = 3,
+) -> BaseClient:
     style = settings.s3_addressing_style
     config = Config(
         signature_version="s3v4",
@@ -154,7 +180,10 @@ def _unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
 
 
 def _gone_or_unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
-    is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
+    is_gone = (
+        isinstance(error, ClientError)
+        and error.response.get("Error", {}).get("Code") == "NoSuchKey"
+    )
     return (ObjectGone if is_gone else StoreUnavailable)(_reason(error))
 
 

@@ -58,7 +58,11 @@ class Outbound:
 
     def __init__(self, allowed_networks: str) -> None:
         """allowed_networks: CIDRs separated by commas; ValueError if one is none."""
-        self._allowed = [ipaddress.ip_network(part.strip()) for part in allowed_networks.split(",") if part.strip()]
+        self._allowed = [
+            ipaddress.ip_network(part.strip())
+            for part in allowed_networks.split(",")
+            if part.strip()
+        ]
 
     def refusal(self, url: str) -> str | None:
         """Why no request will ever go to this URL, as far as can be told without resolving its name; None if one may."""
@@ -84,14 +88,18 @@ class Outbound:
             return _private(parts.hostname)
         return None
 
-    def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float) -> Answer:
+    def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Answer:
         """Post and hear the status; what else the receiver sends is not read. Raises Unreachable."""
         with self._request("POST", url, timeout_s, data=body, headers=dict(headers)) as response:
             return Answer(response.status_code, _retry_after_s(response.headers.get("Retry-After")))
 
     def fetch(self, url: str, *, max_bytes: int, timeout_s: float) -> bytes:
         """The bytes behind `url`. Raises Unreachable, also for a status other than 200 and for more than `max_bytes`."""
-        with self._request("GET", url, timeout_s, headers={"Accept": "image/*", "Accept-Encoding": "identity"}) as response:
+        with self._request(
+            "GET", url, timeout_s, headers={"Accept": "image/*", "Accept-Encoding": "identity"}
+        ) as response:
             if response.status_code != 200:
                 raise Unreachable(f"it answered {response.status_code}")
             content = bytearray()
@@ -116,7 +124,9 @@ class Outbound:
         session.mount(f"{urlsplit(url).scheme}://", adapter)
         try:
             timeout = (min(_CONNECT_S, timeout_s), timeout_s)
-            response = session.request(method, url, allow_redirects=False, stream=True, timeout=timeout, **arguments)
+            response = session.request(
+                method, url, allow_redirects=False, stream=True, timeout=timeout, **arguments
+            )
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             watch.end()
             session.close()
@@ -163,7 +173,9 @@ class Outbound:
         return filter_host(host, port, allow_loopback=False)
 
     def _is_allowed(self, address: IPv4Address | IPv6Address) -> bool:
-        return any(address.version == network.version and address in network for network in self._allowed)
+        return any(
+            address.version == network.version and address in network for network in self._allowed
+        )
 
     def _may_be_inside(self, address: IPv4Address | IPv6Address | None) -> bool:
         """Can a host be in an allowed network? A name may resolve into one; a literal address was looked at."""
@@ -178,8 +190,12 @@ class _Adapter(IPFilterAdapter):
         self._outbound, self._parts = outbound, parts
         self.connections: list[HTTPConnection] = []
 
-    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
-        host_params, pool_kwargs = HTTPAdapter.build_connection_pool_key_attributes(self, request, verify, cert)
+    def build_connection_pool_key_attributes(
+        self, request: Any, verify: Any, cert: Any = None
+    ) -> Any:
+        host_params, pool_kwargs = HTTPAdapter.build_connection_pool_key_attributes(
+            self, request, verify, cert
+        )
         request.headers["Host"] = self._parts.netloc
         if self._parts.scheme == "https":
             pool_kwargs["assert_hostname"] = pool_kwargs["server_hostname"] = self._parts.hostname
@@ -226,7 +242,9 @@ class _Watch:
 class _Response:
     """A response and everything that has to end with it."""
 
-    def __init__(self, response: requests.Response, session: requests.Session, watch: _Watch) -> None:
+    def __init__(
+        self, response: requests.Response, session: requests.Session, watch: _Watch
+    ) -> None:
         self._response, self._session, self._watch = response, session, watch
 
     def __enter__(self) -> requests.Response:

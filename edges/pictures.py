@@ -16,7 +16,10 @@ from PIL import Image, ImageCms, ImageOps
 from edges.containers import Container, NotAContainer, take_apart
 
 MAX_PIXELS, MAX_SIDE_PX = 16_800_000, 8192
-MAX_JPEG_PIXELS, MAX_JPEG_SIDE_PX = 64_000_000, 16_384  # of one that is scaled down while it is decoded
+MAX_JPEG_PIXELS, MAX_JPEG_SIDE_PX = (
+    64_000_000,
+    16_384,
+)  # of one that is scaled down while it is decoded
 ACCEPTED = {
     "formats": ["PNG", "JPEG", "WebP"],
     "max_pixels": MAX_PIXELS,
@@ -103,7 +106,9 @@ def fitted_mask(content: bytes, width_px: int, height_px: int) -> NDArray[np.uin
 def has_hole(content: bytes, width_px: int, height_px: int) -> bool:
     """Is there a part of a kept picture that is transparent, and can be seen to be at this size?"""
     with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        return image.mode == "RGBA" and bool(_selected(ImageOps.invert(image.getchannel("A")), width_px, height_px).any())
+        return image.mode == "RGBA" and bool(
+            _selected(ImageOps.invert(image.getchannel("A")), width_px, height_px).any()
+        )
 
 
 def selects(content: bytes, width_px: int, height_px: int) -> bool:
@@ -119,12 +124,21 @@ def _selected(grey: Image.Image, width_px: int, height_px: int) -> NDArray[np.ui
 def _scale_down(image: Image.Image, container: Container) -> None:
     """Have a JPEG that is too large decoded at a part of its size: no more than that part is ever in memory."""
     width_px, height_px = image.size
-    if container.kind != "JPEG" or width_px * height_px > MAX_JPEG_PIXELS or max(image.size) > MAX_JPEG_SIDE_PX:
+    if (
+        container.kind != "JPEG"
+        or width_px * height_px > MAX_JPEG_PIXELS
+        or max(image.size) > MAX_JPEG_SIDE_PX
+    ):
         return
     if container.scans * width_px * height_px > MAX_SCANNED_PIXELS:
-        raise NotAPicture(f"takes {container.scans} passes over its {width_px}x{height_px} pixels to decode, more than any picture needs")
+        raise NotAPicture(
+            f"takes {container.scans} passes over its {width_px}x{height_px} pixels to decode, more than any picture needs"
+        )
     for scale in _SCALES:
-        if -(-width_px // scale) * -(-height_px // scale) <= MAX_PIXELS and -(-max(image.size) // scale) <= MAX_SIDE_PX:
+        if (
+            -(-width_px // scale) * -(-height_px // scale) <= MAX_PIXELS
+            and -(-max(image.size) // scale) <= MAX_SIDE_PX
+        ):
             image.draft(image.mode, (width_px // scale, height_px // scale))
             return
 
@@ -137,7 +151,9 @@ def _check_header(image: Image.Image, container: Container) -> None:
         most = MAX_JPEG_SIDE_PX if is_jpeg else MAX_SIDE_PX
         raise NotAPicture(f"is {width_px}x{height_px} pixels; each side must be from 1 to {most}")
     if width_px * height_px > MAX_PIXELS:
-        most = f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
+        most = (
+            f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
+        )
         raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {most} pixels are accepted")
 
 
@@ -156,8 +172,12 @@ def _plain(image: Image.Image, container: Container) -> Image.Image:
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
     """L, RGB, RGBA or CMYK."""
-    if image.mode.startswith("I"):  # 16 bits, of which convert() would cut off whatever is above 255
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    if image.mode.startswith(
+        "I"
+    ):  # 16 bits, of which convert() would cut off whatever is above 255
+        return Image.fromarray(
+            ((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8)
+        )
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         return image.convert("RGBA")
     if image.mode == "1":
@@ -171,7 +191,9 @@ def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     colours = image.convert("RGB") if alpha is not None else image
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(
+            colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         converted = None
     result = converted or colours.convert("L" if colours.mode == "L" else "RGB")

@@ -73,7 +73,9 @@ class ProgressWriter:
         self._fill = fill
         self._unwatched: Callable[[uuid.UUID], None] = _ignore
         self._noted = _Noted()
-        self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
+        self._kept: dict[
+            tuple[str, int], deque[bytes]
+        ] = {}  # which previews of an image are in its job's stream
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._is_due = threading.Event()
         self._sent = threading.Condition(self._lock)
@@ -148,13 +150,20 @@ class ProgressWriter:
                 self._sent.notify_all()
 
     def _send(self, noted: _Noted) -> None:
-        pipe = self._redis.pipeline(transaction=True)  # or who waits for news is woken by the first of these and reads only that
+        pipe = self._redis.pipeline(
+            transaction=True
+        )  # or who waits for news is woken by the first of these and reads only that
         for job_id, attempt in noted.started:
             eventlog.append(pipe, job_id, eventlog.STARTED, {"attempt": attempt})
         for (job_id, index), step in noted.steps.items():
             pipe.hset(_key(job_id), str(index), f"{step.step}/{step.num_steps}")
             pipe.expire(_key(job_id), _KEEP_S)
-            eventlog.append(pipe, job_id, eventlog.STEP, {"index": index, "step": step.step, "num_steps": step.num_steps})
+            eventlog.append(
+                pipe,
+                job_id,
+                eventlog.STEP,
+                {"index": index, "step": step.step, "num_steps": step.num_steps},
+            )
         for job_id in noted.jobs():
             eventlog.keep(pipe, job_id)
         pipe.execute()
@@ -164,7 +173,9 @@ class ProgressWriter:
         if self._fill() > admission.HANDOFF_FULL_FOR_PREVIEWS:
             telemetry.PREVIEWS_DROPPED.inc(len(previews))
             for job_id in {job_id for job_id, _ in previews}:
-                self._unwatched(uuid.UUID(job_id))  # none is made until a follower says again that he looks
+                self._unwatched(
+                    uuid.UUID(job_id)
+                )  # none is made until a follower says again that he looks
             return
         for (job_id, index), preview in previews.items():
             kept = self._kept.setdefault((job_id, index), deque())
@@ -194,7 +205,10 @@ class News:
             known = self._redis.hgetall(_key(str(job_id)))
         except redis.RedisError:
             return []
-        return [Step(int(index), *map(int, value.decode().split("/"))) for index, value in sorted(known.items())]
+        return [
+            Step(int(index), *map(int, value.decode().split("/")))
+            for index, value in sorted(known.items())
+        ]
 
     def forget(self, job_id: uuid.UUID) -> None:
         """Drop what is known of the job's progress, and the record of its events, in which there may be previews.
@@ -266,7 +280,10 @@ class Listener:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                with (
+                    connect(self._url) as client,
+                    client.pubsub(ignore_subscribe_messages=True) as pubsub,
+                ):
                     pubsub.subscribe(self._channel)
                     while not self._stop.is_set():
                         self._note_turn()
@@ -302,7 +319,13 @@ class Endings:
         self._lock = threading.Lock()
         self._listener = Listener(handoff_url, ENDINGS, self._hear)
 
-    def wait(self, job_id: uuid.UUID, timeout_s: float, is_over: Callable[[], bool], gives_up: Callable[[], bool] = lambda: False) -> None:
+    def wait(
+        self,
+        job_id: uuid.UUID,
+        timeout_s: float,
+        is_over: Callable[[], bool],
+        gives_up: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Return when `is_over()`, asked at first, at the job's ending and every 2 s for lost news, or after `timeout_s`.
 
         gives_up: whether it is not to be waited for any longer; asked twice a second, so it must cost nothing.

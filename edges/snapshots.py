@@ -52,7 +52,9 @@ class Snapshots:
     def put(self, job_id: uuid.UUID, index: int, attempt: int, step: int, blob: bytes) -> bool:
         """Keep the snapshot for `ttl_s`; False if there is one of a later attempt, or of a later step. Raises SnapshotsUnavailable."""
         with wrap(redis.RedisError, SnapshotsUnavailable):
-            return bool(self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s]))
+            return bool(
+                self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s])
+            )
 
     def of(self, job_id: uuid.UUID) -> dict[int, Kept]:
         """The snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
@@ -67,7 +69,10 @@ class Snapshots:
     def jobs(self) -> list[uuid.UUID]:
         """Every job of which something is kept. Raises SnapshotsUnavailable."""
         with wrap((redis.RedisError, ValueError), SnapshotsUnavailable):
-            return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
+            return [
+                uuid.UUID(key.decode().partition(":")[2])
+                for key in self._redis.scan_iter(match=_key("*"), count=500)
+            ]
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
         """Forget all that is kept of these jobs. Raises SnapshotsUnavailable."""

@@ -15,7 +15,9 @@ def new_secret() -> str:
     return "whsec_" + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
 
 
-def headers(message_id: str, at: datetime, body: str, live_secrets: Sequence[str]) -> dict[str, str]:
+def headers(
+    message_id: str, at: datetime, body: str, live_secrets: Sequence[str]
+) -> dict[str, str]:
     """What goes with `body`: the id, the time of this attempt, and a signature by every live secret.
 
     at: in UTC, and aware of it, for the library would take the figures of any other zone for UTC.

@@ -17,11 +17,20 @@ from dotenv import dotenv_values
 HOST = "127.0.0.1"
 LISTENERS = ("gateway", "flower", "postgres", "broker", "handoff", "s3")
 DATABASE, OWNER, APP, AUDITOR = "darkroom", "darkroom_owner", "darkroom_app", "darkroom_auditor"
-PROCESSES = ("gateway", "worker", "results", "sweeper", "webhooks")  # each with a password of its own, for Postgres and both Redis
+PROCESSES = (
+    "gateway",
+    "worker",
+    "results",
+    "sweeper",
+    "webhooks",
+)  # each with a password of its own, for Postgres and both Redis
 FLOWER_BROKER = "flower_broker"  # what Flower tells the broker; people tell Flower another one
 BUCKET, FLOWER_USER = "darkroom", "darkroom"
 
-_LOWEST_PORT, _HIGHEST_PORT = 20_000, 32_000  # below the ephemeral range: no outgoing connection takes a port while its owner restarts
+_LOWEST_PORT, _HIGHEST_PORT = (
+    20_000,
+    32_000,
+)  # below the ephemeral range: no outgoing connection takes a port while its owner restarts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,12 +38,16 @@ class Addresses:
     """Everything that is decided at the first start. `env()` is what the rest of the world reads."""
 
     ports: Mapping[str, int]
-    passwords: Mapping[str, str]  # of OWNER, APP, AUDITOR, broker, handoff, flower, FLOWER_BROKER and PROCESSES
+    passwords: Mapping[
+        str, str
+    ]  # of OWNER, APP, AUDITOR, broker, handoff, flower, FLOWER_BROKER and PROCESSES
     s3_access_key_id: str
     s3_secret_access_key: str
     api_key_pepper: str
     api_key: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)  # what an operator wrote into the file beside ours; handed on untouched
+    extra: Mapping[str, str] = field(
+        default_factory=dict
+    )  # what an operator wrote into the file beside ours; handed on untouched
 
     @classmethod
     def fresh(cls) -> "Addresses":
@@ -55,10 +68,16 @@ class Addresses:
         addresses = cls(
             ports={name: urls[name].port or 0 for name in LISTENERS},
             passwords={
-                **{name: urls[name].password or "" for name in (OWNER, APP, AUDITOR, "broker", "handoff")},
+                **{
+                    name: urls[name].password or ""
+                    for name in (OWNER, APP, AUDITOR, "broker", "handoff")
+                },
                 "flower": env["FLOWER_PASSWORD"],
                 # A stack that an older version started has none for its processes yet.
-                **{name: env.get(password_of(name)) or secrets.token_hex(16) for name in (FLOWER_BROKER, *PROCESSES)},
+                **{
+                    name: env.get(password_of(name)) or secrets.token_hex(16)
+                    for name in (FLOWER_BROKER, *PROCESSES)
+                },
             },
             s3_access_key_id=env["S3_ACCESS_KEY_ID"],
             s3_secret_access_key=env["S3_SECRET_ACCESS_KEY"],
@@ -66,13 +85,18 @@ class Addresses:
             api_key=env.get("DARKROOM_API_KEY") or None,
         )
         ours = addresses.env()
-        return replace(addresses, extra={name: value for name, value in env.items() if name not in ours})
+        return replace(
+            addresses, extra={name: value for name, value in env.items() if name not in ours}
+        )
 
     def env(self) -> dict[str, str]:
         """The lines of `<data>/env`."""
         at = {name: f"{HOST}:{port}" for name, port in self.ports.items()}
         server = f"{at['postgres']}/{DATABASE}"
-        database = {role: f"postgresql+psycopg2://{role}:{self.passwords[role]}@{server}" for role in (OWNER, APP, AUDITOR)}
+        database = {
+            role: f"postgresql+psycopg2://{role}:{self.passwords[role]}@{server}"
+            for role in (OWNER, APP, AUDITOR)
+        }
         return {
             "DARKROOM_URL": f"http://{at['gateway']}",
             "DARKROOM_API_KEY": self.api_key or "",
@@ -97,7 +121,13 @@ class Addresses:
     def with_free_ports(self, names: Iterable[str]) -> "Addresses":
         """The same, with another port for each listener of `names` whose port somebody else took meanwhile."""
         taken = [name for name in names if not is_free(self.ports[name])]
-        return replace(self, ports={**self.ports, **dict(zip(taken, free_ports(len(taken)), strict=True))}) if taken else self
+        return (
+            replace(
+                self, ports={**self.ports, **dict(zip(taken, free_ports(len(taken)), strict=True))}
+            )
+            if taken
+            else self
+        )
 
 
 _URLS = {
@@ -122,7 +152,11 @@ def as_handed_to(process: str, env: Mapping[str, str]) -> dict[str, str]:
     """`env` with URLs that open Postgres and both Redis to this process by its own name and password alone."""
     key = FLOWER_BROKER if process == "flower" else process
     handed = dict(env)
-    for variable, user in (("DATABASE_URL", f"darkroom_{process}"), ("BROKER_URL", process), ("HANDOFF_URL", process)):
+    for variable, user in (
+        ("DATABASE_URL", f"darkroom_{process}"),
+        ("BROKER_URL", process),
+        ("HANDOFF_URL", process),
+    ):
         scheme, _, rest = env[variable].partition("://")
         handed[variable] = f"{scheme}://{user}:{env[password_of(key)]}@{rest.rpartition('@')[2]}"
     return handed
@@ -130,7 +164,11 @@ def as_handed_to(process: str, env: Mapping[str, str]) -> dict[str, str]:
 
 def read_env(path: Path) -> dict[str, str]:
     """The lines of a dotenv file, without interpolation; empty if there is no file."""
-    return {name: value or "" for name, value in dotenv_values(path, interpolate=False).items()} if path.exists() else {}
+    return (
+        {name: value or "" for name, value in dotenv_values(path, interpolate=False).items()}
+        if path.exists()
+        else {}
+    )
 
 
 def write_env(path: Path, env: Mapping[str, str]) -> None:
@@ -138,7 +176,9 @@ def write_env(path: Path, env: Mapping[str, str]) -> None:
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write("# Written by `darkroom up`. Lines that you add are kept and handed to the processes that know the name.\n")
+        file.write(
+            "# Written by `darkroom up`. Lines that you add are kept and handed to the processes that know the name.\n"
+        )
         file.writelines(f"{name}={value}\n" for name, value in env.items())
     new.replace(path)
 

@@ -27,7 +27,13 @@ from fleet.addresses import BUCKET, DATABASE, HOST, OWNER, Addresses
 from fleet.services import connect, postgres_binaries
 from fleet.supervision import StackError
 
-MANIFEST, DUMP, OBJECTS, ENV, FLEET = "manifest.json", "database.dump", "objects", "env", "fleet.toml"
+MANIFEST, DUMP, OBJECTS, ENV, FLEET = (
+    "manifest.json",
+    "database.dump",
+    "objects",
+    "env",
+    "fleet.toml",
+)
 _DIGEST_IN_KEY = re.compile(r"^[0-9a-f]{64}$")
 
 
@@ -49,7 +55,9 @@ class Manifest:
         try:
             return cls(**json.loads((folder / MANIFEST).read_text()))
         except (OSError, ValueError, TypeError):
-            raise StackError(f"{folder} is not a whole backup: it has no readable {MANIFEST}") from None
+            raise StackError(
+                f"{folder} is not a whole backup: it has no readable {MANIFEST}"
+            ) from None
 
 
 def write(folder: Path, *, data_dir: Path, addresses: Addresses, fleet_file: Path) -> Manifest:
@@ -86,7 +94,9 @@ def check(folder: Path) -> Manifest:
         if not (folder / name).exists():
             raise StackError(f"{folder} is not a whole backup: {name} is missing")
     if _sha256(folder / DUMP) != manifest.dump_sha256:
-        raise StackError(f"{folder / DUMP} is not what was written there: its digest is another one")
+        raise StackError(
+            f"{folder / DUMP} is not what was written there: its digest is another one"
+        )
     return manifest
 
 
@@ -94,10 +104,19 @@ def read(folder: Path, *, data_dir: Path, addresses: Addresses) -> Manifest:
     """Fill a stack's empty database and its empty bucket from a backup. Raises StackError."""
     manifest = check(folder)
     _make_roles(addresses, manifest.roles)
-    _run("pg_restore", addresses, "--exit-on-error", "--single-transaction", f"--dbname={DATABASE}", str(folder / DUMP))
+    _run(
+        "pg_restore",
+        addresses,
+        "--exit-on-error",
+        "--single-transaction",
+        f"--dbname={DATABASE}",
+        str(folder / DUMP),
+    )
     copied = list(_copy_objects(folder / OBJECTS, data_dir / "s3" / BUCKET, is_whole=True))
     if len(copied) != manifest.objects:
-        raise StackError(f"{folder} is not a whole backup: it has {len(copied)} of {manifest.objects} objects")
+        raise StackError(
+            f"{folder} is not a whole backup: it has {len(copied)} of {manifest.objects} objects"
+        )
     return manifest
 
 
@@ -110,7 +129,9 @@ def _run(program: str, addresses: Addresses, *arguments: str) -> None:
         "PGDATABASE": DATABASE,
     }
     command = [str(postgres_binaries() / program), "--no-password", *arguments]
-    done = subprocess.run(command, env={"PATH": os.environ.get("PATH", ""), **access}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={"PATH": os.environ.get("PATH", ""), **access}, capture_output=True, text=True
+    )
     if done.returncode != 0:
         raise StackError(f"{program} fails: {done.stderr.strip()}")
 
@@ -120,9 +141,13 @@ def _facts(addresses: Addresses) -> tuple[str, str, list[str]]:
     connection = connect(addresses, DATABASE)
     try:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT version_num, current_setting('server_version') FROM alembic_version")
+            cursor.execute(
+                "SELECT version_num, current_setting('server_version') FROM alembic_version"
+            )
             revision, version = cursor.fetchone()
-            cursor.execute("SELECT rolname FROM pg_roles WHERE rolname LIKE 'darkroom\\_%' AND NOT rolsuper ORDER BY 1")
+            cursor.execute(
+                "SELECT rolname FROM pg_roles WHERE rolname LIKE 'darkroom\\_%' AND NOT rolsuper ORDER BY 1"
+            )
             return revision, version, [role for (role,) in cursor.fetchall()]
     except psycopg2.Error as error:
         raise StackError(f"Postgres: {' '.join(str(error).split())}") from None

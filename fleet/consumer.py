@@ -30,7 +30,12 @@ from edges.connections import connect
 log = logging.getLogger(__name__)
 
 LATE_ACK_TRIES = 60
-RECONNECT_S = (0.1, 0.2, 0.5, 1.0)  # waits between tries; the last one until the broker is itself again
+RECONNECT_S = (
+    0.1,
+    0.2,
+    0.5,
+    1.0,
+)  # waits between tries; the last one until the broker is itself again
 SAID_EVERY = 30  # tries
 HEALTHY_AFTER_S = 5.0  # of consuming, after which the next outage begins with the shortest wait
 
@@ -44,7 +49,9 @@ class TakenTask:
     headers: Mapping[str, Any]
 
 
-MayTake = Callable[[str, Sequence[TakenTask]], bool]  # (queue, this worker's unfinished tasks) -> may another one be taken from it?
+MayTake = Callable[
+    [str, Sequence[TakenTask]], bool
+]  # (queue, this worker's unfinished tasks) -> may another one be taken from it?
 
 
 class FleetConsumer(Consumer):
@@ -57,13 +64,22 @@ class FleetConsumer(Consumer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.on_turn: Callable[[], None] = _nothing  # told whenever this loop moves, also while it waits for the broker
+        self.on_turn: Callable[[], None] = (
+            _nothing  # told whenever this loop moves, also while it waits for the broker
+        )
         super().__init__(*args, **kwargs)
         # Celery takes error replies for channel errors, and ends. Errors in setting a connection up come as KombuError.
-        self.connection_errors = (*self.connection_errors, *self.channel_errors, redis.RedisError, KombuError)
+        self.connection_errors = (
+            *self.connection_errors,
+            *self.channel_errors,
+            redis.RedisError,
+            KombuError,
+        )
         self._failures = 0  # in a row
         self._connected_at: float | None = None
-        self._ticks_before: set[Any] = set()  # what the event loop did at each turn before we connected
+        self._ticks_before: set[Any] = (
+            set()
+        )  # what the event loop did at each turn before we connected
 
     def connect(self) -> Any:
         """A connection whose messages the event loop hears of. What fails half way is closed: outages may be long."""
@@ -82,7 +98,9 @@ class FleetConsumer(Consumer):
         """Try once; `start` tries again. Celery's own back-off reaches half a minute: jobs with a deadline have less."""
         self.on_turn()
         try:
-            conn.ensure_connection(max_retries=1, interval_start=0.1, interval_step=0, reraise_as_library_errors=False)
+            conn.ensure_connection(
+                max_retries=1, interval_start=0.1, interval_step=0, reraise_as_library_errors=False
+            )
         except Exception:
             _close(conn)
             raise
@@ -98,7 +116,9 @@ class FleetConsumer(Consumer):
             log.warning("ack through the channel failed: %r", error)
         if message is not None and p.__name__ == "ack_log_error" and not message.acknowledged:
             _give_credit_back(message)
-            threading.Thread(target=_ack_late, args=(self.app, message), name="late-ack", daemon=True).start()
+            threading.Thread(
+                target=_ack_late, args=(self.app, message), name="late-ack", daemon=True
+            ).start()
         if self.hub:
             self.hub.call_soon(_nothing)  # wakes the loop, which asks for the next message
 
@@ -122,17 +142,24 @@ class FleetConsumer(Consumer):
             log.error("closing the broker connection failed: %r", error)
             self.connection = None
         if self.hub:
-            self.hub.on_tick &= self._ticks_before  # kombu leaves those of the dead connection there: one more a try
+            self.hub.on_tick &= (
+                self._ticks_before
+            )  # kombu leaves those of the dead connection there: one more a try
         self._wait_before_the_next_try()
 
     def _wait_before_the_next_try(self) -> None:
-        if self._connected_at is not None and time.monotonic() - self._connected_at > HEALTHY_AFTER_S:
+        if (
+            self._connected_at is not None
+            and time.monotonic() - self._connected_at > HEALTHY_AFTER_S
+        ):
             self._failures = 0
         self._connected_at = None
         wait_s = RECONNECT_S[min(self._failures, len(RECONNECT_S) - 1)]
         self._failures += 1
         self.on_turn()
-        time.sleep(wait_s * random.uniform(0.7, 1.0))  # or all workers come back in the same instant
+        time.sleep(
+            wait_s * random.uniform(0.7, 1.0)
+        )  # or all workers come back in the same instant
 
 
 class TierCycle:
@@ -150,10 +177,18 @@ class TierCycle:
         """The queues to ask, highest rank first; [] = ask for nothing now."""
         del n
         taken = [
-            TakenTask(request.delivery_info.get("routing_key", ""), request.kwargs or {}, request.request_dict)
+            TakenTask(
+                request.delivery_info.get("routing_key", ""),
+                request.kwargs or {},
+                request.request_dict,
+            )
             for request in list(state.requests.values())
         ]
-        return [queue for queue in self._queues if queue in self._active and self._may_take(queue, taken)]
+        return [
+            queue
+            for queue in self._queues
+            if queue in self._active and self._may_take(queue, taken)
+        ]
 
     def update(self, queues: Sequence[str]) -> None:
         """kombu tells which queues the channel consumes."""
@@ -233,7 +268,9 @@ def _ack_late(app: Any, message: Any) -> None:
     for _ in range(LATE_ACK_TRIES):
         try:
             with connect(app.conf.broker_url, socket_timeout=5) as client:
-                client.pipeline().zrem(channel.unacked_index_key, tag).hdel(channel.unacked_key, tag).execute()
+                client.pipeline().zrem(channel.unacked_index_key, tag).hdel(
+                    channel.unacked_key, tag
+                ).execute()
             return
         except redis.RedisError:
             time.sleep(1)

@@ -39,28 +39,64 @@ _KINDS: dict[str, type[BaseSettings]] = {
 }
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
 METRICS_STRIDE = 10
-_TAKES_IN_WORK, _FINISHES_IT = 90, 50  # priorities: the former stop first, so that the latter still can
+_TAKES_IN_WORK, _FINISHES_IT = (
+    90,
+    50,
+)  # priorities: the former stop first, so that the latter still can
 
 
 def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[Program]:
     """What runs on top of the services. env: the stack's own variables, which win over the caller's."""
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
-    own = {name: as_handed_to(name, env) for name in ("gateway", "worker", "flower", "results", "webhooks", "sweeper")}
+    own = {
+        name: as_handed_to(name, env)
+        for name in ("gateway", "worker", "flower", "results", "webhooks", "sweeper")
+    }
     own["flower"]["FLOWER_BIND"] = env["FLOWER_URL"].removeprefix("http://")
     worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
-    own_names = worker_names if num_workers > 1 else [""] * num_workers  # "" leaves the naming to the launcher
+    own_names = (
+        worker_names if num_workers > 1 else [""] * num_workers
+    )  # "" leaves the naming to the launcher
     started = [
-        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(own["gateway"], GatewayProcessSettings)),
+        _program(
+            "gateway", gunicorn, _TAKES_IN_WORK, 40, _only(own["gateway"], GatewayProcessSettings)
+        ),
         *(
             _worker(name, _worker_environment(own["worker"], fleet, own_name))
             for name, own_name in zip(worker_names, own_names, strict=True)
         ),
-        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(own["flower"], FlowerSettings)),
-        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(own["results"], StoreSettings)),
-        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, _only(own["webhooks"], CourierSettings)),
-        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(own["sweeper"], Settings)),
+        _program(
+            "flower",
+            ["tasks.serve", "flower"],
+            _TAKES_IN_WORK,
+            10,
+            _only(own["flower"], FlowerSettings),
+        ),
+        _program(
+            "results",
+            ["tasks.serve", "results"],
+            _FINISHES_IT,
+            30,
+            _only(own["results"], StoreSettings),
+        ),
+        _program(
+            "webhooks",
+            ["tasks.serve", "webhooks"],
+            _FINISHES_IT,
+            20,
+            _only(own["webhooks"], CourierSettings),
+        ),
+        _program(
+            "sweeper",
+            ["tasks.serve", "maintenance"],
+            _FINISHES_IT,
+            20,
+            _only(own["sweeper"], Settings),
+        ),
     ]
-    return [_with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)]
+    return [
+        _with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)
+    ]
 
 
 def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
@@ -68,10 +104,15 @@ def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
     port = int(program.environment.get("METRICS_PORT") or 0)
     if not port or not place:
         return program
-    return replace(program, environment={**program.environment, "METRICS_PORT": str(port + place * METRICS_STRIDE)})
+    return replace(
+        program,
+        environment={**program.environment, "METRICS_PORT": str(port + place * METRICS_STRIDE)},
+    )
 
 
-def _program(name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]) -> Program:
+def _program(
+    name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]
+) -> Program:
     return Program(
         name=name,
         command=[sys.executable, "-m", *module],
@@ -86,7 +127,9 @@ def _worker(name: str, environment: Mapping[str, str]) -> Program:
     """A worker is given the time that it was promised on SIGTERM, and some to put its snapshots away."""
     with suppress(SettingsInvalid):  # then it will not start, and says why
         notice_s = read(WorkerSettings, environment).shutdown_notice_s
-        return _program(name, ["fleet.worker"], _TAKES_IN_WORK, max(45, math.ceil(notice_s) + 25), environment)
+        return _program(
+            name, ["fleet.worker"], _TAKES_IN_WORK, max(45, math.ceil(notice_s) + 25), environment
+        )
     return _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, environment)
 
 
@@ -102,7 +145,10 @@ def problems(programs: Sequence[Program]) -> list[str]:
 
 
 def _worker_environment(env: Mapping[str, str], fleet: Fleet, name: str) -> dict[str, str]:
-    own = {"WORKER_POOL": worker_pool(fleet), "WORKER_NAME": name and f"{name}@{socket.gethostname()}"}
+    own = {
+        "WORKER_POOL": worker_pool(fleet),
+        "WORKER_NAME": name and f"{name}@{socket.gethostname()}",
+    }
     return _only({**env, **own}, WorkerSettings)
 
 

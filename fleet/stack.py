@@ -32,7 +32,9 @@ from settings import REPO, MigrationSettings
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
 
 FIRST_TENANT = "demo"
-_DEATHS_BEFORE_GIVING_UP = 3  # a process that dies this often before the stack is ready will not get better by waiting
+_DEATHS_BEFORE_GIVING_UP = (
+    3  # a process that dies this often before the stack is ready will not get better by waiting
+)
 
 
 class Stack:
@@ -58,7 +60,9 @@ class Stack:
         """Whether this stack was started and not stopped; its processes may be in any state."""
         return self._supervisor.is_alive()
 
-    def up(self, wait_s: float = 120, *, on_stage: Callable[[str], None] = lambda stage: None) -> None:
+    def up(
+        self, wait_s: float = 120, *, on_stage: Callable[[str], None] = lambda stage: None
+    ) -> None:
         """Start what does not run and return when the gateway says that every part is ready, the workers included.
 
         Harmless on a running stack. on_stage: is told what is being done. Raises StackError; what was started then stays up,
@@ -72,7 +76,9 @@ class Stack:
             self._migrate(addresses)
             addresses = self._ensure_first_key(addresses)
             on_stage("starting the house")
-            for program in house.programs(self._house_env(addresses), self._fleet(), num_workers=self.workers):
+            for program in house.programs(
+                self._house_env(addresses), self._fleet(), num_workers=self.workers
+            ):
                 self._supervisor.start(program.name)
             on_stage("loading the model")
             self._wait_ready(deadline)
@@ -92,7 +98,12 @@ class Stack:
         if self.pid("postgres") is None:
             raise StackError("Postgres does not run; a backup is made of a running stack")
         fleet_file = self.fleet_file or REPO / "fleet.toml"
-        return backup.write(folder, data_dir=self.data_dir, addresses=Addresses.from_env(self.env), fleet_file=fleet_file)
+        return backup.write(
+            folder,
+            data_dir=self.data_dir,
+            addresses=Addresses.from_env(self.env),
+            fleet_file=fleet_file,
+        )
 
     def restore(self, folder: Path, wait_s: float = 120) -> backup.Manifest:
         """Make the data directory, which must be new, what another one was when `folder` was written. It is down afterwards.
@@ -100,7 +111,9 @@ class Stack:
         Secrets are those of the backup; ports, too, where they are free. Raises StackError.
         """
         if self.env or (self.data_dir / "postgres").exists():
-            raise StackError(f"{self.data_dir} has data; a backup is restored into a new data directory (--data-dir)")
+            raise StackError(
+                f"{self.data_dir} has data; a backup is restored into a new data directory (--data-dir)"
+            )
         backup.check(folder)
         with self._lock():
             write_env(self.env_path, read_env(folder / backup.ENV))
@@ -108,7 +121,9 @@ class Stack:
                 addresses = self._up_services(time.monotonic() + wait_s)
                 return backup.read(folder, data_dir=self.data_dir, addresses=addresses)
             except StackError as error:
-                raise StackError(f"{error}\n{self.data_dir} is restored in part: remove it before you try again") from None
+                raise StackError(
+                    f"{error}\n{self.data_dir} is restored in part: remove it before you try again"
+                ) from None
             finally:
                 self._supervisor.shut_down()
 
@@ -200,8 +215,12 @@ class Stack:
         engine = make_engine(addresses.env()["DATABASE_URL"], pool_size=1)
         try:
             with transaction(engine) as session:
-                tenant = tenants.by_name(session, FIRST_TENANT) or tenants.create(session, name=FIRST_TENANT)
-                _, key = api_keys.issue(session, tenant_id=tenant.id, name=FIRST_TENANT, pepper=addresses.api_key_pepper)
+                tenant = tenants.by_name(session, FIRST_TENANT) or tenants.create(
+                    session, name=FIRST_TENANT
+                )
+                _, key = api_keys.issue(
+                    session, tenant_id=tenant.id, name=FIRST_TENANT, pepper=addresses.api_key_pepper
+                )
         except SQLAlchemyError as error:
             raise StackError(f"the first tenant cannot be made: {error}") from None
         finally:
@@ -217,7 +236,11 @@ class Stack:
         def probe() -> None:
             nonlocal last
             parts: dict[str, dict[str, Any]] = gateway.get("/readyz").json()["parts"]
-            waiting = [f"{name} ({part.get('detail', 'not ready')})" for name, part in parts.items() if not part["ready"]]
+            waiting = [
+                f"{name} ({part.get('detail', 'not ready')})"
+                for name, part in parts.items()
+                if not part["ready"]
+            ]
             live = int(parts["workers"].get("live", 0))
             if not waiting and live < self.workers:
                 waiting = [f"workers ({live} of {self.workers})"]
@@ -249,19 +272,30 @@ class Stack:
             for status in self.status():
                 if status.state in ("backoff", "fatal") and name in (None, status.name):
                     deaths.setdefault(status.name, set()).add(status.started_at)
-                    if len(deaths[status.name]) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
-                        raise StackError(f"{status.name} keeps dying{self._supervisor.tail(status.name)}")
+                    if (
+                        len(deaths[status.name]) >= _DEATHS_BEFORE_GIVING_UP
+                        or status.state == "fatal"
+                    ):
+                        raise StackError(
+                            f"{status.name} keeps dying{self._supervisor.tail(status.name)}"
+                        )
             if time.monotonic() > deadline:
                 why = reason() or str(failure)
                 told_by = name or ("worker-1" if "workers" in why else "gateway")
-                raise StackError(f"{name or 'the stack'} is not ready in time: {why}{self._supervisor.tail(told_by)}")
+                raise StackError(
+                    f"{name or 'the stack'} is not ready in time: {why}{self._supervisor.tail(told_by)}"
+                )
             time.sleep(every_s)  # not more often: what we wait for needs the processor
 
     def _find(self, name: str) -> ProcessStatus:
         wanted = "worker-1" if name == "worker" else name
         by_name = {status.name: status for status in self.status()}
         if wanted not in by_name:
-            raise StackError(f"no process {name!r}; there are: {', '.join(by_name)}" if by_name else "the stack is not running")
+            raise StackError(
+                f"no process {name!r}; there are: {', '.join(by_name)}"
+                if by_name
+                else "the stack is not running"
+            )
         return by_name[wanted]
 
     def _fleet(self) -> Fleet:
@@ -271,23 +305,36 @@ class Stack:
         except OSError as error:
             raise StackError(f"{path} cannot be read: {error.strerror}") from None
         except FleetInvalid as error:
-            raise StackError("\n".join(f"{path.name}: {problem}" for problem in error.problems)) from None
+            raise StackError(
+                "\n".join(f"{path.name}: {problem}" for problem in error.problems)
+            ) from None
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
         """One `up` or `down` at a time per data directory."""
-        self.data_dir.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)  # 711: Postgres passes through
+        self.data_dir.mkdir(
+            mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True
+        )  # 711: Postgres passes through
         (self.data_dir / "logs").mkdir(mode=0o700, exist_ok=True)
         with open(self.data_dir / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise StackError(f"another command is starting or stopping {self.data_dir}; try again when it is done") from None
+                raise StackError(
+                    f"another command is starting or stopping {self.data_dir}; try again when it is done"
+                ) from None
             yield
 
 
 def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
     """Who stops together, in order: first who takes in work, then who finishes it, then what it was written to."""
-    finishing, written_to = {"results", "webhooks", "sweeper"}, {"postgres", "broker", "handoff", "s3"}
+    finishing, written_to = (
+        {"results", "webhooks", "sweeper"},
+        {"postgres", "broker", "handoff", "s3"},
+    )
     taking = [name for name in by_name if name not in finishing | written_to]
-    return [taking, [name for name in by_name if name in finishing], [name for name in by_name if name in written_to]]
+    return [
+        taking,
+        [name for name in by_name if name in finishing],
+        [name for name in by_name if name in written_to],
+    ]

@@ -27,9 +27,23 @@ from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped
 from fleet.errors import StackError
 
 MARK = "DARKROOM_STACK"  # in the environment of every process of a stack: how strays of a killed supervisord are found
-_INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+_INHERITED = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+)
 _INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "HF_", "OMP_", "MKL_", "HIP_", "ROCR_")
-_LONGEST_SOCKET_PATH = 90  # the kernel allows 107 bytes, and supervisord adds a suffix of its own while it binds
+_LONGEST_SOCKET_PATH = (
+    90  # the kernel allows 107 bytes, and supervisord adds a suffix of its own while it binds
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +53,9 @@ class Program:
     name: str
     command: Sequence[str]
     directory: Path
-    environment: Mapping[str, str] = field(default_factory=dict)  # all it gets beside PATH and the like
+    environment: Mapping[str, str] = field(
+        default_factory=dict
+    )  # all it gets beside PATH and the like
     priority: int  # started by hand; stopped in this order, the highest first
     stop_signal: str = "TERM"
     stop_wait_s: int = 15  # patience between the stop signal and SIGKILL
@@ -101,7 +117,9 @@ class Supervisor:
                 rpc.startProcess(name, False)
             except xmlrpc.client.Fault as fault:
                 if not fault.faultString.startswith("ALREADY_STARTED"):
-                    raise StackError(f"{name} does not start: {fault.faultString}{self.tail(name)}") from None
+                    raise StackError(
+                        f"{name} does not start: {fault.faultString}{self.tail(name)}"
+                    ) from None
 
     def stop(self, names: Iterable[str]) -> None:
         """Stop these processes, all at once, and wait until the last is gone."""
@@ -109,7 +127,11 @@ class Supervisor:
         with self._rpc() as rpc:
             for name in waiting:
                 _forgive(rpc.stopProcess, name, False)
-            while waiting & {status.name for status in self.status() if status.state in ("running", "starting", "backoff", "stopping")}:
+            while waiting & {
+                status.name
+                for status in self.status()
+                if status.state in ("running", "starting", "backoff", "stopping")
+            }:
                 time.sleep(0.05)
 
     def status(self) -> list[ProcessStatus]:
@@ -161,7 +183,14 @@ class Supervisor:
         _make_private(self._socket.parent)
         with open(self.log_path("supervisord"), "ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "-c", str(self._config)],
+                [
+                    sys.executable,
+                    "-m",
+                    "supervisor.supervisord",
+                    "--nodaemon",
+                    "-c",
+                    str(self._config),
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -206,32 +235,45 @@ class Supervisor:
         self.log_dir.mkdir(mode=0o700, exist_ok=True)
         sections: dict[str, dict[str, object]] = {
             "unix_http_server": {"file": self._socket, "chmod": "0700"},
-            "rpcinterface:supervisor": {"supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"},
+            "rpcinterface:supervisor": {
+                "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+            },
             "supervisord": {
                 "logfile": "/dev/null",  # it also writes to its standard output, which is logs/supervisord.log
                 "logfile_maxbytes": "0",
                 "pidfile": self._pid_file,
                 "childlogdir": self.log_dir,
-                **({"user": "root"} if os.geteuid() == 0 else {}),  # says that we know it runs as root
+                **(
+                    {"user": "root"} if os.geteuid() == 0 else {}
+                ),  # says that we know it runs as root
             },
             **{f"program:{program.name}": self._section(program) for program in programs},
         }
         text = "\n".join(
-            "\n".join([f"[{title}]", *(f"{key}={_quoted(str(value))}" for key, value in options.items())]) + "\n"
+            "\n".join(
+                [f"[{title}]", *(f"{key}={_quoted(str(value))}" for key, value in options.items())]
+            )
+            + "\n"
             for title, options in sections.items()
         )
         self._config.unlink(missing_ok=True)
-        with os.fdopen(os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it holds passwords
+        with os.fdopen(
+            os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w"
+        ) as file:  # it holds passwords
             file.write(text)
 
     def _section(self, program: Program) -> dict[str, object]:
         for value in program.environment.values():
             if '"' in value:
-                raise StackError(f'{program.name}: a variable with a double quote in it cannot be handed on ("{value[:3]}…")')
+                raise StackError(
+                    f'{program.name}: a variable with a double quote in it cannot be handed on ("{value[:3]}…")'
+                )
         return {
             "command": shlex.join(program.command),
             "directory": program.directory,
-            "environment": ",".join(f'{name}="{value}"' for name, value in program.environment.items()),
+            "environment": ",".join(
+                f'{name}="{value}"' for name, value in program.environment.items()
+            ),
             "priority": program.priority,
             "autostart": "false",  # the stack starts services first, and the house only when they answer
             "autorestart": "true",
@@ -251,7 +293,9 @@ class Supervisor:
 def _quoted(value: str) -> str:
     """As a value of supervisord's ini dialect, where % expands and " ;" or " #" opens a comment."""
     if "\n" in value or " ;" in value or " #" in value:
-        raise StackError(f"supervisord's configuration cannot hold {value!r}; move the data directory to a plainer path")
+        raise StackError(
+            f"supervisord's configuration cannot hold {value!r}; move the data directory to a plainer path"
+        )
     return value.replace("%", "%%")
 
 
@@ -272,7 +316,11 @@ def _make_private(folder: Path) -> None:
 
 
 def _inherited() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
 
 
 def _marked(data_dir: str) -> Iterator[psutil.Process]:

@@ -26,11 +26,22 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
     """Ids for CUDA_VISIBLE_DEVICES, one per GPU: the given ones, or all that nvidia-smi lists."""
     if cuda_visible_devices is not None:
-        return [gpu.strip() for gpu in cuda_visible_devices.split(",") if gpu.strip() not in ("", "-1")]
+        return [
+            gpu.strip() for gpu in cuda_visible_devices.split(",") if gpu.strip() not in ("", "-1")
+        ]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return (
+        [line.strip() for line in listed.stdout.splitlines() if line.strip()]
+        if listed.returncode == 0
+        else []
+    )
 
 
 def main() -> None:
@@ -39,11 +50,19 @@ def main() -> None:
     host = socket.gethostname()
     gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
     if not gpus:
-        os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": settings.worker_name or f"cpu0@{host}", "DEVICE": "cpu"})
+        os.execve(
+            SERVE[0],
+            SERVE,
+            os.environ | {"WORKER_NAME": settings.worker_name or f"cpu0@{host}", "DEVICE": "cpu"},
+        )
     prefix, _, at = (settings.worker_name or f"gpu@{host}").partition("@")
     environments = []
     for number, gpu in enumerate(gpus):
-        environment = {"CUDA_VISIBLE_DEVICES": gpu, "WORKER_NAME": f"{prefix}{number}@{at or host}", "DEVICE": "cuda:0"}
+        environment = {
+            "CUDA_VISIBLE_DEVICES": gpu,
+            "WORKER_NAME": f"{prefix}{number}@{at or host}",
+            "DEVICE": "cuda:0",
+        }
         if settings.metrics_port:
             environment["METRICS_PORT"] = str(settings.metrics_port + number)
         environments.append(environment)
@@ -73,14 +92,21 @@ class Launcher:
 
         EX_CONFIG if one refuses its configuration: that is the configuration of all of them, and another start would not change it.
         """
-        while any(child.process.poll() is None or child.again_at is not None for child in self._children):
+        while any(
+            child.process.poll() is None or child.again_at is not None for child in self._children
+        ):
             for child in self._children:
                 self._look_after(child)
             time.sleep(0.2)
         if self._is_refused:
             return EX_CONFIG
         as_told = (0, -signal.SIGTERM, -signal.SIGINT)
-        return 0 if self._stopping and all(child.process.returncode in as_told for child in self._children) else 1
+        return (
+            0
+            if self._stopping
+            and all(child.process.returncode in as_told for child in self._children)
+            else 1
+        )
 
     def _look_after(self, child: _Child) -> None:
         now = time.monotonic()
@@ -88,14 +114,25 @@ class Launcher:
             if self._stopping:
                 child.again_at = None
             elif now >= child.again_at:
-                child.process, child.started_at, child.again_at = _spawn(child.environment), now, None
+                child.process, child.started_at, child.again_at = (
+                    _spawn(child.environment),
+                    now,
+                    None,
+                )
         elif child.process.poll() == EX_CONFIG and not self._stopping:
             self._is_refused = True
             self._pass_on(signal.SIGTERM, None)
         elif child.process.poll() is not None and not self._stopping:
             child.crashes = 0 if now - child.started_at > HEALTHY_AFTER_S else child.crashes + 1
-            wait_s = BACK_OFF_S[min(child.crashes, len(BACK_OFF_S)) - 1] if child.crashes else BACK_OFF_S[0]
-            print(f"worker {child.environment['WORKER_NAME']} ended ({child.process.returncode}); again in {wait_s} s", file=sys.stderr)
+            wait_s = (
+                BACK_OFF_S[min(child.crashes, len(BACK_OFF_S)) - 1]
+                if child.crashes
+                else BACK_OFF_S[0]
+            )
+            print(
+                f"worker {child.environment['WORKER_NAME']} ended ({child.process.returncode}); again in {wait_s} s",
+                file=sys.stderr,
+            )
             child.again_at = now + wait_s
 
     def _pass_on(self, number: int, frame: Any) -> None:

@@ -46,9 +46,13 @@ class Checkpoints:
     fill: how full the hand-off is; where it has little room left, none is kept: what is rendered needs it more.
     """
 
-    def __init__(self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]
+    ) -> None:
         self._engine, self._snapshots, self._news, self._fill = engine, snapshots, news, fill
-        self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}  # attempt and blob by job and image
+        self._newest: dict[
+            tuple[uuid.UUID, int], tuple[int, bytes]
+        ] = {}  # attempt and blob by job and image
         self._changed, self._closing = threading.Condition(), False
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
@@ -58,21 +62,27 @@ class Checkpoints:
         if lease.attempt == 1:
             return Earlier({}, {})
         heard = {step.index: step.step for step in self._news.steps(lease.job_id)}
-        reached = {index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending}
+        reached = {
+            index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending
+        }
         try:
             return Earlier(self._snapshots.of(lease.job_id), reached)
         except SnapshotsUnavailable as error:
             log.warning("snapshots_unavailable", reason=str(error))
             return Earlier({}, reached)
 
-    def begin(self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None) -> tuple[Handle, int]:
+    def begin(
+        self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None
+    ) -> tuple[Handle, int]:
         """Give an image to the engine, from its snapshot where there is one that fits; the step at which it begins comes with it.
 
         Raises as `Engine.submit`.
         """
         if kept is not None:
             try:
-                return self._engine.restore(kept.blob, on_event, request=request, within_s=within_s), kept.step
+                return self._engine.restore(
+                    kept.blob, on_event, request=request, within_s=within_s
+                ), kept.step
             except SnapshotRefused as error:  # made elsewhere, or damaged: start again
                 telemetry.SNAPSHOTS_REFUSED.inc()
                 log.warning("snapshot_refused", request_id=request.id, reason=str(error))
@@ -91,7 +101,9 @@ class Checkpoints:
 
     def withdraw(self, lease: Lease, handles: Mapping[int, Handle]) -> list[Left]:
         """Take the images out of the engine and keep what they are; those that are finished by then, or cannot be kept, are left out."""
-        taken = {index: self._engine.withdraw(handle.request.id) for index, handle in handles.items()}
+        taken = {
+            index: self._engine.withdraw(handle.request.id) for index, handle in handles.items()
+        }
         left = []
         for index, snapshot in taken.items():
             try:

@@ -81,17 +81,32 @@ class Courier:
             if claim is None:
                 telemetry.DUPLICATES.labels("deliver").inc()
                 return None
-            job = jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
+            job = (
+                jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id)
+                if claim.job_id
+                else None
+            )
         tried = self._try(claim, job)
-        state = run_transaction(self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name))
+        state = run_transaction(
+            self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name)
+        )
         is_slow = tried.took_s >= SLOW_AFTER_S
         if is_slow != claim.is_slow:
             with transaction(self.database) as session:
                 webhooks.note_speed(session, claim.endpoint_id, is_slow=is_slow)
         outcome = "delivered" if tried.is_delivered else str(tried.status or "unreachable")
-        telemetry.WEBHOOK_ATTEMPTS.labels(outcome if tried.is_delivered or tried.status is None else f"{outcome[0]}xx").inc()
+        telemetry.WEBHOOK_ATTEMPTS.labels(
+            outcome if tried.is_delivered or tried.status is None else f"{outcome[0]}xx"
+        ).inc()
         telemetry.WEBHOOK_SECONDS.observe(tried.took_s)
-        log.info("webhook_tried", delivery_id=str(claim.id), attempt=claim.attempt, status=tried.status, error=tried.error, state=state)
+        log.info(
+            "webhook_tried",
+            delivery_id=str(claim.id),
+            attempt=claim.attempt,
+            status=tried.status,
+            error=tried.error,
+            state=state,
+        )
         if not tried.is_delivered:
             return None  # whoever does not hear this one would not hear the next: they come when they are due
         with transaction(self.database) as session:
@@ -99,7 +114,9 @@ class Courier:
 
     def _try(self, claim: Claim, job: Job | None) -> Tried:
         at = datetime.now(UTC)
-        body = json.dumps(message(claim, job, at, public_url=self.public_url), separators=(",", ":"))
+        body = json.dumps(
+            message(claim, job, at, public_url=self.public_url), separators=(",", ":")
+        )
         started, retry_after_s, status, error = time.monotonic(), None, None, None
         try:
             signed = headers(str(claim.id), at, body, claim.secrets)

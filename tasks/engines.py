@@ -10,7 +10,9 @@ from policy.catalog import checkpoint_name
 from policy.fleet import Fleet, Pool, parse_size
 from settings import DeviceSettings
 
-PREVIEWS_PER_S = 10.0  # of one image, while somebody looks: a millisecond each, and quick images have some, too
+PREVIEWS_PER_S = (
+    10.0  # of one image, while somebody looks: a millisecond each, and quick images have some, too
+)
 
 
 def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
@@ -27,7 +29,9 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
             samplers=model.samplers,
             default_sampler=model.default_sampler,
             adapters=tuple(
-                AdapterSpec(name=adapter_name, path=str(root / adapter.source), sha256=adapter.sha256)
+                AdapterSpec(
+                    name=adapter_name, path=str(root / adapter.source), sha256=adapter.sha256
+                )
                 for adapter_name, adapter in model.adapters.items()
             ),
             pipeline_class=model.pipeline_class,
@@ -44,7 +48,9 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
     ]
 
 
-def engine_config(settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1) -> EngineConfig:
+def engine_config(
+    settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1
+) -> EngineConfig:
     """How the pool wants its device used. A tier's guaranteed share of slots is its share of the device's time, too."""
     device = settings.device
     if device == "auto":
@@ -55,7 +61,11 @@ def engine_config(settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up
         max_inflight=pool.slots,
         max_batch_rows=pool.max_batch_rows,
         row_buckets=pool.row_buckets,
-        rank_shares={tier.rank: tier.guaranteed_share for tier in fleet.tiers.values() if tier.guaranteed_share},
+        rank_shares={
+            tier.rank: tier.guaranteed_share
+            for tier in fleet.tiers.values()
+            if tier.guaranteed_share
+        },
         attention=pool.attention,
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,

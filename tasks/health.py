@@ -25,9 +25,13 @@ EX_SOFTWARE = 70
 class Health:
     """One per worker; `leave` is told when it has to go."""
 
-    def __init__(self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]) -> None:
+    def __init__(
+        self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]
+    ) -> None:
         self._engine, self._stuck_after_s, self._leave = engine, stuck_after_s, leave
-        self._strikes: set[str] = set()  # jobs that ended in an unplanned error since the last image
+        self._strikes: set[str] = (
+            set()
+        )  # jobs that ended in an unplanned error since the last image
         self.gave_up = ""  # why; then the process ends because of an error
         self._lock, self._stop = threading.Lock(), threading.Event()
         threading.Thread(target=self._run, name="health", daemon=True).start()
@@ -60,4 +64,6 @@ class Health:
         while not self._stop.wait(LOOK_EVERY_S):
             if (turn_s := self._engine.turn_s) > self._stuck_after_s:
                 log.critical("engine_stuck", turn_s=round(turn_s, 1))
-                os._exit(EX_SOFTWARE)  # nothing that asks it to stop would return; its leases run out
+                os._exit(
+                    EX_SOFTWARE
+                )  # nothing that asks it to stop would return; its leases run out

@@ -75,14 +75,19 @@ class LeaseKeeper:
         self._ended = ended
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
-        self._asked: Counter[uuid.UUID] = Counter()  # tasks that know whether they have got the lease, by job
+        self._asked: Counter[uuid.UUID] = (
+            Counter()
+        )  # tasks that know whether they have got the lease, by job
         self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._exclusive = threading.Lock()
         self._renewed_at = time.monotonic()
         self._leaving = ""
         self._note_turn: Callable[[], None] = _nothing
-        self._threads = [threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True) for run in (self._renew, self._watch)]
+        self._threads = [
+            threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True)
+            for run in (self._renew, self._watch)
+        ]
 
     def start(self, *, max_attempts: int) -> None:
         """Say that this worker is alive and begin to renew; what a predecessor of its name held is put back or fails first.
@@ -125,7 +130,9 @@ class LeaseKeeper:
             yield held
         finally:
             with self._lock:
-                if self._held.get(job_id) is held:  # a later attempt may be here, too, if this one's lease was lost
+                if (
+                    self._held.get(job_id) is held
+                ):  # a later attempt may be here, too, if this one's lease was lost
                     del self._held[job_id]
 
     @contextmanager
@@ -180,7 +187,9 @@ class LeaseKeeper:
         taken: tier and images of each job whose message was taken. They count until the lease is here, or refused.
         """
         counts: Counter[str] = Counter()
-        with self._lock:  # at one moment: a job that gets its lease meanwhile must not be in neither of the two
+        with (
+            self._lock
+        ):  # at one moment: a job that gets its lease meanwhile must not be in neither of the two
             for held in self._held.values():
                 counts[held.lease.job.tier] += held.unrendered
             for job_id, (tier, images) in taken.items():
@@ -231,7 +240,9 @@ class LeaseKeeper:
         with transaction(self._database) as session:
             left = leases.running_on(session, self.identity.name)
         for job_id in left:
-            lose = partial(leases.lose, job_id=job_id, max_attempts=max_attempts, worker=self.identity.name)
+            lose = partial(
+                leases.lose, job_id=job_id, max_attempts=max_attempts, worker=self.identity.name
+            )
             job = self._ended.run_ending(self._database, lose)
             if job is not None:
                 log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
@@ -244,7 +255,11 @@ class LeaseKeeper:
                 self._beat()
             except SQLAlchemyError as error:
                 wait_s = min(wait_s, RETRY_S)
-                log.warning("renewal_failed", silent_s=round(time.monotonic() - self._renewed_at, 1), reason=type(error).__name__)
+                log.warning(
+                    "renewal_failed",
+                    silent_s=round(time.monotonic() - self._renewed_at, 1),
+                    reason=type(error).__name__,
+                )
 
     def _watch(self) -> None:
         """Drop all work when nothing was renewed for too long. A thread of its own, for a renewal may hang instead of failing."""
@@ -267,16 +282,33 @@ class LeaseKeeper:
             own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
             kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
             going_on = [held for held in snapshot if held.lease.job_id in kept]
-            leases.note_steps(session, {(held.lease.job_id, index): step for held in going_on for index, step in held.steps().items()})
+            leases.note_steps(
+                session,
+                {
+                    (held.lease.job_id, index): step
+                    for held in going_on
+                    for index, step in held.steps().items()
+                },
+            )
             workers.heartbeat(
-                session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts, silent_after_s=self._ttl_s
+                session,
+                name=who.name,
+                pool=who.pool,
+                device=who.device,
+                slots=slots,
+                facts=who.facts,
+                silent_after_s=self._ttl_s,
             )
             learning.observe(session, seen)
             return kept
 
         kept = run_transaction(self._beats, renew)
         self._renewed_at = started_at
-        gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.is_lost]
+        gone = [
+            held
+            for held in snapshot
+            if held.lease.job_id not in kept and held.unrendered and not held.is_lost
+        ]
         self._lose(gone)
 
     def _lose(self, gone: list[Held]) -> None:

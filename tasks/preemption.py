@@ -48,7 +48,12 @@ class Preemption:
             is_first = self._end is None
             if is_first or end.at < self._end.at:  # type: ignore[union-attr]
                 self._end = end
-        log.warning("worker_leaves", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
+        log.warning(
+            "worker_leaves",
+            source=notice.source,
+            within_s=round(notice.within_s, 1),
+            detail=notice.detail,
+        )
         telemetry.NOTICES.labels(notice.source).inc()
         if is_first:
             self._keeper.take_no_more(end.reason)

@@ -208,7 +208,9 @@ class Renderer:
                 if every and event.step % every == 0 and event.step < event.num_steps:
                     self.checkpoints.keep_soon(lease, index, event.request_id)
             elif isinstance(event, Previewed):
-                self.progress.show(lease.job_id, Preview(index, event.step, image_steps(lease.job), event.jpeg))
+                self.progress.show(
+                    lease.job_id, Preview(index, event.step, image_steps(lease.job), event.jpeg)
+                )
             elif isinstance(event, Started | Resumed) and event.unread:
                 work.put(TextsUnread(event.unread))
             elif isinstance(event, Finished | Failed):
@@ -266,7 +268,8 @@ class Renderer:
         model = self.fleet.model_or_retired(job.model)
         self.keeper.learn(
             (job.pool, job.model, job.width_px, job.height_px),
-            row_steps=steps * rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt),
+            row_steps=steps
+            * rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt),
             denoise_s=record.denoise_s,
             fixed_s=record.encode_s + record.decode_s,
         )
@@ -403,7 +406,11 @@ def _release_of(held: Held) -> RenderResult:
 
 def _rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
     """Name the parameters of one image as ImageRequest does; what is None is left to its defaults."""
-    given = {param.engine_field: getattr(job, param.name) for param in PARAMS if param.engine_field is not None and param.picture is None}
+    given = {
+        param.engine_field: getattr(job, param.name)
+        for param in PARAMS
+        if param.engine_field is not None and param.picture is None
+    }
     given["seed"] = job.seed + index
     given["determinism"] = Determinism(job.determinism)
     given["adapters"] = tuple(AdapterUse(**adapter) for adapter in job.adapters or ())

@@ -60,13 +60,18 @@ class InputStager:
         with transaction(self.database) as session:
             job = jobs.without_words(session, job_id)
         # One that runs has them, unless its worker is of an older version, which asks with the lease in its hand.
-        if job is None or not (job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)):
+        if job is None or not (
+            job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)
+        ):
             telemetry.DUPLICATES.labels("stage").inc()
             return
         if not self.inputs.are_there(job_id):
             if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:
                 raise HandoffUnavailable("it has no room for pictures")
-            brought = {role: self._picture(job, role, file_id) for role, file_id in pictures_of(job).items()}
+            brought = {
+                role: self._picture(job, role, file_id)
+                for role, file_id in pictures_of(job).items()
+            }
             self.inputs.bring(job_id, brought)
             telemetry.INPUTS_BROUGHT.inc(len(brought))
         with transaction(self.database) as session:

@@ -44,7 +44,9 @@ class Storekeeper:
     ended: EndedJobs
     release: Release
     name: str
-    _is_behind: Event = field(default_factory=Event, init=False)  # something could not be stored since the last time that it could
+    _is_behind: Event = field(
+        default_factory=Event, init=False
+    )  # something could not be stored since the last time that it could
 
     def store_images(self, *, job_id: str) -> None:
         """Store every image of the job whose pixels wait. Harmless when delivered twice, or late, or killed anywhere."""
@@ -55,21 +57,33 @@ class Storekeeper:
             self._hasten_others()
         except (StoreUnavailable, HandoffUnavailable, OperationalError, PoolTimeout) as error:
             self._is_behind.set()
-            log.warning("store_postponed", reason=f"{type(error).__name__}: {error}"[:300])  # announced again when `store_by` has passed
+            log.warning(
+                "store_postponed", reason=f"{type(error).__name__}: {error}"[:300]
+            )  # announced again when `store_by` has passed
         except BaseException as error:
             log.error("store_task_failed", exc_info=error)
 
     def _store_images(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = jobs.without_words(session, job_id)
-            waiting = jobs.handed_off(session, job_id) if job is not None and job.state not in FINAL_STATES else {}
+            waiting = (
+                jobs.handed_off(session, job_id)
+                if job is not None and job.state not in FINAL_STATES
+                else {}
+            )
         if job is None or not waiting:
             telemetry.DUPLICATES.labels("store").inc()
             return
-        gone = [index for index, attempt in waiting.items() if not self._store_image(job, index, attempt)]
+        gone = [
+            index
+            for index, attempt in waiting.items()
+            if not self._store_image(job, index, attempt)
+        ]
         if gone:
             log.warning("handoff_gone", indexes=gone)
-            lose_hand_off(self.database, self.ended, job.id, gone, attempt_of=waiting, release=self.release)
+            lose_hand_off(
+                self.database, self.ended, job.id, gone, attempt_of=waiting, release=self.release
+            )
 
     def _hasten_others(self) -> None:
         """What could not be stored is due at once when storing works again; else each job waits for the time of its next try."""
@@ -105,7 +119,9 @@ class Storekeeper:
         self.handoff.drop(job.id, index, attempt)
         if after is None:
             telemetry.DUPLICATES.labels("store").inc()
-            run_transaction(self.database, lambda session: uploads.end_if_named(session, artifact["object_key"]))
+            run_transaction(
+                self.database, lambda session: uploads.end_if_named(session, artifact["object_key"])
+            )
             return True
         telemetry.IMAGES_STORED.labels(job.tier, job.output_format).inc()
         telemetry.STORED_BYTES.inc(artifact["size_bytes"])

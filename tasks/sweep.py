@@ -27,7 +27,19 @@ from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models import (
+    erasing,
+    idempotency,
+    inputs,
+    jobs,
+    learning,
+    leases,
+    releasing,
+    sweeping,
+    uploads,
+    webhooks,
+    workers,
+)
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
 from models.sweeping import Unstored
@@ -71,14 +83,20 @@ class Sweeper:
     _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
     _outage_noted_at: float | None = field(default=None, init=False)  # of Postgres, the last one
     _endpoints_after: uuid.UUID | None = field(default=None, init=False)
-    _well_at: float = field(default_factory=time.monotonic, init=False)  # when every part was last seen well
+    _well_at: float = field(
+        default_factory=time.monotonic, init=False
+    )  # when every part was last seen well
     _saw_outage: bool = field(default=False, init=False)  # since then
     _may_judge: bool = field(default=False, init=False)
-    _away: set[str] = field(default_factory=set, init=False)  # parts that take nothing, at the last look
+    _away: set[str] = field(
+        default_factory=set, init=False
+    )  # parts that take nothing, at the last look
 
     def sweep(self) -> None:
         """Do one pass over everything; nothing if this process is in one. A part that fails does not keep the others from their turn."""
-        if not self._in_pass.acquire(blocking=False):  # or what the pass under way knows of an outage would be forgotten
+        if not self._in_pass.acquire(
+            blocking=False
+        ):  # or what the pass under way knows of an outage would be forgotten
             return
         try:
             self._sweep_unless_another_does()
@@ -88,7 +106,9 @@ class Sweeper:
     def _sweep_unless_another_does(self) -> None:
         try:
             with self.database.connect() as lock:
-                lock.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # it is idle for as long as a pass takes
+                lock.execute(
+                    text("SET LOCAL idle_in_transaction_session_timeout = 0")
+                )  # it is idle for as long as a pass takes
                 if lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
                     self._sweep()
                 else:  # whoever sweeps right now looks after all of it
@@ -110,11 +130,22 @@ class Sweeper:
             try:
                 is_done = part() is not False
                 self._due_at[part.__name__] = now + every_s if is_done else now
-            except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
+            except (
+                SQLAlchemyError,
+                BrokerUnavailable,
+                HandoffUnavailable,
+                SnapshotsUnavailable,
+            ) as error:
                 if is_away(error):
                     self._note_outage()
-                log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
-            except Exception as error:  # one row that nobody foresaw must not keep all others from their turn
+                log.warning(
+                    "sweep_part_failed",
+                    part=part.__name__,
+                    reason=f"{type(error).__name__}: {error}"[:300],
+                )
+            except (
+                Exception
+            ) as error:  # one row that nobody foresaw must not keep all others from their turn
                 log.error("sweep_part_failed", part=part.__name__, exc_info=error)
 
     def _note_outage(self) -> None:
@@ -155,7 +186,9 @@ class Sweeper:
         checks = {"broker": self.broker.check, "handoff": self.handoff.check}
         self._away = {part for part, check in checks.items() if not _passes(check)}
         for part in checks:
-            telemetry.AWAY_SECONDS.labels(part).set(now - self._well_at if part in self._away else 0)
+            telemetry.AWAY_SECONDS.labels(part).set(
+                now - self._well_at if part in self._away else 0
+            )
         telemetry.AWAY_SECONDS.labels("database").set(0)
         self._saw_outage |= bool(self._away)
         if self._saw_outage:
@@ -163,7 +196,11 @@ class Sweeper:
             with transaction(self.database) as session:
                 prolonged = sweeping.prolong_deadlines(session, lasted_s=lasted_s)
             telemetry.SWEPT.labels("deadline_prolonged").inc(prolonged)
-            told = {"away": sorted(self._away), "lasted_s": round(lasted_s, 1), "prolonged": prolonged}
+            told = {
+                "away": sorted(self._away),
+                "lasted_s": round(lasted_s, 1),
+                "prolonged": prolonged,
+            }
             log.warning("outage" if self._away else "outage_over", **told)
         if not self._away:
             self._well_at, self._saw_outage = now, False
@@ -184,7 +221,10 @@ class Sweeper:
             return
         with transaction(self.database) as session:
             missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
-        for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
+        for why, end, job_ids in (
+            ("start_deadline", jobs.expire, missed),
+            ("run_deadline", jobs.overrun, overrun),
+        ):
             for job_id in job_ids:
                 if self.ended.run_ending(self.database, partial(end, job_id=job_id)) is not None:
                     self._count(why, job_id)
@@ -204,11 +244,20 @@ class Sweeper:
         for unstored in overdue:
             self.on_turn()
             queue = queues.results_queue(self.fleet, unstored.tier)
-            held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
+            held = {
+                index: self.handoff.holds(unstored.job_id, index, attempt)
+                for index, attempt in unstored.attempt_of.items()
+            }
             gone = [index for index, here in held.items() if not here]
             has_ended = bool(gone) and self._loses(unstored, gone)
-            postpone = partial(sweeping.postpone_store, job_id=unstored.job_id, store_within_s=self.settings.store_within_s)
-            run_transaction(self.database, postpone)  # nothing where it is to be rendered again, or has ended
+            postpone = partial(
+                sweeping.postpone_store,
+                job_id=unstored.job_id,
+                store_within_s=self.settings.store_within_s,
+            )
+            run_transaction(
+                self.database, postpone
+            )  # nothing where it is to be rendered again, or has ended
             if not has_ended and any(held.values()) and missing[queue] > 0:
                 missing[queue] -= 1
                 self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
@@ -216,7 +265,9 @@ class Sweeper:
 
     def _loses(self, unstored: Unstored, gone: Sequence[int]) -> bool:
         """Have these images rendered again; has the job failed by that?"""
-        job = lose_hand_off(self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of)
+        job = lose_hand_off(
+            self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of
+        )
         return job is not None and job.state in FINAL_STATES
 
     def _releases(self) -> None:
@@ -243,7 +294,9 @@ class Sweeper:
 
     def _lost(self, pool: str, tier: str) -> list[uuid.UUID]:
         with transaction(self.database) as session:
-            announced = releasing.announced(session, pool=pool, tier=tier, older_than_s=LOST_AFTER_S)
+            announced = releasing.announced(
+                session, pool=pool, tier=tier, older_than_s=LOST_AFTER_S
+            )
         lost = []
         for is_front in (True, False):
             here = [job for job in announced if job.is_front == is_front]
@@ -283,7 +336,9 @@ class Sweeper:
         if gates.is_backed_up(self.broker.waiting(queues.WEBHOOKS)):
             return
         with transaction(self.database) as session:
-            endpoints = webhooks.endpoints_with_pending(session, after=self._endpoints_after, limit=ENDPOINTS_AT_A_TIME)
+            endpoints = webhooks.endpoints_with_pending(
+                session, after=self._endpoints_after, limit=ENDPOINTS_AT_A_TIME
+            )
             due = webhooks.due(session, endpoints)
         for delivery_id in due:
             self.broker.ask_to_deliver(delivery_id)
@@ -292,14 +347,23 @@ class Sweeper:
 
     def _undeliverable(self) -> bool:
         """Deliveries that are older than anybody tries to deliver one: their endpoint was disabled all the time."""
-        return self._forget("webhook_given_up", partial(webhooks.give_up_old, older_than_s=GIVE_UP_AFTER_S))
+        return self._forget(
+            "webhook_given_up", partial(webhooks.give_up_old, older_than_s=GIVE_UP_AFTER_S)
+        )
 
     def _gauges(self) -> None:
         """What the queues look like, for Prometheus."""
         with transaction(self.database) as session:
-            rows = session.execute(text("SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now")).all()
+            rows = session.execute(
+                text(
+                    "SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now"
+                )
+            ).all()
             telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
-            live = [worker.pool for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)]
+            live = [
+                worker.pool
+                for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)
+            ]
             lacking = inputs.asked_and_lacking(session)
         telemetry.QUEUE_JOBS.clear()
         telemetry.JOBS_LACKING_INPUTS.clear()
@@ -307,7 +371,12 @@ class Sweeper:
             telemetry.JOBS_LACKING_INPUTS.labels(pool, tier).set(jobs_lacking)
         telemetry.OLDEST_WAIT.clear()
         for pool, tier, waiting, announced, running, storing, oldest_wait_s in rows:
-            for state, count in {"waiting": waiting, "announced": announced, "running": running, "storing": storing}.items():
+            for state, count in {
+                "waiting": waiting,
+                "announced": announced,
+                "running": running,
+                "storing": storing,
+            }.items():
                 telemetry.QUEUE_JOBS.labels(pool, tier, state).set(count)
             telemetry.OLDEST_WAIT.labels(pool, tier).set(oldest_wait_s or 0)
         for pool in self.fleet.pools:
@@ -320,12 +389,18 @@ class Sweeper:
             for ended in learning.newly_ended(session):
                 row = learning.eta_of(session, pool=ended.pool, tier=ended.tier)
                 known = EtaRatios(p50=row.ratio_p50, p90=row.ratio_p90) if row is not None else None
-                ratios = learn_ratios(known, ended.taken_s / ended.guessed_s, observed=row.observed if row is not None else 0)
+                ratios = learn_ratios(
+                    known,
+                    ended.taken_s / ended.guessed_s,
+                    observed=row.observed if row is not None else 0,
+                )
                 learning.learn_eta(session, ended, ratio_p50=ratios.p50, ratio_p90=ratios.p90)
 
     def _orphans(self) -> None:
         """Pixels, snapshots and pictures that nobody will read, and objects that nothing names."""
-        kept = {(job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()}
+        kept = {
+            (job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()
+        }
         with_snapshots, with_inputs = self.snapshots.jobs(), self.inputs.jobs()
         with transaction(self.database) as session:
             awaited = sweeping.awaited_pixels(session, list({job_id for job_id, _, _ in kept}))
@@ -349,12 +424,18 @@ class Sweeper:
             months_ahead = sweeping.ensure_audit_partitions(session)
         telemetry.AUDIT_MONTHS_AHEAD.set(months_ahead)
         if months_ahead < sweeping.AUDIT_MONTHS_AHEAD:
-            log.warning("audit_partitions_postponed", months_ahead=months_ahead)  # somebody reads the log; in an hour they may have ended
+            log.warning(
+                "audit_partitions_postponed", months_ahead=months_ahead
+            )  # somebody reads the log; in an hour they may have ended
 
     def _retention(self) -> bool:
         """Content of jobs that is older than their tier keeps it; False if there was more than one sweep has time for."""
         ends_at = time.monotonic() + AT_MOST_S
-        kept = {name: timedelta(days=tier.retention_days) for name, tier in self.fleet.tiers.items() if tier.retention_days}
+        kept = {
+            name: timedelta(days=tier.retention_days)
+            for name, tier in self.fleet.tiers.items()
+            if tier.retention_days
+        }
         return all(self._erase_old(tier, older_than, ends_at) for tier, older_than in kept.items())
 
     def _erase_old(self, tier: str, older_than: timedelta, ends_at: float) -> bool:
@@ -369,9 +450,13 @@ class Sweeper:
                     return False
                 if job.tier == tier and job.is_due:
                     with transaction(self.database) as session:
-                        erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
+                        erasing.erase(
+                            session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER
+                        )
                     self._count("retention", job.job_id)
-                is_all_erased &= job.tier != tier or job.is_due or job.is_erased  # or its time comes later
+                is_all_erased &= (
+                    job.tier != tier or job.is_due or job.is_erased
+                )  # or its time comes later
                 after = job.job_id
                 if is_all_erased:
                     self._erased_upto[tier] = after
@@ -411,7 +496,9 @@ class Sweeper:
 class SweepLoop:
     """Sweeps every so many seconds from a thread of its own. No broker says when: what is due is to be seen also while it is away."""
 
-    def __init__(self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]) -> None:
+    def __init__(
+        self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]
+    ) -> None:
         self._sweep, self._every_s, self._on_turn = sweep, every_s, on_turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)

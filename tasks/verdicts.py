@@ -40,7 +40,13 @@ from tasks.inputs import InputGone, InputsMissing
 log = structlog.get_logger(__name__)
 
 PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided
-PIXELS_PATIENCE_S = (*PATIENCE_S, 5, 5, 5, 5)  # as long as a failover may take; to render again costs more than to wait
+PIXELS_PATIENCE_S = (
+    *PATIENCE_S,
+    5,
+    5,
+    5,
+    5,
+)  # as long as a failover may take; to render again costs more than to wait
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of the house, for now
 Answer = TypeVar("Answer")
@@ -74,9 +80,18 @@ class Verdicts:
                 return leases.fail(session, lease, code=code, detail=str(error))
             was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
             if is_ours or was_stopped or isinstance(error, AWAY):
-                return leases.give_back(session, lease, reason=type(error).__name__, lacks_inputs=isinstance(error, InputsMissing))
-            detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-            return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.max_attempts)
+                return leases.give_back(
+                    session,
+                    lease,
+                    reason=type(error).__name__,
+                    lacks_inputs=isinstance(error, InputsMissing),
+                )
+            detail = (
+                str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
+            )
+            return leases.count_error(
+                session, lease, detail=detail[:500], max_attempts=self.max_attempts
+            )
 
         self.ended.run_ending(self.database, decide)
 
