@@ -1,4 +1,4 @@
-"""Pixels to bytes: PNG, WebP or JPEG, with the same bytes for the same pixels on the same Pillow."""
+"""Encode pixels as PNG, WebP or JPEG: the same bytes for the same pixels on the same Pillow."""
 
 import io
 from typing import Any
@@ -17,7 +17,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def encode(pixels: NDArray[np.uint8], output_format: str) -> bytes:
-    """Encode RGB uint8 [h, w, 3]; no metadata is written. Raises KeyError for a format that is none of ours."""
+    """Encode RGB uint8 [h, w, 3]; no metadata is written. Raises KeyError for an unknown format."""
     buffer = io.BytesIO()
     Image.fromarray(pixels, "RGB").save(buffer, **OPTIONS[output_format])
     return buffer.getvalue()

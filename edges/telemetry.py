@@ -1,4 +1,4 @@
-"""What an operator watches: structured logs on standard error, and Prometheus metrics on a port of their own.
+"""Write structured logs to standard error, and serve Prometheus metrics on a port of their own.
 
 A log event is constant and its data are fields; ids, never whole objects or prompts.
 """
@@ -208,9 +208,10 @@ def _note_conflict(failed: ExceptionContext) -> None:
 
 
 def _write(line: str) -> None:
-    """One write of one line to standard error, under no lock: the system keeps lines apart.
+    """Write one line to standard error by one system call, without a lock.
 
-    With a lock, whoever writes waits for the interpreter while all other threads wait for him, and a busy gateway does little else.
+    The kernel keeps the lines apart. A lock would be held while its thread waits for the
+    interpreter, all other threads would wait for the lock, and a busy gateway would do little else.
     """
     left = memoryview(f"{line}\n".encode(errors="backslashreplace"))
     with contextlib.suppress(OSError):  # nobody listens any more
@@ -219,7 +220,7 @@ def _write(line: str) -> None:
 
 
 class _OwnLogger:
-    """Where our own events end, rendered."""
+    """Write our own events, rendered already."""
 
     def msg(self, line: str) -> None:
         _write(line)
@@ -228,7 +229,7 @@ class _OwnLogger:
 
 
 class _ForeignHandler(logging.Handler):
-    """Where records of the libraries end, and of the engine, which knows no house."""
+    """Write the log records of the libraries, and of the engine, which uses plain `logging`."""
 
     def createLock(self) -> None:
         self.lock = None
@@ -238,7 +239,7 @@ class _ForeignHandler(logging.Handler):
 
 
 def configure_logs(level: str = "INFO") -> None:
-    """One JSON object a line on standard error, for our own events and for the libraries' alike."""
+    """Write one JSON object a line to standard error, for our own events and the libraries'."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -251,11 +252,8 @@ def configure_logs(level: str = "INFO") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
-    foreign = [
-        *shared,
-        structlog.stdlib.add_logger_name,
-        structlog.stdlib.ExtraAdder(),
-    ]  # `extra` of the engine's own logging
+    # ExtraAdder: the engine passes its fields as `extra`.
+    foreign = [*shared, structlog.stdlib.add_logger_name, structlog.stdlib.ExtraAdder()]
     handler = _ForeignHandler()
     renderer = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
@@ -280,9 +278,9 @@ def configure_logs(level: str = "INFO") -> None:
 
 
 def loop(name: str) -> Callable[[], None]:
-    """A function to call whenever the loop of this name moves; from now on `deploy.health` expects that it does.
+    """Return a function to call at every turn of the named loop; `deploy.health` expects turns.
 
-    A loop moves also while it waits for a part that is away: who started it again then would gain nothing.
+    A loop also turns while it waits for a part that is away: a restart would not help then.
     """
     last_turn = LAST_TURN.labels(name)
     last_turn.set_to_current_time()
@@ -290,13 +288,13 @@ def loop(name: str) -> Callable[[], None]:
 
 
 def end_loop(name: str) -> None:
-    """The loop of this name ends on purpose: nobody expects it to move any more."""
+    """Say that the named loop ended on purpose: no more turns are expected of it."""
     with contextlib.suppress(KeyError):
         LAST_TURN.remove(name)
 
 
 def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
-    """Let a scrape read the engine's own numbers."""
+    """Have a scrape read the engine's own numbers."""
 
     def read(gauge: Gauge, key: str, **labels: str) -> None:
         (gauge.labels(**labels) if labels else gauge).set_function(lambda: stats()[key])
@@ -320,7 +318,7 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
-    """Serve /metrics from a thread; nothing for port 0, a warning for a port that is taken."""
+    """Serve /metrics from a thread. Does nothing for port 0; logs a warning if the port is taken."""
     if port:
         try:
             start_http_server(port, addr=host)
@@ -329,7 +327,10 @@ def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
 
 
 def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None:
-    """Serve /metrics on a socket that several processes may share: whichever of them answers, tells of itself, or of all of them."""
+    """Serve /metrics on a socket that several processes may share.
+
+    Any of them may answer, with its own numbers or with those of all processes.
+    """
     registry = REGISTRY
     if of_all_processes:
         registry = CollectorRegistry()
@@ -348,4 +349,4 @@ def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None
 
 class _SilentHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""
