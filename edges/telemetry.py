@@ -318,7 +318,7 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
-    """Serve /metrics from a thread. Does nothing for port 0; logs a warning if the port is taken."""
+    """Serve /metrics from a thread; do nothing for port 0; log a warning if the port is taken."""
     if port:
         try:
             start_http_server(port, addr=host)

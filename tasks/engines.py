@@ -1,4 +1,4 @@
-"""From fleet.toml to an engine: which checkpoints a pool holds, and what may be asked of each."""
+"""Make an engine's configuration from fleet.toml: its checkpoints, and what each accepts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,13 +10,12 @@ from policy.catalog import checkpoint_name
 from policy.fleet import Fleet, Pool, parse_size
 from settings import DeviceSettings
 
-PREVIEWS_PER_S = (
-    10.0  # of one image, while somebody looks: a millisecond each, and quick images have some, too
-)
+# Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
+PREVIEWS_PER_S = 10.0
 
 
 def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
-    """Every version of these models, in the file's order. root: where relative paths start."""
+    """List every version of these models, in the file's order. root: of relative paths."""
     wanted = set(models)
     return [
         CheckpointSpec(
@@ -51,7 +50,10 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
 def engine_config(
     settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1
 ) -> EngineConfig:
-    """How the pool wants its device used. A tier's guaranteed share of slots is its share of the device's time, too."""
+    """Make the engine's configuration for a pool.
+
+    A tier's guaranteed share of slots is also its share of the device's time.
+    """
     device = settings.device
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
