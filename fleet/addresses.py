@@ -162,7 +162,7 @@ def read_env(path: Path) -> dict[str, str]:
 
 
 def write_env(path: Path, env: Mapping[str, str]) -> None:
-    """Replace the file atomically, readable by its owner only: it holds all secrets of the stack."""
+    """Replace the file atomically, readable by its owner only: it holds the stack's secrets."""
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
