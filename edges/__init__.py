@@ -1,1 +1,4 @@
-"""The outside world, one module each: object store, hand-off, progress, broker, telemetry. Knows models; never Flask or torch."""
+"""Talk to the outside world, one module each: object store, hand-off, progress, broker, telemetry.
+
+Knows models; never Flask or torch.
+"""

@@ -1,7 +1,8 @@
-"""The only publisher: turns a job that should be looked at into a Celery message. The one module of `edges` that knows Celery.
+"""Publish Celery messages about jobs. The only publisher; no other module here knows Celery.
 
-A message carries the job's id; one to render it also says how many images that are, which a worker has to know before it asks for the
-lease. Its task id is `<job id>:<verb>`, so that Flower, the sweeper and a human at redis-cli can all tell which job a message means.
+A message carries the job's id. A message to render also carries the number of images, which a
+worker has to know before it asks for the lease. The task id is `<job id>:<verb>`, so that Flower,
+the sweeper and a human at redis-cli can all tell which job a message means.
 """
 
 import base64
@@ -21,7 +22,7 @@ from policy import queues
 from policy.fleet import Fleet
 from settings import BrokerSettings
 
-PROBE = "darkroom:probe"  # written to see whether anything can be
+PROBE = "darkroom:probe"  # the key that `check` writes
 VERBS = {queues.RENDER_JOB: "render", queues.STORE_IMAGES: "store", queues.STAGE_INPUTS: "stage"}
 
 
@@ -30,50 +31,74 @@ class BrokerUnavailable(Exception):
 
 
 class Broker:
-    """Publishing, and looking at, the queues of the house."""
+    """Publish to the queues, and look at what waits in them."""
 
     def __init__(self, settings: BrokerSettings, fleet: Fleet) -> None:
-        # An app of its own, for publishing alone: retry=False does not keep kombu from trying to connect for 6 s, this does.
-        options = celeryconfig.delivery(settings, fleet)["broker_transport_options"] | {"max_retries": 0}
-        self._celery = make_celery(settings, fleet, broker_transport_options=options)
+        # An app of its own, for publishing alone. With retry=False kombu still tries to connect
+        # for 6 s; max_retries=0 stops that.
+        options = celeryconfig.delivery(settings, fleet)["broker_transport_options"]
+        once = options | {"max_retries": 0}
+        self._celery = make_celery(settings, fleet, broker_transport_options=once)
         self._redis = connect(settings.broker_url, socket_timeout=5)
 
-    def announce(self, task_name: str, queue: str, job_id: uuid.UUID, *, num_images: int | None = None) -> None:
-        """Say once that the job should be looked at; raises BrokerUnavailable instead of trying again.
+    def announce(
+        self, task_name: str, queue: str, job_id: uuid.UUID, *, num_images: int | None = None
+    ) -> None:
+        """Publish one message about the job, in one try. Raises BrokerUnavailable.
 
-        num_images: of a job that is to be rendered.
+        num_images: given for a job that is to be rendered.
         """
         headers = {queues.NUM_IMAGES: num_images} if num_images is not None else {}
-        self._send(task_name, queue, kwargs={"job_id": str(job_id)}, task_id=f"{job_id}:{VERBS[task_name]}", headers=headers)
+        self._send(
+            task_name,
+            queue,
+            kwargs={"job_id": str(job_id)},
+            task_id=f"{job_id}:{VERBS[task_name]}",
+            headers=headers,
+        )
 
     def ask_for(self, task_name: str, queue: str) -> None:
-        """Say once that a task which is about no job in particular should run; raises BrokerUnavailable."""
+        """Publish one message for a task without a job, in one try. Raises BrokerUnavailable."""
         self._send(task_name, queue)
 
     def ask_to_deliver(self, delivery_id: uuid.UUID) -> None:
-        """Say once that a webhook delivery is due; raises BrokerUnavailable."""
-        self._send(queues.DELIVER_WEBHOOK, queues.WEBHOOKS, kwargs={"delivery_id": str(delivery_id)}, task_id=f"{delivery_id}:deliver")
+        """Publish one message that a webhook delivery is due. Raises BrokerUnavailable."""
+        self._send(
+            queues.DELIVER_WEBHOOK,
+            queues.WEBHOOKS,
+            kwargs={"delivery_id": str(delivery_id)},
+            task_id=f"{delivery_id}:deliver",
+        )
 
     def waiting(self, queue: str) -> int:
-        """Messages in `queue` that no worker has taken."""
+        """Count the messages in `queue` that no worker has taken. Raises BrokerUnavailable."""
         return int(self._ask("llen", queue))
 
     def next_job(self, queue: str) -> uuid.UUID | None:
-        """The job whose message is taken next; None if the queue is empty or its message is not ours."""
+        """Return the job whose message is taken next. Raises BrokerUnavailable.
+
+        None if the queue is empty or the message is not one of ours.
+        """
         raw = self._ask("lindex", queue, -1)
         return None if raw is None else job_of_message(raw)
 
     def check(self) -> None:
-        """Raises BrokerUnavailable unless it takes what is written: one that is read-only answers a ping."""
+        """Raise BrokerUnavailable unless the broker accepts a write.
+
+        A ping would not do: a read-only Redis answers it.
+        """
         self._ask("set", PROBE, 1, 60)  # seconds
 
     def _send(self, task_name: str, queue: str, **options: Any) -> None:
         theirs = (KombuError, redis.RedisError, OSError, QueueNotFound)
         with wrap(theirs, BrokerUnavailable), self._celery.producer_or_acquire() as producer:
             try:
-                self._celery.send_task(task_name, queue=queue, retry=False, producer=producer, **options)
+                self._celery.send_task(
+                    task_name, queue=queue, retry=False, producer=producer, **options
+                )
             except (KombuError, redis.RedisError):
-                producer.connection.collect()  # a primary that was demoted keeps who stays: the next message takes a new one
+                # A demoted primary keeps its clients: the next message takes a new connection.
+                producer.connection.collect()
                 raise
 
     def _ask(self, command: str, *arguments: Any) -> Any:
@@ -82,14 +107,14 @@ class Broker:
 
 
 def make_celery(settings: BrokerSettings, fleet: Fleet, **extra: Any) -> Celery:
-    """A Celery app of this house; `extra` are further Celery settings."""
+    """Make a Celery app with our delivery settings; `extra` are further Celery settings."""
     celery = Celery("darkroom", set_as_current=False)
     celery.conf.update(celeryconfig.delivery(settings, fleet), **extra)
     return celery
 
 
 def job_of_message(raw: bytes) -> uuid.UUID | None:
-    """The job that a raw message of the Redis transport means; None if it is not one of ours."""
+    """Return the job that a raw message of the Redis transport means; None if it is not ours."""
     try:
         message = json.loads(raw)
         task_id = message["headers"].get("id") or message["properties"]["correlation_id"]

@@ -1,8 +1,9 @@
-"""Connections to a Redis whose name may lead to another server tomorrow. The one place that makes a client.
+"""Make Redis clients that survive a failover. The only module that makes a client.
 
-A primary that was demoted keeps its clients, answers their reads and refuses their writes for as long as they stay. Only who
-connects anew is led to the server that took over. So the replies by which a server says that it is not the one to talk to
-(any more) cost the connection, and the command is tried once more on a new one: it was refused, so twice is once.
+A demoted primary keeps its clients: it answers their reads and refuses their writes for as long as
+they stay connected. Only a new connection reaches the server that took over. So when a server
+replies that it is not the primary (any more), the client drops the connection and tries the command
+once more on a new one. That is safe: the refused command had no effect.
 """
 
 import redis
@@ -13,8 +14,14 @@ from redis.retry import Retry
 NOT_THE_ONE = (ReadOnlyError, MasterDownError, ClusterDownError)
 
 
-def connect(url: str, *, socket_timeout: float, socket_connect_timeout: float = 2.0, health_check_interval: int = 0) -> redis.Redis:
-    """A client, no connection yet. Every error it raises is a redis.RedisError."""
+def connect(
+    url: str,
+    *,
+    socket_timeout: float,
+    socket_connect_timeout: float = 2.0,
+    health_check_interval: int = 0,
+) -> redis.Redis:
+    """Make a client; it connects at its first command. Its errors are all redis.RedisError."""
     return redis.Redis.from_url(
         url,
         socket_timeout=socket_timeout,

@@ -1,7 +1,8 @@
-"""Take the files of PNG, JPEG and WebP apart: what a decoder needs of them, and what there is beside it.
+"""Take the files of PNG, JPEG and WebP apart: what a decoder needs of them, and the metadata.
 
-Metadata is read here, as little of it as is needed, and a decoder never sees it: it is thrown away in any case, so neither its size nor
-its state may decide whether a picture is sound. Every loop is bounded by `MAX_PARTS` and linear in the file.
+Only the metadata that is needed (colour profile, orientation) is read, and it is read here: a
+decoder never sees it. It is thrown away in any case, so neither its size nor damage to it decides
+whether a picture is sound. Every loop is bounded by `MAX_PARTS` and linear in the file.
 """
 
 import re
@@ -12,15 +13,26 @@ from dataclasses import dataclass
 
 MAX_PARTS = 20_000  # chunks, segments: a file of millions of empty ones keeps its reader busy
 MAX_ICC_BYTES = 4_000_000
-MAX_TAGS = 512  # of an EXIF, looked through for the one that is needed
+MAX_TAGS = 512  # of an EXIF directory, searched for the orientation
 
 _ORIENTATION = 0x0112
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_NEEDED = {b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND"}
-_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # not stuffing, not a restart; of a run of FF the last one counts
-_WINDOW_BYTES = 65_536  # searched at once: a search that never returns to Python keeps all other threads from running
-_EOI, _SOS, _TEM, _COM, _APP0, _APP1, _APP2, _APP14, _APP15 = 0xD9, 0xDA, 0x01, 0xFE, 0xE0, 0xE1, 0xE2, 0xEE, 0xEF
-_ICC_HEAD, _EXIF_HEAD = b"ICC_PROFILE\0", b"Exif\0\0"
+# Not stuffing, not a restart; of a run of FF the last one counts.
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")
+# Searched at once: a search that never returns to Python keeps all other threads from running.
+_WINDOW_BYTES = 65_536
+_EOI = 0xD9
+_SOS = 0xDA
+_TEM = 0x01
+_COM = 0xFE
+_APP0 = 0xE0
+_APP1 = 0xE1
+_APP2 = 0xE2
+_APP14 = 0xEE
+_APP15 = 0xEF
+_ICC_HEAD = b"ICC_PROFILE\0"
+_EXIF_HEAD = b"Exif\0\0"
 _WEBP_NEEDED = {b"VP8X", b"VP8 ", b"VP8L", b"ALPH", b"ANIM", b"ANMF"}
 _WEBP_WITHOUT = ~0x2C  # the flags of VP8X that promise a profile, EXIF and XMP
 
@@ -31,9 +43,10 @@ class NotAContainer(Exception):
 
 @dataclass(frozen=True)
 class Container:
-    """A file, taken apart.
+    """Hold the parts of a file.
 
-    kind: as Pillow calls it.  essence: the same picture without anything beside it.  orientation: 1 to 8, as EXIF counts; 1 is upright.
+    kind: the format's name in Pillow.  essence: the same picture without metadata.
+    orientation: 1 to 8, as EXIF counts; 1 is upright.
     scans: of a JPEG, how often a decoder passes over all of its pixels.
     """
 
@@ -45,14 +58,20 @@ class Container:
 
 
 def take_apart(content: bytes) -> Container:
-    """Raises NotAContainer for what is none of the three, is cut off, animated, or made of more parts than any picture needs."""
+    """Take a PNG, JPEG or WebP file apart.
+
+    Raises NotAContainer for any other format, and for a file that is cut off, animated, or made of
+    more than `MAX_PARTS` parts.
+    """
     if content.startswith(_PNG):
         return _png(content)
     if content.startswith(b"\xff\xd8\xff"):
         return _jpeg(content)
     if content[:4] == b"RIFF" and content[8:12] == b"WEBP":
         return _webp(content)
-    raise NotAContainer("is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes")
+    raise NotAContainer(
+        "is empty" if not content else "is neither PNG nor JPEG nor WebP, by its first bytes"
+    )
 
 
 def _png(content: bytes) -> Container:
@@ -80,7 +99,7 @@ def _png(content: bytes) -> Container:
 
 
 def _unpacked_profile(data: bytes) -> bytes | None:
-    """The profile of a chunk iCCP; none if it is damaged or larger than any is."""
+    """Return the colour profile of an iCCP chunk; None if damaged or above MAX_ICC_BYTES."""
     _, _, packed = data.partition(b"\0")
     unpacking = zlib.decompressobj()
     try:
@@ -101,17 +120,20 @@ def _jpeg(content: bytes) -> Container:
         scans += marker == _SOS
         if data_at is None and marker == _SOS:
             data_at = at  # from here on parts are not taken out any more: pixels lie between them
-        elif data_at is None and marker == _APP1 and not orientation and whole[at + 4 : at + 10] == _EXIF_HEAD:
-            orientation = _orientation(whole[at + 4 : end])
-        elif data_at is None and marker == _APP2 and whole[at + 4 : at + 16] == _ICC_HEAD:
+        if data_at is not None:
+            continue
+        body = whole[at + 4 : end]
+        if marker == _APP1 and not orientation and whole[at + 4 : at + 10] == _EXIF_HEAD:
+            orientation = _orientation(body)
+        elif marker == _APP2 and whole[at + 4 : at + 16] == _ICC_HEAD:
             profile.append(whole[at + 16 : end])
-        elif data_at is None and (marker in (_APP0, _APP14) or not (marker == _COM or _APP0 <= marker <= _APP15)):
+        elif marker in (_APP0, _APP14) or not (marker == _COM or _APP0 <= marker <= _APP15):
             needed.append(whole[at:end])
     raise NotAContainer("is cut off")
 
 
 def _segments(content: bytes) -> Iterator[tuple[int, int, int]]:
-    """(marker, where it begins, where its segment ends) of each, those between the pixels included."""
+    """Yield (marker, its start, its segment's end) of each segment, those between pixels too."""
     at = 2
     for _ in range(MAX_PARTS):
         if (found := _next_marker(content, at)) is None:
@@ -139,7 +161,7 @@ def _next_marker(content: bytes, at: int) -> re.Match[bytes] | None:
 
 
 def _joined_profile(parts: list[memoryview]) -> bytes | None:
-    """The profile of segments that each begin with their number and how many there are."""
+    """Join the segments of a profile; each begins with its number and the number of segments."""
     if not parts or sum(map(len, parts)) > MAX_ICC_BYTES or any(len(part) < 2 for part in parts):
         return None
     return b"".join(part[2:] for part in sorted(parts, key=lambda part: part[0]))
@@ -154,7 +176,8 @@ def _webp(content: bytes) -> Container:
     for _ in range(MAX_PARTS):
         if at + 8 > stop:
             body = b"".join(needed)
-            return Container("WEBP", b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body, profile, orientation)
+            essence = b"RIFF" + struct.pack("<I", len(body) + 4) + b"WEBP" + body
+            return Container("WEBP", essence, profile, orientation)
         name, length = struct.unpack_from("<4sI", content, at)
         data, end = whole[at + 8 : at + 8 + length], at + 8 + length + length % 2
         if at + 8 + length > stop:
@@ -163,7 +186,8 @@ def _webp(content: bytes) -> Container:
         if frames > 1:
             raise _animated(frames)
         if name == b"VP8X" and length:
-            needed += [whole[at : at + 8], bytes([data[0] & _WEBP_WITHOUT & 0xFF]), whole[at + 9 : end]]
+            flags = bytes([data[0] & _WEBP_WITHOUT & 0xFF])
+            needed += [whole[at : at + 8], flags, whole[at + 9 : end]]
         elif name in _WEBP_NEEDED:
             needed.append(whole[at:end])
         elif name == b"ICCP" and profile is None and length <= MAX_ICC_BYTES:
@@ -175,7 +199,7 @@ def _webp(content: bytes) -> Container:
 
 
 def _orientation(exif: memoryview) -> int:
-    """How the picture has to be turned, by the first directory of its EXIF; 1 where that does not say."""
+    """Read the orientation from the first directory of an EXIF; 1 if it has none."""
     head = len(_EXIF_HEAD) if exif[: len(_EXIF_HEAD)] == _EXIF_HEAD else 0
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(exif[head : head + 4]))
     if order is None:
@@ -185,7 +209,9 @@ def _orientation(exif: memoryview) -> int:
         for place in range(min(struct.unpack_from(order + "H", exif, at)[0], MAX_TAGS)):
             tag, kind, count, value = struct.unpack_from(order + "HHI4s", exif, at + 2 + 12 * place)
             if tag == _ORIENTATION and count == 1 and kind in (3, 4):
-                said = struct.unpack(order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4])[0]
+                said = struct.unpack(
+                    order + ("H" if kind == 3 else "I"), value[: 2 if kind == 3 else 4]
+                )[0]
                 return said if 1 <= said <= 8 else 1
     except struct.error:  # it leads out of what there is
         pass

@@ -1,10 +1,12 @@
-"""Processes that decode what strangers send, so that no picture can hold up, bloat or crash the gateway.
+"""Decode untrusted pictures in processes of their own, so that none can block or crash the gateway.
 
-A decoder holds the interpreter for as long as it pleases and may have faults that nobody knows yet. Here it has a processor time and a
-memory of its own, no secrets in its environment, and dies alone. How many there are limits what decoding takes in all; whose turn is next
-is decided fairly, so that a tenant who brings a thousand pictures holds nobody up.
+An image decoder may hold the interpreter for long and may have unknown faults. Here it has limits
+on processor time and memory of its own and no secrets in its environment, and if it crashes, it
+crashes alone. The number of processes limits what decoding takes in all. Turns are given fairly, so
+that a tenant with a thousand pictures does not delay the others.
 
-Run as a module, this is such a process: it answers one request after the other on its standard output until its input ends.
+Run as a module, this is such a process: it answers one request after the other on its standard
+output until its input ends.
 """
 
 import contextlib
@@ -37,15 +39,18 @@ _ENVIRONMENT = {"OPENBLAS_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
 
 
 class TooBusy(Exception):
-    """As many pictures are being decoded as may be at once; a moment later will do."""
+    """No decoder is free; try again in a moment."""
 
 
 class DecoderDied(NotAPicture):
-    """The picture took more time or memory than any may, or met a fault of the decoder's; the next one gets a new process."""
+    """The picture exceeded the limits on time or memory, or hit a fault of the decoder.
+
+    The next picture gets a new process.
+    """
 
 
 class Decoders:
-    """The decoder processes of one gateway process; each is started when it is first needed."""
+    """Own the decoder processes of one gateway process; each starts when it is first needed."""
 
     def __init__(self, *, at_once: int = AT_ONCE, wait_s: float = WAIT_S) -> None:
         self._turns = Turns(at_once, wait_s=wait_s, max_waiting=MAX_WAITING)
@@ -54,28 +59,36 @@ class Decoders:
     def normalise(self, source: bytes | BinaryIO, *, tenant: Hashable) -> Picture:
         """Decode and encode again (edges/pictures.py). Raises NotAPicture, TooBusy.
 
-        source: a file is read only once it is this picture's turn, piece by piece, so that those that wait take no memory.
+        source: a file is read, in pieces, only when it is this picture's turn; those that wait take
+        no memory.
         """
         with self._turn(tenant) as decoder:
             told, content = decoder.ask({"what": "normalise"}, source)
             return Picture(content, **told)
 
     def selects(self, mask: bytes, width_px: int, height_px: int, *, tenant: Hashable) -> bool:
-        """Would anything be repainted with this kept picture as a mask? Raises NotAPicture, TooBusy."""
+        """Tell whether this stored picture, as a mask, selects anything to repaint.
+
+        Raises NotAPicture, TooBusy.
+        """
         return self._told("selects", mask, width_px, height_px, tenant)
 
     def has_hole(self, picture: bytes, width_px: int, height_px: int, *, tenant: Hashable) -> bool:
-        """Is a part of this kept picture transparent? Raises NotAPicture, TooBusy."""
+        """Tell whether part of this stored picture is transparent. Raises NotAPicture, TooBusy."""
         return self._told("has_hole", picture, width_px, height_px, tenant)
 
     def close(self) -> None:
-        """End the processes; those that are at work end when their gateway does."""
+        """End the idle processes; those at work end when their gateway does."""
         for decoder in self._idle:
             decoder.close()
 
-    def _told(self, what: str, content: bytes, width_px: int, height_px: int, tenant: Hashable) -> bool:
+    def _told(
+        self, what: str, content: bytes, width_px: int, height_px: int, tenant: Hashable
+    ) -> bool:
         with self._turn(tenant) as decoder:
-            told, _ = decoder.ask({"what": what, "width_px": width_px, "height_px": height_px}, content)
+            told, _ = decoder.ask(
+                {"what": what, "width_px": width_px, "height_px": height_px}, content
+            )
             return bool(told["is_so"])
 
     @contextmanager
@@ -96,7 +109,11 @@ class _Waiting:
 
 
 class Turns:
-    """Turns at something of which there is little: next is who has the fewest now, then who had the last turn the longest ago."""
+    """Give at most `at_once` tenants' callers a turn at the same time, fairly.
+
+    Next is the tenant with the fewest turns running; among equals, the one whose last turn began
+    the longest ago.
+    """
 
     def __init__(self, at_once: int, *, wait_s: float, max_waiting: int) -> None:
         self._at_once, self._wait_s, self._max_waiting = at_once, wait_s, max_waiting
@@ -107,7 +124,10 @@ class Turns:
 
     @contextmanager
     def one(self, tenant: Hashable) -> Iterator[None]:
-        """Wait for a turn of the tenant's. Raises TooBusy if that takes too long, or too many of the tenant's wait already."""
+        """Wait for a turn of the tenant's.
+
+        Raises TooBusy after `wait_s`, or if `max_waiting` callers of the tenant wait already.
+        """
         self._wait(tenant)
         try:
             yield
@@ -130,27 +150,38 @@ class Turns:
 
     def _let_go(self) -> None:
         """Give free turns to those that wait."""
-        self._running += Counter()  # forgets who has none
+        self._running += Counter()  # removes tenants with no turn running
+
+        def rank(one: _Waiting) -> tuple[int, int, int]:
+            return self._running[one.tenant], self._last_turn.get(one.tenant, 0), one.arrival
+
         while self._waiting and self._running.total() < self._at_once:
-            chosen = min(self._waiting, key=lambda one: (self._running[one.tenant], self._last_turn.get(one.tenant, 0), one.arrival))
+            chosen = min(self._waiting, key=rank)
             self._waiting.remove(chosen)
             self._running[chosen.tenant] += 1
             self._count += 1
             self._last_turn[chosen.tenant] = self._count
             chosen.may_go = True
         known = {one.tenant for one in self._waiting} | self._running.keys()
-        self._last_turn = {tenant: turn for tenant, turn in self._last_turn.items() if tenant in known}
+        self._last_turn = {
+            tenant: turn for tenant, turn in self._last_turn.items() if tenant in known
+        }
         self._changed.notify_all()
 
 
 class _Decoder:
-    """One process, seen from outside; used by one thread at a time."""
+    """Drive one decoder process from the gateway; used by one thread at a time."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[bytes] | None = None
 
-    def ask(self, question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
-        """What it says, and the bytes that come with it. Raises NotAPicture, DecoderDied, and TooBusy where no process can be started."""
+    def ask(
+        self, question: dict[str, Any], source: bytes | BinaryIO
+    ) -> tuple[dict[str, Any], bytes]:
+        """Return the answer, and the bytes that come with it.
+
+        Raises NotAPicture, DecoderDied, and TooBusy where no process can be started.
+        """
         process = self._started()
         try:
             return self._ask(process, question, source)
@@ -172,7 +203,9 @@ class _Decoder:
                     pipe.close()  # type: ignore[union-attr]
             process.wait()
 
-    def _ask(self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO) -> tuple[dict[str, Any], bytes]:
+    def _ask(
+        self, process: "subprocess.Popen[bytes]", question: dict[str, Any], source: bytes | BinaryIO
+    ) -> tuple[dict[str, Any], bytes]:
         given, answers = process.stdin, process.stdout
         assert given is not None
         assert answers is not None
@@ -192,7 +225,13 @@ class _Decoder:
             self.close()
             command = [sys.executable, "-m", "edges.decoders"]
             try:
-                self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=REPO, env=_ENVIRONMENT)
+                self._process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    cwd=REPO,
+                    env=_ENVIRONMENT,
+                )
             except OSError as error:  # neither memory nor a process is left
                 raise TooBusy from error
             if self._process.stdout is None or self._process.stdout.readline() != _READY:
@@ -217,23 +256,29 @@ def _answer(question: dict[str, Any], content: bytes) -> tuple[dict[str, Any], b
 
 
 def _limit_memory() -> None:
-    """Whatever a picture makes a decoder ask for, the machine is not brought down by it."""
-    with contextlib.suppress(OSError, ValueError):  # where there is no /proc, or a lower limit stands
+    """Limit this process's memory and file size, so that no picture can bring the machine down."""
+    # OSError where there is no /proc, ValueError where a lower limit stands.
+    with contextlib.suppress(OSError, ValueError):
         with open("/proc/self/statm") as file:
             now_bytes = int(file.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (now_bytes + EXTRA_BYTES, resource.getrlimit(resource.RLIMIT_AS)[1]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        _set_soft_limit(resource.RLIMIT_AS, now_bytes + EXTRA_BYTES)
+        _set_soft_limit(resource.RLIMIT_FSIZE, 0)
 
 
 def _limit_processor_time() -> None:
-    """From now on for one picture: the kernel ends the process when that is spent."""
+    """Allow one picture's processor time from now on; beyond it the kernel ends the process."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     spent_s = int(used.ru_utime + used.ru_stime)
-    resource.setrlimit(resource.RLIMIT_CPU, (spent_s + CPU_S + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+    _set_soft_limit(resource.RLIMIT_CPU, spent_s + CPU_S + 1)
+
+
+def _set_soft_limit(which: int, value: int) -> None:
+    hard = resource.getrlimit(which)[1]
+    resource.setrlimit(which, (value, hard))
 
 
 def serve(given: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer until nothing more is asked."""
+    """Answer requests until the input ends."""
     answers.write(_READY)
     answers.flush()
     while line := given.readline():
@@ -248,7 +293,8 @@ def serve(given: IO[bytes], answers: IO[bytes]) -> None:
 
 
 if __name__ == "__main__":
-    for number in (signal.SIGINT, signal.SIGTERM):  # meant for the gateway, whose end is the end of the input
+    # These signals are meant for the gateway; when it ends, the input ends.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     _limit_memory()
     serve(sys.stdin.buffer, sys.stdout.buffer)

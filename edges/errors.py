@@ -1,4 +1,4 @@
-"""How an error of a library becomes one of ours, so that no caller has to know the library."""
+"""Turn an error of a library into one of ours, so that no caller has to know the library."""
 
 from collections.abc import Callable
 from types import TracebackType
@@ -6,11 +6,12 @@ from typing import Any
 
 
 class wrap:
-    """Raise ours from each error of `kinds` in the block; any other error passes as it is.
+    """Raise our error from each error of `kinds` in the block; any other error passes unchanged.
 
-    into: a class of ours, told the kind and the text of theirs; or a function that makes ours
-    out of theirs, where that text would be too much. Keeps no state, so threads may share one.
-    A class and not a generator under `contextmanager`, for it stands before every command.
+    into: our error class, which gets the kind and the text of the library's error; or a function
+    that makes our error out of the library's, where that text must not be repeated. Keeps no
+    state, so threads may share one. A class, because a generator under `contextmanager` is slower
+    and this runs at every Redis command.
     """
 
     __slots__ = ("_into", "_kinds")

@@ -1,7 +1,8 @@
-"""Many followers of many jobs over one connection: a gateway process's reader of job streams.
+"""Fan the streams of many jobs out to many followers over one Redis connection per process.
 
-A thread asks Redis for the news of all followed jobs at once and puts them into each follower's queue. Whoever comes catches up by
-itself and misses nothing in between; whoever reads slowly loses steps and previews, nothing else.
+A thread reads the new events of all followed jobs at once and puts them into each follower's queue.
+A new follower first reads what happened before, and misses nothing in between. A slow follower
+loses steps and previews, nothing else.
 """
 
 import queue
@@ -20,7 +21,7 @@ from edges.progress import ENDINGS, Listener, connect
 
 log = structlog.get_logger(__name__)
 
-READ_EVERY_S = 0.05  # what busy jobs tell comes in bundles, 20 a second at most
+READ_EVERY_S = 0.05  # the events of busy jobs come in batches, 20 a second at most
 _BLOCK_MS = 2000
 _MOST_UNREAD = 256  # events of a follower, before its steps and previews are dropped
 _DROPPABLE = (STEP, PREVIEW)
@@ -40,7 +41,7 @@ class Seat:
         self._news: queue.SimpleQueue[Event] = queue.SimpleQueue()
 
     def put(self, event: Event) -> None:
-        """Never waits."""
+        """Queue the event for the follower; never wait. Steps and previews may be dropped."""
         if event.kind == PREVIEW and not self.wants_previews:
             return
         if event.kind in _DROPPABLE and self._news.qsize() >= _MOST_UNREAD:
@@ -49,7 +50,10 @@ class Seat:
         self._news.put(event)
 
     def get(self, within_s: float) -> Event | None:
-        """The next event that was not had before: of the job's stream, FINAL when it has ended, LEAVE; None if none comes in time."""
+        """Return the next event that is new to the follower; None if none comes in time.
+
+        An event of the job's stream, FINAL when the job has ended, or LEAVE.
+        """
         deadline = time.monotonic() + within_s
         while True:
             try:
@@ -60,7 +64,7 @@ class Seat:
                 return event
 
     def is_new(self, event: Event) -> bool:
-        """Whether the event was not had before; from now on it was."""
+        """Tell whether the event is new to the follower, and remember it as seen."""
         if event.id is None:
             return True
         if (place := eventlog.order(event.id)) <= self.seen:
@@ -70,7 +74,7 @@ class Seat:
 
 
 class Reader:
-    """One per process; its threads start with the first follower."""
+    """Read the streams for all followers of a process; the threads start with the first one."""
 
     def __init__(self, handoff_url: str, *, most: int) -> None:
         self._url, self._most = handoff_url, most
@@ -83,10 +87,12 @@ class Reader:
         self._listener: Listener | None = None
         self._thread = threading.Thread(target=self._run, name="events", daemon=True)
 
-    def sit_down(self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING) -> tuple[Seat, Sequence[Event]]:
-        """A seat, and what happened after the event `after`; what happens from now on comes to the seat. Raises NoSeat.
+    def sit_down(
+        self, job_id: uuid.UUID, *, wants_previews: bool, after: str = BEGINNING
+    ) -> tuple[Seat, Sequence[Event]]:
+        """Return a seat, and what happened after the event `after`. Raises NoSeat.
 
-        Whoever sits down must `leave`.
+        Later events come to the seat. The caller must `leave`.
         """
         seat = Seat(job_id, wants_previews=wants_previews)
         with self._lock:
@@ -111,7 +117,7 @@ class Reader:
                     del self._seats[seat.job_id], self._positions[seat.job_id]
 
     def followed(self) -> list[uuid.UUID]:
-        """The jobs that somebody follows."""
+        """List the jobs that somebody follows."""
         with self._lock:
             return list(self._positions)
 
@@ -130,9 +136,13 @@ class Reader:
             self._hand_out(job_id, [*rest, Event(None, FINAL, {})])
 
     def watched(self) -> list[uuid.UUID]:
-        """Those of them whose previews somebody wants."""
+        """List the jobs whose previews a follower wants."""
         with self._lock:
-            return [job_id for job_id, seats in self._seats.items() if any(seat.wants_previews for seat in seats)]
+            return [
+                job_id
+                for job_id, seats in self._seats.items()
+                if any(seat.wants_previews for seat in seats)
+            ]
 
     def close(self) -> None:
         """Send every follower away, and stop."""
@@ -147,7 +157,7 @@ class Reader:
             self._thread.join(timeout=3)
 
     def _caught_up(self, seat: Seat, after: str) -> list[Event]:
-        """What happened until the seat was among those that get the news, without gap or overlap."""
+        """Read what happened before the seat got its place, and add it, without gap or overlap."""
         first = self._tried_range(seat.job_id, after)
         events = first or []
         position = (events[-1].id if events else None) or after
@@ -156,11 +166,16 @@ class Reader:
             read_to = self._positions.setdefault(seat.job_id, position)
             self._seats.setdefault(seat.job_id, []).append(seat)
             self._lock.notify_all()
-        if eventlog.order(read_to) > eventlog.order(position):  # others were told of these before we came
+        # Other followers of the job got these events before this one was added.
+        if eventlog.order(read_to) > eventlog.order(position):
             events += self._tried_range(seat.job_id, position) or []
         if first is not None:  # one wait for a Redis that is away is enough
             self._wake()
-        return [event for event in events if seat.is_new(event) and (seat.wants_previews or event.kind != PREVIEW)]
+        return [
+            event
+            for event in events
+            if seat.is_new(event) and (seat.wants_previews or event.kind != PREVIEW)
+        ]
 
     def _tried_range(self, job_id: uuid.UUID, after: str) -> list[Event] | None:
         try:
@@ -173,7 +188,7 @@ class Reader:
         return _events(self._redis.xrange(eventlog.key(job_id), min=f"({after}"))
 
     def _wake(self) -> None:
-        """Let the reading thread look at its list of jobs again; it does so by itself after a while."""
+        """Have the reading thread look at its list of jobs now; it does so every `_BLOCK_MS`."""
         try:
             pipe = self._redis.pipeline(transaction=False)
             pipe.xadd(self._wake_key, {"": ""}, maxlen=1, approximate=False)
@@ -186,7 +201,9 @@ class Reader:
         while not self._stop.wait(READ_EVERY_S):
             with self._lock:
                 self._lock.wait_for(lambda: self._positions or self._stop.is_set())
-                positions = {eventlog.key(job_id): position for job_id, position in self._positions.items()}
+                positions = {
+                    eventlog.key(job_id): position for job_id, position in self._positions.items()
+                }
             try:
                 self._read(positions)
             except redis.RedisError as error:
@@ -197,7 +214,9 @@ class Reader:
                 self._stop.wait(0.5)
 
     def _read(self, positions: dict[str, str]) -> None:
-        for raw_key, entries in self._redis.xread({**positions, self._wake_key: self._wake_id}, block=_BLOCK_MS):
+        for raw_key, entries in self._redis.xread(
+            {**positions, self._wake_key: self._wake_id}, block=_BLOCK_MS
+        ):
             name = raw_key.decode()
             if name == self._wake_key:
                 self._wake_id = entries[-1][0].decode()
@@ -205,12 +224,16 @@ class Reader:
                 self._hand_out(uuid.UUID(name.partition(":")[2]), _events(entries))
 
     def _hand_out(self, job_id: uuid.UUID, events: Sequence[Event]) -> None:
-        """Under the lock, so that who sits down meanwhile is told of each event either here or by its own catching up."""
+        """Queue the events for each follower of the job.
+
+        Under the lock: a follower that is added meanwhile gets each event either here or from its
+        own reading, never from both.
+        """
         with self._lock:
             if job_id not in self._positions:
                 return
-            newest = max([self._positions[job_id], *(event.id for event in events if event.id is not None)], key=eventlog.order)
-            self._positions[job_id] = newest
+            ids = [event.id for event in events if event.id is not None]
+            self._positions[job_id] = max([self._positions[job_id], *ids], key=eventlog.order)
             for seat in self._seats[job_id]:
                 for event in events:
                     seat.put(event)

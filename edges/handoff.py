@@ -1,7 +1,8 @@
-"""Decoded pixels on their way from a GPU to storage: the claim-check in a Redis of its own.
+"""Keep decoded pixels on their way from a GPU to storage, in a Redis of its own.
 
-The key names job, image and attempt, so a late worker never overwrites a newer attempt's pixels. Values carry their
-shape and digest. Read with GET and delete after the commit: a results task killed in between finds them again.
+The key names job, image and attempt, so a late worker never overwrites a newer attempt's pixels.
+Values carry their shape and digest. Read with GET and delete after the commit: a results task that
+is killed in between finds them again.
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from edges.connections import connect
 from edges.errors import wrap
 from policy import gates
 
-PROBE = "darkroom:probe"  # written to see whether anything can be
+PROBE = "darkroom:probe"  # the key that `check` and Gauge write
 
 
 class HandoffUnavailable(Exception):
@@ -28,35 +29,36 @@ class HandoffUnavailable(Exception):
 
 
 class HandoffCorrupt(Exception):
-    """What came back is not what was put: treat it as gone."""
+    """The value read is not the value written; treat the pixels as gone."""
 
 
 @dataclass(frozen=True)
 class Pixels:
-    """Decoded RGB, uint8 [h, w, 3], and the digest that names the image wherever it goes."""
+    """Hold decoded RGB, uint8 [h, w, 3], and the digest that identifies the image everywhere."""
 
     array: NDArray[np.uint8]
     sha256: str
 
 
 class Handoff:
-    """`put` by the worker, `get` and `drop` by the results task."""
+    """Keep pixels between two processes: the worker puts, the results task gets and drops."""
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
         self._redis = connect(handoff_url, socket_timeout=10)
         self._ttl_s = ttl_s
 
     def put(self, job_id: uuid.UUID, index: int, attempt: int, pixels: NDArray[np.uint8]) -> str:
-        """Keep the pixels for `ttl_s`; their sha256 comes back. Raises HandoffUnavailable."""
+        """Keep the pixels for `ttl_s` and return their sha256. Raises HandoffUnavailable."""
         digest = pixels_sha256(pixels)
         head = json.dumps({"shape": pixels.shape, "sha256": digest}).encode()
         body = np.ascontiguousarray(pixels).tobytes()
         with wrap(redis.RedisError, HandoffUnavailable):
-            self._redis.set(_key(job_id, index, attempt), len(head).to_bytes(4, "big") + head + body, ex=self._ttl_s)
+            value = len(head).to_bytes(4, "big") + head + body
+            self._redis.set(_key(job_id, index, attempt), value, ex=self._ttl_s)
         return digest
 
     def get(self, job_id: uuid.UUID, index: int, attempt: int) -> Pixels | None:
-        """The pixels, or None if they are gone. Raises HandoffUnavailable, HandoffCorrupt."""
+        """Return the pixels; None if they are gone. Raises HandoffUnavailable, HandoffCorrupt."""
         with wrap(redis.RedisError, HandoffUnavailable):
             blob = self._redis.get(_key(job_id, index, attempt))
         if blob is None:
@@ -73,41 +75,44 @@ class Handoff:
         return Pixels(array, digest)
 
     def holds(self, job_id: uuid.UUID, index: int, attempt: int) -> bool:
-        """Raises HandoffUnavailable."""
+        """Tell whether the pixels are there. Raises HandoffUnavailable."""
         with wrap(redis.RedisError, HandoffUnavailable):
             return bool(self._redis.exists(_key(job_id, index, attempt)))
 
     def drop(self, job_id: uuid.UUID, index: int, attempt: int) -> None:
-        """Forget the pixels, if they are there and the hand-off is; otherwise their TTL does."""
+        """Delete the pixels. If the hand-off is away, their TTL does it."""
         try:
             self._redis.delete(_key(job_id, index, attempt))
         except redis.RedisError:
             return
 
     def kept(self) -> Iterator[tuple[str, uuid.UUID, int, int]]:
-        """Everything that is kept for a job: (key, job, image index, attempt). Raises HandoffUnavailable."""
+        """Yield (key, job, image index, attempt) of all pixels kept. Raises HandoffUnavailable."""
         with wrap((redis.RedisError, ValueError), HandoffUnavailable):
             for raw in self._redis.scan_iter(match="handoff:*", count=500):
                 _, job_id, index, attempt = raw.decode().split(":")
                 yield raw.decode(), uuid.UUID(job_id), int(index), int(attempt)
 
     def forget(self, keys: list[str]) -> None:
-        """Drop these keys of `kept()`. Raises HandoffUnavailable."""
+        """Delete these keys of `kept()`. Raises HandoffUnavailable."""
         with wrap(redis.RedisError, HandoffUnavailable):
             if keys:
                 self._redis.unlink(*keys)
 
     def check(self) -> None:
-        """Raises HandoffUnavailable unless it takes what is written: one that is read-only answers a ping."""
+        """Raise HandoffUnavailable unless the hand-off accepts a write.
+
+        A ping would not do: a read-only Redis answers it.
+        """
         with wrap(redis.RedisError, HandoffUnavailable):
             self._redis.set(PROBE, 1, ex=60)
 
 
 class Gauge:
-    """How full the hand-off is: pixels that are not stored fast enough fill it, and whoever makes or accepts more should wait.
+    """Tell how full the hand-off is, for those who make or accept work that fills it further.
 
-    Asked as often as one likes; Redis is asked at most once a second. While it does not answer, or refuses what is written,
-    the last answer holds, for `trusted_for_s`; after that it counts as full.
+    Redis is asked at most once a second, however often a caller asks. While it does not answer, or
+    refuses a write, the last answer holds for `trusted_for_s`; after that it counts as full.
     """
 
     def __init__(self, handoff_url: str, *, trusted_for_s: float = math.inf) -> None:
@@ -116,13 +121,14 @@ class Gauge:
         self._fill, self._asked_at, self._answered_at = 0.0, -math.inf, time.monotonic()
 
     def fill(self) -> float:
-        """Memory in use / `maxmemory`; 0 where there is no limit."""
+        """Return memory in use / `maxmemory`, 0 without a limit; 1 if Redis was silent too long."""
         now = time.monotonic()
         if now - self._asked_at > 1.0:
             self._asked_at = now
             try:
                 memory = self._redis.info("memory")
-                self._fill = memory["used_memory"] / memory["maxmemory"] if memory.get("maxmemory") else 0.0
+                limit = memory.get("maxmemory")
+                self._fill = memory["used_memory"] / limit if limit else 0.0
                 self._redis.set(PROBE, 1, ex=60)
                 self._answered_at = now
             except redis.RedisError:
@@ -136,7 +142,10 @@ class Gauge:
 
 
 def pixels_sha256(pixels: NDArray[np.uint8]) -> str:
-    """Digest of width, height and the RGB bytes, row by row: what "the same image" means everywhere in the house."""
+    """Return the digest of width, height and the RGB bytes, row by row.
+
+    Two images count as the same, everywhere, if and only if their digests are equal.
+    """
     height, width, _ = pixels.shape
     digest = hashlib.sha256(f"{width}x{height} RGB8\n".encode())
     digest.update(np.ascontiguousarray(pixels))

@@ -1,7 +1,9 @@
-"""Pictures on their way to a GPU that renders from them: brought by whoever may read the object store, in the hand-off's Redis.
+"""Keep the input pictures of a job on their way to a GPU, in the hand-off's Redis.
 
-A hash per job with a field per role, the picture as the engine takes it, or the word that it is gone for good. The same for every
-attempt, so no attempt is in the key. Dropped when a worker lets the job go; it is brought again to the next one.
+The results task, which may read the object store, writes them. There is one hash per job with one
+field per role: the picture as the engine takes it, or a note that it is gone for good. They are the
+same for every attempt, so no attempt is in the key. They are dropped when a worker releases the
+job, and brought again for the next worker.
 """
 
 import json
@@ -20,7 +22,7 @@ from edges.handoff import HandoffUnavailable
 
 @dataclass(frozen=True)
 class Gone:
-    """The picture of a role is not in the store any more; `reason` may be told to whoever asked for the job."""
+    """Say that a role's picture is no longer in the store; `reason` may be shown to the tenant."""
 
     reason: str
 
@@ -29,9 +31,10 @@ Brought = NDArray[np.uint8] | Gone
 
 
 class Inputs:
-    """`bring` by the results task, `of` by the worker, `jobs` by the sweeper.
+    """Keep the input pictures of jobs between the object store and a worker.
 
-    `drop` by the worker that has rendered, by whoever ends the job, and by the sweeper.
+    `bring` is called by the results task, `of` by the worker, `jobs` by the sweeper; `drop` by the
+    worker that has rendered, by whoever ends the job, and by the sweeper.
     """
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
@@ -39,7 +42,10 @@ class Inputs:
         self._ttl_s = ttl_s
 
     def bring(self, job_id: uuid.UUID, brought: Mapping[str, Brought]) -> None:
-        """Keep all pictures of the job, by role, for `ttl_s`; all at once, so nobody sees a part of them. Raises HandoffUnavailable."""
+        """Keep all pictures of the job, by role, for `ttl_s`. Raises HandoffUnavailable.
+
+        In one transaction, so that no reader sees only some of them.
+        """
         fields = {role: _packed(picture) for role, picture in brought.items()}
         with wrap(redis.RedisError, HandoffUnavailable):
             pipe = self._redis.pipeline()
@@ -48,25 +54,31 @@ class Inputs:
             pipe.execute()
 
     def are_there(self, job_id: uuid.UUID) -> bool:
-        """Raises HandoffUnavailable."""
+        """Tell whether the job's pictures are there. Raises HandoffUnavailable."""
         with wrap(redis.RedisError, HandoffUnavailable):
             return bool(self._redis.exists(_key(job_id)))
 
     def of(self, job_id: uuid.UUID) -> dict[str, Brought]:
-        """What was brought for the job, by role; empty if nothing was (yet). Raises HandoffUnavailable."""
+        """Return the job's pictures by role; {} if there are none. Raises HandoffUnavailable."""
         with wrap((redis.RedisError, ValueError, KeyError, TypeError), HandoffUnavailable):
-            return {role.decode(): _unpacked(packed) for role, packed in self._redis.hgetall(_key(job_id)).items()}
+            return {
+                role.decode(): _unpacked(packed)
+                for role, packed in self._redis.hgetall(_key(job_id)).items()
+            }
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
-        """Forget what was brought for these jobs. Raises HandoffUnavailable; then the TTL does it."""
+        """Delete the pictures of these jobs. Raises HandoffUnavailable; then the TTL does it."""
         with wrap(redis.RedisError, HandoffUnavailable):
             if keys := [_key(job_id) for job_id in job_ids]:
                 self._redis.unlink(*keys)
 
     def jobs(self) -> list[uuid.UUID]:
-        """Every job that something is kept for. Raises HandoffUnavailable."""
+        """List every job that has pictures here. Raises HandoffUnavailable."""
         with wrap((redis.RedisError, ValueError), HandoffUnavailable):
-            return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
+            return [
+                uuid.UUID(key.decode().partition(":")[2])
+                for key in self._redis.scan_iter(match=_key("*"), count=500)
+            ]
 
 
 def _packed(picture: Brought) -> bytes:

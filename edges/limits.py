@@ -1,8 +1,9 @@
-"""Rates and budgets of tenants, counted in the hand-off's Redis so that all gateway processes count together.
+"""Count tenants' rates and budgets in the hand-off's Redis, for all gateway processes together.
 
-Requests: the sliding window counter of `limits`, whose hits are atomic. Budgets: a token bucket in Lua, on Redis's own clock. Neither is
-money: quotas are, and they are in Postgres (models/usage.py). So when Redis is away, requests are counted in this process alone and
-budgets are not; both are told by a metric.
+Requests: the sliding window counter of `limits`, whose hits are atomic. Budgets: a token bucket in
+Lua, on Redis's own clock. Neither is money: quotas are, and they are in Postgres (models/usage.py).
+So when Redis is away, requests are counted in this process alone and budgets not at all. A metric
+counts both cases.
 """
 
 import time
@@ -45,7 +46,7 @@ return {taken, tostring(tokens), tostring(wait)}
 
 @dataclass(frozen=True)
 class Counted:
-    """Where a tenant stands after a request: may it pass, how many more may, and when the window has moved on."""
+    """Tell whether a request passes, how many more may, and in how many seconds to ask again."""
 
     passes: bool
     remaining: int
@@ -54,7 +55,7 @@ class Counted:
 
 @dataclass(frozen=True)
 class Taken:
-    """What came of asking a budget. wait_s: until there is enough, if there was not."""
+    """Tell whether a budget had enough. wait_s: until it has, if it had not."""
 
     passes: bool
     left: float
@@ -62,7 +63,7 @@ class Taken:
 
 
 class Rates:
-    """Requests per minute."""
+    """Count requests per minute."""
 
     def __init__(self, handoff_url: str) -> None:
         client = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
@@ -81,29 +82,39 @@ class Rates:
             return self._count(self._own, item, tenant_id)
 
     @staticmethod
-    def _count(limiter: SlidingWindowCounterRateLimiter, item: RateLimitItemPerMinute, tenant_id: uuid.UUID) -> Counted:
+    def _count(
+        limiter: SlidingWindowCounterRateLimiter, item: RateLimitItemPerMinute, tenant_id: uuid.UUID
+    ) -> Counted:
         passes = limiter.hit(item, "tenant", str(tenant_id))
         stats = limiter.get_window_stats(item, "tenant", str(tenant_id))
-        return Counted(passes, max(0, int(stats.remaining)), max(1, round(stats.reset_time - time.time())))
+        remaining = max(0, int(stats.remaining))
+        reset_s = max(1, round(stats.reset_time - time.time()))
+        return Counted(passes, remaining, reset_s)
 
 
 class Budgets:
-    """Megapixel-steps, in token buckets."""
+    """Count megapixel-steps, in token buckets."""
 
     def __init__(self, handoff_url: str) -> None:
         self._redis = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
         self._script = self._redis.register_script(_TAKE)
 
-    def take(self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float) -> Taken:
+    def take(
+        self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float
+    ) -> Taken:
         """Take `amount` out of the budget, or nothing. While Redis is away everything passes."""
         try:
-            taken, left, wait_s = self._script(keys=[f"budget:{tenant_id}"], args=[per_minute / 60, burst, amount])
+            taken, left, wait_s = self._script(
+                keys=[f"budget:{tenant_id}"], args=[per_minute / 60, burst, amount]
+            )
             return Taken(bool(taken), float(left), float(wait_s))
         except redis.RedisError as error:
             telemetry.LIMITS_LOCAL.labels("budget").inc()
             log.info("budget_not_asked", reason=type(error).__name__)
             return Taken(True, burst, 0.0)
 
-    def give_back(self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float) -> None:
-        """What was taken for nothing."""
+    def give_back(
+        self, tenant_id: uuid.UUID, *, per_minute: float, burst: float, amount: float
+    ) -> None:
+        """Put `amount` back that was taken for work that was not accepted."""
         self.take(tenant_id, per_minute=per_minute, burst=burst, amount=-amount)

@@ -1,7 +1,7 @@
-"""How a GPU worker hears that its machine will be taken away: one watch over whatever each cloud offers.
+"""Watch for a cloud's notice that this GPU machine will be taken away (preempted).
 
-A notice is best effort everywhere: a machine may go without one, and then the missed lease tells. The module decides
-nothing; what to finish, save or give back in the seconds left is for whoever is told.
+A notice is best effort everywhere: a machine may go without one, and then the lease expires. This
+module decides nothing: the callback decides what to finish, save or give back in the seconds left.
 """
 
 import http.client
@@ -26,15 +26,17 @@ from edges.errors import wrap
 
 log = structlog.get_logger(__name__)
 
-LINK_LOCAL = "http://169.254.169.254"  # where all three clouds answer; by number, for a container's DNS may know no names
+# All three clouds answer here. An address, because a container's DNS may know no names.
+LINK_LOCAL = "http://169.254.169.254"
 _TIMEOUT_S = 2.0
 _SLOW_FIRST_ANSWER_S = 10.0
 _LARGEST_ANSWER_BYTES = 256 * 1024
-_SAME_END_S = 1.0  # Date headers have no fractions, so the same end looks up to a second earlier at another poll
+# Date headers have whole seconds: at another poll the same end may look up to a second earlier.
+_SAME_END_S = 1.0
 
 
 class NoticeSourceUnavailable(Exception):
-    """The source cannot be asked, or its answer means nothing to us; ask again at the next poll."""
+    """The source does not answer, or not as expected; ask again at the next poll."""
 
 
 @dataclass(frozen=True)
@@ -47,33 +49,45 @@ class Notice:
 
 
 class NoticeSource(Protocol):
-    """One place where a notice may appear. Asked by one thread, which pauses `poll_every_s` between two polls."""
+    """Ask one place where a notice may appear.
+
+    One thread calls `poll`, and pauses `poll_every_s` between two calls.
+    """
 
     name: str
     poll_every_s: float
 
     def poll(self) -> Notice | None:
-        """The notice as it stands now, at every poll anew; None if there is none. May raise NoticeSourceUnavailable."""
+        """Return the notice as it stands now; None if there is none. Repeats it at every poll.
+
+        Raises NoticeSourceUnavailable.
+        """
 
 
 class NoticeWatch:
-    """Polls every source from a thread of its own, and tells `on_notice` of the first notice and of every earlier end.
+    """Poll every source in a thread of its own; call `on_notice` for the first notice.
 
-    `on_notice` is called by one thread at a time and should return soon. Nothing that a source or `on_notice` raises ends the watch.
+    It is called again for a notice that names an earlier end, by one thread at a time, and should
+    return soon. Nothing that a source or `on_notice` raises ends the watch.
     """
 
-    def __init__(self, sources: Iterable[NoticeSource], on_notice: Callable[[Notice], None]) -> None:
+    def __init__(
+        self, sources: Iterable[NoticeSource], on_notice: Callable[[Notice], None]
+    ) -> None:
         self._on_notice = on_notice
         self._ends_at = math.inf  # time.monotonic() when the machine goes
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._threads = [
-            threading.Thread(target=self._run, args=[source], name=f"notices-{source.name}", daemon=True) for source in sources
+            threading.Thread(
+                target=self._run, args=[source], name=f"notices-{source.name}", daemon=True
+            )
+            for source in sources
         ]
         for thread in self._threads:
             thread.start()
 
     def close(self) -> None:
-        """Tell of nothing any more. Waits a second for polls under way; one that a server holds longer ends unheard."""
+        """Stop calling `on_notice`. Waits up to a second for polls under way; drops longer ones."""
         self._stop.set()
         deadline = time.monotonic() + 1
         for thread in self._threads:
@@ -89,17 +103,19 @@ class NoticeWatch:
             self._stop.wait(source.poll_every_s)
 
     def _poll(self, source: NoticeSource, known_trouble: str | None) -> str | None:
-        """Hear what the source says. What kept it from saying it comes back, and is logged unless it is known; None if nothing did."""
+        """Poll the source once. Return what went wrong, None if nothing; log it when it is new."""
         try:
             notice = source.poll()
             if notice is not None:
                 self._hear(notice, time.monotonic() + notice.within_s)
             return None
-        except Exception as error:  # one answer that nobody foresaw must not make us deaf to the next
+        except Exception as error:  # one unforeseen answer must not end the polling
             bug = None if isinstance(error, NoticeSourceUnavailable) else error
             trouble = repr(error) if bug else str(error)
             if trouble != known_trouble:
-                log.warning("notice_source_unavailable", source=source.name, reason=trouble, exc_info=bug)
+                log.warning(
+                    "notice_source_unavailable", source=source.name, reason=trouble, exc_info=bug
+                )
             return trouble
 
     def _hear(self, notice: Notice, ends_at: float) -> None:
@@ -107,7 +123,12 @@ class NoticeWatch:
             if self._stop.is_set() or ends_at >= self._ends_at - _SAME_END_S:
                 return
             self._ends_at = ends_at
-            log.warning("notice_heard", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
+            log.warning(
+                "notice_heard",
+                source=notice.source,
+                within_s=round(notice.within_s, 1),
+                detail=notice.detail,
+            )
             try:
                 self._on_notice(notice)
             except Exception as error:
@@ -115,7 +136,10 @@ class NoticeWatch:
 
 
 def sources_from(text: str) -> list[NoticeSource]:
-    """The sources that a setting names, like "gcp,file:/run/darkroom/preempt"; none for "". Raises ValueError."""
+    """Make the sources that a setting names, as "gcp,file:/run/darkroom/preempt"; none for "".
+
+    Raises ValueError.
+    """
     return [_source(entry.strip()) for entry in text.split(",") if entry.strip()]
 
 
@@ -138,9 +162,10 @@ def _source(entry: str) -> NoticeSource:
 
 
 class AwsNotices:
-    """EC2's spot instance action, by IMDSv2: two minutes, best effort.
+    """Read EC2's spot instance action, by IMDSv2: two minutes, best effort.
 
-    From a container the instance's metadata hop limit must be 2 or more; else the token never arrives and the source is unavailable.
+    For a container, the instance's metadata hop limit must be 2 or more; else the token never
+    arrives and the source is unavailable.
     """
 
     name, poll_every_s = "aws", 5.0
@@ -165,18 +190,23 @@ class AwsNotices:
         return Notice(self.name, within_s, f"{action} at {at}")
 
     def _log_rebalance(self) -> None:
-        """A hint that the risk has grown, no notice: the machine may stay for hours."""
+        """Log once that a rebalance is recommended: a higher risk, but the machine may stay."""
         if self._is_rebalance_logged:
             return
         with suppress(NoticeSourceUnavailable):
             answer = self._get("/latest/meta-data/events/recommendations/rebalance")
             if answer.status == 200:
                 self._is_rebalance_logged = True
-                log.info("rebalance_recommended", source=self.name, noticed_at=answer.json().get("noticeTime"))
+                log.info(
+                    "rebalance_recommended",
+                    source=self.name,
+                    noticed_at=answer.json().get("noticeTime"),
+                )
 
     def _get(self, path: str) -> "_Answer":
         answer = self._server.ask("GET", path, self._credentials(), expected=(200, 401, 404))
-        if answer.status == 401:  # expired before we thought so: the monotonic clock stands still while a machine sleeps
+        # The token expired before `_renew_at`: the monotonic clock stops while a machine sleeps.
+        if answer.status == 401:
             self._token = None
             answer = self._server.ask("GET", path, self._credentials(), expected=(200, 404))
         return answer
@@ -184,7 +214,9 @@ class AwsNotices:
     def _credentials(self) -> dict[str, str]:
         if self._token is None or time.monotonic() >= self._renew_at:
             ttl_header = "X-aws-ec2-metadata-token-ttl-seconds"
-            answer = self._server.ask("PUT", "/latest/api/token", {ttl_header: str(self._token_ttl_s)})
+            answer = self._server.ask(
+                "PUT", "/latest/api/token", {ttl_header: str(self._token_ttl_s)}
+            )
             ttl_s = _seconds(answer.headers.get(ttl_header)) or self._token_ttl_s
             self._token, self._renew_at = answer.body.strip(), time.monotonic() + 0.9 * ttl_s
             if not (self._token.isascii() and self._token.isprintable()):
@@ -194,23 +226,30 @@ class AwsNotices:
 
 
 class GcpNotices:
-    """Compute Engine's `preempted`, which the metadata server tells the moment it changes: 30 s, best effort.
+    """Read Compute Engine's `preempted`: 30 s, best effort.
 
-    Give a smaller `within_s` where less is left, as on GKE, which leaves ordinary pods about 15 s.
+    The metadata server holds the request and answers the moment the value changes. Give a smaller
+    `within_s` where less is left, as on GKE, which leaves ordinary pods about 15 s.
     """
 
     name, poll_every_s = "gcp", 1.0
 
-    def __init__(self, base_url: str = LINK_LOCAL, *, within_s: float = 30.0, hold_s: int = 10) -> None:
+    def __init__(
+        self, base_url: str = LINK_LOCAL, *, within_s: float = 30.0, hold_s: int = 10
+    ) -> None:
         self._server = _MetadataServer(base_url)
         self._within_s, self._hold_s = within_s, hold_s
         self._etag = "0"  # of no value: the first answer comes at once
 
     def poll(self) -> Notice | None:
-        """Returns when the value is another than at the last poll, and after `hold_s` in any case."""
-        query = urlencode({"wait_for_change": "true", "timeout_sec": self._hold_s, "last_etag": self._etag})
+        """Return when the value has changed since the last poll, or after `hold_s`."""
+        query = urlencode(
+            {"wait_for_change": "true", "timeout_sec": self._hold_s, "last_etag": self._etag}
+        )
         path = f"/computeMetadata/v1/instance/preempted?{query}"
-        answer = self._server.ask("GET", path, {"Metadata-Flavor": "Google"}, timeout_s=self._hold_s + _TIMEOUT_S)
+        answer = self._server.ask(
+            "GET", path, {"Metadata-Flavor": "Google"}, timeout_s=self._hold_s + _TIMEOUT_S
+        )
         value = answer.body.strip()
         if answer.headers.get("Metadata-Flavor") != "Google" or value not in ("TRUE", "FALSE"):
             raise NoticeSourceUnavailable("preempted: not an answer of Google's metadata server")
@@ -219,10 +258,11 @@ class GcpNotices:
 
 
 class AzureNotices:
-    """Azure's scheduled events that delete a machine: 30 s or more, best effort.
+    """Read Azure's scheduled events that delete a machine: 30 s or more, best effort.
 
-    Machines of a scale set may hear of their neighbours' events, so there `instance` must say which is ours; without it all are.
-    The first answer ever takes up to two minutes, in which the source is unavailable.
+    Machines of a scale set may see events of other machines, so there `instance` must name this
+    one; without it every event counts. The first answer takes up to two minutes, in which the
+    source is unavailable.
     """
 
     name, poll_every_s = "azure", 1.0
@@ -245,18 +285,22 @@ class AzureNotices:
     def _takes_us(self, event: dict[str, Any]) -> bool:
         if event.get("EventType") not in ("Preempt", "Terminate"):
             return False
-        return self._instance is None or self._instance.lower() in [str(name).lower() for name in event.get("Resources") or ()]
+        return self._instance is None or self._instance.lower() in [
+            str(name).lower() for name in event.get("Resources") or ()
+        ]
 
     def _notice(self, event: dict[str, Any], answer: "_Answer") -> Notice:
-        not_before = event.get("NotBefore") or ""
-        within_s = 0.0 if not_before == "" else answer.seconds_until(not_before, or_else=30.0)  # empty once it has started
-        return Notice(self.name, within_s, f"{event['EventType'].lower()} at {not_before or 'once'}")
+        not_before = event.get("NotBefore") or ""  # empty once the event has started
+        within_s = 0.0 if not_before == "" else answer.seconds_until(not_before, or_else=30.0)
+        detail = f"{event['EventType'].lower()} at {not_before or 'once'}"
+        return Notice(self.name, within_s, detail)
 
 
 class FileNotices:
-    """A file that appears: for operators, and for hosts and agents that say it so.
+    """Watch for a file to appear; operators, hosts and agents can write it.
 
-    It holds the seconds left; empty or not a number, it means `default_s`. Write it aside and rename it, for it may be read half written.
+    It holds the seconds left; empty or not a number means `default_s`. Write another file and
+    rename it: the watch may read a half-written one.
     """
 
     name, poll_every_s = "file", 0.2
@@ -272,11 +316,16 @@ class FileNotices:
             except FileNotFoundError:
                 return None
         within_s = _seconds(content.decode(errors="replace"))
-        return Notice(self.name, self._default_s if within_s is None else within_s, f"{self._path} appeared")
+        if within_s is None:
+            within_s = self._default_s
+        return Notice(self.name, within_s, f"{self._path} appeared")
 
 
 class SignalNotices:
-    """Set by a signal handler or any other thread: `signal.signal(SIGTERM, lambda *_: source.notify())`."""
+    """Report what a signal handler or another thread announces.
+
+    As in `signal.signal(SIGTERM, lambda *_: source.notify())`.
+    """
 
     name, poll_every_s = "signal", 0.1
 
@@ -285,18 +334,22 @@ class SignalNotices:
         self._notified_at: float | None = None
 
     def notify(self) -> None:
-        """Sets a flag and takes no lock: a second signal may interrupt the handler of the first. Only the first call counts."""
+        """Set a flag. Only the first call counts.
+
+        It takes no lock, because a second signal may interrupt the handler of the first.
+        """
         if self._notified_at is None:
             self._notified_at = time.monotonic()
 
     def poll(self) -> Notice | None:
         if self._notified_at is None:
             return None
-        return Notice(self.name, max(0.0, self._notified_at + self._within_s - time.monotonic()), "signalled")
+        left_s = max(0.0, self._notified_at + self._within_s - time.monotonic())
+        return Notice(self.name, left_s, "signalled")
 
 
 class FakeNotices:
-    """For tests: each announcement is heard at one poll."""
+    """Stand in for a source in tests: each announcement is returned by one poll."""
 
     poll_every_s = 0.01
 
@@ -316,14 +369,14 @@ class FakeNotices:
 
 @dataclass(frozen=True)
 class _Answer:
-    """What a metadata server said. Time is told by the clock it came from, for our own may be wrong."""
+    """Hold a metadata server's answer. Times are measured by its clock; ours may be wrong."""
 
     status: int
     headers: Message
     body: str
 
     def json(self) -> dict[str, Any]:
-        """Raises NoticeSourceUnavailable for what is no JSON object."""
+        """Parse the body. Raises NoticeSourceUnavailable unless it is a JSON object."""
         with suppress(ValueError, RecursionError):
             said = json.loads(self.body)
             if isinstance(said, dict):
@@ -331,21 +384,36 @@ class _Answer:
         raise NoticeSourceUnavailable("an answer that is no JSON object")
 
     def seconds_until(self, instant: object, *, or_else: float) -> float:
-        """From this answer's Date to `instant`, 0 if that is past; `or_else` if either cannot be read."""
+        """Return the seconds from this answer's Date to `instant`, 0 if that is past.
+
+        `or_else` if either cannot be read.
+        """
         end, now = _instant(instant), _instant(self.headers.get("Date"))
         return or_else if end is None or now is None else max(0.0, (end - now).total_seconds())
 
 
 class _MetadataServer:
-    """HTTP to a server on our own link. `http.client` knows neither proxies nor redirects, which is why it is used here."""
+    """Send HTTP requests to a metadata server.
+
+    By `http.client`, because it follows neither proxies nor redirects.
+    """
 
     def __init__(self, base_url: str) -> None:
         self._netloc = urlsplit(base_url).netloc
 
     def ask(
-        self, method: str, path: str, headers: Mapping[str, str], *, expected: tuple[int, ...] = (200,), timeout_s: float = _TIMEOUT_S
+        self,
+        method: str,
+        path: str,
+        headers: Mapping[str, str],
+        *,
+        expected: tuple[int, ...] = (200,),
+        timeout_s: float = _TIMEOUT_S,
     ) -> _Answer:
-        """Raises NoticeSourceUnavailable when nobody answers in time, or not with a status that is `expected`."""
+        """Send one request and return the answer.
+
+        Raises NoticeSourceUnavailable unless an `expected` status comes in time.
+        """
         what = path.partition("?")[0].rpartition("/")[2]
         connection = http.client.HTTPConnection(self._netloc, timeout=_TIMEOUT_S)
         with closing(connection), wrap((OSError, http.client.HTTPException), _unavailable(what)):
@@ -362,12 +430,12 @@ class _MetadataServer:
 
 
 def _unavailable(what: object) -> Callable[[Exception], NoticeSourceUnavailable]:
-    """What was asked, and the kind of the error alone: the watch logs each text that is new to it."""
+    """Make errors of the request and the error's kind alone, as the watch logs each new text."""
     return lambda error: NoticeSourceUnavailable(f"{what}: {type(error).__name__}")
 
 
 def _instant(text: object) -> datetime | None:
-    """An instant as ISO 8601 or RFC 1123 writes it, in UTC where no zone is named; None for anything else."""
+    """Parse an instant of ISO 8601 or RFC 1123, in UTC where no zone is named; None if neither."""
     for parse in (datetime.fromisoformat, parsedate_to_datetime):
         with suppress(ValueError, OverflowError):
             instant = parse(str(text))
@@ -376,7 +444,7 @@ def _instant(text: object) -> datetime | None:
 
 
 def _seconds(text: str | None) -> float | None:
-    """A finite number that is not negative; None for anything else."""
+    """Parse a finite number that is not negative; None for anything else."""
     with suppress(ValueError):
         seconds = float(text or "")
         return seconds if 0 <= seconds < math.inf else None

@@ -1,7 +1,7 @@
-"""The object store, any that speaks S3, through boto3 alone.
+"""Read and write the object store, any that speaks S3, through boto3 alone.
 
-Nothing here depends on conditional writes or lifecycle rules: keys are content-addressed, so writing the same key twice
-writes the same bytes, and the truth about what exists is in Postgres.
+Nothing here depends on conditional writes or lifecycle rules: keys are content-addressed, so
+writing the same key twice writes the same bytes, and Postgres says which objects exist.
 """
 
 import hashlib
@@ -18,7 +18,8 @@ from botocore.exceptions import BotoCoreError, ClientError
 from edges.errors import wrap
 from settings import StoreSettings
 
-PRIVATE = "private, max-age=600"  # no cache but the client's own keeps a picture that a tenant may erase
+# Only the client's own cache may keep a picture: its tenant may erase it.
+PRIVATE = "private, max-age=600"
 PIECE_BYTES = 65_536
 _FOREIGN = (BotoCoreError, ClientError)
 
@@ -33,30 +34,30 @@ class ObjectGone(StoreUnavailable):
 
 @dataclass(frozen=True)
 class Span:
-    """A part of an object: from its byte `first` to its byte `last`, both included."""
+    """Name a part of an object: from its byte `first` to its byte `last`, both included."""
 
     first: int
     last: int
 
 
 class Pieces:
-    """An object on its way, in pieces of PIECE_BYTES. To be closed, read to the end or not."""
+    """Iterate over an object's bytes in pieces of PIECE_BYTES. The caller must close it."""
 
     def __init__(self, body: Any) -> None:
         self._body = body
 
     def __iter__(self) -> Iterator[bytes]:
-        """Raises StoreUnavailable when the store falls silent in the middle."""
+        """Yield the pieces. Raises StoreUnavailable when the store stops sending."""
         with wrap(BotoCoreError, _unavailable):
             yield from self._body.iter_chunks(PIECE_BYTES)
 
     def close(self) -> None:
-        """Let go of the connection."""
+        """Release the connection."""
         self._body.close()
 
 
 class ObjectStore:
-    """One bucket. Thread-safe: boto3 clients are."""
+    """Read and write one bucket. Thread-safe, as boto3 clients are."""
 
     def __init__(self, settings: StoreSettings) -> None:
         self._bucket, self._presign_ttl_s = settings.s3_bucket, settings.presign_ttl_s
@@ -64,27 +65,43 @@ class ObjectStore:
         self._hasty = _client(settings, settings.s3_endpoint_url, read_timeout_s=3, retries=0)
         public = settings.s3_public_endpoint_url
         self._probe = _client(settings, settings.s3_endpoint_url, read_timeout_s=1, retries=0)
-        self._public = self._client if public in (None, settings.s3_endpoint_url) else _client(settings, public)
+        self._public = (
+            self._client
+            if public in (None, settings.s3_endpoint_url)
+            else _client(settings, public)
+        )
 
     def put(self, key: str, content: bytes, *, content_type: str) -> None:
         """Store `content` under `key`. Raises StoreUnavailable."""
         with wrap(_FOREIGN, _unavailable):
-            self._client.put_object(Bucket=self._bucket, Key=key, Body=content, ContentType=content_type, CacheControl=PRIVATE)
+            self._client.put_object(
+                Bucket=self._bucket,
+                Key=key,
+                Body=content,
+                ContentType=content_type,
+                CacheControl=PRIVATE,
+            )
 
     def get(self, key: str, *, soon: bool = False) -> bytes:
-        """Raises StoreUnavailable, also for a store that takes more than a few seconds if `soon`; ObjectGone when there is no such key."""
+        """Return an object's bytes. Raises StoreUnavailable; ObjectGone if there is no such key.
+
+        soon: give up (StoreUnavailable) when the store takes more than a few seconds.
+        """
         client = self._hasty if soon else self._client
         with wrap(_FOREIGN, _gone_or_unavailable):
             return bytes(client.get_object(Bucket=self._bucket, Key=key)["Body"].read())
 
     def open(self, key: str, span: Span | None = None) -> Pieces:
-        """The object, or a part of it, to be read as it comes. Raises StoreUnavailable; ObjectGone when there is no such key."""
+        """Open the object, or a part of it, for reading as it arrives.
+
+        Raises StoreUnavailable; ObjectGone if there is no such key.
+        """
         part = {} if span is None else {"Range": f"bytes={span.first}-{span.last}"}
         with wrap(_FOREIGN, _gone_or_unavailable):
             return Pieces(self._client.get_object(Bucket=self._bucket, Key=key, **part)["Body"])
 
     def holds(self, key: str) -> bool:
-        """Is there such an object? Raises StoreUnavailable."""
+        """Tell whether there is such an object. Raises StoreUnavailable."""
         with wrap(_FOREIGN, _unavailable):
             try:
                 self._client.head_object(Bucket=self._bucket, Key=key)
@@ -95,39 +112,56 @@ class ObjectStore:
             return True
 
     def delete(self, key: str) -> None:
-        """Harmless when there is no such key. Raises StoreUnavailable."""
+        """Delete the object; harmless if there is no such key. Raises StoreUnavailable."""
         with wrap(_FOREIGN, _unavailable):
             self._client.delete_object(Bucket=self._bucket, Key=key)
 
     def presigned_url(self, key: str, *, content_type: str, filename: str) -> str:
-        """A URL that shows the object to whoever has it, for `presign_ttl_s`; signed for the public endpoint."""
+        """Sign a URL of the public endpoint; who has it can read the object for `presign_ttl_s`."""
         disposition = f'inline; filename="{filename}"'
-        told = {"ResponseContentType": content_type, "ResponseContentDisposition": disposition, "ResponseCacheControl": PRIVATE}
+        told = {
+            "ResponseContentType": content_type,
+            "ResponseContentDisposition": disposition,
+            "ResponseCacheControl": PRIVATE,
+        }
         parameters = {"Bucket": self._bucket, "Key": key, **told}
-        return str(self._public.generate_presigned_url("get_object", Params=parameters, ExpiresIn=self._presign_ttl_s))
+        return str(
+            self._public.generate_presigned_url(
+                "get_object", Params=parameters, ExpiresIn=self._presign_ttl_s
+            )
+        )
 
     def ping(self) -> None:
-        """Raises StoreUnavailable if the bucket cannot be seen."""
+        """Raise StoreUnavailable if the bucket cannot be seen."""
         with wrap(_FOREIGN, _unavailable):
             self._probe.head_bucket(Bucket=self._bucket)
 
 
 def image_key(tenant_id: uuid.UUID, content_sha256: str, extension: str) -> str:
-    """`t/<tenant>/sha256/ab/<hash>.<ext>`: content-addressed, and scoped so that nobody learns what another tenant has."""
+    """Return `t/<tenant>/sha256/ab/<hash>.<ext>`.
+
+    Content-addressed, and per tenant, so that nobody learns what another tenant has.
+    """
     return f"t/{tenant_id}/sha256/{content_sha256[:2]}/{content_sha256}.{extension}"
 
 
 def picture_key(tenant_id: uuid.UUID, content_sha256: str) -> str:
-    """Where a tenant's picture lies; the very object of an image that has the same bytes."""
+    """Return the key of a tenant's picture; the same as an image's with the same bytes."""
     return image_key(tenant_id, content_sha256, "png")
 
 
 def content_sha256(content: bytes) -> str:
-    """Digest of the stored bytes: key and download check."""
+    """Return the digest of the stored bytes, used in the key and to check a download."""
     return hashlib.sha256(content).hexdigest()
 
 
-def _client(settings: StoreSettings, endpoint_url: str | None, *, read_timeout_s: float = 20, retries: int = 3) -> BaseClient:
+def _client(
+    settings: StoreSettings,
+    endpoint_url: str | None,
+    *,
+    read_timeout_s: float = 20,
+    retries: int = 3,
+) -> BaseClient:
     style = settings.s3_addressing_style
     config = Config(
         signature_version="s3v4",
@@ -154,12 +188,15 @@ def _unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
 
 
 def _gone_or_unavailable(error: BotoCoreError | ClientError) -> StoreUnavailable:
-    is_gone = isinstance(error, ClientError) and error.response.get("Error", {}).get("Code") == "NoSuchKey"
+    is_gone = (
+        isinstance(error, ClientError)
+        and error.response.get("Error", {}).get("Code") == "NoSuchKey"
+    )
     return (ObjectGone if is_gone else StoreUnavailable)(_reason(error))
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, without URLs that carry signatures."""
+    """Say what went wrong, without URLs that carry signatures."""
     if isinstance(error, ClientError):
         facts = error.response.get("Error", {})
         return f"{error.operation_name}: {facts.get('Code', 'unknown')}"

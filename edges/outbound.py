@@ -1,8 +1,10 @@
-"""Requests to addresses that tenants choose: webhooks, and pictures by URL. Never to a private address, whatever a name resolves to.
+"""Send requests to URLs that tenants choose (webhooks, pictures), never to a private address.
 
-A name is resolved once, the address is judged and then connected to (`requests-hardened`), so a name server that changes its mind
-between the two gains nothing. No redirects, no proxies, no credentials from the environment, a limit on time as a whole and on bytes.
-`allowed_networks` opens intranets and, for tests, this machine: there plain http and any port will do.
+A name is resolved once, and the connection goes to the very address that was checked
+(`requests-hardened`): a name server that changes its answer between the two gains nothing (DNS
+rebinding). No redirects, no proxies, no credentials from the environment; the whole request has a
+limit on time and on bytes. `allowed_networks` opens intranets and, for tests, this machine: there
+plain http and any port are accepted.
 """
 
 import email.utils
@@ -34,7 +36,7 @@ _CONNECT_S = 5.0
 
 
 class Unreachable(Exception):
-    """No answer, or none that may be had; `reason` says why in a few words, without the URL."""
+    """No answer came, or the request is not allowed; `reason` says why, without the URL."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -42,26 +44,33 @@ class Unreachable(Exception):
 
 
 class _Unresolved(requests.ConnectionError):
-    """No address for the name; the text says why."""
+    """The name has no address; the text says why."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a receiver said. retry_after_s: when it would like to be asked again."""
+    """Hold a receiver's answer. retry_after_s: its Retry-After, None if it sent none."""
 
     status: int
     retry_after_s: float | None
 
 
 class Outbound:
-    """Thread-safe: every request has a session of its own."""
+    """Send the requests. Thread-safe: every request has a session of its own."""
 
     def __init__(self, allowed_networks: str) -> None:
-        """allowed_networks: CIDRs separated by commas; ValueError if one is none."""
-        self._allowed = [ipaddress.ip_network(part.strip()) for part in allowed_networks.split(",") if part.strip()]
+        """Take the allowed networks: CIDRs separated by commas. Raises ValueError if one is not."""
+        self._allowed = [
+            ipaddress.ip_network(part.strip())
+            for part in allowed_networks.split(",")
+            if part.strip()
+        ]
 
     def refusal(self, url: str) -> str | None:
-        """Why no request will ever go to this URL, as far as can be told without resolving its name; None if one may."""
+        """Say why no request will ever go to this URL; None if one may.
+
+        The name is not resolved here, so `post` and `fetch` may still refuse it.
+        """
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -84,14 +93,21 @@ class Outbound:
             return _private(parts.hostname)
         return None
 
-    def post(self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float) -> Answer:
-        """Post and hear the status; what else the receiver sends is not read. Raises Unreachable."""
+    def post(
+        self, url: str, body: bytes, headers: Mapping[str, str], *, timeout_s: float
+    ) -> Answer:
+        """Post and return the status; the response body is not read. Raises Unreachable."""
         with self._request("POST", url, timeout_s, data=body, headers=dict(headers)) as response:
             return Answer(response.status_code, _retry_after_s(response.headers.get("Retry-After")))
 
     def fetch(self, url: str, *, max_bytes: int, timeout_s: float) -> bytes:
-        """The bytes behind `url`. Raises Unreachable, also for a status other than 200 and for more than `max_bytes`."""
-        with self._request("GET", url, timeout_s, headers={"Accept": "image/*", "Accept-Encoding": "identity"}) as response:
+        """Return the bytes behind `url`.
+
+        Raises Unreachable, also for a status other than 200 and for more than `max_bytes`.
+        """
+        with self._request(
+            "GET", url, timeout_s, headers={"Accept": "image/*", "Accept-Encoding": "identity"}
+        ) as response:
             if response.status_code != 200:
                 raise Unreachable(f"it answered {response.status_code}")
             content = bytearray()
@@ -116,7 +132,9 @@ class Outbound:
         session.mount(f"{urlsplit(url).scheme}://", adapter)
         try:
             timeout = (min(_CONNECT_S, timeout_s), timeout_s)
-            response = session.request(method, url, allow_redirects=False, stream=True, timeout=timeout, **arguments)
+            response = session.request(
+                method, url, allow_redirects=False, stream=True, timeout=timeout, **arguments
+            )
         except (requests.RequestException, HTTPError, OSError, ValueError) as error:
             watch.end()
             session.close()
@@ -128,10 +146,11 @@ class Outbound:
         return answered
 
     def address_in_time(self, parts: SplitResult, within_s: float) -> str:
-        """Find the address to connect to, or give up after `within_s`. Raises InvalidIPAddress, ConnectionError.
+        """Find the address to connect to, or give up after `within_s`.
 
-        In a thread of its own, for `getaddrinfo` has no deadline: a name server that says nothing would hold the caller for as
-        long as it likes, and an attempt would outlive its claim.
+        Raises InvalidIPAddress, ConnectionError. Runs in a thread of its own, because `getaddrinfo`
+        has no deadline: a silent name server would block the caller, and an attempt at a delivery
+        would outlive its claim.
         """
         found: Future[str] = Future()
 
@@ -163,23 +182,32 @@ class Outbound:
         return filter_host(host, port, allow_loopback=False)
 
     def _is_allowed(self, address: IPv4Address | IPv6Address) -> bool:
-        return any(address.version == network.version and address in network for network in self._allowed)
+        return any(
+            address.version == network.version and address in network for network in self._allowed
+        )
 
     def _may_be_inside(self, address: IPv4Address | IPv6Address | None) -> bool:
-        """Can a host be in an allowed network? A name may resolve into one; a literal address was looked at."""
+        """Tell whether a host may be in an allowed network: a name may resolve into one.
+
+        A literal address was checked before.
+        """
         return bool(self._allowed) and address is None
 
 
 class _Adapter(IPFilterAdapter):
-    """Connects to the address that was judged, under the name that was asked for, and remembers the connection."""
+    """Connect to the address that was checked, under the name in the URL; keep the connection."""
 
     def __init__(self, outbound: Outbound, parts: SplitResult) -> None:
         super().__init__(is_https_proto=parts.scheme == "https")
         self._outbound, self._parts = outbound, parts
         self.connections: list[HTTPConnection] = []
 
-    def build_connection_pool_key_attributes(self, request: Any, verify: Any, cert: Any = None) -> Any:
-        host_params, pool_kwargs = HTTPAdapter.build_connection_pool_key_attributes(self, request, verify, cert)
+    def build_connection_pool_key_attributes(
+        self, request: Any, verify: Any, cert: Any = None
+    ) -> Any:
+        host_params, pool_kwargs = HTTPAdapter.build_connection_pool_key_attributes(
+            self, request, verify, cert
+        )
         request.headers["Host"] = self._parts.netloc
         if self._parts.scheme == "https":
             pool_kwargs["assert_hostname"] = pool_kwargs["server_hostname"] = self._parts.hostname
@@ -200,7 +228,10 @@ class _Adapter(IPFilterAdapter):
 
 
 class _Watch:
-    """Shuts the connection when time is up: a receiver that sends a byte now and then never runs into a socket's own timeout."""
+    """Shut the connection when time is up.
+
+    A socket's own timeout does not: it starts anew with every byte that a slow receiver sends.
+    """
 
     def __init__(self, adapter: _Adapter, timeout_s: float) -> None:
         self._adapter, self._deadline = adapter, time.monotonic() + timeout_s
@@ -224,9 +255,11 @@ class _Watch:
 
 
 class _Response:
-    """A response and everything that has to end with it."""
+    """Hold a response, and close with it its session and its watch."""
 
-    def __init__(self, response: requests.Response, session: requests.Session, watch: _Watch) -> None:
+    def __init__(
+        self, response: requests.Response, session: requests.Session, watch: _Watch
+    ) -> None:
         self._response, self._session, self._watch = response, session, watch
 
     def __enter__(self) -> requests.Response:
@@ -242,7 +275,7 @@ class _Response:
 
 
 def _literal(host: str) -> IPv4Address | IPv6Address | None:
-    """The address that `host` is, in whatever way it is written; None for a name."""
+    """Parse `host` as an address, however it is written; None for a name."""
     try:
         return ipaddress.ip_address(host.partition("%")[0])
     except ValueError:
@@ -275,7 +308,7 @@ def _retry_after_s(text: str | None) -> float | None:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, without the URL."""
+    """Say what went wrong, without the URL."""
     if isinstance(error, InvalidIPAddress):
         return "its name leads to an address that is not allowed"
     if isinstance(error, _Unresolved):

@@ -1,8 +1,9 @@
-"""Pictures that strangers send: looked at before a pixel is decoded, then encoded again as plain PNG, so that nothing else of them is left.
+"""Check untrusted pictures before decoding, and encode them again as plain PNG.
 
-PNG, JPEG and WebP, one frame, of a size that fits into memory; a larger JPEG is decoded at a half, a quarter or an eighth of its size.
-What comes out is 8 bits, sRGB, upright and without metadata; what hid behind or inside the file is gone. Strangers' bytes are decoded in
-processes of their own (edges/decoders.py).
+PNG, JPEG and WebP, one frame, of a size that fits into memory; a larger JPEG is decoded at a half,
+a quarter or an eighth of its size. The result is 8 bits, sRGB, upright and without metadata;
+nothing else that the file held is left. The untrusted bytes are decoded in processes of their own
+(edges/decoders.py).
 """
 
 import io
@@ -15,8 +16,10 @@ from PIL import Image, ImageCms, ImageOps
 
 from edges.containers import Container, NotAContainer, take_apart
 
-MAX_PIXELS, MAX_SIDE_PX = 16_800_000, 8192
-MAX_JPEG_PIXELS, MAX_JPEG_SIDE_PX = 64_000_000, 16_384  # of one that is scaled down while it is decoded
+MAX_PIXELS = 16_800_000
+MAX_SIDE_PX = 8192
+MAX_JPEG_PIXELS = 64_000_000  # of a JPEG that is scaled down while it is decoded
+MAX_JPEG_SIDE_PX = 16_384
 ACCEPTED = {
     "formats": ["PNG", "JPEG", "WebP"],
     "max_pixels": MAX_PIXELS,
@@ -36,16 +39,19 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_slots = threading.BoundedSemaphore(2)  # of pictures that are ours already
+_slots = threading.BoundedSemaphore(2)  # for decoding pictures that we have encoded ourselves
 
 
 class NotAPicture(Exception):
-    """What was sent cannot be used; the message continues "the picture …" and says why. ACCEPTED says what could be."""
+    """The picture cannot be used; the message continues "the picture …" and says why.
+
+    ACCEPTED says what can be used.
+    """
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as it is kept: PNG of mode L, RGB or RGBA."""
+    """Hold a picture as it is stored: PNG of mode L, RGB or RGBA."""
 
     content: bytes
     mode: str
@@ -54,7 +60,7 @@ class Picture:
 
 
 def normalise(content: bytes) -> Picture:
-    """Decode what a stranger sent and encode it again. Raises NotAPicture."""
+    """Decode an untrusted picture and encode it again. Raises NotAPicture."""
     try:
         container = take_apart(content)
         with Image.open(io.BytesIO(container.essence), formats=[container.kind]) as image:
@@ -72,7 +78,10 @@ def normalise(content: bytes) -> Picture:
 
 
 def fitted(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
-    """A kept picture as RGB [h, w, 3]: over white where it is transparent, scaled to cover the size, the middle cut out."""
+    """Decode a stored picture to RGB [h, w, 3].
+
+    Transparency is laid over white; the picture is scaled to cover the size and centre-cropped.
+    """
     with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         if image.mode == "RGBA":
             over = Image.new("RGBA", image.size, "white")
@@ -84,10 +93,11 @@ def fitted(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
 
 
 def fitted_mask(content: bytes, width_px: int, height_px: int) -> NDArray[np.uint8]:
-    """A kept picture as a mask [h, w], 255 where it is repainted.
+    """Decode a stored picture to a mask [h, w], 255 where the image is repainted.
 
-    That is where it is transparent: at least half, in a part that can be seen at this size. White decides if it is transparent nowhere,
-    or equally so everywhere while its colours tell one part from another: an alpha that says the same of all pixels says nothing.
+    That is where the picture is at least half transparent, in a part that can be seen at this size.
+    White decides instead if nothing is transparent, or if alpha is the same everywhere while some
+    parts are white and others are not: a uniform alpha selects nothing.
     """
     with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
         light = _selected(image.convert("RGB").convert("L"), width_px, height_px)
@@ -101,13 +111,15 @@ def fitted_mask(content: bytes, width_px: int, height_px: int) -> NDArray[np.uin
 
 
 def has_hole(content: bytes, width_px: int, height_px: int) -> bool:
-    """Is there a part of a kept picture that is transparent, and can be seen to be at this size?"""
+    """Tell whether part of a stored picture is transparent, and can be seen at this size."""
     with _slots, Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-        return image.mode == "RGBA" and bool(_selected(ImageOps.invert(image.getchannel("A")), width_px, height_px).any())
+        return image.mode == "RGBA" and bool(
+            _selected(ImageOps.invert(image.getchannel("A")), width_px, height_px).any()
+        )
 
 
 def selects(content: bytes, width_px: int, height_px: int) -> bool:
-    """Would anything be repainted with this mask?"""
+    """Tell whether this mask selects anything to repaint."""
     return bool(fitted_mask(content, width_px, height_px).any())
 
 
@@ -117,32 +129,43 @@ def _selected(grey: Image.Image, width_px: int, height_px: int) -> NDArray[np.ui
 
 
 def _scale_down(image: Image.Image, container: Container) -> None:
-    """Have a JPEG that is too large decoded at a part of its size: no more than that part is ever in memory."""
+    """Have Pillow decode a too large JPEG at a fraction of its size, to save memory."""
     width_px, height_px = image.size
-    if container.kind != "JPEG" or width_px * height_px > MAX_JPEG_PIXELS or max(image.size) > MAX_JPEG_SIDE_PX:
+    if (
+        container.kind != "JPEG"
+        or width_px * height_px > MAX_JPEG_PIXELS
+        or max(image.size) > MAX_JPEG_SIDE_PX
+    ):
         return
     if container.scans * width_px * height_px > MAX_SCANNED_PIXELS:
-        raise NotAPicture(f"takes {container.scans} passes over its {width_px}x{height_px} pixels to decode, more than any picture needs")
+        raise NotAPicture(
+            f"takes {container.scans} passes over its {width_px}x{height_px} pixels to decode, "
+            "more than any picture needs"
+        )
     for scale in _SCALES:
-        if -(-width_px // scale) * -(-height_px // scale) <= MAX_PIXELS and -(-max(image.size) // scale) <= MAX_SIDE_PX:
+        pixels = -(-width_px // scale) * -(-height_px // scale)
+        side_px = -(-max(image.size) // scale)
+        if pixels <= MAX_PIXELS and side_px <= MAX_SIDE_PX:
             image.draft(image.mode, (width_px // scale, height_px // scale))
             return
 
 
 def _check_header(image: Image.Image, container: Container) -> None:
-    """Raises NotAPicture; no pixel is decoded yet."""
+    """Raise NotAPicture for a size that is not accepted; no pixel is decoded yet."""
     width_px, height_px = image.size
     is_jpeg = container.kind == "JPEG"
     if not 1 <= min(image.size) <= max(image.size) <= MAX_SIDE_PX:
         most = MAX_JPEG_SIDE_PX if is_jpeg else MAX_SIDE_PX
         raise NotAPicture(f"is {width_px}x{height_px} pixels; each side must be from 1 to {most}")
     if width_px * height_px > MAX_PIXELS:
-        most = f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
+        most = (
+            f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
+        )
         raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {most} pixels are accepted")
 
 
 def _plain(image: Image.Image, container: Container) -> Image.Image:
-    """The decoded picture: L, RGB or RGBA, sRGB, upright."""
+    """Decode the picture: L, RGB or RGBA, sRGB, upright."""
     image.load()
     plain = _of_8_bits(image)
     if container.profile is not None:
@@ -155,9 +178,10 @@ def _plain(image: Image.Image, container: Container) -> Image.Image:
 
 
 def _of_8_bits(image: Image.Image) -> Image.Image:
-    """L, RGB, RGBA or CMYK."""
-    if image.mode.startswith("I"):  # 16 bits, of which convert() would cut off whatever is above 255
-        return Image.fromarray(((np.asarray(image).astype(np.uint32) + 128) // 257).astype(np.uint8))
+    """Convert to 8 bits: L, RGB, RGBA or CMYK."""
+    if image.mode.startswith("I"):  # 16 bits: convert() would clip all values above 255
+        wide = np.asarray(image).astype(np.uint32)
+        return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
     if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
         return image.convert("RGBA")
     if image.mode == "1":
@@ -166,12 +190,14 @@ def _of_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """By the profile that came with it; a profile that cannot be read, or is another kind of picture's, is none."""
+    """Convert to sRGB by the picture's profile; ignore a profile that cannot be read or applied."""
     alpha = image.getchannel("A") if image.mode == "RGBA" else None
     colours = image.convert("RGB") if alpha is not None else image
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        converted = ImageCms.profileToProfile(colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        converted = ImageCms.profileToProfile(
+            colours, source, ImageCms.createProfile("sRGB"), outputMode="RGB"
+        )
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
         converted = None
     result = converted or colours.convert("L" if colours.mode == "L" else "RGB")

@@ -1,8 +1,8 @@
-"""News of running jobs, best effort, over the hand-off's Redis: steps and events for the curious, cancels and watchers for the worker,
-endings for those who wait.
+"""Send signals about running jobs, best effort, over the hand-off's Redis.
 
-Nothing here is the truth: a lost message costs a stale progress bar, a cancel that takes effect at the next lease
-renewal, or a waiting client that looks again by itself.
+Steps and events for followers, cancels and watched jobs for the worker, endings for those who wait.
+The rows in Postgres decide. A lost message costs a stale progress bar, a cancel that takes effect
+only at the next lease renewal, or a waiting client that has to look again by itself.
 """
 
 import json
@@ -23,17 +23,19 @@ from policy import admission
 
 log = structlog.get_logger(__name__)
 
-CANCELS, ENDINGS, WATCHES = "darkroom:cancels", "darkroom:endings", "darkroom:watches"
+CANCELS = "darkroom:cancels"
+ENDINGS = "darkroom:endings"
+WATCHES = "darkroom:watches"
 _FLUSH_S = 0.1
 FLUSH_WITHIN_S = 0.2
 _KEEP_S = 600
-_WATCHED_FOR_S = 30  # followers say every few seconds that they still look
+_WATCHED_FOR_S = 30  # followers renew it every few seconds
 _MOST_REMEMBERED = 256  # images
 
 
 @dataclass(frozen=True)
 class Step:
-    """Where one image of a job stands."""
+    """Say which step one image of a job has reached."""
 
     index: int
     step: int
@@ -42,7 +44,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Preview:
-    """What one image of a job looks like by now, as a JPEG."""
+    """Hold what one image of a job looks like at a step, as a JPEG."""
 
     index: int
     step: int
@@ -52,7 +54,7 @@ class Preview:
 
 @dataclass
 class _Noted:
-    """What is to be sent; of steps and previews the newest of each image."""
+    """Collect what is to be sent; of steps and previews only the newest of each image."""
 
     started: list[tuple[str, int]] = field(default_factory=list)
     steps: dict[tuple[str, int], Step] = field(default_factory=dict)
@@ -63,9 +65,10 @@ class _Noted:
 
 
 class ProgressWriter:
-    """The worker's side: the engine's thread notes what happens, a thread of its own sends it ten times a second.
+    """Send a worker's steps, previews and starts: noted by any thread, sent ten times a second.
 
-    fill: how full the hand-off is; where it is half full, previews are dropped, for what is rendered needs the room more.
+    fill: how full the hand-off is. From half full on, previews are dropped to leave the room for
+    rendered images.
     """
 
     def __init__(self, handoff_url: str, *, fill: Callable[[], float] = lambda: 0.0) -> None:
@@ -73,7 +76,8 @@ class ProgressWriter:
         self._fill = fill
         self._unwatched: Callable[[uuid.UUID], None] = _ignore
         self._noted = _Noted()
-        self._kept: dict[tuple[str, int], deque[bytes]] = {}  # which previews of an image are in its job's stream
+        # The event ids of the previews of each image that are in its job's stream.
+        self._kept: dict[tuple[str, int], deque[bytes]] = {}
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._is_due = threading.Event()
         self._sent = threading.Condition(self._lock)
@@ -83,35 +87,35 @@ class ProgressWriter:
         self._thread.start()
 
     def begin(self, job_id: uuid.UUID, attempt: int) -> None:
-        """An attempt has started. Returns at once."""
+        """Note that an attempt has started. Returns at once."""
         with self._lock:
             self._noted.started.append((str(job_id), attempt))
 
     def note(self, job_id: uuid.UUID, step: Step) -> None:
-        """Returns at once."""
+        """Note an image's step. Returns at once."""
         with self._lock:
             self._noted.steps[str(job_id), step.index] = step
 
     def show(self, job_id: uuid.UUID, preview: Preview) -> None:
-        """Returns at once."""
+        """Note an image's preview. Returns at once."""
         with self._lock:
             self._noted.previews[str(job_id), preview.index] = preview
 
     def is_watched(self, job_id: uuid.UUID) -> bool:
-        """Does anybody look at previews of the job?"""
+        """Tell whether anybody looks at previews of the job; False if Redis does not answer."""
         try:
             return bool(self._redis.exists(_watch_key(job_id)))
         except redis.RedisError:
             return False
 
     def when_unwatched(self, act: Callable[[uuid.UUID], None]) -> None:
-        """Call `act` with every job that still shows previews although nobody looks any more."""
+        """Set `act`, to be called with every job that sends previews which nobody looks at."""
         self._unwatched = act
 
     def flush(self, within_s: float = FLUSH_WITHIN_S) -> None:
-        """Have all that was noted sent now, so that followers are told of it before what happens next.
+        """Send all that was noted now, so that followers get it before what happens next.
 
-        Best effort, like the rest: a Redis that hangs is waited for no longer than `within_s`.
+        Best effort: waits for a Redis that hangs no longer than `within_s`.
         """
         with self._sent:
             next_turn = self._turns_begun + 1
@@ -148,23 +152,27 @@ class ProgressWriter:
                 self._sent.notify_all()
 
     def _send(self, noted: _Noted) -> None:
-        pipe = self._redis.pipeline(transaction=True)  # or who waits for news is woken by the first of these and reads only that
+        # A transaction: otherwise the first event would wake a blocked reader, which would then
+        # read that one alone.
+        pipe = self._redis.pipeline(transaction=True)
         for job_id, attempt in noted.started:
             eventlog.append(pipe, job_id, eventlog.STARTED, {"attempt": attempt})
         for (job_id, index), step in noted.steps.items():
             pipe.hset(_key(job_id), str(index), f"{step.step}/{step.num_steps}")
             pipe.expire(_key(job_id), _KEEP_S)
-            eventlog.append(pipe, job_id, eventlog.STEP, {"index": index, "step": step.step, "num_steps": step.num_steps})
+            data = {"index": index, "step": step.step, "num_steps": step.num_steps}
+            eventlog.append(pipe, job_id, eventlog.STEP, data)
         for job_id in noted.jobs():
             eventlog.keep(pipe, job_id)
         pipe.execute()
 
     def _send_previews(self, previews: Mapping[tuple[str, int], Preview]) -> None:
-        """Each takes the place of one before it, for pictures are large."""
+        """Send the previews; each replaces an older one of its image, for pictures are large."""
         if self._fill() > admission.HANDOFF_FULL_FOR_PREVIEWS:
             telemetry.PREVIEWS_DROPPED.inc(len(previews))
+            # No previews of these jobs are made until a follower asks again.
             for job_id in {job_id for job_id, _ in previews}:
-                self._unwatched(uuid.UUID(job_id))  # none is made until a follower says again that he looks
+                self._unwatched(uuid.UUID(job_id))
             return
         for (job_id, index), preview in previews.items():
             kept = self._kept.setdefault((job_id, index), deque())
@@ -183,23 +191,29 @@ class ProgressWriter:
 
 
 class News:
-    """The gateway's and the results worker's side: read progress, tell of cancels, stored images and endings."""
+    """Read progress; publish cancels, stored images, endings and watched jobs.
+
+    Used by the gateway and the results worker.
+    """
 
     def __init__(self, handoff_url: str) -> None:
         self._redis = connect(handoff_url)
 
     def steps(self, job_id: uuid.UUID) -> list[Step]:
-        """The newest step of every image that was heard of; empty if nothing is known."""
+        """Return the newest known step of each image; empty if nothing is known."""
         try:
             known = self._redis.hgetall(_key(str(job_id)))
         except redis.RedisError:
             return []
-        return [Step(int(index), *map(int, value.decode().split("/"))) for index, value in sorted(known.items())]
+        return [
+            Step(int(index), *map(int, value.decode().split("/")))
+            for index, value in sorted(known.items())
+        ]
 
     def forget(self, job_id: uuid.UUID) -> None:
-        """Drop what is known of the job's progress, and the record of its events, in which there may be previews.
+        """Delete the job's progress, and its events, which may hold previews.
 
-        Its time runs out by itself if this fails.
+        Both expire by themselves if this fails.
         """
         try:
             self._redis.delete(_key(str(job_id)), eventlog.key(job_id))
@@ -211,7 +225,7 @@ class News:
         self._send("cancel", lambda pipe: _publish(pipe, CANCELS, job_id))
 
     def tell_ending(self, job_id: uuid.UUID) -> None:
-        """Wake those who wait for the job; the record of its events is of little use from now on."""
+        """Publish that the job has ended, which wakes those who wait; its events expire soon."""
 
         def write(pipe: Pipeline) -> None:
             eventlog.keep_ended(pipe, job_id)
@@ -220,7 +234,7 @@ class News:
         self._send("ending", write)
 
     def tell_stored(self, job_id: uuid.UUID, image: Mapping[str, Any]) -> None:
-        """Record that an image is stored. image: what followers are told of it."""
+        """Append to the job's events that an image is stored. image: the event's data."""
 
         def write(pipe: Pipeline) -> None:
             eventlog.append(pipe, job_id, eventlog.STORED, image)
@@ -229,7 +243,7 @@ class News:
         self._send("stored", write)
 
     def tell_watching(self, job_ids: Collection[uuid.UUID]) -> None:
-        """Ask for previews of the jobs for the next half minute, from whichever workers run them, or will."""
+        """Ask the workers that run or will run these jobs for previews, for half a minute."""
 
         def write(pipe: Pipeline) -> None:
             for job_id in job_ids:
@@ -248,7 +262,7 @@ class News:
 
 
 class Listener:
-    """A thread that hands every job id heard on `channel` to `hear`, and reconnects for ever."""
+    """Call `hear` with every job id published on `channel`; its thread reconnects for ever."""
 
     def __init__(self, handoff_url: str, channel: str, hear: Callable[[uuid.UUID], None]) -> None:
         self._url, self._channel, self._hear = handoff_url, channel, hear
@@ -266,7 +280,10 @@ class Listener:
     def _run(self) -> None:
         while not self._stop.is_set():
             try:
-                with connect(self._url) as client, client.pubsub(ignore_subscribe_messages=True) as pubsub:
+                with (
+                    connect(self._url) as client,
+                    client.pubsub(ignore_subscribe_messages=True) as pubsub,
+                ):
                     pubsub.subscribe(self._channel)
                     while not self._stop.is_set():
                         self._note_turn()
@@ -295,17 +312,25 @@ _GIVES_UP_WITHIN_S = 0.5
 
 
 class Endings:
-    """Lets many threads wait for jobs to end, over one subscription per process."""
+    """Let many threads wait for jobs to end, over one subscription per process."""
 
     def __init__(self, handoff_url: str) -> None:
         self._waiting: dict[uuid.UUID, tuple[threading.Event, int]] = {}
         self._lock = threading.Lock()
         self._listener = Listener(handoff_url, ENDINGS, self._hear)
 
-    def wait(self, job_id: uuid.UUID, timeout_s: float, is_over: Callable[[], bool], gives_up: Callable[[], bool] = lambda: False) -> None:
-        """Return when `is_over()`, asked at first, at the job's ending and every 2 s for lost news, or after `timeout_s`.
+    def wait(
+        self,
+        job_id: uuid.UUID,
+        timeout_s: float,
+        is_over: Callable[[], bool],
+        gives_up: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Return when `is_over()`, when `gives_up()`, or after `timeout_s`.
 
-        gives_up: whether it is not to be waited for any longer; asked twice a second, so it must cost nothing.
+        is_over: called first, when the job's ending is published, and every 2 s in case that
+        message was lost.
+        gives_up: called twice a second, so it must be cheap.
         """
         deadline = time.monotonic() + timeout_s
         event = self._enter(job_id)
@@ -320,7 +345,7 @@ class Endings:
             self._leave(job_id)
 
     def close(self) -> None:
-        """Stop listening; who still waits looks again by itself."""
+        """Stop listening; those who still wait call `is_over` by themselves."""
         self._listener.close()
 
     def _hear(self, job_id: uuid.UUID) -> None:
@@ -344,7 +369,7 @@ class Endings:
 
 
 def _heard(event: threading.Event, within_s: float, gives_up: Callable[[], bool]) -> bool:
-    """Whether it was set within that time, or before `gives_up()`."""
+    """Tell whether the event was set within that time, and before `gives_up()`."""
     deadline = time.monotonic() + within_s
     while (left_s := deadline - time.monotonic()) > 0:
         if event.wait(min(left_s, _GIVES_UP_WITHIN_S)):
@@ -359,7 +384,7 @@ def _publish(pipe: Pipeline, channel: str, job_id: uuid.UUID) -> None:
 
 
 def connect(url: str) -> redis.Redis:
-    """For what may be lost: nobody waits long for it."""
+    """Make a client for messages that may be lost: its timeouts are short."""
     return connections.connect(url, socket_timeout=5, health_check_interval=15)
 
 
@@ -372,4 +397,4 @@ def _watch_key(job_id: object) -> str:
 
 
 def _ignore(job_id: uuid.UUID) -> None:
-    """Nobody is to be told."""
+    """Do nothing."""

@@ -1,7 +1,8 @@
-"""What is kept of images under way, so that another worker goes on where one stopped: a hash per job in the hand-off's Redis.
+"""Keep snapshots of unfinished images, so that another worker can resume where one stopped.
 
-Best effort: a snapshot that is gone costs the steps behind it, never the image. A field holds the newest snapshot of one image,
-with its attempt and step: one that comes late never overwrites a later one.
+One hash per job in the hand-off's Redis. Best effort: a lost snapshot costs the steps before it,
+never the image. A field holds the newest snapshot of one image, with its attempt and step: a late
+write never overwrites a newer snapshot.
 """
 
 import uuid
@@ -13,14 +14,15 @@ import redis
 from edges.connections import connect
 from edges.errors import wrap
 
-STORE = "handoff"  # what `attempts.snapshot_store` says of it
+STORE = "handoff"  # the value of `attempts.snapshot_store`
 
 _PUT = """
 local old = redis.call('HGET', KEYS[1], ARGV[1])
 if old then
     local attempt, step = string.match(old, '^(%d+) (%d+) ')
     attempt, step = tonumber(attempt), tonumber(step)
-    if attempt > tonumber(ARGV[2]) or (attempt == tonumber(ARGV[2]) and step > tonumber(ARGV[3])) then return 0 end
+    local is_same = attempt == tonumber(ARGV[2])
+    if attempt > tonumber(ARGV[2]) or (is_same and step > tonumber(ARGV[3])) then return 0 end
 end
 redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. ARGV[4])
 redis.call('EXPIRE', KEYS[1], ARGV[5])
@@ -34,7 +36,7 @@ class SnapshotsUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Kept:
-    """The newest snapshot of one image: the attempt that made it, the step it is of."""
+    """Hold the newest snapshot of one image, the attempt that made it, and its step."""
 
     attempt: int
     step: int
@@ -42,7 +44,11 @@ class Kept:
 
 
 class Snapshots:
-    """`put` by the worker that has to go, or now and then; `of` by the one that goes on; `drop` by whoever ends the job, or the sweeper."""
+    """Keep, read and drop snapshots.
+
+    A worker puts them now and then and when it has to leave; the next worker reads them; whoever
+    ends the job, or the sweeper, drops them.
+    """
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
         self._redis = connect(handoff_url, socket_timeout=5)
@@ -50,12 +56,17 @@ class Snapshots:
         self._ttl_s = ttl_s
 
     def put(self, job_id: uuid.UUID, index: int, attempt: int, step: int, blob: bytes) -> bool:
-        """Keep the snapshot for `ttl_s`; False if there is one of a later attempt, or of a later step. Raises SnapshotsUnavailable."""
+        """Keep the snapshot for `ttl_s`; False if there is one of a later attempt or step.
+
+        Raises SnapshotsUnavailable.
+        """
         with wrap(redis.RedisError, SnapshotsUnavailable):
-            return bool(self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s]))
+            return bool(
+                self._put(keys=[_key(job_id)], args=[index, attempt, step, blob, self._ttl_s])
+            )
 
     def of(self, job_id: uuid.UUID) -> dict[int, Kept]:
-        """The snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
+        """Return the snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
         with wrap(redis.RedisError, SnapshotsUnavailable):
             fields = self._redis.hgetall(_key(job_id))
         kept = {}
@@ -65,19 +76,22 @@ class Snapshots:
         return kept
 
     def jobs(self) -> list[uuid.UUID]:
-        """Every job of which something is kept. Raises SnapshotsUnavailable."""
+        """List every job that has snapshots here. Raises SnapshotsUnavailable."""
         with wrap((redis.RedisError, ValueError), SnapshotsUnavailable):
-            return [uuid.UUID(key.decode().partition(":")[2]) for key in self._redis.scan_iter(match=_key("*"), count=500)]
+            return [
+                uuid.UUID(key.decode().partition(":")[2])
+                for key in self._redis.scan_iter(match=_key("*"), count=500)
+            ]
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:
-        """Forget all that is kept of these jobs. Raises SnapshotsUnavailable."""
+        """Delete the snapshots of these jobs. Raises SnapshotsUnavailable."""
         with wrap(redis.RedisError, SnapshotsUnavailable):
             if keys := [_key(job_id) for job_id in job_ids]:
                 self._redis.unlink(*keys)
 
 
 def place(job_id: uuid.UUID, index: int) -> str:
-    """How `images.snapshot_ref` names a snapshot."""
+    """Return the value of `images.snapshot_ref` that names a snapshot."""
     return f"{STORE}:{_key(job_id)}#{index}"
 
 

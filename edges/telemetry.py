@@ -1,4 +1,4 @@
-"""What an operator watches: structured logs on standard error, and Prometheus metrics on a port of their own.
+"""Write structured logs to standard error, and serve Prometheus metrics on a port of their own.
 
 A log event is constant and its data are fields; ids, never whole objects or prompts.
 """
@@ -13,7 +13,15 @@ from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
 
 import structlog
-from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, make_wsgi_app, start_http_server
+from prometheus_client import (
+    REGISTRY,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    make_wsgi_app,
+    start_http_server,
+)
 from prometheus_client.exposition import ThreadingWSGIServer
 from prometheus_client.multiprocess import MultiProcessCollector
 from sqlalchemy import Engine, event
@@ -23,67 +31,172 @@ from models.database import CONFLICTS
 
 log = structlog.get_logger(__name__)
 
-HTTP_REQUESTS = Counter("darkroom_http_requests_total", "Answers of the gateway", ["method", "route", "status"])
-HTTP_SECONDS = Histogram("darkroom_http_request_seconds", "Time to answer, waiting clients excluded", ["method", "route"])
+HTTP_REQUESTS = Counter(
+    "darkroom_http_requests_total", "Answers of the gateway", ["method", "route", "status"]
+)
+HTTP_SECONDS = Histogram(
+    "darkroom_http_request_seconds", "Time to answer, waiting clients excluded", ["method", "route"]
+)
 JOBS_ACCEPTED = Counter("darkroom_jobs_accepted_total", "Jobs written", ["tier", "model"])
 JOBS_ERASED = Counter("darkroom_jobs_erased_total", "Requests to delete what a job was about")
-REQUESTS_REPLAYED = Counter("darkroom_requests_replayed_total", "Requests that came again under their Idempotency-Key")
+REQUESTS_REPLAYED = Counter(
+    "darkroom_requests_replayed_total", "Requests that came again under their Idempotency-Key"
+)
 IMAGES_RENDERED = Counter("darkroom_images_rendered_total", "Images handed off", ["tier", "model"])
-DEVICE_SECONDS = Counter("darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"])
-TEXTS_UNREAD = Counter("darkroom_texts_unread_total", "Jobs of whose texts the model did not read all", ["model", "code"])
+DEVICE_SECONDS = Counter(
+    "darkroom_device_seconds_total", "Device time of rendered images", ["tier", "model"]
+)
+TEXTS_UNREAD = Counter(
+    "darkroom_texts_unread_total",
+    "Jobs of whose texts the model did not read all",
+    ["model", "code"],
+)
 RENDER_ERRORS = Counter("darkroom_render_errors_total", "Attempts that ended in an error", ["kind"])
 LEASES_LOST = Counter("darkroom_leases_lost_total", "Leases that a worker found gone")
-PREEMPTED = Counter("darkroom_jobs_preempted_total", "Jobs given up with snapshots because the worker had to go")
+PREEMPTED = Counter(
+    "darkroom_jobs_preempted_total", "Jobs given up with snapshots because the worker had to go"
+)
 NOTICES = Counter("darkroom_notices_total", "Notices that the worker has to go", ["source"])
-UNFIT = Counter("darkroom_workers_unfit_total", "Times that this worker left because it could not go on")
+UNFIT = Counter(
+    "darkroom_workers_unfit_total", "Times that this worker left because it could not go on"
+)
 CHECKPOINTS = Counter("darkroom_checkpoints_total", "Snapshots kept while rendering")
-SNAPSHOTS_REFUSED = Counter("darkroom_snapshots_refused_total", "Snapshots that did not fit, so that an image began again")
+SNAPSHOTS_REFUSED = Counter(
+    "darkroom_snapshots_refused_total", "Snapshots that did not fit, so that an image began again"
+)
 STEPS_RESUMED = Counter("darkroom_steps_resumed_total", "Denoise steps that snapshots spared")
-STEPS_LOST = Counter("darkroom_steps_lost_total", "Denoise steps done again, by the outcome of the attempt that had done them", ["cause"])
-PICTURES_KEPT = Counter("darkroom_pictures_kept_total", "Pictures that tenants brought, encoded again and stored or there already", ["way"])
-PICTURES_REFUSED = Counter("darkroom_pictures_refused_total", "Pictures that tenants brought and that cannot be used")
-DECODERS_DIED = Counter("darkroom_decoders_died_total", "Pictures that were the end of the process that decoded them")
-PICTURE_SECONDS = Histogram("darkroom_picture_seconds", "Time to check a tenant's picture and encode it again, waiting for a turn included")
-INPUTS_BROUGHT = Counter("darkroom_inputs_brought_total", "Pictures brought to the hand-off for jobs that start from them")
-INPUTS_GONE = Counter("darkroom_inputs_gone_total", "Pictures that a job starts from and that are not in the store")
-INPUT_WAIT_SECONDS = Histogram("darkroom_input_wait_seconds", "From asking for the pictures of a job to having them in the hand-off")
-JOBS_LACKING_INPUTS = Gauge("darkroom_jobs_lacking_inputs", "Jobs whose pictures were asked for and have not come", ["pool", "tier"])
-PREVIEWS_DROPPED = Counter("darkroom_previews_dropped_total", "Previews not kept, for the hand-off was half full")
+STEPS_LOST = Counter(
+    "darkroom_steps_lost_total",
+    "Denoise steps done again, by the outcome of the attempt that had done them",
+    ["cause"],
+)
+PICTURES_KEPT = Counter(
+    "darkroom_pictures_kept_total",
+    "Pictures that tenants brought, encoded again and stored or there already",
+    ["way"],
+)
+PICTURES_REFUSED = Counter(
+    "darkroom_pictures_refused_total", "Pictures that tenants brought and that cannot be used"
+)
+DECODERS_DIED = Counter(
+    "darkroom_decoders_died_total", "Pictures that were the end of the process that decoded them"
+)
+PICTURE_SECONDS = Histogram(
+    "darkroom_picture_seconds",
+    "Time to check a tenant's picture and encode it again, waiting for a turn included",
+)
+INPUTS_BROUGHT = Counter(
+    "darkroom_inputs_brought_total",
+    "Pictures brought to the hand-off for jobs that start from them",
+)
+INPUTS_GONE = Counter(
+    "darkroom_inputs_gone_total", "Pictures that a job starts from and that are not in the store"
+)
+INPUT_WAIT_SECONDS = Histogram(
+    "darkroom_input_wait_seconds",
+    "From asking for the pictures of a job to having them in the hand-off",
+)
+JOBS_LACKING_INPUTS = Gauge(
+    "darkroom_jobs_lacking_inputs",
+    "Jobs whose pictures were asked for and have not come",
+    ["pool", "tier"],
+)
+PREVIEWS_DROPPED = Counter(
+    "darkroom_previews_dropped_total", "Previews not kept, for the hand-off was half full"
+)
 IMAGES_STORED = Counter("darkroom_images_stored_total", "Artifacts committed", ["tier", "format"])
 STORED_BYTES = Counter("darkroom_stored_bytes_total", "Bytes of committed artifacts")
-LAST_TURN = Gauge("darkroom_last_turn_timestamp_seconds", "When a loop of this process last moved, in Unix time", ["loop"])
-AWAY_SECONDS = Gauge("darkroom_away_seconds", "How long a part has not taken what is written to it, as the sweeper sees it", ["part"])
-DUPLICATES = Counter("darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"])
+LAST_TURN = Gauge(
+    "darkroom_last_turn_timestamp_seconds",
+    "When a loop of this process last moved, in Unix time",
+    ["loop"],
+)
+AWAY_SECONDS = Gauge(
+    "darkroom_away_seconds",
+    "How long a part has not taken what is written to it, as the sweeper sees it",
+    ["part"],
+)
+DUPLICATES = Counter(
+    "darkroom_duplicate_messages_total", "Messages that found nothing to do", ["task"]
+)
 SWEPT = Counter("darkroom_swept_total", "Rows the sweeper acted on", ["why"])
-SHED = Counter("darkroom_shed_total", "Requests refused although they could be rendered", ["reason"])
+SHED = Counter(
+    "darkroom_shed_total", "Requests refused although they could be rendered", ["reason"]
+)
 EVENT_STREAMS = Gauge("darkroom_event_streams", "Followers of jobs", multiprocess_mode="livesum")
-WAITS = Gauge("darkroom_waiting_clients", "Clients whose request waits for a job's end", multiprocess_mode="livesum")
-UPLOADS = Gauge("darkroom_uploads_in_progress", "Bodies over 64 KiB that are coming in or in use", multiprocess_mode="livesum")
-SPOOLED_BYTES = Gauge("darkroom_upload_spool_reserved_bytes", "Of the temporary folder, for these", multiprocess_mode="livesum")
+WAITS = Gauge(
+    "darkroom_waiting_clients",
+    "Clients whose request waits for a job's end",
+    multiprocess_mode="livesum",
+)
+UPLOADS = Gauge(
+    "darkroom_uploads_in_progress",
+    "Bodies over 64 KiB that are coming in or in use",
+    multiprocess_mode="livesum",
+)
+SPOOLED_BYTES = Gauge(
+    "darkroom_upload_spool_reserved_bytes",
+    "Of the temporary folder, for these",
+    multiprocess_mode="livesum",
+)
 EVENTS_SENT = Counter("darkroom_events_sent_total", "Events given to followers", ["kind"])
-EVENTS_DROPPED = Counter("darkroom_events_dropped_total", "Events that a follower was too slow for", ["kind"])
-WEBHOOK_ATTEMPTS = Counter("darkroom_webhook_attempts_total", "Attempts at deliveries: delivered, 3xx, 4xx, 5xx, unreachable", ["outcome"])
-WEBHOOK_SECONDS = Histogram("darkroom_webhook_attempt_seconds", "Until a receiver answered, or did not")
+EVENTS_DROPPED = Counter(
+    "darkroom_events_dropped_total", "Events that a follower was too slow for", ["kind"]
+)
+WEBHOOK_ATTEMPTS = Counter(
+    "darkroom_webhook_attempts_total",
+    "Attempts at deliveries: delivered, 3xx, 4xx, 5xx, unreachable",
+    ["outcome"],
+)
+WEBHOOK_SECONDS = Histogram(
+    "darkroom_webhook_attempt_seconds", "Until a receiver answered, or did not"
+)
 WEBHOOKS_DEFERRED = Counter(
-    "darkroom_webhooks_deferred_total", "Deliveries put off: enough of their endpoint, tenant or of slow endpoints is under way"
+    "darkroom_webhooks_deferred_total",
+    "Deliveries put off: enough of their endpoint, tenant or of slow endpoints is under way",
 )
-WEBHOOKS_PENDING = Gauge("darkroom_webhooks_pending", "Deliveries that are not over; 10,000 stands for that many or more")
+WEBHOOKS_PENDING = Gauge(
+    "darkroom_webhooks_pending", "Deliveries that are not over; 10,000 stands for that many or more"
+)
 AUDIT_MONTHS_AHEAD = Gauge(
-    "darkroom_audit_months_ahead", "Months to come for which the audit log has its partition: 12, or fewer for a while"
+    "darkroom_audit_months_ahead",
+    "Months to come for which the audit log has its partition: 12, or fewer for a while",
 )
-AUTH_FAILURES = Counter("darkroom_auth_failures_total", "Requests refused for their API key: no_key, bad_key, scope", ["why"])
-CONFLICTED = Counter("darkroom_transaction_conflicts_total", "Transactions begun again, for another was in their way", ["kind"])
-LIMITS_LOCAL = Counter("darkroom_limits_local_total", "Limits counted in one process or not at all, for Redis was away", ["limit"])
-HANDOFF_FILL = Gauge("darkroom_handoff_fill_ratio", "Memory of the hand-off in use / its maxmemory", multiprocess_mode="livemax")
+AUTH_FAILURES = Counter(
+    "darkroom_auth_failures_total",
+    "Requests refused for their API key: no_key, bad_key, scope",
+    ["why"],
+)
+CONFLICTED = Counter(
+    "darkroom_transaction_conflicts_total",
+    "Transactions begun again, for another was in their way",
+    ["kind"],
+)
+LIMITS_LOCAL = Counter(
+    "darkroom_limits_local_total",
+    "Limits counted in one process or not at all, for Redis was away",
+    ["limit"],
+)
+HANDOFF_FILL = Gauge(
+    "darkroom_handoff_fill_ratio",
+    "Memory of the hand-off in use / its maxmemory",
+    multiprocess_mode="livemax",
+)
 QUEUE_JOBS = Gauge("darkroom_queue_jobs", "Unfinished jobs", ["pool", "tier", "state"])
-OLDEST_WAIT = Gauge("darkroom_queue_oldest_wait_seconds", "Age of the oldest queued job", ["pool", "tier"])
+OLDEST_WAIT = Gauge(
+    "darkroom_queue_oldest_wait_seconds", "Age of the oldest queued job", ["pool", "tier"]
+)
 LIVE_WORKERS = Gauge("darkroom_live_workers", "Workers heard of within a lease", ["pool"])
 INFLIGHT = Gauge("darkroom_engine_inflight_images", "Images resident on the device")
 FORWARDS = Gauge("darkroom_engine_forwards", "Denoiser forwards since start")
 MEAN_ROWS = Gauge("darkroom_engine_mean_rows", "Mean rows of a denoiser forward since start")
 PARKED = Gauge("darkroom_engine_parked_images", "Images whose seat a better rank has taken")
 ENGINE_SECONDS = Gauge("darkroom_engine_seconds", "Device time since start", ["stage"])
-CACHE_LOOKUPS = Gauge("darkroom_engine_cache_lookups", "Lookups since start; hits / (hits + misses) is the hit rate", ["cache", "outcome"])
+CACHE_LOOKUPS = Gauge(
+    "darkroom_engine_cache_lookups",
+    "Lookups since start; hits / (hits + misses) is the hit rate",
+    ["cache", "outcome"],
+)
 CACHE_BYTES = Gauge("darkroom_engine_cache_bytes", "What a cache holds", ["cache"])
 
 
@@ -95,9 +208,10 @@ def _note_conflict(failed: ExceptionContext) -> None:
 
 
 def _write(line: str) -> None:
-    """One write of one line to standard error, under no lock: the system keeps lines apart.
+    """Write one line to standard error by one system call, without a lock.
 
-    With a lock, whoever writes waits for the interpreter while all other threads wait for him, and a busy gateway does little else.
+    The kernel keeps the lines apart. A lock would be held while its thread waits for the
+    interpreter, all other threads would wait for the lock, and a busy gateway would do little else.
     """
     left = memoryview(f"{line}\n".encode(errors="backslashreplace"))
     with contextlib.suppress(OSError):  # nobody listens any more
@@ -106,7 +220,7 @@ def _write(line: str) -> None:
 
 
 class _OwnLogger:
-    """Where our own events end, rendered."""
+    """Write our own events, rendered already."""
 
     def msg(self, line: str) -> None:
         _write(line)
@@ -115,7 +229,7 @@ class _OwnLogger:
 
 
 class _ForeignHandler(logging.Handler):
-    """Where records of the libraries end, and of the engine, which knows no house."""
+    """Write the log records of the libraries, and of the engine, which uses plain `logging`."""
 
     def createLock(self) -> None:
         self.lock = None
@@ -125,7 +239,7 @@ class _ForeignHandler(logging.Handler):
 
 
 def configure_logs(level: str = "INFO") -> None:
-    """One JSON object a line on standard error, for our own events and for the libraries' alike."""
+    """Write one JSON object a line to standard error, for our own events and the libraries'."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.processors.add_log_level,
@@ -138,21 +252,35 @@ def configure_logs(level: str = "INFO") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
-    foreign = [*shared, structlog.stdlib.add_logger_name, structlog.stdlib.ExtraAdder()]  # `extra` of the engine's own logging
+    # ExtraAdder: the engine passes its fields as `extra`.
+    foreign = [*shared, structlog.stdlib.add_logger_name, structlog.stdlib.ExtraAdder()]
     handler = _ForeignHandler()
-    renderer = [structlog.stdlib.ProcessorFormatter.remove_processors_meta, structlog.processors.JSONRenderer()]
-    handler.setFormatter(structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=foreign))
+    renderer = [
+        structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+        structlog.processors.JSONRenderer(),
+    ]
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=foreign)
+    )
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(level.upper())
-    for name in ("botocore", "boto3", "urllib3", "kombu", "celery.redirected", "celery.worker.strategy", "celery.app.trace"):
+    for name in (
+        "botocore",
+        "boto3",
+        "urllib3",
+        "kombu",
+        "celery.redirected",
+        "celery.worker.strategy",
+        "celery.app.trace",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def loop(name: str) -> Callable[[], None]:
-    """A function to call whenever the loop of this name moves; from now on `deploy.health` expects that it does.
+    """Return a function to call at every turn of the named loop; `deploy.health` expects turns.
 
-    A loop moves also while it waits for a part that is away: who started it again then would gain nothing.
+    A loop also turns while it waits for a part that is away: a restart would not help then.
     """
     last_turn = LAST_TURN.labels(name)
     last_turn.set_to_current_time()
@@ -160,13 +288,13 @@ def loop(name: str) -> Callable[[], None]:
 
 
 def end_loop(name: str) -> None:
-    """The loop of this name ends on purpose: nobody expects it to move any more."""
+    """Say that the named loop ended on purpose: no more turns are expected of it."""
     with contextlib.suppress(KeyError):
         LAST_TURN.remove(name)
 
 
 def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
-    """Let a scrape read the engine's own numbers."""
+    """Have a scrape read the engine's own numbers."""
 
     def read(gauge: Gauge, key: str, **labels: str) -> None:
         (gauge.labels(**labels) if labels else gauge).set_function(lambda: stats()[key])
@@ -177,7 +305,11 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
     read(MEAN_ROWS, "mean_rows_per_forward")
     for stage, key in (("encode", "encode_s"), ("denoise", "forward_s"), ("decode", "decode_s")):
         read(ENGINE_SECONDS, key, stage=stage)
-    for cache, key in (("conditioning", "cache"), ("latents", "latent_cache"), ("adapters", "adapter")):
+    for cache, key in (
+        ("conditioning", "cache"),
+        ("latents", "latent_cache"),
+        ("adapters", "adapter"),
+    ):
         read(CACHE_LOOKUPS, f"{key}_hits", cache=cache, outcome="hit")
         read(CACHE_LOOKUPS, f"{key}_misses", cache=cache, outcome="miss")
         read(CACHE_BYTES, f"{key}_bytes", cache=cache)
@@ -186,7 +318,7 @@ def watch_engine(stats: Callable[[], Mapping[str, Any]]) -> None:
 
 
 def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
-    """Serve /metrics from a thread; nothing for port 0, a warning for a port that is taken."""
+    """Serve /metrics from a thread; do nothing for port 0; log a warning if the port is taken."""
     if port:
         try:
             start_http_server(port, addr=host)
@@ -195,13 +327,18 @@ def serve_metrics(port: int, host: str = "127.0.0.1") -> None:
 
 
 def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None:
-    """Serve /metrics on a socket that several processes may share: whichever of them answers, tells of itself, or of all of them."""
+    """Serve /metrics on a socket that several processes may share.
+
+    Any of them may answer, with its own numbers or with those of all processes.
+    """
     registry = REGISTRY
     if of_all_processes:
         registry = CollectorRegistry()
         MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
     listener.setblocking(False)  # another process may be faster
-    server = ThreadingWSGIServer(listener.getsockname()[:2], _SilentHandler, bind_and_activate=False)
+    server = ThreadingWSGIServer(
+        listener.getsockname()[:2], _SilentHandler, bind_and_activate=False
+    )
     server.socket.close()
     server.socket = listener
     server.server_name, server.server_port = listener.getsockname()[:2]
@@ -212,4 +349,4 @@ def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None
 
 class _SilentHandler(WSGIRequestHandler):
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Log nothing."""

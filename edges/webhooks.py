@@ -1,4 +1,4 @@
-"""Webhooks as Standard Webhooks writes them (standardwebhooks.com): headers, signatures, secrets."""
+"""Make headers, signatures and secrets of webhooks by Standard Webhooks (standardwebhooks.com)."""
 
 import base64
 import secrets
@@ -11,14 +11,17 @@ _SECRET_BYTES = 32
 
 
 def new_secret() -> str:
-    """`whsec_…`: 32 random bytes."""
+    """Make a new secret: `whsec_…`, of 32 random bytes."""
     return "whsec_" + base64.b64encode(secrets.token_bytes(_SECRET_BYTES)).decode()
 
 
-def headers(message_id: str, at: datetime, body: str, live_secrets: Sequence[str]) -> dict[str, str]:
-    """What goes with `body`: the id, the time of this attempt, and a signature by every live secret.
+def headers(
+    message_id: str, at: datetime, body: str, live_secrets: Sequence[str]
+) -> dict[str, str]:
+    """Return the headers for `body`: the id, the attempt's time, a signature by each live secret.
 
-    at: in UTC, and aware of it, for the library would take the figures of any other zone for UTC.
+    at: aware, in UTC: the library would read the digits of any other zone as UTC. Raises ValueError
+    for another zone.
     """
     offset = at.utcoffset()
     if offset is None or offset.total_seconds():

@@ -1,1 +1,1 @@
-"""Running the house: the one-machine stack, the GPU launcher, the worker's consumer."""
+"""Run the fleet: the one-machine stack, the GPU launcher, the worker's Celery consumer."""

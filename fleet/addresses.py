@@ -1,6 +1,7 @@
-"""Where the one-machine stack listens and what opens it: ports and secrets, chosen once, kept in `<data>/env`.
+"""Choose the one-machine stack's ports and secrets once, and keep them in `<data>/env`.
 
-That file is the only memory: ports and passwords are read back from its URLs. It does not start anything.
+Nothing else stores them: ports and passwords are read back from that file's URLs. This module
+starts nothing.
 """
 
 import os
@@ -17,28 +18,36 @@ from dotenv import dotenv_values
 HOST = "127.0.0.1"
 LISTENERS = ("gateway", "flower", "postgres", "broker", "handoff", "s3")
 DATABASE, OWNER, APP, AUDITOR = "darkroom", "darkroom_owner", "darkroom_app", "darkroom_auditor"
-PROCESSES = ("gateway", "worker", "results", "sweeper", "webhooks")  # each with a password of its own, for Postgres and both Redis
-FLOWER_BROKER = "flower_broker"  # what Flower tells the broker; people tell Flower another one
-BUCKET, FLOWER_USER = "darkroom", "darkroom"
+# Each has a password of its own, for Postgres and both Redis.
+PROCESSES = ("gateway", "worker", "results", "sweeper", "webhooks")
+FLOWER_BROKER = (
+    "flower_broker"  # Flower's password at the broker; people log in to Flower by another
+)
+BUCKET = "darkroom"
+FLOWER_USER = "darkroom"
 
-_LOWEST_PORT, _HIGHEST_PORT = 20_000, 32_000  # below the ephemeral range: no outgoing connection takes a port while its owner restarts
+# Below the ephemeral range: no outgoing connection takes a port while its owner restarts.
+_LOWEST_PORT = 20_000
+_HIGHEST_PORT = 32_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class Addresses:
-    """Everything that is decided at the first start. `env()` is what the rest of the world reads."""
+    """Hold everything that is decided at the first start; others read it from `env()`."""
 
     ports: Mapping[str, int]
-    passwords: Mapping[str, str]  # of OWNER, APP, AUDITOR, broker, handoff, flower, FLOWER_BROKER and PROCESSES
+    # Of OWNER, APP, AUDITOR, broker, handoff, flower, FLOWER_BROKER and PROCESSES.
+    passwords: Mapping[str, str]
     s3_access_key_id: str
     s3_secret_access_key: str
     api_key_pepper: str
     api_key: str | None = None
-    extra: Mapping[str, str] = field(default_factory=dict)  # what an operator wrote into the file beside ours; handed on untouched
+    # Lines that an operator added to the file; handed on unchanged.
+    extra: Mapping[str, str] = field(default_factory=dict)
 
     @classmethod
     def fresh(cls) -> "Addresses":
-        """Free ports and random secrets."""
+        """Choose free ports and random secrets."""
         owners = (OWNER, APP, AUDITOR, "broker", "handoff", "flower", FLOWER_BROKER, *PROCESSES)
         return cls(
             ports=dict(zip(LISTENERS, free_ports(len(LISTENERS)), strict=True)),
@@ -55,10 +64,16 @@ class Addresses:
         addresses = cls(
             ports={name: urls[name].port or 0 for name in LISTENERS},
             passwords={
-                **{name: urls[name].password or "" for name in (OWNER, APP, AUDITOR, "broker", "handoff")},
+                **{
+                    name: urls[name].password or ""
+                    for name in (OWNER, APP, AUDITOR, "broker", "handoff")
+                },
                 "flower": env["FLOWER_PASSWORD"],
                 # A stack that an older version started has none for its processes yet.
-                **{name: env.get(password_of(name)) or secrets.token_hex(16) for name in (FLOWER_BROKER, *PROCESSES)},
+                **{
+                    name: env.get(password_of(name)) or secrets.token_hex(16)
+                    for name in (FLOWER_BROKER, *PROCESSES)
+                },
             },
             s3_access_key_id=env["S3_ACCESS_KEY_ID"],
             s3_secret_access_key=env["S3_SECRET_ACCESS_KEY"],
@@ -66,13 +81,17 @@ class Addresses:
             api_key=env.get("DARKROOM_API_KEY") or None,
         )
         ours = addresses.env()
-        return replace(addresses, extra={name: value for name, value in env.items() if name not in ours})
+        extra = {name: value for name, value in env.items() if name not in ours}
+        return replace(addresses, extra=extra)
 
     def env(self) -> dict[str, str]:
-        """The lines of `<data>/env`."""
+        """Return the lines of `<data>/env`."""
         at = {name: f"{HOST}:{port}" for name, port in self.ports.items()}
         server = f"{at['postgres']}/{DATABASE}"
-        database = {role: f"postgresql+psycopg2://{role}:{self.passwords[role]}@{server}" for role in (OWNER, APP, AUDITOR)}
+        database = {
+            role: f"postgresql+psycopg2://{role}:{self.passwords[role]}@{server}"
+            for role in (OWNER, APP, AUDITOR)
+        }
         return {
             "DARKROOM_URL": f"http://{at['gateway']}",
             "DARKROOM_API_KEY": self.api_key or "",
@@ -95,9 +114,12 @@ class Addresses:
         }
 
     def with_free_ports(self, names: Iterable[str]) -> "Addresses":
-        """The same, with another port for each listener of `names` whose port somebody else took meanwhile."""
+        """Return a copy with another port for each listener of `names` whose port is now taken."""
         taken = [name for name in names if not is_free(self.ports[name])]
-        return replace(self, ports={**self.ports, **dict(zip(taken, free_ports(len(taken)), strict=True))}) if taken else self
+        if not taken:
+            return self
+        new_ports = dict(zip(taken, free_ports(len(taken)), strict=True))
+        return replace(self, ports={**self.ports, **new_ports})
 
 
 _URLS = {
@@ -114,37 +136,49 @@ _URLS = {
 
 
 def password_of(process: str) -> str:
-    """The variable that holds its password."""
+    """Return the name of the variable that holds the process's password."""
     return f"{process.upper()}_PASSWORD"
 
 
 def as_handed_to(process: str, env: Mapping[str, str]) -> dict[str, str]:
-    """`env` with URLs that open Postgres and both Redis to this process by its own name and password alone."""
+    """Return `env` with URLs of Postgres and both Redis in which this process logs in as itself."""
     key = FLOWER_BROKER if process == "flower" else process
     handed = dict(env)
-    for variable, user in (("DATABASE_URL", f"darkroom_{process}"), ("BROKER_URL", process), ("HANDOFF_URL", process)):
+    for variable, user in (
+        ("DATABASE_URL", f"darkroom_{process}"),
+        ("BROKER_URL", process),
+        ("HANDOFF_URL", process),
+    ):
         scheme, _, rest = env[variable].partition("://")
         handed[variable] = f"{scheme}://{user}:{env[password_of(key)]}@{rest.rpartition('@')[2]}"
     return handed
 
 
 def read_env(path: Path) -> dict[str, str]:
-    """The lines of a dotenv file, without interpolation; empty if there is no file."""
-    return {name: value or "" for name, value in dotenv_values(path, interpolate=False).items()} if path.exists() else {}
+    """Read the lines of a dotenv file, without interpolation; {} if there is no file."""
+    if not path.exists():
+        return {}
+    return {name: value or "" for name, value in dotenv_values(path, interpolate=False).items()}
 
 
 def write_env(path: Path, env: Mapping[str, str]) -> None:
-    """Replace the file at once, readable by its owner only: it holds every secret of the stack."""
+    """Replace the file atomically, readable by its owner only: it holds the stack's secrets."""
     new = path.with_name(f"{path.name}.new")
     new.unlink(missing_ok=True)
     with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write("# Written by `darkroom up`. Lines that you add are kept and handed to the processes that know the name.\n")
+        file.write(
+            "# Written by `darkroom up`. Lines that you add are kept and handed to the processes "
+            "that know the name.\n"
+        )
         file.writelines(f"{name}={value}\n" for name, value in env.items())
     new.replace(path)
 
 
 def is_free(port: int) -> bool:
-    """Whether we could listen on `port` now. Connections of a former owner that still fade out (TIME_WAIT) do not count."""
+    """Tell whether we could listen on `port` now.
+
+    Connections of a former owner in TIME_WAIT do not count.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -155,11 +189,11 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """`count` different ports that nobody listens on."""
+    """Find `count` different ports that nobody listens on."""
     candidates = iter(random.sample(range(_LOWEST_PORT, _HIGHEST_PORT), k=2000))
     found: list[int] = []
     while len(found) < count:
-        port = next(candidates)  # 2,000 taken ports would be a machine in other trouble
+        port = next(candidates)  # a machine with 2,000 taken ports has other problems
         if is_free(port):
             found.append(port)
     return found

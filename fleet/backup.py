@@ -3,10 +3,12 @@
 manifest.json   what it was made of; written last, so a folder without it is no backup
 database.dump   pg_dump's custom format: everything that Postgres knew at one instant
 objects/        the bucket, copied after the dump, so whatever the dump names is there
-env             every secret of the stack. The API keys of the dump are digests under the pepper in it: without it none of them opens
+env             every secret of the stack. The dump's API keys are digests under the pepper in
+                it: without it no key is valid
 fleet.toml      what was served; kept to be read, not restored
 
-Not in it: the two Redis (messages, pixels on their way: what is missing is announced and rendered again), weights, measured curves, logs.
+Not in it: the two Redis (messages and pixels: what is missing is announced and rendered again),
+weights, measured curves, logs.
 """
 
 import hashlib
@@ -27,13 +29,17 @@ from fleet.addresses import BUCKET, DATABASE, HOST, OWNER, Addresses
 from fleet.services import connect, postgres_binaries
 from fleet.supervision import StackError
 
-MANIFEST, DUMP, OBJECTS, ENV, FLEET = "manifest.json", "database.dump", "objects", "env", "fleet.toml"
+MANIFEST = "manifest.json"
+DUMP = "database.dump"
+OBJECTS = "objects"
+ENV = "env"
+FLEET = "fleet.toml"
 _DIGEST_IN_KEY = re.compile(r"^[0-9a-f]{64}$")
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a backup holds. roles: those that the dump grants rights to; they are no part of a dump."""
+    """Describe a backup. roles: those that the dump grants rights to; a dump does not hold them."""
 
     made_at: str
     revision: str
@@ -45,15 +51,20 @@ class Manifest:
 
     @classmethod
     def read(cls, folder: Path) -> "Manifest":
-        """Raises StackError where there is none."""
+        """Read a backup's manifest. Raises StackError if there is none."""
         try:
             return cls(**json.loads((folder / MANIFEST).read_text()))
         except (OSError, ValueError, TypeError):
-            raise StackError(f"{folder} is not a whole backup: it has no readable {MANIFEST}") from None
+            raise StackError(
+                f"{folder} is not a whole backup: it has no readable {MANIFEST}"
+            ) from None
 
 
 def write(folder: Path, *, data_dir: Path, addresses: Addresses, fleet_file: Path) -> Manifest:
-    """Back up a running stack into `folder`, which must be new or empty. Nobody has to stop for it. Raises StackError."""
+    """Back up a stack, while it runs, into `folder`, which must be new or empty.
+
+    Raises StackError.
+    """
     if folder.exists() and any(folder.iterdir()):
         raise StackError(f"{folder} is not empty; a backup goes into a folder of its own")
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -80,13 +91,15 @@ def write(folder: Path, *, data_dir: Path, addresses: Addresses, fleet_file: Pat
 
 
 def check(folder: Path) -> Manifest:
-    """The manifest of a backup that can be restored. Raises StackError."""
+    """Check that a backup is complete, and return its manifest. Raises StackError."""
     manifest = Manifest.read(folder)
     for name in (DUMP, ENV, OBJECTS):
         if not (folder / name).exists():
             raise StackError(f"{folder} is not a whole backup: {name} is missing")
     if _sha256(folder / DUMP) != manifest.dump_sha256:
-        raise StackError(f"{folder / DUMP} is not what was written there: its digest is another one")
+        raise StackError(
+            f"{folder / DUMP} is not what was written there: its digest is another one"
+        )
     return manifest
 
 
@@ -94,10 +107,19 @@ def read(folder: Path, *, data_dir: Path, addresses: Addresses) -> Manifest:
     """Fill a stack's empty database and its empty bucket from a backup. Raises StackError."""
     manifest = check(folder)
     _make_roles(addresses, manifest.roles)
-    _run("pg_restore", addresses, "--exit-on-error", "--single-transaction", f"--dbname={DATABASE}", str(folder / DUMP))
+    _run(
+        "pg_restore",
+        addresses,
+        "--exit-on-error",
+        "--single-transaction",
+        f"--dbname={DATABASE}",
+        str(folder / DUMP),
+    )
     copied = list(_copy_objects(folder / OBJECTS, data_dir / "s3" / BUCKET, is_whole=True))
     if len(copied) != manifest.objects:
-        raise StackError(f"{folder} is not a whole backup: it has {len(copied)} of {manifest.objects} objects")
+        raise StackError(
+            f"{folder} is not a whole backup: it has {len(copied)} of {manifest.objects} objects"
+        )
     return manifest
 
 
@@ -110,19 +132,26 @@ def _run(program: str, addresses: Addresses, *arguments: str) -> None:
         "PGDATABASE": DATABASE,
     }
     command = [str(postgres_binaries() / program), "--no-password", *arguments]
-    done = subprocess.run(command, env={"PATH": os.environ.get("PATH", ""), **access}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={"PATH": os.environ.get("PATH", ""), **access}, capture_output=True, text=True
+    )
     if done.returncode != 0:
         raise StackError(f"{program} fails: {done.stderr.strip()}")
 
 
 def _facts(addresses: Addresses) -> tuple[str, str, list[str]]:
-    """Revision of the tables, version of Postgres, roles with rights."""
+    """Return the tables' revision, the version of Postgres, and the roles with rights."""
     connection = connect(addresses, DATABASE)
     try:
         with connection.cursor() as cursor:
-            cursor.execute("SELECT version_num, current_setting('server_version') FROM alembic_version")
+            cursor.execute(
+                "SELECT version_num, current_setting('server_version') FROM alembic_version"
+            )
             revision, version = cursor.fetchone()
-            cursor.execute("SELECT rolname FROM pg_roles WHERE rolname LIKE 'darkroom\\_%' AND NOT rolsuper ORDER BY 1")
+            cursor.execute(
+                "SELECT rolname FROM pg_roles "
+                "WHERE rolname LIKE 'darkroom\\_%' AND NOT rolsuper ORDER BY 1"
+            )
             return revision, version, [role for (role,) in cursor.fetchall()]
     except psycopg2.Error as error:
         raise StackError(f"Postgres: {' '.join(str(error).split())}") from None
@@ -131,7 +160,7 @@ def _facts(addresses: Addresses) -> tuple[str, str, list[str]]:
 
 
 def _make_roles(addresses: Addresses, roles: list[str]) -> None:
-    """Those that are not there; who logs in with which password is said by the migrations at the next start."""
+    """Make the roles that are missing; the migrations give them passwords at the next start."""
     connection = connect(addresses, DATABASE)
     try:
         with connection, connection.cursor() as cursor:
@@ -144,9 +173,11 @@ def _make_roles(addresses: Addresses, roles: list[str]) -> None:
 
 
 def _copy_objects(source: Path, target: Path, *, is_whole: bool) -> Iterator[int]:
-    """Copy every object and yield its size. An object's name tells its digest, and what has another one is not copied.
+    """Copy every object and yield its size.
 
-    is_whole: such an object is an error. Otherwise it is one that is being stored just now, and no row names it yet.
+    An object's name tells its digest; an object with another digest is not copied.
+    is_whole: such an object is an error. Otherwise it is being stored just now, and no row names it
+    yet.
     """
     target.mkdir(mode=0o700, parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):

@@ -1,10 +1,11 @@
-"""Celery's consumer, as a GPU worker on the Redis transport needs it. Leans on private names of Celery 5.7 and kombu 5.7.
+"""Adapt Celery's consumer to GPU workers on the Redis transport.
 
-Celery's own consumer holds acks back until the slowest task of a drain ends, hands running tasks out a second time
-after any lost connection, and exits when Redis is away for a few seconds with tasks in flight, or answers one command with
-an error: every model of the fleet would be loaded again. FleetConsumer does none of that. TierCycle decides, each time the
-worker asks the broker for one more message, which queues it asks: so a job of a lower tier is never taken while its tier
-has no room.
+Uses private names of Celery 5.7 and kombu 5.7. Celery's own consumer holds acks back during a warm
+shutdown until the slowest task ends, delivers running tasks again after any lost connection, and
+exits when Redis is away for a few seconds with tasks in flight, or answers one command with an
+error: then every model of the fleet would be loaded again. FleetConsumer does none of that.
+TierCycle decides, each time the worker asks the broker for one more message, which queues it asks:
+so a job of a lower tier is never taken while its tier has no room.
 """
 
 import logging
@@ -30,43 +31,52 @@ from edges.connections import connect
 log = logging.getLogger(__name__)
 
 LATE_ACK_TRIES = 60
-RECONNECT_S = (0.1, 0.2, 0.5, 1.0)  # waits between tries; the last one until the broker is itself again
-SAID_EVERY = 30  # tries
+RECONNECT_S = (0.1, 0.2, 0.5, 1.0)  # waits between tries; the last one is repeated
+SAID_EVERY = 30  # tries, between two log lines
 HEALTHY_AFTER_S = 5.0  # of consuming, after which the next outage begins with the shortest wait
 
 
 @dataclass(frozen=True)
 class TakenTask:
-    """An unfinished task of this worker: where it came from, what it is called with, and the headers of our own in its message."""
+    """Describe an unfinished task of this worker: its queue, its arguments, our own headers."""
 
     queue: str
     kwargs: Mapping[str, Any]
     headers: Mapping[str, Any]
 
 
-MayTake = Callable[[str, Sequence[TakenTask]], bool]  # (queue, this worker's unfinished tasks) -> may another one be taken from it?
+# (queue, this worker's unfinished tasks) -> whether another one may be taken from it
+MayTake = Callable[[str, Sequence[TakenTask]], bool]
 
 
 class FleetConsumer(Consumer):
-    """Acks at once, survives outages, and never gives away what its own threads still run.
+    """Ack at once, survive outages, and never put back tasks that its own threads still run.
 
-    An outage is whatever the broker says instead of doing what it was asked: that it is read-only after a failover, still
-    loading, out of memory or of disk, that it lacks replicas, does not know our password, for the moment. Which of these end
-    by themselves nobody can tell from here, and to leave would help against none: so the consumer connects anew until all is
-    well, and tasks that run go on meanwhile.
+    An outage is any error reply of the broker: read-only after a failover, still loading, out of
+    memory or disk, too few replicas, an unknown password. The worker cannot tell which of these end
+    by themselves, and exiting would help against none. So the consumer reconnects until the broker
+    works, and running tasks go on meanwhile.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        self.on_turn: Callable[[], None] = _nothing  # told whenever this loop moves, also while it waits for the broker
+        # Called at every turn of this loop, also while it waits for the broker.
+        self.on_turn: Callable[[], None] = _nothing
         super().__init__(*args, **kwargs)
-        # Celery takes error replies for channel errors, and ends. Errors in setting a connection up come as KombuError.
-        self.connection_errors = (*self.connection_errors, *self.channel_errors, redis.RedisError, KombuError)
+        # Celery treats error replies as channel errors, and ends. Errors in setting a connection
+        # up come as KombuError.
+        self.connection_errors = (
+            *self.connection_errors,
+            *self.channel_errors,
+            redis.RedisError,
+            KombuError,
+        )
         self._failures = 0  # in a row
         self._connected_at: float | None = None
-        self._ticks_before: set[Any] = set()  # what the event loop did at each turn before we connected
+        # The event loop's callbacks of each turn, before we connected.
+        self._ticks_before: set[Any] = set()
 
     def connect(self) -> Any:
-        """A connection whose messages the event loop hears of. What fails half way is closed: outages may be long."""
+        """Open a connection and register it with the event loop; close it if that fails."""
         connection = self.connection_for_read(heartbeat=self.amqheartbeat)
         try:
             if self.hub:
@@ -79,10 +89,15 @@ class FleetConsumer(Consumer):
         return connection
 
     def ensure_connected(self, conn: Any) -> Any:
-        """Try once; `start` tries again. Celery's own back-off reaches half a minute: jobs with a deadline have less."""
+        """Try to connect once; `start` tries again.
+
+        Celery's own back-off reaches half a minute, which jobs with a deadline do not have.
+        """
         self.on_turn()
         try:
-            conn.ensure_connection(max_retries=1, interval_start=0.1, interval_step=0, reraise_as_library_errors=False)
+            conn.ensure_connection(
+                max_retries=1, interval_start=0.1, interval_step=0, reraise_as_library_errors=False
+            )
         except Exception:
             _close(conn)
             raise
@@ -90,15 +105,19 @@ class FleetConsumer(Consumer):
         return conn
 
     def call_soon_ack(self, p: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        """Ack or reject in the calling thread, for in a drain the event loop does not turn; pooled Redis connections allow it."""
+        """Ack or reject in the calling thread, which pooled Redis connections allow.
+
+        Not in the event loop, because that does not turn during a warm shutdown.
+        """
         message = getattr(p, "__self__", None)
         try:
             p(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - a closed channel after a reconnect raises whatever it likes
+        except Exception as error:  # noqa: BLE001 - a channel closed by a reconnect raises anything
             log.warning("ack through the channel failed: %r", error)
         if message is not None and p.__name__ == "ack_log_error" and not message.acknowledged:
             _give_credit_back(message)
-            threading.Thread(target=_ack_late, args=(self.app, message), name="late-ack", daemon=True).start()
+            late = (self.app, message)
+            threading.Thread(target=_ack_late, args=late, name="late-ack", daemon=True).start()
         if self.hub:
             self.hub.call_soon(_nothing)  # wakes the loop, which asks for the next message
 
@@ -109,7 +128,7 @@ class FleetConsumer(Consumer):
         self._wait_before_the_next_try()
 
     def on_connection_error_after_connected(self, exc: Exception) -> None:
-        """Reconnect without putting the messages of running tasks back, and without reading from the dead connection."""
+        """Reconnect, but put no message of a running task back and read no dead connection."""
         if self._failures % SAID_EVERY == 0:
             log.warning("the broker answers: %s", exc)  # Celery says the error's kind alone
         if self.connection is not None:
@@ -118,28 +137,30 @@ class FleetConsumer(Consumer):
                 channel._in_poll = None
         try:
             super().on_connection_error_after_connected(exc)
-        except Exception as error:  # noqa: BLE001 - closing what is half closed must not end the worker
+        except Exception as error:  # noqa: BLE001 - an error in closing must not end the worker
             log.error("closing the broker connection failed: %r", error)
             self.connection = None
         if self.hub:
-            self.hub.on_tick &= self._ticks_before  # kombu leaves those of the dead connection there: one more a try
+            # kombu leaves the callbacks of the dead connection there, one more with each try.
+            self.hub.on_tick &= self._ticks_before
         self._wait_before_the_next_try()
 
     def _wait_before_the_next_try(self) -> None:
-        if self._connected_at is not None and time.monotonic() - self._connected_at > HEALTHY_AFTER_S:
+        connected_at = self._connected_at
+        if connected_at is not None and time.monotonic() - connected_at > HEALTHY_AFTER_S:
             self._failures = 0
         self._connected_at = None
         wait_s = RECONNECT_S[min(self._failures, len(RECONNECT_S) - 1)]
         self._failures += 1
         self.on_turn()
-        time.sleep(wait_s * random.uniform(0.7, 1.0))  # or all workers come back in the same instant
+        time.sleep(wait_s * random.uniform(0.7, 1.0))  # so that not all workers reconnect at once
 
 
 class TierCycle:
-    """Which queues the next BRPOP names, in order; takes the place of kombu's own cycle on a channel.
+    """List the queues that the next BRPOP names, in order; replaces kombu's own cycle on a channel.
 
-    One BRPOP returns at most one message and its keys are listed just before it is sent, in the consuming thread: that
-    is what makes the gate exact.
+    One BRPOP returns at most one message, and its keys are listed just before it is sent, in the
+    consuming thread. So no queue is asked that has no room.
     """
 
     def __init__(self, queues: Sequence[str], may_take: MayTake) -> None:
@@ -147,24 +168,29 @@ class TierCycle:
         self._active: set[str] = set(queues)
 
     def consume(self, n: int) -> list[str]:
-        """The queues to ask, highest rank first; [] = ask for nothing now."""
+        """List the queues to ask, highest rank first; [] = ask for nothing now."""
         del n
         taken = [
-            TakenTask(request.delivery_info.get("routing_key", ""), request.kwargs or {}, request.request_dict)
+            TakenTask(
+                request.delivery_info.get("routing_key", ""),
+                request.kwargs or {},
+                request.request_dict,
+            )
             for request in list(state.requests.values())
         ]
-        return [queue for queue in self._queues if queue in self._active and self._may_take(queue, taken)]
+        active = [queue for queue in self._queues if queue in self._active]
+        return [queue for queue in active if self._may_take(queue, taken)]
 
     def update(self, queues: Sequence[str]) -> None:
-        """kombu tells which queues the channel consumes."""
+        """Note which queues the channel consumes; kombu calls this."""
         self._active = set(queues)
 
     def rotate(self, last_used: str) -> None:
-        """The order is by rank, whatever was used last."""
+        """Do nothing: the order is by rank, whatever queue was used last."""
 
 
 def tier_gate(queues: Sequence[str], may_take: MayTake) -> type[bootsteps.StartStopStep]:
-    """A consumer bootstep that puts a TierCycle on the channel, again after each reconnect."""
+    """Make a consumer bootstep that puts a TierCycle on the channel after each connect."""
 
     class TierGate(bootsteps.StartStopStep):
         requires = (Tasks,)
@@ -178,7 +204,10 @@ def tier_gate(queues: Sequence[str], may_take: MayTake) -> type[bootsteps.StartS
 
 
 def run_worker(celery: Celery, arguments: Sequence[str]) -> int:
-    """Run Celery's `worker` command until it is told to end; its exit status, which `worker_main` drops: 0 only if it was told to."""
+    """Run Celery's `worker` command until it is told to end, and return its exit status.
+
+    `worker_main` drops the status. It is 0 only if the worker was told to end.
+    """
     started: list[Any] = []
 
     def note(sender: Any, **_: Any) -> None:
@@ -194,7 +223,10 @@ def run_worker(celery: Celery, arguments: Sequence[str]) -> int:
 
 
 def on_turn(act: Callable[[], None]) -> type[bootsteps.StartStopStep]:
-    """A consumer bootstep that calls `act` at every turn of the worker's loop; it moves while the broker is away, too."""
+    """Make a consumer bootstep that calls `act` at every turn of the worker's loop.
+
+    The loop also turns while the broker is away.
+    """
 
     class Turns(bootsteps.StartStopStep):
         def __init__(self, c: Any, **kwargs: Any) -> None:
@@ -202,7 +234,7 @@ def on_turn(act: Callable[[], None]) -> type[bootsteps.StartStopStep]:
             super().__init__(c, **kwargs)
 
         def register_with_event_loop(self, c: Any, hub: Any) -> None:
-            hub.on_tick.add(act)  # a set: again after each reconnect is once
+            hub.on_tick.add(act)  # a set: adding it again after a reconnect changes nothing
 
     return Turns
 
@@ -210,7 +242,7 @@ def on_turn(act: Callable[[], None]) -> type[bootsteps.StartStopStep]:
 def _close(connection: Any) -> None:
     try:
         connection.close()
-    except Exception as error:  # noqa: BLE001 - what is half open may fail in any way
+    except Exception as error:  # noqa: BLE001 - a half-open connection may fail in any way
         log.info("closing a connection to the broker failed: %r", error)
 
 
@@ -220,20 +252,27 @@ def _channels(connection: Any) -> list[Any]:
 
 
 def _give_credit_back(message: Any) -> None:
-    """Let the channel ask for another message in place of this one, whose ack failed. Else a worker all of whose threads were busy
-    when the broker refused their acks would never ask again: it finds out that a broker is away by asking."""
+    """Let the channel ask for another message in place of this one, whose ack failed.
+
+    Otherwise a worker whose threads were all busy when the broker refused their acks would never
+    ask again, and only by asking does it notice that a broker is away.
+    """
     qos = getattr(message.channel, "_qos", None)
     if qos is not None:
         qos._quick_ack(message.delivery_tag)
 
 
 def _ack_late(app: Any, message: Any) -> None:
-    """Remove the message from the broker's unacked ones over a connection of its own, or it would be delivered again."""
+    """Remove the message from the broker's unacked ones, over a connection of its own.
+
+    Otherwise it would be delivered again.
+    """
     channel, tag = message.channel, message.delivery_tag
     for _ in range(LATE_ACK_TRIES):
         try:
             with connect(app.conf.broker_url, socket_timeout=5) as client:
-                client.pipeline().zrem(channel.unacked_index_key, tag).hdel(channel.unacked_key, tag).execute()
+                pipe = client.pipeline().zrem(channel.unacked_index_key, tag)
+                pipe.hdel(channel.unacked_key, tag).execute()
             return
         except redis.RedisError:
             time.sleep(1)
@@ -241,4 +280,4 @@ def _ack_late(app: Any, message: Any) -> None:
 
 
 def _nothing() -> None:
-    """Something for the event loop to do."""
+    """Do nothing; the event loop wakes to call it."""

@@ -1,5 +1,11 @@
-"""What can go wrong in running the house, in a module of its own: the command line knows it where nothing of the stack is installed."""
+"""Define the error of running the fleet.
+
+In a module of its own, so that the command line can import it where the stack is not installed.
+"""
 
 
 class StackError(Exception):
-    """The stack cannot do what was asked; the text says why and, where a process failed, ends with the tail of its log."""
+    """The stack cannot do what was asked; the text says why.
+
+    Where a process failed, the text ends with the tail of its log.
+    """

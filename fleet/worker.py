@@ -1,7 +1,7 @@
-"""Start one worker process per visible GPU, each seeing only its own; one CPU worker where there is no GPU.
+"""Start one worker process per visible GPU, each with its own only; a CPU worker if there is none.
 
-`python -m fleet.worker`. The launcher never touches CUDA itself. It passes signals on, starts a worker again that
-crashed, and ends when all have ended.
+`python -m fleet.worker`. The launcher never touches CUDA itself. It passes signals on, restarts a
+worker that crashed, and ends when all have ended.
 """
 
 import ctypes
@@ -24,13 +24,21 @@ PR_SET_PDEATHSIG = 1  # prctl(2)
 
 
 def visible_gpus(cuda_visible_devices: str | None) -> list[str]:
-    """Ids for CUDA_VISIBLE_DEVICES, one per GPU: the given ones, or all that nvidia-smi lists."""
+    """List ids for CUDA_VISIBLE_DEVICES: the given ones, or all that nvidia-smi lists."""
     if cuda_visible_devices is not None:
-        return [gpu.strip() for gpu in cuda_visible_devices.split(",") if gpu.strip() not in ("", "-1")]
+        given = [gpu.strip() for gpu in cuda_visible_devices.split(",")]
+        return [gpu for gpu in given if gpu not in ("", "-1")]
     if shutil.which("nvidia-smi") is None:
         return []
-    listed = subprocess.run(["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"], capture_output=True, text=True, check=False)
-    return [line.strip() for line in listed.stdout.splitlines() if line.strip()] if listed.returncode == 0 else []
+    listed = subprocess.run(
+        ["nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if listed.returncode != 0:
+        return []
+    return [line.strip() for line in listed.stdout.splitlines() if line.strip()]
 
 
 def main() -> None:
@@ -39,11 +47,16 @@ def main() -> None:
     host = socket.gethostname()
     gpus = [] if settings.device == "cpu" else visible_gpus(settings.cuda_visible_devices)
     if not gpus:
-        os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": settings.worker_name or f"cpu0@{host}", "DEVICE": "cpu"})
+        name = settings.worker_name or f"cpu0@{host}"
+        os.execve(SERVE[0], SERVE, os.environ | {"WORKER_NAME": name, "DEVICE": "cpu"})
     prefix, _, at = (settings.worker_name or f"gpu@{host}").partition("@")
     environments = []
     for number, gpu in enumerate(gpus):
-        environment = {"CUDA_VISIBLE_DEVICES": gpu, "WORKER_NAME": f"{prefix}{number}@{at or host}", "DEVICE": "cuda:0"}
+        environment = {
+            "CUDA_VISIBLE_DEVICES": gpu,
+            "WORKER_NAME": f"{prefix}{number}@{at or host}",
+            "DEVICE": "cuda:0",
+        }
         if settings.metrics_port:
             environment["METRICS_PORT"] = str(settings.metrics_port + number)
         environments.append(environment)
@@ -60,7 +73,7 @@ class _Child:
 
 
 class Launcher:
-    """Keeps one process alive per environment until it is told to stop."""
+    """Keep one process alive per environment until told to stop."""
 
     def __init__(self, environments: list[dict[str, str]]) -> None:
         self._stopping = self._is_refused = False
@@ -69,18 +82,21 @@ class Launcher:
             signal.signal(number, self._pass_on)
 
     def run(self) -> int:
-        """Return when every child has ended for good: 0 if they were told to and did so without an error.
+        """Return when every child has ended for good: 0 if they were told to end and had no error.
 
-        EX_CONFIG if one refuses its configuration: that is the configuration of all of them, and another start would not change it.
+        EX_CONFIG if one refuses its configuration: all have the same, and another start would not
+        change it.
         """
-        while any(child.process.poll() is None or child.again_at is not None for child in self._children):
-            for child in self._children:
+        children = self._children
+        while any(c.process.poll() is None or c.again_at is not None for c in children):
+            for child in children:
                 self._look_after(child)
             time.sleep(0.2)
         if self._is_refused:
             return EX_CONFIG
         as_told = (0, -signal.SIGTERM, -signal.SIGINT)
-        return 0 if self._stopping and all(child.process.returncode in as_told for child in self._children) else 1
+        all_as_told = all(child.process.returncode in as_told for child in children)
+        return 0 if self._stopping and all_as_told else 1
 
     def _look_after(self, child: _Child) -> None:
         now = time.monotonic()
@@ -88,14 +104,18 @@ class Launcher:
             if self._stopping:
                 child.again_at = None
             elif now >= child.again_at:
-                child.process, child.started_at, child.again_at = _spawn(child.environment), now, None
+                child.process = _spawn(child.environment)
+                child.started_at = now
+                child.again_at = None
         elif child.process.poll() == EX_CONFIG and not self._stopping:
             self._is_refused = True
             self._pass_on(signal.SIGTERM, None)
         elif child.process.poll() is not None and not self._stopping:
             child.crashes = 0 if now - child.started_at > HEALTHY_AFTER_S else child.crashes + 1
-            wait_s = BACK_OFF_S[min(child.crashes, len(BACK_OFF_S)) - 1] if child.crashes else BACK_OFF_S[0]
-            print(f"worker {child.environment['WORKER_NAME']} ended ({child.process.returncode}); again in {wait_s} s", file=sys.stderr)
+            wait_s = BACK_OFF_S[max(0, min(child.crashes, len(BACK_OFF_S)) - 1)]
+            name = child.environment["WORKER_NAME"]
+            status = child.process.returncode
+            print(f"worker {name} ended ({status}); again in {wait_s} s", file=sys.stderr)
             child.again_at = now + wait_s
 
     def _pass_on(self, number: int, frame: Any) -> None:
@@ -111,7 +131,10 @@ def _spawn(environment: dict[str, str]) -> subprocess.Popen[bytes]:
 
 
 def _end_with_parent() -> None:
-    """In the child: a launcher that is killed takes its workers along, or a second set would share their GPUs (Linux only)."""
+    """Have the kernel end this child with its launcher (Linux only).
+
+    Otherwise the workers of a killed launcher would share their GPUs with a second set.
+    """
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 

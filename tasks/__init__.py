@@ -1,1 +1,1 @@
-"""One function per promise: render, store, deliver, sweep; `roles/` makes processes of them."""
+"""Do the work behind the API: render, store, deliver, sweep. `roles/` makes processes of it."""

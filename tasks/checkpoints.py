@@ -1,6 +1,6 @@
-"""A worker's side of snapshots: go on from the newest one, keep one every so many steps, take one when the worker has to go.
+"""Resume from snapshots, keep one every so many steps, and take one when the worker has to leave.
 
-All of it is a courtesy to the steps already done: whatever fails here costs time, never the image.
+All of it only saves steps already done: a failure here costs time, never the image.
 """
 
 import threading
@@ -30,9 +30,10 @@ WITHDRAW_WITHIN_S = 20.0  # a snapshot is taken at the next step boundary; no st
 
 @dataclass(frozen=True)
 class Earlier:
-    """What earlier attempts left of a job's images, by index: the newest snapshot of each, and the step that it had come to.
+    """Hold what earlier attempts left of a job's images, by index.
 
-    That is the later of two: what was heard of its progress last, which is gone with the hand-off, and what its row says, which is a
+    kept: the newest snapshot of each.  reached: the step it had come to. That is the larger of two
+    numbers: the last progress in the hand-off, which may be lost, and its row's, which is a
     heartbeat old.
     """
 
@@ -41,45 +42,55 @@ class Earlier:
 
 
 class Checkpoints:
-    """One per worker. The engine's thread leaves snapshots here, a thread of its own keeps the newest of each image.
+    """Keep a worker's snapshots: the engine's thread adds them, a thread here stores the newest.
 
-    fill: how full the hand-off is; where it has little room left, none is kept: what is rendered needs it more.
+    fill: how full the hand-off is. Where it has little room left, no snapshot is stored: rendered
+    images need the room more.
     """
 
-    def __init__(self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]) -> None:
+    def __init__(
+        self, engine: Engine, snapshots: Snapshots, news: News, *, fill: Callable[[], float]
+    ) -> None:
         self._engine, self._snapshots, self._news, self._fill = engine, snapshots, news, fill
-        self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}  # attempt and blob by job and image
-        self._changed, self._closing = threading.Condition(), False
+        # Attempt and blob, by job and image.
+        self._newest: dict[tuple[uuid.UUID, int], tuple[int, bytes]] = {}
+        self._changed = threading.Condition()
+        self._closing = False
         self._thread = threading.Thread(target=self._run, name="checkpoints", daemon=True)
         self._thread.start()
 
     def of_earlier_attempts(self, lease: Lease) -> Earlier:
-        """What there is to go on from."""
+        """Return what this attempt can resume from; no snapshots if they cannot be read."""
         if lease.attempt == 1:
             return Earlier({}, {})
         heard = {step.index: step.step for step in self._news.steps(lease.job_id)}
-        reached = {index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending}
+        reached = {
+            index: max(heard.get(index, 0), lease.reached.get(index, 0)) for index in lease.pending
+        }
         try:
             return Earlier(self._snapshots.of(lease.job_id), reached)
         except SnapshotsUnavailable as error:
             log.warning("snapshots_unavailable", reason=str(error))
             return Earlier({}, reached)
 
-    def begin(self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None) -> tuple[Handle, int]:
-        """Give an image to the engine, from its snapshot where there is one that fits; the step at which it begins comes with it.
+    def begin(
+        self, kept: Kept | None, request: ImageRequest, on_event: OnEvent, *, within_s: float | None
+    ) -> tuple[Handle, int]:
+        """Give an image to the engine, from its snapshot if that fits; return its first step, too.
 
         Raises as `Engine.submit`.
         """
         if kept is not None:
+            restore = self._engine.restore
             try:
-                return self._engine.restore(kept.blob, on_event, request=request, within_s=within_s), kept.step
+                return restore(kept.blob, on_event, request=request, within_s=within_s), kept.step
             except SnapshotRefused as error:  # made elsewhere, or damaged: start again
                 telemetry.SNAPSHOTS_REFUSED.inc()
                 log.warning("snapshot_refused", request_id=request.id, reason=str(error))
         return self._engine.submit(request, on_event, within_s=within_s), 0
 
     def keep_soon(self, lease: Lease, index: int, request_id: str) -> None:
-        """Keep a snapshot as the image is before its next step. Returns at once; for the engine's thread."""
+        """Have a snapshot taken before the image's next step. Returns at once."""
 
         def keep(snapshot: Future[bytes]) -> None:
             if snapshot.exception() is None:
@@ -90,8 +101,13 @@ class Checkpoints:
         self._engine.snapshot(request_id).add_done_callback(keep)
 
     def withdraw(self, lease: Lease, handles: Mapping[int, Handle]) -> list[Left]:
-        """Take the images out of the engine and keep what they are; those that are finished by then, or cannot be kept, are left out."""
-        taken = {index: self._engine.withdraw(handle.request.id) for index, handle in handles.items()}
+        """Take the images out of the engine, store their snapshots, and return what was stored.
+
+        Images that are finished by then, or cannot be stored, are left out.
+        """
+        taken = {
+            index: self._engine.withdraw(handle.request.id) for index, handle in handles.items()
+        }
         left = []
         for index, snapshot in taken.items():
             try:
@@ -104,11 +120,11 @@ class Checkpoints:
                 log.warning("not_kept", index=index, reason=f"{type(error).__name__}: {error}")
             except SnapshotsUnavailable as error:
                 log.warning("not_kept", index=index, reason=str(error))
-                break  # nor will the others be: a notice has no time for that
+                break  # the others would fail as well, and the notice leaves no time to try
         return left
 
     def close(self) -> None:
-        """Keep what was taken until now, and stop."""
+        """Store the snapshots taken so far, and stop."""
         with self._changed:
             self._closing = True
             self._changed.notify()

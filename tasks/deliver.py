@@ -1,7 +1,8 @@
-"""Tell tenants' webhook endpoints what became of their jobs.
+"""Deliver webhooks: tell tenants' endpoints what became of their jobs.
 
-Rows say what is to be told (models/webhooks.py); a task tries one, and goes on with what else is due at that endpoint. Nothing here
-can slow a worker or a gateway: it is a role of its own, and a receiver that hangs holds a few of its threads for some seconds.
+Each delivery is a row (models/webhooks.py). A task tries one, then the others that are due at the
+same endpoint. Nothing here can slow a worker or a gateway: it is a role of its own, and a receiver
+that hangs blocks a few of its threads for some seconds.
 """
 
 import json
@@ -36,7 +37,7 @@ GO_ON_S = 30.0  # with one endpoint, before others get the thread
 
 @dataclass(frozen=True, kw_only=True)
 class Courier:
-    """What delivering needs, made once per process."""
+    """Deliver webhooks; one per process."""
 
     database: Database
     broker: Broker
@@ -45,7 +46,7 @@ class Courier:
     public_url: str = ""  # where links to the gateway begin
 
     def hear(self, job_id: uuid.UUID) -> None:
-        """A job ended: hand out what is to be told of it. The sweeper does so later if this is missed."""
+        """Hand out the deliveries of an ended job. If this fails, the sweeper does it later."""
         try:
             with transaction(self.database) as session:
                 found = webhooks.due_of_job(session, job_id)
@@ -54,12 +55,15 @@ class Courier:
             log.warning("webhooks_not_handed_out", job_id=str(job_id), reason=type(error).__name__)
 
     def hand_out(self, delivery_ids: Sequence[uuid.UUID]) -> None:
-        """Ask for an attempt at each. Raises BrokerUnavailable."""
+        """Publish a message for each delivery. Raises BrokerUnavailable."""
         for delivery_id in delivery_ids:
             self.broker.ask_to_deliver(delivery_id)
 
     def deliver_webhook(self, *, delivery_id: str) -> None:
-        """Try the delivery, then what else is due at its endpoint. Harmless when asked twice: only who claims it tries it."""
+        """Try the delivery, then the others that are due at its endpoint.
+
+        Harmless when the message comes twice: only the task that claims a delivery tries it.
+        """
         until = time.monotonic() + GO_ON_S
         following: uuid.UUID | None = uuid.UUID(delivery_id)
         try:
@@ -71,7 +75,7 @@ class Courier:
             log.error("delivery_task_failed", delivery_id=delivery_id, exc_info=error)
 
     def _deliver(self, delivery_id: uuid.UUID) -> uuid.UUID | None:
-        """One attempt; the next delivery that is due there after one that was heard."""
+        """Make one attempt; if it succeeded, return the next delivery that is due there."""
         with transaction(self.database) as session:
             try:
                 claim = webhooks.claim(session, delivery_id)
@@ -81,26 +85,45 @@ class Courier:
             if claim is None:
                 telemetry.DUPLICATES.labels("deliver").inc()
                 return None
-            job = jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id) if claim.job_id else None
+            job = (
+                jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id)
+                if claim.job_id
+                else None
+            )
         tried = self._try(claim, job)
-        state = run_transaction(self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name))
+        state = run_transaction(
+            self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name)
+        )
         is_slow = tried.took_s >= SLOW_AFTER_S
         if is_slow != claim.is_slow:
             with transaction(self.database) as session:
                 webhooks.note_speed(session, claim.endpoint_id, is_slow=is_slow)
         outcome = "delivered" if tried.is_delivered else str(tried.status or "unreachable")
-        telemetry.WEBHOOK_ATTEMPTS.labels(outcome if tried.is_delivered or tried.status is None else f"{outcome[0]}xx").inc()
+        if not tried.is_delivered and tried.status is not None:
+            outcome = f"{outcome[0]}xx"
+        telemetry.WEBHOOK_ATTEMPTS.labels(outcome).inc()
         telemetry.WEBHOOK_SECONDS.observe(tried.took_s)
-        log.info("webhook_tried", delivery_id=str(claim.id), attempt=claim.attempt, status=tried.status, error=tried.error, state=state)
+        log.info(
+            "webhook_tried",
+            delivery_id=str(claim.id),
+            attempt=claim.attempt,
+            status=tried.status,
+            error=tried.error,
+            state=state,
+        )
         if not tried.is_delivered:
-            return None  # whoever does not hear this one would not hear the next: they come when they are due
+            return None  # the next one would fail, too; each is tried when it is due
         with transaction(self.database) as session:
             return webhooks.next_of_endpoint(session, claim.endpoint_id)
 
     def _try(self, claim: Claim, job: Job | None) -> Tried:
         at = datetime.now(UTC)
-        body = json.dumps(message(claim, job, at, public_url=self.public_url), separators=(",", ":"))
-        started, retry_after_s, status, error = time.monotonic(), None, None, None
+        facts = message(claim, job, at, public_url=self.public_url)
+        body = json.dumps(facts, separators=(",", ":"))
+        started = time.monotonic()
+        status: int | None = None
+        retry_after_s: float | None = None
+        error: str | None = None
         try:
             signed = headers(str(claim.id), at, body, claim.secrets)
             answer = self.outbound.post(claim.url, body.encode(), signed, timeout_s=ATTEMPT_S)
@@ -114,9 +137,10 @@ class Courier:
 
 
 def message(claim: Claim, job: Job | None, at: datetime, *, public_url: str = "") -> dict[str, Any]:
-    """The body: what happened, when, and to what; no prompt. The same at every attempt, for a job in a final state changes no more.
+    """Make the body: what happened, when, and to what; no prompt.
 
-    public_url: where its links begin; without one they are paths.
+    It is the same at every attempt, because a job in a final state no longer changes.
+    public_url: the start of its links; without one they are paths.
     """
     if job is None:
         return {"type": claim.event, "timestamp": rfc3339(at), "data": {}}

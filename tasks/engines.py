@@ -1,4 +1,4 @@
-"""From fleet.toml to an engine: which checkpoints a pool holds, and what may be asked of each."""
+"""Make an engine's configuration from fleet.toml: its checkpoints, and what each accepts."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,11 +10,12 @@ from policy.catalog import checkpoint_name
 from policy.fleet import Fleet, Pool, parse_size
 from settings import DeviceSettings
 
-PREVIEWS_PER_S = 10.0  # of one image, while somebody looks: a millisecond each, and quick images have some, too
+# Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
+PREVIEWS_PER_S = 10.0
 
 
 def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[CheckpointSpec]:
-    """Every version of these models, in the file's order. root: where relative paths start."""
+    """List every version of these models, in the file's order. root: of relative paths."""
     wanted = set(models)
     return [
         CheckpointSpec(
@@ -27,7 +28,9 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
             samplers=model.samplers,
             default_sampler=model.default_sampler,
             adapters=tuple(
-                AdapterSpec(name=adapter_name, path=str(root / adapter.source), sha256=adapter.sha256)
+                AdapterSpec(
+                    name=adapter_name, path=str(root / adapter.source), sha256=adapter.sha256
+                )
                 for adapter_name, adapter in model.adapters.items()
             ),
             pipeline_class=model.pipeline_class,
@@ -44,8 +47,13 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
     ]
 
 
-def engine_config(settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1) -> EngineConfig:
-    """How the pool wants its device used. A tier's guaranteed share of slots is its share of the device's time, too."""
+def engine_config(
+    settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1
+) -> EngineConfig:
+    """Make the engine's configuration for a pool.
+
+    A tier's guaranteed share of slots is also its share of the device's time.
+    """
     device = settings.device
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -55,7 +63,11 @@ def engine_config(settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up
         max_inflight=pool.slots,
         max_batch_rows=pool.max_batch_rows,
         row_buckets=pool.row_buckets,
-        rank_shares={tier.rank: tier.guaranteed_share for tier in fleet.tiers.values() if tier.guaranteed_share},
+        rank_shares={
+            tier.rank: tier.guaranteed_share
+            for tier in fleet.tiers.values()
+            if tier.guaranteed_share
+        },
         attention=pool.attention,
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,

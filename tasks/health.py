@@ -1,7 +1,8 @@
-"""Is this worker fit to go on? One that is not must leave before it has tried, and failed, the whole backlog.
+"""Decide whether this worker is healthy. A sick one must leave before it fails the whole backlog.
 
-A turn of the engine that does not end is a device that hangs: no lease is worth renewing for it, and no polite stop will end it.
-Unplanned errors of different jobs in a row, with no image between them, are the worker's fault and not theirs.
+A turn of the engine that does not end means a device that hangs: its leases must not be renewed,
+and a warm shutdown would not end it. Unplanned errors of different jobs in a row, with no image
+between them, are the worker's fault and not the jobs'.
 """
 
 import os
@@ -23,22 +24,28 @@ EX_SOFTWARE = 70
 
 
 class Health:
-    """One per worker; `leave` is told when it has to go."""
+    """Watch one worker's health; call `leave` when it has to go."""
 
-    def __init__(self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]) -> None:
+    def __init__(
+        self, engine: Engine, *, stuck_after_s: float, leave: Callable[[Notice], None]
+    ) -> None:
         self._engine, self._stuck_after_s, self._leave = engine, stuck_after_s, leave
-        self._strikes: set[str] = set()  # jobs that ended in an unplanned error since the last image
+        # Jobs that ended in an unplanned error since the last image.
+        self._strikes: set[str] = set()
         self.gave_up = ""  # why; then the process ends because of an error
         self._lock, self._stop = threading.Lock(), threading.Event()
         threading.Thread(target=self._run, name="health", daemon=True).start()
 
     def note_image(self) -> None:
-        """The device made one."""
+        """Note that the device made an image, which clears the strikes."""
         with self._lock:
             self._strikes.clear()
 
     def is_at_fault(self, job_id: str) -> bool:
-        """Note an unplanned error of the job; True if by now it must be this worker's fault, which then leaves."""
+        """Note an unplanned error of the job; True if it must be this worker's fault.
+
+        Then the worker leaves.
+        """
         with self._lock:
             self._strikes.add(job_id)
             is_sick = len(self._strikes) >= STRIKES
@@ -53,11 +60,12 @@ class Health:
         self._leave(Notice("health", LEAVE_WITHIN_S, reason))
 
     def close(self) -> None:
-        """Look no more."""
+        """Stop watching."""
         self._stop.set()
 
     def _run(self) -> None:
         while not self._stop.wait(LOOK_EVERY_S):
             if (turn_s := self._engine.turn_s) > self._stuck_after_s:
                 log.critical("engine_stuck", turn_s=round(turn_s, 1))
-                os._exit(EX_SOFTWARE)  # nothing that asks it to stop would return; its leases run out
+                # A call that asks it to stop would not return. Its leases expire.
+                os._exit(EX_SOFTWARE)

@@ -1,7 +1,7 @@
-"""A lease in this worker's hands, and why its job should be let go of.
+"""Hold a lease that this worker has, and say whether and why its job must be released.
 
-Several threads look at one: the task that renders, the one that renews, whoever hears of a cancel,
-the one that empties a leaving worker. All that they change of it is changed by its methods here.
+Several threads use one: the task that renders, the one that renews leases, the one that listens for
+cancels, the one that empties a leaving worker. They change it only by its methods here.
 """
 
 import threading
@@ -13,10 +13,10 @@ from models.leases import Lease
 
 
 class Rendering(Protocol):
-    """What is asked of a job's images in the engine. Every method returns at once."""
+    """Tell how far a job's images in the engine are. Every method returns at once."""
 
     def wake(self) -> None:
-        """Look at the lease: something changed."""
+        """Look at the lease again, because it changed."""
 
     def steps(self) -> Mapping[int, int]:
         """Tell how far each image that has not ended has come, by index."""
@@ -26,7 +26,7 @@ class Rendering(Protocol):
 
 
 class Held:
-    """A lease in hand. It is released when it is lost or its worker has to leave."""
+    """Hold one lease. It is released when it is lost or its worker has to leave."""
 
     def __init__(self, lease: Lease) -> None:
         self.lease = lease
@@ -39,32 +39,32 @@ class Held:
 
     @property
     def is_lost(self) -> bool:
-        """Is the job somebody else's, or nobody's any more?"""
+        """Tell whether the job no longer belongs to this attempt."""
         return self._lost.is_set()
 
     @property
     def leaving(self) -> str:
-        """Why the worker has to go; empty while it has not."""
+        """Say why the worker has to leave; empty while it has not."""
         return self._leaving
 
     @property
     def is_released(self) -> bool:
-        """Should the job be let go of?"""
+        """Tell whether work on the job must stop."""
         return self.is_lost or bool(self._leaving)
 
     @property
     def is_exclusive(self) -> bool:
-        """Does the job have the worker to itself, or wait until it has?"""
+        """Tell whether the job has the worker to itself, or waits until it has."""
         return self._is_exclusive
 
     @property
     def unrendered(self) -> int:
-        """Images whose pixels are not handed on."""
+        """Count the images whose pixels are not handed on."""
         return self._unrendered
 
     @property
     def run_left_s(self) -> float | None:
-        """What is left of the job's run deadline, in seconds; None: it has none."""
+        """Return the seconds left until the job's run deadline; None: it has none."""
         within_s = self.lease.run_within_s
         if within_s is None:
             return None

@@ -1,4 +1,7 @@
-"""A worker's side of pictures that jobs start from: they are in the hand-off before it is asked; take them, drop them in the end."""
+"""Take a job's input pictures from the hand-off, and drop them in the end.
+
+They are there before a worker is asked to render the job.
+"""
 
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,35 +18,38 @@ log = structlog.get_logger(__name__)
 
 
 class InputGone(Exception):
-    """A picture that the job starts from is not in the store any more: no retry helps. The message may be told to the tenant."""
+    """An input picture is no longer in the store: no retry helps.
+
+    The message may be shown to the tenant.
+    """
 
 
 class InputsMissing(Exception):
-    """The pictures are not in the hand-off, or it is away. The job itself is sound: it waits until they were brought again."""
+    """The pictures are not in the hand-off, or it is away; the job waits until they are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class InputPictures:
-    """One per worker."""
+    """Take and drop the input pictures of a worker's jobs."""
 
     inputs: Inputs
 
     def of(self, job: Job) -> dict[str, Picture]:
-        """Take the job's pictures by role, {} if it starts from none.
+        """Return the job's pictures by role, {} if it has none.
 
-        Raises InputGone, and InputsMissing at once: a lease is no place to wait.
+        Raises InputGone, and InputsMissing at once: a job that holds a lease must not wait.
         """
         wanted = pictures_of(job)
         if not wanted:
             return {}
         brought = self._brought(job)
         if not brought.keys() >= wanted.keys():
-            self.drop(job)  # or what is there of them would be taken for all
+            self.drop(job)  # or those that are there would be taken for all
             raise InputsMissing("the pictures it starts from are not in the hand-off")
         return {role: _picture(brought[role]) for role in wanted}
 
     def drop(self, job: Job) -> None:
-        """The job will not be rendered again; should it be, they are brought again."""
+        """Delete the pictures of a rendered job; they are brought again if it is rendered again."""
         if pictures_of(job):
             with suppress(HandoffUnavailable):
                 self.inputs.drop([job.id])
@@ -51,7 +57,7 @@ class InputPictures:
     def _brought(self, job: Job) -> dict[str, Brought]:
         try:
             return self.inputs.of(job.id)
-        except HandoffUnavailable as error:  # or they are spoilt: others must come in their place
+        except HandoffUnavailable as error:  # or they are damaged: they must be brought again
             self.drop(job)
             raise InputsMissing(str(error)) from error
 

@@ -1,7 +1,8 @@
-"""The worker's leases: taken for a task, renewed by one thread for all of them, and known to be lost in time.
+"""Take leases for a worker's tasks, renew them all in one thread, and notice when one is lost.
 
-Renewal has a thread of its own, for Celery's event loop stands still in a drain. A worker that could not renew for
-`stop_s` drops its work by itself, before anyone else is given the job.
+Renewal has a thread of its own, because Celery's event loop does not turn during a warm shutdown. A
+worker that could not renew for `stop_s` drops its work by itself, before another worker is given
+the job.
 """
 
 import threading
@@ -39,7 +40,7 @@ EXCLUSIVE_FROM = 2
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerIdentity:
-    """What the worker says of itself with every heartbeat."""
+    """Describe the worker, as every heartbeat does."""
 
     name: str
     pool: str
@@ -49,11 +50,11 @@ class WorkerIdentity:
 
 
 def _nothing() -> None:
-    """Nobody is to be told."""
+    """Do nothing."""
 
 
 class LeaseKeeper:
-    """Takes leases and keeps them; also the worker's heartbeat."""
+    """Take leases and renew them; send the worker's heartbeat."""
 
     def __init__(
         self,
@@ -66,8 +67,9 @@ class LeaseKeeper:
         stop_s: float,
         beats: Engine | None = None,
     ) -> None:
-        """Begin to keep leases of `ttl_s` seconds, renewed every `renew_s`; without, stop after `stop_s`.
+        """Keep leases of `ttl_s` seconds, renewed every `renew_s`.
 
+        stop_s: without a renewal for so long, all work is dropped.
         beats: connections for renewals and heartbeats alone, so that no task keeps them waiting;
         None: those of `database`.
         """
@@ -75,19 +77,24 @@ class LeaseKeeper:
         self._ended = ended
         self._ttl_s, self._renew_s, self._stop_s = ttl_s, renew_s, stop_s
         self._held: dict[uuid.UUID, Held] = {}
-        self._asked: Counter[uuid.UUID] = Counter()  # tasks that know whether they have got the lease, by job
+        # Tasks that know whether they have got the lease, by job.
+        self._asked: Counter[uuid.UUID] = Counter()
         self._seen: defaultdict[CostKey, Observed] = defaultdict(Observed)
         self._lock, self._stop = threading.Lock(), threading.Event()
         self._exclusive = threading.Lock()
         self._renewed_at = time.monotonic()
         self._leaving = ""
         self._note_turn: Callable[[], None] = _nothing
-        self._threads = [threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True) for run in (self._renew, self._watch)]
+        self._threads = [
+            threading.Thread(target=run, name=run.__name__.strip("_"), daemon=True)
+            for run in (self._renew, self._watch)
+        ]
 
     def start(self, *, max_attempts: int) -> None:
-        """Say that this worker is alive and begin to renew; what a predecessor of its name held is put back or fails first.
+        """Register this worker and begin to renew.
 
-        Waits for a database that is away: the models are loaded already.
+        Jobs that a predecessor of its name held are put back or fail first. Waits for a database
+        that is away, because the models are loaded already.
         """
         self._note_turn = telemetry.loop("leases")
         while not self._begins(max_attempts):
@@ -98,7 +105,7 @@ class LeaseKeeper:
 
     @property
     def leaving(self) -> str:
-        """Why nothing more is taken here; empty while jobs are."""
+        """Say why this worker takes no more jobs; empty while it does."""
         return self._leaving
 
     def take_no_more(self, reason: str) -> None:
@@ -108,7 +115,7 @@ class LeaseKeeper:
 
     @contextmanager
     def leased(self, job_id: uuid.UUID) -> Iterator[Held | None]:
-        """The job, kept for the length of the block; None if it is finished or someone else holds it."""
+        """Hold the job's lease during the block; None if it is finished or another holds it."""
         lease = run_transaction(self._database, partial(self._take, job_id=job_id))
         held = Held(lease) if lease is not None else None
         with self._lock:
@@ -125,7 +132,8 @@ class LeaseKeeper:
             yield held
         finally:
             with self._lock:
-                if self._held.get(job_id) is held:  # a later attempt may be here, too, if this one's lease was lost
+                # If this lease was lost, a later attempt may be here already.
+                if self._held.get(job_id) is held:
                     del self._held[job_id]
 
     @contextmanager
@@ -148,7 +156,7 @@ class LeaseKeeper:
             self._exclusive.release()
 
     def is_reserved(self, held: Held | None = None) -> bool:
-        """Does a job here, other than `held`, have or want the worker to itself?"""
+        """Tell whether a job here, other than `held`, has or wants the worker to itself."""
         return any(other.is_exclusive and other is not held for other in self.all_held())
 
     def drop(self, job_id: uuid.UUID) -> None:
@@ -159,7 +167,7 @@ class LeaseKeeper:
             held.lose()
 
     def learn(self, key: CostKey, *, row_steps: float, denoise_s: float, fixed_s: float) -> None:
-        """Note what one image took; Postgres hears of it with the next heartbeat."""
+        """Note what one image took; the next heartbeat writes it to Postgres."""
         with self._lock:
             sums = self._seen[key]
             sums.images += 1
@@ -175,12 +183,14 @@ class LeaseKeeper:
                 del self._asked[job_id]
 
     def images_in_hand(self, taken: Mapping[uuid.UUID, tuple[str, int]]) -> Counter[str]:
-        """Images by tier that this worker has to render: of the leases it holds, and of the jobs that it may be about to hold.
+        """Count by tier the images that this worker has to render, or may be about to.
 
-        taken: tier and images of each job whose message was taken. They count until the lease is here, or refused.
+        Those of the leases it holds, and of the jobs whose message it has taken.
+        taken: tier and images of each such job. They count until the lease is here, or refused.
         """
         counts: Counter[str] = Counter()
-        with self._lock:  # at one moment: a job that gets its lease meanwhile must not be in neither of the two
+        # Under one lock, or a job that gets its lease meanwhile might be counted in neither place.
+        with self._lock:
             for held in self._held.values():
                 counts[held.lease.job.tier] += held.unrendered
             for job_id, (tier, images) in taken.items():
@@ -189,12 +199,12 @@ class LeaseKeeper:
         return counts
 
     def all_held(self) -> list[Held]:
-        """Every lease in hand, at this moment."""
+        """List every lease that is held at this moment."""
         with self._lock:
             return list(self._held.values())
 
     def close(self) -> None:
-        """Stop renewing and sign off; leases still held run out."""
+        """Stop renewing and sign off; leases still held expire."""
         self._stop.set()
         telemetry.end_loop("leases")
         for thread in self._threads:
@@ -227,11 +237,13 @@ class LeaseKeeper:
             return False
 
     def _take_over(self, max_attempts: int) -> None:
-        """Put back what a predecessor of this name held when it was killed, instead of waiting for its leases to run out."""
+        """End the leases that a killed predecessor of this name held, before they expire."""
         with transaction(self._database) as session:
             left = leases.running_on(session, self.identity.name)
         for job_id in left:
-            lose = partial(leases.lose, job_id=job_id, max_attempts=max_attempts, worker=self.identity.name)
+            lose = partial(
+                leases.lose, job_id=job_id, max_attempts=max_attempts, worker=self.identity.name
+            )
             job = self._ended.run_ending(self._database, lose)
             if job is not None:
                 log.warning("lease_of_predecessor_ended", job_id=str(job_id), state=job.state)
@@ -244,12 +256,21 @@ class LeaseKeeper:
                 self._beat()
             except SQLAlchemyError as error:
                 wait_s = min(wait_s, RETRY_S)
-                log.warning("renewal_failed", silent_s=round(time.monotonic() - self._renewed_at, 1), reason=type(error).__name__)
+                log.warning(
+                    "renewal_failed",
+                    silent_s=round(time.monotonic() - self._renewed_at, 1),
+                    reason=type(error).__name__,
+                )
 
     def _watch(self) -> None:
-        """Drop all work when nothing was renewed for too long. A thread of its own, for a renewal may hang instead of failing."""
+        """Drop all work when nothing was renewed for too long.
+
+        Runs in a thread of its own, because a renewal may hang instead of failing.
+        """
         while not self._stop.wait(RETRY_S):
-            self._note_turn()  # here, for a renewal that hangs is no reason to load the models again; Postgres sees that none comes
+            # Noted here and not in `_renew`: a renewal that hangs is no reason to restart and load
+            # the models again; Postgres shows that no heartbeat comes.
+            self._note_turn()
             silent_s = time.monotonic() - self._renewed_at
             if gates.must_drop_work(silent_s, stop_s=self._stop_s):
                 self._lose([held for held in self.all_held() if not held.is_lost])
@@ -267,16 +288,31 @@ class LeaseKeeper:
             own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
             kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
             going_on = [held for held in snapshot if held.lease.job_id in kept]
-            leases.note_steps(session, {(held.lease.job_id, index): step for held in going_on for index, step in held.steps().items()})
+            steps = {
+                (held.lease.job_id, index): step
+                for held in going_on
+                for index, step in held.steps().items()
+            }
+            leases.note_steps(session, steps)
             workers.heartbeat(
-                session, name=who.name, pool=who.pool, device=who.device, slots=slots, facts=who.facts, silent_after_s=self._ttl_s
+                session,
+                name=who.name,
+                pool=who.pool,
+                device=who.device,
+                slots=slots,
+                facts=who.facts,
+                silent_after_s=self._ttl_s,
             )
             learning.observe(session, seen)
             return kept
 
         kept = run_transaction(self._beats, renew)
         self._renewed_at = started_at
-        gone = [held for held in snapshot if held.lease.job_id not in kept and held.unrendered and not held.is_lost]
+        gone = [
+            held
+            for held in snapshot
+            if held.lease.job_id not in kept and held.unrendered and not held.is_lost
+        ]
         self._lose(gone)
 
     def _lose(self, gone: list[Held]) -> None:

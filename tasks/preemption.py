@@ -1,7 +1,8 @@
-"""What a worker does when it has to go: take nothing more, finish what can be finished, give the rest up with snapshots, end.
+"""Empty a worker that has to leave: take nothing more, finish or give up its jobs, end.
 
-A notice comes from a cloud, a file or SIGTERM (edges/notices.py). Jobs that will be done before it runs out, less a margin, are
-finished; the others leave their engine at the next step boundary, so that another worker goes on from that very step.
+A notice comes from a cloud, a file or SIGTERM (edges/notices.py). Jobs that will be done before its
+time is over, less a margin, are finished. The others leave the engine at the next step boundary,
+and another worker resumes them from that step.
 """
 
 import threading
@@ -29,9 +30,9 @@ class _End:
 
 
 class Preemption:
-    """Empties the worker: `begin` may be called more than once, an earlier end wins.
+    """Empty the worker. `begin` may be called more than once: an earlier end wins.
 
-    From the first on the worker takes nothing more.
+    From the first call on the worker takes nothing more.
     """
 
     def __init__(self, keeper: LeaseKeeper, *, when_empty: Callable[[], None]) -> None:
@@ -48,7 +49,12 @@ class Preemption:
             is_first = self._end is None
             if is_first or end.at < self._end.at:  # type: ignore[union-attr]
                 self._end = end
-        log.warning("worker_leaves", source=notice.source, within_s=round(notice.within_s, 1), detail=notice.detail)
+        log.warning(
+            "worker_leaves",
+            source=notice.source,
+            within_s=round(notice.within_s, 1),
+            detail=notice.detail,
+        )
         telemetry.NOTICES.labels(notice.source).inc()
         if is_first:
             self._keeper.take_no_more(end.reason)
@@ -68,7 +74,10 @@ class Preemption:
 
 
 def wait_while_a_notice_stands(sources: Sequence[NoticeSource]) -> None:
-    """Return when no source has a notice: a worker that was started again before its machine went must not begin anew."""
+    """Return when no source has a notice.
+
+    A worker that is started again before its machine goes must not take jobs.
+    """
     was_told = False
     while any(_stands(source) for source in sources):
         if not was_told:

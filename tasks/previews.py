@@ -1,4 +1,4 @@
-"""A worker's side of previews: they cost device time, so an image makes them only while somebody watches its job."""
+"""Make previews of an image only while somebody watches its job: they cost device time."""
 
 import threading
 import uuid
@@ -9,7 +9,7 @@ from engine.handle import Handle
 
 
 class Previews:
-    """One per worker: begins and ceases to show the jobs that it renders."""
+    """Switch previews on and off for the jobs that a worker renders."""
 
     def __init__(self, progress: ProgressWriter) -> None:
         self._progress = progress
@@ -18,23 +18,23 @@ class Previews:
         progress.when_unwatched(self.hide)
 
     def begin(self, job_id: uuid.UUID, handles: Mapping[int, Handle]) -> None:
-        """The job is in the engine: whoever begins to watch is heard from now on, and somebody may watch already."""
+        """Note that the job is in the engine; show it now if somebody watches already."""
         with self._lock:
             self._jobs[job_id] = handles
         if self._progress.is_watched(job_id):
             self.show(job_id)
 
     def end(self, job_id: uuid.UUID) -> None:
-        """The job is not in the engine any more."""
+        """Note that the job is no longer in the engine."""
         with self._lock:
             self._jobs.pop(job_id, None)
 
     def show(self, job_id: uuid.UUID) -> None:
-        """Make previews of the job's images; nothing for a job that is rendered elsewhere."""
+        """Make previews of the job's images; do nothing for a job that is rendered elsewhere."""
         self._turn(job_id, on=True)
 
     def hide(self, job_id: uuid.UUID) -> None:
-        """Make none any more."""
+        """Make no more previews of the job's images."""
         self._turn(job_id, on=False)
 
     def _turn(self, job_id: uuid.UUID, *, on: bool) -> None:

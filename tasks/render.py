@@ -57,7 +57,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Renderer:
-    """What rendering needs, made once per worker process: the weights stay in the engine."""
+    """Render jobs; one per worker process, with one engine that keeps the weights loaded."""
 
     settings: Settings
     fleet: Fleet
@@ -198,7 +198,7 @@ class Renderer:
         return news
 
     def _event_handler(self, work: Work, index: int) -> Callable[[Event], None]:
-        """Make what the engine calls with the events of the job's image `index`."""
+        """Make the function that the engine calls with the events of the job's image `index`."""
         lease = work.lease
         every = self.fleet.tier_or_retired(lease.job.tier).checkpoint_every_steps
 
@@ -208,7 +208,8 @@ class Renderer:
                 if every and event.step % every == 0 and event.step < event.num_steps:
                     self.checkpoints.keep_soon(lease, index, event.request_id)
             elif isinstance(event, Previewed):
-                self.progress.show(lease.job_id, Preview(index, event.step, image_steps(lease.job), event.jpeg))
+                preview = Preview(index, event.step, image_steps(lease.job), event.jpeg)
+                self.progress.show(lease.job_id, preview)
             elif isinstance(event, Started | Resumed) and event.unread:
                 work.put(TextsUnread(event.unread))
             elif isinstance(event, Finished | Failed):
@@ -217,7 +218,7 @@ class Renderer:
         return on_event
 
     def _request(self, lease: Lease, index: int, pictures: Mapping[str, Picture]) -> ImageRequest:
-        """Ask for the job's image `index`, as the engine wants it asked."""
+        """Make the engine's request for the job's image `index`."""
         job = lease.job
         return ImageRequest(
             id=f"{job.id}/{lease.attempt}/{index}",
@@ -247,7 +248,7 @@ class Renderer:
             telemetry.TEXTS_UNREAD.labels(lease.job.model, warning["code"]).inc()
 
     def _hand_on(self, work: Work, index: int, finished: FinishedImage) -> None:
-        """Pixels to the hand-off, the fact to Postgres, a word to the results worker.
+        """Put the pixels into the hand-off, note it in Postgres, and ask for them to be stored.
 
         The GPU is at its next step already.
         """
@@ -264,9 +265,10 @@ class Renderer:
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
         telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(record.device_seconds)
         model = self.fleet.model_or_retired(job.model)
+        rows = rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt)
         self.keeper.learn(
             (job.pool, job.model, job.width_px, job.height_px),
-            row_steps=steps * rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt),
+            row_steps=steps * rows,
             denoise_s=record.denoise_s,
             fixed_s=record.encode_s + record.decode_s,
         )
@@ -402,8 +404,12 @@ def _release_of(held: Held) -> RenderResult:
 
 
 def _rendering(job: Job, index: int, pictures: Mapping[str, Picture]) -> dict[str, Any]:
-    """Name the parameters of one image as ImageRequest does; what is None is left to its defaults."""
-    given = {param.engine_field: getattr(job, param.name) for param in PARAMS if param.engine_field is not None and param.picture is None}
+    """Name one image's parameters as ImageRequest does; leave out those that are None."""
+    given = {
+        param.engine_field: getattr(job, param.name)
+        for param in PARAMS
+        if param.engine_field is not None and param.picture is None
+    }
     given["seed"] = job.seed + index
     given["determinism"] = Determinism(job.determinism)
     given["adapters"] = tuple(AdapterUse(**adapter) for adapter in job.adapters or ())

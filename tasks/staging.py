@@ -1,6 +1,7 @@
-"""Bring the pictures that a job starts from towards its GPU: out of the object store, in the job's size, into the hand-off.
+"""Bring a job's input pictures from the object store to the hand-off, in the job's size.
 
-A GPU worker has no key to the store, so whoever stores results does it, before a worker is asked: the job is announced when they are there.
+A GPU worker has no key to the store, so the results worker does it, before a GPU worker is asked:
+the job is announced when the pictures are there.
 """
 
 import uuid
@@ -37,7 +38,7 @@ _FIT: dict[str | None, Callable[[bytes, int, int], NDArray[np.uint8]]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class InputStager:
-    """One per results worker."""
+    """Stage input pictures; one per results worker."""
 
     database: Database
     inputs: Inputs
@@ -46,7 +47,10 @@ class InputStager:
     fill: Callable[[], float]  # of the hand-off
 
     def stage_inputs(self, *, job_id: str) -> None:
-        """Bring every picture of a job that lacks them, and let it out. Harmless when repeated: the sweeper asks again."""
+        """Bring every picture of a job that lacks them, and release the job.
+
+        Harmless when repeated. If it fails, the sweeper asks again.
+        """
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id)
         try:
@@ -59,14 +63,20 @@ class InputStager:
     def _stage(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = jobs.without_words(session, job_id)
-        # One that runs has them, unless its worker is of an older version, which asks with the lease in its hand.
-        if job is None or not (job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)):
+        # A running job has them, unless its worker is of an older version, which asks for them
+        # while it holds the lease.
+        if job is None or not (
+            job.state == JobState.RUNNING or (job.state == JobState.QUEUED and job.lacks_inputs)
+        ):
             telemetry.DUPLICATES.labels("stage").inc()
             return
         if not self.inputs.are_there(job_id):
             if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:
                 raise HandoffUnavailable("it has no room for pictures")
-            brought = {role: self._picture(job, role, file_id) for role, file_id in pictures_of(job).items()}
+            brought = {
+                role: self._picture(job, role, file_id)
+                for role, file_id in pictures_of(job).items()
+            }
             self.inputs.bring(job_id, brought)
             telemetry.INPUTS_BROUGHT.inc(len(brought))
         with transaction(self.database) as session:

@@ -1,9 +1,13 @@
-"""Store what was rendered: encode, upload under a content-addressed key, commit artifact, state, cost and audit event at once."""
+"""Store rendered images: encode, upload under a content-addressed key, commit.
+
+Artifact, state, cost and audit event are one transaction.
+"""
 
 import time
 import uuid
 from dataclasses import dataclass, field
 from threading import Event
+from typing import Any
 
 import structlog
 from sqlalchemy import Engine as Database
@@ -33,7 +37,7 @@ TIDY_FOR_S = 30.0  # of each minute: images are stored by the same few threads
 
 @dataclass(frozen=True, kw_only=True)
 class Storekeeper:
-    """What storing needs, made once per results worker."""
+    """Store images; one per results worker."""
 
     settings: StoreSettings
     fleet: Fleet
@@ -44,10 +48,14 @@ class Storekeeper:
     ended: EndedJobs
     release: Release
     name: str
-    _is_behind: Event = field(default_factory=Event, init=False)  # something could not be stored since the last time that it could
+    # Set when something could not be stored; cleared when storing works again.
+    _is_behind: Event = field(default_factory=Event, init=False)
 
     def store_images(self, *, job_id: str) -> None:
-        """Store every image of the job whose pixels wait. Harmless when delivered twice, or late, or killed anywhere."""
+        """Store every image of the job whose pixels wait.
+
+        Harmless when delivered twice or late, or when killed at any point.
+        """
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(job_id=job_id)
         try:
@@ -55,31 +63,45 @@ class Storekeeper:
             self._hasten_others()
         except (StoreUnavailable, HandoffUnavailable, OperationalError, PoolTimeout) as error:
             self._is_behind.set()
-            log.warning("store_postponed", reason=f"{type(error).__name__}: {error}"[:300])  # announced again when `store_by` has passed
+            # The sweeper announces it again when `store_by` has passed.
+            log.warning("store_postponed", reason=f"{type(error).__name__}: {error}"[:300])
         except BaseException as error:
             log.error("store_task_failed", exc_info=error)
 
     def _store_images(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = jobs.without_words(session, job_id)
-            waiting = jobs.handed_off(session, job_id) if job is not None and job.state not in FINAL_STATES else {}
+            waiting = (
+                jobs.handed_off(session, job_id)
+                if job is not None and job.state not in FINAL_STATES
+                else {}
+            )
         if job is None or not waiting:
             telemetry.DUPLICATES.labels("store").inc()
             return
-        gone = [index for index, attempt in waiting.items() if not self._store_image(job, index, attempt)]
+        gone = [
+            index
+            for index, attempt in waiting.items()
+            if not self._store_image(job, index, attempt)
+        ]
         if gone:
             log.warning("handoff_gone", indexes=gone)
-            lose_hand_off(self.database, self.ended, job.id, gone, attempt_of=waiting, release=self.release)
+            lose_hand_off(
+                self.database, self.ended, job.id, gone, attempt_of=waiting, release=self.release
+            )
 
     def _hasten_others(self) -> None:
-        """What could not be stored is due at once when storing works again; else each job waits for the time of its next try."""
+        """Make all postponed jobs due at once now that storing works again.
+
+        Otherwise each would wait for the time of its next try.
+        """
         if self._is_behind.is_set():
             self._is_behind.clear()
             with transaction(self.database) as session:
                 sweeping.hasten_stores(session)
 
     def _store_image(self, job: Job, index: int, attempt: int) -> bool:
-        """False if the pixels are gone."""
+        """Store one image; False if its pixels are gone."""
         try:
             pixels = self.handoff.get(job.id, index, attempt)
         except HandoffCorrupt as error:
@@ -105,7 +127,9 @@ class Storekeeper:
         self.handoff.drop(job.id, index, attempt)
         if after is None:
             telemetry.DUPLICATES.labels("store").inc()
-            run_transaction(self.database, lambda session: uploads.end_if_named(session, artifact["object_key"]))
+            run_transaction(
+                self.database, lambda session: uploads.end_if_named(session, artifact["object_key"])
+            )
             return True
         telemetry.IMAGES_STORED.labels(job.tier, job.output_format).inc()
         telemetry.STORED_BYTES.inc(artifact["size_bytes"])
@@ -115,8 +139,11 @@ class Storekeeper:
             self.ended.notify_ended(after)
         return True
 
-    def _upload(self, job: Job, pixels: Pixels) -> dict:
-        """Encode and upload; the columns of the artifact. The same pixels go to the same key, so twice is once."""
+    def _upload(self, job: Job, pixels: Pixels) -> dict[str, Any]:
+        """Encode and upload; return the artifact's columns.
+
+        The same pixels go to the same key, so doing it twice is harmless.
+        """
         kind = FORMATS[job.output_format]
         content = encode(pixels.array, job.output_format)
         digest = content_sha256(content)
@@ -135,12 +162,15 @@ class Storekeeper:
         }
 
     def _is_settled(self, job_id: uuid.UUID, index: int) -> bool:
-        """Whether another delivery stored the image between our two looks."""
+        """Tell whether another delivery of the message stored the image meanwhile."""
         with transaction(self.database) as session:
             return index not in jobs.handed_off(session, job_id)
 
     def _tidy_one(self) -> bool:
-        """Delete one orphan, its note locked meanwhile so that nobody stores the same object again; False if there is none."""
+        """Delete one orphaned object; False if there is none.
+
+        Its row is locked meanwhile, so that nobody stores the same object again.
+        """
         with transaction(self.database) as session:
             key = uploads.left_behind(session, older_than_s=uploads.ORPHAN_AFTER_S)
             if key is None:
@@ -152,9 +182,10 @@ class Storekeeper:
         return True
 
     def tidy_store(self) -> None:
-        """Delete objects that a crash between upload and commit left behind, or that were given up; what is left is asked for again.
+        """Delete objects that no row names: left by a crash between upload and commit, or given up.
 
-        Harmless when repeated, or when several do it.
+        Stops after `TIDY_FOR_S`; the sweeper asks again for the rest. Harmless when repeated, or
+        when several do it.
         """
         ends_at = time.monotonic() + TIDY_FOR_S
         try:
@@ -166,6 +197,6 @@ class Storekeeper:
             log.error("tidy_task_failed", exc_info=error)
 
 
-def _told(artifact: dict) -> dict:
-    """What a follower of the job is told of a stored image: not where it lies."""
+def _told(artifact: dict[str, Any]) -> dict[str, Any]:
+    """Return what a job's followers are told of a stored image: all but its key in the store."""
     return {name: value for name, value in artifact.items() if name != "object_key"}

@@ -1,7 +1,8 @@
-"""The sweeper: finds what fell through. Every promise that a crash can break is kept here, within seconds.
+"""Sweep: find and repair, within seconds, what a crash left undone.
 
-Safe when several run: each row is taken with SKIP LOCKED or a fenced UPDATE, and a sweep that finds another one at work
-leaves. Every look goes through a partial index, so a sweep costs what has changed, not what exists.
+Safe when several run: each row is taken with SKIP LOCKED or a fenced UPDATE, and a sweep that finds
+another one running returns. Every query uses a partial index, so a sweep costs what has changed,
+not what exists.
 """
 
 import math
@@ -27,7 +28,19 @@ from edges.broker import Broker, BrokerUnavailable
 from edges.handoff import Handoff, HandoffUnavailable
 from edges.inputs import Inputs
 from edges.snapshots import Snapshots, SnapshotsUnavailable
-from models import erasing, idempotency, inputs, jobs, learning, leases, releasing, sweeping, uploads, webhooks, workers
+from models import (
+    erasing,
+    idempotency,
+    inputs,
+    jobs,
+    learning,
+    leases,
+    releasing,
+    sweeping,
+    uploads,
+    webhooks,
+    workers,
+)
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
 from models.sweeping import Unstored
@@ -43,17 +56,19 @@ log = structlog.get_logger(__name__)
 
 LOST_AFTER_S = 3.0  # an announced job that no worker took this long may have lost its message
 ENDPOINTS_AT_A_TIME = 200  # with deliveries pending, looked at in one sweep
-MINUTELY_S, HOURLY_S = 60.0, 3600.0
-AGAIN_AFTER_S = 15.0  # what comes every minute or hour and fails; not at the next sweep, for it may have made others wait
+MINUTELY_S = 60.0
+HOURLY_S = 3600.0
+# For parts that run every minute or hour and fail. Not at the next sweep: it may delay the others.
+AGAIN_AFTER_S = 15.0
 PIECE = 1000  # rows deleted per transaction
-LOOKED_AT = 2000  # jobs at a time whose content may be too old
-AT_MOST_S = 1.0  # that one part deletes for; leases and deadlines must not wait for it
+LOOKED_AT = 2000  # jobs per query whose content may be too old
+AT_MOST_S = 1.0  # for deleting, per part; leases and deadlines must not wait for it
 _LOCK = 0x5357454550  # "SWEEP"
 
 
 @dataclass
 class Sweeper:
-    """One pass every `sweep_every_s`; `SweepLoop` says when."""
+    """Do one pass over all that may need repair; `SweepLoop` calls it every `sweep_every_s`."""
 
     settings: Settings
     fleet: Fleet
@@ -65,20 +80,26 @@ class Sweeper:
     inputs: Inputs
     ended: EndedJobs
     fill: Callable[[], float]  # of the hand-off
-    on_turn: Callable[[], None] = lambda: None  # told of every step of a pass
+    on_turn: Callable[[], None] = lambda: None  # called at every step of a pass
     _in_pass: threading.Lock = field(default_factory=threading.Lock, init=False)
     _due_at: dict[str, float] = field(default_factory=dict, init=False)
     _erased_upto: dict[str, uuid.UUID] = field(default_factory=dict, init=False)  # by tier
     _outage_noted_at: float | None = field(default=None, init=False)  # of Postgres, the last one
     _endpoints_after: uuid.UUID | None = field(default=None, init=False)
-    _well_at: float = field(default_factory=time.monotonic, init=False)  # when every part was last seen well
-    _saw_outage: bool = field(default=False, init=False)  # since then
+    # When every part was last seen well, and whether there was an outage since then.
+    _well_at: float = field(default_factory=time.monotonic, init=False)
+    _saw_outage: bool = field(default=False, init=False)
     _may_judge: bool = field(default=False, init=False)
-    _away: set[str] = field(default_factory=set, init=False)  # parts that take nothing, at the last look
+    # Parts that refused a write when they were last checked.
+    _away: set[str] = field(default_factory=set, init=False)
 
     def sweep(self) -> None:
-        """Do one pass over everything; nothing if this process is in one. A part that fails does not keep the others from their turn."""
-        if not self._in_pass.acquire(blocking=False):  # or what the pass under way knows of an outage would be forgotten
+        """Do one pass over all parts; nothing if one runs in this process.
+
+        A part that fails does not keep the others from running.
+        """
+        # A second pass would overwrite what the first one knows of an outage.
+        if not self._in_pass.acquire(blocking=False):
             return
         try:
             self._sweep_unless_another_does()
@@ -88,11 +109,13 @@ class Sweeper:
     def _sweep_unless_another_does(self) -> None:
         try:
             with self.database.connect() as lock:
-                lock.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))  # it is idle for as long as a pass takes
+                # This transaction is idle for as long as a pass takes.
+                lock.execute(text("SET LOCAL idle_in_transaction_session_timeout = 0"))
                 if lock.scalar(text("SELECT pg_try_advisory_xact_lock(:key)"), {"key": _LOCK}):
                     self._sweep()
-                else:  # whoever sweeps right now looks after all of it
-                    self._well_at, self._saw_outage = time.monotonic(), False
+                else:  # the process that sweeps right now also handles outages
+                    self._well_at = time.monotonic()
+                    self._saw_outage = False
         except (OperationalError, PoolTimeout) as error:
             if is_away(error):
                 self._note_outage()
@@ -110,15 +133,24 @@ class Sweeper:
             try:
                 is_done = part() is not False
                 self._due_at[part.__name__] = now + every_s if is_done else now
-            except (SQLAlchemyError, BrokerUnavailable, HandoffUnavailable, SnapshotsUnavailable) as error:
+            except (
+                SQLAlchemyError,
+                BrokerUnavailable,
+                HandoffUnavailable,
+                SnapshotsUnavailable,
+            ) as error:
                 if is_away(error):
                     self._note_outage()
-                log.warning("sweep_part_failed", part=part.__name__, reason=f"{type(error).__name__}: {error}"[:300])
-            except Exception as error:  # one row that nobody foresaw must not keep all others from their turn
+                log.warning(
+                    "sweep_part_failed",
+                    part=part.__name__,
+                    reason=f"{type(error).__name__}: {error}"[:300],
+                )
+            except Exception as error:  # one unforeseen row must not stop the other parts
                 log.error("sweep_part_failed", part=part.__name__, exc_info=error)
 
     def _note_outage(self) -> None:
-        """Remember when Postgres was away, for leases and deadlines are judged by what it lasted."""
+        """Remember when Postgres was away: leases and deadlines are judged by how long that was."""
         self._saw_outage = True
         self._outage_noted_at = time.monotonic()
 
@@ -127,7 +159,10 @@ class Sweeper:
         return gates.may_end_leases(now, outage_noted_at=self._outage_noted_at, renew_s=renew_s)
 
     def _parts(self) -> Sequence[tuple[Callable[[], bool | None], float]]:
-        """What is looked at, and how often at most; one that returns False has more to do and comes again at the next sweep."""
+        """List the parts of a pass, each with the seconds between two runs of it.
+
+        A part that returns False has more to do and runs again at the next sweep.
+        """
         return (
             (self._outages, 0),
             (self._leases, 0),
@@ -149,13 +184,17 @@ class Sweeper:
         )
 
     def _outages(self) -> None:
-        """While the broker, the hand-off or Postgres is away no worker is given a job: that does not count against deadlines."""
+        """Check broker and hand-off, and prolong deadlines by the length of an outage.
+
+        While one of them or Postgres is away, no worker gets a job.
+        """
         now = time.monotonic()
         self._may_judge = False  # deadlines, until those that an outage endangered are moved
         checks = {"broker": self.broker.check, "handoff": self.handoff.check}
         self._away = {part for part, check in checks.items() if not _passes(check)}
         for part in checks:
-            telemetry.AWAY_SECONDS.labels(part).set(now - self._well_at if part in self._away else 0)
+            away_s = now - self._well_at if part in self._away else 0
+            telemetry.AWAY_SECONDS.labels(part).set(away_s)
         telemetry.AWAY_SECONDS.labels("database").set(0)
         self._saw_outage |= bool(self._away)
         if self._saw_outage:
@@ -163,14 +202,19 @@ class Sweeper:
             with transaction(self.database) as session:
                 prolonged = sweeping.prolong_deadlines(session, lasted_s=lasted_s)
             telemetry.SWEPT.labels("deadline_prolonged").inc(prolonged)
-            told = {"away": sorted(self._away), "lasted_s": round(lasted_s, 1), "prolonged": prolonged}
-            log.warning("outage" if self._away else "outage_over", **told)
+            log.warning(
+                "outage" if self._away else "outage_over",
+                away=sorted(self._away),
+                lasted_s=round(lasted_s, 1),
+                prolonged=prolonged,
+            )
         if not self._away:
-            self._well_at, self._saw_outage = now, False
+            self._well_at = now
+            self._saw_outage = False
         self._may_judge = True
 
     def _leases(self) -> None:
-        """Workers that fell silent: their jobs go back, or fail if it was one time too many."""
+        """End expired leases: their jobs go back, or fail after the last allowed attempt."""
         with transaction(self.database) as session:
             expired = sweeping.expired_leases(session)
         for job_id in expired:
@@ -179,20 +223,24 @@ class Sweeper:
                 self._count("lease_expired", job_id)
 
     def _deadlines(self) -> None:
-        """Jobs that nothing started in time, and those that were given back and have no time left."""
+        """End jobs past their start deadline, and waiting jobs past their run deadline."""
         if not self._may_judge:
             return
         with transaction(self.database) as session:
             missed, overrun = sweeping.missed_starts(session), sweeping.overruns(session)
-        for why, end, job_ids in (("start_deadline", jobs.expire, missed), ("run_deadline", jobs.overrun, overrun)):
+        for why, end, job_ids in (
+            ("start_deadline", jobs.expire, missed),
+            ("run_deadline", jobs.overrun, overrun),
+        ):
             for job_id in job_ids:
                 if self.ended.run_ending(self.database, partial(end, job_id=job_id)) is not None:
                     self._count(why, job_id)
 
     def _stores(self) -> None:
-        """Rendered jobs that nobody stored: announce them again while their pixels live, render again when they do not.
+        """Announce again rendered jobs that nobody stored; render again those without pixels.
 
-        A queue never gets more messages than there are jobs to be stored from it, however long nobody takes any.
+        A queue never gets more messages than there are jobs to be stored from it, however long
+        nobody takes any.
         """
         with transaction(self.database) as session:
             overdue, storing = sweeping.overdue_stores(session), sweeping.storing_by_tier(session)
@@ -204,23 +252,33 @@ class Sweeper:
         for unstored in overdue:
             self.on_turn()
             queue = queues.results_queue(self.fleet, unstored.tier)
-            held = {index: self.handoff.holds(unstored.job_id, index, attempt) for index, attempt in unstored.attempt_of.items()}
+            held = {
+                index: self.handoff.holds(unstored.job_id, index, attempt)
+                for index, attempt in unstored.attempt_of.items()
+            }
             gone = [index for index, here in held.items() if not here]
             has_ended = bool(gone) and self._loses(unstored, gone)
-            postpone = partial(sweeping.postpone_store, job_id=unstored.job_id, store_within_s=self.settings.store_within_s)
-            run_transaction(self.database, postpone)  # nothing where it is to be rendered again, or has ended
+            postpone = partial(
+                sweeping.postpone_store,
+                job_id=unstored.job_id,
+                store_within_s=self.settings.store_within_s,
+            )
+            # Does nothing for a job that is to be rendered again, or has ended.
+            run_transaction(self.database, postpone)
             if not has_ended and any(held.values()) and missing[queue] > 0:
                 missing[queue] -= 1
                 self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
             self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
 
     def _loses(self, unstored: Unstored, gone: Sequence[int]) -> bool:
-        """Have these images rendered again; has the job failed by that?"""
-        job = lose_hand_off(self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of)
+        """Have these images rendered again; tell whether the job has ended by that."""
+        job = lose_hand_off(
+            self.database, self.ended, unstored.job_id, gone, attempt_of=unstored.attempt_of
+        )
         return job is not None and job.state in FINAL_STATES
 
     def _releases(self) -> None:
-        """Waiting jobs for which there is room: missed at accept, or put back since."""
+        """Release waiting jobs for which there is room: missed at accept, or put back since."""
         if "broker" in self._away:
             return
         for pool in self.fleet.pools:
@@ -231,7 +289,10 @@ class Sweeper:
                     telemetry.SWEPT.labels("released").inc(released)
 
     def _lost_messages(self) -> None:
-        """Announced jobs whose message the broker lost. Announcing twice is harmless, so a guess is good enough."""
+        """Announce again the jobs whose message the broker lost.
+
+        Announcing twice is harmless, so a guess is good enough.
+        """
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
                 self.on_turn()
@@ -243,7 +304,9 @@ class Sweeper:
 
     def _lost(self, pool: str, tier: str) -> list[uuid.UUID]:
         with transaction(self.database) as session:
-            announced = releasing.announced(session, pool=pool, tier=tier, older_than_s=LOST_AFTER_S)
+            announced = releasing.announced(
+                session, pool=pool, tier=tier, older_than_s=LOST_AFTER_S
+            )
         lost = []
         for is_front in (True, False):
             here = [job for job in announced if job.is_front == is_front]
@@ -252,14 +315,14 @@ class Sweeper:
         return lost
 
     def _missing(self, announced: Sequence[Announced], queue: str) -> list[uuid.UUID]:
-        """Those of one queue's jobs whose message cannot be in it any more."""
+        """List those of one queue's jobs whose message cannot be in it any more."""
         if self.broker.waiting(queue) == 0:
             return [job.job_id for job in announced]
         next_job = self.broker.next_job(queue)
         with transaction(self.database) as session:
             next_at = releasing.announced_at(session, next_job) if next_job else None
         if next_at is None:
-            return []  # a message of a job that is over: it will be dropped, and the next one tells more
+            return []  # the next message is of an ended job and will be dropped: try again then
 
         def was_overtaken(job: Announced) -> bool:
             return gates.was_overtaken(job.announced_at, next_announced_at=next_at)
@@ -267,7 +330,7 @@ class Sweeper:
         return [job.job_id for job in announced if was_overtaken(job)]
 
     def _late_inputs(self) -> None:
-        """Pictures that did not come: ask again, but not while whoever brings them has not looked at what he was asked before."""
+        """Ask again for input pictures that did not come, unless the results queue is backed up."""
         for pool in self.fleet.pools:
             for tier in self.fleet.tiers:
                 waiting = self.broker.waiting(queues.results_queue(self.fleet, tier))
@@ -279,27 +342,38 @@ class Sweeper:
                     telemetry.SWEPT.labels("inputs_late").inc(late)
 
     def _webhooks(self) -> None:
-        """Deliveries that are due and that nobody tries: missed at the job's end, or to be tried again."""
+        """Ask for due webhook deliveries: missed at the job's end, or to be tried again."""
         if gates.is_backed_up(self.broker.waiting(queues.WEBHOOKS)):
             return
         with transaction(self.database) as session:
-            endpoints = webhooks.endpoints_with_pending(session, after=self._endpoints_after, limit=ENDPOINTS_AT_A_TIME)
+            endpoints = webhooks.endpoints_with_pending(
+                session, after=self._endpoints_after, limit=ENDPOINTS_AT_A_TIME
+            )
             due = webhooks.due(session, endpoints)
         for delivery_id in due:
             self.broker.ask_to_deliver(delivery_id)
-        # The next sweep goes on where this one ended, so that no endpoint waits behind those that always have something pending.
+        # The next sweep starts where this one ended, so that no endpoint waits behind those that
+        # always have something pending.
         self._endpoints_after = endpoints[-1] if len(endpoints) == ENDPOINTS_AT_A_TIME else None
 
     def _undeliverable(self) -> bool:
-        """Deliveries that are older than anybody tries to deliver one: their endpoint was disabled all the time."""
-        return self._forget("webhook_given_up", partial(webhooks.give_up_old, older_than_s=GIVE_UP_AFTER_S))
+        """Give up deliveries too old to be tried: their endpoint was disabled all the time."""
+        give_up = partial(webhooks.give_up_old, older_than_s=GIVE_UP_AFTER_S)
+        return self._forget("webhook_given_up", give_up)
 
     def _gauges(self) -> None:
-        """What the queues look like, for Prometheus."""
+        """Set the gauges of the queues, for Prometheus."""
         with transaction(self.database) as session:
-            rows = session.execute(text("SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now")).all()
+            queue_now = text(
+                "SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s "
+                "FROM queue_now"
+            )
+            rows = session.execute(queue_now).all()
             telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
-            live = [worker.pool for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)]
+            live = [
+                worker.pool
+                for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)
+            ]
             lacking = inputs.asked_and_lacking(session)
         telemetry.QUEUE_JOBS.clear()
         telemetry.JOBS_LACKING_INPUTS.clear()
@@ -307,7 +381,12 @@ class Sweeper:
             telemetry.JOBS_LACKING_INPUTS.labels(pool, tier).set(jobs_lacking)
         telemetry.OLDEST_WAIT.clear()
         for pool, tier, waiting, announced, running, storing, oldest_wait_s in rows:
-            for state, count in {"waiting": waiting, "announced": announced, "running": running, "storing": storing}.items():
+            for state, count in {
+                "waiting": waiting,
+                "announced": announced,
+                "running": running,
+                "storing": storing,
+            }.items():
                 telemetry.QUEUE_JOBS.labels(pool, tier, state).set(count)
             telemetry.OLDEST_WAIT.labels(pool, tier).set(oldest_wait_s or 0)
         for pool in self.fleet.pools:
@@ -315,18 +394,25 @@ class Sweeper:
         telemetry.HANDOFF_FILL.set(self.fill())
 
     def _etas(self) -> None:
-        """What ended since the last look teaches how far the gateway's guesses are off."""
+        """Learn from newly ended jobs how far the gateway's estimates are off."""
         with transaction(self.database) as session:
             for ended in learning.newly_ended(session):
                 row = learning.eta_of(session, pool=ended.pool, tier=ended.tier)
                 known = EtaRatios(p50=row.ratio_p50, p90=row.ratio_p90) if row is not None else None
-                ratios = learn_ratios(known, ended.taken_s / ended.guessed_s, observed=row.observed if row is not None else 0)
+                ratios = learn_ratios(
+                    known,
+                    ended.taken_s / ended.guessed_s,
+                    observed=row.observed if row is not None else 0,
+                )
                 learning.learn_eta(session, ended, ratio_p50=ratios.p50, ratio_p90=ratios.p90)
 
     def _orphans(self) -> None:
-        """Pixels, snapshots and pictures that nobody will read, and objects that nothing names."""
-        kept = {(job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()}
-        with_snapshots, with_inputs = self.snapshots.jobs(), self.inputs.jobs()
+        """Delete pixels, snapshots and pictures that nobody will read; have the store tidied."""
+        kept = {
+            (job_id, index, attempt): key for key, job_id, index, attempt in self.handoff.kept()
+        }
+        with_snapshots = self.snapshots.jobs()
+        with_inputs = self.inputs.jobs()
         with transaction(self.database) as session:
             awaited = sweeping.awaited_pixels(session, list({job_id for job_id, _, _ in kept}))
             over = sweeping.finished_of(session, with_snapshots)
@@ -344,21 +430,30 @@ class Sweeper:
             self.broker.ask_for(queues.TIDY_STORE, last_queue)
 
     def _audit_partitions(self) -> None:
-        """Partitions of the audit log for the months to come."""
+        """Make the audit log's partitions for the months to come."""
         with transaction(self.database) as session:
             months_ahead = sweeping.ensure_audit_partitions(session)
         telemetry.AUDIT_MONTHS_AHEAD.set(months_ahead)
         if months_ahead < sweeping.AUDIT_MONTHS_AHEAD:
-            log.warning("audit_partitions_postponed", months_ahead=months_ahead)  # somebody reads the log; in an hour they may have ended
+            # A query that reads the audit log holds a lock; in an hour it may have ended.
+            log.warning("audit_partitions_postponed", months_ahead=months_ahead)
 
     def _retention(self) -> bool:
-        """Content of jobs that is older than their tier keeps it; False if there was more than one sweep has time for."""
+        """Erase job content that is older than its tier keeps it; False if there is more to do."""
         ends_at = time.monotonic() + AT_MOST_S
-        kept = {name: timedelta(days=tier.retention_days) for name, tier in self.fleet.tiers.items() if tier.retention_days}
+        kept = {
+            name: timedelta(days=tier.retention_days)
+            for name, tier in self.fleet.tiers.items()
+            if tier.retention_days
+        }
         return all(self._erase_old(tier, older_than, ends_at) for tier, older_than in kept.items())
 
     def _erase_old(self, tier: str, older_than: timedelta, ends_at: float) -> bool:
-        """Erase as a tenant does. Begins where everything before is erased, as far as this process knows; at its start it looks at all."""
+        """Erase a tier's old jobs as a tenant would; False if there is more to do.
+
+        Begins after the last job up to which this process knows all to be erased; at the process's
+        start it looks at all jobs.
+        """
         after = self._erased_upto.get(tier, uuid.UUID(int=0))
         is_all_erased = True
         while True:
@@ -368,10 +463,12 @@ class Sweeper:
                 if time.monotonic() > ends_at:
                     return False
                 if job.tier == tier and job.is_due:
+                    tenant_id = job.tenant_id
                     with transaction(self.database) as session:
-                        erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
+                        erasing.erase(session, job.job_id, tenant_id=tenant_id, actor=jobs.SWEEPER)
                     self._count("retention", job.job_id)
-                is_all_erased &= job.tier != tier or job.is_due or job.is_erased  # or its time comes later
+                # False for a job of the tier whose time comes later.
+                is_all_erased &= job.tier != tier or job.is_due or job.is_erased
                 after = job.job_id
                 if is_all_erased:
                     self._erased_upto[tier] = after
@@ -379,20 +476,20 @@ class Sweeper:
                 return True
 
     def _silent_workers(self) -> None:
-        """Rows of workers that never signed off."""
+        """Delete the rows of workers that never signed off."""
         with transaction(self.database) as session:
             workers.forget_the_silent(session, silent_for_s=HOURLY_S)
 
     def _old_deliveries(self) -> bool:
-        """Webhook deliveries that ended a month ago."""
+        """Delete webhook deliveries that ended a month ago."""
         return self._forget("webhook_delivery", webhooks.forget_old)
 
     def _old_idempotency_keys(self) -> bool:
-        """Idempotency keys of the day before."""
+        """Delete idempotency keys of the day before."""
         return self._forget("idempotency_key", idempotency.forget_old)
 
     def _forget(self, why: str, forget_old: Callable[..., int]) -> bool:
-        """Delete what is too old, a piece per transaction; False if there was more than one sweep has time for."""
+        """Delete what is too old, `PIECE` rows per transaction; False if there is more to do."""
         ends_at = time.monotonic() + AT_MOST_S
         while True:
             with transaction(self.database) as session:
@@ -409,9 +506,14 @@ class Sweeper:
 
 
 class SweepLoop:
-    """Sweeps every so many seconds from a thread of its own. No broker says when: what is due is to be seen also while it is away."""
+    """Sweep every so many seconds in a thread of its own.
 
-    def __init__(self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]) -> None:
+    No message from the broker starts a sweep, so that it also runs while the broker is away.
+    """
+
+    def __init__(
+        self, sweep: Callable[[], None], *, every_s: float, on_turn: Callable[[], None]
+    ) -> None:
         self._sweep, self._every_s, self._on_turn = sweep, every_s, on_turn
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="sweep", daemon=True)
@@ -420,7 +522,7 @@ class SweepLoop:
         self._thread.start()
 
     def stop(self) -> None:
-        """Let the pass that runs end, and begin no other."""
+        """Wait for the pass that runs, and begin no other."""
         self._stop.set()
         self._thread.join(timeout=10)
 
@@ -429,7 +531,7 @@ class SweepLoop:
             self._on_turn()
             try:
                 self._sweep()
-            except Exception as error:  # nothing may end the one loop that finds what fell through
+            except Exception as error:  # nothing may end this loop
                 log.error("sweep_failed", exc_info=error)
             self._stop.wait(self._every_s)
 

@@ -1,7 +1,8 @@
-"""What an error means for a job: fail now, put back unharmed, or count a try.
+"""Decide what an error means for a job: fail now, give back without counting, or count a try.
 
-`OutOfDeviceMemory` is tried again, at last alone; what no retry helps fails at once; what is the surroundings' doing, or the
-worker's, does not count; anything unplanned does.
+`OutOfDeviceMemory` is tried again, at last alone on the device. An error that no retry helps fails
+the job at once. An outage or the worker's own fault does not count as a try; an unplanned error
+does.
 """
 
 import time
@@ -40,7 +41,8 @@ from tasks.inputs import InputGone, InputsMissing
 log = structlog.get_logger(__name__)
 
 PATIENCE_S = (0.2, 0.5, 1, 2, 4)  # waits between tries to write what was rendered or decided
-PIXELS_PATIENCE_S = (*PATIENCE_S, 5, 5, 5, 5)  # as long as a failover may take; to render again costs more than to wait
+# As long as a failover may take; to render again costs more than to wait.
+PIXELS_PATIENCE_S = (*PATIENCE_S, 5, 5, 5, 5)
 DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 AWAY = (HandoffUnavailable, InputsMissing, *DATABASE_AWAY)  # a part of the house, for now
 Answer = TypeVar("Answer")
@@ -48,7 +50,7 @@ Answer = TypeVar("Answer")
 
 @dataclass(frozen=True, kw_only=True)
 class Verdicts:
-    """One per worker."""
+    """Decide for one worker, and write each decision down."""
 
     database: Database
     ended: EndedJobs
@@ -56,7 +58,7 @@ class Verdicts:
     max_attempts: int
 
     def decide(self, held: Held, error: BaseException) -> None:
-        """Write down what becomes of the job; nothing if it is not ours any more."""
+        """Write down what becomes of the job; nothing if the lease was lost."""
         telemetry.RENDER_ERRORS.labels(type(error).__name__).inc()
         log.warning("render_failed", attempt=held.lease.attempt, exc_info=error)
         if isinstance(error, EngineStopped):
@@ -74,15 +76,23 @@ class Verdicts:
                 return leases.fail(session, lease, code=code, detail=str(error))
             was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
             if is_ours or was_stopped or isinstance(error, AWAY):
-                return leases.give_back(session, lease, reason=type(error).__name__, lacks_inputs=isinstance(error, InputsMissing))
-            detail = str(error) if isinstance(error, EngineError) else f"{type(error).__name__}: {error}"
-            return leases.count_error(session, lease, detail=detail[:500], max_attempts=self.max_attempts)
+                return leases.give_back(
+                    session,
+                    lease,
+                    reason=type(error).__name__,
+                    lacks_inputs=isinstance(error, InputsMissing),
+                )
+            is_named = isinstance(error, EngineError)
+            detail = str(error) if is_named else f"{type(error).__name__}: {error}"
+            return leases.count_error(
+                session, lease, detail=detail[:500], max_attempts=self.max_attempts
+            )
 
         self.ended.run_ending(self.database, decide)
 
 
 def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:
-    """Why no retry would help; None if one may. is_exclusive: nothing else was on the device."""
+    """Return why no retry would help; None if one may. is_exclusive: alone on the device."""
     match error:
         case UnsupportedRequest() | UnknownCheckpoint():
             return FailureCode.UNSUPPORTED
@@ -98,7 +108,7 @@ def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | N
 
 
 def is_unplanned(error: BaseException) -> bool:
-    """Is it none of the errors that somebody foresaw?"""
+    """Tell whether the error is none of those that the code foresees."""
     return type(error) is EngineError or not isinstance(error, (EngineError, InputGone, *AWAY))
 
 
@@ -113,7 +123,10 @@ def persist(
     patience_s: Sequence[float] | None = None,
     is_vain: Callable[[], bool] = _never,
 ) -> Answer:
-    """Do `act`, again after each wait of `patience_s`, or PATIENCE_S, when it raises `passing`; no more once it `is_vain`."""
+    """Call `act`; when it raises `passing`, wait and call it again, unless `is_vain()`.
+
+    patience_s: the waits, by default PATIENCE_S; after the last one an error is raised.
+    """
     for wait_s in PATIENCE_S if patience_s is None else patience_s:
         try:
             return act()

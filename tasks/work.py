@@ -1,4 +1,4 @@
-"""A job's images in this worker's engine: how far they are, and their endings as they come."""
+"""Track a job's images in this worker's engine: how far they are, and how each ends."""
 
 import queue
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ DROP_WITHIN_S = 20.0  # no step takes that long
 
 
 class End(Enum):
-    """How the rendering of a job ended on this worker."""
+    """Name how the rendering of a job ended on this worker."""
 
     RENDERED = auto()  # every pending image is handed on
     LOST = auto()  # the job is not this attempt's any more: nothing more is written
@@ -28,7 +28,7 @@ class End(Enum):
 
 @dataclass(frozen=True)
 class RenderResult:
-    """How a job's rendering ended. error: of one that FAILED."""
+    """Tell how a job's rendering ended. error: of one that FAILED."""
 
     end: End
     error: BaseException | None = None
@@ -36,7 +36,7 @@ class RenderResult:
 
 @dataclass(frozen=True)
 class ImageEnding:
-    """The last event of the job's image `index`."""
+    """Hold the last event of the job's image `index`."""
 
     index: int
     event: Finished | Failed
@@ -44,15 +44,15 @@ class ImageEnding:
 
 @dataclass(frozen=True)
 class TextsUnread:
-    """What an image has to tell of the job's texts: these parts have no effect."""
+    """Say which parts of the job's texts the model did not read: they have no effect."""
 
     texts: tuple[UnreadText, ...]
 
 
 class Work:
-    """The images of one job in the engine, by index.
+    """Track the images of one job in the engine, by index.
 
-    The engine's thread puts news in, the task takes it out.
+    The engine's thread adds news, the task takes it.
     """
 
     def __init__(self, held: Held) -> None:
@@ -66,7 +66,7 @@ class Work:
 
     @property
     def lease(self) -> Lease:
-        """The lease under which it is rendered."""
+        """Return the lease under which the job is rendered."""
         return self.held.lease
 
     def add(self, index: int, handle: Handle, *, first_step: int) -> None:
@@ -103,12 +103,12 @@ class Work:
         self._accounted.add(index)
 
     def unaccounted(self) -> dict[int, Handle]:
-        """The images whose device time bought nothing that is on record."""
+        """Return the images whose device time is not on record."""
         known = self._accounted
         return {index: handle for index, handle in self.handles.items() if index not in known}
 
     def open_handles(self) -> dict[int, Handle]:
-        """The images that have not ended."""
+        """Return the images that have not ended."""
         return {index: handle for index, handle in list(self.handles.items()) if not handle.done()}
 
     def cancel(self) -> None:

@@ -1,4 +1,4 @@
-"""What every role that takes tasks from the broker does: register them, consume, answer."""
+"""Register tasks, consume queues and answer inspections, for every role that takes tasks."""
 
 import os
 import socket

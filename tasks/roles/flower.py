@@ -1,4 +1,4 @@
-"""The role that shows queues and tasks in a browser: Flower, behind a user and a password."""
+"""Run Flower, which shows queues and tasks in a browser, behind a user and a password."""
 
 import os
 from typing import Any, cast

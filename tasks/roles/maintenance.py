@@ -1,6 +1,6 @@
-"""The role that sweeps, every so often; several may run.
+"""Run the sweeper at intervals; several processes may.
 
-It takes no tasks: nobody has to say when, so what is due is seen also while the broker is away.
+It takes no tasks from the broker, so it also works while the broker is away.
 """
 
 import signal
@@ -27,7 +27,7 @@ log = structlog.get_logger(__name__)
 
 
 def _nothing() -> None:
-    """Nobody is to be told."""
+    """Do nothing."""
 
 
 def build(
@@ -36,7 +36,7 @@ def build(
     *,
     on_turn: Callable[[], None] = _nothing,
 ) -> Sweeper:
-    """Make the sweeper. on_turn: is told of every step of a pass."""
+    """Make the sweeper. on_turn: called at every step of a pass."""
     database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
     broker = Broker(settings, fleet)
     handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)

@@ -1,4 +1,4 @@
-"""The role that renders: one process per device, with the models of one pool loaded and warm."""
+"""Run a rendering worker: one process per device, with one pool's models loaded and warm."""
 
 import logging
 import os
@@ -49,7 +49,7 @@ SPARE_THREADS = 4  # they drop duplicates at once while every slot is taken
 
 @dataclass(frozen=True, kw_only=True)
 class WorkerParts:
-    """What one rendering worker consists of, without Celery; the rest is in its renderer."""
+    """Hold the parts of one rendering worker, without Celery; the rest is in its renderer."""
 
     settings: WorkerSettings
     fleet: Fleet
@@ -80,12 +80,15 @@ class WorkerParts:
         )
 
     def sign_off(self) -> None:
-        """Renew no lease any more, and take the worker's row away: whatever hangs from here on, others go on with its jobs."""
+        """Stop renewing leases and delete the worker's row.
+
+        From here on nothing that hangs can keep other workers from its jobs.
+        """
         self.renderer.health.close()
         self.keeper.close()
 
     def put_away(self) -> None:
-        """Send what was noted and keep what is to be kept. The engine, which was handed in, is the caller's."""
+        """Store snapshots and send progress that is left. The caller stops the engine."""
         self.renderer.checkpoints.close()
         self.renderer.progress.close()
 

@@ -1,4 +1,4 @@
-"""The role that stores what was rendered, and stages the pictures that jobs start from."""
+"""Run a results worker: it stores rendered images and stages jobs' input pictures."""
 
 from dataclasses import dataclass
 
@@ -29,7 +29,7 @@ THREADS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class ResultsParts:
-    """The tasks of one results worker."""
+    """Hold the parts of one results worker."""
 
     storekeeper: Storekeeper
     stager: InputStager

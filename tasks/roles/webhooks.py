@@ -1,4 +1,4 @@
-"""The role that tells tenants' endpoints what became of their jobs."""
+"""Run the process that delivers webhooks."""
 
 import structlog
 
