@@ -34,18 +34,42 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn, Self, TypeVar
 from urllib.parse import parse_qs, urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
 
 from policy.fleet import Fleet, FleetInvalid, parse_fleet
 
 REPO = Path(__file__).resolve().parent
 EX_CONFIG = 78  # sysexits.h: whoever supervises us knows that another start will not help
 DEVELOPMENT_ONLY = "development-only"  # in every secret that docker-compose.yml has a default for
-_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?")
+_ORIGIN = re.compile(
+    r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?"
+)
 PATH_PREFIX = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+){1,8}")  # no . or .. among its parts
-ROUTES = ("v1", "healthz", "readyz", "docs", "static", "links", "problems", "openapi.json")  # what the gateway's own paths begin with
+ROUTES = (
+    "v1",
+    "healthz",
+    "readyz",
+    "docs",
+    "static",
+    "links",
+    "problems",
+    "openapi.json",
+)  # what the gateway's own paths begin with
 SMALL_BODY_BYTES = 65_536  # of a request: is read by gunicorn's loop before a thread is taken
 
 
@@ -89,7 +113,9 @@ def as_postgres_url(text: str) -> str:
     scheme, rest = _scheme(text, accepted)
     if scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
         known = scheme if re.fullmatch(r"[a-z][a-z0-9+.-]{0,30}", scheme) else "something else"
-        raise ValueError(f"begins with {known}://; accepted: {accepted}, also with postgres:// or postgresql+psycopg2://")
+        raise ValueError(
+            f"begins with {known}://; accepted: {accepted}, also with postgres:// or postgresql+psycopg2://"
+        )
     _authority(rest)
     return f"postgresql+psycopg2:{rest}"
 
@@ -131,9 +157,13 @@ PostgresUrl = Annotated[str, AfterValidator(as_postgres_url)]
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
 HttpUrl = Annotated[str, AfterValidator(_http_url)]
 Listener = Annotated[str, AfterValidator(_listener)]
-LogLevel = Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"], BeforeValidator(lambda text: str(text).upper())]
+LogLevel = Annotated[
+    Literal["DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"],
+    BeforeValidator(lambda text: str(text).upper()),
+]
 
-_environment: ContextVar[Mapping[str, str] | None] = ContextVar("_environment", default=None)  # None: the process's own
+# None: the process's own
+_environment: ContextVar[Mapping[str, str] | None] = ContextVar("_environment", default=None)
 
 
 class _Variables(EnvSettingsSource):
@@ -141,14 +171,19 @@ class _Variables(EnvSettingsSource):
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
         environment = _environment.get()
-        found: dict[str, str | None] = {name.lower(): text for name, text in (os.environ if environment is None else environment).items()}
+        found: dict[str, str | None] = {
+            name.lower(): text
+            for name, text in (os.environ if environment is None else environment).items()
+        }
         problems = []
         for name in self.settings_cls.model_fields:
             path = found.get(f"{name}_file")
             if path is None:
                 continue
             if name in found:
-                problems.append(f"{name.upper()}_FILE: {name.upper()} is set as well; keep one of the two")
+                problems.append(
+                    f"{name.upper()}_FILE: {name.upper()} is set as well; keep one of the two"
+                )
                 continue
             try:
                 found[name] = Path(path).read_text().rstrip("\r\n")
@@ -165,7 +200,8 @@ class Environment(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     log_level: LogLevel = "INFO"
-    published_at: str = ""  # where clients and browsers reach this deployment: addresses or URLs, with commas
+    # where clients and browsers reach this deployment: addresses or URLs, with commas
+    published_at: str = ""
     allow_development_secrets: bool = False  # also beyond the loopback
 
     @classmethod
@@ -187,7 +223,11 @@ class Environment(BaseSettings):
             return self
         why = f"holds a {DEVELOPMENT_ONLY} secret, and {places[0]} is beyond the loopback"
         cure = "set a secret of your own; ALLOW_DEVELOPMENT_SECRETS=true lets it pass"
-        held = [name.upper() for name in type(self).model_fields if DEVELOPMENT_ONLY in _plain(getattr(self, name))]
+        held = [
+            name.upper()
+            for name in type(self).model_fields
+            if DEVELOPMENT_ONLY in _plain(getattr(self, name))
+        ]
         if held:
             raise ValueError("\n".join(f"{name}: {why}; {cure}" for name in held))
         return self
@@ -221,10 +261,13 @@ class DeviceSettings(FleetSettings):
     """What an engine is started with."""
 
     # The first visible GPU with auto, or the CPU where there is none.
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:NUMBER")
+    device: str = Field(
+        "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:NUMBER"
+    )
     torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
     checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
-    curves_folder: Path | None = None  # what `darkroom calibrate` measured; None: every start measures for itself
+    # what `darkroom calibrate` measured; None: every start measures for itself
+    curves_folder: Path | None = None
 
 
 class BrokerSettings(FleetSettings):
@@ -244,11 +287,16 @@ class FlowerSettings(BrokerSettings):
 class StreamSettings(Environment):
     """What gunicorn and the gateway in it agree on."""
 
-    gateway_max_streams: int = Field(512, ge=1)  # live event streams of one process; each holds a thread of its own
-    gateway_threads: int = Field(128, ge=4)  # beside those of streams; a waiting client holds one, not a database connection
-    gateway_max_waits: int | None = Field(None, ge=1)  # clients that wait for a job's end, of one process; None: half of the threads
-    gateway_max_uploads: int | None = Field(None, ge=1)  # bodies over 64 KiB that come in at once; None: an eighth of the threads
-    upload_spool_bytes: int | None = Field(None, ge=1)  # of uploads in the temporary folder; None: four fifths of what is free at start
+    # live event streams of one process; each holds a thread of its own
+    gateway_max_streams: int = Field(512, ge=1)
+    # beside those of streams; a waiting client holds one, not a database connection
+    gateway_threads: int = Field(128, ge=4)
+    # clients that wait for a job's end, of one process; None: half of the threads
+    gateway_max_waits: int | None = Field(None, ge=1)
+    # bodies over 64 KiB that come in at once; None: an eighth of the threads
+    gateway_max_uploads: int | None = Field(None, ge=1)
+    # of uploads in the temporary folder; None: four fifths of what is free at start
+    upload_spool_bytes: int | None = Field(None, ge=1)
     web_concurrency: int = Field(1, ge=1)  # processes
 
     @property
@@ -273,12 +321,16 @@ class ServerSettings(StreamSettings):
     """How gunicorn listens, and how long it waits for a client."""
 
     gateway_bind: Listener = "127.0.0.1:8080"
-    gateway_max_connections: int = Field(8192, ge=64)  # of one process; beyond, the one that was silent for longest makes room
-    keepalive_s: int = Field(75, ge=1)  # longer than load balancers keep a connection (60 s), or they use one that we just closed
+    # of one process; beyond, the one that was silent for longest makes room
+    gateway_max_connections: int = Field(8192, ge=64)
+    # longer than load balancers keep a connection (60 s), or they use one that we just closed
+    keepalive_s: int = Field(75, ge=1)
     header_timeout_s: float = Field(10.0, gt=0)  # for the head of a request
-    body_timeout_s: float = Field(20.0, gt=0)  # for its body, and as much longer as gateway_min_bytes_per_s gives
+    # for its body, and as much longer as gateway_min_bytes_per_s gives
+    body_timeout_s: float = Field(20.0, gt=0)
     gateway_min_bytes_per_s: int = Field(32_768, ge=1)
-    gateway_buffer_bytes: int = Field(134_217_728, ge=1_048_576)  # of all requests that have not come in whole; and of answers not gone out
+    # of all requests that have not come in whole; and of answers not gone out
+    gateway_buffer_bytes: int = Field(134_217_728, ge=1_048_576)
     metrics_port: int = Field(0, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
 
@@ -295,14 +347,18 @@ class Settings(BrokerSettings):
     """What every process that moves jobs is handed."""
 
     database_url: PostgresUrl  # of the role of this kind of process (migrations/roles.py)
-    handoff_url: RedisUrl  # another Redis: decoded pixels on their way to storage, progress, cancels
+    # another Redis: decoded pixels on their way to storage, progress, cancels
+    handoff_url: RedisUrl
 
-    lease_ttl_s: float = Field(15.0, gt=0)  # a worker renews every 5 s: three missed beats lose the lease
+    # a worker renews every 5 s: three missed beats lose the lease
+    lease_ttl_s: float = Field(15.0, gt=0)
     lease_renew_s: float = Field(5.0, gt=0)
-    lease_stop_s: float = Field(12.0, gt=0)  # no renewal for this long: the worker drops its own work
+    # no renewal for this long: the worker drops its own work
+    lease_stop_s: float = Field(12.0, gt=0)
     sweep_every_s: float = Field(2.0, gt=0)
     max_attempts: int = Field(5, ge=1)  # lease losses and errors count, preemptions do not
-    store_within_s: float = Field(10.0, gt=0)  # a storing job past this deadline is looked at by the sweeper
+    # a storing job past this deadline is looked at by the sweeper
+    store_within_s: float = Field(10.0, gt=0)
     handoff_ttl_s: int = Field(3600, ge=60)
     database_pool_size: int = Field(10, ge=1)
     metrics_port: int = Field(0, ge=0, le=65535)  # Prometheus text on metrics_host; 0 = none
@@ -318,7 +374,9 @@ class Settings(BrokerSettings):
                 f" and less than LEASE_TTL_S ({self.lease_ttl_s:g}), or two would render one job"
             )
         if not self.store_within_s < self.handoff_ttl_s:
-            problems.append(f"STORE_WITHIN_S: must be less than HANDOFF_TTL_S ({self.handoff_ttl_s}): pixels would be gone when looked for")
+            problems.append(
+                f"STORE_WITHIN_S: must be less than HANDOFF_TTL_S ({self.handoff_ttl_s}): pixels would be gone when looked for"
+            )
         if _server(self.broker_url) == _server(self.handoff_url):
             problems.append(
                 "HANDOFF_URL: is the Redis database of BROKER_URL; one full of pixels would take no messages: use another Redis"
@@ -333,10 +391,15 @@ class WorkerSettings(Settings, DeviceSettings):
 
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
-    preemption_notices: str = ""  # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its name)
-    engine_stuck_after_s: float = Field(300.0, gt=0)  # a turn of the engine that takes longer is a device that hangs: the worker ends
-    shutdown_notice_s: float = Field(20.0, gt=0, le=3600)  # what SIGTERM gives: less than whoever sends it waits before SIGKILL
-    cuda_visible_devices: str | None = None  # the launcher starts a process for each of these; unset = all
+    # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its
+    # name)
+    preemption_notices: str = ""
+    # a turn of the engine that takes longer is a device that hangs: the worker ends
+    engine_stuck_after_s: float = Field(300.0, gt=0)
+    # what SIGTERM gives: less than whoever sends it waits before SIGKILL
+    shutdown_notice_s: float = Field(20.0, gt=0, le=3600)
+    # the launcher starts a process for each of these; unset = all
+    cuda_visible_devices: str | None = None
 
 
 class StoreSettings(Settings):
@@ -347,16 +410,20 @@ class StoreSettings(Settings):
     s3_secret_access_key: SecretStr = Field(min_length=1)
     s3_endpoint_url: HttpUrl | None = None  # None = AWS
     s3_public_endpoint_url: HttpUrl | None = None  # what clients can reach; presigned URLs carry it
-    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"  # auto: path at an endpoint of one's own, else what AWS prefers
+    # auto: path at an endpoint of one's own, else what AWS prefers
+    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
     s3_region: str = "us-east-1"
-    s3_checksums: Literal["when_required", "when_supported"] = "when_required"  # older servers refuse CRC trailers
-    presign_ttl_s: int = Field(3600, ge=1, le=604_800)  # OpenAI's clients are told that a URL lives for 60 minutes
+    # older servers refuse CRC trailers
+    s3_checksums: Literal["when_required", "when_supported"] = "when_required"
+    # OpenAI's clients are told that a URL lives for 60 minutes
+    presign_ttl_s: int = Field(3600, ge=1, le=604_800)
 
 
 class OutboundSettings(Environment):
     """What whoever sends requests to addresses of the tenants' choice is handed."""
 
-    outbound_allowed_networks: str = ""  # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
+    # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
+    outbound_allowed_networks: str = ""
 
     @field_validator("outbound_allowed_networks")
     @classmethod
@@ -365,25 +432,37 @@ class OutboundSettings(Environment):
             try:
                 ipaddress.ip_network(part)
             except ValueError:
-                raise ValueError("is not a list of networks; accepted: networks as 10.2.0.0/16, with commas") from None
+                raise ValueError(
+                    "is not a list of networks; accepted: networks as 10.2.0.0/16, with commas"
+                ) from None
         return text
 
 
 class PublicSettings(Environment):
     """What whoever writes links to the gateway is handed."""
 
-    public_url: str = ""  # https://images.example.com/darkroom: the gateway as clients reach it, with the path a proxy puts before it
+    # https://images.example.com/darkroom: the gateway as clients reach it, with the path a proxy
+    # puts before it
+    public_url: str = ""
 
     @field_validator("public_url")
     @classmethod
     def _is_an_address(cls, text: str) -> str:
         text = text.rstrip("/")
         parts = urlsplit(text)
-        is_plain = parts.scheme in ("http", "https") and parts.hostname and not (parts.query or parts.fragment or parts.username)
+        is_plain = (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and not (parts.query or parts.fragment or parts.username)
+        )
         if parts.path.strip("/").partition("/")[0] in ROUTES:
-            raise ValueError(f"its path begins as our own routes do; accepted: any but /{', /'.join(ROUTES)}")
+            raise ValueError(
+                f"its path begins as our own routes do; accepted: any but /{', /'.join(ROUTES)}"
+            )
         if text and not (is_plain and (not parts.path or PATH_PREFIX.fullmatch(parts.path))):
-            raise ValueError("is not an address; accepted: such as https://images.example.org or https://example.org/images")
+            raise ValueError(
+                "is not an address; accepted: such as https://images.example.org or https://example.org/images"
+            )
         return text
 
 
@@ -394,25 +473,36 @@ class CourierSettings(Settings, OutboundSettings, PublicSettings):
 class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSettings):
     """What the gateway is handed."""
 
-    api_key_pepper: SecretStr = Field(min_length=16)  # HMAC key of the stored API keys; changing it revokes all of them
+    # HMAC key of the stored API keys; changing it revokes all of them
+    api_key_pepper: SecretStr = Field(min_length=16)
     max_body_bytes: int = Field(262_144, ge=1024)
     max_batch_bytes: int = Field(4_194_304, ge=1024)  # of POST /v1/jobs:batch
-    max_job_body_bytes: int = Field(4_194_304, ge=1024)  # of POST /v1/jobs, whose pictures may be data URLs
-    max_upload_bytes: int = Field(33_554_432, ge=1024)  # of POST /v1/files, and of a picture fetched by URL
-    fetch_within_s: float = Field(10.0, gt=0)  # a picture by URL, from the first byte sent to the last one received
+    # of POST /v1/jobs, whose pictures may be data URLs
+    max_job_body_bytes: int = Field(4_194_304, ge=1024)
+    # of POST /v1/files, and of a picture fetched by URL
+    max_upload_bytes: int = Field(33_554_432, ge=1024)
+    # a picture by URL, from the first byte sent to the last one received
+    fetch_within_s: float = Field(10.0, gt=0)
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
-    images_wait_s: int = Field(300, ge=1, le=590)  # a call of /v1/images; OpenAI's clients wait for 600 s
-    event_heartbeat_s: float = Field(10.0, gt=0)  # silence on an event stream; only a write finds out that a client has gone
-    cors_allowed_origins: str = ""  # "https://app.example.com, http://localhost:5173", or *: pages of these may call from a browser
-    trust_forwarded_headers: bool = False  # X-Forwarded-Prefix, -Host and -Proto come from a proxy that sets or removes them itself
-    image_delivery: Literal["redirect", "proxy"] = "redirect"  # images: 302 to the object store, or through the gateway
+    # a call of /v1/images; OpenAI's clients wait for 600 s
+    images_wait_s: int = Field(300, ge=1, le=590)
+    # silence on an event stream; only a write finds out that a client has gone
+    event_heartbeat_s: float = Field(10.0, gt=0)
+    # "https://app.example.com, http://localhost:5173", or *: pages of these may call from a browser
+    cors_allowed_origins: str = ""
+    # X-Forwarded-Prefix, -Host and -Proto come from a proxy that sets or removes them itself
+    trust_forwarded_headers: bool = False
+    # images: 302 to the object store, or through the gateway
+    image_delivery: Literal["redirect", "proxy"] = "redirect"
 
     @field_validator("cors_allowed_origins")
     @classmethod
     def _are_origins(cls, text: str) -> str:
         origins = [part.strip() for part in text.split(",") if part.strip()]
         if origins != ["*"] and not all(_ORIGIN.fullmatch(origin) for origin in origins):
-            raise ValueError("is not a list of origins; accepted: such as https://pages.example.org, lower case, no path, or * alone")
+            raise ValueError(
+                "is not a list of origins; accepted: such as https://pages.example.org, lower case, no path, or * alone"
+            )
         return ",".join(origins)
 
 
@@ -425,7 +515,9 @@ class GatewayProcessSettings(GatewaySettings, ServerSettings):
         beyond = [place for place in self.published() if not is_loopback(place)]
         if links_lead_to and is_loopback(links_lead_to) and beyond:
             told = f"links to images lead to {links_lead_to}, which is each client's own machine, while {beyond[0]} is published"
-            return [f"S3_PUBLIC_ENDPOINT_URL: {told}; set it to the object store's address as clients reach it"]
+            return [
+                f"S3_PUBLIC_ENDPOINT_URL: {told}; set it to the object store's address as clients reach it"
+            ]
         return []
 
 
@@ -508,12 +600,16 @@ def misfits(settings: FleetSettings, fleet: Fleet) -> list[str]:
     """What is sound in the settings and in fleet.toml and does not fit together."""
     problems = []
     if isinstance(settings, WorkerSettings) and settings.worker_pool not in fleet.pools:
-        problems.append(f"WORKER_POOL: is not a pool of fleet.toml; accepted: {', '.join(fleet.pools)}")
+        problems.append(
+            f"WORKER_POOL: is not a pool of fleet.toml; accepted: {', '.join(fleet.pools)}"
+        )
     if isinstance(settings, Settings):
         for name, tier in fleet.tiers.items():
             if settings.handoff_ttl_s < tier.run_within_s:
                 least = f"tiers.{name}.run_within_s of fleet.toml ({tier.run_within_s:g})"
-                problems.append(f"HANDOFF_TTL_S: must not be less than {least}: what a job left for its next try would be gone before")
+                problems.append(
+                    f"HANDOFF_TTL_S: must not be less than {least}: what a job left for its next try would be gone before"
+                )
     return problems
 
 
@@ -531,13 +627,17 @@ def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
     if isinstance(error, PermissionError):
         return f"{path} cannot be read by uid {os.geteuid()} ({error.strerror}); make it readable for others (chmod o+r)"
     if isinstance(error, IsADirectoryError):
-        return f"{path} is a folder; Docker makes one where the file of a mount is missing on the host"
+        return (
+            f"{path} is a folder; Docker makes one where the file of a mount is missing on the host"
+        )
     return f"{path} cannot be read ({error.strerror})"
 
 
 def is_loopback(place: str) -> bool:
     """Whether an address or URL leads to the machine itself; a port alone stands for every address that the machine has."""
-    host = (urlsplit(place).hostname or "") if "://" in place else place.rpartition(":")[0].strip("[]")
+    host = (
+        (urlsplit(place).hostname or "") if "://" in place else place.rpartition(":")[0].strip("[]")
+    )
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -550,7 +650,13 @@ def _server(url: str) -> tuple[str | None, int, str]:
 
 
 def _plain(value: object) -> str:
-    return value.get_secret_value() if isinstance(value, SecretStr) else value if isinstance(value, str) else ""
+    return (
+        value.get_secret_value()
+        if isinstance(value, SecretStr)
+        else value
+        if isinstance(value, str)
+        else ""
+    )
 
 
 def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
@@ -571,7 +677,9 @@ def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
         "string_pattern_mismatch": "is unknown",
         "bool_parsing": "is neither true nor false",
     }
-    what = wrong.get(problem["type"], "is not a number" if "parsing" in problem["type"] else "is out of range")
+    what = wrong.get(
+        problem["type"], "is not a number" if "parsing" in problem["type"] else "is out of range"
+    )
     if problem.get("ctx", {}).get("min_length") == 1:
         what = "is empty"
     yield f"{name.upper()}: {what}; accepted: {_accepted(kind.model_fields[name])}"
@@ -584,15 +692,28 @@ def _accepted(field: FieldInfo) -> str:
     for fact in field.metadata:
         if isinstance(fact, AfterValidator) and fact.func in _EXAMPLES:
             return _EXAMPLES[fact.func]
-    bounds = {name: getattr(fact, name) for fact in field.metadata for name in ("gt", "ge", "le", "min_length") if hasattr(fact, name)}
+    bounds = {
+        name: getattr(fact, name)
+        for fact in field.metadata
+        for name in ("gt", "ge", "le", "min_length")
+        if hasattr(fact, name)
+    }
     if "min_length" in bounds:
-        return f"at least {bounds['min_length']} characters" if bounds["min_length"] > 1 else "any text"
-    if choices := [choice for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)]:
+        return (
+            f"at least {bounds['min_length']} characters"
+            if bounds["min_length"] > 1
+            else "any text"
+        )
+    if choices := [
+        choice for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)
+    ]:
         return ", ".join(choices)
     if field.annotation not in _NUMBERS:
         return "true, false" if field.annotation is bool else "any text"
     words = {"gt": "above", "ge": "from", "le": "to"}
-    return " ".join([_NUMBERS[field.annotation], *(f"{words[name]} {bound}" for name, bound in bounds.items())])
+    return " ".join(
+        [_NUMBERS[field.annotation], *(f"{words[name]} {bound}" for name, bound in bounds.items())]
+    )
 
 
 _NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}

@@ -16,22 +16,34 @@ def audit() -> None:
 
 @audit.command()
 @click.option("--chain", help="One chain: a tenant's name or id, or `system`.  [default: all]")
-@click.option("--since", type=click.DateTime(["%Y-%m-%d"]), help="Only events from this UTC day on, and what they link to.")
+@click.option(
+    "--since",
+    type=click.DateTime(["%Y-%m-%d"]),
+    help="Only events from this UTC day on, and what they link to.",
+)
 @pass_installation
 @click.pass_context
-def verify(ctx: click.Context, installation: Installation, chain: str | None, since: datetime | None) -> None:
+def verify(
+    ctx: click.Context, installation: Installation, chain: str | None, since: datetime | None
+) -> None:
     """Recompute every hash and link. Exit code 1 when a chain is broken; the first broken event is named.
 
     Where months were pruned, what is left is checked, and that it links to what was there.
     """
     url = installation.look_up("AUDITOR_DATABASE_URL")
-    query = "SELECT chain_id, chain FROM audit_chain_status WHERE %s IS NULL OR %s IN (chain, chain_id)"
+    query = (
+        "SELECT chain_id, chain FROM audit_chain_status WHERE %s IS NULL OR %s IN (chain, chain_id)"
+    )
     chains = dict(ask(url, query, (chain, chain)).rows)
     if chain and not chains:
         raise click.UsageError(f"there is no chain {chain!r}")
     only = next(iter(chains)) if chain else None
     start = since.replace(tzinfo=UTC) if since else None
-    broken = ask(url, "SELECT chain_id, seq, event_id, problem FROM audit_verify_since(%s, %s)", (start, only)).rows
+    broken = ask(
+        url,
+        "SELECT chain_id, seq, event_id, problem FROM audit_verify_since(%s, %s)",
+        (start, only),
+    ).rows
     name = chains[only] if only else None
     count = "SELECT count(*) FROM audit_log WHERE (%s IS NULL OR chain = %s) AND (%s::timestamptz IS NULL OR at >= %s)"
     ((num_events,),) = ask(url, count, (name, name, start, start)).rows
@@ -42,5 +54,7 @@ def verify(ctx: click.Context, installation: Installation, chain: str | None, si
     chain_id, seq, event_id, problem = broken[0]
     name = chains.get(chain_id, chain_id)
     where = f"event {seq}" + (f" ({event_id})" if event_id else "")
-    screen.complain(f"broken: chain {name}, {where}: {problem} · {len(broken)} findings · {checked}")
+    screen.complain(
+        f"broken: chain {name}, {where}: {problem} · {len(broken)} findings · {checked}"
+    )
     ctx.exit(1)

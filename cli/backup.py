@@ -20,7 +20,10 @@ def backup(installation: Installation, folder: Path) -> None:
     """
     with screen.err().status("copying"):
         made = installation.stack().back_up(folder.absolute())
-    screen.out().print(f"{folder}: revision {made.revision}, {made.objects} objects, {made.object_bytes} bytes", soft_wrap=True)
+    screen.out().print(
+        f"{folder}: revision {made.revision}, {made.objects} objects, {made.object_bytes} bytes",
+        soft_wrap=True,
+    )
 
 
 @click.command()
@@ -34,4 +37,7 @@ def restore(installation: Installation, folder: Path) -> None:
     stack = installation.stack()
     with screen.err().status("restoring"):
         made = stack.restore(folder.absolute())
-    screen.out().print(f"{stack.data_dir}: as of {made.made_at}, {made.objects} objects; start it with `darkroom up`", soft_wrap=True)
+    screen.out().print(
+        f"{stack.data_dir}: as of {made.made_at}, {made.objects} objects; start it with `darkroom up`",
+        soft_wrap=True,
+    )

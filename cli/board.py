@@ -27,14 +27,21 @@ class Board:
         self._rows: dict[int, tuple[Line, Sight]] = {}
         self._waiting = ""
         self._console = screen.err()
-        self._live = Live(get_renderable=self._draw, console=self._console, refresh_per_second=8, transient=True)
+        self._live = Live(
+            get_renderable=self._draw, console=self._console, refresh_per_second=8, transient=True
+        )
 
     def __enter__(self) -> "Board":
         if self._console.is_terminal:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
         self._live.stop()
 
     def show(self, line: Line, sight: Sight) -> None:
@@ -47,7 +54,15 @@ class Board:
             self._console.print(why, soft_wrap=True, markup=False)
         self._waiting = why
 
-    def end(self, line: Line, state: str, *, paths: Sequence[Path] = (), new: int = 0, why: str | None = None) -> None:
+    def end(
+        self,
+        line: Line,
+        state: str,
+        *,
+        paths: Sequence[Path] = (),
+        new: int = 0,
+        why: str | None = None,
+    ) -> None:
         """A line is done with: `new` of its images were fetched just now."""
         self._rows.pop(line.number, None)
         self._done += 1
@@ -68,7 +83,12 @@ class Board:
             prompt = " ".join(line.prompt.split())
             shown = prompt if len(prompt) <= _PROMPT_CHARS else f"{prompt[: _PROMPT_CHARS - 1]}…"
             bar = ProgressBar(total=max(1, sight.steps_to_do), completed=sight.done, width=16)
-            table.add_row(Text(str(line.number), style="dim"), Text(shown, no_wrap=True), bar, Text(sight.words, no_wrap=True))
+            table.add_row(
+                Text(str(line.number), style="dim"),
+                Text(shown, no_wrap=True),
+                bar,
+                Text(sight.words, no_wrap=True),
+            )
         return Group(table, Text(self._totals(), style="bold"))
 
     def _totals(self) -> str:
@@ -78,4 +98,10 @@ class Board:
             parts.append(f"{self._failed} failed")
         if self._images:
             parts.append(f"{self._images / spent_s:.1f} images/s")
-        return " · ".join([*parts, f"{int(spent_s) // 60}:{int(spent_s) % 60:02}", *([self._waiting] if self._waiting else [])])
+        return " · ".join(
+            [
+                *parts,
+                f"{int(spent_s) // 60}:{int(spent_s) % 60:02}",
+                *([self._waiting] if self._waiting else []),
+            ]
+        )

@@ -48,10 +48,14 @@ class Finding(NamedTuple):
 
 @click.command()
 @click.argument("roles", nargs=-1, type=click.Choice(list(ROLES)))
-@click.option("--offline", is_flag=True, help="Settings and fleet.toml alone; nothing is connected to.")
+@click.option(
+    "--offline", is_flag=True, help="Settings and fleet.toml alone; nothing is connected to."
+)
 @pass_installation
 @click.pass_context
-def check(ctx: click.Context, installation: Installation, roles: tuple[str, ...], offline: bool) -> None:
+def check(
+    ctx: click.Context, installation: Installation, roles: tuple[str, ...], offline: bool
+) -> None:
     """Check settings, fleet.toml, Postgres, both Redis, the object store and who is alive.
 
     ROLES: whose settings; by default those of every process of this machine's stack or, in a container, of whichever its environment is
@@ -75,13 +79,20 @@ def check(ctx: click.Context, installation: Installation, roles: tuple[str, ...]
         screen.out().print(f"{kind:5}  {', '.join(subjects)}: {text}", soft_wrap=True, markup=False)
     wrong = sum(kind == "wrong" for kind, _ in told)
     if not environments:
-        screen.complain("Nothing to check here: no process's settings are complete. Name one, as `darkroom check gateway`.")
+        screen.complain(
+            "Nothing to check here: no process's settings are complete. Name one, as `darkroom check gateway`."
+        )
         ctx.exit(1)
-    screen.err().print(f"{', '.join(environments)}: {'nothing is wrong' if not wrong else f'{wrong} wrong'}", style="dim")
+    screen.err().print(
+        f"{', '.join(environments)}: {'nothing is wrong' if not wrong else f'{wrong} wrong'}",
+        style="dim",
+    )
     ctx.exit(1 if wrong else 0)
 
 
-def _environments(installation: Installation, roles: tuple[str, ...]) -> dict[str, Mapping[str, str]]:
+def _environments(
+    installation: Installation, roles: tuple[str, ...]
+) -> dict[str, Mapping[str, str]]:
     """What each process to be checked is handed, by its name."""
     if (installation.data_dir / "env").exists():
         from fleet import house
@@ -90,7 +101,10 @@ def _environments(installation: Installation, roles: tuple[str, ...]) -> dict[st
         env = {**os.environ, **installation.stack().house_env()}
         with suppress(FleetInvalid):  # or it is told in its place
             env["WORKER_POOL"] = house.worker_pool(read(FleetSettings, env).load_fleet())
-        return {name: as_handed_to(name, env) for name in roles or ("gateway", "worker", "results", "sweeper", "webhooks", "flower")}
+        return {
+            name: as_handed_to(name, env)
+            for name in roles or ("gateway", "worker", "results", "sweeper", "webhooks", "flower")
+        }
     own = dict(os.environ)
     if installation.fleet_file is not None:
         own["FLEET_FILE"] = str(installation.fleet_file)
@@ -99,9 +113,13 @@ def _environments(installation: Installation, roles: tuple[str, ...]) -> dict[st
     return {name: own for name, kind in ROLES.items() if _has_all(kind, own)}
 
 
-def _has_all(kind: type[FleetSettings] | type[MigrationSettings], environment: Mapping[str, str]) -> bool:
+def _has_all(
+    kind: type[FleetSettings] | type[MigrationSettings], environment: Mapping[str, str]
+) -> bool:
     needed = [name.upper() for name, field in kind.model_fields.items() if field.is_required()]
-    return bool(needed) and all(name in environment or f"{name}_FILE" in environment for name in needed)
+    return bool(needed) and all(
+        name in environment or f"{name}_FILE" in environment for name in needed
+    )
 
 
 def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | None:
@@ -114,7 +132,11 @@ def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | Non
         try:
             fleet = settings.load_fleet()
         except FleetInvalid as error:
-            findings += [Finding("wrong", "fleet.toml", problem) for problem in error.problems if problem not in told]
+            findings += [
+                Finding("wrong", "fleet.toml", problem)
+                for problem in error.problems
+                if problem not in told
+            ]
             told |= set(error.problems)
             continue
         findings += [Finding("wrong", name, problem) for problem in misfits(settings, fleet)]
@@ -134,10 +156,19 @@ def _connected(loaded: Mapping[str, object], fleet: Fleet | None) -> Iterator[Fi
 
     for name, settings in loaded.items():
         if isinstance(settings, Settings):
-            yield from once(settings.database_url, lambda name=name, url=settings.database_url: _database(name, url))  # type: ignore[misc]
-            yield from once(settings.handoff_url, lambda name=name, url=settings.handoff_url: _redis(name, "HANDOFF_URL", url))  # type: ignore[misc]
+            yield from once(
+                settings.database_url,
+                lambda name=name, url=settings.database_url: _database(name, url),
+            )  # type: ignore[misc]
+            yield from once(
+                settings.handoff_url,
+                lambda name=name, url=settings.handoff_url: _redis(name, "HANDOFF_URL", url),
+            )  # type: ignore[misc]
         if isinstance(settings, (Settings, FlowerSettings)):
-            yield from once(settings.broker_url, lambda name=name, url=settings.broker_url: _redis(name, "BROKER_URL", url))  # type: ignore[misc]
+            yield from once(
+                settings.broker_url,
+                lambda name=name, url=settings.broker_url: _redis(name, "BROKER_URL", url),
+            )  # type: ignore[misc]
         if isinstance(settings, StoreSettings):
             yield from once("store", lambda name=name, settings=settings: _store(name, settings))  # type: ignore[misc]
     gateway = loaded.get("gateway")
@@ -160,7 +191,11 @@ def _database(name: str, url: str) -> Iterator[Finding]:
         yield Finding("wrong", name, f"DATABASE_URL: Postgres: {' '.join(str(error.orig).split())}")
     else:
         if read_only == "on":
-            yield Finding("wrong", name, "DATABASE_URL: this Postgres takes no writes: it is a standby, or was one until now")
+            yield Finding(
+                "wrong",
+                name,
+                "DATABASE_URL: this Postgres takes no writes: it is a standby, or was one until now",
+            )
     finally:
         engine.dispose()
 
@@ -182,9 +217,17 @@ def _redis(name: str, variable: str, url: str) -> Iterator[Finding]:
         yield Finding("wrong", name, f"{variable}: Redis: {' '.join(str(error).split())}")
         return
     if memory.get("maxmemory_policy") != "noeviction":
-        yield Finding("wrong", name, f"{variable}: maxmemory-policy is {memory.get('maxmemory_policy')}; it must be noeviction")
+        yield Finding(
+            "wrong",
+            name,
+            f"{variable}: maxmemory-policy is {memory.get('maxmemory_policy')}; it must be noeviction",
+        )
     if not memory.get("maxmemory"):
-        yield Finding("hint", name, f"{variable}: has no maxmemory: nothing tells when it is full until its machine is")
+        yield Finding(
+            "hint",
+            name,
+            f"{variable}: has no maxmemory: nothing tells when it is full until its machine is",
+        )
     if who.get("role") != "master":
         yield Finding("wrong", name, f"{variable}: is a replica, which takes no writes")
 
@@ -209,7 +252,9 @@ def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
     engine = make_engine(settings.database_url, pool_size=1)
     try:
         with transaction(engine) as session:
-            live = [worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
+            live = [
+                worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
+            ]
             limits = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
             most = int(session.scalar(text(limits)) or 0)
     except DBAPIError:
@@ -218,14 +263,29 @@ def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
         engine.dispose()
     for name, pool in fleet.pools.items():
         if live.count(name) < pool.warm_floor:
-            yield Finding("wrong", f"pool {name}", f"{live.count(name)} live workers, warm_floor is {pool.warm_floor}")
+            yield Finding(
+                "wrong",
+                f"pool {name}",
+                f"{live.count(name)} live workers, warm_floor is {pool.warm_floor}",
+            )
     needed = {
-        "gateway": connections.at_most("gateway", gateway_pool_size=settings.database_pool_size, web_concurrency=settings.web_concurrency)
+        "gateway": connections.at_most(
+            "gateway",
+            gateway_pool_size=settings.database_pool_size,
+            web_concurrency=settings.web_concurrency,
+        )
     }
     needed["worker"] = max(1, len(live)) * connections.at_most("worker")
     needed |= {kind: connections.at_most(kind) for kind in ("results", "sweeper", "webhooks")}
-    total, parts = sum(needed.values()), " + ".join(f"{kind} {count}" for kind, count in needed.items())
+    total, parts = (
+        sum(needed.values()),
+        " + ".join(f"{kind} {count}" for kind, count in needed.items()),
+    )
     if total > most:
-        yield Finding("wrong", "Postgres", f"max_connections leaves {most}, and one of each process may open {total}: {parts}")
+        yield Finding(
+            "wrong",
+            "Postgres",
+            f"max_connections leaves {most}, and one of each process may open {total}: {parts}",
+        )
     elif total > 0.8 * most:
         yield Finding("hint", "Postgres", f"{total} of {most} connections may be taken: {parts}")

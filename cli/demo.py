@@ -28,7 +28,8 @@ from pocket.checker import check
 
 _COLUMNS_OF_SHEET, _CAPTION_PX = 5, 40
 _PROMPT_CHARS = 42  # a bar and its words still fit into 80 columns
-_LEAST_MATCHING = 0.9  # the pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack
+# the pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack
+_LEAST_MATCHING = 0.9
 _POLL_EVERY_S = 0.2
 
 
@@ -47,7 +48,9 @@ class Wish:
 WISHES = (
     Wish("a large red circle in the center on a blue background", "fast", 7),
     Wish("a small yellow star at the top on a black background", "fast", 11),
-    Wish("a large green square in the center on a white background", "fast", 23, output_format="webp"),
+    Wish(
+        "a large green square in the center on a white background", "fast", 23, output_format="webp"
+    ),
     Wish("a large purple triangle at the left on a yellow background", "fast", 42),
     Wish("a large orange circle in the center on a black background", "quality", 7),
     Wish("a small red square left of a small blue circle on a white background", "quality", 101),
@@ -56,7 +59,12 @@ WISHES = (
     Wish("a large blue star in the center on orange", "batch", 1),
     Wish("a small green triangle left of a small red circle on a black background", "batch", 3),
     Wish("a small black square at the top on a white background", "batch", 9, n=2),
-    Wish("a large white circle in the center on a green background", "batch", 13, output_format="jpeg"),
+    Wish(
+        "a large white circle in the center on a green background",
+        "batch",
+        13,
+        output_format="jpeg",
+    ),
 )
 
 
@@ -72,7 +80,14 @@ class Checked:
 
 
 @click.command()
-@click.option("--wait", "wait_s", type=float, default=180, show_default=True, help="Seconds for the start, and again for the jobs.")
+@click.option(
+    "--wait",
+    "wait_s",
+    type=float,
+    default=180,
+    show_default=True,
+    help="Seconds for the start, and again for the jobs.",
+)
 @pass_installation
 @click.pass_context
 def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
@@ -88,7 +103,9 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
             stack.up(wait_s, on_stage=spinner.update)
         env = stack.env
         verb = "started" if starts_it else "found running"
-        screen.out().print(f"Darkroom {verb} in {time.monotonic() - began:.1f} s at {env['DARKROOM_URL']}\n")
+        screen.out().print(
+            f"Darkroom {verb} in {time.monotonic() - began:.1f} s at {env['DARKROOM_URL']}\n"
+        )
         with Client(env["DARKROOM_URL"], env["DARKROOM_API_KEY"]) as client:
             jobs = _run(client, WISHES, wait_s)
             images = _fetch(client, jobs, installation.data_dir / "demo")
@@ -98,7 +115,9 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
             with screen.err().status("stopping"):
                 stack.down()
     if starts_it:
-        screen.out().print(f"\nStopped; the data stay in {installation.data_dir}. `make up` starts it to stay.")
+        screen.out().print(
+            f"\nStopped; the data stay in {installation.data_dir}. `make up` starts it to stay."
+        )
     if not is_good:
         ctx.exit(1)
 
@@ -106,23 +125,41 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
 def _run(client: Client, wishes: Sequence[Wish], timeout_s: float) -> list[Job]:
     """Submit every wish at once and watch the jobs until all are finished or the time is over."""
     jobs = [
-        client.create_job(wish.prompt, tier=wish.tier, seed=wish.seed, steps=wish.steps, n=wish.n, output_format=wish.output_format)
+        client.create_job(
+            wish.prompt,
+            tier=wish.tier,
+            seed=wish.seed,
+            steps=wish.steps,
+            n=wish.n,
+            output_format=wish.output_format,
+        )
         for wish in wishes
     ]
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=14), TextColumn("{task.fields[where]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=14),
+        TextColumn("{task.fields[where]}"),
+    )
     progress = Progress(*columns, console=screen.err())
     bars: list[TaskID] = []
     for job in jobs:
         label = f"{job.tier:8}{escape(job.prompt[:_PROMPT_CHARS]):{_PROMPT_CHARS}}"
         bars.append(progress.add_task(label, total=job.steps * job.n + 1, where=job.state))
     deadline = time.monotonic() + timeout_s
-    with Live(Group(Text(f"{len(jobs)} jobs submitted at once", style="bold"), progress), console=screen.err()):
+    with Live(
+        Group(Text(f"{len(jobs)} jobs submitted at once", style="bold"), progress),
+        console=screen.err(),
+    ):
         while time.monotonic() < deadline:
             for index, job in enumerate(jobs):
                 if not job.is_finished:
                     jobs[index] = job = client.job(job.id)
                     sight = Sight.of(job)
-                    progress.update(bars[index], completed=sight.done + (job.state == "succeeded"), where=sight.words)
+                    progress.update(
+                        bars[index],
+                        completed=sight.done + (job.state == "succeeded"),
+                        where=sight.words,
+                    )
             if all(job.is_finished for job in jobs):
                 break
             time.sleep(_POLL_EVERY_S)
@@ -141,7 +178,9 @@ def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
                 continue
             content = client.image(job, image.index)
             pixels = np.asarray(Picture.open(io.BytesIO(content)).convert("RGB"))
-            path = folder / f"{number:02}-{image.index}-{job.tier}-{'-'.join(job.prompt.split())}.png"
+            path = (
+                folder / f"{number:02}-{image.index}-{job.tier}-{'-'.join(job.prompt.split())}.png"
+            )
             if job.output_format == "png":
                 path.write_bytes(content)
             else:
@@ -151,20 +190,51 @@ def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
     return images
 
 
-def _report(installation: Installation, jobs: Sequence[Job], images: Sequence[Checked], *, auditor_url: str) -> bool:
+def _report(
+    installation: Installation, jobs: Sequence[Job], images: Sequence[Checked], *, auditor_url: str
+) -> bool:
     """Print what happened, with SQL as the witness, and draw the contact sheet; True when all went well."""
     out = screen.out()
     ids = [job.id for job in jobs]
-    shared = ask(auditor_url, "SELECT job_id::text, max_batch_images FROM job_history WHERE job_id::text = ANY(%s)", (ids,))
+    shared = ask(
+        auditor_url,
+        "SELECT job_id::text, max_batch_images FROM job_history WHERE job_id::text = ANY(%s)",
+        (ids,),
+    )
     batches = dict(shared.rows)
-    columns = ["tier", "prompt", "seed", "steps", "n", "queue s", "denoise s", "store s", "total s", "max batch", "match", "state"]
+    columns = [
+        "tier",
+        "prompt",
+        "seed",
+        "steps",
+        "n",
+        "queue s",
+        "denoise s",
+        "store s",
+        "total s",
+        "max batch",
+        "match",
+        "state",
+    ]
     rows = []
     for job in jobs:
         own = [image for image in images if image.job.id == job.id]
         match = f"{sum(image.is_right for image in own)}/{job.n}"
         timing = job.timing
         times = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s)
-        rows.append((job.tier, job.prompt, job.seed, job.steps, job.n, *times, batches.get(job.id), match, job.state))
+        rows.append(
+            (
+                job.tier,
+                job.prompt,
+                job.seed,
+                job.steps,
+                job.n,
+                *times,
+                batches.get(job.id),
+                match,
+                job.state,
+            )
+        )
     out.print(screen.table(columns, rows, title="\nWhere the time went", numbers=columns[2:11]))
 
     trail = "SELECT at, seq, event, actor, attempt, left(hash, 12) AS hash FROM audit_log WHERE job_id = '{}' ORDER BY seq"
@@ -172,7 +242,12 @@ def _report(installation: Installation, jobs: Sequence[Job], images: Sequence[Ch
     cost = """SELECT tier, count(*) AS jobs, sum(num_images) AS images, round(avg(queue_s), 3) AS mean_queue_s,
          round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, sum(cost) AS cost, currency
   FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"""
-    _show(auditor_url, "What it cost", cost.format("…"), cost.format(", ".join(f"'{job_id}'" for job_id in ids)))
+    _show(
+        auditor_url,
+        "What it cost",
+        cost.format("…"),
+        cost.format(", ".join(f"'{job_id}'" for job_id in ids)),
+    )
 
     succeeded = sum(job.state == "succeeded" for job in jobs)
     right = sum(image.is_right for image in images)
@@ -183,7 +258,9 @@ def _report(installation: Installation, jobs: Sequence[Job], images: Sequence[Ch
     sheet = installation.data_dir / "demo" / "contact-sheet.png"
     if images:
         _draw_sheet(images).save(sheet)
-    out.print(f"\n{succeeded} of {len(jobs)} jobs succeeded; {right} of {expected} images show what their prompts say.")
+    out.print(
+        f"\n{succeeded} of {len(jobs)} jobs succeeded; {right} of {expected} images show what their prompts say."
+    )
     out.print(f"Images: {sheet.parent}/*.png; all of them: {sheet}")
     return succeeded == len(jobs) and right >= _LEAST_MATCHING * expected
 
@@ -199,14 +276,20 @@ def _draw_sheet(images: Sequence[Checked]) -> Picture.Image:
     """All images on one page, each over its prompt; a red one did not match."""
     side = max(max(image.pixels.shape[:2]) for image in images)
     num_rows = -(-len(images) // _COLUMNS_OF_SHEET)
-    sheet = Picture.new("RGB", (_COLUMNS_OF_SHEET * (side + 16) + 16, num_rows * (side + 16 + _CAPTION_PX) + 16), "white")
+    sheet = Picture.new(
+        "RGB",
+        (_COLUMNS_OF_SHEET * (side + 16) + 16, num_rows * (side + 16 + _CAPTION_PX) + 16),
+        "white",
+    )
     draw = ImageDraw.Draw(sheet)
     for index, image in enumerate(images):
         row, column = divmod(index, _COLUMNS_OF_SHEET)
         x, y = 16 + column * (side + 16), 16 + row * (side + 16 + _CAPTION_PX)
         sheet.paste(Picture.fromarray(image.pixels), (x, y))
         caption = "\n".join(_lines(f"{image.job.tier}: {image.job.prompt}", side // 5))
-        draw.text((x, y + side + 2), caption, fill="black" if image.is_right else "red", font_size=9)
+        draw.text(
+            (x, y + side + 2), caption, fill="black" if image.is_right else "red", font_size=9
+        )
     return sheet
 
 

@@ -15,7 +15,9 @@ from cli.wishes import wish_options
 @click.option("--json", "as_json", is_flag=True, help="The estimate as the API tells it.")
 @pass_installation
 @click.pass_context
-def estimate(ctx: click.Context, installation: Installation, prompt: str, as_json: bool, **wish: Any) -> None:
+def estimate(
+    ctx: click.Context, installation: Installation, prompt: str, as_json: bool, **wish: Any
+) -> None:
     """Say what images of PROMPT would cost and when they would be there. Exit code 1 when the job would not be let in now."""
     with installation.client() as client:
         found = client.estimate(prompt, **wish)
@@ -23,13 +25,39 @@ def estimate(ctx: click.Context, installation: Installation, prompt: str, as_jso
         screen.print_json(found.members)
     else:
         cost, queue = found.cost, found.queue
-        columns = ["tier", "model", "size", "steps", "guidance", "sampler", "n", "Mpx-steps", "gpu-seconds", "price", "ahead", "ready in s"]
+        columns = [
+            "tier",
+            "model",
+            "size",
+            "steps",
+            "guidance",
+            "sampler",
+            "n",
+            "Mpx-steps",
+            "gpu-seconds",
+            "price",
+            "ahead",
+            "ready in s",
+        ]
         price = (cost.gpu_seconds, f"{cost.amount} {cost.currency}") if cost else (None, None)
         place = (
-            (queue.jobs_ahead, f"{queue.eta_p50_s:.1f} to {queue.eta_p90_s:.1f}") if queue and queue.eta_p50_s is not None else (None, None)
+            (queue.jobs_ahead, f"{queue.eta_p50_s:.1f} to {queue.eta_p90_s:.1f}")
+            if queue and queue.eta_p50_s is not None
+            else (None, None)
         )
         model = f"{found.model} {found.model_version}"
-        row = (found.tier, model, found.size, found.steps, found.guidance, found.sampler, found.n, found.megapixel_steps, *price, *place)
+        row = (
+            found.tier,
+            model,
+            found.size,
+            found.steps,
+            found.guidance,
+            found.sampler,
+            found.n,
+            found.megapixel_steps,
+            *price,
+            *place,
+        )
         screen.out().print(screen.table(columns, [row], numbers=columns[6:9]))
         for warning in found.warnings:
             screen.warn(warning.detail)

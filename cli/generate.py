@@ -27,13 +27,38 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 )
 @wish_options
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="Output file; out-0.png, out-1.png … for several. With --from: folder."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Output file; out-0.png, out-1.png … for several. With --from: folder.",
 )
-@click.option("--timeout", "timeout_s", type=float, default=600, show_default=True, help="Seconds to wait for the job of PROMPT.")
-@click.option("--parallel", type=click.IntRange(1, 256), default=8, show_default=True, help="With --from: so many jobs under way at once.")
-@click.option("--cancel-on-interrupt", "cancels", is_flag=True, help="With --from: Ctrl-C cancels the jobs that are under way.")
-@click.option("--retry-failed", is_flag=True, help="With --from: ask again for what failed in an earlier run.")
-@click.option("--fresh", is_flag=True, help="With --from: forget the earlier run in the output folder.")
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=600,
+    show_default=True,
+    help="Seconds to wait for the job of PROMPT.",
+)
+@click.option(
+    "--parallel",
+    type=click.IntRange(1, 256),
+    default=8,
+    show_default=True,
+    help="With --from: so many jobs under way at once.",
+)
+@click.option(
+    "--cancel-on-interrupt",
+    "cancels",
+    is_flag=True,
+    help="With --from: Ctrl-C cancels the jobs that are under way.",
+)
+@click.option(
+    "--retry-failed", is_flag=True, help="With --from: ask again for what failed in an earlier run."
+)
+@click.option(
+    "--fresh", is_flag=True, help="With --from: forget the earlier run in the output folder."
+)
 @pass_installation
 @click.pass_context
 def generate(
@@ -58,7 +83,12 @@ def generate(
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --from FILE")
     if source is not None:
-        options = {"parallel": parallel, "cancels": cancels, "retry_failed": retry_failed, "fresh": fresh}
+        options = {
+            "parallel": parallel,
+            "cancels": cancels,
+            "retry_failed": retry_failed,
+            "fresh": fresh,
+        }
         if not _make_many(installation, source, wish, output or Path("out"), **options):
             ctx.exit(1)
         return
@@ -77,7 +107,9 @@ def _format(output: Path | None, asked: str | None) -> str | None:
         return asked
     named = FORMATS.get(output.suffix.lower())
     if named is None:
-        raise click.UsageError(f"{output.name}: there is no format {output.suffix}; offered: {', '.join(FORMATS)}")
+        raise click.UsageError(
+            f"{output.name}: there is no format {output.suffix}; offered: {', '.join(FORMATS)}"
+        )
     if asked not in (None, named):
         raise click.UsageError(f"{output.name} says {named} and --format {asked}")
     return named
@@ -111,7 +143,11 @@ def save(client: Client, job: Job, output: Path) -> list[Path]:
     stored = [image for image in job.images if image.content_sha256]
     paths = []
     for image in stored:
-        path = output if job.n == 1 else output.with_name(f"{output.stem}-{image.index}{output.suffix}")
+        path = (
+            output
+            if job.n == 1
+            else output.with_name(f"{output.stem}-{image.index}{output.suffix}")
+        )
         downloads.write(path, client.image(job, image.index))
         paths.append(path)
     return paths
@@ -119,10 +155,35 @@ def save(client: Client, job: Job, output: Path) -> list[Path]:
 
 def timing_table(job: Job) -> object:
     """Where the time of one job went, and what it cost."""
-    columns = ["queue s", "denoise s", "store s", "total s", "gpu-seconds", "price", "tier", "model", "steps", "seed"]
-    cost = (job.cost.gpu_seconds, f"{job.cost.amount} {job.cost.currency}") if job.cost else (None, None)
+    columns = [
+        "queue s",
+        "denoise s",
+        "store s",
+        "total s",
+        "gpu-seconds",
+        "price",
+        "tier",
+        "model",
+        "steps",
+        "seed",
+    ]
+    cost = (
+        (job.cost.gpu_seconds, f"{job.cost.amount} {job.cost.currency}")
+        if job.cost
+        else (None, None)
+    )
     timing = job.timing
-    row = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s, *cost, job.tier, job.model, job.steps, job.seed)
+    row = (
+        timing.queue_s,
+        timing.render_s,
+        timing.store_s,
+        timing.total_s,
+        *cost,
+        job.tier,
+        job.model,
+        job.steps,
+        job.seed,
+    )
     return screen.table(columns, [row], numbers=columns[:6])
 
 
@@ -167,7 +228,9 @@ def _make_many(
         raise KeyboardInterrupt from None
     had = many.num_images - many.num_new
     there = f", {had} of them there already" if had else ""
-    screen.out().print(f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: {many.num_images} images in {folder}{there}")
+    screen.out().print(
+        f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: {many.num_images} images in {folder}{there}"
+    )
     for line, what in sorted(many.warned, key=lambda warned: warned[0].number):
         screen.warn(f"line {line.number} ({line.prompt[:40]}): {what}")
     for line, why in sorted(many.failed, key=lambda failure: failure[0].number):
@@ -178,5 +241,6 @@ def _make_many(
 def _fingerprint(wish: dict[str, Any]) -> dict[str, Any]:
     """The options as the run remembers them: of a picture, what it shows."""
     return {
-        name: hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value for name, value in sorted(wish.items())
+        name: hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value
+        for name, value in sorted(wish.items())
     }

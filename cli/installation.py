@@ -32,17 +32,22 @@ class Installation:
 
     def look_up(self, name: str) -> str:
         """A variable of the environment, or of `<data>/env`. Raises NoInstallation."""
-        value = os.environ.get(name) or dotenv_values(self.data_dir / "env", interpolate=False).get(name)
+        value = os.environ.get(name) or dotenv_values(self.data_dir / "env", interpolate=False).get(
+            name
+        )
         if not value and (path := os.environ.get(f"{name}_FILE")):
             try:
                 value = Path(path).read_text().strip()
             except OSError as error:
                 raise NoInstallation(f"{name}_FILE: {path}: {error.strerror}") from None
         if not value and name == "DARKROOM_URL" and (listens := os.environ.get("GATEWAY_BIND")):
-            value = f"http://127.0.0.1:{listens.rpartition(':')[2]}"  # in the gateway's own container
+            # in the gateway's own container
+            value = f"http://127.0.0.1:{listens.rpartition(':')[2]}"
         if not value:
             with_containers = "with containers: docker compose run --rm cli COMMAND"
-            raise NoInstallation(f"No {name}: set it, or start a stack here with `darkroom up --detach`; {with_containers}.")
+            raise NoInstallation(
+                f"No {name}: set it, or start a stack here with `darkroom up --detach`; {with_containers}."
+            )
         return _as_sqlalchemy_reads_it(name, value) if name.endswith("DATABASE_URL") else value
 
     def client(self) -> Client:

@@ -16,10 +16,20 @@ _PROMPT_CHARS = 48
 
 @click.command()
 @click.option("--state", type=click.Choice(_STATES), help="Only jobs in this state.")
-@click.option("--since", help="Only jobs from then on: 2026-11-26, 2026-11-26T18:00 (UTC), or 15m, 12h, 7d ago.")
+@click.option(
+    "--since",
+    help="Only jobs from then on: 2026-11-26, 2026-11-26T18:00 (UTC), or 15m, 12h, 7d ago.",
+)
 @click.option("--until", help="Only jobs of before then.")
-@click.option("--metadata", multiple=True, metavar="KEY=VALUE", help="Only jobs with that in their metadata; all of them if given again.")
-@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many.")
+@click.option(
+    "--metadata",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Only jobs with that in their metadata; all of them if given again.",
+)
+@click.option(
+    "--limit", type=click.IntRange(1), default=20, show_default=True, help="At most so many."
+)
 @click.option("--json", "as_json", is_flag=True, help="The jobs as the API tells them.")
 @pass_installation
 def jobs(
@@ -34,13 +44,29 @@ def jobs(
     """List the tenant's jobs, newest first."""
     between, labels = (_instant(since, "--since"), _instant(until, "--until")), _pairs(metadata)
     with installation.client() as client:
-        listed = client.jobs(state=state, since=between[0], until=between[1], metadata=labels, page_size=min(limit, 100))
+        listed = client.jobs(
+            state=state,
+            since=between[0],
+            until=between[1],
+            metadata=labels,
+            page_size=min(limit, 100),
+        )
         found = list(itertools.islice(listed, limit))
     if as_json:
         screen.print_json([job.members for job in found])
         return
     rows = [
-        (job.id, job.created_at, job.state, job.tier, job.steps, job.n, job.seed, job.timing.total_s, _shortened(job.prompt or "(erased)"))
+        (
+            job.id,
+            job.created_at,
+            job.state,
+            job.tier,
+            job.steps,
+            job.n,
+            job.seed,
+            job.timing.total_s,
+            _shortened(job.prompt or "(erased)"),
+        )
         for job in found
     ]
     columns = ["job", "created (UTC)", "state", "tier", "steps", "n", "seed", "total s", "prompt"]
@@ -89,11 +115,15 @@ def _instant(text: str | None, option: str) -> datetime | None:
     if text is None:
         return None
     if ago := re.fullmatch(r"(\d+)([mhd])", text):
-        return datetime.now(UTC) - timedelta(**{{"m": "minutes", "h": "hours", "d": "days"}[ago[2]]: int(ago[1])})
+        return datetime.now(UTC) - timedelta(
+            **{{"m": "minutes", "h": "hours", "d": "days"}[ago[2]]: int(ago[1])}
+        )
     try:
         at = datetime.fromisoformat(text)
     except ValueError:
-        raise click.BadParameter("write 2026-11-26, 2026-11-26T18:00, 15m, 12h or 7d", param_hint=option) from None
+        raise click.BadParameter(
+            "write 2026-11-26, 2026-11-26T18:00, 15m, 12h or 7d", param_hint=option
+        ) from None
     return at if at.tzinfo else at.replace(tzinfo=UTC)
 
 

@@ -11,7 +11,9 @@ from cli.tenants import named
 from models import api_keys
 from policy.limits import DEFAULT_SCOPES, KEY_GRACE_S, SCOPES
 
-_TENANT = click.option("--tenant", "tenant_name", default="demo", show_default=True, help="Whose keys.")
+_TENANT = click.option(
+    "--tenant", "tenant_name", default="demo", show_default=True, help="Whose keys."
+)
 
 
 @click.group()
@@ -27,21 +29,50 @@ def list_keys(installation: Installation, tenant_name: str) -> None:
     with installation.transaction() as session:
         found = api_keys.of_tenant(session, named(session, tenant_name).id)
     rows = [
-        (key.id, f"dr_{key.kid}_…", key.name, " ".join(key.scopes), key.created_at, key.last_used_at, key.expires_at, key.revoked_at)
+        (
+            key.id,
+            f"dr_{key.kid}_…",
+            key.name,
+            " ".join(key.scopes),
+            key.created_at,
+            key.last_used_at,
+            key.expires_at,
+            key.revoked_at,
+        )
         for key in found
     ]
-    screen.out().print(screen.table(["id", "key", "name", "scopes", "created (UTC)", "used", "expires", "revoked"], rows))
+    screen.out().print(
+        screen.table(
+            ["id", "key", "name", "scopes", "created (UTC)", "used", "expires", "revoked"], rows
+        )
+    )
 
 
 @keys.command()
 @_TENANT
 @click.option("--name", default="cli", show_default=True, help="What the key is for.")
 @click.option(
-    "--scope", "scopes", multiple=True, type=click.Choice(SCOPES), default=DEFAULT_SCOPES, show_default=True, help="What it may do."
+    "--scope",
+    "scopes",
+    multiple=True,
+    type=click.Choice(SCOPES),
+    default=DEFAULT_SCOPES,
+    show_default=True,
+    help="What it may do.",
 )
-@click.option("--expires-in-days", type=click.FloatRange(min=0, min_open=True), help="After that it is refused.")
+@click.option(
+    "--expires-in-days",
+    type=click.FloatRange(min=0, min_open=True),
+    help="After that it is refused.",
+)
 @pass_installation
-def issue(installation: Installation, tenant_name: str, name: str, scopes: tuple[str, ...], expires_in_days: float | None) -> None:
+def issue(
+    installation: Installation,
+    tenant_name: str,
+    name: str,
+    scopes: tuple[str, ...],
+    expires_in_days: float | None,
+) -> None:
     """Print a new key. It is shown this once. The scope `admin` is an operator's, over all tenants."""
     pepper = installation.look_up("API_KEY_PEPPER")
     expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
@@ -54,7 +85,13 @@ def issue(installation: Installation, tenant_name: str, name: str, scopes: tuple
 
 @keys.command()
 @click.argument("key_id", type=click.UUID)
-@click.option("--grace-hours", type=click.FloatRange(min=0), default=KEY_GRACE_S / 3600, show_default=True, help="The old one lives on.")
+@click.option(
+    "--grace-hours",
+    type=click.FloatRange(min=0),
+    default=KEY_GRACE_S / 3600,
+    show_default=True,
+    help="The old one lives on.",
+)
 @pass_installation
 def rotate(installation: Installation, key_id: uuid.UUID, grace_hours: float) -> None:
     """Print a new key with the name and scopes of KEY_ID, which lives on for a while."""

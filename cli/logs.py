@@ -11,21 +11,43 @@ from rich.text import Text
 from cli import screen
 from cli.installation import Installation, NoInstallation, pass_installation
 
-_COLOURS = ("cyan", "green", "yellow", "magenta", "blue", "bright_cyan", "bright_green", "bright_yellow", "bright_magenta", "bright_blue")
+_COLOURS = (
+    "cyan",
+    "green",
+    "yellow",
+    "magenta",
+    "blue",
+    "bright_cyan",
+    "bright_green",
+    "bright_yellow",
+    "bright_magenta",
+    "bright_blue",
+)
 _LOOK_EVERY_S = 0.3
 
 
 @click.command()
 @click.argument("name", required=False)
 @click.option("-f", "--follow", "is_following", is_flag=True, help="Go on until Ctrl-C.")
-@click.option("-n", "--lines", type=click.IntRange(0), default=40, show_default=True, help="Lines per process to begin with.")
+@click.option(
+    "-n",
+    "--lines",
+    type=click.IntRange(0),
+    default=40,
+    show_default=True,
+    help="Lines per process to begin with.",
+)
 @pass_installation
 @click.pass_context
-def logs(ctx: click.Context, installation: Installation, name: str | None, is_following: bool, lines: int) -> None:
+def logs(
+    ctx: click.Context, installation: Installation, name: str | None, is_following: bool, lines: int
+) -> None:
     """Print the end of the logs, of all processes or of NAME."""
     folder = installation.data_dir / "logs"
     if not folder.exists() and not name:
-        raise NoInstallation(f"There are no logs in {folder}: start a stack here, or with containers, docker compose logs.")
+        raise NoInstallation(
+            f"There are no logs in {folder}: start a stack here, or with containers, docker compose logs."
+        )
     wanted = "worker-1" if name == "worker" else name
     if wanted and not (folder / f"{wanted}.log").exists():
         known = ", ".join(sorted(path.stem for path in folder.glob("*.log"))) or "none yet"
@@ -34,7 +56,9 @@ def logs(ctx: click.Context, installation: Installation, name: str | None, is_fo
     follow(folder, only=wanted, num_lines=lines, is_endless=is_following)
 
 
-def follow(folder: Path, *, only: str | None = None, num_lines: int = 0, is_endless: bool = True) -> None:
+def follow(
+    folder: Path, *, only: str | None = None, num_lines: int = 0, is_endless: bool = True
+) -> None:
     """Print what is written to the logs below `folder`: the last `num_lines` of each, then, if endless, whatever comes."""
     console = Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True)
     positions: dict[Path, int] = {}
@@ -50,7 +74,8 @@ def follow(folder: Path, *, only: str | None = None, num_lines: int = 0, is_endl
                 position = 0
             with open(path, "rb") as file:
                 file.seek(position)
-                whole, newline, _ = file.read().rpartition(b"\n")  # a line that is still being written waits
+                # a line that is still being written waits
+                whole, newline, _ = file.read().rpartition(b"\n")
             positions[path] = position + len(whole) + len(newline)
             for line in whole.decode(errors="replace").splitlines():
                 _print(console, path.stem, line)
@@ -58,7 +83,11 @@ def follow(folder: Path, *, only: str | None = None, num_lines: int = 0, is_endl
 
 
 def _logs(folder: Path, only: str | None) -> list[Path]:
-    return [folder / f"{only}.log"] if only else sorted(path for path in folder.glob("*.log") if path.stem != "supervisord")
+    return (
+        [folder / f"{only}.log"]
+        if only
+        else sorted(path for path in folder.glob("*.log") if path.stem != "supervisord")
+    )
 
 
 def _print(console: Console, name: str, line: str) -> None:

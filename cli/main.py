@@ -25,7 +25,9 @@ from darkroom_client import DarkroomError, ProblemError, Unreachable
 REPO = Path(__file__).resolve().parent.parent
 BAD_ANSWER, UNREACHABLE, REFUSED, NO_STACK, INTERRUPTED = 1, 3, 4, 5, 130
 
-_MODULES = {  # command -> the module that holds it, imported when it is called: `generate` need not wait for what `demo` loads
+# command -> the module that holds it, imported when it is called: `generate` need not wait for what
+# `demo` loads
+_MODULES = {
     "up": "cli.stack",
     "down": "cli.stack",
     "status": "cli.stack",
@@ -67,10 +69,14 @@ def _not_here(name: str, *, missing: str) -> click.Command:
     """A command that says in one sentence where it works."""
 
     def tell() -> None:
-        raise NoInstallation(f"`darkroom {name}` does not work here ({missing} is not installed): {_ELSEWHERE[name]}.")
+        raise NoInstallation(
+            f"`darkroom {name}` does not work here ({missing} is not installed): {_ELSEWHERE[name]}."
+        )
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
-    return click.Command(name, callback=tell, help=f"Not here: {_ELSEWHERE[name]}.", context_settings=settings)
+    return click.Command(
+        name, callback=tell, help=f"Not here: {_ELSEWHERE[name]}.", context_settings=settings
+    )
 
 
 class Door(click.Group):
@@ -113,7 +119,11 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
         return UNREACHABLE, str(error)
     if isinstance(error, DarkroomError):
         return BAD_ANSWER, str(error)
-    if isinstance(error, OSError) and error.errno in (errno.EROFS, errno.EACCES, errno.ENOSPC) and error.filename:
+    if (
+        isinstance(error, OSError)
+        and error.errno in (errno.EROFS, errno.EACCES, errno.ENOSPC)
+        and error.filename
+    ):
         return BAD_ANSWER, f"{error.filename}: {error.strerror}"
     if type(error).__module__.startswith(("click", "builtins")):
         return None
@@ -127,7 +137,9 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, StatementRefused):
         return REFUSED, str(error)
     if isinstance(error, DBAPIError):
-        return UNREACHABLE if isinstance(error, OperationalError) else REFUSED, "Postgres: " + " ".join(str(error.orig).split())
+        return UNREACHABLE if isinstance(
+            error, OperationalError
+        ) else REFUSED, "Postgres: " + " ".join(str(error.orig).split())
     return None
 
 
@@ -136,7 +148,11 @@ def describe(problem: ProblemError) -> str:
     return str(problem)
 
 
-@click.group(cls=Door, epilog="\b\n" + (__doc__ or "").partition("\n\n")[2], context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=Door,
+    epilog="\b\n" + (__doc__ or "").partition("\n\n")[2],
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 @click.option(
     "--data-dir",
     type=click.Path(path_type=Path, file_okay=False),

@@ -39,7 +39,14 @@ class Many:
         *,
         retry_failed: bool,
     ) -> None:
-        self._client, self._run, self._lines, self._wish, self._folder, self._board = client, run, lines, wish, folder, board
+        self._client, self._run, self._lines, self._wish, self._folder, self._board = (
+            client,
+            run,
+            lines,
+            wish,
+            folder,
+            board,
+        )
         self._retry_failed = retry_failed
         self._submitting: set[asyncio.Task[Job]] = set()
         self._under_way: dict[int, str] = {}
@@ -52,7 +59,9 @@ class Many:
         interrupts: asyncio.Queue[None] = asyncio.Queue()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupts.put_nowait, None)
         left = iter(self._lines)
-        workers = [asyncio.create_task(self._work(left)) for _ in range(min(parallel, len(self._lines)))]
+        workers = [
+            asyncio.create_task(self._work(left)) for _ in range(min(parallel, len(self._lines)))
+        ]
         interrupt = asyncio.create_task(interrupts.get())
         try:
             everything = asyncio.gather(*workers)
@@ -81,7 +90,9 @@ class Many:
         self._run.save()
         ids = dict(self._under_way)
         if ids and not cancels and screen.err().is_terminal:
-            screen.err().print(f"{_jobs(len(ids))} under way; Ctrl-C again within {_SECOND_CTRL_C_S:.0f} s to cancel")
+            screen.err().print(
+                f"{_jobs(len(ids))} under way; Ctrl-C again within {_SECOND_CTRL_C_S:.0f} s to cancel"
+            )
             try:
                 await asyncio.wait_for(interrupts.get(), _SECOND_CTRL_C_S)
                 cancels = True
@@ -90,7 +101,9 @@ class Many:
         if cancels:
             await asyncio.gather(*(self._cancel(number, job_id) for number, job_id in ids.items()))
         what = f"{_jobs(len(ids))} {'canceled' if cancels else 'left under way'}"
-        screen.err().print(f"Interrupted; {what}. The same command again goes on from here.", soft_wrap=True)
+        screen.err().print(
+            f"Interrupted; {what}. The same command again goes on from here.", soft_wrap=True
+        )
 
     async def _cancel(self, number: int, job_id: str) -> None:
         try:
@@ -120,15 +133,24 @@ class Many:
 
     async def _settle(self, line: Line, job: Job) -> None:
         names = f"{line.number}-{{seed}}-{{index}}"
-        stored = [(downloads.path_of(self._folder, job, image, names), image.content_sha256) for image in job.images]
-        new = sum(digest is not None and not downloads.is_there(path, digest) for path, digest in stored)
+        stored = [
+            (downloads.path_of(self._folder, job, image, names), image.content_sha256)
+            for image in job.images
+        ]
+        new = sum(
+            digest is not None and not downloads.is_there(path, digest) for path, digest in stored
+        )
         paths = await self._client.download(job, self._folder, names)
         self.warned += [(line, warning.detail) for warning in job.warnings]
         self.num_images, self.num_new = self.num_images + len(paths), self.num_new + new
         if job.state == "succeeded":
             self._board.end(line, job.state, paths=paths, new=new)
         else:
-            why = f"{job.failure.code}" + (f" ({job.failure.detail})" if job.failure.detail else "") if job.failure else f"job {job.id}"
+            why = (
+                f"{job.failure.code}" + (f" ({job.failure.detail})" if job.failure.detail else "")
+                if job.failure
+                else f"job {job.id}"
+            )
             await self._fail(line, job.state, why)
 
     async def _fail(self, line: Line, state: str, why: str) -> None:
@@ -139,7 +161,12 @@ class Many:
     async def _job_of(self, line: Line) -> Job:
         """The line's job: the one that it has, or a new one."""
         known = self._run.of(line.number)
-        if self._retry_failed and known.get("state") in ("failed", "rejected", "canceled", "expired"):
+        if self._retry_failed and known.get("state") in (
+            "failed",
+            "rejected",
+            "canceled",
+            "expired",
+        ):
             self._run.begin_again(line.number)
         elif known.get("job"):
             try:
@@ -153,7 +180,9 @@ class Many:
     async def _submit(self, line: Line) -> Job:
         """One request, whose answer is waited for even when we are about to leave: it may be about a job that is there now."""
         wish = {**self._wish, **line.wish}
-        request = asyncio.create_task(self._client.create_job(line.prompt, idempotency_key=self._run.key(line.number), **wish))
+        request = asyncio.create_task(
+            self._client.create_job(line.prompt, idempotency_key=self._run.key(line.number), **wish)
+        )
         self._submitting.add(request)
         request.add_done_callback(lambda done: self._answered(line, done))
         return await asyncio.shield(request)

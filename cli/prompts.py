@@ -40,8 +40,13 @@ def read(text: str) -> list[Line]:
     whole = _whole(text)
     if whole is not None:
         return [_line(number, f"entry {number}", entry) for number, entry in enumerate(whole, 1)]
-    lines = ((number, line.lstrip("\ufeff").strip()) for number, line in enumerate(_LINE_ENDS.split(text), 1))
-    return [_line(number, f"line {number}", _parsed(number, line)) for number, line in lines if line]
+    lines = (
+        (number, line.lstrip("\ufeff").strip())
+        for number, line in enumerate(_LINE_ENDS.split(text), 1)
+    )
+    return [
+        _line(number, f"line {number}", _parsed(number, line)) for number, line in lines if line
+    ]
 
 
 def _whole(text: str) -> list[Any] | None:
@@ -54,7 +59,9 @@ def _whole(text: str) -> list[Any] | None:
         if text.lstrip().startswith("{"):  # objects, one a line
             return None
         number = getattr(error, "lineno", 1)
-        raise BadLine(f"line {number}: the file begins as a JSON list does and is none: {error}. {_HINT}") from None
+        raise BadLine(
+            f"line {number}: the file begins as a JSON list does and is none: {error}. {_HINT}"
+        ) from None
     except RecursionError:
         raise BadLine("line 1: the file is nested too deeply") from None
     return document if isinstance(document, list) else [document]

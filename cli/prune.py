@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 PIECE = 200  # jobs per transaction: their tenants accept no job meanwhile
-TRIES, PAUSE_S = 60, 2.0  # for a lock that somebody holds, and what others get done between two tries
+TRIES, PAUSE_S = (
+    60,
+    2.0,
+)  # for a lock that somebody holds, and what others get done between two tries
 
 T = TypeVar("T")
 
@@ -36,22 +39,38 @@ class Age(click.ParamType):
     def __init__(self, at_least: timedelta) -> None:
         self._at_least = at_least
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> timedelta:
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> timedelta:
         found = re.fullmatch(r"(\d{1,5})d", str(value))
         if not found or timedelta(days=int(found[1])) < self._at_least:
-            self.fail(f"{value!r} is not a number of days, {self._at_least.days}d or more.", param, ctx)
+            self.fail(
+                f"{value!r} is not a number of days, {self._at_least.days}d or more.", param, ctx
+            )
         return timedelta(days=int(found[1]))
 
 
 @click.command()
 @click.option(
-    "--older-than", type=Age(pruning.NEWEST_JOBS), help="Jobs that ended so long ago, and files that none of the others starts from."
+    "--older-than",
+    type=Age(pruning.NEWEST_JOBS),
+    help="Jobs that ended so long ago, and files that none of the others starts from.",
 )
 @click.option("--tier", help="Only jobs of this tier, and no files.")
-@click.option("--usage-older-than", type=Age(pruning.NEWEST_USAGE), help="Days of the ledger: what invoices are made from.")
-@click.option("--audit-older-than", type=Age(timedelta(days=1)), help="Months of the audit log that ended so long ago.")
 @click.option(
-    "--export", type=click.Path(path_type=Path, file_okay=False, exists=True), help="Write months of the audit log to files here first."
+    "--usage-older-than",
+    type=Age(pruning.NEWEST_USAGE),
+    help="Days of the ledger: what invoices are made from.",
+)
+@click.option(
+    "--audit-older-than",
+    type=Age(timedelta(days=1)),
+    help="Months of the audit log that ended so long ago.",
+)
+@click.option(
+    "--export",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Write months of the audit log to files here first.",
 )
 @click.option("--yes", is_flag=True, help="Do it. Without this, only say what would go.")
 @pass_installation
@@ -69,7 +88,9 @@ def prune(
     Objects leave the store within minutes. What is left of the audit log can be verified as before.
     """
     if not any((older_than, usage_older_than, audit_older_than)):
-        raise click.UsageError("say how old: --older-than 90d, --usage-older-than 800d, --audit-older-than 400d")
+        raise click.UsageError(
+            "say how old: --older-than 90d, --usage-older-than 800d, --audit-older-than 400d"
+        )
     database = make_engine(installation.look_up("MIGRATION_DATABASE_URL"), pool_size=1)
     now = datetime.now(UTC)
     rows: list[tuple[str, Any]] = []
@@ -82,28 +103,46 @@ def prune(
             rows += _audit(database, (now - audit_older_than).date(), export, yes)
     finally:
         database.dispose()
-    screen.out().print(screen.table(["what", "removed" if yes else "would be removed"], rows, numbers=["removed", "would be removed"]))
+    screen.out().print(
+        screen.table(
+            ["what", "removed" if yes else "would be removed"],
+            rows,
+            numbers=["removed", "would be removed"],
+        )
+    )
     if not yes:
         screen.err().print("nothing was changed; --yes does it", style="dim")
 
 
-def _jobs(database: "Engine", before: datetime, tier: str | None, yes: bool) -> list[tuple[str, Any]]:
+def _jobs(
+    database: "Engine", before: datetime, tier: str | None, yes: bool
+) -> list[tuple[str, Any]]:
     with transaction(database) as session:
         due = pruning.due(session, before=before, tier=tier)
-    rows: list[tuple[str, Any]] = [("jobs", due.jobs), ("their images", due.images), ("bytes of images", due.size_bytes)]
+    rows: list[tuple[str, Any]] = [
+        ("jobs", due.jobs),
+        ("their images", due.images),
+        ("bytes of images", due.size_bytes),
+    ]
     rows += [("files", due.files), ("bytes of files", due.file_bytes)] if tier is None else []
     if not yes:
         return rows
     removed, after = 0, pruning.FIRST_ID
     while True:
-        piece = _patiently(database, partial(pruning.prune_jobs, before=before, after=after, limit=PIECE, tier=tier))
+        piece = _patiently(
+            database,
+            partial(pruning.prune_jobs, before=before, after=after, limit=PIECE, tier=tier),
+        )
         removed += piece.jobs
         if piece.last_id is None:
             break
         after = piece.last_id
     rows[0] = ("jobs", removed)  # but those that somebody was just using
     if tier is None:
-        rows[3] = ("files", _all(database, partial(pruning.prune_files, before=before, limit=PIECE)))
+        rows[3] = (
+            "files",
+            _all(database, partial(pruning.prune_files, before=before, limit=PIECE)),
+        )
         _all(database, partial(pruning.forget_files, before=before, limit=PIECE))
         _all(database, partial(pruning.prune_endpoints, before=before, limit=PIECE))
     return rows
@@ -111,19 +150,28 @@ def _jobs(database: "Engine", before: datetime, tier: str | None, yes: bool) -> 
 
 def _usage(database: "Engine", before: date, yes: bool) -> list[tuple[str, Any]]:
     if yes:
-        return [("days of tenants in the ledger", _patiently(database, partial(pruning.prune_usage, before=before)))]
+        return [
+            (
+                "days of tenants in the ledger",
+                _patiently(database, partial(pruning.prune_usage, before=before)),
+            )
+        ]
     with transaction(database) as session:
         return [("days of tenants in the ledger", pruning.usage_due(session, before=before))]
 
 
-def _audit(database: "Engine", before: date, export: Path | None, yes: bool) -> list[tuple[str, Any]]:
+def _audit(
+    database: "Engine", before: date, export: Path | None, yes: bool
+) -> list[tuple[str, Any]]:
     rows = []
     with transaction(database) as session:
         months = pruning.audit_months(session, before=before)
     for month in months:
         if yes:
             sha256 = _export(database, month, export) if export else None
-            events = _patiently(database, partial(pruning.prune_audit_month, month=month, sha256=sha256))
+            events = _patiently(
+                database, partial(pruning.prune_audit_month, month=month, sha256=sha256)
+            )
         else:
             with transaction(database) as session:
                 events = pruning.audit_events(session, month)
@@ -133,9 +181,13 @@ def _audit(database: "Engine", before: date, export: Path | None, yes: bool) -> 
 
 def _export(database: "Engine", month: date, folder: Path) -> str:
     """Write a month's events as JSON lines, by chain and number; the digest of the file. One that is not whole has another name."""
-    path, unfinished = folder / f"audit-{month:%Y-%m}.jsonl.gz", folder / f"audit-{month:%Y-%m}.jsonl.gz.unfinished"
+    path, unfinished = (
+        folder / f"audit-{month:%Y-%m}.jsonl.gz",
+        folder / f"audit-{month:%Y-%m}.jsonl.gz.unfinished",
+    )
     events = f"SELECT to_jsonb(e) FROM {pruning.partition_of(month)} e ORDER BY chain_id, seq"
-    # As CSV whose delimiter and quote are in no JSON: Postgres' own text format would double every backslash.
+    # As CSV whose delimiter and quote are in no JSON: Postgres' own text format would double every
+    # backslash.
     query = f"COPY ({events}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
     connection = database.raw_connection()
     try:

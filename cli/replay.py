@@ -14,18 +14,50 @@ from darkroom_client import Job
 
 @click.command()
 @click.argument("job_id")
-@click.option("-o", "--output", type=click.Path(path_type=Path, dir_okay=False), help="Save the new images, too.")
-@click.option("--timeout", "timeout_s", type=float, default=600, show_default=True, help="Seconds to wait for the new job.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="Save the new images, too.",
+)
+@click.option(
+    "--timeout",
+    "timeout_s",
+    type=float,
+    default=600,
+    show_default=True,
+    help="Seconds to wait for the new job.",
+)
 @pass_installation
 @click.pass_context
-def replay(ctx: click.Context, installation: Installation, job_id: str, output: Path | None, timeout_s: float) -> None:
+def replay(
+    ctx: click.Context,
+    installation: Installation,
+    job_id: str,
+    output: Path | None,
+    timeout_s: float,
+) -> None:
     """Make the images of JOB_ID again and compare them, pixel by pixel, by their digests. Exit code 1 when they differ."""
     with installation.client() as client:
         original = client.job(job_id)
-        if output and output.suffix and FORMATS.get(output.suffix.lower()) != original.output_format:
-            raise click.UsageError(f"{output.name}: the images are {original.output_format}, as those of the job are")
+        if (
+            output
+            and output.suffix
+            and FORMATS.get(output.suffix.lower()) != original.output_format
+        ):
+            raise click.UsageError(
+                f"{output.name}: the images are {original.output_format}, as those of the job are"
+            )
         again = watch(client, client.replay(job_id), timeout_s=timeout_s, cancels=True)
-        saved = save(client, again, output if output.suffix else output.with_suffix(EXTENSIONS[again.output_format])) if output else []
+        saved = (
+            save(
+                client,
+                again,
+                output if output.suffix else output.with_suffix(EXTENSIONS[again.output_format]),
+            )
+            if output
+            else []
+        )
     screen.out().print(f"job {again.id} asked again for what {original.id} asked for")
     for path in saved:
         screen.out().print(f"saved {path}")
@@ -39,10 +71,19 @@ def replay(ctx: click.Context, installation: Installation, job_id: str, output: 
 def _compare(original: Job, again: Job) -> bool:
     """Print both digests of every image; whether all are the same."""
     new = {image.index: image.pixels_sha256 for image in again.images}
-    pairs = [(image.index, image.seed, image.pixels_sha256, new.get(image.index)) for image in original.images]
+    pairs = [
+        (image.index, image.seed, image.pixels_sha256, new.get(image.index))
+        for image in original.images
+    ]
     is_same = all(before is not None and before == now for _, _, before, now in pairs)
     rows = [
-        (index, seed, (before or "")[:16] or None, (now or "")[:16] or None, "the same" if before and before == now else "different")
+        (
+            index,
+            seed,
+            (before or "")[:16] or None,
+            (now or "")[:16] or None,
+            "the same" if before and before == now else "different",
+        )
         for index, seed, before, now in pairs
     ]
     screen.out().print(screen.table(["image", "seed", "original", "replay", "pixels"], rows))
@@ -51,7 +92,9 @@ def _compare(original: Job, again: Job) -> bool:
     elif any(before is None for _, _, before, _ in pairs):
         screen.complain(f"The original is {original.state}: there is nothing to compare with.")
     elif original.determinism == "best_effort":
-        screen.complain("The pixels differ. Its tier promises best effort only, not the same pixels.")
+        screen.complain(
+            "The pixels differ. Its tier promises best effort only, not the same pixels."
+        )
     else:
         screen.complain("The pixels differ.")
     return is_same

@@ -23,9 +23,13 @@ def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -
     """
     try:
         with installation.transaction() as session:
-            job = jobs.requeue_dead(session, job_id, start_within_s=START_WITHIN_S, actor="operator")
+            job = jobs.requeue_dead(
+                session, job_id, start_within_s=START_WITHIN_S, actor="operator"
+            )
     except FileGone as error:
-        screen.complain(f"Job {job_id} starts from file {error.file_id}, which its tenant has deleted.")
+        screen.complain(
+            f"Job {job_id} starts from file {error.file_id}, which its tenant has deleted."
+        )
         ctx.exit(4)
     except jobs.JobAlreadyFinished:
         screen.complain(f"Job {job_id} was requeued before; dead_letters.requeued_as says as what.")
@@ -33,4 +37,7 @@ def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -
     if job is None:
         screen.complain(f"There is no failed job {job_id}.")
         ctx.exit(4)
-    screen.out().print(f"job {job.id} asks again for what {job_id} asked for; the sweeper lets it out within seconds", soft_wrap=True)
+    screen.out().print(
+        f"job {job.id} asks again for what {job_id} asked for; the sweeper lets it out within seconds",
+        soft_wrap=True,
+    )

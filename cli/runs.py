@@ -21,12 +21,16 @@ class AnotherRun(Exception):
 class Run:
     """One run, over as many processes as it takes. A line's facts: `job` (its id), `state`, `tries`, `why`."""
 
-    def __init__(self, folder: Path, head: Mapping[str, Any], lines: Mapping[str, dict[str, Any]]) -> None:
+    def __init__(
+        self, folder: Path, head: Mapping[str, Any], lines: Mapping[str, dict[str, Any]]
+    ) -> None:
         self.path, self._head, self._lines = folder / NAME, head, dict(lines)
         self._written_at = 0.0
 
     @classmethod
-    def opened(cls, folder: Path, *, source: bytes, options: Mapping[str, Any], fresh: bool) -> "Run":
+    def opened(
+        cls, folder: Path, *, source: bytes, options: Mapping[str, Any], fresh: bool
+    ) -> "Run":
         """The run that `folder` holds, or a new one. Raises AnotherRun."""
         about = {"source_sha256": hashlib.sha256(source).hexdigest(), "options": dict(options)}
         try:
@@ -41,7 +45,9 @@ class Run:
             raise AnotherRun(
                 f"{folder} holds a run of other prompts or options; choose another folder with -o, or begin anew with --fresh."
             )
-        return cls(folder, {name: known[name] for name in ("version", "run", *about)}, known["lines"])
+        return cls(
+            folder, {name: known[name] for name in ("version", "run", *about)}, known["lines"]
+        )
 
     def of(self, number: int) -> dict[str, Any]:
         """What is known of a line."""
@@ -59,10 +65,18 @@ class Run:
 
     def key(self, number: int) -> str:
         """The Idempotency-Key of a line: the same in every process of this run until it begins again."""
-        facts = (self._head["run"], self._head["source_sha256"], self._head["options"], number, self.of(number).get("tries", 0))
+        facts = (
+            self._head["run"],
+            self._head["source_sha256"],
+            self._head["options"],
+            number,
+            self.of(number).get("tries", 0),
+        )
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def save(self) -> None:
         """Write it: whole, or not at all."""
-        downloads.write(self.path, json.dumps({**self._head, "lines": self._lines}, indent=1).encode())
+        downloads.write(
+            self.path, json.dumps({**self._head, "lines": self._lines}, indent=1).encode()
+        )
         self._written_at = time.monotonic()

@@ -38,12 +38,27 @@ def warn(message: str) -> None:
     err().print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], *, title: str | None = None, numbers: Iterable[str] = ()) -> Table:
+def table(
+    columns: Sequence[str],
+    rows: Iterable[Sequence[Any]],
+    *,
+    title: str | None = None,
+    numbers: Iterable[str] = (),
+) -> Table:
     """A plain table of any values. numbers: the columns to be set flush right."""
     flush_right = set(numbers)
-    drawn = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    drawn = Table(
+        title=title,
+        title_justify="left",
+        header_style="bold",
+        box=None,
+        pad_edge=False,
+        padding=(0, 2, 0, 0),
+    )
     for column in columns:
-        drawn.add_column(column, justify="right" if column in flush_right else "left", overflow="fold")
+        drawn.add_column(
+            column, justify="right" if column in flush_right else "left", overflow="fold"
+        )
     for row in rows:
         drawn.add_row(*(Text(cell(value)) for value in row))  # Text: no markup, no :emoji:
     return drawn
@@ -66,4 +81,11 @@ def cell(value: Any) -> str:
 
 def print_json(value: Any) -> None:
     """For programs: one JSON document."""
-    sys.stdout.write(json.dumps(value, default=lambda odd: odd.isoformat() if isinstance(odd, datetime) else cell(odd), indent=2) + "\n")
+    sys.stdout.write(
+        json.dumps(
+            value,
+            default=lambda odd: odd.isoformat() if isinstance(odd, datetime) else cell(odd),
+            indent=2,
+        )
+        + "\n"
+    )

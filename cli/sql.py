@@ -28,7 +28,9 @@ class Answer:
 @click.command()
 @click.argument("statement")
 @click.option(
-    "--owner", is_flag=True, help="As the owner of the tables. By default as the auditor, who sees the views and changes nothing."
+    "--owner",
+    is_flag=True,
+    help="As the owner of the tables. By default as the auditor, who sees the views and changes nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="A list of objects, for programs.")
 @pass_installation
@@ -38,13 +40,20 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
     Views for people: job_history, queue_now, flows_now, dead_letters, images_by_tenant_day,
     usage_by_tenant_day, stored_files_by_tenant, webhooks_now, audit_log, audit_chain_status.
     """
-    answer = ask(installation.look_up("MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"), statement)
+    answer = ask(
+        installation.look_up("MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"),
+        statement,
+    )
     if as_json:
         screen.print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])
     elif answer.columns:
-        numbers = [name for name, kinds in _kinds(answer).items() if kinds <= {"int", "float", "Decimal"}]
+        numbers = [
+            name for name, kinds in _kinds(answer).items() if kinds <= {"int", "float", "Decimal"}
+        ]
         screen.out().print(screen.table(answer.columns, answer.rows, numbers=numbers))
-        screen.err().print(f"({len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'})", style="dim")
+        screen.err().print(
+            f"({len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'})", style="dim"
+        )
     else:
         screen.out().print(answer.status)
 
@@ -53,7 +62,11 @@ def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = No
     """Run one statement in a transaction of its own. Raises StatementRefused; sqlalchemy's OperationalError is never seen here."""
     url = make_url(database_url).set(drivername="postgresql")
     try:
-        connection = psycopg2.connect(url.render_as_string(hide_password=False), connect_timeout=5, application_name="darkroom sql")
+        connection = psycopg2.connect(
+            url.render_as_string(hide_password=False),
+            connect_timeout=5,
+            application_name="darkroom sql",
+        )
     except psycopg2.OperationalError as error:
         from darkroom_client import Unreachable
 
@@ -64,7 +77,11 @@ def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = No
             columns = [column.name for column in cursor.description or ()]
             return Answer(columns, cursor.fetchall() if columns else [], cursor.statusmessage or "")
     except psycopg2.errors.InsufficientPrivilege as error:
-        hint = " (the auditor sees views only; --owner asks as the owner)" if "auditor" in url.render_as_string() else ""
+        hint = (
+            " (the auditor sees views only; --owner asks as the owner)"
+            if "auditor" in url.render_as_string()
+            else ""
+        )
         raise StatementRefused(f"Postgres: {' '.join(str(error).split())}{hint}") from None
     except psycopg2.Error as error:
         raise StatementRefused(f"Postgres: {str(error).strip().partition(chr(10))[0]}") from None
@@ -73,4 +90,7 @@ def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = No
 
 
 def _kinds(answer: Answer) -> dict[str, set[str]]:
-    return {name: {type(row[i]).__name__ for row in answer.rows if row[i] is not None} for i, name in enumerate(answer.columns)}
+    return {
+        name: {type(row[i]).__name__ for row in answer.rows if row[i] is not None}
+        for i, name in enumerate(answer.columns)
+    }

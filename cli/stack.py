@@ -16,8 +16,17 @@ from fleet.stack import ProcessStatus, Stack
 
 @click.command()
 @click.option("--detach", is_flag=True, help="Return when everything is ready; `down` stops it.")
-@click.option("--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Worker processes.")
-@click.option("--wait", "wait_s", type=float, default=180, show_default=True, help="Seconds to wait until everything is ready.")
+@click.option(
+    "--workers", type=click.IntRange(1, 64), default=1, show_default=True, help="Worker processes."
+)
+@click.option(
+    "--wait",
+    "wait_s",
+    type=float,
+    default=180,
+    show_default=True,
+    help="Seconds to wait until everything is ready.",
+)
 @pass_installation
 def up(installation: Installation, detach: bool, workers: int, wait_s: float) -> None:
     """Start everything on this machine: Postgres, Redis, S3, gateway, worker, results, sweeper, Flower.
@@ -37,7 +46,8 @@ def up(installation: Installation, detach: bool, workers: int, wait_s: float) ->
         follow(stack.data_dir / "logs")
     except KeyboardInterrupt:
         screen.err().print("stopping; images under way are finished first")
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C must not leave half of it running
+        # a second Ctrl-C must not leave half of it running
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         stack.down()
         raise
     except Exception:
@@ -68,8 +78,13 @@ def status(ctx: click.Context, installation: Installation) -> None:
         screen.complain("The stack is not running.")
         ctx.exit(3)
     now = datetime.now(UTC)
-    rows = [(process.name, process.state, process.pid, _age(now, process), _reason(process)) for process in processes]
-    screen.out().print(screen.table(["process", "state", "pid", "up", ""], rows, numbers=["pid", "up"]))
+    rows = [
+        (process.name, process.state, process.pid, _age(now, process), _reason(process))
+        for process in processes
+    ]
+    screen.out().print(
+        screen.table(["process", "state", "pid", "up", ""], rows, numbers=["pid", "up"])
+    )
     screen.out().print(f"\n{_readiness(stack.env['DARKROOM_URL'])}")
 
 
@@ -84,10 +99,20 @@ def env(installation: Installation) -> None:
 def show_addresses(stack: Stack) -> None:
     """Where everything is, for people."""
     env = stack.env
-    at = {name: env[name].rpartition("@")[2] for name in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")}
+    at = {
+        name: env[name].rpartition("@")[2] for name in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")
+    }
     rows = [
-        ("gateway", env["DARKROOM_URL"], f"key {env['DARKROOM_API_KEY'][:16]}…  (whole in {stack.env_path})"),
-        ("Flower", env["FLOWER_URL"], f"user {env['FLOWER_USER']}  password {env['FLOWER_PASSWORD']}"),
+        (
+            "gateway",
+            env["DARKROOM_URL"],
+            f"key {env['DARKROOM_API_KEY'][:16]}…  (whole in {stack.env_path})",
+        ),
+        (
+            "Flower",
+            env["FLOWER_URL"],
+            f"user {env['FLOWER_USER']}  password {env['FLOWER_PASSWORD']}",
+        ),
         ("S3", env["S3_ENDPOINT_URL"], f"bucket {env['S3_BUCKET']}"),
         ("Postgres", at["DATABASE_URL"], 'darkroom sql "select * from job_history"'),
         ("Redis", f"{at['BROKER_URL']}  {at['HANDOFF_URL']}", "broker, hand-off"),
@@ -101,7 +126,11 @@ def _readiness(url: str) -> str:
         parts = answer.json()["parts"]
     except (httpx.HTTPError, ValueError, KeyError):
         return f"the gateway does not answer at {url}"
-    waiting = [f"{name}: {part.get('detail', 'not ready')}" for name, part in parts.items() if not part["ready"]]
+    waiting = [
+        f"{name}: {part.get('detail', 'not ready')}"
+        for name, part in parts.items()
+        if not part["ready"]
+    ]
     if not waiting:
         return f"ready at {url}"
     return f"{'not ready' if answer.status_code == 503 else 'accepts jobs, but not all is well'} · {' · '.join(waiting)}"

@@ -37,7 +37,9 @@ def list_tenants(installation: Installation) -> None:
     with installation.transaction() as session:
         found = records.all_of_them(session)
     rows = [(tenant.id, tenant.name, tenant.weight, tenant.created_at) for tenant in found]
-    screen.out().print(screen.table(["tenant", "name", "weight", "created (UTC)"], rows, numbers=["weight"]))
+    screen.out().print(
+        screen.table(["tenant", "name", "weight", "created (UTC)"], rows, numbers=["weight"])
+    )
 
 
 @tenants.command("weigh")
@@ -54,7 +56,9 @@ def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weig
     if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
-    screen.out().print(f"tenant {name} weighs {weight:g}; its jobs accepted from now on count by that")
+    screen.out().print(
+        f"tenant {name} weighs {weight:g}; its jobs accepted from now on count by that"
+    )
 
 
 @tenants.command("show")
@@ -65,14 +69,27 @@ def show_tenant(ctx: click.Context, installation: Installation, name: str) -> No
     """The tenant's limits, and what it has used today and this month (UTC)."""
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
-        totals = usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=1_000_000) if tenant is not None else None
-        count, size_bytes = files.stored(session, tenant_id=tenant.id) if tenant is not None else (0, 0)
+        totals = (
+            usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=1_000_000)
+            if tenant is not None
+            else None
+        )
+        count, size_bytes = (
+            files.stored(session, tenant_id=tenant.id) if tenant is not None else (0, 0)
+        )
     if tenant is None or totals is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
     rows: list[tuple[str, Any]] = [(limit, _told(getattr(tenant, limit))) for limit in LIMITS]
-    rows += [("megapixel-steps used today", totals.used_today), ("and this month", totals.used_this_month)]
-    rows += [("jobs under way", totals.active_jobs), ("pictures stored", count), ("and their bytes", size_bytes)]
+    rows += [
+        ("megapixel-steps used today", totals.used_today),
+        ("and this month", totals.used_this_month),
+    ]
+    rows += [
+        ("jobs under way", totals.active_jobs),
+        ("pictures stored", count),
+        ("and their bytes", size_bytes),
+    ]
     screen.out().print(screen.table(["limit", name], rows))
 
 
@@ -81,7 +98,9 @@ def show_tenant(ctx: click.Context, installation: Installation, name: str) -> No
 @click.argument("limits", nargs=-1, required=True)
 @pass_installation
 @click.pass_context
-def limit_tenant(ctx: click.Context, installation: Installation, name: str, limits: tuple[str, ...]) -> None:
+def limit_tenant(
+    ctx: click.Context, installation: Installation, name: str, limits: tuple[str, ...]
+) -> None:
     """Set LIMITS of a tenant, each as limit=value; `none` takes one away. They hold within a second.
 
     requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200 (these two together)
@@ -99,7 +118,11 @@ def limit_tenant(ctx: click.Context, installation: Installation, name: str, limi
     if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
-    screen.out().print(f"tenant {name}: " + ", ".join(f"{limit} = {_told(value)}" for limit, value in changes.items()), soft_wrap=True)
+    screen.out().print(
+        f"tenant {name}: "
+        + ", ".join(f"{limit} = {_told(value)}" for limit, value in changes.items()),
+        soft_wrap=True,
+    )
 
 
 def _change(installation: Installation, text: str) -> tuple[str, Any]:
@@ -121,25 +144,38 @@ def _names(installation: Installation, limit: str, said: str) -> list[str]:
     names = [name.strip() for name in said.split(",")]
     unknown = [name for name in names if name not in offered]
     if unknown:
-        raise _refused(limit, ",".join(unknown), f"one or more of {', '.join(offered)}, with commas between them, or none")
+        raise _refused(
+            limit,
+            ",".join(unknown),
+            f"one or more of {', '.join(offered)}, with commas between them, or none",
+        )
     return names
 
 
 def _number(limit: str, said: str) -> int | float:
     from pydantic import ValidationError
 
-    from app.http.admin import TenantChange  # the same bounds as over HTTP; here, for it loads the gateway
+    # the same bounds as over HTTP; here, for it loads the gateway
+    from app.http.admin import TenantChange
 
     try:
-        number: int | float = getattr(TenantChange.model_validate({limit: said}, strict=False), limit)
+        number: int | float = getattr(
+            TenantChange.model_validate({limit: said}, strict=False), limit
+        )
     except ValidationError:
-        raise _refused(limit, said, _bounds(TenantChange.model_json_schema()["properties"][limit]["anyOf"][0])) from None
+        raise _refused(
+            limit, said, _bounds(TenantChange.model_json_schema()["properties"][limit]["anyOf"][0])
+        ) from None
     return number
 
 
 def _bounds(schema: Mapping[str, Any]) -> str:
     kind = "a whole number" if schema["type"] == "integer" else "a number"
-    least = f"above {schema['exclusiveMinimum']}" if "exclusiveMinimum" in schema else f"from {schema['minimum']}"
+    least = (
+        f"above {schema['exclusiveMinimum']}"
+        if "exclusiveMinimum" in schema
+        else f"from {schema['minimum']}"
+    )
     return f"{kind} {least}, at most {schema['maximum']:.0f}, or none"
 
 
@@ -158,7 +194,11 @@ def _told(value: Any) -> str:
 @tenants.command("create")
 @click.argument("name")
 @click.option(
-    "--weight", type=click.FloatRange(MIN_WEIGHT, MAX_WEIGHT), default=1.0, show_default=True, help="Its share, against the others'."
+    "--weight",
+    type=click.FloatRange(MIN_WEIGHT, MAX_WEIGHT),
+    default=1.0,
+    show_default=True,
+    help="Its share, against the others'.",
 )
 @pass_installation
 @click.pass_context
@@ -170,4 +210,7 @@ def create_tenant(ctx: click.Context, installation: Installation, name: str, wei
     except IntegrityError:
         screen.complain(f"There is a tenant {name!r} already.")
         ctx.exit(4)
-    screen.out().print(f"tenant {tenant.id} ({tenant.name}); a key: darkroom keys issue --tenant {tenant.name}", soft_wrap=True)
+    screen.out().print(
+        f"tenant {tenant.id} ({tenant.name}); a key: darkroom keys issue --tenant {tenant.name}",
+        soft_wrap=True,
+    )

@@ -17,7 +17,14 @@ _SUMMED = ("jobs_accepted", "jobs_succeeded", "reserved", "settled", "abandoned"
 
 @click.command()
 @click.option("--tenant", "tenant_name", default="demo", show_default=True, help="Whose.")
-@click.option("--days", "num_days", type=click.IntRange(1, 366), default=30, show_default=True, help="How many, today included.")
+@click.option(
+    "--days",
+    "num_days",
+    type=click.IntRange(1, 366),
+    default=30,
+    show_default=True,
+    help="How many, today included.",
+)
 @pass_installation
 def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
     """Show what a tenant used, by UTC days; a day without a job has no line.
@@ -28,13 +35,33 @@ def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
     today = datetime.now(UTC).date()
     with installation.transaction() as session:
         tenant_id = named(session, tenant_name).id
-        days = ledger.days(session, tenant_id=tenant_id, since=today - timedelta(days=num_days - 1), until=today)
+        days = ledger.days(
+            session, tenant_id=tenant_id, since=today - timedelta(days=num_days - 1), until=today
+        )
     currency = installation.load_fleet().currency
     rows = [*(_line(str(day.day), [day], currency) for day in days), _line("total", days, currency)]
-    columns = ["day (UTC)", "accepted", "succeeded", "reserved Mpx-steps", "settled Mpx-steps", "abandoned Mpx-steps", "cost"]
+    columns = [
+        "day (UTC)",
+        "accepted",
+        "succeeded",
+        "reserved Mpx-steps",
+        "settled Mpx-steps",
+        "abandoned Mpx-steps",
+        "cost",
+    ]
     screen.out().print(screen.table(columns, rows, numbers=columns[1:]))
 
 
 def _line(label: str, days: Sequence[UsageDay], currency: str) -> tuple[Any, ...]:
-    accepted, succeeded, reserved, settled, abandoned, cost = (sum(getattr(day, column) for day in days) for column in _SUMMED)
-    return label, accepted, succeeded, f"{reserved:.6f}", f"{settled:.6f}", f"{abandoned:.6f}", f"{cost:.6f} {currency}"
+    accepted, succeeded, reserved, settled, abandoned, cost = (
+        sum(getattr(day, column) for day in days) for column in _SUMMED
+    )
+    return (
+        label,
+        accepted,
+        succeeded,
+        f"{reserved:.6f}",
+        f"{settled:.6f}",
+        f"{abandoned:.6f}",
+        f"{cost:.6f} {currency}",
+    )

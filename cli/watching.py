@@ -39,12 +39,18 @@ class Sight:
         """Bring it up to date."""
         index = int(event.data.get("index", 0))
         if event.kind == "queued":
-            self.state, self.jobs_ahead, self.eta_s = "queued", event.data.get("jobs_ahead"), event.data.get("eta_p50_s")
+            self.state, self.jobs_ahead, self.eta_s = (
+                "queued",
+                event.data.get("jobs_ahead"),
+                event.data.get("eta_p50_s"),
+            )
         elif event.kind == "started":
             self.state, self.jobs_ahead = "running", None
         elif event.kind == "step":
             self.state = "running"
-            self.steps_to_do = int(event.data.get("num_steps", 0)) * self.num_images or self.steps_to_do
+            self.steps_to_do = (
+                int(event.data.get("num_steps", 0)) * self.num_images or self.steps_to_do
+            )
             self.steps[index] = max(self.steps.get(index, 0), int(event.data.get("step", 0)))
         elif event.kind == "stored":
             self.images_stored += 1
@@ -63,9 +69,15 @@ class Sight:
         """Where it is."""
         if self.state == "queued":
             ahead = "" if not self.jobs_ahead else f" · {self.jobs_ahead} ahead"
-            return f"queued{ahead}" + (f" · about {self.eta_s:.0f} s" if self.eta_s is not None else "")
+            return f"queued{ahead}" + (
+                f" · about {self.eta_s:.0f} s" if self.eta_s is not None else ""
+            )
         if self.state == "running":
-            images = f" · {self.images_stored} of {self.num_images} images stored" if self.num_images > 1 else ""
+            images = (
+                f" · {self.images_stored} of {self.num_images} images stored"
+                if self.num_images > 1
+                else ""
+            )
             return f"step {self.done}/{self.steps_to_do}{images}"
         return self.state
 
@@ -84,9 +96,16 @@ def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -
 
 
 def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[where]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=30),
+        TextColumn("{task.fields[where]}"),
+        TimeElapsedColumn(),
+    )
     console, said, sight = screen.err(), "", Sight.of(job)
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
         bar = progress.add_task(job.id[-8:], total=sight.steps_to_do + 1, where=sight.words)
 
         def show(seen: Sight) -> None:

@@ -21,12 +21,16 @@ def _entry(text: str, metavar: str) -> tuple[str, str]:
     return name, value
 
 
-def _metadata(_ctx: click.Context, param: click.Parameter, said: tuple[str, ...]) -> dict[str, str] | None:
+def _metadata(
+    _ctx: click.Context, param: click.Parameter, said: tuple[str, ...]
+) -> dict[str, str] | None:
     """Read the entries as one object; None for none: a line of a file of prompts may have its own."""
     return dict(_entry(text, str(param.metavar)) for text in said) or None
 
 
-def _adapters(_ctx: click.Context, param: click.Parameter, said: tuple[str, ...]) -> list[dict[str, Any]] | None:
+def _adapters(
+    _ctx: click.Context, param: click.Parameter, said: tuple[str, ...]
+) -> list[dict[str, Any]] | None:
     """Read each adapter with its strength, where that is said; None for none."""
     return [_adapter(text, str(param.metavar)) for text in said] or None
 
@@ -51,10 +55,19 @@ _OPTIONS = [
     click.option("--steps", type=int, help="Denoise steps."),
     click.option("--guidance", type=float, help="How strictly the prompt is followed."),
     click.option("--sampler", help="Sampling method."),
-    click.option("--seed", type=int, help="Seed of the first image; the next have seed + 1, …  [default: random]"),
+    click.option(
+        "--seed",
+        type=int,
+        help="Seed of the first image; the next have seed + 1, …  [default: random]",
+    ),
     click.option("-n", "n", type=int, default=1, show_default=True, help="Number of images."),
     click.option("--negative", "negative_prompt", help="What the image should not show."),
-    click.option("--format", "output_format", type=click.Choice(list(EXTENSIONS)), help="By default what the output's name says, or png."),
+    click.option(
+        "--format",
+        "output_format",
+        type=click.Choice(list(EXTENSIONS)),
+        help="By default what the output's name says, or png.",
+    ),
     click.option("--init", "init_image", type=_PICTURE, help="Picture to start from."),
     click.option("--mask", type=_PICTURE, help="White where that picture is to be painted anew."),
     click.option("--strength", type=float, help="How far to go from that picture, 0 to 1."),

@@ -36,9 +36,13 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 from settings import SMALL_BODY_BYTES
 
 MAX_HEAD_BYTES = 65_536
-DRAINED_S, DRAINED_BYTES = 5.0, 8_388_608  # what a client still sends after its answer: closed on it at once, it would not see the answer
+DRAINED_S, DRAINED_BYTES = (
+    5.0,
+    8_388_608,
+)  # what a client still sends after its answer: closed on it at once, it would not see the answer
 PROBE_THREADS = 2
-STALE_AFTER_S = 3.0  # of waiting for a thread: from then on it is worth asking whether the client is still there
+# of waiting for a thread: from then on it is worth asking whether the client is still there
+STALE_AFTER_S = 3.0
 _ACCEPTED_AT_ONCE = 64
 _READ_BYTES = 65_536
 _SWEEP_EVERY_S = 0.25
@@ -103,7 +107,9 @@ class ClientSocket:
     (`settimeout`): then each write is done within it, or the client has gone. Event streams do so.
     """
 
-    def __init__(self, sock: socket.socket, pace: Pace, answers: ByteBudget, make_room: Callable[[], None]) -> None:
+    def __init__(
+        self, sock: socket.socket, pace: Pace, answers: ByteBudget, make_room: Callable[[], None]
+    ) -> None:
         self.raw, self._pace, self._answers, self._make_room = sock, pace, answers, make_room
         self.unsent = bytearray()
         self.may_wait = True
@@ -192,7 +198,8 @@ class ClientSocket:
         self.raw.close()
 
     def shutdown(self, how: int) -> None:
-        self.may_wait = False  # whoever closes after this reads what is here, and no thread waits for more
+        # whoever closes after this reads what is here, and no thread waits for more
+        self.may_wait = False
         self.raw.shutdown(how)
 
     def getsockname(self) -> Any:
@@ -213,7 +220,9 @@ class ClientSocket:
         deadline = time.monotonic() + _ROOM_WITHIN_S
         while not self._answers.take(count):
             if time.monotonic() > deadline:
-                raise BrokenPipeError(errno.EPIPE, "there is no room for what the client does not take")
+                raise BrokenPipeError(
+                    errno.EPIPE, "there is no room for what the client does not take"
+                )
             self._make_room()
             time.sleep(0.01)
 
@@ -245,7 +254,10 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         self.data_ready = True  # the worker hands over whole heads only
         self.state, self.deadline = State.WORKING, 0.0
         self.received = bytearray()  # of the request that is to come
-        self.searched, self.wanted = 0, 0  # how far the end of the head was looked for; head and small body, once that is known
+        self.searched, self.wanted = (
+            0,
+            0,
+        )  # how far the end of the head was looked for; head and small body, once that is known
         self.watched_events = 0
         self.queued_at = 0.0
         self.may_stay = False  # after the answer, for another request
@@ -284,11 +296,17 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         self.wsgi = TellsOfClosing(self.wsgi)
 
     def init_process(self) -> None:
-        self._by_state: dict[State, OrderedDict[Connection, None]] = {state: OrderedDict() for state in State}  # the newest comes last
-        self._requests, self._answers = ByteBudget(self.pace.max_held_bytes), ByteBudget(self.pace.max_held_bytes)
+        self._by_state: dict[State, OrderedDict[Connection, None]] = {
+            state: OrderedDict() for state in State
+        }  # the newest comes last
+        self._requests, self._answers = (
+            ByteBudget(self.pace.max_held_bytes),
+            ByteBudget(self.pace.max_held_bytes),
+        )
         self._probes = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
         self._swept_at = 0.0
-        self.worker_connections += 1  # where gunicorn stops accepting; one connection earlier a silent one makes room
+        # where gunicorn stops accepting; one connection earlier a silent one makes room
+        self.worker_connections += 1
         super().init_process()
 
     def run(self) -> None:
@@ -302,7 +320,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     def handle(self, conn: Connection) -> Any:
         """Answer one request, of which the head is there; whether the connection may be used again."""
         if time.monotonic() - conn.queued_at > STALE_AFTER_S and conn.sock.has_left():
-            return False  # all threads were taken for so long that it was given up: nobody wants a job of it any more
+            # all threads were taken for so long that it was given up: nobody wants a job of it any
+            # more
+            return False
         conn.sock.begin_request()
         conn.init()
         conn.parser.unreader.unread(bytes(conn.received))
@@ -336,7 +356,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._make_room():
                     continue
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
-                    time.sleep(0.01)  # all files are in threads' hands: the listener stays readable, and asking at once would help nobody
+                    # all files are in threads' hands: the listener stays readable, and asking at
+                    # once would help nobody
+                    time.sleep(0.01)
                     return
                 raise
             self.nr_conns += 1
@@ -352,12 +374,15 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         conn.queued_at = time.monotonic()
         pool = self._probes if _PROBE.match(conn.received) else self.tpool
         future = pool.submit(self.handle, conn)
-        future.add_done_callback(lambda done: self.method_queue.defer(self.finish_request, conn, done))
+        future.add_done_callback(
+            lambda done: self.method_queue.defer(self.finish_request, conn, done)
+        )
 
     def finish_request(self, conn: Connection, done: "Future[Any]") -> None:
         """Go on with a connection that comes back from a thread."""
         conn.received.clear()
-        if conn.sock.fileno() < 0:  # gunicorn closed it: the application failed in the middle of its answer
+        # gunicorn closed it: the application failed in the middle of its answer
+        if conn.sock.fileno() < 0:
             self._drop(conn)
             return
         conn.may_stay = not done.cancelled() and done.exception() is None and bool(done.result())
@@ -370,10 +395,21 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         if not force and now - self._swept_at < _SWEEP_EVERY_S:
             return
         self._swept_at = now
-        late = [conn for held in self._by_state.values() for conn in held if force or conn.deadline <= now]
+        late = [
+            conn
+            for held in self._by_state.values()
+            for conn in held
+            if force or conn.deadline <= now
+        ]
         for conn in late:
             if conn.state == State.READING and conn.received and not force:
-                self._refuse(conn, 408, "request-timeout", "Request timeout", "The request did not come in time.")
+                self._refuse(
+                    conn,
+                    408,
+                    "request-timeout",
+                    "Request timeout",
+                    "The request did not come in time.",
+                )
             elif conn.state != State.WORKING:
                 self._drop(conn)
 
@@ -411,7 +447,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         if conn.state == State.IDLE:
             self._await_request(conn, State.READING)
         if not conn.received:
-            data = data.lstrip(b"\r\n")  # empty lines before a request line mean nothing, and no thread may wait behind them
+            # empty lines before a request line mean nothing, and no thread may wait behind them
+            data = data.lstrip(b"\r\n")
         while not self._requests.take(len(data)):
             if not self._make_room(State.READING, besides=conn):
                 self._drop(conn)
@@ -422,7 +459,13 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             conn.searched = len(conn.received)
             if end < 4:
                 if len(conn.received) > MAX_HEAD_BYTES:
-                    self._refuse(conn, 431, "head-too-large", "Head too large", f"The head has more than {MAX_HEAD_BYTES} bytes.")
+                    self._refuse(
+                        conn,
+                        431,
+                        "head-too-large",
+                        "Head too large",
+                        f"The head has more than {MAX_HEAD_BYTES} bytes.",
+                    )
                 return
             conn.wanted = end + _small_body(bytes(conn.received[: end - 2]))
             conn.deadline = time.monotonic() + self.pace.body_timeout_s
@@ -450,7 +493,12 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     def _close(self, conn: Connection) -> None:
         """Say that the answer was all, and hear the client out before closing."""
         conn.drained = 0
-        self._enter(conn, State.CLOSING, watching=selectors.EVENT_READ, deadline=time.monotonic() + DRAINED_S)
+        self._enter(
+            conn,
+            State.CLOSING,
+            watching=selectors.EVENT_READ,
+            deadline=time.monotonic() + DRAINED_S,
+        )
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -467,11 +515,14 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
 
     def _refuse(self, conn: Connection, status: int, slug: str, title: str, detail: str) -> None:
         """Answer a request that no thread will see."""
-        body = json.dumps({"type": f"/problems/{slug}", "title": title, "status": status, "detail": detail}).encode()
+        body = json.dumps(
+            {"type": f"/problems/{slug}", "title": title, "status": status, "detail": detail}
+        ).encode()
         head = f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
         self._requests.give_back(len(conn.received))
         conn.received.clear()
-        with suppress(OSError):  # a few hundred bytes: if there is no room for them, nobody reads them
+        # a few hundred bytes: if there is no room for them, nobody reads them
+        with suppress(OSError):
             conn.sock.raw.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self._close(conn)
 
@@ -484,7 +535,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                     return True
         return False
 
-    def _enter(self, conn: Connection, state: State, *, watching: int, deadline: float = float("inf")) -> None:
+    def _enter(
+        self, conn: Connection, state: State, *, watching: int, deadline: float = float("inf")
+    ) -> None:
         """Let the connection be in a state, as the newest there."""
         self._by_state[conn.state].pop(conn, None)
         conn.state, conn.deadline = state, deadline

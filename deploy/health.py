@@ -35,7 +35,8 @@ def _answer(url: str) -> str:
 
 
 def _get(url: str) -> tuple[int, str]:
-    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy of the host is no way to our own loopback
+    # a proxy of the host is no way to our own loopback
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=5) as answer:
         return answer.status, answer.read().decode(errors="replace")
 
@@ -60,13 +61,16 @@ def _worker() -> str:
     engine = make_engine(settings.database_url, pool_size=1)
     try:
         with transaction(engine) as session:
-            names = [worker.name for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)]
+            names = [
+                worker.name for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
+            ]
     except SQLAlchemyError as error:
         if not settings.metrics_port:
             sys.exit(f"Postgres: {type(error).__name__}")
         return f"Postgres is away ({type(error).__name__}); {_answer(f'http://127.0.0.1:{settings.metrics_port}/metrics')}"
     here = [name for name in names if name.endswith(f"@{socket.gethostname()}")]
-    for place in range(len(here) if settings.metrics_port else 0):  # the launcher gives each GPU's worker the next port
+    # the launcher gives each GPU's worker the next port
+    for place in range(len(here) if settings.metrics_port else 0):
         url = f"http://127.0.0.1:{settings.metrics_port + place}/metrics"
         with suppress(OSError):  # its leases are renewed, so it is there
             _moving(url, _get(url)[1])

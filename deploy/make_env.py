@@ -15,7 +15,12 @@ EXAMPLE = Path(__file__).with_name("compose.env.example")
 
 def made(example: str) -> str:
     """The example, with a secret of its own in each place that has one for development only."""
-    return re.sub(r"^#(\w+)=development-only.*$", lambda match: f"{match[1]}={secrets.token_hex(32)}", example, flags=re.MULTILINE)
+    return re.sub(
+        r"^#(\w+)=development-only.*$",
+        lambda match: f"{match[1]}={secrets.token_hex(32)}",
+        example,
+        flags=re.MULTILINE,
+    )
 
 
 if __name__ == "__main__":

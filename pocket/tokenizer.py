@@ -1,4 +1,5 @@
-"""Build the pocket model's tokenizer: CLIP byte-pair encoding, learnt from the world's captions.
+"""Build the pocket model's tokenizer: CLIP byte-pair encoding, learnt from the world's own
+captions.
 
 Every word a caption can hold becomes one token; any other word falls back to its letters, so no
 prompt is refused. The same seed gives the same vocabulary in every process. A library's trainer

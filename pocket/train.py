@@ -518,9 +518,8 @@ class Denoising:
         return loss.item()
 
     def train(self, data: dict[str, Tensor], plan: Plan, work: Path, *, num_workers: int) -> None:
-        """Train until the plan's minutes or images are used up.
-
-        Keeps a copy in `work` every few minutes.
+        """Train until the plan's minutes or images are used up; keep a copy in `work` every few
+        minutes.
 
         On a CPU `num_workers` single-threaded processes learn on the same weights and take turns to
         update them. On a busy machine, two threads in step wait for each other at every operation,
