@@ -203,6 +203,22 @@ def test_keys_that_come_once_and_never_again_are_forgotten_and_push_no_curve_out
     assert costs.step_s(a_key(call="alone 0"), 2) == 2.0
 
 
+def test_a_key_in_use_is_not_forgotten_however_long_it_has_been_known():
+    costs = CostModel()
+    sizes = [a_key(call=f"size {n}") for n in range(MAX_KEYS)]
+    for key in sizes:
+        for rows in (1, 2):
+            costs.observe_step(key, rows, float(rows))
+
+    costs.observe_step(sizes[0], 1, 1.0)
+    for rows in (1, 2):
+        costs.observe_step(a_key(call="another"), rows, float(rows))
+
+    assert costs.is_measured(sizes[0])
+    assert not costs.is_measured(sizes[1])
+    assert len(costs.measured_keys()) == MAX_KEYS
+
+
 # --- growth --------------------------------------------------------------------------------------------------------------
 
 

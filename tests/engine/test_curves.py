@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from engine_builders import a_request, a_spec
@@ -49,6 +50,22 @@ def test_a_file_that_cannot_be_used_is_as_good_as_none(tmp_path, contents):
     curve_file(tmp_path, "tiny", HERE).write_text(contents)
 
     assert not load_curves(CostModel(), tmp_path, "tiny", HERE)
+
+
+def test_curves_cut_off_in_writing_leave_those_of_before(tmp_path, monkeypatch):
+    save_curves(known(), tmp_path, "tiny", HERE)
+    write = Path.write_text
+
+    def full_disk(path, text, **more):
+        write(path, text[: len(text) // 2], **more)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full_disk)
+        with pytest.raises(OSError, match="no space"):
+            save_curves(known(), tmp_path, "tiny", HERE)
+
+    assert load_curves(CostModel(), tmp_path, "tiny", HERE)
 
 
 def test_a_calibration_is_what_a_worker_starts_with(checkpoint, tmp_path):

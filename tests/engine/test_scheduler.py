@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from engine.costs import CostModel
 from engine.inflight import ImageState
+from engine.owners import CREDIT_S, MAX_GONE, Owners
 from engine.request import AdapterUse
 from engine.scheduler import Batch, Decode, Encode, Scheduler, _Kind
 
@@ -492,6 +493,18 @@ def test_of_owners_that_left_little_is_remembered():
     assert scheduler._owners == {}
 
 
+def test_of_owners_that_left_those_who_left_first_are_forgotten():
+    owners = Owners()
+    owners.enter("stays", 1.0)
+    for n in range(MAX_GONE + 2):
+        owners.enter(f"owner {n}", 1.0).attained_s = 500.0
+        owners.leave(f"owner {n}")
+
+    back = {n: owners.enter(f"owner {n}", 1.0).attained_s for n in (0, 1, 2, MAX_GONE + 1)}
+
+    assert back == {0: -CREDIT_S, 1: -CREDIT_S, 2: 500.0, MAX_GONE + 1: 500.0}
+
+
 # --- seats ---------------------------------------------------------------------------------------------------------------
 
 
@@ -554,6 +567,19 @@ def test_a_removed_image_is_not_told_of_as_parked():
     scheduler.remove("bulk")
 
     assert scheduler.take_parked() == []
+
+
+def test_a_removed_image_is_not_told_of_as_resumed():
+    scheduler = a_scheduler(max_inflight=1)
+    scheduler.add(an_image("bulk", rank=1), now_s=0)
+    scheduler.add(an_image("interactive", rank=0), now_s=0)
+    scheduler.next_work(0)
+    scheduler.remove("interactive")
+    scheduler.next_work(0)
+
+    scheduler.remove("bulk")
+
+    assert scheduler.take_resumed() == []
 
 
 def test_an_image_waiting_for_decode_holds_no_seat():
@@ -739,6 +765,18 @@ def test_decodes_between_two_forwards_can_be_limited():
     scheduler.add(an_image("long", num_steps=2), now_s=0)
 
     assert turns(scheduler, 5) == ["denoise a b long", "decode a", "denoise long", "decode b", "decode long"]
+
+
+def test_decodes_between_two_forwards_are_limited_anew_after_each_forward():
+    scheduler = a_scheduler(max_decodes_between_steps=1)
+    for id in "abc":
+        scheduler.add(an_image(id, num_steps=1), now_s=0)
+    scheduler.add(an_image("long", num_steps=4), now_s=0)
+
+    step(scheduler)
+
+    forward = "denoise long"
+    assert turns(scheduler, 5) == ["decode a", forward, "decode b", forward, "decode c"]
 
 
 def test_a_decoded_image_is_not_offered_again_while_it_is_still_here():

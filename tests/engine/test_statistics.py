@@ -53,6 +53,23 @@ def test_stats_count_images_by_where_they_stand(checkpoint):
     assert list(at_the_end.values()) == [0, 0, 0, 1, 1, 1, 1]
 
 
+def test_stats_find_an_image_once_while_it_is_taken_in(checkpoint, monkeypatch):
+    found = []
+    with Engine(EngineConfig(), [a_spec(checkpoint)]) as engine:
+        add = engine._scheduler.add
+        asker = threading.Thread(target=lambda: found.append(engine.stats()["waiting"]))
+
+        def adding(image, now_s):
+            asker.start()
+            asker.join(0.2)  # it waits until the image is in
+            add(image, now_s)
+
+        monkeypatch.setattr(engine._scheduler, "add", adding)
+        engine.submit(a_request("a"), lambda event: asker.join(30)).result(60)
+
+    assert found == [1]
+
+
 def test_stats_count_forwards_rows_and_padding(checkpoint):
     names = ("steps", "image_steps", "rows", "padded_rows", "mean_rows_per_forward")
     with Engine(EngineConfig(max_batch_rows=8), [a_spec(checkpoint)]) as engine:
