@@ -8,7 +8,9 @@ def event_of(state: JobState) -> str:
     return f"job.{state}"
 
 
-ENDED_EVENTS = tuple(event_of(state) for state in FINAL_STATES)  # what an endpoint hears of that names none
+ENDED_EVENTS = tuple(
+    event_of(state) for state in FINAL_STATES
+)  # what an endpoint hears of that names none
 EVENTS = ENDED_EVENTS  # all that an endpoint may name
 TEST_EVENT = "webhook.test"
 MAX_ENDPOINTS = 20  # of one tenant

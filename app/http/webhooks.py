@@ -175,7 +175,9 @@ def _read_state(asked: Request) -> DeliveryState | None:
         raise InvalidQuery(detail, parameter="state", accepted=accepted) from None
 
 
-def _endpoint_view(endpoint: WebhookEndpoint, kind: type[schemas.Webhook] = schemas.Webhook, **more: Any) -> schemas.Webhook:
+def _endpoint_view(
+    endpoint: WebhookEndpoint, kind: type[schemas.Webhook] = schemas.Webhook, **more: Any
+) -> schemas.Webhook:
     """Show an endpoint as a document of this kind; `more`: members that only this kind has."""
     return kind(
         id=endpoint.id,
@@ -193,7 +195,9 @@ def _endpoint_view(endpoint: WebhookEndpoint, kind: type[schemas.Webhook] = sche
     )
 
 
-def _delivery_view(delivery: WebhookDelivery, attempts: Sequence[WebhookAttempt]) -> schemas.Delivery:
+def _delivery_view(
+    delivery: WebhookDelivery, attempts: Sequence[WebhookAttempt]
+) -> schemas.Delivery:
     return schemas.Delivery(
         id=delivery.id,
         event=delivery.event,

@@ -55,7 +55,11 @@ def job_fields(fleet: Fleet) -> dict[str, dict[str, Any]]:
             "maximum": max(tier.start_within_s for tier in tiers),
         },
     }
-    as_asked = {param.member: {"description": param.says} | _bounds(param) for param in PARAMS if param.member in ASKED}
+    as_asked = {
+        param.member: {"description": param.says} | _bounds(param)
+        for param in PARAMS
+        if param.member in ASKED
+    }
     said = {name: {"description": about} | bounds.get(name, {}) for name, about in ABOUT.items()}
     return as_asked | said
 
