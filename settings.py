@@ -162,9 +162,8 @@ LogLevel = Annotated[
     BeforeValidator(lambda text: str(text).upper()),
 ]
 
-_environment: ContextVar[Mapping[str, str] | None] = ContextVar(
-    "_environment", default=None
-)  # None: the process's own
+# None: the process's own
+_environment: ContextVar[Mapping[str, str] | None] = ContextVar("_environment", default=None)
 
 
 class _Variables(EnvSettingsSource):
@@ -201,9 +200,8 @@ class Environment(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     log_level: LogLevel = "INFO"
-    published_at: str = (
-        ""  # where clients and browsers reach this deployment: addresses or URLs, with commas
-    )
+    # where clients and browsers reach this deployment: addresses or URLs, with commas
+    published_at: str = ""
     allow_development_secrets: bool = False  # also beyond the loopback
 
     @classmethod
@@ -268,9 +266,8 @@ class DeviceSettings(FleetSettings):
     )
     torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
     checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
-    curves_folder: Path | None = (
-        None  # what `darkroom calibrate` measured; None: every start measures for itself
-    )
+    # what `darkroom calibrate` measured; None: every start measures for itself
+    curves_folder: Path | None = None
 
 
 class BrokerSettings(FleetSettings):
@@ -290,21 +287,16 @@ class FlowerSettings(BrokerSettings):
 class StreamSettings(Environment):
     """What gunicorn and the gateway in it agree on."""
 
-    gateway_max_streams: int = Field(
-        512, ge=1
-    )  # live event streams of one process; each holds a thread of its own
-    gateway_threads: int = Field(
-        128, ge=4
-    )  # beside those of streams; a waiting client holds one, not a database connection
-    gateway_max_waits: int | None = Field(
-        None, ge=1
-    )  # clients that wait for a job's end, of one process; None: half of the threads
-    gateway_max_uploads: int | None = Field(
-        None, ge=1
-    )  # bodies over 64 KiB that come in at once; None: an eighth of the threads
-    upload_spool_bytes: int | None = Field(
-        None, ge=1
-    )  # of uploads in the temporary folder; None: four fifths of what is free at start
+    # live event streams of one process; each holds a thread of its own
+    gateway_max_streams: int = Field(512, ge=1)
+    # beside those of streams; a waiting client holds one, not a database connection
+    gateway_threads: int = Field(128, ge=4)
+    # clients that wait for a job's end, of one process; None: half of the threads
+    gateway_max_waits: int | None = Field(None, ge=1)
+    # bodies over 64 KiB that come in at once; None: an eighth of the threads
+    gateway_max_uploads: int | None = Field(None, ge=1)
+    # of uploads in the temporary folder; None: four fifths of what is free at start
+    upload_spool_bytes: int | None = Field(None, ge=1)
     web_concurrency: int = Field(1, ge=1)  # processes
 
     @property
@@ -329,20 +321,16 @@ class ServerSettings(StreamSettings):
     """How gunicorn listens, and how long it waits for a client."""
 
     gateway_bind: Listener = "127.0.0.1:8080"
-    gateway_max_connections: int = Field(
-        8192, ge=64
-    )  # of one process; beyond, the one that was silent for longest makes room
-    keepalive_s: int = Field(
-        75, ge=1
-    )  # longer than load balancers keep a connection (60 s), or they use one that we just closed
+    # of one process; beyond, the one that was silent for longest makes room
+    gateway_max_connections: int = Field(8192, ge=64)
+    # longer than load balancers keep a connection (60 s), or they use one that we just closed
+    keepalive_s: int = Field(75, ge=1)
     header_timeout_s: float = Field(10.0, gt=0)  # for the head of a request
-    body_timeout_s: float = Field(
-        20.0, gt=0
-    )  # for its body, and as much longer as gateway_min_bytes_per_s gives
+    # for its body, and as much longer as gateway_min_bytes_per_s gives
+    body_timeout_s: float = Field(20.0, gt=0)
     gateway_min_bytes_per_s: int = Field(32_768, ge=1)
-    gateway_buffer_bytes: int = Field(
-        134_217_728, ge=1_048_576
-    )  # of all requests that have not come in whole; and of answers not gone out
+    # of all requests that have not come in whole; and of answers not gone out
+    gateway_buffer_bytes: int = Field(134_217_728, ge=1_048_576)
     metrics_port: int = Field(0, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
 
@@ -359,22 +347,18 @@ class Settings(BrokerSettings):
     """What every process that moves jobs is handed."""
 
     database_url: PostgresUrl  # of the role of this kind of process (migrations/roles.py)
-    handoff_url: (
-        RedisUrl  # another Redis: decoded pixels on their way to storage, progress, cancels
-    )
+    # another Redis: decoded pixels on their way to storage, progress, cancels
+    handoff_url: RedisUrl
 
-    lease_ttl_s: float = Field(
-        15.0, gt=0
-    )  # a worker renews every 5 s: three missed beats lose the lease
+    # a worker renews every 5 s: three missed beats lose the lease
+    lease_ttl_s: float = Field(15.0, gt=0)
     lease_renew_s: float = Field(5.0, gt=0)
-    lease_stop_s: float = Field(
-        12.0, gt=0
-    )  # no renewal for this long: the worker drops its own work
+    # no renewal for this long: the worker drops its own work
+    lease_stop_s: float = Field(12.0, gt=0)
     sweep_every_s: float = Field(2.0, gt=0)
     max_attempts: int = Field(5, ge=1)  # lease losses and errors count, preemptions do not
-    store_within_s: float = Field(
-        10.0, gt=0
-    )  # a storing job past this deadline is looked at by the sweeper
+    # a storing job past this deadline is looked at by the sweeper
+    store_within_s: float = Field(10.0, gt=0)
     handoff_ttl_s: int = Field(3600, ge=60)
     database_pool_size: int = Field(10, ge=1)
     metrics_port: int = Field(0, ge=0, le=65535)  # Prometheus text on metrics_host; 0 = none
@@ -407,16 +391,15 @@ class WorkerSettings(Settings, DeviceSettings):
 
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
-    preemption_notices: str = ""  # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its name)
-    engine_stuck_after_s: float = Field(
-        300.0, gt=0
-    )  # a turn of the engine that takes longer is a device that hangs: the worker ends
-    shutdown_notice_s: float = Field(
-        20.0, gt=0, le=3600
-    )  # what SIGTERM gives: less than whoever sends it waits before SIGKILL
-    cuda_visible_devices: str | None = (
-        None  # the launcher starts a process for each of these; unset = all
-    )
+    # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its
+    # name)
+    preemption_notices: str = ""
+    # a turn of the engine that takes longer is a device that hangs: the worker ends
+    engine_stuck_after_s: float = Field(300.0, gt=0)
+    # what SIGTERM gives: less than whoever sends it waits before SIGKILL
+    shutdown_notice_s: float = Field(20.0, gt=0, le=3600)
+    # the launcher starts a process for each of these; unset = all
+    cuda_visible_devices: str | None = None
 
 
 class StoreSettings(Settings):
@@ -427,24 +410,20 @@ class StoreSettings(Settings):
     s3_secret_access_key: SecretStr = Field(min_length=1)
     s3_endpoint_url: HttpUrl | None = None  # None = AWS
     s3_public_endpoint_url: HttpUrl | None = None  # what clients can reach; presigned URLs carry it
-    s3_addressing_style: Literal["auto", "path", "virtual"] = (
-        "auto"  # auto: path at an endpoint of one's own, else what AWS prefers
-    )
+    # auto: path at an endpoint of one's own, else what AWS prefers
+    s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
     s3_region: str = "us-east-1"
-    s3_checksums: Literal["when_required", "when_supported"] = (
-        "when_required"  # older servers refuse CRC trailers
-    )
-    presign_ttl_s: int = Field(
-        3600, ge=1, le=604_800
-    )  # OpenAI's clients are told that a URL lives for 60 minutes
+    # older servers refuse CRC trailers
+    s3_checksums: Literal["when_required", "when_supported"] = "when_required"
+    # OpenAI's clients are told that a URL lives for 60 minutes
+    presign_ttl_s: int = Field(3600, ge=1, le=604_800)
 
 
 class OutboundSettings(Environment):
     """What whoever sends requests to addresses of the tenants' choice is handed."""
 
-    outbound_allowed_networks: str = (
-        ""  # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
-    )
+    # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
+    outbound_allowed_networks: str = ""
 
     @field_validator("outbound_allowed_networks")
     @classmethod
@@ -462,7 +441,9 @@ class OutboundSettings(Environment):
 class PublicSettings(Environment):
     """What whoever writes links to the gateway is handed."""
 
-    public_url: str = ""  # https://images.example.com/darkroom: the gateway as clients reach it, with the path a proxy puts before it
+    # https://images.example.com/darkroom: the gateway as clients reach it, with the path a proxy
+    # puts before it
+    public_url: str = ""
 
     @field_validator("public_url")
     @classmethod
@@ -492,32 +473,27 @@ class CourierSettings(Settings, OutboundSettings, PublicSettings):
 class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSettings):
     """What the gateway is handed."""
 
-    api_key_pepper: SecretStr = Field(
-        min_length=16
-    )  # HMAC key of the stored API keys; changing it revokes all of them
+    # HMAC key of the stored API keys; changing it revokes all of them
+    api_key_pepper: SecretStr = Field(min_length=16)
     max_body_bytes: int = Field(262_144, ge=1024)
     max_batch_bytes: int = Field(4_194_304, ge=1024)  # of POST /v1/jobs:batch
-    max_job_body_bytes: int = Field(
-        4_194_304, ge=1024
-    )  # of POST /v1/jobs, whose pictures may be data URLs
-    max_upload_bytes: int = Field(
-        33_554_432, ge=1024
-    )  # of POST /v1/files, and of a picture fetched by URL
-    fetch_within_s: float = Field(
-        10.0, gt=0
-    )  # a picture by URL, from the first byte sent to the last one received
+    # of POST /v1/jobs, whose pictures may be data URLs
+    max_job_body_bytes: int = Field(4_194_304, ge=1024)
+    # of POST /v1/files, and of a picture fetched by URL
+    max_upload_bytes: int = Field(33_554_432, ge=1024)
+    # a picture by URL, from the first byte sent to the last one received
+    fetch_within_s: float = Field(10.0, gt=0)
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
-    images_wait_s: int = Field(
-        300, ge=1, le=590
-    )  # a call of /v1/images; OpenAI's clients wait for 600 s
-    event_heartbeat_s: float = Field(
-        10.0, gt=0
-    )  # silence on an event stream; only a write finds out that a client has gone
-    cors_allowed_origins: str = ""  # "https://app.example.com, http://localhost:5173", or *: pages of these may call from a browser
-    trust_forwarded_headers: bool = False  # X-Forwarded-Prefix, -Host and -Proto come from a proxy that sets or removes them itself
-    image_delivery: Literal["redirect", "proxy"] = (
-        "redirect"  # images: 302 to the object store, or through the gateway
-    )
+    # a call of /v1/images; OpenAI's clients wait for 600 s
+    images_wait_s: int = Field(300, ge=1, le=590)
+    # silence on an event stream; only a write finds out that a client has gone
+    event_heartbeat_s: float = Field(10.0, gt=0)
+    # "https://app.example.com, http://localhost:5173", or *: pages of these may call from a browser
+    cors_allowed_origins: str = ""
+    # X-Forwarded-Prefix, -Host and -Proto come from a proxy that sets or removes them itself
+    trust_forwarded_headers: bool = False
+    # images: 302 to the object store, or through the gateway
+    image_delivery: Literal["redirect", "proxy"] = "redirect"
 
     @field_validator("cors_allowed_origins")
     @classmethod

@@ -28,7 +28,8 @@ from pocket.checker import check
 
 _COLUMNS_OF_SHEET, _CAPTION_PX = 5, 40
 _PROMPT_CHARS = 42  # a bar and its words still fit into 80 columns
-_LEAST_MATCHING = 0.9  # the pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack
+# the pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack
+_LEAST_MATCHING = 0.9
 _POLL_EVERY_S = 0.2
 
 

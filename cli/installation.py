@@ -41,9 +41,8 @@ class Installation:
             except OSError as error:
                 raise NoInstallation(f"{name}_FILE: {path}: {error.strerror}") from None
         if not value and name == "DARKROOM_URL" and (listens := os.environ.get("GATEWAY_BIND")):
-            value = (
-                f"http://127.0.0.1:{listens.rpartition(':')[2]}"  # in the gateway's own container
-            )
+            # in the gateway's own container
+            value = f"http://127.0.0.1:{listens.rpartition(':')[2]}"
         if not value:
             with_containers = "with containers: docker compose run --rm cli COMMAND"
             raise NoInstallation(

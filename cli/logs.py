@@ -74,9 +74,8 @@ def follow(
                 position = 0
             with open(path, "rb") as file:
                 file.seek(position)
-                whole, newline, _ = file.read().rpartition(
-                    b"\n"
-                )  # a line that is still being written waits
+                # a line that is still being written waits
+                whole, newline, _ = file.read().rpartition(b"\n")
             positions[path] = position + len(whole) + len(newline)
             for line in whole.decode(errors="replace").splitlines():
                 _print(console, path.stem, line)

@@ -25,7 +25,9 @@ from darkroom_client import DarkroomError, ProblemError, Unreachable
 REPO = Path(__file__).resolve().parent.parent
 BAD_ANSWER, UNREACHABLE, REFUSED, NO_STACK, INTERRUPTED = 1, 3, 4, 5, 130
 
-_MODULES = {  # command -> the module that holds it, imported when it is called: `generate` need not wait for what `demo` loads
+# command -> the module that holds it, imported when it is called: `generate` need not wait for what
+# `demo` loads
+_MODULES = {
     "up": "cli.stack",
     "down": "cli.stack",
     "status": "cli.stack",

@@ -186,7 +186,8 @@ def _export(database: "Engine", month: date, folder: Path) -> str:
         folder / f"audit-{month:%Y-%m}.jsonl.gz.unfinished",
     )
     events = f"SELECT to_jsonb(e) FROM {pruning.partition_of(month)} e ORDER BY chain_id, seq"
-    # As CSV whose delimiter and quote are in no JSON: Postgres' own text format would double every backslash.
+    # As CSV whose delimiter and quote are in no JSON: Postgres' own text format would double every
+    # backslash.
     query = f"COPY ({events}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
     connection = database.raw_connection()
     try:

@@ -46,9 +46,8 @@ def up(installation: Installation, detach: bool, workers: int, wait_s: float) ->
         follow(stack.data_dir / "logs")
     except KeyboardInterrupt:
         screen.err().print("stopping; images under way are finished first")
-        signal.signal(
-            signal.SIGINT, signal.SIG_IGN
-        )  # a second Ctrl-C must not leave half of it running
+        # a second Ctrl-C must not leave half of it running
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         stack.down()
         raise
     except Exception:

@@ -155,9 +155,8 @@ def _names(installation: Installation, limit: str, said: str) -> list[str]:
 def _number(limit: str, said: str) -> int | float:
     from pydantic import ValidationError
 
-    from app.http.admin import (
-        TenantChange,
-    )  # the same bounds as over HTTP; here, for it loads the gateway
+    # the same bounds as over HTTP; here, for it loads the gateway
+    from app.http.admin import TenantChange
 
     try:
         number: int | float = getattr(

@@ -41,7 +41,8 @@ DRAINED_S, DRAINED_BYTES = (
     8_388_608,
 )  # what a client still sends after its answer: closed on it at once, it would not see the answer
 PROBE_THREADS = 2
-STALE_AFTER_S = 3.0  # of waiting for a thread: from then on it is worth asking whether the client is still there
+# of waiting for a thread: from then on it is worth asking whether the client is still there
+STALE_AFTER_S = 3.0
 _ACCEPTED_AT_ONCE = 64
 _READ_BYTES = 65_536
 _SWEEP_EVERY_S = 0.25
@@ -197,9 +198,8 @@ class ClientSocket:
         self.raw.close()
 
     def shutdown(self, how: int) -> None:
-        self.may_wait = (
-            False  # whoever closes after this reads what is here, and no thread waits for more
-        )
+        # whoever closes after this reads what is here, and no thread waits for more
+        self.may_wait = False
         self.raw.shutdown(how)
 
     def getsockname(self) -> Any:
@@ -305,9 +305,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         )
         self._probes = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
         self._swept_at = 0.0
-        self.worker_connections += (
-            1  # where gunicorn stops accepting; one connection earlier a silent one makes room
-        )
+        # where gunicorn stops accepting; one connection earlier a silent one makes room
+        self.worker_connections += 1
         super().init_process()
 
     def run(self) -> None:
@@ -321,7 +320,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     def handle(self, conn: Connection) -> Any:
         """Answer one request, of which the head is there; whether the connection may be used again."""
         if time.monotonic() - conn.queued_at > STALE_AFTER_S and conn.sock.has_left():
-            return False  # all threads were taken for so long that it was given up: nobody wants a job of it any more
+            # all threads were taken for so long that it was given up: nobody wants a job of it any
+            # more
+            return False
         conn.sock.begin_request()
         conn.init()
         conn.parser.unreader.unread(bytes(conn.received))
@@ -355,9 +356,9 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._make_room():
                     continue
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
-                    time.sleep(
-                        0.01
-                    )  # all files are in threads' hands: the listener stays readable, and asking at once would help nobody
+                    # all files are in threads' hands: the listener stays readable, and asking at
+                    # once would help nobody
+                    time.sleep(0.01)
                     return
                 raise
             self.nr_conns += 1
@@ -380,9 +381,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     def finish_request(self, conn: Connection, done: "Future[Any]") -> None:
         """Go on with a connection that comes back from a thread."""
         conn.received.clear()
-        if (
-            conn.sock.fileno() < 0
-        ):  # gunicorn closed it: the application failed in the middle of its answer
+        # gunicorn closed it: the application failed in the middle of its answer
+        if conn.sock.fileno() < 0:
             self._drop(conn)
             return
         conn.may_stay = not done.cancelled() and done.exception() is None and bool(done.result())
@@ -447,9 +447,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         if conn.state == State.IDLE:
             self._await_request(conn, State.READING)
         if not conn.received:
-            data = data.lstrip(
-                b"\r\n"
-            )  # empty lines before a request line mean nothing, and no thread may wait behind them
+            # empty lines before a request line mean nothing, and no thread may wait behind them
+            data = data.lstrip(b"\r\n")
         while not self._requests.take(len(data)):
             if not self._make_room(State.READING, besides=conn):
                 self._drop(conn)
@@ -522,9 +521,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         head = f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
         self._requests.give_back(len(conn.received))
         conn.received.clear()
-        with suppress(
-            OSError
-        ):  # a few hundred bytes: if there is no room for them, nobody reads them
+        # a few hundred bytes: if there is no room for them, nobody reads them
+        with suppress(OSError):
             conn.sock.raw.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self._close(conn)
 

@@ -14,7 +14,8 @@ from typing import Any
 from deploy.connections import BoundedWorker, Pace
 from settings import load_gateway
 
-# Here, in the master, what is wrong ends the gateway. If only a worker noticed, gunicorn would start the next one, for ever.
+# Here, in the master, what is wrong ends the gateway. If only a worker noticed, gunicorn would
+# start the next one, for ever.
 load_gateway.cache_clear()  # on SIGHUP this file is read anew
 _settings, _ = load_gateway()
 
@@ -33,9 +34,8 @@ class GatewayWorker(BoundedWorker):
 worker_class = GatewayWorker
 bind = _settings.gateway_bind
 workers = _settings.web_concurrency
-threads = (
-    _settings.gateway_threads + _settings.gateway_max_streams
-)  # made when they are needed; open streams leave POST all of its own
+# made when they are needed; open streams leave POST all of its own
+threads = _settings.gateway_threads + _settings.gateway_max_streams
 worker_connections = _settings.gateway_max_connections
 backlog = 2048
 keepalive = _settings.keepalive_s
@@ -45,11 +45,11 @@ sendfile = False  # what a client does not take at once is left to the loop, whi
 accesslog = None  # the gateway's own metrics and logs say more
 control_socket_disable = True
 
-_metrics: socket.socket | None = (
-    None  # one for all processes: whichever answers a scrape tells of all of them
-)
+# one for all processes: whichever answers a scrape tells of all of them
+_metrics: socket.socket | None = None
 if workers > 1:  # before anybody imports prometheus_client, which looks once
-    # Not where uploads lie: a process that writes to a mapped file is killed when there is no room for it.
+    # Not where uploads lie: a process that writes to a mapped file is killed when there is no room
+    # for it.
     _apart = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(
         prefix="darkroom-metrics-", dir=_apart
@@ -75,7 +75,8 @@ def post_worker_init(worker: Any) -> None:
 
     parts = worker.wsgi.extensions["darkroom"]
     gc.collect()
-    gc.freeze()  # what is there now lives as long as the process: no collection has to walk through it again
+    # what is there now lives as long as the process: no collection has to walk through it again
+    gc.freeze()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(
         resource.RLIMIT_NOFILE,

@@ -35,9 +35,8 @@ def _answer(url: str) -> str:
 
 
 def _get(url: str) -> tuple[int, str]:
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy of the host is no way to our own loopback
+    # a proxy of the host is no way to our own loopback
+    direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=5) as answer:
         return answer.status, answer.read().decode(errors="replace")
 
@@ -70,9 +69,8 @@ def _worker() -> str:
             sys.exit(f"Postgres: {type(error).__name__}")
         return f"Postgres is away ({type(error).__name__}); {_answer(f'http://127.0.0.1:{settings.metrics_port}/metrics')}"
     here = [name for name in names if name.endswith(f"@{socket.gethostname()}")]
-    for place in range(
-        len(here) if settings.metrics_port else 0
-    ):  # the launcher gives each GPU's worker the next port
+    # the launcher gives each GPU's worker the next port
+    for place in range(len(here) if settings.metrics_port else 0):
         url = f"http://127.0.0.1:{settings.metrics_port + place}/metrics"
         with suppress(OSError):  # its leases are renewed, so it is there
             _moving(url, _get(url)[1])
