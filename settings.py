@@ -292,7 +292,7 @@ class StreamSettings(Environment):
 
     # Live event streams of one process; each holds a thread of its own.
     gateway_max_streams: int = Field(512, ge=1)
-    # Threads in addition to those of streams. A waiting client holds one, and no database connection.
+    # Threads in addition to those of streams. A waiting client holds one, not a database connection.
     gateway_threads: int = Field(128, ge=4)
     # Clients of one process that wait for a job's end; None: half of the threads.
     gateway_max_waits: int | None = Field(None, ge=1)
