@@ -292,7 +292,7 @@ class StreamSettings(Environment):
 
     # Live event streams of one process; each holds a thread of its own.
     gateway_max_streams: int = Field(512, ge=1)
-    # Threads in addition to those of streams. A waiting client holds one, not a database connection.
+    # Threads besides those of streams. A waiting client holds one, not a database connection.
     gateway_threads: int = Field(128, ge=4)
     # Clients of one process that wait for a job's end; None: half of the threads.
     gateway_max_waits: int | None = Field(None, ge=1)
@@ -377,7 +377,8 @@ class Settings(BrokerSettings):
         if not self.lease_renew_s < self.lease_stop_s < self.lease_ttl_s:
             problems.append(
                 f"LEASE_STOP_S: must be more than LEASE_RENEW_S ({self.lease_renew_s:g}), "
-                f"or no worker could renew in time, and less than LEASE_TTL_S ({self.lease_ttl_s:g}), or two would render one job"
+                "or no worker could renew in time, "
+                f"and less than LEASE_TTL_S ({self.lease_ttl_s:g}), or two would render one job"
             )
         if not self.store_within_s < self.handoff_ttl_s:
             problems.append(

@@ -1,8 +1,8 @@
-"""Say whether a container does its work: exit code 0 or 1, and one line that `docker inspect` keeps.
+"""Say whether a container does its work: exit code 0 or 1, and a line that `docker inspect` keeps.
 
-`python -m deploy.health URL` asks a server on the loopback. If the answer says when the loops of its
-process last ran, as /metrics does, each must have run within the last STALE_AFTER_S: a port can
-answer although a thread has died.
+`python -m deploy.health URL` asks a server on the loopback. If the answer says when the loops of
+its process last ran, as /metrics does, each must have run within the last STALE_AFTER_S: a port
+can answer although a thread has died.
 
 `python -m deploy.health worker` looks for this host's worker among the live ones in Postgres. Its
 heartbeat arrives there only after the models are loaded and as long as its leases are renewed. Then
