@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import click
@@ -157,21 +158,14 @@ def _connected(loaded: Mapping[str, object], fleet: Fleet | None) -> Iterator[Fi
 
     for name, settings in loaded.items():
         if isinstance(settings, Settings):
-            yield from once(
-                settings.database_url,
-                lambda name=name, url=settings.database_url: _database(name, url),
-            )  # type: ignore[misc]
-            yield from once(
-                settings.handoff_url,
-                lambda name=name, url=settings.handoff_url: _redis(name, "HANDOFF_URL", url),
-            )  # type: ignore[misc]
+            yield from once(settings.database_url, partial(_database, name, settings.database_url))
+            handoff_url = settings.handoff_url
+            yield from once(handoff_url, partial(_redis, name, "HANDOFF_URL", handoff_url))
         if isinstance(settings, (Settings, FlowerSettings)):
-            yield from once(
-                settings.broker_url,
-                lambda name=name, url=settings.broker_url: _redis(name, "BROKER_URL", url),
-            )  # type: ignore[misc]
+            broker_url = settings.broker_url
+            yield from once(broker_url, partial(_redis, name, "BROKER_URL", broker_url))
         if isinstance(settings, StoreSettings):
-            yield from once("store", lambda name=name, settings=settings: _store(name, settings))  # type: ignore[misc]
+            yield from once("store", partial(_store, name, settings))
     gateway = loaded.get("gateway")
     if isinstance(gateway, GatewayProcessSettings) and fleet is not None:
         yield from _roles(gateway, fleet)
