@@ -17,8 +17,8 @@ from cli.installation import Installation, NoInstallation, pass_installation
 )
 @pass_installation
 def calibrate(installation: Installation, model: str, repeats: int) -> None:
-    """Measure MODEL's forwards on this machine's device, and store the curve that workers then batch
-    by.
+    """Measure MODEL's forwards on this machine's device, and store the curve that workers then
+    batch by.
 
     Nothing else should run on the device meanwhile. A worker without a curve for its device
     measures a shorter one at every start.

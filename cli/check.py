@@ -59,8 +59,8 @@ def check(
 ) -> None:
     """Check settings, fleet.toml, Postgres, both Redis, the object store and who is alive.
 
-    ROLES: whose settings; by default those of every process of this machine's stack or, in a container,
-    of whichever its environment is complete for. Exit code 1 when something is wrong.
+    ROLES: whose settings; by default those of every process of this machine's stack or, in a
+    container, of whichever its environment is complete for. Exit code 1 when something is wrong.
     """
     environments = _environments(installation, roles)
     findings: list[Finding] = []
@@ -237,7 +237,7 @@ def _store(name: str, settings: StoreSettings) -> Iterator[Finding]:
 
 
 def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
-    """Check that each pool has live workers, and that Postgres has connections for all processes."""
+    """Check that each pool has live workers, and Postgres connections for all processes."""
     from sqlalchemy import text
     from sqlalchemy.exc import DBAPIError
 
