@@ -224,10 +224,13 @@ def _report(
         "FROM audit_log WHERE job_id = '{}' ORDER BY seq"
     )
     _show(auditor_url, "The audit trail of the first job", trail.format(ids[0]))
-    cost = """SELECT tier, count(*) AS jobs, sum(num_images) AS images,
-         round(avg(queue_s), 3) AS mean_queue_s, round(avg(total_s), 3) AS mean_total_s,
-         sum(gpu_seconds) AS gpu_seconds, sum(cost) AS cost, currency
-  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"""
+    cost = (
+        "SELECT tier, count(*) AS jobs, sum(num_images) AS images, "
+        "round(avg(queue_s), 3) AS mean_queue_s,\n"
+        "         round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, "
+        "sum(cost) AS cost, currency\n"
+        "  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"
+    )
     _show(
         auditor_url,
         "What it cost",
