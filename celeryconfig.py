@@ -1,7 +1,8 @@
 """Queues and delivery promises, derived from settings and fleet.toml.
 
-Postgres holds the truth; a message is a hint, "look at job X". So a lost message costs seconds (the sweeper announces
-again), a doubled one costs a refused claim, and every choice below serves speed and survival, not exactly-once.
+Postgres holds the truth; a message only says "look at job X". So a lost message costs seconds (the
+sweeper announces again) and a doubled one costs a refused claim. Every choice below serves speed
+and availability, not exactly-once delivery.
 """
 
 from typing import Any
@@ -14,29 +15,29 @@ from settings import BrokerSettings
 
 
 def delivery(settings: BrokerSettings, fleet: Fleet) -> dict[str, Any]:
-    """Celery's configuration for every role; Celery 5.7 and kombu 5.7, Redis transport."""
+    """Return Celery's configuration for every role: Celery 5.7 and kombu 5.7, Redis transport."""
     return {
         "broker_url": settings.broker_url,
         "result_backend": None,  # results live in Postgres and the object store
         "task_ignore_result": True,
-        # A routing key of its own each, or Celery gives all of them the default queue's and every
-        # queue gets every message.
+        # Each queue has its own routing key. Otherwise Celery gives all of them the default queue's
+        # key, and every queue gets every message.
         "task_queues": [Queue(name, routing_key=name) for name in queues.all_queues(fleet)],
         # Every message of ours names its queue; Celery wants a default all the same.
         "task_default_queue": queues.WEBHOOKS,
-        # a misspelt queue is an error, not a place where jobs wait for ever
+        # A misspelt queue is an error, not a place where jobs wait for ever.
         "task_create_missing_queues": False,
         "task_acks_late": True,
         "task_reject_on_worker_lost": True,
-        # the API must not wait for a broker that is down; the sweeper publishes
+        # The API must not wait for a broker that is down; the sweeper publishes.
         "task_publish_retry": False,
         "task_serializer": "json",
         "accept_content": ["json"],
-        # one CUDA context and one copy of the weights; prefork hangs after torch was used
+        # One CUDA context and one copy of the weights; prefork hangs after torch was used.
         "worker_pool": "threads",
         "worker_consumer": "fleet.consumer:FleetConsumer",  # the stock one dies in a Redis outage
         "worker_prefetch_multiplier": 1,
-        # never more than the free threads can take, also after a reconnect
+        # Never take more than the free threads can run, also after a reconnect.
         "worker_disable_prefetch": True,
         "worker_soft_shutdown_timeout": 0,  # broken with threads in 5.7, as are time limits
         "worker_cancel_long_running_tasks_on_connection_loss": False,
@@ -47,11 +48,11 @@ def delivery(settings: BrokerSettings, fleet: Fleet) -> dict[str, Any]:
         "broker_connection_retry_on_startup": True,
         "broker_connection_max_retries": None,  # 100 by default, then the worker gives up
         "broker_transport_options": {
-            # recovery is the lease's; a late redelivery is a duplicate that take() refuses
+            # The lease does the recovery; a late redelivery is a duplicate that take() refuses.
             "visibility_timeout": 3600,
             "unacked_restore_interval": 5,
             "unacked_restore_throttle": 1,  # the default cadence is 100 s
-            # a worker killed in a restore blocks the next for 300 s by default
+            # By default a worker killed in a restore blocks the next one for 300 s.
             "unacked_mutex_expire": 15,
             "queue_order_strategy": "priority",  # until TierCycle takes over
             "socket_timeout": 5,  # a frozen broker is an error after 5 s, not a hang

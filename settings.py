@@ -1,10 +1,10 @@
 """The environment, typed: the only module that reads it.
 
-Every role asks for its own class and so holds no secret that it does not need: a GPU worker never sees an
-S3 key, a results worker never sees the pepper of the API keys.
+Every role reads its own class and so holds no secret that it does not need: a GPU worker never
+sees an S3 key, a results worker never sees the pepper of the API keys.
 
 FleetSettings                fleet.toml
-├── DeviceSettings           + the device that a worker is pinned to, and where its checkpoints lie (calibration)
+├── DeviceSettings           + the worker's device, and the folder of its checkpoints (calibration)
 └── BrokerSettings           + the broker
     ├── FlowerSettings       + the user and password that Flower asks for
     └── Settings             + Postgres and the hand-off (sweeper)
@@ -12,15 +12,16 @@ FleetSettings                fleet.toml
         ├── CourierSettings  + the private networks it may reach (webhooks)
         └── StoreSettings    + the object store (results worker)
             └── GatewaySettings  + the API key pepper and the limits of the door
-StreamSettings               how many threads a gateway process has, and what for (and the gateway's)
+StreamSettings               the threads of a gateway process, by use (also the gateway's)
 └── ServerSettings           + how gunicorn listens
-OutboundSettings             which private networks webhooks and pictures by URL may reach (gateway, courier)
+OutboundSettings             private networks that outgoing requests may reach (gateway, courier)
 PublicSettings               where clients reach the gateway (gateway, courier)
 ServerSettings               how gunicorn listens
-└── GatewayProcessSettings   + all that the gateway is handed: what gunicorn's master checks before it starts a worker
+└── GatewayProcessSettings   + all of the gateway's: gunicorn's master checks them at start
 
-Every variable NAME may be given as NAME_FILE, the path of a file that holds its value: how Docker and Kubernetes hand out secrets.
-What is wrong ends the process with exit code 78 and one line per variable; no line tells the value of one.
+Every variable NAME may be given as NAME_FILE, the path of a file that holds its value; Docker and
+Kubernetes provide secrets that way. A missing or wrong variable ends the process with exit code 78
+and one line per variable. No line contains a value.
 """
 
 import functools
@@ -60,16 +61,8 @@ _ORIGIN = re.compile(
     r"[a-z][a-z0-9+.-]*://[a-z0-9._-]+(:[0-9]{1,5})?|https?://\[[0-9a-f:.]+\](:[0-9]{1,5})?"
 )
 PATH_PREFIX = re.compile(r"(/(?!\.\.?(/|$))[A-Za-z0-9._~-]+){1,8}")  # no . or .. among its parts
-ROUTES = (
-    "v1",
-    "healthz",
-    "readyz",
-    "docs",
-    "static",
-    "links",
-    "problems",
-    "openapi.json",
-)  # what the gateway's own paths begin with
+# First segments of the gateway's own paths.
+ROUTES = ("v1", "healthz", "readyz", "docs", "static", "links", "problems", "openapi.json")
 SMALL_BODY_BYTES = 65_536  # of a request: is read by gunicorn's loop before a thread is taken
 
 
@@ -82,7 +75,10 @@ class SettingsInvalid(Exception):
 
 
 def _authority(text: str) -> None:
-    """Check the part of a URL between // and the path. Raises ValueError; says nothing of what is in it."""
+    """Check the part of a URL between // and the path.
+
+    Raises ValueError; its message contains no part of the URL.
+    """
     parts = urlsplit(f"any:{text}")
     encode = "a password with @ : / ? # % in it must be percent-encoded"
     try:
@@ -98,7 +94,7 @@ def _authority(text: str) -> None:
 
 
 def _scheme(text: str, accepted: str) -> tuple[str, str]:
-    """The scheme of a URL, and the rest from // on."""
+    """Split a URL into its scheme and the rest from // on. Raises ValueError."""
     scheme, separator, rest = text.partition("://")
     if not text:
         raise ValueError(f"is empty; accepted: {accepted}")
@@ -108,7 +104,10 @@ def _scheme(text: str, accepted: str) -> tuple[str, str]:
 
 
 def as_postgres_url(text: str) -> str:
-    """As SQLAlchemy and psycopg2 read it; `postgres://` and `postgresql://`, which everybody writes, are taken for it."""
+    """Return the URL in the form that SQLAlchemy reads, with psycopg2 as the driver.
+
+    Accepts `postgres://` and `postgresql://`, too. Raises ValueError.
+    """
     accepted = "postgresql://USER:PASSWORD@HOST:PORT/DATABASE"
     scheme, rest = _scheme(text, accepted)
     if scheme not in ("postgres", "postgresql", "postgresql+psycopg2"):
@@ -167,7 +166,7 @@ _environment: ContextVar[Mapping[str, str] | None] = ContextVar("_environment", 
 
 
 class _Variables(EnvSettingsSource):
-    """Variables, and for each NAME that is not there the content of the file that NAME_FILE names."""
+    """Read variables; for each NAME that is not set, read the file that NAME_FILE names."""
 
     def _load_env_vars(self) -> Mapping[str, str | None]:
         environment = _environment.get()
@@ -195,12 +194,12 @@ class _Variables(EnvSettingsSource):
 
 
 class Environment(BaseSettings):
-    """What every class of settings has. Names of variables are the field names in capitals."""
+    """Hold what every class of settings has. Variables are the field names in capitals."""
 
     model_config = SettingsConfigDict(frozen=True, extra="ignore")
 
     log_level: LogLevel = "INFO"
-    # where clients and browsers reach this deployment: addresses or URLs, with commas
+    # Where clients and browsers reach this deployment: addresses or URLs, with commas
     published_at: str = ""
     allow_development_secrets: bool = False  # also beyond the loopback
 
@@ -233,9 +232,10 @@ class Environment(BaseSettings):
         return self
 
     def published(self) -> list[str]:
-        """Where others reach us, as far as this process is told: what PUBLISHED_AT says, or else what it listens on itself.
+        """List the addresses at which others reach this deployment, as far as this process knows.
 
-        A container listens on all its interfaces and is published by somebody else: then PUBLISHED_AT is the word that counts.
+        PUBLISHED_AT wins; without it, the process's own listeners count. A container listens on all
+        its interfaces and Docker publishes it, so only PUBLISHED_AT can name the real address.
         """
         told = [place.strip() for place in self.published_at.split(",") if place.strip()]
         own = [getattr(self, name, "") for name in ("gateway_bind", "flower_bind")]
@@ -244,12 +244,15 @@ class Environment(BaseSettings):
 
 
 class FleetSettings(Environment):
-    """What everybody is handed."""
+    """Hold the settings that every process needs."""
 
     fleet_file: Path = REPO / "fleet.toml"
 
     def load_fleet(self) -> Fleet:
-        """Read and validate fleet.toml; raises FleetInvalid, which names the key of every offending line."""
+        """Read and validate fleet.toml.
+
+        Raises FleetInvalid, which names the key of every wrong line.
+        """
         try:
             text = self.fleet_file.read_text()
         except (OSError, UnicodeDecodeError) as error:
@@ -258,7 +261,7 @@ class FleetSettings(Environment):
 
 
 class DeviceSettings(FleetSettings):
-    """What an engine is started with."""
+    """Hold what an engine is started with."""
 
     # The first visible GPU with auto, or the CPU where there is none.
     device: str = Field(
@@ -266,18 +269,18 @@ class DeviceSettings(FleetSettings):
     )
     torch_threads: int = Field(1, ge=1)  # part of the fingerprint; 1 on a shared CPU machine
     checkpoint_root: Path = REPO  # where relative paths of fleet.toml start
-    # what `darkroom calibrate` measured; None: every start measures for itself
+    # Holds the curves of `darkroom calibrate`; None: every start measures its own.
     curves_folder: Path | None = None
 
 
 class BrokerSettings(FleetSettings):
-    """What whoever knows the queues is handed."""
+    """Hold what a process needs to know the queues."""
 
     broker_url: RedisUrl  # Redis of Celery's queues; noeviction, holds ids only
 
 
 class FlowerSettings(BrokerSettings):
-    """What Flower is handed; it asks for this user and password."""
+    """Hold Flower's settings; Flower asks for this user and password."""
 
     flower_user: str = Field("operator", min_length=1)
     flower_password: SecretStr = Field(min_length=8)
@@ -285,51 +288,54 @@ class FlowerSettings(BrokerSettings):
 
 
 class StreamSettings(Environment):
-    """What gunicorn and the gateway in it agree on."""
+    """Hold what gunicorn and the gateway inside it must agree on."""
 
-    # live event streams of one process; each holds a thread of its own
+    # Live event streams of one process; each holds a thread of its own.
     gateway_max_streams: int = Field(512, ge=1)
-    # beside those of streams; a waiting client holds one, not a database connection
+    # Threads besides those of streams. A waiting client holds one, not a database connection.
     gateway_threads: int = Field(128, ge=4)
-    # clients that wait for a job's end, of one process; None: half of the threads
+    # Clients of one process that wait for a job's end; None: half of the threads.
     gateway_max_waits: int | None = Field(None, ge=1)
-    # bodies over 64 KiB that come in at once; None: an eighth of the threads
+    # Bodies over 64 KiB that are received at once; None: an eighth of the threads.
     gateway_max_uploads: int | None = Field(None, ge=1)
-    # of uploads in the temporary folder; None: four fifths of what is free at start
+    # Bytes of uploads in the temporary folder; None: four fifths of what is free at start.
     upload_spool_bytes: int | None = Field(None, ge=1)
     web_concurrency: int = Field(1, ge=1)  # processes
 
     @property
     def max_waits(self) -> int:
-        """Waiting clients of one process."""
+        """Return how many clients of one process may wait for a job's end."""
         return self.gateway_max_waits or self.gateway_threads // 2
 
     @property
     def max_uploads(self) -> int:
-        """Large bodies that one process reads at once."""
+        """Return how many large bodies one process may read at once."""
         return self.gateway_max_uploads or max(1, self.gateway_threads // 8)
 
     @model_validator(mode="after")
     def _leaves_threads_to_others(self) -> Self:
         if self.max_waits + self.max_uploads >= self.gateway_threads:
-            held = f"GATEWAY_MAX_WAITS ({self.max_waits}) and GATEWAY_MAX_UPLOADS ({self.max_uploads}) together"
+            held = (
+                f"GATEWAY_MAX_WAITS ({self.max_waits}) and "
+                f"GATEWAY_MAX_UPLOADS ({self.max_uploads}) together"
+            )
             raise ValueError(f"GATEWAY_THREADS: is too few; accepted: more than {held}")
         return self
 
 
 class ServerSettings(StreamSettings):
-    """How gunicorn listens, and how long it waits for a client."""
+    """Hold how gunicorn listens, and how long it waits for a client."""
 
     gateway_bind: Listener = "127.0.0.1:8080"
-    # of one process; beyond, the one that was silent for longest makes room
+    # Connections of one process; beyond, the one that was silent for longest is closed.
     gateway_max_connections: int = Field(8192, ge=64)
-    # longer than load balancers keep a connection (60 s), or they use one that we just closed
+    # Longer than load balancers keep a connection (60 s), or they use one that we just closed.
     keepalive_s: int = Field(75, ge=1)
     header_timeout_s: float = Field(10.0, gt=0)  # for the head of a request
-    # for its body, and as much longer as gateway_min_bytes_per_s gives
+    # For a request's body, plus the time that its bytes take at gateway_min_bytes_per_s.
     body_timeout_s: float = Field(20.0, gt=0)
     gateway_min_bytes_per_s: int = Field(32_768, ge=1)
-    # of all requests that have not come in whole; and of answers not gone out
+    # Memory for all incomplete requests; as much again for all unsent answers.
     gateway_buffer_bytes: int = Field(134_217_728, ge=1_048_576)
     metrics_port: int = Field(0, ge=0, le=65535)
     metrics_host: str = "127.0.0.1"
@@ -344,20 +350,20 @@ class ServerSettings(StreamSettings):
 
 
 class Settings(BrokerSettings):
-    """What every process that moves jobs is handed."""
+    """Hold what every process that moves jobs needs."""
 
     database_url: PostgresUrl  # of the role of this kind of process (migrations/roles.py)
-    # another Redis: decoded pixels on their way to storage, progress, cancels
+    # Another Redis: decoded pixels on their way to storage, progress, cancels
     handoff_url: RedisUrl
 
-    # a worker renews every 5 s: three missed beats lose the lease
+    # A worker renews every 5 s: three missed renewals lose the lease.
     lease_ttl_s: float = Field(15.0, gt=0)
     lease_renew_s: float = Field(5.0, gt=0)
-    # no renewal for this long: the worker drops its own work
+    # After this long without a renewal the worker drops its own work.
     lease_stop_s: float = Field(12.0, gt=0)
     sweep_every_s: float = Field(2.0, gt=0)
     max_attempts: int = Field(5, ge=1)  # lease losses and errors count, preemptions do not
-    # a storing job past this deadline is looked at by the sweeper
+    # The sweeper looks at a storing job past this deadline.
     store_within_s: float = Field(10.0, gt=0)
     handoff_ttl_s: int = Field(3600, ge=60)
     database_pool_size: int = Field(10, ge=1)
@@ -366,20 +372,23 @@ class Settings(BrokerSettings):
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
-        """Refuse what is sound by itself and not together."""
+        """Refuse values that are valid one by one and conflict together."""
         problems = []
         if not self.lease_renew_s < self.lease_stop_s < self.lease_ttl_s:
             problems.append(
-                f"LEASE_STOP_S: must be more than LEASE_RENEW_S ({self.lease_renew_s:g}), or no worker could renew in time,"
-                f" and less than LEASE_TTL_S ({self.lease_ttl_s:g}), or two would render one job"
+                f"LEASE_STOP_S: must be more than LEASE_RENEW_S ({self.lease_renew_s:g}), "
+                "or no worker could renew in time, "
+                f"and less than LEASE_TTL_S ({self.lease_ttl_s:g}), or two would render one job"
             )
         if not self.store_within_s < self.handoff_ttl_s:
             problems.append(
-                f"STORE_WITHIN_S: must be less than HANDOFF_TTL_S ({self.handoff_ttl_s}): pixels would be gone when looked for"
+                f"STORE_WITHIN_S: must be less than HANDOFF_TTL_S ({self.handoff_ttl_s}): "
+                "pixels would be gone when looked for"
             )
         if _server(self.broker_url) == _server(self.handoff_url):
             problems.append(
-                "HANDOFF_URL: is the Redis database of BROKER_URL; one full of pixels would take no messages: use another Redis"
+                "HANDOFF_URL: is the Redis database of BROKER_URL; "
+                "one full of pixels would take no messages: use another Redis"
             )
         if problems:
             raise ValueError("\n".join(problems))
@@ -387,30 +396,30 @@ class Settings(BrokerSettings):
 
 
 class WorkerSettings(Settings, DeviceSettings):
-    """What a GPU worker is handed; its pool decides which models it holds."""
+    """Hold a GPU worker's settings; its pool decides which models it holds."""
 
     worker_pool: str = "local"  # a pool of fleet.toml
     worker_name: str = ""  # gpuN@host; the launcher sets it
-    # where a notice that the machine goes may appear: aws, gcp, azure, file:/PATH ({worker} = its
-    # name)
+    # Source of notices that the machine will be taken away: aws, gcp, azure or file:/PATH, in
+    # which {worker} stands for the worker's name.
     preemption_notices: str = ""
-    # a turn of the engine that takes longer is a device that hangs: the worker ends
+    # A longer turn of the engine means that the device hangs: the worker ends.
     engine_stuck_after_s: float = Field(300.0, gt=0)
-    # what SIGTERM gives: less than whoever sends it waits before SIGKILL
+    # Time to finish after SIGTERM; must be less than the sender waits before SIGKILL.
     shutdown_notice_s: float = Field(20.0, gt=0, le=3600)
-    # the launcher starts a process for each of these; unset = all
+    # The launcher starts a process for each of these GPUs; unset = all.
     cuda_visible_devices: str | None = None
 
 
 class StoreSettings(Settings):
-    """What is needed to reach the object store, any that speaks S3."""
+    """Hold what is needed to reach the object store, any that speaks S3."""
 
     s3_bucket: str = Field(min_length=3)
     s3_access_key_id: SecretStr = Field(min_length=1)
     s3_secret_access_key: SecretStr = Field(min_length=1)
     s3_endpoint_url: HttpUrl | None = None  # None = AWS
     s3_public_endpoint_url: HttpUrl | None = None  # what clients can reach; presigned URLs carry it
-    # auto: path at an endpoint of one's own, else what AWS prefers
+    # auto: path if an endpoint is set, else what AWS prefers.
     s3_addressing_style: Literal["auto", "path", "virtual"] = "auto"
     s3_region: str = "us-east-1"
     # older servers refuse CRC trailers
@@ -420,9 +429,9 @@ class StoreSettings(Settings):
 
 
 class OutboundSettings(Environment):
-    """What whoever sends requests to addresses of the tenants' choice is handed."""
+    """Hold what a process needs to send requests to addresses that tenants choose."""
 
-    # CIDRs, "10.2.0.0/16, 127.0.0.1/32": private ones that may be reached all the same
+    # CIDRs of private networks that may be reached, as "10.2.0.0/16, 127.0.0.1/32".
     outbound_allowed_networks: str = ""
 
     @field_validator("outbound_allowed_networks")
@@ -439,10 +448,10 @@ class OutboundSettings(Environment):
 
 
 class PublicSettings(Environment):
-    """What whoever writes links to the gateway is handed."""
+    """Hold what a process needs to write links to the gateway."""
 
-    # https://images.example.com/darkroom: the gateway as clients reach it, with the path a proxy
-    # puts before it
+    # The gateway as clients reach it, with the path prefix of a proxy:
+    # https://images.example.com/darkroom.
     public_url: str = ""
 
     @field_validator("public_url")
@@ -461,17 +470,18 @@ class PublicSettings(Environment):
             )
         if text and not (is_plain and (not parts.path or PATH_PREFIX.fullmatch(parts.path))):
             raise ValueError(
-                "is not an address; accepted: such as https://images.example.org or https://example.org/images"
+                "is not an address; accepted: such as https://images.example.org "
+                "or https://example.org/images"
             )
         return text
 
 
 class CourierSettings(Settings, OutboundSettings, PublicSettings):
-    """What delivers webhooks is handed."""
+    """Hold what the courier needs to deliver webhooks."""
 
 
 class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSettings):
-    """What the gateway is handed."""
+    """Hold the gateway's settings."""
 
     # HMAC key of the stored API keys; changing it revokes all of them
     api_key_pepper: SecretStr = Field(min_length=16)
@@ -481,18 +491,19 @@ class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSet
     max_job_body_bytes: int = Field(4_194_304, ge=1024)
     # of POST /v1/files, and of a picture fetched by URL
     max_upload_bytes: int = Field(33_554_432, ge=1024)
-    # a picture by URL, from the first byte sent to the last one received
+    # Time to fetch a picture by URL, from the first byte sent to the last one received.
     fetch_within_s: float = Field(10.0, gt=0)
     max_wait_s: int = Field(60, ge=0, le=60)  # Prefer: wait=N
-    # a call of /v1/images; OpenAI's clients wait for 600 s
+    # The longest call of /v1/images; OpenAI's clients wait for 600 s
     images_wait_s: int = Field(300, ge=1, le=590)
-    # silence on an event stream; only a write finds out that a client has gone
+    # The longest silence on an event stream: only a write detects that a client has gone.
     event_heartbeat_s: float = Field(10.0, gt=0)
-    # "https://app.example.com, http://localhost:5173", or *: pages of these may call from a browser
+    # Origins whose pages may call from a browser: "https://app.example.com, http://localhost:5173",
+    # or *.
     cors_allowed_origins: str = ""
-    # X-Forwarded-Prefix, -Host and -Proto come from a proxy that sets or removes them itself
+    # True only behind a proxy that sets or removes X-Forwarded-Prefix, -Host and -Proto itself.
     trust_forwarded_headers: bool = False
-    # images: 302 to the object store, or through the gateway
+    # Images: 302 to the object store, or through the gateway.
     image_delivery: Literal["redirect", "proxy"] = "redirect"
 
     @field_validator("cors_allowed_origins")
@@ -501,28 +512,31 @@ class GatewaySettings(StoreSettings, OutboundSettings, StreamSettings, PublicSet
         origins = [part.strip() for part in text.split(",") if part.strip()]
         if origins != ["*"] and not all(_ORIGIN.fullmatch(origin) for origin in origins):
             raise ValueError(
-                "is not a list of origins; accepted: such as https://pages.example.org, lower case, no path, or * alone"
+                "is not a list of origins; accepted: such as https://pages.example.org, "
+                "lower case, no path, or * alone"
             )
         return ",".join(origins)
 
 
 class GatewayProcessSettings(GatewaySettings, ServerSettings):
-    """All that the gateway and the gunicorn around it are handed."""
+    """Hold all settings of the gateway and of the gunicorn that runs it."""
 
     def hints(self) -> list[str]:
-        """What is allowed and hardly meant."""
+        """Describe settings that are allowed and probably not intended."""
         links_lead_to = self.s3_public_endpoint_url or self.s3_endpoint_url
         beyond = [place for place in self.published() if not is_loopback(place)]
         if links_lead_to and is_loopback(links_lead_to) and beyond:
-            told = f"links to images lead to {links_lead_to}, which is each client's own machine, while {beyond[0]} is published"
-            return [
-                f"S3_PUBLIC_ENDPOINT_URL: {told}; set it to the object store's address as clients reach it"
-            ]
+            told = (
+                f"links to images lead to {links_lead_to}, which is each client's own machine, "
+                f"while {beyond[0]} is published"
+            )
+            cure = "set it to the object store's address as clients reach it"
+            return [f"S3_PUBLIC_ENDPOINT_URL: {told}; {cure}"]
         return []
 
 
 class MigrationSettings(Environment):
-    """What the migration job is handed: the owner's login, and the passwords of the roles that it lets in."""
+    """Hold the migration job's settings: the owner's login, and passwords of the login roles."""
 
     migration_database_url: PostgresUrl
     database_url: PostgresUrl
@@ -535,7 +549,10 @@ class MigrationSettings(Environment):
 
 
 class OperatorSettings(Environment):
-    """What the command line in a container is handed: logins of the operator and the auditor, and where the gateway is."""
+    """Hold the settings of the command line in a container.
+
+    These are the logins of the operator and the auditor, and the gateway's address.
+    """
 
     database_url: PostgresUrl | None = None
     auditor_database_url: PostgresUrl | None = None
@@ -545,7 +562,10 @@ class OperatorSettings(Environment):
 
 
 class DeploymentSettings(GatewayProcessSettings, FlowerSettings, MigrationSettings):
-    """Every secret of a deployment: what `darkroom check deployment` looks at before anything is started."""
+    """Hold every secret of a deployment.
+
+    `darkroom check deployment` checks them before anything is started.
+    """
 
     broker_password: SecretStr = Field(min_length=1)
     handoff_password: SecretStr = Field(min_length=1)
@@ -568,7 +588,10 @@ def read(kind: type[AnySettings], environment: Mapping[str, str] | None = None) 
 
 
 def load(kind: type[AnySettings]) -> AnySettings:
-    """Read the environment into `kind`, or end the process with one line per variable that is missing or wrong."""
+    """Read the environment into `kind`.
+
+    Ends the process with one line per variable that is missing or wrong.
+    """
     try:
         return read(kind)
     except SettingsInvalid as error:
@@ -576,7 +599,10 @@ def load(kind: type[AnySettings]) -> AnySettings:
 
 
 def load_fleet_or_exit(settings: FleetSettings) -> Fleet:
-    """`settings.load_fleet()` for entry points: ends the process with one line per wrong key, and per setting that does not fit it."""
+    """Read fleet.toml for an entry point.
+
+    Ends the process with one line per wrong key, and per setting that does not fit the fleet.
+    """
     try:
         fleet = settings.load_fleet()
     except FleetInvalid as error:
@@ -588,16 +614,18 @@ def load_fleet_or_exit(settings: FleetSettings) -> Fleet:
 
 @functools.cache
 def load_gateway() -> tuple[GatewayProcessSettings, Fleet]:
-    """What the gateway works with, read once: gunicorn's master does, before it starts a worker, and the workers inherit it.
+    """Read the gateway's settings and fleet once per process.
 
-    A worker that read for itself could fail where the master did not, and gunicorn would start another one without end.
+    gunicorn's master reads them before it starts a worker, and the workers inherit them. A worker
+    that read them itself could fail where the master did not, and gunicorn would restart it
+    without end.
     """
     settings = load(GatewayProcessSettings)
     return settings, load_fleet_or_exit(settings)
 
 
 def misfits(settings: FleetSettings, fleet: Fleet) -> list[str]:
-    """What is sound in the settings and in fleet.toml and does not fit together."""
+    """Describe settings that are valid by themselves and conflict with fleet.toml."""
     problems = []
     if isinstance(settings, WorkerSettings) and settings.worker_pool not in fleet.pools:
         problems.append(
@@ -608,7 +636,8 @@ def misfits(settings: FleetSettings, fleet: Fleet) -> list[str]:
             if settings.handoff_ttl_s < tier.run_within_s:
                 least = f"tiers.{name}.run_within_s of fleet.toml ({tier.run_within_s:g})"
                 problems.append(
-                    f"HANDOFF_TTL_S: must not be less than {least}: what a job left for its next try would be gone before"
+                    f"HANDOFF_TTL_S: must not be less than {least}: "
+                    "what a job left for its next try would be gone before"
                 )
     return problems
 
@@ -621,11 +650,14 @@ def refuse(lines: Iterable[str]) -> NoReturn:
 
 
 def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
-    """Why a file that an operator mounted cannot be read, and by whom."""
+    """Say why a file that an operator mounted cannot be read, and by which user."""
     if isinstance(error, UnicodeDecodeError):
         return f"{path} is not text in UTF-8"
     if isinstance(error, PermissionError):
-        return f"{path} cannot be read by uid {os.geteuid()} ({error.strerror}); make it readable for others (chmod o+r)"
+        return (
+            f"{path} cannot be read by uid {os.geteuid()} ({error.strerror}); "
+            "make it readable for others (chmod o+r)"
+        )
     if isinstance(error, IsADirectoryError):
         return (
             f"{path} is a folder; Docker makes one where the file of a mount is missing on the host"
@@ -634,10 +666,14 @@ def unreadable(path: Path, error: OSError | UnicodeDecodeError) -> str:
 
 
 def is_loopback(place: str) -> bool:
-    """Whether an address or URL leads to the machine itself; a port alone stands for every address that the machine has."""
-    host = (
-        (urlsplit(place).hostname or "") if "://" in place else place.rpartition(":")[0].strip("[]")
-    )
+    """Tell whether an address or URL leads to the machine itself.
+
+    A port alone means every address of the machine, so it does not count as loopback.
+    """
+    if "://" in place:
+        host = urlsplit(place).hostname or ""
+    else:
+        host = place.rpartition(":")[0].strip("[]")
     try:
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -650,17 +686,16 @@ def _server(url: str) -> tuple[str | None, int, str]:
 
 
 def _plain(value: object) -> str:
-    return (
-        value.get_secret_value()
-        if isinstance(value, SecretStr)
-        else value
-        if isinstance(value, str)
-        else ""
-    )
+    if isinstance(value, SecretStr):
+        return value.get_secret_value()
+    return value if isinstance(value, str) else ""
 
 
 def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
-    """One line for a variable that is missing or wrong: what is wrong, and what is accepted. Never its value."""
+    """Yield the lines about one problem: what is wrong with a variable, and what is accepted.
+
+    The value itself is never told.
+    """
     error = problem.get("ctx", {}).get("error")
     if not problem["loc"]:  # of several variables together, which name themselves
         yield from str(error or problem["msg"]).splitlines()
@@ -686,7 +721,7 @@ def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
 
 
 def _accepted(field: FieldInfo) -> str:
-    """What a variable may be, in words."""
+    """Say in words what a variable may be."""
     if field.description:
         return field.description
     for fact in field.metadata:

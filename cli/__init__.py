@@ -1,1 +1,4 @@
-"""The `darkroom` command: the HTTP API and the SQL of an installation, and the stack of this machine, from a terminal."""
+"""Provide the `darkroom` command.
+
+It reaches an installation's HTTP API and SQL, and runs the stack of this machine, from a terminal.
+"""

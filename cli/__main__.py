@@ -1,4 +1,4 @@
-"""`python -m cli` is what the launcher `./darkroom` runs."""
+"""Run the command as `python -m cli`, for the launcher `./darkroom`."""
 
 from cli.main import main
 

@@ -1,4 +1,4 @@
-"""audit: is the audit log what it was when it was written?"""
+"""Define `audit`: check that the audit log was not changed after it was written."""
 
 from datetime import UTC, datetime
 
@@ -26,7 +26,8 @@ def audit() -> None:
 def verify(
     ctx: click.Context, installation: Installation, chain: str | None, since: datetime | None
 ) -> None:
-    """Recompute every hash and link. Exit code 1 when a chain is broken; the first broken event is named.
+    """Recompute every hash and link. Exit code 1 when a chain is broken; the first broken event is
+    named.
 
     Where months were pruned, what is left is checked, and that it links to what was there.
     """
@@ -45,7 +46,10 @@ def verify(
         (start, only),
     ).rows
     name = chains[only] if only else None
-    count = "SELECT count(*) FROM audit_log WHERE (%s IS NULL OR chain = %s) AND (%s::timestamptz IS NULL OR at >= %s)"
+    count = (
+        "SELECT count(*) FROM audit_log "
+        "WHERE (%s IS NULL OR chain = %s) AND (%s::timestamptz IS NULL OR at >= %s)"
+    )
     ((num_events,),) = ask(url, count, (name, name, start, start)).rows
     checked = f"{num_events} events in {len(chains)} chain{'' if len(chains) == 1 else 's'} checked"
     if not broken:

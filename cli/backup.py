@@ -1,4 +1,4 @@
-"""backup, restore: the stack of this machine, as a folder."""
+"""Define `backup` and `restore`: copy the stack of this machine to a folder and back."""
 
 from pathlib import Path
 
@@ -16,7 +16,8 @@ _FOLDER = click.argument("folder", type=click.Path(path_type=Path, file_okay=Fal
 def backup(installation: Installation, folder: Path) -> None:
     """Write everything that the stack needs to begin again into FOLDER, a new one, while it runs.
 
-    Database, objects and every secret: keep it where nobody else can read it. docs/backup.md tells what is left out, and why.
+    Database, objects and every secret: keep it where nobody else can read it. docs/backup.md
+    tells what is left out, and why.
     """
     with screen.err().status("copying"):
         made = installation.stack().back_up(folder.absolute())
@@ -30,7 +31,8 @@ def backup(installation: Installation, folder: Path) -> None:
 @_FOLDER
 @pass_installation
 def restore(installation: Installation, folder: Path) -> None:
-    """Make a stack of the backup in FOLDER, with its tenants, keys, jobs, images and audit log. The data directory must be a new one.
+    """Make a stack of the backup in FOLDER, with its tenants, keys, jobs, images and audit log. The
+    data directory must be a new one.
 
     It is down afterwards: `darkroom up` starts it, and migrates it if this version is newer.
     """
@@ -38,6 +40,7 @@ def restore(installation: Installation, folder: Path) -> None:
     with screen.err().status("restoring"):
         made = stack.restore(folder.absolute())
     screen.out().print(
-        f"{stack.data_dir}: as of {made.made_at}, {made.objects} objects; start it with `darkroom up`",
+        f"{stack.data_dir}: as of {made.made_at}, {made.objects} objects; "
+        "start it with `darkroom up`",
         soft_wrap=True,
     )

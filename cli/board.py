@@ -1,4 +1,8 @@
-"""What a person sees of many jobs: a live table of those under way on a terminal, a line for each that ended elsewhere."""
+"""Show the progress of many jobs.
+
+On a terminal it draws a live table of the jobs under way; elsewhere it prints a line for each job
+that ended.
+"""
 
 import time
 from collections.abc import Sequence
@@ -19,10 +23,13 @@ _PROMPT_CHARS = 40
 
 
 class Board:
-    """Of one run of `total` lines."""
+    """Show one run of `total` lines of a file of prompts."""
 
     def __init__(self, total: int) -> None:
-        self._total, self._done, self._failed, self._images = total, 0, 0, 0
+        self._total = total
+        self._done = 0
+        self._failed = 0
+        self._images = 0
         self._began = time.monotonic()
         self._rows: dict[int, tuple[Line, Sight]] = {}
         self._waiting = ""
@@ -45,11 +52,12 @@ class Board:
         self._live.stop()
 
     def show(self, line: Line, sight: Sight) -> None:
-        """A job is under way."""
-        self._rows[line.number], self._waiting = (line, sight), ""
+        """Show a job under way."""
+        self._rows[line.number] = (line, sight)
+        self._waiting = ""
 
     def wait(self, why: str) -> None:
-        """Nothing is let in for now."""
+        """Show why no job is accepted for now."""
         if why != self._waiting and not self._console.is_terminal:
             self._console.print(why, soft_wrap=True, markup=False)
         self._waiting = why
@@ -63,7 +71,7 @@ class Board:
         new: int = 0,
         why: str | None = None,
     ) -> None:
-        """A line is done with: `new` of its images were fetched just now."""
+        """Show that a line ended; `new` of its images were fetched in this run."""
         self._rows.pop(line.number, None)
         self._done += 1
         self._images += new
@@ -98,10 +106,7 @@ class Board:
             parts.append(f"{self._failed} failed")
         if self._images:
             parts.append(f"{self._images / spent_s:.1f} images/s")
-        return " · ".join(
-            [
-                *parts,
-                f"{int(spent_s) // 60}:{int(spent_s) % 60:02}",
-                *([self._waiting] if self._waiting else []),
-            ]
-        )
+        parts.append(f"{int(spent_s) // 60}:{int(spent_s) % 60:02}")
+        if self._waiting:
+            parts.append(self._waiting)
+        return " · ".join(parts)

@@ -1,4 +1,4 @@
-"""calibrate: how long does a step take on this device, by rows?"""
+"""Define `calibrate`: measure how long a step takes on this device, by rows."""
 
 import click
 
@@ -17,9 +17,11 @@ from cli.installation import Installation, NoInstallation, pass_installation
 )
 @pass_installation
 def calibrate(installation: Installation, model: str, repeats: int) -> None:
-    """Measure MODEL's forwards on this machine's device, and store the curve that workers then batch by.
+    """Measure MODEL's forwards on this machine's device, and store the curve that workers then
+    batch by.
 
-    Nothing else should run on the device meanwhile. A worker without a curve for its device measures a shorter one at every start.
+    Nothing else should run on the device meanwhile. A worker without a curve for its device
+    measures a shorter one at every start.
     """
     try:
         from engine import calibrate as engine_calibrate
@@ -27,7 +29,8 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     except ModuleNotFoundError as error:
         where = "docker compose run --rm worker darkroom calibrate MODEL"
         raise NoInstallation(
-            f"`darkroom calibrate` works where the engine is ({error.name} is not installed here): {where}."
+            f"`darkroom calibrate` works where the engine is "
+            f"({error.name} is not installed here): {where}."
         ) from None
     from settings import DeviceSettings, load, load_fleet_or_exit
     from tasks.engines import checkpoint_specs, engine_config
@@ -52,7 +55,8 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
                 raise click.ClickException(f"{spec.name}: {problem}") from None
         rows = []
         for point in points:
-            size, worth_it = f"{point.width_px}x{point.height_px}", "yes" if point.grows else "no"
+            size = f"{point.width_px}x{point.height_px}"
+            worth_it = "yes" if point.grows else "no"
             rows.append(
                 (size, point.rows, f"{point.step_s * 1000:.1f}", f"{point.gain:.2f}", worth_it)
             )

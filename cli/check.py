@@ -1,8 +1,9 @@
-"""check: is this deployment's configuration one with which everything can work? One line for each thing that is not as it should be."""
+"""Define `check`: find what is wrong in a deployment's configuration, one line for each fault."""
 
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import click
@@ -39,7 +40,7 @@ ROLES: dict[str, type[FleetSettings] | type[MigrationSettings]] = {
 
 
 class Finding(NamedTuple):
-    """Something that is `wrong`, or a `hint`."""
+    """Hold one finding; its kind is `wrong` or `hint`."""
 
     kind: str
     subject: str
@@ -58,8 +59,8 @@ def check(
 ) -> None:
     """Check settings, fleet.toml, Postgres, both Redis, the object store and who is alive.
 
-    ROLES: whose settings; by default those of every process of this machine's stack or, in a container, of whichever its environment is
-    complete for. Exit code 1 when something is wrong.
+    ROLES: whose settings; by default those of every process of this machine's stack or, in a
+    container, of whichever its environment is complete for. Exit code 1 when something is wrong.
     """
     environments = _environments(installation, roles)
     findings: list[Finding] = []
@@ -80,7 +81,8 @@ def check(
     wrong = sum(kind == "wrong" for kind, _ in told)
     if not environments:
         screen.complain(
-            "Nothing to check here: no process's settings are complete. Name one, as `darkroom check gateway`."
+            "Nothing to check here: no process's settings are complete. "
+            "Name one, as `darkroom check gateway`."
         )
         ctx.exit(1)
     screen.err().print(
@@ -93,7 +95,7 @@ def check(
 def _environments(
     installation: Installation, roles: tuple[str, ...]
 ) -> dict[str, Mapping[str, str]]:
-    """What each process to be checked is handed, by its name."""
+    """Return the environment of each process to be checked, by the process's name."""
     if (installation.data_dir / "env").exists():
         from fleet import house
         from fleet.addresses import as_handed_to
@@ -123,7 +125,7 @@ def _has_all(
 
 
 def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | None:
-    """The fleet that the settings name, checked against all of them."""
+    """Load the fleet that the settings name, and add to `findings` what does not fit."""
     fleet = None
     told: set[str] = set()
     for name, settings in loaded.items():
@@ -146,7 +148,7 @@ def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | Non
 
 
 def _connected(loaded: Mapping[str, object], fleet: Fleet | None) -> Iterator[Finding]:
-    """What the parts that the settings lead to answer."""
+    """Connect to every service that the settings name, once each; yield what is wrong."""
     asked: set[object] = set()
 
     def once(what: str, ask: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -156,21 +158,14 @@ def _connected(loaded: Mapping[str, object], fleet: Fleet | None) -> Iterator[Fi
 
     for name, settings in loaded.items():
         if isinstance(settings, Settings):
-            yield from once(
-                settings.database_url,
-                lambda name=name, url=settings.database_url: _database(name, url),
-            )  # type: ignore[misc]
-            yield from once(
-                settings.handoff_url,
-                lambda name=name, url=settings.handoff_url: _redis(name, "HANDOFF_URL", url),
-            )  # type: ignore[misc]
+            yield from once(settings.database_url, partial(_database, name, settings.database_url))
+            handoff_url = settings.handoff_url
+            yield from once(handoff_url, partial(_redis, name, "HANDOFF_URL", handoff_url))
         if isinstance(settings, (Settings, FlowerSettings)):
-            yield from once(
-                settings.broker_url,
-                lambda name=name, url=settings.broker_url: _redis(name, "BROKER_URL", url),
-            )  # type: ignore[misc]
+            broker_url = settings.broker_url
+            yield from once(broker_url, partial(_redis, name, "BROKER_URL", broker_url))
         if isinstance(settings, StoreSettings):
-            yield from once("store", lambda name=name, settings=settings: _store(name, settings))  # type: ignore[misc]
+            yield from once("store", partial(_store, name, settings))
     gateway = loaded.get("gateway")
     if isinstance(gateway, GatewayProcessSettings) and fleet is not None:
         yield from _roles(gateway, fleet)
@@ -194,7 +189,8 @@ def _database(name: str, url: str) -> Iterator[Finding]:
             yield Finding(
                 "wrong",
                 name,
-                "DATABASE_URL: this Postgres takes no writes: it is a standby, or was one until now",
+                "DATABASE_URL: this Postgres takes no writes: "
+                "it is a standby, or was one until now",
             )
     finally:
         engine.dispose()
@@ -210,25 +206,24 @@ def _redis(name: str, variable: str, url: str) -> Iterator[Finding]:
             client.ping()
             if name == "flower":
                 return
-            memory, who = client.info("memory"), client.info("replication")
+            memory = client.info("memory")
+            replication = client.info("replication")
     except redis.exceptions.NoPermissionError:
         return  # a user who may do its work and no more, as a courier in the hand-off
     except redis.RedisError as error:
         yield Finding("wrong", name, f"{variable}: Redis: {' '.join(str(error).split())}")
         return
-    if memory.get("maxmemory_policy") != "noeviction":
-        yield Finding(
-            "wrong",
-            name,
-            f"{variable}: maxmemory-policy is {memory.get('maxmemory_policy')}; it must be noeviction",
-        )
+    policy = memory.get("maxmemory_policy")
+    if policy != "noeviction":
+        text = f"{variable}: maxmemory-policy is {policy}; it must be noeviction"
+        yield Finding("wrong", name, text)
     if not memory.get("maxmemory"):
         yield Finding(
             "hint",
             name,
             f"{variable}: has no maxmemory: nothing tells when it is full until its machine is",
         )
-    if who.get("role") != "master":
+    if replication.get("role") != "master":
         yield Finding("wrong", name, f"{variable}: is a replica, which takes no writes")
 
 
@@ -242,7 +237,7 @@ def _store(name: str, settings: StoreSettings) -> Iterator[Finding]:
 
 
 def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
-    """Who is alive, and whether all of them together find a connection to Postgres."""
+    """Check that each pool has live workers, and Postgres connections for all processes."""
     from sqlalchemy import text
     from sqlalchemy.exc import DBAPIError
 
@@ -255,7 +250,10 @@ def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
             live = [
                 worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
             ]
-            limits = "SELECT current_setting('max_connections')::int - current_setting('superuser_reserved_connections')::int"
+            limits = (
+                "SELECT current_setting('max_connections')::int"
+                " - current_setting('superuser_reserved_connections')::int"
+            )
             most = int(session.scalar(text(limits)) or 0)
     except DBAPIError:
         return  # told already
@@ -277,10 +275,8 @@ def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
     }
     needed["worker"] = max(1, len(live)) * connections.at_most("worker")
     needed |= {kind: connections.at_most(kind) for kind in ("results", "sweeper", "webhooks")}
-    total, parts = (
-        sum(needed.values()),
-        " + ".join(f"{kind} {count}" for kind, count in needed.items()),
-    )
+    total = sum(needed.values())
+    parts = " + ".join(f"{kind} {count}" for kind, count in needed.items())
     if total > most:
         yield Finding(
             "wrong",

@@ -1,4 +1,4 @@
-"""demo: the whole system at work, in one command: prompts in, checked images out, the audit trail by SQL.
+"""Define `demo`: run the whole system once, from prompts to checked images and the audit trail.
 
 Starts the stack if it does not run, and stops only what it started.
 """
@@ -26,16 +26,17 @@ from cli.watching import Sight
 from darkroom_client import Client, Job
 from pocket.checker import check
 
-_COLUMNS_OF_SHEET, _CAPTION_PX = 5, 40
+_COLUMNS_OF_SHEET = 5
+_CAPTION_PX = 40
 _PROMPT_CHARS = 42  # a bar and its words still fit into 80 columns
-# the pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack
+# The pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack.
 _LEAST_MATCHING = 0.9
 _POLL_EVERY_S = 0.2
 
 
 @dataclass(frozen=True)
 class Wish:
-    """One job of the demo."""
+    """Describe one job of the demo."""
 
     prompt: str
     tier: str
@@ -70,7 +71,7 @@ WISHES = (
 
 @dataclass(frozen=True)
 class Checked:
-    """One image of the demo: where it lies and whether it shows what its prompt says."""
+    """Hold one image of the demo, its path, and whether it shows what its prompt says."""
 
     job: Job
     path: Path
@@ -93,7 +94,8 @@ class Checked:
 def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
     """Make a dozen images over all tiers, check them, and show the audit trail.
 
-    Exit code 1 when a job does not succeed, or when fewer than nine images in ten show what their prompts say.
+    Exit code 1 when a job does not succeed, or when fewer than nine images in ten show what their
+    prompts say.
     """
     stack = installation.stack()
     starts_it = not stack.is_up()
@@ -193,7 +195,10 @@ def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
 def _report(
     installation: Installation, jobs: Sequence[Job], images: Sequence[Checked], *, auditor_url: str
 ) -> bool:
-    """Print what happened, with SQL as the witness, and draw the contact sheet; True when all went well."""
+    """Print what happened, as SQL shows it, and draw the contact sheet.
+
+    Returns True when all went well.
+    """
     out = screen.out()
     ids = [job.id for job in jobs]
     shared = ask(
@@ -202,46 +207,30 @@ def _report(
         (ids,),
     )
     batches = dict(shared.rows)
-    columns = [
-        "tier",
-        "prompt",
-        "seed",
-        "steps",
-        "n",
-        "queue s",
-        "denoise s",
-        "store s",
-        "total s",
-        "max batch",
-        "match",
-        "state",
-    ]
+    columns = ["tier", "prompt", "seed", "steps", "n"]
+    columns += ["queue s", "denoise s", "store s", "total s", "max batch", "match", "state"]
     rows = []
     for job in jobs:
         own = [image for image in images if image.job.id == job.id]
         match = f"{sum(image.is_right for image in own)}/{job.n}"
         timing = job.timing
         times = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s)
-        rows.append(
-            (
-                job.tier,
-                job.prompt,
-                job.seed,
-                job.steps,
-                job.n,
-                *times,
-                batches.get(job.id),
-                match,
-                job.state,
-            )
-        )
+        asked = (job.tier, job.prompt, job.seed, job.steps, job.n)
+        rows.append((*asked, *times, batches.get(job.id), match, job.state))
     out.print(screen.table(columns, rows, title="\nWhere the time went", numbers=columns[2:11]))
 
-    trail = "SELECT at, seq, event, actor, attempt, left(hash, 12) AS hash FROM audit_log WHERE job_id = '{}' ORDER BY seq"
+    trail = (
+        "SELECT at, seq, event, actor, attempt, left(hash, 12) AS hash "
+        "FROM audit_log WHERE job_id = '{}' ORDER BY seq"
+    )
     _show(auditor_url, "The audit trail of the first job", trail.format(ids[0]))
-    cost = """SELECT tier, count(*) AS jobs, sum(num_images) AS images, round(avg(queue_s), 3) AS mean_queue_s,
-         round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, sum(cost) AS cost, currency
-  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"""
+    cost = (
+        "SELECT tier, count(*) AS jobs, sum(num_images) AS images, "
+        "round(avg(queue_s), 3) AS mean_queue_s,\n"
+        "         round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, "
+        "sum(cost) AS cost, currency\n"
+        "  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"
+    )
     _show(
         auditor_url,
         "What it cost",
@@ -259,21 +248,25 @@ def _report(
     if images:
         _draw_sheet(images).save(sheet)
     out.print(
-        f"\n{succeeded} of {len(jobs)} jobs succeeded; {right} of {expected} images show what their prompts say."
+        f"\n{succeeded} of {len(jobs)} jobs succeeded; "
+        f"{right} of {expected} images show what their prompts say."
     )
     out.print(f"Images: {sheet.parent}/*.png; all of them: {sheet}")
     return succeeded == len(jobs) and right >= _LEAST_MATCHING * expected
 
 
 def _show(database_url: str, title: str, statement: str, full_statement: str | None = None) -> None:
-    """Print a statement and what Postgres answers. full_statement: what is really asked, when it is too long to print."""
+    """Print a statement and what Postgres answers.
+
+    full_statement: the statement to run, when it is too long to print.
+    """
     answer = ask(database_url, full_statement or statement)
     screen.out().print(f"\n[bold]{title}[/]\n  [dim]{escape(statement)}[/]")
     screen.out().print(screen.table(answer.columns, answer.rows))
 
 
 def _draw_sheet(images: Sequence[Checked]) -> Picture.Image:
-    """All images on one page, each over its prompt; a red one did not match."""
+    """Draw all images on one page, each over its prompt; red text marks a mismatch."""
     side = max(max(image.pixels.shape[:2]) for image in images)
     num_rows = -(-len(images) // _COLUMNS_OF_SHEET)
     sheet = Picture.new(
@@ -294,7 +287,7 @@ def _draw_sheet(images: Sequence[Checked]) -> Picture.Image:
 
 
 def _lines(text: str, width: int) -> list[str]:
-    """The first three lines of `text` in `width` characters each."""
+    """Return the first three lines of `text`, wrapped at `width` characters."""
     lines = [""]
     for word in text.split():
         if len(lines[-1]) + len(word) >= width and lines[-1]:

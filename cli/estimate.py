@@ -1,4 +1,4 @@
-"""estimate: what a wish would be, cost and wait for."""
+"""Define `estimate`: say what a job would cost and when it would be done."""
 
 from typing import Any
 
@@ -18,7 +18,9 @@ from cli.wishes import wish_options
 def estimate(
     ctx: click.Context, installation: Installation, prompt: str, as_json: bool, **wish: Any
 ) -> None:
-    """Say what images of PROMPT would cost and when they would be there. Exit code 1 when the job would not be let in now."""
+    """Say what images of PROMPT would cost and when they would be there. Exit code 1 when the
+    job would not be let in now.
+    """
     with installation.client() as client:
         found = client.estimate(prompt, **wish)
     if as_json:

@@ -1,4 +1,7 @@
-"""generate: a prompt becomes image files, with a look at where the time went; or a whole file of prompts does."""
+"""Define `generate`: make image files of a prompt, or of a whole file of prompts.
+
+For a single prompt it also shows where the time went.
+"""
 
 import asyncio
 import hashlib
@@ -23,7 +26,8 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
     "--from",
     "source",
     type=click.File("rb"),
-    help="File of prompts, one a line, as text or JSON with any fields, or one JSON list of these; - = stdin.",
+    help="File of prompts, one a line, as text or JSON with any fields, "
+    "or one JSON list of these; - = stdin.",
 )
 @wish_options
 @click.option(
@@ -76,9 +80,10 @@ def generate(
 ) -> None:
     """Make images of PROMPT, or of every line of a file.
 
-    Ctrl-C cancels the job of PROMPT. With --from it leaves the jobs that are under way to go on (again within two seconds: cancels
-    them), and the same command continues: nothing is asked for twice, and only images that are missing or broken are fetched. They
-    are <folder>/<line>-<seed>-<index>.<format>; what a line says itself wins over the options.
+    Ctrl-C cancels the job of PROMPT. With --from it leaves the jobs that are under way to go on
+    (again within two seconds: cancels them), and the same command continues: nothing is asked for
+    twice, and only images that are missing or broken are fetched. They are
+    <folder>/<line>-<seed>-<index>.<format>; what a line says itself wins over the options.
     """
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --from FILE")
@@ -102,7 +107,10 @@ def generate(
 
 
 def _format(output: Path | None, asked: str | None) -> str | None:
-    """The format to ask for: what the option says, or the file's name. Raises UsageError for a name that says another, or none we have."""
+    """Return the format to ask for, from the option or the output's name.
+
+    Raises UsageError for a name that contradicts the option, or whose format is not offered.
+    """
     if output is None or not output.suffix:
         return asked
     named = FORMATS.get(output.suffix.lower())
@@ -116,7 +124,10 @@ def _format(output: Path | None, asked: str | None) -> str | None:
 
 
 def report(client: Client, job: Job, output: Path | None) -> None:
-    """Save what a finished job made and say where its time went; if it failed, why. output: out.png by default."""
+    """Save a finished job's images and print where its time went; if it failed, print why.
+
+    output: out.png by default.
+    """
     saved = save(client, job, output or Path(f"out{EXTENSIONS.get(job.output_format, '.png')}"))
     screen.out().print(timing_table(job))
     for path in saved:
@@ -126,20 +137,20 @@ def report(client: Client, job: Job, output: Path | None) -> None:
 
 
 def warn_of(job: Job) -> None:
-    """Say what of the job's texts had no effect."""
+    """Print the job's warnings: which parts of its texts had no effect."""
     for warning in job.warnings:
         screen.warn(warning.detail)
 
 
 def complain_of(job: Job) -> None:
-    """Say why a job did not succeed; nothing of one that did."""
+    """Print why a job did not succeed; print nothing if it did."""
     if job.state != "succeeded":
         reason = f": {job.failure.code} ({job.failure.detail})" if job.failure else ""
         screen.complain(f"Job {job.id} is {job.state}{reason}")
 
 
 def save(client: Client, job: Job, output: Path) -> list[Path]:
-    """Download every stored image of the job; the paths."""
+    """Download every stored image of the job; return the paths."""
     stored = [image for image in job.images if image.content_sha256]
     paths = []
     for image in stored:
@@ -154,19 +165,10 @@ def save(client: Client, job: Job, output: Path) -> list[Path]:
 
 
 def timing_table(job: Job) -> object:
-    """Where the time of one job went, and what it cost."""
-    columns = [
-        "queue s",
-        "denoise s",
-        "store s",
-        "total s",
-        "gpu-seconds",
-        "price",
-        "tier",
-        "model",
-        "steps",
-        "seed",
-    ]
+    """Return a table of where the time of one job went, and what it cost."""
+    columns = ["queue s", "denoise s", "store s", "total s", "gpu-seconds", "price"]
+    numbers = list(columns)
+    columns += ["tier", "model", "steps", "seed"]
     cost = (
         (job.cost.gpu_seconds, f"{job.cost.amount} {job.cost.currency}")
         if job.cost
@@ -184,7 +186,7 @@ def timing_table(job: Job) -> object:
         job.steps,
         job.seed,
     )
-    return screen.table(columns, [row], numbers=columns[:6])
+    return screen.table(columns, [row], numbers=numbers)
 
 
 def _make_many(
@@ -198,7 +200,10 @@ def _make_many(
     retry_failed: bool,
     fresh: bool,
 ) -> bool:
-    """Serve every line of the file; True when all succeeded. Ctrl-C ends it with KeyboardInterrupt, once all is noted."""
+    """Serve every line of the file; return True when all succeeded.
+
+    Ctrl-C raises KeyboardInterrupt after the run is saved.
+    """
     from cli import prompts
     from cli.board import Board
     from cli.many import Interrupted, Many
@@ -229,7 +234,8 @@ def _make_many(
     had = many.num_images - many.num_new
     there = f", {had} of them there already" if had else ""
     screen.out().print(
-        f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: {many.num_images} images in {folder}{there}"
+        f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: "
+        f"{many.num_images} images in {folder}{there}"
     )
     for line, what in sorted(many.warned, key=lambda warned: warned[0].number):
         screen.warn(f"line {line.number} ({line.prompt[:40]}): {what}")
@@ -239,7 +245,7 @@ def _make_many(
 
 
 def _fingerprint(wish: dict[str, Any]) -> dict[str, Any]:
-    """The options as the run remembers them: of a picture, what it shows."""
+    """Return the options as the run stores them: a picture as the SHA-256 of its content."""
     return {
         name: hashlib.sha256(value.read_bytes()).hexdigest() if isinstance(value, Path) else value
         for name, value in sorted(wish.items())

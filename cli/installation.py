@@ -1,4 +1,8 @@
-"""Which Darkroom the command talks to: DARKROOM_URL, DARKROOM_API_KEY and the like, or else the stack of the data directory."""
+"""Find the Darkroom that the command talks to.
+
+Environment variables such as DARKROOM_URL and DARKROOM_API_KEY name it; otherwise it is the stack
+of the data directory.
+"""
 
 import os
 from collections.abc import Iterator
@@ -20,18 +24,18 @@ if TYPE_CHECKING:
 
 
 class NoInstallation(Exception):
-    """Nothing says where Darkroom is; the message tells how to say it."""
+    """Say that no installation is configured; the message tells how to do it."""
 
 
 @dataclass(frozen=True)
 class Installation:
-    """What every command is handed."""
+    """Give every command access to one installation."""
 
     data_dir: Path
     fleet_file: Path | None = None  # None = the repository's
 
     def look_up(self, name: str) -> str:
-        """A variable of the environment, or of `<data>/env`. Raises NoInstallation."""
+        """Return a variable of the environment, or of `<data>/env`. Raises NoInstallation."""
         value = os.environ.get(name) or dotenv_values(self.data_dir / "env", interpolate=False).get(
             name
         )
@@ -41,26 +45,27 @@ class Installation:
             except OSError as error:
                 raise NoInstallation(f"{name}_FILE: {path}: {error.strerror}") from None
         if not value and name == "DARKROOM_URL" and (listens := os.environ.get("GATEWAY_BIND")):
-            # in the gateway's own container
+            # This is the gateway's own container.
             value = f"http://127.0.0.1:{listens.rpartition(':')[2]}"
         if not value:
             with_containers = "with containers: docker compose run --rm cli COMMAND"
             raise NoInstallation(
-                f"No {name}: set it, or start a stack here with `darkroom up --detach`; {with_containers}."
+                f"No {name}: set it, or start a stack here with `darkroom up --detach`; "
+                f"{with_containers}."
             )
         return _as_sqlalchemy_reads_it(name, value) if name.endswith("DATABASE_URL") else value
 
     def client(self) -> Client:
-        """The gateway, as the tenant whose key we have."""
+        """Return a client of the gateway, as the tenant of the configured key."""
         return Client(self.look_up("DARKROOM_URL"), self.look_up("DARKROOM_API_KEY"))
 
     def async_client(self) -> AsyncClient:
-        """The same for asyncio."""
+        """Return a client of the gateway for asyncio."""
         return AsyncClient(self.look_up("DARKROOM_URL"), self.look_up("DARKROOM_API_KEY"))
 
     @contextmanager
     def transaction(self) -> Iterator["Session"]:
-        """A database session of the application role; commits when the block ends well."""
+        """Open a database session of the application role; commit when the block ends well."""
         from models.database import make_engine, transaction
 
         engine = make_engine(self.look_up("DATABASE_URL"), pool_size=1)
@@ -71,7 +76,10 @@ class Installation:
             engine.dispose()
 
     def load_fleet(self) -> "Fleet":
-        """What the installation serves, by its fleet file; ends the process with one line per wrong key."""
+        """Read the installation's fleet file.
+
+        Ends the process with one line per wrong key.
+        """
         from settings import FleetSettings, load, load_fleet_or_exit
 
         settings = load(FleetSettings)
@@ -80,7 +88,7 @@ class Installation:
         return load_fleet_or_exit(settings)
 
     def stack(self, *, workers: int = 1) -> "Stack":
-        """The stack of the data directory."""
+        """Return the stack of the data directory."""
         from fleet.stack import Stack
 
         return Stack(self.data_dir, fleet_file=self.fleet_file, workers=workers)

@@ -1,4 +1,4 @@
-"""jobs, watch, cancel, delete: the tenant's jobs over HTTP."""
+"""Define `jobs`, `watch`, `cancel` and `delete`: the tenant's jobs over HTTP."""
 
 import itertools
 import re
@@ -42,13 +42,15 @@ def jobs(
     as_json: bool,
 ) -> None:
     """List the tenant's jobs, newest first."""
-    between, labels = (_instant(since, "--since"), _instant(until, "--until")), _pairs(metadata)
+    from_at = _instant(since, "--since")
+    to_at = _instant(until, "--until")
+    pairs = _pairs(metadata)
     with installation.client() as client:
         listed = client.jobs(
             state=state,
-            since=between[0],
-            until=between[1],
-            metadata=labels,
+            since=from_at,
+            until=to_at,
+            metadata=pairs,
             page_size=min(limit, 100),
         )
         found = list(itertools.islice(listed, limit))
@@ -88,7 +90,9 @@ def cancel(installation: Installation, job_id: str) -> None:
 @pass_installation
 @click.pass_context
 def watch(ctx: click.Context, installation: Installation, job_id: str) -> None:
-    """Watch a job until it is finished. Ctrl-C leaves it alone; exit code 1 when it does not succeed."""
+    """Watch a job until it is finished. Ctrl-C leaves it alone; exit code 1 when it does not
+    succeed.
+    """
     with installation.client() as client:
         job = watching.watch(client, client.job(job_id), timeout_s=None, cancels=False)
     screen.out().print(f"job {job.id} is {job.state}")
@@ -104,20 +108,21 @@ def watch(ctx: click.Context, installation: Installation, job_id: str) -> None:
 @click.confirmation_option(prompt="Its prompt and images cannot be brought back. Delete them?")
 @pass_installation
 def delete(installation: Installation, job_id: str) -> None:
-    """Erase a job's prompt, metadata and images. What it cost, and that it was, stay in the audit log."""
+    """Erase a job's prompt, metadata and images. What it cost, and that it was, stay in the audit
+    log.
+    """
     with installation.client() as client:
         client.delete(job_id)
     screen.out().print(f"what job {job_id} was about is erased")
 
 
 def _instant(text: str | None, option: str) -> datetime | None:
-    """A time that was typed, or so long ago."""
+    """Parse a typed time, or an age such as 12h. Raises click.BadParameter."""
     if text is None:
         return None
     if ago := re.fullmatch(r"(\d+)([mhd])", text):
-        return datetime.now(UTC) - timedelta(
-            **{{"m": "minutes", "h": "hours", "d": "days"}[ago[2]]: int(ago[1])}
-        )
+        unit = {"m": timedelta(minutes=1), "h": timedelta(hours=1), "d": timedelta(days=1)}[ago[2]]
+        return datetime.now(UTC) - int(ago[1]) * unit
     try:
         at = datetime.fromisoformat(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""keys: API keys of tenants."""
+"""Define `keys`: manage the API keys of tenants."""
 
 import uuid
 from datetime import UTC, datetime, timedelta
@@ -73,12 +73,20 @@ def issue(
     scopes: tuple[str, ...],
     expires_in_days: float | None,
 ) -> None:
-    """Print a new key. It is shown this once. The scope `admin` is an operator's, over all tenants."""
+    """Print a new key. It is shown this once. The scope `admin` is an operator's, over all
+    tenants.
+    """
     pepper = installation.look_up("API_KEY_PEPPER")
     expires_at = datetime.now(UTC) + timedelta(days=expires_in_days) if expires_in_days else None
     with installation.transaction() as session:
-        own = {"tenant_id": named(session, tenant_name).id, "name": name, "pepper": pepper}
-        row, key = api_keys.issue(session, scopes=sorted(set(scopes)), expires_at=expires_at, **own)
+        row, key = api_keys.issue(
+            session,
+            tenant_id=named(session, tenant_name).id,
+            name=name,
+            scopes=sorted(set(scopes)),
+            expires_at=expires_at,
+            pepper=pepper,
+        )
     click.echo(key)
     screen.err().print(f"id {row.id}; kept nowhere in plain text", style="dim")
 

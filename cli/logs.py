@@ -1,4 +1,4 @@
-"""logs: what the processes of the stack write, each line under its process's name."""
+"""Define `logs`: print what the processes of the stack log, each line with its process's name."""
 
 import sys
 import time
@@ -46,7 +46,8 @@ def logs(
     folder = installation.data_dir / "logs"
     if not folder.exists() and not name:
         raise NoInstallation(
-            f"There are no logs in {folder}: start a stack here, or with containers, docker compose logs."
+            f"There are no logs in {folder}: start a stack here, "
+            "or with containers, docker compose logs."
         )
     wanted = "worker-1" if name == "worker" else name
     if wanted and not (folder / f"{wanted}.log").exists():
@@ -59,7 +60,7 @@ def logs(
 def follow(
     folder: Path, *, only: str | None = None, num_lines: int = 0, is_endless: bool = True
 ) -> None:
-    """Print what is written to the logs below `folder`: the last `num_lines` of each, then, if endless, whatever comes."""
+    """Print the last `num_lines` of each log in `folder`; if endless, go on with new lines."""
     console = Console(file=sys.stdout, highlight=False, emoji=False, soft_wrap=True)
     positions: dict[Path, int] = {}
     for path in _logs(folder, only):
@@ -74,7 +75,7 @@ def follow(
                 position = 0
             with open(path, "rb") as file:
                 file.seek(position)
-                # a line that is still being written waits
+                # An incomplete line waits until its end is written.
                 whole, newline, _ = file.read().rpartition(b"\n")
             positions[path] = position + len(whole) + len(newline)
             for line in whole.decode(errors="replace").splitlines():

@@ -1,4 +1,4 @@
-"""The door of the `darkroom` command: its options, its commands, and what an error looks like.
+"""Define the `darkroom` command: its options, its commands, and how errors are shown.
 
 Exit codes
 0    done
@@ -23,10 +23,14 @@ from cli.installation import Installation, NoInstallation
 from darkroom_client import DarkroomError, ProblemError, Unreachable
 
 REPO = Path(__file__).resolve().parent.parent
-BAD_ANSWER, UNREACHABLE, REFUSED, NO_STACK, INTERRUPTED = 1, 3, 4, 5, 130
+BAD_ANSWER = 1
+UNREACHABLE = 3
+REFUSED = 4
+NO_STACK = 5
+INTERRUPTED = 130
 
-# command -> the module that holds it, imported when it is called: `generate` need not wait for what
-# `demo` loads
+# Each command and its module. The module is imported when the command is called, so `generate` does
+# not wait for what `demo` loads.
 _MODULES = {
     "up": "cli.stack",
     "down": "cli.stack",
@@ -66,11 +70,12 @@ _ELSEWHERE = {  # commands that need what an image does not hold, and what to do
 
 
 def _not_here(name: str, *, missing: str) -> click.Command:
-    """A command that says in one sentence where it works."""
+    """Return a command that fails and says in one sentence where it works."""
 
     def tell() -> None:
         raise NoInstallation(
-            f"`darkroom {name}` does not work here ({missing} is not installed): {_ELSEWHERE[name]}."
+            f"`darkroom {name}` does not work here ({missing} is not installed): "
+            f"{_ELSEWHERE[name]}."
         )
 
     settings = {"ignore_unknown_options": True, "allow_extra_args": True}
@@ -80,7 +85,10 @@ def _not_here(name: str, *, missing: str) -> click.Command:
 
 
 class Door(click.Group):
-    """Finds the commands, and turns every expected error into one line and an exit code; the unexpected keeps its traceback."""
+    """Find the commands, and turn every expected error into one line and an exit code.
+
+    An unexpected error keeps its traceback.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_MODULES)
@@ -112,7 +120,7 @@ class Door(click.Group):
 
 
 def refusal_of(error: Exception) -> tuple[int, str] | None:
-    """The exit code and the one line of an error that was to be expected; None for any other."""
+    """Return the exit code and the message of an expected error; None for any other."""
     if isinstance(error, ProblemError):
         return REFUSED, describe(error)
     if isinstance(error, (Unreachable, NoInstallation)):
@@ -137,14 +145,13 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
     if isinstance(error, StatementRefused):
         return REFUSED, str(error)
     if isinstance(error, DBAPIError):
-        return UNREACHABLE if isinstance(
-            error, OperationalError
-        ) else REFUSED, "Postgres: " + " ".join(str(error.orig).split())
+        code = UNREACHABLE if isinstance(error, OperationalError) else REFUSED
+        return code, "Postgres: " + " ".join(str(error.orig).split())
     return None
 
 
 def describe(problem: ProblemError) -> str:
-    """A problem in one line: title, detail, and each wrong field with what would have been accepted."""
+    """Describe a problem in one line: title, detail, and what each wrong field accepts."""
     return str(problem)
 
 

@@ -1,4 +1,7 @@
-"""Many prompts at once: submit, follow, download, a few at a time; whatever interrupts it, a second run goes on from there."""
+"""Submit, follow and download the jobs of many prompts, a few at a time.
+
+After any interruption a second run continues where the first one stopped.
+"""
 
 import asyncio
 import signal
@@ -15,18 +18,18 @@ from cli.runs import Run
 from cli.watching import Sight, has_no_events
 from darkroom_client import AsyncClient, DigestMismatch, Job, ProblemError, Unreachable, downloads
 
-_AWAY_FOR_S = 120.0  # so long may the gateway be away before the run ends
+_AWAY_FOR_S = 120.0  # the run ends if the gateway is unreachable for longer
 _LOOK_EVERY_S = 5.0
 _SECOND_CTRL_C_S = 2.0
 _LAST_ANSWERS_S = 5.0
 
 
 class Interrupted(Exception):
-    """Ctrl-C; everything is noted."""
+    """Report Ctrl-C, after the run was saved."""
 
 
 class Many:
-    """The lines of one run and what is done about them."""
+    """Work through the lines of one run."""
 
     def __init__(
         self,
@@ -39,23 +42,22 @@ class Many:
         *,
         retry_failed: bool,
     ) -> None:
-        self._client, self._run, self._lines, self._wish, self._folder, self._board = (
-            client,
-            run,
-            lines,
-            wish,
-            folder,
-            board,
-        )
+        self._client = client
+        self._run = run
+        self._lines = lines
+        self._wish = wish
+        self._folder = folder
+        self._board = board
         self._retry_failed = retry_failed
         self._submitting: set[asyncio.Task[Job]] = set()
         self._under_way: dict[int, str] = {}
         self.failed: list[tuple[Line, str]] = []
         self.warned: list[tuple[Line, str]] = []
-        self.num_images = self.num_new = 0
+        self.num_images = 0
+        self.num_new = 0
 
     async def go(self, parallel: int, *, cancels: bool) -> None:
-        """Work until all is done. Raises Interrupted, and whatever nothing can be done about."""
+        """Work until all lines are done. Raises Interrupted, and errors that no retry can cure."""
         interrupts: asyncio.Queue[None] = asyncio.Queue()
         asyncio.get_running_loop().add_signal_handler(signal.SIGINT, interrupts.put_nowait, None)
         left = iter(self._lines)
@@ -78,7 +80,7 @@ class Many:
             self._run.save()
 
     async def _stop(self, workers: Sequence[asyncio.Task[None]]) -> None:
-        """Let the requests that may have made jobs be answered, and nothing else."""
+        """Cancel the workers, and wait for the answers of requests that may have made jobs."""
         for worker in workers:
             worker.cancel()
         await asyncio.gather(*workers, return_exceptions=True)
@@ -86,12 +88,13 @@ class Many:
             await asyncio.wait(self._submitting, timeout=_LAST_ANSWERS_S)
 
     async def _leave(self, interrupts: "asyncio.Queue[None]", *, cancels: bool) -> None:
-        """After Ctrl-C: the jobs go on, unless that is not wanted."""
+        """End after Ctrl-C: leave the jobs under way, or cancel them if that is wanted."""
         self._run.save()
         ids = dict(self._under_way)
         if ids and not cancels and screen.err().is_terminal:
             screen.err().print(
-                f"{_jobs(len(ids))} under way; Ctrl-C again within {_SECOND_CTRL_C_S:.0f} s to cancel"
+                f"{_jobs(len(ids))} under way; "
+                f"Ctrl-C again within {_SECOND_CTRL_C_S:.0f} s to cancel"
             )
             try:
                 await asyncio.wait_for(interrupts.get(), _SECOND_CTRL_C_S)
@@ -117,7 +120,7 @@ class Many:
             await self._serve(line)
 
     async def _serve(self, line: Line) -> None:
-        """From a line to its files."""
+        """Turn a line into its image files."""
         try:
             job = await self._job_of(line)
             self._under_way[line.number] = job.id
@@ -142,7 +145,8 @@ class Many:
         )
         paths = await self._client.download(job, self._folder, names)
         self.warned += [(line, warning.detail) for warning in job.warnings]
-        self.num_images, self.num_new = self.num_images + len(paths), self.num_new + new
+        self.num_images += len(paths)
+        self.num_new += new
         if job.state == "succeeded":
             self._board.end(line, job.state, paths=paths, new=new)
         else:
@@ -159,7 +163,7 @@ class Many:
         self._board.end(line, state, why=why)
 
     async def _job_of(self, line: Line) -> Job:
-        """The line's job: the one that it has, or a new one."""
+        """Return the line's job: the one that it has, or a new one."""
         known = self._run.of(line.number)
         if self._retry_failed and known.get("state") in (
             "failed",
@@ -178,7 +182,10 @@ class Many:
         return await self._patiently(partial(self._submit, line))
 
     async def _submit(self, line: Line) -> Job:
-        """One request, whose answer is waited for even when we are about to leave: it may be about a job that is there now."""
+        """Create the line's job with one request.
+
+        The request outlives a cancellation of this call, because it may already have made a job.
+        """
         wish = {**self._wish, **line.wish}
         request = asyncio.create_task(
             self._client.create_job(line.prompt, idempotency_key=self._run.key(line.number), **wish)
@@ -194,7 +201,7 @@ class Many:
             self._run.note(line.number, job=request.result().id)
 
     async def _patiently(self, ask: Callable[[], Awaitable[Job]]) -> Job:
-        """What `ask()` is answered once it is let in; nothing is given up for a full queue."""
+        """Return the answer of `ask()`; retry while the queue is full or the gateway is away."""
         away_since = None
         while True:
             try:
@@ -213,7 +220,7 @@ class Many:
             await asyncio.sleep(pause_s)
 
     async def _follow(self, line: Line, job: Job) -> Job:
-        """The job when it is finished, its row kept up to date."""
+        """Return the job when it is finished; keep its row on the board up to date meanwhile."""
         sight = Sight.of(job)
         self._board.show(line, sight)
         try:

@@ -1,6 +1,8 @@
-"""A file of prompts: one a line, as text or as a JSON object with any fields of a job's request; or the whole file one JSON list of these.
+"""Read a file of prompts.
 
-What begins as JSON does is JSON or an error that names its line, never a prompt: a job is paid for.
+Each line is a prompt as text, or a JSON object with any fields of a job's request. Or the whole
+file is one JSON list of these. What begins like JSON is JSON or an error that names its line, never
+a prompt, because a job costs money.
 """
 
 import json
@@ -14,12 +16,12 @@ _HINT = 'A prompt that begins so is written {"prompt": "…"}.'
 
 
 class BadLine(Exception):
-    """A line that is no prompt; the message names it."""
+    """Report a line that is no prompt; the message names it."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt, where it stands, and what it says itself beside."""
+    """Hold a prompt, its number in the file, and the other fields that its line sets."""
 
     number: int
     prompt: str
@@ -27,7 +29,7 @@ class Line:
 
 
 def decoded(content: bytes) -> str:
-    """The text of a file, without the mark that editors put before it. Raises BadLine."""
+    """Decode a file's UTF-8 text, without a byte order mark. Raises BadLine."""
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -36,7 +38,10 @@ def decoded(content: bytes) -> str:
 
 
 def read(text: str) -> list[Line]:
-    """Every line that is not blank, under its number in the file; of a JSON list every entry, under its place. Raises BadLine."""
+    """Return every line that is not blank, with its number in the file.
+
+    Of a JSON list, returns every entry with its position. Raises BadLine.
+    """
     whole = _whole(text)
     if whole is not None:
         return [_line(number, f"entry {number}", entry) for number, entry in enumerate(whole, 1)]
@@ -50,7 +55,10 @@ def read(text: str) -> list[Line]:
 
 
 def _whole(text: str) -> list[Any] | None:
-    """The entries of a file that is one JSON document, on however many lines; None for one that is read by lines."""
+    """Return the entries of a file that is one JSON document; None for one read line by line.
+
+    Raises BadLine.
+    """
     if not text.lstrip().startswith(("[", "{")):
         return None
     try:
@@ -68,7 +76,7 @@ def _whole(text: str) -> list[Any] | None:
 
 
 def _parsed(number: int, line: str) -> Any:
-    """Text as it is; what is JSON, as what it says."""
+    """Return a line's text, or its value if it is JSON. Raises BadLine."""
     is_string = line.startswith('"') and line.endswith('"')
     if not line.startswith(("{", "[")) and not is_string:
         return line

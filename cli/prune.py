@@ -1,4 +1,7 @@
-"""prune: remove what is older than it has to be kept. As the owner of the tables, for nobody else may."""
+"""Define `prune`: remove data whose retention time is over.
+
+It works as the owner of the tables, because no other role may delete.
+"""
 
 import gzip
 import hashlib
@@ -23,16 +26,14 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
 PIECE = 200  # jobs per transaction: their tenants accept no job meanwhile
-TRIES, PAUSE_S = (
-    60,
-    2.0,
-)  # for a lock that somebody holds, and what others get done between two tries
+TRIES = 60  # for a lock that another session holds
+PAUSE_S = 2.0  # between two tries, in which the others go on
 
 T = TypeVar("T")
 
 
 class Age(click.ParamType):
-    """A number of days, `90d`, as a timedelta."""
+    """Parse a number of days, as `90d`, into a timedelta."""
 
     name = "DAYS"
 
@@ -83,7 +84,8 @@ def prune(
     export: Path | None,
     yes: bool,
 ) -> None:
-    """Remove jobs, files, ledger entries and months of the audit log for good. It can run beside everything else.
+    """Remove jobs, files, ledger entries and months of the audit log for good. It can run beside
+    everything else.
 
     Objects leave the store within minutes. What is left of the audit log can be verified as before.
     """
@@ -127,7 +129,8 @@ def _jobs(
     rows += [("files", due.files), ("bytes of files", due.file_bytes)] if tier is None else []
     if not yes:
         return rows
-    removed, after = 0, pruning.FIRST_ID
+    removed = 0
+    after = pruning.FIRST_ID
     while True:
         piece = _patiently(
             database,
@@ -180,14 +183,15 @@ def _audit(
 
 
 def _export(database: "Engine", month: date, folder: Path) -> str:
-    """Write a month's events as JSON lines, by chain and number; the digest of the file. One that is not whole has another name."""
-    path, unfinished = (
-        folder / f"audit-{month:%Y-%m}.jsonl.gz",
-        folder / f"audit-{month:%Y-%m}.jsonl.gz.unfinished",
-    )
+    """Write a month's events as JSON lines, by chain and number; return the file's SHA-256.
+
+    An incomplete file has another name.
+    """
+    path = folder / f"audit-{month:%Y-%m}.jsonl.gz"
+    unfinished = folder / f"audit-{month:%Y-%m}.jsonl.gz.unfinished"
     events = f"SELECT to_jsonb(e) FROM {pruning.partition_of(month)} e ORDER BY chain_id, seq"
-    # As CSV whose delimiter and quote are in no JSON: Postgres' own text format would double every
-    # backslash.
+    # CSV with a delimiter and a quote that occur in no JSON: Postgres' text format would double
+    # every backslash.
     query = f"COPY ({events}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
     connection = database.raw_connection()
     try:
@@ -203,7 +207,7 @@ def _export(database: "Engine", month: date, folder: Path) -> str:
 
 
 def _all(database: "Engine", act: "Callable[[Session], int]") -> int:
-    """Do it until nothing is left; how much there was."""
+    """Call `act` until it finds nothing more; return the sum of its results."""
     done = 0
     while some := _patiently(database, act):
         done += some
@@ -211,7 +215,7 @@ def _all(database: "Engine", act: "Callable[[Session], int]") -> int:
 
 
 def _patiently(database: "Engine", act: "Callable[[Session], T]") -> T:
-    """In a transaction of its own; again a little later when others held a lock, for they come first."""
+    """Call `act` in its own transaction; try again later while another session holds a lock."""
     for tried in range(1, TRIES + 1):
         try:
             with transaction(database) as session:

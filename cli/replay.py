@@ -1,4 +1,4 @@
-"""replay: ask again for exactly what a job was, and look whether the same comes of it."""
+"""Define `replay`: repeat a job exactly, and check that its images are the same."""
 
 from pathlib import Path
 
@@ -37,7 +37,9 @@ def replay(
     output: Path | None,
     timeout_s: float,
 ) -> None:
-    """Make the images of JOB_ID again and compare them, pixel by pixel, by their digests. Exit code 1 when they differ."""
+    """Make the images of JOB_ID again and compare them, pixel by pixel, by their digests. Exit
+    code 1 when they differ.
+    """
     with installation.client() as client:
         original = client.job(job_id)
         if (
@@ -69,7 +71,7 @@ def replay(
 
 
 def _compare(original: Job, again: Job) -> bool:
-    """Print both digests of every image; whether all are the same."""
+    """Print both digests of every image; tell whether all are the same."""
     new = {image.index: image.pixels_sha256 for image in again.images}
     pairs = [
         (image.index, image.seed, image.pixels_sha256, new.get(image.index))

@@ -1,4 +1,4 @@
-"""requeue: an operator gives a dead letter another try. Over SQL, for it may be any tenant's."""
+"""Define `requeue`: retry a failed job of any tenant, over SQL."""
 
 import uuid
 
@@ -9,7 +9,7 @@ from cli.installation import Installation, pass_installation
 from models import jobs
 from models.files import FileGone
 
-START_WITHIN_S = 86_400.0  # an operator who tries again is not in the hurry that the tenant was in
+START_WITHIN_S = 86_400.0  # an operator is in less of a hurry than the tenant was
 
 
 @click.command()
@@ -17,7 +17,8 @@ START_WITHIN_S = 86_400.0  # an operator who tries again is not in the hurry tha
 @pass_installation
 @click.pass_context
 def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -> None:
-    """Ask again for what a failed job asked for: the same parameters and seeds, as a new job of the same tenant.
+    """Ask again for what a failed job asked for: the same parameters and seeds, as a new job
+    of the same tenant.
 
     The failed one stays as it is; `darkroom sql "select * from dead_letters"` lists them.
     """
@@ -38,6 +39,7 @@ def requeue(ctx: click.Context, installation: Installation, job_id: uuid.UUID) -
         screen.complain(f"There is no failed job {job_id}.")
         ctx.exit(4)
     screen.out().print(
-        f"job {job.id} asks again for what {job_id} asked for; the sweeper lets it out within seconds",
+        f"job {job.id} asks again for what {job_id} asked for; "
+        "the sweeper lets it out within seconds",
         soft_wrap=True,
     )

@@ -1,4 +1,7 @@
-"""What became of every line of a file of prompts, kept in a file beside the images: a second run goes on where the first one ended."""
+"""Keep the state of every line of a file of prompts, in a file beside the images.
+
+A second run continues where the first one ended.
+"""
 
 import hashlib
 import json
@@ -15,23 +18,28 @@ _WRITE_EVERY_S = 0.5
 
 
 class AnotherRun(Exception):
-    """The folder holds the images of other prompts, or of the same with other options."""
+    """Report that the folder holds images of other prompts, or of other options."""
 
 
 class Run:
-    """One run, over as many processes as it takes. A line's facts: `job` (its id), `state`, `tries`, `why`."""
+    """Hold one run, over as many processes as it takes.
+
+    A line's facts are `job` (its id), `state`, `tries` and `why`.
+    """
 
     def __init__(
         self, folder: Path, head: Mapping[str, Any], lines: Mapping[str, dict[str, Any]]
     ) -> None:
-        self.path, self._head, self._lines = folder / NAME, head, dict(lines)
+        self.path = folder / NAME
+        self._head = head
+        self._lines = dict(lines)
         self._written_at = 0.0
 
     @classmethod
     def opened(
         cls, folder: Path, *, source: bytes, options: Mapping[str, Any], fresh: bool
     ) -> "Run":
-        """The run that `folder` holds, or a new one. Raises AnotherRun."""
+        """Open the run that `folder` holds, or a new one. Raises AnotherRun."""
         about = {"source_sha256": hashlib.sha256(source).hexdigest(), "options": dict(options)}
         try:
             known = {} if fresh else json.loads((folder / NAME).read_text())
@@ -43,28 +51,32 @@ class Run:
             return run
         if {name: known.get(name) for name in about} != about:
             raise AnotherRun(
-                f"{folder} holds a run of other prompts or options; choose another folder with -o, or begin anew with --fresh."
+                f"{folder} holds a run of other prompts or options; "
+                "choose another folder with -o, or begin anew with --fresh."
             )
         return cls(
             folder, {name: known[name] for name in ("version", "run", *about)}, known["lines"]
         )
 
     def of(self, number: int) -> dict[str, Any]:
-        """What is known of a line."""
+        """Return the facts of a line."""
         return self._lines.get(str(number), {})
 
     def note(self, number: int, **facts: Any) -> None:
-        """Remember; written within half a second, and at `save`. What a crash in between forgets, the idempotency keys know."""
+        """Add facts to a line; write them if the last write is half a second old, or at `save`.
+
+        If a crash loses them, the idempotency keys find the same jobs again.
+        """
         self._lines[str(number)] = {**self.of(number), **facts}
         if time.monotonic() - self._written_at > _WRITE_EVERY_S:
             self.save()
 
     def begin_again(self, number: int) -> None:
-        """Forget the line's job: it asks for another one."""
+        """Forget the line's job, so that the line asks for another one."""
         self.note(number, job=None, state=None, why=None, tries=self.of(number).get("tries", 0) + 1)
 
     def key(self, number: int) -> str:
-        """The Idempotency-Key of a line: the same in every process of this run until it begins again."""
+        """Return a line's Idempotency-Key; it stays the same in this run until `begin_again`."""
         facts = (
             self._head["run"],
             self._head["source_sha256"],
@@ -75,7 +87,7 @@ class Run:
         return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def save(self) -> None:
-        """Write it: whole, or not at all."""
+        """Write the run's file atomically."""
         downloads.write(
             self.path, json.dumps({**self._head, "lines": self._lines}, indent=1).encode()
         )

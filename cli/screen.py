@@ -1,4 +1,4 @@
-"""How the command speaks: answers on standard output, everything else on standard error."""
+"""Print the command's output: answers on standard output, all else on standard error."""
 
 import json
 import sys
@@ -15,17 +15,17 @@ _PIPE_WIDTH = 4000  # into a pipe nothing is folded or cut
 
 
 def out() -> Console:
-    """Where answers go. Made anew for each use, so that a redirected stream is found."""
+    """Return a console for answers, new for each use so that it finds a redirected stream."""
     return Console(width=None if sys.stdout.isatty() else _PIPE_WIDTH, highlight=False, emoji=False)
 
 
 def err() -> Console:
-    """Where progress and complaints go."""
+    """Return a console for progress and complaints."""
     return Console(stderr=True, highlight=False, emoji=False)
 
 
 def complain(message: str) -> None:
-    """One clear red line; a log's tail that comes with it is left uncoloured below."""
+    """Print the message's first line in red, and the rest (a log's tail) without colour."""
     first, _, rest = message.partition("\n")
     console = err()
     console.print(f"[bold red]{escape(first)}[/]", soft_wrap=True)
@@ -34,7 +34,7 @@ def complain(message: str) -> None:
 
 
 def warn(message: str) -> None:
-    """One yellow line about what went well and is not what was meant."""
+    """Print a yellow line about something that worked and was probably not intended."""
     err().print(f"[yellow]{escape(message)}[/]", soft_wrap=True)
 
 
@@ -45,7 +45,7 @@ def table(
     title: str | None = None,
     numbers: Iterable[str] = (),
 ) -> Table:
-    """A plain table of any values. numbers: the columns to be set flush right."""
+    """Build a plain table of any values. numbers: the columns to align right."""
     flush_right = set(numbers)
     drawn = Table(
         title=title,
@@ -65,7 +65,7 @@ def table(
 
 
 def cell(value: Any) -> str:
-    """One value as people read it."""
+    """Format one value for people."""
     if value is None:
         return "-"
     if isinstance(value, float):
@@ -80,7 +80,7 @@ def cell(value: Any) -> str:
 
 
 def print_json(value: Any) -> None:
-    """For programs: one JSON document."""
+    """Print one JSON document, for programs."""
     sys.stdout.write(
         json.dumps(
             value,

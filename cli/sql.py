@@ -1,4 +1,4 @@
-"""sql: ask the installation's Postgres."""
+"""Define `sql`: run a statement in the installation's Postgres."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from cli.installation import Installation, pass_installation
 
 
 class StatementRefused(Exception):
-    """Postgres said no; the message is its own, in one line."""
+    """Report that Postgres refused a statement; the message is its own, in one line."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """Columns and rows, or only a count for statements that return nothing."""
+    """Hold columns and rows, or only a status for statements that return nothing."""
 
     columns: Sequence[str]
     rows: Sequence[tuple[Any, ...]]
@@ -30,7 +30,8 @@ class Answer:
 @click.option(
     "--owner",
     is_flag=True,
-    help="As the owner of the tables. By default as the auditor, who sees the views and changes nothing.",
+    help="As the owner of the tables. "
+    "By default as the auditor, who sees the views and changes nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="A list of objects, for programs.")
 @pass_installation
@@ -59,7 +60,7 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
 
 
 def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = None) -> Answer:
-    """Run one statement in a transaction of its own. Raises StatementRefused; sqlalchemy's OperationalError is never seen here."""
+    """Run one statement in its own transaction. Raises StatementRefused, Unreachable."""
     url = make_url(database_url).set(drivername="postgresql")
     try:
         connection = psycopg2.connect(

@@ -1,4 +1,4 @@
-"""up, down, status, env: the stack of this machine."""
+"""Define `up`, `down`, `status` and `env`: the stack of this machine."""
 
 import signal
 from datetime import UTC, datetime
@@ -29,9 +29,11 @@ from fleet.stack import ProcessStatus, Stack
 )
 @pass_installation
 def up(installation: Installation, detach: bool, workers: int, wait_s: float) -> None:
-    """Start everything on this machine: Postgres, Redis, S3, gateway, worker, results, sweeper, Flower.
+    """Start everything on this machine: Postgres, Redis, S3, gateway, worker, results, sweeper,
+    Flower.
 
-    In the foreground it follows the logs, and Ctrl-C stops everything. Harmless when it runs already.
+    In the foreground it follows the logs, and Ctrl-C stops everything. Harmless when it runs
+    already.
     """
     stack = installation.stack(workers=workers)
     was_up = stack.is_up()
@@ -46,7 +48,7 @@ def up(installation: Installation, detach: bool, workers: int, wait_s: float) ->
         follow(stack.data_dir / "logs")
     except KeyboardInterrupt:
         screen.err().print("stopping; images under way are finished first")
-        # a second Ctrl-C must not leave half of it running
+        # A second Ctrl-C must not leave half of it running.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         stack.down()
         raise
@@ -97,7 +99,7 @@ def env(installation: Installation) -> None:
 
 
 def show_addresses(stack: Stack) -> None:
-    """Where everything is, for people."""
+    """Print the addresses of the stack's parts, for people."""
     env = stack.env
     at = {
         name: env[name].rpartition("@")[2] for name in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")
@@ -133,7 +135,8 @@ def _readiness(url: str) -> str:
     ]
     if not waiting:
         return f"ready at {url}"
-    return f"{'not ready' if answer.status_code == 503 else 'accepts jobs, but not all is well'} · {' · '.join(waiting)}"
+    verdict = "not ready" if answer.status_code == 503 else "accepts jobs, but not all is well"
+    return f"{verdict} · {' · '.join(waiting)}"
 
 
 def _age(now: datetime, process: ProcessStatus) -> str | None:

@@ -1,4 +1,4 @@
-"""tenants: who may have keys."""
+"""Define `tenants`: create tenants, and limit what each may use."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +18,7 @@ _YES_OR_NO = {"true": True, "false": False, "none": False}  # as null is over HT
 
 
 def named(session: Session, name: str) -> Tenant:
-    """The tenant that an option names. Raises click.UsageError."""
+    """Return the tenant that an option names. Raises click.UsageError."""
     tenant = records.by_name(session, name)
     if tenant is None:
         raise click.UsageError(f"there is no tenant {name!r}; `darkroom tenants list` shows them")
@@ -48,7 +48,9 @@ def list_tenants(installation: Installation) -> None:
 @pass_installation
 @click.pass_context
 def weigh_tenant(ctx: click.Context, installation: Installation, name: str, weight: float) -> None:
-    """Give a tenant another WEIGHT: twice another's means twice its device time while both have jobs waiting in one tier."""
+    """Give a tenant another WEIGHT: twice another's means twice its device time while
+    both have jobs waiting in one tier.
+    """
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
         if tenant is not None:
@@ -101,9 +103,11 @@ def show_tenant(ctx: click.Context, installation: Installation, name: str) -> No
 def limit_tenant(
     ctx: click.Context, installation: Installation, name: str, limits: tuple[str, ...]
 ) -> None:
-    """Set LIMITS of a tenant, each as limit=value; `none` takes one away. They hold within a second.
+    """Set LIMITS of a tenant, each as limit=value; `none` takes one away. They hold within a
+    second.
 
-    requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200 (these two together)
+    requests_per_minute=600  megapixel_steps_per_minute=50 burst_megapixel_steps=200
+    (these two together)
     max_concurrent_jobs=20  daily_megapixel_steps=5000  monthly_megapixel_steps=100000
     allowed_tiers=fast,batch  allowed_models=pocket  max_stored_bytes=5000000000  url_inputs=true
     """
@@ -155,7 +159,7 @@ def _names(installation: Installation, limit: str, said: str) -> list[str]:
 def _number(limit: str, said: str) -> int | float:
     from pydantic import ValidationError
 
-    # the same bounds as over HTTP; here, for it loads the gateway
+    # The bounds are the same as over HTTP. Import here: it loads the gateway.
     from app.http.admin import TenantChange
 
     try:

@@ -1,4 +1,4 @@
-"""usage: what a tenant used, from the ledger."""
+"""Define `usage`: show what a tenant used, from the ledger."""
 
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -29,8 +29,10 @@ _SUMMED = ("jobs_accepted", "jobs_succeeded", "reserved", "settled", "abandoned"
 def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
     """Show what a tenant used, by UTC days; a day without a job has no line.
 
-    Jobs count on the day on which they were accepted. Reserved are the megapixel-steps of those under way, settled of stored images,
-    abandoned what was done of others for jobs that were canceled; quotas count all three, and money is asked for the stored ones.
+    Jobs count on the day on which they were accepted. Reserved are the megapixel-steps of
+    those under way, settled of stored images, abandoned what was done of others for jobs that
+    were canceled; quotas count all three, and money is
+    asked for the stored ones.
     """
     today = datetime.now(UTC).date()
     with installation.transaction() as session:

@@ -1,4 +1,4 @@
-"""How far a job is, heard or asked, and shown: a bar for people, a line per change for a file."""
+"""Follow a job and show its progress: a bar on a terminal, a line per change in a file."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from darkroom_client import Client, Event, Job, ProblemError
 
 @dataclass
 class Sight:
-    """A job as it is seen while it is under way, brought up to date by its events."""
+    """Hold the progress of a job under way, as its events report it."""
 
     state: str
     steps_to_do: int
@@ -24,7 +24,7 @@ class Sight:
 
     @classmethod
     def of(cls, job: Job) -> "Sight":
-        """As the API tells it."""
+        """Build it from the API's job."""
         sight = cls(job.state, job.steps * job.n, job.n, {})
         if job.progress:  # before there is any, a picture to start from may spare some of the steps
             sight.steps_to_do, sight.steps = job.progress.num_steps, {0: job.progress.step}
@@ -36,7 +36,7 @@ class Sight:
         return sight
 
     def hear(self, event: Event) -> None:
-        """Bring it up to date."""
+        """Apply an event."""
         index = int(event.data.get("index", 0))
         if event.kind == "queued":
             self.state, self.jobs_ahead, self.eta_s = (
@@ -61,12 +61,12 @@ class Sight:
 
     @property
     def done(self) -> int:
-        """Denoise steps of all images."""
+        """Return the finished denoise steps of all images."""
         return min(sum(self.steps.values()), self.steps_to_do)
 
     @property
     def words(self) -> str:
-        """Where it is."""
+        """Describe the job's progress in words."""
         if self.state == "queued":
             ahead = "" if not self.jobs_ahead else f" · {self.jobs_ahead} ahead"
             return f"queued{ahead}" + (
@@ -83,9 +83,9 @@ class Sight:
 
 
 def watch(client: Client, job: Job, *, timeout_s: float | None, cancels: bool) -> Job:
-    """Wait for a job in sight of who waits; without a time limit, by its events.
+    """Wait for a job and show its progress; without a time limit, follow its events.
 
-    cancels: Ctrl-C, which is passed on, cancels the job first. Raises WaitTimeout.
+    cancels: Ctrl-C, which is raised again, cancels the job first. Raises WaitTimeout.
     """
     try:
         return _watch(client, job, timeout_s)
@@ -102,7 +102,9 @@ def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
         TextColumn("{task.fields[where]}"),
         TimeElapsedColumn(),
     )
-    console, said, sight = screen.err(), "", Sight.of(job)
+    console = screen.err()
+    said = ""
+    sight = Sight.of(job)
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
@@ -122,7 +124,7 @@ def _watch(client: Client, job: Job, timeout_s: float | None) -> Job:
 
 
 def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
-    """The job when it is finished. By its events where the gateway tells them, else by asking again and again."""
+    """Return the job when it is finished: follow its events, or poll where there are none."""
     if job.is_finished:
         return job
     sight = Sight.of(job)
@@ -137,5 +139,5 @@ def follow(client: Client, job: Job, show: Callable[[Sight], None]) -> Job:
 
 
 def has_no_events(refusal: ProblemError) -> bool:
-    """An older gateway, or one with as many streams open as it may have."""
+    """Tell whether the gateway is too old for events, or has no stream left."""
     return refusal.slug in ("not-found", "streams-exhausted")

@@ -1,4 +1,4 @@
-"""The options that say what an image should be, the same for every command that takes a wish."""
+"""Define the options that describe an image, the same for every command that takes them."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ _PICTURE = click.Path(path_type=Path, exists=True, dir_okay=False)
 
 
 def _entry(text: str, metavar: str) -> tuple[str, str]:
-    """Both sides of the first `=`. Raises BadParameter."""
+    """Split a text at its first `=`. Raises BadParameter."""
     name, separator, value = text.partition("=")
     if not separator or not name:
         raise click.BadParameter(f"{text!r} is not {metavar}")
@@ -24,7 +24,10 @@ def _entry(text: str, metavar: str) -> tuple[str, str]:
 def _metadata(
     _ctx: click.Context, param: click.Parameter, said: tuple[str, ...]
 ) -> dict[str, str] | None:
-    """Read the entries as one object; None for none: a line of a file of prompts may have its own."""
+    """Read the entries as one object.
+
+    Returns None without entries, so that a line of a file of prompts may have its own.
+    """
     return dict(_entry(text, str(param.metavar)) for text in said) or None
 
 

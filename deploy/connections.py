@@ -1,16 +1,20 @@
-"""The gateway's connections: gunicorn's threaded worker, in which no client makes others wait for it.
+"""Serve the gateway's connections with a gunicorn worker in which no slow client blocks others.
 
-A thread is for answering a request, not for waiting until one has come or an answer has gone. What depends on the client's pace is
-done by the worker's one loop, for all connections at once, under a deadline each:
+A thread answers a request; it does not wait for the request to arrive or for the answer to leave.
+The worker's single event loop does what depends on the client's speed, for all connections at once,
+with a deadline for each:
 
-    idle ──first byte──▶ reading ──head and a small body──▶ a thread ──answer──▶ sending ──▶ idle, or closing
-     KEEPALIVE_S          HEADER_TIMEOUT_S                                       at least GATEWAY_MIN_BYTES_PER_S
+    idle ──first byte──▶ reading ──head and a small body──▶ a thread ──answer──▶ sending
+     KEEPALIVE_S          HEADER_TIMEOUT_S                    at least GATEWAY_MIN_BYTES_PER_S
+    sending ──▶ idle, or closing
 
-A thread still waits for a client in two cases, whose number the application bounds (app/live/capacity.py): a body larger than
-`SMALL_BODY_BYTES`, which may take BODY_TIMEOUT_S and as long as GATEWAY_MIN_BYTES_PER_S gives it, and an event stream. `/healthz` and
-`/readyz` have threads of their own. At GATEWAY_MAX_CONNECTIONS the connection that has been silent for longest makes room for the next.
+A thread still waits for a client in two cases, and the application limits how many (see
+app/live/capacity.py). One is a body larger than `SMALL_BODY_BYTES`: it may take BODY_TIMEOUT_S plus
+the time that its bytes take at GATEWAY_MIN_BYTES_PER_S. The other is an event stream. `/healthz`
+and `/readyz` have their own threads. At GATEWAY_MAX_CONNECTIONS, the connection that has been
+silent for longest is closed to accept the next.
 
-HTTP/1 over plain TCP only: TLS is a proxy's.
+HTTP/1 over plain TCP only: a proxy does TLS.
 """
 
 import errno
@@ -36,12 +40,12 @@ from gunicorn.workers.gthread import STOP_KEEPALIVE_LINGER, TConn, ThreadWorker
 from settings import SMALL_BODY_BYTES
 
 MAX_HEAD_BYTES = 65_536
-DRAINED_S, DRAINED_BYTES = (
-    5.0,
-    8_388_608,
-)  # what a client still sends after its answer: closed on it at once, it would not see the answer
+# How much a client may still send after its answer. If the connection were closed at once, the
+# client would not see the answer.
+DRAINED_S = 5.0
+DRAINED_BYTES = 8_388_608
 PROBE_THREADS = 2
-# of waiting for a thread: from then on it is worth asking whether the client is still there
+# After waiting this long for a thread, check whether the client is still there.
 STALE_AFTER_S = 3.0
 _ACCEPTED_AT_ONCE = 64
 _READ_BYTES = 65_536
@@ -54,7 +58,10 @@ _BODY_LATER = re.compile(rb"\r\n(?:expect|transfer-encoding):", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Pace:
-    """How long a client may take, and how many bytes of all clients together may lie here meanwhile, each way."""
+    """Hold how long a client may take, and how many bytes may be buffered meanwhile.
+
+    max_held_bytes counts for all clients together, once for each direction.
+    """
 
     header_timeout_s: float = 10.0
     body_timeout_s: float = 20.0
@@ -63,14 +70,16 @@ class Pace:
     max_held_bytes: int = 134_217_728
 
     def body_deadline(self, began_at: float, received: int) -> float:
+        """Return when the rest of a body must have arrived, on the monotonic clock."""
         return began_at + self.body_timeout_s + received / self.min_bytes_per_s
 
     def write_deadline(self, began_at: float, sent: int, timeout_s: float | None = None) -> float:
+        """Return when the rest of an answer must have been sent, on the monotonic clock."""
         return began_at + (timeout_s or self.write_timeout_s) + sent / self.min_bytes_per_s
 
 
 class State(StrEnum):
-    """Who has the connection, and what it waits for."""
+    """Name what a connection waits for."""
 
     IDLE = "idle"  # for the first byte of the next request
     READING = "reading"  # for the rest of a head, or of a small body
@@ -81,14 +90,15 @@ class State(StrEnum):
 
 
 class ByteBudget:
-    """So many bytes for all connections together."""
+    """Count the bytes that all connections together may buffer."""
 
     def __init__(self, most: int) -> None:
-        self.most = self._left = most
+        self.most = most
+        self._left = most
         self._lock = threading.Lock()
 
     def take(self, count: int) -> bool:
-        """Whether there is room for them; if so they are taken."""
+        """Take `count` bytes; tell whether there was room for them."""
         with self._lock:
             if count > self._left:
                 return False
@@ -96,21 +106,26 @@ class ByteBudget:
             return True
 
     def give_back(self, count: int) -> None:
+        """Return `count` bytes to the budget."""
         with self._lock:
             self._left += count
 
 
 class ClientSocket:
-    """A client's socket as a request's thread uses it: never blocking, so that no wait is longer than its deadline.
+    """Give a request's thread a client's socket that never blocks beyond a deadline.
 
-    What the client does not take at once of an answer is left to the loop, unless the application asked for a write timeout
-    (`settimeout`): then each write is done within it, or the client has gone. Event streams do so.
+    The loop sends what the client does not take of an answer at once. If the application asked for
+    a write timeout (`settimeout`), as event streams do, each write instead ends within it or raises
+    BrokenPipeError.
     """
 
     def __init__(
         self, sock: socket.socket, pace: Pace, answers: ByteBudget, make_room: Callable[[], None]
     ) -> None:
-        self.raw, self._pace, self._answers, self._make_room = sock, pace, answers, make_room
+        self.raw = sock
+        self._pace = pace
+        self._answers = answers
+        self._make_room = make_room
         self.unsent = bytearray()
         self.may_wait = True
         self._write_timeout_s: float | None = None
@@ -118,12 +133,17 @@ class ClientSocket:
         self._received = 0
 
     def begin_request(self) -> None:
-        """Forget what the request before had set."""
-        self.may_wait, self._write_timeout_s = True, None
-        self._reading_since, self._received = None, 0
+        """Reset what the previous request has set."""
+        self.may_wait = True
+        self._write_timeout_s = None
+        self._reading_since = None
+        self._received = 0
 
     def recv(self, size: int, flags: int = 0) -> bytes:
-        """Some bytes, b"" at the end. Raises TimeoutError when the client is too slow, or at once when nobody may wait."""
+        """Receive at most `size` bytes; b"" at the end.
+
+        Raises TimeoutError when the client is too slow, or at once unless `may_wait`.
+        """
         while True:
             try:
                 data = self.raw.recv(size, flags)
@@ -140,7 +160,10 @@ class ClientSocket:
             self._wait(select.POLLIN, left_s)
 
     def sendall(self, data: bytes) -> None:
-        """Send, or leave the rest to the loop. Raises BrokenPipeError when the client takes nothing for too long."""
+        """Send, or leave the rest to the loop.
+
+        Raises BrokenPipeError when the client takes nothing for too long.
+        """
         view = memoryview(data)
         if not self.unsent:
             view = view[self._send(view) :]
@@ -153,11 +176,12 @@ class ClientSocket:
         self._send_within(self._write_timeout_s, bytes(self.take_unsent()) + bytes(view))
 
     def send(self, data: bytes) -> int:
+        """Send all of `data` as `sendall` does; return its length."""
         self.sendall(data)
         return len(data)
 
     def send_unsent(self) -> int:
-        """Send what can be sent now of what was left; how many bytes those were."""
+        """Send what can be sent now of what was left; return how many bytes that was."""
         with memoryview(self.unsent) as whole, whole[: 4 * _READ_BYTES] as view:
             sent = self._send(view)
         del self.unsent[:sent]
@@ -165,13 +189,13 @@ class ClientSocket:
         return sent
 
     def take_unsent(self) -> bytearray:
-        """What was left to send; it is the caller's now."""
+        """Return what is left to send; the caller owns it from now on."""
         unsent, self.unsent = self.unsent, bytearray()
         self._answers.give_back(len(unsent))
         return unsent
 
     def has_left(self) -> bool:
-        """Whether the client has closed its side."""
+        """Tell whether the client has closed its side."""
         try:
             return self.raw.recv(1, socket.MSG_PEEK) == b""
         except BlockingIOError:
@@ -180,7 +204,7 @@ class ClientSocket:
             return True
 
     def settimeout(self, timeout_s: float | None) -> None:
-        """From now on let no write be left to the loop, and none take longer than this."""
+        """Finish every later write here, not in the loop, and within `timeout_s`."""
         if timeout_s:
             self._write_timeout_s = timeout_s
 
@@ -188,7 +212,7 @@ class ClientSocket:
         return self._write_timeout_s
 
     def setblocking(self, flag: bool) -> None:
-        """Nothing: it never blocks."""
+        """Do nothing: the socket never blocks."""
 
     def fileno(self) -> int:
         return self.raw.fileno()
@@ -198,7 +222,7 @@ class ClientSocket:
         self.raw.close()
 
     def shutdown(self, how: int) -> None:
-        # whoever closes after this reads what is here, and no thread waits for more
+        # A caller that closes after this reads what has arrived; no thread waits for more.
         self.may_wait = False
         self.raw.shutdown(how)
 
@@ -206,7 +230,7 @@ class ClientSocket:
         return self.raw.getsockname()
 
     def _send(self, view: memoryview) -> int:
-        """As many as go without waiting."""
+        """Send as many bytes as go without waiting; return their number."""
         total = 0
         try:
             while total < len(view):
@@ -216,7 +240,10 @@ class ClientSocket:
         return total
 
     def _take_room(self, count: int) -> None:
-        """Raises BrokenPipeError when others' answers fill the room, and nobody who takes nothing could be closed for it."""
+        """Reserve `count` bytes of the budget for unsent answers.
+
+        Raises BrokenPipeError when other answers fill it, and no stalled client could be closed.
+        """
         deadline = time.monotonic() + _ROOM_WITHIN_S
         while not self._answers.take(count):
             if time.monotonic() > deadline:
@@ -227,7 +254,9 @@ class ClientSocket:
             time.sleep(0.01)
 
     def _send_within(self, timeout_s: float | None, data: bytes) -> None:
-        view, sent, began_at = memoryview(data), 0, time.monotonic()
+        view = memoryview(data)
+        sent = 0
+        began_at = time.monotonic()
         while True:
             sent += self._send(view[sent:])
             if sent == len(view):
@@ -244,7 +273,7 @@ class ClientSocket:
 
 
 class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
-    """One client's connection, from accept to close."""
+    """Hold the state of one client's connection, from accept to close."""
 
     sock: ClientSocket
 
@@ -252,23 +281,24 @@ class Connection(TConn):  # type: ignore[misc]  # gunicorn has no types
         super().__init__(cfg, sock, client, server)
         sock.raw.setblocking(False)
         self.data_ready = True  # the worker hands over whole heads only
-        self.state, self.deadline = State.WORKING, 0.0
-        self.received = bytearray()  # of the request that is to come
-        self.searched, self.wanted = (
-            0,
-            0,
-        )  # how far the end of the head was looked for; head and small body, once that is known
+        self.state = State.WORKING
+        self.deadline = 0.0
+        self.received = bytearray()  # of the next request
+        self.searched = 0  # bytes that were searched for the end of the head
+        self.wanted = 0  # bytes of head and small body, once known
         self.watched_events = 0
         self.queued_at = 0.0
         self.may_stay = False  # after the answer, for another request
-        self.sending_since, self.sent, self.drained = 0.0, 0, 0
+        self.sending_since = 0.0
+        self.sent = 0
+        self.drained = 0
 
 
 class TellsOfClosing:
-    """An application whose answers say `Connection: close` where the rest of a body that nobody read keeps the connection from going on.
+    """Add `Connection: close` to an answer whose request has an unread body.
 
-    gunicorn closes such a connection after the answer, and says so only if it knew before: a client that was told nothing sends its
-    next request into the close.
+    gunicorn closes such a connection after the answer, and announces it only if it knew before.
+    Without the header a client would send its next request into the closing connection.
     """
 
     def __init__(self, application: Any) -> None:
@@ -287,7 +317,7 @@ class TellsOfClosing:
 
 
 class BoundedWorker(ThreadWorker):  # type: ignore[misc]
-    """gunicorn's threaded worker with the loop above."""
+    """Extend gunicorn's threaded worker by the loop described above."""
 
     pace = Pace()
 
@@ -299,13 +329,11 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         self._by_state: dict[State, OrderedDict[Connection, None]] = {
             state: OrderedDict() for state in State
         }  # the newest comes last
-        self._requests, self._answers = (
-            ByteBudget(self.pace.max_held_bytes),
-            ByteBudget(self.pace.max_held_bytes),
-        )
+        self._requests = ByteBudget(self.pace.max_held_bytes)
+        self._answers = ByteBudget(self.pace.max_held_bytes)
         self._probes = ThreadPoolExecutor(PROBE_THREADS, thread_name_prefix="probe")
         self._swept_at = 0.0
-        # where gunicorn stops accepting; one connection earlier a silent one makes room
+        # gunicorn stops accepting here; one connection earlier, a silent one is closed.
         self.worker_connections += 1
         super().init_process()
 
@@ -318,10 +346,12 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     # What runs in a thread.
 
     def handle(self, conn: Connection) -> Any:
-        """Answer one request, of which the head is there; whether the connection may be used again."""
+        """Answer one request whose head has arrived.
+
+        Tells whether the connection may be used again.
+        """
         if time.monotonic() - conn.queued_at > STALE_AFTER_S and conn.sock.has_left():
-            # all threads were taken for so long that it was given up: nobody wants a job of it any
-            # more
+            # All threads were taken for so long that the client gave up: make no job for it.
             return False
         conn.sock.begin_request()
         conn.init()
@@ -330,7 +360,10 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         return super().handle(conn)
 
     def _keepalive_after(self, conn: Connection, keepalive: bool) -> bool:
-        """Whether the client has sent nothing of the request that nobody read: what has come is skipped, more is not waited for."""
+        """Tell whether the connection can be kept: no part of the request's body is outstanding.
+
+        Skips what has arrived of an unread body, and waits for no more.
+        """
         if not keepalive:
             return False
         conn.sock.may_wait = False
@@ -356,8 +389,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                 if error.errno in (errno.EMFILE, errno.ENFILE) and self._make_room():
                     continue
                 if error.errno in (errno.EMFILE, errno.ENFILE, errno.ECONNABORTED):
-                    # all files are in threads' hands: the listener stays readable, and asking at
-                    # once would help nobody
+                    # Threads hold all file descriptors. The listener stays readable, so pause
+                    # before the next try.
                     time.sleep(0.01)
                     return
                 raise
@@ -365,7 +398,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             client = ClientSocket(sock, self.pace, self._answers, self._ask_for_room)
             conn = Connection(self.cfg, client, address, listener.getsockname())
             self._await_request(conn, State.READING)
-            self._read(conn)  # mostly it is there already
+            self._read(conn)  # mostly the request is there already
 
     def enqueue_req(self, conn: Connection) -> None:
         """Give the connection to a thread."""
@@ -379,18 +412,19 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         )
 
     def finish_request(self, conn: Connection, done: "Future[Any]") -> None:
-        """Go on with a connection that comes back from a thread."""
+        """Continue with a connection that comes back from a thread."""
         conn.received.clear()
-        # gunicorn closed it: the application failed in the middle of its answer
+        # gunicorn closed it: the application failed in the middle of its answer.
         if conn.sock.fileno() < 0:
             self._drop(conn)
             return
         conn.may_stay = not done.cancelled() and done.exception() is None and bool(done.result())
-        conn.sending_since, conn.sent = time.monotonic(), 0
+        conn.sending_since = time.monotonic()
+        conn.sent = 0
         self._send(conn)
 
     def murder_keepalived(self, force: bool = False) -> None:
-        """Close what is past its deadline; whatever is not in a thread, if forced."""
+        """Close connections past their deadline; if forced, all that are not in a thread."""
         now = time.monotonic()
         if not force and now - self._swept_at < _SWEEP_EVERY_S:
             return
@@ -403,13 +437,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         ]
         for conn in late:
             if conn.state == State.READING and conn.received and not force:
-                self._refuse(
-                    conn,
-                    408,
-                    "request-timeout",
-                    "Request timeout",
-                    "The request did not come in time.",
-                )
+                detail = "The request did not come in time."
+                self._refuse(conn, 408, "request-timeout", "Request timeout", detail)
             elif conn.state != State.WORKING:
                 self._drop(conn)
 
@@ -424,7 +453,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         """Wait for the first byte of a next request, or for the whole of a first one."""
         keepalive_s = float(self.cfg.keepalive) if self.alive else STOP_KEEPALIVE_LINGER
         wait_s = keepalive_s if state == State.IDLE else self.pace.header_timeout_s
-        conn.searched, conn.wanted = 0, 0
+        conn.searched = 0
+        conn.wanted = 0
         self._enter(conn, state, watching=selectors.EVENT_READ, deadline=time.monotonic() + wait_s)
 
     def _on_event(self, conn: Connection, _fileobj: Any) -> None:
@@ -443,11 +473,11 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             self._drop(conn)
 
     def _take_in(self, conn: Connection, data: bytes) -> None:
-        """Add to a request: it goes to a thread when its head is there, and its body if that is small."""
+        """Add `data` to a request; give it to a thread when its head and small body are there."""
         if conn.state == State.IDLE:
             self._await_request(conn, State.READING)
         if not conn.received:
-            # empty lines before a request line mean nothing, and no thread may wait behind them
+            # Empty lines before a request line mean nothing; no thread may wait for what follows.
             data = data.lstrip(b"\r\n")
         while not self._requests.take(len(data)):
             if not self._make_room(State.READING, besides=conn):
@@ -459,13 +489,8 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             conn.searched = len(conn.received)
             if end < 4:
                 if len(conn.received) > MAX_HEAD_BYTES:
-                    self._refuse(
-                        conn,
-                        431,
-                        "head-too-large",
-                        "Head too large",
-                        f"The head has more than {MAX_HEAD_BYTES} bytes.",
-                    )
+                    detail = f"The head has more than {MAX_HEAD_BYTES} bytes."
+                    self._refuse(conn, 431, "head-too-large", "Head too large", detail)
                 return
             conn.wanted = end + _small_body(bytes(conn.received[: end - 2]))
             conn.deadline = time.monotonic() + self.pace.body_timeout_s
@@ -473,7 +498,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             self.enqueue_req(conn)
 
     def _send(self, conn: Connection) -> None:
-        """Send what the thread has left, then wait for another request or close."""
+        """Send what the thread left unsent, then wait for another request or close."""
         try:
             conn.sent += conn.sock.send_unsent()
         except OSError:
@@ -491,14 +516,10 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
             self._await_request(conn, State.IDLE)
 
     def _close(self, conn: Connection) -> None:
-        """Say that the answer was all, and hear the client out before closing."""
+        """Shut down our side, and read what the client still sends before closing."""
         conn.drained = 0
-        self._enter(
-            conn,
-            State.CLOSING,
-            watching=selectors.EVENT_READ,
-            deadline=time.monotonic() + DRAINED_S,
-        )
+        deadline = time.monotonic() + DRAINED_S
+        self._enter(conn, State.CLOSING, watching=selectors.EVENT_READ, deadline=deadline)
         try:
             conn.sock.shutdown(socket.SHUT_WR)
         except OSError:
@@ -518,16 +539,23 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         body = json.dumps(
             {"type": f"/problems/{slug}", "title": title, "status": status, "detail": detail}
         ).encode()
-        head = f"HTTP/1.1 {status} {title}\r\nConnection: close\r\nContent-Type: application/problem+json\r\n"
+        head = (
+            f"HTTP/1.1 {status} {title}\r\nConnection: close\r\n"
+            "Content-Type: application/problem+json\r\n"
+        )
         self._requests.give_back(len(conn.received))
         conn.received.clear()
-        # a few hundred bytes: if there is no room for them, nobody reads them
+        # These are a few hundred bytes: if the socket has no room for them, nobody reads them.
         with suppress(OSError):
             conn.sock.raw.send(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         self._close(conn)
 
     def _make_room(self, *states: State, besides: Connection | None = None) -> bool:
-        """Close the connection that has been silent for longest: first of those that wait for a next request, last of unfinished ones."""
+        """Close the connection that has been silent for longest; tell whether there was one.
+
+        Searches `states` in their order; by default idle connections come first, and those with
+        an unfinished request last.
+        """
         for state in states or (State.IDLE, State.CLOSING, State.READING):
             for conn in self._by_state[state]:
                 if conn is not besides:
@@ -538,9 +566,10 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
     def _enter(
         self, conn: Connection, state: State, *, watching: int, deadline: float = float("inf")
     ) -> None:
-        """Let the connection be in a state, as the newest there."""
+        """Move the connection into a state, as the newest there."""
         self._by_state[conn.state].pop(conn, None)
-        conn.state, conn.deadline = state, deadline
+        conn.state = state
+        conn.deadline = deadline
         self._by_state[state][conn] = None
         self._watch(conn, watching)
 
@@ -559,7 +588,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
         """Close and forget the connection."""
         self._watch(conn, 0)
         self._by_state[conn.state].pop(conn, None)
-        conn.state = State.GONE  # the poller may have told of it already
+        conn.state = State.GONE  # the poller may have reported it already
         self._requests.give_back(len(conn.received))
         conn.received.clear()
         self.nr_conns -= 1
@@ -568,7 +597,7 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
 
 
 def _received(sock: socket.socket, size: int) -> bytes | None:
-    """What has come; b"" when the client has left, None when there is nothing yet."""
+    """Receive what has arrived; b"" when the client has left, None when there is nothing yet."""
     try:
         return sock.recv(size)
     except BlockingIOError:
@@ -578,14 +607,17 @@ def _received(sock: socket.socket, size: int) -> bytes | None:
 
 
 def _has_unread(reader: Any) -> bool:
-    """Whether more of a body is left than is here already: a small one came with its head."""
+    """Tell whether part of a body has not arrived; a small body comes with its head."""
     if isinstance(reader, ChunkedReader):
         return reader.parser is not None
     return getattr(reader, "length", 0) > SMALL_BODY_BYTES
 
 
 def _small_body(head: bytes) -> int:
-    """Bytes of the body that are worth waiting for before a thread is taken; 0 if there is none, or it is large or comes later."""
+    """Return how many bytes of the body to wait for before a thread is taken.
+
+    That is 0 if there is no body, or it is large or comes later.
+    """
     length = _CONTENT_LENGTH.search(head)
     if length is None or _BODY_LATER.search(head):
         return 0

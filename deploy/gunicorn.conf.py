@@ -1,4 +1,8 @@
-"""gunicorn for the gateway: threads, because requests wait (long polls, streams); one process, unless WEB_CONCURRENCY asks for more."""
+"""Configure gunicorn for the gateway.
+
+It uses threads, because requests wait (long polls, streams), and one process unless WEB_CONCURRENCY
+asks for more.
+"""
 
 import gc
 import os
@@ -14,14 +18,14 @@ from typing import Any
 from deploy.connections import BoundedWorker, Pace
 from settings import load_gateway
 
-# Here, in the master, what is wrong ends the gateway. If only a worker noticed, gunicorn would
-# start the next one, for ever.
+# A wrong setting must end the gateway here, in the master. If only a worker noticed it, gunicorn
+# would start the next worker, for ever.
 load_gateway.cache_clear()  # on SIGHUP this file is read anew
 _settings, _ = load_gateway()
 
 
 class GatewayWorker(BoundedWorker):
-    """The worker at the pace of the settings."""
+    """Run the worker with the time limits of the settings."""
 
     pace = Pace(
         header_timeout_s=_settings.header_timeout_s,
@@ -34,7 +38,7 @@ class GatewayWorker(BoundedWorker):
 worker_class = GatewayWorker
 bind = _settings.gateway_bind
 workers = _settings.web_concurrency
-# made when they are needed; open streams leave POST all of its own
+# gunicorn makes threads when they are needed. Open streams leave POST all of its own.
 threads = _settings.gateway_threads + _settings.gateway_max_streams
 worker_connections = _settings.gateway_max_connections
 backlog = 2048
@@ -45,11 +49,11 @@ sendfile = False  # what a client does not take at once is left to the loop, whi
 accesslog = None  # the gateway's own metrics and logs say more
 control_socket_disable = True
 
-# one for all processes: whichever answers a scrape tells of all of them
+# One listener for all processes: whichever answers a scrape reports all of them.
 _metrics: socket.socket | None = None
 if workers > 1:  # before anybody imports prometheus_client, which looks once
-    # Not where uploads lie: a process that writes to a mapped file is killed when there is no room
-    # for it.
+    # Keep the metrics apart from uploads: a process that writes to a mapped file is killed when the
+    # file system is full.
     _apart = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
     os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(
         prefix="darkroom-metrics-", dir=_apart
@@ -57,7 +61,7 @@ if workers > 1:  # before anybody imports prometheus_client, which looks once
 
 
 def on_starting(server: Any) -> None:
-    """Take the port of the metrics once, for whichever processes there will be."""
+    """Bind the metrics port once, for all processes that will be started."""
     global _metrics
     if _settings.metrics_port:
         try:
@@ -70,18 +74,19 @@ def on_starting(server: Any) -> None:
 
 
 def post_worker_init(worker: Any) -> None:
-    """Room for a file per connection, and streams that end at once on SIGTERM: their clients go on elsewhere."""
+    """Allow a file descriptor per connection, and end streams at once on SIGTERM.
+
+    The clients of those streams reconnect to another process.
+    """
     from edges import telemetry
 
     parts = worker.wsgi.extensions["darkroom"]
     gc.collect()
-    # what is there now lives as long as the process: no collection has to walk through it again
+    # What exists now lives as long as the process: no garbage collection has to scan it again.
     gc.freeze()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(
-        resource.RLIMIT_NOFILE,
-        (hard if hard != resource.RLIM_INFINITY else max(soft, 65_536), hard),
-    )
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
     if _metrics is not None:
         telemetry.serve_metrics_on(_metrics, of_all_processes=workers > 1)
     parts.readiness.start()
@@ -95,7 +100,7 @@ def post_worker_init(worker: Any) -> None:
 
 
 def child_exit(server: Any, worker: Any) -> None:
-    """What a process had open is not open any more; what it counted stays counted."""
+    """Drop the gauges of a process that ended; its counters stay."""
     if workers > 1:
         from prometheus_client import multiprocess
 
@@ -103,6 +108,6 @@ def child_exit(server: Any, worker: Any) -> None:
 
 
 def on_exit(server: Any) -> None:
-    """Leave nothing in the temporary folder."""
+    """Remove the metrics' temporary folder."""
     if workers > 1:
         shutil.rmtree(os.environ["PROMETHEUS_MULTIPROC_DIR"], ignore_errors=True)

@@ -1,10 +1,13 @@
-"""Say whether a container does its work: exit code 0 or 1, and one line that `docker inspect` keeps.
+"""Say whether a container does its work: exit code 0 or 1, and a line that `docker inspect` keeps.
 
-`python -m deploy.health URL` asks a server on the loopback; where it tells when the loops of its process last moved, as
-/metrics does, each must have within the last STALE_AFTER_S: a port that answers says nothing of a thread that died. `python -m
-deploy.health worker` looks for this host's worker among the live ones in Postgres, where its heartbeat arrives only after the
-models are loaded and as long as its leases are renewed, and asks for its loops; while Postgres is away, for which no worker
-should be started again, for these alone.
+`python -m deploy.health URL` asks a server on the loopback. If the answer says when the loops of
+its process last ran, as /metrics does, each must have run within the last STALE_AFTER_S: a port
+can answer although a thread has died.
+
+`python -m deploy.health worker` looks for this host's worker among the live ones in Postgres. Its
+heartbeat arrives there only after the models are loaded and as long as its leases are renewed. Then
+it checks the worker's loops, too. While Postgres is away it checks the loops alone, because a
+restart of the worker would not help.
 """
 
 import re
@@ -14,18 +17,22 @@ import time
 import urllib.request
 from contextlib import suppress
 
-STALE_AFTER_S = 60.0  # twice what any single wait of a loop may take
+STALE_AFTER_S = 60.0  # twice the longest single wait of a loop
 _TURN = re.compile(r'^darkroom_last_turn_timestamp_seconds\{loop="([^"]+)"\} (\S+)$', re.MULTILINE)
 
 
 def main() -> None:
+    """Print one line about the container's health; exit with code 1 when it is bad."""
     if len(sys.argv) != 2:
         sys.exit("usage: python -m deploy.health URL|worker")
     print(_worker() if sys.argv[1] == "worker" else _answer(sys.argv[1]))
 
 
 def _answer(url: str) -> str:
-    """The status line of a good answer; anything else ends the process, a loop that stands still by its name."""
+    """Return the status line of a good answer.
+
+    Anything else ends the process; a loop that stands still is named.
+    """
     try:
         status, text = _get(url)
     except OSError as error:
@@ -35,14 +42,14 @@ def _answer(url: str) -> str:
 
 
 def _get(url: str) -> tuple[int, str]:
-    # a proxy of the host is no way to our own loopback
+    # Ignore the host's proxy: it does not lead to our own loopback.
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with direct.open(url, timeout=5) as answer:
         return answer.status, answer.read().decode(errors="replace")
 
 
 def _moving(url: str, text: str) -> list[str]:
-    """The loops that the answer tells of; one that stands still ends the process."""
+    """Return the names of the loops in the answer; one that stands still ends the process."""
     ages = {name: time.time() - float(at) for name, at in _TURN.findall(text)}
     if stale := [f"{name} for {age:.0f} s" for name, age in ages.items() if age > STALE_AFTER_S]:
         sys.exit(f"{url}: stands still: {', '.join(stale)}")
@@ -50,7 +57,10 @@ def _moving(url: str, text: str) -> list[str]:
 
 
 def _worker() -> str:
-    """The names of this host's live workers; none ends the process, unless only Postgres could tell."""
+    """Return the names of this host's live workers.
+
+    Ends the process if there is none. While Postgres is away, the loops decide.
+    """
     from sqlalchemy.exc import SQLAlchemyError
 
     from models import workers
@@ -67,9 +77,10 @@ def _worker() -> str:
     except SQLAlchemyError as error:
         if not settings.metrics_port:
             sys.exit(f"Postgres: {type(error).__name__}")
-        return f"Postgres is away ({type(error).__name__}); {_answer(f'http://127.0.0.1:{settings.metrics_port}/metrics')}"
+        answer = _answer(f"http://127.0.0.1:{settings.metrics_port}/metrics")
+        return f"Postgres is away ({type(error).__name__}); {answer}"
     here = [name for name in names if name.endswith(f"@{socket.gethostname()}")]
-    # the launcher gives each GPU's worker the next port
+    # The launcher gives each GPU's worker the next port.
     for place in range(len(here) if settings.metrics_port else 0):
         url = f"http://127.0.0.1:{settings.metrics_port + place}/metrics"
         with suppress(OSError):  # its leases are renewed, so it is there

@@ -1,4 +1,4 @@
-"""Print a .env for docker-compose.yml in which every secret is a fresh one. Needs nothing but Python.
+"""Print a .env for docker-compose.yml in which every secret is new. Needs nothing but Python.
 
 python3 deploy/make_env.py > .env
 """
@@ -14,7 +14,7 @@ EXAMPLE = Path(__file__).with_name("compose.env.example")
 
 
 def made(example: str) -> str:
-    """The example, with a secret of its own in each place that has one for development only."""
+    """Return the example with a new secret in place of each one that is for development only."""
     return re.sub(
         r"^#(\w+)=development-only.*$",
         lambda match: f"{match[1]}={secrets.token_hex(32)}",
