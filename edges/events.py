@@ -29,11 +29,11 @@ LEAVE = Event(None, "leave", {})  # this process ends: follow on elsewhere
 
 
 class NoSeat(Exception):
-    """As many follow already as may."""
+    """The process has as many followers as it may have; try again later."""
 
 
 class Seat:
-    """One follower of one job."""
+    """Queue the events of one job for one follower."""
 
     def __init__(self, job_id: uuid.UUID, *, wants_previews: bool) -> None:
         self.job_id, self.wants_previews = job_id, wants_previews

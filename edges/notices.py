@@ -41,7 +41,7 @@ class NoticeSourceUnavailable(Exception):
 
 @dataclass(frozen=True)
 class Notice:
-    """The machine goes `within_s` seconds from the moment this is heard."""
+    """Say that the machine goes `within_s` seconds after this is read."""
 
     source: str
     within_s: float

@@ -26,8 +26,8 @@ import psycopg2  # type: ignore[import-untyped]
 from psycopg2 import sql
 
 from fleet.addresses import BUCKET, DATABASE, HOST, OWNER, Addresses
+from fleet.errors import StackError
 from fleet.services import connect, postgres_binaries
-from fleet.supervision import StackError
 
 MANIFEST = "manifest.json"
 DUMP = "database.dump"

@@ -109,7 +109,7 @@ class LeaseKeeper:
         return self._leaving
 
     def take_no_more(self, reason: str) -> None:
-        """Offer no slots from now on, for the worker has to go."""
+        """Offer no slots from now on, because the worker has to leave."""
         with self._lock:
             self._leaving = reason
 
