@@ -3,12 +3,14 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from engine_builders import a_request, a_spec, reproducible
 
+import engine.inbox as engine_inbox
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import (
@@ -174,15 +176,16 @@ def test_a_newcomer_of_a_better_rank_waits_for_the_forward_in_progress_and_no_fu
 # --- deadlines -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine):
-    events = []
+def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine, monkeypatch):
+    events, clock = [], SimpleNamespace(monotonic=time.monotonic)
 
     def on_event(event):
         events.append(event)
         if isinstance(event, Stepped) and event.step == 2:
-            time.sleep(0.3)
+            clock.monotonic = lambda: time.monotonic() + 60
 
-    handle = engine.submit(a_request("a", num_steps=50), on_event, within_s=0.3)
+    monkeypatch.setattr(engine_inbox, "time", clock)
+    handle = engine.submit(a_request("a", num_steps=50), on_event, within_s=60)
 
     with pytest.raises(DeadlinePassed, match="step 2 of 50"):
         handle.result(60)
