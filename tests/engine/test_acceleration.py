@@ -1,15 +1,19 @@
 """Layout, compilation and attention kernels: asked for by name, named in the fingerprint, and no image notices its neighbours by them."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
-from adapter_builders import a_file
-from engine_builders import ALWAYS, a_spec, reproducible
+from adapter_builders import a_file, lora_tensors
+from engine_builders import ALWAYS, a_request, a_spec, reproducible
 
 from engine.config import EngineConfig
 from engine.device import Device
 from engine.engine import Engine
 from engine.errors import UnsupportedRequest
 from engine.events import Stepped
+from engine.loading import load_checkpoint
+from engine.request import AdapterUse
 
 
 def alone_and_in_company(engine):
@@ -51,6 +55,24 @@ def test_each_choice_is_a_fingerprint_of_its_own(checkpoint):
             prints.add(engine.fingerprint("tiny").sha256)
 
     assert len(prints) == 3
+
+
+def test_a_recorded_forward_is_for_images_that_wear_no_adapter(checkpoint, tmp_path):
+    bare = a_spec(checkpoint, sizes=((64, 64),))
+    unet = load_checkpoint(bare, Device("cpu", num_threads=1)).family.networks()["unet"]
+    adapter = a_file(tmp_path / "style.safetensors", lora_tensors(unet, prefix="unet", seed=1))
+    with Engine(EngineConfig(max_batch_rows=2), [replace(bare, adapters=(adapter,))]) as engine:
+        family, replayed = engine._checkpoints["tiny"].family, []
+
+        def replay(rows):
+            replayed.append(len(rows["latents"]))
+            return family.denoise(rows)
+
+        family.graphs = replay
+        engine.submit(a_request("plain", num_steps=2)).result(60)
+        engine.submit(a_request("adapted", adapters=(AdapterUse("style"),))).result(60)
+
+    assert replayed == [2, 2]
 
 
 @pytest.mark.parametrize(

@@ -3,12 +3,14 @@
 import threading
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from engine_builders import a_request, a_spec, reproducible
 
+import engine.inbox as engine_inbox
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import (
@@ -171,18 +173,38 @@ def test_a_newcomer_of_a_better_rank_waits_for_the_forward_in_progress_and_no_fu
     assert urgent[0].result().record.shared_forwards == 0
 
 
+@pytest.mark.parametrize("end", [Finished, Failed])
+def test_an_image_holds_nothing_on_the_device_when_its_end_is_told(engine, end):
+    held = []
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 2 and end is Failed:
+            engine.cancel("a")
+        if isinstance(event, Started | Finished | Failed):
+            held.append((type(event), engine._scheduler.get("a").held is not None))
+
+    handle = engine.submit(a_request("a"), on_event)
+    try:
+        handle.result(60)
+    except ImageCanceled:
+        assert end is Failed
+
+    assert held == [(Started, True), (end, False)]
+
+
 # --- deadlines -----------------------------------------------------------------------------------------------------------
 
 
-def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine):
-    events = []
+def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine, monkeypatch):
+    events, clock = [], SimpleNamespace(monotonic=time.monotonic)
 
     def on_event(event):
         events.append(event)
         if isinstance(event, Stepped) and event.step == 2:
-            time.sleep(0.3)
+            clock.monotonic = lambda: time.monotonic() + 60
 
-    handle = engine.submit(a_request("a", num_steps=50), on_event, within_s=0.3)
+    monkeypatch.setattr(engine_inbox, "time", clock)
+    handle = engine.submit(a_request("a", num_steps=50), on_event, within_s=60)
 
     with pytest.raises(DeadlinePassed, match="step 2 of 50"):
         handle.result(60)
@@ -273,6 +295,16 @@ def test_a_record_says_how_long_an_image_waited_and_in_what_company_it_was_made(
     assert first.denoise_s > second.denoise_s > 0
 
 
+def test_the_facts_of_a_record_belong_to_the_caller(engine):
+    record = engine.submit(a_request("a")).result(60).record
+    before = record.fingerprint_facts["libraries"]["torch"]
+
+    record.fingerprint_facts["libraries"]["torch"] = "another"
+
+    record = engine.submit(a_request("a")).result(60).record
+    assert record.fingerprint_facts["libraries"]["torch"] == before
+
+
 def test_images_of_one_job_are_no_strangers_to_each_other(engine):
     on_event, reached, go = held_at(1)
     one = engine.submit(a_request("one", group="job"), on_event)
@@ -310,6 +342,16 @@ def test_a_prompt_seen_before_is_not_encoded_again(engine):
     after = engine.stats()
     assert after["cache_misses"] == before["cache_misses"]
     assert after["cache_hits"] == before["cache_hits"] + 2  # the prompt and the empty negative one
+
+
+def test_a_prompt_is_encoded_anew_for_a_request_admitted_under_other_rules(engine):
+    seen = a_request("a", prompt="a small blue square", policy_version="1", num_steps=1)
+    engine.submit(seen).result(60)
+    before = engine.stats()["cache_misses"]
+
+    engine.submit(replace(seen, id="b", policy_version="2")).result(60)
+
+    assert engine.stats()["cache_misses"] == before + 2  # the prompt and the empty negative one
 
 
 # --- cancel --------------------------------------------------------------------------------------------------------------
@@ -417,6 +459,50 @@ def test_a_cancel_that_comes_as_the_decode_is_chosen_still_saves_it(engine, monk
     with pytest.raises(ImageCanceled):
         engine.submit(a_request("a")).result(60)
     assert decoded == []
+
+
+class SlowPixels:
+    """As a decode on a GPU: on their way until `arrived` is set."""
+
+    def __init__(self, pending, arrived):
+        self._pending = pending
+        self._arrived = arrived
+        self.watch = pending.watch
+
+    @property
+    def is_ready(self):
+        return self._arrived.is_set()
+
+    def pixels(self):
+        return self._pending.pixels()
+
+
+def test_pixels_of_a_canceled_image_are_not_handed_to_a_later_one_of_its_id(engine, monkeypatch):
+    decode, arrived, on_their_way = engine._runner.decode, threading.Event(), []
+
+    def decoding(image):
+        pending = decode(image)
+        if image.id != "a" or on_their_way:
+            return pending
+        on_their_way.append(image)
+        engine.cancel("a")
+        return SlowPixels(pending, arrived)
+
+    def at_its_second_step(event):
+        if isinstance(event, Stepped) and event.step == 2:
+            arrived.set()
+
+    monkeypatch.setattr(engine._runner, "decode", decoding)
+    other = engine.submit(a_request("other", num_steps=999))  # so that nobody waits for pixels
+    with pytest.raises(ImageCanceled):
+        engine.submit(a_request("a")).result(60)
+    later = engine.submit(a_request("a", seed=99), at_its_second_step).result(60)
+    other.cancel()
+    with pytest.raises(ImageCanceled):
+        other.result(60)
+
+    assert arrived.is_set()
+    assert (later.request.seed, later.record.forwards) == (99, 4)
 
 
 # --- when things go wrong ------------------------------------------------------------------------------------------------
@@ -572,6 +658,8 @@ def test_when_memory_runs_out_the_batch_shrinks_and_only_what_does_not_fit_alone
         ("seed", {"seed": 2**63}),
         ("seed", {"seed": -1}),
         ("prompt", {"prompt": "half a \ud800 character"}),
+        ("keep_steps", {"keep_steps": (0,)}),
+        ("keep_steps", {"keep_steps": (1, 4)}),  # the last step leaves nothing to fork
         ("bucket_rows", {"determinism": "reproducible"}),
         ("bucket_rows", {"determinism": "reproducible", "bucket_rows": 1}),
         ("bucket_rows", {"determinism": "reproducible", "bucket_rows": 17}),
@@ -764,6 +852,33 @@ def test_after_a_forward_ran_out_of_memory_the_next_ones_have_half_its_rows_at_m
     assert sizes[0] == 8
     assert sizes[1:5] == [2, 2, 2, 2]  # the images of it apart
     assert max(sizes[5:]) == 4
+
+
+def test_a_pinned_forward_that_ran_out_of_memory_leaves_others_their_rows(checkpoint, monkeypatch):
+    with Engine(EngineConfig(growth_ceiling=1e9), [a_spec(checkpoint)]) as engine:
+        family, sizes = family_of(engine), []
+        denoise = family.denoise
+
+        def short_once(rows):
+            sizes.append(len(rows["latents"]))
+            if sizes.count(8) == 1 and sizes[-1] == 8:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return denoise(rows)
+
+        def rendered(*requests):
+            on_event, reached, go = held_at(1)
+            handles = [engine.submit(requests[0], on_event)]
+            assert reached.wait(30)
+            monkeypatch.setattr(family, "denoise", short_once)
+            handles += [engine.submit(request) for request in requests[1:]]
+            go.set()
+            return [handle.result(60).record for handle in handles]
+
+        rendered(reproducible("a"), reproducible("b"))
+        best_effort = rendered(*[a_request(id, num_steps=6) for id in "cd"])
+
+    assert sizes[0] == 8
+    assert [record.max_rows for record in best_effort] == [4, 4]
 
 
 def test_an_image_alone_is_tried_again_when_memory_was_short_for_a_moment(engine, monkeypatch):

@@ -13,7 +13,9 @@ from tiny_checkpoints import a_mask, a_picture, save_repainting, save_tiny_sdxl
 from tiny_flow_checkpoints import save_tiny_flux, save_tiny_sd3
 from tiny_pipelines import a_pipeline_request, a_pipeline_spec, save_tiny_pipeline
 
+import engine.checkpoints as checkpoints_module
 from engine.config import EngineConfig
+from engine.device import Device
 from engine.engine import Engine
 from engine.errors import ImageCanceled, UnsupportedRequest
 from engine.events import Previewed, Stepped
@@ -31,8 +33,6 @@ SIZES = {"sizes": ((64, 64),)}
 @pytest.fixture(scope="module")
 def specs(checkpoint, tmp_path_factory, request):
     """A checkpoint of every family, each with an adapter over its denoiser; the transformers with a block cache."""
-    from engine.device import Device
-
     folder = tmp_path_factory.mktemp("families")
     sdxl = save_tiny_sdxl(folder / "sdxl", EulerDiscreteScheduler(beta_schedule="scaled_linear"))
     bare = {
@@ -118,6 +118,38 @@ def test_an_adapter_changes_the_image_and_is_named_in_its_fingerprint(engine, fa
     assert plain.record.fingerprint != adapted.record.fingerprint
 
 
+def test_an_adapter_over_the_text_encoder_is_worn_by_its_own_image_alone(checkpoint, tmp_path):
+    bare = a_spec(checkpoint, samplers=NOISE, **SIZES)
+    encoder = load_checkpoint(bare, Device("cpu", num_threads=1)).family.networks()["text_encoder"]
+    tensors = lora_tensors(encoder, prefix="text_encoder", seed=1)
+    adapter = a_file(tmp_path / "words.safetensors", tensors)
+    with Engine(EngineConfig(max_batch_rows=4), [replace(bare, adapters=(adapter,))]) as engine:
+        asked_of = {"sampler": "euler", "bucket_rows": 4}
+        images = [
+            engine.submit(reproducible(f"image {n}", adapters=uses, **asked_of)).result(60)
+            for n, uses in enumerate([(), (AdapterUse("words"),), (AdapterUse("words", 0.5),), ()])
+        ]
+
+    plain, adapted, half, plain_again = [image.pixels for image in images]
+    assert np.array_equal(plain, plain_again)
+    assert not np.array_equal(plain, adapted)
+    assert not np.array_equal(half, adapted)
+    assert not np.array_equal(half, plain)
+
+
+def test_fingerprints_of_any_strength_are_told_apart_and_few_remembered(engine, monkeypatch):
+    checkpoints = engine._checkpoints
+    monkeypatch.setattr(checkpoints_module, "MAX_FINGERPRINTS", 8)
+    requests = [asked("sd", adapters=(AdapterUse("sd", n / 100),)) for n in range(20)]
+    images = [checkpoints.admit(request) for request in requests]
+
+    prints = [checkpoints.fingerprint_of(image).sha256 for image in images]
+
+    assert len(set(prints)) == 20
+    assert len(checkpoints._fingerprints) <= 8
+    assert [checkpoints.fingerprint_of(image).sha256 for image in images] == prints
+
+
 @pytest.mark.parametrize("family", NATIVE_FAMILIES)
 def test_every_family_has_previews(engine, family):
     events = []
@@ -147,6 +179,27 @@ def test_best_effort_images_may_skip_blocks_beside_strangers_with_adapters(engin
     assert engine.stats()["block_cache_rows_skipped"] > before
     assert image.record.shared_forwards > 0
     assert image.record.fingerprint_facts["block_cache"]["threshold"] == 0.9
+
+
+@pytest.mark.parametrize("end", ["canceled", "finished"])
+def test_an_image_that_has_ended_leaves_nothing_in_the_block_cache(engine, end):
+    cache, remembered = engine._checkpoints["flux"].block_cache, []
+
+    def on_event(event):
+        if isinstance(event, Stepped) and event.step == 4:
+            remembered.append(cache.rows_remembered)
+            if end == "canceled":
+                engine.cancel("image")
+
+    request = a_request("image", checkpoint="flux", sampler=FLOW[0], num_steps=8)
+    handle = engine.submit(request, on_event)
+    try:
+        handle.result(60)
+    except ImageCanceled:
+        assert end == "canceled"
+
+    assert remembered[0] > 0
+    assert (cache.rows_remembered, cache.size_bytes) == (0, 0)
 
 
 def test_a_reproducible_image_never_skips_a_block(engine):

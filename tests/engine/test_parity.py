@@ -1,6 +1,7 @@
 """Alone and unpadded, an image is the bits of diffusers' own `pipe(...)`: SD and SDXL, from noise, from a picture, and repainted."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import diffusers
@@ -123,6 +124,19 @@ def test_latents_are_the_bits_of_the_pipeline_in_bf16_too(pair, name, sampler, g
 
 def test_every_allowed_sampler_is_tested():
     assert set(TESTED) == set(SAMPLERS)
+
+
+def test_an_outdated_scheduler_config_is_repaired_as_pipelines_do(epsilon_checkpoint, tmp_path):
+    path = shutil.copytree(epsilon_checkpoint, tmp_path / "outdated")
+    file = path / "scheduler" / "scheduler_config.json"
+    outdated = {"clip_sample": True, "steps_offset": 0}
+    file.write_text(json.dumps(json.loads(file.read_text()) | outdated))
+    request = a_request(sampler="ddim", guidance=5.0, num_steps=5, seed=11)
+
+    with pytest.warns(FutureWarning, match="(clip_sample|steps_offset)"):
+        pair = Pair(path)
+
+    assert_same_latents(pair, request)
 
 
 # --- from a picture ---

@@ -9,7 +9,7 @@ import shutil
 import threading
 import weakref
 from dataclasses import replace
-from functools import cache
+from functools import cache, wraps
 
 import diffusers
 import pytest
@@ -228,6 +228,35 @@ def through_a_file(state: State) -> State:
     """What is left of it when it has been written and read."""
     assert all(tensor.device.type == "cpu" and not tensor.is_meta for tensor in state.tensors.values())
     return State({name: tensor.clone() for name, tensor in state.tensors.items()}, json.loads(json.dumps(state.facts)))
+
+
+def test_a_sampler_that_writes_into_its_answers_spoils_no_snapshot(loaded, monkeypatch):
+    family = loaded("sd")
+    unguided = a_pipeline_request("sd", sampler="ddim", guidance=1.0)
+    request = pinned(unguided, bucket_rows=2)  # a prediction goes to the sampler as it came
+    step = diffusers.DDIMScheduler.step
+
+    @wraps(step)  # pipelines ask for its signature
+    def spoiling(sampler, model_output, *arguments, **more):
+        moved = step(sampler, model_output, *arguments, **more)
+        model_output.zero_()
+        return moved
+
+    monkeypatch.setattr(diffusers.DDIMScheduler, "step", spoiling)
+    image = started(family, request)
+    step_together(family, [image], until=lambda: image.step == 2)
+    saved = through_a_file(family.save(image))
+    expected = {name: tensor.clone() for name, tensor in saved.tensors.items()}
+    resumed = in_flight(family, request)
+    with torch.inference_mode():
+        family.restore(resumed, saved, None)
+    again = family.save(resumed)
+
+    for tensors in (saved.tensors, again.tensors):
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensors[name], expected[name]) for name in expected)
+    family.release(image)
+    family.release(resumed)
 
 
 # --- what is shared, and who shares it ----------------------------------------------------------------------------------------------
@@ -630,6 +659,25 @@ def test_an_option_of_the_call_is_passed_on(loaded, piped):
 
     assert torch.equal(pixels, piped("sd", request))
     assert not torch.equal(pixels, piped("sd", a_pipeline_request("sd")))
+
+
+def test_an_option_of_a_request_goes_before_the_catalogs(loaded, piped):
+    options = {"guidance_rescale": 0.2}
+    spec = a_pipeline_spec("sd", loaded.folder("sd"), options=options)
+    family = load_checkpoint(spec, Device("cpu", num_threads=1)).family
+    request = a_pipeline_request("sd", options={"guidance_rescale": 0.7})
+
+    assert torch.equal(rendered(family, request), piped("sd", request))
+    unsaid = rendered(family, replace(request, options={}))
+    assert torch.equal(unsaid, piped("sd", replace(request, options=options)))
+
+
+def test_what_the_index_alone_says_of_a_pipeline_is_in_its_facts(folder):
+    before = load(folder).facts()
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {"requires_aesthetics_score": True}))
+
+    assert load(folder).facts() != before
 
 
 def test_what_sets_a_pipeline_apart_is_in_its_facts(loaded):

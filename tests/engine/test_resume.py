@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from engine.config import EngineConfig
 from engine.engine import Engine
 from engine.errors import DeadlinePassed, EngineStopped, ImageCanceled, SnapshotRefused, UnsupportedRequest
-from engine.events import Finished, Parked, Previewed, Resumed, Started, Stepped
+from engine.events import Failed, Finished, Parked, Previewed, Resumed, Started, Stepped
 from engine.inflight import ImageState
 from engine.request import Fork, Picture
 from engine.snapshots import peek
@@ -248,6 +249,49 @@ def test_an_image_that_has_ended_meanwhile_cannot_be_withdrawn(engine):
         asked[0].result(30)
 
 
+def test_an_image_canceled_before_it_could_be_withdrawn_ends_once_and_without_a_snapshot(engine):
+    events = []
+    reached, go = threading.Event(), threading.Event()
+
+    def on_event(event):
+        events.append(event)
+        if isinstance(event, Stepped) and event.step == 1:
+            reached.set()
+            assert go.wait(30)
+
+    handle = engine.submit(a_request("a"), on_event)
+    assert reached.wait(30)
+    handle.cancel()
+    asked = engine.withdraw("a")
+    go.set()
+
+    with pytest.raises(SnapshotRefused, match="no longer"):
+        asked.result(30)
+    with pytest.raises(ImageCanceled):
+        handle.result(60)
+    assert [type(event) for event in events[3:]] == [Failed]
+    assert engine.submit(a_request("another")).result(60)
+
+
+def test_a_restored_image_lets_go_of_its_snapshot_once_begun(engine, elsewhere, monkeypatch):
+    _, blobs = snapshots_at_every_step(engine, reproducible("a", num_steps=4))
+    family = elsewhere._checkpoints["tiny"].family
+    restore, states, left = family.restore, [], []
+
+    def restoring(image, state, recall):
+        states.append(weakref.ref(state))
+        restore(image, state, recall)
+
+    def on_event(event):
+        if isinstance(event, Stepped):
+            left.append(states[0]() is not None)
+
+    monkeypatch.setattr(family, "restore", restoring)
+    elsewhere.restore(blobs[2], on_event).result(60)
+
+    assert left == [False, False]
+
+
 def test_a_restored_image_has_a_deadline_of_its_own(engine, elsewhere):
     _, blobs = snapshots_at_every_step(engine, reproducible("a", num_steps=4))
 
@@ -321,6 +365,15 @@ def test_a_snapshot_can_be_forked_too(engine, elsewhere):
     assert not np.array_equal(other.pixels, expected.pixels)
 
 
+def test_a_snapshot_after_the_last_step_leaves_a_fork_nothing_to_denoise(engine, elsewhere):
+    _, blobs = snapshots_at_every_step(engine, reproducible("origin", num_steps=3))
+
+    with pytest.raises(UnsupportedRequest, match="nothing is left to denoise") as refused:
+        elsewhere.fork(blobs[3], reproducible("fork", num_steps=3))
+    assert refused.value.field == "fork"
+    assert elsewhere.fork(blobs[2], reproducible("fork", num_steps=3)).result(60)
+
+
 def test_kept_latents_are_bounded_and_the_oldest_go_first(checkpoint):
     one_entry = 4 * 8 * 8 * 4  # bytes of [1, 4, 8, 8] in fp32
     with Engine(EngineConfig(latent_cache_bytes=2 * one_entry), [a_spec(checkpoint)]) as engine:
@@ -359,6 +412,20 @@ def test_a_snapshot_of_a_restored_image_that_still_waits_is_of_its_step(engine, 
     moved = engine.restore(again.result()).result(60)
     assert moved.record.forwards == 1
     assert np.array_equal(moved.pixels, expected.pixels)
+
+
+def test_a_restored_image_that_still_waits_counts_the_steps_of_its_strength(engine, elsewhere):
+    picture = Picture(np.full((64, 64, 3), 90, np.uint8))
+    request = reproducible("a", num_steps=4, init_image=picture, strength=0.5)
+    expected, blobs = snapshots_at_every_step(engine, request)
+    go = queued_behind(elsewhere, 1)
+    handle = elsewhere.restore(blobs[1])
+    waiting, again = handle.progress(), elsewhere.snapshot("a")
+    go()
+
+    assert (waiting.step, waiting.num_steps) == (1, 2)
+    assert (peek(again.result(30)).step, peek(again.result()).num_steps) == (1, 2)
+    assert np.array_equal(handle.result(60).pixels, expected.pixels)
 
 
 def test_a_fork_that_still_waits_has_no_snapshot(engine):
