@@ -199,7 +199,7 @@ def test_what_waits_in_an_outage_of_the_broker_is_announced_by_the_first_sweep_a
     sweeping.sweeper.sweep()
 
     assert sweeping.row(job).announced_at is not None
-    assert sweeping.broker.llen("local.fast") == 1
+    assert messages_of(sweeping, job) == 1
 
 
 def test_lease_that_ran_out_in_an_outage_of_postgres_may_be_renewed_before_it_is_ended(sweeping):
