@@ -315,58 +315,56 @@ def store(
         return None
     if image.state != ImageState.HANDED_OFF or image.handed_off_attempt != attempt:
         return None
-    row = Artifact(tenant_id=job.tenant_id, job_id=job_id, index=index, **artifact)
-    session.add(row)
-    uploads.end(session, row.object_key)
-    session.flush()
-    image.state = ImageState.STORED
-    image.artifact_id = row.id
-    job.device_seconds += image.device_seconds
+    row = _record_artifact(session, job, image, artifact)
     job.cost = price(fleet, pool=job.pool, tier=job.tier, device_seconds=job.device_seconds)
-    facts = {
-        "index": index,
-        "artifact_id": str(row.id),
-        "pixels_sha256": row.pixels_sha256,
-        "content_sha256": row.content_sha256,
-    }
     session.flush()
-    remaining = session.scalar(
-        select(func.count()).where(Image.job_id == job_id, Image.state != ImageState.STORED)
-    )
-    if remaining:
-        if job.state == JobState.STORING:
-            job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
+
+    def note(event: EventName, **facts: Any) -> None:
         audit.append(
             session,
-            EventName.JOB_IMAGE_STORED,
+            event,
             chain=job.tenant_id,
             actor=actor,
             job_id=job_id,
             attempt=attempt,
             **facts,
         )
-        return job
-    finish(session, job, JobState.SUCCEEDED)
-    audit.append(
-        session,
+
+    unstored = (Image.job_id == job_id, Image.state != ImageState.STORED)
+    is_last = not session.scalar(select(func.count()).where(*unstored))
+    if is_last:
+        finish(session, job, JobState.SUCCEEDED)
+    elif job.state == JobState.STORING:
+        job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
+    note(
         EventName.JOB_IMAGE_STORED,
-        chain=job.tenant_id,
-        actor=actor,
-        job_id=job_id,
-        attempt=attempt,
-        **facts,
+        index=index,
+        artifact_id=str(row.id),
+        pixels_sha256=row.pixels_sha256,
+        content_sha256=row.content_sha256,
     )
-    bill = {"device_seconds": job.device_seconds, "cost": str(job.cost), "currency": job.currency}
-    audit.append(
-        session,
-        EventName.JOB_STATE_SUCCEEDED,
-        chain=job.tenant_id,
-        actor=actor,
-        job_id=job_id,
-        attempt=attempt,
-        **bill,
-    )
+    if is_last:
+        note(
+            EventName.JOB_STATE_SUCCEEDED,
+            device_seconds=job.device_seconds,
+            cost=str(job.cost),
+            currency=job.currency,
+        )
     return job
+
+
+def _record_artifact(
+    session: Session, job: Job, image: Image, artifact: Mapping[str, Any]
+) -> Artifact:
+    """Write what was stored of the image, and add its device time to the job's."""
+    row = Artifact(tenant_id=job.tenant_id, job_id=job.id, index=image.index, **artifact)
+    session.add(row)
+    uploads.end(session, row.object_key)
+    session.flush()
+    image.state = ImageState.STORED
+    image.artifact_id = row.id
+    job.device_seconds += image.device_seconds
+    return row
 
 
 def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:

@@ -367,6 +367,12 @@ def _contradictions_of_model(fleet: Fleet, name: str, model: Model, homes: int) 
         problems.append(f"models.{name}.versions: ids must differ")
     if not any(version.traffic_weight for version in model.versions):
         problems.append(f"models.{name}.versions: no version has a traffic_weight above 0")
+    return problems + _contradictions_of_tiers(fleet, name, model)
+
+
+def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]:
+    """Tell where the model and the tiers do not fit each other."""
+    problems = []
     for tier_name, own in model.tiers.items():
         if tier_name not in fleet.tiers:
             problems.append(f"models.{name}.tiers.{tier_name}: not a tier of this file")
