@@ -13,7 +13,7 @@ for Celery would keep its message unacknowledged.
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,6 +104,7 @@ class Renderer:
 
         What comes to the worker meanwhile is given back.
         """
+        may_stay: AbstractContextManager[bool]
         if held.lease.job.counted_attempts < EXCLUSIVE_FROM:
             may_stay = nullcontext(not self.keeper.is_reserved(held))
         else:
