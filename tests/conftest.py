@@ -4,11 +4,13 @@ import os
 import shutil
 import signal
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from sqlalchemy import Engine, event
 
 from darkroom_client import Client
 from edges import telemetry
@@ -63,3 +65,19 @@ def second_tenant(stack: Stack) -> Iterator[SecondTenant]:
     engine.dispose()
     with Client(env["DARKROOM_URL"], key) as client:
         yield SecondTenant("second", client)
+
+
+ENGINES: "weakref.WeakSet[Engine]" = weakref.WeakSet()
+
+
+@event.listens_for(Engine, "engine_connect")
+def note_engine(connection) -> None:
+    ENGINES.add(connection.engine)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def connections_are_given_back():
+    """Close what pools keep open, so that the files of one process together need no more connections than Postgres has."""
+    yield
+    for engine in list(ENGINES):
+        engine.dispose()
