@@ -319,33 +319,32 @@ def store(
     job.cost = price(fleet, pool=job.pool, tier=job.tier, device_seconds=job.device_seconds)
     session.flush()
 
-    def note(event: EventName, **facts: Any) -> None:
-        audit.append(
-            session,
-            event,
-            chain=job.tenant_id,
-            actor=actor,
-            job_id=job_id,
-            attempt=attempt,
-            **facts,
-        )
-
+    about: dict[str, Any] = {
+        "chain": job.tenant_id,
+        "actor": actor,
+        "job_id": job_id,
+        "attempt": attempt,
+    }
     unstored = (Image.job_id == job_id, Image.state != ImageState.STORED)
     is_last = not session.scalar(select(func.count()).where(*unstored))
     if is_last:
         finish(session, job, JobState.SUCCEEDED)
     elif job.state == JobState.STORING:
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
-    note(
+    audit.append(
+        session,
         EventName.JOB_IMAGE_STORED,
+        **about,
         index=index,
         artifact_id=str(row.id),
         pixels_sha256=row.pixels_sha256,
         content_sha256=row.content_sha256,
     )
     if is_last:
-        note(
+        audit.append(
+            session,
             EventName.JOB_STATE_SUCCEEDED,
+            **about,
             device_seconds=job.device_seconds,
             cost=str(job.cost),
             currency=job.currency,
