@@ -110,21 +110,32 @@ def submit_batch(
     together they exceed the tenant's limits. Also raises IdempotencyKeyReused and
     InvalidImageRequest.
     """
-    if (
-        once is not None
-        and (earlier := submit.find_replayed_answer(runtime, caller, once)) is not None
-    ):
-        return _earlier(runtime, caller, earlier)
+    if (earlier := _find_earlier(runtime, caller, once)) is not None:
+        return earlier
     admission = _Admission(runtime, caller)
-    outcomes = _complete(runtime, caller, [admission.admit(asked) for asked in items])
     try:
-        return _accept(runtime, caller, outcomes, once)
+        outcomes = _complete(runtime, caller, [admission.admit(asked) for asked in items])
+        done = _accept(runtime, caller, outcomes, once)
     except idempotency.AlreadyAnswered as error:  # meanwhile, by another request
         return _earlier(runtime, caller, error.answer)
     except idempotency.KeyReused:
         raise submit.reused() from None
     except FileGone as error:
         raise submit.picture_gone(error) from None
+    except Problem:
+        # The same request may have been accepted while this one stored its pictures.
+        if (earlier := _find_earlier(runtime, caller, once)) is None:
+            raise
+        return earlier
+    if not done.jobs and (earlier := _find_earlier(runtime, caller, once)) is not None:
+        return earlier
+    return done
+
+
+def _find_earlier(runtime: Runtime, caller: Caller, once: Once | None) -> BatchAnswer | None:
+    """Find what the same request came to before; None without a key, or if it is new."""
+    answer = submit.find_replayed_answer(runtime, caller, once) if once is not None else None
+    return _earlier(runtime, caller, answer) if answer is not None else None
 
 
 def _complete(

@@ -134,6 +134,18 @@ def test_a_batch_that_came_before_is_not_read_again(runtime, caller):
     assert (again.jobs.keys(), again.is_new) == (first.jobs.keys(), False)
 
 
+def test_a_batch_whose_items_are_refused_comes_to_what_its_double_made_meanwhile(runtime, caller):
+    once, made = a_key(), []
+
+    def too_late():
+        made.append(submit_batch(runtime, caller, iter([ASKED]), once=once))
+        yield FleetSaturated("The fleet is full.", retry_after_s=1)
+
+    again = submit_batch(runtime, caller, too_late(), once=once)
+
+    assert (again.jobs.keys(), again.is_new) == (made[0].jobs.keys(), False)
+
+
 def test_an_estimate_writes_nothing(runtime, caller, statements):
     expected = estimate(runtime, caller, ASKED)
 
