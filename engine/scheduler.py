@@ -14,8 +14,7 @@ import math
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from types import MappingProxyType
+from dataclasses import KW_ONLY, dataclass, field, replace
 from weakref import WeakValueDictionary
 
 from engine.costs import CostModel, Curve
@@ -170,66 +169,58 @@ class _Ticket:
         return self.has_seat and self.parks >= MAX_PARKS
 
 
+@dataclass(eq=False, repr=False)
 class Scheduler:
-    """Who is seated, who advances next, who waits for encode or decode."""
+    """Who is seated, who advances next, who waits for encode or decode.
 
-    def __init__(
-        self,
-        costs: CostModel,
-        *,
-        max_inflight: int,
-        max_batch_rows: int,
-        max_encodes_between_steps: int = 4,
-        max_decodes_between_steps: float = math.inf,
-        row_buckets: tuple[int, ...] = (),
-        max_adapters: int = 8,
-        rank_shares: Mapping[int, float] = MappingProxyType({}),
-        share_patience_s: float = 0.0,
-        growth_ceiling: float = 0.85,
-        ageing: float = 0.05,
-        memory_budget_bytes: int | None = None,
-    ) -> None:
-        """Start without images.
+    Starts without images. Raises `ValueError` for limits below 1, and for shares that leave nothing
+    to other ranks.
+    """
 
-        row_buckets: ascending.  max_adapters: different ones in a forward.  rank_shares: parts of
-        the device's seconds owed to ranks.  ageing: how much waiting counts against remaining
-        seconds.
+    costs: CostModel
+    _: KW_ONLY
+    max_inflight: int
+    max_batch_rows: int
+    max_encodes_between_steps: int = 4
+    max_decodes_between_steps: float = math.inf
+    row_buckets: tuple[int, ...] = ()  # ascending
+    max_adapters: int = 8  # different ones in a forward
+    # Parts of the device's seconds owed to ranks.
+    rank_shares: Mapping[int, float] = field(default_factory=dict)
+    share_patience_s: float = 0.0
+    growth_ceiling: float = 0.85
+    ageing: float = 0.05  # how much waiting counts against remaining seconds
+    memory_budget_bytes: int | None = None
 
-        Raises `ValueError` for limits below 1, and for shares that leave nothing to other ranks.
-        """
+    _shares: Shares = field(init=False)
+    _tickets: dict[str, _Ticket] = field(default_factory=dict, init=False)
+    _arrivals: int = field(default=0, init=False)
+    _now_s: float = field(default=0.0, init=False)
+    _kinds: WeakValueDictionary[tuple[BatchKey, int | None], _Kind] = field(
+        default_factory=WeakValueDictionary, init=False
+    )
+    _looks: int = field(default=0, init=False)
+    _is_stale: bool = field(default=False, init=False)  # must seats be dealt anew?
+    # Those with a seat or waiting for decode.
+    _ready: list[_Ticket] = field(default_factory=list, init=False)
+    _parked: list[InFlight] = field(default_factory=list, init=False)
+    _resumed: list[InFlight] = field(default_factory=list, init=False)
+    # By lane: seconds left in this round; below 0: overdrawn.
+    _balances: dict[tuple[Group, _Kind], float] = field(default_factory=dict, init=False)
+    _owners: dict[int, Owners] = field(default_factory=dict, init=False)  # by rank
+    _encodes: int = field(default=0, init=False)  # since the last forward
+    _decodes: int = field(default=0, init=False)
+    _row_caps: dict[BatchKey, int] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
         limits = (
-            max_inflight,
-            max_batch_rows,
-            max_encodes_between_steps,
-            max_decodes_between_steps,
+            self.max_inflight,
+            self.max_batch_rows,
+            self.max_encodes_between_steps,
+            self.max_decodes_between_steps,
         )
-        _check_limits(limits, row_buckets)
-        self.max_inflight = max_inflight
-        self.max_batch_rows = max_batch_rows
-        self.max_encodes_between_steps = max_encodes_between_steps
-        self.max_decodes_between_steps = max_decodes_between_steps
-        self.row_buckets = row_buckets
-        self.max_adapters = max_adapters
-        self.growth_ceiling = growth_ceiling
-        self.ageing = ageing
-        self.memory_budget_bytes = memory_budget_bytes
-        self._costs = costs
-        self._tickets: dict[str, _Ticket] = {}
-        self._arrivals = 0
-        self._now_s = 0.0
-        self._kinds: WeakValueDictionary[tuple[BatchKey, int | None], _Kind] = WeakValueDictionary()
-        self._looks = 0
-        self._is_stale = False  # must seats be dealt anew?
-        self._ready: list[_Ticket] = []  # those with a seat or waiting for decode
-        self._parked: list[InFlight] = []
-        self._resumed: list[InFlight] = []
-        # By lane: seconds left in this round; below 0: overdrawn.
-        self._balances: dict[tuple[Group, _Kind], float] = {}
-        self._shares = Shares(rank_shares, share_patience_s)
-        self._owners: dict[int, Owners] = {}  # by rank
-        self._encodes = 0  # since the last forward
-        self._decodes = 0
-        self._row_caps: dict[BatchKey, int] = {}
+        _check_limits(limits, self.row_buckets)
+        self._shares = Shares(self.rank_shares, self.share_patience_s)
 
     def __len__(self) -> int:
         return len(self._tickets)
@@ -316,12 +307,7 @@ class Scheduler:
 
         The same again until something is settled or changed.
         """
-        self._now_s = now_s
-        for owners in self._owners.values():
-            self._is_stale |= owners.compare()
-        self._estimate(self._tickets.values() if self._is_stale else self._ready)
-        if self._is_stale:
-            self._deal_seats()
+        self._bring_up_to_date(now_s)
         ready = self._sorted(self._ready)
         best: dict[int, Group] = {}  # of each rank
         for ticket in ready:
@@ -344,12 +330,7 @@ class Scheduler:
         until it is removed.
         """
         self._spend(work, work.predicted_s)
-        if isinstance(work, Batch):
-            self._encodes = self._decodes = 0
-        elif isinstance(work, Encode):
-            self._encodes += 1
-        else:
-            self._decodes += 1
+        self._count_since_forward(work)
         for image in work:
             ticket = self._tickets.get(image.id)
             if ticket is None:
@@ -367,13 +348,31 @@ class Scheduler:
         """
         self._spend(work, seconds - work.predicted_s)
         if isinstance(work, Batch):
-            self._costs.observe_step(work.key, work.bucket_rows, seconds)
+            self.costs.observe_step(work.key, work.bucket_rows, seconds)
         elif isinstance(work, Encode):
-            self._costs.observe_encode(work.key, seconds)
+            self.costs.observe_encode(work.key, seconds)
         else:
-            self._costs.observe_decode(work.key, seconds)
+            self.costs.observe_decode(work.key, seconds)
 
     # --- turns ---
+
+    def _bring_up_to_date(self, now_s: float) -> None:
+        """Look up again what images need, and deal the seats anew where something changed."""
+        self._now_s = now_s
+        for owners in self._owners.values():
+            self._is_stale |= owners.compare()
+        self._estimate(self._tickets.values() if self._is_stale else self._ready)
+        if self._is_stale:
+            self._deal_seats()
+
+    def _count_since_forward(self, work: Work) -> None:
+        """Count the encodes and decodes that were done since the last forward."""
+        if isinstance(work, Batch):
+            self._encodes = self._decodes = 0
+        elif isinstance(work, Encode):
+            self._encodes += 1
+        else:
+            self._decodes += 1
 
     def _work_of(self, group: Group, ready: Sequence[_Ticket]) -> Work:
         """Tell what comes next for this group, which has work ready.
@@ -394,20 +393,11 @@ class Scheduler:
             elif image.state is ImageState.DENOISED and may_decode:
                 return Decode(image, ticket.kind.decode_s)
         others = [ticket for ticket in ready if ticket.group != group]
-        guests = [ticket for ticket in others if ticket.image.state is ImageState.RUNNING]
-        if may_encode:
-            guests += [
-                ticket
-                for ticket in others
-                if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode
-            ]
-        batch = self._next_batch(pool, guests)
+        batch = self._next_batch(pool, _guests(others, may_encode=may_encode))
         newcomer = next((image for image in batch if image.state is ImageState.QUEUED), None)
-        return (
-            batch
-            if newcomer is None
-            else Encode(newcomer, self._costs.encode_s(newcomer.batch_key))
-        )
+        if newcomer is not None:
+            return Encode(newcomer, self.costs.encode_s(newcomer.batch_key))
+        return batch
 
     def _spend(self, work: Work, seconds: float) -> None:
         """Let the lane that had the turn pay for it.
@@ -453,18 +443,21 @@ class Scheduler:
                 ticket.seen_key = image.batch_key
             kind = ticket.kind
             if kind.looked_at != self._looks:
-                kind.looked_at = self._looks
-                kind.curve = self._costs.curve(kind.key)
-                kind.solo_s.clear()
-                kind.encode_s = self._costs.encode_s(kind.key)
-                kind.decode_s = self._costs.decode_s(kind.key)
+                self._look_at(kind)
             if image.rows not in kind.solo_s:
                 kind.solo_s[image.rows] = kind.curve.seconds(kind.pin or self._padded(image.rows))
-            ticket.remaining_s = (image.num_steps - image.step) * kind.solo_s[
-                image.rows
-            ] + kind.decode_s
+            steps_left = image.num_steps - image.step
+            ticket.remaining_s = steps_left * kind.solo_s[image.rows] + kind.decode_s
             if image.state is ImageState.QUEUED:
                 ticket.remaining_s += kind.encode_s
+
+    def _look_at(self, kind: _Kind) -> None:
+        """Look up what work of this kind takes by now."""
+        kind.looked_at = self._looks
+        kind.curve = self.costs.curve(kind.key)
+        kind.solo_s.clear()
+        kind.encode_s = self.costs.encode_s(kind.key)
+        kind.decode_s = self.costs.decode_s(kind.key)
 
     def _sorted(self, tickets: Iterable[_Ticket], hold: float = 0.0) -> list[_Ticket]:
         """Sort by priority, best first.
@@ -492,32 +485,42 @@ class Scheduler:
             else:
                 waiting.append(ticket)
         seated, others = self._seated(waiting)
-        for ticket in seated:
+        self._seat(seated)
+        self._unseat(others)
+
+    def _seat(self, tickets: Iterable[_Ticket]) -> None:
+        for ticket in tickets:
             ticket.has_seat = True
             self._ready.append(ticket)
             if ticket.image.state is ImageState.PARKED:
                 ticket.image.state = ImageState.RUNNING
                 self._resumed.append(ticket.image)
-        for ticket in others:
+
+    def _unseat(self, tickets: Iterable[_Ticket]) -> None:
+        for ticket in tickets:
             ticket.has_seat = False
             if ticket.image.state is ImageState.RUNNING:
                 ticket.image.state = ImageState.PARKED
                 ticket.parks += 1
                 self._parked.append(ticket.image)
 
-    def _seated(self, waiting: Iterable[_Ticket]) -> tuple[list[_Ticket], list[_Ticket]]:
-        """Tell who of these has a seat, and who has none."""
+    def _in_seat_order(self, waiting: Iterable[_Ticket]) -> list[_Ticket]:
+        """Sort by who is seated first: the best of each lane, for at most half of the seats."""
         in_order = self._sorted(waiting, HOLD)
         best_of_lane: dict[tuple[Group, _Kind], _Ticket] = {}
         for ticket in in_order:
             best_of_lane.setdefault((ticket.group, ticket.home), ticket)
         first = set(list(best_of_lane.values())[: self.max_inflight // 2])
         in_order.sort(key=lambda ticket: (ticket.group, ticket not in first))
+        return in_order
+
+    def _seated(self, waiting: Iterable[_Ticket]) -> tuple[list[_Ticket], list[_Ticket]]:
+        """Tell who of these has a seat, and who has none."""
         seats = self._shares.seats(self.max_inflight)
         taken = Counter[int]()
         kept = list[_Ticket]()
         others = list[_Ticket]()
-        for ticket in in_order:
+        for ticket in self._in_seat_order(waiting):
             rank = ticket.image.rank
             # The best of all has a seat whatever worse ranks keep.
             if not kept or taken[rank] < seats.get(rank, 0):
@@ -533,7 +536,7 @@ class Scheduler:
     def _kind(self, key: BatchKey, pin: int | None) -> _Kind:
         kind = self._kinds.get((key, pin))
         if kind is None:
-            self._kinds[key, pin] = kind = _Kind(key, pin, self._costs.curve(key))
+            self._kinds[key, pin] = kind = _Kind(key, pin, self.costs.curve(key))
         return kind
 
     def _next_batch(self, pool: Sequence[_Ticket], guests: Sequence[_Ticket]) -> Batch:
@@ -653,7 +656,7 @@ class Scheduler:
         limits = (
             self.max_batch_rows,
             self._row_caps.get(key),
-            self._costs.row_limit(key, self.memory_budget_bytes),
+            self.costs.row_limit(key, self.memory_budget_bytes),
         )
         return min(limit for limit in limits if limit is not None)
 
@@ -671,6 +674,18 @@ def _check_limits(limits: Iterable[float], row_buckets: tuple[int, ...]) -> None
         )
     if list(row_buckets) != sorted(set(row_buckets)) or min(row_buckets, default=1) < 1:
         raise ValueError(f"row_buckets {row_buckets} are not ascending numbers of rows")
+
+
+def _guests(others: Sequence[_Ticket], *, may_encode: bool) -> list[_Ticket]:
+    """List those of other groups that may ride along: the encoded, then the cheap to encode."""
+    guests = [ticket for ticket in others if ticket.image.state is ImageState.RUNNING]
+    if may_encode:
+        guests += [
+            ticket
+            for ticket in others
+            if ticket.image.state is ImageState.QUEUED and ticket.is_cheap_to_encode
+        ]
+    return guests
 
 
 def _may_join(ticket: _Ticket, lead: _Ticket) -> bool:
