@@ -117,19 +117,27 @@ class AdapterBank:
         self._call: Call | None = None  # with those the coming layers hold
         self._layers: dict[Place, Any] = {}
         self._hooks: list[Any] = []
-        for place in sorted({place for file in self._files.values() for place in file.updates}):
-            layer: Any = networks[place[0]].get_submodule(place[1])
-            if hasattr(layer, "adapter_slots"):
-                raise ValueError(f"another bank lies over {'.'.join(place)}")
-            layer.adapter_slots = Slots(
-                ".".join(place), layer, len(self._layers), self.slots, self.rank, device, dtype
-            )
-            self._layers[place] = layer
-            self._hooks.append(layer.register_forward_hook(self._after))
+        self._hook_layers(networks, dtype)
         self._changes = {
             name: np.array([place in file.updates for place in self._layers])
             for name, file in self._files.items()
         }
+
+    def _hook_layers(self, networks: Mapping[str, nn.Module], dtype: torch.dtype) -> None:
+        """Give every layer that an adapter changes its slots and a hook.
+
+        Raises `ValueError` for a layer under another bank.
+        """
+        for place in sorted({place for file in self._files.values() for place in file.updates}):
+            layer: Any = networks[place[0]].get_submodule(place[1])
+            name = ".".join(place)
+            if hasattr(layer, "adapter_slots"):
+                raise ValueError(f"another bank lies over {name}")
+            layer.adapter_slots = Slots(
+                name, layer, len(self._layers), self.slots, self.rank, self._device, dtype
+            )
+            self._layers[place] = layer
+            self._hooks.append(layer.register_forward_hook(self._after))
 
     @property
     def size_bytes(self) -> int:
@@ -183,13 +191,11 @@ class AdapterBank:
         """Apply the adapters `per_row[i]` to row i of every forward made within this context.
 
         `len(per_row)` is the number of rows of those forwards; () is no adapter. Adapters are
-        applied in their order.
-
-        Adapters without a slot are copied to the device, in place of those unused for longest. When
-        no row wears any, the networks compute what they compute without a bank. Raises what `check`
-        raises, and `EngineError` when the rows ask for more different adapters than there are
-        slots. A forward of another number of rows raises `EngineError` at the first layer it would
-        change.
+        applied in their order. Those without a slot are copied to the device, in place of those
+        unused for longest. When no row wears any, the networks compute what they compute without a
+        bank. Raises what `check` raises, and `EngineError` when the rows ask for more different
+        adapters than there are slots. A forward of another number of rows raises `EngineError` at
+        the first layer it would change.
         """
         for uses in set(per_row):
             self.check(uses)
@@ -409,9 +415,27 @@ def read_adapter(
 ) -> AdapterFile:
     """Read one safetensors file, in the words of diffusers and peft or of kohya.
 
-    Nothing else is ever unpacked.
+    Nothing else is ever unpacked. Every tensor must be of a layer here. Raises as `AdapterBank`.
+    """
+    data, sha256 = _verified(spec)
+    try:
+        tensors = safetensors.torch.load(data)
+    except Exception as problem:
+        raise CheckpointCorrupt(
+            spec.path, f"adapter {spec.name!r} is no safetensors file: {problem}"
+        ) from problem
+    try:
+        updates = _updates(tensors, _training_facts(data), networks, max_rank, dtype)
+    except ValueError as problem:
+        raise UnsupportedRequest("adapters", f"{spec.name!r} {problem}") from problem
+    _check_finite(spec, updates, dtype)
+    return AdapterFile(sha256, updates)
 
-    Every tensor in it must belong to a layer of `networks`. Raises as `AdapterBank` does.
+
+def _verified(spec: AdapterSpec) -> tuple[bytes, str]:
+    """Read the file; give its content and sha256.
+
+    Raises `CheckpointCorrupt` where it cannot be read, or is not the file that `spec` lists.
     """
     try:
         data = Path(spec.path).read_bytes()
@@ -424,23 +448,16 @@ def read_adapter(
         raise CheckpointCorrupt(
             spec.path, f"adapter {spec.name!r} has sha256 {sha256}, not {spec.sha256.lower()}"
         )
-    try:
-        tensors = safetensors.torch.load(data)
-    except Exception as problem:
-        raise CheckpointCorrupt(
-            spec.path, f"adapter {spec.name!r} is no safetensors file: {problem}"
-        ) from problem
-    try:
-        updates = _updates(tensors, _training_facts(data), networks, max_rank, dtype)
-    except ValueError as problem:
-        raise UnsupportedRequest("adapters", f"{spec.name!r} {problem}") from problem
+    return data, sha256
+
+
+def _check_finite(spec: AdapterSpec, updates: Mapping[Place, Update], dtype: torch.dtype) -> None:
     for place, update in updates.items():
         if not (torch.isfinite(update.down).all() and torch.isfinite(update.up).all()):
             raise CheckpointCorrupt(
                 spec.path,
                 f"adapter {spec.name!r} holds NaN or infinity for {'.'.join(place)}, as {dtype}",
             )
-    return AdapterFile(sha256, updates)
 
 
 ENDINGS = {
@@ -515,12 +532,16 @@ def _by_stem(tensors: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         stems.setdefault(key.removesuffix(ending), {})[ENDINGS[ending]] = tensor
     if sum(len(parts) for parts in stems.values()) != len(tensors):
         raise ValueError("holds a tensor twice, under two names")
+    _check_pairs(stems)
+    return stems
+
+
+def _check_pairs(stems: Mapping[str, Mapping[str, Tensor]]) -> None:
     for stem, parts in stems.items():
         if not {"down", "up"} <= parts.keys() or not all(
             parts[half].ndim > 1 and parts[half].numel() for half in ("down", "up")
         ):
             raise ValueError(f"holds no complete pair of matrices for {stem!r}")
-    return stems
 
 
 def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
@@ -544,10 +565,7 @@ def _spellings(networks: Mapping[str, nn.Module]) -> dict[str, Place]:
 def _converted(
     stem: str, parts: Mapping[str, Tensor], networks: Mapping[str, nn.Module]
 ) -> dict[str, dict[str, Tensor]]:
-    """Let diffusers translate one layer from the names in the original repositories.
-
-    Here it may be several, or none.
-    """
+    """Let diffusers translate one layer of the original repositories: several here, or none."""
     tensors = {f"{stem}.lora_down.weight": parts["down"], f"{stem}.lora_up.weight": parts["up"]}
     try:
         if isinstance(networks.get("unet"), UNet2DConditionModel):
@@ -558,9 +576,8 @@ def _converted(
             converted = FluxLoraLoaderMixin.lora_state_dict(tensors)
         else:
             return {}
-    except (
-        Exception
-    ) as problem:  # of every kind: the translators index and assert their way through foreign names
+    except Exception as problem:
+        # Of every kind: the translators index and assert their way through foreign names.
         raise ValueError(f"changes {stem!r}, a layer that is not here") from problem
     return _by_stem(converted)
 

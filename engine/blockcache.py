@@ -20,7 +20,7 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -126,20 +126,7 @@ class BlockCache:
         MiB per row of FLUX at 1024 px.  warmup_steps, last_steps: of each image, always computed in
         full.  Raises `UnsupportedRequest` for a network without the blocks this module knows.
         """
-        lists = [
-            module
-            for name in BLOCK_LISTS
-            if isinstance(module := getattr(transformer, name, None), nn.ModuleList)
-        ]
-        self._blocks: list[Any] = [block for blocks in lists for block in blocks]
-        unknown = sorted({type(block).__name__ for block in self._blocks} - SHARED.keys())
-        if len(self._blocks) < 2 or unknown:
-            found = "no transformer blocks in a row"
-            if unknown:
-                found = f"blocks of class {', '.join(unknown)}"
-            raise UnsupportedRequest(
-                "block_cache", f"{type(transformer).__name__} has {found}, which it cannot skip"
-            )
+        self._blocks = _blocks_of(transformer)
         self.threshold = threshold
         self.max_bytes = max_bytes
         self.warmup_steps = warmup_steps
@@ -242,14 +229,7 @@ class BlockCache:
         **arguments: Any,
     ) -> Streams:
         """Run the first block for all rows, and decide whom it was the last for."""
-        unknown = arguments.keys() - PER_ROW - shared
-        strange = sorted(
-            name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name]
-        )
-        if strange:
-            raise UnsupportedRequest(
-                "block_cache", f"whose row is what in {', '.join(strange)} is not known"
-            )
+        _check_arguments(arguments, shared)
         before = arguments["hidden_states"]
         if len(before) != len(forward.keys):
             raise EngineError(
@@ -299,8 +279,7 @@ class BlockCache:
         /,
         **arguments: Any,
     ) -> Streams:
-        """Run the last block for the computed rows, and put the skipped rows back into their
-        places.
+        """Run the last block for the computed rows, and put the skipped ones into their places.
 
         Remembers what all blocks added.
         """
@@ -311,17 +290,7 @@ class BlockCache:
         self._remember(forward.keys, first, text, image)
         if first.index is None:
             return text, image
-        # The first block's output may be overwritten: the next blocks were given a copy of some of
-        # its rows.
-        skipped = first.skipped
-        added_to_image = {row: memory.image for row, memory in skipped.items()}
-        image = _filled(first.image, first.index, image, added_to_image)
-        added_to_text = {
-            row: memory.text for row, memory in skipped.items() if memory.text is not None
-        }
-        if text is None or not added_to_text:
-            return None, image
-        return _filled(first.text, first.index, text, added_to_text), image
+        return _with_skipped(first, first.index, text, image)
 
     # --- what is remembered ---
 
@@ -363,9 +332,8 @@ class BlockCache:
     ) -> None:
         """Remember the rows just computed in full, to compare and complete later ones.
 
-        It keeps what the first block added, and what the blocks after it added.
-
-        text, image: [computed rows, tokens, width] after the last block.
+        It keeps what the first block added, and what the blocks after it added.  text, image:
+        [computed rows, tokens, width] after the last block.
         """
         for nth, row in enumerate(first.computed):
             key = keys[row]
@@ -382,6 +350,50 @@ class BlockCache:
             memory = Memory(key.step, added_first, size, added_text, added_image)
             if memory.size_bytes <= self.max_bytes:
                 self._memories[place] = memory
+
+
+def _blocks_of(transformer: nn.Module) -> list[Any]:
+    """List the transformer's blocks in the order it runs them. Raises `UnsupportedRequest`."""
+    lists = [
+        module
+        for name in BLOCK_LISTS
+        if isinstance(module := getattr(transformer, name, None), nn.ModuleList)
+    ]
+    found: list[Any] = [block for blocks in lists for block in blocks]
+    unknown = sorted({type(block).__name__ for block in found} - SHARED.keys())
+    if len(found) < 2 or unknown:
+        has = (
+            f"blocks of class {', '.join(unknown)}" if unknown else "no transformer blocks in a row"
+        )
+        raise UnsupportedRequest(
+            "block_cache", f"{type(transformer).__name__} has {has}, which it cannot skip"
+        )
+    return found
+
+
+def _check_arguments(arguments: Mapping[str, Any], shared: frozenset[str]) -> None:
+    """Raise `UnsupportedRequest` for an argument of which it is not known whose row is what."""
+    unknown = arguments.keys() - PER_ROW - shared
+    strange = sorted(
+        name for name in unknown if isinstance(arguments[name], Tensor) or arguments[name]
+    )
+    if strange:
+        raise UnsupportedRequest(
+            "block_cache", f"whose row is what in {', '.join(strange)} is not known"
+        )
+
+
+def _with_skipped(first: FirstBlock, index: Tensor, text: Tensor | None, image: Tensor) -> Streams:
+    """Give all rows: the computed ones, at `index`, and what is remembered of the others."""
+    # The first block's output may be overwritten: the next blocks were given a copy of some of its
+    # rows.
+    skipped = first.skipped
+    added_to_image = {row: memory.image for row, memory in skipped.items()}
+    image = _filled(first.image, index, image, added_to_image)
+    added_to_text = {row: memory.text for row, memory in skipped.items() if memory.text is not None}
+    if text is None or not added_to_text:
+        return None, image
+    return _filled(first.text, index, text, added_to_text), image
 
 
 def _filled(whole: Tensor, index: Tensor, computed: Tensor, added: dict[int, Tensor]) -> Tensor:
