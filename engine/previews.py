@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,27 +47,13 @@ def clean_latents(
     clipping that its config asks for is left out: latents have no range to be clipped to.
     """
     name = type(sampler).__name__
-    noisy = latents.float()
-    predicted = prediction.float()
-    if name in BY_TIMESTEP:
-        signal_share = float(sampler.alphas_cumprod[int(timestep)])
-        signal = math.sqrt(signal_share)
-        noise = math.sqrt(1 - signal_share)
-        kind = sampler.config.prediction_type
-    elif name in BY_SIGMA | UNSCALED | FLOW:
-        sigma = float(sampler.sigmas[_step_index(sampler, timestep)])
-        is_flow = name in FLOW or sampler.config.get("use_flow_sigmas", False)
-        signal, noise = (
-            (1 - sigma, sigma)
-            if is_flow
-            else (1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma))
-        )
-        kind = "flow_prediction" if name in FLOW else sampler.config.prediction_type
-        if name in UNSCALED:
-            noisy = noisy * signal
-    else:
+    level = _noise_level(sampler, timestep)
+    if level is None:
         return None
-    match kind:
+    signal, noise = level
+    noisy = latents.float() * signal if name in UNSCALED else latents.float()
+    predicted = prediction.float()
+    match "flow_prediction" if name in FLOW else sampler.config.prediction_type:
         case "epsilon":
             return (noisy - noise * predicted) / signal
         case "v_prediction":
@@ -76,6 +63,23 @@ def clean_latents(
         case "sample" | "original_sample":
             return predicted
     return None
+
+
+def _noise_level(sampler: Any, timestep: Tensor) -> tuple[float, float] | None:
+    """Return the factors of clean latents and of noise that are in the latents at this timestep.
+
+    None for a sampler this house does not know.
+    """
+    name = type(sampler).__name__
+    if name in BY_TIMESTEP:
+        signal_share = float(sampler.alphas_cumprod[int(timestep)])
+        return math.sqrt(signal_share), math.sqrt(1 - signal_share)
+    if name not in BY_SIGMA | UNSCALED | FLOW:
+        return None
+    sigma = float(sampler.sigmas[_step_index(sampler, timestep)])
+    if name in FLOW or sampler.config.get("use_flow_sigmas", False):
+        return 1 - sigma, sigma
+    return 1 / math.hypot(1, sigma), sigma / math.hypot(1, sigma)
 
 
 def _step_index(sampler: Any, timestep: Tensor) -> int:
@@ -257,27 +261,27 @@ def _drawn_pictures(pixels_per_latent: int) -> list[Tensor]:
 
     Each is [n, 3, H, W] in -1..1. They are always the same ones.
     """
-    generator = torch.Generator("cpu").manual_seed(0)
-    side_px = SIDE_LATENTS * pixels_per_latent
-
-    def random_colours(num_pictures: int, cells: int) -> Tensor:
-        even = torch.rand((num_pictures, 3, cells, cells), generator=generator) * 2 - 1
-        # Drawn towards the corners of the cube: evenly drawn ones are mostly greyish.
-        return even.sign() * even.abs().sqrt()
-
-    def enlarged(colours: Tensor, mode: str) -> Tensor:
-        return torch.nn.functional.interpolate(colours, size=(side_px, side_px), mode=mode).clamp(
-            -1, 1
-        )
-
+    colours = partial(_vivid_colours, torch.Generator("cpu").manual_seed(0))
+    enlarged = partial(_enlarged, SIDE_LATENTS * pixels_per_latent)
     squares = torch.arange(SIDE_LATENTS // 4)
     is_dark = ((squares[:, None] + squares) % 2).bool()
     return [
-        enlarged(random_colours(16, 2), "nearest"),
-        enlarged(random_colours(8, 4), "nearest"),
-        enlarged(random_colours(8, 3), "bicubic"),
-        enlarged(torch.where(is_dark, random_colours(8, 1), random_colours(8, 1)), "nearest"),
+        enlarged(colours(16, 2), "nearest"),
+        enlarged(colours(8, 4), "nearest"),
+        enlarged(colours(8, 3), "bicubic"),
+        enlarged(torch.where(is_dark, colours(8, 1), colours(8, 1)), "nearest"),
     ]
+
+
+def _vivid_colours(generator: torch.Generator, num_pictures: int, cells: int) -> Tensor:
+    even = torch.rand((num_pictures, 3, cells, cells), generator=generator) * 2 - 1
+    # Drawn towards the corners of the cube: evenly drawn ones are mostly greyish.
+    return even.sign() * even.abs().sqrt()
+
+
+def _enlarged(side_px: int, colours: Tensor, mode: str) -> Tensor:
+    size = (side_px, side_px)
+    return torch.nn.functional.interpolate(colours, size=size, mode=mode).clamp(-1, 1)
 
 
 def _rgb(values: Tensor) -> Rgb:

@@ -9,7 +9,7 @@ as bytes.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -50,11 +50,9 @@ def load_sampler(
 ) -> None:
     """Turn a fresh sampler of the same class and config into the saved one, bit by bit.
 
-    Whatever it held before is gone.
-
-    Fields that were on the CPU stay there, those that were beside the latents go to `device`;
-    `tensors` are copied, not kept. Raises `SnapshotRefused` for another class or config and leaves
-    the sampler as it was.
+    Whatever it held before is gone. Fields that were on the CPU stay there, those that were beside
+    the latents go to `device`; `tensors` are copied, not kept. Raises `SnapshotRefused` for another
+    class or config and leaves the sampler as it was.
     """
     if facts["class"] != type(sampler).__name__:
         raise SnapshotRefused(
@@ -101,14 +99,10 @@ def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
 
     What it holds of tensors is copied into `tensors`, under names that begin with `name`.
     """
-    if (
-        value is None
-        or type(value) in (bool, int, str)
-        or (type(value) is float and math.isfinite(value))
-    ):
+    if value is None or type(value) in (bool, int, str):
         return value
     if type(value) is float:
-        return {"float": repr(value)}
+        return value if math.isfinite(value) else {"float": repr(value)}
     if isinstance(value, Tensor):
         tensors[name] = value.detach().to("cpu", copy=True)
         return {"tensor": name, "on": "cpu" if value.device.type == "cpu" else "device"}
@@ -118,17 +112,18 @@ def _written(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, torch.Size):
         return {"size": list(value)}
     if type(value) in (list, tuple):
-        items = [_written(item, f"{name}.{index}", tensors) for index, item in enumerate(value)]
+        items = _written_each(value, name, tensors)
         return items if type(value) is list else {"tuple": items}
     if type(value) is dict:
-        pairs = [
-            [_written(part, f"{name}.{index}.{side}", tensors) for side, part in enumerate(pair)]
-            for index, pair in enumerate(value.items())
-        ]
-        return {"dict": pairs}
+        pairs = enumerate(value.items())
+        return {"dict": [_written_each(pair, f"{name}.{index}", tensors) for index, pair in pairs]}
     raise SnapshotRefused(
         f"the sampler's {name} is no plain data but a {type(value).__name__}: it cannot be saved"
     )
+
+
+def _written_each(items: Iterable[Any], name: str, tensors: dict[str, Tensor]) -> list[Any]:
+    return [_written(item, f"{name}.{index}", tensors) for index, item in enumerate(items)]
 
 
 def _read(value: Any, tensors: Mapping[str, Tensor], device: str | torch.device) -> Any:

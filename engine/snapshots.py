@@ -95,7 +95,7 @@ def to_bytes(snapshot: Snapshot) -> bytes:
     from safetensors.torch import save
 
     pictures: dict[str, Picture] = {}
-    layouts: dict[str, list[int]] = {}
+    state, layouts = _copied(snapshot.tensors)
     about = {
         "family": snapshot.family,
         "fingerprint": snapshot.fingerprint,
@@ -111,18 +111,32 @@ def to_bytes(snapshot: Snapshot) -> bytes:
         name: torch.from_numpy(np.array(picture.pixels, order="C"))
         for name, picture in pictures.items()
     }
-    for name, tensor in snapshot.tensors.items():
-        copy = tensor.detach().to("cpu", copy=True)
-        # Channels last: safetensors has no strides, and another layout may choose another kernel.
-        if not copy.is_contiguous():
-            layouts[name] = list(copy.dim_order())
-            copy = copy.permute(layouts[name])
-        tensors[f"state/{name}"] = copy
+    tensors |= {f"state/{name}": tensor for name, tensor in state.items()}
+    # The size and the sha256 are written by `_sealed`.
     blob = save(tensors, {_NAME: f"{FORMAT:04d} {0:012d} {'0' * 64} {_json(about)}"})
     if int.from_bytes(blob[:8], "little") > MAX_HEADER_BYTES:
         raise SnapshotRefused(
             f"the facts of image {snapshot.request.id} take more than {MAX_HEADER_BYTES} bytes"
         )
+    return _sealed(blob)
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, list[int]]]:
+    """Copy tensors to contiguous ones on the CPU; give the layouts of those that were not, too."""
+    copies: dict[str, Tensor] = {}
+    layouts: dict[str, list[int]] = {}
+    for name, tensor in tensors.items():
+        copy = tensor.detach().to("cpu", copy=True)
+        # Channels last: safetensors has no strides, and another layout may choose another kernel.
+        if not copy.is_contiguous():
+            layouts[name] = list(copy.dim_order())
+            copy = copy.permute(layouts[name])
+        copies[name] = copy
+    return copies, layouts
+
+
+def _sealed(blob: bytes) -> bytes:
+    """Write the blob's own size and sha256 into their places in its header."""
     seal = _SEAL.match(blob, 8)
     assert seal is not None, "safetensors no longer writes the metadata first"
     front = blob[: seal.start("size")] + f"{len(blob):012d} ".encode()
@@ -148,13 +162,6 @@ def from_bytes(blob: bytes) -> Snapshot:
             for name, tensor in stored.items()
             if name.startswith("request/")
         }
-        tensors = {
-            name.removeprefix("state/"): tensor
-            for name, tensor in stored.items()
-            if name.startswith("state/")
-        }
-        for name, order in about["layouts"].items():
-            tensors[name] = tensors[name].permute([order.index(axis) for axis in range(len(order))])
         return Snapshot(
             request=_read(ImageRequest, about["request"], pictures),
             family=about["family"],
@@ -162,11 +169,23 @@ def from_bytes(blob: bytes) -> Snapshot:
             fingerprint_facts=about["fingerprint_facts"],
             step=about["step"],
             num_steps=about["num_steps"],
-            # Cloned into memory that torch aligns: over the blob's own alignment a matrix product
-            # may add in another order.
-            tensors={name: tensor.clone() for name, tensor in tensors.items()},
+            tensors=_state_of(stored, about["layouts"]),
             facts=about["facts"],
         )
+
+
+def _state_of(stored: Mapping[str, Tensor], layouts: Mapping[str, list[int]]) -> dict[str, Tensor]:
+    """Copy the family's tensors, laid out as they were."""
+    tensors = {
+        name.removeprefix("state/"): tensor
+        for name, tensor in stored.items()
+        if name.startswith("state/")
+    }
+    for name, order in layouts.items():
+        tensors[name] = tensors[name].permute([order.index(axis) for axis in range(len(order))])
+    # Cloned into memory that torch aligns: over the blob's own alignment a matrix product may add
+    # in another order.
+    return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
 def peek(blob: bytes) -> Label:
@@ -227,6 +246,20 @@ def request_digest(request: ImageRequest) -> str:
 
 def _opened(blob: bytes) -> dict[str, Any]:
     """Read everything in the blob that is no tensor, once it is known to be whole."""
+    _check_seal(blob)
+    header_bytes = int.from_bytes(blob[:8], "little")
+    if header_bytes > MAX_HEADER_BYTES:
+        raise SnapshotRefused(
+            f"the snapshot's header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+        )
+    with _as_laid_out():
+        metadata: str = json.loads(blob[8 : 8 + header_bytes])["__metadata__"][_NAME]
+        about: dict[str, Any] = json.loads(metadata.split(" ", 3)[3])
+    return about
+
+
+def _check_seal(blob: bytes) -> None:
+    """Raise `SnapshotRefused` for a blob of another format, or one that is not as it was sealed."""
     seal = _SEAL.match(blob, 8)
     if seal is None:
         raise SnapshotRefused("these bytes are no snapshot")
@@ -239,20 +272,9 @@ def _opened(blob: bytes) -> dict[str, Any]:
             f"the snapshot is truncated: {len(blob)} of {int(seal['size'])} bytes"
         )
     view = memoryview(blob)
-    if (
-        _checksum(view[: seal.start("sha256")], view[seal.end("sha256") :])
-        != seal["sha256"].decode()
-    ):
+    checksum = _checksum(view[: seal.start("sha256")], view[seal.end("sha256") :])
+    if checksum != seal["sha256"].decode():
         raise SnapshotRefused("the snapshot is damaged: its checksum does not match its bytes")
-    header_bytes = int.from_bytes(blob[:8], "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise SnapshotRefused(
-            f"the snapshot's header has {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
-        )
-    with _as_laid_out():
-        metadata: str = json.loads(blob[8 : 8 + header_bytes])["__metadata__"][_NAME]
-        about: dict[str, Any] = json.loads(metadata.split(" ", 3)[3])
-    return about
 
 
 def _checksum(front: bytes | memoryview, rest: memoryview) -> str:
