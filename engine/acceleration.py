@@ -39,23 +39,26 @@ def accelerate(family: Family, spec: CheckpointSpec, device: Device) -> None:
             )
         denoiser.to(memory_format=torch.channels_last)
     if spec.compile_blocks:
-        if not getattr(denoiser, "_repeated_blocks", None):
-            raise UnsupportedRequest(
-                "compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks"
-            )
-        if spec.adapters or spec.block_cache_threshold:
-            raise UnsupportedRequest(
-                "compile_blocks",
-                "with adapters or the block cache, "
-                "a block would be compiled again for every row count",
-            )
-        # One graph for all row counts: static shapes are a tenth faster still, but cost a
-        # compilation per bucket.
-        denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
+        _compile_blocks(denoiser, spec)
     if spec.cuda_graphs:
         if not device.is_cuda or not isinstance(family, LatentFamily):
             raise UnsupportedRequest("cuda_graphs", "are for native families on a GPU")
         family.graphs = CudaGraphs(family.denoise)
+
+
+def _compile_blocks(denoiser: Any, spec: CheckpointSpec) -> None:
+    if not getattr(denoiser, "_repeated_blocks", None):
+        raise UnsupportedRequest(
+            "compile_blocks", f"the denoiser of family {spec.family!r} names no repeated blocks"
+        )
+    if spec.adapters or spec.block_cache_threshold:
+        raise UnsupportedRequest(
+            "compile_blocks",
+            "with adapters or the block cache, a block would be compiled again for every row count",
+        )
+    # One graph for all row counts: static shapes are a tenth faster still, but cost a compilation
+    # per bucket.
+    denoiser.compile_repeated_blocks(fullgraph=True, dynamic=True, options=steady_options())
 
 
 def steady_options() -> dict[str, bool]:

@@ -3,12 +3,15 @@
 Workers load them instead of measuring at every start.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.config import CheckpointSpec, EngineConfig
+from engine.costs import Curve
 from engine.curves import save_curves
 from engine.engine import Engine
+from engine.inflight import BatchKey
 from engine.warmup import doublings
 
 
@@ -34,15 +37,18 @@ def calibrate(
     """
     with Engine(replace(config, curves_folder=""), [spec]) as engine:
         file = save_curves(engine.costs, folder, spec.name, engine.fingerprint(spec.name))
-        points = []
-        for key in engine.costs.measured_keys():
-            curve = engine.costs.curve(key)
-            knee = curve.knee(config.max_batch_rows)
-            for rows in doublings(config.max_batch_rows):
-                gain = rows * curve.seconds(1) / curve.seconds(rows)
-                points.append(
-                    CurvePoint(
-                        key.width_px, key.height_px, rows, curve.seconds(rows), gain, rows <= knee
-                    )
-                )
+        points = [
+            point
+            for key in engine.costs.measured_keys()
+            for point in _points(key, engine.costs.curve(key), config.max_batch_rows)
+        ]
     return file, points
+
+
+def _points(key: BatchKey, curve: Curve, max_rows: int) -> Iterator[CurvePoint]:
+    """Iterate over the forwards of one batch key, at doubled numbers of rows."""
+    knee = curve.knee(max_rows)
+    for rows in doublings(max_rows):
+        seconds = curve.seconds(rows)
+        gain = rows * curve.seconds(1) / seconds
+        yield CurvePoint(key.width_px, key.height_px, rows, seconds, gain, rows <= knee)

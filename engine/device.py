@@ -176,23 +176,28 @@ class Device:
 
     def facts(self) -> dict[str, Any]:
         """Tell what of this device and its set-up can change a bit."""
-        if self.is_cuda:
-            return {
-                "device": cuda.get_device_name(self.torch_device),
-                "capability": list(cuda.get_device_capability(self.torch_device)),
-                "cuda": torch.version.cuda,
-                "cudnn": backends.cudnn.version(),
-                "cudnn_benchmark": backends.cudnn.benchmark,
-                "cudnn_deterministic": backends.cudnn.deterministic,
-                "tf32": [backends.cudnn.allow_tf32, backends.cuda.matmul.allow_tf32],
-                "reduced_precision_reduction": [
-                    backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
-                    backends.cuda.matmul.allow_fp16_reduced_precision_reduction,
-                ],
-                "fp16_accumulation": backends.cuda.matmul.allow_fp16_accumulation,
-                "blas": str(backends.cuda.preferred_blas_library()),
-                "sdp": self.attention,
-            }
+        return self._cuda_facts() if self.is_cuda else self._cpu_facts()
+
+    def _cuda_facts(self) -> dict[str, Any]:
+        matmul = backends.cuda.matmul
+        return {
+            "device": cuda.get_device_name(self.torch_device),
+            "capability": list(cuda.get_device_capability(self.torch_device)),
+            "cuda": torch.version.cuda,
+            "cudnn": backends.cudnn.version(),
+            "cudnn_benchmark": backends.cudnn.benchmark,
+            "cudnn_deterministic": backends.cudnn.deterministic,
+            "tf32": [backends.cudnn.allow_tf32, matmul.allow_tf32],
+            "reduced_precision_reduction": [
+                matmul.allow_bf16_reduced_precision_reduction,
+                matmul.allow_fp16_reduced_precision_reduction,
+            ],
+            "fp16_accumulation": matmul.allow_fp16_accumulation,
+            "blas": str(backends.cuda.preferred_blas_library()),
+            "sdp": self.attention,
+        }
+
+    def _cpu_facts(self) -> dict[str, Any]:
         return {
             "device": _cpu("model name") or platform.processor() or platform.machine(),
             "instructions": sorted(

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from engine.checkpoints import LoadedCheckpoints
 from engine.conditioning import ConditioningCache
@@ -40,6 +40,9 @@ from engine.runner import Runner
 from engine.scheduler import Scheduler
 from engine.snapshots import check_fingerprint, from_bytes, request_digest
 from engine.validation import check_integer, check_seconds
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NOTHING_YET = State({})
 
@@ -168,10 +171,7 @@ class Engine:
         kept = self._kept.find(request.owner, request.fork)
         digest = self._checkpoints.find(request.checkpoint).weights_digest
         check_fork(request, kept.request, digest, kept.weights_digest, kept.step)
-        image.step = kept.step
-        image.origin = digest_of_latents(kept.latents)
-        begin = partial(self._runner.fork, latents=kept.latents)
-        return self._take_in(image, on_event, begin=begin, unstarted=None, within_s=within_s)
+        return self._take_in_fork(image, kept.latents, kept.step, on_event, within_s=within_s)
 
     def restore(
         self,
@@ -221,16 +221,27 @@ class Engine:
         digest = self._checkpoints.find(request.checkpoint).weights_digest
         origin_digest = snapshot.fingerprint_facts["weights"]
         check_fork(request, snapshot.request, digest, origin_digest, snapshot.step)
-        latents = snapshot.tensors["latents"]
-        image.step = snapshot.step
-        image.origin = digest_of_latents(latents)
-        begin = partial(self._runner.fork, latents=latents)
-        return self._take_in(image, on_event, begin=begin, unstarted=None)
+        return self._take_in_fork(image, snapshot.tensors["latents"], snapshot.step, on_event)
 
     def _admitted(self, request: ImageRequest) -> InFlight:
         if not self._inbox.is_accepting:
             raise EngineStopped("the engine is not running")
         return self._checkpoints.admit(request)
+
+    def _take_in_fork(
+        self,
+        image: InFlight,
+        latents: Tensor,
+        step: int,
+        on_event: OnEvent | None,
+        *,
+        within_s: float | None = None,
+    ) -> Handle:
+        """Leave an image in the inbox that begins with latents from elsewhere, after `step`."""
+        image.step = step
+        image.origin = digest_of_latents(latents)
+        begin = partial(self._runner.fork, latents=latents)
+        return self._take_in(image, on_event, begin=begin, unstarted=None, within_s=within_s)
 
     def _take_in(
         self,

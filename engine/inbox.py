@@ -132,10 +132,7 @@ class Inbox:
     # --- from the device thread ---
 
     def take(self) -> InboxContents | None:
-        """Sleep until there is something to do; take out what was left.
-
-        None: it is time to stop.
-        """
+        """Sleep until there is something to do; take out what was left. None: time to stop."""
         with self._changed:
             while not (self._has_mail or self._is_stopping or len(self._scheduler)):
                 self._changed.wait()

@@ -91,16 +91,7 @@ def load_checkpoint(spec: CheckpointSpec, device: Device) -> LoadedCheckpoint:
     family = family_class.load(spec, dtype=PRECISIONS[spec.precision], device=device.torch_device)
     _check_guidance(spec, family)
     accelerate(family, spec, device)
-    bank = None
-    if spec.adapters:
-        bank = AdapterBank(
-            family.networks(),
-            spec.adapters,
-            slots=spec.adapter_slots,
-            max_rank=spec.max_adapter_rank,
-            device=device.torch_device,
-            dtype=PRECISIONS[spec.precision],
-        )
+    bank = _adapter_bank(spec, family, device)
     load_s = time.perf_counter() - started
     digest = digest_of(found)
     log.info(
@@ -129,6 +120,19 @@ def _check_guidance(spec: CheckpointSpec, family: Family) -> None:
             "guidance_distilled",
             f"{spec.guidance_distilled} is declared, and the network takes guidance {how}",
         )
+
+
+def _adapter_bank(spec: CheckpointSpec, family: Family, device: Device) -> AdapterBank | None:
+    if not spec.adapters:
+        return None
+    return AdapterBank(
+        family.networks(),
+        spec.adapters,
+        slots=spec.adapter_slots,
+        max_rank=spec.max_adapter_rank,
+        device=device.torch_device,
+        dtype=PRECISIONS[spec.precision],
+    )
 
 
 def _block_cache(spec: CheckpointSpec, family: Family) -> BlockCache | None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from engine.checkpoints import LoadedCheckpoints
-from engine.config import EngineConfig
+from engine.config import CheckpointSpec, EngineConfig
 from engine.costs import CostModel
 from engine.curves import load_curves
 from engine.device import Device, Stopwatch, is_out_of_memory
@@ -123,18 +123,21 @@ class DeviceLoop:
             if self._config.curves_folder:
                 bits = self._checkpoints.fingerprint(name)
                 load_curves(self._costs, Path(self._config.curves_folder), name, bits)
-            warm_up(
-                spec,
-                validated=self._checkpoints.admit,
-                runner=self._runner,
-                device=self._device,
-                costs=self._costs,
-                max_batch_rows=self._config.max_batch_rows,
-                row_buckets=self._config.row_buckets,
-                repeats=self._config.warm_up_repeats,
-            )
+            self._warm_up(spec)
         self._scheduler.memory_budget_bytes = self._device.memory_budget_bytes()
         self.warm_up_s = time.perf_counter() - started
+
+    def _warm_up(self, spec: CheckpointSpec) -> None:
+        warm_up(
+            spec,
+            validated=self._checkpoints.admit,
+            runner=self._runner,
+            device=self._device,
+            costs=self._costs,
+            max_batch_rows=self._config.max_batch_rows,
+            row_buckets=self._config.row_buckets,
+            repeats=self._config.warm_up_repeats,
+        )
 
     def run(self) -> None:
         """Take turns until it is time to stop, and leave nobody waiting."""

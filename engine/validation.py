@@ -15,14 +15,7 @@ def check_values(request: ImageRequest) -> None:
     """Raise `UnsupportedRequest`, naming the field, for a value that no checkpoint takes."""
     for name in ("id", "group", "owner", "policy_version", "prompt", "negative_prompt"):
         _check_text(name, getattr(request, name))
-    for name in ("width_px", "height_px", "num_steps", "seed", "rank", "clip_skip"):
-        check_integer(name, getattr(request, name))
-    for name in ("guidance", "strength"):
-        value = getattr(request, name)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-            raise UnsupportedRequest(name, f"{value!r} is not a finite number from 0 up")
-    if not 0 <= request.seed < 2**63:
-        raise UnsupportedRequest("seed", f"{request.seed} is not within 0..2**63-1")
+    _check_numbers(request)
     for name in ("init_image", "mask", "control_image"):
         if not isinstance(getattr(request, name), Picture | None):
             raise UnsupportedRequest(name, "is not a picture")
@@ -33,12 +26,22 @@ def check_values(request: ImageRequest) -> None:
     for step in request.keep_steps:
         check_integer("keep_steps", step)
         if not 0 < step < request.num_steps:
-            raise UnsupportedRequest(
-                "keep_steps", f"{step} is not within 1..{request.num_steps - 1}"
-            )
+            reason = f"{step} is not within 1..{request.num_steps - 1}"
+            raise UnsupportedRequest("keep_steps", reason)
     for name, option in request.options.items():
         if not isinstance(name, str) or not isinstance(option, str | int | float | bool):
             raise UnsupportedRequest("options", f"{name!r} is not a plain value under a name")
+
+
+def _check_numbers(request: ImageRequest) -> None:
+    for name in ("width_px", "height_px", "num_steps", "seed", "rank", "clip_skip"):
+        check_integer(name, getattr(request, name))
+    for name in ("guidance", "strength"):
+        value = getattr(request, name)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+            raise UnsupportedRequest(name, f"{value!r} is not a finite number from 0 up")
+    if not 0 <= request.seed < 2**63:
+        raise UnsupportedRequest("seed", f"{request.seed} is not within 0..2**63-1")
 
 
 def check_offered(request: ImageRequest, spec: CheckpointSpec) -> None:
@@ -57,10 +60,7 @@ def check_offered(request: ImageRequest, spec: CheckpointSpec) -> None:
 
 
 def check_rows(request: ImageRequest, rows: int, max_batch_rows: int) -> None:
-    """Raise `UnsupportedRequest` when the image's `rows` do not fit into one forward.
-
-    Also when they do not fit into the bucket that it pins.
-    """
+    """Raise `UnsupportedRequest` when the image's rows do not fit a forward, or its bucket."""
     if request.determinism not in tuple(Determinism):
         raise UnsupportedRequest(
             "determinism", f"{request.determinism!r} is none of {', '.join(Determinism)}"

@@ -43,19 +43,7 @@ def warm_up(
             "samplers" if spec.sizes else "sizes", f"checkpoint {spec.name} offers none"
         )
     for width_px, height_px in spec.sizes:
-        request = ImageRequest(
-            id="warm-up",
-            group="warm-up",
-            checkpoint=spec.name,
-            prompt="",
-            width_px=width_px,
-            height_px=height_px,
-            num_steps=2,
-            guidance=1.0,
-            sampler=spec.default_sampler or spec.samplers[0],
-            seed=0,
-        )
-        request = _as_it_can_be_rendered(request, validated)
+        request = _as_it_can_be_rendered(_plain_request(spec, width_px, height_px), validated)
         for sampler in spec.samplers:
             validated(replace(request, sampler=sampler))
         buckets = row_buckets or doublings(max_batch_rows)
@@ -63,6 +51,21 @@ def warm_up(
             image = validated(replace(request, guidance=guidance))
             fitting = [rows for rows in buckets if rows >= image.rows]
             _render(image, runner, device, costs, fitting, repeats)
+
+
+def _plain_request(spec: CheckpointSpec, width_px: int, height_px: int) -> ImageRequest:
+    return ImageRequest(
+        id="warm-up",
+        group="warm-up",
+        checkpoint=spec.name,
+        prompt="",
+        width_px=width_px,
+        height_px=height_px,
+        num_steps=2,
+        guidance=1.0,
+        sampler=spec.default_sampler or spec.samplers[0],
+        seed=0,
+    )
 
 
 def _as_it_can_be_rendered(
@@ -102,45 +105,67 @@ def _render(
     buckets: list[int],
     repeats: int,
 ) -> None:
-    """Render one image to its end, with a forward of every bucket before its first step.
-
-    Padded, for the tensors' shapes are all that matters.
-    """
+    """Render one image to its end, with a forward of every bucket before its first step."""
     try:
         runner.start(image)
         key = image.batch_key
         # A plain pipeline calls its own denoiser, elsewhere.
         is_known = costs.is_measured(key) or key.call.startswith("alone ")
         base_bytes = device.memory_bytes()
-        peaks: dict[int, int] = {}
-        for rows in buckets:
-            batch = Batch((image,), rows)
-            device.forget_peak()
-            try:
-                runner.predict(batch)
-            except Exception as problem:
-                if rows == buckets[0] or not is_out_of_memory(problem):
-                    raise
-                device.free_cached_memory()
-                break  # larger ones do not fit either
-            for _ in range(0 if is_known else repeats):
-                watch = device.stopwatch()
-                runner.predict(batch)
-                watch.stop()
-                costs.observe_step(key, rows, watch.seconds())
-            peaks[rows] = device.peak_bytes()
+        peaks = _try_buckets(image, runner, device, costs, buckets, 0 if is_known else repeats)
         while not image.is_denoised:
             runner.advance(image, runner.predict(Batch.alone(image))[0])
         device.forget_peak()
         costs.observe_decode(key, runner.decode(image).watch.seconds())
         if base_bytes and len(peaks) > 1:
-            least = min(peaks)
-            most = max(peaks)
             costs.observe_memory(
                 key,
                 fixed_bytes=base_bytes,
-                per_row_bytes=(peaks[most] - peaks[least]) // (most - least),
+                per_row_bytes=_bytes_per_row(peaks),
                 decode_bytes=device.peak_bytes() - base_bytes,
             )
     finally:
         runner.release(image)
+
+
+def _try_buckets(
+    image: InFlight,
+    runner: Runner,
+    device: Device,
+    costs: CostModel,
+    buckets: list[int],
+    repeats: int,
+) -> dict[int, int]:
+    """Make a forward of every bucket that fits, measured `repeats` times; return their peak bytes.
+
+    Padded, for the tensors' shapes are all that matters.
+    """
+    peaks: dict[int, int] = {}
+    for rows in buckets:
+        batch = Batch((image,), rows)
+        device.forget_peak()
+        try:
+            runner.predict(batch)
+        except Exception as problem:
+            if rows == buckets[0] or not is_out_of_memory(problem):
+                raise
+            device.free_cached_memory()
+            break  # larger ones do not fit either
+        for _ in range(repeats):
+            costs.observe_step(image.batch_key, rows, _seconds_of_forward(batch, runner, device))
+        peaks[rows] = device.peak_bytes()
+    return peaks
+
+
+def _seconds_of_forward(batch: Batch, runner: Runner, device: Device) -> float:
+    watch = device.stopwatch()
+    runner.predict(batch)
+    watch.stop()
+    return watch.seconds()
+
+
+def _bytes_per_row(peaks: dict[int, int]) -> int:
+    """Return what one more row takes. peaks: bytes by rows of a forward, of two sizes at least."""
+    least = min(peaks)
+    most = max(peaks)
+    return (peaks[most] - peaks[least]) // (most - least)

@@ -245,12 +245,7 @@ def probe(one: Any, two: Any) -> Form:
         raise Unlike
     if isinstance(one, Tensor):
         return _probe_tensor(one, two)
-    if (
-        type(one) in (list, tuple)
-        and one
-        and len(two) == 2 * len(one)
-        and all(isinstance(row, Tensor) for row in two)
-    ):
+    if _are_lists_of_rows(one, two):
         return Listed(type(one), one[0].ndim)
     if _is_container(one):
         if _places(one) != _places(two):
@@ -261,6 +256,15 @@ def probe(one: Any, two: Any) -> Form:
     if not isinstance(one, PLAIN) or one != two:
         raise Unlike
     return Shared(type(one))
+
+
+def _are_lists_of_rows(one: Any, two: Any) -> bool:
+    return (
+        type(one) in (list, tuple)
+        and bool(one)
+        and len(two) == 2 * len(one)
+        and all(isinstance(row, Tensor) for row in two)
+    )
 
 
 def _probe_tensor(one: Tensor, two: Tensor) -> Form:
@@ -374,12 +378,8 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
     take other kernels. A call beside itself has its single numbers as the pipeline gave them, so a
     network that reads one number per row as something else is found out.
     """
-    alike: dict[Any, list[Call]] = {}
-    for call in calls:
-        shapes = tuple(tensor.shape for tensor in tensors_of((call.args, call.kwargs)))
-        alike.setdefault((call.context, shapes), []).append(call)
     proved = set()
-    for first, last in ((some[0], some[-1]) for some in alike.values()):
+    for first, last in _ends_of_alike(calls):
         spread = replace(
             form, given=form.given.spread((first.args, first.kwargs), (last.args, last.kwargs))
         )
@@ -397,6 +397,15 @@ def _proved(form: CallForm, calls: Sequence[Call], network: Network) -> CallForm
             return None
         proved.add(spread)
     return proved.pop() if len(proved) == 1 else None
+
+
+def _ends_of_alike(calls: Sequence[Call]) -> list[tuple[Call, Call]]:
+    """Give the first and the last of the calls that have one context and the same shapes."""
+    alike: dict[Any, list[Call]] = {}
+    for call in calls:
+        shapes = tuple(tensor.shape for tensor in tensors_of((call.args, call.kwargs)))
+        alike.setdefault((call.context, shapes), []).append(call)
+    return [(some[0], some[-1]) for some in alike.values()]
 
 
 def _side_by_side(form: CallForm, one: Call, other: Call, rows: int, network: Network) -> list[Any]:
@@ -438,9 +447,7 @@ def with_tensors(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def written(value: Any, tensors: list[Tensor]) -> Any:
     """Give the value in plain JSON, but for its tensors, which are added to `tensors`.
 
-    Of one on the meta device only the shape is kept.
-
-    Raises `Unlike` for what is no value.
+    Of one on the meta device only the shape is kept. Raises `Unlike` for what is no value.
     """
     if isinstance(value, Tensor):
         if value.is_meta:

@@ -70,9 +70,8 @@ class Coroutine:
     def resume(self, answer: Any = None) -> Any:
         """Let the function run on: what it asks for next, or `Returned`.
 
-        The first answer is to no question and is dropped.
-
-        Raises what the function raised, and `RuntimeError` when it is over already.
+        The first answer is to no question and is dropped. Raises what the function raised, and
+        `RuntimeError` when it is over already.
         """
         if self.is_over:
             raise RuntimeError(f"{self._thread.name} is over")

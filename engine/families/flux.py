@@ -173,10 +173,7 @@ class Flux(FlowFamily):
         noise: Tensor,
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        """Give what a Fill network takes as channels beside its latents.
-
-        The masked picture's latents, and every pixel of the mask.
-        """
+        """Give the channels of a Fill network: the masked picture's latents, every mask pixel."""
         if not self._is_fill:
             return super().remember_mask(mask, picture, clean, noise, generator)
         masked = self.encode_picture(picture * (1 - mask), generator)

@@ -22,7 +22,7 @@ from engine.errors import CheckpointCorrupt, UnsupportedRequest
 from engine.families.contract import Recall, State
 from engine.inflight import InFlight
 from engine.previews import Projector, clean_latents, fit
-from engine.request import ImageRequest
+from engine.request import Fork, ImageRequest
 from engine.samplers import step_arguments
 from engine.samplerstate import load_generator, load_sampler, save_generator, save_sampler
 from engine.tensors import Rows, Sampler, Tensors
@@ -320,10 +320,8 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
     Options besides those named are refused too.
     """
     if request.control_image is not None:
-        raise UnsupportedRequest(
-            "control_image",
-            "is only taken by a checkpoint of family pipeline with a control network",
-        )
+        reason = "is only taken by a checkpoint of family pipeline with a control network"
+        raise UnsupportedRequest("control_image", reason)
     if unknown := sorted(set(request.options) - set(option_names)):
         raise UnsupportedRequest(
             "options",
@@ -335,14 +333,18 @@ def check_native(request: ImageRequest, option_names: Collection[str] = ()) -> N
             "keep_steps", "an image that starts from a picture cannot be forked"
         )
     if request.fork is not None:
-        if request.init_image is not None:
-            raise UnsupportedRequest(
-                "fork", "starts from kept latents: give it or an init_image, not both"
-            )
-        if not 0 < request.fork.step < request.num_steps:
-            raise UnsupportedRequest(
-                "fork", f"step {request.fork.step} is not within 1..{request.num_steps - 1}"
-            )
+        _check_fork(request.fork, request)
+
+
+def _check_fork(fork: Fork, request: ImageRequest) -> None:
+    if request.init_image is not None:
+        raise UnsupportedRequest(
+            "fork", "starts from kept latents: give it or an init_image, not both"
+        )
+    if not 0 < fork.step < request.num_steps:
+        raise UnsupportedRequest(
+            "fork", f"step {fork.step} is not within 1..{request.num_steps - 1}"
+        )
 
 
 def check_side(field_name: str, size_px: int, multiple: int) -> None:
@@ -359,22 +361,8 @@ def load_network(
     Raises `CheckpointCorrupt` rather than fill a missing tensor by chance. The weights become ours
     alone: safetensors maps the file, and a file rewritten in place would change running weights.
     """
-    options: dict[str, Any] = {
-        "local_files_only": True,
-        "use_safetensors": True,
-        "output_loading_info": True,
-    }
-    if network_class.__module__.startswith("transformers"):
-        options["dtype"] = dtype
-    else:
-        options |= {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
-    try:
-        network, info = network_class.from_pretrained(str(path / folder), **options)
-    except Exception as problem:
-        raise CheckpointCorrupt(folder, f"cannot be read: {problem}") from problem
-    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
-    if missing or info.get("error_msgs"):
-        raise CheckpointCorrupt(folder, f"lacks {len(missing)} tensors, such as {missing[:3]}")
+    options = _loading_options(network_class, dtype)
+    network = _read_whole(network_class, path, folder, options)
     network.requires_grad_(False)
     network.eval()
     network.to(device)
@@ -382,6 +370,30 @@ def load_network(
         for tensor in [*network.parameters(), *network.buffers()]:
             tensor.data = tensor.data.clone()
     return network
+
+
+def _read_whole(network_class: Any, path: Path, folder: str, options: Mapping[str, Any]) -> Any:
+    """Read a network of which no tensor is missing. Raises `CheckpointCorrupt`."""
+    try:
+        network, info = network_class.from_pretrained(str(path / folder), **options)
+    except Exception as problem:
+        raise CheckpointCorrupt(folder, f"cannot be read: {problem}") from problem
+    missing = [*info.get("missing_keys", ()), *info.get("mismatched_keys", ())]
+    if missing or info.get("error_msgs"):
+        raise CheckpointCorrupt(folder, f"lacks {len(missing)} tensors, such as {missing[:3]}")
+    return network
+
+
+def _loading_options(network_class: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """Return what `from_pretrained` is told: the two libraries name the dtype differently."""
+    options: dict[str, Any] = {
+        "local_files_only": True,
+        "use_safetensors": True,
+        "output_loading_info": True,
+    }
+    if network_class.__module__.startswith("transformers"):
+        return options | {"dtype": dtype}
+    return options | {"torch_dtype": dtype, "low_cpu_mem_usage": is_accelerate_available()}
 
 
 def load_tokenizer(tokenizer_class: Any, path: Path, folder: str) -> Any:

@@ -208,15 +208,26 @@ class StableDiffusion(LatentFamily):
             if is_strongest
             else sampler.add_noise(clean, noise, timesteps[:1])
         )
+        extras = self._remember_mask(mask, picture, clean, noise, generator)
+        return Beginning(latents, timesteps, extras)
+
+    def _remember_mask(
+        self,
+        mask: Tensor,
+        picture: Tensor,
+        clean: Any,
+        noise: Tensor,
+        generator: torch.Generator,
+    ) -> dict[str, Any]:
+        """Tell what inpainting needs at every step, for `Tensors.extras`."""
         extras = {"mask": interpolate(mask, size=noise.shape[-2:]).to(self.device, self.dtype)}
         if self._sees_mask:
-            extras["masked"] = self.encode_picture(picture * (mask < 0.5), generator)
-        else:
-            extras |= {"clean": clean, "noise": noise}
-            # The pipeline encodes the masked picture here too but never uses it. Only its random
-            # draw must be repeated.
-            torch.randn(noise.shape, generator=generator, dtype=self._encoder_dtype)
-        return Beginning(latents, timesteps, extras)
+            masked = self.encode_picture(picture * (mask < 0.5), generator)
+            return extras | {"masked": masked}
+        # The pipeline encodes the masked picture here too but never uses it. Only its random draw
+        # must be repeated.
+        torch.randn(noise.shape, generator=generator, dtype=self._encoder_dtype)
+        return extras | {"clean": clean, "noise": noise}
 
     def encode_picture(self, picture: Tensor, generator: torch.Generator) -> Tensor:
         """Encode one picture [1, 3, h, w] and draw from the VAE's posterior.

@@ -68,14 +68,7 @@ class StableDiffusionXL(StableDiffusion):
         text_encoder_2 = load_network(
             CLIPTextModelWithProjection, path, "text_encoder_2", dtype, device
         )
-        told = (
-            unet.config.addition_time_embed_dim * len(_size_ids(0, 0))
-            + text_encoder_2.config.projection_dim
-        )
-        if unet.add_embedding.linear_1.in_features != told:
-            raise CheckpointCorrupt(
-                "unet/config.json", "is not told three sizes and a text's summary: a refiner?"
-            )
+        _check_told(unet, text_encoder_2)
         return cls(
             tokenizer=load_tokenizer(CLIPTokenizer, path, "tokenizer"),
             tokenizer_2=load_tokenizer(CLIPTokenizer, path, "tokenizer_2"),
@@ -210,6 +203,18 @@ class StableDiffusionXL(StableDiffusion):
 def _size_ids(height_px: int, width_px: int) -> list[int]:
     """Give the size the picture is said to have had, where it was cropped, and the size it has."""
     return [height_px, width_px, 0, 0, height_px, width_px]
+
+
+def _check_told(unet: Any, text_encoder_2: Any) -> None:
+    """Raise `CheckpointCorrupt` unless the UNet is told what `_size_ids` says, and the text."""
+    told = (
+        unet.config.addition_time_embed_dim * len(_size_ids(0, 0))
+        + text_encoder_2.config.projection_dim
+    )
+    if unet.add_embedding.linear_1.in_features != told:
+        raise CheckpointCorrupt(
+            "unet/config.json", "is not told three sizes and a text's summary: a refiner?"
+        )
 
 
 def _upcast(vae: Any) -> Any:

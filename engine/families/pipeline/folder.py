@@ -50,6 +50,15 @@ def load_pipeline(spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.dev
     }
     unwanted = {NOT_LOADED: None, "requires_safety_checker": False}
     given |= {name: value for name, value in unwanted.items() if name in taken}
+    pipe = _assembled(pipeline_class, path, given)
+    pipe.set_progress_bar_config(disable=True)
+    _let_layers_be_skipped(given.values())
+    return pipe
+
+
+def _assembled(pipeline_class: Any, path: Path, given: Mapping[str, Any]) -> Any:
+    """Have diffusers make the pipeline of its folder and these parts of it, and check it."""
+    name = pipeline_class.__name__
     try:
         pipe = pipeline_class.from_pretrained(
             str(path),
@@ -58,13 +67,11 @@ def load_pipeline(spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.dev
             **given,
         )
     except Exception as problem:
-        reason = f"{pipeline_class.__name__} cannot be made of it: {problem}"
+        reason = f"{name} cannot be made of it: {problem}"
         raise CheckpointCorrupt(INDEX, reason) from problem
     if not isinstance(getattr(pipe, "scheduler", None), SchedulerMixin):
-        reason = f"{pipeline_class.__name__} has no scheduler to count steps by"
+        reason = f"{name} has no scheduler to count steps by"
         raise UnsupportedRequest("pipeline_class", reason)
-    pipe.set_progress_bar_config(disable=True)
-    _let_layers_be_skipped(given.values())
     return pipe
 
 

@@ -131,14 +131,21 @@ class CallSignature:
         }
         if self._guidance is not None:
             wishes[self._guidance] = request.guidance
-        for name, parameter in self.pictures.items():
-            picture: Picture | None = getattr(request, name)
-            wishes[parameter] = None if picture is None else Image.fromarray(picture.pixels)
+        wishes |= self._picture_arguments(request)
         taken = {name: wish for name, wish in wishes.items() if name in self._parameters}
         arguments = taken | dict(self._options) | dict(request.options)
         if arguments.get("true_cfg_scale", 2) <= 1:
             arguments.pop("negative_prompt", None)  # it would be ignored, with a warning each time
         return arguments
+
+    def _picture_arguments(self, request: ImageRequest) -> dict[str, Image.Image | None]:
+        pictures: dict[str, Picture | None] = {
+            parameter: getattr(request, name) for name, parameter in self.pictures.items()
+        }
+        return {
+            parameter: None if picture is None else Image.fromarray(picture.pixels)
+            for parameter, picture in pictures.items()
+        }
 
 
 def _samplers_for(own: Any) -> dict[str, Recipe]:

@@ -33,14 +33,10 @@ def try_calls(
 ) -> list[TrialCalls]:
     """Make trial calls with every picture the pipeline takes, and with none, to see whether it can.
 
-    Sets `signature.needs_pictures`. Raises `CheckpointCorrupt` when it cannot even be called with
-    all of them.
+    Sets `signature.needs_pictures`. Raises `CheckpointCorrupt` when it cannot be called with all.
     """
     bare = _smallest_request(spec)
-    grey = np.full((bare.height_px, bare.width_px, 3), 127, np.uint8)
-    pictures: dict[str, Any] = {name: Picture(grey) for name in signature.pictures}
-    if "mask" in pictures:
-        pictures["mask"] = Picture(grey[..., 0])
+    pictures = _grey_pictures(signature, bare)
     trials: list[TrialCalls] = []
     if pictures:
         try:
@@ -52,6 +48,15 @@ def try_calls(
     except Exception as problem:
         reason = f"a trial call of {signature.name} failed: {problem}"
         raise CheckpointCorrupt(INDEX, reason) from problem
+
+
+def _grey_pictures(signature: CallSignature, request: ImageRequest) -> dict[str, Any]:
+    """Make every picture the call takes, by the request's names for them."""
+    grey = np.full((request.height_px, request.width_px, 3), 127, np.uint8)
+    pictures = {name: Picture(grey) for name in signature.pictures}
+    if "mask" in pictures:
+        pictures["mask"] = Picture(grey[..., 0])
+    return pictures
 
 
 def image_in_trial(request: ImageRequest) -> InFlight:
