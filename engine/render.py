@@ -29,45 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     try:
-        width_px, height_px = options.size or native_size(Path(options.checkpoint))
-        spec = CheckpointSpec(
-            name=Path(options.checkpoint).name,
-            path=options.checkpoint,
-            family=options.family,
-            precision=options.precision,
-            sizes=((width_px, height_px),),
-            samplers=(options.sampler,),
-            default_sampler=options.sampler,
-            adapters=tuple(
-                AdapterSpec(name=Path(path).stem, path=path) for path, _ in options.adapter
-            ),
-        )
-        request = ImageRequest(
-            id="render",
-            group="render",
-            checkpoint=spec.name,
-            prompt=options.prompt,
-            negative_prompt=options.negative,
-            width_px=width_px,
-            height_px=height_px,
-            num_steps=options.steps,
-            guidance=options.guidance,
-            sampler=options.sampler,
-            seed=options.seed,
-            init_image=_picture(options.init_image, "RGB") if options.init_image else None,
-            mask=_picture(options.mask, "L") if options.mask else None,
-            strength=options.strength,
-            adapters=tuple(
-                AdapterUse(Path(path).stem, strength) for path, strength in options.adapter
-            ),
-            determinism=Determinism.REPRODUCIBLE
-            if options.bucket_rows
-            else Determinism.BEST_EFFORT,
-            bucket_rows=options.bucket_rows,
-        )
-        with Engine(
-            EngineConfig(device=options.device, num_threads=options.threads), [spec]
-        ) as engine:
+        size = options.size or native_size(Path(options.checkpoint))
+        spec = _spec(options, size)
+        request = _request(options, spec.name, size)
+        config = EngineConfig(device=options.device, num_threads=options.threads)
+        with Engine(config, [spec]) as engine:
             image = engine.submit(request).result()
     except (EngineError, OSError) as problem:
         print(f"render: {problem}", file=sys.stderr)
@@ -75,6 +41,44 @@ def main(arguments: list[str] | None = None) -> int:
     Image.fromarray(image.pixels).save(options.out)
     print(json.dumps({"out": options.out, **asdict(image.record)}))
     return 0
+
+
+def _spec(options: argparse.Namespace, size: tuple[int, int]) -> CheckpointSpec:
+    """Name the checkpoint asked for, which offers no more than is asked of it."""
+    return CheckpointSpec(
+        name=Path(options.checkpoint).name,
+        path=options.checkpoint,
+        family=options.family,
+        precision=options.precision,
+        sizes=(size,),
+        samplers=(options.sampler,),
+        default_sampler=options.sampler,
+        adapters=tuple(AdapterSpec(name=Path(path).stem, path=path) for path, _ in options.adapter),
+    )
+
+
+def _request(options: argparse.Namespace, checkpoint: str, size: tuple[int, int]) -> ImageRequest:
+    width_px, height_px = size
+    is_pinned = bool(options.bucket_rows)
+    return ImageRequest(
+        id="render",
+        group="render",
+        checkpoint=checkpoint,
+        prompt=options.prompt,
+        negative_prompt=options.negative,
+        width_px=width_px,
+        height_px=height_px,
+        num_steps=options.steps,
+        guidance=options.guidance,
+        sampler=options.sampler,
+        seed=options.seed,
+        init_image=_picture(options.init_image, "RGB") if options.init_image else None,
+        mask=_picture(options.mask, "L") if options.mask else None,
+        strength=options.strength,
+        adapters=tuple(AdapterUse(Path(path).stem, strength) for path, strength in options.adapter),
+        determinism=Determinism.REPRODUCIBLE if is_pinned else Determinism.BEST_EFFORT,
+        bucket_rows=options.bucket_rows,
+    )
 
 
 def native_size(checkpoint: Path) -> tuple[int, int]:
@@ -123,6 +127,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--checkpoint", required=True, help="a checkpoint folder in the layout of diffusers"
     )
+    _add_image_options(parser)
+    _add_picture_options(parser)
+    _add_engine_options(parser)
+    parser.add_argument("--out", default="out.png")
+    return parser
+
+
+def _add_image_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--negative", default="", help="what should not be in the image")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(
@@ -135,6 +147,9 @@ def _parser() -> argparse.ArgumentParser:
         type=_size,
         help="WIDTHxHEIGHT in pixels; default: what the checkpoint was trained for",
     )
+
+
+def _add_picture_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--init-image", help="a picture of that size to start from")
     parser.add_argument(
         "--mask", help="a picture of that size: repaint the init image where it is white"
@@ -145,6 +160,9 @@ def _parser() -> argparse.ArgumentParser:
         default=1.0,
         help="0 to 1: how much of the init image is noise at the start",
     )
+
+
+def _add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         type=_adapter,
@@ -162,8 +180,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=["fp32", "bf16", "fp16"], default="fp32")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", default="out.png")
-    return parser
 
 
 if __name__ == "__main__":
