@@ -9,18 +9,15 @@ from collections.abc import Callable
 
 import structlog
 
-from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker
-from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
-from edges.progress import News
-from edges.snapshots import Snapshots
+from edges.handoff import Gauge
 from models.database import make_engine
 from policy import connections
 from policy.fleet import Fleet
 from settings import Settings
+from tasks.roles.endings import ended_jobs
 from tasks.sweep import Sweeper, SweepLoop
 
 log = structlog.get_logger(__name__)
@@ -30,29 +27,21 @@ def _nothing() -> None:
     """Do nothing."""
 
 
-def build(
-    settings: Settings,
-    fleet: Fleet,
-    *,
-    on_turn: Callable[[], None] = _nothing,
-) -> Sweeper:
+def build(settings: Settings, fleet: Fleet, *, on_turn: Callable[[], None] = _nothing) -> Sweeper:
     """Make the sweeper. on_turn: called at every step of a pass."""
     database = make_engine(settings.database_url, pool_size=connections.SWEEPER)
     broker = Broker(settings, fleet)
-    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    snapshots = Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    inputs = Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    news = News(settings.handoff_url)
+    ended = ended_jobs(settings)
     return Sweeper(
         settings=settings,
         fleet=fleet,
         database=database,
         broker=broker,
         release=Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s),
-        handoff=handoff,
-        snapshots=snapshots,
-        inputs=inputs,
-        ended=EndedJobs(news=news, handoff=handoff, snapshots=snapshots, inputs=inputs),
+        handoff=ended.handoff,
+        snapshots=ended.snapshots,
+        inputs=ended.inputs,
+        ended=ended,
         fill=Gauge(settings.handoff_url).fill,
         on_turn=on_turn,
     )

@@ -19,10 +19,9 @@ from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
-from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
+from edges.handoff import Gauge
 from edges.notices import Notice, NoticeSource, NoticeWatch, SignalNotices, sources_from
-from edges.progress import CANCELS, WATCHES, Listener, News, ProgressWriter
+from edges.progress import CANCELS, WATCHES, Listener, ProgressWriter
 from edges.snapshots import Snapshots
 from engine.engine import Engine
 from engine.errors import CheckpointCorrupt, UnsupportedRequest
@@ -40,6 +39,7 @@ from tasks.preemption import Preemption, wait_while_a_notice_stands
 from tasks.previews import Previews
 from tasks.render import Renderer
 from tasks.roles.consuming import consume, register
+from tasks.roles.endings import ended_jobs
 from tasks.verdicts import Verdicts
 
 log = structlog.get_logger(__name__)
@@ -107,11 +107,7 @@ def build(
     when_unfit: is told when its health says that it has to go; None: it leaves.
     """
     database = make_engine(settings.database_url, pool_size=connections.WORKER)
-    news = News(settings.handoff_url)
-    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    snapshots = Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    inputs = Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    ended = EndedJobs(news=news, handoff=handoff, snapshots=snapshots, inputs=inputs)
+    ended = ended_jobs(settings)
     keeper = _keeper(settings, fleet, engine, database, ended)
     gauge = Gauge(settings.handoff_url, trusted_for_s=gates.HANDOFF_SILENT_AFTER_S)
     preemption = Preemption(keeper, when_empty=when_empty)
@@ -127,7 +123,7 @@ def build(
         ended,
         keeper=keeper,
         health=health,
-        checkpoints=Checkpoints(engine, snapshots, news, fill=gauge.fill),
+        checkpoints=Checkpoints(engine, ended.snapshots, ended.news, fill=gauge.fill),
         progress=ProgressWriter(settings.handoff_url, fill=gauge.fill),
     )
     return WorkerParts(
@@ -136,7 +132,7 @@ def build(
         engine=engine,
         keeper=keeper,
         gauge=gauge,
-        snapshots=snapshots,
+        snapshots=ended.snapshots,
         preemption=preemption,
         renderer=renderer,
     )
@@ -264,13 +260,7 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
     status = 0
     try:
         parts.start()
-        log.info("database_connections", at_most=connections.at_most("worker"))
-        log.info(
-            "worker_ready",
-            worker=name,
-            device=parts.engine.config.device,
-            load_s=round(parts.engine.load_s, 2),
-        )
+        _log_ready(parts)
         status = consume(celery, names, name=name, threads=threads)
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
@@ -283,6 +273,16 @@ def _take_jobs(parts: WorkerParts, sources: Sequence[NoticeSource]) -> int:
         parts.put_away()
     # One that gave up was told to end, but by itself.
     return EX_SOFTWARE if parts.renderer.health.gave_up else status
+
+
+def _log_ready(parts: WorkerParts) -> None:
+    log.info("database_connections", at_most=connections.at_most("worker"))
+    log.info(
+        "worker_ready",
+        worker=parts.keeper.identity.name,
+        device=parts.engine.config.device,
+        load_s=round(parts.engine.load_s, 2),
+    )
 
 
 def _start_engine(settings: WorkerSettings, fleet: Fleet) -> Engine:

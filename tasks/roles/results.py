@@ -4,21 +4,18 @@ from dataclasses import dataclass
 
 import structlog
 
-from dispatch.endings import EndedJobs
 from dispatch.release import Release
 from edges import telemetry
 from edges.broker import Broker, make_celery
-from edges.handoff import Gauge, Handoff
-from edges.inputs import Inputs
+from edges.handoff import Gauge
 from edges.objectstore import ObjectStore
-from edges.progress import News
-from edges.snapshots import Snapshots
 from fleet.consumer import tier_gate
 from models.database import make_engine
 from policy import connections, queues
 from policy.fleet import Fleet
 from settings import StoreSettings
 from tasks.roles.consuming import consume, process_name, register
+from tasks.roles.endings import ended_jobs
 from tasks.staging import InputStager
 from tasks.store import Storekeeper
 
@@ -41,13 +38,10 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
     broker = Broker(settings, fleet)
     release = Release(database, broker, fleet, worker_silence_s=settings.lease_ttl_s)
     store = ObjectStore(settings)
-    news = News(settings.handoff_url)
-    handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    snapshots = Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
-    inputs = Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
+    ended = ended_jobs(settings)
     stager = InputStager(
         database=database,
-        inputs=inputs,
+        inputs=ended.inputs,
         store=store,
         release=release,
         fill=Gauge(settings.handoff_url).fill,
@@ -56,10 +50,10 @@ def build(settings: StoreSettings, fleet: Fleet, *, name: str) -> ResultsParts:
         settings=settings,
         fleet=fleet,
         database=database,
-        handoff=handoff,
+        handoff=ended.handoff,
         store=store,
-        news=news,
-        ended=EndedJobs(news=news, handoff=handoff, snapshots=snapshots, inputs=inputs),
+        news=ended.news,
+        ended=ended,
         release=release,
         name=name,
     )
