@@ -76,6 +76,19 @@ class Courier:
 
     def _deliver(self, delivery_id: uuid.UUID) -> uuid.UUID | None:
         """Make one attempt; if it succeeded, return the next delivery that is due there."""
+        claimed = self._claim(delivery_id)
+        if claimed is None:
+            return None
+        claim, job = claimed
+        tried = self._try(claim, job)
+        self._record(claim, tried)
+        if not tried.is_delivered:
+            return None  # the next one would fail, too; each is tried when it is due
+        with transaction(self.database) as session:
+            return webhooks.next_of_endpoint(session, claim.endpoint_id)
+
+    def _claim(self, delivery_id: uuid.UUID) -> tuple[Claim, Job | None] | None:
+        """Claim the delivery and find the job it tells of; None if it is not to be tried now."""
         with transaction(self.database) as session:
             try:
                 claim = webhooks.claim(session, delivery_id)
@@ -85,12 +98,13 @@ class Courier:
             if claim is None:
                 telemetry.DUPLICATES.labels("deliver").inc()
                 return None
-            job = (
-                jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id)
-                if claim.job_id
-                else None
-            )
-        tried = self._try(claim, job)
+            if not claim.job_id:
+                return claim, None
+            job = jobs.find_without_prompts(session, claim.job_id, tenant_id=claim.tenant_id)
+            return claim, job
+
+    def _record(self, claim: Claim, tried: Tried) -> None:
+        """Write the attempt down, with how fast the endpoint is; count and log it."""
         state = run_transaction(
             self.database, lambda session: webhooks.record(session, claim, tried, actor=self.name)
         )
@@ -98,10 +112,7 @@ class Courier:
         if is_slow != claim.is_slow:
             with transaction(self.database) as session:
                 webhooks.note_speed(session, claim.endpoint_id, is_slow=is_slow)
-        outcome = "delivered" if tried.is_delivered else str(tried.status or "unreachable")
-        if not tried.is_delivered and tried.status is not None:
-            outcome = f"{outcome[0]}xx"
-        telemetry.WEBHOOK_ATTEMPTS.labels(outcome).inc()
+        telemetry.WEBHOOK_ATTEMPTS.labels(_outcome(tried)).inc()
         telemetry.WEBHOOK_SECONDS.observe(tried.took_s)
         log.info(
             "webhook_tried",
@@ -111,10 +122,6 @@ class Courier:
             error=tried.error,
             state=state,
         )
-        if not tried.is_delivered:
-            return None  # the next one would fail, too; each is tried when it is due
-        with transaction(self.database) as session:
-            return webhooks.next_of_endpoint(session, claim.endpoint_id)
 
     def _try(self, claim: Claim, job: Job | None) -> Tried:
         at = datetime.now(UTC)
@@ -134,6 +141,13 @@ class Courier:
         try_again_s = next_try_s(claim.attempt, draw=random.random(), retry_after_s=retry_after_s)
         is_last = claim.age_s + try_again_s > GIVE_UP_AFTER_S
         return Tried(status, error, time.monotonic() - started, None if is_last else try_again_s)
+
+
+def _outcome(tried: Tried) -> str:
+    """Name how an attempt went, for Prometheus."""
+    if tried.is_delivered:
+        return "delivered"
+    return f"{str(tried.status)[0]}xx" if tried.status is not None else "unreachable"
 
 
 def message(claim: Claim, job: Job | None, at: datetime, *, public_url: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import threading
 import time
 import uuid
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -281,32 +281,7 @@ class LeaseKeeper:
         with self._lock:
             seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
-
-        def renew(session: Session) -> set[uuid.UUID]:
-            who = self.identity
-            slots = gates.offered_slots(who.slots, is_leaving=bool(self.leaving))
-            own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
-            kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
-            going_on = [held for held in snapshot if held.lease.job_id in kept]
-            steps = {
-                (held.lease.job_id, index): step
-                for held in going_on
-                for index, step in held.steps().items()
-            }
-            leases.note_steps(session, steps)
-            workers.heartbeat(
-                session,
-                name=who.name,
-                pool=who.pool,
-                device=who.device,
-                slots=slots,
-                facts=who.facts,
-                silent_after_s=self._ttl_s,
-            )
-            learning.observe(session, seen)
-            return kept
-
-        kept = run_transaction(self._beats, renew)
+        kept = run_transaction(self._beats, partial(self._write_beat, snapshot=snapshot, seen=seen))
         self._renewed_at = started_at
         gone = [
             held
@@ -315,8 +290,40 @@ class LeaseKeeper:
         ]
         self._lose(gone)
 
+    def _write_beat(
+        self, session: Session, *, snapshot: list[Held], seen: Mapping[CostKey, Observed]
+    ) -> set[uuid.UUID]:
+        """Write all that a heartbeat says; return the jobs whose leases are still ours."""
+        who = self.identity
+        slots = gates.offered_slots(who.slots, is_leaving=bool(self.leaving))
+        own = [(held.lease.job_id, held.lease.attempt) for held in snapshot]
+        kept = leases.renew(session, own, worker=who.name, ttl_s=self._ttl_s)
+        leases.note_steps(
+            session, _steps_of(held for held in snapshot if held.lease.job_id in kept)
+        )
+        workers.heartbeat(
+            session,
+            name=who.name,
+            pool=who.pool,
+            device=who.device,
+            slots=slots,
+            facts=who.facts,
+            silent_after_s=self._ttl_s,
+        )
+        learning.observe(session, seen)
+        return kept
+
     def _lose(self, gone: list[Held]) -> None:
         for held in gone:
             telemetry.LEASES_LOST.inc()
             log.warning("lease_lost", job_id=str(held.lease.job_id), attempt=held.lease.attempt)
             held.lose()
+
+
+def _steps_of(going_on: Iterable[Held]) -> dict[tuple[uuid.UUID, int], int]:
+    """Tell how far each image is, by job and index."""
+    return {
+        (held.lease.job_id, index): step
+        for held in going_on
+        for index, step in held.steps().items()
+    }

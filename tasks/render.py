@@ -29,7 +29,7 @@ from edges.progress import News, Preview, ProgressWriter, Step
 from edges.snapshots import STORE
 from engine.errors import ImageCanceled
 from engine.events import Event, Failed, Finished, Previewed, Resumed, Started, Stepped
-from engine.records import FinishedImage
+from engine.records import FinishedImage, RenderRecord
 from engine.request import AdapterUse, Determinism, ImageRequest, Picture
 from engine.texts import UnreadText
 from models import leases
@@ -265,6 +265,11 @@ class Renderer:
         self.health.note_image()
         telemetry.IMAGES_RENDERED.labels(job.tier, job.model).inc()
         telemetry.DEVICE_SECONDS.labels(job.tier, job.model).inc(record.device_seconds)
+        self._learn(job, record, steps)
+        self._ask_to_store(job)
+
+    def _learn(self, job: Job, record: RenderRecord, steps: int) -> None:
+        """Note what the image took, for the estimates of jobs to come."""
         model = self.fleet.model_or_retired(job.model)
         rows = rows_taken(model, guidance=job.guidance, negative_prompt=job.negative_prompt)
         self.keeper.learn(
@@ -273,7 +278,6 @@ class Renderer:
             denoise_s=record.denoise_s,
             fixed_s=record.encode_s + record.decode_s,
         )
-        self._ask_to_store(job)
 
     def _put_pixels(self, work: Work, index: int, finished: FinishedImage) -> None:
         """Put the pixels into the hand-off, patiently: to render again costs more than to wait."""
@@ -293,23 +297,7 @@ class Renderer:
         finished: FinishedImage,
     ) -> None:
         """Write the image's hand-off and what it took. Raises LeaseLost."""
-        record = finished.record
-        rendered = Rendered(
-            num_steps=record.num_steps,
-            steps=steps,
-            shared_steps=min(record.shared_forwards, steps),
-            max_rows=record.max_rows,
-            max_images=record.max_images,
-            mean_rows=record.mean_rows,
-            bucket_rows=record.bucket_rows,
-            device_seconds=record.device_seconds,
-            encode_s=record.encode_s,
-            denoise_s=record.denoise_s,
-            decode_s=record.decode_s,
-            fingerprint=record.fingerprint,
-            fingerprint_facts=record.fingerprint_facts,
-        )
-        store_within_s = self.settings.store_within_s
+        rendered = _rendered(finished.record, steps)
 
         def note(session: Session) -> Job:
             return leases.hand_off(
@@ -317,7 +305,7 @@ class Renderer:
                 lease,
                 index,
                 rendered=rendered,
-                store_within_s=store_within_s,
+                store_within_s=self.settings.store_within_s,
             )
 
         run_transaction(self.database, note)
@@ -390,6 +378,25 @@ class Renderer:
             leases.note_waste(session, work.lease, device_seconds=wasted_s, steps_done=steps_done)
 
         persist(lambda: run_transaction(self.database, note), verdicts.DATABASE_AWAY)
+
+
+def _rendered(record: RenderRecord, steps: int) -> Rendered:
+    """Tell what rendering took. steps: those of this attempt alone."""
+    return Rendered(
+        num_steps=record.num_steps,
+        steps=steps,
+        shared_steps=min(record.shared_forwards, steps),
+        max_rows=record.max_rows,
+        max_images=record.max_images,
+        mean_rows=record.mean_rows,
+        bucket_rows=record.bucket_rows,
+        device_seconds=record.device_seconds,
+        encode_s=record.encode_s,
+        denoise_s=record.denoise_s,
+        decode_s=record.decode_s,
+        fingerprint=record.fingerprint,
+        fingerprint_facts=record.fingerprint_facts,
+    )
 
 
 def _result_of(error: BaseException) -> RenderResult:

@@ -71,19 +71,22 @@ class InputStager:
             telemetry.DUPLICATES.labels("stage").inc()
             return
         if not self.inputs.are_there(job_id):
-            if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:
-                raise HandoffUnavailable("it has no room for pictures")
-            brought = {
-                role: self._picture(job, role, file_id)
-                for role, file_id in pictures_of(job).items()
-            }
-            self.inputs.bring(job_id, brought)
-            telemetry.INPUTS_BROUGHT.inc(len(brought))
+            self._bring(job)
         with transaction(self.database) as session:
             noted = inputs.note_brought(session, job_id)
         if noted is not None:
             telemetry.INPUT_WAIT_SECONDS.observe(noted.waited_s)
             self.release.release(noted.pool, noted.tier)
+
+    def _bring(self, job: Job) -> None:
+        """Put every picture of the job into the hand-off. Raises HandoffUnavailable."""
+        if self.fill() > admission.HANDOFF_FULL_FOR_INPUTS:
+            raise HandoffUnavailable("it has no room for pictures")
+        brought = {
+            role: self._picture(job, role, file_id) for role, file_id in pictures_of(job).items()
+        }
+        self.inputs.bring(job.id, brought)
+        telemetry.INPUTS_BROUGHT.inc(len(brought))
 
     def _picture(self, job: Job, role: str, file_id: uuid.UUID) -> Brought:
         with transaction(self.database) as session:

@@ -71,11 +71,8 @@ class Storekeeper:
     def _store_images(self, job_id: uuid.UUID) -> None:
         with transaction(self.database) as session:
             job = jobs.without_words(session, job_id)
-            waiting = (
-                jobs.handed_off(session, job_id)
-                if job is not None and job.state not in FINAL_STATES
-                else {}
-            )
+            is_open = job is not None and job.state not in FINAL_STATES
+            waiting = jobs.handed_off(session, job_id) if is_open else {}
         if job is None or not waiting:
             telemetry.DUPLICATES.labels("store").inc()
             return
@@ -102,11 +99,7 @@ class Storekeeper:
 
     def _store_image(self, job: Job, index: int, attempt: int) -> bool:
         """Store one image; False if its pixels are gone."""
-        try:
-            pixels = self.handoff.get(job.id, index, attempt)
-        except HandoffCorrupt as error:
-            log.error("handoff_corrupt", index=index, reason=str(error))
-            pixels = None
+        pixels = self._pixels(job.id, index, attempt)
         if pixels is None:
             return self._is_settled(job.id, index)
         artifact = self._upload(job, pixels)
@@ -133,11 +126,23 @@ class Storekeeper:
             return True
         telemetry.IMAGES_STORED.labels(job.tier, job.output_format).inc()
         telemetry.STORED_BYTES.inc(artifact["size_bytes"])
-        self.news.tell_stored(job.id, {"index": index, "seed": job.seed + index, **_told(artifact)})
-        if after.state == JobState.SUCCEEDED:
-            log.info("job_succeeded", tier=job.tier, device_seconds=round(after.device_seconds, 4))
-            self.ended.notify_ended(after)
+        self._tell_stored(after, index, artifact)
         return True
+
+    def _pixels(self, job_id: uuid.UUID, index: int, attempt: int) -> Pixels | None:
+        """Read an image from the hand-off; None if it is gone, or damaged."""
+        try:
+            return self.handoff.get(job_id, index, attempt)
+        except HandoffCorrupt as error:
+            log.error("handoff_corrupt", index=index, reason=str(error))
+            return None
+
+    def _tell_stored(self, job: Job, index: int, artifact: dict[str, Any]) -> None:
+        """Tell the job's followers that an image is stored; if it was the last one, of its end."""
+        self.news.tell_stored(job.id, {"index": index, "seed": job.seed + index, **_told(artifact)})
+        if job.state == JobState.SUCCEEDED:
+            log.info("job_succeeded", tier=job.tier, device_seconds=round(job.device_seconds, 4))
+            self.ended.notify_ended(job)
 
     def _upload(self, job: Job, pixels: Pixels) -> dict[str, Any]:
         """Encode and upload; return the artifact's columns.

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import structlog
@@ -64,31 +65,28 @@ class Verdicts:
         if isinstance(error, EngineStopped):
             self.health.give_up(str(error))  # a worker without its device thread is of no use
         is_ours = is_unplanned(error) and self.health.is_at_fault(str(held.lease.job_id))
+        write = partial(self._write, held=held, error=error, is_ours=is_ours)
         with suppress(LeaseLost):
-            persist(lambda: self._decide(held, error, is_ours=is_ours), DATABASE_AWAY)
+            persist(lambda: self.ended.run_ending(self.database, write), DATABASE_AWAY)
 
-    def _decide(self, held: Held, error: BaseException, *, is_ours: bool) -> None:
+    def _write(self, session: Session, *, held: Held, error: BaseException, is_ours: bool) -> Job:
         lease = held.lease
-
-        def decide(session: Session) -> Job:
-            code = failure_code(error, is_exclusive=held.is_exclusive)
-            if code is not None:
-                return leases.fail(session, lease, code=code, detail=str(error))
-            was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
-            if is_ours or was_stopped or isinstance(error, AWAY):
-                return leases.give_back(
-                    session,
-                    lease,
-                    reason=type(error).__name__,
-                    lacks_inputs=isinstance(error, InputsMissing),
-                )
-            is_named = isinstance(error, EngineError)
-            detail = str(error) if is_named else f"{type(error).__name__}: {error}"
-            return leases.count_error(
-                session, lease, detail=detail[:500], max_attempts=self.max_attempts
+        code = failure_code(error, is_exclusive=held.is_exclusive)
+        if code is not None:
+            return leases.fail(session, lease, code=code, detail=str(error))
+        was_stopped = isinstance(error, EngineStopped) and not isinstance(error, EngineDied)
+        if is_ours or was_stopped or isinstance(error, AWAY):
+            return leases.give_back(
+                session,
+                lease,
+                reason=type(error).__name__,
+                lacks_inputs=isinstance(error, InputsMissing),
             )
-
-        self.ended.run_ending(self.database, decide)
+        is_named = isinstance(error, EngineError)
+        detail = str(error) if is_named else f"{type(error).__name__}: {error}"
+        return leases.count_error(
+            session, lease, detail=detail[:500], max_attempts=self.max_attempts
+        )
 
 
 def failure_code(error: BaseException, *, is_exclusive: bool) -> FailureCode | None:
