@@ -10,14 +10,15 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import structlog
 from sqlalchemy import Engine as Database
-from sqlalchemy import text
+from sqlalchemy import Row, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
@@ -43,7 +44,7 @@ from models import (
 )
 from models.database import is_away, run_transaction, transaction
 from models.releasing import Announced
-from models.sweeping import Unstored
+from models.sweeping import Aged, Unstored
 from models.uploads import ORPHAN_AFTER_S
 from policy import gates, queues
 from policy.fleet import Fleet
@@ -64,6 +65,9 @@ PIECE = 1000  # rows deleted per transaction
 LOOKED_AT = 2000  # jobs per query whose content may be too old
 AT_MOST_S = 1.0  # for deleting, per part; leases and deadlines must not wait for it
 _LOCK = 0x5357454550  # "SWEEP"
+_QUEUE_NOW = text(
+    "SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s FROM queue_now"
+)
 
 
 @dataclass
@@ -130,24 +134,27 @@ class Sweeper:
             if is_early or (part == self._leases and not self._may_end_leases(now)):
                 continue
             self._due_at[part.__name__] = now + min(every_s, AGAIN_AFTER_S)
-            try:
-                is_done = part() is not False
+            is_done = self._run_part(part)
+            if is_done is not None:
                 self._due_at[part.__name__] = now + every_s if is_done else now
-            except (
-                SQLAlchemyError,
-                BrokerUnavailable,
-                HandoffUnavailable,
-                SnapshotsUnavailable,
-            ) as error:
-                if is_away(error):
-                    self._note_outage()
-                log.warning(
-                    "sweep_part_failed",
-                    part=part.__name__,
-                    reason=f"{type(error).__name__}: {error}"[:300],
-                )
-            except Exception as error:  # one unforeseen row must not stop the other parts
-                log.error("sweep_part_failed", part=part.__name__, exc_info=error)
+
+    def _run_part(self, part: Callable[[], bool | None]) -> bool | None:
+        """Tell whether the part has done all there was for it; None when it failed."""
+        try:
+            return part() is not False
+        except (
+            SQLAlchemyError,
+            BrokerUnavailable,
+            HandoffUnavailable,
+            SnapshotsUnavailable,
+        ) as error:
+            if is_away(error):
+                self._note_outage()
+            reason = f"{type(error).__name__}: {error}"[:300]
+            log.warning("sweep_part_failed", part=part.__name__, reason=reason)
+        except Exception as error:  # one unforeseen row must not stop the other parts
+            log.error("sweep_part_failed", part=part.__name__, exc_info=error)
+        return None
 
     def _note_outage(self) -> None:
         """Remember when Postgres was away: leases and deadlines are judged by how long that was."""
@@ -198,20 +205,23 @@ class Sweeper:
         telemetry.AWAY_SECONDS.labels("database").set(0)
         self._saw_outage |= bool(self._away)
         if self._saw_outage:
-            lasted_s = now - self._well_at
-            with transaction(self.database) as session:
-                prolonged = sweeping.prolong_deadlines(session, lasted_s=lasted_s)
-            telemetry.SWEPT.labels("deadline_prolonged").inc(prolonged)
-            log.warning(
-                "outage" if self._away else "outage_over",
-                away=sorted(self._away),
-                lasted_s=round(lasted_s, 1),
-                prolonged=prolonged,
-            )
+            self._prolong_deadlines(now - self._well_at)
         if not self._away:
             self._well_at = now
             self._saw_outage = False
         self._may_judge = True
+
+    def _prolong_deadlines(self, lasted_s: float) -> None:
+        """Move the deadlines that an outage endangers, which has lasted for so long."""
+        with transaction(self.database) as session:
+            prolonged = sweeping.prolong_deadlines(session, lasted_s=lasted_s)
+        telemetry.SWEPT.labels("deadline_prolonged").inc(prolonged)
+        log.warning(
+            "outage" if self._away else "outage_over",
+            away=sorted(self._away),
+            lasted_s=round(lasted_s, 1),
+            prolonged=prolonged,
+        )
 
     def _leases(self) -> None:
         """End expired leases: their jobs go back, or fail after the last allowed attempt."""
@@ -252,23 +262,29 @@ class Sweeper:
         for unstored in overdue:
             self.on_turn()
             queue = queues.results_queue(self.fleet, unstored.tier)
-            held = {
-                index: self.handoff.holds(unstored.job_id, index, attempt)
-                for index, attempt in unstored.attempt_of.items()
-            }
-            gone = [index for index, here in held.items() if not here]
-            has_ended = bool(gone) and self._loses(unstored, gone)
-            postpone = partial(
-                sweeping.postpone_store,
-                job_id=unstored.job_id,
-                store_within_s=self.settings.store_within_s,
-            )
-            # Does nothing for a job that is to be rendered again, or has ended.
-            run_transaction(self.database, postpone)
-            if not has_ended and any(held.values()) and missing[queue] > 0:
+            if self._store_later(unstored, queue, may_announce=missing[queue] > 0):
                 missing[queue] -= 1
-                self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
-            self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
+
+    def _store_later(self, unstored: Unstored, queue: str, *, may_announce: bool) -> bool:
+        """Have what is left of an overdue job stored; tell whether that took a message."""
+        held = {
+            index: self.handoff.holds(unstored.job_id, index, attempt)
+            for index, attempt in unstored.attempt_of.items()
+        }
+        gone = [index for index, here in held.items() if not here]
+        has_ended = bool(gone) and self._loses(unstored, gone)
+        postpone = partial(
+            sweeping.postpone_store,
+            job_id=unstored.job_id,
+            store_within_s=self.settings.store_within_s,
+        )
+        # Does nothing for a job that is to be rendered again, or has ended.
+        run_transaction(self.database, postpone)
+        is_announced = not has_ended and any(held.values()) and may_announce
+        if is_announced:
+            self.broker.announce(queues.STORE_IMAGES, queue, unstored.job_id)
+        self._count("hand_off_lost" if gone else "store_overdue", unstored.job_id)
+        return is_announced
 
     def _loses(self, unstored: Unstored, gone: Sequence[int]) -> bool:
         """Have these images rendered again; tell whether the job has ended by that."""
@@ -364,31 +380,17 @@ class Sweeper:
     def _gauges(self) -> None:
         """Set the gauges of the queues, for Prometheus."""
         with transaction(self.database) as session:
-            queue_now = text(
-                "SELECT pool, tier, waiting, announced, running, storing, oldest_wait_s "
-                "FROM queue_now"
-            )
-            rows = session.execute(queue_now).all()
+            rows = session.execute(_QUEUE_NOW).all()
             telemetry.WEBHOOKS_PENDING.set(webhooks.pending(session))
             live = [
                 worker.pool
                 for worker in workers.live(session, silent_for_s=self.settings.lease_ttl_s)
             ]
             lacking = inputs.asked_and_lacking(session)
-        telemetry.QUEUE_JOBS.clear()
         telemetry.JOBS_LACKING_INPUTS.clear()
         for (pool, tier), jobs_lacking in lacking.items():
             telemetry.JOBS_LACKING_INPUTS.labels(pool, tier).set(jobs_lacking)
-        telemetry.OLDEST_WAIT.clear()
-        for pool, tier, waiting, announced, running, storing, oldest_wait_s in rows:
-            for state, count in {
-                "waiting": waiting,
-                "announced": announced,
-                "running": running,
-                "storing": storing,
-            }.items():
-                telemetry.QUEUE_JOBS.labels(pool, tier, state).set(count)
-            telemetry.OLDEST_WAIT.labels(pool, tier).set(oldest_wait_s or 0)
+        _gauge_queues(rows)
         for pool in self.fleet.pools:
             telemetry.LIVE_WORKERS.labels(pool).set(live.count(pool))
         telemetry.HANDOFF_FILL.set(self.fill())
@@ -463,10 +465,7 @@ class Sweeper:
                 if time.monotonic() > ends_at:
                     return False
                 if job.tier == tier and job.is_due:
-                    tenant_id = job.tenant_id
-                    with transaction(self.database) as session:
-                        erasing.erase(session, job.job_id, tenant_id=tenant_id, actor=jobs.SWEEPER)
-                    self._count("retention", job.job_id)
+                    self._erase(job)
                 # False for a job of the tier whose time comes later.
                 is_all_erased &= job.tier != tier or job.is_due or job.is_erased
                 after = job.job_id
@@ -474,6 +473,11 @@ class Sweeper:
                     self._erased_upto[tier] = after
             if len(some) < LOOKED_AT:
                 return True
+
+    def _erase(self, job: Aged) -> None:
+        with transaction(self.database) as session:
+            erasing.erase(session, job.job_id, tenant_id=job.tenant_id, actor=jobs.SWEEPER)
+        self._count("retention", job.job_id)
 
     def _silent_workers(self) -> None:
         """Delete the rows of workers that never signed off."""
@@ -534,6 +538,17 @@ class SweepLoop:
             except Exception as error:  # nothing may end this loop
                 log.error("sweep_failed", exc_info=error)
             self._stop.wait(self._every_s)
+
+
+def _gauge_queues(rows: Iterable[Row[Any]]) -> None:
+    """Set the gauges of every pool's and tier's queue. rows: as _QUEUE_NOW names them."""
+    telemetry.QUEUE_JOBS.clear()
+    telemetry.OLDEST_WAIT.clear()
+    for row in rows:
+        for state in ("waiting", "announced", "running", "storing"):
+            count = getattr(row, state)
+            telemetry.QUEUE_JOBS.labels(row.pool, row.tier, state).set(count)
+        telemetry.OLDEST_WAIT.labels(row.pool, row.tier).set(row.oldest_wait_s or 0)
 
 
 def _passes(check: Callable[[], None]) -> bool:
