@@ -7,7 +7,7 @@ import torch
 
 from engine.config import AdapterSpec, CheckpointSpec, EngineConfig
 from policy.catalog import checkpoint_name
-from policy.fleet import Fleet, Pool, parse_size
+from policy.fleet import Fleet, Model, ModelVersion, Pool, parse_size
 from settings import DeviceSettings
 
 # Of one image, while somebody looks. A preview takes a millisecond, and quick images get some, too.
@@ -18,42 +18,45 @@ def checkpoint_specs(fleet: Fleet, models: Iterable[str], root: Path) -> list[Ch
     """List every version of these models, in the file's order. root: of relative paths."""
     wanted = set(models)
     return [
-        CheckpointSpec(
-            name=checkpoint_name(name, version.id),
-            path=str(root / version.source),
-            family=model.family,
-            precision=model.precision,
-            sha256=version.sha256,
-            sizes=tuple(parse_size(size) for size in model.sizes),
-            samplers=model.samplers,
-            default_sampler=model.default_sampler,
-            adapters=tuple(
-                AdapterSpec(
-                    name=adapter_name, path=str(root / adapter.source), sha256=adapter.sha256
-                )
-                for adapter_name, adapter in model.adapters.items()
-            ),
-            pipeline_class=model.pipeline_class,
-            options=model.options,
-            channels_last=model.channels_last,
-            compile_blocks=model.compile_blocks,
-            cuda_graphs=model.cuda_graphs,
-            block_cache_threshold=model.block_cache_threshold,
-            guidance_distilled=model.guidance_distilled if model.family == "flux" else None,
-        )
+        _checkpoint_spec(name, model, version, root)
         for name, model in fleet.models.items()
         if name in wanted
         for version in model.versions
     ]
 
 
+def _checkpoint_spec(name: str, model: Model, version: ModelVersion, root: Path) -> CheckpointSpec:
+    return CheckpointSpec(
+        name=checkpoint_name(name, version.id),
+        path=str(root / version.source),
+        family=model.family,
+        precision=model.precision,
+        sha256=version.sha256,
+        sizes=tuple(parse_size(size) for size in model.sizes),
+        samplers=model.samplers,
+        default_sampler=model.default_sampler,
+        adapters=_adapter_specs(model, root),
+        pipeline_class=model.pipeline_class,
+        options=model.options,
+        channels_last=model.channels_last,
+        compile_blocks=model.compile_blocks,
+        cuda_graphs=model.cuda_graphs,
+        block_cache_threshold=model.block_cache_threshold,
+        guidance_distilled=model.guidance_distilled if model.family == "flux" else None,
+    )
+
+
+def _adapter_specs(model: Model, root: Path) -> tuple[AdapterSpec, ...]:
+    return tuple(
+        AdapterSpec(name=name, path=str(root / adapter.source), sha256=adapter.sha256)
+        for name, adapter in model.adapters.items()
+    )
+
+
 def engine_config(
     settings: DeviceSettings, fleet: Fleet, pool: Pool, *, warm_up_repeats: int = 1
 ) -> EngineConfig:
-    """Make the engine's configuration for a pool.
-
-    A tier's guaranteed share of slots is also its share of the device's time.
-    """
+    """Make the engine's configuration for a pool."""
     device = settings.device
     if device == "auto":
         device = "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -63,13 +66,15 @@ def engine_config(
         max_inflight=pool.slots,
         max_batch_rows=pool.max_batch_rows,
         row_buckets=pool.row_buckets,
-        rank_shares={
-            tier.rank: tier.guaranteed_share
-            for tier in fleet.tiers.values()
-            if tier.guaranteed_share
-        },
+        rank_shares=_rank_shares(fleet),
         attention=pool.attention,
         curves_folder=str(settings.curves_folder or ""),
         warm_up_repeats=warm_up_repeats,
         previews_per_s=PREVIEWS_PER_S,
     )
+
+
+def _rank_shares(fleet: Fleet) -> dict[int, float]:
+    """Give each rank's share of the device's time: its tier's guaranteed share of slots."""
+    tiers = fleet.tiers.values()
+    return {tier.rank: tier.guaranteed_share for tier in tiers if tier.guaranteed_share}
