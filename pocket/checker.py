@@ -5,7 +5,9 @@ compares the two. It knows the pocket world and numpy, but not torch, so any pro
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -92,16 +94,7 @@ def check(image: np.ndarray, caption: str) -> Verdict:
     """
     wish = read_caption(caption)
     seen = look(image, is_pair=wish.is_pair)
-    pairs = list(zip(wish.things, seen.things, strict=True))
-
-    def agree(name: str) -> bool | None:
-        named = [
-            (getattr(asked, name), getattr(got, name))
-            for asked, got in pairs
-            if getattr(asked, name)
-        ]
-        return all(asked == got for asked, got in named) if named else None
-
+    agree = partial(_agree, wish.things, seen.things)
     return Verdict(
         wish,
         seen,
@@ -114,6 +107,16 @@ def check(image: np.ndarray, caption: str) -> Verdict:
     )
 
 
+def _agree(wished: Sequence[Thing], seen: Sequence[Thing], name: str) -> bool | None:
+    """Tell whether all that were named by this attribute have it; None where none was."""
+    named = [
+        (getattr(asked, name), getattr(got, name))
+        for asked, got in zip(wished, seen, strict=True)
+        if getattr(asked, name)
+    ]
+    return all(asked == got for asked, got in named) if named else None
+
+
 def look(image: np.ndarray, *, is_pair: bool) -> Scene:
     """Measure a picture; with `is_pair`, measure each half separately.
 
@@ -122,11 +125,8 @@ def look(image: np.ndarray, *, is_pair: bool) -> Scene:
     if image.shape != (SIDE_PX, SIDE_PX, 3):
         raise ValueError(f"Pictures of {SIDE_PX}x{SIDE_PX} px can be checked, not {image.shape}.")
     pixels = image.astype(np.float32)
-    rim = np.ones(image.shape[:2], bool)
-    rim[FRAME_PX:-FRAME_PX, FRAME_PX:-FRAME_PX] = False
-    ground = np.median(pixels[rim], axis=0)
-    inside = np.zeros(image.shape[:2], bool)
-    inside[IGNORED_RIM_PX:-IGNORED_RIM_PX, IGNORED_RIM_PX:-IGNORED_RIM_PX] = True
+    ground = np.median(pixels[~_inside(FRAME_PX)], axis=0)
+    inside = _inside(IGNORED_RIM_PX)
     if not is_pair:
         return Scene(
             _nearest_colour(ground), (_look_at_one(pixels, ground, inside, with_place=True),)
@@ -137,6 +137,13 @@ def look(image: np.ndarray, *, is_pair: bool) -> Scene:
         _nearest_colour(ground),
         tuple(_look_at_one(pixels, ground, half, with_place=False) for half in halves),
     )
+
+
+def _inside(rim_px: int) -> np.ndarray:
+    """Mark every pixel that is farther from the border than this: [128, 128]."""
+    inside = np.zeros((SIDE_PX, SIDE_PX), bool)
+    inside[rim_px:-rim_px, rim_px:-rim_px] = True
+    return inside
 
 
 def _look_at_one(

@@ -164,8 +164,55 @@ def write_readme(rows: Sequence[str], num_prompts: int, checkpoint: Path) -> Non
     README.write_text(f"{before}{MEASURED_FROM}\n{measured}\n{after}")
 
 
+def measure(
+    pipeline: StableDiffusionPipeline, prompts: Sequence[str], num_steps: int
+) -> tuple[list[np.ndarray], list[Verdict], float]:
+    """Render every prompt and check it; return pictures, verdicts and the seconds of rendering."""
+    started_s = time.perf_counter()
+    pictures = render(pipeline, prompts, num_steps)
+    seconds = time.perf_counter() - started_s
+    verdicts = [check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)]
+    return pictures, verdicts, seconds
+
+
+def misses(num_steps: int, prompts: Sequence[str], verdicts: Sequence[Verdict]) -> list[str]:
+    """Write one line for each picture that is not all right."""
+    return [
+        f"{num_steps} steps, {prompt!r}: {verdict.summary}"
+        for prompt, verdict in zip(prompts, verdicts, strict=True)
+        if not verdict.everything_right
+    ]
+
+
 def main() -> None:
     """Measure with the options of the command line."""
+    wishes = _parser().parse_args()
+    torch.set_num_threads(1)
+    pipeline = load_pipeline(wishes.checkpoint)
+    prompts = unseen_prompts(wishes.prompts, wishes.prompt_seed)
+    print(HEADER)
+    rows: list[str] = []
+    missed: list[int] = []
+    told: list[str] = []
+    for num_steps in wishes.steps:
+        pictures, verdicts, seconds = measure(pipeline, prompts, num_steps)
+        rows.append(table_row(num_steps, verdicts, seconds))
+        print(rows[-1], flush=True)
+        told += misses(num_steps, prompts, verdicts)
+        if np.mean([verdict.everything_right for verdict in verdicts]) < TARGET:
+            missed.append(num_steps)
+        if num_steps == wishes.steps[0]:
+            shown = min(len(prompts), SHEET_COLUMNS * SHEET_ROWS)
+            contact_sheet(pictures[:shown], prompts[:shown]).save(wishes.sheet)
+    if wishes.readme:
+        write_readme(rows, len(prompts), wishes.checkpoint)
+    if wishes.misses:
+        print("\n".join(told))
+    if missed:
+        sys.exit(f"below {TARGET:.0%} at {' and '.join(map(str, missed))} steps")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pocket.evaluate",
         description="Measure how well the pocket model follows prompts.",
@@ -183,41 +230,7 @@ def main() -> None:
     parser.add_argument(
         "--misses", action="store_true", help="also tell what was wrong, picture by picture"
     )
-    wishes = parser.parse_args()
-
-    torch.set_num_threads(1)
-    pipeline = load_pipeline(wishes.checkpoint)
-    prompts = unseen_prompts(wishes.prompts, wishes.prompt_seed)
-    print(HEADER)
-    rows: list[str] = []
-    missed: list[int] = []
-    told: list[str] = []
-    for num_steps in wishes.steps:
-        started_s = time.perf_counter()
-        pictures = render(pipeline, prompts, num_steps)
-        seconds = time.perf_counter() - started_s
-        verdicts = [
-            check(picture, prompt) for picture, prompt in zip(pictures, prompts, strict=True)
-        ]
-        rows.append(table_row(num_steps, verdicts, seconds))
-        print(rows[-1], flush=True)
-        judged = zip(prompts, verdicts, strict=True)
-        told += [
-            f"{num_steps} steps, {prompt!r}: {v.summary}"
-            for prompt, v in judged
-            if not v.everything_right
-        ]
-        if np.mean([verdict.everything_right for verdict in verdicts]) < TARGET:
-            missed.append(num_steps)
-        if num_steps == wishes.steps[0]:
-            shown = min(len(prompts), SHEET_COLUMNS * SHEET_ROWS)
-            contact_sheet(pictures[:shown], prompts[:shown]).save(wishes.sheet)
-    if wishes.readme:
-        write_readme(rows, len(prompts), wishes.checkpoint)
-    if wishes.misses:
-        print("\n".join(told))
-    if missed:
-        sys.exit(f"below {TARGET:.0%} at {' and '.join(map(str, missed))} steps")
+    return parser
 
 
 if __name__ == "__main__":

@@ -42,6 +42,12 @@ CAPTIONS_PER_SCENE = 3
 BATCH = 32
 BETAS = (0.9, 0.99)
 SAVE_EVERY_S = 240
+# In the work folder.
+TOKENIZER = "tokenizer"
+VAE = "vae"
+DATA = "data.pt"
+STATE = "denoiser.pt"
+POLISHED = "vae-polished"
 
 
 @dataclass(frozen=True)
@@ -299,6 +305,11 @@ def paint_scenes(scenes: list[Scene], rng: random.Random) -> Tensor:
     )
 
 
+def training_scenes(count: int, rng: random.Random) -> list[Scene]:
+    """Draw scenes of which none is held out, many of them pairs."""
+    return [random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(count)]
+
+
 def to_model(pictures: Tensor, device: torch.device) -> Tensor:
     """Turn uint8 pictures into floats from -1 to 1 on the device."""
     return pictures.to(device).float() / 127.5 - 1
@@ -327,10 +338,7 @@ def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> Autoencod
 
     Returns its moving average in fp32.
     """
-    scenes = [
-        random_scene(rng, pair_share=PAIR_SHARE, held_out=False) for _ in range(plan.num_vae_scenes)
-    ]
-    pictures = paint_scenes(scenes, rng)
+    pictures = paint_scenes(training_scenes(plan.num_vae_scenes, rng), rng)
     vae = build_vae().to(device, torch.bfloat16).train()
     weights = MasterWeights(vae.parameters(), weight_decay=0.0, ema_decay=0.995)
     progress = Progress("vae")
@@ -339,11 +347,7 @@ def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> Autoencod
     while (done := progress.elapsed_s / (plan.vae_minutes * 60)) < 1:
         # Starting with large crops stalls: the first thing to learn is colour.
         crop_px, batch = (16, 192) if done < 0.15 else (32, 64) if done < 0.40 else (64, 16)
-        crops = []
-        for index in torch.randint(len(pictures), (batch,)).tolist():
-            x, y = rng.randint(0, SIDE_PX - crop_px), rng.randint(0, SIDE_PX - crop_px)
-            crops.append(pictures[index, :, y : y + crop_px, x : x + crop_px])
-        wanted = to_model(torch.stack(crops), device)
+        wanted = to_model(random_crops(pictures, batch, crop_px, rng), device)
         latents = vae.encode(wanted.bfloat16()).latent_dist.mean
         got = vae.decode(latents + LATENT_NOISE * torch.randn_like(latents)).sample.float()
         loss = picture_loss(got, wanted) + 1e-3 * latents.float().square().mean()
@@ -361,6 +365,15 @@ def train_vae(plan: Plan, device: torch.device, rng: random.Random) -> Autoencod
     return averaged.eval().requires_grad_(False)
 
 
+def random_crops(pictures: Tensor, count: int, crop_px: int, rng: random.Random) -> Tensor:
+    """Cut a square from each of `count` random pictures: [count, 3, crop_px, crop_px]."""
+    crops = []
+    for index in torch.randint(len(pictures), (count,)).tolist():
+        x, y = rng.randint(0, SIDE_PX - crop_px), rng.randint(0, SIDE_PX - crop_px)
+        crops.append(pictures[index, :, y : y + crop_px, x : x + crop_px])
+    return torch.stack(crops)
+
+
 def polish_decoder(
     vae: AutoencoderKL, plan: Plan, device: torch.device, rng: random.Random
 ) -> AutoencoderKL:
@@ -369,20 +382,9 @@ def polish_decoder(
     A denoiser's latents are a little off. The encoder stays as it is, so a denoiser trained on its
     latents still fits. Returns a new autoencoder; `vae` is left untouched.
     """
-    scenes = [
-        random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
-        for _ in range(plan.num_polish_scenes)
-    ]
-    pictures = paint_scenes(scenes, rng)
+    pictures = paint_scenes(training_scenes(plan.num_polish_scenes, rng), rng)
     polished = copy.deepcopy(vae).bfloat16().train()
-    with torch.no_grad():
-        pieces = pictures.split(BATCH)
-        latents = torch.cat(
-            [
-                polished.encode(to_model(piece, device).bfloat16()).latent_dist.mean
-                for piece in pieces
-            ]
-        )
+    latents = encode_pictures(polished, pictures, device)
     taught = [*polished.post_quant_conv.parameters(), *polished.decoder.parameters()]
     weights = MasterWeights(
         [parameter.requires_grad_() for parameter in taught], weight_decay=0.0, ema_decay=0.995
@@ -411,6 +413,13 @@ def polish_decoder(
 
 
 @torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Tensor, device: torch.device) -> Tensor:
+    """Encode uint8 pictures in batches: the means of their latents, on the device."""
+    pieces = (to_model(piece, device).bfloat16() for piece in pictures.split(BATCH))
+    return torch.cat([vae.encode(piece).latent_dist.mean for piece in pieces])
+
+
+@torch.no_grad()
 def encode_scenes(
     vae: AutoencoderKL,
     plan: Plan,
@@ -429,24 +438,16 @@ def encode_scenes(
     error = 0.0
     # Its rounding is a tenth of the noise the latents were trained with.
     fast = copy.deepcopy(vae).bfloat16()
-
-    def tokenize(texts: list[str]) -> Tensor:
-        return tokenizer(
-            texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
-        ).input_ids
-
     for start in range(0, plan.num_scenes, BATCH):
-        scenes = [
-            random_scene(rng, pair_share=PAIR_SHARE, held_out=False)
-            for _ in range(min(BATCH, plan.num_scenes - start))
-        ]
+        scenes = training_scenes(min(BATCH, plan.num_scenes - start), rng)
         pictures = to_model(paint_scenes(scenes, rng), device)
         encoded = fast.encode(pictures.bfloat16()).latent_dist.mean.float()
         if start == 0:
             error = (vae.decode(encoded).sample.clamp(-1, 1) - pictures).square().mean().item()
         latents.append(encoded.cpu())
         texts = [caption(scene, rng) for scene in scenes for _ in range(CAPTIONS_PER_SCENE)]
-        tokens.append(tokenize(texts).view(len(scenes), CAPTIONS_PER_SCENE, MAX_TOKENS))
+        ids = tokenize(tokenizer, texts)
+        tokens.append(ids.view(len(scenes), CAPTIONS_PER_SCENE, MAX_TOKENS))
         progress.tell((start + len(scenes)) / plan.num_scenes, f"{start + len(scenes)} scenes")
     together = torch.cat(latents)
     vae.register_to_config(scaling_factor=1 / together.std().item())
@@ -458,8 +459,15 @@ def encode_scenes(
     return {
         "latents": together * vae.config.scaling_factor,
         "tokens": torch.cat(tokens),
-        "no_words": tokenize([""])[0],
+        "no_words": tokenize(tokenizer, [""])[0],
     }
+
+
+def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Turn texts into ids, padded: [n, 24]."""
+    return tokenizer(
+        texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
+    ).input_ids
 
 
 class Denoising:
@@ -528,16 +536,7 @@ class Denoising:
         data = {name: values.to(self.device) for name, values in data.items()}
         done = torch.zeros(()).share_memory_()
         if num_workers > 1 and self.device.type == "cpu":
-            torch.set_num_threads(1)
-            processes = mp.get_context("spawn")
-            lock = processes.Lock()
-            shared = self.weights.share(lock) | {"done": done}
-            for worker in range(1, num_workers):
-                processes.Process(
-                    target=help_learning,
-                    args=(shared, lock, data, plan, os.getpid(), worker),
-                    daemon=True,
-                ).start()
+            self.start_helpers(num_workers - 1, data, plan, done)
         progress = Progress("denoiser")
         shown = 1.0
         saved_s = 0.0
@@ -563,15 +562,31 @@ class Denoising:
                 self.keep(work)
         self.keep(work)
 
+    def start_helpers(self, count: int, data: dict[str, Tensor], plan: Plan, done: Tensor) -> None:
+        """Have `count` processes learn on the same weights until `done` is 1, with one thread each.
+
+        From then on this process has one thread, too.
+        """
+        torch.set_num_threads(1)
+        processes = mp.get_context("spawn")
+        lock = processes.Lock()
+        shared = self.weights.share(lock) | {"done": done}
+        for worker in range(1, count + 1):
+            processes.Process(
+                target=help_learning,
+                args=(shared, lock, data, plan, os.getpid(), worker),
+                daemon=True,
+            ).start()
+
     def keep(self, work: Path) -> None:
         """Write the training state and a loadable pipeline to `work`.
 
         A crash in between leaves the old state whole.
         """
-        fresh = work / "denoiser.pt.new"
+        fresh = work / f"{STATE}.new"
         with self.weights.lock:
             torch.save({"weights": self.weights.state()}, fresh)
-        fresh.replace(work / "denoiser.pt")
+        fresh.replace(work / STATE)
         self.save(work / "pipeline")
 
     def save(self, out: Path) -> None:
@@ -619,6 +634,29 @@ def pick_device(name: str) -> torch.device:
 
 def main() -> None:
     """Train with the options of the command line."""
+    wishes = _parser().parse_args()
+    torch.set_num_threads(wishes.threads)
+    torch.manual_seed(wishes.seed)
+    rng = random.Random(wishes.seed)
+    device = pick_device(wishes.device)
+    wishes.work.mkdir(parents=True, exist_ok=True)
+    plan = _plan(wishes)
+    tokenizer = _tokenizer(wishes)
+    vae = _vae(wishes, plan, device, rng)
+    data = _data(wishes, vae, plan, tokenizer, device, rng)
+
+    denoising = Denoising(vae, tokenizer, device)
+    _resume(denoising, wishes)
+    if plan.denoiser_minutes > 0:
+        denoising.train(data, plan, wishes.work, num_workers=wishes.workers)
+    if plan.decoder_minutes > 0:
+        denoising.vae = polish_decoder(denoising.vae, plan, device, rng)
+        denoising.vae.save_pretrained(wishes.work / POLISHED)
+    denoising.save(wishes.out)
+    print(f"saved to {wishes.out}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m pocket.train", description="Train the pocket model from nothing."
     )
@@ -627,6 +665,19 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, default=WORK, help="where intermediate states go")
     parser.add_argument("--device", choices=("cpu", "cuda", "auto"), default="auto")
+    _add_plan_options(parser)
+    parser.add_argument("--threads", type=int, default=2, help="where one process learns alone")
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        help="processes that teach the denoiser together on a CPU, one thread each",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    return parser
+
+
+def _add_plan_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes",
         type=float,
@@ -655,71 +706,82 @@ def main() -> None:
         action="store_true",
         help="a two-minute run that only proves the path; its pictures are mush",
     )
-    parser.add_argument("--threads", type=int, default=2, help="where one process learns alone")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=2,
-        help="processes that teach the denoiser together on a CPU, one thread each",
-    )
-    parser.add_argument("--seed", type=int, default=0)
-    wishes = parser.parse_args()
 
-    torch.set_num_threads(wishes.threads)
-    torch.manual_seed(wishes.seed)
-    rng = random.Random(wishes.seed)
-    device = pick_device(wishes.device)
-    wishes.work.mkdir(parents=True, exist_ok=True)
-    vae_minutes = 0 if wishes.resume and (wishes.work / "vae").exists() else wishes.minutes / 5
-    plan = Plan(
+
+def _plan(wishes: argparse.Namespace) -> Plan:
+    if wishes.quick:
+        return Plan(
+            0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128
+        )
+    vae_minutes = 0 if _is_kept(wishes, VAE) else wishes.minutes / 5
+    return Plan(
         vae_minutes,
         wishes.minutes - vae_minutes,
         wishes.decoder_minutes,
         wishes.images,
         peak_lr=wishes.peak_lr,
     )
-    if wishes.quick:
-        plan = Plan(
-            0.4, 0.7, 0.3, wishes.images, num_vae_scenes=500, num_scenes=640, num_polish_scenes=128
-        )
 
-    # The encoded captions and the weights are useless without the tokenizer they were made with.
-    tokenizer_folder = wishes.work / "tokenizer"
-    if wishes.resume and tokenizer_folder.exists():
-        tokenizer = CLIPTokenizer.from_pretrained(tokenizer_folder)
-    else:
-        tokenizer = build_tokenizer()
-        tokenizer.save_pretrained(tokenizer_folder)
-    vae_folder = wishes.work / "vae"
-    data_file = wishes.work / "data.pt"
-    state_file = wishes.work / "denoiser.pt"
-    if wishes.resume and vae_folder.exists():
-        vae = AutoencoderKL.from_pretrained(vae_folder).to(device).eval().requires_grad_(False)
-    else:
-        vae = train_vae(plan, device, rng)
-        vae.save_pretrained(vae_folder)
-    if wishes.resume and data_file.exists():
-        data = torch.load(data_file)
-    else:
-        data = encode_scenes(vae, plan, tokenizer, device, rng)
-        vae.save_pretrained(vae_folder)  # again: it now knows its scaling factor
-        torch.save(data, data_file)
 
-    polished_folder = wishes.work / "vae-polished"
-    denoising = Denoising(vae, tokenizer, device)
-    if wishes.resume and state_file.exists():
-        denoising.weights.load(torch.load(state_file, map_location=device)["weights"])
-    if wishes.resume and polished_folder.exists():
-        denoising.vae = (
-            AutoencoderKL.from_pretrained(polished_folder).to(device).eval().requires_grad_(False)
-        )
-    if plan.denoiser_minutes > 0:
-        denoising.train(data, plan, wishes.work, num_workers=wishes.workers)
-    if plan.decoder_minutes > 0:
-        denoising.vae = polish_decoder(denoising.vae, plan, device, rng)
-        denoising.vae.save_pretrained(polished_folder)
-    denoising.save(wishes.out)
-    print(f"saved to {wishes.out}")
+def _is_kept(wishes: argparse.Namespace, name: str) -> bool:
+    """Tell whether to go on from what an earlier run left under this name in the work folder."""
+    return wishes.resume and (wishes.work / name).exists()
+
+
+def _tokenizer(wishes: argparse.Namespace) -> CLIPTokenizer:
+    """Read the kept tokenizer, or build one and keep it.
+
+    The encoded captions and the weights are useless without the tokenizer they were made with.
+    """
+    folder = wishes.work / TOKENIZER
+    if _is_kept(wishes, TOKENIZER):
+        return CLIPTokenizer.from_pretrained(folder)
+    tokenizer = build_tokenizer()
+    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def _vae(
+    wishes: argparse.Namespace, plan: Plan, device: torch.device, rng: random.Random
+) -> AutoencoderKL:
+    """Read the kept autoencoder, or train one and keep it."""
+    if _is_kept(wishes, VAE):
+        return _frozen_vae(wishes.work / VAE, device)
+    vae = train_vae(plan, device, rng)
+    vae.save_pretrained(wishes.work / VAE)
+    return vae
+
+
+def _frozen_vae(folder: Path, device: torch.device) -> AutoencoderKL:
+    return AutoencoderKL.from_pretrained(folder).to(device).eval().requires_grad_(False)
+
+
+def _data(
+    wishes: argparse.Namespace,
+    vae: AutoencoderKL,
+    plan: Plan,
+    tokenizer: CLIPTokenizer,
+    device: torch.device,
+    rng: random.Random,
+) -> dict[str, Tensor]:
+    """Read the kept training set, or encode one and keep it."""
+    file = wishes.work / DATA
+    if _is_kept(wishes, DATA):
+        return torch.load(file)
+    data = encode_scenes(vae, plan, tokenizer, device, rng)
+    vae.save_pretrained(wishes.work / VAE)  # again: it now knows its scaling factor
+    torch.save(data, file)
+    return data
+
+
+def _resume(denoising: Denoising, wishes: argparse.Namespace) -> None:
+    """Give it the kept weights and the kept polished autoencoder, where there are any."""
+    device = denoising.device
+    if _is_kept(wishes, STATE):
+        state = torch.load(wishes.work / STATE, map_location=device)
+        denoising.weights.load(state["weights"])
+    if _is_kept(wishes, POLISHED):
+        denoising.vae = _frozen_vae(wishes.work / POLISHED, device)
 
 
 if __name__ == "__main__":

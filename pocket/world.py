@@ -131,13 +131,16 @@ def draw(scene: Scene, rng: random.Random) -> np.ndarray:
         x, y = PLACES[thing.place] if thing.place else (PAIR_X[index], 0.5)
         radius = rng.uniform(*RADIUS_PX[thing.size])
         reach = radius * 1.08 + MARGIN_PX
-        centre = []
-        for at in (x, y):
-            wanted_px = (at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX
-            centre.append(min(max(wanted_px, reach), SIDE_PX - reach) * OVERSAMPLING)
+        centre = [_jittered_place(at, reach, rng) * OVERSAMPLING for at in (x, y)]
         colour = _jittered(thing.colour, rng)
         _paint(pen, thing.shape, centre[0], centre[1], radius * OVERSAMPLING, colour)
     return np.asarray(image.reduce(OVERSAMPLING))
+
+
+def _jittered_place(at: float, reach: float, rng: random.Random) -> float:
+    """Give a centre along one side, in pixels, from which `reach` pixels stay in the picture."""
+    wanted_px = (at + rng.uniform(-CENTRE_JITTER, CENTRE_JITTER)) * SIDE_PX
+    return min(max(wanted_px, reach), SIDE_PX - reach)
 
 
 def _jittered(colour: str, rng: random.Random) -> tuple[int, int, int]:
