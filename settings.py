@@ -179,15 +179,14 @@ class _Variables(EnvSettingsSource):
             path = found.get(f"{name}_file")
             if path is None:
                 continue
+            variable = name.upper()
             if name in found:
-                problems.append(
-                    f"{name.upper()}_FILE: {name.upper()} is set as well; keep one of the two"
-                )
+                problems.append(f"{variable}_FILE: {variable} is set as well; keep one of the two")
                 continue
             try:
                 found[name] = Path(path).read_text().rstrip("\r\n")
             except (OSError, UnicodeDecodeError) as error:
-                problems.append(f"{name.upper()}_FILE: {unreadable(Path(path), error)}")
+                problems.append(f"{variable}_FILE: {unreadable(Path(path), error)}")
         if problems:
             raise SettingsInvalid(problems)
         return found
@@ -704,20 +703,15 @@ def _told(kind: type[BaseSettings], problem: Any) -> Iterator[str]:
     if isinstance(error, ValueError):
         yield f"{name.upper()}: {error}"
         return
-    wrong = {
-        "missing": "is not set",
-        "string_too_short": "is too short",
-        "too_short": "is too short",
-        "literal_error": "is unknown",
-        "string_pattern_mismatch": "is unknown",
-        "bool_parsing": "is neither true nor false",
-    }
-    what = wrong.get(
-        problem["type"], "is not a number" if "parsing" in problem["type"] else "is out of range"
-    )
+    yield f"{name.upper()}: {_wrong(problem)}; accepted: {_accepted(kind.model_fields[name])}"
+
+
+def _wrong(problem: Any) -> str:
+    """Say in words what pydantic found."""
     if problem.get("ctx", {}).get("min_length") == 1:
-        what = "is empty"
-    yield f"{name.upper()}: {what}; accepted: {_accepted(kind.model_fields[name])}"
+        return "is empty"
+    kind = problem["type"]
+    return _WRONG.get(kind, "is not a number" if "parsing" in kind else "is out of range")
 
 
 def _accepted(field: FieldInfo) -> str:
@@ -727,30 +721,37 @@ def _accepted(field: FieldInfo) -> str:
     for fact in field.metadata:
         if isinstance(fact, AfterValidator) and fact.func in _EXAMPLES:
             return _EXAMPLES[fact.func]
-    bounds = {
+    bounds = _bounds(field)
+    shortest = bounds.pop("min_length", None)
+    if shortest is not None:
+        return f"at least {shortest} characters" if shortest > 1 else "any text"
+    given = getattr(field.annotation, "__args__", ())
+    if choices := [choice for choice in given if isinstance(choice, str)]:
+        return ", ".join(choices)
+    if field.annotation not in _NUMBERS:
+        return "true, false" if field.annotation is bool else "any text"
+    words = {"gt": "above", "ge": "from", "le": "to"}
+    told = (f"{words[name]} {bound}" for name, bound in bounds.items())
+    return " ".join([_NUMBERS[field.annotation], *told])
+
+
+def _bounds(field: FieldInfo) -> dict[str, Any]:
+    return {
         name: getattr(fact, name)
         for fact in field.metadata
         for name in ("gt", "ge", "le", "min_length")
         if hasattr(fact, name)
     }
-    if "min_length" in bounds:
-        return (
-            f"at least {bounds['min_length']} characters"
-            if bounds["min_length"] > 1
-            else "any text"
-        )
-    if choices := [
-        choice for choice in getattr(field.annotation, "__args__", ()) if isinstance(choice, str)
-    ]:
-        return ", ".join(choices)
-    if field.annotation not in _NUMBERS:
-        return "true, false" if field.annotation is bool else "any text"
-    words = {"gt": "above", "ge": "from", "le": "to"}
-    return " ".join(
-        [_NUMBERS[field.annotation], *(f"{words[name]} {bound}" for name, bound in bounds.items())]
-    )
 
 
+_WRONG = {
+    "missing": "is not set",
+    "string_too_short": "is too short",
+    "too_short": "is too short",
+    "literal_error": "is unknown",
+    "string_pattern_mismatch": "is unknown",
+    "bool_parsing": "is neither true nor false",
+}  # by pydantic's type of problem
 _NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
 _EXAMPLES: dict[Any, str] = {
     as_postgres_url: "postgresql://USER:PASSWORD@HOST:PORT/DATABASE",
