@@ -394,11 +394,15 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                     time.sleep(0.01)
                     return
                 raise
-            self.nr_conns += 1
-            client = ClientSocket(sock, self.pace, self._answers, self._ask_for_room)
-            conn = Connection(self.cfg, client, address, listener.getsockname())
-            self._await_request(conn, State.READING)
-            self._read(conn)  # mostly the request is there already
+            self._welcome(sock, address, listener.getsockname())
+
+    def _welcome(self, sock: socket.socket, address: Any, server: Any) -> None:
+        """Begin with a client's connection."""
+        self.nr_conns += 1
+        client = ClientSocket(sock, self.pace, self._answers, self._ask_for_room)
+        conn = Connection(self.cfg, client, address, server)
+        self._await_request(conn, State.READING)
+        self._read(conn)  # mostly the request is there already
 
     def enqueue_req(self, conn: Connection) -> None:
         """Give the connection to a thread."""
@@ -485,17 +489,20 @@ class BoundedWorker(ThreadWorker):  # type: ignore[misc]
                 return
         conn.received += data
         if not conn.wanted:
-            end = conn.received.find(b"\r\n\r\n", max(0, conn.searched - 3)) + 4
-            conn.searched = len(conn.received)
-            if end < 4:
-                if len(conn.received) > MAX_HEAD_BYTES:
-                    detail = f"The head has more than {MAX_HEAD_BYTES} bytes."
-                    self._refuse(conn, 431, "head-too-large", "Head too large", detail)
-                return
+            self._find_head(conn)
+        if conn.wanted and len(conn.received) >= conn.wanted:
+            self.enqueue_req(conn)
+
+    def _find_head(self, conn: Connection) -> None:
+        """Note how much is wanted if the whole head has arrived; refuse one that is too large."""
+        end = conn.received.find(b"\r\n\r\n", max(0, conn.searched - 3)) + 4
+        conn.searched = len(conn.received)
+        if end >= 4:
             conn.wanted = end + _small_body(bytes(conn.received[: end - 2]))
             conn.deadline = time.monotonic() + self.pace.body_timeout_s
-        if len(conn.received) >= conn.wanted:
-            self.enqueue_req(conn)
+        elif len(conn.received) > MAX_HEAD_BYTES:
+            detail = f"The head has more than {MAX_HEAD_BYTES} bytes."
+            self._refuse(conn, 431, "head-too-large", "Head too large", detail)
 
     def _send(self, conn: Connection) -> None:
         """Send what the thread left unsent, then wait for another request or close."""

@@ -12,6 +12,7 @@ import signal
 import socket
 import tempfile
 import threading
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
@@ -84,16 +85,25 @@ def post_worker_init(worker: Any) -> None:
     gc.collect()
     # What exists now lives as long as the process: no garbage collection has to scan it again.
     gc.freeze()
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    _allow_descriptors()
     if _metrics is not None:
         telemetry.serve_metrics_on(_metrics, of_all_processes=workers > 1)
     parts.readiness.start()
+    _at_once_on_sigterm(parts.events.close)
+
+
+def _allow_descriptors() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = hard if hard != resource.RLIM_INFINITY else max(soft, 65_536)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _at_once_on_sigterm(act: Callable[[], None]) -> None:
+    """Have `act` called on SIGTERM before what gunicorn does then."""
     stop = signal.getsignal(signal.SIGTERM)
 
     def end(signum: int, frame: FrameType | None) -> None:
-        threading.Thread(target=parts.events.close).start()  # a handler must not wait for a lock
+        threading.Thread(target=act).start()  # a handler must not wait for a lock
         stop(signum, frame)
 
     signal.signal(signal.SIGTERM, end)

@@ -63,17 +63,11 @@ def _worker() -> str:
     """
     from sqlalchemy.exc import SQLAlchemyError
 
-    from models import workers
-    from models.database import make_engine, transaction
     from settings import WorkerSettings, load
 
     settings = load(WorkerSettings)
-    engine = make_engine(settings.database_url, pool_size=1)
     try:
-        with transaction(engine) as session:
-            names = [
-                worker.name for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
-            ]
+        names = _live_workers(settings.database_url, settings.lease_ttl_s)
     except SQLAlchemyError as error:
         if not settings.metrics_port:
             sys.exit(f"Postgres: {type(error).__name__}")
@@ -86,6 +80,14 @@ def _worker() -> str:
         with suppress(OSError):  # its leases are renewed, so it is there
             _moving(url, _get(url)[1])
     return ", ".join(here) or sys.exit("no live worker of this host")
+
+
+def _live_workers(database_url: str, silent_for_s: float) -> list[str]:
+    from models import workers
+    from models.database import make_engine, transaction
+
+    with transaction(make_engine(database_url, pool_size=1)) as session:
+        return [worker.name for worker in workers.live(session, silent_for_s=silent_for_s)]
 
 
 if __name__ == "__main__":
