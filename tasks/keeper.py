@@ -168,12 +168,9 @@ class LeaseKeeper:
 
     def learn(self, key: CostKey, *, row_steps: float, denoise_s: float, fixed_s: float) -> None:
         """Note what one image took; the next heartbeat writes it to Postgres."""
+        image = Observed(images=1, row_steps=row_steps, denoise_s=denoise_s, fixed_s=fixed_s)
         with self._lock:
-            sums = self._seen[key]
-            sums.images += 1
-            sums.row_steps += row_steps
-            sums.denoise_s += denoise_s
-            sums.fixed_s += fixed_s
+            self._seen[key].add(image)
 
     def end_task(self, job_id: uuid.UUID) -> None:
         """Note that a task ends which asked for the job's lease."""
@@ -306,7 +303,11 @@ class LeaseKeeper:
             learning.observe(session, seen)
             return kept
 
-        kept = run_transaction(self._beats, renew)
+        try:
+            kept = run_transaction(self._beats, renew)
+        except BaseException:
+            self._learn_again(seen)
+            raise
         self._renewed_at = started_at
         gone = [
             held
@@ -314,6 +315,12 @@ class LeaseKeeper:
             if held.lease.job_id not in kept and held.unrendered and not held.is_lost
         ]
         self._lose(gone)
+
+    def _learn_again(self, seen: Mapping[CostKey, Observed]) -> None:
+        """Keep for the next heartbeat what was measured before one that failed."""
+        with self._lock:
+            for key, sums in seen.items():
+                self._seen[key].add(sums)
 
     def _lose(self, gone: list[Held]) -> None:
         for held in gone:
