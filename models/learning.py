@@ -42,6 +42,13 @@ class Observed:
     denoise_s: float = 0.0
     fixed_s: float = 0.0
 
+    def add(self, other: "Observed") -> None:
+        """Add the other's sums to these."""
+        self.images += other.images
+        self.row_steps += other.row_steps
+        self.denoise_s += other.denoise_s
+        self.fixed_s += other.fixed_s
+
 
 @dataclass(frozen=True)
 class Ended:

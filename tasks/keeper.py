@@ -168,12 +168,9 @@ class LeaseKeeper:
 
     def learn(self, key: CostKey, *, row_steps: float, denoise_s: float, fixed_s: float) -> None:
         """Note what one image took; the next heartbeat writes it to Postgres."""
+        image = Observed(images=1, row_steps=row_steps, denoise_s=denoise_s, fixed_s=fixed_s)
         with self._lock:
-            sums = self._seen[key]
-            sums.images += 1
-            sums.row_steps += row_steps
-            sums.denoise_s += denoise_s
-            sums.fixed_s += fixed_s
+            self._seen[key].add(image)
 
     def end_task(self, job_id: uuid.UUID) -> None:
         """Note that a task ends which asked for the job's lease."""
@@ -281,7 +278,12 @@ class LeaseKeeper:
         with self._lock:
             seen, self._seen = self._seen, defaultdict(Observed)
         started_at = time.monotonic()
-        kept = run_transaction(self._beats, partial(self._write_beat, snapshot=snapshot, seen=seen))
+        write = partial(self._write_beat, snapshot=snapshot, seen=seen)
+        try:
+            kept = run_transaction(self._beats, write)
+        except BaseException:
+            self._learn_again(seen)
+            raise
         self._renewed_at = started_at
         gone = [
             held
@@ -312,6 +314,12 @@ class LeaseKeeper:
         )
         learning.observe(session, seen)
         return kept
+
+    def _learn_again(self, seen: Mapping[CostKey, Observed]) -> None:
+        """Keep for the next heartbeat what was measured before one that failed."""
+        with self._lock:
+            for key, sums in seen.items():
+                self._seen[key].add(sums)
 
     def _lose(self, gone: list[Held]) -> None:
         for held in gone:

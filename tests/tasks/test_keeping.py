@@ -98,6 +98,30 @@ def test_keeper_learns_the_cost_of_every_row_that_an_image_takes(here, monkeypat
     assert cost.fixed_s > 0
 
 
+def test_keeper_writes_at_the_next_heartbeat_what_a_failed_one_was_to_write(here, monkeypatch):
+    learnt, failed = [], []
+
+    def observe(session, seen):
+        if seen and not failed:
+            failed.append(dict(seen))
+            raise OperationalError("INSERT", {}, Exception("the server closed the connection"))
+        learnt.append(dict(seen))
+
+    monkeypatch.setattr(tasks.keeper.learning, "observe", observe)
+    key = ("local", "pocket", 128, 128)
+
+    with a_keeper(here) as keeper:
+        keeper.learn(key, row_steps=6, denoise_s=0.5, fixed_s=0.25)
+        until(lambda: failed, what="the heartbeat that fails")
+        keeper.learn(key, row_steps=4, denoise_s=0.25, fixed_s=0.25)
+        until(lambda: sum(seen[key].images for seen in learnt if seen) == 2, what="both images")
+
+    sums = [seen[key] for seen in learnt if seen]
+    assert sum(one.row_steps for one in sums) == 10
+    assert sum(one.denoise_s for one in sums) == 0.75
+    assert sum(one.fixed_s for one in sums) == 0.5
+
+
 @pytest.mark.parametrize(("fill", "is_kept"), [(0.6, True), (0.7, False)])
 def test_snapshots_on_the_way_are_kept_only_where_the_hand_off_has_room(here, fill, is_kept):
     checkpoints = Checkpoints(here.engine, here.snapshots, here.renderer.news, fill=lambda: fill)
