@@ -1,6 +1,6 @@
 # Everything is done from here; `make help` prints what there is.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo up down test lint chaos bench pocket
+.PHONY: help setup demo up down test lint docs chaos bench pocket
 
 VENV := .venv
 READY := $(VENV)/.ready
@@ -34,6 +34,10 @@ lint: setup ## Style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+docs: setup ## Make a site of the documents in .darkroom/site; a broken link is an error
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements/docs.txt
+	$(VENV)/bin/python -m mkdocs build --strict
 
 chaos: setup ## Break everything on purpose, over and over, and check that no job is lost or doubled
 	$(VENV)/bin/python -m benchmarks.chaos

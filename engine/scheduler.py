@@ -4,9 +4,9 @@ Pure bookkeeping: no tensors, no threads, no clock but the `now_s` it is handed,
 it by hand. It does not know what a tier is; callers have already turned tiers into ranks. What
 anything takes it asks of a `CostModel`, which it feeds in turn.
 
-The rules, and why they are these, stand in docs/engine.md ("Who goes next"). The words of this
-module: an image has a *seat* while it may advance; a *group* is a rank's images of owners that are
-ahead, or those of the others; a *lane* is what takes turns in a group, by batch key and pin; a
+The rules, and why they are these, stand in docs/engine.md ("Which image goes next"). The words of
+this module: an image has a *seat* while it may advance; a *group* is a rank's images of owners that
+are ahead, or those of the others; a *lane* is what takes turns in a group, by batch key and pin; a
 *rider* has its row in a forward that another leads, a *guest* is a rider of another group.
 """
 

@@ -114,7 +114,7 @@ def _check_revision(engine: Engine) -> str | None:
     raise UnknownRevision(
         f"the database is at revision {revision}, which this version does not know, so a newer one"
         " migrated it: start that version again, or go back to the backup that was made before the"
-        " upgrade (docs/operations.md)"
+        " upgrade (docs/operating.md)"
     )
 
 

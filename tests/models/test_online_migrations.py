@@ -198,4 +198,4 @@ def test_a_database_of_a_newer_version_ends_the_migrations_with_one_sentence(sta
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("migrations: the database is at revision 9999, which this version does not know")
     assert len(done.stderr.splitlines()) == 1
-    assert "docs/operations.md" in done.stderr
+    assert "docs/operating.md" in done.stderr
