@@ -9,7 +9,7 @@ from collections.abc import Collection
 import pytest
 from pydantic_core import PydanticUndefined
 
-from policy.fleet import Tier
+from policy.fleet import Pool, Tier
 from settings import (
     REPO,
     BrokerSettings,
@@ -30,7 +30,7 @@ from settings import (
     misfits,
     read,
 )
-from tests.documents import text_of
+from tests.documents import section, text_of
 
 ENOUGH = {
     "BROKER_URL": "redis://127.0.0.1:1/0",
@@ -451,11 +451,11 @@ SAID_IN_WORDS = {
 }
 
 
-def shown_on(page: str, names: Collection[str]) -> dict[str, str]:
-    """The defaults of these names that tables of a page show in their column `default`."""
+def shown_in(text: str, names: Collection[str]) -> dict[str, str]:
+    """The defaults of these names that the tables of a text show in their column `default`."""
     shown: dict[str, str] = {}
     column = 0
-    for line in text_of(page).splitlines():
+    for line in text.splitlines():
         cells = [cell.strip() for cell in line.split("|")]
         if not line.startswith("|"):
             column = 0
@@ -477,7 +477,7 @@ def as_shown(name: str, default: object) -> str:
         return words
     if default is PydanticUndefined:
         return "required"
-    if default in (None, ""):
+    if default in (None, "", ()):
         return "none"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
@@ -487,15 +487,16 @@ def as_shown(name: str, default: object) -> str:
 def test_the_page_on_settings_shows_every_default():
     defaults = {name.upper(): field.default for kind in ROLES for name, field in kind.model_fields.items()}
 
-    shown = shown_on("docs/settings.md", defaults)
+    shown = shown_in(text_of("docs/settings.md"), defaults)
 
     assert shown == {name: as_shown(name, default) for name, default in defaults.items()}
 
 
-def test_the_page_on_models_shows_the_defaults_that_tiers_have():
-    defaults = {name: field.default for name, field in Tier.model_fields.items()}
+@pytest.mark.parametrize(("heading", "table"), [("## Tiers", Tier), ("## Pools", Pool)])
+def test_the_page_on_models_shows_the_defaults_of_tiers_and_pools(heading, table):
+    defaults = {name: field.default for name, field in table.model_fields.items()}
 
-    shown = shown_on("docs/models.md", defaults)
+    shown = shown_in(section("docs/models.md", heading), defaults)
 
     assert shown == {name: as_shown(name, default) for name, default in defaults.items()}
 
