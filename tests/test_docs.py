@@ -189,12 +189,26 @@ def test_every_link_and_anchor_leads_somewhere(page):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_a_page_that_is_named_exists(page):
-    """Also where it is no link: files of the repository in backquotes."""
-    named = {each for each in quoted(without_fences(page.read_text())) if re.fullmatch(r"[\w./-]+\.(md|py|toml|sql)", each)}
-    gone = {each for each in named if "/" in each and not (REPO / each).exists()}
+def test_a_file_that_a_page_names_exists(page):
+    named = {each for each in quoted(without_fences(page.read_text())) if re.fullmatch(r"[\w.-]+/[\w./-]+\.(md|py|toml|sql|conf)", each)}
 
-    assert gone == set()
+    assert {each for each in named if not (REPO / each).exists()} == set()
+
+
+def test_a_page_that_code_or_a_setting_names_exists():
+    entries = [entry for entry in REPO.iterdir() if not entry.name.startswith(".")]
+    files = [
+        file
+        for entry in entries
+        for file in (entry.rglob("*") if entry.is_dir() else [entry])
+        if file.suffix in (".py", ".md", ".toml", ".yml", ".example", ".sql", ".conf")
+    ]
+    named = {
+        (str(file.relative_to(REPO)), page) for file in files for page in re.findall(r"\bdocs/\w+\.md", file.read_text(errors="replace"))
+    }
+
+    assert {page for _, page in named} & {"docs/engine.md", "docs/cost.md"}
+    assert [place for place in sorted(named) if not (REPO / place[1]).exists()] == []
 
 
 # --- Examples ----------------------------------------------------------------------------------
