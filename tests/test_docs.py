@@ -14,14 +14,17 @@ import psycopg2
 import pytest
 from pydantic import BaseModel
 
-from app.problems import Problem
+from app.problems import Problem, invalid_wish
 from app.spec.operations import OPERATIONS
 from cli.main import darkroom
 from fleet.stack import Stack
 from policy import warnings
+from policy.catalog import InvalidWish, resolve
+from policy.cost import price
 from policy.failures import FailureCode
 from policy.fleet import Adapter, Fleet, Model, ModelTier, ModelVersion, Pool, Tier, parse_fleet
 from policy.limits import LIMITS, SCOPES
+from policy.params import Wish
 from policy.states import JobState
 from policy.webhooks import EVENTS
 from settings import REPO
@@ -171,6 +174,29 @@ def test_the_page_on_sql_has_every_view_with_every_column(stack):
     untold = [view for view in VIEWS if f"`{view}`" not in page]
     assert untold == []
     assert sorted({f"{view}.{column}" for view, column in found if column not in words_quoted(page)}) == []
+
+
+def test_the_error_that_the_api_page_shows_is_what_the_gateway_answers():
+    shown = next(json.loads(each.text) for each in of("json") if "/problems/" in each.text)
+    shipped = parse_fleet(text_of("fleet.toml"))
+
+    with pytest.raises(InvalidWish) as refused:
+        resolve(shipped, Wish(prompt="a star", tier="fast", steps=900), default_seed=7, draw=0.0)
+
+    problem = invalid_wish(refused.value)
+    del shown["instance"]
+    assert shown == json.loads(json.dumps({**problem.summary(), "error": problem.openai_error()}))
+
+
+def test_the_prices_that_the_page_on_cost_shows_are_those_of_the_shipped_file():
+    page = text_of("docs/cost.md")
+    shipped = parse_fleet(text_of("fleet.toml"))
+    amount = price(shipped, pool="local", tier="fast", device_seconds=0.5)
+    weights = ", ".join(f"{tier.price_weight} for `{name}`" for name, tier in shipped.tiers.items())
+
+    assert f"= {amount} {shipped.currency}" in page
+    assert f"{shipped.pools['local'].gpu_hour_price:.2f} {shipped.currency} an hour" in page
+    assert weights in page
 
 
 # --- Links -------------------------------------------------------------------------------------
