@@ -62,8 +62,8 @@ from policy.params import (
     members_of,
     params_of,
 )
-from settings import REPO
 from tests.builders import a_fleet, a_tenant, resolved
+from tests.documents import section, text_of, words_quoted
 
 # What is asked for beside the image: kept with the job, not a parameter of it.
 BESIDE = {"metadata", "start_deadline_s"}
@@ -226,26 +226,15 @@ def options_of_the_command() -> set[str]:
     return {option.name for option in wish_options(command).__click_params__}
 
 
-def listed_in_requests() -> set[str]:
-    """The fields in backquotes of the table of docs/requests.md."""
-    table = (REPO / "docs/requests.md").read_text().partition("## Fields of a job")[2]
-    rows = [line for line in table.partition("\n## ")[0].splitlines() if line[:1] == "|"]
-    return quoted("".join(row.split("|")[1] for row in rows))
+def listed_in_the_page_on_the_api() -> set[str]:
+    """The fields in backquotes of its table of a job's fields."""
+    rows = [line for line in section("docs/api.md", "## Fields of a job").splitlines() if line[:1] == "|"]
+    return words_quoted("".join(row.split("|")[1] for row in rows))
 
 
-def listed_in_readme_of_post_jobs() -> set[str]:
-    readme = (REPO / "README.md").read_text()
-    return quoted(next(row for row in readme.splitlines() if row.startswith("| `POST /v1/jobs` |")))
-
-
-def listed_in_readme_of_extra_body() -> set[str]:
-    readme = (REPO / "README.md").read_text()
-    return quoted(readme.partition("`extra_body` takes")[2].partition(";")[0])
-
-
-def quoted(text: str) -> set[str]:
-    """The single words in backquotes."""
-    return set(re.findall(r"`(\w+)`", text))
+def listed_as_extra_body() -> set[str]:
+    page = text_of("docs/openai.md")
+    return words_quoted(page.partition("`extra_body` takes")[2].partition(";")[0])
 
 
 def test_every_place_knows_every_parameter_of_a_job(request):
@@ -297,9 +286,8 @@ def test_every_place_knows_every_parameter_of_a_job(request):
             set(client_wishes.PICTURE_FIELDS),
         ),
         "cli.wishes": lambda: (asked - set(NOT_AN_OPTION), options_of_the_command()),
-        "docs/requests.md, Fields of a job": lambda: (asked, listed_in_requests()),
-        "README.md, POST /v1/jobs": lambda: (asked, listed_in_readme_of_post_jobs()),
-        "README.md, extra_body": lambda: (extras | {"metadata"}, listed_in_readme_of_extra_body()),
+        "docs/api.md, Fields of a job": lambda: (asked, listed_in_the_page_on_the_api()),
+        "docs/openai.md, extra_body": lambda: (extras | {"metadata"}, listed_as_extra_body()),
     }
 
     missing = missing_anywhere(places)
@@ -429,9 +417,9 @@ def test_every_place_knows_every_limit_of_a_tenant():
         "app.http.account.limits_view": lambda: (set(LIMITS), set(vars(limits_view(Limits())))),
         "app.schemas.Limits": lambda: (set(LIMITS), names_of(account_schemas.Limits)),
         "darkroom tenants limit --help": lambda: (set(LIMITS), told_by_help()),
-        "README.md": lambda: (
+        "docs/api.md": lambda: (
             set(LIMITS),
-            set(re.findall(r"\w+", (REPO / "README.md").read_text())),
+            words_quoted(section("docs/api.md", "## Rate limits and quotas")),
         ),
     }
 

@@ -4,11 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Collection
 
 import pytest
 from pydantic_core import PydanticUndefined
 
-from policy.fleet import Tier
+from policy.fleet import Pool, Tier
 from settings import (
     REPO,
     BrokerSettings,
@@ -29,6 +30,7 @@ from settings import (
     misfits,
     read,
 )
+from tests.documents import section, text_of
 
 ENOUGH = {
     "BROKER_URL": "redis://127.0.0.1:1/0",
@@ -435,14 +437,10 @@ def test_secrets_do_not_show_when_settings_are_printed(environment):
         assert secret not in shown
 
 
-# Which compose sets, and deploy/compose.env.example explains.
-NOT_IN_README = {f"{role}_PASSWORD" for role in ("GATEWAY", "WORKER", "RESULTS", "SWEEPER", "WEBHOOKS")}
-
-# A default of README.md that is said in words, by its variable.
+# A default that docs/settings.md says in words, by its variable.
 SAID_IN_WORDS = {
-    "FLEET_FILE": ("`fleet.toml`", REPO / "fleet.toml"),
+    "FLEET_FILE": ("`fleet.toml` in the repository", REPO / "fleet.toml"),
     "CHECKPOINT_ROOT": ("the repository", REPO),
-    "CURVES_FOLDER": ("none; `./darkroom up` and compose set one", None),
     "CUDA_VISIBLE_DEVICES": ("all", None),
     "WORKER_NAME": ("`gpuN@host`", ""),
     "S3_ENDPOINT_URL": ("AWS", None),
@@ -453,55 +451,58 @@ SAID_IN_WORDS = {
 }
 
 
-def shown_in_readme(head: str) -> dict[str, str]:
-    """The names of README's table with that head, and the default that it shows of each."""
-    table = (REPO / "README.md").read_text().partition(f"\n| {head} |")[2].partition("\n\n")[0]
+def shown_in(text: str, names: Collection[str]) -> dict[str, str]:
+    """The defaults of these names that the tables of a text show in their column `default`."""
     shown: dict[str, str] = {}
-    for row in table.splitlines():
-        if row.startswith("| `"):
-            _, variables, defaults, *_ = (cell.strip() for cell in row.split("|"))
-            names = re.findall(r"`(\w+)`", variables)
-            told = re.split(r", ?", defaults) if defaults else [""] * len(names)
-            shown |= dict(zip(names, told, strict=True))
+    column = 0
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.split("|")]
+        if not line.startswith("|"):
+            column = 0
+        elif "default" in cells:
+            column = cells.index("default")
+        elif column:
+            said = re.findall(r"`(\w+)`", cells[1])
+            told = re.split(r", ?", cells[column]) if len(said) > 1 else [cells[column]]
+            if set(said) & set(names):
+                shown |= dict(zip(said, told, strict=True))
     return shown
 
 
 def as_shown(name: str, default: object) -> str:
-    """How README shows a default."""
+    """How a page shows a default."""
     if name in SAID_IN_WORDS:
         words, meant = SAID_IN_WORDS[name]
         assert default == meant
         return words
     if default is PydanticUndefined:
-        return ""
-    if default in (None, ""):
+        return "required"
+    if default in (None, "", ()):
         return "none"
     if isinstance(default, bool):
         return f"`{str(default).lower()}`"
-    if isinstance(default, int) and default >= 2**20 and not default % 2**20:
-        return f"{default // 2**20} MiB"
     return f"`{default:g}`" if isinstance(default, float) else f"`{default}`"
 
 
-def test_readme_shows_the_defaults_that_settings_have():
+def test_the_page_on_settings_shows_every_default():
     defaults = {name.upper(): field.default for kind in ROLES for name, field in kind.model_fields.items()}
-    shown = shown_in_readme("variable | default | who needs it, for what")
 
-    assert shown == {name: as_shown(name, defaults[name]) for name in shown}
-    assert set(SAID_IN_WORDS) <= set(shown)
-    assert set(defaults) - set(shown) == NOT_IN_README
+    shown = shown_in(text_of("docs/settings.md"), defaults)
 
-
-def test_readme_shows_the_defaults_that_tiers_have():
-    defaults = {name: field.default for name, field in Tier.model_fields.items()}
-    shown = shown_in_readme("key of a tier | default |")
-
-    assert len(shown) > 5
-    assert shown == {name: as_shown(name, defaults[name]).strip("`") for name in shown}
+    assert shown == {name: as_shown(name, default) for name, default in defaults.items()}
 
 
-def test_the_page_on_configuration_shows_what_a_wrong_setting_prints():
-    page = (REPO / "docs/configuration.md").read_text().partition("```\n")[2].partition("```")[0]
+@pytest.mark.parametrize(("heading", "table"), [("## Tiers", Tier), ("## Pools", Pool)])
+def test_the_page_on_models_shows_the_defaults_of_tiers_and_pools(heading, table):
+    defaults = {name: field.default for name, field in table.model_fields.items()}
+
+    shown = shown_in(section("docs/models.md", heading), defaults)
+
+    assert shown == {name: as_shown(name, default) for name, default in defaults.items()}
+
+
+def test_the_page_on_settings_shows_what_a_wrong_setting_prints():
+    page = text_of("docs/settings.md")
     wrong = {"DATABASE_URL": "mysql://h/d", "LEASE_STOP_S": "15", "API_KEY_PEPPER": "brief"}
 
     def told(changes) -> list[str]:

@@ -50,24 +50,6 @@ def test_help_names_every_command_and_exit_code():
     assert re.findall(r"^  (\d+) ", shown, re.MULTILINE) == codes
 
 
-def test_readme_names_every_command_and_no_other():
-    readme = (REPO / "README.md").read_text()
-    table = readme.partition("| command | what it does |")[2].partition("\n\n")[0]
-    cells = [row.split("|")[1] for row in table.splitlines() if "`./darkroom" in row]
-
-    said = [words.removeprefix("./darkroom ").split() for cell in cells for words in re.findall(r"`([^`]+)`", cell)]
-
-    named, subcommands = {words[0] for words in said}, _subcommands()
-    assert named - subcommands - set(COMMANDS) == set()
-    assert set(COMMANDS) - named == set()
-
-
-def _subcommands() -> set[str]:
-    """What may follow `tenants` or `keys` in the same cell without it."""
-    groups = [darkroom.get_command(click.Context(darkroom), name) for name in ("tenants", "keys")]
-    return {name for group in groups for name in group.commands}
-
-
 @pytest.mark.parametrize(
     "arguments", [["jobs"], ["sql", "select 1"], ["keys", "list"], ["usage"], ["env"], ["audit", "verify"], ["status"]]
 )

@@ -5,7 +5,7 @@ import re
 from prometheus_client import Counter, Gauge, Histogram
 
 from edges import telemetry
-from settings import REPO
+from tests.documents import PAGES
 
 COUNTERS = {
     "darkroom_auth_failures_total": ("why",),
@@ -117,8 +117,7 @@ def test_metrics_of_several_gateway_processes_are_added_up_or_the_largest_one_co
 
 
 def test_metrics_that_documents_name_exist():
-    pages = [REPO / "README.md", *(REPO / "docs").glob("*.md")]
-    text = "\n".join(page.read_text() for page in pages)
+    text = "\n".join(page.read_text() for page in PAGES)
 
     named = set(re.findall(r"\bdarkroom_[a-z_]+[a-z]\b", text)) - NO_METRICS
 

@@ -22,7 +22,7 @@ from tests.builders import a_lease, a_left, a_tenant, hand_off, preempt, resolve
 NUM_STEPS, NUM_IMAGES = 10, 4
 JOB = Decimal("1.000001")  # megapixel-steps, which no number of images divides
 MICRO = Decimal("0.000001")
-CHECK = text((REPO / "docs/money.md").read_text().partition("```sql")[2].partition("```")[0].strip().rstrip(";"))
+CHECK = text((REPO / "docs/cost.md").read_text().partition("```sql")[2].partition("```")[0].strip().rstrip(";"))
 
 
 def a_counted_job(session, tenant, *, steps_per_image=None, **params) -> Job:
