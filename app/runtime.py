@@ -97,12 +97,6 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
     keyring = Keyring(aside, refresher)
     handoff = Handoff(settings.handoff_url, ttl_s=settings.handoff_ttl_s)
     store = ObjectStore(settings)
-    ended = EndedJobs(
-        news=news,
-        handoff=handoff,
-        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
-    )
     reader = Reader(settings.handoff_url, most=settings.gateway_max_streams)
     forecaster = QueueForecaster(
         aside, fleet, gauge, release.limits, refresher, worker_silence_s=settings.lease_ttl_s
@@ -116,7 +110,7 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         store=store,
         news=news,
         endings=Endings(settings.handoff_url),
-        ended=ended,
+        ended=_ended_jobs(settings, news, handoff),
         forecaster=forecaster,
         events=JobEventStreams(
             database, forecaster, news, reader, keyring, most=settings.gateway_max_streams
@@ -129,4 +123,13 @@ def open_runtime(settings: GatewaySettings, fleet: Fleet) -> Runtime:
         readiness=Readiness(checks(settings, fleet, broker=broker, handoff=handoff, store=store)),
         waits=Capacity(settings.max_waits, telemetry.WAITS),
         uploads=UploadRoom(settings),
+    )
+
+
+def _ended_jobs(settings: GatewaySettings, news: News, handoff: Handoff) -> EndedJobs:
+    return EndedJobs(
+        news=news,
+        handoff=handoff,
+        snapshots=Snapshots(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
+        inputs=Inputs(settings.handoff_url, ttl_s=settings.handoff_ttl_s),
     )

@@ -145,18 +145,15 @@ class Queue:
         return self.waiting.pop()
 
     def accept(self, session: Session) -> Job:
-        return jobs.accept(
-            session,
-            tenant_id=self.bulk,
-            api_key_id=None,
+        new_job = jobs.NewJob(
             params=self.wish,
             start_within_s=A_DAY_S,
             run_within_s=600.0,
             predicted_s=0.5,
             eta_raw_s=10.0,
-            currency=self.fleet.currency,
-            actor="benchmark",
         )
+        own = {"tenant_id": self.bulk, "api_key_id": None, "currency": self.fleet.currency}
+        return jobs.accept(session, new_job, **own, actor="benchmark")
 
     def refill(self) -> None:
         """One more job, for one that was taken out."""

@@ -1,9 +1,18 @@
 """Define `calibrate`: measure how long a step takes on this device, by rows."""
 
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 import click
 
 from cli import screen
 from cli.installation import Installation, NoInstallation, pass_installation
+
+if TYPE_CHECKING:
+    from engine.calibrate import CurvePoint
+    from engine.config import CheckpointSpec, EngineConfig
+
+_COLUMNS = ("size", "rows", "ms a step", "images/s against one row", "worth growing to")
 
 
 @click.command()
@@ -23,15 +32,7 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
     Nothing else should run on the device meanwhile. A worker without a curve for its device
     measures a shorter one at every start.
     """
-    try:
-        from engine import calibrate as engine_calibrate
-        from engine.errors import EngineError
-    except ModuleNotFoundError as error:
-        where = "docker compose run --rm worker darkroom calibrate MODEL"
-        raise NoInstallation(
-            f"`darkroom calibrate` works where the engine is "
-            f"({error.name} is not installed here): {where}."
-        ) from None
+    _require_engine()
     from settings import DeviceSettings, load, load_fleet_or_exit
     from tasks.engines import checkpoint_specs, engine_config
 
@@ -44,26 +45,45 @@ def calibrate(installation: Installation, model: str, repeats: int) -> None:
         raise click.BadParameter(
             f"{model!r} is none of {', '.join(fleet.models)}", param_hint="MODEL"
         )
-    config = engine_config(
-        settings, fleet, fleet.pools[fleet.pool_of(model)], warm_up_repeats=repeats
-    )
+    pool = fleet.pools[fleet.pool_of(model)]
+    config = engine_config(settings, fleet, pool, warm_up_repeats=repeats)
     for spec in checkpoint_specs(fleet, [model], settings.checkpoint_root):
-        with screen.err().status(f"measuring {spec.name} on {config.device}"):
-            try:
-                file, points = engine_calibrate.calibrate(config, spec, folder)
-            except EngineError as problem:
-                raise click.ClickException(f"{spec.name}: {problem}") from None
-        rows = []
-        for point in points:
-            size = f"{point.width_px}x{point.height_px}"
-            worth_it = "yes" if point.grows else "no"
-            rows.append(
-                (size, point.rows, f"{point.step_s * 1000:.1f}", f"{point.gain:.2f}", worth_it)
-            )
-        columns = ("size", "rows", "ms a step", "images/s against one row", "worth growing to")
-        screen.out().print(
-            screen.table(
-                columns, rows, title=f"{spec.name} on {config.device}", numbers=columns[1:4]
-            )
-        )
-        screen.out().print(f"stored in {file}")
+        _measure(config, spec, folder)
+
+
+def _require_engine() -> None:
+    """Raise NoInstallation where the engine cannot be imported."""
+    try:
+        import engine.calibrate  # noqa: F401
+    except ModuleNotFoundError as error:
+        where = "docker compose run --rm worker darkroom calibrate MODEL"
+        raise NoInstallation(
+            f"`darkroom calibrate` works where the engine is "
+            f"({error.name} is not installed here): {where}."
+        ) from None
+
+
+def _measure(config: "EngineConfig", spec: "CheckpointSpec", folder: Path) -> None:
+    """Measure one checkpoint, store its curve in `folder` and print it."""
+    from engine import calibrate as engine_calibrate
+    from engine.errors import EngineError
+
+    with screen.err().status(f"measuring {spec.name} on {config.device}"):
+        try:
+            file, points = engine_calibrate.calibrate(config, spec, folder)
+        except EngineError as problem:
+            raise click.ClickException(f"{spec.name}: {problem}") from None
+    title = f"{spec.name} on {config.device}"
+    rows = [_row(point) for point in points]
+    screen.out().print(screen.table(_COLUMNS, rows, title=title, numbers=_COLUMNS[1:4]))
+    screen.out().print(f"stored in {file}")
+
+
+def _row(point: "CurvePoint") -> tuple[object, ...]:
+    return (
+        f"{point.width_px}x{point.height_px}",
+        point.rows,
+        f"{point.step_s * 1000:.1f}",
+        f"{point.gain:.2f}",
+        "yes" if point.grows else "no",
+    )

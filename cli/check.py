@@ -1,7 +1,7 @@
 """Define `check`: find what is wrong in a deployment's configuration, one line for each fault."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import NamedTuple
@@ -38,6 +38,11 @@ ROLES: dict[str, type[FleetSettings] | type[MigrationSettings]] = {
     "deployment": DeploymentSettings,
 }
 
+_MOST_CONNECTIONS = (
+    "SELECT current_setting('max_connections')::int"
+    " - current_setting('superuser_reserved_connections')::int"
+)
+
 
 class Finding(NamedTuple):
     """Hold one finding; its kind is `wrong` or `hint`."""
@@ -64,21 +69,11 @@ def check(
     """
     environments = _environments(installation, roles)
     findings: list[Finding] = []
-    loaded: dict[str, FleetSettings | MigrationSettings] = {}
-    for name, environment in environments.items():
-        try:
-            loaded[name] = read(ROLES[name.partition("-")[0]], environment)
-        except SettingsInvalid as error:
-            findings += [Finding("wrong", name, problem) for problem in error.problems]
+    loaded = _load_settings(environments, findings)
     fleet = _fleet(loaded, findings)
     if not offline:
         findings += _connected(loaded, fleet)
-    told: dict[tuple[str, str], list[str]] = {}  # what is wrong for several is one line
-    for finding in findings:
-        told.setdefault((finding.kind, finding.text), []).append(finding.subject)
-    for (kind, text), subjects in told.items():
-        screen.out().print(f"{kind:5}  {', '.join(subjects)}: {text}", soft_wrap=True, markup=False)
-    wrong = sum(kind == "wrong" for kind, _ in told)
+    wrong = _print_findings(findings)
     if not environments:
         screen.complain(
             "Nothing to check here: no process's settings are complete. "
@@ -90,6 +85,16 @@ def check(
         style="dim",
     )
     ctx.exit(1 if wrong else 0)
+
+
+def _print_findings(findings: Sequence[Finding]) -> int:
+    """Print each fault once, with the processes that have it; return how many are wrong."""
+    told: dict[tuple[str, str], list[str]] = {}
+    for finding in findings:
+        told.setdefault((finding.kind, finding.text), []).append(finding.subject)
+    for (kind, text), subjects in told.items():
+        screen.out().print(f"{kind:5}  {', '.join(subjects)}: {text}", soft_wrap=True, markup=False)
+    return sum(kind == "wrong" for kind, _ in told)
 
 
 def _environments(
@@ -124,6 +129,19 @@ def _has_all(
     )
 
 
+def _load_settings(
+    environments: Mapping[str, Mapping[str, str]], findings: list[Finding]
+) -> dict[str, FleetSettings | MigrationSettings]:
+    """Read the settings of each process; add to `findings` what is wrong in them."""
+    loaded: dict[str, FleetSettings | MigrationSettings] = {}
+    for name, environment in environments.items():
+        try:
+            loaded[name] = read(ROLES[name.partition("-")[0]], environment)
+        except SettingsInvalid as error:
+            findings += [Finding("wrong", name, problem) for problem in error.problems]
+    return loaded
+
+
 def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | None:
     """Load the fleet that the settings name, and add to `findings` what does not fit."""
     fleet = None
@@ -134,12 +152,9 @@ def _fleet(loaded: Mapping[str, object], findings: list[Finding]) -> Fleet | Non
         try:
             fleet = settings.load_fleet()
         except FleetInvalid as error:
-            findings += [
-                Finding("wrong", "fleet.toml", problem)
-                for problem in error.problems
-                if problem not in told
-            ]
-            told |= set(error.problems)
+            new = [problem for problem in error.problems if problem not in told]
+            findings += [Finding("wrong", "fleet.toml", problem) for problem in new]
+            told |= set(new)
             continue
         findings += [Finding("wrong", name, problem) for problem in misfits(settings, fleet)]
         if isinstance(settings, GatewayProcessSettings):
@@ -213,18 +228,21 @@ def _redis(name: str, variable: str, url: str) -> Iterator[Finding]:
     except redis.RedisError as error:
         yield Finding("wrong", name, f"{variable}: Redis: {' '.join(str(error).split())}")
         return
+    for kind, text in _faults_of_redis(memory, replication):
+        yield Finding(kind, name, f"{variable}: {text}")
+
+
+def _faults_of_redis(
+    memory: Mapping[str, object], replication: Mapping[str, object]
+) -> Iterator[tuple[str, str]]:
+    """Yield the kind and the text of each fault; both parameters are sections of INFO."""
     policy = memory.get("maxmemory_policy")
     if policy != "noeviction":
-        text = f"{variable}: maxmemory-policy is {policy}; it must be noeviction"
-        yield Finding("wrong", name, text)
+        yield "wrong", f"maxmemory-policy is {policy}; it must be noeviction"
     if not memory.get("maxmemory"):
-        yield Finding(
-            "hint",
-            name,
-            f"{variable}: has no maxmemory: nothing tells when it is full until its machine is",
-        )
+        yield "hint", "has no maxmemory: nothing tells when it is full until its machine is"
     if replication.get("role") != "master":
-        yield Finding("wrong", name, f"{variable}: is a replica, which takes no writes")
+        yield "wrong", "is a replica, which takes no writes"
 
 
 def _store(name: str, settings: StoreSettings) -> Iterator[Finding]:
@@ -238,27 +256,12 @@ def _store(name: str, settings: StoreSettings) -> Iterator[Finding]:
 
 def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
     """Check that each pool has live workers, and Postgres connections for all processes."""
-    from sqlalchemy import text
     from sqlalchemy.exc import DBAPIError
 
-    from models import workers
-    from models.database import make_engine, transaction
-
-    engine = make_engine(settings.database_url, pool_size=1)
     try:
-        with transaction(engine) as session:
-            live = [
-                worker.pool for worker in workers.live(session, silent_for_s=settings.lease_ttl_s)
-            ]
-            limits = (
-                "SELECT current_setting('max_connections')::int"
-                " - current_setting('superuser_reserved_connections')::int"
-            )
-            most = int(session.scalar(text(limits)) or 0)
+        live, most_connections = _workers_and_connections(settings)
     except DBAPIError:
         return  # told already
-    finally:
-        engine.dispose()
     for name, pool in fleet.pools.items():
         if live.count(name) < pool.warm_floor:
             yield Finding(
@@ -266,22 +269,45 @@ def _roles(settings: GatewayProcessSettings, fleet: Fleet) -> Iterator[Finding]:
                 f"pool {name}",
                 f"{live.count(name)} live workers, warm_floor is {pool.warm_floor}",
             )
-    needed = {
-        "gateway": connections.at_most(
-            "gateway",
-            gateway_pool_size=settings.database_pool_size,
-            web_concurrency=settings.web_concurrency,
-        )
-    }
-    needed["worker"] = max(1, len(live)) * connections.at_most("worker")
+    yield from _connections(settings, num_workers=len(live), most=most_connections)
+
+
+def _workers_and_connections(settings: GatewayProcessSettings) -> tuple[list[str], int]:
+    """Return the pool of each live worker, and how many connections Postgres offers.
+
+    Raises DBAPIError.
+    """
+    from sqlalchemy import text
+
+    from models import workers
+    from models.database import make_engine, transaction
+
+    engine = make_engine(settings.database_url, pool_size=1)
+    try:
+        with transaction(engine) as session:
+            live = workers.live(session, silent_for_s=settings.lease_ttl_s)
+            pools = [worker.pool for worker in live]
+            most = int(session.scalar(text(_MOST_CONNECTIONS)) or 0)
+    finally:
+        engine.dispose()
+    return pools, most
+
+
+def _connections(
+    settings: GatewayProcessSettings, *, num_workers: int, most: int
+) -> Iterator[Finding]:
+    """Compare the connections that all processes may open with those that Postgres offers."""
+    gateway = connections.at_most(
+        "gateway",
+        gateway_pool_size=settings.database_pool_size,
+        web_concurrency=settings.web_concurrency,
+    )
+    needed = {"gateway": gateway, "worker": max(1, num_workers) * connections.at_most("worker")}
     needed |= {kind: connections.at_most(kind) for kind in ("results", "sweeper", "webhooks")}
     total = sum(needed.values())
     parts = " + ".join(f"{kind} {count}" for kind, count in needed.items())
     if total > most:
-        yield Finding(
-            "wrong",
-            "Postgres",
-            f"max_connections leaves {most}, and one of each process may open {total}: {parts}",
-        )
+        why = f"max_connections leaves {most}, and one of each process may open {total}: {parts}"
+        yield Finding("wrong", "Postgres", why)
     elif total > 0.8 * most:
         yield Finding("hint", "Postgres", f"{total} of {most} connections may be taken: {parts}")

@@ -5,7 +5,7 @@ Starts the stack if it does not run, and stops only what it started.
 
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,21 @@ _PROMPT_CHARS = 42  # a bar and its words still fit into 80 columns
 # The pocket model promises 95 % of many prompts; one miss among a dozen is no fault of the stack.
 _LEAST_MATCHING = 0.9
 _POLL_EVERY_S = 0.2
+
+_LARGEST_BATCHES = (
+    "SELECT job_id::text, max_batch_images FROM job_history WHERE job_id::text = ANY(%s)"
+)
+_TRAIL = (
+    "SELECT at, seq, event, actor, attempt, left(hash, 12) AS hash "
+    "FROM audit_log WHERE job_id = '{}' ORDER BY seq"
+)
+_COSTS = (
+    "SELECT tier, count(*) AS jobs, sum(num_images) AS images, "
+    "round(avg(queue_s), 3) AS mean_queue_s,\n"
+    "         round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, "
+    "sum(cost) AS cost, currency\n"
+    "  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"
+)
 
 
 @dataclass(frozen=True)
@@ -126,46 +141,52 @@ def demo(ctx: click.Context, installation: Installation, wait_s: float) -> None:
 
 def _run(client: Client, wishes: Sequence[Wish], timeout_s: float) -> list[Job]:
     """Submit every wish at once and watch the jobs until all are finished or the time is over."""
-    jobs = [
-        client.create_job(
-            wish.prompt,
-            tier=wish.tier,
-            seed=wish.seed,
-            steps=wish.steps,
-            n=wish.n,
-            output_format=wish.output_format,
-        )
-        for wish in wishes
-    ]
+    jobs = [_submit(client, wish) for wish in wishes]
+    progress = _new_progress()
+    bars = [_add_bar(progress, job) for job in jobs]
+    heading = Text(f"{len(jobs)} jobs submitted at once", style="bold")
+    deadline = time.monotonic() + timeout_s
+    with Live(Group(heading, progress), console=screen.err()):
+        while time.monotonic() < deadline:
+            for index, job in enumerate(jobs):
+                if not job.is_finished:
+                    jobs[index] = client.job(job.id)
+                    _move_bar(progress, bars[index], jobs[index])
+            if all(job.is_finished for job in jobs):
+                break
+            time.sleep(_POLL_EVERY_S)
+    return jobs
+
+
+def _submit(client: Client, wish: Wish) -> Job:
+    return client.create_job(
+        wish.prompt,
+        tier=wish.tier,
+        seed=wish.seed,
+        steps=wish.steps,
+        n=wish.n,
+        output_format=wish.output_format,
+    )
+
+
+def _new_progress() -> Progress:
     columns = (
         TextColumn("{task.description}"),
         BarColumn(bar_width=14),
         TextColumn("{task.fields[where]}"),
     )
-    progress = Progress(*columns, console=screen.err())
-    bars: list[TaskID] = []
-    for job in jobs:
-        label = f"{job.tier:8}{escape(job.prompt[:_PROMPT_CHARS]):{_PROMPT_CHARS}}"
-        bars.append(progress.add_task(label, total=job.steps * job.n + 1, where=job.state))
-    deadline = time.monotonic() + timeout_s
-    with Live(
-        Group(Text(f"{len(jobs)} jobs submitted at once", style="bold"), progress),
-        console=screen.err(),
-    ):
-        while time.monotonic() < deadline:
-            for index, job in enumerate(jobs):
-                if not job.is_finished:
-                    jobs[index] = job = client.job(job.id)
-                    sight = Sight.of(job)
-                    progress.update(
-                        bars[index],
-                        completed=sight.done + (job.state == "succeeded"),
-                        where=sight.words,
-                    )
-            if all(job.is_finished for job in jobs):
-                break
-            time.sleep(_POLL_EVERY_S)
-    return jobs
+    return Progress(*columns, console=screen.err())
+
+
+def _add_bar(progress: Progress, job: Job) -> TaskID:
+    label = f"{job.tier:8}{escape(job.prompt[:_PROMPT_CHARS]):{_PROMPT_CHARS}}"
+    return progress.add_task(label, total=job.steps * job.n + 1, where=job.state)
+
+
+def _move_bar(progress: Progress, bar: TaskID, job: Job) -> None:
+    sight = Sight.of(job)
+    done = sight.done + (job.state == "succeeded")
+    progress.update(bar, completed=done, where=sight.words)
 
 
 def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
@@ -175,21 +196,24 @@ def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
         old.unlink()
     images = []
     for number, job in enumerate(jobs, 1):
+        words = "-".join(job.prompt.split())
         for image in job.images:
-            if not image.content_sha256:
-                continue
-            content = client.image(job, image.index)
-            pixels = np.asarray(Picture.open(io.BytesIO(content)).convert("RGB"))
-            path = (
-                folder / f"{number:02}-{image.index}-{job.tier}-{'-'.join(job.prompt.split())}.png"
-            )
-            if job.output_format == "png":
-                path.write_bytes(content)
-            else:
-                Picture.fromarray(pixels).save(path)
-            verdict = check(pixels, job.prompt)
-            images.append(Checked(job, path, pixels, verdict.everything_right, verdict.summary))
+            if image.content_sha256:
+                path = folder / f"{number:02}-{image.index}-{job.tier}-{words}.png"
+                images.append(_fetch_image(client, job, image.index, path))
     return images
+
+
+def _fetch_image(client: Client, job: Job, index: int, path: Path) -> Checked:
+    """Save one image as a PNG, whatever its format, and look at it."""
+    content = client.image(job, index)
+    pixels = np.asarray(Picture.open(io.BytesIO(content)).convert("RGB"))
+    if job.output_format == "png":
+        path.write_bytes(content)
+    else:
+        Picture.fromarray(pixels).save(path)
+    verdict = check(pixels, job.prompt)
+    return Checked(job, path, pixels, verdict.everything_right, verdict.summary)
 
 
 def _report(
@@ -199,14 +223,18 @@ def _report(
 
     Returns True when all went well.
     """
-    out = screen.out()
     ids = [job.id for job in jobs]
-    shared = ask(
-        auditor_url,
-        "SELECT job_id::text, max_batch_images FROM job_history WHERE job_id::text = ANY(%s)",
-        (ids,),
-    )
-    batches = dict(shared.rows)
+    _print_times(jobs, images, dict(ask(auditor_url, _LARGEST_BATCHES, (ids,)).rows))
+    _show(auditor_url, "The audit trail of the first job", _TRAIL.format(ids[0]))
+    all_ids = ", ".join(f"'{job_id}'" for job_id in ids)
+    _show(auditor_url, "What it cost", _COSTS.format("…"), _COSTS.format(all_ids))
+    return _print_outcome(jobs, images, installation.data_dir / "demo" / "contact-sheet.png")
+
+
+def _print_times(
+    jobs: Sequence[Job], images: Sequence[Checked], batches: Mapping[str, int]
+) -> None:
+    """Print a line for each job. batches: by job, the most images that shared a batch with it."""
     columns = ["tier", "prompt", "seed", "steps", "n"]
     columns += ["queue s", "denoise s", "store s", "total s", "max batch", "match", "state"]
     rows = []
@@ -217,41 +245,28 @@ def _report(
         times = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s)
         asked = (job.tier, job.prompt, job.seed, job.steps, job.n)
         rows.append((*asked, *times, batches.get(job.id), match, job.state))
-    out.print(screen.table(columns, rows, title="\nWhere the time went", numbers=columns[2:11]))
+    title = "\nWhere the time went"
+    screen.out().print(screen.table(columns, rows, title=title, numbers=columns[2:11]))
 
-    trail = (
-        "SELECT at, seq, event, actor, attempt, left(hash, 12) AS hash "
-        "FROM audit_log WHERE job_id = '{}' ORDER BY seq"
-    )
-    _show(auditor_url, "The audit trail of the first job", trail.format(ids[0]))
-    cost = (
-        "SELECT tier, count(*) AS jobs, sum(num_images) AS images, "
-        "round(avg(queue_s), 3) AS mean_queue_s,\n"
-        "         round(avg(total_s), 3) AS mean_total_s, sum(gpu_seconds) AS gpu_seconds, "
-        "sum(cost) AS cost, currency\n"
-        "  FROM job_history WHERE job_id IN ({}) GROUP BY tier, currency ORDER BY tier"
-    )
-    _show(
-        auditor_url,
-        "What it cost",
-        cost.format("…"),
-        cost.format(", ".join(f"'{job_id}'" for job_id in ids)),
-    )
 
+def _print_outcome(jobs: Sequence[Job], images: Sequence[Checked], sheet: Path) -> bool:
+    """Draw the contact sheet and print how many jobs and images are right.
+
+    Returns True when all went well.
+    """
     succeeded = sum(job.state == "succeeded" for job in jobs)
     right = sum(image.is_right for image in images)
     expected = sum(job.n for job in jobs)
     for image in images:
         if not image.is_right:
             screen.complain(f"{image.path.name}: {image.summary}")
-    sheet = installation.data_dir / "demo" / "contact-sheet.png"
     if images:
         _draw_sheet(images).save(sheet)
-    out.print(
+    screen.out().print(
         f"\n{succeeded} of {len(jobs)} jobs succeeded; "
         f"{right} of {expected} images show what their prompts say."
     )
-    out.print(f"Images: {sheet.parent}/*.png; all of them: {sheet}")
+    screen.out().print(f"Images: {sheet.parent}/*.png; all of them: {sheet}")
     return succeeded == len(jobs) and right >= _LEAST_MATCHING * expected
 
 

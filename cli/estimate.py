@@ -3,10 +3,27 @@
 from typing import Any
 
 import click
+from rich.table import Table
 
 from cli import screen
 from cli.installation import Installation, pass_installation
 from cli.wishes import wish_options
+from darkroom_client import Estimate
+
+_COLUMNS = (
+    "tier",
+    "model",
+    "size",
+    "steps",
+    "guidance",
+    "sampler",
+    "n",
+    "Mpx-steps",
+    "gpu-seconds",
+    "price",
+    "ahead",
+    "ready in s",
+)
 
 
 @click.command()
@@ -26,44 +43,23 @@ def estimate(
     if as_json:
         screen.print_json(found.members)
     else:
-        cost, queue = found.cost, found.queue
-        columns = [
-            "tier",
-            "model",
-            "size",
-            "steps",
-            "guidance",
-            "sampler",
-            "n",
-            "Mpx-steps",
-            "gpu-seconds",
-            "price",
-            "ahead",
-            "ready in s",
-        ]
-        price = (cost.gpu_seconds, f"{cost.amount} {cost.currency}") if cost else (None, None)
-        place = (
-            (queue.jobs_ahead, f"{queue.eta_p50_s:.1f} to {queue.eta_p90_s:.1f}")
-            if queue and queue.eta_p50_s is not None
-            else (None, None)
-        )
-        model = f"{found.model} {found.model_version}"
-        row = (
-            found.tier,
-            model,
-            found.size,
-            found.steps,
-            found.guidance,
-            found.sampler,
-            found.n,
-            found.megapixel_steps,
-            *price,
-            *place,
-        )
-        screen.out().print(screen.table(columns, [row], numbers=columns[6:9]))
+        screen.out().print(_table(found))
         for warning in found.warnings:
             screen.warn(warning.detail)
     if not found.can_be_served:
         why = f": {found.refusal.detail}" if found.refusal else ""
         screen.complain(f"It would not be let in now{why}")
         ctx.exit(1)
+
+
+def _table(found: Estimate) -> Table:
+    cost, queue = found.cost, found.queue
+    price = (cost.gpu_seconds, f"{cost.amount} {cost.currency}") if cost else (None, None)
+    place = (
+        (queue.jobs_ahead, f"{queue.eta_p50_s:.1f} to {queue.eta_p90_s:.1f}")
+        if queue and queue.eta_p50_s is not None
+        else (None, None)
+    )
+    what = (found.tier, f"{found.model} {found.model_version}", found.size)
+    how = (found.steps, found.guidance, found.sampler, found.n, found.megapixel_steps)
+    return screen.table(_COLUMNS, [(*what, *how, *price, *place)], numbers=_COLUMNS[6:9])

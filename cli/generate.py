@@ -6,7 +6,7 @@ For a single prompt it also shows where the time went.
 import asyncio
 import hashlib
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
@@ -16,6 +16,11 @@ from cli.watching import watch
 from cli.wishes import EXTENSIONS, wish_options
 from darkroom_client import Client, Job, downloads
 from darkroom_client.wishes import PICTURE_FIELDS
+
+if TYPE_CHECKING:
+    from cli.many import Many
+    from cli.prompts import Line
+    from cli.runs import Run
 
 FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 
@@ -169,23 +174,11 @@ def timing_table(job: Job) -> object:
     columns = ["queue s", "denoise s", "store s", "total s", "gpu-seconds", "price"]
     numbers = list(columns)
     columns += ["tier", "model", "steps", "seed"]
-    cost = (
-        (job.cost.gpu_seconds, f"{job.cost.amount} {job.cost.currency}")
-        if job.cost
-        else (None, None)
-    )
     timing = job.timing
-    row = (
-        timing.queue_s,
-        timing.render_s,
-        timing.store_s,
-        timing.total_s,
-        *cost,
-        job.tier,
-        job.model,
-        job.steps,
-        job.seed,
-    )
+    times = (timing.queue_s, timing.render_s, timing.store_s, timing.total_s)
+    cost = job.cost
+    price = (cost.gpu_seconds, f"{cost.amount} {cost.currency}") if cost else (None, None)
+    row = (*times, *price, job.tier, job.model, job.steps, job.seed)
     return screen.table(columns, [row], numbers=numbers)
 
 
@@ -204,18 +197,11 @@ def _make_many(
 
     Ctrl-C raises KeyboardInterrupt after the run is saved.
     """
-    from cli import prompts
     from cli.board import Board
     from cli.many import Interrupted, Many
-    from cli.runs import AnotherRun, Run
 
-    content = source.read()
     wish = {name: value for name, value in options.items() if value is not None}
-    try:
-        lines = prompts.read(prompts.decoded(content))
-        run = Run.opened(folder, source=content, options=_fingerprint(wish), fresh=fresh)
-    except (prompts.BadLine, AnotherRun) as error:
-        raise click.UsageError(str(error)) from None
+    lines, run = _open_run(source.read(), wish, folder, fresh=fresh)
 
     async def go() -> Many:
         async with installation.async_client() as client:
@@ -231,17 +217,37 @@ def _make_many(
         many = asyncio.run(go())
     except Interrupted:
         raise KeyboardInterrupt from None
+    _report_many(many, len(lines), folder)
+    return not many.failed
+
+
+def _open_run(
+    content: bytes, wish: dict[str, Any], folder: Path, *, fresh: bool
+) -> tuple[list["Line"], "Run"]:
+    """Read the prompts, and open the run of the output folder. Raises click.UsageError."""
+    from cli import prompts
+    from cli.runs import AnotherRun, Run
+
+    try:
+        lines = prompts.read(prompts.decoded(content))
+        run = Run.opened(folder, source=content, options=_fingerprint(wish), fresh=fresh)
+    except (prompts.BadLine, AnotherRun) as error:
+        raise click.UsageError(str(error)) from None
+    return lines, run
+
+
+def _report_many(many: "Many", num_lines: int, folder: Path) -> None:
+    """Print how much was done; then every warning and every failure, in the order of the lines."""
     had = many.num_images - many.num_new
     there = f", {had} of them there already" if had else ""
     screen.out().print(
-        f"{len(lines) - len(many.failed)} of {len(lines)} prompts done: "
+        f"{num_lines - len(many.failed)} of {num_lines} prompts done: "
         f"{many.num_images} images in {folder}{there}"
     )
     for line, what in sorted(many.warned, key=lambda warned: warned[0].number):
         screen.warn(f"line {line.number} ({line.prompt[:40]}): {what}")
     for line, why in sorted(many.failed, key=lambda failure: failure[0].number):
         screen.complain(f"line {line.number} ({line.prompt[:40]}): {why}")
-    return not many.failed
 
 
 def _fingerprint(wish: dict[str, Any]) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import click
 from cli import screen, watching
 from cli.generate import complain_of, timing_table, warn_of
 from cli.installation import Installation, pass_installation
+from darkroom_client import Job
 
 _STATES = ["queued", "running", "storing", "succeeded", "failed", "rejected", "canceled", "expired"]
 _PROMPT_CHARS = 48
+_COLUMNS = ("job", "created (UTC)", "state", "tier", "steps", "n", "seed", "total s", "prompt")
 
 
 @click.command()
@@ -56,23 +58,15 @@ def jobs(
         found = list(itertools.islice(listed, limit))
     if as_json:
         screen.print_json([job.members for job in found])
-        return
-    rows = [
-        (
-            job.id,
-            job.created_at,
-            job.state,
-            job.tier,
-            job.steps,
-            job.n,
-            job.seed,
-            job.timing.total_s,
-            _shortened(job.prompt or "(erased)"),
-        )
-        for job in found
-    ]
-    columns = ["job", "created (UTC)", "state", "tier", "steps", "n", "seed", "total s", "prompt"]
-    screen.out().print(screen.table(columns, rows, numbers=["steps", "n", "total s"]))
+    else:
+        rows = [_row(job) for job in found]
+        screen.out().print(screen.table(_COLUMNS, rows, numbers=["steps", "n", "total s"]))
+
+
+def _row(job: Job) -> tuple[object, ...]:
+    prompt = _shortened(job.prompt or "(erased)")
+    asked = (job.tier, job.steps, job.n, job.seed)
+    return (job.id, job.created_at, job.state, *asked, job.timing.total_s, prompt)
 
 
 @click.command()

@@ -9,6 +9,7 @@ from cli import screen
 from cli.installation import Installation, pass_installation
 from cli.tenants import named
 from models import api_keys
+from models.tables import ApiKey
 from policy.limits import DEFAULT_SCOPES, KEY_GRACE_S, SCOPES
 
 _TENANT = click.option(
@@ -28,23 +29,20 @@ def list_keys(installation: Installation, tenant_name: str) -> None:
     """The tenant's keys, revoked ones included; the keys themselves nobody can show again."""
     with installation.transaction() as session:
         found = api_keys.of_tenant(session, named(session, tenant_name).id)
-    rows = [
-        (
-            key.id,
-            f"dr_{key.kid}_…",
-            key.name,
-            " ".join(key.scopes),
-            key.created_at,
-            key.last_used_at,
-            key.expires_at,
-            key.revoked_at,
-        )
-        for key in found
-    ]
-    screen.out().print(
-        screen.table(
-            ["id", "key", "name", "scopes", "created (UTC)", "used", "expires", "revoked"], rows
-        )
+    columns = ["id", "key", "name", "scopes", "created (UTC)", "used", "expires", "revoked"]
+    screen.out().print(screen.table(columns, [_row(key) for key in found]))
+
+
+def _row(key: ApiKey) -> tuple[object, ...]:
+    return (
+        key.id,
+        f"dr_{key.kid}_…",
+        key.name,
+        " ".join(key.scopes),
+        key.created_at,
+        key.last_used_at,
+        key.expires_at,
+        key.revoked_at,
     )
 
 

@@ -70,17 +70,22 @@ def follow(
             _print(console, path.stem, line)
     while is_endless:
         for path in _logs(folder, only):
-            position = positions.get(path, 0)
-            if path.stat().st_size < position:  # rotated
-                position = 0
-            with open(path, "rb") as file:
-                file.seek(position)
-                # An incomplete line waits until its end is written.
-                whole, newline, _ = file.read().rpartition(b"\n")
-            positions[path] = position + len(whole) + len(newline)
-            for line in whole.decode(errors="replace").splitlines():
+            lines, positions[path] = _read_lines(path, positions.get(path, 0))
+            for line in lines:
                 _print(console, path.stem, line)
         time.sleep(_LOOK_EVERY_S)
+
+
+def _read_lines(path: Path, position: int) -> tuple[list[str], int]:
+    """Read the complete lines after `position`; return them, and the position after them."""
+    if path.stat().st_size < position:  # rotated
+        position = 0
+    with open(path, "rb") as file:
+        file.seek(position)
+        # An incomplete line waits until its end is written.
+        whole, newline, _ = file.read().rpartition(b"\n")
+    lines = whole.decode(errors="replace").splitlines()
+    return lines, position + len(whole) + len(newline)
 
 
 def _logs(folder: Path, only: str | None) -> list[Path]:

@@ -135,6 +135,11 @@ def refusal_of(error: Exception) -> tuple[int, str] | None:
         return BAD_ANSWER, f"{error.filename}: {error.strerror}"
     if type(error).__module__.startswith(("click", "builtins")):
         return None
+    return _refusal_of_the_house(error)
+
+
+def _refusal_of_the_house(error: Exception) -> tuple[int, str] | None:
+    """Do as `refusal_of` for errors of the stack and of Postgres, whose classes load slowly."""
     from sqlalchemy.exc import DBAPIError, OperationalError
 
     from cli.sql import StatementRefused

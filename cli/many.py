@@ -150,12 +150,7 @@ class Many:
         if job.state == "succeeded":
             self._board.end(line, job.state, paths=paths, new=new)
         else:
-            why = (
-                f"{job.failure.code}" + (f" ({job.failure.detail})" if job.failure.detail else "")
-                if job.failure
-                else f"job {job.id}"
-            )
-            await self._fail(line, job.state, why)
+            await self._fail(line, job.state, _why_failed(job))
 
     async def _fail(self, line: Line, state: str, why: str) -> None:
         self._run.note(line.number, state=state, why=why)
@@ -242,3 +237,10 @@ class Many:
 
 def _jobs(number: int) -> str:
     return f"{number} job{'' if number == 1 else 's'}"
+
+
+def _why_failed(job: Job) -> str:
+    if job.failure is None:
+        return f"job {job.id}"
+    detail = f" ({job.failure.detail})" if job.failure.detail else ""
+    return f"{job.failure.code}{detail}"

@@ -129,6 +129,14 @@ def _jobs(
     rows += [("files", due.files), ("bytes of files", due.file_bytes)] if tier is None else []
     if not yes:
         return rows
+    rows[0] = ("jobs", _remove_jobs(database, before, tier))
+    if tier is None:
+        rows[3] = ("files", _remove_files(database, before))
+    return rows
+
+
+def _remove_jobs(database: "Engine", before: datetime, tier: str | None) -> int:
+    """Remove the jobs that ended before; return how many: not those that somebody is just using."""
     removed = 0
     after = pruning.FIRST_ID
     while True:
@@ -138,17 +146,16 @@ def _jobs(
         )
         removed += piece.jobs
         if piece.last_id is None:
-            break
+            return removed
         after = piece.last_id
-    rows[0] = ("jobs", removed)  # but those that somebody was just using
-    if tier is None:
-        rows[3] = (
-            "files",
-            _all(database, partial(pruning.prune_files, before=before, limit=PIECE)),
-        )
-        _all(database, partial(pruning.forget_files, before=before, limit=PIECE))
-        _all(database, partial(pruning.prune_endpoints, before=before, limit=PIECE))
-    return rows
+
+
+def _remove_files(database: "Engine", before: datetime) -> int:
+    """Erase old files; forget erased files and deleted endpoints. Return how many were erased."""
+    removed = _all(database, partial(pruning.prune_files, before=before, limit=PIECE))
+    _all(database, partial(pruning.forget_files, before=before, limit=PIECE))
+    _all(database, partial(pruning.prune_endpoints, before=before, limit=PIECE))
+    return removed
 
 
 def _usage(database: "Engine", before: date, yes: bool) -> list[tuple[str, Any]]:

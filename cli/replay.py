@@ -42,24 +42,10 @@ def replay(
     """
     with installation.client() as client:
         original = client.job(job_id)
-        if (
-            output
-            and output.suffix
-            and FORMATS.get(output.suffix.lower()) != original.output_format
-        ):
-            raise click.UsageError(
-                f"{output.name}: the images are {original.output_format}, as those of the job are"
-            )
+        if output:
+            _check_format(output, original)
         again = watch(client, client.replay(job_id), timeout_s=timeout_s, cancels=True)
-        saved = (
-            save(
-                client,
-                again,
-                output if output.suffix else output.with_suffix(EXTENSIONS[again.output_format]),
-            )
-            if output
-            else []
-        )
+        saved = save(client, again, _with_suffix(output, again)) if output else []
     screen.out().print(f"job {again.id} asked again for what {original.id} asked for")
     for path in saved:
         screen.out().print(f"saved {path}")
@@ -70,6 +56,18 @@ def replay(
         ctx.exit(1)
 
 
+def _check_format(output: Path, original: Job) -> None:
+    """Raise click.UsageError if the suffix is of another format than the job's images."""
+    if output.suffix and FORMATS.get(output.suffix.lower()) != original.output_format:
+        raise click.UsageError(
+            f"{output.name}: the images are {original.output_format}, as those of the job are"
+        )
+
+
+def _with_suffix(output: Path, job: Job) -> Path:
+    return output if output.suffix else output.with_suffix(EXTENSIONS[job.output_format])
+
+
 def _compare(original: Job, again: Job) -> bool:
     """Print both digests of every image; tell whether all are the same."""
     new = {image.index: image.pixels_sha256 for image in again.images}
@@ -78,25 +76,26 @@ def _compare(original: Job, again: Job) -> bool:
         for image in original.images
     ]
     is_same = all(before is not None and before == now for _, _, before, now in pairs)
-    rows = [
-        (
-            index,
-            seed,
-            (before or "")[:16] or None,
-            (now or "")[:16] or None,
-            "the same" if before and before == now else "different",
-        )
-        for index, seed, before, now in pairs
-    ]
+    rows = [_row(*pair) for pair in pairs]
     screen.out().print(screen.table(["image", "seed", "original", "replay", "pixels"], rows))
     if is_same:
         screen.out().print(f"The same pixels: {len(pairs)} of {len(pairs)}.")
     elif any(before is None for _, _, before, _ in pairs):
         screen.complain(f"The original is {original.state}: there is nothing to compare with.")
     elif original.determinism == "best_effort":
-        screen.complain(
-            "The pixels differ. Its tier promises best effort only, not the same pixels."
-        )
+        best_effort = "Its tier promises best effort only, not the same pixels."
+        screen.complain(f"The pixels differ. {best_effort}")
     else:
         screen.complain("The pixels differ.")
     return is_same
+
+
+def _row(index: int, seed: int, before: str | None, now: str | None) -> tuple[object, ...]:
+    is_same = before and before == now
+    return (
+        index,
+        seed,
+        (before or "")[:16] or None,
+        (now or "")[:16] or None,
+        "the same" if is_same else "different",
+    )

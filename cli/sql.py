@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 import psycopg2  # type: ignore[import-untyped]
-from sqlalchemy import make_url
+from sqlalchemy import URL, make_url
 
 from cli import screen
 from cli.installation import Installation, pass_installation
@@ -41,10 +41,8 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
     Views for people: job_history, queue_now, flows_now, dead_letters, images_by_tenant_day,
     usage_by_tenant_day, stored_files_by_tenant, webhooks_now, audit_log, audit_chain_status.
     """
-    answer = ask(
-        installation.look_up("MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"),
-        statement,
-    )
+    variable = "MIGRATION_DATABASE_URL" if owner else "AUDITOR_DATABASE_URL"
+    answer = ask(installation.look_up(variable), statement)
     if as_json:
         screen.print_json([dict(zip(answer.columns, row, strict=True)) for row in answer.rows])
     elif answer.columns:
@@ -52,9 +50,8 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
             name for name, kinds in _kinds(answer).items() if kinds <= {"int", "float", "Decimal"}
         ]
         screen.out().print(screen.table(answer.columns, answer.rows, numbers=numbers))
-        screen.err().print(
-            f"({len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'})", style="dim"
-        )
+        count = f"{len(answer.rows)} row{'' if len(answer.rows) == 1 else 's'}"
+        screen.err().print(f"({count})", style="dim")
     else:
         screen.out().print(answer.status)
 
@@ -62,16 +59,7 @@ def sql(installation: Installation, statement: str, owner: bool, as_json: bool) 
 def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = None) -> Answer:
     """Run one statement in its own transaction. Raises StatementRefused, Unreachable."""
     url = make_url(database_url).set(drivername="postgresql")
-    try:
-        connection = psycopg2.connect(
-            url.render_as_string(hide_password=False),
-            connect_timeout=5,
-            application_name="darkroom sql",
-        )
-    except psycopg2.OperationalError as error:
-        from darkroom_client import Unreachable
-
-        raise Unreachable(f"Postgres does not answer: {' '.join(str(error).split())}") from None
+    connection = _connect(url)
     try:
         with connection, connection.cursor() as cursor:
             cursor.execute(statement, parameters)
@@ -88,6 +76,19 @@ def ask(database_url: str, statement: str, parameters: Sequence[Any] | None = No
         raise StatementRefused(f"Postgres: {str(error).strip().partition(chr(10))[0]}") from None
     finally:
         connection.close()
+
+
+def _connect(url: URL) -> Any:
+    try:
+        return psycopg2.connect(
+            url.render_as_string(hide_password=False),
+            connect_timeout=5,
+            application_name="darkroom sql",
+        )
+    except psycopg2.OperationalError as error:
+        from darkroom_client import Unreachable
+
+        raise Unreachable(f"Postgres does not answer: {' '.join(str(error).split())}") from None
 
 
 def _kinds(answer: Answer) -> dict[str, set[str]]:

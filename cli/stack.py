@@ -104,17 +104,11 @@ def show_addresses(stack: Stack) -> None:
     at = {
         name: env[name].rpartition("@")[2] for name in ("DATABASE_URL", "BROKER_URL", "HANDOFF_URL")
     }
+    key = f"key {env['DARKROOM_API_KEY'][:16]}…  (whole in {stack.env_path})"
+    account = f"user {env['FLOWER_USER']}  password {env['FLOWER_PASSWORD']}"
     rows = [
-        (
-            "gateway",
-            env["DARKROOM_URL"],
-            f"key {env['DARKROOM_API_KEY'][:16]}…  (whole in {stack.env_path})",
-        ),
-        (
-            "Flower",
-            env["FLOWER_URL"],
-            f"user {env['FLOWER_USER']}  password {env['FLOWER_PASSWORD']}",
-        ),
+        ("gateway", env["DARKROOM_URL"], key),
+        ("Flower", env["FLOWER_URL"], account),
         ("S3", env["S3_ENDPOINT_URL"], f"bucket {env['S3_BUCKET']}"),
         ("Postgres", at["DATABASE_URL"], 'darkroom sql "select * from job_history"'),
         ("Redis", f"{at['BROKER_URL']}  {at['HANDOFF_URL']}", "broker, hand-off"),

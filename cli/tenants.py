@@ -71,28 +71,24 @@ def show_tenant(ctx: click.Context, installation: Installation, name: str) -> No
     """The tenant's limits, and what it has used today and this month (UTC)."""
     with installation.transaction() as session:
         tenant = records.by_name(session, name)
-        totals = (
-            usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=1_000_000)
-            if tenant is not None
-            else None
-        )
-        count, size_bytes = (
-            files.stored(session, tenant_id=tenant.id) if tenant is not None else (0, 0)
-        )
-    if tenant is None or totals is None:
+        used = _usage_rows(session, tenant) if tenant is not None else []
+    if tenant is None:
         screen.complain(f"There is no tenant {name!r}.")
         ctx.exit(4)
-    rows: list[tuple[str, Any]] = [(limit, _told(getattr(tenant, limit))) for limit in LIMITS]
-    rows += [
+    limits = [(limit, _told(getattr(tenant, limit))) for limit in LIMITS]
+    screen.out().print(screen.table(["limit", name], [*limits, *used]))
+
+
+def _usage_rows(session: Session, tenant: Tenant) -> list[tuple[str, Any]]:
+    totals = usage.usage_totals(session, tenant_id=tenant.id, count_jobs_to=1_000_000)
+    count, size_bytes = files.stored(session, tenant_id=tenant.id)
+    return [
         ("megapixel-steps used today", totals.used_today),
         ("and this month", totals.used_this_month),
-    ]
-    rows += [
         ("jobs under way", totals.active_jobs),
         ("pictures stored", count),
         ("and their bytes", size_bytes),
     ]
-    screen.out().print(screen.table(["limit", name], rows))
 
 
 @tenants.command("limit")

@@ -13,6 +13,15 @@ from models import usage as ledger
 from models.tables import UsageDay
 
 _SUMMED = ("jobs_accepted", "jobs_succeeded", "reserved", "settled", "abandoned", "cost")
+_COLUMNS = (
+    "day (UTC)",
+    "accepted",
+    "succeeded",
+    "reserved Mpx-steps",
+    "settled Mpx-steps",
+    "abandoned Mpx-steps",
+    "cost",
+)
 
 
 @click.command()
@@ -42,16 +51,7 @@ def usage(installation: Installation, tenant_name: str, num_days: int) -> None:
         )
     currency = installation.load_fleet().currency
     rows = [*(_line(str(day.day), [day], currency) for day in days), _line("total", days, currency)]
-    columns = [
-        "day (UTC)",
-        "accepted",
-        "succeeded",
-        "reserved Mpx-steps",
-        "settled Mpx-steps",
-        "abandoned Mpx-steps",
-        "cost",
-    ]
-    screen.out().print(screen.table(columns, rows, numbers=columns[1:]))
+    screen.out().print(screen.table(_COLUMNS, rows, numbers=_COLUMNS[1:]))
 
 
 def _line(label: str, days: Sequence[UsageDay], currency: str) -> tuple[Any, ...]:

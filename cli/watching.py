@@ -39,18 +39,15 @@ class Sight:
         """Apply an event."""
         index = int(event.data.get("index", 0))
         if event.kind == "queued":
-            self.state, self.jobs_ahead, self.eta_s = (
-                "queued",
-                event.data.get("jobs_ahead"),
-                event.data.get("eta_p50_s"),
-            )
+            self.state = "queued"
+            self.jobs_ahead = event.data.get("jobs_ahead")
+            self.eta_s = event.data.get("eta_p50_s")
         elif event.kind == "started":
             self.state, self.jobs_ahead = "running", None
         elif event.kind == "step":
             self.state = "running"
-            self.steps_to_do = (
-                int(event.data.get("num_steps", 0)) * self.num_images or self.steps_to_do
-            )
+            steps_to_do = int(event.data.get("num_steps", 0)) * self.num_images
+            self.steps_to_do = steps_to_do or self.steps_to_do
             self.steps[index] = max(self.steps.get(index, 0), int(event.data.get("step", 0)))
         elif event.kind == "stored":
             self.images_stored += 1

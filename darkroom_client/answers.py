@@ -127,21 +127,17 @@ def read_object(answer: httpx.Response) -> dict[str, Any]:
     Raises ProblemError for a refusal and UnexpectedAnswer for anything else. Every reader in this
     module does the same.
     """
+    answered = f"{answer.request.url} answered {answer.status_code}"
     try:
         members = answer.json()
     except ValueError:
         members = None
     if not isinstance(members, dict):
-        raise UnexpectedAnswer(
-            f"{answer.request.url} answered {answer.status_code} "
-            "with something that is no JSON object"
-        )
+        raise UnexpectedAnswer(f"{answered} with something that is no JSON object")
     if answer.is_success:
         return members
     if "title" not in members:
-        raise UnexpectedAnswer(
-            f"{answer.request.url} answered {answer.status_code} without saying why"
-        )
+        raise UnexpectedAnswer(f"{answered} without saying why")
     raise problem_of(members, answer.status_code, retry_after_s=retry_after_s(answer))
 
 

@@ -222,21 +222,19 @@ class Flows:
             except httpx.TransportError as error:
                 pause_s = None if is_hopeless(error) else self._retries.pause_s(attempt)
                 if pause_s is None:
-                    tried = f" after {attempt} tries" if attempt > 1 else ""
-                    raise Unreachable(
-                        f"{self._where(step)} does not answer{tried}: "
-                        f"{error or type(error).__name__}"
-                    ) from error
+                    raise self._unreachable(step, attempt, error) from error
             else:
-                pause_s = (
-                    self._retries.pause_s(attempt, retry_after_s(answer))
-                    if is_passing(answer)
-                    else None
-                )
+                passes = is_passing(answer)
+                pause_s = self._retries.pause_s(attempt, retry_after_s(answer)) if passes else None
                 if pause_s is None:
                     return answer
             yield Pause(pause_s)
         raise AssertionError("the tries never end by themselves")
+
+    def _unreachable(self, step: Call | Fetch, attempt: int, error: Exception) -> Unreachable:
+        tried = f" after {attempt} tries" if attempt > 1 else ""
+        why = error or type(error).__name__
+        return Unreachable(f"{self._where(step)} does not answer{tried}: {why}")
 
     def _where(self, step: Call | Fetch) -> str:
         if isinstance(step, Call):

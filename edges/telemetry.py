@@ -8,7 +8,7 @@ import logging
 import os
 import socket
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler
 
@@ -199,6 +199,17 @@ CACHE_LOOKUPS = Gauge(
 )
 CACHE_BYTES = Gauge("darkroom_engine_cache_bytes", "What a cache holds", ["cache"])
 
+# Libraries that say too much below a warning.
+_TALKATIVE = (
+    "botocore",
+    "boto3",
+    "urllib3",
+    "kombu",
+    "celery.redirected",
+    "celery.worker.strategy",
+    "celery.app.trace",
+)
+
 
 @event.listens_for(Engine, "handle_error")
 def _note_conflict(failed: ExceptionContext) -> None:
@@ -252,29 +263,26 @@ def configure_logs(level: str = "INFO") -> None:
         wrapper_class=structlog.make_filtering_bound_logger(level),
         cache_logger_on_first_use=True,
     )
+    root = logging.getLogger()
+    root.handlers[:] = [_foreign_handler(shared)]
+    root.setLevel(level.upper())
+    for name in _TALKATIVE:
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _foreign_handler(shared: Sequence[structlog.typing.Processor]) -> logging.Handler:
+    """Return a handler that writes what libraries log as our own events are written."""
     # ExtraAdder: the engine passes its fields as `extra`.
     foreign = [*shared, structlog.stdlib.add_logger_name, structlog.stdlib.ExtraAdder()]
-    handler = _ForeignHandler()
     renderer = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.JSONRenderer(),
     ]
+    handler = _ForeignHandler()
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(processors=renderer, foreign_pre_chain=foreign)
     )
-    root = logging.getLogger()
-    root.handlers[:] = [handler]
-    root.setLevel(level.upper())
-    for name in (
-        "botocore",
-        "boto3",
-        "urllib3",
-        "kombu",
-        "celery.redirected",
-        "celery.worker.strategy",
-        "celery.app.trace",
-    ):
-        logging.getLogger(name).setLevel(logging.WARNING)
+    return handler
 
 
 def loop(name: str) -> Callable[[], None]:

@@ -51,33 +51,29 @@ def programs(env: Mapping[str, str], fleet: Fleet, *, num_workers: int) -> list[
     env: the stack's own variables, which win over the caller's.
     """
     gunicorn = ["gunicorn", "-c", "deploy/gunicorn.conf.py", "app.wsgi:application"]
-    own = {
-        name: as_handed_to(name, env)
-        for name in ("gateway", "worker", "flower", "results", "webhooks", "sweeper")
-    }
-    own["flower"]["FLOWER_BIND"] = env["FLOWER_URL"].removeprefix("http://")
-    worker_names = [f"worker-{number}" for number in range(1, num_workers + 1)]
-    # "" leaves the naming to the launcher.
-    own_names = worker_names if num_workers > 1 else [""] * num_workers
-    workers = [
-        _worker(name, _worker_environment(own["worker"], fleet, own_name))
-        for name, own_name in zip(worker_names, own_names, strict=True)
-    ]
-    gateway = _only(own["gateway"], GatewayProcessSettings)
-    flower = _only(own["flower"], FlowerSettings)
-    results = _only(own["results"], StoreSettings)
-    webhooks = _only(own["webhooks"], CourierSettings)
-    sweeper = _only(own["sweeper"], Settings)
+    handed = {name: as_handed_to(name, env) for name in _KINDS}
+    handed["flower"]["FLOWER_BIND"] = env["FLOWER_URL"].removeprefix("http://")
+    own = {name: _only(handed[name], kind) for name, kind in _KINDS.items()}
     started = [
-        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, gateway),
-        *workers,
-        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, flower),
-        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, results),
-        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, webhooks),
-        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, sweeper),
+        _program("gateway", gunicorn, _TAKES_IN_WORK, 40, own["gateway"]),
+        *_workers(handed["worker"], fleet, num_workers),
+        _program("flower", ["tasks.serve", "flower"], _TAKES_IN_WORK, 10, own["flower"]),
+        _program("results", ["tasks.serve", "results"], _FINISHES_IT, 30, own["results"]),
+        _program("webhooks", ["tasks.serve", "webhooks"], _FINISHES_IT, 20, own["webhooks"]),
+        _program("sweeper", ["tasks.serve", "maintenance"], _FINISHES_IT, 20, own["sweeper"]),
     ]
     return [
         _with_a_metrics_port_of_its_own(program, place) for place, program in enumerate(started)
+    ]
+
+
+def _workers(env: Mapping[str, str], fleet: Fleet, num_workers: int) -> list[Program]:
+    names = [f"worker-{number}" for number in range(1, num_workers + 1)]
+    # "" leaves the naming to the launcher.
+    own_names = names if num_workers > 1 else [""] * num_workers
+    return [
+        _worker(name, _worker_environment(env, fleet, own_name))
+        for name, own_name in zip(names, own_names, strict=True)
     ]
 
 

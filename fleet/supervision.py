@@ -230,7 +230,16 @@ class Supervisor:
 
     def _write_config(self, programs: Sequence[Program]) -> None:
         self.log_dir.mkdir(mode=0o700, exist_ok=True)
-        sections: dict[str, dict[str, object]] = {
+        sections = self._own_sections()
+        sections |= {f"program:{program.name}": self._section(program) for program in programs}
+        text = _ini(sections)
+        self._config.unlink(missing_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+        with os.fdopen(os.open(self._config, flags, 0o600), "w") as file:  # it holds passwords
+            file.write(text)
+
+    def _own_sections(self) -> dict[str, dict[str, object]]:
+        return {
             "unix_http_server": {"file": self._socket, "chmod": "0700"},
             "rpcinterface:supervisor": {
                 "supervisor.rpcinterface_factory": "supervisor.rpcinterface:make_main_rpcinterface"
@@ -242,33 +251,13 @@ class Supervisor:
                 "childlogdir": self.log_dir,
                 **({"user": "root"} if os.geteuid() == 0 else {}),  # or it warns of running as root
             },
-            **{f"program:{program.name}": self._section(program) for program in programs},
         }
-        text = "\n".join(
-            "\n".join(
-                [f"[{title}]", *(f"{key}={_quoted(str(value))}" for key, value in options.items())]
-            )
-            + "\n"
-            for title, options in sections.items()
-        )
-        self._config.unlink(missing_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-        with os.fdopen(os.open(self._config, flags, 0o600), "w") as file:  # it holds passwords
-            file.write(text)
 
     def _section(self, program: Program) -> dict[str, object]:
-        for value in program.environment.values():
-            if '"' in value:
-                raise StackError(
-                    f"{program.name}: a variable with a double quote in it cannot be handed on "
-                    f'("{value[:3]}…")'
-                )
         return {
             "command": shlex.join(program.command),
             "directory": program.directory,
-            "environment": ",".join(
-                f'{name}="{value}"' for name, value in program.environment.items()
-            ),
+            "environment": _environment(program),
             "priority": program.priority,
             "autostart": "false",  # the stack starts services first, and waits until they answer
             "autorestart": "true",
@@ -284,6 +273,26 @@ class Supervisor:
             "stdout_logfile_backups": 1,
             **({"user": program.user} if program.user else {}),
         }
+
+
+def _environment(program: Program) -> str:
+    """List the program's variables. Raises StackError for a value with a double quote."""
+    for value in program.environment.values():
+        if '"' in value:
+            raise StackError(
+                f"{program.name}: a variable with a double quote in it cannot be handed on "
+                f'("{value[:3]}…")'
+            )
+    return ",".join(f'{name}="{value}"' for name, value in program.environment.items())
+
+
+def _ini(sections: Mapping[str, Mapping[str, object]]) -> str:
+    """Write the sections in supervisord's ini dialect, with a blank line between them."""
+    texts = []
+    for title, options in sections.items():
+        lines = [f"[{title}]", *(f"{key}={_quoted(str(value))}" for key, value in options.items())]
+        texts.append("\n".join(lines) + "\n")
+    return "\n".join(texts)
 
 
 def _quoted(value: str) -> str:

@@ -6,7 +6,7 @@ views and triggers follow their files in models/sql.
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -63,12 +63,13 @@ def upgrade(
             keep_prompts_out_of_logs(engine, say)
     finally:
         engine.dispose()
-    if before == after and applied:
-        say(f"at revision {after}; made anew: {', '.join(applied)}")
-    elif before == after:
-        say(f"at revision {after}, nothing to do")
-    else:
-        say(f"at revision {after}, was {before or 'empty'}")
+    say(f"at revision {after}{_what_changed(before, after, applied)}")
+
+
+def _what_changed(before: str | None, after: str | None, applied: Sequence[str]) -> str:
+    if before != after:
+        return f", was {before or 'empty'}"
+    return f"; made anew: {', '.join(applied)}" if applied else ", nothing to do"
 
 
 def current_revision(engine: Engine) -> str | None:

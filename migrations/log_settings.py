@@ -21,6 +21,14 @@ QUIET = {
     "log_parameter_max_length_on_error": "0",
 }
 
+# Roles of the application, with the settings that each has.
+_ROLES = """
+    SELECT r.rolname, coalesce(s.setconfig, '{}') FROM pg_roles r
+    LEFT JOIN pg_db_role_setting s ON s.setrole = r.oid AND s.setdatabase = 0
+    WHERE r.rolname LIKE 'darkroom\\_%' AND NOT r.rolsuper AND r.rolname <> current_user
+    ORDER BY r.rolname
+"""
+
 
 def keep_prompts_out_of_logs(engine: Engine, say: Callable[[str], None]) -> None:
     """Set the roles of the application so that Postgres logs only that their statements failed.
@@ -28,14 +36,8 @@ def keep_prompts_out_of_logs(engine: Engine, say: Callable[[str], None]) -> None
     Only a superuser may; for another user it says what to run.
     """
     wanted = {f"{name}={value}" for name, value in QUIET.items()}
-    query = """
-        SELECT r.rolname, coalesce(s.setconfig, '{}') FROM pg_roles r
-        LEFT JOIN pg_db_role_setting s ON s.setrole = r.oid AND s.setdatabase = 0
-        WHERE r.rolname LIKE 'darkroom\\_%' AND NOT r.rolsuper AND r.rolname <> current_user
-        ORDER BY r.rolname
-    """
     with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
-        for role, settings in connection.execute(text(query)).all():
+        for role, settings in connection.execute(text(_ROLES)).all():
             if wanted <= set(settings):
                 continue
             statements = [
@@ -45,7 +47,5 @@ def keep_prompts_out_of_logs(engine: Engine, say: Callable[[str], None]) -> None
                 for statement in statements:
                     connection.exec_driver_sql(statement)
             except ProgrammingError:
-                say(
-                    "Postgres may log prompts of statements that fail; have a superuser run:"
-                    f" {'; '.join(statements)}"
-                )
+                why = "Postgres may log prompts of statements that fail; have a superuser run:"
+                say(f"{why} {'; '.join(statements)}")

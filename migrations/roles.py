@@ -190,14 +190,7 @@ def grant(connection: Connection) -> None:
     """
     columns = _columns(connection)
     for kind, role in OF_PROCESS.items():
-        statements = [
-            f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}",
-            f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA public FROM {role}",
-            f"GRANT USAGE ON SCHEMA public TO {role}",
-            *(_statement(may, role, columns) for may in GRANTS[kind] if may.table in columns),
-        ]
-        for statement in statements:
-            connection.execute(text(statement))
+        _grant_tables(connection, GRANTS[kind], role, columns)
     views = [each.name for each in living.read() if each.kind == "view"]
     connection.execute(text(f"GRANT SELECT ON {', '.join(views)} TO {OPERATOR}, {AUDITOR}"))
     for function, allowed in FUNCTIONS.items():
@@ -206,6 +199,20 @@ def grant(connection: Connection) -> None:
         if allowed:
             to_allowed = f"GRANT EXECUTE ON FUNCTION {function} TO {', '.join(allowed)}"
             connection.execute(text(to_allowed))
+
+
+def _grant_tables(
+    connection: Connection, granted: Sequence[May], role: str, columns: dict[str, list[str]]
+) -> None:
+    """Give the role these rights on the tables that exist, and no others."""
+    statements = [
+        f"REVOKE ALL ON ALL TABLES IN SCHEMA public FROM {role}",
+        f"REVOKE ALL ON ALL FUNCTIONS IN SCHEMA public FROM {role}",
+        f"GRANT USAGE ON SCHEMA public TO {role}",
+        *(_statement(may, role, columns) for may in granted if may.table in columns),
+    ]
+    for statement in statements:
+        connection.execute(text(statement))
 
 
 def take_back(connection: Connection) -> None:

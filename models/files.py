@@ -103,16 +103,13 @@ def keep(
 
     Returns the row that is there already if the tenant has brought the same picture before.
     """
-    row = {
-        "id": new_id(),
-        "tenant_id": tenant_id,
+    facts: dict[str, Any] = {
         "content_sha256": content_sha256,
-        "object_key": object_key,
-        "mode": mode,
         "size_bytes": size_bytes,
         "width_px": width_px,
         "height_px": height_px,
     }
+    row = {"id": new_id(), "tenant_id": tenant_id, "object_key": object_key, "mode": mode, **facts}
     added: File | None = session.scalar(
         insert(File)
         .values(**row)
@@ -126,13 +123,7 @@ def keep(
     if added is None:
         # Another transaction committed the same picture first.
         return session.scalars(_live(tenant_id).where(File.content_sha256 == content_sha256)).one()
-    facts: dict[str, Any] = {
-        "file_id": str(added.id),
-        "content_sha256": content_sha256,
-        "size_bytes": size_bytes,
-        "width_px": width_px,
-        "height_px": height_px,
-    }
+    facts["file_id"] = str(added.id)
     audit.append(session, EventName.FILE_CONTENT_STORED, chain=tenant_id, actor=actor, **facts)
     return added
 
@@ -148,12 +139,7 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     )
     if file is None or file.erased_at is not None:
         return file
-    uses = or_(*(getattr(Job, param.name) == file_id for param in PICTURES.values()))
-    user = session.scalar(
-        select(Job.id)
-        .where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses)
-        .limit(1)
-    )
+    user = _find_user(session, file_id, tenant_id)
     if user is not None:
         raise FileInUse(file_id, user)
     file.erased_at = func.clock_timestamp()
@@ -161,6 +147,13 @@ def erase(session: Session, file_id: uuid.UUID, *, tenant_id: uuid.UUID, actor: 
     facts: dict[str, Any] = {"file_id": str(file_id), "content_sha256": file.content_sha256}
     audit.append(session, EventName.FILE_CONTENT_ERASED, chain=tenant_id, actor=actor, **facts)
     return file
+
+
+def _find_user(session: Session, file_id: uuid.UUID, tenant_id: uuid.UUID) -> uuid.UUID | None:
+    """Find an active job that starts from the file."""
+    uses = or_(*(getattr(Job, param.name) == file_id for param in PICTURES.values()))
+    query = select(Job.id).where(Job.tenant_id == tenant_id, Job.state.in_(ACTIVE_STATES), uses)
+    return session.scalar(query.limit(1))
 
 
 def stored(session: Session, *, tenant_id: uuid.UUID) -> tuple[int, int]:

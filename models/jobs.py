@@ -14,16 +14,15 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session, defer, selectinload
 
-from models import accepting, audit, flows, idempotency, inputs, uploads, usage, webhooks
+from models import accepting, audit, flows, inputs, uploads, usage, webhooks
 from models.accepting import NewJob
 from models.audit_events import EventName
 from models.database import AFRESH
-from models.idempotency import Once
 from models.tables import Artifact, Attempt, Image, Job
 from policy.cost import price
 from policy.failures import FailureCode
 from policy.fleet import Fleet
-from policy.params import Resolved, params_of
+from policy.params import params_of
 from policy.states import ACTIVE_STATES, FINAL_STATES, TAKEN_BACK, ImageState, JobState, Outcome
 from policy.steps import image_steps
 from policy.webhooks import event_of
@@ -52,44 +51,19 @@ class NothingLeft(Exception):
 
 def accept(
     session: Session,
+    new_job: NewJob,
     *,
     tenant_id: uuid.UUID,
     api_key_id: uuid.UUID | None,
-    params: Resolved,
-    start_within_s: float,
     currency: str,
     actor: str,
-    run_within_s: float | None = None,
-    predicted_s: float = 0.0,
-    eta_raw_s: float | None = None,
-    megapixel_steps: Decimal = Decimal(0),
-    steps_per_image: int | None = None,
-    tenant_metadata: Mapping[str, str] | None = None,
-    requeue_of: uuid.UUID | None = None,
-    replay_of: uuid.UUID | None = None,
-    once: Once | None = None,
 ) -> Job:
     """Accept one job (`models.accepting` does any number); return it with its images, no attempts.
 
-    once: the request that asks for it; raises AlreadyAnswered or KeyReused if it came before.
     Raises NothingLeft, FileGone.
     """
-    if once is not None:
-        idempotency.claim(session, once, tenant_id=tenant_id)
-    if replay_of is not None:
-        hold(session, replay_of)
-    new_job = NewJob(
-        params=params,
-        start_within_s=start_within_s,
-        run_within_s=run_within_s,
-        predicted_s=predicted_s,
-        eta_raw_s=eta_raw_s,
-        megapixel_steps=megapixel_steps,
-        steps_per_image=steps_per_image,
-        tenant_metadata=tenant_metadata,
-        requeue_of=requeue_of,
-        replay_of=replay_of,
-    )
+    if new_job.replay_of is not None:
+        hold(session, new_job.replay_of)
     (row,) = accepting.accept(
         session,
         [new_job],
@@ -98,8 +72,6 @@ def accept(
         currency=currency,
         actor=actor,
     )
-    if once is not None:
-        idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
     return session.scalars(select(Job).where(Job.id == row.id).options(*whole())).one()
 
 
@@ -276,8 +248,16 @@ def requeue_dead(
         raise JobAlreadyFinished(dead)
     return accept(
         session,
+        _copy_of(dead, start_within_s),
         tenant_id=dead.tenant_id,
         api_key_id=dead.api_key_id,
+        currency=dead.currency,
+        actor=actor,
+    )
+
+
+def _copy_of(dead: Job, start_within_s: float) -> NewJob:
+    return NewJob(
         params=params_of(dead),
         start_within_s=start_within_s,
         run_within_s=dead.run_within_s,
@@ -285,8 +265,6 @@ def requeue_dead(
         megapixel_steps=dead.megapixel_steps,
         steps_per_image=dead.steps_per_image,
         tenant_metadata=dead.tenant_metadata,
-        currency=dead.currency,
-        actor=actor,
         requeue_of=dead.id,
     )
 
@@ -318,37 +296,15 @@ def store(
     row = _record_artifact(session, job, image, artifact)
     job.cost = price(fleet, pool=job.pool, tier=job.tier, device_seconds=job.device_seconds)
     session.flush()
-
-    about: dict[str, Any] = {
-        "chain": job.tenant_id,
-        "actor": actor,
-        "job_id": job_id,
-        "attempt": attempt,
-    }
     unstored = (Image.job_id == job_id, Image.state != ImageState.STORED)
     is_last = not session.scalar(select(func.count()).where(*unstored))
     if is_last:
         finish(session, job, JobState.SUCCEEDED)
     elif job.state == JobState.STORING:
         job.store_by = func.clock_timestamp() + timedelta(seconds=store_within_s)
-    audit.append(
-        session,
-        EventName.JOB_IMAGE_STORED,
-        **about,
-        index=index,
-        artifact_id=str(row.id),
-        pixels_sha256=row.pixels_sha256,
-        content_sha256=row.content_sha256,
-    )
+    _append_stored(session, row, attempt=attempt, actor=actor)
     if is_last:
-        audit.append(
-            session,
-            EventName.JOB_STATE_SUCCEEDED,
-            **about,
-            device_seconds=job.device_seconds,
-            cost=str(job.cost),
-            currency=job.currency,
-        )
+        _append_succeeded(session, job, attempt=attempt, actor=actor)
     return job
 
 
@@ -364,6 +320,35 @@ def _record_artifact(
     image.artifact_id = row.id
     job.device_seconds += image.device_seconds
     return row
+
+
+def _append_stored(session: Session, row: Artifact, *, attempt: int, actor: str) -> None:
+    audit.append(
+        session,
+        EventName.JOB_IMAGE_STORED,
+        chain=row.tenant_id,
+        actor=actor,
+        job_id=row.job_id,
+        attempt=attempt,
+        index=row.index,
+        artifact_id=str(row.id),
+        pixels_sha256=row.pixels_sha256,
+        content_sha256=row.content_sha256,
+    )
+
+
+def _append_succeeded(session: Session, job: Job, *, attempt: int, actor: str) -> None:
+    audit.append(
+        session,
+        EventName.JOB_STATE_SUCCEEDED,
+        chain=job.tenant_id,
+        actor=actor,
+        job_id=job.id,
+        attempt=attempt,
+        device_seconds=job.device_seconds,
+        cost=str(job.cost),
+        currency=job.currency,
+    )
 
 
 def handed_off(session: Session, job_id: uuid.UUID) -> dict[int, int]:
@@ -398,26 +383,9 @@ def finish(
     job.failure_code = code
     job.failure_detail = detail
     session.flush()
-    # A job that was started and did not succeed is charged what was predicted.
-    if state == JobState.SUCCEEDED or job.attempt == 0:
-        actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
-        difference_s = actual_s - job.predicted_s
-        flows.settle(
-            session,
-            pool=job.pool,
-            tier=job.tier,
-            tenant_id=job.tenant_id,
-            difference_s=difference_s,
-        )
+    _settle_flow(session, job, state)
     stored, steps = _came_to(session, job) if state != JobState.SUCCEEDED else (job.num_images, 0)
-    shares = _shares(job)
-    booking = usage.Booking(
-        reserved=job.megapixel_steps,
-        settled=shares.of_images(stored),
-        abandoned=shares.of_steps(steps) if state in TAKEN_BACK else Decimal(0),
-        cost=job.cost or Decimal(0),
-        succeeded=state == JobState.SUCCEEDED,
-    )
+    booking = _booking(job, state, num_stored=stored, steps=steps)
     usage.settle(session, booking, tenant_id=job.tenant_id, day=job.usage_day)
     webhooks.note(session, job, event_of(state))
     if booking.succeeded or not (stored or booking.abandoned):
@@ -429,6 +397,35 @@ def finish(
         "cost": str(booking.cost),
         "currency": job.currency,
     }
+
+
+def _settle_flow(session: Session, job: Job, state: JobState) -> None:
+    """Charge the job's flow what it took.
+
+    A job that was started and did not succeed is charged what was predicted.
+    """
+    if state == JobState.SUCCEEDED or job.attempt == 0:
+        actual_s = job.device_seconds if state == JobState.SUCCEEDED else 0.0
+        difference_s = actual_s - job.predicted_s
+        flows.settle(
+            session,
+            pool=job.pool,
+            tier=job.tier,
+            tenant_id=job.tenant_id,
+            difference_s=difference_s,
+        )
+
+
+def _booking(job: Job, state: JobState, *, num_stored: int, steps: int) -> usage.Booking:
+    """Return what the ledger is told. steps: noted of images that are not stored."""
+    shares = _shares(job)
+    return usage.Booking(
+        reserved=job.megapixel_steps,
+        settled=shares.of_images(num_stored),
+        abandoned=shares.of_steps(steps) if state in TAKEN_BACK else Decimal(0),
+        cost=job.cost or Decimal(0),
+        succeeded=state == JobState.SUCCEEDED,
+    )
 
 
 def _shares(job: Job) -> usage.Shares:

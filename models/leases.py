@@ -19,6 +19,7 @@ from typing import Any
 
 from sqlalchemy import func, or_, select, text, tuple_, update
 from sqlalchemy.orm import Session
+from sqlalchemy.sql.dml import ReturningUpdate
 
 from models import audit, inputs, jobs
 from models.audit_events import EventName
@@ -103,23 +104,7 @@ def take(
     place that counts lost leases. A job whose pictures are not there is not given, for it would
     only hold slots.
     """
-    in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp())
-    taken = session.execute(
-        update(Job)
-        .where(Job.id == job_id, Job.state == JobState.QUEUED, ~Job.lacks_inputs, in_time)
-        .values(
-            state=JobState.RUNNING,
-            worker=worker,
-            attempt=Job.attempt + 1,
-            lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s),
-            started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
-            run_by=func.coalesce(
-                Job.run_by,
-                func.clock_timestamp() + func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s),
-            ),
-        )
-        .returning(Job, func.extract("epoch", Job.run_by - func.clock_timestamp()))
-    ).one_or_none()
+    taken = session.execute(_take_statement(job_id, worker, ttl_s)).one_or_none()
     if taken is None:
         return None
     row, run_left_s = taken
@@ -146,6 +131,25 @@ def take(
     )
     audit.append_of_attempt(session, EventName.JOB_LEASE_TAKEN, row, actor=worker)
     return lease
+
+
+def _take_statement(job_id: uuid.UUID, worker: str, ttl_s: float) -> ReturningUpdate[Job, Any]:
+    """Make the UPDATE that gives the job away; it returns the row, and what is left of its time."""
+    in_time = (Job.attempt > 0) | (Job.start_by > func.clock_timestamp())
+    may_run = func.make_interval(0, 0, 0, 0, 0, 0, Job.run_within_s)
+    return (
+        update(Job)
+        .where(Job.id == job_id, Job.state == JobState.QUEUED, ~Job.lacks_inputs, in_time)
+        .values(
+            state=JobState.RUNNING,
+            worker=worker,
+            attempt=Job.attempt + 1,
+            lease_expires_at=func.clock_timestamp() + timedelta(seconds=ttl_s),
+            started_at=func.coalesce(Job.started_at, func.clock_timestamp()),
+            run_by=func.coalesce(Job.run_by, func.clock_timestamp() + may_run),
+        )
+        .returning(Job, func.extract("epoch", Job.run_by - func.clock_timestamp()))
+    )
 
 
 def renew(
@@ -221,8 +225,7 @@ def hand_off(
     image.device_seconds += rendered.device_seconds
     _add_to_record(session.get_one(Attempt, (job.id, lease.attempt)), rendered)
     session.flush()
-    pending = select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
-    if not session.scalar(pending):
+    if not _num_pending(session, job):
         job.state = JobState.STORING
         job.lease_expires_at = None
         job.rendered_at = func.clock_timestamp()
@@ -238,6 +241,12 @@ def hand_off(
         session, EventName.JOB_IMAGE_HANDED_OFF, job, actor=lease.worker, **facts
     )
     return job
+
+
+def _num_pending(session: Session, job: Job) -> int:
+    """Count the job's images that are still to render."""
+    is_pending = (Image.job_id == job.id, Image.state == ImageState.PENDING)
+    return session.scalar(select(func.count()).where(*is_pending)) or 0
 
 
 def give_back(session: Session, lease: Lease, *, reason: str, lacks_inputs: bool = False) -> Job:
@@ -267,18 +276,12 @@ def preempt(
     job = _held(session, lease)
     attempt = session.get_one(Attempt, (job.id, lease.attempt))
     for image in left:
-        row = session.get_one(Image, (job.id, image.index))
-        row.snapshot_ref = image.snapshot_ref
-        row.steps_done = image.steps_done
-        row.reached_step = max(row.reached_step, image.steps_done)
-        # Not wasted: the tenant pays for it once the image is finished from the snapshot.
-        row.device_seconds += image.device_seconds
+        _keep_snapshot(session.get_one(Image, (job.id, image.index)), image)
         attempt.device_seconds += image.device_seconds
     attempt.snapshot_bytes = sum(image.size_bytes for image in left)
     attempt.snapshot_store = store if left else None
     jobs.end_attempt(session, job, Outcome.PREEMPTED, error=reason)
-    pending = select(func.count()).where(Image.job_id == job.id, Image.state == ImageState.PENDING)
-    if session.scalar(pending) == len(left):
+    if _num_pending(session, job) == len(left):
         attempt.waste_class = None
     jobs.requeue(job)
     audit.append_of_attempt(
@@ -292,6 +295,14 @@ def preempt(
         steps_done={str(image.index): image.steps_done for image in left},
     )
     return job
+
+
+def _keep_snapshot(row: Image, left: Left) -> None:
+    row.snapshot_ref = left.snapshot_ref
+    row.steps_done = left.steps_done
+    row.reached_step = max(row.reached_step, left.steps_done)
+    # Not wasted: the tenant pays for it once the image is finished from the snapshot.
+    row.device_seconds += left.device_seconds
 
 
 def note_resumption(
@@ -424,20 +435,13 @@ def lose_hand_off(
     job = session.get(Job, job_id, with_for_update=True, options=jobs.WITHOUT_WORDS)
     if job is None or job.state not in ACTIVE_STATES:
         return None
-    gone: dict[int, int] = {}  # how often, by index
     query = select(Image).where(Image.job_id == job_id, Image.index.in_(indexes))
+    gone: dict[int, int] = {}  # how often, by index
     for image in session.scalars(query):
-        if image.state != ImageState.HANDED_OFF:
-            continue
-        if image.handed_off_attempt != attempt_of[image.index]:
-            continue
-        image.state = ImageState.PENDING
-        image.handed_off_attempt = None
-        image.handed_off_at = None
-        image.device_seconds = 0.0
-        image.steps_done = 0  # `reached_step` stays: those steps are done again
-        image.hand_offs_lost += 1
-        gone[image.index] = image.hand_offs_lost
+        is_handed_off = image.state == ImageState.HANDED_OFF
+        if is_handed_off and image.handed_off_attempt == attempt_of[image.index]:
+            _begin_again(image)
+            gone[image.index] = image.hand_offs_lost
     if not gone:
         return None
     if gates.is_unstorable(max(gone.values())):
@@ -450,6 +454,16 @@ def lose_hand_off(
             job.run_by = func.clock_timestamp() + timedelta(seconds=job.run_within_s)
     _note_lost_hand_off(session, job, gone)
     return job
+
+
+def _begin_again(image: Image) -> None:
+    """Have an image rendered from the start whose pixels were lost."""
+    image.state = ImageState.PENDING
+    image.handed_off_attempt = None
+    image.handed_off_at = None
+    image.device_seconds = 0.0
+    image.steps_done = 0  # `reached_step` stays: those steps are done again
+    image.hand_offs_lost += 1
 
 
 def note_waste(

@@ -60,9 +60,13 @@ def page(session: Session, sought: Sought, *, tenant_id: uuid.UUID, limit: int) 
     is frequent. Such a page may hold fewer jobs, or none, and an id from where to go on: no list is
     read for longer than MOST_PROBES.
     """
-    if not sought.metadata:
-        ordered = _ordered(select(Job), tenant_id, sought)
-        return Page(session.scalars(ordered.limit(limit).options(*whole())).all())
+    if sought.metadata:
+        return _page_with_labels(session, sought, tenant_id, limit)
+    ordered = _ordered(select(Job), tenant_id, sought)
+    return Page(session.scalars(ordered.limit(limit).options(*whole())).all())
+
+
+def _page_with_labels(session: Session, sought: Sought, tenant_id: uuid.UUID, limit: int) -> Page:
     asked = {
         "tenant_id": tenant_id,
         "state": sought.state,

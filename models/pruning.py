@@ -163,7 +163,23 @@ def prune_jobs(
     if not rows:
         return Piece(0, None)
     ids = [row.id for row in rows]
-    # Locks come in the order of `jobs.store`: jobs before the objects that they name.
+    _remove_jobs(session, ids)
+    for tenant_id in sorted({row.tenant_id for row in rows}, key=str):
+        own = [row.id for row in rows if row.tenant_id == tenant_id]
+        facts: dict[str, Any] = {
+            "jobs": len(own),
+            "newest": str(own[-1]),
+            "before": before.isoformat(),
+        }
+        audit.append(session, EventName.TENANT_JOBS_PRUNED, chain=tenant_id, actor=ACTOR, **facts)
+    return Piece(len(ids), ids[-1])
+
+
+def _remove_jobs(session: Session, ids: Sequence[uuid.UUID]) -> None:
+    """Remove these jobs and their rows in other tables, and give their objects up.
+
+    Locks come in the order of `jobs.store`: jobs before the objects that they name.
+    """
     for column in NAME_ANOTHER_JOB:
         forget = _ids(f"UPDATE jobs SET {column} = NULL WHERE {column} = ANY(:ids)")
         session.execute(forget, {"ids": ids})
@@ -174,15 +190,6 @@ def prune_jobs(
     for table in OF_A_JOB:
         session.execute(_ids(f"DELETE FROM {table} WHERE job_id = ANY(:ids)"), {"ids": ids})
     session.execute(_ids("DELETE FROM jobs WHERE id = ANY(:ids)"), {"ids": ids})
-    for tenant_id in sorted({row.tenant_id for row in rows}, key=str):
-        own = [row.id for row in rows if row.tenant_id == tenant_id]
-        facts: dict[str, Any] = {
-            "jobs": len(own),
-            "newest": str(own[-1]),
-            "before": before.isoformat(),
-        }
-        audit.append(session, EventName.TENANT_JOBS_PRUNED, chain=tenant_id, actor=ACTOR, **facts)
-    return Piece(len(ids), ids[-1])
 
 
 def prune_files(session: Session, *, before: datetime, limit: int) -> int:

@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
-from sqlalchemy import func, select, text, update
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, func, select, text, update
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from models import inputs, jobs
 from models.database import now_once
@@ -95,25 +96,31 @@ def prolong_deadlines(session: Session, *, lasted_s: float) -> int:
     deadline had passed before that are left alone. Harmless when repeated.
     """
     lasted = timedelta(seconds=lasted_s)
-    prolonged = 0
-    for deadline, is_waiting in ((Job.start_by, Job.attempt == 0), (Job.run_by, Job.attempt > 0)):
-        near = select(Job.id).where(
-            Job.state == JobState.QUEUED,
-            is_waiting,
-            deadline > now_once() - lasted,
-            deadline < now_once() + lasted,
-        )
-        # Locked rows are just being given to a worker, or ended: they are not waited for.
-        statement = (
-            update(Job)
-            .where(Job.id.in_(near.with_for_update(skip_locked=True)))
-            .values({deadline: now_once() + lasted})
-        )
-        done = session.execute(
-            statement.returning(Job.id).execution_options(synchronize_session=False)
-        )
-        prolonged += len(done.all())
-    return prolonged
+    prolonged = _prolong(session, Job.start_by, Job.attempt == 0, lasted)
+    return prolonged + _prolong(session, Job.run_by, Job.attempt > 0, lasted)
+
+
+def _prolong(
+    session: Session,
+    deadline: InstrumentedAttribute[Any],
+    is_waiting: ColumnElement[bool],
+    lasted: timedelta,
+) -> int:
+    near = select(Job.id).where(
+        Job.state == JobState.QUEUED,
+        is_waiting,
+        deadline > now_once() - lasted,
+        deadline < now_once() + lasted,
+    )
+    # Locked rows are just being given to a worker, or ended: they are not waited for.
+    statement = (
+        update(Job)
+        .where(Job.id.in_(near.with_for_update(skip_locked=True)))
+        .values({deadline: now_once() + lasted})
+        .returning(Job.id)
+        .execution_options(synchronize_session=False)
+    )
+    return len(session.execute(statement).all())
 
 
 def awaited_pixels(

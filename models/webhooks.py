@@ -8,6 +8,7 @@ claimed before it is tried, by the database's clock; its number of attempts fenc
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from sqlalchemy import any_, func, literal, or_, select, text, update
@@ -386,11 +387,6 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
         if session.execute(_LOOK, {"id": delivery_id}).one_or_none() is None:
             return None
         raise TooManyUnderWay
-    is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
-    query = select(WebhookSecret.secret).where(
-        WebhookSecret.endpoint_id == row.endpoint_id, is_live
-    )
-    secrets = session.scalars(query.order_by(WebhookSecret.created_at.desc()))
     return Claim(
         id=delivery_id,
         attempt=row.attempts,
@@ -401,8 +397,15 @@ def claim(session: Session, delivery_id: uuid.UUID) -> Claim | None:
         age_s=row.age_s,
         url=row.url,
         is_slow=row.is_slow,
-        secrets=tuple(secrets),
+        secrets=_live_secrets(session, row.endpoint_id),
     )
+
+
+def _live_secrets(session: Session, endpoint_id: uuid.UUID) -> tuple[str, ...]:
+    """Read the secrets that sign for the endpoint now, newest first."""
+    is_live = or_(WebhookSecret.expires_at.is_(None), WebhookSecret.expires_at > now_once())
+    query = select(WebhookSecret.secret).where(WebhookSecret.endpoint_id == endpoint_id, is_live)
+    return tuple(session.scalars(query.order_by(WebhookSecret.created_at.desc())))
 
 
 def note_speed(session: Session, endpoint_id: uuid.UUID, *, is_slow: bool) -> None:
@@ -417,9 +420,8 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
 
     None if another attempt has begun since. A 410 disables the endpoint.
     """
-    is_gone = tried.status == 410
     endpoint = None
-    if is_gone:
+    if tried.status == HTTPStatus.GONE:
         no_key = {"key_share": True}
         endpoint = session.get(WebhookEndpoint, claim.endpoint_id, with_for_update=no_key)
     delivery = session.get(WebhookDelivery, claim.id, with_for_update=True)
@@ -436,7 +438,18 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
             took_s=round(tried.took_s, 4),
         )
     )
+    _end_or_put_off(delivery, tried)
+    state = DeliveryState(delivery.state)
+    session.flush()
+    if endpoint is not None:
+        _disable_gone(session, endpoint, actor=actor)
+    return state
+
+
+def _end_or_put_off(delivery: WebhookDelivery, tried: Tried) -> None:
+    """Set the delivery's state after an attempt: it is over, or due again later."""
     delivery.claimed_until = None
+    is_gone = tried.status == HTTPStatus.GONE
     if tried.is_delivered or is_gone or tried.try_again_s is None:
         gone = DeliveryState.GONE if is_gone else DeliveryState.FAILED
         delivery.state = DeliveryState.DELIVERED if tried.is_delivered else gone
@@ -445,21 +458,21 @@ def record(session: Session, claim: Claim, tried: Tried, *, actor: str) -> Deliv
     else:
         pause = func.make_interval(0, 0, 0, 0, 0, 0, tried.try_again_s)
         delivery.due_at = func.clock_timestamp() + pause
-    state = DeliveryState(delivery.state)
-    session.flush()
-    if endpoint is not None:
-        endpoint.disabled_at = endpoint.disabled_at or func.clock_timestamp()
-        endpoint.disabled_reason = GONE
-        _end_pending(session, endpoint.id)
-        audit.append(
-            session,
-            EventName.WEBHOOK_ENDPOINT_DISABLED,
-            chain=claim.tenant_id,
-            actor=actor,
-            endpoint_id=str(endpoint.id),
-            reason=GONE,
-        )
-    return state
+
+
+def _disable_gone(session: Session, endpoint: WebhookEndpoint, *, actor: str) -> None:
+    """Disable an endpoint that answered 410, and end its deliveries."""
+    endpoint.disabled_at = endpoint.disabled_at or func.clock_timestamp()
+    endpoint.disabled_reason = GONE
+    _end_pending(session, endpoint.id)
+    audit.append(
+        session,
+        EventName.WEBHOOK_ENDPOINT_DISABLED,
+        chain=endpoint.tenant_id,
+        actor=actor,
+        endpoint_id=str(endpoint.id),
+        reason=GONE,
+    )
 
 
 def page(

@@ -146,35 +146,59 @@ def refusal(
     job_device_s: its predicted device seconds.  draw: in [0, 1), for the jitter of Retry-After.
     """
     shape = fleet.pools[pool]
-    limits = fleet.tiers[tier]
     if not snapshot.devices and not shape.warm_floor and not shape.scalable:
         detail = f"No worker of pool {pool} is alive, and nothing starts one."
         return Refusal("unserved", detail, _jittered(60, draw))
-    own = snapshot.own.get(tier)
-    most_s = limits.max_queued_s_per_tenant
-    if own is not None and own.now.cost_s + job_device_s > most_s:
-        counted_weight = own.counted.weight if own.counted.jobs else 0.0
-        others = snapshot.lines.get(tier, Line()).weights - counted_weight
-        excess_s = own.now.cost_s + job_device_s - most_s
-        wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
-        detail = (
-            f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds;"
-            f" at most {most_s:.0f} may wait."
-        )
-        return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
+    full = _refuse_full_queue(fleet, snapshot, tier=tier, job_device_s=job_device_s, draw=draw)
+    if full is not None:
+        return full
     if snapshot.handoff_fill > HANDOFF_OVERFULL:
         detail = "Images are made faster than they can be stored."
         return Refusal("handoff_full", detail, _jittered(5, draw))
-    if snapshot.devices:
-        pessimism = min(MOST_PESSIMISM, max(1.0, ratios.p90 if ratios is not None else 1.0))
-        wait_s = place.ahead_s / snapshot.devices * pessimism
-        if wait_s > limits.start_within_s:
-            detail = (
-                f"A job of tier {tier} would wait about {wait_s:.0f} s"
-                f" and must start within {limits.start_within_s} s."
-            )
-            return Refusal("saturated", detail, _jittered(wait_s - limits.start_within_s, draw))
-    return None
+    return _refuse_late_start(fleet, snapshot, place, ratios, tier=tier, draw=draw)
+
+
+def _refuse_full_queue(
+    fleet: Fleet, snapshot: PoolSnapshot, *, tier: str, job_device_s: float, draw: float
+) -> Refusal | None:
+    """Refuse a job with which more of its tenant's work would wait than the tier allows."""
+    own = snapshot.own.get(tier)
+    most_s = fleet.tiers[tier].max_queued_s_per_tenant
+    if own is None or own.now.cost_s + job_device_s <= most_s:
+        return None
+    counted_weight = own.counted.weight if own.counted.jobs else 0.0
+    others = snapshot.lines.get(tier, Line()).weights - counted_weight
+    excess_s = own.now.cost_s + job_device_s - most_s
+    wait_s = excess_s * (own.now.weight + others) / own.now.weight / max(1, snapshot.devices)
+    detail = (
+        f"Your jobs waiting in tier {tier} need {own.now.cost_s:.0f} device seconds;"
+        f" at most {most_s:.0f} may wait."
+    )
+    return Refusal("tenant_queue_full", detail, _jittered(wait_s, draw))
+
+
+def _refuse_late_start(
+    fleet: Fleet,
+    snapshot: PoolSnapshot,
+    place: Place,
+    ratios: EtaRatios | None,
+    *,
+    tier: str,
+    draw: float,
+) -> Refusal | None:
+    """Refuse a job that would probably start after its deadline."""
+    if not snapshot.devices:
+        return None
+    start_within_s = fleet.tiers[tier].start_within_s
+    pessimism = min(MOST_PESSIMISM, max(1.0, ratios.p90 if ratios is not None else 1.0))
+    wait_s = place.ahead_s / snapshot.devices * pessimism
+    if wait_s <= start_within_s:
+        return None
+    detail = (
+        f"A job of tier {tier} would wait about {wait_s:.0f} s"
+        f" and must start within {start_within_s} s."
+    )
+    return Refusal("saturated", detail, _jittered(wait_s - start_within_s, draw))
 
 
 def _jittered(seconds: float, draw: float) -> int:

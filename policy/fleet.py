@@ -296,6 +296,27 @@ def parse_fleet(text: str) -> Fleet:
 
 def _contradictions(fleet: Fleet) -> list[str]:
     """List contradictions between tables, which no table alone shows."""
+    problems = _contradictions_between_tiers(fleet)
+    if "results" in fleet.pools:
+        problems.append("pools.results: the name belongs to the results queues; choose another")
+    if "front" in fleet.tiers:
+        problems.append("tiers.front: the name belongs to the front queues; choose another")
+    for name, pool in fleet.pools.items():
+        problems += _contradictions_of_pool(fleet, name, pool)
+    homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
+    aliases = [alias for model in fleet.models.values() for alias in model.aliases]
+    said = Counter([*fleet.models, *aliases])
+    for name, model in fleet.models.items():
+        problems += [
+            f"models.{name}.aliases: {alias!r} is taken"
+            for alias in model.aliases
+            if said[alias] > 1
+        ]
+        problems += _contradictions_of_model(fleet, name, model, homes[name])
+    return problems
+
+
+def _contradictions_between_tiers(fleet: Fleet) -> list[str]:
     problems = []
     ranks = Counter(tier.rank for tier in fleet.tiers.values())
     for name, tier in fleet.tiers.items():
@@ -307,38 +328,27 @@ def _contradictions(fleet: Fleet) -> list[str]:
             )
     if sum(tier.guaranteed_share for tier in fleet.tiers.values()) > 1:
         problems.append("tiers.*.guaranteed_share: the shares add up to more than 1")
-    if "results" in fleet.pools:
-        problems.append("pools.results: the name belongs to the results queues; choose another")
-    if "front" in fleet.tiers:
-        problems.append("tiers.front: the name belongs to the front queues; choose another")
-    homes = Counter(model for pool in fleet.pools.values() for model in pool.models)
-    for name, pool in fleet.pools.items():
-        problems += [
-            f"pools.{name}.models: {model!r} is not a model of this file"
-            for model in pool.models
-            if model not in fleet.models
-        ]
-        possible = {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
-        if list(pool.row_buckets) != sorted(possible):
-            problems.append(
-                f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
-                f" ({pool.max_batch_rows})"
-            )
-        for tier_name, tier in fleet.tiers.items():
-            if tier.max_images > pool.slots:
-                problems.append(
-                    f"pools.{name}.slots: {pool.slots} is less than"
-                    f" tiers.{tier_name}.max_images ({tier.max_images})"
-                )
-    aliases = [alias for model in fleet.models.values() for alias in model.aliases]
-    said = Counter([*fleet.models, *aliases])
-    for name, model in fleet.models.items():
-        problems += [
-            f"models.{name}.aliases: {alias!r} is taken"
-            for alias in model.aliases
-            if said[alias] > 1
-        ]
-        problems += _contradictions_of_model(fleet, name, model, homes[name])
+    return problems
+
+
+def _contradictions_of_pool(fleet: Fleet, name: str, pool: Pool) -> list[str]:
+    problems = [
+        f"pools.{name}.models: {model!r} is not a model of this file"
+        for model in pool.models
+        if model not in fleet.models
+    ]
+    possible = {rows for rows in pool.row_buckets if 0 < rows <= pool.max_batch_rows}
+    if list(pool.row_buckets) != sorted(possible):
+        problems.append(
+            f"pools.{name}.row_buckets: must be ascending numbers from 1 to max_batch_rows"
+            f" ({pool.max_batch_rows})"
+        )
+    problems += [
+        f"pools.{name}.slots: {pool.slots} is less than tiers.{tier_name}.max_images"
+        f" ({tier.max_images})"
+        for tier_name, tier in fleet.tiers.items()
+        if tier.max_images > pool.slots
+    ]
     return problems
 
 
@@ -388,17 +398,21 @@ def _contradictions_of_tiers(fleet: Fleet, name: str, model: Model) -> list[str]
     for tier_name, tier in fleet.tiers.items():
         if not fleet.sizes_of(name, tier_name):
             problems.append(f"tiers.{tier_name}.max_megapixels: no size of model {name!r} fits")
-        if tier.determinism != "reproducible":
-            continue
-        bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
-        rows_limit = min(
-            (pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0
-        )
-        for size in model.sizes:
-            if not 2 <= bucket_rows.get(size, 0) <= rows_limit:
-                key = f"models.{name}.tiers.{tier_name}.bucket_rows"
-                problems.append(
-                    f"{key}: {size!r} needs 2 to {rows_limit} rows,"
-                    f" for tier {tier_name} is reproducible"
-                )
+        if tier.determinism == "reproducible":
+            problems += _contradictions_of_bucket_rows(fleet, name, model, tier_name)
     return problems
+
+
+def _contradictions_of_bucket_rows(
+    fleet: Fleet, name: str, model: Model, tier_name: str
+) -> list[str]:
+    bucket_rows = model.tiers.get(tier_name, ModelTier()).bucket_rows
+    rows_limit = min(
+        (pool.max_batch_rows for pool in fleet.pools.values() if name in pool.models), default=0
+    )
+    return [
+        f"models.{name}.tiers.{tier_name}.bucket_rows: {size!r} needs 2 to {rows_limit} rows,"
+        f" for tier {tier_name} is reproducible"
+        for size in model.sizes
+        if not 2 <= bucket_rows.get(size, 0) <= rows_limit
+    ]

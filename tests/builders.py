@@ -227,19 +227,16 @@ def a_job(
         "precision": "fp32",
         "determinism": "best_effort",
     }
-    job = jobs.accept(
-        session,
-        tenant_id=(tenant or a_tenant(session)).id,
-        api_key_id=None,
+    new_job = jobs.NewJob(
         params=Resolved(**columns | params),
         start_within_s=start_within_s,
         run_within_s=run_within_s,
         predicted_s=predicted_s,
         eta_raw_s=eta_raw_s,
         tenant_metadata=tenant_metadata,
-        currency="EUR",
-        actor="tests",
     )
+    owner = tenant or a_tenant(session)
+    job = jobs.accept(session, new_job, tenant_id=owner.id, api_key_id=None, currency="EUR", actor="tests")
     if release_tag is not None:
         job.release_tag = release_tag
         session.flush()

@@ -45,6 +45,7 @@ def show_usage() -> ResponseReturnValue:
     """
     since, until = read_days(request)
     used = usage.own(runtime(), caller(), since=since, until=until)
+    files = schemas.StoredFiles(count=used.num_stored_files, size_bytes=used.stored_bytes)
     shown = schemas.OwnUsage(
         **usage_view(used.days, since, until),
         limits=limits_view(caller().limits),
@@ -53,10 +54,7 @@ def show_usage() -> ResponseReturnValue:
             this_month=float(used.totals.used_this_month),
             active_jobs=used.totals.active_jobs,
         ),
-        stored_files=schemas.StoredFiles(
-            count=used.num_stored_files,
-            size_bytes=used.stored_bytes,
-        ),
+        stored_files=files,
     )
     return answer(shown)
 

@@ -21,14 +21,7 @@ def require_key() -> None:
     Raises Unauthenticated, the same for unknown, revoked and expired keys; Forbidden for a key
     without the scope; RateLimited; and UploadsExhausted for a large body.
     """
-    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() != "bearer" or not key.strip():
-        telemetry.AUTH_FAILURES.labels("no_key").inc()
-        raise Unauthenticated("Send your API key as `Authorization: Bearer dr_…`.")
-    known = _known(key.strip())
-    if known is None:
-        telemetry.AUTH_FAILURES.labels("bad_key").inc()
-        raise Unauthenticated(NO_LIVE_KEY)
+    known = _authenticate()
     found = known.key
     g.caller = Caller(
         found.tenant_id, found.id, found.kid, f"key:{found.kid}", found.scopes, known.limits
@@ -39,11 +32,23 @@ def require_key() -> None:
         telemetry.AUTH_FAILURES.labels("scope").inc()
         detail = f"This API key lacks the scope {' or '.join(f'`{scope}`' for scope in enough)}."
         raise Forbidden(detail, scope=enough[0], scopes=sorted(found.scopes))
-    if (
-        "admin" not in enough
-    ):  # an operator whose tenant is at its limits must be able to raise them
+    # An operator whose tenant is at its limits must be able to raise them.
+    if "admin" not in enough:
         _count_request(g.caller)
     uploads.admit(request, runtime().uploads, g.caller.tenant_id)
+
+
+def _authenticate() -> Known:
+    """Look up the key that the request carries. Raises Unauthenticated."""
+    scheme, _, key = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() != "bearer" or not key.strip():
+        telemetry.AUTH_FAILURES.labels("no_key").inc()
+        raise Unauthenticated("Send your API key as `Authorization: Bearer dr_…`.")
+    known = _known(key.strip())
+    if known is None:
+        telemetry.AUTH_FAILURES.labels("bad_key").inc()
+        raise Unauthenticated(NO_LIVE_KEY)
+    return known
 
 
 def _known(key: str) -> Known | None:

@@ -26,40 +26,40 @@ def register(app: Flask, allowed_origins: str) -> None:
     allowed_origins: separated by commas.
     """
     origins = frozenset(filter(None, allowed_origins.split(",")))
+    app.before_request(lambda: _answer_options(origins))
+    if origins:
+        app.after_request(lambda response: _tell_origin(origins, response))
 
-    def answer_options() -> Response | None:
-        if request.method != "OPTIONS":
-            return None
-        is_preflight = (
-            "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
-        )
-        if request.routing_exception is not None and not (is_preflight and origins):
-            return None  # 404; a page sees that status only in the request after its preflight
-        response = Response(status=204)
-        del response.headers["Content-Type"]
-        response.headers["Allow"] = METHODS
-        if request.routing_exception is None:
-            routes = current_app.create_url_adapter(request)
-            assert routes is not None  # a request always has an adapter
-            response.headers["Allow"] = ", ".join(sorted(routes.allowed_methods()))
-        if is_preflight and _allowed(origins) is not None:
-            _permit(response)
-        return response
 
-    def tell_origin(response: Response) -> Response:
-        if not origins:
-            return response
-        if origins != {"*"}:
-            # Also for requests without an Origin: a cache must not give their answer to a page.
-            response.vary.add("Origin")
-        allowed = _allowed(origins)
-        if allowed is not None:
-            response.headers["Access-Control-Allow-Origin"] = allowed
-            response.headers["Access-Control-Expose-Headers"] = EXPOSED
-        return response
+def _answer_options(origins: frozenset[str]) -> Response | None:
+    if request.method != "OPTIONS":
+        return None
+    is_preflight = (
+        "Origin" in request.headers and "Access-Control-Request-Method" in request.headers
+    )
+    if request.routing_exception is not None and not (is_preflight and origins):
+        return None  # 404; a page sees that status only in the request after its preflight
+    response = Response(status=204)
+    del response.headers["Content-Type"]
+    response.headers["Allow"] = METHODS
+    if request.routing_exception is None:
+        routes = current_app.create_url_adapter(request)
+        assert routes is not None  # a request always has an adapter
+        response.headers["Allow"] = ", ".join(sorted(routes.allowed_methods()))
+    if is_preflight and _allowed(origins) is not None:
+        _permit(response)
+    return response
 
-    app.before_request(answer_options)
-    app.after_request(tell_origin)
+
+def _tell_origin(origins: frozenset[str], response: Response) -> Response:
+    if origins != {"*"}:
+        # Also for requests without an Origin: a cache must not give their answer to a page.
+        response.vary.add("Origin")
+    allowed = _allowed(origins)
+    if allowed is not None:
+        response.headers["Access-Control-Allow-Origin"] = allowed
+        response.headers["Access-Control-Expose-Headers"] = EXPOSED
+    return response
 
 
 def _allowed(origins: frozenset[str]) -> str | None:

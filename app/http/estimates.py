@@ -1,7 +1,8 @@
 """Serve POST /v1/estimate: what a job would be, cost and wait for."""
 
 import uuid
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 from flask import Blueprint, request
 from flask.typing import ResponseReturnValue
@@ -14,7 +15,7 @@ from app.http.views import params_view, queue_view
 from app.schemas import jobs as schemas
 from app.schemas.problems import Refusal as RefusalView
 from app.services import submit
-from app.services.estimate import estimate
+from app.services.estimate import Estimate, estimate
 from policy.admission import Refusal
 from policy.catalog import RANDOM_SEED
 
@@ -38,9 +39,15 @@ def show_estimate() -> ResponseReturnValue:
     }
     if asked.wish.seed in (None, RANDOM_SEED):
         params["seed"] = None  # without a requested seed, the job will draw its own
-    shown = schemas.Estimate(
+    return answer(_estimate_view(expected, params, body.metadata))
+
+
+def _estimate_view(
+    expected: Estimate, params: Mapping[str, Any], metadata: dict[str, str]
+) -> schemas.Estimate:
+    return schemas.Estimate(
         **params,
-        metadata=body.metadata,
+        metadata=metadata,
         start_deadline_s=expected.start_within_s,
         warnings=cast("list[schemas.JobWarning]", expected.warnings),
         megapixel_steps=float(expected.megapixel_steps),
@@ -53,7 +60,6 @@ def show_estimate() -> ResponseReturnValue:
         can_be_served=expected.refusal is None,
         refusal=_refusal_view(expected.refusal) if expected.refusal else None,
     )
-    return answer(shown)
 
 
 def _is_id(value: str) -> bool:

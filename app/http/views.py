@@ -45,12 +45,7 @@ def job_view(
         erased_at=job.erased_at,
         progress=_progress(job, steps),
         queue=queue_view(place),
-        timing=schemas.Timing(
-            queue_s=_seconds(job.accepted_at, job.started_at),
-            render_s=_seconds(job.started_at, job.rendered_at),
-            store_s=_seconds(job.rendered_at, job.finished_at),
-            total_s=_seconds(job.accepted_at, job.finished_at),
-        ),
+        timing=_timing(job),
         cost=_cost(job),
         images=[_image_view(job, image) for image in job.images],
         urls=urls_view(job.id),
@@ -169,6 +164,15 @@ def _cost(job: Job | JobDocument) -> schemas.Cost | None:
         gpu_seconds=round(job.device_seconds, 6),
         amount=str(job.cost),
         currency=job.currency,
+    )
+
+
+def _timing(job: Job | JobDocument) -> schemas.Timing:
+    return schemas.Timing(
+        queue_s=_seconds(job.accepted_at, job.started_at),
+        render_s=_seconds(job.started_at, job.rendered_at),
+        store_s=_seconds(job.rendered_at, job.finished_at),
+        total_s=_seconds(job.accepted_at, job.finished_at),
     )
 
 

@@ -138,12 +138,7 @@ def list_deliveries(endpoint_id: uuid.UUID) -> ResponseReturnValue:
     before = read_cursor(request)
     state = _read_state(request)
     rows = webhooks.deliveries(
-        runtime(),
-        caller(),
-        endpoint_id,
-        limit=limit + 1,
-        before=before,
-        state=state,
+        runtime(), caller(), endpoint_id, limit=limit + 1, before=before, state=state
     )
     return answer_page(
         request,

@@ -26,7 +26,7 @@ from models.flows import FlowBacklog
 from models.inputs import Lacking
 from models.tables import Job
 from policy import admission, prediction
-from policy.admission import PoolSnapshot, Refusal, Running, TenantBacklog
+from policy.admission import Place, PoolSnapshot, Refusal, Running, TenantBacklog
 from policy.fleet import Fleet
 from policy.params import Resolved, pictures_of
 from policy.prediction import Cost, Eta, EtaRatios, Line, Waiting
@@ -206,14 +206,8 @@ class QueueForecaster:
         }
         snapshot = self._snapshot(state, tenant_id, pool_bookings)
         job_device_s = self._predicted_s(wish)
-        place = admission.place_in(
-            self._fleet,
-            snapshot,
-            pool=wish.pool,
-            tier=wish.tier,
-            num_images=wish.num_images,
-            lead_s=_lead_s(state, wish.tier, tenant_id, pool_bookings.get(wish.tier, Booked())),
-        )
+        lead_s = _lead_s(state, wish.tier, tenant_id, pool_bookings.get(wish.tier, Booked()))
+        place = self._place(snapshot, wish, lead_s=lead_s)
         raw_s = admission.first_guess_s(
             place, snapshot, job_device_s=job_device_s, num_images=wish.num_images
         )
@@ -278,14 +272,8 @@ class QueueForecaster:
         ratios = self._ratios(job.pool, job.tier)
         is_queued = job.state == JobState.QUEUED
         clock = state.clocks.get(job.tier, job.release_tag)
-        place = admission.place_in(
-            self._fleet,
-            snapshot,
-            pool=job.pool,
-            tier=job.tier,
-            num_images=job.num_images,
-            lead_s=max(0.0, job.release_tag - clock) if is_queued else 0.0,
-        )
+        lead_s = max(0.0, job.release_tag - clock) if is_queued else 0.0
+        place = self._place(snapshot, job, lead_s=lead_s)
         if is_queued:
             raw_s = admission.first_guess_s(
                 place, snapshot, job_device_s=job.predicted_s, num_images=job.num_images
@@ -295,6 +283,18 @@ class QueueForecaster:
         left = 1 - min(1.0, steps_done / steps_to_do)
         raw_s = left * job.predicted_s / job.num_images * place.concurrent_images
         return QueuePlace(None, prediction.corrected(raw_s, ratios))
+
+    def _place(
+        self, snapshot: PoolSnapshot, job: Resolved | Job | JobDocument, *, lead_s: float
+    ) -> Place:
+        return admission.place_in(
+            self._fleet,
+            snapshot,
+            pool=job.pool,
+            tier=job.tier,
+            num_images=job.num_images,
+            lead_s=lead_s,
+        )
 
     def _snapshot(
         self, state: _PoolState, tenant_id: uuid.UUID, booked: Mapping[str, Booked] = NOTHING

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from sqlalchemy import text
+from sqlalchemy import Engine, text
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
 from edges.broker import Broker, BrokerUnavailable
@@ -102,37 +102,38 @@ def checks(
     The database is checked over connections of its own, so that a busy pool cannot block the check.
     """
     database = make_engine(settings.database_url, pool_size=connections.GATEWAY_READINESS)
-
-    def takes_writes() -> dict[str, Any]:
-        try:
-            with transaction(database) as session:
-                session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
-        except OperationalError as error:
-            if "read-only" in str(error.orig):
-                # A demoted primary; `make_engine` opens no new connections to it.
-                return {"ready": False, "detail": "read-only"}
-            raise
-        return {"ready": True}
-
-    def has_workers() -> dict[str, Any]:
-        """Check that every pool with a warm floor has that many live workers.
-
-        Jobs for other pools wait in Postgres.
-        """
-        with transaction(database) as session:
-            found = workers.live(session, silent_for_s=settings.lease_ttl_s)
-            live = [worker.pool for worker in found]
-        short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
-        detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
-        return {"ready": not short, "live": len(live), **detail}
-
     return {
-        "database": takes_writes,
+        "database": lambda: _takes_writes(database),
         "broker": lambda: _checked(broker.check),
         "handoff": lambda: _checked(handoff.check),
         "object_store": lambda: _checked(store.ping),
-        "workers": has_workers,
+        "workers": lambda: _has_workers(database, fleet, silent_for_s=settings.lease_ttl_s),
     }
+
+
+def _takes_writes(database: Engine) -> dict[str, Any]:
+    try:
+        with transaction(database) as session:
+            session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
+    except OperationalError as error:
+        if "read-only" in str(error.orig):
+            # A demoted primary; `make_engine` opens no new connections to it.
+            return {"ready": False, "detail": "read-only"}
+        raise
+    return {"ready": True}
+
+
+def _has_workers(database: Engine, fleet: Fleet, *, silent_for_s: float) -> dict[str, Any]:
+    """Check that every pool with a warm floor has that many live workers.
+
+    Jobs for other pools wait in Postgres.
+    """
+    with transaction(database) as session:
+        found = workers.live(session, silent_for_s=silent_for_s)
+        live = [worker.pool for worker in found]
+    short = [name for name, pool in fleet.pools.items() if live.count(name) < pool.warm_floor]
+    detail = {"detail": f"too few workers in pool {', '.join(short)}"} if short else {}
+    return {"ready": not short, "live": len(live), **detail}
 
 
 def _checked(check: Callable[[], None]) -> dict[str, Any]:

@@ -36,12 +36,7 @@ class Statuses:
         return len(self._kept)
 
     def get(
-        self,
-        tenant_id: uuid.UUID,
-        job_id: uuid.UUID,
-        read: Callable[[], bytes],
-        *,
-        root: str = "",
+        self, tenant_id: uuid.UUID, job_id: uuid.UUID, read: Callable[[], bytes], *, root: str = ""
     ) -> Status:
         """Return the status as it was at most a second ago; `read` returns a new one.
 

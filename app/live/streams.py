@@ -149,16 +149,7 @@ class JobEventStreams:
         heartbeat_s: float,
         place: Holding,
     ) -> Iterator[Event | None]:
-        try:
-            seat, earlier = self._reader.sit_down(job_id, wants_previews=previews, after=after)
-        except NoSeat:
-            place.release()
-            raise StreamsExhausted(
-                "This process has as many event streams open as it may.", retry_after_s=5
-            ) from None
-        except BaseException:
-            place.release()
-            raise
+        seat, earlier = self._subscribe(job_id, place, previews=previews, after=after)
         with self._lock:
             self._kids[seat] = caller.kid
         try:
@@ -170,22 +161,43 @@ class JobEventStreams:
                 self._news.tell_watching([job_id])
             self._start_threads()
             yield None
-            for event in self._events(job, seat, earlier, heartbeat_s):
-                if event is None:
-                    yield None
-                    continue
-                whole = self._ended(job) if event.kind == FINAL else None
-                if event.kind == FINAL and whole is None:
-                    continue  # Postgres is away for now; the reconciler sends `final` again
-                telemetry.EVENTS_SENT.labels(event.kind).inc()
-                yield tell(event, job_id, whole)
-                if event.kind == FINAL:
-                    return
+            yield from self._until_end(job, self._events(job, seat, earlier, heartbeat_s), tell)
         finally:
             with self._lock:
                 del self._kids[seat]
             self._reader.leave(seat)
             place.release()
+
+    def _subscribe(
+        self, job_id: uuid.UUID, place: Holding, *, previews: bool, after: str
+    ) -> tuple[Seat, Sequence[Event]]:
+        """Subscribe to the job's events; frees `place` if that fails. Raises StreamsExhausted."""
+        try:
+            return self._reader.sit_down(job_id, wants_previews=previews, after=after)
+        except NoSeat:
+            place.release()
+            raise StreamsExhausted(
+                "This process has as many event streams open as it may.", retry_after_s=5
+            ) from None
+        except BaseException:
+            place.release()
+            raise
+
+    def _until_end(
+        self, job: Job, events: Iterator[Event | None], tell: Tell
+    ) -> Iterator[Event | None]:
+        """Yield the events up to the job's end, and None for a heartbeat."""
+        for event in events:
+            if event is None:
+                yield None
+                continue
+            whole = self._ended(job) if event.kind == FINAL else None
+            if event.kind == FINAL and whole is None:
+                continue  # Postgres is away for now; the reconciler sends `final` again
+            telemetry.EVENTS_SENT.labels(event.kind).inc()
+            yield tell(event, job.id, whole)
+            if event.kind == FINAL:
+                return
 
     def _events(
         self, job: Job, seat: Seat, earlier: Sequence[Event], heartbeat_s: float

@@ -73,11 +73,7 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     for name in said.names() & _NOT_DONE.keys():
         raise NotOffered(f"{name} is not offered: {_NOT_DONE[name]}.", parameter=name)
     _check_formats(said)
-    if (unknown := said.names() - KNOWN_FIELDS) or (kind == VARIATION and "mask" in said.names()):
-        name = min(unknown) if unknown else "mask"
-        raise InvalidImageRequest.at(
-            name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS)
-        )
+    _check_names(kind, said)
     streams = said.boolean("stream", False)
     count = said.number("n", 1, 1, MOST_IMAGES)
     if streams and (count != 1 or kind == VARIATION):
@@ -108,6 +104,16 @@ def read(kind: str, fields: Mapping[str, Any], fleet: Fleet) -> ImageCall:
     return asked
 
 
+def _check_names(kind: str, said: "_FormFields") -> None:
+    """Raise InvalidImageRequest for a field that no such request has."""
+    unknown = said.names() - KNOWN_FIELDS
+    if unknown or (kind == VARIATION and "mask" in said.names()):
+        name = min(unknown) if unknown else "mask"
+        raise InvalidImageRequest.at(
+            name[:64], "is not a field of this request", accepted=sorted(KNOWN_FIELDS)
+        )
+
+
 def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Convert the fields of a form to those of a JSON body. Raises InvalidImageRequest.
 
@@ -122,21 +128,22 @@ def gathered(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
             )
         if name not in SPREAD and name not in PICTURES and len(values) > 1:
             raise InvalidImageRequest.at(name[:64], f"is there {len(values)} times; once is enough")
+    plain = {name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES}
+    return plain | _read_adapters(form)
+
+
+def _read_adapters(form: Mapping[str, Sequence[str]]) -> dict[str, Any]:
+    """Return the field `adapters` of a JSON body; nothing if the form names none."""
     names = form.get("adapters[][name]", ())
     strengths = form.get("adapters[][strength]", ())
-    fields: dict[str, Any] = {
-        name: values[0] for name, values in form.items() if name not in SPREAD + PICTURES
-    }
     if strengths and len(strengths) != len(names):  # which name each belongs to is unknown
         raise InvalidImageRequest.at(
             "adapters", "in a form need a name each, and a strength each or none at all"
         )
-    if names:
-        with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
-        fields["adapters"] = [
-            {"name": name, "strength": strength} for name, strength in with_strength
-        ]
-    return fields
+    if not names:
+        return {}
+    with_strength = zip(names, strengths or ["1"] * len(names), strict=True)
+    return {"adapters": [{"name": name, "strength": strength} for name, strength in with_strength]}
 
 
 def tier_of(quality: str, fleet: Fleet) -> str:
@@ -335,24 +342,31 @@ def _wish(kind: str, said: _FormFields, fleet: Fleet, count: int, quality: str) 
         if extras["steps"] is None:
             model_id = fleet.model_ids[model or fleet.default_model()]
             extras["steps"] = steps_of(quality, fleet, model_id)
-    if kind == VARIATION:
-        # With an empty prompt, guidance would double the work and change nothing.
-        if extras["guidance"] is None and not said.get("prompt"):
-            extras["guidance"] = 1.0
-        if extras["strength"] is None:
-            extras["strength"] = VARIATION_STRENGTH
-    elif kind == GENERATION and extras["strength"] is not None:
-        raise InvalidImageRequest.at(
-            "strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations"
-        )
+    completed = _complete_extras(extras, kind, has_prompt=bool(said.get("prompt")))
     return Wish(
         prompt=said.text("prompt", "") or "",
         model=model,
         size=None if size == "auto" else size,
         n=count,
         output_format=said.text("output_format", "png") or "png",
-        **extras,
+        **completed,
     )
+
+
+def _complete_extras(extras: dict[str, Any], kind: str, *, has_prompt: bool) -> dict[str, Any]:
+    """Fill in what a variation needs. Raises InvalidImageRequest for what has no effect."""
+    completed = dict(extras)
+    if kind == VARIATION:
+        # With an empty prompt, guidance would double the work and change nothing.
+        if extras["guidance"] is None and not has_prompt:
+            completed["guidance"] = 1.0
+        if extras["strength"] is None:
+            completed["strength"] = VARIATION_STRENGTH
+    elif kind == GENERATION and extras["strength"] is not None:
+        raise InvalidImageRequest.at(
+            "strength", "needs a picture: it belongs to /v1/images/edits and /v1/images/variations"
+        )
+    return completed
 
 
 def _extras(said: _FormFields) -> dict[str, Any]:

@@ -48,10 +48,8 @@ def respond(asked: ImageCall, job: JobDocument, place: Holding) -> Response:
 
     place: reserved among the event streams; freed at the end.
     """
-    parts = runtime()
-    asking = caller()
-    events = parts.events.follow(
-        asking,
+    events = runtime().events.follow(
+        caller(),
         job.id,
         tell=teller(),
         previews=asked.partial_images > 0,
@@ -59,35 +57,43 @@ def respond(asked: ImageCall, job: JobDocument, place: Holding) -> Response:
         place=place,
     )
     give_up_when_unread(request)
-    told = _EventTranslator(asked, job, parts)
-
-    def lines() -> Iterator[str]:
-        is_over = False
-        parts.watchers.enter(job.id)
-        try:
-            yield ": begin\n\n"
-            for event in events:
-                yield ": hb\n\n" if event is None else "".join(told.lines(event))
-                is_over = is_over or (event is not None and event.kind == FINAL)
-            if not is_over:  # this process ends, and the job goes on
-                is_over = True
-                detail = "The gateway is being restarted; ask again."
-                yield _data(_error(PartUnavailable(detail, part="gateway")))
-            yield "data: [DONE]\n\n"
-        except Unauthenticated as problem:  # a revoked key is no reason to cancel the job
-            is_over = True
-            yield _data(_error(problem))
-        finally:
-            is_last = parts.watchers.leave(job.id)
-            if is_last and not is_over and not asked.keeps_running:
-                _cancel(parts, asking, job.id)
-
     headers = {
         "Cache-Control": "no-store",
         "X-Accel-Buffering": "no",
         "X-Darkroom-Job-Id": str(job.id),
     }
-    return Response(lines(), content_type="text/event-stream", headers=headers)
+    lines = _lines(runtime(), caller(), asked, job, events)
+    return Response(lines, content_type="text/event-stream", headers=headers)
+
+
+def _lines(
+    parts: Runtime,
+    asking: Caller,
+    asked: ImageCall,
+    job: JobDocument,
+    events: Iterator[Event | None],
+) -> Iterator[str]:
+    """Yield the stream's lines; cancel the job when its last client leaves before its end."""
+    told = _EventTranslator(asked, job, parts)
+    is_over = False
+    parts.watchers.enter(job.id)
+    try:
+        yield ": begin\n\n"
+        for event in events:
+            yield ": hb\n\n" if event is None else "".join(told.lines(event))
+            is_over = is_over or (event is not None and event.kind == FINAL)
+        if not is_over:  # this process ends, and the job goes on
+            is_over = True
+            detail = "The gateway is being restarted; ask again."
+            yield _data(_error(PartUnavailable(detail, part="gateway")))
+        yield "data: [DONE]\n\n"
+    except Unauthenticated as problem:  # a revoked key is no reason to cancel the job
+        is_over = True
+        yield _data(_error(problem))
+    finally:
+        is_last = parts.watchers.leave(job.id)
+        if is_last and not is_over and not asked.keeps_running:
+            _cancel(parts, asking, job.id)
 
 
 class _EventTranslator:

@@ -72,31 +72,36 @@ def foresee(runtime: Runtime, caller: Caller, amount: Decimal, *, jobs: int = 1)
     Takes and locks nothing. Call it before expensive work that a refusal would waste; the decision
     is made by `budget_charge` and `check_stocks`.
     """
+    _foresee_budget(runtime, caller, amount)
+    if caller.limits.has_stocks:
+        _foresee_stocks(runtime, caller, amount, jobs)
+
+
+def _foresee_budget(runtime: Runtime, caller: Caller, amount: Decimal) -> None:
+    per_minute = caller.limits.megapixel_steps_per_minute
+    burst = caller.limits.burst_megapixel_steps
+    if per_minute is None or burst is None:
+        return
+    _check_burst(amount, burst)
+    held = runtime.budgets.take(caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0)
+    if held.left < float(amount):
+        wait_s = (float(amount) - held.left) / per_minute * 60
+        raise _budget_spent(amount, replace(held, wait_s=wait_s), per_minute)
+
+
+def _foresee_stocks(runtime: Runtime, caller: Caller, amount: Decimal, jobs: int) -> None:
     limits = caller.limits
-    per_minute = limits.megapixel_steps_per_minute
-    burst = limits.burst_megapixel_steps
-    if per_minute is not None and burst is not None:
-        _check_burst(amount, burst)
-        held = runtime.budgets.take(
-            caller.tenant_id, per_minute=per_minute, burst=burst, amount=0.0
+    with transaction(runtime.database) as session:
+        totals = usage.usage_totals(
+            session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
         )
-        if held.left < float(amount):
-            wait_s = (float(amount) - held.left) / per_minute * 60
-            raise _budget_spent(amount, replace(held, wait_s=wait_s), per_minute)
-    if limits.has_stocks:
-        with transaction(runtime.database) as session:
-            totals = usage.usage_totals(
-                session, tenant_id=caller.tenant_id, count_jobs_to=limits.max_concurrent_jobs
-            )
-        _check_totals(
-            limits,
-            replace(
-                totals,
-                used_today=totals.used_today + amount,
-                used_this_month=totals.used_this_month + amount,
-                active_jobs=totals.active_jobs + jobs,
-            ),
-        )
+    after = replace(
+        totals,
+        used_today=totals.used_today + amount,
+        used_this_month=totals.used_this_month + amount,
+        active_jobs=totals.active_jobs + jobs,
+    )
+    _check_totals(limits, after)
 
 
 def check_room(session: Session, caller: Caller, size_bytes: int = 0) -> None:

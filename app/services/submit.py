@@ -41,7 +41,7 @@ from policy.admission import Refusal
 from policy.catalog import InvalidWish
 from policy.cost import megapixel_steps
 from policy.params import PICTURES, Resolved, Wish
-from policy.release import ReleaseHint
+from policy.release import ReleaseHint, ReleaseLimits
 from policy.steps import denoising_of
 
 log = structlog.get_logger(__name__)
@@ -220,32 +220,12 @@ def price_and_admit(
 
 def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | None) -> Accepted:
     """Write the job with its images, and announce it if the limits allow."""
-    resolved = prepared.params
-    tenant_id = caller.tenant_id
     drafted, expected = price_and_admit(runtime, caller, prepared)
-    hint, limits = runtime.forecaster.release_hint(resolved, tenant_id)
+    hint, limits = runtime.forecaster.release_hint(prepared.params, caller.tenant_id)
+    at_once = limits if hint is ReleaseHint.IMMEDIATE else None
 
     def write_job(session: Session) -> tuple[NewJob, AcceptedRow]:
-        new = drafted
-        quotas.lock_tenant_usage(session, caller)
-        if once is not None:
-            idempotency.claim(session, once, tenant_id=tenant_id)
-        if prepared.replay_of is not None:
-            jobs.hold(session, prepared.replay_of)
-        if hint is ReleaseHint.IMMEDIATE:
-            may_pass = releasing.may_pass_at_once(
-                session,
-                pool=resolved.pool,
-                tier=resolved.tier,
-                limits=limits,
-                tenant_id=tenant_id,
-                num_images=resolved.num_images,
-            )
-            new = replace(new, announced=may_pass)
-        (row,) = insert_jobs(session, runtime, caller, [new])
-        if once is not None:
-            idempotency.fulfil(session, once, tenant_id=tenant_id, job_id=row.id)
-        return new, row
+        return _write_job(session, runtime, caller, drafted, once, at_once)
 
     try:
         with quotas.budget_charge(runtime, caller, drafted.megapixel_steps):
@@ -257,8 +237,41 @@ def _accept(runtime: Runtime, caller: Caller, prepared: Prepared, once: Once | N
             raise ReplayImpossible("A picture that the job starts from was deleted.") from None
         raise picture_gone(error) from None
     _announce(runtime, caller, new, row, hint)
-    document = of_accepted(new, row, tenant_id=tenant_id, currency=runtime.fleet.currency)
+    document = of_accepted(new, row, tenant_id=caller.tenant_id, currency=runtime.fleet.currency)
     return Accepted(document, is_new=True, place=expected.place)
+
+
+def _write_job(
+    session: Session,
+    runtime: Runtime,
+    caller: Caller,
+    new: NewJob,
+    once: Once | None,
+    at_once: ReleaseLimits | None,
+) -> tuple[NewJob, AcceptedRow]:
+    """Write the job; return it with what is known of it now, and its row.
+
+    at_once: write it as announced if these limits allow; None: it is announced after the commit.
+    """
+    quotas.lock_tenant_usage(session, caller)
+    if once is not None:
+        idempotency.claim(session, once, tenant_id=caller.tenant_id)
+    if new.replay_of is not None:
+        jobs.hold(session, new.replay_of)
+    if at_once is not None:
+        may_pass = releasing.may_pass_at_once(
+            session,
+            pool=new.params.pool,
+            tier=new.params.tier,
+            limits=at_once,
+            tenant_id=caller.tenant_id,
+            num_images=new.params.num_images,
+        )
+        new = replace(new, announced=may_pass)
+    (row,) = insert_jobs(session, runtime, caller, [new])
+    if once is not None:
+        idempotency.fulfil(session, once, tenant_id=caller.tenant_id, job_id=row.id)
+    return new, row
 
 
 def insert_jobs(

@@ -118,11 +118,7 @@ def issue_key(
 
 
 def rotate_key(
-    runtime: Runtime,
-    caller: Caller,
-    key_id: UUID,
-    *,
-    grace_s: float,
+    runtime: Runtime, caller: Caller, key_id: UUID, *, grace_s: float
 ) -> tuple[ApiKey, str]:
     """Add a key with the name and scopes of this one, which stays valid for `grace_s`.
 
@@ -130,12 +126,9 @@ def rotate_key(
     """
 
     def rotate(session: Session) -> tuple[ApiKey, str]:
+        pepper = _pepper(runtime)
         rotated = api_keys.rotate(
-            session,
-            key_id,
-            pepper=_pepper(runtime),
-            grace_s=grace_s,
-            actor=caller.actor,
+            session, key_id, pepper=pepper, grace_s=grace_s, actor=caller.actor
         )
         if rotated is None:
             raise _key_not_found(key_id)

@@ -46,12 +46,7 @@ def require_waiting_place(runtime: Runtime, caller: Caller) -> Iterator[None]:
 
 
 def wait_for_end(
-    runtime: Runtime,
-    caller: Caller,
-    job: Job,
-    wait_s: float,
-    *,
-    has_left: Callable[[], bool],
+    runtime: Runtime, caller: Caller, job: Job, wait_s: float, *, has_left: Callable[[], bool]
 ) -> Job:
     """Return the caller's job once it has ended, or as it is after `wait_s`.
 

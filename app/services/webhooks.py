@@ -111,11 +111,7 @@ def delete(runtime: Runtime, caller: Caller, endpoint_id: UUID) -> None:
     run_transaction(runtime.database, end)
 
 
-def rotate(
-    runtime: Runtime,
-    caller: Caller,
-    endpoint_id: UUID,
-) -> tuple[WebhookEndpoint, str]:
+def rotate(runtime: Runtime, caller: Caller, endpoint_id: UUID) -> tuple[WebhookEndpoint, str]:
     """Give the endpoint a new secret; return both. The old one signs, too, for SECRET_GRACE_S.
 
     Raises WebhookNotFound.
@@ -125,11 +121,7 @@ def rotate(
     def replace(session: Session) -> WebhookEndpoint:
         endpoint = _lock(session, caller, endpoint_id)
         webhooks.rotate(
-            session,
-            endpoint,
-            secret=secret,
-            grace_s=SECRET_GRACE_S,
-            actor=caller.actor,
+            session, endpoint, secret=secret, grace_s=SECRET_GRACE_S, actor=caller.actor
         )
         return endpoint
 

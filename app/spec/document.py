@@ -215,16 +215,12 @@ def _operation(
     shapes: _Shapes,
     settings: GatewaySettings,
 ) -> dict[str, Any]:
-    parameters: list[dict[str, Any]] = []
-    for name, schema in arguments.items():
-        parameters.append({"name": name, "in": "path", "required": True, "schema": schema})
-    parameters += [_parameter(each, settings) for each in operation.parameters]
     described: dict[str, Any] = {
         "operationId": endpoint.replace(".", "_"),
         "tags": [TAGS[endpoint.partition(".")[0]]],
         "summary": operation.summary,
         "description": operation.description,
-        "parameters": parameters,
+        "parameters": _parameters(operation, arguments, settings),
         "responses": _responses(operation, shapes),
     }
     if operation.body:
@@ -232,6 +228,16 @@ def _operation(
     if not operation.needs_key:
         described["security"] = []
     return described
+
+
+def _parameters(
+    operation: Operation, arguments: dict[str, Schema], settings: GatewaySettings
+) -> list[dict[str, Any]]:
+    of_path: list[dict[str, Any]] = [
+        {"name": name, "in": "path", "required": True, "schema": schema}
+        for name, schema in arguments.items()
+    ]
+    return of_path + [_parameter(each, settings) for each in operation.parameters]
 
 
 def _parameter(parameter: Parameter, settings: GatewaySettings) -> dict[str, Any]:
@@ -274,26 +280,26 @@ def _good(operation: Operation, shapes: _Shapes) -> dict[str, Any]:
 
 def _message(name: str, shapes: _Shapes) -> dict[str, Any]:
     kind, about = MESSAGES[name]
+    described = {
+        "operationId": name.replace(".", "_"),
+        "tags": ["Webhooks"],
+        "summary": f"Hear of {name}",
+        "description": about,
+        "parameters": [_signed_header(header, text) for header, text in _SIGNED_BY.items()],
+        "requestBody": {"required": True, "content": shapes.content((kind,))},
+        "responses": {
+            "2XX": {"description": "Delivered"},
+            "410": {"description": "Send nothing here any more"},
+        },
+    }
+    return {"post": described}
+
+
+def _signed_header(name: str, text: str) -> dict[str, Any]:
     return {
-        "post": {
-            "operationId": name.replace(".", "_"),
-            "tags": ["Webhooks"],
-            "summary": f"Hear of {name}",
-            "description": about,
-            "parameters": [
-                {
-                    "name": header,
-                    "in": "header",
-                    "required": True,
-                    "description": text,
-                    "schema": {"type": "string"},
-                }
-                for header, text in _SIGNED_BY.items()
-            ],
-            "requestBody": {"required": True, "content": shapes.content((kind,))},
-            "responses": {
-                "2XX": {"description": "Delivered"},
-                "410": {"description": "Send nothing here any more"},
-            },
-        }
+        "name": name,
+        "in": "header",
+        "required": True,
+        "description": text,
+        "schema": {"type": "string"},
     }

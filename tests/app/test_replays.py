@@ -105,9 +105,9 @@ def test_an_erasure_that_comes_between_is_seen_by_the_transaction(api, canceled_
         params = params_of(job)
     api.delete(canceled_job["urls"]["self"])
 
-    options = {"params": params, "start_within_s": 60, "currency": "EUR", "actor": "tests", "api_key_id": None}
+    replay_of_it = jobs.NewJob(params=params, start_within_s=60, replay_of=job.id)
     with pytest.raises(jobs.NothingLeft), transaction(stack_database) as session:
-        jobs.accept(session, tenant_id=job.tenant_id, replay_of=job.id, **options)
+        jobs.accept(session, replay_of_it, tenant_id=job.tenant_id, api_key_id=None, currency="EUR", actor="tests")
 
 
 def test_a_replay_under_a_key_is_one_job(api, canceled_job):

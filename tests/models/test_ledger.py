@@ -26,16 +26,15 @@ CHECK = text((REPO / "docs/cost.md").read_text().partition("```sql")[2].partitio
 
 
 def a_counted_job(session, tenant, *, steps_per_image=None, **params) -> Job:
-    own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests", "run_within_s": 60.0}
     shape = {"num_images": NUM_IMAGES, "num_steps": NUM_STEPS}
-    return jobs.accept(
-        session,
+    new_job = jobs.NewJob(
         params=replace(resolved(), **shape, **params),
         start_within_s=600,
+        run_within_s=60.0,
         megapixel_steps=JOB,
         steps_per_image=steps_per_image,
-        **own,
     )
+    return jobs.accept(session, new_job, tenant_id=tenant.id, api_key_id=None, currency="EUR", actor="tests")
 
 
 def day_of(session, tenant) -> UsageDay:

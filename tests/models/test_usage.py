@@ -19,7 +19,8 @@ A_JOB, NOTHING = Decimal("1.5"), Decimal(0)  # megapixel-steps
 def a_counted_job(session, tenant, amount=A_JOB, **params):
     """An accepted job that counts `amount` megapixel-steps against its tenant's quotas."""
     own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
-    return jobs.accept(session, params=replace(resolved(), **params), start_within_s=600, megapixel_steps=amount, **own)
+    new_job = NewJob(params=replace(resolved(), **params), start_within_s=600, megapixel_steps=amount)
+    return jobs.accept(session, new_job, **own)
 
 
 def a_day(session, tenant, day, *, reserved=NOTHING, settled=NOTHING, abandoned=NOTHING):

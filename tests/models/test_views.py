@@ -304,8 +304,8 @@ def stored_files_by_tenant(session, tenant) -> Rows:
 def usage_by_tenant_day(session, tenant) -> Rows:
     def accept(megapixel_steps: str):
         own = {"tenant_id": tenant.id, "api_key_id": None, "currency": "EUR", "actor": "tests"}
-        params, counts = resolved(), Decimal(megapixel_steps)
-        return jobs.accept(session, params=params, start_within_s=60, megapixel_steps=counts, **own)
+        counts = Decimal(megapixel_steps)
+        return jobs.accept(session, jobs.NewJob(params=resolved(), start_within_s=60, megapixel_steps=counts), **own)
 
     accept("0.5")
     done, taken_back = accept("0.25"), accept("1.0")
