@@ -155,23 +155,25 @@ class Intake:
         return self._judge("has_hole", picture, width_px, height_px) is True
 
     def _judge(self, what: str, file: File, width_px: int, height_px: int) -> bool | None:
-        """Answer a yes-or-no question about a picture; None where that takes too long.
+        """Answer a yes-or-no question about a picture; None if it takes too long or cannot be read.
 
-        So it is while the object store is away: then the job is accepted without the check.
+        The job is then accepted without the check.
         """
         key = (what, file.content_sha256, width_px, height_px)
         try:
             return self._runtime.judged.get(
                 key, lambda: self._look(what, file, width_px, height_px)
             )
-        except (StoreUnavailable, ObjectGone, NotAPicture) as error:
-            log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
+        except (ObjectGone, NotAPicture) as error:
+            _log_not_judged(file, error)
+        except StoreUnavailable as error:
+            _log_not_judged(file, error)
             self._to_fetch = 0  # a request must not ask an absent store a thousand times
-            return None
         except _FetchedEnough:
-            return None
+            pass
         except TooBusy:
             raise _too_busy() from None
+        return None
 
     def _look(self, what: str, file: File, width_px: int, height_px: int) -> bool:
         """Ask a decoder about the picture's pixels. Raises _FetchedEnough."""
@@ -285,6 +287,10 @@ def _normalised(runtime: Runtime, caller: Caller, content: bytes | BinaryIO, fie
         ) from None
     except TooBusy:
         raise _too_busy() from None
+
+
+def _log_not_judged(file: File, error: Exception) -> None:
+    log.warning("mask_not_judged", file_id=str(file.id), reason=type(error).__name__)
 
 
 def _too_busy() -> PartUnavailable:

@@ -19,12 +19,15 @@ from flask.testing import FlaskClient
 from sqlalchemy import Engine, delete, make_url, select, text
 
 from app import create_app
+from app.caller import Caller
 from app.live.forecast import FRESH_FOR_S
+from app.runtime import Runtime, open_runtime
 from edges.progress import News
 from models import api_keys, jobs, tenants, workers
 from models.database import make_engine, transaction
 from models.tables import Job, Worker
 from policy.fleet import Fleet, parse_fleet
+from policy.limits import Limits
 from policy.states import ACTIVE_STATES
 from settings import REPO, GatewaySettings, ServerSettings
 from tests.builders import GONE, a_closed_port, a_fleet, a_job, a_lease, a_tenant, settings_for, until
@@ -193,6 +196,24 @@ def _serves(url: str) -> bool:
         return httpx.get(f"{url}/healthz", timeout=2, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.fixture(scope="module")
+def runtime(stack) -> Iterator[Runtime]:
+    """What a gateway process works with, and no Flask around it."""
+    opened = open_runtime(settings_for(GatewaySettings, stack.env), parse_fleet((REPO / "fleet.toml").read_text()))
+    yield opened
+    opened.readiness.close()
+    opened.endings.close()
+
+
+@pytest.fixture
+def caller(stack, stack_database) -> Caller:
+    """A tenant that has nothing yet."""
+    with transaction(stack_database) as session:
+        tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
+        row, _ = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
+        return Caller(tenant.id, row.id, row.kid, f"key:{row.kid}", frozenset({"generate", "read"}), Limits())
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from sqlalchemy import text
 
 from app.http.idempotency import REPLAYED
+from app.problems import FleetSaturated, InvalidImageRequest
+from app.services.batches import MAX_PROBLEM_CHARS, MAX_SHORT_DETAIL_CHARS, _noted
 from models.database import transaction
 from tests.app.conftest import bearer, of_this_moment
 from tests.app.problem import assert_problem
@@ -159,6 +161,20 @@ def test_batches_and_single_jobs_of_one_tenant_do_not_lock_each_other_out(gatewa
 
     with ThreadPoolExecutor(8) as threads:
         assert set(threads.map(send, range(24))) == {200}
+
+
+def test_problems_beyond_what_an_answer_holds_are_shortened_and_say_as_much_as_a_client_acts_on():
+    errors = [{"pointer": f"/field{number}", "detail": "x" * 500} for number in range(3)]
+    long = FleetSaturated("y" * MAX_PROBLEM_CHARS, retry_after_s=7)
+    wrong = InvalidImageRequest("z" * 500, errors=errors, errors_left_out=4)
+
+    saturated, invalid = (note["problem"] for note in _noted([long, wrong]))
+
+    kept = {"type": "/problems/fleet-saturated", "title": "Fleet saturated", "status": 503}
+    assert saturated == kept | {"detail": "y" * MAX_SHORT_DETAIL_CHARS, "retry_after_s": 7}
+    assert (invalid["type"], len(invalid["detail"])) == ("/problems/invalid-image-request", MAX_SHORT_DETAIL_CHARS)
+    assert invalid["errors"] == [{"pointer": "/field0", "detail": "x" * MAX_SHORT_DETAIL_CHARS}]
+    assert invalid["errors_left_out"] == 2 + 4
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
+from prometheus_client import CollectorRegistry, Gauge
+
 from app.live.capacity import Capacity
 
 
@@ -51,3 +53,17 @@ def test_a_crowd_neither_loses_nor_gains_any():
 
     assert [capacity.held_by(tenant) for tenant in tenants] == [0] * 4
     assert capacity.take(tenants[0], 16) is not None
+
+
+def test_a_gauge_shows_what_is_held_now():
+    registry = CollectorRegistry()
+    capacity = Capacity(10, Gauge("held", "How much is held.", registry=registry))
+    seen = []
+
+    with capacity.take(uuid.uuid4(), 4):
+        seen.append(registry.get_sample_value("held"))
+        assert capacity.take(uuid.uuid4(), 7) is None
+        seen.append(registry.get_sample_value("held"))
+    seen.append(registry.get_sample_value("held"))
+
+    assert seen == [4, 4, 0]

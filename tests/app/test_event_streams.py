@@ -6,8 +6,10 @@ import json
 import signal
 import threading
 import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -16,7 +18,13 @@ from PIL import Image
 from werkzeug.serving import make_server
 
 from app import create_app
+from app.live.forecast import QueuePlace
+from app.live.streams import LOOK_EVERY_S, JobEventStreams, _Forecast
+from app.problems import StreamsExhausted
+from edges.eventlog import STARTED, Event
+from edges.events import NoSeat
 from policy.fleet import parse_fleet
+from policy.prediction import Eta
 from policy.states import FINAL_STATES
 from settings import REPO, GatewaySettings
 from tests.app.problem import assert_problem
@@ -334,3 +342,77 @@ def _answers(api):
         return api.get("/healthz").status_code == 200
     except httpx.TransportError:
         return False
+
+
+@pytest.mark.parametrize("error", [NoSeat, ConnectionError])
+def test_a_stream_that_cannot_begin_gives_its_place_back(error):
+    def sit_down(job_id, **options):
+        raise error
+
+    reader = SimpleNamespace(sit_down=sit_down)
+    streams = JobEventStreams(None, None, None, reader, None, most=1)
+    caller = SimpleNamespace(tenant_id=uuid.uuid4(), kid="kid")
+
+    for _ in range(2):
+        with pytest.raises(StreamsExhausted if error is NoSeat else error):
+            streams.follow(caller, uuid.uuid4(), tell=None)
+
+    streams.take_place(caller.tenant_id).release()
+
+
+class Places:
+    """Says where the job stands; the test moves it on."""
+
+    def __init__(self, monkeypatch) -> None:
+        self._now = 1000.0
+        self.at: QueuePlace | None = None
+        monkeypatch.setattr(time, "monotonic", lambda: self._now)
+
+    def place_of(self, job) -> QueuePlace | None:
+        return self.at
+
+    def told(self, forecast, jobs_ahead, end_s, *, after_s=0.0) -> bool:
+        """Whether the follower hears of this place; end_s: from now; None: there is no forecast."""
+        self._now += after_s
+        self.at = None if jobs_ahead is None else QueuePlace(jobs_ahead, Eta(end_s, 2 * end_s))
+        return bool(forecast.news())
+
+
+@pytest.fixture
+def places(monkeypatch):
+    return Places(monkeypatch)
+
+
+def a_queued(attempt=1):
+    return SimpleNamespace(state="queued", attempt=attempt)
+
+
+def test_a_place_in_the_queue_is_told_at_once_and_again_once_it_has_moved_by_more_than_a_tenth(places):
+    forecast = _Forecast(places, a_queued())
+    later = {"after_s": LOOK_EVERY_S}
+
+    assert places.told(forecast, 100, 400.0)
+    assert not places.told(forecast, 50, 200.0), "nobody looks again so soon"
+    assert not places.told(forecast, 99, 395.0, **later), "as foreseen, and one place nearer"
+    assert places.told(forecast, 89, 390.0, **later)
+    assert not places.told(forecast, 89, 385.0, **later)
+    assert places.told(forecast, 89, 430.0, **later), "the end has moved"
+
+
+def test_that_there_is_no_forecast_is_told_once(places):
+    forecast = _Forecast(places, a_queued())
+    later = {"after_s": LOOK_EVERY_S}
+
+    assert places.told(forecast, None, None)
+    assert not places.told(forecast, None, None, **later)
+    assert places.told(forecast, 3, 10.0, **later)
+
+
+@pytest.mark.parametrize(("started", "goes_on"), [(0, True), (1, True), (2, False)])
+def test_only_the_start_of_a_later_attempt_ends_the_forecast_of_a_job_that_waits_again(places, started, goes_on):
+    """Who comes late is told first of the attempt that was lost."""
+    forecast = _Forecast(places, a_queued(attempt=1))
+
+    forecast.hear(Event("1-0", STARTED, {"attempt": started}))
+
+    assert places.told(forecast, 3, 10.0) is goes_on

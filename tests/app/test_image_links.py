@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 from sqlalchemy import select
 
+from app.signing import LinkSigner
 from edges.handoff import pixels_sha256
 from models.database import transaction
 from models.tables import Artifact
@@ -239,6 +240,16 @@ def test_a_link_that_was_changed_or_is_over_opens_nothing(proxy, link, gateway_w
     assert_problem(proxy.get(f"/links/images/{'0' * 8}-0000-7000-8000-{'0' * 12}", query_string=query), 403, "link-expired")
     other = gateway_with(image_delivery="proxy", api_key_pepper="another pepper of this test")
     assert_problem(other.get(path, query_string=query), 403, "link-expired")
+
+
+def test_a_link_holds_until_its_time_is_over(proxy, link, stack):
+    path, pepper = urlsplit(link).path, stack.env["API_KEY_PEPPER"]
+    artifact_id = uuid.UUID(path.rpartition("/")[2])
+
+    answers = {ttl_s: proxy.get(path, query_string=LinkSigner(pepper, ttl_s=ttl_s).signed(artifact_id)) for ttl_s in (60, -1)}
+
+    assert answers[60].status_code == 200
+    assert_problem(answers[-1], 403, "link-expired")
 
 
 def test_a_link_ends_with_the_job(proxy, api, link):

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from app.live import cache
 from app.live.keyring import MOST_AT_ONCE, MOST_REMEMBERED, TRUSTED_FOR_S, Keyring
@@ -114,3 +115,16 @@ def test_made_up_keys_drive_none_of_those_in_use_out(ring, kids):
         assert ring.find(f"madeup{number:04}x") is None
 
     assert set(kids) <= set(ring._used_at)
+
+
+def test_a_key_in_use_is_taken_for_live_while_the_database_cannot_be_read(ring, kids, monkeypatch):
+    """A stream or a wait goes on then, though it began with a key that may be revoked meanwhile."""
+    assert ring.is_live(kids[0])
+    assert not ring.is_live("unknownkid00")
+
+    def away(kid):
+        raise OperationalError("SELECT", {}, Exception("away"))
+
+    monkeypatch.setattr(ring, "find", away)
+
+    assert ring.is_live(kids[0])

@@ -97,9 +97,11 @@ def test_a_budget_that_is_spent_is_found_before_a_picture_is_decoded_and_nothing
     client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5)
     assert client.post("/v1/jobs", json={**BODY, "init_image": data_url(1)}).status_code == 202
 
-    problem = assert_problem(client.post("/v1/jobs", json={**BODY, "init_image": data_url(2)}), 429, "budget-spent")
+    answers = [client.post("/v1/jobs", json={**BODY, **more}) for more in ({"init_image": data_url(2)}, {})]
 
-    assert problem["policy"] == "megapixel-steps"
+    for answer in answers:
+        assert assert_problem(answer, 429, "budget-spent")["policy"] == "megapixel-steps"
+        assert 10 < int(answer.headers["Retry-After"]) <= COST / 2 / 0.001 + 1
     assert len(files_of(client)) == 1
     assert client.post("/v1/jobs", json={**BODY, "steps": 4}).status_code == 202
 
@@ -111,6 +113,16 @@ def test_one_job_too_many_is_found_before_its_picture_is_decoded(limited):
     assert_problem(client.post("/v1/jobs", json={**BODY, "init_image": data_url(2)}), 429, "too-many-jobs")
 
     assert files_of(client) == []
+
+
+def test_a_batch_of_too_many_jobs_is_found_before_its_pictures_are_decoded(limited):
+    client = limited(max_concurrent_jobs=2)
+    jobs = [{**BODY, "init_image": data_url(seed)} for seed in range(3)]
+
+    assert_problem(client.post("/v1/jobs:batch", json={"jobs": jobs}), 429, "too-many-jobs")
+
+    assert files_of(client) == []
+    assert client.post("/v1/jobs:batch", json={"jobs": jobs[:2]}).json()["accepted"] == 2
 
 
 def test_a_key_that_only_reads_brings_nothing(stack, stack_database, limited):
@@ -203,6 +215,14 @@ def test_a_quota_of_bytes_is_told_and_refuses_what_does_not_fit(limited):
     assert_problem(job, 409, "storage-quota-exceeded")
     assert again.json()["id"] == file["id"]
     assert stored(client) == {"count": 1, "size_bytes": file["size_bytes"]}
+
+
+@pytest.mark.parametrize(("spare_bytes", "status"), [(0, 201), (-1, 409)])
+def test_pictures_may_fill_the_quota_of_bytes_to_the_last_one(limited, spare_bytes, status):
+    size_bytes = upload(limited(), png()).json()["size_bytes"]
+    client = limited(max_stored_bytes=size_bytes + spare_bytes)
+
+    assert upload(client, png()).status_code == status
 
 
 def test_the_quota_of_bytes_is_exact_under_racing_uploads(limited, gateway_with):

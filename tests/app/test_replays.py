@@ -1,12 +1,15 @@
 """POST /v1/jobs/{id}/replay: the same parameters again, and from a reproducible tier the same pixels."""
 
 import uuid
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from sqlalchemy import text
 
 from app.http.idempotency import REPLAYED
+from app.problems import ReplayImpossible
+from app.services.replay import _check_fleet
 from models import jobs
 from models.database import transaction
 from policy.params import params_of
@@ -69,6 +72,26 @@ def test_what_is_not_offered_any_more_cannot_be_replayed(gateway_with, new_key, 
     answer = gateway_with(a_fleet(changes)).post(f"/v1/jobs/{job['id']}/replay", headers=own)
 
     assert assert_problem(answer, 409, "replay-impossible")["gone"] == gone
+
+
+def test_a_replay_is_for_the_same_workers_with_the_same_adapters_or_impossible():
+    fleet, job = a_fleet(), a_job_with_the_adapter("sepia")
+    pocket, pool = fleet.models["pocket"], fleet.pools["local"]
+    with_sepia = {"pocket": pocket.model_copy(update={"adapters": {"sepia": None}})}
+    moved = {"local": pool.model_copy(update={"models": ("another",)})}
+    offered = fleet.model_copy(update={"models": with_sepia})
+
+    _check_fleet(offered, job)
+
+    for gone, other in {"adapter": fleet, "pool": offered.model_copy(update={"pools": moved})}.items():
+        with pytest.raises(ReplayImpossible) as refused:
+            _check_fleet(other, job)
+        assert refused.value.members["gone"] == gone
+
+
+def a_job_with_the_adapter(name):
+    adapters = [{"name": name, "strength": 1.0}]
+    return SimpleNamespace(model="pocket", model_version="1", tier="batch", pool="local", adapters=adapters)
 
 
 @pytest.mark.parametrize("deleted", ["init_image", "mask"])

@@ -1,50 +1,51 @@
 """Use cases without a request: a runtime and a caller are all they take."""
 
+import contextlib
+import math
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, text
 
-from app.caller import Caller
-from app.problems import FleetSaturated, JobNotFound
-from app.runtime import Runtime, open_runtime
-from app.services import jobs
+from app.problems import (
+    FleetSaturated,
+    InvalidImageRequest,
+    JobNotFound,
+    ReplayImpossible,
+)
+from app.runtime import open_runtime
+from app.services import cancel as canceling
+from app.services import files, inputs, jobs, quotas, webhooks
 from app.services.batches import submit_batch
 from app.services.cancel import cancel, erase
 from app.services.estimate import estimate
 from app.services.replay import replay
-from app.services.submit import JobRequest, Prepared, accept_once, prepare, submit
-from models import api_keys, tenants
+from app.services.submit import (
+    JobRequest,
+    Prepared,
+    accept_once,
+    prepare,
+    start_deadline_s,
+    submit,
+)
+from edges.broker import BrokerUnavailable
+from models import releasing
 from models.database import transaction
 from models.idempotency import Once
-from policy.fleet import parse_fleet
-from policy.limits import Limits
+from models.tables import Tenant
 from policy.params import Wish
+from policy.release import ReleaseHint
 from policy.states import JobState
-from settings import REPO, GatewaySettings
-from tests.builders import settings_for
+from policy.webhooks import ENDED_EVENTS
+from settings import GatewaySettings
+from tests.builders import a_lease, hand_off, settings_for, store, until
+from tests.pictures import png
 
 ASKED = JobRequest(Wish(prompt="a red circle", tier="batch", steps=4), pictures={}, metadata={"page": "7"})
-
-
-@pytest.fixture(scope="module")
-def runtime(stack) -> Iterator[Runtime]:
-    """What a gateway process works with, and no Flask around it."""
-    opened = open_runtime(settings_for(GatewaySettings, stack.env), parse_fleet((REPO / "fleet.toml").read_text()))
-    yield opened
-    opened.readiness.close()
-    opened.endings.close()
-
-
-@pytest.fixture
-def caller(stack, stack_database) -> Caller:
-    """A tenant that has nothing yet."""
-    with transaction(stack_database) as session:
-        tenant = tenants.create(session, name=f"app-{uuid.uuid4().hex[:8]}", actor="tests")
-        row, _ = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=stack.env["API_KEY_PEPPER"], actor="tests")
-        return Caller(tenant.id, row.id, row.kid, f"key:{row.kid}", frozenset({"generate", "read"}), Limits())
 
 
 def a_key() -> Once:
@@ -151,3 +152,166 @@ def test_an_estimate_writes_nothing(runtime, caller, statements):
 
     assert expected.params.num_steps == 4
     assert [statement for statement in statements if not statement.startswith("SELECT")] == []
+
+
+class Releases:
+    """Takes note of what is announced and of what is released, and does neither."""
+
+    def __init__(self) -> None:
+        self.announced: list[uuid.UUID] = []
+        self.released: list[tuple[str, str]] = []
+
+    def announce(self, pool, tier, job_id, *, num_images) -> None:
+        self.announced.append(job_id)
+
+    def release(self, pool, tier, *, tenant_id) -> None:
+        self.released.append((pool, tier))
+
+
+@pytest.mark.parametrize(
+    ("hint", "may_pass", "goes"),
+    [
+        (ReleaseHint.IMMEDIATE, True, "at once"),
+        (ReleaseHint.IMMEDIATE, False, "in turn"),
+        (ReleaseHint.TRY_RELEASE, True, "in turn"),
+        (ReleaseHint.BACKLOGGED, True, "later"),
+    ],
+)
+def test_an_accepted_job_goes_at_once_or_in_turn_or_waits_for_others(runtime, caller, monkeypatch, hint, may_pass, goes):
+    """Somebody may have come to wait since the hint was made: then the job must not be forgotten."""
+    releases = Releases()
+    _, limits = runtime.forecaster.release_hint(prepare(runtime, caller, ASKED).params, caller.tenant_id)
+    monkeypatch.setattr(runtime.forecaster, "release_hint", lambda *_: (hint, limits))
+    monkeypatch.setattr(releasing, "may_pass_at_once", lambda *_, **__: may_pass)
+
+    job = submit(replace(runtime, release=releases), caller, ASKED).job
+
+    assert releases.announced == ([job.id] if goes == "at once" else [])
+    assert releases.released == ([(job.pool, job.tier)] if goes == "in turn" else [])
+
+
+def test_a_batch_is_released_in_every_tier_that_it_asks_for(runtime, caller):
+    releases = Releases()
+    other = replace(ASKED, wish=replace(ASKED.wish, tier="quality"))
+
+    submit_batch(replace(runtime, release=releases), caller, iter([ASKED, other, ASKED]))
+
+    assert (releases.announced, releases.released) == ([], [("local", "batch"), ("local", "quality")])
+
+
+@pytest.mark.parametrize("what", ["job", "batch", "replay"])
+def test_a_picture_that_is_deleted_before_its_job_is_written_refuses_it(runtime, caller, monkeypatch, what):
+    """A replay says so in its own words: its caller named no picture."""
+    file = inputs.keep(runtime, caller, png(), field="file")
+    asked = replace(ASKED, pictures={"init_image": str(file.id)})
+    first = submit(runtime, caller, asked).job
+    cancel(runtime, caller, first.id)
+
+    def prepared_too_early() -> Prepared:
+        prepared = prepare(runtime, caller, asked)
+        files.erase(runtime, caller, file.id)
+        return replace(prepared, replay_of=first.id if what == "replay" else None)
+
+    def send():
+        if what != "batch":
+            return accept_once(runtime, caller, prepared_too_early)
+        monkeypatch.setattr(quotas, "budget_charge", erase_first)
+        return submit_batch(runtime, caller, iter([asked]))
+
+    def erase_first(*_):
+        """Delete the picture as the batch is about to be written: then it charges the budget."""
+        files.erase(runtime, caller, file.id)
+        return contextlib.nullcontext()
+
+    refusal = ReplayImpossible if what == "replay" else InvalidImageRequest
+    with pytest.raises(refusal, match="deleted"):
+        send()
+
+
+@pytest.mark.parametrize(("asked_s", "holds_s"), [(None, 600.0), (600.0, 600.0), (0.001, 0.001)])
+def test_a_start_deadline_is_the_tier_s_or_as_much_sooner_as_asked(asked_s, holds_s):
+    assert start_deadline_s(asked_s, 600.0) == holds_s
+
+
+@pytest.mark.parametrize("asked_s", [0.0, -1.0, math.inf, math.nan, 600.001])
+def test_a_start_deadline_beyond_the_tier_s_or_none_at_all_is_refused(asked_s):
+    with pytest.raises(InvalidImageRequest) as refused:
+        start_deadline_s(asked_s, 600.0)
+
+    [error] = refused.value.members["errors"]
+    assert (error["pointer"], error["accepted"]) == ("/start_deadline_s", {"min": 0, "max": 600.0})
+
+
+@pytest.mark.parametrize("stored", [[], [0], [1]])
+def test_the_store_is_tidied_after_an_erasure_if_any_image_was_stored(runtime, caller, stack_database, monkeypatch, stored):
+    asked_for = []
+    monkeypatch.setattr(canceling, "ask_to_tidy", asked_for.append)
+    with transaction(stack_database) as session:
+        lease = a_lease(session, tenant=session.get_one(Tenant, caller.tenant_id), num_images=2)
+        for index in stored:
+            hand_off(session, lease, index)
+            store(session, lease.job, index)
+        job_id = lease.job.id
+
+    erase(runtime, caller, job_id)
+
+    assert asked_for == ([runtime] if stored else [])
+
+
+class ABroker:
+    """Takes note of the deliveries that it is asked to announce; `is_away`: refuses them."""
+
+    def __init__(self, *, is_away: bool) -> None:
+        self.is_away = is_away
+        self.asked: list[uuid.UUID] = []
+
+    def ask_to_deliver(self, delivery_id: uuid.UUID) -> None:
+        self.asked.append(delivery_id)
+        if self.is_away:
+            raise BrokerUnavailable("refused")
+
+
+@pytest.mark.parametrize("is_away", [False, True])
+def test_what_a_tenant_asks_to_be_sent_is_announced_at_once_and_noted_while_the_broker_is_away(runtime, caller, is_away):
+    broker = ABroker(is_away=is_away)
+    told = replace(runtime, broker=broker)
+    url, events = "https://receiver.invalid/", list(ENDED_EVENTS)
+    endpoint, _ = webhooks.create(told, caller, url=url, events=events, description="")
+
+    delivery = webhooks.send_test(told, caller, endpoint.id)
+    again = webhooks.redeliver(told, caller, delivery.id)
+
+    assert broker.asked == [delivery.id, delivery.id] == [again.id, again.id]
+    webhooks.delete(runtime, caller, endpoint.id)
+
+
+def test_keys_queues_and_readiness_are_read_while_every_connection_is_taken_by_writers(runtime, caller, stack):
+    settings = settings_for(GatewaySettings, stack.env, database_pool_size=1)
+    busy = open_runtime(settings, runtime.fleet)
+    asked = prepare(runtime, caller, ASKED).params
+
+    with contextlib.ExitStack() as writers, ThreadPoolExecutor(1) as threads:
+        for _ in range(2):  # the one of the pool, and one that overflows it
+            writers.enter_context(transaction(busy.database)).execute(text("SELECT 1"))
+        known = threads.submit(busy.keyring.find, caller.kid).result(5)
+        place = threads.submit(busy.forecaster.expect, asked, caller.tenant_id).result(5).place
+        until(lambda: busy.readiness.parts()["database"]["ready"], within_s=5)
+
+    assert known is not None
+    assert place.jobs_ahead is not None
+    busy.readiness.close()
+    busy.endings.close()
+
+
+def test_a_picture_is_noted_as_an_upload_before_it_is_put_into_the_store(runtime, caller, stack_database):
+    """If the process ends between the two, the object without a row is found and deleted."""
+    noted = []
+
+    def put(key: str, content: bytes, *, content_type: str) -> None:
+        with transaction(stack_database) as session:
+            query = text("SELECT count(*) FROM uploads WHERE object_key = :key")
+            noted.append(session.scalar(query, {"key": key}))
+
+    inputs.keep(replace(runtime, store=SimpleNamespace(put=put)), caller, png(), field="file")
+
+    assert noted == [1]

@@ -5,7 +5,7 @@ import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
 
-from app.live.statuses import MAX_KEPT, Statuses
+from app.live.statuses import MAX_KEPT, MOST_ROOTS, Statuses
 from tests.app.problem import assert_problem
 
 BODY = {"prompt": "a red circle", "tier": "batch", "steps": 60}
@@ -122,3 +122,19 @@ def test_a_status_is_never_told_under_another_prefix():
     seen = [statuses.get(tenant_id, job_id, root.encode, root=root).content for root in ("/a", "/b", "/a")]
 
     assert seen == [b"/a", b"/b", b"/a"]
+
+
+def test_statuses_under_more_prefixes_than_a_proxy_gives_are_not_remembered():
+    """A client may make up as many as it likes; each would have to be looked through at a cancel."""
+    statuses, tenant_id, job_id = Statuses(), uuid.uuid4(), uuid.uuid4()
+    reads = []
+
+    def look(number):
+        read = lambda: reads.append(number) or b"{}"  # noqa: E731
+        return statuses.get(tenant_id, job_id, read, root=f"/{number}").content
+
+    for number in [*range(MOST_ROOTS + 2), *range(MOST_ROOTS + 2)]:
+        assert look(number) == b"{}"
+
+    assert len(statuses) == MOST_ROOTS
+    assert reads == [*range(MOST_ROOTS + 2), MOST_ROOTS, MOST_ROOTS + 1]

@@ -2,6 +2,7 @@
 
 import io
 import tempfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
@@ -10,9 +11,12 @@ import pytest
 from PIL import Image
 
 from app.http import uploads
+from app.live.uploads import UploadRoom
 from app.problems import UploadsExhausted
+from settings import GatewaySettings
 from tests.app.conftest import bearer
 from tests.app.problem import assert_problem
+from tests.builders import settings_for
 
 ROOM = 4_000_000
 
@@ -81,3 +85,13 @@ def test_a_disk_that_is_full_is_told_whenever_it_shows(monkeypatch):
     with pytest.raises(UploadsExhausted):
         fill()
     spool.close()  # which would write what is left
+
+
+def test_one_upload_of_the_largest_size_has_room_on_the_smallest_disk(stack):
+    settings = settings_for(GatewaySettings, stack.env, upload_spool_bytes=1)
+    room, tenant_id = UploadRoom(settings), uuid.uuid4()
+
+    with room.take_spool(tenant_id, room.largest_bytes), pytest.raises(UploadsExhausted):
+        room.take_spool(uuid.uuid4(), room.largest_bytes)
+
+    assert room.largest_bytes >= settings.max_upload_bytes

@@ -148,6 +148,7 @@ def test_a_receiver_that_fails_is_tried_again_under_the_same_id_until_it_hears(t
     until(lambda: deliveries(tenant, endpoint)[0]["state"] == "delivered")
     [delivery] = deliveries(tenant, endpoint)
     assert [attempt["status"] for attempt in delivery["attempts"]] == [500, 204]
+    assert deliveries(tenant, endpoint, state="pending") == []
     assert {heard.id for heard in receiver.heard} == {delivery["id"]}
     assert {heard.body for heard in receiver.heard} == {receiver.heard[0].body}
     assert waiting["due_at"] > waiting["attempts"][0]["at"]
