@@ -15,6 +15,7 @@ import psycopg2
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from sqlalchemy import make_url, text
 
 import cli.main
 from cli import check, screen
@@ -27,6 +28,7 @@ from darkroom_client import FieldError, ProblemError
 from fleet.addresses import Addresses, write_env
 from fleet.stack import Stack, StackError
 from settings import REPO
+from tests.models.conftest import a_database
 from tests.test_settings import ENOUGH
 
 COMMANDS = darkroom.list_commands(click.Context(darkroom))
@@ -360,6 +362,34 @@ def test_check_names_what_would_lose_messages_in_a_redis(monkeypatch, says, find
     assert all(f"BROKER_URL: {text}" in finding.text for finding, (_, text) in zip(found, findings, strict=True))
 
 
+def test_check_names_a_postgres_that_takes_no_writes_and_one_without_tables(stack):
+    with a_database(stack.env, migrated_to=None) as empty:
+        url = make_url(stack.env["DATABASE_URL"]).set(database=make_url(empty.owner_url).database).render_as_string(hide_password=False)
+        [without_tables] = check._database("gateway", url)
+        with empty.owner.begin() as connection:  # as a standby says it
+            connection.execute(text(f"ALTER DATABASE {connection.engine.url.database} SET default_transaction_read_only = on"))
+        [standby] = check._database("gateway", url)
+
+    assert (without_tables.kind, 'relation "jobs" does not exist' in without_tables.text) == ("wrong", True)
+    assert (standby.kind, "session is read-only" in standby.text) == ("wrong", True)
+    assert list(check._database("gateway", stack.env["DATABASE_URL"])) == []
+
+
+def test_check_names_a_pool_that_lacks_workers_and_a_postgres_that_lacks_connections(stack, tmp_path):
+    own = tmp_path / "fleet.toml"
+    own.write_text((REPO / "fleet.toml").read_text().replace("warm_floor = 1", "warm_floor = 3"))
+
+    done = CliRunner().invoke(
+        darkroom, ["--data-dir", str(stack.data_dir), "--fleet-file", str(own), "check"], env={"WEB_CONCURRENCY": "30"}
+    )
+
+    assert done.exit_code == 1
+    assert "pool local: 1 live workers, warm_floor is 3" in done.stdout
+    assert re.search(
+        r"^wrong +Postgres: max_connections leaves \d+, and one of each process may open \d+: gateway", done.stdout, re.MULTILINE
+    )
+
+
 def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads(tmp_path, monkeypatch):
     monkeypatch.delenv("CURVES_FOLDER", raising=False)
 
@@ -448,6 +478,7 @@ def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
     try:
         found = run(stack.data_dir, "audit", "verify", "--chain", "edited")
         everywhere = run(stack.data_dir, "audit", "verify")
+        another = run(stack.data_dir, "audit", "verify", "--chain", "demo")
         of_today = run(stack.data_dir, "audit", "verify", "--since", datetime.now(UTC).strftime("%Y-%m-%d"))
         of_tomorrow = run(stack.data_dir, "audit", "verify", "--since", (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d"))
     finally:
@@ -457,6 +488,8 @@ def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
     assert (found.exit_code, everywhere.exit_code) == (1, 1)
     assert (of_today.exit_code, of_tomorrow.exit_code) == (1, 0)
     assert "chain edited, event 1" in found.stderr
+    assert (another.exit_code, "in 1 chain checked" in another.stdout) == (0, True)
+    assert run(stack.data_dir, "audit", "verify", "--chain", "nobody").exit_code == 2
     assert run(stack.data_dir, "audit", "verify").exit_code == 0
 
 
