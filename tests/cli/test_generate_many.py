@@ -15,6 +15,7 @@ from cli.generate import _fingerprint
 from cli.many import Many
 from cli.prompts import decoded, read
 from cli.runs import AnotherRun, Run
+from cli.sql import ask
 from darkroom_client import Client, ProblemError, Unreachable
 from tests.builders import until
 from tests.cli.terminal import Terminal, piped
@@ -170,6 +171,20 @@ def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prom
     assert time.monotonic() - began < 10
     assert re.search(r"Interrupted; \d jobs? left under way", terminal.shown)
     until(lambda: all(job.state == "succeeded" for job in jobs_of(prompts)), within_s=60)
+
+
+def test_lines_that_failed_are_asked_for_again_as_new_jobs_when_that_is_wanted(stack, tmp_path, prompts, jobs_of):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[:2]))
+    assert run(stack, tmp_path, "--tier", "fast")[0] == 0
+    [failed] = jobs_of(prompts[:1])
+    ask(stack.env["MIGRATION_DATABASE_URL"], "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s", [failed.id])
+
+    as_before = run(stack, tmp_path, "--tier", "fast")
+    again = run(stack, tmp_path, "--tier", "fast", "--retry-failed")
+
+    assert (as_before[0], f"line 1 ({prompts[0][:40]}): failed: internal" in as_before[2]) == (1, True)
+    assert (again[0], "2 of 2 prompts done" in again[1]) == (0, True)
+    assert [len(jobs_of([prompt])) for prompt in prompts[:2]] == [2, 1]
 
 
 def test_a_line_has_one_key_in_all_its_runs_until_it_begins_again(tmp_path):

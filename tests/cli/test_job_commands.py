@@ -111,6 +111,7 @@ def test_jobs_are_found_by_time_and_metadata(stack, client):
     assert found("--metadata", "set=summer=1", "--metadata", "page=2", "--since", "1h") == [job.id]
     assert found("--metadata", "set=summer=1", "--metadata", "page=3") == []
     assert found("--metadata", "set=summer=1", "--until", "1h") == []
+    assert found("--metadata", "set=summer=1", "--state", "failed") == []
     assert run(stack, "jobs", "--since", "yesterday").exit_code == 2
     assert run(stack, "jobs", "--metadata", "set").exit_code == 2
 

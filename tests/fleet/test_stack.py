@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 import boto3
 import httpx
 import psutil
+import psycopg2
 import pytest
 import redis
 
@@ -278,7 +279,9 @@ def test_services_answer_and_the_house_is_known_but_not_started(services):
     assert states.keys() > SERVICES
     assert {name for name, state in states.items() if state in ("starting", "running")} == SERVICES
     assert ask(services.env["MIGRATION_DATABASE_URL"], "SELECT current_setting('server_version_num')::int / 10000").rows == [(16,)]
-    assert broker_of(services).config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+    for url in (services.env["BROKER_URL"], services.env["HANDOFF_URL"]):
+        assert redis.Redis.from_url(url).config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+        assert int(redis.Redis.from_url(url).config_get("maxmemory")["maxmemory"]) > 0
     assert broker_of(services).config_get("appendonly") == {"appendonly": "yes"}
 
 
@@ -293,6 +296,8 @@ def test_everything_listens_on_the_loopback_and_asks_for_a_password(services):
     assert addresses == {"127.0.0.1"}
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=int(services.env["BROKER_URL"].rpartition(":")[2].removesuffix("/0"))).ping()
+    with pytest.raises(psycopg2.OperationalError, match="password"):
+        psycopg2.connect(re.sub(r":\w+@", ":wrong@", services.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", "")))
     with pytest.raises(store_of(services).exceptions.ClientError):
         store_of(services, aws_secret_access_key="wrong").list_objects_v2(Bucket=services.env["S3_BUCKET"])
 
@@ -411,10 +416,12 @@ def test_a_gateway_that_is_killed_comes_back(stack, client):
 
 def test_a_second_up_leaves_what_runs_alone(stack):
     before = {status.name: status.pid for status in stack.status()}
+    env = stack.env
 
     stack.up()
 
     assert {status.name: status.pid for status in stack.status()} == before
+    assert stack.env == env
 
 
 def serves(gunicorn_pid):
