@@ -152,7 +152,6 @@ class FleetConsumer(Consumer):
         self._connected_at = None
         wait_s = RECONNECT_S[min(self._failures, len(RECONNECT_S) - 1)]
         self._failures += 1
-        self.on_turn()
         time.sleep(wait_s * random.uniform(0.7, 1.0))  # so that not all workers reconnect at once
 
 

@@ -10,20 +10,25 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import click
+import httpx
 import psycopg2
 import pytest
 from click.testing import CliRunner
 from PIL import Image
+from sqlalchemy import make_url, text
 
 import cli.main
-from cli import screen
+from cli import check, screen
+from cli.installation import Installation, NoInstallation
 from cli.logs import follow
 from cli.main import darkroom, describe
 from cli.sql import ask
+from cli.stack import _readiness
 from darkroom_client import FieldError, ProblemError
 from fleet.addresses import Addresses, write_env
-from fleet.stack import Stack
+from fleet.stack import Stack, StackError
 from settings import REPO
+from tests.models.conftest import a_database
 from tests.test_settings import ENOUGH
 
 COMMANDS = darkroom.list_commands(click.Context(darkroom))
@@ -207,6 +212,166 @@ def test_logs_show_the_end_of_each_file_under_its_name(tmp_path, capsys):
     ]
 
 
+def test_logs_that_are_followed_go_on_over_new_files_half_lines_and_a_rotation(tmp_path, capsys, monkeypatch):
+    (tmp_path / "gateway.log").write_text("long ago, and a long line\n")
+
+    def write(name, text, mode="a"):
+        with (tmp_path / name).open(mode) as file:
+            file.write(text)
+
+    def looks():
+        write("gateway.log", "one\nhalf of")
+        yield
+        write("gateway.log", " two\n")
+        write("worker-1.log", "three\n")
+        yield
+        write("gateway.log", "four\n", mode="w")  # what there was went to gateway.log.1
+        yield
+        raise KeyboardInterrupt
+
+    turns = looks()
+    monkeypatch.setattr("cli.logs.time.sleep", lambda seconds: next(turns))
+
+    with pytest.raises(KeyboardInterrupt):
+        follow(tmp_path)
+
+    assert [line.split("│ ")[1] for line in capsys.readouterr().out.splitlines()] == ["one", "half of two", "three", "four"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "was_up", "ends", "code", "is_down_after"),
+    [
+        ([], False, StackError("no"), 5, True),
+        ([], True, StackError("no"), 5, False),  # it may be in use
+        (["--detach"], False, StackError("no"), 5, False),  # left for its logs, and for another try
+        ([], False, KeyboardInterrupt(), 130, True),
+        ([], True, KeyboardInterrupt(), 130, True),
+    ],
+    ids=["fails", "fails on a running one", "fails detached", "interrupted", "interrupted on a running one"],
+)
+def test_up_that_does_not_come_to_its_end_leaves_nothing_running_that_nobody_asked_for(
+    tmp_path, monkeypatch, arguments, was_up, ends, code, is_down_after
+):
+    def up(stack, wait_s, *, on_stage):
+        raise ends
+
+    downs = []
+    monkeypatch.setattr(Stack, "is_up", lambda stack: was_up)
+    monkeypatch.setattr(Stack, "up", up)
+    monkeypatch.setattr(Stack, "down", lambda stack: downs.append(stack))
+    monkeypatch.setattr("cli.stack.signal.signal", lambda number, handler: None)
+
+    done = run(tmp_path, "up", *arguments)
+
+    assert (done.exit_code, len(downs)) == (code, is_down_after)
+
+
+@pytest.mark.parametrize(
+    ("status", "parts", "told"),
+    [
+        (200, {"store": {"ready": True}}, "ready at http://127.0.0.1:1"),
+        (503, {"store": {"ready": False, "detail": "away"}}, "not ready · store: away"),
+        (200, {"store": {"ready": False}}, "accepts jobs, but not all is well · store: not ready"),
+    ],
+)
+def test_status_tells_a_gateway_that_takes_no_jobs_from_one_that_lacks_a_part(monkeypatch, status, parts, told):
+    answer = httpx.Response(status, json={"parts": parts})
+    monkeypatch.setattr("cli.stack.httpx.get", lambda *_, **__: answer)
+
+    assert _readiness("http://127.0.0.1:1") == told
+
+
+@pytest.mark.parametrize(
+    ("environment", "line", "found"),
+    [
+        ({"API_KEY_PEPPER": "own"}, "API_KEY_PEPPER=stack's", "own"),
+        ({}, "API_KEY_PEPPER=st$ack's", "st$ack's"),
+        ({"API_KEY_PEPPER_FILE": "secret"}, "", "of a file"),
+        ({}, "API_KEY_PEPPER=", None),
+        ({"API_KEY_PEPPER_FILE": "missing"}, "", None),
+    ],
+    ids=["environment", "stack", "file", "nowhere", "no such file"],
+)
+def test_a_secret_is_looked_up_in_the_environment_then_in_the_stack_then_in_a_file(tmp_path, monkeypatch, environment, line, found):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("API_KEY_PEPPER", raising=False)
+    (tmp_path / "secret").write_text("of a file\n")
+    (tmp_path / "env").write_text(f"{line}\n")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+
+    if found is None:
+        with pytest.raises(NoInstallation, match="API_KEY_PEPPER"):
+            Installation(tmp_path).look_up("API_KEY_PEPPER")
+    else:
+        assert Installation(tmp_path).look_up("API_KEY_PEPPER") == found
+
+
+class AnsweringRedis:
+    """What INFO says of a Redis."""
+
+    def __init__(self, **says):
+        self._says = {"maxmemory_policy": "noeviction", "maxmemory": 1, "role": "master"} | says
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def ping(self):
+        return True
+
+    def info(self, section):
+        return self._says
+
+
+@pytest.mark.parametrize(
+    ("says", "findings"),
+    [
+        ({}, []),
+        ({"maxmemory_policy": "allkeys-lru"}, [("wrong", "maxmemory-policy is allkeys-lru; it must be noeviction")]),
+        ({"maxmemory": 0}, [("hint", "has no maxmemory")]),
+        ({"role": "slave"}, [("wrong", "is a replica, which takes no writes")]),
+    ],
+)
+def test_check_names_what_would_lose_messages_in_a_redis(monkeypatch, says, findings):
+    monkeypatch.setattr("edges.connections.connect", lambda url, socket_timeout: AnsweringRedis(**says))
+
+    found = list(check._redis("worker", "BROKER_URL", "redis://x"))
+
+    assert [finding.kind for finding in found] == [kind for kind, _ in findings]
+    assert all(f"BROKER_URL: {text}" in finding.text for finding, (_, text) in zip(found, findings, strict=True))
+
+
+def test_check_names_a_postgres_that_takes_no_writes_and_one_without_tables(stack):
+    with a_database(stack.env, migrated_to=None) as empty:
+        url = make_url(stack.env["DATABASE_URL"]).set(database=make_url(empty.owner_url).database).render_as_string(hide_password=False)
+        [without_tables] = check._database("gateway", url)
+        with empty.owner.begin() as connection:  # as a standby says it
+            connection.execute(text(f"ALTER DATABASE {connection.engine.url.database} SET default_transaction_read_only = on"))
+        [standby] = check._database("gateway", url)
+
+    assert (without_tables.kind, 'relation "jobs" does not exist' in without_tables.text) == ("wrong", True)
+    assert (standby.kind, "session is read-only" in standby.text) == ("wrong", True)
+    assert list(check._database("gateway", stack.env["DATABASE_URL"])) == []
+
+
+def test_check_names_a_pool_that_lacks_workers_and_a_postgres_that_lacks_connections(stack, tmp_path):
+    own = tmp_path / "fleet.toml"
+    own.write_text((REPO / "fleet.toml").read_text().replace("warm_floor = 1", "warm_floor = 3"))
+
+    done = CliRunner().invoke(
+        darkroom, ["--data-dir", str(stack.data_dir), "--fleet-file", str(own), "check"], env={"WEB_CONCURRENCY": "30"}
+    )
+
+    assert done.exit_code == 1
+    assert "pool local: 1 live workers, warm_floor is 3" in done.stdout
+    assert re.search(
+        r"^wrong +Postgres: max_connections leaves \d+, and one of each process may open \d+: gateway", done.stdout, re.MULTILINE
+    )
+
+
 def test_a_calibration_is_a_table_and_a_file_that_the_worker_of_that_stack_loads(tmp_path, monkeypatch):
     monkeypatch.delenv("CURVES_FOLDER", raising=False)
 
@@ -295,6 +460,7 @@ def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
     try:
         found = run(stack.data_dir, "audit", "verify", "--chain", "edited")
         everywhere = run(stack.data_dir, "audit", "verify")
+        another = run(stack.data_dir, "audit", "verify", "--chain", "demo")
         of_today = run(stack.data_dir, "audit", "verify", "--since", datetime.now(UTC).strftime("%Y-%m-%d"))
         of_tomorrow = run(stack.data_dir, "audit", "verify", "--since", (datetime.now(UTC) + timedelta(days=1)).strftime("%Y-%m-%d"))
     finally:
@@ -304,6 +470,8 @@ def test_a_superusers_edit_of_the_audit_log_is_found_and_named(stack):
     assert (found.exit_code, everywhere.exit_code) == (1, 1)
     assert (of_today.exit_code, of_tomorrow.exit_code) == (1, 0)
     assert "chain edited, event 1" in found.stderr
+    assert (another.exit_code, "in 1 chain checked" in another.stdout) == (0, True)
+    assert run(stack.data_dir, "audit", "verify", "--chain", "nobody").exit_code == 2
     assert run(stack.data_dir, "audit", "verify").exit_code == 0
 
 

@@ -1,16 +1,22 @@
 """generate --from: many prompts, interrupted in every way, and gone on with; on the real stack."""
 
+import asyncio
 import hashlib
 import itertools
 import json
 import re
 import signal
 import time
+from types import SimpleNamespace
 
 import pytest
 
+from cli.generate import _fingerprint
+from cli.many import Many
 from cli.prompts import decoded, read
-from darkroom_client import Client
+from cli.runs import AnotherRun, Run
+from cli.sql import ask
+from darkroom_client import Client, ProblemError, Unreachable
 from tests.builders import until
 from tests.cli.terminal import Terminal, piped
 
@@ -165,6 +171,108 @@ def test_on_a_terminal_one_ctrl_c_leaves_the_jobs_to_go_on(stack, tmp_path, prom
     assert time.monotonic() - began < 10
     assert re.search(r"Interrupted; \d jobs? left under way", terminal.shown)
     until(lambda: all(job.state == "succeeded" for job in jobs_of(prompts)), within_s=60)
+
+
+def test_lines_that_failed_are_asked_for_again_as_new_jobs_when_that_is_wanted(stack, tmp_path, prompts, jobs_of):
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts[:2]))
+    assert run(stack, tmp_path, "--tier", "fast")[0] == 0
+    [failed] = jobs_of(prompts[:1])
+    ask(stack.env["MIGRATION_DATABASE_URL"], "UPDATE jobs SET state = 'failed', failure_code = 'internal' WHERE id = %s", [failed.id])
+
+    as_before = run(stack, tmp_path, "--tier", "fast")
+    again = run(stack, tmp_path, "--tier", "fast", "--retry-failed")
+
+    assert (as_before[0], f"line 1 ({prompts[0][:40]}): failed: internal" in as_before[2]) == (1, True)
+    assert (again[0], "2 of 2 prompts done" in again[1]) == (0, True)
+    assert [len(jobs_of([prompt])) for prompt in prompts[:2]] == [2, 1]
+
+
+def test_a_line_has_one_key_in_all_its_runs_until_it_begins_again(tmp_path):
+    def opened():
+        return Run.opened(tmp_path, source=b"a red circle", options={"tier": "fast"}, fresh=False)
+
+    first = opened()
+    keys = [first.key(1), first.key(2), opened().key(1)]
+    first.note(1, job="j1")
+    first.begin_again(1)
+    first.save()
+
+    assert (keys[0] == keys[2], keys[0] == keys[1]) == (True, False)
+    assert opened().key(1) not in keys
+    assert opened().key(2) == keys[1]
+    assert opened().of(1)["job"] is None
+
+
+def test_a_run_knows_the_pictures_it_starts_from_by_their_content(tmp_path):
+    (tmp_path / "cat.png").write_bytes(b"cat")
+    (tmp_path / "same.png").write_bytes(b"cat")
+    cat, same = (_fingerprint({"init_image": tmp_path / name, "tier": "fast"}) for name in ("cat.png", "same.png"))
+    Run.opened(tmp_path, source=b"a red circle", options=cat, fresh=False)
+    (tmp_path / "cat.png").write_bytes(b"dog")
+
+    assert same == cat
+    with pytest.raises(AnotherRun):
+        Run.opened(
+            tmp_path, source=b"a red circle", options=_fingerprint({"init_image": tmp_path / "cat.png", "tier": "fast"}), fresh=False
+        )
+
+
+def a_refusal(status, retry_after_s=None):
+    return ProblemError(status=status, type="t", title="No", retry_after_s=retry_after_s)
+
+
+@pytest.mark.parametrize(
+    ("error", "pause_s"),
+    [
+        (a_refusal(429, 7.0), 7.0),  # a quota that refills
+        (a_refusal(503, 5.0), 5.0),  # a full queue
+        (Unreachable("away"), 1.0),
+        (a_refusal(429), None),  # one that does not
+        (a_refusal(422, 7.0), None),
+    ],
+    ids=["quota", "saturated", "unreachable", "spent", "invalid"],
+)
+def test_a_run_waits_for_what_time_cures_and_says_why(tmp_path, monkeypatch, error, pause_s):
+    answers, told, pauses = [error, "the job"], [], []
+
+    async def ask_once():
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    async def sleep(seconds):
+        pauses.append(seconds)
+
+    monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
+    many = Many(None, None, [], {}, tmp_path, SimpleNamespace(wait=told.append), retry_failed=False)
+
+    if pause_s is None:
+        with pytest.raises(ProblemError):
+            asyncio.run(many._patiently(ask_once))
+    else:
+        assert asyncio.run(many._patiently(ask_once)) == "the job"
+        assert (pauses, len(told)) == ([pause_s], 1)
+
+
+def test_a_run_ends_when_its_gateway_is_away_for_too_long(tmp_path, monkeypatch):
+    now = 1000.0
+
+    async def nobody():
+        raise Unreachable("away")
+
+    async def sleep(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr("cli.many.asyncio.sleep", sleep)
+    monkeypatch.setattr("cli.many.time", SimpleNamespace(monotonic=lambda: now))
+    many = Many(None, None, [], {}, tmp_path, SimpleNamespace(wait=lambda why: None), retry_failed=False)
+
+    with pytest.raises(Unreachable):
+        asyncio.run(many._patiently(nobody))
+
+    assert now - 1000 == pytest.approx(120, abs=2)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,23 @@
 
 import json
 import re
+import time
+from datetime import UTC
 
 import click
+import httpx
 import pytest
 from click.testing import CliRunner
 from PIL import Image
 
+from cli.installation import Installation
+from cli.jobs import _instant
 from cli.main import darkroom
 from cli.wishes import wish_options
+from darkroom_client import Client
 from tests.cli.terminal import Terminal, piped
+from tests.client.test_client import PNG
+from tests.client.test_client import a_job as a_played_job
 
 NOBODY = "00000000-0000-0000-0000-000000000000"
 
@@ -103,8 +111,83 @@ def test_jobs_are_found_by_time_and_metadata(stack, client):
     assert found("--metadata", "set=summer=1", "--metadata", "page=2", "--since", "1h") == [job.id]
     assert found("--metadata", "set=summer=1", "--metadata", "page=3") == []
     assert found("--metadata", "set=summer=1", "--until", "1h") == []
+    assert found("--metadata", "set=summer=1", "--state", "failed") == []
     assert run(stack, "jobs", "--since", "yesterday").exit_code == 2
     assert run(stack, "jobs", "--metadata", "set").exit_code == 2
+
+
+def test_instants_without_an_offset_are_utc_wherever_the_command_is_typed(monkeypatch):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        instants = [_instant(text, "--since") for text in ("2026-11-26", "2026-11-26T18:00", "2026-11-26T18:00+09:00")]
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+    assert [at.astimezone(UTC).isoformat() for at in instants] == [
+        "2026-11-26T00:00:00+00:00",
+        "2026-11-26T18:00:00+00:00",
+        "2026-11-26T09:00:00+00:00",
+    ]
+
+
+@pytest.fixture
+def gateway(monkeypatch, tmp_path):
+    """Run a command on a gateway that makes these jobs, and has the original of a replay."""
+
+    def run_on(*arguments, made, original=None):
+        def answer(request):
+            if request.url.path.endswith("/images/0"):
+                return httpx.Response(200, content=PNG)
+            return httpx.Response(200, json=original if request.url.path == "/v1/jobs/first" else made)
+
+        transport = httpx.MockTransport(answer)
+        monkeypatch.setattr(Installation, "client", lambda _: Client("http://gateway.test", "dr_key", transport=transport))
+        monkeypatch.chdir(tmp_path)
+        return CliRunner().invoke(darkroom, ["--data-dir", str(tmp_path), *arguments])
+
+    return run_on
+
+
+FAILED = {"state": "failed", "images": [], "failure": {"code": "internal", "detail": "It broke."}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "told"),
+    [
+        ({}, 0, ""),
+        (FAILED, 1, "Job j1 is failed: internal (It broke.)"),
+        ({"state": "expired", "images": []}, 1, "Job j1 is expired"),
+    ],
+)
+def test_generate_ends_with_1_and_says_why_when_its_job_does_not_succeed(gateway, tmp_path, changes, code, told):
+    done = gateway("generate", "a red circle", made=a_played_job(**changes))
+
+    assert (done.exit_code, told in done.stderr) == (code, True)
+    assert (tmp_path / "out.png").exists() == (code == 0)
+
+
+def with_pixels(digest, **changes):
+    job = a_played_job(**changes)
+    return job | {"images": [job["images"][0] | {"pixels_sha256": digest}]}
+
+
+@pytest.mark.parametrize(
+    ("original", "made", "code", "told"),
+    [
+        (with_pixels("a" * 64), with_pixels("a" * 64), 0, "The same pixels: 1 of 1."),
+        (with_pixels("a" * 64, determinism="reproducible"), with_pixels("b" * 64), 1, "The pixels differ."),
+        (with_pixels("a" * 64), with_pixels("b" * 64), 1, "Its tier promises best effort only"),
+        (with_pixels(None, state="failed"), with_pixels("b" * 64), 1, "The original is failed: there is nothing to compare with."),
+        (with_pixels("a" * 64), a_played_job(**FAILED), 1, "Job j1 is failed: internal"),
+    ],
+    ids=["the same", "different", "best effort", "no original", "failed"],
+)
+def test_replay_ends_with_1_unless_the_pixels_are_the_same(gateway, original, made, code, told):
+    done = gateway("replay", "first", original=original | {"id": "first"}, made=made)
+
+    assert (done.exit_code, told in done.output) == (code, True)
 
 
 def test_generate_says_every_field_of_a_job(stack, client, tmp_path):

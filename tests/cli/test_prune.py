@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import re
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -10,7 +11,7 @@ from click.testing import CliRunner
 from sqlalchemy import text
 
 from cli.main import darkroom
-from models import jobs
+from models import files, jobs
 from models.database import make_engine, transaction
 from tests.builders import a_job, a_tenant
 from tests.models.conftest import a_database
@@ -37,10 +38,14 @@ def prune(own_database, tmp_path, monkeypatch):
 @pytest.fixture
 def old_job(own_database):
     """A job that was canceled a hundred days ago."""
+    return an_old_job(own_database)
+
+
+def an_old_job(own_database, **wish):
     engine = make_engine(own_database.owner_url, pool_size=1)
     with transaction(engine) as session:
         tenant = a_tenant(session)
-        job = jobs.cancel(session, a_job(session, tenant=tenant).id, tenant_id=tenant.id, actor="tests")
+        job = jobs.cancel(session, a_job(session, tenant=tenant, **wish).id, tenant_id=tenant.id, actor="tests")
         old_id = age(session, job)
     engine.dispose()
     return old_id
@@ -64,6 +69,37 @@ def test_prune_removes_what_is_old_and_tells_how_much(own_database, prune, old_j
     assert (done.exit_code, done.output and "removed" in done.stdout) == (0, True)
     assert not is_there(own_database, old_job)
     assert prune("--older-than", "30d").stdout.split("jobs")[1].split()[0] == "0"
+
+
+def an_old_file(own_database):
+    """A file that was brought a hundred days ago, and that no job starts from."""
+    engine = make_engine(own_database.owner_url, pool_size=1)
+    shape = {"mode": "RGB", "size_bytes": 10, "width_px": 8, "height_px": 8}
+    with transaction(engine) as session:
+        tenant = a_tenant(session)
+        file = files.keep(session, tenant_id=tenant.id, object_key="t/old", content_sha256="0" * 64, **shape, actor="tests")
+        session.execute(text("UPDATE files SET created_at = created_at - interval '100 days' WHERE id = :id"), {"id": file.id})
+        file_id = file.id
+    engine.dispose()
+    return file_id
+
+
+def test_prune_of_one_tier_leaves_the_jobs_of_others_and_every_file(own_database, prune):
+    jobs_of = {tier: an_old_job(own_database, tier=tier) for tier in ("fast", "batch")}
+    file_id = an_old_file(own_database)
+
+    def is_erased():
+        with own_database.owner.connect() as connection:
+            return connection.scalar(text("SELECT erased_at IS NOT NULL FROM files WHERE id = :id"), {"id": file_id})
+
+    would = prune("--older-than", "30d", "--tier", "batch")
+    done = prune("--older-than", "30d", "--tier", "batch", "--yes")
+
+    assert (would.exit_code, done.exit_code, "files" in would.stdout + done.stdout) == (0, 0, False)
+    assert {tier for tier, job_id in jobs_of.items() if is_there(own_database, job_id)} == {"fast"}
+    assert not is_erased()
+    assert re.search(r"^files +1$", prune("--older-than", "30d", "--yes").stdout, re.MULTILINE)
+    assert is_erased()
 
 
 def test_prune_exports_months_of_the_audit_log_before_they_go(own_database, prune, tmp_path):

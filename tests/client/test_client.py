@@ -1,6 +1,7 @@
 """The client against a gateway and an object store that are played by a function."""
 
 import hashlib
+from datetime import UTC, datetime, timedelta, timezone
 
 import httpx
 import pytest
@@ -146,6 +147,20 @@ def test_lists_are_followed_from_page_to_page():
     assert dict(client.seen[1].url.params) == {"state": "succeeded", "limit": "2", "cursor": "c1"}
 
 
+def test_list_of_jobs_is_asked_for_with_every_filter_and_instants_in_utc():
+    client = a_client(lambda request: httpx.Response(200, json={"object": "list", "data": [], "has_more": False, "next_cursor": None}))
+    noon_in_tokyo = datetime(2026, 11, 21, 12, tzinfo=timezone(timedelta(hours=9)))
+
+    assert list(client.jobs(since=noon_in_tokyo, until=datetime(2026, 11, 22, tzinfo=UTC), metadata={"order": "7"})) == []
+
+    assert dict(client.seen[0].url.params) == {
+        "created_after": "2026-11-21T03:00:00+00:00",
+        "created_before": "2026-11-22T00:00:00+00:00",
+        "metadata.order": "7",
+        "limit": "50",
+    }
+
+
 def test_an_image_is_fetched_from_the_store_without_the_key():
     def answer(request):
         if request.url.host == "store.test":
@@ -191,6 +206,37 @@ def test_waiting_without_a_listener_lets_the_gateway_hold_the_answer():
     client.wait("j1", timeout_s=300)
 
     assert client.seen[0].headers["Prefer"] == "wait=30"
+
+
+@pytest.mark.parametrize(
+    ("ask", "allowed_s"),
+    [
+        (lambda client: client.job("j1"), 30),
+        (lambda client: client.job("j1", 20), 30 + 20),  # the gateway holds this answer
+        (lambda client: client.wait("j1", timeout_s=300), 30 + 30),
+        (lambda client: client.create_jobs([{"prompt": "a red circle"}]), 30 + 90),
+        (lambda client: client.upload(PNG), 30 + 90),
+        (lambda client: list(client.events("j1")), 30 + 15),  # a heartbeat comes every 10 s
+        (lambda client: client.image(client_job()), 2 * 30),
+    ],
+    ids=["job", "held", "wait", "batch", "upload", "events", "store"],
+)
+def test_silence_is_allowed_for_as_long_as_an_answer_may_take(ask, allowed_s):
+    def answer(request):
+        if request.url.host == "store.test":
+            return httpx.Response(200, content=PNG)
+        if "images" in request.url.path:
+            return httpx.Response(302, headers={"Location": "http://store.test/key"})
+        if request.url.path.endswith("/events"):
+            return httpx.Response(200, text="event: final\ndata: {}\n\n", headers={"Content-Type": "text/event-stream"})
+        return httpx.Response(200, json=a_job() | {"data": []})
+
+    client = a_client(answer)
+    ask(client)
+
+    allowed = client.seen[-1].extensions["timeout"]
+    assert allowed["read"] == allowed_s
+    assert client.seen[0].extensions["timeout"]["connect"] == 10
 
 
 def test_waiting_ends_at_its_limit_and_shows_the_job_as_it_is():

@@ -94,6 +94,30 @@ def test_whatever_may_be_repeated_is(either, server, method):
     assert len(server.requests) == 3
 
 
+def test_a_proxy_of_the_environment_is_not_used_for_a_gateway_on_this_machine(either, server, monkeypatch):
+    set_proxy(monkeypatch, "http://127.0.0.1:1")
+    server.will(show)
+
+    assert either.ask("job", "j1").id == "j1"
+
+
+def test_a_proxy_of_the_environment_is_used_for_any_other_gateway(either, server, monkeypatch):
+    set_proxy(monkeypatch, server.url)
+    server.will(show)
+    either.url = "http://gateway.test"
+
+    assert either.ask("job", "j1").id == "j1"
+    assert server.requests[0].path == "http://gateway.test/v1/jobs/j1"
+
+
+def set_proxy(monkeypatch, proxy):
+    """Name this proxy in the environment, and no exceptions."""
+    for name in ("no_proxy", "NO_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", proxy)
+    monkeypatch.setenv("HTTP_PROXY", proxy)
+
+
 def test_retry_after_is_honoured(either, server):
     server.will(lambda request: saturated(request, Retry_After="1"), accept)
 
@@ -226,6 +250,30 @@ def test_pictures_are_uploaded_before_the_wish_that_names_them_and_each_once(eit
     assert said["control_image"] == "data:image/png;base64,xx"
 
 
+def test_pictures_of_a_batch_are_uploaded_once_however_many_wishes_name_them(either, server, tmp_path):
+    (tmp_path / "cat.png").write_bytes(PNG)
+    uploads = iter(["file-1", "file-2", "file-3"])
+
+    def answer(request):
+        if request.path == "/v1/files":
+            request.answer(201, {"id": next(uploads)})
+        else:
+            request.answer(202, {"data": [{"job": {"id": "j1"}}, {"problem": SATURATED}]})
+
+    server.will(answer)
+
+    wishes = [
+        {"prompt": "a red circle", "init_image": tmp_path / "cat.png", "mask": b"mask bytes"},
+        {"prompt": "a blue star", "init_image": tmp_path / "cat.png", "control_image": b"mask bytes"},
+    ]
+    made, refused = either.ask("create_jobs", wishes)
+
+    assert [request.path for request in server.requests] == ["/v1/files", "/v1/files", "/v1/jobs:batch"]
+    first, second = json.loads(server.requests[-1].body)["jobs"]
+    assert (first["init_image"], first["mask"]) == (second["init_image"], second["control_image"]) == ("file-1", "file-2")
+    assert (made.job_id, made.problem, refused.job_id, refused.problem.slug) == ("j1", None, None, "fleet-saturated")
+
+
 def test_a_picture_that_is_not_there_is_told_before_anything_is_sent(either, server, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no\.png"):
         either.ask("create_job", "a red circle", init_image=str(tmp_path / "no.png"))
@@ -256,6 +304,15 @@ def test_events_go_on_where_the_connection_broke(either, server):
         ("3", "final", {"state": "succeeded"}),
     ]
     assert [request.headers["Last-Event-ID"] for request in server.requests] == [None, "2", "2", "2"]
+
+
+def test_events_begin_after_the_one_that_the_caller_names(either, server):
+    server.will(stream('id: 8\nevent: final\ndata: {"state": "succeeded"}'))
+
+    [event] = either.ask("events", "j1", after="7", previews=True)
+
+    [request] = server.requests
+    assert (event.id, request.headers["Last-Event-ID"], request.path) == ("8", "7", "/v1/jobs/j1/events?previews=true")
 
 
 def test_events_are_the_same_however_the_bytes_are_cut(monkeypatch):

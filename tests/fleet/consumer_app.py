@@ -15,7 +15,7 @@ from celery import Celery
 from kombu import Queue
 
 import celeryconfig
-from fleet.consumer import TakenTask, run_worker, tier_gate
+from fleet.consumer import TakenTask, on_turn, run_worker, tier_gate
 from policy.fleet import parse_fleet
 from settings import REPO, BrokerSettings
 
@@ -49,6 +49,7 @@ def main() -> None:
         return sum(task.headers.get("weight", 1) for task in taken if task.queue == queue) < FACTS["caps"][queue]
 
     celery.steps["consumer"].add(tier_gate(QUEUES, may_take))
+    celery.steps["consumer"].add(on_turn(lambda: notes.incr("turns")))
     threads, queues = FACTS["threads"], ",".join(QUEUES)
     arguments = ["worker", "--pool=threads", f"--concurrency={threads}", f"--queues={queues}", f"--hostname={FACTS['name']}@test"]
     sys.exit(run_worker(celery, [*arguments, "--without-mingle", "--without-gossip", "--loglevel=INFO"]))

@@ -16,6 +16,7 @@ from cli.main import darkroom
 from cli.sql import ask
 from darkroom_client import Client
 from fleet import backup
+from fleet.addresses import Addresses
 from fleet.stack import Stack, StackError
 from tests.builders import until
 
@@ -144,6 +145,53 @@ def test_objects_are_checked_by_the_digest_in_their_name(another_folder, tmp_pat
         list(backup._copy_objects(another_folder / "objects", tmp_path / "bucket", is_whole=True))
     whole = json.loads((another_folder / "manifest.json").read_text())["objects"]
     assert len(list(backup._copy_objects(another_folder / "objects", tmp_path / "another", is_whole=False))) == whole - 1
+
+
+def test_a_backup_that_lacks_an_object_is_not_restored_as_if_it_were_whole(another_folder, tmp_path, monkeypatch):
+    next(path for path in (another_folder / "objects").rglob("*") if path.is_file()).unlink()
+    whole = backup.Manifest.read(another_folder).objects
+    for name in ("_make_roles", "_run"):  # what Postgres gets is not at issue
+        monkeypatch.setattr(backup, name, lambda *_: None)
+
+    with pytest.raises(StackError, match=f"it has {whole - 1} of {whole} objects"):
+        backup.read(another_folder, data_dir=tmp_path, addresses=Addresses.fresh())
+
+
+@pytest.mark.parametrize("name", ["database.dump", "env", "objects"])
+def test_a_folder_that_lacks_a_part_is_no_backup(another_folder, tmp_path, name):
+    path = another_folder / name
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    with pytest.raises(StackError, match=f"not a whole backup: {name} is missing"):
+        Stack(tmp_path / "data").restore(another_folder)
+    assert not (tmp_path / "data").exists()
+
+
+def test_a_backup_copies_objects_after_the_dump_that_names_them_and_is_one_only_when_it_is_whole(tmp_path, monkeypatch):
+    data, made = tmp_path / "data", []
+    (data / "s3" / "darkroom").mkdir(parents=True)
+    (data / "env").write_text("API_KEY_PEPPER=x\n")
+    (tmp_path / "fleet.toml").write_text("")
+    copy_objects = backup._copy_objects
+
+    def dump(program, addresses, *options):
+        made.append("dump")
+        (tmp_path / "backup" / "database.dump").write_bytes(b"rows")
+
+    def copy(*folders, is_whole):
+        made.append("objects")
+        assert not (tmp_path / "backup" / "manifest.json").exists()
+        return copy_objects(*folders, is_whole=is_whole)
+
+    monkeypatch.setattr(backup, "_run", dump)
+    monkeypatch.setattr(backup, "_facts", lambda addresses: ("0042", "16.2", ["darkroom_app"]))
+    monkeypatch.setattr(backup, "_copy_objects", copy)
+
+    manifest = backup.write(tmp_path / "backup", data_dir=data, addresses=Addresses.fresh(), fleet_file=tmp_path / "fleet.toml")
+
+    assert made == ["dump", "objects"]
+    assert backup.check(tmp_path / "backup") == manifest
+    assert (manifest.revision, manifest.objects, manifest.object_bytes) == ("0042", 0, 0)
 
 
 def test_a_stack_that_does_not_run_is_not_backed_up(tmp_path):

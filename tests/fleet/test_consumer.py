@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import redis
+from celery.signals import worker_init
 
 from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from fleet import consumer
 from fleet.addresses import free_ports
+from fleet.consumer import FleetConsumer, run_worker
 from settings import REPO
 from tests.fleet.consumer_app import make_app
 
@@ -200,6 +204,48 @@ def test_a_worker_that_starts_while_its_broker_answers_with_errors_waits_for_it(
 
     eventually(lambda: rig.ended() == ["at last"])
     assert worker.poll() is None
+
+
+def test_waits_for_a_broker_grow_until_it_was_well_for_a_while(monkeypatch):
+    now, waits = 1000.0, []
+    monkeypatch.setattr(consumer.time, "monotonic", lambda: now)
+    monkeypatch.setattr(consumer.time, "sleep", waits.append)
+    monkeypatch.setattr(consumer.random, "uniform", lambda least, most: most)
+    waiting = FleetConsumer.__new__(FleetConsumer)  # what follows needs neither an app nor a broker
+    waiting._failures = 0
+
+    for connected_for_s in [None, None, None, None, None, 1, consumer.HEALTHY_AFTER_S + 1, None]:
+        waiting._connected_at = None if connected_for_s is None else now - connected_for_s
+        waiting._wait_before_the_next_try()
+
+    assert waits == [0.1, 0.2, 0.5, 1.0, 1.0, 1.0, 0.1, 0.2]
+
+
+def test_a_worker_s_loop_goes_on_turning_while_its_broker_is_away(rig):
+    """Otherwise the health check would end a worker with all its models for an outage that is none of its own."""
+    rig.worker()
+
+    rig.proxy.refuse(REPLIES["LOADING"])
+    eventually(lambda: b"Trying to re-establish" in (rig.folder / "w.log").read_bytes())
+    turns = int(rig.notes.get("turns"))
+
+    eventually(lambda: int(rig.notes.get("turns")) >= turns + 3)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A worker of Celery's as it is when `worker_main` returns."""
+
+    exitcode: int | None
+
+
+@pytest.mark.parametrize(("exitcode", "status"), [(0, 0), (None, 1), (1, 1)])
+def test_a_worker_that_ends_without_having_been_told_to_says_so_by_its_status(exitcode, status):
+    def worker_main(arguments):
+        assert arguments == ["worker"]
+        worker_init.send(sender=Ended(exitcode))
+
+    assert run_worker(SimpleNamespace(worker_main=worker_main), ["worker"]) == status
 
 
 def test_running_tasks_are_not_run_twice_when_connections_are_cut(rig):

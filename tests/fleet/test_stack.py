@@ -1,6 +1,8 @@
 """The one-machine stack: what it keeps, what it restarts, what it leaves behind."""
 
+import itertools
 import os
+import re
 import shutil
 import signal
 import socket
@@ -8,10 +10,13 @@ import stat
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 import boto3
+import httpx
 import psutil
+import psycopg2
 import pytest
 import redis
 
@@ -139,6 +144,111 @@ def test_a_wrong_setting_is_told_before_anything_starts(tmp_path, monkeypatch):
     assert stack.status() == []
 
 
+def test_stack_s_own_variables_win_over_the_caller_s_whose_tuning_is_taken_over(tmp_path, monkeypatch):
+    """A shell may hold the address of another Postgres."""
+    monkeypatch.setenv("DATABASE_URL", "postgresql://elsewhere/production")
+    monkeypatch.setenv("S3_BUCKET", "production")
+    monkeypatch.setenv("LOG_LEVEL", "WARNING")
+    monkeypatch.setenv("SWEEP_EVERY_S", "7")
+    addresses = Addresses.fresh()
+    env = addresses.env() | {"LOG_LEVEL": "DEBUG"}  # a line that an operator added
+
+    programs = {program.name: program.environment for program in house.programs(env, Stack(tmp_path)._fleet(), num_workers=1)}
+
+    assert {urlsplit(programs[name]["DATABASE_URL"]).port for name in roles.OF_PROCESS if name != "worker"} == {addresses.ports["postgres"]}
+    assert programs["results"]["S3_BUCKET"] == env["S3_BUCKET"]
+    assert {environment["LOG_LEVEL"] for environment in programs.values()} == {"DEBUG"}
+    assert programs["sweeper"]["SWEEP_EVERY_S"] == "7"
+
+
+def test_processes_have_ports_for_metrics_of_their_own_with_room_for_the_gpus_of_a_worker(tmp_path, monkeypatch):
+    monkeypatch.setenv("METRICS_PORT", "9400")
+
+    programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=2)
+
+    ports = [int(program.environment["METRICS_PORT"]) for program in programs if "METRICS_PORT" in program.environment]
+    assert ports[0] == 9400
+    assert all(later - earlier >= house.METRICS_STRIDE for earlier, later in itertools.pairwise(ports))
+
+
+class StoppedInWaves:
+    """A supervisor that only notes what it is told to stop."""
+
+    def __init__(self, names):
+        self.told, self._names = [], names
+
+    def status(self):
+        return [SimpleNamespace(name=name) for name in self._names]
+
+    def stop(self, names):
+        self.told.append(set(names))
+
+    def shut_down(self):
+        self.told.append("supervisord")
+
+
+def test_a_stack_goes_down_from_those_who_take_in_work_to_the_services_that_all_need(tmp_path):
+    stack = Stack(tmp_path / "data")
+    env = Addresses.fresh().env()
+    programs = house.programs(env, stack._fleet(), num_workers=2)
+    (tmp_path / "data").mkdir()
+    stack._supervisor = StoppedInWaves([*SERVICES, *(program.name for program in programs)])
+
+    stack.down()
+
+    finishing = {"results", "webhooks", "sweeper"}
+    assert stack._supervisor.told == [{"gateway", "worker-1", "worker-2", "flower"}, finishing, SERVICES, "supervisord"]
+    order = {program.name: program.priority for program in programs}  # what supervisord keeps to when it is told to end by itself
+    assert min(order[name] for name in order.keys() - finishing) > max(order[name] for name in finishing)
+
+
+PARTS = {"database": {"ready": True}, "workers": {"ready": True, "live": 2}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"workers": {"ready": True, "live": 1}}, "not ready: workers (1 of 2)"),
+        ({"workers": {"ready": False, "live": 0, "detail": "no worker"}}, "not ready: workers (no worker)"),
+        ({"store": {"ready": False}}, "not ready: store (not ready)"),
+    ],
+)
+def test_a_stack_is_ready_when_its_parts_are_and_each_worker_that_was_asked_for_lives(tmp_path, monkeypatch, changes, told):
+    answers = iter([PARTS | changes, PARTS])
+    write_env(tmp_path / "env", Addresses.fresh().env())
+    transport = httpx.MockTransport(lambda request: httpx.Response(200, json={"parts": next(answers)}))
+    client = httpx.Client
+    monkeypatch.setattr("fleet.stack.httpx.Client", lambda **options: client(**options, transport=transport))
+    stack = Stack(tmp_path, workers=2)
+
+    with pytest.raises(StackError, match=re.escape(f"the stack is not ready in time: {told}")):
+        stack._wait_ready(time.monotonic() - 1)
+
+    stack._wait_ready(time.monotonic() - 1)
+
+
+@pytest.mark.parametrize(("state", "after_looks"), [("fatal", 1), ("backoff", 3)])
+def test_a_process_that_keeps_dying_is_told_with_its_log_before_the_time_is_over(tmp_path, state, after_looks):
+    looks = []
+
+    def status():
+        looks.append(1)
+        return [SimpleNamespace(name="gateway", state=state, started_at=len(looks)), SimpleNamespace(name="s3", state="running")]
+
+    stack = Stack(tmp_path / "data")
+    stack._supervisor.status = status
+    stack.log_path("gateway").parent.mkdir(parents=True)
+    stack.log_path("gateway").write_text("Address already in use")
+
+    def never():
+        raise ConnectionError("no answer")
+
+    with pytest.raises(StackError, match=re.escape("gateway keeps dying\n  gateway | Address already in use")):
+        stack._wait_until(never, None, time.monotonic() + 60, every_s=0)
+
+    assert len(looks) == after_looks
+
+
 def test_a_worker_gets_the_time_that_it_was_promised(tmp_path, monkeypatch):
     monkeypatch.setenv("SHUTDOWN_NOTICE_S", "100")
     programs = house.programs(Addresses.fresh().env(), Stack(tmp_path)._fleet(), num_workers=1)
@@ -169,7 +279,9 @@ def test_services_answer_and_the_house_is_known_but_not_started(services):
     assert states.keys() > SERVICES
     assert {name for name, state in states.items() if state in ("starting", "running")} == SERVICES
     assert ask(services.env["MIGRATION_DATABASE_URL"], "SELECT current_setting('server_version_num')::int / 10000").rows == [(16,)]
-    assert broker_of(services).config_get("maxmemory-policy") == {"maxmemory-policy": "noeviction"}
+    for url in (services.env["BROKER_URL"], services.env["HANDOFF_URL"]):
+        assert redis.Redis.from_url(url).config_get("maxmemory*")["maxmemory-policy"] == "noeviction"
+        assert int(redis.Redis.from_url(url).config_get("maxmemory")["maxmemory"]) > 0
     assert broker_of(services).config_get("appendonly") == {"appendonly": "yes"}
 
 
@@ -184,6 +296,8 @@ def test_everything_listens_on_the_loopback_and_asks_for_a_password(services):
     assert addresses == {"127.0.0.1"}
     with pytest.raises(redis.AuthenticationError):
         redis.Redis(port=int(services.env["BROKER_URL"].rpartition(":")[2].removesuffix("/0"))).ping()
+    with pytest.raises(psycopg2.OperationalError, match="password"):
+        psycopg2.connect(re.sub(r":\w+@", ":wrong@", services.env["MIGRATION_DATABASE_URL"].replace("+psycopg2", "")))
     with pytest.raises(store_of(services).exceptions.ClientError):
         store_of(services, aws_secret_access_key="wrong").list_objects_v2(Bucket=services.env["S3_BUCKET"])
 
@@ -302,10 +416,12 @@ def test_a_gateway_that_is_killed_comes_back(stack, client):
 
 def test_a_second_up_leaves_what_runs_alone(stack):
     before = {status.name: status.pid for status in stack.status()}
+    env = stack.env
 
     stack.up()
 
     assert {status.name: status.pid for status in stack.status()} == before
+    assert stack.env == env
 
 
 def serves(gunicorn_pid):

@@ -4,18 +4,20 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from fleet import worker
-from settings import REPO
+from settings import EX_CONFIG, REPO
 
-CHILD = "import json, os, sys, time; print(json.dumps({k: os.environ.get(k) for k in ('CUDA_VISIBLE_DEVICES', 'WORKER_NAME', 'DEVICE')})"
-CHILD += ", flush=True); time.sleep(60)"
+TOLD = ("CUDA_VISIBLE_DEVICES", "WORKER_NAME", "DEVICE", "METRICS_PORT")
+CHILD = f"import json, os, sys, time; print(json.dumps({{k: os.environ.get(k) for k in {TOLD}}}), flush=True); time.sleep(60)"
 
 
 @pytest.mark.parametrize(("given", "gpus"), [("0,2", ["0", "2"]), ("GPU-a, GPU-b", ["GPU-a", "GPU-b"]), ("", []), ("-1", [])])
@@ -31,10 +33,10 @@ def launcher(tmp_path):
 
 
 @contextlib.contextmanager
-def launched(tmp_path, child):
+def launched(tmp_path, child, **variables):
     program = f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; worker.main()"
     needed = {"DATABASE_URL": "postgresql://x", "BROKER_URL": "redis://x/0", "HANDOFF_URL": "redis://x/1"}
-    environment = os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"}
+    environment = os.environ | needed | {"CUDA_VISIBLE_DEVICES": "0,1", "WORKER_NAME": "gpu@here"} | variables
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen([sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log)
     yield process
@@ -65,6 +67,49 @@ def test_each_gpu_gets_a_process_that_sees_it_alone(launcher):
         ("0", "gpu0@here", "cuda:0"),
         ("1", "gpu1@here", "cuda:0"),
     ]
+
+
+def test_each_gpu_has_a_port_for_metrics_of_its_own(tmp_path):
+    with launched(tmp_path, CHILD, METRICS_PORT="9400"):
+        lines = told(tmp_path / "log", 2)
+
+    assert sorted((line["WORKER_NAME"], line["METRICS_PORT"]) for line in lines) == [("gpu0@here", "9400"), ("gpu1@here", "9401")]
+
+
+def test_a_machine_without_gpus_gets_one_worker_on_the_cpu_in_the_launcher_s_place(tmp_path):
+    with launched(tmp_path, CHILD, CUDA_VISIBLE_DEVICES="", WORKER_NAME="") as process:
+        [line] = told(tmp_path / "log", 1)
+
+        assert (line["DEVICE"], line["WORKER_NAME"]) == ("cpu", f"cpu0@{socket.gethostname()}")
+        assert children_of(process.pid) == []
+
+
+def test_a_configuration_that_a_worker_refuses_ends_the_launcher_with_that_status(tmp_path):
+    first_refuses = f"import os, sys, time; sys.exit({EX_CONFIG}) if os.environ['WORKER_NAME'] == 'gpu0@here' else time.sleep(60)"
+
+    with launched(tmp_path, first_refuses) as process:
+        assert process.wait(timeout=20) == EX_CONFIG
+
+    assert "again in" not in (tmp_path / "log").read_text()
+
+
+def test_crashes_in_a_row_are_answered_with_longer_waits_until_a_worker_was_healthy(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(worker.time, "monotonic", lambda: now)
+    monkeypatch.setattr(worker.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(worker, "_spawn", lambda environment: SimpleNamespace(poll=lambda: 1, returncode=1))
+    launcher = worker.Launcher([{"WORKER_NAME": "gpu0@here"}])
+    [child] = launcher._children
+    waits = []
+
+    for lived_s in [5, 5, 5, 5, 5, 5, worker.HEALTHY_AFTER_S + 1, 5]:
+        now += lived_s
+        launcher._look_after(child)
+        waits.append(child.again_at - now)
+        now = child.again_at
+        launcher._look_after(child)
+
+    assert waits == [1, 2, 5, 10, 30, 30, 1, 1]
 
 
 def test_a_crashed_worker_is_started_again_and_a_stop_ends_all(launcher):
