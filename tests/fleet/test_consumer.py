@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import redis
 
-from benchmarks.survival.refusals import REPLIES, RefusingProxy
+from benchmarks.lib.refusals import REPLIES, RefusingProxy
 from fleet.addresses import free_ports
 from settings import REPO
 from tests.fleet.consumer_app import make_app

@@ -1,10 +1,13 @@
-"""What is done to the stack, when, to whom and for how long: decided by the seed, done by one thread, and undone.
+"""What is done to the stack, when, to whom and for how long.
+
+Decided by the seed, done by one thread, and undone.
 
 kill       SIGKILL; supervisord starts the process again at once
 terminate  SIGTERM, the same
 restart    stopped in good order, away for some seconds, started
-freeze     SIGSTOP, and SIGCONT some seconds later; a worker sleeps past its lease and wakes up as a zombie
-cut        every connection of the house to a service is closed under it
+freeze     SIGSTOP, and SIGCONT some seconds later; a worker stands still past its lease, and goes
+           on when another may hold it
+cut        every connection of Darkroom to a service is closed under it
 flush      a Redis forgets everything
 notice     a worker is told that its machine goes, and is killed when the time is over
 """
@@ -22,7 +25,8 @@ from datetime import UTC, datetime
 import redis
 from sqlalchemy.exc import SQLAlchemyError
 
-from benchmarks.survival.rig import Rig, say
+from benchmarks.lib.integrity.probe import StackProbe
+from benchmarks.lib.progress import log_progress
 from fleet.stack import StackError
 
 WORKER = "worker"
@@ -35,7 +39,13 @@ _KINDS = {
     "flush": ("broker", "handoff", "broker and handoff"),
     "notice": (WORKER,),
 }
-_FEW = (("kill", WORKER), ("kill", "results"), ("flush", "broker and handoff"), ("cut", "postgres"), ("restart", "broker"))
+_FEW = (
+    ("kill", WORKER),
+    ("kill", "results"),
+    ("flush", "broker and handoff"),
+    ("cut", "postgres"),
+    ("restart", "broker"),
+)
 _LASTS_S = {"restart": (1.0, 4.0), "freeze": (3.0, 8.0), "notice": (4.0, 8.0)}  # from, to
 _OVERSLEPT_S = (2.0, 5.0)  # of a frozen worker, past its lease
 _LOADS_IN_S = 12.0  # a worker that was started again
@@ -57,7 +67,7 @@ class Fault:
 
 
 @dataclass
-class Done:
+class FaultDone:
     """One of them, as it went. `at`: when it was done. `trouble`: why it could not be."""
 
     fault: Fault
@@ -65,13 +75,22 @@ class Done:
     trouble: str = ""
 
 
-def plan(seed: int, *, window_s: float, every_s: float, workers: Sequence[str], lease_s: float, notices: bool, few: bool) -> list[Fault]:
-    """Every kind at least once, in an order of the seed's, and again from the start while the window lasts.
+def plan_faults(
+    seed: int,
+    *,
+    window_s: float,
+    every_s: float,
+    workers: Sequence[str],
+    lease_s: float,
+    notices: bool,
+    few: bool,
+) -> list[Fault]:
+    """Plan every kind at least once, in an order of the seed's, and again while the window lasts.
 
     few: a handful that a short window can hold.
     """
     rng = random.Random(f"faults {seed}")
-    kinds = list(_FEW) if few else [(kind, target) for kind, targets in _KINDS.items() for target in targets if notices or kind != "notice"]
+    kinds = list(_FEW) if few else _all_kinds(notices)
     count = max(len(kinds), int((window_s - _QUIET_S) / every_s))
     order: list[tuple[str, str]] = []
     while len(order) < count:
@@ -85,26 +104,40 @@ def plan(seed: int, *, window_s: float, every_s: float, workers: Sequence[str], 
         if target == WORKER:
             if kind == "freeze":
                 for_s = lease_s + rng.uniform(*_OVERSLEPT_S)
-            target = rng.choice([name for name in workers if back_at.get(name, 0) <= at_s] or list(workers))
-        for name in (parts := target.split(" and ")):  # one that sleeps would not even hear the next order
+            there = [name for name in workers if back_at.get(name, 0) <= at_s]
+            target = rng.choice(there or list(workers))
+        parts = target.split(" and ")
+        for name in parts:  # one that stands still would not even hear the next order
             at_s = max(at_s, back_at.get(name, 0))
-        back_at |= dict.fromkeys(parts, at_s + for_s + (_LOADS_IN_S if parts[0] in workers else gap_s / 4))
+        pause_s = _LOADS_IN_S if parts[0] in workers else gap_s / 4
+        back_at |= dict.fromkeys(parts, at_s + for_s + pause_s)
         planned.append(Fault(at_s=round(at_s, 1), kind=kind, target=target, for_s=round(for_s, 1)))
     return sorted(planned, key=lambda fault: fault.at_s)
 
 
-class Director:
+def _all_kinds(notices: bool) -> list[tuple[str, str]]:
+    """Return every kind of fault with every target it has."""
+    return [
+        (kind, target)
+        for kind, targets in _KINDS.items()
+        for target in targets
+        if notices or kind != "notice"
+    ]
+
+
+class FaultInjector:
     """Does what is planned from a thread of its own, and leaves the stack as it found it."""
 
-    def __init__(self, rig: Rig, faults: Sequence[Fault]) -> None:
-        self.done: list[Done] = []
-        self._rig = rig
+    def __init__(self, probe: StackProbe, faults: Sequence[Fault]) -> None:
+        self.done: list[FaultDone] = []
+        self._probe = probe
         self._undo: list[tuple[float, str, Callable[[], None]]] = []
-        self._faults, self._stop = list(faults), threading.Event()
-        self._thread = threading.Thread(target=self._run, name="director", daemon=True)
+        self._faults = list(faults)
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fault-injector", daemon=True)
         self._thread.start()
 
-    def finish(self) -> list[Done]:
+    def finish(self) -> list[FaultDone]:
         """Wait until everything is done and undone."""
         self._thread.join()
         return self.done
@@ -127,6 +160,7 @@ class Director:
             self._try(name, undo)
 
     def _undo_until(self, until: float) -> None:
+        """Undo what is due before an instant; return then, or when it is given up."""
         while not self._stop.is_set():
             self._undo.sort(key=lambda entry: entry[0])
             next_at = min([until, *(at for at, _, _ in self._undo[:1])])
@@ -139,17 +173,18 @@ class Director:
                 return
 
     def _try(self, name: str, act: Callable[[], None]) -> str:
+        """Do something; return what went wrong."""
         try:
             act()
         except (StackError, OSError, SQLAlchemyError, redis.RedisError) as error:
             trouble = f"{type(error).__name__}: {error}".splitlines()[0]
-            say(f"{name}: {trouble}")
+            log_progress(f"{name}: {trouble}")
             return trouble
         return ""
 
     def _do(self, fault: Fault) -> None:
-        say(str(fault))
-        done = Done(fault, datetime.now(UTC))
+        log_progress(str(fault))
+        done = FaultDone(fault, datetime.now(UTC))
         done.trouble = self._try(str(fault), lambda: getattr(self, f"_{fault.kind}")(fault))
         self.done.append(done)
 
@@ -157,22 +192,22 @@ class Director:
         self._undo.append((time.monotonic() + fault.for_s, name, undo))
 
     def _kill(self, fault: Fault) -> None:
-        self._rig.stack.kill(fault.target)
+        self._probe.stack.kill(fault.target)
 
     def _terminate(self, fault: Fault) -> None:
-        self._rig.stack.kill(fault.target, signal.SIGTERM)
+        self._probe.stack.kill(fault.target, signal.SIGTERM)
 
     def _restart(self, fault: Fault) -> None:
-        self._later(fault, f"start {fault.target}", lambda: self._rig.stack.start(fault.target))
-        self._rig.stack.stop(fault.target)
+        self._later(fault, f"start {fault.target}", lambda: self._probe.stack.start(fault.target))
+        self._probe.stack.stop(fault.target)
 
     def _freeze(self, fault: Fault) -> None:
-        pid = self._rig.stack.pid(fault.target)
+        pid = self._probe.stack.pid(fault.target)
         if pid is None:
             raise StackError(f"{fault.target} does not run")
 
         def wake() -> None:
-            if self._rig.stack.pid(fault.target) == pid:  # else somebody killed it in its sleep
+            if self._probe.stack.pid(fault.target) == pid:  # else it was killed meanwhile
                 os.kill(pid, signal.SIGCONT)
 
         self._later(fault, f"wake {fault.target}", wake)
@@ -181,7 +216,9 @@ class Director:
     def _cut(self, fault: Fault) -> None:
         if fault.target == "postgres":
             others = "usename LIKE 'darkroom%' AND usename <> current_user"
-            self._rig.sql(f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}")
+            self._probe.sql(
+                f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE {others}"
+            )
             return
         client = self._redis(fault.target)
         for kind in ("pubsub", "normal"):  # ours is spared
@@ -192,35 +229,39 @@ class Director:
             self._redis(name).flushall()
 
     def _notice(self, fault: Fault) -> None:
-        announce(self._rig, fault.target, fault.for_s)
-        pid, ends_at = self._rig.stack.pid(fault.target), time.monotonic() + fault.for_s
+        announce(self._probe, fault.target, fault.for_s)
+        pid = self._probe.stack.pid(fault.target)
+        ends_at = time.monotonic() + fault.for_s
 
         def watch() -> None:
-            if time.monotonic() < ends_at and self._rig.stack.pid(fault.target) == pid:
+            if time.monotonic() < ends_at and self._probe.stack.pid(fault.target) == pid:
                 self._undo.append((time.monotonic() + 0.3, f"watch {fault.target}", watch))
             else:  # its time is over, or it left by itself and a new one starts
-                take_away(self._rig, fault.target, pid)
+                take_away(self._probe, fault.target, pid)
 
         watch()
 
     def _redis(self, name: str) -> redis.Redis:
-        return self._rig.broker if name == "broker" else self._rig.handoff
+        return self._probe.broker if name == "broker" else self._probe.handoff
 
 
-def announce(rig: Rig, worker: str, within_s: float) -> None:
+def announce(probe: StackProbe, worker: str, within_s: float) -> None:
     """Tell a worker that its machine goes in so many seconds."""
-    path = rig.notice_path(worker)
+    path = probe.notice_path(worker)
     assert path is not None, "planned without notices"
     aside = path.with_name(f"{path.name}.new")
     aside.write_text(f"{within_s:g}")
     aside.replace(path)
 
 
-def take_away(rig: Rig, worker: str, pid: int | None) -> None:
-    """The machine goes: what still runs there is killed. The one that comes next has heard nothing."""
-    path = rig.notice_path(worker)
+def take_away(probe: StackProbe, worker: str, pid: int | None) -> None:
+    """Take the machine away: kill what still runs there.
+
+    The worker that comes next has heard nothing.
+    """
+    path = probe.notice_path(worker)
     assert path is not None
     path.unlink(missing_ok=True)
-    if pid is not None and rig.stack.pid(worker) == pid:
+    if pid is not None and probe.stack.pid(worker) == pid:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
