@@ -7,7 +7,7 @@ import pytest
 from benchmarks.engine import TARGETS, growth, growth_per_request, judge
 from benchmarks.serving.cells import Cell, Comparison, percentile
 from benchmarks.serving.traffic import MIX, arrivals, by_kind, one_of_each
-from benchmarks.sharing.verdict import jain
+from benchmarks.lib.statistics import jain
 from benchmarks.chaos.faults import plan_faults
 from benchmarks.lib.integrity.workload import workload
 from engine.request import ImageRequest

@@ -1,10 +1,13 @@
-"""A stock Celery worker that renders one image a task with plain diffusers: the setup that one finds in the wild.
+"""A stock Celery worker that renders one image a task with plain diffusers: a common setup.
 
-`python -m benchmarks.sharing.plain_worker CHECKPOINT PRECISION POOL`, the broker's URL on standard input. Strict priority is the best
-that Celery on Redis can do without code of one's own: `queue_order_strategy: priority` names the queues of each BRPOP in rank order; late
-acks with a prefetch of one keep a second message from being taken while the first is rendered, so that a fast one that comes meanwhile is
-next. One render at a time, for there is one torch thread as in the house's worker: two at once would each take twice as long, and a fast
-one would wait for either. It ends with its standard input.
+    python -m benchmarks.tiers.stock_worker CHECKPOINT PRECISION POOL
+
+The broker's URL comes on standard input. Strict priority is the best that Celery on Redis can do
+without code of one's own: `queue_order_strategy: priority` names the queues of each BRPOP in rank
+order; late acks with a prefetch of one keep a second message from being taken while the first is
+rendered, so that a fast one that comes meanwhile is next. One render at a time, for there is one
+torch thread as in Darkroom's worker: two at once would each take twice as long, and a fast one
+would wait for either. It ends with its standard input.
 """
 
 import json
@@ -22,12 +25,25 @@ from kombu import Queue
 
 from engine.request import ImageRequest
 
-TASK, FINISHED = "render", "finished"
+TASK = "render"
+FINISHED = "finished"  # the list of ended tasks
+WARM_UP = ImageRequest(
+    id="warm-up",
+    group="warm-up",
+    checkpoint="plain",
+    prompt="",
+    width_px=128,
+    height_px=128,
+    num_steps=2,
+    guidance=1.5,
+    sampler="ddim",
+    seed=0,
+)
 QUEUES = ("fast", "quality", "batch")  # in rank order
 
 
 def make_app(broker_url: str) -> Celery:
-    """What both sides agree on."""
+    """Make the application that both sides agree on."""
     app = Celery("plain", broker=broker_url)
     app.conf.update(
         task_queues=[Queue(name, routing_key=name) for name in QUEUES],
@@ -41,26 +57,14 @@ def make_app(broker_url: str) -> Celery:
 
 
 def main(checkpoint: str, precision: str, pool: str) -> None:
-    """Load the pipeline, read where the broker is, say "ready" when tasks are taken, work until the parent is gone."""
-    from benchmarks.serving.pipeline import PlainPipeline
+    """Load the pipeline, read where the broker is, work until the parent is gone.
+
+    Prints "ready" when tasks are taken.
+    """
+    from benchmarks.lib.pipeline import PlainPipeline
 
     pipe = PlainPipeline(Path(checkpoint), precision, "cpu")
-    pipe.render(
-        [
-            ImageRequest(
-                id="warm-up",
-                group="warm-up",
-                checkpoint="plain",
-                prompt="",
-                width_px=128,
-                height_px=128,
-                num_steps=2,
-                guidance=1.5,
-                sampler="ddim",
-                seed=0,
-            )
-        ]
-    )
+    pipe.render([WARM_UP])
     broker_url = sys.stdin.readline().strip()  # no argument: it holds a password
     if not broker_url:
         return
@@ -77,8 +81,19 @@ def main(checkpoint: str, precision: str, pool: str) -> None:
     def say_ready(**_: Any) -> None:
         print("ready", flush=True)
 
-    arguments = ["--quiet", "worker", f"--pool={pool}", "--concurrency=1", f"--queues={','.join(QUEUES)}", "--hostname=plain@localhost"]
-    app.worker_main([*arguments, "--without-mingle", "--without-gossip", "--loglevel=WARNING"])
+    app.worker_main(
+        [
+            "--quiet",
+            "worker",
+            f"--pool={pool}",
+            "--concurrency=1",
+            f"--queues={','.join(QUEUES)}",
+            "--hostname=plain@localhost",
+            "--without-mingle",
+            "--without-gossip",
+            "--loglevel=WARNING",
+        ]
+    )
 
 
 def _end_with_parent() -> None:
