@@ -1,6 +1,8 @@
-"""Ask a gateway whether it is alive, over and over, until standard input ends; then print how long each answer took, in milliseconds.
+"""Ask a gateway whether it is alive, over and over, until standard input ends.
 
-python -m benchmarks.door.pulse URL
+    python -m benchmarks.uploads.health_probe URL
+
+Then print how long each answer took, in milliseconds.
 """
 
 import json
@@ -15,6 +17,7 @@ GIVE_UP_S = 60.0
 
 
 def main() -> int:
+    """Ask until standard input ends."""
     over = threading.Event()
     threading.Thread(target=lambda: (sys.stdin.read(), over.set()), daemon=True).start()
     took_ms: list[float] = []
