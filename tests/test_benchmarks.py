@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 
-from benchmarks.engine import TARGETS, growth, growth_per_request, judge
-from benchmarks.serving.cells import Cell, Comparison, percentile
-from benchmarks.serving.traffic import MIX, arrivals, by_kind, one_of_each
-from benchmarks.lib.statistics import jain
 from benchmarks.chaos.faults import plan_faults
+from benchmarks.engine.cells import Cell, Comparison
+from benchmarks.engine.targets import TARGETS
+from benchmarks.engine.traffic import MIX, arrivals, by_kind, one_of_each
 from benchmarks.lib.integrity.workload import workload
+from benchmarks.lib.statistics import growth, growth_per_request, jain, percentile
+from benchmarks.lib.verdict import judge
 from engine.request import ImageRequest
 
 TEMPLATE = ImageRequest(
@@ -127,11 +128,12 @@ def test_growth_is_from_the_first_third_to_the_last_and_no_peak_decides_it():
 
 
 def test_a_target_is_met_or_missed_where_there_is_a_figure_that_shows_it():
-    assert judge({"device_share": 0.97, "leak_kib_per_request": 2.0, "leak_canceled": 7}, {}) == {
+    assert judge({"device_share": 0.97, "leak_kib_per_request": 2.0, "leak_canceled": 7}, TARGETS) == {
         "device_share": True,
         "leak_kib_per_request": False,
     }
-    assert judge(dict.fromkeys(TARGETS, 1.0), unjudged=TARGETS) == {}
+    names = [target.figure for target in TARGETS]
+    assert judge(dict.fromkeys(names, 1.0), TARGETS, not_judged=names) == {}
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

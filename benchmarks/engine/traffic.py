@@ -1,4 +1,7 @@
-"""Who asks for what, and when: Poisson arrivals of requests with few and many steps. It knows neither a clock nor who serves them."""
+"""Who asks for what, and when: Poisson arrivals of requests with few and many steps.
+
+It knows neither a clock nor who serves them.
+"""
 
 import random
 from collections.abc import Sequence
@@ -17,6 +20,10 @@ class Kind:
     tenths: int  # of all requests
 
 
+# Of the systems that collect requests for a while and then run them whole.
+MAX_BATCH = 8
+WINDOW_S = 0.05
+
 MIX = (Kind(4, 1.0, 4), Kind(8, 1.0, 3), Kind(30, 1.5, 3))
 
 
@@ -29,10 +36,12 @@ class Arrival:
 
 
 def arrivals(count: int, template: ImageRequest, *, seed: int) -> list[Arrival]:
-    """Give `count` requests like `template` but for id, prompt, seed and kind, in the order of their instants within 0..count.
+    """Give `count` requests in the order of their instants within 0..count.
 
-    A Poisson process that is known to have had `count` arrivals in that time: uniform instants, sorted. So the offered load is the
-    nominal one in every trace, not only on average; for the same reason each kind has exactly its share. `count` is a multiple of 10.
+    They are like `template` but for id, prompt, seed and kind. A Poisson process that is known to
+    have had `count` arrivals in that time: uniform instants, sorted. So the offered load is the
+    nominal one in every trace, not only on average; for the same reason each kind has exactly its
+    share. `count` is a multiple of 10.
     """
     rng = random.Random(seed)
     kinds = [kind for kind in MIX for _ in range(count * kind.tenths // 10)]
@@ -45,15 +54,25 @@ def arrivals(count: int, template: ImageRequest, *, seed: int) -> list[Arrival]:
 
 
 def one_of_each(template: ImageRequest) -> list[ImageRequest]:
-    """A request of every kind."""
-    return [_of_kind(template, kind, f"{template.id}-of-{kind.num_steps}", random.Random(kind.num_steps)) for kind in MIX]
+    """Return a request of every kind."""
+    return [
+        _of_kind(
+            template, kind, f"{template.id}-of-{kind.num_steps}", random.Random(kind.num_steps)
+        )
+        for kind in MIX
+    ]
 
 
 def by_kind(requests: Sequence[ImageRequest]) -> list[list[ImageRequest]]:
-    """Sort requests into groups that one pipeline call can render, equal in steps and guidance; the least work an image first."""
+    """Sort requests into groups that one pipeline call can render.
+
+    Equal in steps and guidance; the least work an image first.
+    """
     groups: dict[tuple[bool, int, float], list[ImageRequest]] = {}
     for request in requests:
-        groups.setdefault((request.is_guided, request.num_steps, request.guidance), []).append(request)
+        groups.setdefault((request.is_guided, request.num_steps, request.guidance), []).append(
+            request
+        )
     return [groups[kind] for kind in sorted(groups)]
 
 

@@ -1,12 +1,12 @@
-"""Serve one traffic four ways, in rounds, and take the time of each request from its scheduled arrival until its pixels are there.
+"""Serve one traffic four ways, in rounds, and take the time of each request.
 
-Machines drift, so each round measures anew what one pipeline call after the other can serve, and every system gets the round's one
-trace at multiples of that rate, in an order that shifts from round to round. A round starts and ends with empty queues: that flatters
-whoever cannot keep up with 1.5x, for his queue would go on growing.
+From its scheduled arrival until its pixels are there. Machines drift, so each round measures anew
+what one pipeline call after the other can serve, and every system gets the round's one trace at
+multiples of that rate, in an order that shifts from round to round. A round starts and ends with
+empty queues: that flatters whoever cannot keep up with 1.5x, for his queue would go on growing.
 """
 
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,11 +16,26 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.serving import MAX_BATCH, WINDOW_S
-from benchmarks.serving.cells import OURS, Cell, Comparison
-from benchmarks.serving.pipeline import PlainPipeline
-from benchmarks.serving.systems import LitServe, Ours, Outcome, Pixels, System, WholeRequests, litserve
-from benchmarks.serving.traffic import MIX, Arrival, arrivals, one_of_each
+from benchmarks.engine.cells import OURS, Cell, Comparison
+from benchmarks.engine.systems import (
+    LitServe,
+    Ours,
+    Outcome,
+    Pixels,
+    System,
+    WholeRequests,
+    litserve,
+)
+from benchmarks.engine.traffic import (
+    MAX_BATCH,
+    MIX,
+    WINDOW_S,
+    Arrival,
+    arrivals,
+    one_of_each,
+)
+from benchmarks.lib.pipeline import PlainPipeline
+from benchmarks.lib.progress import log_progress
 from engine.config import CheckpointSpec, EngineConfig
 from engine.engine import Engine
 from engine.request import ImageRequest
@@ -32,9 +47,17 @@ Start = Callable[[], AbstractContextManager[System]]
 
 
 def compare(
-    spec: CheckpointSpec, config: EngineConfig, template: ImageRequest, *, loads: Sequence[float], rounds: int, requests: int
+    spec: CheckpointSpec,
+    config: EngineConfig,
+    template: ImageRequest,
+    *,
+    loads: Sequence[float],
+    rounds: int,
+    requests: int,
 ) -> Comparison:
-    """Serve `requests` requests a round, system and load. Raises SystemExit if a system fails or paints another picture.
+    """Serve `requests` requests a round, system and load.
+
+    Raises SystemExit if a system fails or paints another picture.
 
     loads: times what sequential calls of the pipeline can serve.  requests: a multiple of 10.
     """
@@ -50,7 +73,10 @@ def compare(
     for number in range(rounds):
         capacity, pictures = _alone(pipe, one_of_each(template))
         comparison.capacities.append(capacity)
-        traces = {load: arrivals(requests, template, seed=len(loads) * number + index) for index, load in enumerate(loads)}
+        traces = {
+            load: arrivals(requests, template, seed=len(loads) * number + index)
+            for index, load in enumerate(loads)
+        }
         shift = number % len(names)
         for name in names[shift:] + names[:shift]:
             with systems[name]() as system:
@@ -58,7 +84,10 @@ def compare(
                 for load, trace in traces.items():
                     stretch = _serve(system, trace, load * capacity)
                     comparison.cells[load, name].add(stretch)
-                    _say(f"round {number + 1} of {rounds}, {name} at {load}x: {stretch.images_per_s:.2f} images/s")
+                    log_progress(
+                        f"round {number + 1} of {rounds}, {name} at {load}x: "
+                        f"{stretch.images_per_s:.2f} images/s"
+                    )
                 if isinstance(system, LitServe):
                     comparison.http_round_trips_s.append(system.round_trip_s(template))
     return comparison
@@ -70,8 +99,13 @@ def _ours(spec: CheckpointSpec, config: EngineConfig) -> Iterator[Ours]:
         yield Ours(engine)
 
 
-def _alone(pipe: PlainPipeline, requests: Sequence[ImageRequest]) -> tuple[float, list[tuple[ImageRequest, Pixels]]]:
-    """Images/s of one call after the other, for the mix, by the median of three calls of each kind; and what they gave."""
+def _alone(
+    pipe: PlainPipeline, requests: Sequence[ImageRequest]
+) -> tuple[float, list[tuple[ImageRequest, Pixels]]]:
+    """Return the images/s of one call after the other, for the mix; and what they gave.
+
+    By the median of three calls of each kind.
+    """
     seconds = 0.0
     pictures = []
     for kind, request in zip(MIX, requests, strict=True):
@@ -85,26 +119,41 @@ def _alone(pipe: PlainPipeline, requests: Sequence[ImageRequest]) -> tuple[float
     return 1 / seconds, pictures
 
 
-def _check_pictures(name: str, system: System, pictures: Sequence[tuple[ImageRequest, Pixels]]) -> None:
-    """See that a system paints what the pipeline paints, and so warm it up."""
+def _check_pictures(
+    name: str, system: System, pictures: Sequence[tuple[ImageRequest, Pixels]]
+) -> None:
+    """Check that a system paints what the pipeline paints, and so warm it up."""
     _, painted = _timed(system, [Arrival(0, request) for request, _ in pictures], 1)
     for (request, expected), pixels in zip(pictures, painted, strict=True):
         levels = np.abs(expected.astype(int) - pixels.astype(int)).max()
         if levels > SAME_PICTURE_LEVELS:
-            raise SystemExit(f"{name} paints another picture in {request.num_steps} steps: off by {levels} levels of 255")
+            raise SystemExit(
+                f"{name} paints another picture in {request.num_steps} steps: "
+                f"off by {levels} levels of 255"
+            )
 
 
 def _serve(system: System, trace: Sequence[Arrival], rate: float) -> Cell:
-    """Let the requests of a trace arrive, `rate` of them a second on average, and wait for all pixels."""
+    """Let the requests of a trace arrive and wait for all pixels.
+
+    rate: of the requests, a second, on average.
+    """
     latencies_s, _ = _timed(system, trace, rate)
-    cell = Cell(seconds=max(arrival.at / rate + latency_s for arrival, latency_s in zip(trace, latencies_s, strict=True)))
+    cell = Cell(
+        seconds=max(
+            arrival.at / rate + latency_s
+            for arrival, latency_s in zip(trace, latencies_s, strict=True)
+        )
+    )
     for arrival, latency_s in zip(trace, latencies_s, strict=True):
         cell.latencies_s.setdefault(arrival.request.num_steps, []).append(latency_s)
     return cell
 
 
-def _timed(system: System, trace: Sequence[Arrival], rate: float) -> tuple[list[float], list[Pixels]]:
-    """Latencies and pixels, in the order of the trace."""
+def _timed(
+    system: System, trace: Sequence[Arrival], rate: float
+) -> tuple[list[float], list[Pixels]]:
+    """Return latencies and pixels, in the order of the trace."""
     finished: dict[str, tuple[float, Outcome]] = {}
     changed = threading.Condition()
 
@@ -120,8 +169,11 @@ def _timed(system: System, trace: Sequence[Arrival], rate: float) -> tuple[list[
         system.submit(arrival.request, partial(tell, arrival.request.id))
     with changed:
         if not changed.wait_for(lambda: len(finished) == len(trace), timeout=PATIENCE_S):
-            raise SystemExit(f"{len(trace) - len(finished)} of {len(trace)} requests were not served")
-    latencies_s, pixels = [], []
+            raise SystemExit(
+                f"{len(trace) - len(finished)} of {len(trace)} requests were not served"
+            )
+    latencies_s: list[float] = []
+    pixels: list[Pixels] = []
     for arrival in trace:
         at, outcome = finished[arrival.request.id]
         if isinstance(outcome, Exception):
@@ -129,7 +181,3 @@ def _timed(system: System, trace: Sequence[Arrival], rate: float) -> tuple[list[
         latencies_s.append(at - due_at[arrival.request.id])
         pixels.append(outcome)
     return latencies_s, pixels
-
-
-def _say(progress: str) -> None:
-    print(progress, file=sys.stderr, flush=True)

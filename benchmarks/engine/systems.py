@@ -1,7 +1,8 @@
-"""The four ways to serve, behind one door: `submit` takes a request at once and tells on another thread when its pixels are there.
+"""The four ways to serve, behind one interface.
 
-Every one of them computes on one torch thread. Three live in this process, whose other threads hardly do more than wait; LitServe has
-processes of its own and is asked by HTTP, as its users would.
+`submit` takes a request at once and tells on another thread when its pixels are there. Every one of
+them computes on one torch thread. Three live in this process, whose other threads hardly do more
+than wait; LitServe has processes of its own and is asked by HTTP, as its users would.
 """
 
 import os
@@ -24,8 +25,9 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.serving.pipeline import PlainPipeline
-from benchmarks.serving.traffic import by_kind
+from benchmarks.engine.traffic import by_kind
+from benchmarks.lib.pipeline import PlainPipeline
+from benchmarks.lib.progress import log_progress
 from engine.engine import Engine
 from engine.events import Event, Failed, Finished
 from engine.request import ImageRequest
@@ -41,7 +43,10 @@ class System(Protocol):
     """Something that serves."""
 
     def submit(self, request: ImageRequest, tell: Tell) -> None:
-        """Take a request; `tell` is called once, on any thread, with the pixels or with what went wrong."""
+        """Take a request.
+
+        `tell` is called once, on any thread, with the pixels or with what went wrong.
+        """
 
 
 class Ours:
@@ -63,10 +68,11 @@ class Ours:
 
 
 class WholeRequests:
-    """A worker that renders up to `max_batch` of the waiting requests at a time, by one pipeline call for each kind among them.
+    """A worker that renders up to `max_batch` waiting requests at a time.
 
-    It waits for company until the oldest is `window_s` old or the batch is full; what waited while it was busy has waited enough. With
-    a batch of one and no window it is the plain loop: first come, first served.
+    By one pipeline call for each kind among them. It waits for company until the oldest is
+    `window_s` old or the batch is full; what waited while it was busy has waited enough. With a
+    batch of one and no window it is the plain loop: first come, first served.
     """
 
     def __init__(self, pipe: PlainPipeline, *, max_batch: int, window_s: float) -> None:
@@ -105,9 +111,15 @@ class WholeRequests:
         """Wait for a batch; [] when closed."""
         with self._changed:
             while not self._is_closed:
-                waits_s = self._waiting[0][0] + self._window_s - time.monotonic() if self._waiting else None
-                if len(self._waiting) >= self._max_batch or (waits_s is not None and waits_s <= 0):
-                    taken, self._waiting = self._waiting[: self._max_batch], self._waiting[self._max_batch :]
+                waits_s = (
+                    self._waiting[0][0] + self._window_s - time.monotonic()
+                    if self._waiting
+                    else None
+                )
+                is_due = waits_s is not None and waits_s <= 0
+                if is_due or len(self._waiting) >= self._max_batch:
+                    taken = self._waiting[: self._max_batch]
+                    self._waiting = self._waiting[self._max_batch :]
                     return taken
                 self._changed.wait(waits_s)
         return []
@@ -131,7 +143,10 @@ class LitServe:
         self._threads.submit(self._ask, request, tell)
 
     def round_trip_s(self, request: ImageRequest) -> float:
-        """What HTTP and the way through LitServe's processes cost alone: as many bytes as `request` would get, made of nothing."""
+        """Measure what HTTP and the way through LitServe's processes cost alone.
+
+        As many bytes as `request` would get, made of nothing.
+        """
         taken_s = []
         for _ in range(30):
             started_at = time.perf_counter()
@@ -148,27 +163,32 @@ class LitServe:
     def _pixels(self, path: str, request: ImageRequest) -> Pixels:
         response = self._http.post(path, json=asdict(request))
         response.raise_for_status()
-        return np.frombuffer(response.content, np.uint8).reshape(request.height_px, request.width_px, 3)
+        return np.frombuffer(response.content, np.uint8).reshape(
+            request.height_px, request.width_px, 3
+        )
 
 
 @contextmanager
 def litserve(checkpoint: Path, precision: str, device: str) -> Iterator[LitServe]:
     """Start LitServe; end it with all its processes."""
-    environment = {**os.environ, "PYTHONPATH": str(litserve_site())}
     with socket.socket() as free, tempfile.TemporaryFile("w+") as log:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
         free.close()
-        command = [sys.executable, "-m", "benchmarks.serving.litserve_server", str(port), str(checkpoint), precision, device]
-        server = subprocess.Popen(command, cwd=REPO, env=environment, stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True)
-        assert server.stdin is not None
-        # No gzip: pixels do not shrink enough to pay for it. Connections are given up before the server would close them.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
-        http = httpx.Client(
-            base_url=f"http://127.0.0.1:{port}", headers={"Accept-Encoding": "identity"}, limits=limits, timeout=600, trust_env=False
+        module = "benchmarks.engine.litserve_server"
+        arguments = (str(port), str(checkpoint), precision, device)
+        server = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=REPO,
+            env={**os.environ, "PYTHONPATH": str(litserve_site())},
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
         )
+        assert server.stdin is not None
         try:
-            with http, ThreadPoolExecutor(256) as threads:
+            with _client(port) as http, ThreadPoolExecutor(256) as threads:
                 if not _is_healthy(server, http):
                     log.seek(0)
                     raise SystemExit(f"LitServe did not start:\n{log.read()[-4000:]}")
@@ -178,16 +198,36 @@ def litserve(checkpoint: Path, precision: str, device: str) -> Iterator[LitServe
             server.wait(timeout=30)
 
 
+def _client(port: int) -> httpx.Client:
+    """Connect to LitServe.
+
+    No gzip: pixels do not shrink enough to pay for it. Connections are given up before the server
+    would close them.
+    """
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=None, keepalive_expiry=2)
+    return httpx.Client(
+        base_url=f"http://127.0.0.1:{port}",
+        headers={"Accept-Encoding": "identity"},
+        limits=limits,
+        timeout=600,
+        trust_env=False,
+    )
+
+
 def litserve_site() -> Path:
-    """The folder with requirements/bench.txt, installed there when it is not: nothing else in this house needs any of it."""
+    """Return the folder with requirements/bench.txt, installed there when it is not.
+
+    Nothing else in Darkroom needs any of it.
+    """
     wanted = (REPO / "requirements/bench.txt").read_text()
     site = REPO / ".darkroom/bench-site"
     installed = site / "requirements.txt"
     if not installed.exists() or installed.read_text() != wanted:
         shutil.rmtree(site, ignore_errors=True)
-        print("installing requirements/bench.txt into .darkroom/bench-site", file=sys.stderr, flush=True)
-        pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "--no-deps", "--target", str(site)]
-        subprocess.run([*pip, "-r", str(REPO / "requirements/bench.txt")], check=True, stdout=sys.stderr)
+        log_progress("installing requirements/bench.txt into .darkroom/bench-site")
+        pip = [sys.executable, "-m", "pip", "install", "-qq", "--disable-pip-version-check"]
+        what = ["--no-deps", "--target", str(site), "-r", str(REPO / "requirements/bench.txt")]
+        subprocess.run([*pip, *what], check=True, stdout=sys.stderr)
         installed.write_text(wanted)
     return site
 
