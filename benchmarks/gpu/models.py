@@ -1,4 +1,4 @@
-"""The two models of which speed is measured, as people use them, and how much of a GPU's time that takes."""
+"""The two models of which speed is measured, as people use them, and how long that takes."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -37,7 +37,15 @@ MODELS = {
             "compiled": {"compile_blocks": True},
             "compiled_graphs": {"compile_blocks": True, "cuda_graphs": True},
         },
-        needs_s={"eager": 45, "overlap": 5, "graphs": 25, "channels_last": 25, "plain_compiled": 60, "compiled": 45, "compiled_graphs": 30},
+        needs_s={
+            "eager": 45,
+            "overlap": 5,
+            "graphs": 25,
+            "channels_last": 25,
+            "plain_compiled": 60,
+            "compiled": 45,
+            "compiled_graphs": 30,
+        },
     ),
     "flux": Model(
         family="flux",
@@ -52,7 +60,14 @@ MODELS = {
             "compiled": {"compile_blocks": True},
             "compiled_graphs": {"compile_blocks": True, "cuda_graphs": True},
         },
-        needs_s={"eager": 80, "overlap": 12, "graphs": 50, "plain_compiled": 60, "compiled": 60, "compiled_graphs": 50},
+        needs_s={
+            "eager": 80,
+            "overlap": 12,
+            "graphs": 50,
+            "plain_compiled": 60,
+            "compiled": 60,
+            "compiled_graphs": 50,
+        },
     ),
 }
 

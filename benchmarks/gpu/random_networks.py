@@ -1,7 +1,8 @@
-"""Families of the engine whose networks are drawn at random where they will run, instead of being read.
+"""Families of the engine whose networks are drawn at random where they run, instead of being read.
 
-Only `folders` and `load` differ from the families they build on. Networks drawn for one checkpoint are kept until others are drawn, so
-that the plain pipeline and an engine hold one copy; who changes them in place (layout, compilation) calls `forget` before and after.
+Only `folders` and `load` differ from the families they build on. Networks drawn for one checkpoint
+are kept until others are drawn, so that the plain pipeline and an engine hold one copy; who changes
+them in place (layout, compilation) calls `forget` before and after.
 """
 
 from __future__ import annotations
@@ -23,9 +24,15 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from torch import Tensor
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
-from benchmarks.networks import FILE, FOLDER
+from benchmarks.gpu.checkpoints import FILE, FOLDER
 from engine.config import CheckpointSpec
 from engine.families.flow import FlowFamily
 from engine.families.flux import Flux
@@ -35,20 +42,27 @@ from engine.families.sdxl import StableDiffusionXL
 from engine.request import ImageRequest
 
 CLIP_TOKENS = 77
-START, END = 510, 511  # of 512 tokens; the others are words
+# Of 512 tokens; the others are words.
+START = 510
+END = 511
 
 
 class Words:
-    """Stands for a tokenizer: a token for each word, by its checksum. Nothing has to be read for it."""
+    """Stands for a tokenizer: a token for each word, by its checksum; nothing has to be read."""
 
     model_max_length = CLIP_TOKENS
 
     def num_special_tokens_to_add(self) -> int:
-        """START and END."""
+        """Count START and END."""
         return 2
 
-    def __call__(self, text: str, *, max_length: int | None = None, **_as_always: Any) -> SimpleNamespace:
-        """`.input_ids` and `.attention_mask`, each [1, max_length]: padded or cut. Without `max_length` the ids of the words alone."""
+    def __call__(
+        self, text: str, *, max_length: int | None = None, **_as_always: Any
+    ) -> SimpleNamespace:
+        """Return `.input_ids` and `.attention_mask`, each [1, max_length]: padded or cut.
+
+        Without `max_length` the ids of the words alone.
+        """
         words = [zlib.crc32(word.encode()) % START for word in text.split()]
         if max_length is None:
             return SimpleNamespace(input_ids=words)
@@ -64,8 +78,13 @@ def forget() -> None:
 
 
 @lru_cache(maxsize=1)
-def _drawn(path: str, dtype: torch.dtype, device: torch.device, classes: tuple[tuple[str, Any], ...]) -> tuple[dict[str, Any], Any]:
-    """The networks of a checkpoint by name, frozen and in eval mode, and its scheduler config. The same path, the same weights."""
+def _drawn(
+    path: str, dtype: torch.dtype, device: torch.device, classes: tuple[tuple[str, Any], ...]
+) -> tuple[dict[str, Any], Any]:
+    """Draw the networks of a checkpoint, frozen and in eval mode; with its scheduler config.
+
+    By name. The same path, the same weights.
+    """
     told = json.loads((Path(path) / FOLDER / FILE).read_text(encoding="utf-8"))
     configs = told["networks"]
     torch.manual_seed(told["seed"])
@@ -73,10 +92,13 @@ def _drawn(path: str, dtype: torch.dtype, device: torch.device, classes: tuple[t
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            networks = {name: _made(network_class, configs[name]) for name, network_class in classes}
+            networks = {
+                name: _made(network_class, configs[name]) for name, network_class in classes
+            }
     finally:
         torch.set_default_dtype(before)
-    return {name: network.requires_grad_(False).eval() for name, network in networks.items()}, configs["scheduler"]
+    frozen = {name: network.requires_grad_(False).eval() for name, network in networks.items()}
+    return frozen, configs["scheduler"]
 
 
 def _made(network_class: Any, config: dict[str, Any]) -> Any:
@@ -96,9 +118,15 @@ class DrawnStableDiffusion(StableDiffusion):
         return (FOLDER,)
 
     @classmethod
-    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> DrawnStableDiffusion:
+    def load(
+        cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device
+    ) -> DrawnStableDiffusion:
         """See the contract; nothing but configs is read."""
-        classes = (("unet", UNet2DConditionModel), ("text_encoder", CLIPTextModel), ("vae", AutoencoderKL))
+        classes = (
+            ("unet", UNet2DConditionModel),
+            ("text_encoder", CLIPTextModel),
+            ("vae", AutoencoderKL),
+        )
         networks, scheduler = _drawn(spec.path, dtype, device, classes)
         return cls(tokenizer=Words(), sampler_config=scheduler, device=device, **networks)
 
@@ -112,7 +140,9 @@ class DrawnStableDiffusionXL(StableDiffusionXL):
         return (FOLDER,)
 
     @classmethod
-    def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> DrawnStableDiffusionXL:
+    def load(
+        cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device
+    ) -> DrawnStableDiffusionXL:
         """See the contract; nothing but configs is read."""
         classes = (
             ("unet", UNet2DConditionModel),
@@ -121,10 +151,17 @@ class DrawnStableDiffusionXL(StableDiffusionXL):
             ("vae", AutoencoderKL),
         )
         networks, scheduler = _drawn(spec.path, dtype, device, classes)
-        return cls(tokenizer=Words(), tokenizer_2=Words(), zeros_for_no_prompt=True, sampler_config=scheduler, device=device, **networks)
+        return cls(
+            tokenizer=Words(),
+            tokenizer_2=Words(),
+            zeros_for_no_prompt=True,
+            sampler_config=scheduler,
+            device=device,
+            **networks,
+        )
 
     def pipeline(self) -> Any:
-        """diffusers' own pipeline over the same networks."""
+        """Make diffusers' own pipeline over the same networks."""
         pipe = StableDiffusionXLPipeline(
             unet=self._unet,
             vae=self._vae,
@@ -139,7 +176,10 @@ class DrawnStableDiffusionXL(StableDiffusionXL):
         return pipe
 
     def arguments(self, request: ImageRequest) -> dict[str, Any]:
-        """What that pipeline is called with for this guided request, but for the generator: its prompts encoded as the engine does."""
+        """Return what that pipeline is called with for this guided request, but for the generator.
+
+        Its prompts are encoded as the engine does.
+        """
         rows = _encoded(self, request)
         return _sizes_and_steps(request) | {
             "negative_prompt_embeds": rows["text"][:1],
@@ -158,7 +198,9 @@ class _DrawnFlow(FlowFamily):
     @classmethod
     def load(cls, spec: CheckpointSpec, *, dtype: torch.dtype, device: torch.device) -> Any:
         """See the contract; nothing but configs is read."""
-        networks, scheduler = _drawn(spec.path, dtype, device, (*cls.NETWORKS.items(), ("vae", AutoencoderKL)))
+        networks, scheduler = _drawn(
+            spec.path, dtype, device, (*cls.NETWORKS.items(), ("vae", AutoencoderKL))
+        )
         return cls(
             networks={name: network for name, network in networks.items() if name != "vae"},
             tokenizers={name: Words() for name in cls.TOKENIZERS},
@@ -176,7 +218,7 @@ class DrawnFlux(_DrawnFlow, Flux):
     """FLUX.1 with weights drawn at random."""
 
     def pipeline(self) -> Any:
-        """diffusers' own pipeline over the same networks."""
+        """Make diffusers' own pipeline over the same networks."""
         pipe = FluxPipeline(
             transformer=self._transformer,
             vae=self._vae,
@@ -190,9 +232,15 @@ class DrawnFlux(_DrawnFlow, Flux):
         return pipe
 
     def arguments(self, request: ImageRequest) -> dict[str, Any]:
-        """What that pipeline is called with for this request, but for the generator: its prompt encoded as the engine does."""
+        """Return what that pipeline is called with for this request, but for the generator.
+
+        Its prompt is encoded as the engine does.
+        """
         rows = _encoded(self, request)
-        return _sizes_and_steps(request) | {"prompt_embeds": rows["text"], "pooled_prompt_embeds": rows["pooled"]}
+        return _sizes_and_steps(request) | {
+            "prompt_embeds": rows["text"],
+            "pooled_prompt_embeds": rows["pooled"],
+        }
 
 
 @torch.no_grad()

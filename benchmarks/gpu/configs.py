@@ -22,7 +22,11 @@ _BETAS = {
     "timestep_spacing": "leading",
     "steps_offset": 1,
 }
-_SD3_FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 3.0}
+_SD3_FLOW = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 3.0,
+}
 _FLUX_FLOW = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
@@ -51,7 +55,15 @@ def _clip(width: int, heads: int, **more: Any) -> dict[str, Any]:
 
 
 def _t5(width: int) -> dict[str, Any]:
-    return {"vocab_size": 512, "d_model": width, "d_kv": 64, "d_ff": 64, "num_layers": 1, "num_heads": 2, "feed_forward_proj": "gated-gelu"}
+    return {
+        "vocab_size": 512,
+        "d_model": width,
+        "d_kv": 64,
+        "d_ff": 64,
+        "num_layers": 1,
+        "num_heads": 2,
+        "feed_forward_proj": "gated-gelu",
+    }
 
 
 def _vae(widths: tuple[int, ...], *, layers: int, groups: int, **more: Any) -> dict[str, Any]:
@@ -73,7 +85,13 @@ _TINY_VAE = {"widths": (8, 8, 8, 8), "layers": 1, "groups": 4}
 _SHIFTED = {"use_quant_conv": False, "use_post_quant_conv": False}
 
 
-def _sd(widths: tuple[int, int], heads: tuple[int, int], groups: int, text_width: int, vae: dict[str, Any]) -> dict[str, Any]:
+def _sd(
+    widths: tuple[int, int],
+    heads: tuple[int, int],
+    groups: int,
+    text_width: int,
+    vae: dict[str, Any],
+) -> dict[str, Any]:
     return {
         "unet": {
             "sample_size": 32,
@@ -91,7 +109,13 @@ def _sd(widths: tuple[int, int], heads: tuple[int, int], groups: int, text_width
     }
 
 
-def _sdxl(widths: tuple[int, int], heads: tuple[int, int], groups: int, text_width: int, vae: dict[str, Any]) -> dict[str, Any]:
+def _sdxl(
+    widths: tuple[int, int],
+    heads: tuple[int, int],
+    groups: int,
+    text_width: int,
+    vae: dict[str, Any],
+) -> dict[str, Any]:
     return {
         "unet": {
             "sample_size": 32,
@@ -115,7 +139,9 @@ def _sdxl(widths: tuple[int, int], heads: tuple[int, int], groups: int, text_wid
     }
 
 
-def _sd3(heads: int, head_width: int, layers: int, text_width: int, side: int, vae: dict[str, Any]) -> dict[str, Any]:
+def _sd3(
+    heads: int, head_width: int, layers: int, text_width: int, side: int, vae: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "transformer": {
             "sample_size": side,
@@ -135,13 +161,21 @@ def _sd3(heads: int, head_width: int, layers: int, text_width: int, side: int, v
         "text_encoder": _clip(text_width, 2, projection_dim=text_width),
         "text_encoder_2": _clip(text_width, 2, projection_dim=text_width),
         "text_encoder_3": _t5(2 * text_width),
-        "vae": _vae(**vae, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **_SHIFTED),
+        "vae": _vae(
+            **vae, latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, **_SHIFTED
+        ),
         "scheduler": _SD3_FLOW,
     }
 
 
 def _flux(
-    heads: int, axes: tuple[int, int, int], layers: int, single_layers: int, text_width: int, pooled_width: int, vae: dict[str, Any]
+    heads: int,
+    axes: tuple[int, int, int],
+    layers: int,
+    single_layers: int,
+    text_width: int,
+    pooled_width: int,
+    vae: dict[str, Any],
 ) -> dict[str, Any]:
     return {
         "transformer": {
@@ -157,7 +191,9 @@ def _flux(
         },
         "text_encoder": _clip(pooled_width, 2),
         "text_encoder_2": _t5(text_width),
-        "vae": _vae(**vae, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **_SHIFTED),
+        "vae": _vae(
+            **vae, latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, **_SHIFTED
+        ),
         "scheduler": _FLUX_FLOW,
     }
 
@@ -182,7 +218,9 @@ FULL_SDXL = {
     },
     "text_encoder": _clip(768, 12),
     "text_encoder_2": _clip(1280, 20, projection_dim=1280),
-    "vae": _vae(**_FULL_VAE, latent_channels=4, scaling_factor=0.13025, force_upcast=True, sample_size=1024),
+    "vae": _vae(
+        **_FULL_VAE, latent_channels=4, scaling_factor=0.13025, force_upcast=True, sample_size=1024
+    ),
     "scheduler": _BETAS,
 }
 

@@ -1,4 +1,4 @@
-"""A loaded checkpoint whose images are moved by hand, without an engine around them."""
+"""A loaded checkpoint whose images are moved step by step, without an engine around them."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from engine.runner import Runner
 from engine.scheduler import Batch
 
 
-class Workbench:
+class Stepper:
     """The engine's own device, family and runner."""
 
     def __init__(self, spec: CheckpointSpec, device: str, *, attention: str = "auto") -> None:
@@ -24,23 +24,37 @@ class Workbench:
         self.runner = Runner({spec.name: self.loaded}, self.device, ConditioningCache(1 << 30))
 
     def key(self, request: ImageRequest) -> BatchKey:
-        """What images share a forward with one of this request."""
-        return BatchKey(request.checkpoint, request.height_px, request.width_px, self.loaded.family.text_length(request))
+        """Return what images must agree on to share a forward with one of this request."""
+        return BatchKey(
+            request.checkpoint,
+            request.height_px,
+            request.width_px,
+            self.loaded.family.text_length(request),
+        )
 
     def started(self, request: ImageRequest) -> InFlight:
-        """The image, ready for its first step. Raises `UnsupportedRequest`."""
+        """Make the image, ready for its first step. Raises `UnsupportedRequest`."""
         family = self.loaded.family
         family.check(request)
-        image = InFlight(request=request, batch_key=self.key(request), rows=family.rows(request), state=ImageState.RUNNING)
+        image = InFlight(
+            request=request,
+            batch_key=self.key(request),
+            rows=family.rows(request),
+            state=ImageState.RUNNING,
+        )
         self.runner.start(image)
         return image
 
     def step(self, image: InFlight, *, bucket_rows: int, among: Sequence[InFlight] = ()) -> None:
-        """Move the image on by one step, in a forward of all of `among`, which stay where they are; by itself if they are none."""
+        """Move the image on by one step, in a forward of all of `among`; alone if there are none.
+
+        The others stay where they are.
+        """
         images = tuple(among) or (image,)
-        self.runner.advance(image, self.runner.predict(Batch(images, bucket_rows))[images.index(image)])
+        predictions = self.runner.predict(Batch(images, bucket_rows))
+        self.runner.advance(image, predictions[images.index(image)])
 
     def wait(self) -> None:
-        """Until the device has done all it was told."""
+        """Wait until the device has done all it was told."""
         if self.device.is_cuda:
             torch.cuda.synchronize(self.device.torch_device)

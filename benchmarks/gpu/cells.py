@@ -1,4 +1,7 @@
-"""One measurement after the other while there is time, each said as soon as it is known; a part of the benchmark is made of them."""
+"""One measurement after the other while there is time, each told as soon as it is known.
+
+A part of the benchmark is made of them.
+"""
 
 import gc
 import json
@@ -26,12 +29,15 @@ class Setting:
 
     @property
     def is_cuda(self) -> bool:
-        """Is it measured on a GPU?"""
+        """Tell whether it is measured on a GPU."""
         return self.device.startswith("cuda")
 
 
 class Cells:
-    """Takes one cell after the other until an instant of `time.time()`, and prints a line of JSON for each."""
+    """Takes one cell after the other until an instant of `time.time()`.
+
+    Prints a line of JSON for each.
+    """
 
     def __init__(self, until: float) -> None:
         self._until = until
@@ -41,19 +47,19 @@ class Cells:
         started = time.monotonic()
         left_s = max(self._until - time.time(), 0.0)
         if left_s < needs_s:
-            _say(name, left_out=f"takes about {needs_s:.0f} s, and {left_s:.0f} s were left")
+            _tell(name, left_out=f"takes about {needs_s:.0f} s, and {left_s:.0f} s were left")
             return
         try:
             found = measure()
         except Exception as problem:  # noqa: BLE001  one cell's trouble is no other's
             traceback.print_exc()
-            _say(name, failed=f"{type(problem).__name__}: {problem}"[:400])
+            _tell(name, failed=f"{type(problem).__name__}: {problem}"[:400])
         else:
-            _say(name, took_s=round(time.monotonic() - started, 1), found=found)
+            _tell(name, took_s=round(time.monotonic() - started, 1), found=found)
         tidy()
 
 
-def _say(name: str, **what: Any) -> None:
+def _tell(name: str, **what: Any) -> None:
     print(json.dumps({"cell": name, **what}), flush=True)
 
 
