@@ -16,7 +16,7 @@ in the tables.
 import argparse
 import sys
 
-from benchmarks.gateway.measurement import Findings, measure
+from benchmarks.gateway.measurement import measure
 from benchmarks.gateway.report import report_run
 from benchmarks.gateway.setup import running_gateway
 
@@ -32,7 +32,7 @@ def main() -> int:
     seconds = 1.0 if options.quick else 5.0
     rows = 50_000 if options.quick else 1_000_000
     with running_gateway() as setup:
-        findings: Findings = measure(setup, rounds, seconds, rows)
+        findings = measure(setup, rounds, seconds, rows)
     return report_run(findings)
 
 

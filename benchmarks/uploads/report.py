@@ -22,7 +22,7 @@ SHOWN = 12
 def report_run(findings: Findings) -> int:
     """Print a table, the figures and one line of JSON; 1 if a target is missed."""
     table = make_table(
-        "The dearest bodies",
+        "The costliest bodies",
         ("body", "status", "gateway CPU s", "decoder CPU s", "wall s"),
         left=("body",),
     )
