@@ -65,14 +65,11 @@ def running_stack(
     are ready.  kind: of stack.
     """
     stack = kind(folder / "data", fleet_file=fleet_file, workers=workers)
-    with _interrupted_by_sigterm():
-        try:
-            stack.up(wait_s=wait_s, on_stage=log_progress)
-            for name in without:
-                stack.stop(name)
-            yield stack
-        finally:
-            stack.down()
+    with _stopped_by_sigterm(stack.down):
+        stack.up(wait_s=wait_s, on_stage=log_progress)
+        for name in without:
+            stack.stop(name)
+        yield stack
 
 
 @contextlib.contextmanager
@@ -82,26 +79,22 @@ def running_services(folder: Path) -> Iterator[dict[str, str]]:
     Yields the stack's variables. The database has been migrated, for the roles.
     """
     stack = Stack(folder / "data")
-    with _interrupted_by_sigterm():
-        try:
-            with stack._lock():
-                stack._migrate(stack._up_services(time.monotonic() + 60))
-            yield stack.env
-        finally:
-            stack.down()
+    with _stopped_by_sigterm(stack.down):
+        with stack._lock():
+            stack._migrate(stack._up_services(time.monotonic() + 60))
+        yield stack.env
 
 
 @contextlib.contextmanager
-def _interrupted_by_sigterm() -> Iterator[None]:
-    """Turn SIGTERM into KeyboardInterrupt: a time limit on a benchmark still ends the stack."""
-    before = signal.signal(signal.SIGTERM, _interrupt_once)
+def _stopped_by_sigterm(stop: Callable[[], None]) -> Iterator[None]:
+    """Call `stop` in the end, and when SIGTERM comes: a time limit still ends the stack.
+
+    `timeout` sends the signal twice, so it is ignored while the stack is being stopped.
+    """
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
     finally:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stop()
         signal.signal(signal.SIGTERM, before)
-
-
-def _interrupt_once(signal_number: int, frame: object) -> None:
-    """Interrupt; ignore the signal from now on: `timeout` sends it twice, while the stack ends."""
-    signal.signal(signal_number, signal.SIG_IGN)
-    raise KeyboardInterrupt
