@@ -7,7 +7,7 @@ and availability, not exactly-once delivery.
 
 from typing import Any
 
-from kombu import Queue
+from kombu.entity import Queue
 
 from policy import queues
 from policy.fleet import Fleet

@@ -77,6 +77,7 @@ def create_app(settings: GatewaySettings, fleet: Fleet) -> Flask:
     app.after_request(_close_request)
     # After _open_request, and before any blueprint asks for a key.
     cors.register(app, settings.cors_allowed_origins)
+    # The way of Flask's own documents to add WSGI middleware; to mypy it is a method.
     app.wsgi_app = PathPrefix(app.wsgi_app, settings)  # type: ignore[method-assign]
     app.teardown_request(uploads.release)
     return app

@@ -169,6 +169,12 @@ def _submit(client: Client, wish: Wish) -> Job:
     )
 
 
+def _prompt(job: Job) -> str:
+    """Return the prompt of a job that nobody has erased."""
+    assert job.prompt is not None
+    return job.prompt
+
+
 def _new_progress() -> Progress:
     columns = (
         TextColumn("{task.description}"),
@@ -179,7 +185,7 @@ def _new_progress() -> Progress:
 
 
 def _add_bar(progress: Progress, job: Job) -> TaskID:
-    label = f"{job.tier:8}{escape(job.prompt[:_PROMPT_CHARS]):{_PROMPT_CHARS}}"
+    label = f"{job.tier:8}{escape(_prompt(job)[:_PROMPT_CHARS]):{_PROMPT_CHARS}}"
     return progress.add_task(label, total=job.steps * job.n + 1, where=job.state)
 
 
@@ -196,7 +202,7 @@ def _fetch(client: Client, jobs: Sequence[Job], folder: Path) -> list[Checked]:
         old.unlink()
     images = []
     for number, job in enumerate(jobs, 1):
-        words = "-".join(job.prompt.split())
+        words = "-".join(_prompt(job).split())
         for image in job.images:
             if image.content_sha256:
                 path = folder / f"{number:02}-{image.index}-{job.tier}-{words}.png"
@@ -212,7 +218,7 @@ def _fetch_image(client: Client, job: Job, index: int, path: Path) -> Checked:
         path.write_bytes(content)
     else:
         Picture.fromarray(pixels).save(path)
-    verdict = check(pixels, job.prompt)
+    verdict = check(pixels, _prompt(job))
     return Checked(job, path, pixels, verdict.everything_right, verdict.summary)
 
 

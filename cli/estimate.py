@@ -33,7 +33,7 @@ _COLUMNS = (
 @pass_installation
 @click.pass_context
 def estimate(
-    ctx: click.Context, installation: Installation, prompt: str, as_json: bool, **wish: Any
+    ctx: click.Context, installation: Installation, /, prompt: str, as_json: bool, **wish: Any
 ) -> None:
     """Say what images of PROMPT would cost and when they would be there. Exit code 1 when the
     job would not be let in now.

@@ -73,6 +73,7 @@ FORMATS = {".png": "png", ".webp": "webp", ".jpg": "jpeg", ".jpeg": "jpeg"}
 def generate(
     ctx: click.Context,
     installation: Installation,
+    /,
     prompt: str | None,
     source: BinaryIO | None,
     output: Path | None,
@@ -93,13 +94,17 @@ def generate(
     if (prompt is None) == (source is None):
         raise click.UsageError("give either a PROMPT or --from FILE")
     if source is not None:
-        options = {
-            "parallel": parallel,
-            "cancels": cancels,
-            "retry_failed": retry_failed,
-            "fresh": fresh,
-        }
-        if not _make_many(installation, source, wish, output or Path("out"), **options):
+        is_complete = _make_many(
+            installation,
+            source,
+            wish,
+            output or Path("out"),
+            parallel=parallel,
+            cancels=cancels,
+            retry_failed=retry_failed,
+            fresh=fresh,
+        )
+        if not is_complete:
             ctx.exit(1)
         return
     assert prompt is not None

@@ -67,7 +67,11 @@ class Many:
         interrupt = asyncio.create_task(interrupts.get())
         try:
             everything = asyncio.gather(*workers)
-            await asyncio.wait([everything, interrupt], return_when=asyncio.FIRST_COMPLETED)
+            either: list[asyncio.Future[list[None]] | asyncio.Future[None]] = [
+                everything,
+                interrupt,
+            ]
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
             if everything.done():
                 everything.result()
                 return

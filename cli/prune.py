@@ -8,6 +8,7 @@ import hashlib
 import re
 import time
 from collections.abc import Callable
+from contextlib import closing
 from datetime import UTC, date, datetime, timedelta
 from functools import partial
 from pathlib import Path
@@ -32,7 +33,7 @@ PAUSE_S = 2.0  # between two tries, in which the others go on
 T = TypeVar("T")
 
 
-class Age(click.ParamType):
+class Age(click.ParamType[timedelta]):
     """Parse a number of days, as `90d`, into a timedelta."""
 
     name = "DAYS"
@@ -202,7 +203,7 @@ def _export(database: "Engine", month: date, folder: Path) -> str:
     query = f"COPY ({events}) TO STDOUT WITH (FORMAT csv, DELIMITER E'\\x02', QUOTE E'\\x01')"
     connection = database.raw_connection()
     try:
-        with connection.cursor() as cursor, gzip.open(unfinished, "wb") as file:
+        with closing(connection.cursor()) as cursor, gzip.open(unfinished, "wb") as file:
             cursor.execute("SET LOCAL statement_timeout = 0")
             cursor.copy_expert(query, file)
     finally:

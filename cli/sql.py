@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import click
-import psycopg2  # type: ignore[import-untyped]
+import psycopg2
 from sqlalchemy import URL, make_url
 
 from cli import screen

@@ -316,10 +316,11 @@ class TellsOfClosing:
         return self._application(environ, start)
 
 
-class BoundedWorker(ThreadWorker):  # type: ignore[misc]
+class BoundedWorker(ThreadWorker):  # type: ignore[misc]  # gunicorn has no types
     """Extend gunicorn's threaded worker by the loop described above."""
 
     pace = Pace()
+    wsgi: Callable[..., Any]
 
     def load_wsgi(self) -> None:
         super().load_wsgi()

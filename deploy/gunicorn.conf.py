@@ -101,6 +101,7 @@ def _allow_descriptors() -> None:
 def _at_once_on_sigterm(act: Callable[[], None]) -> None:
     """Have `act` called on SIGTERM before what gunicorn does then."""
     stop = signal.getsignal(signal.SIGTERM)
+    assert callable(stop)  # gunicorn has set its own
 
     def end(signum: int, frame: FrameType | None) -> None:
         threading.Thread(target=act).start()  # a handler must not wait for a lock

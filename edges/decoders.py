@@ -198,9 +198,11 @@ class _Decoder:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
+            assert process.stdin is not None
+            assert process.stdout is not None
             for pipe in (process.stdin, process.stdout):
                 with contextlib.suppress(OSError):
-                    pipe.close()  # type: ignore[union-attr]
+                    pipe.close()
             process.wait()
 
     def _ask(

@@ -10,12 +10,11 @@ import threading
 import time
 import uuid
 from collections.abc import Collection, Sequence
-from typing import Any
 
 import redis
 import structlog
 
-from edges import eventlog, telemetry
+from edges import connections, eventlog, telemetry
 from edges.eventlog import BEGINNING, FINAL, PREVIEW, STEP, Event
 from edges.progress import ENDINGS, Listener, connect
 
@@ -185,7 +184,7 @@ class Reader:
             return None
 
     def _range(self, job_id: uuid.UUID, after: str) -> list[Event]:
-        return _events(self._redis.xrange(eventlog.key(job_id), min=f"({after}"))
+        return _events(connections.xrange(self._redis, eventlog.key(job_id), after=after))
 
     def _wake(self) -> None:
         """Have the reading thread look at its list of jobs now; it does so every `_BLOCK_MS`."""
@@ -214,8 +213,8 @@ class Reader:
                 self._stop.wait(0.5)
 
     def _read(self, positions: dict[str, str]) -> None:
-        for raw_key, entries in self._redis.xread(
-            {**positions, self._wake_key: self._wake_id}, block=_BLOCK_MS
+        for raw_key, entries in connections.xread(
+            self._redis, {**positions, self._wake_key: self._wake_id}, block_ms=_BLOCK_MS
         ):
             name = raw_key.decode()
             if name == self._wake_key:
@@ -239,7 +238,7 @@ class Reader:
                     seat.put(event)
 
 
-def _events(entries: list[tuple[bytes, dict[bytes, bytes] | Any]]) -> list[Event]:
+def _events(entries: list[connections.Entry]) -> list[Event]:
     events = []
     for raw_id, fields in entries:
         try:

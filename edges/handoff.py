@@ -17,7 +17,7 @@ import numpy as np
 import redis
 from numpy.typing import NDArray
 
-from edges.connections import connect
+from edges import connections
 from edges.errors import wrap
 from policy import gates
 
@@ -44,7 +44,7 @@ class Handoff:
     """Keep pixels between two processes: the worker puts, the results task gets and drops."""
 
     def __init__(self, handoff_url: str, *, ttl_s: int) -> None:
-        self._redis = connect(handoff_url, socket_timeout=10)
+        self._redis = connections.connect(handoff_url, socket_timeout=10)
         self._ttl_s = ttl_s
 
     def put(self, job_id: uuid.UUID, index: int, attempt: int, pixels: NDArray[np.uint8]) -> str:
@@ -60,7 +60,7 @@ class Handoff:
     def get(self, job_id: uuid.UUID, index: int, attempt: int) -> Pixels | None:
         """Return the pixels; None if they are gone. Raises HandoffUnavailable, HandoffCorrupt."""
         with wrap(redis.RedisError, HandoffUnavailable):
-            blob = self._redis.get(_key(job_id, index, attempt))
+            blob = connections.get(self._redis, _key(job_id, index, attempt))
         if blob is None:
             return None
         try:
@@ -116,7 +116,7 @@ class Gauge:
     """
 
     def __init__(self, handoff_url: str, *, trusted_for_s: float = math.inf) -> None:
-        self._redis = connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
+        self._redis = connections.connect(handoff_url, socket_timeout=1, socket_connect_timeout=1)
         self._trusted_for_s = trusted_for_s
         self._fill, self._asked_at, self._answered_at = 0.0, -math.inf, time.monotonic()
 
@@ -148,7 +148,7 @@ def pixels_sha256(pixels: NDArray[np.uint8]) -> str:
     """
     height, width, _ = pixels.shape
     digest = hashlib.sha256(f"{width}x{height} RGB8\n".encode())
-    digest.update(np.ascontiguousarray(pixels))
+    digest.update(np.ascontiguousarray(pixels).data)
     return digest.hexdigest()
 
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 import redis
 from numpy.typing import NDArray
+from redis.typing import EncodableT, FieldT
 
-from edges.connections import connect
+from edges.connections import connect, hgetall
 from edges.errors import wrap
 from edges.handoff import HandoffUnavailable
 
@@ -46,7 +47,9 @@ class Inputs:
 
         In one transaction, so that no reader sees only some of them.
         """
-        fields = {role: _packed(picture) for role, picture in brought.items()}
+        fields: dict[FieldT, EncodableT] = {
+            role: _packed(picture) for role, picture in brought.items()
+        }
         with wrap(redis.RedisError, HandoffUnavailable):
             pipe = self._redis.pipeline()
             pipe.hset(_key(job_id), mapping=fields)
@@ -63,7 +66,7 @@ class Inputs:
         with wrap((redis.RedisError, ValueError, KeyError, TypeError), HandoffUnavailable):
             return {
                 role.decode(): _unpacked(packed)
-                for role, packed in self._redis.hgetall(_key(job_id)).items()
+                for role, packed in hgetall(self._redis, _key(job_id)).items()
             }
 
     def drop(self, job_ids: Iterable[uuid.UUID]) -> None:

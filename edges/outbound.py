@@ -179,7 +179,8 @@ class Outbound:
                 return f"[{address}]" if address.version == 6 else str(address)
         if parts.scheme != "https" or port not in PORTS:
             raise InvalidIPAddress(f"{parts.scheme} on port {port} outside the allowed networks")
-        return filter_host(host, port, allow_loopback=False)
+        public: str = filter_host(host, port, allow_loopback=False)
+        return public
 
     def _is_allowed(self, address: IPv4Address | IPv6Address) -> bool:
         return any(
@@ -194,7 +195,7 @@ class Outbound:
         return bool(self._allowed) and address is None
 
 
-class _Adapter(IPFilterAdapter):
+class _Adapter(IPFilterAdapter):  # type: ignore[misc]  # requests_hardened has no types
     """Connect to the address that was checked, under the name in the URL; keep the connection."""
 
     def __init__(self, outbound: Outbound, parts: SplitResult) -> None:
@@ -218,6 +219,7 @@ class _Adapter(IPFilterAdapter):
         pool = super().get_connection_with_tls_context(*arguments, **named)
         connections = self.connections
 
+        # The base class is known at run time only.
         class Remembered(pool.ConnectionCls):  # type: ignore[misc, name-defined]
             def connect(self) -> None:
                 connections.append(self)

@@ -158,10 +158,10 @@ def _check_header(image: Image.Image, container: Container) -> None:
         most = MAX_JPEG_SIDE_PX if is_jpeg else MAX_SIDE_PX
         raise NotAPicture(f"is {width_px}x{height_px} pixels; each side must be from 1 to {most}")
     if width_px * height_px > MAX_PIXELS:
-        most = (
+        limit = (
             f"{MAX_JPEG_PIXELS}" if is_jpeg else f"{MAX_PIXELS}, and of a JPEG {MAX_JPEG_PIXELS},"
         )
-        raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {most} pixels are accepted")
+        raise NotAPicture(f"is {width_px}x{height_px} pixels; at most {limit} pixels are accepted")
 
 
 def _plain(image: Image.Image, container: Container) -> Image.Image:

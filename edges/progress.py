@@ -202,7 +202,7 @@ class News:
     def steps(self, job_id: uuid.UUID) -> list[Step]:
         """Return the newest known step of each image; empty if nothing is known."""
         try:
-            known = self._redis.hgetall(_key(str(job_id)))
+            known = connections.hgetall(self._redis, _key(str(job_id)))
         except redis.RedisError:
             return []
         return [

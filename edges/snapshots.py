@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import redis
 
-from edges.connections import connect
+from edges.connections import connect, hgetall
 from edges.errors import wrap
 
 STORE = "handoff"  # the value of `attempts.snapshot_store`
@@ -68,7 +68,7 @@ class Snapshots:
     def of(self, job_id: uuid.UUID) -> dict[int, Kept]:
         """Return the snapshots of the job's images, by index. Raises SnapshotsUnavailable."""
         with wrap(redis.RedisError, SnapshotsUnavailable):
-            fields = self._redis.hgetall(_key(job_id))
+            fields = hgetall(self._redis, _key(job_id))
         kept = {}
         for index, value in fields.items():
             attempt, step, blob = value.split(b" ", 2)

@@ -273,8 +273,12 @@ def configure_logs(level: str = "INFO") -> None:
 def _foreign_handler(shared: Sequence[structlog.typing.Processor]) -> logging.Handler:
     """Return a handler that writes what libraries log as our own events are written."""
     # ExtraAdder: the engine passes its fields as `extra`.
-    foreign = [*shared, structlog.stdlib.add_logger_name, structlog.stdlib.ExtraAdder()]
-    renderer = [
+    foreign: list[structlog.typing.Processor] = [
+        *shared,
+        structlog.stdlib.add_logger_name,
+        structlog.stdlib.ExtraAdder(),
+    ]
+    renderer: list[structlog.typing.Processor] = [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         structlog.processors.JSONRenderer(),
     ]
@@ -342,7 +346,7 @@ def serve_metrics_on(listener: socket.socket, *, of_all_processes: bool) -> None
     registry = REGISTRY
     if of_all_processes:
         registry = CollectorRegistry()
-        MultiProcessCollector(registry)  # type: ignore[no-untyped-call]
+        MultiProcessCollector(registry)
     listener.setblocking(False)  # another process may be faster
     server = ThreadingWSGIServer(
         listener.getsockname()[:2], _SilentHandler, bind_and_activate=False

@@ -24,6 +24,7 @@ from celery.worker import state
 from celery.worker.consumer import Consumer
 from celery.worker.consumer.consumer import CONNECTION_ERROR
 from celery.worker.consumer.tasks import Tasks
+from kombu.connection import Connection
 from kombu.exceptions import KombuError
 
 from edges.connections import connect
@@ -49,7 +50,7 @@ class TakenTask:
 MayTake = Callable[[str, Sequence[TakenTask]], bool]
 
 
-class FleetConsumer(Consumer):
+class FleetConsumer(Consumer):  # type: ignore[misc]  # Celery has no types
     """Ack at once, survive outages, and never put back tasks that its own threads still run.
 
     An outage is any error reply of the broker: read-only after a failover, still loading, out of
@@ -57,6 +58,9 @@ class FleetConsumer(Consumer):
     by themselves, and exiting would help against none. So the consumer reconnects until the broker
     works, and running tasks go on meanwhile.
     """
+
+    connection: Connection | None
+    connection_errors: tuple[type[Exception], ...]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # Called at every turn of this loop, also while it waits for the broker.
@@ -191,7 +195,7 @@ class TierCycle:
 def tier_gate(queues: Sequence[str], may_take: MayTake) -> type[bootsteps.StartStopStep]:
     """Make a consumer bootstep that puts a TierCycle on the channel after each connect."""
 
-    class TierGate(bootsteps.StartStopStep):
+    class TierGate(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
         requires = (Tasks,)
 
         def start(self, c: Any) -> None:
@@ -227,7 +231,7 @@ def on_turn(act: Callable[[], None]) -> type[bootsteps.StartStopStep]:
     The loop also turns while the broker is away.
     """
 
-    class Turns(bootsteps.StartStopStep):
+    class Turns(bootsteps.StartStopStep):  # type: ignore[misc]  # Celery has no types
         def __init__(self, c: Any, **kwargs: Any) -> None:
             c.on_turn = act
             super().__init__(c, **kwargs)

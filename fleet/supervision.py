@@ -22,8 +22,8 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-from supervisor.xmlrpc import SupervisorTransport  # type: ignore[import-untyped]
+import psutil
+from supervisor.xmlrpc import SupervisorTransport
 
 from fleet.errors import StackError
 

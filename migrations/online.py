@@ -28,7 +28,7 @@ def add_columns(table: str, columns: Iterable[sa.Column[Any]]) -> None:
 
     A default must be a constant, or Postgres rewrites the whole table.
     """
-    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]
+    dialect = postgresql.dialect()
     shadow = sa.Table(table, sa.MetaData(), *columns)
     added = [
         f"ADD COLUMN IF NOT EXISTS {CreateColumn(column).compile(dialect=dialect)}"

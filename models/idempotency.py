@@ -118,6 +118,7 @@ def fulfil(
 def forget_old(session: Session, *, limit: int) -> int:
     """Delete up to `limit` entries whose day is over; return how many there were."""
     result = session.execute(_FORGET, {"older_than_s": KEPT_FOR_S, "limit": limit})
+    # This is a CursorResult, which `execute` is not typed to return.
     return result.rowcount  # type: ignore[attr-defined,no-any-return]
 
 

@@ -301,4 +301,5 @@ def _give_up(session: Session, object_keys: Sequence[str]) -> None:
 
 
 def _count(session: Session, statement: TextClause, **values: Any) -> int:
+    # This is a CursorResult, which `execute` is not typed to return.
     return session.execute(statement, values).rowcount  # type: ignore[attr-defined,no-any-return]

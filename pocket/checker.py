@@ -178,10 +178,11 @@ def _majority(mask: np.ndarray) -> np.ndarray:
     """Give each pixel the value of most pixels in its 3x3 neighbourhood."""
     padded = np.pad(mask.astype(np.uint8), 1)
     height, width = mask.shape
-    return (
+    is_most: np.ndarray = (
         np.add.reduce([padded[y : y + height, x : x + width] for y in range(3) for x in range(3)])
         >= 5
     )
+    return is_most
 
 
 def _shape(box: np.ndarray) -> str:

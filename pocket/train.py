@@ -465,9 +465,10 @@ def encode_scenes(
 
 def tokenize(tokenizer: CLIPTokenizer, texts: list[str]) -> Tensor:
     """Turn texts into ids, padded: [n, 24]."""
-    return tokenizer(
+    ids: Tensor = tokenizer(
         texts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids
+    return ids
 
 
 class Denoising:
@@ -594,6 +595,7 @@ class Denoising:
         unet = build_unet()
         text_encoder = build_text_encoder(self.tokenizer)
         self.weights.put_average([*unet.parameters(), *text_encoder.parameters()])
+        assert self.vae is not None  # only helpers have none, and they save nothing
         vae = copy.deepcopy(self.vae).cpu().half()
         vae.register_to_config(_name_or_path="")  # else the config tells where the work folder lay
         StableDiffusionPipeline(
@@ -725,7 +727,7 @@ def _plan(wishes: argparse.Namespace) -> Plan:
 
 def _is_kept(wishes: argparse.Namespace, name: str) -> bool:
     """Tell whether to go on from what an earlier run left under this name in the work folder."""
-    return wishes.resume and (wishes.work / name).exists()
+    return bool(wishes.resume and (wishes.work / name).exists())
 
 
 def _tokenizer(wishes: argparse.Namespace) -> CLIPTokenizer:
@@ -767,7 +769,8 @@ def _data(
     """Read the kept training set, or encode one and keep it."""
     file = wishes.work / DATA
     if _is_kept(wishes, DATA):
-        return torch.load(file)
+        kept: dict[str, Tensor] = torch.load(file)
+        return kept
     data = encode_scenes(vae, plan, tokenizer, device, rng)
     vae.save_pretrained(wishes.work / VAE)  # again: it now knows its scaling factor
     torch.save(data, file)

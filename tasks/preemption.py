@@ -47,7 +47,7 @@ class Preemption:
         end = _End(f"{notice.source}: {notice.detail}", give_up_at, now)
         with self._lock:
             is_first = self._end is None
-            if is_first or end.at < self._end.at:  # type: ignore[union-attr]
+            if self._end is None or end.at < self._end.at:
                 self._end = end
         log.warning(
             "worker_leaves",

@@ -97,7 +97,7 @@ def uploaded(asked: Request, field: str = FIELD) -> BinaryIO:
             raise MalformedBody(
                 f"The form has a field {name[:64]!r}; `{field}` is the only one that is read."
             )
-        return sent[0].stream  # type: ignore[return-value]
+        return sent[0].stream  # type: ignore[return-value]  # an IO[bytes] has the same methods
     if asked.mimetype not in CONTENT_TYPES:
         raise UnsupportedMediaType(
             "Send the picture as multipart/form-data or as itself.", accepted=CONTENT_TYPES
@@ -121,7 +121,7 @@ def _spooled(asked: Request) -> BinaryIO:
     if asked.content_length is None and length >= limit:
         raise BodyTooLarge(f"The body is larger than {limit} bytes.")
     spool.seek(0)
-    return spool  # type: ignore[return-value]
+    return spool  # type: ignore[return-value]  # so has a temporary file
 
 
 def file_view(file: File) -> schemas.File:

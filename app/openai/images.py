@@ -140,6 +140,7 @@ class _Sent:
 
 def _brought(intake: inputs.Intake, source: Source, field: str) -> File:
     if isinstance(source, FileStorage):
+        # An IO[bytes] has the methods of a BinaryIO.
         return intake.keep(source.stream, field=field, way="openai")  # type: ignore[arg-type]
     return intake.files({field: source})[field]
 
@@ -148,6 +149,7 @@ def _digest(source: Source) -> str:
     if isinstance(source, str):
         return hashlib.sha256(source.encode("utf-8", "surrogatepass")).hexdigest()
     source.stream.seek(0)
+    # An IO[bytes] has the methods that file_digest needs.
     digest = hashlib.file_digest(source.stream, "sha256").hexdigest()  # type: ignore[arg-type]
     source.stream.seek(0)
     return digest

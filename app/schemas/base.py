@@ -27,7 +27,7 @@ def document(about: str) -> Callable[[Made], Made]:
     def made(kind: Made) -> Made:
         documented: Any = dataclass(kw_only=True)(kind)
         documented.__pydantic_config__ = described(about)
-        return documented  # type: ignore[no-any-return]
+        return documented  # type: ignore[no-any-return]  # it is `kind`
 
     return made
 

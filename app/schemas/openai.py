@@ -25,7 +25,7 @@ from policy.catalog import MAX_ADAPTERS
 from policy.params import OPENAI_ANSWER, OPENAI_REQUEST
 
 _WITH_A_PICTURE = "strength"
-_Extras = TypedDict(  # type: ignore[misc]
+_Extras = TypedDict(  # type: ignore[misc]  # its fields are known at run time
     "_Extras",
     {
         param.member: Annotated[param.kind | None, says(param.says)]

@@ -20,7 +20,7 @@ class StandIn:
     def __init__(self, network: Any) -> None:
         self._network = network
 
-    @property  # type: ignore[misc]
+    @property  # type: ignore[misc]  # every object has a `__class__` to write to
     def __class__(self) -> Any:
         return type(self._network)
 

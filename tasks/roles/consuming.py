@@ -37,9 +37,10 @@ INSPECTIONS = {
 def register(celery: Celery, name: str, act: Callable[..., None]) -> None:
     """Make `act` the task called `name`."""
 
-    @celery.task(name=name)
     def task(**arguments: Any) -> None:
         act(**arguments)
+
+    celery.task(name=name)(task)
 
 
 def consume(celery: Celery, queues: Sequence[str], *, name: str, threads: int) -> int:
