@@ -20,7 +20,7 @@ TELL = 'echo "$SAID,$HOME,$SECRET_OF_THE_CALLER,$CUDA_VISIBLE_DEVICES,"; exec sl
 @pytest.fixture
 def supervisor(monkeypatch):
     """One of its own, started from a shell with a secret in it."""
-    monkeypatch.setenv("HOME", "/home/caller")
+    monkeypatch.setenv("HOME", "/elsewhere/caller")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
     monkeypatch.setenv("SECRET_OF_THE_CALLER", "s3cret")
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
@@ -66,7 +66,7 @@ def test_programs_get_their_own_variables_and_of_the_caller_s_only_those_of_mach
     supervisor.start("teller")
     until(lambda: told(supervisor), what="its line")
 
-    assert told(supervisor) == [f"{odd},/home/caller,,2,"]
+    assert told(supervisor) == [f"{odd},/elsewhere/caller,,2,"]
 
 
 @pytest.mark.parametrize("value", ['a"b', "a\nb", "a ;b", "a #b"])
