@@ -16,8 +16,11 @@ from darkroom_client import Client
 from edges import telemetry
 from fleet.stack import Stack
 
-os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"  # the receivers of webhooks that tests start are here
-telemetry.configure_logs()  # to standard error, as in every process of the house: what a test reads from standard output is its own
+# the receivers of webhooks that tests start are here
+os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"
+# to standard error, as in every process of the house: what a test reads from standard output is its
+# own
+telemetry.configure_logs()
 
 
 class SecondTenant(NamedTuple):
@@ -33,7 +36,8 @@ def stack() -> Iterator[Stack]:
     # Not below pytest's own temporary folder: that is closed to the account Postgres runs under when we are root.
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
     stack = Stack(folder / "data")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit on the suite still ends the stack
+    # a time limit on the suite still ends the stack
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         stack.up(wait_s=280)
         yield stack
@@ -61,7 +65,9 @@ def second_tenant(stack: Stack) -> Iterator[SecondTenant]:
     engine = make_engine(env["DATABASE_URL"], pool_size=1)
     with transaction(engine) as session:
         tenant = tenants.create(session, name="second")
-        _, key = api_keys.issue(session, tenant_id=tenant.id, name="tests", pepper=env["API_KEY_PEPPER"])
+        _, key = api_keys.issue(
+            session, tenant_id=tenant.id, name="tests", pepper=env["API_KEY_PEPPER"]
+        )
     engine.dispose()
     with Client(env["DARKROOM_URL"], key) as client:
         yield SecondTenant("second", client)

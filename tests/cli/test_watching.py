@@ -20,7 +20,11 @@ def progress(step):
 def test_a_job_s_bar_is_as_long_as_the_steps_that_its_images_make():
     sight = Sight.of(a_job(progress=progress(4)))
 
-    assert (sight.done, sight.steps_to_do, sight.words.partition(" \u00b7")[0]) == (4, 10, "step 4/10")
+    assert (sight.done, sight.steps_to_do, sight.words.partition(" \u00b7")[0]) == (
+        4,
+        10,
+        "step 4/10",
+    )
 
 
 def test_a_job_s_bar_learns_its_length_from_the_first_step_that_is_heard():

@@ -17,7 +17,10 @@ CORNER = 9  # of Redis's sixteen numbered databases
 @pytest.fixture(scope="session")
 def settings(stack) -> StoreSettings:
     """What a results worker is handed, but for the corner."""
-    urls = {name: urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl() for name in ("broker_url", "handoff_url")}
+    urls = {
+        name: urlsplit(stack.env[name.upper()])._replace(path=f"/{CORNER}").geturl()
+        for name in ("broker_url", "handoff_url")
+    }
     return settings_for(StoreSettings, stack.env, **urls)
 
 
@@ -53,7 +56,9 @@ def proxied() -> Iterator[Callable[[str], tuple[RefusingProxy, str]]]:
     def proxied(url: str) -> tuple[RefusingProxy, str]:
         parts, port = urlsplit(url), a_closed_port()
         opened.append(RefusingProxy(port, parts.port or 0))
-        return opened[-1], parts._replace(netloc=parts.netloc.replace(f":{parts.port}", f":{port}")).geturl()
+        return opened[-1], parts._replace(
+            netloc=parts.netloc.replace(f":{parts.port}", f":{port}")
+        ).geturl()
 
     yield proxied
     for proxy in opened:

@@ -39,7 +39,11 @@ def processes() -> list[psutil.Process]:
 def test_a_decoder_answers_as_the_function_does(two, kind):
     content = encoded(a_picture(), kind)
 
-    assert two.normalise(content, tenant=1) == two.normalise(io.BytesIO(content), tenant=1) == pictures.normalise(content)
+    assert (
+        two.normalise(content, tenant=1)
+        == two.normalise(io.BytesIO(content), tenant=1)
+        == pictures.normalise(content)
+    )
 
 
 def test_a_refusal_has_its_reason_and_the_decoder_goes_on(two):
@@ -116,7 +120,11 @@ def test_decoders_end_with_their_gateway():
 
     own._idle[0]._process.stdin.close()  # as the end of the gateway does
 
-    until(lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE, within_s=10, what="the decoder's end")
+    until(
+        lambda: not process.is_running() or process.status() == psutil.STATUS_ZOMBIE,
+        within_s=10,
+        what="the decoder's end",
+    )
     own.close()
 
 
@@ -151,7 +159,10 @@ def test_who_brings_many_pictures_holds_up_only_himself():
             order.append(tenant)
             release.acquire()
 
-    threads = [threading.Thread(target=decode, args=(tenant,)) for tenant in ["many"] * 10 + ["second", "third"]]
+    threads = [
+        threading.Thread(target=decode, args=(tenant,))
+        for tenant in ["many"] * 10 + ["second", "third"]
+    ]
     for place, thread in enumerate(threads):
         thread.start()
         until(lambda place=place: len(order) + len(turns._waiting) == place + 1, what="its place")

@@ -18,7 +18,14 @@ def inputs(settings, handoff_redis) -> Inputs:
 def test_what_was_brought_comes_back_by_its_role(inputs):
     job_id, mask = uuid.uuid4(), some_pixels()[:, :, 0]
 
-    inputs.bring(job_id, {"init_image": some_pixels(seed=1), "mask": mask, "control_image": Gone("control_image: file x was erased")})
+    inputs.bring(
+        job_id,
+        {
+            "init_image": some_pixels(seed=1),
+            "mask": mask,
+            "control_image": Gone("control_image: file x was erased"),
+        },
+    )
 
     brought = inputs.of(job_id)
     assert inputs.are_there(job_id)

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from edges.containers import MAX_PARTS, NotAContainer, take_apart
-from edges.pictures import MAX_JPEG_PIXELS, MAX_PIXELS, NotAPicture, fitted, fitted_mask, has_hole, normalise, selects
+from edges.pictures import (
+    MAX_JPEG_PIXELS,
+    MAX_PIXELS,
+    NotAPicture,
+    fitted,
+    fitted_mask,
+    has_hole,
+    normalise,
+    selects,
+)
 from tests.pictures import (
     KINDS,
     SECRET,
@@ -36,7 +45,11 @@ def test_what_is_strange_and_a_picture_comes_out_plain(name):
     picture = normalise(HARMLESS[name])
 
     plain = decoded(picture.content)
-    assert (plain.format, plain.mode, plain.size) == ("PNG", picture.mode, (picture.width_px, picture.height_px))
+    assert (plain.format, plain.mode, plain.size) == (
+        "PNG",
+        picture.mode,
+        (picture.width_px, picture.height_px),
+    )
     assert picture.mode in ("L", "RGB", "RGBA")
     assert not plain.info
     for rest in (SECRET, b"script", b"PK\x03\x04", b"Exif", b"ICC"):
@@ -50,7 +63,11 @@ def test_what_is_no_picture_or_must_not_be_decoded_is_refused(name):
 
 
 @settings(deadline=None)
-@given(mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA"]), width_px=st.integers(1, 40), height_px=st.integers(1, 40))
+@given(
+    mode=st.sampled_from(["1", "L", "LA", "P", "RGB", "RGBA"]),
+    width_px=st.integers(1, 40),
+    height_px=st.integers(1, 40),
+)
 def test_what_is_lossless_keeps_every_pixel(mode, width_px, height_px):
     picture = a_picture(width_px, height_px).convert(mode)
 
@@ -98,7 +115,10 @@ def test_a_picture_is_upright_whichever_way_the_camera_was_held(kind, orientatio
 
     kept = normalise(content)
 
-    assert decoded(kept.content).tobytes() == ImageOps.exif_transpose(decoded(content)).convert("RGB").tobytes()
+    assert (
+        decoded(kept.content).tobytes()
+        == ImageOps.exif_transpose(decoded(content)).convert("RGB").tobytes()
+    )
 
 
 def test_16_bits_are_scaled_and_not_cut_off():
@@ -122,7 +142,10 @@ def test_colours_are_those_that_the_profile_means():
 def test_transparency_outlives_a_profile():
     half = Image.new("RGBA", (8, 8), (255, 0, 0, 77))
 
-    assert decoded(normalise(png(half, icc_profile=swapped_profile())).content).getpixel((0, 0))[3] == 77
+    assert (
+        decoded(normalise(png(half, icc_profile=swapped_profile())).content).getpixel((0, 0))[3]
+        == 77
+    )
 
 
 def test_printers_colours_come_out_as_a_screen_shows_them():
@@ -167,9 +190,27 @@ def test_a_mask_with_transparency_is_transparent_where_it_is_to_be_repainted():
     assert (fit[:, 20:] == 0).all()
 
 
-MARKERS = [bytes([0xFF, marker]) for marker in (0x00, 0x01, 0xC0, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xE1, 0xFE, 0xFF)]
-PREFIXES = [b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"RIFF\xff\xff\xff\x7fWEBP", *(content[:64] for content in KINDLY.values())]
-PIECES = [*MARKERS, b"\0", b"\0\2", b"\xff", b"\0\0\0\0IDAT\0\0\0\0", b"\0\0\0\0acTL", b"ANMF\0\0\0\0", b"EXIF\1\0\0\0M\0", b"MM\0*"]
+MARKERS = [
+    bytes([0xFF, marker])
+    for marker in (0x00, 0x01, 0xC0, 0xC4, 0xD0, 0xD8, 0xD9, 0xDA, 0xE1, 0xFE, 0xFF)
+]
+PREFIXES = [
+    b"\x89PNG\r\n\x1a\n",
+    b"\xff\xd8\xff",
+    b"RIFF\xff\xff\xff\x7fWEBP",
+    *(content[:64] for content in KINDLY.values()),
+]
+PIECES = [
+    *MARKERS,
+    b"\0",
+    b"\0\2",
+    b"\xff",
+    b"\0\0\0\0IDAT\0\0\0\0",
+    b"\0\0\0\0acTL",
+    b"ANMF\0\0\0\0",
+    b"EXIF\1\0\0\0M\0",
+    b"MM\0*",
+]
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,7 +260,13 @@ def test_a_search_for_markers_does_not_go_over_a_run_again(run, end):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_decoder_sees_no_metadata(kind):
-    content = encoded(a_picture(), kind, exif=SECRET * 9, xmp=b"<x:xmpmeta>" + SECRET, icc_profile=swapped_profile())
+    content = encoded(
+        a_picture(),
+        kind,
+        exif=SECRET * 9,
+        xmp=b"<x:xmpmeta>" + SECRET,
+        icc_profile=swapped_profile(),
+    )
 
     container = take_apart(content)
 
@@ -233,13 +280,17 @@ def test_a_profile_of_more_than_a_megabyte_counts_as_in_a_jpeg():
     red = Image.new("RGB", (8, 8), (255, 0, 0))
     profile = swapped_profile() + np.random.default_rng(0).bytes(1_600_000)
 
-    kept = [decoded(normalise(encoded(red, kind, icc_profile=profile)).content).getpixel((4, 4)) for kind in ("PNG", "JPEG")]
+    kept = [
+        decoded(normalise(encoded(red, kind, icc_profile=profile)).content).getpixel((4, 4))
+        for kind in ("PNG", "JPEG")
+    ]
 
     assert [green > 240 > red for red, green, _ in kept] == [True, True]
 
 
 @pytest.mark.parametrize(
-    ("width_px", "height_px", "kept"), [(5712, 4284, (2856, 2142)), (6048, 8064, (3024, 4032)), (4000, 3000, (4000, 3000))]
+    ("width_px", "height_px", "kept"),
+    [(5712, 4284, (2856, 2142)), (6048, 8064, (3024, 4032)), (4000, 3000, (4000, 3000))],
 )
 def test_a_photograph_that_is_too_large_is_scaled_down(width_px, height_px, kept):
     ramp = Image.linear_gradient("L").resize((width_px, height_px))
@@ -273,7 +324,9 @@ def halves(mode="L", *, alpha=255) -> Image.Image:
 
 @pytest.mark.parametrize("alpha", [0, 1, 100, 254, 255])
 def test_an_alpha_that_is_the_same_everywhere_says_nothing(alpha):
-    assert (fitted_mask(png(halves("RGBA", alpha=alpha)), 40, 20) == fitted_mask(png(halves()), 40, 20)).all()
+    assert (
+        fitted_mask(png(halves("RGBA", alpha=alpha)), 40, 20) == fitted_mask(png(halves()), 40, 20)
+    ).all()
 
 
 def test_a_few_faint_pixels_do_not_turn_a_mask_into_another():

@@ -45,7 +45,12 @@ def epsilon_checkpoint(tmp_path_factory, one_torch_thread) -> Path:
     from diffusers import PNDMScheduler
 
     scheduler = PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False, steps_offset=1
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        skip_prk_steps=True,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
     return save_tiny_checkpoint(tmp_path_factory.mktemp("checkpoint") / "epsilon", scheduler)
 

@@ -145,7 +145,8 @@ def test_a_key_never_measured_borrows_the_most_alike_one_scaled_by_pixels():
     borrowed = a_key(256)
 
     assert not costs.is_measured(borrowed)
-    assert costs.step_s(borrowed, 2) == 2 / 4  # 512 is nearer than 64, and has four times the pixels
+    # 512 is nearer than 64, and has four times the pixels
+    assert costs.step_s(borrowed, 2) == 2 / 4
     assert costs.decode_s(borrowed) == 0.5 / 4
     assert costs.encode_s(borrowed) == 0.1  # a prompt has no pixels
 
@@ -261,7 +262,8 @@ def test_growth_is_judged_by_what_each_row_gained_costs_against_a_single_row_ste
 def test_growth_into_padding_is_paid_by_the_rows_that_use_it():
     curve = costs_of({4: 2.0, 8: 3.0, 1: 1.0}).curve(KEY)
 
-    assert not curve.is_worth_growing(4, 8, used_rows=1)  # a second for one row, though the forward gains four
+    # a second for one row, though the forward gains four
+    assert not curve.is_worth_growing(4, 8, used_rows=1)
     assert curve.is_worth_growing(4, 8, used_rows=2)
 
 
@@ -330,7 +332,9 @@ def test_what_is_written_as_json_and_loaded_elsewhere_says_the_same():
 
     assert to_data(elsewhere) == to_data(costs)
     assert elsewhere.is_measured(KEY)
-    assert [elsewhere.step_s(KEY, rows) for rows in range(1, 33)] == [costs.step_s(KEY, rows) for rows in range(1, 33)]
+    assert [elsewhere.step_s(KEY, rows) for rows in range(1, 33)] == [
+        costs.step_s(KEY, rows) for rows in range(1, 33)
+    ]
     assert (elsewhere.encode_s(KEY), elsewhere.decode_s(KEY)) == (0.1, 0.5)
     assert elsewhere.row_limit(KEY, 2000) == 6
 
@@ -370,17 +374,43 @@ def broken(change) -> object:
         (lambda data: data.update(keys={}), r"keys: \{\} is not a list"),
         (lambda data: data["keys"][1].pop("key") and None, r"keys\[1\]: key is missing"),
         (lambda data: data["keys"][1].update(colour=1), r"keys\[1\]: 'colour' is not known"),
-        (lambda data: data["keys"][0]["key"].update(width_px=0), r"keys\[0\]\.key\.width_px: 0 is not a whole number from 1 up"),
-        (lambda data: data["keys"][0]["key"].update(checkpoint=3), r"keys\[0\]\.key\.checkpoint: 3 is not a string"),
-        (lambda data: data["keys"][0].update(steps=[[1]]), r"keys\[0\]\.steps\[0\]: \[1\] is not a list of 2"),
-        (lambda data: data["keys"][0].update(steps=[[True, 1.0]]), r"keys\[0\]\.steps\[0\]\[0\]: True is not a whole number from 1 up"),
-        (lambda data: data["keys"][0].update(steps=[[1, 0.0]]), r"keys\[0\]\.steps\[0\]\[1\]: 0.0 is not a number of seconds"),
-        (lambda data: data["keys"][0].update(decode_s="1"), r"keys\[0\]\.decode_s: '1' is not a number of seconds"),
-        (lambda data: data["keys"][0].update(encode_s=float("nan")), r"keys\[0\]\.encode_s: nan is not a number of seconds"),
-        (lambda data: data["keys"][0].update(memory={"fixed_bytes": 1}), r"keys\[0\]\.memory: per_row_bytes is missing"),
+        (
+            lambda data: data["keys"][0]["key"].update(width_px=0),
+            r"keys\[0\]\.key\.width_px: 0 is not a whole number from 1 up",
+        ),
+        (
+            lambda data: data["keys"][0]["key"].update(checkpoint=3),
+            r"keys\[0\]\.key\.checkpoint: 3 is not a string",
+        ),
+        (
+            lambda data: data["keys"][0].update(steps=[[1]]),
+            r"keys\[0\]\.steps\[0\]: \[1\] is not a list of 2",
+        ),
+        (
+            lambda data: data["keys"][0].update(steps=[[True, 1.0]]),
+            r"keys\[0\]\.steps\[0\]\[0\]: True is not a whole number from 1 up",
+        ),
+        (
+            lambda data: data["keys"][0].update(steps=[[1, 0.0]]),
+            r"keys\[0\]\.steps\[0\]\[1\]: 0.0 is not a number of seconds",
+        ),
+        (
+            lambda data: data["keys"][0].update(decode_s="1"),
+            r"keys\[0\]\.decode_s: '1' is not a number of seconds",
+        ),
+        (
+            lambda data: data["keys"][0].update(encode_s=float("nan")),
+            r"keys\[0\]\.encode_s: nan is not a number of seconds",
+        ),
+        (
+            lambda data: data["keys"][0].update(memory={"fixed_bytes": 1}),
+            r"keys\[0\]\.memory: per_row_bytes is missing",
+        ),
     ],
 )
-def test_a_malformed_file_is_refused_by_the_place_that_is_wrong_and_nothing_is_taken_over(change, complaint):
+def test_a_malformed_file_is_refused_by_the_place_that_is_wrong_and_nothing_is_taken_over(
+    change, complaint
+):
     costs = CostModel()
 
     with pytest.raises(ValueError, match=complaint):

@@ -45,7 +45,10 @@ def test_what_was_measured_on_another_device_is_not_used(tmp_path):
     assert not costs.is_measured(KEY)
 
 
-@pytest.mark.parametrize("contents", ["", "{", "[]", '{"curves": {}}', '{"curves": {"version": 99, "keys": []}}', '{"curves": 5}'])
+@pytest.mark.parametrize(
+    "contents",
+    ["", "{", "[]", '{"curves": {}}', '{"curves": {"version": 99, "keys": []}}', '{"curves": 5}'],
+)
 def test_a_file_that_cannot_be_used_is_as_good_as_none(tmp_path, contents):
     curve_file(tmp_path, "tiny", HERE).write_text(contents)
 
@@ -78,7 +81,9 @@ def test_a_calibration_is_what_a_worker_starts_with(checkpoint, tmp_path):
         engine.submit(a_request("a")).result(60)
 
     assert [(point.width_px, point.height_px, point.rows) for point in points] == [
-        (width_px, height_px, rows) for width_px, height_px in a_spec(checkpoint).sizes for rows in (1, 2, 4)
+        (width_px, height_px, rows)
+        for width_px, height_px in a_spec(checkpoint).sizes
+        for rows in (1, 2, 4)
     ]
     assert all(point.step_s > 0 for point in points)
     steps = [[entry["steps"] for entry in data["keys"]] for data in (saved, known_at_start)]

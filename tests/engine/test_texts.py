@@ -28,7 +28,13 @@ def engine(checkpoint, tmp_path_factory):
         a_spec(checkpoint, name="sd", samplers=NOISE, **SIZES),
         a_spec(sdxl, name="sdxl", family="sdxl", samplers=NOISE, **SIZES),
         a_spec(save_tiny_sd3(folder / "sd3"), name="sd3", family="sd3", samplers=FLOW, **SIZES),
-        a_spec(save_tiny_sd3(folder / "clip", with_t5=False), name="sd3 without T5", family="sd3", samplers=FLOW, **SIZES),
+        a_spec(
+            save_tiny_sd3(folder / "clip", with_t5=False),
+            name="sd3 without T5",
+            family="sd3",
+            samplers=FLOW,
+            **SIZES,
+        ),
         a_spec(save_tiny_flux(folder / "flux"), name="flux", family="flux", samplers=FLOW, **SIZES),
     ]
     with Engine(EngineConfig(growth_ceiling=ALWAYS, max_batch_rows=8), specs) as engine:

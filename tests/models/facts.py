@@ -11,12 +11,18 @@ from sqlalchemy.orm import Session
 
 import migrations
 
-HEAD = max(path.name.partition("_")[0] for path in migrations.VERSIONS[0].glob("*.py"))  # the newest revision
+# the newest revision
+HEAD = max(path.name.partition("_")[0] for path in migrations.VERSIONS[0].glob("*.py"))
 
 
 def events_of(session: Session, job_id: uuid.UUID) -> list[str]:
     """The job's audit events, oldest first."""
-    return list(session.scalars(text("SELECT event FROM audit_log WHERE job_id = :job_id ORDER BY seq"), {"job_id": job_id}))
+    return list(
+        session.scalars(
+            text("SELECT event FROM audit_log WHERE job_id = :job_id ORDER BY seq"),
+            {"job_id": job_id},
+        )
+    )
 
 
 def attempt_of(session: Session, job_id: uuid.UUID, number: int = 1) -> Any:
@@ -48,11 +54,16 @@ def definitions(connection: Connection, schema: str) -> set[tuple[str, str]]:
         "SELECT tablename || '.' || indexname, indexdef FROM pg_indexes WHERE schemaname = :schema",
     )
     rows = [row for query in queries for row in connection.execute(text(query), {"schema": schema})]
-    plain = [(str(name).replace(f"{schema}.", ""), str(definition).replace(f"{schema}.", "")) for name, definition in rows]
+    plain = [
+        (str(name).replace(f"{schema}.", ""), str(definition).replace(f"{schema}.", ""))
+        for name, definition in rows
+    ]
     return {
         (name, definition)
         for name, definition in plain
-        if not name.startswith(("audit_events_2", "audit_events_default", "alembic_version", "living_sql"))
+        if not name.startswith(
+            ("audit_events_2", "audit_events_default", "alembic_version", "living_sql")
+        )
     }
 
 

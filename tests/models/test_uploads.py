@@ -24,7 +24,10 @@ def begin(session, key, *, ago_s=0.0):
 
 
 def is_noted(session, key) -> bool:
-    return session.scalar(text("SELECT count(*) FROM uploads WHERE object_key = :key"), {"key": key}) == 1
+    return (
+        session.scalar(text("SELECT count(*) FROM uploads WHERE object_key = :key"), {"key": key})
+        == 1
+    )
 
 
 def test_an_interrupted_upload_is_found_when_its_time_is_over(session, key):
@@ -87,9 +90,13 @@ def test_a_store_that_is_refused_leaves_the_object_to_be_found(session):
     assert uploads.left_behind(session, older_than_s=90) == artifact["object_key"]
 
 
-def test_an_object_that_an_artifact_names_is_not_deleted_only_because_another_delivery_began_to_upload_it(session):
+def test_an_object_that_an_artifact_names_is_not_deleted_only_because_another_delivery_began_to_upload_it(
+    session,
+):
     job = a_succeeded_job(session)
-    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    key = session.scalar(
+        text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id}
+    )
     begin(session, key, ago_s=100)
 
     assert uploads.left_behind(session, older_than_s=90) is None
@@ -135,7 +142,9 @@ def test_an_upload_does_not_begin_while_its_object_is_being_deleted(database, ke
 
 def test_a_doubled_delivery_leaves_no_note_that_keeps_an_erased_picture_in_the_store(session):
     job = a_succeeded_job(session)
-    key = session.scalar(text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id})
+    key = session.scalar(
+        text("SELECT object_key FROM artifacts WHERE job_id = :id"), {"id": job.id}
+    )
     begin(session, key)  # by the second delivery, when the first had stored the image already
 
     uploads.end_if_named(session, key)

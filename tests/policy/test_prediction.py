@@ -7,15 +7,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from policy.prediction import Cost, EtaRatios, Line, Waiting, corrected, learn_ratios, predicted_s, raw_eta_s
+from policy.prediction import (
+    Cost,
+    EtaRatios,
+    Line,
+    Waiting,
+    corrected,
+    learn_ratios,
+    predicted_s,
+    raw_eta_s,
+)
 from policy.steps import Denoising
 
 SECONDS = st.floats(0, 1e6)
-FLOWS = st.lists(st.builds(Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)))
+FLOWS = st.lists(
+    st.builds(
+        Waiting, weight=st.floats(0.1, 10), jobs=st.integers(1, 100), cost_s=st.floats(0.1, 1e5)
+    )
+)
 
 
 def cost_of(cost=None, **changes) -> float:
-    wish = {"width_px": 1000, "height_px": 1000, "denoising": Denoising(steps=20, rows=1), "num_images": 1}
+    wish = {
+        "width_px": 1000,
+        "height_px": 1000,
+        "denoising": Denoising(steps=20, rows=1),
+        "num_images": 1,
+    }
     return predicted_s(cost, **{**wish, **changes})
 
 
@@ -28,7 +46,9 @@ def test_a_job_takes_its_rows_times_its_steps_and_what_is_fixed_of_each_image():
 
     assert cost_of(cost) == pytest.approx(20 * 0.01 + 0.3)
     assert cost_of(cost, denoising=Denoising(20, rows=2)) == pytest.approx(20 * 2 * 0.01 + 0.3)
-    assert cost_of(cost, denoising=Denoising(20, rows=2), num_images=4) == pytest.approx(4 * (20 * 2 * 0.01 + 0.3))
+    assert cost_of(cost, denoising=Denoising(20, rows=2), num_images=4) == pytest.approx(
+        4 * (20 * 2 * 0.01 + 0.3)
+    )
 
 
 def test_what_was_never_seen_is_guessed_by_its_pixels_and_never_free():
@@ -61,7 +81,9 @@ def test_the_further_behind_the_more_is_ahead_and_never_more_than_there_is(flows
 
 @given(flows=FLOWS, lead_s=SECONDS)
 def test_a_line_gives_what_its_flows_give_each_for_itself(flows, lead_s):
-    given_s, jobs = zip(*(flow.before(lead_s) for flow in flows), strict=True) if flows else ((), ())
+    given_s, jobs = (
+        zip(*(flow.before(lead_s) for flow in flows), strict=True) if flows else ((), ())
+    )
 
     assert Line(flows).before(lead_s) == pytest.approx((sum(given_s), sum(jobs)), abs=1e-6)
 
@@ -93,7 +115,10 @@ def test_a_corrected_guess_has_its_p90_never_below_its_p50(raw_s, p50, p90):
 @pytest.mark.parametrize("spread", [0.3, 0.8])
 def test_of_ratios_as_they_come_half_lie_below_p50_and_nine_tenths_below_p90(median, spread):
     chance = random.Random(11)
-    past, next_ones = ([chance.lognormvariate(math.log(median), spread) for _ in range(count)] for count in (400, 5000))
+    past, next_ones = (
+        [chance.lognormvariate(math.log(median), spread) for _ in range(count)]
+        for count in (400, 5000)
+    )
 
     known = None
     for observed, ratio in enumerate(past):

@@ -31,7 +31,9 @@ def test_a_request_says_what_its_job_says():
         "mask",
         "control_image",
     }
-    assert {name: getattr(request, name) for name in same} == {name: getattr(job, name) for name in same}
+    assert {name: getattr(request, name) for name in same} == {
+        name: getattr(job, name) for name in same
+    }
     assert request.seed == 9
     assert request.determinism is Determinism.REPRODUCIBLE
 
