@@ -1,6 +1,8 @@
-"""The compose stack for real: builds both images, starts everything, makes an image, restarts, and leaves nothing behind.
+"""The compose stack for real: builds both images, starts everything, makes an image, restarts, and
+leaves nothing behind.
 
-Takes minutes and a Docker engine, so it runs only when asked for: `pytest -m compose`. Uses a project, ports and image tags of its own.
+Takes minutes and a Docker engine, so it runs only when asked for: `pytest -m compose`. Uses a
+project, ports and image tags of its own.
 """
 
 import contextlib
