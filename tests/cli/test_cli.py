@@ -431,7 +431,8 @@ def test_check_names_a_postgres_that_takes_no_writes_and_one_without_tables(stac
         with empty.owner.begin() as connection:  # as a standby says it
             connection.execute(
                 text(
-                    f"ALTER DATABASE {connection.engine.url.database} SET default_transaction_read_only = on"
+                    f"ALTER DATABASE {connection.engine.url.database} "
+                    "SET default_transaction_read_only = on"
                 )
             )
         [standby] = check._database("gateway", url)
@@ -459,7 +460,8 @@ def test_check_names_a_pool_that_lacks_workers_and_a_postgres_that_lacks_connect
     assert done.exit_code == 1
     assert "pool local: 1 live workers, warm_floor is 3" in done.stdout
     assert re.search(
-        r"^wrong +Postgres: max_connections leaves \d+, and one of each process may open \d+: gateway",
+        r"^wrong +Postgres: max_connections leaves \d+, and one of each process may open \d+: "
+        r"gateway",
         done.stdout,
         re.MULTILINE,
     )

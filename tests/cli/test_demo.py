@@ -1,4 +1,7 @@
-"""The demo's verdict, and that it stops only what it started; `make demo` itself runs on the real stack."""
+"""The demo's verdict, and that it stops only what it started.
+
+`make demo` itself runs on the real stack.
+"""
 
 from pathlib import Path
 
@@ -43,9 +46,9 @@ def test_demo_is_good_when_every_job_succeeded_and_nine_images_in_ten_are_right(
     shown = capsys.readouterr()
     assert verdict is is_good
     assert (
-        f"{12 - failed} of 12 jobs succeeded; {12 - wrong} of 12 images show what their prompts say."
-        in shown.out
-    )
+        f"{12 - failed} of 12 jobs succeeded; "
+        f"{12 - wrong} of 12 images show what their prompts say."
+    ) in shown.out
     assert shown.err.count("no circle") == wrong
 
 

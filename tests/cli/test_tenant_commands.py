@@ -1,4 +1,7 @@
-"""tenants, keys, usage: what an operator sets by them holds at the gateway, and what they show is what it counts by."""
+"""tenants, keys, usage: what an operator sets by them holds at the gateway.
+
+What they show is what the gateway counts by.
+"""
 
 import json
 import re
@@ -242,7 +245,10 @@ def test_a_key_expires_when_it_was_told_to(stack, tenant, as_key):
 
     assert (refused.exit_code, "Unauthenticated" in refused.stderr) == (4, True)
     assert as_key(lives, "jobs").exit_code == 0
-    query = "SELECT round(extract(epoch FROM expires_at - created_at) / 86400, 2) FROM api_keys WHERE id = ANY(%s::uuid[]) ORDER BY 1"
+    query = (
+        "SELECT round(extract(epoch FROM expires_at - created_at) / 86400, 2) FROM api_keys "
+        "WHERE id = ANY(%s::uuid[]) ORDER BY 1"
+    )
     assert [
         float(days)
         for (days,) in ask(stack.env["MIGRATION_DATABASE_URL"], query, [[gone_id, lives_id]]).rows
@@ -259,7 +265,8 @@ def test_a_rotated_key_has_a_successor_of_the_same_name_and_scopes_and_lives_on_
 
     assert new != old
     assert (as_key(old, "jobs").exit_code, as_key(new, "jobs").exit_code) == (0, 0)
-    query = """SELECT id::text, name, scopes, round(extract(epoch FROM expires_at - clock_timestamp()) / 3600)::integer
+    query = """SELECT id::text, name, scopes,
+                      round(extract(epoch FROM expires_at - clock_timestamp()) / 3600)::integer
                FROM api_keys WHERE id = ANY(%s::uuid[]) ORDER BY created_at"""
     rows = ask(stack.env["MIGRATION_DATABASE_URL"], query, [[old_id, new_id]]).rows
     assert rows == [(old_id, "web", ["read"], 24), (new_id, "web", ["read"], None)]
@@ -287,8 +294,10 @@ def used(stack, *options) -> dict[str, list[str]]:
 
 
 def test_usage_is_told_by_days_with_a_total(stack, tenant, as_key, tmp_path):
-    query = """INSERT INTO usage_ledger (tenant_id, day, reserved, settled, jobs_accepted, jobs_succeeded, cost)
-               SELECT id, (clock_timestamp() AT TIME ZONE 'UTC')::date - 2, 0.5, 1.25, 4, 2, 0.125 FROM tenants WHERE name = %s
+    query = """INSERT INTO usage_ledger
+                      (tenant_id, day, reserved, settled, jobs_accepted, jobs_succeeded, cost)
+               SELECT id, (clock_timestamp() AT TIME ZONE 'UTC')::date - 2, 0.5, 1.25, 4, 2, 0.125
+               FROM tenants WHERE name = %s
                RETURNING day::text, (day + 2)::text"""
     earlier, today = ask(stack.env["MIGRATION_DATABASE_URL"], query, [tenant]).rows[0]
     key, _ = issued(stack, "issue", "--tenant", tenant)

@@ -9,7 +9,7 @@ from darkroom_client import Event
 
 
 def a_job(*, progress=None, state="running"):
-    """As the API tells of one of two images, of twenty steps each that a picture spares fifteen of."""
+    """As the API tells of one of two images, of 20 steps each that a picture spares 15 of."""
     return SimpleNamespace(state=state, steps=20, n=2, progress=progress, queue=None)
 
 
