@@ -50,7 +50,7 @@ class Request:
         self._handler.close_connection = True
 
     def reset(self) -> None:
-        """The connection breaks without an answer, as when the process at the other end is killed."""
+        """Break the connection without an answer, as when the process at its end is killed."""
         self._handler.connection.setsockopt(
             socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)
         )
@@ -104,7 +104,10 @@ def server() -> Iterator[Server]:
 
 
 class Either:
-    """One of the clients, driven the same way: `ask("job", "j1")` is what the method returns, a list where it is iterated."""
+    """One of the clients, driven the same way.
+
+    `ask("job", "j1")` is what the method returns, a list where it is iterated.
+    """
 
     def __init__(self, kind: str, url: str) -> None:
         self.kind, self.url = kind, url

@@ -69,7 +69,10 @@ def a_job(**changes):
 
 
 def a_client(answer):
-    """A client whose every request is answered by `answer(request)`; the requests are kept in `client.seen`."""
+    """A client whose every request is answered by `answer(request)`.
+
+    The requests are kept in `client.seen`.
+    """
     seen = []
 
     def play(request):
@@ -434,8 +437,14 @@ def test_the_client_imports_nothing_of_the_house():
     import subprocess
     import sys
 
-    rooms = "{'app', 'cli', 'dispatch', 'edges', 'engine', 'fleet', 'migrations', 'models', 'policy', 'settings', 'tasks'}"
-    program = f"import sys, darkroom_client; print(sorted({rooms} & {{name.partition('.')[0] for name in sys.modules}}))"
+    rooms = (
+        "{'app', 'cli', 'dispatch', 'edges', 'engine', 'fleet', 'migrations', 'models', 'policy', "
+        "'settings', 'tasks'}"
+    )
+    program = (
+        "import sys, darkroom_client; "
+        f"print(sorted({rooms} & {{name.partition('.')[0] for name in sys.modules}}))"
+    )
 
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True

@@ -1,4 +1,7 @@
-"""Both clients against a real server that fails: what is tried again, how often, and that nothing is made twice."""
+"""Both clients against a real server that fails.
+
+What is tried again, how often, and that nothing is made twice.
+"""
 
 import hashlib
 import inspect
@@ -402,7 +405,10 @@ def test_events_begin_after_the_one_that_the_caller_names(either, server):
 def test_events_are_the_same_however_the_bytes_are_cut(monkeypatch):
     from darkroom_client.events import Following
 
-    text = ': hi\r\n\r\nid: 1\r\nevent: step\r\ndata: {"text": "\u2028 é"}\r\n\r\n\ndata: no json\n\nid: 2\nevent: final\ndata: {}\n\n'
+    text = (
+        ': hi\r\n\r\nid: 1\r\nevent: step\r\ndata: {"text": "\u2028 é"}\r\n\r\n\n'
+        "data: no json\n\nid: 2\nevent: final\ndata: {}\n\n"
+    )
     whole = text.encode()
     dice = random.Random(7)
 
