@@ -64,7 +64,9 @@ def told(handoff_redis):
 
 
 def leave_traces(ended, lease) -> None:
-    """Leave in Redis what there is of a job that starts from a picture and of which one image is handed on."""
+    """Leave in Redis what there is of a job that starts from a picture and of which one image is
+    handed on.
+    """
     ended.handoff.put(lease.job_id, 0, lease.attempt, some_pixels())
     ended.snapshots.put(lease.job_id, 1, lease.attempt, 3, b"latents")
     ended.inputs.bring(lease.job_id, {"init_image": some_pixels()})

@@ -1,4 +1,7 @@
-"""From waiting rows to messages: stamped, committed, published; nothing is lost when the broker is."""
+"""From waiting rows to messages: stamped, committed, published.
+
+Nothing is lost when the broker is.
+"""
 
 import json
 import uuid
