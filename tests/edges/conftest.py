@@ -1,4 +1,6 @@
-"""The stack's real Redis, S3 and Postgres, each with a corner that no process of the house looks into."""
+"""The stack's real Redis, S3 and Postgres, each with a corner that no process of the house looks
+into.
+"""
 
 from collections.abc import Callable, Iterator
 from urllib.parse import urlsplit
@@ -67,6 +69,9 @@ def proxied() -> Iterator[Callable[[str], tuple[RefusingProxy, str]]]:
 
 @pytest.fixture(scope="session")
 def small_redis(tmp_path_factory) -> Iterator[str]:
-    """The URL of a Redis of our own that is full when it is empty: it needs more memory than it may use."""
+    """The URL of a Redis of our own that is full when it is empty.
+
+    It needs more memory than it may use.
+    """
     with a_redis(tmp_path_factory.mktemp("redis"), maxmemory="512kb") as url:
         yield url

@@ -133,7 +133,7 @@ def test_a_raw_message_tells_its_job(broker, broker_redis, name, queue):
 
 
 def test_a_raw_message_tells_its_job_by_its_arguments_too(broker, broker_redis):
-    """As when somebody sends it by hand, with a task id of Celery's own choice that means nothing."""
+    """As when somebody sends it by hand, with a task id of Celery's choice that means nothing."""
     job_id = uuid.uuid4()
     broker.announce(queues.RENDER_JOB, FAST, job_id)
     message = json.loads(broker_redis.lindex(FAST, -1))

@@ -1,4 +1,7 @@
-"""Processes that decode what strangers send: they answer as the plain functions do, die alone, and are shared fairly."""
+"""Processes that decode what strangers send.
+
+They answer as the plain functions do, die alone, and are shared fairly.
+"""
 
 import contextlib
 import io
@@ -151,7 +154,9 @@ def test_a_file_is_read_only_when_its_turn_has_come(two):
 
 
 def test_who_brings_many_pictures_holds_up_only_himself():
-    """Ten of one tenant wait for two turns when a second and a third tenant come with one each: those are next."""
+    """Ten of one tenant wait for two turns when a second and a third tenant come with one each:
+    those are next.
+    """
     turns, order, release = Turns(2, wait_s=60, max_waiting=16), [], threading.Semaphore(0)
 
     def decode(tenant):

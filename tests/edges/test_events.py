@@ -1,4 +1,6 @@
-"""Streams of jobs: nothing lost, nothing twice, bounded where it must be, and in nobody's way when Redis is away."""
+"""Streams of jobs: nothing lost, nothing twice, bounded where it must be, and in nobody's way when
+Redis is away.
+"""
 
 import io
 import socket

@@ -1,4 +1,7 @@
-"""Pictures on their way to a GPU: what was brought is there, all of it at once, and nothing stays for ever."""
+"""Pictures on their way to a GPU.
+
+What was brought is there, all of it at once, and nothing stays for ever.
+"""
 
 import uuid
 

@@ -1,4 +1,7 @@
-"""How a worker hears that its machine goes: each cloud's metadata service, files and signals, told once by one watch."""
+"""How a worker hears that its machine goes.
+
+Each cloud's metadata service, files and signals, told once by one watch.
+"""
 
 import json
 import signal
@@ -30,7 +33,10 @@ from tests.builders import a_closed_port, until
 
 
 class Metadata:
-    """A metadata service on 127.0.0.1, whose clock is an hour ahead of ours. What it says is `answer`: here 404, for each cloud its own."""
+    """A metadata service on 127.0.0.1, whose clock is an hour ahead of ours.
+
+    What it says is `answer`: here 404, for each cloud its own.
+    """
 
     def __init__(self, port=0):
         self.asked = []  # "METHOD path" of every request
@@ -182,7 +188,10 @@ metadata, aws, gcp, azure = (
 
 @pytest.fixture
 def watch():
-    """Start a watch over sources, which are polled often: `heard = watch(*sources)`. What it tells is in the queue."""
+    """Start a watch over sources, which are polled often: `heard = watch(*sources)`.
+
+    What it tells is in the queue.
+    """
     watches = []
 
     def watch(*sources):

@@ -1,4 +1,7 @@
-"""Requests to addresses that tenants choose: what is never connected to, and how long anything may take."""
+"""Requests to addresses that tenants choose.
+
+What is never connected to, and how long anything may take.
+"""
 
 import threading
 import time

@@ -1,4 +1,7 @@
-"""What becomes of pictures that strangers send: refused before it costs anything, or PNG of 8 bits with nothing else in it."""
+"""What becomes of pictures that strangers send.
+
+Refused before it costs anything, or PNG of 8 bits with nothing else in it.
+"""
 
 import sys
 import time
@@ -220,7 +223,10 @@ PIECES = [
     end=st.sampled_from([b"", b"\0" * 8, b"\xff\xd9", b"\0\0\0\0IEND\xaeB`\x82"]),
 )
 def test_taking_a_file_apart_takes_work_in_proportion_to_its_length(prefix, runs, end):
-    """Lines of Python that are run: so many a part, of which there are so many; however long the file is and whatever is repeated in it."""
+    """Lines of Python that are run: so many a part, of which there are so many.
+
+    It does not matter how long the file is and what is repeated in it.
+    """
     for scale in (1, 100, 3000):
         content = prefix + b"".join(piece * (count * scale) for piece, count in runs) + end
 
@@ -249,7 +255,10 @@ def _work_for(content: bytes) -> int:
 @pytest.mark.parametrize("run", [*MARKERS, b"\xff\xff\xff"])
 @pytest.mark.parametrize("end", [b"\0" * 8, b"\xff\xd9", b""])
 def test_a_search_for_markers_does_not_go_over_a_run_again(run, end):
-    """Eight megabytes of one run take some 0.2 s; a search that looks ahead at every place takes hours."""
+    """Eight megabytes of one run take some 0.2 s.
+
+    A search that looks ahead at every place takes hours.
+    """
     began = time.process_time()
 
     with pytest.raises(NotAPicture):

@@ -1,4 +1,7 @@
-"""Snapshots of images under way: the newest of the latest attempt comes back, for a while, or everybody goes on without."""
+"""Snapshots of images under way.
+
+The newest of the latest attempt comes back, for a while, or everybody goes on without.
+"""
 
 import time
 import uuid
