@@ -1,4 +1,6 @@
-"""Tiny networks of every family, and LoRA files for them with random weights, in the words of peft and of kohya."""
+"""Tiny networks of every family, and LoRA files for them with random weights, in the words of peft
+and of kohya.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -102,7 +104,10 @@ ROWS = 4
 
 
 def call_unet(network: nn.Module, dtype: torch.dtype, order: Sequence[int] = range(ROWS)) -> Tensor:
-    """One forward of four strangers at different timesteps, in any order; so do the others below."""
+    """One forward of four strangers at different timesteps, in any order.
+
+    So do the others below.
+    """
     inputs = _drawn(order, dtype, latents=(4, 8, 8), text=(7, 16))
     return network(inputs["latents"], _timesteps(order), inputs["text"], return_dict=False)[0]
 
@@ -244,7 +249,10 @@ def a_bank(
 
 
 def _still(network: nn.Module) -> nn.Module:
-    """Weights that matter in every layer: some start as zeros, behind which an adapter would go unseen."""
+    """Weights that matter in every layer.
+
+    Some start as zeros, behind which an adapter would go unseen.
+    """
     network.eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():

@@ -1,4 +1,6 @@
-"""A tiny checkpoint with random weights, real in every part, and builders that hide what a test does not care about."""
+"""A tiny checkpoint with random weights, real in every part, and builders that hide what a test
+does not care about.
+"""
 
 from pathlib import Path
 
@@ -195,7 +197,10 @@ def saturated(rows: int) -> float:
 def measured_costs(
     curve=flat, *, sizes=(SIZE,), rows=(1, 2, 4, 8, 16), encode_s=0.1, decode_s=0.5
 ) -> CostModel:
-    """Costs that have been seen often enough to be believed; `curve` gives the seconds of a forward by its rows, for every size."""
+    """Costs that have been seen often enough to be believed.
+
+    `curve` gives the seconds of a forward by its rows, for every size.
+    """
     costs = CostModel()
     for size in sizes:
         for n in rows:

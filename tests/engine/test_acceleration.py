@@ -1,4 +1,7 @@
-"""Layout, compilation and attention kernels: asked for by name, named in the fingerprint, and no image notices its neighbours by them."""
+"""Layout, compilation and attention kernels.
+
+Asked for by name, named in the fingerprint, and no image notices its neighbours by them.
+"""
 
 from dataclasses import replace
 

@@ -175,7 +175,8 @@ def test_one_adapter_for_all_rows_is_what_diffusers_and_peft_make_of_it(tmp_path
     with bank.rows([(AdapterUse("a", 0.7),)] * ROWS):
         ours = subject.call(network, dtype).float()
 
-    # Not the bits: peft applies the strength at full width and rounds more often. Measured: 3e-6 and 0.07 of the spread.
+    # Not the bits: peft applies the strength at full width and rounds more often. Measured: 3e-6
+    # and 0.07 of the spread.
     assert (ours - theirs).abs().max() <= (1e-5 if dtype == torch.float32 else 0.15) * theirs.std()
 
 
@@ -492,9 +493,15 @@ SGM_NAMES = {
     "input_blocks_0_0": "conv_in",
     "input_blocks_1_0_in_layers_2": "down_blocks.0.resnets.0.conv1",
     "input_blocks_2_0_op": "down_blocks.0.downsamplers.0.conv",
-    "input_blocks_3_1_transformer_blocks_0_attn1_to_q": "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q",
-    "input_blocks_3_1_transformer_blocks_1_ff_net_0_proj": "down_blocks.1.attentions.0.transformer_blocks.1.ff.net.0.proj",
-    "middle_block_1_transformer_blocks_0_attn2_to_out_0": "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0",
+    "input_blocks_3_1_transformer_blocks_0_attn1_to_q": (
+        "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    ),
+    "input_blocks_3_1_transformer_blocks_1_ff_net_0_proj": (
+        "down_blocks.1.attentions.0.transformer_blocks.1.ff.net.0.proj"
+    ),
+    "middle_block_1_transformer_blocks_0_attn2_to_out_0": (
+        "mid_block.attentions.0.transformer_blocks.0.attn2.to_out.0"
+    ),
     "middle_block_2_out_layers_3": "mid_block.resnets.1.conv2",
     "output_blocks_0_0_emb_layers_1": "up_blocks.0.resnets.0.time_emb_proj",
     "output_blocks_1_0_skip_connection": "up_blocks.0.resnets.1.conv_shortcut",
@@ -726,7 +733,9 @@ def test_names_of_an_original_repository_that_nobody_translates_are_unsupported(
 
     with pytest.raises(
         UnsupportedRequest,
-        match="'read' changes 'lora_unet_joint_blocks_0_x_block_attn_proj', a layer that is not here",
+        match=(
+            "'read' changes 'lora_unet_joint_blocks_0_x_block_attn_proj', a layer that is not here"
+        ),
     ):
         read(tmp_path, network, tensors, "transformer")
 

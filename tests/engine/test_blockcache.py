@@ -1,4 +1,6 @@
-"""The block cache saves an image what it would save alone, whoever shares its forwards, and touches nobody else."""
+"""The block cache saves an image what it would save alone, whoever shares its forwards, and touches
+nobody else.
+"""
 
 import copy
 import zlib
@@ -52,7 +54,10 @@ def a_network(family, seed=0):
 
 
 class Image:
-    """A denoise under way, by Euler steps; `rows` texts see the same latents, and their predictions are averaged."""
+    """A denoise under way, by Euler steps.
+
+    `rows` texts see the same latents, and their predictions are averaged.
+    """
 
     def __init__(self, id, family, *, num_steps=20, rows=1, seed=None):
         generator = torch.Generator().manual_seed(zlib.crc32(id.encode()) if seed is None else seed)
@@ -138,14 +143,17 @@ def a_cache(network, family, **changes):
 
 @torch.inference_mode()
 def native(network, family, image):
-    """The latents by FirstBlockCache of diffusers, a request on its own, and how many rows it computed in full."""
+    """The latents by FirstBlockCache of diffusers, a request on its own, and how many rows it
+    computed in full.
+    """
     from diffusers.hooks import FirstBlockCacheConfig, apply_first_block_cache
     from diffusers.hooks.hooks import CacheContext, _set_cache_context
 
     network = copy.deepcopy(network)
     computed = []
     if family == "sd3":
-        # SD3's last block returns no text, which FirstBlockCache of diffusers 0.42 fails on; nothing after it reads the text.
+        # SD3's last block returns no text, which FirstBlockCache of diffusers 0.42 fails on;
+        # nothing after it reads the text.
         last, forward = network.transformer_blocks[-1], network.transformer_blocks[-1].forward
         last.forward = lambda **arguments: (
             arguments["encoder_hidden_states"],

@@ -1,4 +1,7 @@
-"""Which calls of a network may be made as one: rows are found by probing and proved on the network, never guessed."""
+"""Which calls of a network may be made as one.
+
+Rows are found by probing and proved on the network, never guessed.
+"""
 
 import pytest
 import torch

@@ -1,4 +1,7 @@
-"""An image does not depend on its neighbours: to the bit when reproducible, to a rounding of the last level otherwise."""
+"""An image does not depend on its neighbours.
+
+To the bit when reproducible, to a rounding of the last level otherwise.
+"""
 
 import random
 
@@ -9,14 +12,18 @@ from engine_builders import SAMPLERS, a_request, reproducible
 
 from engine.errors import ImageCanceled
 
-# Best effort: the same sums in another order differ by some 1e-6 of a 0..1 image per forward; one of 255 levels is the least that
-# can be told apart in bytes, and a random network has no cause to amplify it further in so few steps.
+# Best effort: the same sums in another order differ by some 1e-6 of a 0..1 image per forward; one
+# of 255 levels is the least that can be told apart in bytes, and a random network has no cause to
+# amplify it further in so few steps.
 TOLERATED_LEVELS = 1
 
 
 @pytest.fixture
 def latents(engine, monkeypatch) -> dict[str, torch.Tensor]:
-    """The last latents of every image by its id: stricter than pixels, where rounding hides the last bits."""
+    """The last latents of every image by its id.
+
+    Stricter than pixels, where rounding hides the last bits.
+    """
     seen = {}
     decode = engine._runner.decode
 
@@ -33,7 +40,10 @@ def differs_by(one, other) -> int:
 
 
 def after(step, submit):
-    """An on_event that calls `submit` once, when its image has taken `step` steps: neighbours join in mid-flight."""
+    """An on_event that calls `submit` once, when its image has taken `step` steps.
+
+    Neighbours join in mid-flight.
+    """
     done = []
 
     def on_event(event):

@@ -1,4 +1,6 @@
-"""A function in a thread of its own that asks, and an owner that answers, cancels or loses interest at any moment."""
+"""A function in a thread of its own that asks, and an owner that answers, cancels or loses interest
+at any moment.
+"""
 
 import random
 import threading

@@ -25,7 +25,7 @@ def costs_of(points: dict[int, float], times: int = 3) -> CostModel:
     return costs
 
 
-# --- single measurements -------------------------------------------------------------------------------------------------
+# --- single measurements --------------------------------------------------------------------------
 
 
 def test_a_measured_row_count_costs_what_was_measured():
@@ -82,7 +82,7 @@ def test_prompts_from_the_cache_and_encoded_ones_are_averaged():
     assert costs.encode_s(KEY) == pytest.approx(0.5, abs=0.05)
 
 
-# --- the curve -----------------------------------------------------------------------------------------------------------
+# --- the curve ------------------------------------------------------------------------------------
 
 
 def test_between_measured_row_counts_the_curve_is_straight():
@@ -136,7 +136,7 @@ def test_more_rows_are_never_cheaper_whatever_was_measured(points):
     assert min(curve) > 0
 
 
-# --- a key never measured ------------------------------------------------------------------------------------------------
+# --- a key never measured -------------------------------------------------------------------------
 
 
 def test_a_key_never_measured_borrows_the_most_alike_one_scaled_by_pixels():
@@ -220,7 +220,7 @@ def test_a_key_in_use_is_not_forgotten_however_long_it_has_been_known():
     assert len(costs.measured_keys()) == MAX_KEYS
 
 
-# --- growth --------------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def curve_with_knee_at(knee: int):
@@ -294,7 +294,7 @@ def test_a_size_found_too_dear_is_tried_again_after_many_forwards_but_nothing_la
     assert not curve.is_worth_growing(1, 2, used_rows=1)
 
 
-# --- bytes ---------------------------------------------------------------------------------------------------------------
+# --- bytes ----------------------------------------------------------------------------------------
 
 
 def test_rows_are_admitted_beside_what_is_fixed_and_one_decode():
@@ -315,7 +315,7 @@ def test_without_a_measurement_or_a_budget_memory_sets_no_limit():
     assert costs.row_limit(a_key(128), 2000) is None
 
 
-# --- as data -------------------------------------------------------------------------------------------------------------
+# --- as data --------------------------------------------------------------------------------------
 
 
 def known_costs() -> CostModel:

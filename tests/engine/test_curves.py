@@ -1,4 +1,6 @@
-"""Measured curves are data: written by a calibration, loaded by the workers they are for, ignored by all others."""
+"""Measured curves are data: written by a calibration, loaded by the workers they are for, ignored
+by all others.
+"""
 
 import json
 from dataclasses import replace

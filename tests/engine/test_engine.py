@@ -45,7 +45,7 @@ def held_at(step):
     return on_event, reached, go
 
 
-# --- a request's life ----------------------------------------------------------------------------------------------------
+# --- a request's life -----------------------------------------------------------------------------
 
 
 def test_events_come_in_order_and_all_before_the_result(engine):
@@ -214,7 +214,7 @@ def test_an_image_holds_nothing_on_the_device_when_its_end_is_told(engine, end):
     assert held == [(Started, True), (end, False)]
 
 
-# --- deadlines -----------------------------------------------------------------------------------------------------------
+# --- deadlines ------------------------------------------------------------------------------------
 
 
 def test_an_image_not_finished_in_its_time_fails_at_the_next_step_boundary(engine, monkeypatch):
@@ -280,7 +280,7 @@ def test_a_time_that_is_no_number_is_refused_and_nothing_is_taken(engine, within
     assert engine.submit(a_request("a")).result(60)
 
 
-# --- accounts ------------------------------------------------------------------------------------------------------------
+# --- accounts -------------------------------------------------------------------------------------
 
 
 def test_the_shares_of_a_batch_add_up_to_its_forwards(engine):
@@ -393,7 +393,7 @@ def test_a_prompt_is_encoded_anew_for_a_request_admitted_under_other_rules(engin
     assert engine.stats()["cache_misses"] == before + 2  # the prompt and the empty negative one
 
 
-# --- cancel --------------------------------------------------------------------------------------------------------------
+# --- cancel ---------------------------------------------------------------------------------------
 
 
 def test_a_cancel_takes_effect_at_the_next_step_boundary(engine):
@@ -546,7 +546,7 @@ def test_pixels_of_a_canceled_image_are_not_handed_to_a_later_one_of_its_id(engi
     assert (later.request.seed, later.record.forwards) == (99, 4)
 
 
-# --- when things go wrong ------------------------------------------------------------------------------------------------
+# --- when things go wrong -------------------------------------------------------------------------
 
 
 def poisoned(begin):
@@ -781,7 +781,7 @@ def test_an_id_in_flight_cannot_be_used_again(engine):
     handle.result(60)
 
 
-# --- the end -------------------------------------------------------------------------------------------------------------
+# --- the end --------------------------------------------------------------------------------------
 
 
 def test_stopping_leaves_nobody_waiting(checkpoint):
@@ -834,7 +834,7 @@ def test_many_threads_may_submit_at_once(engine):
     assert len({image.pixels.tobytes() for image in images.values()}) == 12
 
 
-# --- what one caller does wrong is his own trouble ------------------------------------------------------------------------
+# --- what one caller does wrong is his own trouble ------------------------------------------------
 
 
 def is_alive(engine) -> bool:

@@ -1,4 +1,6 @@
-"""One engine, every family: the same promises for all of them, with everything a request can ask for at once."""
+"""One engine, every family: the same promises for all of them, with everything a request can ask
+for at once.
+"""
 
 from dataclasses import replace
 from typing import get_args
@@ -32,7 +34,9 @@ SIZES = {"sizes": ((64, 64),)}
 
 @pytest.fixture(scope="module")
 def specs(checkpoint, tmp_path_factory, request):
-    """A checkpoint of every family, each with an adapter over its denoiser; the transformers with a block cache."""
+    """A checkpoint of every family, each with an adapter over its denoiser; the transformers with a
+    block cache.
+    """
     folder = tmp_path_factory.mktemp("families")
     sdxl = save_tiny_sdxl(folder / "sdxl", EulerDiscreteScheduler(beta_schedule="scaled_linear"))
     bare = {

@@ -1,7 +1,10 @@
-"""Nobody waits behind somebody else's work for long: the real scheduler and cost model on a simulated device.
+"""Nobody waits behind somebody else's work for long.
 
-The device is a curve of seconds by rows for every size; time is a number. Arrivals are Poisson with fixed seeds, so every run is the
-same. The curves named after a GPU are published ones (notes: Qwen-Image on one H200), the rest are made for the rule they test.
+The real scheduler and cost model on a simulated device.
+
+The device is a curve of seconds by rows for every size; time is a number. Arrivals are Poisson with
+fixed seeds, so every run is the same. The curves named after a GPU are published ones (notes:
+Qwen-Image on one H200), the rest are made for the rule they test.
 """
 
 import random
@@ -41,7 +44,9 @@ MIX = ((0.4, 4, 1), (0.3, 8, 1), (0.3, 30, 2))  # share, steps, rows
 
 @dataclass
 class Device:
-    """What work takes: `forward_s` by size and rows; encode and decode as so many single-row steps of the size."""
+    """What work takes: `forward_s` by size and rows; encode and decode as so many single-row steps
+    of the size.
+    """
 
     forward_s: dict[int, Seconds]
     encode_steps: float = 0.3
@@ -142,7 +147,10 @@ def simulate(
     until_s: float = float("inf"),
     lag: int = 0,
 ) -> Run:
-    """Serve until everybody is done or `until_s`. With `lag`, seconds are known only so many pieces of work later, as on a GPU."""
+    """Serve until everybody is done or `until_s`.
+
+    With `lag`, seconds are known only so many pieces of work later, as on a GPU.
+    """
     run = Run({image.id: at for at, image in arrivals})
     coming = list(reversed(arrivals))
     launched: list[tuple[Work, float]] = []
@@ -199,7 +207,7 @@ def longest_gaps(run: Run) -> dict[BatchKey, float]:
     return gaps
 
 
-# --- lanes ---------------------------------------------------------------------------------------------------------------
+# --- lanes ----------------------------------------------------------------------------------------
 
 
 def endless(size: int, count: int = 4, num_steps: int = 10**6) -> Arrivals:
@@ -295,7 +303,7 @@ def test_under_mixed_sizes_nobody_takes_many_times_as_long_as_alone(seed):
     assert slowdowns[-1] < theirs[-1] / 8
 
 
-# --- ageing --------------------------------------------------------------------------------------------------------------
+# --- ageing ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ageing", [0.05, 0.2, 0.5])
@@ -336,7 +344,7 @@ def test_without_ageing_it_would_wait_for_the_end_of_the_stream():
     assert list(run.done_at)[-1] == "long"
 
 
-# --- latency and throughput ----------------------------------------------------------------------------------------------
+# --- latency and throughput -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -432,7 +440,7 @@ def test_a_better_rank_hardly_notices_that_the_device_is_full_of_bulk_work():
     assert run.latencies(4)[-1] <= device.alone_s(interactive[0][1]) + one_bulk_forward_s + 1e-9
 
 
-# --- shares --------------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def seconds_of_ranks(run: Run, from_s: float, to_s: float) -> Counter[int]:
@@ -501,7 +509,7 @@ def test_a_share_nobody_used_is_not_saved_up():
     assert seconds_of_ranks(run, 200, 400)[1] == pytest.approx(0.15 * 200, rel=0.05)
 
 
-# --- owners --------------------------------------------------------------------------------------------------------------
+# --- owners ---------------------------------------------------------------------------------------
 
 
 def light_owners(device: Device, load: float, until_s: float, seed: int = 1) -> Arrivals:

@@ -1,7 +1,9 @@
-"""On a GPU: the same bits in company, after a resume, from recorded forwards and beside another stream; flat memory, and too little of it.
+"""On a GPU: the same bits in company, after a resume, from recorded forwards and beside another
+stream; flat memory, and too little of it.
 
-Networks are small, with random weights, and take the kernels of large ones. Everything is compared to the bit. Run it alone where
-nothing but the engine's own requirements is installed: `python -m pytest tests/engine/test_gpu.py --confcutdir=tests/engine`.
+Networks are small, with random weights, and take the kernels of large ones. Everything is compared
+to the bit. Run it alone where nothing but the engine's own requirements is installed:
+`python -m pytest tests/engine/test_gpu.py --confcutdir=tests/engine`.
 """
 
 import contextlib

@@ -1,4 +1,7 @@
-"""Alone and unpadded, an image is the bits of diffusers' own `pipe(...)`: SD and SDXL, from noise, from a picture, and repainted."""
+"""Alone and unpadded, an image is the bits of diffusers' own `pipe(...)`.
+
+SD and SDXL, from noise, from a picture, and repainted.
+"""
 
 import json
 import shutil
@@ -28,7 +31,8 @@ from engine.loading import PRECISIONS
 from engine.request import Picture
 from engine.samplers import SAMPLERS, fresh_sampler
 
-# One that is memoryless, one that draws, one that does both and remembers, one of three orders, one distilled.
+# One that is memoryless, one that draws, one that does both and remembers, one of three orders, one
+# distilled.
 FOR_PICTURES = ("ddim", "euler_a", "dpmpp_2m_sde", "unipc", "lcm")
 MEAN_AND_STD = {"latents_mean": [-1.6, 1.2, 0.3, -0.5], "latents_std": [0.8, 1.1, 0.9, 1.3]}
 
@@ -296,8 +300,7 @@ def test_decoded_pixels_are_the_bits_of_the_pipeline(pair, name, precision, chan
     pixels = decoded(both.family, stepped(both.family, request))
 
     pixels, expected = (pixels * 0.5 + 0.5).clamp(0, 1), both.piped(request, output_type="pt")
-    # a processor without units for it takes kernels by where things lie in memory: less than a
-    # shade
+    # a processor without units for it takes kernels by where things lie: less than a shade
     if precision == "fp16":
         assert torch.allclose(pixels, expected, rtol=0, atol=1 / 255)
     else:

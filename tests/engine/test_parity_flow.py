@@ -1,4 +1,6 @@
-"""SD3 and FLUX: alone and unpadded, an image is the bits of diffusers' own `pipe(...)`, from noise, from a picture and under a mask."""
+"""SD3 and FLUX: alone and unpadded, an image is the bits of diffusers' own `pipe(...)`, from noise,
+from a picture and under a mask.
+"""
 
 import json
 from dataclasses import replace
@@ -100,7 +102,8 @@ class Checkpoint:
             height=request.height_px,
             num_inference_steps=request.num_steps,
             guidance_scale=request.guidance,
-            # Without one, it and its scheduler draw from the process's generator, in the order that ours draws from the image's.
+            # Without one, it and its scheduler draw from the process's generator, in the order that
+            # ours draws from the image's.
             generator=None
             if request.sampler == "flow_lcm"
             else torch.Generator().manual_seed(request.seed),
@@ -143,7 +146,10 @@ def checkpoints(tmp_path_factory, one_torch_thread):
 
 
 def as_unit(picture):
-    """A picture or a mask as a tensor in 0..1, [1, channels, h, w]: see engine/families/inpainting.py for why not as a PIL image."""
+    """A picture or a mask as a tensor in 0..1, [1, channels, h, w].
+
+    See engine/families/inpainting.py for why not as a PIL image.
+    """
     pixels = torch.from_numpy(picture.pixels.astype(np.float32) / 255)
     return pixels.permute(2, 0, 1)[None].contiguous() if pixels.dim() == 3 else pixels[None, None]
 
@@ -262,7 +268,10 @@ def test_sd3_leaves_out_layers_of_clip_for_the_prompt_alone(checkpoints):
 def test_flux_with_true_guidance_is_the_pipeline_within_a_last_digit(
     checkpoints, name, request_, scale
 ):
-    """In fp32 within 1e-5 of the largest latent, not bit for bit: it makes two forwards where this house makes one of two rows."""
+    """In fp32 within 1e-5 of the largest latent, not bit for bit.
+
+    It makes two forwards where this house makes one of two rows.
+    """
     request = a_flow_request(**request_)
 
     image = stepped(checkpoints[name].family(), request)
@@ -329,7 +338,10 @@ def test_every_sampler_that_can_start_from_a_picture_does(checkpoints, name, sam
 
 
 def test_sd3_undoes_the_shift_of_the_vae_after_inpainting_too(checkpoints):
-    """Where diffusers 0.42's own inpainting pipeline forgets to: its pixels are those of latents off by the shift."""
+    """Where diffusers 0.42's own inpainting pipeline forgets to.
+
+    Its pixels are those of latents off by the shift.
+    """
     family, request = checkpoints["sd3"].family(), an_inpainting()
     image = stepped(family, request)
 
@@ -351,7 +363,9 @@ def test_sd3_undoes_the_shift_of_the_vae_after_inpainting_too(checkpoints):
 
 
 def company(name):
-    """Strangers of one batch key for a bucket of 4 rows, all unlike the request they meet: by two, their rows."""
+    """Strangers of one batch key for a bucket of 4 rows, all unlike the request they meet: by two,
+    their rows.
+    """
     guided = [
         a_flow_request(
             "a",
@@ -532,7 +546,7 @@ def test_every_allowed_flow_sampler_makes_one_forward_per_step(checkpoints, name
 
 @pytest.mark.parametrize("sampler", sorted(NOISE_ONLY))
 def test_a_first_timestep_that_is_there_twice_skips_no_noise_level(checkpoints, sampler):
-    """As it does in diffusers' own SD3 pipeline, which then has one noise level too few, and fails."""
+    """As in diffusers' own SD3 pipeline, which then has one noise level too few, and fails."""
     made = checkpoints["sd3"].family().sampler(a_flow_request(sampler=sampler, num_steps=700))
     latents = torch.zeros(1, 16, 8, 8)
 

@@ -1,4 +1,7 @@
-"""Any diffusers pipeline, unmodified, batched with strangers step by step: the list in tiny_pipelines.py, each in every respect."""
+"""Any diffusers pipeline, unmodified, batched with strangers step by step.
+
+The list in tiny_pipelines.py, each in every respect.
+"""
 
 import copy
 import gc
@@ -41,7 +44,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @pytest.fixture(scope="session")
 def loaded(tmp_path_factory, one_torch_thread):
-    """loaded(name, precision, family): a pipeline of the list on disk, and a family that has loaded it."""
+    """loaded(name, precision, family): a pipeline of the list on disk, loaded by a family."""
 
     @cache
     def folder(name):
@@ -58,7 +61,7 @@ def loaded(tmp_path_factory, one_torch_thread):
 
 @pytest.fixture(scope="session")
 def piped(loaded):
-    """piped(name, request): the pixels, 0..1, that diffusers' own `pipe(...)` gives, [1, 3, h, w]."""
+    """piped(name, request): the pixels, 0..1, of diffusers' own `pipe(...)`, [1, 3, h, w]."""
 
     @cache
     def pipe(name, precision):
@@ -111,7 +114,10 @@ def started(family, request) -> InFlight:
 
 @torch.inference_mode()
 def step_together(family, images, until=lambda: False) -> list[tuple[list[str], int]]:
-    """Denoise all images, whoever agrees on a forward in one, and a pinned one always in its bucket. Who was in each, in how many rows."""
+    """Denoise all images, whoever agrees on a forward in one, a pinned one always in its bucket.
+
+    The result says who was in each forward, in how many rows.
+    """
     forwards = []
     while not until() and (waiting := [image for image in images if not image.is_denoised]):
         key = waiting[len(forwards) % len(waiting)].batch_key
@@ -143,7 +149,10 @@ def rendered(family, request) -> torch.Tensor:
 
 
 def strangers(name, **changes):
-    """Two requests that have as little in common as may share a forward: other prompt, steps, guidance, seed and pictures."""
+    """Two requests that have as little in common as may share a forward.
+
+    Other prompt, steps, guidance, seed and pictures.
+    """
     one = a_pipeline_request(name, "one", **changes)
     pictures = {"init_image": a_picture(11), "control_image": a_picture(12)}
     other = a_pipeline_request(
@@ -158,7 +167,7 @@ def pinned(request, bucket_rows=4):
     return replace(request, determinism=Determinism.REPRODUCIBLE, bucket_rows=bucket_rows)
 
 
-# --- every pipeline of the list -----------------------------------------------------------------------------------------------------
+# --- every pipeline of the list -------------------------------------------------------------------
 
 
 # The three other Stable Diffusion pipelines call the same network.
@@ -169,7 +178,9 @@ IN_BOTH = [pytest.param(name, "fp32", id=name) for name in PIPELINES] + [
 
 
 def assert_same_bits(name, pixels, expected) -> None:
-    """Sana's last bits differ from its pipeline's on some processors (seen on an AMD EPYC), also with MKL in its strict mode."""
+    """Sana's last bits differ from its pipeline's on some processors (seen on an AMD EPYC), also
+    with MKL in its strict mode.
+    """
     if name == "sana":
         assert torch.allclose(pixels, expected, rtol=0, atol=1e-4)
     else:
@@ -291,7 +302,7 @@ def test_a_sampler_that_writes_into_its_answers_spoils_no_snapshot(loaded, monke
     family.release(resumed)
 
 
-# --- what is shared, and who shares it ----------------------------------------------------------------------------------------------
+# --- what is shared, and who shares it ------------------------------------------------------------
 
 
 def test_flux_with_true_guidance_is_batched_too(loaded, piped):
@@ -447,7 +458,10 @@ def test_a_released_image_leaves_nothing_on_the_device(loaded):
 
 
 def test_the_thread_of_a_call_brings_no_threads_of_its_own(loaded):
-    """Until torch is told otherwise in it, a new thread convolves on all cores: slower on a busy machine, and other bits."""
+    """Until torch is told otherwise in it, a new thread convolves on all cores.
+
+    Slower on a busy machine, and other bits.
+    """
 
     pixels, weights = torch.ones(8, 64, 64, 64), torch.ones(64, 64, 3, 3)
 
@@ -514,7 +528,7 @@ def test_the_control_networks_answers_are_most_of_the_bytes_and_not_saved(loaded
     assert [tuple(tensor.shape) for tensor in after.values()] == [(2, 4, SIZE // 2, SIZE // 2)]
 
 
-# --- progress -----------------------------------------------------------------------------------------------------------------------
+# --- progress -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("strength", "steps"), [(1.0, 6), (0.5, 3)])
@@ -598,7 +612,10 @@ def test_a_deep_copy_of_an_images_sampler_steps_on_its_own(loaded):
 
 
 def test_what_a_pipeline_gives_reaches_the_runner_without_the_loss_of_a_bit(loaded):
-    """A VAE's pixels come from -1..1 and survive the way back in any case; a pipeline may have done more to them than that."""
+    """A VAE's pixels come from -1..1 and survive the way back in any case.
+
+    A pipeline may have done more to them than that.
+    """
     given = torch.rand((1, 3, 256, 256), generator=torch.Generator().manual_seed(7)) / 3
     image = in_flight(loaded("sd3"), a_pipeline_request("sd3"))
     image.held = RunningCall(Coroutine(lambda ask: None), returned=Returned((given,)))
@@ -606,7 +623,7 @@ def test_what_a_pipeline_gives_reaches_the_runner_without_the_loss_of_a_bit(load
     assert torch.equal(decoded(loaded("sd3"), image), given)
 
 
-# --- the last resort ----------------------------------------------------------------------------------------------------------------
+# --- the last resort ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["sd-img2img", "sd-controlnet", "flux", "sana", "z-image"])
@@ -667,7 +684,7 @@ def test_a_plain_call_cannot_be_saved(loaded):
     family.release(image)
 
 
-# --- what is refused ----------------------------------------------------------------------------------------------------------------
+# --- what is refused ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,7 @@
-"""Previews show what an image will become: the right clean latents, in the right colours, not too often."""
+"""Previews show what an image will become.
+
+The right clean latents, in the right colours, not too often.
+"""
 
 import io
 import pickle
@@ -66,7 +69,8 @@ def test_an_exact_prediction_gives_the_clean_latents_back(name, trained_for):
 
     for timestep in sampler.timesteps:
         noisy = sampler.add_noise(clean, noise, timestep[None])
-        # How much of each there is, asked of the sampler itself and scaled to unit variance, which v is defined by.
+        # How much of each there is, asked of the sampler itself and scaled to unit variance, which
+        # v is defined by.
         share = [
             float(sampler.add_noise(torch.tensor([a]), torch.tensor([b]), timestep[None]))
             for a, b in ((1.0, 0.0), (0.0, 1.0))
@@ -204,14 +208,19 @@ def fitted(encode):
 
 
 def pocket_pictures(count=24):
-    """Pictures of the world that pocket was trained on, [n, 3, 128, 128] in -1..1; none of them is fitted on."""
+    """Pictures of the world that pocket was trained on, [n, 3, 128, 128] in -1..1.
+
+    None of them is fitted on.
+    """
     rng = random.Random(77)
     drawings = [np.array(world.draw(world.random_scene(rng), rng)) for _ in range(count)]
     return torch.from_numpy(np.stack(drawings)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def likeness(projector, encode, pictures):
-    """The correlation of each projected colour with the same colour of the pictures, over all their pixels."""
+    """The correlation of each projected colour with the same colour of the pictures, over all their
+    pixels.
+    """
     projected = np.concatenate(
         [projector.project(latents[None]).reshape(-1, 3) for latents in encode(pictures)]
     )

@@ -1,4 +1,6 @@
-"""Everything at once: strangers join, leave, are parked, canceled, moved and changed in rank, and no reproducible image notices."""
+"""Everything at once: strangers join, leave, are parked, canceled, moved and changed in rank, and
+no reproducible image notices.
+"""
 
 import random
 from collections import Counter
@@ -99,7 +101,9 @@ class Company:
             self.engine.snapshot(event.request_id).add_done_callback(self.move)
 
     def move(self, asked):
-        """Between two turns: the image goes on from its snapshot under another id, its former self is canceled."""
+        """Between two turns: the image goes on from its snapshot under another id, its former self
+        is canceled.
+        """
         if asked.exception() is not None:
             return  # that step was its last
         blob = asked.result()
@@ -120,7 +124,10 @@ class Company:
 
 
 def finished_latents(engine, monkeypatch) -> dict[str, torch.Tensor]:
-    """The last latents of every image by its name: stricter than pixels, where rounding hides the last bits."""
+    """The last latents of every image by its name.
+
+    Stricter than pixels, where rounding hides the last bits.
+    """
     seen = {}
     decode = engine._runner.decode
 

@@ -41,7 +41,10 @@ def elsewhere(checkpoint):
 
 
 def snapshots_at_every_step(engine, request):
-    """(finished image, {step: snapshot}): asked for from the engine's own thread, so each is of exactly its step."""
+    """The finished image and {step: snapshot}.
+
+    Snapshots are asked for from the engine's own thread, so each is of exactly its step.
+    """
     asked = {}
 
     def on_event(event):
@@ -189,7 +192,7 @@ def test_a_stopped_engine_gives_no_snapshot(checkpoint):
             ask("a").result(30)
 
 
-# --- withdrawing ---------------------------------------------------------------------------------------------------------
+# --- withdrawing ----------------------------------------------------------------------------------
 
 
 def test_a_snapshot_asked_for_as_the_engine_stops_is_answered(checkpoint):
@@ -337,7 +340,7 @@ def test_a_restored_image_has_a_deadline_of_its_own(engine, elsewhere):
         elsewhere.restore(blobs[2], within_s=0).result(60)
 
 
-# --- forks ---------------------------------------------------------------------------------------------------------------
+# --- forks ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "euler", "dpmpp_2m", "unipc"])
@@ -440,7 +443,9 @@ def test_kept_latents_are_bounded_and_the_oldest_go_first(checkpoint):
 
 
 def queued_behind(engine, first_step):
-    """Hold the engine at a step of another image, so that what is submitted meanwhile waits; call the result to let go."""
+    """Hold the engine at a step of another image, so that what is submitted meanwhile waits; call
+    the result to let go.
+    """
     reached, go = threading.Event(), threading.Event()
 
     def on_event(event):
@@ -516,7 +521,7 @@ def test_an_image_that_starts_from_a_picture_keeps_no_latents(engine):
     assert refused.value.field == "keep_steps"
 
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def test_a_better_rank_parks_an_image_which_then_goes_on_with_the_same_bits(checkpoint):
@@ -556,7 +561,7 @@ def test_a_rank_can_be_changed_in_flight(checkpoint):
     assert order[0] == "third"
 
 
-# --- previews ------------------------------------------------------------------------------------------------------------
+# --- previews -------------------------------------------------------------------------------------
 
 
 def test_previews_come_while_somebody_watches(checkpoint):

@@ -1,4 +1,6 @@
-"""A sampler goes on in a fresh object from any step as if nothing had happened, whatever it has to remember."""
+"""A sampler goes on in a fresh object from any step as if nothing had happened, whatever it has to
+remember.
+"""
 
 import json
 from functools import partial
@@ -53,7 +55,9 @@ EVERY = [*ALLOWED, *OTHERS]
 
 
 def made(name):
-    """A fresh sampler: how it was trained/its name in the engine, or one that the engine does not offer."""
+    """A fresh sampler: how it was trained/its name in the engine, or one that the engine does not
+    offer.
+    """
     if name in OTHERS:
         scheduler_class, config = OTHERS[name]
         return getattr(diffusers, scheduler_class).from_config(config)
@@ -256,7 +260,10 @@ def test_a_state_fits_its_own_config_only():
 
     with pytest.raises(
         SnapshotRefused,
-        match="prediction_type epsilon there, v_prediction here; rescale_betas_zero_snr false there, true",
+        match=(
+            "prediction_type epsilon there, v_prediction here; "
+            "rescale_betas_zero_snr false there, true"
+        ),
     ):
         load_sampler(other, *saved, "cpu")
 

@@ -67,7 +67,7 @@ def turns(scheduler, count) -> list[str]:
     return [turn(scheduler) for _ in range(count)]
 
 
-# --- who shares a forward ------------------------------------------------------------------------------------------------
+# --- who shares a forward -------------------------------------------------------------------------
 
 
 def test_a_newcomer_joins_at_the_next_step_boundary():
@@ -134,7 +134,7 @@ def test_images_ride_with_those_whose_next_forward_has_their_key():
     assert step(scheduler) == ["a", "c", "b", "d"]
 
 
-# --- order ---------------------------------------------------------------------------------------------------------------
+# --- order ----------------------------------------------------------------------------------------
 
 
 def test_short_remaining_work_goes_first():
@@ -187,7 +187,7 @@ def test_among_equals_the_first_to_arrive_goes_first_and_stays_ahead():
     assert [step(scheduler) for _ in range(4)] == [["a", "b"], ["a", "b"], ["c"], ["c"]]
 
 
-# --- ranks ---------------------------------------------------------------------------------------------------------------
+# --- ranks ----------------------------------------------------------------------------------------
 
 
 def test_a_better_rank_goes_first():
@@ -283,7 +283,7 @@ def test_free_rows_stay_empty_where_a_guest_s_encode_would_hold_up_the_forward()
     assert step(scheduler) == ["interactive"]
 
 
-# --- shares --------------------------------------------------------------------------------------------------------------
+# --- shares ---------------------------------------------------------------------------------------
 
 
 def an_urgent_and_a_patient_crowd(**changes) -> Scheduler:
@@ -406,7 +406,7 @@ def test_shares_that_are_no_parts_of_a_whole_are_refused(rank_shares):
         a_scheduler(rank_shares=rank_shares)
 
 
-# --- owners --------------------------------------------------------------------------------------------------------------
+# --- owners ---------------------------------------------------------------------------------------
 
 
 def a_dump(scheduler, count=8, before=20, **changes):
@@ -531,7 +531,7 @@ def test_of_owners_that_left_those_who_left_first_are_forgotten():
     assert back == {0: -CREDIT_S, 1: -CREDIT_S, 2: 500.0, MAX_GONE + 1: 500.0}
 
 
-# --- seats ---------------------------------------------------------------------------------------------------------------
+# --- seats ----------------------------------------------------------------------------------------
 
 
 def test_no_more_images_than_seats_advance():
@@ -717,7 +717,7 @@ def test_two_images_that_cost_about_the_same_do_not_swap_seats_at_every_arrival(
     assert moves == 0
 
 
-# --- encode and decode ---------------------------------------------------------------------------------------------------
+# --- encode and decode ----------------------------------------------------------------------------
 
 
 def test_prompts_are_encoded_in_order_before_the_forward_their_images_ride_in():
@@ -856,7 +856,7 @@ def test_a_decoded_image_is_not_offered_again_while_it_is_still_here():
     assert "a" in scheduler
 
 
-# --- lanes ---------------------------------------------------------------------------------------------------------------
+# --- lanes ----------------------------------------------------------------------------------------
 
 
 def test_sizes_do_not_share_a_forward_and_take_turns():
@@ -958,7 +958,7 @@ def test_each_rank_has_turns_of_its_own():
     assert [step(scheduler) for _ in range(4)] == [["a"], ["b"], ["a"], ["b"]]
 
 
-# --- pinned buckets ------------------------------------------------------------------------------------------------------
+# --- pinned buckets -------------------------------------------------------------------------------
 
 
 def test_a_pinned_image_alone_still_gets_its_whole_bucket():
@@ -1025,7 +1025,7 @@ def test_best_effort_images_beyond_the_bucket_get_turns_of_their_own():
     assert seen.count({"pinned", "a"}) == seen.count({"a", "b", "c"}) == 4
 
 
-# --- growth --------------------------------------------------------------------------------------------------------------
+# --- growth ---------------------------------------------------------------------------------------
 
 
 def rows_of_forward(scheduler, images) -> tuple[int, int]:
@@ -1159,7 +1159,7 @@ def test_what_is_charged_is_what_growth_is_decided_by():
     assert seen[-100:] == [2] * 100
 
 
-# --- coming and going ----------------------------------------------------------------------------------------------------
+# --- coming and going -----------------------------------------------------------------------------
 
 
 def test_a_removed_image_is_in_no_later_batch_and_settling_ignores_it():
@@ -1214,7 +1214,7 @@ def test_nothing_is_kept_of_keys_that_were_one_images_own():
     assert sum(type(thing) is _Kind for thing in gc.get_objects()) < 20
 
 
-# --- whatever happens ----------------------------------------------------------------------------------------------------
+# --- whatever happens -----------------------------------------------------------------------------
 
 a_wish = st.fixed_dictionaries(
     {
@@ -1316,6 +1316,9 @@ def test_whatever_comes_goes_or_is_moved_limits_hold_and_everybody_is_served(
 
 
 def test_scheduling_needs_no_torch():
-    code = "import sys, engine.scheduler, engine.costs, engine.request, engine.config; sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys, engine.scheduler, engine.costs, engine.request, engine.config; "
+        "sys.exit('torch' in sys.modules)"
+    )
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

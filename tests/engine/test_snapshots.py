@@ -1,4 +1,6 @@
-"""A snapshot carries everything, to anywhere, and whatever is not exactly what was written is refused with a reason."""
+"""A snapshot carries everything, to anywhere, and whatever is not exactly what was written is
+refused with a reason.
+"""
 
 import hashlib
 import json
@@ -112,7 +114,10 @@ def a_snapshot(**changes) -> Snapshot:
 
 
 def sealed_again(blob: bytes, change) -> bytes:
-    """What a hand other than the engine's could have written: the blob with `change(about)` made, under a seal that fits."""
+    """What a hand other than the engine's could have written.
+
+    The blob with `change(about)` made, under a seal that fits.
+    """
     header_end = 8 + int.from_bytes(blob[:8], "little")
     text = json.loads(blob[8:header_end])["__metadata__"]["darkroom-snapshot"]
     about = change(json.loads(text.split(" ", 3)[3]))
@@ -351,7 +356,10 @@ def test_garbage_is_refused_whatever_it_looks_like(small, data):
 @properties
 @given(st.data())
 def test_a_seal_that_fits_does_not_make_it_a_snapshot(small, data):
-    """Only a forger gets this far; even then there is a reason or a request that the engine checks, never another exception."""
+    """Only a forger gets this far.
+
+    Even then there is a reason or a request that the engine checks, never another exception.
+    """
     header_end = 8 + int.from_bytes(small[:8], "little")
     place = data.draw(st.integers(0, len(small) - 1).filter(lambda place: not 8 <= place < 150))
     length = data.draw(st.integers(0, min(8, header_end - place) if place < header_end else 8))
@@ -417,8 +425,10 @@ def test_a_header_beyond_measure_is_refused_unread(small):
 def test_a_label_can_be_read_without_torch():
     blob = to_bytes(a_snapshot(request=a_full_request(id="é")))
     look = (
-        "import sys, json, dataclasses; from engine.snapshots import peek; label = peek(sys.stdin.buffer.read());"
-        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules); print(json.dumps(dataclasses.asdict(label)))"
+        "import sys, json, dataclasses; from engine.snapshots import peek; "
+        "label = peek(sys.stdin.buffer.read());"
+        "assert not {'torch', 'numpy', 'diffusers'} & set(sys.modules); "
+        "print(json.dumps(dataclasses.asdict(label)))"
     )
 
     printed = subprocess.run(
@@ -453,8 +463,9 @@ def test_a_refusal_names_the_facts_that_differ():
         check_fingerprint(from_bytes(to_bytes(a_snapshot())), here)
 
     assert str(refused.value) == (
-        'the snapshot was made where other bits come out: adapters [] there, ["ink"] here; bucket_rows 4 there, null here; '
-        "libraries.numpy unknown there, 2.4.6 here; libraries.torch 2.13.0 there, 2.12.1 here; numerics 1 there, unknown here; "
+        'the snapshot was made where other bits come out: adapters [] there, ["ink"] here; '
+        "bucket_rows 4 there, null here; libraries.numpy unknown there, 2.4.6 here; "
+        "libraries.torch 2.13.0 there, 2.12.1 here; numerics 1 there, unknown here; "
         "threads 1 there, 2 here"
     )
 
@@ -567,8 +578,10 @@ def test_a_fresh_process_goes_on_from_every_step_with_every_sampler(tmp_path):
     assert len(set(expected.values())) > len(ALLOWED)  # they do not all come to the same
 
     go = (
-        "import sys, json, pathlib, torch; torch.set_num_threads(1); from test_snapshots import bits, gone_on_with;"
-        "print(json.dumps({file.name: bits(gone_on_with(file.read_bytes())) for file in pathlib.Path(sys.argv[1]).iterdir()}))"
+        "import sys, json, pathlib, torch; torch.set_num_threads(1); "
+        "from test_snapshots import bits, gone_on_with;"
+        "print(json.dumps({file.name: bits(gone_on_with(file.read_bytes())) "
+        "for file in pathlib.Path(sys.argv[1]).iterdir()}))"
     )
     environment = os.environ | {"PYTHONPATH": f"{REPO}{os.pathsep}{Path(__file__).parent}"}
     printed = subprocess.run(

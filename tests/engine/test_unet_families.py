@@ -1,4 +1,6 @@
-"""SD and SDXL beside parity: what they refuse, how a repainted image is saved and goes on, who may share its forwards."""
+"""SD and SDXL beside parity: what they refuse, how a repainted image is saved and goes on, who may
+share its forwards.
+"""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,6 @@
-"""Tiny checkpoints of the larger families, pictures to start from, and a way to render with a family alone."""
+"""Tiny checkpoints of the larger families, pictures to start from, and a way to render with a
+family alone.
+"""
 
 import shutil
 from pathlib import Path
@@ -55,7 +57,10 @@ def save_tiny_sdxl(
     vae=None,
     seed: int = 0,
 ) -> Path:
-    """A StableDiffusionXLPipeline folder; with 9 `in_channels` it only repaints. `vae`: changes to its config."""
+    """A StableDiffusionXLPipeline folder; with 9 `in_channels` it only repaints.
+
+    `vae`: changes to its config.
+    """
     from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
@@ -146,7 +151,9 @@ def started(family: Family, request: ImageRequest) -> InFlight:
 
 
 def denoise(family: Family, image: InFlight, *, bucket_rows: int | None = None) -> InFlight:
-    """Step a started image alone to its end, in forwards of its own rows or padded to `bucket_rows`."""
+    """Step a started image alone to its end, in forwards of its own rows or padded to
+    `bucket_rows`.
+    """
     with torch.inference_mode():
         while not image.is_denoised:
             family.advance(image, family.predict([image], bucket_rows or image.rows)[0])

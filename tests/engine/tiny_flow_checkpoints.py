@@ -1,4 +1,7 @@
-"""Tiny SD3 and FLUX checkpoints with random weights, real in every part: three text encoders and two, tokenizers, transformer, VAE."""
+"""Tiny SD3 and FLUX checkpoints with random weights, real in every part.
+
+Three text encoders and two, tokenizers, transformer, VAE.
+"""
 
 from pathlib import Path
 
@@ -96,7 +99,9 @@ def save_tiny_sd3(folder: Path, *, scheduler=SD3_SCHEDULER, with_t5=True, seed=0
 def save_tiny_flux(
     folder: Path, *, scheduler=DEV_SCHEDULER, guidance_embeds=True, context_channels=0, seed=0
 ) -> Path:
-    """A FluxPipeline folder: like dev, or like schnell without `guidance_embeds`, or like Fill with 4 + 64 `context_channels`."""
+    """A FluxPipeline folder: like dev, or like schnell without `guidance_embeds`, or like Fill with
+    4 + 64 `context_channels`.
+    """
     from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextModel
 

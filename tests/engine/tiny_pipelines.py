@@ -1,4 +1,7 @@
-"""Tiny pipelines of diffusers with random weights, real in every part, tokenizers included: the list the coroutine family is held to."""
+"""Tiny pipelines of diffusers with random weights, real in every part, tokenizers included.
+
+The list the coroutine family is held to.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -135,7 +138,8 @@ def a_qwen_tokenizer():
         vocab=vocab, merges=[], additional_special_tokens=special[1:]
     )
     tokenizer.chat_template = (
-        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+        "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+        "{{ message['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
     return tokenizer
@@ -467,7 +471,9 @@ def a_z_image():
 
 
 def a_ddim():
-    """No prompt, no VAE, nothing to have two of; its network gives an output object, and it gives an array."""
+    """No prompt, no VAE, nothing to have two of; its network gives an output object, and it gives
+    an array.
+    """
     unet = diffusers.UNet2DModel(
         sample_size=SIZE,
         block_out_channels=(8, 8),
