@@ -1,7 +1,8 @@
-"""A Celery worker with the fleet's consumer and tasks that only sleep, for test_consumer.py to torment.
+"""A Celery worker with the fleet's consumer and tasks that only sleep, for test_consumer.py to
+torment.
 
-Run as a process: `python -m tests.fleet.consumer_app`; CONSUMER_APP holds its addresses as JSON. Starts and ends of
-tasks are noted in a Redis that no test disturbs.
+Run as a process: `python -m tests.fleet.consumer_app`; CONSUMER_APP holds its addresses as JSON.
+Starts and ends of tasks are noted in a Redis that no test disturbs.
 """
 
 import json

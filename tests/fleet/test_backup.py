@@ -1,4 +1,7 @@
-"""A backup of a running stack makes another one in an empty place: the same keys, jobs, images and audit log."""
+"""A backup of a running stack makes another one in an empty place.
+
+The same keys, jobs, images and audit log.
+"""
 
 import hashlib
 import json

@@ -1,4 +1,6 @@
-"""What FleetConsumer and TierCycle promise, against a real Redis that is killed, flushed and cut off."""
+"""What FleetConsumer and TierCycle promise, against a real Redis that is killed, flushed and cut
+off.
+"""
 
 import json
 import os
@@ -260,7 +262,9 @@ def test_waits_for_a_broker_grow_until_it_was_well_for_a_while(monkeypatch):
 
 
 def test_a_worker_s_loop_goes_on_turning_while_its_broker_is_away(rig):
-    """Otherwise the health check would end a worker with all its models for an outage that is none of its own."""
+    """Otherwise the health check would end a worker with all its models for an outage that is none
+    of its own.
+    """
     rig.worker()
 
     rig.proxy.refuse(REPLIES["LOADING"])

@@ -40,7 +40,10 @@ SERVICES = {"postgres", "broker", "handoff", "s3"}
 
 @pytest.fixture(scope="module")
 def services():
-    """The four services of a stack of their own, without the house; the folder is too deep for a unix socket."""
+    """The four services of a stack of their own, without the house.
+
+    The folder is too deep for a unix socket.
+    """
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
     stack = Stack(folder / ("deep" * 20) / "data")
     up_services(stack)
@@ -542,7 +545,10 @@ def test_a_second_up_leaves_what_runs_alone(stack):
 
 
 def serves(gunicorn_pid):
-    """Whether this gunicorn has a worker: it could bind its port, which an orphaned worker holds for another second."""
+    """Whether this gunicorn has a worker.
+
+    It could bind its port, which an orphaned worker holds for another second.
+    """
     try:
         return bool(psutil.Process(gunicorn_pid).children())
     except psutil.NoSuchProcess:

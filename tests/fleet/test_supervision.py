@@ -1,4 +1,7 @@
-"""supervisord as the stack uses it: what it is told again, what it hands on, and whose processes it never touches."""
+"""supervisord as the stack uses it.
+
+What it is told again, what it hands on, and whose processes it never touches.
+"""
 
 import os
 import shutil
@@ -100,7 +103,9 @@ def test_a_process_whose_id_stands_in_a_stale_file_is_not_ended(tmp_path):
 
 
 def test_socket_is_not_put_into_a_folder_of_somebody_else(tmp_path, monkeypatch):
-    """It is below the temporary directory where the data directory is too deep, and whoever can enter it controls everything."""
+    """It is below the temporary directory where the data directory is too deep, and whoever can
+    enter it controls everything.
+    """
     theirs, link = tmp_path / "theirs", tmp_path / "link"
     theirs.mkdir()
     link.symlink_to(theirs)

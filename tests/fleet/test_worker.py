@@ -1,4 +1,6 @@
-"""The launcher: one process per visible GPU, each pinned to its own, started again when it crashes, ended with the launcher."""
+"""The launcher: one process per visible GPU, each pinned to its own, started again when it crashes,
+ended with the launcher.
+"""
 
 import contextlib
 import json
@@ -17,7 +19,10 @@ from fleet import worker
 from settings import EX_CONFIG, REPO
 
 TOLD = ("CUDA_VISIBLE_DEVICES", "WORKER_NAME", "DEVICE", "METRICS_PORT")
-CHILD = f"import json, os, sys, time; print(json.dumps({{k: os.environ.get(k) for k in {TOLD}}}), flush=True); time.sleep(60)"
+CHILD = (
+    "import json, os, sys, time; "
+    f"print(json.dumps({{k: os.environ.get(k) for k in {TOLD}}}), flush=True); time.sleep(60)"
+)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +42,10 @@ def launcher(tmp_path):
 
 @contextlib.contextmanager
 def launched(tmp_path, child, **variables):
-    program = f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; worker.main()"
+    program = (
+        f"import sys; from fleet import worker; worker.SERVE = [sys.executable, '-c', {child!r}]; "
+        "worker.main()"
+    )
     needed = {
         "DATABASE_URL": "postgresql://x",
         "BROKER_URL": "redis://x/0",
@@ -101,7 +109,10 @@ def test_a_machine_without_gpus_gets_one_worker_on_the_cpu_in_the_launcher_s_pla
 
 
 def test_a_configuration_that_a_worker_refuses_ends_the_launcher_with_that_status(tmp_path):
-    first_refuses = f"import os, sys, time; sys.exit({EX_CONFIG}) if os.environ['WORKER_NAME'] == 'gpu0@here' else time.sleep(60)"
+    first_refuses = (
+        "import os, sys, time; "
+        f"sys.exit({EX_CONFIG}) if os.environ['WORKER_NAME'] == 'gpu0@here' else time.sleep(60)"
+    )
 
     with launched(tmp_path, first_refuses) as process:
         assert process.wait(timeout=20) == EX_CONFIG
@@ -142,7 +153,10 @@ def test_a_crashed_worker_is_started_again_and_a_stop_ends_all(launcher):
 
 
 def test_a_launcher_says_by_its_exit_status_that_a_worker_ended_in_an_error(tmp_path):
-    fails = "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70)); print('{}', flush=True); time.sleep(60)"
+    fails = (
+        "import signal, sys, time; signal.signal(signal.SIGTERM, lambda *_: sys.exit(70)); "
+        "print('{}', flush=True); time.sleep(60)"
+    )
     with launched(tmp_path, fails) as process:
         told(tmp_path / "log", 2)
 
