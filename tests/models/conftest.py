@@ -1,4 +1,7 @@
-"""A database of its own, migrated once, in the stack's Postgres: no worker and no sweeper looks at it."""
+"""A database of its own, migrated once, in the stack's Postgres.
+
+No worker and no sweeper looks at it.
+"""
 
 import uuid
 from collections.abc import Iterator

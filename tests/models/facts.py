@@ -46,10 +46,13 @@ def at_once(*acts: Callable[[], Any]) -> list[Any]:
 def definitions(connection: Connection, schema: str) -> set[tuple[str, str]]:
     """Columns, constraints and indexes of a schema, as Postgres itself writes them down."""
     queries = (
-        """SELECT table_name || '.' || column_name, concat_ws(' ', data_type, udt_name, is_nullable, column_default)
-           FROM information_schema.columns JOIN information_schema.tables USING (table_schema, table_name)
+        """SELECT table_name || '.' || column_name,
+                  concat_ws(' ', data_type, udt_name, is_nullable, column_default)
+           FROM information_schema.columns
+           JOIN information_schema.tables USING (table_schema, table_name)
            WHERE table_schema = :schema AND table_type = 'BASE TABLE'""",
-        """SELECT conrelid::regclass || '.' || contype::text, pg_get_constraintdef(oid) FROM pg_constraint
+        """SELECT conrelid::regclass || '.' || contype::text, pg_get_constraintdef(oid)
+           FROM pg_constraint
            WHERE connamespace = CAST(:schema AS regnamespace) AND conrelid <> 0""",
         "SELECT tablename || '.' || indexname, indexdef FROM pg_indexes WHERE schemaname = :schema",
     )
@@ -68,18 +71,25 @@ def definitions(connection: Connection, schema: str) -> set[tuple[str, str]]:
 
 
 def living_definitions(connection: Connection) -> dict[str, tuple[str, str]]:
-    """Functions, views and triggers, as Postgres itself writes them down, with their comments; months of the log left out."""
+    """Functions, views and triggers, as Postgres itself writes them down, with their comments.
+
+    Without those of the log's months.
+    """
     query = text(
         """
-        SELECT 'function ' || oid::regprocedure, pg_get_functiondef(oid), obj_description(oid, 'pg_proc')
+        SELECT 'function ' || oid::regprocedure, pg_get_functiondef(oid),
+               obj_description(oid, 'pg_proc')
         FROM pg_proc WHERE pronamespace = 'public'::regnamespace
         UNION ALL
-        SELECT 'view ' || relname, concat(pg_get_viewdef(oid), reloptions), obj_description(oid, 'pg_class')
+        SELECT 'view ' || relname, concat(pg_get_viewdef(oid), reloptions),
+               obj_description(oid, 'pg_class')
         FROM pg_class WHERE relnamespace = 'public'::regnamespace AND relkind = 'v'
         UNION ALL
-        SELECT 'trigger ' || tgname || ' on ' || tgrelid::regclass, pg_get_triggerdef(oid) || tgenabled::text,
+        SELECT 'trigger ' || tgname || ' on ' || tgrelid::regclass,
+               pg_get_triggerdef(oid) || tgenabled::text,
                obj_description(oid, 'pg_trigger')
-        FROM pg_trigger WHERE NOT tgisinternal AND tgparentid = 0 AND tgrelid::regclass::text !~ '^audit_events_[0-9]'
+        FROM pg_trigger WHERE NOT tgisinternal AND tgparentid = 0
+                          AND tgrelid::regclass::text !~ '^audit_events_[0-9]'
         """
     )
     return {name: (definition, comment) for name, definition, comment in connection.execute(query)}

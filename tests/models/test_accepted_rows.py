@@ -1,4 +1,7 @@
-"""What the database makes of jobs that are accepted: every column, in order of their places in line."""
+"""What the database makes of jobs that are accepted.
+
+Every column, in order of their places in line.
+"""
 
 import uuid
 from dataclasses import replace
@@ -129,7 +132,8 @@ def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
 def test_a_job_that_says_nothing_of_a_column_gets_its_default(database, session):
     """Of a column that is added later, jobs that old code accepts say nothing."""
     query = """SELECT attname, pg_get_expr(adbin, adrelid) AS expression FROM pg_attrdef
-               JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum WHERE adrelid = 'jobs'::regclass"""
+               JOIN pg_attribute ON attrelid = adrelid AND attnum = adnum
+               WHERE adrelid = 'jobs'::regclass"""
     job = a_job(session)
     found = (
         session.execute(text("SELECT * FROM jobs WHERE id = :id"), {"id": job.id}).one()._mapping
@@ -155,7 +159,8 @@ def test_jobs_accepted_together_stand_in_the_order_in_which_they_were_given(sess
 
     events = session.execute(
         text(
-            "SELECT job_id, actor FROM audit_log WHERE chain = :name AND event = 'job:request:accepted' ORDER BY seq"
+            "SELECT job_id, actor FROM audit_log WHERE chain = :name "
+            "AND event = 'job:request:accepted' ORDER BY seq"
         ),
         {"name": tenant.name},
     ).all()

@@ -34,7 +34,10 @@ def verify(session, chain) -> list[tuple[int, str]]:
 
 @pytest.fixture
 def tampered(database, chain):
-    """A chain of five events, and a superuser without conscience: `tampered(sql)` edits history and says what verify finds."""
+    """A chain of five events, and a superuser without conscience.
+
+    `tampered(sql)` edits history and says what verify finds.
+    """
     with Session(database.owner) as session:
         append(session, chain, 5)
         session.execute(text("SET LOCAL session_replication_role = replica"))  # no trigger fires
@@ -114,7 +117,8 @@ def test_the_log_refuses_every_change(database, chain, role, statement):
 
 INSERT_WITHOUT_PARTITION = text(
     """INSERT INTO audit_events (id, at, chain_id, seq, event, actor, facts, prev_hash, hash)
-       VALUES (:id, '2001-01-01T00:00:00Z', :chain, 0, 'test:thing:happened', 'tests', '{}', '', '')"""
+       VALUES (:id, '2001-01-01T00:00:00Z', :chain, 0,
+               'test:thing:happened', 'tests', '{}', '', '')"""
 )
 
 
@@ -178,7 +182,8 @@ def test_an_edited_event_with_a_recomputed_hash_breaks_the_next_link(tampered):
     tampered("UPDATE audit_events SET actor = 'someone else' WHERE chain_id = :chain AND seq = 3")
 
     found = tampered(
-        """UPDATE audit_events SET hash = audit_digest(prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
+        """UPDATE audit_events SET hash = audit_digest(
+               prev_hash, chain_id, seq, id, at, event, actor, job_id, attempt, facts)
            WHERE chain_id = :chain AND seq = 3"""
     )
 
@@ -259,7 +264,9 @@ def test_a_chain_whose_head_was_removed_is_found(tampered):
 
 def test_a_copied_event_is_found(tampered):
     found = tampered(
-        """INSERT INTO audit_events SELECT gen_random_uuid(), at, chain_id, seq, event, actor, job_id, attempt, facts, prev_hash, hash
+        """INSERT INTO audit_events
+           SELECT gen_random_uuid(), at, chain_id, seq, event, actor, job_id, attempt, facts,
+                  prev_hash, hash
            FROM audit_events WHERE chain_id = :chain AND seq = 3"""
     )
 
@@ -325,7 +332,8 @@ def test_the_log_is_partitioned_by_month_and_the_coming_months_are_there(databas
         partitions = partitions_of(connection)
         months = connection.scalars(
             text(
-                "SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), 'YYYY_MM') FROM generate_series(0, 12) ahead"
+                "SELECT to_char(now() AT TIME ZONE 'UTC' + make_interval(months => ahead), "
+                "'YYYY_MM') FROM generate_series(0, 12) ahead"
             )
         )
         assert partitions == {
@@ -381,7 +389,8 @@ def test_an_event_lies_in_the_partition_of_its_month(database, chain):
     with transaction(database.app) as session:
         append(session, chain)
 
-    query = """SELECT tableoid::regclass::text = 'audit_events_' || to_char(at AT TIME ZONE 'UTC', 'YYYY_MM')
+    query = """SELECT tableoid::regclass::text
+                      = 'audit_events_' || to_char(at AT TIME ZONE 'UTC', 'YYYY_MM')
                FROM audit_events WHERE chain_id = :chain"""
     with database.owner.connect() as connection:
         assert connection.scalar(text(query), {"chain": chain}) is True
@@ -394,11 +403,15 @@ def test_the_application_can_make_the_partitions_of_the_coming_months_again_and_
 
 @pytest.fixture
 def without_the_last_month(database):
-    """The log as it is when a month has passed: the partition of the month a year ahead is missing. Gives back its name."""
+    """The log as it is when a month has passed.
+
+    The partition of the month a year ahead is missing. Gives back its name.
+    """
     with database.owner.begin() as connection:
         name = connection.scalar(
             text(
-                "SELECT 'audit_events_' || to_char(now() AT TIME ZONE 'UTC' + make_interval(months => 12), 'YYYY_MM')"
+                "SELECT 'audit_events_' || to_char(now() AT TIME ZONE 'UTC' + "
+                "make_interval(months => 12), 'YYYY_MM')"
             )
         )
         connection.execute(text(f"DROP TABLE {name}"))
@@ -439,7 +452,10 @@ def test_a_partition_that_is_made_later_refuses_changes_as_the_others_do(
 
     triggers = """SELECT tgrelid::regclass::text, array_agg(tgname ORDER BY tgname) FROM pg_trigger
                   WHERE tgrelid::regclass::text LIKE 'audit_events_2%' GROUP BY 1"""
-    indexes = "SELECT tablename, count(*) FROM pg_indexes WHERE tablename LIKE 'audit_events_2%' GROUP BY 1"
+    indexes = (
+        "SELECT tablename, count(*) FROM pg_indexes WHERE tablename LIKE 'audit_events_2%' "
+        "GROUP BY 1"
+    )
     with database.owner.connect() as connection:
         triggers_of = dict(connection.execute(text(triggers)).all())
         indexes_of = dict(connection.execute(text(indexes)).all())

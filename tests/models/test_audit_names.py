@@ -1,4 +1,4 @@
-"""The names of audit events: one list, with a grammar, and nothing is appended under another name."""
+"""The names of audit events: one list, with a grammar; nothing is appended under another name."""
 
 import ast
 import re

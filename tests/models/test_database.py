@@ -1,4 +1,7 @@
-"""Connections of the pool: what a server that went away, or is not itself, costs who comes next. And transactions that conflict."""
+"""Connections of the pool, and transactions that conflict.
+
+What a server that went away, or is not itself, costs who comes next.
+"""
 
 from threading import Barrier
 
@@ -112,7 +115,8 @@ def test_a_transaction_begun_again_leaves_nothing_of_its_first_try(engine):
     def work(session):
         session.execute(
             text(
-                "CREATE TEMPORARY TABLE IF NOT EXISTS noted (number integer) ON COMMIT PRESERVE ROWS"
+                "CREATE TEMPORARY TABLE IF NOT EXISTS noted (number integer) "
+                "ON COMMIT PRESERVE ROWS"
             )
         )
         session.execute(text("INSERT INTO noted VALUES (1)"))
@@ -145,7 +149,8 @@ def raised(engine, sqlstate: str) -> tuple[DBAPIError, int]:
     return error.value, error.value.__cause__.args[0]
 
 
-# Every state in which a server says that it is not itself: PostgreSQL's appendix on error codes, classes 08, 25, 53, 57, 58.
+# Every state in which a server says that it is not itself: PostgreSQL's appendix on error codes,
+# classes 08, 25, 53, 57, 58.
 @pytest.mark.parametrize(
     "sqlstate",
     [
@@ -195,7 +200,7 @@ def test_any_other_error_is_told_as_it_is(engine, sqlstate):
 
 
 def demote(engine) -> int:
-    """Make the pool's only connection one to a server that takes no writes any more; its backend."""
+    """Have the pool's only connection be to a server that takes no writes any more; its backend."""
     with engine.connect() as connection:
         connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
         connection.commit()

@@ -1,4 +1,7 @@
-"""Rows of pictures that tenants bring: one per content, erased only while nobody needs it, and its object's end."""
+"""Rows of pictures that tenants bring.
+
+One per content, erased only while nobody needs it, and its object's end.
+"""
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -158,7 +161,10 @@ def test_who_erases_a_file_waits_for_a_job_that_is_being_accepted_and_then_finds
 
 def waits_for_a_lock(database) -> bool:
     with transaction(database.owner) as session:
-        query = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+        query = (
+            "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() "
+            "AND wait_event_type = 'Lock'"
+        )
         return session.scalar(text(query)) > 0
 
 

@@ -1,4 +1,6 @@
-"""Fair order over tenants: start-time fair queuing in the database, and the sums that spare everybody the counting."""
+"""Fair order over tenants: start-time fair queuing in the database, and the sums that spare
+everybody the counting.
+"""
 
 import random
 import uuid
@@ -101,7 +103,8 @@ def test_of_two_who_always_have_work_the_one_of_twice_the_weight_is_given_twice_
         render_and_store(session, job, device_seconds=0.5)
         out.extend(release(session, pool, limit_images=6))
 
-        # Textbook: in device seconds by weight 1.5 / 1 + 1.5 / 2 apart at most, 0.5 s an image; and 6 images are still out.
+        # Textbook: in device seconds by weight 1.5 / 1 + 1.5 / 2 apart at most, 0.5 s an image; and
+        # 6 images are still out.
         assert abs(given[one.id] - given[two.id] / 2) <= 4.5 + 6
 
     assert given[two.id] / given[one.id] == pytest.approx(2, rel=0.25)
@@ -349,7 +352,10 @@ def test_the_line_can_be_read_at_a_glance(session, pool):
 
 
 class Happenings:
-    """Jobs of two tenants in two tiers, to which anything may happen; each act takes a number and makes its choices by it."""
+    """Jobs of two tenants in two tiers, to which anything may happen.
+
+    Each act takes a number and makes its choices by it.
+    """
 
     def __init__(self, session) -> None:
         self.session, self.pool = session, a_pool()
@@ -490,7 +496,10 @@ def test_whatever_happens_the_sums_are_what_counting_the_rows_gives(database, ac
 
 
 def sums(session, pool):
-    query = "SELECT tier, tenant_id, queued_jobs, queued_images, queued_s FROM flows WHERE pool = :pool AND queued_jobs <> 0"
+    query = (
+        "SELECT tier, tenant_id, queued_jobs, queued_images, queued_s FROM flows "
+        "WHERE pool = :pool AND queued_jobs <> 0"
+    )
     return {
         (tier, tenant): (count, images, pytest.approx(cost))
         for tier, tenant, count, images, cost in rows(session, query, pool)
@@ -507,7 +516,10 @@ def counted_sums(session, pool):
 
 
 def queue_now(session, pool):
-    query = "SELECT tier, waiting, announced, running, storing, images, oldest_wait_s IS NULL FROM queue_now WHERE pool = :pool"
+    query = (
+        "SELECT tier, waiting, announced, running, storing, images, oldest_wait_s IS NULL "
+        "FROM queue_now WHERE pool = :pool"
+    )
     return sorted(rows(session, query, pool))
 
 
@@ -519,7 +531,8 @@ def counted_queue(session, pool):
                       count(*) FILTER (WHERE state = 'storing'),
                       sum(num_images),
                       NOT bool_or(state = 'queued')
-               FROM jobs WHERE pool = :pool AND state IN ('queued', 'running', 'storing') GROUP BY tier"""
+               FROM jobs WHERE pool = :pool AND state IN ('queued', 'running', 'storing')
+               GROUP BY tier"""
     return sorted(rows(session, query, pool))
 
 

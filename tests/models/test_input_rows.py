@@ -1,4 +1,7 @@
-"""Jobs that start from pictures: whose are brought next, and how they stand in nobody's way until they were."""
+"""Jobs that start from pictures.
+
+Whose are brought next, and how they stand in nobody's way until they were.
+"""
 
 import uuid
 
@@ -62,7 +65,8 @@ def miss_start(session, job, by_s) -> None:
     """Let the job have been accepted so early that its start deadline passed so long ago."""
     missed = "clock_timestamp() - make_interval(secs => :by_s)"
     statement = text(
-        f"UPDATE jobs SET accepted_at = accepted_at - (start_by - ({missed})), start_by = {missed} WHERE id = :id"
+        f"UPDATE jobs SET accepted_at = accepted_at - (start_by - ({missed})), "
+        f"start_by = {missed} WHERE id = :id"
     )
     session.execute(statement, {"by_s": by_s, "id": job.id})
 

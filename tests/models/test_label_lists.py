@@ -1,4 +1,7 @@
-"""Lists of a tenant's jobs by metadata: in order, complete, and never longer at work than for so many looks into an index."""
+"""Lists of a tenant's jobs by metadata.
+
+In order, complete, and never longer at work than for so many looks into an index.
+"""
 
 import uuid
 
@@ -103,7 +106,8 @@ def test_a_list_by_metadata_reads_no_job_of_another_tenant(session):
     """Whoever else has the same metadata, and however many jobs with them."""
     plan = session.scalars(
         text(
-            "EXPLAIN SELECT job_id FROM job_labels WHERE tenant_id = :id AND label = :id AND job_id <= :id ORDER BY job_id DESC LIMIT 1"
+            "EXPLAIN SELECT job_id FROM job_labels WHERE tenant_id = :id AND label = :id "
+            "AND job_id <= :id ORDER BY job_id DESC LIMIT 1"
         ),
         {"id": uuid.uuid4()},
     ).all()

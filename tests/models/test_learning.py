@@ -42,7 +42,8 @@ def an_ended_job(session, pool, *, ago_s, guessed_s=2.0, took_s=4.0):
     """A job that ended that long ago, after `took_s` from its accept."""
     job = a_succeeded_job(session, pool=pool, eta_raw_s=guessed_s)
     query = """UPDATE jobs SET finished_at = clock_timestamp() - make_interval(secs => :ago),
-                      accepted_at = clock_timestamp() - make_interval(secs => :ago + :took) WHERE id = :id"""
+                      accepted_at = clock_timestamp() - make_interval(secs => :ago + :took)
+               WHERE id = :id"""
     session.execute(text(query), {"id": job.id, "ago": ago_s, "took": took_s})
     session.expire_all()
     return job

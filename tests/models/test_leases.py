@@ -20,7 +20,8 @@ def lease_seconds(session, job) -> float:
     return float(
         session.scalar(
             text(
-                "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs WHERE id = :id"
+                "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs "
+                "WHERE id = :id"
             ),
             {"id": job.id},
         )

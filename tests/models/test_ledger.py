@@ -1,4 +1,7 @@
-"""The ledger is what the rows say: what is stored is settled, what a canceled job had done is abandoned, whatever became of the job."""
+"""The ledger is what the rows say.
+
+What is stored is settled, what a canceled job had done is abandoned, whatever became of the job.
+"""
 
 import random
 from contextlib import suppress
@@ -73,7 +76,10 @@ def hand_on(session, lease, index) -> None:
 
 
 def last_facts(session, job, event) -> dict:
-    query = "SELECT facts FROM audit_log WHERE job_id = :id AND event = :event ORDER BY seq DESC LIMIT 1"
+    query = (
+        "SELECT facts FROM audit_log WHERE job_id = :id AND event = :event ORDER BY seq DESC "
+        "LIMIT 1"
+    )
     return session.scalar(text(query), {"id": job.id, "event": event})
 
 

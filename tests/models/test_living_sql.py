@@ -100,7 +100,9 @@ def test_a_file_is_named_for_its_object_and_says_what_it_is_for(database, each):
 
 
 def test_triggers_are_made_in_the_order_in_which_writers_lock_their_tables():
-    """Or who writes a job and then its event would wait for who changes triggers, and the other way round."""
+    """Or who writes a job and then its event would wait for who changes triggers, and the other way
+    round.
+    """
     tables = [each.table for each in EVERY_FILE if each.kind == "trigger"]
 
     assert list(dict.fromkeys(tables)) == ["jobs", "files", "audit_events_default", "audit_events"]
@@ -117,14 +119,16 @@ def test_no_file_has_a_setting_s_value_in_it():
     ("statement", "name"),
     [
         (
-            "CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
+            "CREATE OR REPLACE FUNCTION audit_refuse() RETURNS trigger "
+            "LANGUAGE plpgsql AS 'BEGIN RETURN NEW; END'",
             "audit_refuse",
         ),
         ("ALTER FUNCTION audit_link SECURITY INVOKER", "audit_link"),
         ("ALTER FUNCTION audit_verify RESET search_path", "audit_verify"),
         ("DROP FUNCTION jobs_with_labels", "jobs_with_labels"),
         (
-            "CREATE FUNCTION job_label(text) RETURNS uuid LANGUAGE sql AS 'SELECT gen_random_uuid()'",
+            "CREATE FUNCTION job_label(text) RETURNS uuid "
+            "LANGUAGE sql AS 'SELECT gen_random_uuid()'",
             "job_label",
         ),
         (f"{sql_of('usage_by_tenant_day')} WHERE false", "usage_by_tenant_day"),
@@ -183,7 +187,10 @@ def test_rights_that_somebody_gave_or_took_by_hand_are_put_right(own_database):
 def test_functions_that_run_as_their_owner_are_not_for_everybody(database):
     query = """SELECT proname FROM pg_proc WHERE pronamespace = 'public'::regnamespace AND prosecdef
                AND prorettype <> 'trigger'::regtype"""
-    for_everybody = "SELECT proname FROM pg_proc WHERE proname = ANY(:names) AND has_function_privilege('public', oid, 'EXECUTE')"
+    for_everybody = (
+        "SELECT proname FROM pg_proc WHERE proname = ANY(:names) "
+        "AND has_function_privilege('public', oid, 'EXECUTE')"
+    )
     with database.owner.connect() as connection:
         as_owner = set(connection.scalars(text(query)))
         open_to_all = connection.scalars(
@@ -213,7 +220,8 @@ def test_a_view_with_other_columns_is_made_anew_and_read_by_the_same(own_databas
     write(
         files,
         "views/queue_now",
-        "-- Shorter.\nCREATE OR REPLACE VIEW queue_now AS SELECT tier, count(*) AS n FROM jobs GROUP BY tier",
+        "-- Shorter.\nCREATE OR REPLACE VIEW queue_now AS SELECT tier, count(*) AS n "
+        "FROM jobs GROUP BY tier",
     )
 
     assert upgrade(own_database) == "made anew: queue_now"
@@ -234,7 +242,10 @@ def test_a_function_with_another_signature_takes_the_place_of_the_one_of_before(
     own_database, files, signature, call
 ):
     body = "'00000000-0000-0000-0000-000000000007'"
-    sql = f"-- Seven.\nCREATE OR REPLACE FUNCTION {signature} LANGUAGE plpgsql AS $$BEGIN RETURN {body}; END$$"
+    sql = (
+        f"-- Seven.\nCREATE OR REPLACE FUNCTION {signature} "
+        f"LANGUAGE plpgsql AS $$BEGIN RETURN {body}; END$$"
+    )
     (files / "functions/job_label.sql").write_text(sql)
 
     assert upgrade(own_database) == "made anew: job_label"
@@ -266,7 +277,8 @@ def test_an_object_is_made_after_those_that_it_names(own_database, files):
     write(
         files,
         "functions/a_first",
-        "-- One.\nCREATE OR REPLACE FUNCTION a_first() RETURNS bigint LANGUAGE sql AS 'SELECT n FROM m_second'",
+        "-- One.\nCREATE OR REPLACE FUNCTION a_first() RETURNS bigint "
+        "LANGUAGE sql AS 'SELECT n FROM m_second'",
     )
     write(
         files, "views/m_second", "-- Two.\nCREATE OR REPLACE VIEW m_second AS SELECT n FROM k_third"
@@ -279,7 +291,8 @@ def test_an_object_is_made_after_those_that_it_names(own_database, files):
     write(
         files,
         "functions/z_last",
-        "-- Four.\nCREATE OR REPLACE FUNCTION z_last() RETURNS bigint LANGUAGE sql AS 'SELECT 4::bigint'",
+        "-- Four.\nCREATE OR REPLACE FUNCTION z_last() RETURNS bigint "
+        "LANGUAGE sql AS 'SELECT 4::bigint'",
     )
 
     assert upgrade(own_database) == "made anew: z_last, k_third, m_second, a_first"

@@ -126,8 +126,10 @@ def test_the_command_line_names_every_view():
 
 def test_the_auditor_sees_views_and_nothing_else(database):
     allowed = """
-        SELECT relname, privilege FROM pg_class, unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) privilege
-        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v') AND has_table_privilege(oid, privilege)
+        SELECT relname, privilege FROM pg_class,
+               unnest(ARRAY['SELECT', 'INSERT', 'UPDATE', 'DELETE', 'TRUNCATE']) privilege
+        WHERE relnamespace = 'public'::regnamespace AND relkind IN ('r', 'p', 'v')
+              AND has_table_privilege(oid, privilege)
     """
     with database.auditor.connect() as connection:
         granted = {tuple(row) for row in connection.execute(text(allowed))}
@@ -213,7 +215,6 @@ def test_a_login_for_a_role_that_is_none_of_ours_is_refused(database):
     end = migrate(database, DATABASE_URL="postgresql://somebody:else@127.0.0.1/darkroom")
 
     assert end.returncode == 78
-    assert (
-        end.stderr
-        == "settings: DATABASE_URL: its user is 'somebody'; accepted: 'darkroom_app', or the owner\n"
+    assert end.stderr == (
+        "settings: DATABASE_URL: its user is 'somebody'; accepted: 'darkroom_app', or the owner\n"
     )

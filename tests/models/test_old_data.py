@@ -1,4 +1,7 @@
-"""Data of before the migrations had one baseline: at its revision they are brought up to date, older ones are refused."""
+"""Data of before the migrations had one baseline.
+
+At its revision they are brought up to date, older ones are refused.
+"""
 
 from pathlib import Path
 
@@ -93,7 +96,8 @@ def test_the_old_audit_log_verifies_also_with_new_events(old_session):
 def test_an_old_job_that_waits_can_be_rendered_and_stored(old_session):
     old_session.execute(
         text(
-            "UPDATE jobs SET start_by = clock_timestamp() + interval '1 hour' WHERE state = 'queued'"
+            "UPDATE jobs SET start_by = clock_timestamp() + interval '1 hour' "
+            "WHERE state = 'queued'"
         )
     )
     waiting = old_session.scalar(

@@ -1,4 +1,7 @@
-"""Migrations beside running code: what they may ask of a table that is in use, that nobody waits for them for long, and what they say."""
+"""Migrations beside running code.
+
+What they may ask of a table that is in use, that nobody waits for them for long, and what they say.
+"""
 
 import re
 import subprocess
@@ -29,7 +32,9 @@ FORBIDDEN = {
     r"DROP INDEX (?!CONCURRENTLY)": "online.drop_index",
     r"ALTER TABLE \S+ ADD CONSTRAINT (?!.*NOT VALID)": "online.add_check, online.add_foreign_key",
     r"ALTER TABLE \S+ ADD COLUMN (?!IF NOT EXISTS)": "online.add_columns",
-    r"ALTER TABLE \S+ ALTER COLUMN \S+ (TYPE|SET NOT NULL|SET DATA)": "another column, filled in pieces",
+    r"ALTER TABLE \S+ ALTER COLUMN \S+ (TYPE|SET NOT NULL|SET DATA)": (
+        "another column, filled in pieces"
+    ),
     r"ADD COLUMN .*DEFAULT [^,]*(random|clock_timestamp|now)\(": "a constant as its default",
 }
 
@@ -99,12 +104,16 @@ def test_a_migration_locks_no_table_that_is_in_use_for_long(statements, revision
                 table = re.search(r" (?:ON|TABLE) (?:ONLY )?(\w+)", f" {statement}")
                 assert table is not None
                 assert table[1] not in tables, (
-                    f"{revision}: {statement}: {table[1]} is in use; {instead} changes it while others write"
+                    f"{revision}: {statement}: {table[1]} is in use; "
+                    f"{instead} changes it while others write"
                 )
 
 
 class Traffic:
-    """A client of the tables that were there at the first release: reads and writes all the time, and how long that took."""
+    """A client of the tables that were there at the first release.
+
+    Reads and writes all the time, and how long that took.
+    """
 
     def __init__(self, owner_url: str) -> None:
         self._engine = create_engine(owner_url, connect_args={"options": "-c lock_timeout=4000"})
@@ -112,7 +121,10 @@ class Traffic:
         self.rounds = 0
 
     def run(self) -> None:
-        """Until `stop`. Raises if anything has to wait for a lock for longer than somebody in front of it may wait."""
+        """Until `stop`.
+
+        Raises if anything has to wait for a lock for longer than somebody in front of it may wait.
+        """
         while not self._is_over:
             with self._engine.begin() as connection:
                 tenant = {"id": uuid.uuid4(), "name": f"t-{uuid.uuid4()}"}
@@ -175,7 +187,8 @@ def test_a_migration_that_was_cut_short_anywhere_begins_again(of_this_version, m
         before = living_definitions(connection)
         connection.execute(
             text(
-                "INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'tenant-' || n FROM generate_series(1, 5) n"
+                "INSERT INTO tenants (id, name) SELECT gen_random_uuid(), 'tenant-' || n "
+                "FROM generate_series(1, 5) n"
             )
         )
     while True:

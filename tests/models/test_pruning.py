@@ -1,4 +1,6 @@
-"""What is too old goes for good, with all that belongs to it, and the audit log that is left verifies as before."""
+"""What is too old goes for good, with all that belongs to it, and the audit log that is left
+verifies as before.
+"""
 
 import uuid
 from collections.abc import Iterator
@@ -52,7 +54,8 @@ def months(own_database) -> Iterator[None]:
             bounds = f"FROM ('{month} 00:00+00') TO ('{ends} 00:00+00')"
             connection.execute(
                 text(
-                    f"CREATE TABLE {pruning.partition_of(month)} PARTITION OF audit_events FOR VALUES {bounds}"
+                    f"CREATE TABLE {pruning.partition_of(month)} PARTITION OF audit_events "
+                    f"FOR VALUES {bounds}"
                 )
             )
     yield
@@ -93,7 +96,10 @@ def prune_month(owner, month) -> int:
 
 @pytest.fixture
 def chains(own_database, months) -> None:
-    """`busy` has events in every month, `idle` in August alone; in `late` some came in another order than that of their instants."""
+    """`busy` has events in every month, `idle` in August alone.
+
+    In `late` some came in another order than that of their instants.
+    """
     append(own_database, "busy", AUGUST, AUGUST, SEPTEMBER, OCTOBER, OCTOBER)
     append(own_database, "idle", AUGUST, AUGUST)
     append(
@@ -150,8 +156,9 @@ def test_what_was_pruned_is_told_by_an_event(own_database, owner, chains):
         ),
         ("DELETE FROM audit_checkpoints WHERE chain_id = 'busy'", ("system", 1, FORGED)),
         (  # a hole that is passed off as something that was pruned
-            """WITH gone AS (DELETE FROM audit_events WHERE chain_id = 'busy' AND seq = 4 RETURNING chain_id, seq, hash)
-               INSERT INTO audit_checkpoints SELECT * FROM gone""",
+            "WITH gone AS (DELETE FROM audit_events WHERE chain_id = 'busy' AND seq = 4 "
+            "RETURNING chain_id, seq, hash)\n"
+            "               INSERT INTO audit_checkpoints SELECT * FROM gone",
             ("system", 1, FORGED),
         ),
         (
@@ -321,7 +328,9 @@ def test_a_job_goes_with_everything_that_belongs_to_it_and_its_objects(own_datab
 
 
 def test_every_table_that_names_a_job_is_known_to_pruning(own_database):
-    query = """SELECT conrelid::regclass::text, (SELECT attname FROM pg_attribute WHERE attrelid = conrelid AND attnum = conkey[1])
+    query = """SELECT conrelid::regclass::text,
+                      (SELECT attname FROM pg_attribute
+                       WHERE attrelid = conrelid AND attnum = conkey[1])
                FROM pg_constraint WHERE contype = 'f' AND confrelid = 'jobs'::regclass"""
     with own_database.owner.connect() as connection:
         names = {(str(table), column) for table, column in connection.execute(text(query))}
@@ -336,10 +345,13 @@ def test_every_reference_to_what_is_pruned_is_found_by_an_index(own_database):
     query = """
         SELECT c.conrelid::regclass::text || '.' || a.attname FROM pg_constraint c
         JOIN pg_attribute a ON a.attrelid = c.conrelid AND a.attnum = c.conkey[1]
-        WHERE c.contype = 'f' AND c.confrelid IN ('jobs'::regclass, 'files'::regclass, 'artifacts'::regclass, 'webhook_endpoints'::regclass)
+        WHERE c.contype = 'f' AND c.confrelid IN
+              ('jobs'::regclass, 'files'::regclass, 'artifacts'::regclass,
+               'webhook_endpoints'::regclass)
         AND NOT EXISTS (
             SELECT FROM pg_index i WHERE i.indrelid = c.conrelid AND i.indkey[0] = c.conkey[1]
-            AND (i.indpred IS NULL OR pg_get_expr(i.indpred, i.indrelid) = '(' || a.attname || ' IS NOT NULL)'))
+            AND (i.indpred IS NULL
+                 OR pg_get_expr(i.indpred, i.indrelid) = '(' || a.attname || ' IS NOT NULL)'))
     """
     with own_database.owner.connect() as connection:
         assert connection.scalars(text(query)).all() == []
@@ -478,7 +490,8 @@ def test_endpoints_that_were_deleted_long_ago_and_old_days_of_the_ledger_go(owne
         assert count(session, "usage_ledger", tenant_id=tenant.id) == 1
         newest = session.execute(
             text(
-                "SELECT event, facts FROM audit_events WHERE chain_id = 'system' ORDER BY seq DESC LIMIT 1"
+                "SELECT event, facts FROM audit_events WHERE chain_id = 'system' "
+                "ORDER BY seq DESC LIMIT 1"
             )
         ).one()
         assert (newest.event, newest.facts["days"]) == ("usage:days:pruned", 1)

@@ -21,7 +21,10 @@ def pool() -> str:
 
 
 def pick(session, pool, limit_images, tier="fast") -> list[uuid.UUID]:
-    """The jobs picked where one tenant's are as good as another's: nobody goes to the front, for nothing else is running there."""
+    """The jobs picked where one tenant's are as good as another's.
+
+    Nobody goes to the front, for nothing else is running there.
+    """
     limits = ReleaseLimits(slots=limit_images, limit_images=limit_images, least_share=0)
     return [
         job.job_id
@@ -31,7 +34,10 @@ def pick(session, pool, limit_images, tier="fast") -> list[uuid.UUID]:
 
 
 def fronted(session, pool, tenant_id=None, **limits) -> list[tuple[uuid.UUID, bool]]:
-    """The jobs picked, and whether each goes to the front; workers hold 8 images, 4 more may wait for them."""
+    """The jobs picked, and whether each goes to the front.
+
+    Workers hold 8 images, 4 more may wait for them.
+    """
     allowed = ReleaseLimits(**{"slots": 8, "limit_images": 12, **limits})
     return [
         (job.job_id, job.is_front)
@@ -50,7 +56,10 @@ def dump(session, pool, count, tenant=None, **params) -> list[uuid.UUID]:
 
 
 def busy(session, pool, count, tenant=None, **limits) -> list[uuid.UUID]:
-    """One tenant's dump, as much of it announced as there is room for and running as workers hold; the ids of those announced."""
+    """One tenant's dump, as much of it announced as there is room for and running as workers hold.
+
+    The result is the ids of those announced.
+    """
     dump(session, pool, count, tenant)
     announced = [job_id for job_id, _ in fronted(session, pool, **limits)]
     for job_id in announced[:8]:
@@ -59,7 +68,8 @@ def busy(session, pool, count, tenant=None, **limits) -> list[uuid.UUID]:
 
 
 def end(session, *job_ids) -> None:
-    query = """UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(), announced_at = NULL, lease_expires_at = NULL
+    query = """UPDATE jobs SET state = 'succeeded', finished_at = clock_timestamp(),
+                      announced_at = NULL, lease_expires_at = NULL
                WHERE id = ANY(:ids)"""
     session.execute(text(query), {"ids": list(job_ids)})
 
@@ -166,7 +176,9 @@ def test_jobs_announced_long_ago_are_found_oldest_first(session, pool):
     for job, seconds in ((older, 20), (newer, 10)):
         session.execute(
             text(
-                "UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :seconds) WHERE id = :id"
+                "UPDATE jobs "
+                "SET announced_at = clock_timestamp() - make_interval(secs => :seconds) "
+                "WHERE id = :id"
             ),
             {"seconds": seconds, "id": job.id},
         )
@@ -243,7 +255,9 @@ def test_whose_jobs_only_stand_in_line_is_passed_by_nobody(session, pool):
 
 
 def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(session, pool):
-    """A worker of 8 slots that takes from the front first, and up to twice as many from there; whose job ends asks for the next."""
+    """A worker of 8 slots that takes from the front first, and up to twice as many from there;
+    whose job ends asks for the next.
+    """
     large, small = a_tenant(session), [a_tenant(session) for _ in range(12)]
     dump(session, pool, 80, large)
     owner, front, line, runs = {}, [], [], []

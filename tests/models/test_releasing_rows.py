@@ -1,4 +1,7 @@
-"""The rows that a release reads are enough: it picks what the rule would pick of everything that waits."""
+"""The rows that a release reads are enough.
+
+It picks what the rule would pick of everything that waits.
+"""
 
 import uuid
 from collections import Counter

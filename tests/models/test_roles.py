@@ -113,7 +113,10 @@ def test_a_process_cannot(as_process, kind, statement):
 def test_a_process_is_never_the_owner_nor_another_role(as_process):
     for kind, engine in as_process.items():
         with engine.connect() as connection:
-            query = "SELECT rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls FROM pg_roles WHERE rolname = current_user"
+            query = (
+                "SELECT rolsuper OR rolcreaterole OR rolcreatedb OR rolbypassrls FROM pg_roles "
+                "WHERE rolname = current_user"
+            )
             assert connection.scalar(text(query)) is False, kind
             assert (
                 connection.scalar(
@@ -187,7 +190,8 @@ def test_what_a_worker_looks_for_is_still_found_by_an_index(as_process, conditio
         plan = "\n".join(
             connection.scalars(
                 text(
-                    f"EXPLAIN SELECT id FROM jobs WHERE {condition} ORDER BY release_tag, id LIMIT 4"
+                    f"EXPLAIN SELECT id FROM jobs WHERE {condition} ORDER BY release_tag, id "
+                    "LIMIT 4"
                 )
             )
         )
@@ -226,7 +230,8 @@ def test_a_courier_reads_what_is_to_be_told_without_the_prompt(as_process, datab
 
 def test_the_grants_are_the_same_however_often_they_are_applied(as_process, database):
     query = text(
-        "SELECT grantee, table_name, column_name, privilege_type FROM information_schema.column_privileges WHERE grantee LIKE 'darkroom_%'"
+        "SELECT grantee, table_name, column_name, privilege_type "
+        "FROM information_schema.column_privileges WHERE grantee LIKE 'darkroom_%'"
     )
     with database.owner.connect() as connection:
         before = set(connection.execute(query))

@@ -64,7 +64,8 @@ def test_tries_to_have_a_job_stored_come_further_and_further_apart_up_to_a_limit
     for rendered_ago_s, next_in_s in ((0, 10), (25, 25), (1000, 60)):
         session.execute(
             text(
-                "UPDATE jobs SET rendered_at = clock_timestamp() - make_interval(secs => :ago) WHERE id = :id"
+                "UPDATE jobs SET rendered_at = clock_timestamp() - make_interval(secs => :ago) "
+                "WHERE id = :id"
             ),
             {"ago": rendered_ago_s, "id": job.id},
         )

@@ -1,4 +1,7 @@
-"""Objects on their way into the store: noted before the upload, struck out with their artifact, found when neither came of it."""
+"""Objects on their way into the store.
+
+Noted before the upload, struck out with their artifact, found when neither came of it.
+"""
 
 import threading
 import uuid
@@ -19,7 +22,10 @@ def key() -> str:
 def begin(session, key, *, ago_s=0.0):
     """Note an upload that began that long ago."""
     uploads.begin(session, key)
-    query = "UPDATE uploads SET started_at = started_at - make_interval(secs => :ago) WHERE object_key = :key"
+    query = (
+        "UPDATE uploads SET started_at = started_at - make_interval(secs => :ago) "
+        "WHERE object_key = :key"
+    )
     session.execute(text(query), {"ago": ago_s, "key": key})
 
 

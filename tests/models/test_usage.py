@@ -1,4 +1,6 @@
-"""The ledger: reserved when a job is accepted, settled when it succeeds, released when it comes to nothing; sums of days and months."""
+"""The ledger: reserved when a job is accepted, settled when it succeeds, released when it comes to
+nothing; sums of days and months.
+"""
 
 from dataclasses import replace
 from datetime import UTC, date, datetime, timedelta

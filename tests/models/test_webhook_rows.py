@@ -1,4 +1,6 @@
-"""Which deliveries of webhooks are tried, how many at once, and which never again; in a database that no courier looks at."""
+"""Which deliveries of webhooks are tried, how many at once, and which never again; in a database
+that no courier looks at.
+"""
 
 import uuid
 from datetime import timedelta
@@ -50,7 +52,10 @@ def a_tenant(session) -> uuid.UUID:
 def an_endpoint(
     session, tenant_id=None, *, is_slow=False, deliveries=1, **columns
 ) -> WebhookEndpoint:
-    """An endpoint with test events (they are about no job) that are due; disabled ones refuse others."""
+    """An endpoint with test events (they are about no job) that are due.
+
+    Disabled ones refuse others.
+    """
     tenant_id = tenant_id or a_tenant(session)
     made = webhooks.create(
         session,

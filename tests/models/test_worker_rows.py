@@ -23,7 +23,8 @@ def beat(session, pool, name="gpu0", slots=16):
 def silence(session, pool, seconds):
     session.execute(
         text(
-            "UPDATE workers SET seen_at = clock_timestamp() - make_interval(secs => :s) WHERE pool = :pool"
+            "UPDATE workers SET seen_at = clock_timestamp() - make_interval(secs => :s) "
+            "WHERE pool = :pool"
         ),
         {"s": seconds, "pool": pool},
     )

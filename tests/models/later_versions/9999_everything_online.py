@@ -1,4 +1,7 @@
-"""A migration as a later version may have one: everything that `migrations.online` can do to tables in use."""
+"""A migration as a later version may have one.
+
+Everything that `migrations.online` can do to tables in use.
+"""
 
 import sqlalchemy as sa
 from alembic import op
