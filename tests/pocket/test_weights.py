@@ -1,4 +1,6 @@
-"""The weights in the repository are the ones that were measured, and they still do what they are told."""
+"""The weights in the repository are the ones that were measured, and they still do what they are
+told.
+"""
 
 import hashlib
 import json
