@@ -1,4 +1,7 @@
-"""Who is let in, and how long they will wait: by what goes before them, and by nothing that comes after."""
+"""Who is let in, and how long they will wait.
+
+By what goes before them, and by nothing that comes after.
+"""
 
 from dataclasses import dataclass
 

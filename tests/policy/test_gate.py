@@ -1,7 +1,9 @@
-"""The gate of a worker under arbitrary arrivals: messages of any size, leases that come late or never, images that end in any order.
+"""The gate of a worker under arbitrary arrivals.
 
-The worker here is the real one's rule on plain values: `may_take` asked queue by queue in the order of `render_queues`, with the images
-of leases and of messages that have no lease yet.
+Messages of any size, leases that come late or never, images that end in any order.
+
+The worker here is the real one's rule on plain values: `may_take` asked queue by queue in the order
+of `render_queues`, with the images of leases and of messages that have no lease yet.
 """
 
 from collections import Counter, deque
@@ -19,14 +21,19 @@ TIERS = ("fast", "quality", "batch")
 
 
 def most_images(fleet: Fleet, slots: int) -> int:
-    """What a worker may hold at most: that many jobs, and what sticks out of each tier's last one."""
+    """What a worker may hold at most.
+
+    That many jobs, and what sticks out of each tier's last one.
+    """
     largest = [tier.max_images for tier in fleet.tiers.values()]
     return most_jobs(fleet, slots) + sum(images - 1 for images in largest) + max(largest) - 1
 
 
 @dataclass(eq=False)
 class HeldJob:
-    """A job in the worker's hand: its message says `images`, its lease, once it is there, how many of them are to be rendered."""
+    """A job in the worker's hand: its message says `images`, its lease, once it is there, how many
+    of them are to be rendered.
+    """
 
     tier: str
     is_front: bool
@@ -169,7 +176,9 @@ class Gate(RuleBasedStateMachine):
             assert "local.fast" in self.worker.open_queues()
 
     def teardown(self) -> None:
-        """Nobody starves: once images end as they come, everything is taken, whatever the order in which it arrived."""
+        """Nobody starves: once images end as they come, everything is taken, whatever the order in
+        which it arrived.
+        """
         if not hasattr(self, "worker"):
             return
         rest = sum(map(len, self.worker.queued.values())) + len(self.worker.jobs)

@@ -1,4 +1,7 @@
-"""What a job will take and when it will be done: guesses, and how they are corrected by how wrong the last ones were."""
+"""What a job will take and when it will be done.
+
+Guesses, and how they are corrected by how wrong the last ones were.
+"""
 
 import math
 import random
@@ -124,7 +127,8 @@ def test_of_ratios_as_they_come_half_lie_below_p50_and_nine_tenths_below_p90(med
     for observed, ratio in enumerate(past):
         known = learn_ratios(known, ratio, observed=observed)
 
-    # A step of 0.05 in the logarithm keeps a quantile trembling: for the narrower spread by about 0.11 and 0.05 of the share below.
+    # A step of 0.05 in the logarithm keeps a quantile trembling: for the narrower spread by about
+    # 0.11 and 0.05 of the share below.
     assert share_below(next_ones, known.p50) == pytest.approx(0.5, abs=0.2)
     assert share_below(next_ones, known.p90) == pytest.approx(0.9, abs=0.08)
 

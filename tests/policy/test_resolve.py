@@ -1,4 +1,6 @@
-"""From a wish to parameters that say everything, or a refusal that names the field and what is accepted."""
+"""From a wish to parameters that say everything, or a refusal that names the field and what is
+accepted.
+"""
 
 from uuid import UUID
 
