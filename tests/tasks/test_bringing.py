@@ -1,4 +1,7 @@
-"""Pictures that jobs start from: brought by who may read the store before a worker is asked, dropped in the end."""
+"""Pictures that jobs start from.
+
+Brought by who may read the store before a worker is asked, dropped in the end.
+"""
 
 import uuid
 from dataclasses import dataclass, replace

@@ -1,4 +1,7 @@
-"""The whole path on the running stack: accept, queue, lease, render in company, hand off, store; and what happens when parts of it die."""
+"""The whole path on the running stack.
+
+Accept, queue, lease, render in company, hand off, store; and what happens when parts of it die.
+"""
 
 import signal
 import time
@@ -81,7 +84,10 @@ def test_forty_jobs_over_all_tiers_all_succeed_and_share_batches(client, sql):
 def test_a_burst_of_large_jobs_never_takes_more_slots_than_its_tiers_have(
     client, second_tenant, sql
 ):
-    """Of 16 slots batch has 10 beside those kept for better tiers, quality 12; the last job of each may stick out by 7 images."""
+    """Of 16 slots batch has 10 beside those kept for better tiers, quality 12.
+
+    The last job of each may stick out by 7 images.
+    """
     wishes = [
         {
             "prompt": SHAPES[n % 3],

@@ -1,4 +1,6 @@
-"""What a worker decides when its device, its surroundings or a request itself is hostile: that job alone suffers."""
+"""What a worker decides when its device, its surroundings or a request itself is hostile: that job
+alone suffers.
+"""
 
 import threading
 import time
@@ -438,7 +440,8 @@ def test_a_wall_clock_that_is_a_day_off_changes_nothing_about_leases(here, monke
     with transaction(here.database) as session:
         left_s = session.scalar(
             text(
-                "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs WHERE id = :id"
+                "SELECT extract(epoch FROM lease_expires_at - clock_timestamp()) FROM jobs "
+                "WHERE id = :id"
             ),
             {"id": job.id},
         )
@@ -482,7 +485,8 @@ def test_steps_that_are_done_again_are_on_record_also_when_the_hand_off_has_lost
     assert row.state == "storing"
     with transaction(here.database) as session:
         query = text(
-            "SELECT resumed_steps, lost_steps, lost_cause FROM attempts WHERE job_id = :id AND attempt = 2"
+            "SELECT resumed_steps, lost_steps, lost_cause FROM attempts WHERE job_id = :id "
+            "AND attempt = 2"
         )
         assert tuple(session.execute(query, {"id": job.id}).one()) == (0, left, "preempted")
     assert left > 0
@@ -537,7 +541,10 @@ def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
 def test_a_job_that_came_back_to_the_same_worker_is_not_forgotten_when_the_attempt_before_it_ends(
     here,
 ):
-    """Its lease was lost while the worker stood still; the old task is still about to notice when the new one has begun."""
+    """Its lease was lost while the worker stood still.
+
+    The old task is still about to notice when the new one has begun.
+    """
     job = here.accept()
     with ExitStack() as first, ExitStack() as second:
         first.enter_context(here.keeper.leased(job.id))

@@ -1,4 +1,7 @@
-"""What a worker counts as in its hand: images of messages until their lease is known, of leases as long as they are to be rendered."""
+"""What a worker counts as in its hand.
+
+Images of messages until their lease is known, of leases as long as they are to be rendered.
+"""
 
 import uuid
 

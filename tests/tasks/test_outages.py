@@ -1,4 +1,7 @@
-"""The sweeper while its surroundings answer with errors: what it does not hold against jobs, and what it does not multiply."""
+"""The sweeper while its surroundings answer with errors.
+
+What it does not hold against jobs, and what it does not multiply.
+"""
 
 import threading
 import time
@@ -133,7 +136,8 @@ def refusing(sweeping: Sweeping, part: str) -> Iterator[None]:
 
     say(f"ALTER DATABASE {name} SET default_transaction_read_only = on")
     say(
-        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = current_database() AND usename = 'darkroom_app'"
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND usename = 'darkroom_app'"
     )
     try:
         yield
@@ -287,7 +291,8 @@ def make_overdue(sweeping: Sweeping) -> None:
     with transaction(sweeping.database.app) as session:
         session.execute(
             text(
-                "UPDATE jobs SET store_by = clock_timestamp() - interval '1 second' WHERE state = 'storing'"
+                "UPDATE jobs SET store_by = clock_timestamp() - interval '1 second' "
+                "WHERE state = 'storing'"
             )
         )
 

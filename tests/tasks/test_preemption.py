@@ -1,4 +1,7 @@
-"""Workers that have to go: with a notice, and without one. On a stack of its own with two workers, one of which goes."""
+"""Workers that have to go: with a notice, and without one.
+
+On a stack of its own with two workers, one of which goes.
+"""
 
 import base64
 import shutil

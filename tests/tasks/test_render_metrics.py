@@ -1,4 +1,6 @@
-"""What a worker counts: images and their device time, what came twice, what went wrong, what was spared."""
+"""What a worker counts: images and their device time, what came twice, what went wrong, what was
+spared.
+"""
 
 import uuid
 

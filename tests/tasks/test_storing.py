@@ -51,7 +51,8 @@ def age_uploads(here, job) -> None:
     with transaction(here.database) as session:
         session.execute(
             text(
-                "UPDATE uploads SET started_at = started_at - make_interval(secs => :s) WHERE object_key LIKE :p",
+                "UPDATE uploads SET started_at = started_at - make_interval(secs => :s) "
+                "WHERE object_key LIKE :p",
             ),
             {"s": ORPHAN_AFTER_S + 1, "p": f"%{job.tenant_id}%"},
         )

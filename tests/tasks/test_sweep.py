@@ -1,4 +1,6 @@
-"""The sweeper's own time: what fails comes again a little later, what there is too much of goes on at the next sweep."""
+"""The sweeper's own time: what fails comes again a little later, what there is too much of goes on
+at the next sweep.
+"""
 
 import threading
 import time
@@ -26,7 +28,10 @@ from tests.tasks.conftest import metric
 
 @pytest.fixture
 def parts(sweeper, monkeypatch):
-    """Have the sweeper consist of these parts, (what it does, how often) by its name; counts how often each was called."""
+    """Have the sweeper consist of these parts, (what it does, how often) by its name.
+
+    Counts how often each was called.
+    """
     called = dict[str, int]()
 
     def parts(**own):
@@ -74,7 +79,9 @@ def test_a_part_that_has_more_to_do_comes_again_at_the_next_sweep(sweeper, parts
 
 @pytest.fixture
 def old_rows(database_here):
-    """So many webhook deliveries of forty days ago, and idempotency keys of the day before yesterday."""
+    """So many webhook deliveries of forty days ago, and idempotency keys of the day before
+    yesterday.
+    """
 
     def old_rows(count):
         with transaction(database_here) as session:
@@ -154,7 +161,8 @@ def test_deliveries_that_ended_a_month_ago_go_with_their_attempts(sweeper, datab
         assert set(session.scalars(rows, of_tenant)) == kept
         attempts = text(
             "SELECT a.delivery_id FROM webhook_attempts a"
-            " LEFT JOIN webhook_deliveries d ON d.id = a.delivery_id WHERE d.tenant_id = :id OR d.id IS NULL"
+            " LEFT JOIN webhook_deliveries d ON d.id = a.delivery_id WHERE d.tenant_id = :id "
+            "OR d.id IS NULL"
         )
         assert set(session.scalars(attempts, of_tenant)) == kept
 
@@ -174,7 +182,9 @@ def test_a_sweep_has_an_end_however_much_is_too_old(sweeper, database_here, old_
 
 @pytest.fixture
 def keeps_for_a_month(stack, sweeper):
-    """A sweeper of a fleet whose tier `fast` keeps content for thirty days, and the owner of its database."""
+    """A sweeper of a fleet whose tier `fast` keeps content for thirty days, and the owner of its
+    database.
+    """
     with a_database(stack.env) as database:
         owner = make_engine(database.owner_url, pool_size=2)
         yield (
@@ -228,7 +238,10 @@ def test_content_is_erased_once_its_tier_has_kept_it_long_enough(
             {"id": late},
         ).one()
         assert event.actor == "sweeper"
-        moved = "UPDATE jobs SET state = 'canceled', finished_at = clock_timestamp() - interval '40 days' WHERE id = :id"
+        moved = (
+            "UPDATE jobs SET state = 'canceled', "
+            "finished_at = clock_timestamp() - interval '40 days' WHERE id = :id"
+        )
         session.execute(text(moved), {"id": unfinished})
 
     sweeper._due_at.clear()
@@ -278,7 +291,8 @@ def test_a_message_is_lost_when_one_announced_clearly_later_is_next_in_its_queue
         overtaken, close, next_one = (a_job(session, pool="big", tier="batch") for _ in range(3))
         for job, ago_s in ((overtaken, 40), (close, 21), (next_one, 20)):
             announced = text(
-                "UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) WHERE id = :id"
+                "UPDATE jobs SET announced_at = clock_timestamp() - make_interval(secs => :ago) "
+                "WHERE id = :id"
             )
             session.execute(announced, {"ago": ago_s, "id": job.id})
     sweeper.broker.announce(queues.RENDER_JOB, "big.batch", next_one.id, num_images=1)
