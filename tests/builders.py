@@ -1,4 +1,7 @@
-"""What the tests of several rooms build: a fleet file, jobs, what rendering and storing leave behind."""
+"""What the tests of several rooms build.
+
+A fleet file, jobs, what rendering and storing leave behind.
+"""
 
 import copy
 import functools
@@ -273,7 +276,10 @@ def a_lease(
     ttl_s: float = 15,
     **params: Any,
 ) -> Lease:
-    """A lease on `job`, or on a new one with `params`. A negative `ttl_s` makes one that has run out."""
+    """A lease on `job`, or on a new one with `params`.
+
+    A negative `ttl_s` makes one that has run out.
+    """
     job = job or a_job(session, **params)
     lease = leases.take(session, job.id, worker=worker, device="cpu", ttl_s=ttl_s)
     assert lease is not None

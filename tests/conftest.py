@@ -1,4 +1,7 @@
-"""One real stack for the whole suite: Postgres, Redis, S3 and every process of the house, on free ports in a temporary folder."""
+"""One real stack for the whole suite.
+
+Postgres, Redis, S3 and every process of the house, on free ports in a temporary folder.
+"""
 
 import os
 import shutil
@@ -18,8 +21,7 @@ from fleet.stack import Stack
 
 # the receivers of webhooks that tests start are here
 os.environ["OUTBOUND_ALLOWED_NETWORKS"] = "127.0.0.1/32"
-# to standard error, as in every process of the house: what a test reads from standard output is its
-# own
+# to standard error, as in every process of the house: a test reads only its own standard output
 telemetry.configure_logs()
 
 
@@ -33,7 +35,8 @@ class SecondTenant(NamedTuple):
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     """The running system. Whoever stops one of its processes starts it again."""
-    # Not below pytest's own temporary folder: that is closed to the account Postgres runs under when we are root.
+    # Not below pytest's own temporary folder: that is closed to the account Postgres runs under
+    # when we are root.
     folder = Path(tempfile.mkdtemp(prefix="darkroom-tests-"))
     stack = Stack(folder / "data")
     # a time limit on the suite still ends the stack
@@ -83,7 +86,9 @@ def note_engine(connection) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def connections_are_given_back():
-    """Close what pools keep open, so that the files of one process together need no more connections than Postgres has."""
+    """Close what pools keep open, so that the files of one process together need no more
+    connections than Postgres has.
+    """
     yield
     for engine in list(ENGINES):
         engine.dispose()

@@ -72,7 +72,10 @@ def raw_png(
     before: bytes = b"",
     after: bytes = b"",
 ) -> bytes:
-    """A PNG of these scan lines, whatever its header says. colours: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA."""
+    """A PNG of these scan lines, whatever its header says.
+
+    colours: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA.
+    """
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width_px, height_px, bits, colours, 0, 0, 0))
     return (
         BEGINNING + head + before + chunk(b"IDAT", zlib.compress(data, 9)) + after + chunk(b"IEND")
@@ -112,7 +115,10 @@ SECRET = b"who took it, and where"
 
 
 def harmless() -> Iterator[tuple[str, bytes]]:
-    """Strange, and pictures all the same: (name, content). None of what is in them besides may come out again."""
+    """Strange, and pictures all the same: (name, content).
+
+    None of what is in them besides may come out again.
+    """
     for kind in KINDS:
         for orientation in range(1, 9):
             yield f"{kind} turned {orientation}", turned(kind, orientation)
@@ -283,11 +289,16 @@ def _endless_exif() -> bytes:
 def _documents() -> dict[str, bytes]:
     return {
         "SVG": b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>',
-        "SVG with an entity": b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM "file:///etc/passwd">]><svg>&e;</svg>',
+        "SVG with an entity": (
+            b'<?xml version="1.0"?><!DOCTYPE x [<!ENTITY e SYSTEM '
+            b'"file:///etc/passwd">]><svg>&e;</svg>'
+        ),
         "HTML": b"<!DOCTYPE html><script>alert(1)</script>",
         "EPS": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(/etc/passwd) (r) file\n",
         "zip": a_zip(),
-        "MVG": b"push graphic-context\nimage over 0,0 0,0 'https://example.com/x'\npop graphic-context",
+        "MVG": (
+            b"push graphic-context\nimage over 0,0 0,0 'https://example.com/x'\npop graphic-context"
+        ),
         "text": "Ein Bild, 画像".encode(),
         "zeros": b"\0" * 4096,
         "an object of Python": b"\x80\x04\x95\x05\x00\x00\x00\x00\x00\x00\x00\x8c\x01a.",

@@ -1,4 +1,7 @@
-"""The arithmetic that benchmarks judge by: who arrives when, percentiles, ours beside the best of the others, memory a request."""
+"""The arithmetic that benchmarks judge by.
+
+Who arrives when, percentiles, ours beside the best of the others, memory a request.
+"""
 
 import itertools
 

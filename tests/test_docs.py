@@ -367,7 +367,9 @@ def test_an_sql_example_runs(stack, example):
 
 @pytest.fixture(scope="module")
 def workplace(stack, tmp_path_factory):
-    """A folder that looks like the repository on a machine where the stack runs, and its environment."""
+    """A folder that looks like the repository on a machine where the stack runs, and its
+    environment.
+    """
     folder = tmp_path_factory.mktemp("workplace")
     for entry in REPO.iterdir():
         if entry.name not in (".git", ".darkroom"):

@@ -1,4 +1,4 @@
-"""The walls of the house: who imports whom, who reads the environment, and who never loads torch."""
+"""The walls of the house: who imports whom, who reads the environment, who never loads torch."""
 
 import ast
 import functools
@@ -217,7 +217,10 @@ def test_one_place_of_edges_makes_foreign_errors_ours():
 
 
 def test_one_place_connects_to_redis():
-    """Else a server that was demoted keeps the client; what Celery and kombu connect is their own."""
+    """Else a server that was demoted keeps the client.
+
+    What Celery and kombu connect is their own.
+    """
     client = re.compile(r"(\w+\.)*((Strict)?Redis|\w*ConnectionPool|from_url)(\.from_url)?")
     connecting = {
         str(path.relative_to(REPO))
@@ -265,7 +268,10 @@ APPENDS = {"audit.append", "audit.append_of_attempt", "take_back"}
 
 
 def writers() -> set[str]:
-    """Functions of `models` that append to the audit log, as callers name them: who calls one locks more than one row."""
+    """Functions of `models` that append to the audit log, as callers name them.
+
+    Who calls one locks more than one row.
+    """
     found = set()
     for path in sorted((REPO / "models").glob("*.py")):
         for function in (node for node in parsed(path).body if isinstance(node, ast.FunctionDef)):
@@ -310,7 +316,10 @@ def test_every_module_says_what_it_is_for():
 
 
 def dispatched() -> set[str]:
-    """Task names that are published anywhere: what `announce` is handed, by their constants in `policy.queues`."""
+    """Task names that are published anywhere.
+
+    What `announce` is handed, by their constants in `policy.queues`.
+    """
     names = set()
     for room in ROOMS:
         for path in modules(room):
@@ -383,9 +392,15 @@ LOADED = {
 
 @pytest.fixture(scope="module")
 def loaded() -> dict[str, set[str]]:
-    """Top-level modules that each kind of process has loaded once it is ready to work; all start at once."""
+    """Top-level modules that each kind of process has loaded once it is ready to work.
+
+    All start at once.
+    """
     # A copy of the names: other threads may still import.
-    tell = "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in list(sys.modules)})))"
+    tell = (
+        "; import sys, json; print(json.dumps(sorted({name.partition('.')[0] for name in "
+        "list(sys.modules)})))"
+    )
     environment = {**ENOUGH, "PATH": os.environ.get("PATH", ""), "HOME": os.environ.get("HOME", "")}
     started = {
         role: subprocess.Popen(

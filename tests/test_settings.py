@@ -186,11 +186,13 @@ def test_every_way_to_write_a_postgres_url_is_taken(environment, url):
     [
         (
             {"GATEWAY_MAX_WAITS": "120", "GATEWAY_MAX_UPLOADS": "8"},
-            "GATEWAY_THREADS: is too few; accepted: more than GATEWAY_MAX_WAITS (120) and GATEWAY_MAX_UPLOADS (8) together",
+            "GATEWAY_THREADS: is too few; "
+            "accepted: more than GATEWAY_MAX_WAITS (120) and GATEWAY_MAX_UPLOADS (8) together",
         ),
         (
             {"GATEWAY_MAX_CONNECTIONS": "640"},
-            "GATEWAY_MAX_CONNECTIONS: is too few; accepted: more than GATEWAY_THREADS and GATEWAY_MAX_STREAMS together (640)",
+            "GATEWAY_MAX_CONNECTIONS: is too few; "
+            "accepted: more than GATEWAY_THREADS and GATEWAY_MAX_STREAMS together (640)",
         ),
     ],
 )
@@ -246,15 +248,18 @@ def test_a_wrong_url_is_told_without_its_password(environment, capsys, name, val
     [
         (
             {"LEASE_RENEW_S": "12"},
-            "LEASE_STOP_S: must be more than LEASE_RENEW_S (12), or no worker could renew in time, and less",
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (12), or no worker could renew in "
+            "time, and less",
         ),
         (
             {"LEASE_STOP_S": "15"},
-            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time, and less",
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in "
+            "time, and less",
         ),
         (
             {"LEASE_TTL_S": "12"},
-            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in time, and less",
+            "LEASE_STOP_S: must be more than LEASE_RENEW_S (5), or no worker could renew in "
+            "time, and less",
         ),
         (
             {"LEASE_TTL_S": "4"},
@@ -311,9 +316,9 @@ def test_a_secret_s_file_that_cannot_be_read_is_named(environment, capsys, tmp_p
 
     [line] = refusal(capsys, GatewaySettings)
 
-    assert (
-        line
-        == f"settings: API_KEY_PEPPER_FILE: {tmp_path}/nothing cannot be read (No such file or directory)"
+    assert line == (
+        f"settings: API_KEY_PEPPER_FILE: {tmp_path}/nothing cannot be read (No such file or "
+        "directory)"
     )
 
 
