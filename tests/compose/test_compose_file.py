@@ -66,7 +66,7 @@ def test_every_service_says_how_to_tell_whether_it_is_well(services: dict[str, A
     )
 
 
-def test_roles_that_take_messages_are_asked_whether_their_loops_move_and_not_only_whether_a_port_answers(
+def test_health_checks_of_message_roles_ask_whether_their_loops_move(
     services: dict[str, Any],
 ):
     for name in ("results", "sweeper", "webhooks"):
@@ -437,7 +437,7 @@ def test_a_full_redis_refuses_rather_than_forgets(services: dict[str, Any]):
     assert any(volume.endswith(":/data") for volume in services["redis-handoff"]["volumes"])
 
 
-def test_who_takes_in_work_stops_before_who_finishes_it(services: dict[str, Any]):
+def test_roles_that_take_in_work_stop_before_those_that_finish_it(services: dict[str, Any]):
     for name in ("api", "worker"):
         assert {"results", "webhooks", "sweeper"} <= set(services[name]["depends_on"])
     for name in ("results", "webhooks", "sweeper"):

@@ -191,7 +191,7 @@ def test_the_command_line_works_in_its_container(compose: Compose, client: httpx
 
 
 @pytest.mark.parametrize("service", ["worker", "results", "sweeper", "postgres", "redis-handoff"])
-def test_who_need_not_reach_other_machines_cannot(compose: Compose, service: str):
+def test_services_that_need_no_other_machine_can_reach_none(compose: Compose, service: str):
     # an engine forwards nothing from or to an internal one, whatever routes a container sees
     networks = compose.networks(service)
 
