@@ -644,7 +644,7 @@ def test_a_dead_letter_is_requeued_once_as_a_new_job_of_the_same_wish(stack, cli
     assert listed.rows == [("internal", new_id)]
 
 
-def test_what_is_no_dead_letter_is_not_requeued(stack, client):
+def test_requeue_refuses_a_job_that_did_not_fail(stack, client):
     job = client.wait(client.create_job("a green star on black", tier="fast").id)
 
     for job_id in (job.id, "00000000-0000-0000-0000-000000000000"):
@@ -696,7 +696,7 @@ def test_a_replay_is_saved_under_no_other_format_either(stack, client, tmp_path)
     assert (done.exit_code, "the images are png" in done.stderr) == (2, True)
 
 
-def test_what_the_model_did_not_read_is_told_with_the_image(stack, tmp_path):
+def test_generate_tells_which_text_the_model_did_not_read(stack, tmp_path):
     prompt = "a red circle" + ", very detailed picture" * 20
 
     done = run(stack.data_dir, "generate", prompt, "--tier", "fast", "-o", tmp_path / "x.png")

@@ -426,7 +426,7 @@ def test_fields_of_a_job_stand_in_a_list_too_and_a_refusal_names_the_field(stack
     assert "/stepz: There is no such field (accepted: prompt," in err
 
 
-def test_what_a_model_does_not_read_of_a_line_is_told(stack, tmp_path):
+def test_lines_that_the_model_does_not_read_to_their_end_are_told(stack, tmp_path):
     (tmp_path / "prompts.txt").write_text(
         "a red circle\na blue star" + ", very detailed picture" * 20
     )

@@ -142,7 +142,7 @@ def test_a_limit_that_cannot_be_is_named_with_what_it_takes(stack, tenant, limit
     assert shown_limits(stack, tenant) == before
 
 
-def test_what_is_no_limit_is_refused_with_those_that_are(stack, tenant):
+def test_an_unknown_limit_is_refused_with_the_known_ones(stack, tenant):
     for words in ("requests=5", "url_inputs"):
         done = run(stack, "tenants", "limit", tenant, words)
 
