@@ -413,7 +413,7 @@ def test_with_a_gateway_that_always_redirects_the_store_s_refusal_is_the_error()
         a_client(answer).image(client_job())
 
 
-def test_what_the_model_did_not_read_is_told_with_the_job():
+def test_a_job_has_a_warning_for_text_that_the_model_did_not_read():
     warning = {
         "code": "prompt_truncated",
         "field": "prompt",
@@ -482,7 +482,7 @@ def test_a_job_is_read_with_all_that_it_tells():
 @pytest.mark.parametrize(
     "name", ["id", "state", "tier", "model", "size", "steps", "seed", "images", "created_at"]
 )
-def test_what_lacks_a_member_that_every_job_has_is_no_job(name):
+def test_a_job_that_lacks_a_member_is_an_unexpected_answer(name):
     members = a_job()
     del members[name]
 
