@@ -112,7 +112,7 @@ def test_a_misspelt_queue_is_an_error_and_not_a_place_where_jobs_wait_for_ever(
     assert broker_redis.llen("local.fsat") == 0
 
 
-def test_who_looks_at_the_queue_is_told_how_many_wait_and_who_is_next(broker):
+def test_a_queue_tells_how_many_wait_and_whose_message_is_next(broker):
     first, second = uuid.uuid4(), uuid.uuid4()
     assert (broker.waiting(FAST), broker.next_job(FAST)) == (0, None)
 

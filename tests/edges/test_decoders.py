@@ -153,7 +153,7 @@ def test_a_file_is_read_only_when_its_turn_has_come(two):
     own.close()
 
 
-def test_who_brings_many_pictures_holds_up_only_himself():
+def test_a_tenant_with_many_pictures_holds_up_only_itself():
     """Ten of one tenant wait for two turns when a second and a third tenant come with one each:
     those are next.
     """

@@ -65,7 +65,7 @@ def a_jpeg(width_px=32, height_px=16) -> bytes:
     return packed.getvalue()
 
 
-def test_who_comes_late_is_told_what_happened_before_and_then_what_happens(reader, handoff_redis):
+def test_a_late_follower_is_told_what_happened_before_and_then_what_happens(reader, handoff_redis):
     job_id = uuid.uuid4()
     tell(handoff_redis, job_id, STARTED, {"attempt": 1})
     step(handoff_redis, job_id, 1)
@@ -77,7 +77,7 @@ def test_who_comes_late_is_told_what_happened_before_and_then_what_happens(reade
     assert steps_of(heard(seat, 1)) == [2]
 
 
-def test_who_comes_back_is_told_exactly_the_rest(reader, handoff_redis):
+def test_a_follower_that_comes_back_is_told_exactly_the_rest(reader, handoff_redis):
     job_id = uuid.uuid4()
     ids = [step(handoff_redis, job_id, number) for number in range(5)]
 
@@ -233,7 +233,7 @@ def test_a_record_has_a_largest_size(handoff_redis):
     assert handoff_redis.memory_usage(eventlog.key(job_id)) < 100_000
 
 
-def test_what_a_worker_notes_is_told_in_order(writer, reader):
+def test_events_that_a_worker_notes_are_told_in_order(writer, reader):
     job_id = uuid.uuid4()
     seat, _ = reader.sit_down(job_id, wants_previews=True)
 
@@ -320,7 +320,7 @@ def test_there_are_as_many_seats_as_were_said(reader):
         reader.sit_down(uuid.uuid4(), wants_previews=False)
 
 
-def test_who_left_is_forgotten(reader):
+def test_a_follower_that_left_is_forgotten(reader):
     job_id = uuid.uuid4()
     seats = [reader.sit_down(job_id, wants_previews=wants)[0] for wants in (True, False)]
     assert (reader.followed(), reader.watched()) == ([job_id], [job_id])
@@ -342,7 +342,7 @@ def test_a_reader_that_closes_sends_everybody_away(reader):
         reader.sit_down(uuid.uuid4(), wants_previews=False)
 
 
-def test_what_is_not_understood_is_passed_over(reader, handoff_redis):
+def test_entries_that_are_not_understood_are_passed_over(reader, handoff_redis):
     job_id = uuid.uuid4()
     seat, _ = reader.sit_down(job_id, wants_previews=True)
 

@@ -16,7 +16,7 @@ def handoff(settings, handoff_redis) -> Handoff:
     return Handoff(settings.handoff_url, ttl_s=60)
 
 
-def test_what_was_put_comes_back(handoff):
+def test_pixels_come_back_as_they_were_put(handoff):
     job_id, pixels = uuid.uuid4(), some_pixels(width_px=24, height_px=16)
 
     digest = handoff.put(job_id, 0, 1, pixels)
@@ -46,7 +46,7 @@ def test_job_image_and_attempt_each_have_their_own_pixels(handoff):
     assert np.array_equal(handoff.get(job_id, 1, 1).array, some_pixels(seed=3))
 
 
-def test_what_is_not_there_is_none(handoff):
+def test_pixels_that_are_not_there_are_none(handoff):
     assert handoff.get(uuid.uuid4(), 0, 1) is None
     assert not handoff.holds(uuid.uuid4(), 0, 1)
 
@@ -141,7 +141,7 @@ def test_everything_that_is_kept_can_be_told_apart(handoff, handoff_redis):
     assert len({key for key, *_ in kept}) == 4
 
 
-def test_what_nobody_waits_for_is_forgotten_by_its_key(handoff):
+def test_pixels_that_nobody_waits_for_are_forgotten_by_their_key(handoff):
     orphan, awaited = uuid.uuid4(), uuid.uuid4()
     for job_id in (orphan, awaited):
         handoff.put(job_id, 0, 1, some_pixels())

@@ -321,7 +321,7 @@ def test_aws_s_rebalance_recommendation_is_logged_once_and_no_notice(aws):
 @pytest.mark.parametrize(
     "document", ["", "[]", "{}", "terminate", '{"action": "noop"}', "[" * 100_000]
 )
-def test_what_aws_never_says_is_no_notice(aws, document):
+def test_an_answer_that_aws_never_gives_is_no_notice(aws, document):
     aws.documents["instance-action"] = document
 
     with pytest.raises(NoticeSourceUnavailable):
@@ -366,7 +366,7 @@ def test_gcp_holds_its_answer_no_longer_than_it_is_asked_to(gcp):
 @pytest.mark.parametrize(
     ("flavor", "value"), [("", "TRUE"), ("Vanilla", "TRUE"), ("Google", "<html>")]
 )
-def test_who_is_not_google_s_metadata_server_is_not_believed(gcp, flavor, value):
+def test_a_server_that_is_not_google_s_metadata_server_is_not_believed(gcp, flavor, value):
     gcp.flavor, gcp.value = flavor, value
 
     with pytest.raises(NoticeSourceUnavailable):

@@ -28,7 +28,7 @@ def fetch(url: str) -> httpx.Response:
     return httpx.get(url, trust_env=False)
 
 
-def test_what_was_put_comes_back(store, key):
+def test_an_object_comes_back_as_it_was_put(store, key):
     store.put(key, b"an image", content_type="image/png")
 
     assert store.get(key) == b"an image"

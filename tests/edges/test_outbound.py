@@ -112,7 +112,7 @@ def test_a_private_address_is_refused_however_it_is_written(url):
         ("https://example.com/" + "x" * MAX_URL_CHARS, "must be printable ASCII"),
     ],
 )
-def test_what_is_no_public_https_url_is_refused_with_the_reason(url, why):
+def test_a_url_that_is_not_public_https_is_refused_with_the_reason(url, why):
     assert str(Outbound("").refusal(url)).startswith(why)
 
 

@@ -44,7 +44,7 @@ KINDLY = {kind: encoded(a_picture(), kind) for kind in KINDS}
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_is_strange_and_a_picture_comes_out_plain(name):
+def test_a_strange_picture_comes_out_plain(name):
     picture = normalise(HARMLESS[name])
 
     plain = decoded(picture.content)
@@ -60,7 +60,7 @@ def test_what_is_strange_and_a_picture_comes_out_plain(name):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_what_is_no_picture_or_must_not_be_decoded_is_refused(name):
+def test_content_that_is_no_picture_or_must_not_be_decoded_is_refused(name):
     with pytest.raises(NotAPicture):
         normalise(HOSTILE[name])
 
@@ -71,7 +71,7 @@ def test_what_is_no_picture_or_must_not_be_decoded_is_refused(name):
     width_px=st.integers(1, 40),
     height_px=st.integers(1, 40),
 )
-def test_what_is_lossless_keeps_every_pixel(mode, width_px, height_px):
+def test_a_lossless_picture_keeps_every_pixel(mode, width_px, height_px):
     picture = a_picture(width_px, height_px).convert(mode)
 
     kept = normalise(png(picture))
@@ -82,7 +82,7 @@ def test_what_is_lossless_keeps_every_pixel(mode, width_px, height_px):
 
 @settings(deadline=None)
 @given(name=st.sampled_from(sorted(HARMLESS)))
-def test_what_came_out_once_comes_out_the_same_again(name):
+def test_a_normalised_picture_comes_out_the_same_again(name):
     once = normalise(HARMLESS[name])
 
     assert normalise(once.content) == once
@@ -167,7 +167,7 @@ def test_a_picture_covers_the_size_it_is_fitted_to_and_its_middle_is_kept():
     assert np.abs(fit.astype(int) - (255, 0, 0))[:, 3:-3].max() < 8
 
 
-def test_what_is_transparent_is_white():
+def test_transparent_pixels_are_white():
     assert (fitted(png(Image.new("RGBA", (9, 9), (255, 0, 0, 0))), 4, 4) == 255).all()
 
 

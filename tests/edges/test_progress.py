@@ -74,7 +74,7 @@ def test_a_cancel_is_heard(news, heard):
     assert heard.get(timeout=5) == job_id
 
 
-def test_what_is_not_understood_is_passed_over(news, heard, handoff_redis):
+def test_messages_that_are_not_understood_are_passed_over(news, heard, handoff_redis):
     for nonsense in (b"", b"\xff", b"[]", b'{"job_id": 7}', b'{"job": "x"}', b'"x"', b"null"):
         handoff_redis.publish(CANCELS, nonsense)
     job_id = uuid.uuid4()
@@ -97,7 +97,7 @@ def test_a_listener_whose_connection_was_killed_hears_again(news, heard, handoff
     until(told_and_heard, within_s=5, what="hearing again")
 
 
-def test_who_waits_is_woken_at_once(endings, news):
+def test_a_waiter_is_woken_at_once(endings, news):
     job_id, over = uuid.uuid4(), threading.Event()
     woken_at = queue.SimpleQueue()
     waiter = threading.Thread(
@@ -233,7 +233,7 @@ def test_a_listener_whose_hearer_fails_hears_the_next(settings, handoff_redis, n
     listener.close()
 
 
-def test_who_waits_no_longer_leaves_the_others_to_be_woken(endings, news):
+def test_a_waiter_that_gives_up_leaves_the_others_to_be_woken(endings, news):
     job_id, over = uuid.uuid4(), threading.Event()
     woken_at = queue.SimpleQueue()
 

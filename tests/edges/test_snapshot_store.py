@@ -22,7 +22,7 @@ def job_id() -> uuid.UUID:
     return uuid.uuid4()
 
 
-def test_what_was_put_comes_back_by_image_with_the_attempt_that_made_it(snapshots, job_id):
+def test_snapshots_come_back_by_image_with_the_attempt_that_made_them(snapshots, job_id):
     assert snapshots.put(job_id, 0, 1, 10, b"of image 0")
     assert snapshots.put(job_id, 11, 12, 10, b"of image 11")
 
@@ -56,7 +56,7 @@ def test_a_later_attempt_s_replaces_an_earlier_one_s_of_whatever_step(snapshots,
     assert snapshots.of(job_id) == {0: Kept(10, 4, b"of 10")}
 
 
-def test_who_wakes_up_late_does_not_overwrite_a_later_attempt_s(snapshots, job_id):
+def test_a_snapshot_of_a_later_attempt_is_not_overwritten_by_an_earlier_one(snapshots, job_id):
     snapshots.put(job_id, 0, 10, 10, b"of the later")
 
     assert not snapshots.put(job_id, 0, 9, 20, b"of the zombie, which is further")
