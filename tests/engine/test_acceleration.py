@@ -91,7 +91,9 @@ def test_a_recorded_forward_is_for_images_that_wear_no_adapter(checkpoint, tmp_p
         ({"block_cache_threshold": 0.1}, "block_cache_threshold"),
     ],
 )
-def test_what_this_checkpoint_or_device_has_not_stops_the_start_by_name(checkpoint, changes, field):
+def test_an_option_that_checkpoint_or_device_lacks_stops_the_start_by_name(
+    checkpoint, changes, field
+):
     engine = Engine(EngineConfig(), [a_spec(checkpoint, **changes)])
 
     with pytest.raises(UnsupportedRequest) as refused:

@@ -348,7 +348,7 @@ def test_a_closed_bank_leaves_the_networks_as_they_were(tmp_path):
         ((AdapterUse("a", 10.5),), "not within -10..10"),
     ],
 )
-def test_what_no_row_can_wear_is_refused(tmp_path, uses, problem):
+def test_adapters_that_no_row_can_wear_are_refused(tmp_path, uses, problem):
     network = adapter_builders.a_text_encoder()
     bank = a_bank({"text_encoder": network}, three_adapters(tmp_path, network, "text_encoder"))
 
@@ -581,7 +581,7 @@ def test_the_fused_layer_of_a_flux_single_block_becomes_four(tmp_path):
     assert torch.equal(torch.cat([updates["transformer", name].up for name in names], dim=1), up.T)
 
 
-def test_what_becomes_of_the_file_later_changes_nothing(tmp_path):
+def test_an_adapter_stays_the_same_whatever_becomes_of_its_file(tmp_path):
     network = adapter_builders.a_unet()
     specs = three_adapters(tmp_path, network, "unet")
     bank = a_bank({"unet": network}, specs, slots=1)
@@ -705,7 +705,7 @@ TO_Q = f"unet.{BARE_TO_Q}"
         ),
     ],
 )
-def test_what_is_no_lora_for_these_networks_is_unsupported(tmp_path, changes, problem):
+def test_a_file_that_is_no_lora_for_these_networks_is_unsupported(tmp_path, changes, problem):
     network = adapter_builders.a_unet()
     tensors = (
         lora_tensors(network, prefix="unet", seed=1, only=lambda name: f"unet.{name}" == TO_Q)

@@ -298,7 +298,7 @@ def test_another_run_under_the_same_id_starts_anew():
 # Its memory
 
 
-def test_what_is_remembered_of_an_image_can_be_given_back():
+def test_memory_of_an_image_can_be_given_back():
     network = a_network("flux")
     cache = a_cache(network, "flux")
     step(network, cache, [Image("a", "flux", rows=2), Image("b", "flux")])
@@ -357,7 +357,7 @@ def test_it_never_remembers_more_than_its_bytes_and_drops_the_least_recently_use
     assert cache.rows_skipped == 2  # c had taken its place
 
 
-def test_what_does_not_fit_beside_its_neighbours_is_computed():
+def test_an_image_that_does_not_fit_beside_its_neighbours_is_computed():
     network = a_network("flux")
     step(network, measured := a_cache(network, "flux"), [Image("a", "flux")])
     cache = a_cache(network, "flux", threshold=1e9, max_bytes=2 * measured.size_bytes)
@@ -370,7 +370,7 @@ def test_what_does_not_fit_beside_its_neighbours_is_computed():
     assert (cache.rows_computed, cache.rows_skipped) == (3 + 4, 2 * 4)
 
 
-def test_what_is_larger_than_the_cache_is_not_kept():
+def test_an_image_larger_than_the_cache_is_not_kept():
     network = a_network("flux")
     cache = a_cache(network, "flux", threshold=1e9, max_bytes=1000)
 
@@ -440,7 +440,7 @@ def test_compiled_blocks_stay_compiled_and_whole():
     assert cache.rows_skipped == 2 * rows_skipped > 0
 
 
-def test_what_is_laid_over_a_batch_by_row_can_follow_the_rows():
+def test_offsets_laid_over_a_batch_by_row_can_follow_the_rows():
     """As adapters are: here each row's own offset, added within a later block."""
     network = a_network("flux")
     offsets, now = {"a": 0.0, "b": 2.0, "c": -2.0}, []

@@ -123,7 +123,7 @@ def test_objects_have_no_form():
     assert learned(honest, lambda images, step: a_call(images, step, cache=object())) == []
 
 
-def test_what_counts_images_by_a_number_has_no_form():
+def test_a_call_that_counts_images_by_a_number_has_no_form():
     assert learned(honest, lambda images, step: a_call(images, step, num_images=images)) == []
 
 

@@ -117,7 +117,7 @@ def test_row_counts_that_noise_put_in_the_wrong_order_share_their_mean():
     assert costs.step_s(KEY, 2) == costs.step_s(KEY, 3) == pytest.approx(2.1, rel=0.01)
 
 
-def test_what_was_seen_lately_outweighs_what_an_old_measurement_of_more_rows_says():
+def test_recent_steps_outweigh_an_old_measurement_of_more_rows():
     costs = costs_of({1: 1.0, 4: 1.1})
 
     for _ in range(300):
@@ -180,7 +180,7 @@ def test_another_checkpoint_tells_nothing():
     assert costs.decode_s(stranger) == 3 * ROW_S_PER_MEGAPIXEL
 
 
-def test_what_is_measured_later_replaces_what_was_borrowed():
+def test_a_measurement_replaces_a_borrowed_curve():
     costs = measured_costs(saturated)
     assert costs.step_s(a_key(128), 1) == 4.0
 
@@ -325,7 +325,7 @@ def known_costs() -> CostModel:
     return costs
 
 
-def test_what_is_written_as_json_and_loaded_elsewhere_says_the_same():
+def test_costs_written_as_json_and_loaded_elsewhere_say_the_same():
     costs, elsewhere = known_costs(), CostModel()
 
     elsewhere.adopt(from_data(json.loads(json.dumps(to_data(costs)))))

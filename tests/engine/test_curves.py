@@ -30,7 +30,7 @@ def known() -> CostModel:
     return costs
 
 
-def test_what_was_measured_here_is_known_at_the_next_start(tmp_path):
+def test_curves_measured_here_are_known_at_the_next_start(tmp_path):
     save_curves(known(), tmp_path, "tiny", HERE)
     costs = CostModel()
 
@@ -39,7 +39,7 @@ def test_what_was_measured_here_is_known_at_the_next_start(tmp_path):
     assert (costs.step_s(KEY, 8), costs.decode_s(KEY)) == (0.06, 0.1)
 
 
-def test_what_was_measured_on_another_device_is_not_used(tmp_path):
+def test_curves_measured_on_another_device_are_not_used(tmp_path):
     save_curves(known(), tmp_path, "tiny", THERE)
     costs = CostModel()
 

@@ -720,7 +720,7 @@ def test_when_memory_runs_out_the_batch_shrinks_and_only_what_does_not_fit_alone
         ("bucket_rows", {"determinism": "reproducible", "bucket_rows": 17}),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_at_once_by_its_field(engine, field, changes):
+def test_a_request_that_cannot_be_rendered_is_refused_at_once_by_its_field(engine, field, changes):
     from engine.request import Determinism
 
     changes = {

@@ -225,7 +225,7 @@ def test_two_saturated_lanes_get_the_same_seconds_though_one_costs_nine_times_th
     assert seconds[64] == pytest.approx(seconds[192], rel=0.02)
 
 
-def test_seconds_are_equal_also_when_short_images_come_and_go_and_measurements_are_late_and_noisy():
+def test_seconds_stay_equal_when_short_images_come_and_go_and_measurements_are_poor():
     device = Device(
         {64: GPU_512, 192: lambda rows: 4 * GPU_1024(rows)},
         encode_steps=0.5,
@@ -307,7 +307,7 @@ def test_under_mixed_sizes_nobody_takes_many_times_as_long_as_alone(seed):
 
 
 @pytest.mark.parametrize("ageing", [0.05, 0.2, 0.5])
-def test_a_long_image_ends_under_an_endless_stream_of_short_ones_and_no_later_one_than_ageing_allows_passes_it(
+def test_ageing_bounds_which_later_images_pass_a_long_one_in_an_endless_stream(
     ageing,
 ):
     device = Device({64: saturated}, encode_steps=0.0, decode_steps=0.5)
@@ -453,7 +453,7 @@ def seconds_of_ranks(run: Run, from_s: float, to_s: float) -> Counter[int]:
 
 
 @pytest.mark.parametrize("noise", [0.0, 0.4])
-def test_in_every_minute_ranks_have_their_share_less_one_forward_while_a_better_one_is_endless_and_that_has_the_rest(
+def test_ranks_have_their_share_in_every_minute_and_an_endless_better_one_the_rest(
     noise,
 ):
     device = Device({64: GPU_1024}, noise=noise)

@@ -585,7 +585,7 @@ def test_a_first_timestep_that_is_there_twice_skips_no_noise_level(checkpoints, 
         ("sd3", {"options": {"sigmas": "1,0"}}, "options"),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_by_field(checkpoints, name, changes, field):
+def test_a_request_that_cannot_be_rendered_is_refused_by_field(checkpoints, name, changes, field):
     with pytest.raises(UnsupportedRequest) as refusal:
         checkpoints[name].family().check(a_flow_request(**changes))
 

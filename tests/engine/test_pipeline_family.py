@@ -611,7 +611,7 @@ def test_a_deep_copy_of_an_images_sampler_steps_on_its_own(loaded):
     family.release(image)
 
 
-def test_what_a_pipeline_gives_reaches_the_runner_without_the_loss_of_a_bit(loaded):
+def test_pixels_of_a_pipeline_reach_the_runner_without_the_loss_of_a_bit(loaded):
     """A VAE's pixels come from -1..1 and survive the way back in any case.
 
     A pipeline may have done more to them than that.
@@ -713,7 +713,7 @@ def test_a_plain_call_cannot_be_saved(loaded):
         ("sd", "keep_steps", {"keep_steps": (1,)}),
     ],
 )
-def test_what_a_pipeline_cannot_render_is_refused_by_field(loaded, name, field, changes):
+def test_a_request_that_a_pipeline_cannot_render_is_refused_by_field(loaded, name, field, changes):
     with pytest.raises(UnsupportedRequest) as refused:
         loaded(name).check(a_pipeline_request(name, **changes))
 
@@ -740,7 +740,7 @@ def test_an_option_of_a_request_goes_before_the_catalogs(loaded, piped):
     assert torch.equal(unsaid, piped("sd", replace(request, options=options)))
 
 
-def test_what_the_index_alone_says_of_a_pipeline_is_in_its_facts(folder):
+def test_facts_hold_what_the_index_alone_says_of_a_pipeline(folder):
     before = load(folder).facts()
     index = json.loads((folder / INDEX).read_text())
     (folder / INDEX).write_text(json.dumps(index | {"requires_aesthetics_score": True}))
@@ -748,7 +748,7 @@ def test_what_the_index_alone_says_of_a_pipeline_is_in_its_facts(folder):
     assert load(folder).facts() != before
 
 
-def test_what_sets_a_pipeline_apart_is_in_its_facts(loaded):
+def test_facts_hold_what_sets_a_pipeline_apart(loaded):
     facts = loaded("sana").facts()
 
     assert facts["pipeline"] == "SanaPipeline"

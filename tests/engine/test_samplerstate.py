@@ -162,7 +162,7 @@ def test_every_field_comes_back_as_it_was(name):
     assert is_same(vars(restored), vars(sampler))
 
 
-def test_what_a_sampler_held_before_is_gone():
+def test_loading_a_sampler_leaves_nothing_of_what_it_held_before():
     sampler, other = begun("epsilon/unipc"), begun("epsilon/unipc", num_steps=9)
     go_on(other, 0, *an_image(other))
     other.of_another_life = torch.ones(3)
@@ -231,7 +231,7 @@ def test_all_plain_data_can_be_a_field():
     [len, object(), {1, 2}, torch.Generator(), np.array([object()])],
     ids=lambda value: type(value).__name__,
 )
-def test_what_is_no_plain_data_is_refused(foreign):
+def test_a_field_that_is_no_plain_data_is_refused(foreign):
     sampler = begun("epsilon/ddim")
     sampler.memory = [1, foreign]
 
@@ -290,7 +290,7 @@ def test_a_generator_goes_on_drawing_where_it_was():
     assert torch.equal(draw(generator=load_generator(state)), draw(generator=generator))
 
 
-def test_what_lay_beside_the_latents_goes_to_the_device():
+def test_tensors_that_lay_beside_the_latents_go_to_the_device():
     sampler = begun("epsilon/unipc")
     latents, generator = an_image(sampler)
     for step in range(2):

@@ -166,7 +166,7 @@ def test_remaining_counts_the_rows_of_the_pinned_bucket_the_encode_and_the_decod
     assert ids(scheduler.in_order()) == ["other size", "pinned", "encoded", "queued"]
 
 
-def test_who_waited_long_enough_is_passed_by_no_newcomer():
+def test_an_image_that_waited_long_enough_is_passed_by_no_newcomer():
     scheduler = a_scheduler(saturated, ageing=0.5)
     scheduler.add(an_image("long", num_steps=14, guidance=1.0), now_s=0)  # 14.5 s remaining
 
@@ -417,7 +417,7 @@ def a_dump(scheduler, count=8, before=20, **changes):
         step(scheduler)
 
 
-def test_one_image_of_another_owner_goes_before_the_many_of_one_that_had_more_and_they_have_the_rest():
+def test_an_owner_s_only_image_goes_before_the_many_of_an_owner_that_had_more():
     scheduler = a_scheduler(saturated)
     a_dump(scheduler)
 
@@ -483,7 +483,7 @@ def test_an_owner_alone_in_its_rank_is_never_ahead():
     assert not any(ticket.owner.is_ahead for ticket in scheduler._tickets.values())
 
 
-def test_who_comes_back_at_once_is_not_taken_for_a_newcomer():
+def test_an_owner_that_comes_back_at_once_is_not_taken_for_a_newcomer():
     scheduler = a_scheduler(saturated)
     a_dump(scheduler, count=40)
     served = []
@@ -559,7 +559,7 @@ def test_a_better_rank_parks_a_seated_image_which_comes_back_with_its_steps():
     assert (scheduler.take_parked(), scheduler.take_resumed()) == ([], [])
 
 
-def test_a_much_shorter_newcomer_takes_the_seat_of_an_encoded_image_and_a_slightly_shorter_one_does_not():
+def test_a_seat_goes_to_a_much_shorter_newcomer_and_not_to_a_slightly_shorter_one():
     scheduler = a_scheduler(max_inflight=1)
     scheduler.add(an_image("seated", num_steps=20), now_s=0)
     step(scheduler)
@@ -659,7 +659,7 @@ def test_an_image_parked_twice_keeps_the_seat_it_regains_beside_the_others():
 
 
 @pytest.mark.parametrize("max_inflight", [1, 2, 16])
-def test_a_rank_with_a_share_has_a_seat_though_better_ranks_could_fill_the_house_and_so_has_the_best_image(
+def test_seats_are_kept_for_every_rank_with_a_share_and_for_the_best_image(
     max_inflight,
 ):
     scheduler = a_scheduler(saturated, max_inflight=max_inflight, rank_shares={1: 0.15, 2: 0.05})
@@ -803,7 +803,7 @@ def test_settling_the_last_step_hands_the_image_to_decode():
     assert scheduler.next_work(0) is None
 
 
-def test_whatever_is_denoised_is_decoded_before_the_next_forward_of_its_rank_the_longest_wait_first():
+def test_decoding_comes_before_the_next_forward_of_its_rank_the_longest_wait_first():
     scheduler = a_scheduler()
     for id, now_s in (("a", 0), ("b", 1), ("c", 2)):
         scheduler.add(an_image(id, num_steps=1), now_s=now_s)
@@ -971,7 +971,7 @@ def test_a_pinned_image_alone_still_gets_its_whole_bucket():
         assert (batch.used_rows, batch.bucket_rows, batch.is_pinned) == (rows, 8, True)
 
 
-def test_four_guided_images_share_a_bucket_of_eight_though_growth_would_not_pay_and_the_fifth_waits():
+def test_a_pinned_bucket_of_eight_holds_four_guided_images_though_growth_would_not_pay():
     scheduler = a_scheduler(saturated)
     for id in "abcde":
         scheduler.add(a_pinned_image(id, bucket_rows=8, num_steps=1), now_s=0)
@@ -1135,7 +1135,7 @@ def test_a_forward_has_no_more_rows_than_fit_into_memory_beside_one_decode():
     assert rows_of_forward(scheduler, singles(8)) == (3, 3)
 
 
-def test_a_forward_holds_no_more_different_adapters_than_allowed_and_who_brings_none_may_still_join():
+def test_a_forward_holds_only_so_many_adapters_and_images_without_any_still_join():
     scheduler = a_scheduler(max_adapters=2)
     for id, names in (("a", ["x"]), ("b", ["y", "x"]), ("c", ["z"]), ("d", []), ("e", ["x"])):
         scheduler.add(an_image(id, adapters=tuple(AdapterUse(name) for name in names)), now_s=0)
@@ -1143,7 +1143,7 @@ def test_a_forward_holds_no_more_different_adapters_than_allowed_and_who_brings_
     assert step(scheduler) == ["a", "b", "d", "e"]
 
 
-def test_what_is_charged_is_what_growth_is_decided_by():
+def test_growth_is_decided_by_what_is_charged():
     scheduler = a_scheduler(flat)
     for id in "ab":
         scheduler.add(an_image(id, num_steps=400), now_s=0)

@@ -245,7 +245,7 @@ def test_equal_snapshots_are_equal_bytes():
     assert to_bytes(from_bytes(written)) == written
 
 
-def test_what_was_read_shares_no_memory():
+def test_a_snapshot_that_was_read_shares_no_memory():
     tensors = {"latents": torch.zeros(4)}
     snapshot = a_snapshot(tensors=tensors, request=a_full_request())
     blob = to_bytes(snapshot)
@@ -279,7 +279,7 @@ def test_an_older_snapshot_lacks_the_newest_fields_and_has_their_defaults():
     assert from_bytes(blob).request == replace(request, clip_skip=0)
 
 
-def test_what_is_not_plain_cannot_be_written():
+def test_facts_that_are_not_plain_cannot_be_written():
     for facts in ({"a": torch.ones(1)}, {"a": float("nan")}, {("a",): 1}):
         with pytest.raises(SnapshotRefused, match="not plain enough"):
             to_bytes(a_snapshot(facts=facts))

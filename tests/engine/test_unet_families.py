@@ -87,7 +87,7 @@ def a_repaint(id="image", **changes):
         ("fork", {"fork": Fork("other", 4)}),
     ],
 )
-def test_what_cannot_be_rendered_is_refused_by_field(family, name, field, changes):
+def test_a_request_that_cannot_be_rendered_is_refused_by_field(family, name, field, changes):
     with pytest.raises(UnsupportedRequest) as refused:
         family(name).check(a_request(**changes))
 
@@ -127,7 +127,7 @@ def test_networks_of_another_family_are_refused_by_file(checkpoint, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["sd", "sdxl"])
-def test_what_the_mask_keeps_is_the_latents_of_the_picture(family, name):
+def test_latents_that_the_mask_keeps_are_those_of_the_picture(family, name):
     image = stepped(family(name), a_repaint())
 
     mask, clean = image.tensors.extras["mask"].bool(), image.tensors.extras["clean"]
