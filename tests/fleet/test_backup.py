@@ -189,7 +189,7 @@ def test_a_folder_that_lacks_a_part_is_no_backup(another_folder, tmp_path, name)
     assert not (tmp_path / "data").exists()
 
 
-def test_a_backup_copies_objects_after_the_dump_that_names_them_and_is_one_only_when_it_is_whole(
+def test_a_backup_copies_objects_after_its_dump_and_is_one_only_when_it_is_whole(
     tmp_path, monkeypatch
 ):
     data, made = tmp_path / "data", []

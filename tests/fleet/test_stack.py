@@ -441,7 +441,7 @@ def test_a_process_can_do_in_redis_what_it_has_to_and_no_more(services, process,
                 client.execute_command(*command.split())
 
 
-def test_what_is_in_the_hand_off_outlives_a_stop(services):
+def test_the_hand_off_keeps_its_content_over_a_stop(services):
     handoff = redis.Redis.from_url(services.env["HANDOFF_URL"])
     handoff.set("snapshot:kept", b"latents", ex=600)
 
@@ -465,7 +465,7 @@ def test_a_service_that_is_killed_comes_back_with_its_data(services):
     assert broker_of(services).get("kept") == b"yes"
 
 
-def test_what_is_stopped_stays_stopped_until_it_is_started(services):
+def test_a_stopped_service_stays_stopped_until_it_is_started(services):
     services.stop("s3")
 
     assert services.pid("s3") is None
@@ -496,7 +496,7 @@ def test_a_restart_keeps_ports_secrets_and_data(services):
     )
 
 
-def test_what_a_killed_supervisor_left_running_is_ended_before_the_next_start(services):
+def test_orphans_of_a_killed_supervisor_are_ended_before_the_next_start(services):
     orphans = {status.name: status.pid for status in services.status() if status.pid}
     supervisord = next(
         process for process in marked(services) if "supervisor.supervisord" in process.cmdline()

@@ -70,7 +70,7 @@ def test_programs_that_changed_run_with_their_new_settings_and_the_others_are_le
     assert not Path(f"/proc/{before['gone']}").exists()
 
 
-def test_programs_get_their_own_variables_and_of_the_caller_s_only_those_of_machine_and_devices(
+def test_programs_get_their_own_variables_and_the_caller_s_of_machine_and_devices_only(
     supervisor,
 ):
     odd = "50%, $HOME; a,b"
