@@ -81,7 +81,7 @@ def test_every_parameter_lands_in_the_column_of_its_name(session):
     assert params.keys() == set(NAMES)
 
 
-def test_what_a_job_has_beside_its_parameters_lands_in_columns_too(session):
+def test_columns_also_hold_what_a_job_has_beside_its_parameters(session):
     tenant = a_tenant(session)
     key, _ = api_keys.issue(session, tenant_id=tenant.id, name="k", pepper="p" * 32)
     [first] = accept(session, tenant, a_new_job())

@@ -95,7 +95,7 @@ def test_a_transaction_that_always_conflicts_is_tried_a_few_times_and_then_says_
     assert conflict(caught.value) is not None
 
 
-def test_what_fails_of_itself_is_not_tried_again(engine):
+def test_work_that_fails_of_itself_is_not_tried_again(engine):
     tries = []
 
     def work(session):

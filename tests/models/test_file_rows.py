@@ -119,7 +119,7 @@ def test_an_object_goes_with_the_last_that_names_it(session, tenant):
     assert uploads.left_behind(session, older_than_s=600) == key
 
 
-def test_what_is_given_up_while_it_is_stored_again_is_not_deleted(session):
+def test_an_object_that_is_given_up_while_it_is_stored_again_is_not_deleted(session):
     key = f"t/{uuid.uuid4()}"
     uploads.begin(session, key)
 
@@ -138,7 +138,7 @@ def test_no_job_is_accepted_that_starts_from_an_erased_or_a_stranger_s_file(sess
         assert caught.value.file_id == file.id
 
 
-def test_who_erases_a_file_waits_for_a_job_that_is_being_accepted_and_then_finds_it_in_use(
+def test_erasing_a_file_waits_for_a_job_that_is_being_accepted_and_finds_it_in_use(
     database,
 ):
     with transaction(database.app) as session:
@@ -168,7 +168,7 @@ def waits_for_a_lock(database) -> bool:
         return session.scalar(text(query)) > 0
 
 
-def test_what_is_kept_is_counted_until_it_is_erased(session, tenant):
+def test_files_are_counted_until_they_are_erased(session, tenant):
     assert files.stored(session, tenant_id=tenant.id) == (0, 0)
     first, _ = keep(session, tenant), keep(session, tenant)
     keep(session, a_tenant(session))

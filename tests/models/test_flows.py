@@ -119,7 +119,7 @@ COSTS_S = st.lists(st.floats(0.1, 20), min_size=6, max_size=12)
     costs_s=st.tuples(COSTS_S, COSTS_S),
     limit_images=st.integers(1, 3),
 )
-def test_while_both_have_work_what_two_are_given_by_weight_never_differs_by_more_than_a_largest_job_of_each(
+def test_two_busy_tenants_never_differ_by_weight_by_more_than_a_largest_job_of_each(
     database, weights, costs_s, limit_images
 ):
     with Session(database.app) as session:
@@ -171,7 +171,7 @@ def test_a_tenant_who_was_away_starts_level_with_the_others(session, pool):
     assert release(session, pool, limit_images=2) == [back.id, work[4].id]
 
 
-def test_who_was_away_has_nothing_saved_up(session, pool):
+def test_a_tenant_that_was_away_has_nothing_saved_up(session, pool):
     away, busy = a_tenant(session), a_tenant(session)
     work = [a_job(session, pool=pool, tenant=busy, predicted_s=10) for _ in range(8)]
     end(session, release(session, pool, limit_images=4))
@@ -215,7 +215,7 @@ def test_a_job_that_began_and_came_to_nothing_costs_its_place_all_the_same(sessi
 
 
 @pytest.mark.parametrize(("took_s", "moved_s"), [(2, -4), (14, 2), (10, 0)])
-def test_what_a_job_really_took_moves_its_tenant_s_later_jobs_and_nobody_else_s(
+def test_a_job_s_real_cost_moves_its_tenant_s_later_jobs_and_nobody_else_s(
     session, pool, took_s, moved_s
 ):
     tenant, other = a_tenant(session, weight=2), a_tenant(session, weight=2)
@@ -251,9 +251,7 @@ def test_a_late_job_of_an_early_place_does_not_set_virtual_time_back(session, po
     assert virtual_s(session, pool) == late.release_tag == 9.0
 
 
-def test_what_goes_to_the_front_out_of_turn_does_not_carry_virtual_time_away_from_those_who_wait(
-    session, pool
-):
+def test_jobs_at_the_front_out_of_turn_do_not_carry_virtual_time_past_waiting_ones(session, pool):
     dump, light = a_tenant(session), a_tenant(session, weight=0.01)
     waiting = [a_job(session, pool=pool, tenant=dump, predicted_s=1) for _ in range(20)]
     for job_id in release(session, pool, limit_images=12):
@@ -308,7 +306,7 @@ def test_a_standing_is_what_a_tenant_has_waiting(session, pool):
     assert standing.finish_tag == pytest.approx(second.release_tag + 4 / 3, abs=A_MICROSECOND)
 
 
-def test_who_has_nothing_waiting_does_not_stand_in_line(session, pool):
+def test_a_tenant_with_nothing_waiting_does_not_stand_in_line(session, pool):
     job = a_job(session, pool=pool, predicted_s=0.1)
     a_lease(session, job)
 

@@ -131,7 +131,7 @@ def test_behind_one_tenant_s_many_another_s_are_asked_for_all_the_same(session, 
     assert ask(session, pool) == []
 
 
-def test_who_was_asked_in_vain_is_asked_again_and_who_could_not_be_asked_later(session, pool):
+def test_pictures_asked_for_in_vain_are_asked_for_again_and_unasked_ones_later(session, pool):
     job = a_picture_job(session, pool)
     assert inputs.ask_again(session, pool=pool, tier="fast", asked_before_s=-1) == [], (
         "nobody was asked"
@@ -165,7 +165,7 @@ def test_no_lease_is_given_on_a_job_that_lacks_its_pictures(session, pool):
     assert leases.take(session, job.id, worker="w", device="cpu", ttl_s=15) is not None
 
 
-def test_who_finds_no_pictures_gives_the_job_back_and_it_waits_for_them_again(session, pool):
+def test_a_job_given_back_for_lack_of_pictures_waits_for_them_again(session, pool):
     job = a_picture_job(session, pool)
     inputs.note_brought(session, job.id)
     lease = a_lease(session, job)

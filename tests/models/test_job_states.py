@@ -226,7 +226,7 @@ def test_a_job_that_ended_otherwise_cannot_be_canceled(session):
     assert events_of(session, job.id)[-1] == "job:state:succeeded"
 
 
-def test_who_catches_the_late_cancel_outside_its_transaction_can_still_ask_the_state(database):
+def test_a_late_cancel_that_is_caught_outside_its_transaction_still_tells_the_state(database):
     with transaction(database.app) as session:
         job = a_succeeded_job(session)
 

@@ -53,12 +53,12 @@ def newly_ended(session, pool):
     return [ended for ended in learning.newly_ended(session) if ended.pool == pool]
 
 
-def test_what_was_never_seen_is_not_known(session, pool):
+def test_a_cost_that_was_never_seen_is_not_known(session, pool):
     assert learning.cost_of(session, key_of(pool)) is None
     assert learning.eta_of(session, pool=pool, tier="fast") is None
 
 
-def test_what_is_seen_first_is_believed(session, pool):
+def test_the_first_cost_that_is_seen_is_believed(session, pool):
     learning.observe(session, {key_of(pool): seen(4, row_step_s=0.02, fixed_s=0.3)})
 
     cost = learnt(session, key_of(pool))

@@ -363,7 +363,7 @@ def test_a_new_attempt_renders_only_what_is_neither_stored_nor_waiting_in_the_ha
     assert again.pending == (2,)
 
 
-def test_what_was_handed_off_before_the_lease_was_lost_is_stored_while_the_job_waits_again(session):
+def test_an_image_handed_off_before_its_lease_was_lost_is_stored_while_the_job_waits(session):
     lease = a_lease(session, num_images=2, ttl_s=-1)
     hand_off(session, lease, 0)
     job = lose(session, lease.job)
@@ -556,7 +556,7 @@ def test_a_preempted_job_waits_again_in_its_old_place_and_it_does_not_count_as_a
     assert events_of(session, job.id).count("job:lease:preempted") == 7
 
 
-def test_what_a_preempted_attempt_leaves_is_on_record(session):
+def test_a_preempted_attempt_has_what_it_leaves_on_record(session):
     lease = a_lease(session, num_images=2, num_steps=10)
 
     preempt(
@@ -755,7 +755,7 @@ def test_past_its_run_deadline_an_attempt_has_no_time_rather_than_less(session):
     assert a_lease(session, job).run_within_s == 0
 
 
-def test_what_a_text_says_to_no_effect_is_noted_once_and_on_record(session):
+def test_text_without_effect_is_noted_once_and_on_record(session):
     job = a_job(session)
     lease = a_lease(session, job)
     cut = {
@@ -784,7 +784,7 @@ def test_what_a_text_says_to_no_effect_is_noted_once_and_on_record(session):
     }
 
 
-def test_who_lost_the_lease_notes_nothing_of_its_texts(session):
+def test_a_worker_that_lost_the_lease_notes_nothing_of_its_texts(session):
     lease = a_lease(session, ttl_s=-1)
     lose(session, lease.job)
 

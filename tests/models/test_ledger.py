@@ -91,7 +91,7 @@ def work(steps) -> Decimal:
     return (JOB * steps / (NUM_IMAGES * NUM_STEPS)).quantize(MICRO, rounding=ROUND_DOWN)
 
 
-def test_what_was_stored_of_a_canceled_job_is_paid_and_counted_and_what_was_rendered_besides_is_counted(
+def test_a_canceled_job_s_stored_images_are_paid_and_its_other_work_is_counted(
     session,
 ):
     tenant = a_tenant(session)
@@ -122,7 +122,7 @@ def test_what_was_stored_of_a_canceled_job_is_paid_and_counted_and_what_was_rend
 
 
 @pytest.mark.parametrize("ends", ["fails", "is tried too often", "runs too long"])
-def test_what_was_stored_of_a_job_that_fails_is_paid_and_counted_and_nothing_else(session, ends):
+def test_a_failed_job_s_stored_images_are_paid_and_counted_and_nothing_else(session, ends):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -148,7 +148,7 @@ def test_what_was_stored_of_a_job_that_fails_is_paid_and_counted_and_nothing_els
     assert last_facts(session, job, "job:state:failed")["images_stored"] == 1
 
 
-def test_what_was_stored_of_an_erased_job_is_paid_all_the_same(session):
+def test_an_erased_job_s_stored_images_are_paid_all_the_same(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -160,7 +160,7 @@ def test_what_was_stored_of_an_erased_job_is_paid_all_the_same(session):
     assert booked(session, tenant) == (0, share(1), 0, job.cost)
 
 
-def test_what_the_worker_says_that_it_had_done_when_its_job_was_canceled_is_counted(session):
+def test_work_that_a_worker_reports_of_a_canceled_job_is_counted(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     lease = a_lease(session, job)
@@ -181,7 +181,7 @@ def test_what_the_worker_says_that_it_had_done_when_its_job_was_canceled_is_coun
     }
 
 
-def test_what_a_snapshot_was_kept_of_is_counted_when_the_job_is_canceled_before_it_goes_on(session):
+def test_work_kept_in_a_snapshot_is_counted_when_its_job_is_canceled_before_it_goes_on(session):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
     preempt(session, a_lease(session, job), left=[a_left(0, steps_done=7), a_left(1, steps_done=2)])
@@ -191,7 +191,7 @@ def test_what_a_snapshot_was_kept_of_is_counted_when_the_job_is_canceled_before_
     assert booked(session, tenant) == (0, 0, work(9), 0)
 
 
-def test_what_a_worker_had_done_is_counted_only_for_its_own_attempt_at_a_job_that_was_taken_back(
+def test_work_of_a_worker_is_counted_only_for_its_own_attempt_at_a_job_taken_back(
     session,
 ):
     tenant = a_tenant(session)

@@ -150,7 +150,7 @@ def test_no_file_has_a_setting_s_value_in_it():
         ),
     ],
 )
-def test_what_somebody_changed_by_hand_is_put_right(own_database, statement, name):
+def test_an_object_that_somebody_changed_by_hand_is_put_right(own_database, statement, name):
     before = found(own_database)
     with own_database.owner.connect() as connection:
         rights_before = rights(connection)
@@ -301,7 +301,7 @@ def test_an_object_is_made_after_those_that_it_names(own_database, files):
         assert connection.scalar(text("SELECT a_first()")) == 4
 
 
-def test_what_is_built_on_an_object_that_is_dropped_is_made_anew_with_it(own_database, files):
+def test_dependents_of_an_object_that_is_dropped_are_made_anew_with_it(own_database, files):
     write(
         files,
         "functions/k_one",
@@ -323,7 +323,7 @@ def test_what_is_built_on_an_object_that_is_dropped_is_made_anew_with_it(own_dat
     assert upgrade(own_database) == "made anew: a_two, m_three, k_one"
 
 
-def test_what_an_operator_built_on_a_view_is_not_dropped_with_it(own_database, files):
+def test_an_operator_s_view_is_not_dropped_with_the_one_it_is_built_on(own_database, files):
     change(own_database, "CREATE VIEW mine AS SELECT waiting FROM queue_now")
     write(
         files, "views/queue_now", "-- Other.\nCREATE OR REPLACE VIEW queue_now AS SELECT 1 AS other"
@@ -375,7 +375,7 @@ def test_a_trigger_on_a_table_in_use_is_tried_until_it_can_be_made(own_database,
     assert told[-1].endswith("; made anew: audit_log, jobs.flows_count_moved")
 
 
-def test_who_waits_in_vain_is_told_to_end_the_transaction(own_database, files):
+def test_an_upgrade_that_waits_in_vain_says_to_end_the_transaction(own_database, files):
     amend(files / "triggers/jobs.flows_count_moved.sql", "Counts a job", "Counts one job")
 
     with own_database.owner.connect() as writer:

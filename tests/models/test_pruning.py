@@ -127,7 +127,7 @@ def test_months_can_be_pruned_in_any_order(own_database, owner, chains):
         assert verify(own_database) == []
 
 
-def test_what_was_pruned_is_told_by_an_event(own_database, owner, chains):
+def test_a_pruned_month_is_told_by_an_event(own_database, owner, chains):
     prune_month(owner, AUGUST)
 
     with own_database.auditor.connect() as connection:
@@ -167,7 +167,7 @@ def test_what_was_pruned_is_told_by_an_event(own_database, owner, chains):
         ),
     ],
 )
-def test_what_is_left_of_a_pruned_log_still_tells_every_change(
+def test_a_pruned_log_still_tells_every_change_to_what_is_left_of_it(
     own_database, owner, chains, edit, found
 ):
     prune_month(owner, AUGUST)

@@ -222,7 +222,7 @@ def test_the_queue_can_be_read_at_a_glance(session, pool):
     assert row.oldest_wait_s >= 0
 
 
-def test_what_runs_is_told_by_tier_in_device_seconds_and_images(session, pool):
+def test_running_work_is_told_by_tier_in_device_seconds_and_images(session, pool):
     tenant = a_tenant(session)
     a_lease(session, pool=pool, tenant=tenant, num_images=2, predicted_s=3)
     dump(session, pool, 3, tenant)
@@ -294,7 +294,7 @@ def test_a_crowd_of_small_tenants_does_not_keep_a_large_one_from_its_share(sessi
     assert min(served[tenant.id] for tenant in small) >= 0.5 * fair
 
 
-def test_who_comes_when_workers_are_full_and_room_is_left_goes_to_the_front_as_well(session, pool):
+def test_a_newcomer_goes_to_the_front_also_when_workers_are_full_and_room_is_left(session, pool):
     busy(session, pool, 10)
 
     job = a_job(session, pool=pool)
@@ -384,7 +384,7 @@ def test_a_tenant_never_has_more_in_hand_than_its_cap_and_lets_the_others_pass(s
     assert fronted(session, pool, max_per_tenant=4) == [(dumped[4], False)]
 
 
-def test_who_comes_after_the_capped_passes_their_backlog(session, pool):
+def test_a_tenant_that_comes_after_capped_ones_passes_their_backlog(session, pool):
     dump(session, pool, 100)
     fronted(session, pool, max_per_tenant=4)
 
@@ -432,9 +432,7 @@ def test_nothing_is_picked_twice_by_pickers_at_work_together_not_even_for_the_fr
         assert len(picked) == in_hand(session, pool) <= 24
 
 
-def test_a_message_for_the_front_that_was_lost_is_sent_there_again_and_a_withdrawn_one_begins_anew(
-    session, pool
-):
+def test_a_lost_front_message_is_sent_there_again_and_a_withdrawn_one_begins_anew(session, pool):
     busy(session, pool, 100)
     job = a_job(session, pool=pool)
     fronted(session, pool)

@@ -184,7 +184,7 @@ def test_a_worker_sees_no_prompt_of_a_job_that_is_long_over(as_process, database
         ),
     ],
 )
-def test_what_a_worker_looks_for_is_still_found_by_an_index(as_process, condition, found_by):
+def test_a_worker_s_searches_are_still_answered_by_an_index(as_process, condition, found_by):
     with as_process["worker"].connect() as connection:
         connection.execute(text("SET enable_seqscan = off"))
         plan = "\n".join(

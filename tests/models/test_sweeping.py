@@ -9,7 +9,7 @@ from policy.failures import FailureCode
 from tests.builders import a_job, a_lease, a_succeeded_job, hand_off, preempt, store
 
 
-def test_who_waits_again_past_the_run_deadline_is_found_the_earliest_deadline_first(session):
+def test_overruns_of_jobs_that_wait_again_are_found_the_earliest_deadline_first(session):
     late, later, in_time = (a_job(session, run_within_s=seconds) for seconds in (50, 10, 600))
     for job in (late, later, in_time):
         preempt(session, a_lease(session, job))

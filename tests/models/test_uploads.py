@@ -67,7 +67,7 @@ def test_an_upload_that_begins_again_has_all_its_time(session, key):
     assert is_noted(session, key)
 
 
-def test_what_is_struck_out_is_found_no_more_and_striking_out_again_is_harmless(session, key):
+def test_an_upload_struck_out_is_found_no_more_and_striking_it_out_again_is_harmless(session, key):
     begin(session, key, ago_s=100)
 
     uploads.end(session, key)
@@ -96,7 +96,7 @@ def test_a_store_that_is_refused_leaves_the_object_to_be_found(session):
     assert uploads.left_behind(session, older_than_s=90) == artifact["object_key"]
 
 
-def test_an_object_that_an_artifact_names_is_not_deleted_only_because_another_delivery_began_to_upload_it(
+def test_an_object_of_an_artifact_is_not_deleted_because_another_upload_of_it_began(
     session,
 ):
     job = a_succeeded_job(session)

@@ -168,7 +168,7 @@ def expires(session, job):
 @pytest.mark.parametrize(
     "ends", [is_taken_back, is_taken_back_while_it_runs, fails, is_tried_too_often, expires]
 )
-def test_what_was_reserved_for_a_job_that_comes_to_nothing_is_free_again(session, ends):
+def test_a_reservation_for_a_job_that_comes_to_nothing_is_free_again(session, ends):
     tenant = a_tenant(session)
     job = a_counted_job(session, tenant)
 

@@ -194,7 +194,7 @@ def test_an_endpoint_that_is_quick_again_leaves_the_slow_ones(session):
     assert ([claim.is_slow for claim in claims], put_off) == ([False, False], 0)
 
 
-def test_what_nobody_may_deliver_ends_after_three_days_and_what_is_asked_for_again_does_not(
+def test_deliveries_that_nobody_may_make_end_after_three_days_unless_asked_for_again(
     session,
 ):
     now = session.scalar(text("SELECT clock_timestamp()"))
