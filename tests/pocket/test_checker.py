@@ -45,7 +45,7 @@ def test_a_wrong_attribute_is_caught_by_name(caption_text, wrong):
     assert [name for name, is_right in verdict.attributes().items() if is_right is False] == [wrong]
 
 
-def test_what_the_caption_does_not_name_is_free():
+def test_features_that_the_caption_does_not_name_are_free():
     verdict = check(a_picture(), "a red circle on white")
 
     assert verdict.everything_right
