@@ -98,7 +98,7 @@ def within_jitter(retry_after_s, seconds) -> bool:
     return seconds * (1 - JITTER) <= retry_after_s < seconds * (1 + JITTER) + 1
 
 
-def test_what_a_batch_adds_goes_before_its_own_next_item_and_counts_against_the_tenant():
+def test_items_of_a_batch_go_before_its_next_one_and_count_against_the_tenant():
     own = {"fast": TenantBacklog(Waiting(1.0, 2, 20.0), Waiting(1.0, 5, 50.0))}
     snapshot = PoolSnapshot(
         1, {"fast": Line([Waiting(1.0, 2, 20.0), Waiting(1.0, 4, 40.0)])}, own=own
@@ -134,7 +134,7 @@ def test_the_longer_one_s_own_backlog_the_longer_one_waits():
 
 
 @given(dump_s=st.floats(100, 1e6), jobs=st.integers(10, 10_000))
-def test_what_another_tenant_dumps_behind_one_s_own_place_changes_nothing(dump_s, jobs):
+def test_another_tenant_s_dump_behind_one_s_own_place_changes_nothing(dump_s, jobs):
     mine, small = waiting(20, jobs=2, is_own=True), waiting(40, jobs=4)
     large = waiting(40 + dump_s, jobs=round(4 * (40 + dump_s) / 40))
 
@@ -148,7 +148,7 @@ def test_what_another_tenant_dumps_behind_one_s_own_place_changes_nothing(dump_s
         assert abs(with_large.jobs_ahead - with_small.jobs_ahead) <= 1, "rounded"
 
 
-def test_who_has_nothing_waiting_has_nothing_of_a_dump_ahead():
+def test_a_tenant_with_nothing_waiting_has_nothing_of_a_dump_ahead():
     dump = waiting(1e5, jobs=10_000)
 
     assert place(dump).jobs_ahead == 0
@@ -182,7 +182,7 @@ def test_company_on_the_device_is_what_is_in_hand_up_to_its_slots():
     assert (company(11, devices=4), company(0, num_images=4, devices=4)) == (3, 4)
 
 
-def test_who_would_be_done_in_time_is_let_in():
+def test_a_job_that_would_be_done_in_time_is_let_in():
     assert refused() is None
     assert refused(waiting(1e9), there=ahead(29)) is None
 
@@ -219,7 +219,7 @@ def test_a_tenant_with_enough_waiting_is_refused_while_another_is_let_in():
 @pytest.mark.parametrize(
     ("weight", "devices", "wait_s"), [(1.0, 1, 80), (3.0, 1, 40), (1.0, 2, 40)]
 )
-def test_who_has_enough_waiting_is_told_when_the_excess_will_be_gone_by_its_share(
+def test_a_tenant_with_enough_waiting_is_told_when_its_share_will_have_done_the_excess(
     weight, devices, wait_s
 ):
     fleet = a_fleet({"tiers.fast.max_queued_s_per_tenant": 100.0})
@@ -247,7 +247,7 @@ def test_while_the_hand_off_is_overfull_nothing_is_let_in():
 
 
 @pytest.mark.parametrize(("tier", "deadline_s"), [("fast", 30), ("quality", 600)])
-def test_what_would_not_start_before_its_deadline_is_refused(tier, deadline_s):
+def test_a_job_that_would_not_start_before_its_deadline_is_refused(tier, deadline_s):
     assert refused(tier=tier, there=ahead(deadline_s)) is None
 
     no = refused(tier=tier, there=ahead(deadline_s + 50))
@@ -271,7 +271,7 @@ def test_whoever_was_wrong_before_is_careful_now_but_no_more_than_fourfold(p90, 
 
 
 @given(wait_s=st.floats(31, 1e6), draw=DRAWS)
-def test_who_is_refused_is_asked_back_within_ten_minutes_in_whole_seconds(wait_s, draw):
+def test_refusals_ask_back_within_ten_minutes_in_whole_seconds(wait_s, draw):
     no = refused(there=ahead(wait_s), draw=draw)
 
     assert isinstance(no.retry_after_s, int)
@@ -279,7 +279,7 @@ def test_who_is_refused_is_asked_back_within_ten_minutes_in_whole_seconds(wait_s
 
 
 @pytest.mark.parametrize("wait_s", [130, 100_000])
-def test_who_is_refused_together_does_not_come_back_together(wait_s):
+def test_refusals_given_together_do_not_ask_back_together(wait_s):
     asked_back = {
         refused(there=ahead(wait_s), draw=number / 100).retry_after_s for number in range(100)
     }

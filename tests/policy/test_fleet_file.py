@@ -29,7 +29,7 @@ def test_tiers_are_ordered_by_rank_and_not_by_their_place_in_the_file():
     assert fleet.tiers_by_rank == ("quality", "batch", "fast")
 
 
-def test_what_is_not_said_is_the_first_of_the_file():
+def test_a_default_that_is_not_said_is_the_first_of_the_file():
     fleet = a_fleet({"tiers.fast.rank": 9})
 
     assert (fleet.default_tier(), fleet.default_model()) == ("fast", "pocket")

@@ -54,7 +54,7 @@ def test_a_job_takes_its_rows_times_its_steps_and_what_is_fixed_of_each_image():
     )
 
 
-def test_what_was_never_seen_is_guessed_by_its_pixels_and_never_free():
+def test_a_cost_that_was_never_seen_is_guessed_by_its_pixels_and_never_free():
     assert cost_of(width_px=128, height_px=128) > 0
     assert cost_of(width_px=2000) == pytest.approx(2 * cost_of())
     assert cost_of(denoising=Denoising(40, rows=1)) > cost_of()
@@ -100,7 +100,7 @@ def test_all_that_is_ahead_is_spread_over_the_devices_and_the_job_shares_its_own
     assert raw_eta_s(ahead_s=60, image_device_s=2, devices=0, concurrent_images=0.5) == 60 + 2
 
 
-def test_before_anything_was_learnt_the_guess_is_the_median_and_nine_in_ten_take_up_to_twice_as_long():
+def test_the_first_guess_is_the_median_and_nine_in_ten_take_up_to_twice_as_long():
     eta = corrected(10, None)
 
     assert (eta.p50_s, eta.p90_s) == (10, 20)
@@ -144,7 +144,7 @@ def test_the_first_job_moves_the_ratios_by_half_their_way_and_the_hundredth_by_a
     assert (below.p50, below.p90) == pytest.approx((math.exp(-0.025), 2 * math.exp(-0.005)))
 
 
-def test_what_was_learnt_follows_when_jobs_begin_to_take_twice_as_long():
+def test_learnt_ratios_follow_when_jobs_begin_to_take_twice_as_long():
     chance, known = random.Random(5), None
     for observed in range(800):
         median = 1.0 if observed < 400 else 2.0

@@ -123,7 +123,7 @@ def test_the_cap_bounds_what_a_tenant_has_and_lets_a_larger_job_go_alone(held, n
 # --- behind
 
 
-def test_a_tenant_is_behind_with_at_most_half_of_its_share_while_another_runs_more_than_its_own():
+def test_a_tenant_is_behind_with_half_its_share_at_most_while_another_runs_too_much():
     there = outstanding(running={BERT: 8})
 
     # of 12 images 6 are fair
@@ -349,7 +349,7 @@ def test_whatever_waits_a_selection_keeps_its_limits(limits, running, announced,
     announced=st.dictionaries(TENANTS, st.integers(1, 6)),
     num_images=st.integers(1, 9),
 )
-def test_what_may_go_at_once_is_what_a_release_would_pick_for_the_tier_s_own_queue(
+def test_a_job_that_may_go_at_once_is_one_that_a_release_would_pick_for_its_queue(
     limits, running, announced, num_images
 ):
     limits = ReleaseLimits(

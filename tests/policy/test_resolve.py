@@ -36,7 +36,7 @@ def test_a_bare_prompt_gets_every_parameter():
     assert (job.precision, job.determinism, job.bucket_rows) == ("fp32", "best_effort", None)
 
 
-def test_what_was_asked_for_is_kept():
+def test_parameters_that_were_asked_for_are_kept():
     job = resolved(
         negative_prompt="blue",
         tier="batch",

@@ -40,7 +40,7 @@ def test_a_lower_tier_keeps_its_share_beside_a_busy_higher_one():
     assert filled_by("quality", 16, held) == {"fast": 14, "quality": 2}
 
 
-def test_a_worker_full_of_the_highest_tier_takes_no_more_of_it_and_still_the_guaranteed_share_of_the_others():
+def test_a_worker_full_of_the_highest_tier_takes_only_the_guaranteed_share_of_others():
     assert filled_by("fast", 16, {"fast": 16}) == {"fast": 16}
     assert filled_by("quality", 16, {"fast": 16}) == {"fast": 16, "quality": 2}
     assert filled_by("batch", 16, {"fast": 16}) == {"fast": 16, "batch": 1}
@@ -54,7 +54,7 @@ def test_a_higher_tier_is_taken_by_a_worker_full_of_lower_ones():
 
 
 @pytest.mark.parametrize("tier", TIERS)
-def test_from_the_front_queue_a_worker_takes_up_to_twice_its_slots_less_what_the_other_tiers_are_promised(
+def test_the_front_queue_fills_twice_the_slots_less_what_other_tiers_are_promised(
     tier,
 ):
     held = Counter({tier: 16})
@@ -106,7 +106,7 @@ def test_a_tier_within_its_guarantee_gets_in_whatever_others_hold(slots, tier, h
     tier=st.sampled_from(TIERS),
     held=st.dictionaries(st.sampled_from(TIERS), st.integers(0, 200)),
 )
-def test_what_is_held_of_lower_tiers_keeps_nobody_out(slots, tier, held):
+def test_images_held_of_lower_tiers_keep_nobody_out(slots, tier, held):
     fleet = a_fleet()
     better = {
         name: images
