@@ -216,9 +216,7 @@ def test_a_job_that_leaves_its_worker_leaves_its_pictures_for_the_next_one(here,
     assert shelf.inputs.are_there(job.id)
 
 
-def test_pictures_are_kept_as_long_as_somebody_may_render_from_them_and_found_by_the_sweeper_after_that(
-    here, shelf
-):
+def test_pictures_are_kept_while_a_job_may_need_them_and_then_found_by_the_sweeper(here, shelf):
     waiting, over = accept(here, shelf), accept(here, shelf)
     for job in (waiting, over):
         bring(shelf, job)
@@ -247,7 +245,7 @@ def test_pictures_that_were_asked_for_in_vain_are_asked_for_again(here, shelf, n
     assert asked_for(here).count(job.id) == 2, "they are there"
 
 
-def test_what_an_error_about_pictures_means():
+def test_errors_about_pictures_are_told_apart_by_what_follows_from_them():
     assert (
         failure_code(InputGone("init_image: file x was erased"), is_exclusive=False) == "input_gone"
     )

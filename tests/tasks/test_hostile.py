@@ -85,7 +85,7 @@ def steps_of(here, job):
     return here.renderer.news.steps(job.id) if expected is not None else []
 
 
-def test_an_image_that_does_not_fit_is_tried_again_then_alone_and_then_fails_by_that_name_and_its_neighbours_do_not(
+def test_an_image_that_does_not_fit_is_tried_again_then_alone_and_fails_without_others(
     here, breaks_the_device
 ):
     large, neighbour = here.accept(), here.accept(num_steps=12)
@@ -137,7 +137,7 @@ def test_a_job_that_was_there_when_its_worker_died_twice_runs_alone(here):
     assert not here.keeper.is_reserved()
 
 
-def test_what_comes_to_a_worker_where_a_job_wants_to_be_alone_is_given_back_uncounted(here):
+def test_a_job_that_comes_where_another_wants_to_be_alone_is_given_back_uncounted(here):
     suspect, another, plain = here.accept(**LONG), here.accept(), here.accept()
     with transaction(here.database) as session:
         ids = {"ids": [suspect.id, another.id]}
@@ -254,7 +254,7 @@ def test_a_full_hand_off_gives_the_job_back_without_counting_a_try(
     assert row.state == "storing"
 
 
-def test_pixels_wait_for_a_hand_off_that_takes_nothing_for_some_seconds_and_are_not_rendered_again(
+def test_pixels_wait_for_a_full_hand_off_for_some_seconds_and_are_not_rendered_again(
     here, handoff_redis, monkeypatch
 ):
     monkeypatch.setattr(tasks.verdicts, "PATIENCE_S", (0.1,))
@@ -538,7 +538,7 @@ def test_a_leaving_worker_passes_on_what_the_broker_still_hands_it(here):
         assert job.id in {job_of_message(raw) for raw in client.lrange("local.fast", 0, -1)}
 
 
-def test_a_job_that_came_back_to_the_same_worker_is_not_forgotten_when_the_attempt_before_it_ends(
+def test_a_job_back_on_the_same_worker_is_not_forgotten_when_its_old_attempt_ends(
     here,
 ):
     """Its lease was lost while the worker stood still.

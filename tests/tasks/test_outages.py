@@ -211,7 +211,7 @@ def test_without_an_outage_a_deadline_is_a_deadline(sweeping):
     assert sweeping.row(job).state == "expired"
 
 
-def test_what_waits_in_an_outage_of_the_broker_is_announced_by_the_first_sweep_after_it(sweeping):
+def test_jobs_that_wait_in_a_broker_outage_are_announced_by_the_first_sweep_after_it(sweeping):
     with refusing(sweeping, "broker"):
         job = sweeping.accept()
         sweeping.sweeper.sweep()
