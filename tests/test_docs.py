@@ -277,7 +277,7 @@ def test_every_example_says_its_language():
     assert [each.place for each in EXAMPLES if each.language not in LANGUAGES | OTHERS] == []
 
 
-def test_what_is_not_run_says_why(record_property):
+def test_examples_that_are_not_run_say_why(record_property):
     """The reasons are few, so that nobody marks an example to be rid of it."""
     reasons: dict[str, list[str]] = {}
     for each in EXAMPLES:

@@ -179,7 +179,7 @@ def test_use_cases_know_no_request():
     assert strangers_of("app/services", {"flask", "werkzeug", "app.http", "app.openai"}) == set()
 
 
-def test_what_a_process_remembers_knows_neither_requests_nor_use_cases():
+def test_app_live_knows_neither_requests_nor_use_cases():
     assert (
         strangers_of("app/live", {"flask", "werkzeug", "app.http", "app.openai", "app.services"})
         == set()
@@ -282,7 +282,7 @@ def writers() -> set[str]:
     return found
 
 
-def test_what_a_request_writes_is_tried_again_when_it_conflicts_with_another():
+def test_writes_of_a_request_are_tried_again_when_they_conflict_with_another_s():
     """`with transaction(...)` runs its block once; what writes is handed to `run_transaction`."""
     once = set()
     for path in modules("app"):

@@ -354,7 +354,7 @@ def test_a_parameter_and_its_column_agree_on_none(param):
     assert Job.__table__.c[param.name].nullable == may_be_none(param.kind)
 
 
-def test_what_a_wish_says_by_default_is_what_a_body_says_by_default():
+def test_defaults_of_a_wish_are_those_of_a_body():
     body = JobBody(prompt="a red circle")
 
     assert {name: getattr(body, name) or None for name in ASKED} == {
@@ -526,7 +526,7 @@ def test_limits_are_written_as_their_columns_hold_them(session):
 
 
 @pytest.mark.parametrize("name", ["weight", "name", "id"])
-def test_what_is_no_limit_is_not_changed_as_one(session, name):
+def test_an_unknown_limit_is_not_changed(session, name):
     with pytest.raises(ValueError, match="no limit"):
         tenants.limit(session, a_tenant(session), changes={name: 2.0}, actor="tests")
 

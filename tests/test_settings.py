@@ -335,7 +335,7 @@ def test_a_secret_s_file_that_cannot_be_read_is_named(environment, capsys, tmp_p
         ("https://images.example.com", False),
     ],
 )
-def test_what_is_beyond_the_loopback(place, stays_here):
+def test_loopback_places_are_told_from_others(place, stays_here):
     assert is_loopback(place) is stays_here
 
 
