@@ -58,9 +58,11 @@ def launched(tmp_path, child, **variables):
         process = subprocess.Popen(
             [sys.executable, "-c", program], cwd=REPO, env=environment, stdout=log, stderr=log
         )
-    yield process
-    process.kill()
-    process.wait()
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def told(log: Path, count: int) -> list[dict]:
