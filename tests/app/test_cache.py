@@ -304,10 +304,13 @@ def test_while_somebody_reads_others_take_what_is_a_little_too_old(clock, source
     source.goes_on.set()
 
     assert first.result(10) == 2
-    assert {each.result(10) for each in others} == {3}  # that of the first began too long before they asked
+    # that of the first began too long before they asked
+    assert {each.result(10) for each in others} == {3}
 
 
-def test_a_read_that_others_did_not_wait_for_is_remembered_all_the_same(clock, source, threads, monkeypatch):
+def test_a_read_that_others_did_not_wait_for_is_remembered_all_the_same(
+    clock, source, threads, monkeypatch
+):
     monkeypatch.setattr(cache, "PATIENCE_S", 0.0)
     kept = Cache("tests", 10)
     held, source.goes_on = source.goes_on, threading.Event()

@@ -1,4 +1,7 @@
-"""What one process has only so much of: taken, given back, and counted right whoever comes at once."""
+"""What one process has only so much of.
+
+Taken, given back, and counted right whoever comes at once.
+"""
 
 import uuid
 from concurrent.futures import ThreadPoolExecutor
