@@ -82,7 +82,7 @@ def test_every_resolved_parameter_is_echoed(accepted):
     assert [image["seed"] for image in job["images"]] == [job["seed"]]
 
 
-def test_what_was_asked_for_is_echoed_as_it_was(accepted):
+def test_parameters_that_were_asked_for_are_echoed_as_they_were(accepted):
     wish = {
         "prompt": "ein roter Kreis, 赤い円 🔴",
         "negative_prompt": "blue",
@@ -154,7 +154,7 @@ def test_a_finished_job_tells_images_time_and_cost(finished_job):
     assert finished_job["failure"] is None
 
 
-def test_who_waits_gets_the_finished_job(api):
+def test_a_client_that_waits_gets_the_finished_job(api):
     answer = create(api, tier="fast", steps=1, headers={"Prefer": "respond-async, wait=60"})
 
     assert (answer.status_code, answer.json()["state"]) == (202, "succeeded")

@@ -39,7 +39,7 @@ def test_a_waiting_job_tells_how_many_go_before_it_and_when_it_will_be_done(a_ho
     assert all(queue["eta_p50_s"] <= queue["eta_p90_s"] for queue in queues)
 
 
-def test_what_another_tenant_dumps_behind_a_job_does_not_keep_it_waiting(a_house):
+def test_a_job_is_not_kept_waiting_by_another_tenant_s_dump_behind_it(a_house):
     house = a_house().with_workers()
     tenant, other = house.tenant(), house.waits(count=4, predicted_s=30)
     job = of_this_moment(tenant.post).json
@@ -149,7 +149,7 @@ def test_when_its_last_worker_leaves_a_pool_is_unserved(a_house):
     refused(of_this_moment(tenant.post), 503, "model-unserved", "unserved")
 
 
-def test_what_could_not_start_in_time_is_refused(a_house, count_jobs):
+def test_a_job_that_could_not_start_in_time_is_refused(a_house, count_jobs):
     house = a_house().with_workers(2)
     house.runs(tier="fast", predicted_s=160)
     tenant, before = house.tenant(), count_jobs()

@@ -114,7 +114,7 @@ def test_a_bad_item_does_not_refuse_the_others(api):
     cancel_all(api, batch)
 
 
-def test_what_the_items_have_in_common_is_said_once(api):
+def test_defaults_say_once_what_the_items_have_in_common(api):
     batch = api.post(
         URL,
         json={
@@ -131,7 +131,7 @@ def test_what_the_items_have_in_common_is_said_once(api):
     cancel_all(api, batch)
 
 
-def test_what_a_tenant_may_have_waiting_holds_within_a_batch_too(a_house):
+def test_a_tenant_s_cap_on_waiting_jobs_holds_within_a_batch_too(a_house):
     """Each item of 8 images of 60 steps; the cap has room for a few of them."""
     house = a_house().with_workers()
     own_s = house.tenant().send("/v1/estimate", {**BODY, "n": 8}).json["cost"]["gpu_seconds"]
@@ -200,7 +200,7 @@ def test_batches_and_single_jobs_of_one_tenant_do_not_lock_each_other_out(gatewa
         assert set(threads.map(send, range(24))) == {200}
 
 
-def test_problems_beyond_what_an_answer_holds_are_shortened_and_say_as_much_as_a_client_acts_on():
+def test_problems_beyond_what_an_answer_holds_are_shortened_to_what_a_client_acts_on():
     errors = [{"pointer": f"/field{number}", "detail": "x" * 500} for number in range(3)]
     long = FleetSaturated("y" * MAX_PROBLEM_CHARS, retry_after_s=7)
     wrong = InvalidImageRequest("z" * 500, errors=errors, errors_left_out=4)

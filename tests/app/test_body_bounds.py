@@ -95,7 +95,7 @@ def test_errors_are_told_up_to_a_number_and_counted_beyond_it(api):
     assert problem["errors_left_out"] == 50 - MAX_ERRORS
 
 
-def test_what_is_too_much_is_pointed_at(api):
+def test_a_member_that_is_too_large_is_pointed_at(api):
     problem = assert_problem(
         api.post(
             "/v1/jobs",
@@ -180,7 +180,7 @@ def test_wrong_defaults_are_said_once_for_a_thousand_jobs(api):
     assert len(answer.content) < MOST_TOLD
 
 
-def test_what_a_thousand_wrong_jobs_are_answered_with_is_bounded(api):
+def test_the_answer_to_a_thousand_wrong_jobs_is_bounded(api):
     wrong = {f"field-{number}": 1 for number in range(60)}
 
     answer = api.post(
@@ -260,7 +260,7 @@ def test_json_has_one_kind_of_number(api, fields):
 
 @pytest.mark.parametrize("value", [True, False, 1.5, 1e-9, "1"])
 @pytest.mark.parametrize("field", ["n", "seed", "steps"])
-def test_what_is_no_whole_number_is_none(api, field, value):
+def test_a_number_that_is_not_whole_is_refused(api, field, value):
     problem = assert_problem(
         api.post("/v1/jobs", json={"prompt": "a dot", field: value}), 422, "invalid-image-request"
     )

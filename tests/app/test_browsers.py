@@ -125,7 +125,7 @@ def test_a_page_can_read_that_a_route_does_not_exist(open_to_pages):
     assert told(answer)["Access-Control-Allow-Origin"] == PAGE
 
 
-def test_what_a_preflight_names_is_not_put_into_the_answer_unread(open_to_pages):
+def test_headers_that_a_preflight_names_are_not_put_into_the_answer_unread(open_to_pages):
     for odd in ("x y", "a\tb", "ä", "x" * 65, ", ".join(["x"] * 65)):
         answer = open_to_pages.options(
             "/v1/jobs", headers={**PREFLIGHT, "Access-Control-Request-Headers": odd}

@@ -80,7 +80,7 @@ def test_the_command_and_the_client_ask_for_it(stack, client):
 
 @pytest.mark.parametrize("url", ["/v1/jobs", "/v1/estimate"])
 @pytest.mark.parametrize(("value", "why"), [(-1, "from 0 to 12"), (13, "from 0 to 12"), (1.5, "")])
-def test_what_no_encoder_has_is_refused(api, url, value, why):
+def test_a_clip_skip_that_no_encoder_has_is_refused(api, url, value, why):
     answer = api.post(url, json=BODY | {"clip_skip": value})
 
     problem = assert_problem(answer, 422, "invalid-image-request")

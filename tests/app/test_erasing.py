@@ -160,7 +160,7 @@ def test_an_object_is_let_go_when_its_last_name_is_erased(stack_database):
         uploads.end(session, artifact["object_key"])
 
 
-def test_what_was_accepted_under_a_key_comes_back_empty(api):
+def test_an_erased_job_that_was_accepted_under_a_key_comes_back_empty(api):
     key = {"Idempotency-Key": str(uuid.uuid4())}
     job = api.post("/v1/jobs", json={**WISH, "tier": "batch"}, headers=key).json()
     api.delete(job["urls"]["self"])

@@ -57,7 +57,7 @@ def test_twice_the_steps_cost_more_and_count_twice(api):
     assert twice["cost"]["gpu_seconds"] > once["cost"]["gpu_seconds"]
 
 
-def test_what_could_not_be_served_now_is_told_and_why(a_house):
+def test_an_estimate_says_when_the_job_could_not_be_served_now_and_why(a_house):
     estimate = a_house().tenant().send(URL, BODY)
 
     assert (estimate.status_code, estimate.json["can_be_served"]) == (200, False)
@@ -94,7 +94,7 @@ UNKNOWN = "00000000-0000-4000-8000-000000000000"
     "change",
     [{"steps": 100_000}, {"nosuch": 1}, {"start_deadline_s": 1e9}, {"init_image": UNKNOWN}],
 )
-def test_what_no_worker_could_render_is_the_same_problem_as_for_a_job(api, change):
+def test_an_estimate_of_an_impossible_job_has_the_same_problem_as_the_job(api, change):
     problems = [
         assert_problem(api.post(url, json={**BODY, **change}), 422, "invalid-image-request")
         for url in (URL, "/v1/jobs")

@@ -192,7 +192,7 @@ def test_previews_are_made_only_for_those_who_ask(api, handoff_redis):
 
 
 @pytest.mark.slow
-def test_who_asks_while_it_is_rendered_sees_previews_too(api):
+def test_a_follower_that_asks_while_a_job_is_rendered_sees_previews_too(api):
     job = create(api)
     with following(api, job) as plain:
         next(event for event in plain if event[1] == "step")
@@ -200,7 +200,7 @@ def test_who_asks_while_it_is_rendered_sees_previews_too(api):
         assert "preview" in kinds(read(api, job, previews="true"))
 
 
-def test_who_comes_back_is_told_exactly_the_rest(api):
+def test_a_follower_that_comes_back_is_told_exactly_the_rest(api):
     job = create(api, steps=4)
     events = read(api, job)
     middle = len(events) // 2
@@ -331,7 +331,7 @@ def test_an_id_that_is_none_is_refused(api, finished_job, after):
     assert answer.json()["header"] == "Last-Event-ID"
 
 
-def test_what_previews_may_be_is_said(api, finished_job):
+def test_a_wrong_previews_parameter_is_told_the_accepted_values(api, finished_job):
     answer = api.get(finished_job["urls"]["events"], params={"previews": "maybe"})
 
     assert_problem(answer, 422, "invalid-query")

@@ -189,7 +189,7 @@ def test_a_file_input_that_nobody_filled_in_is_no_picture(tenant):
     assert "there are 0" in assert_problem(answer, 400, "malformed-body")["detail"]
 
 
-def test_what_nothing_reads_in_a_form_is_refused_and_openai_s_purpose_is_let_be(tenant):
+def test_form_parts_that_nothing_reads_are_refused_and_openai_s_purpose_is_let_be(tenant):
     assert bring(tenant, data={"purpose": "vision"}).status_code == 201
     assert (
         "'expires'"
@@ -341,7 +341,9 @@ def test_a_data_url_of_some_megabytes_is_taken(tenant):
     ],
 )
 @pytest.mark.parametrize("field", ["init_image", "mask"])
-def test_what_stands_for_no_picture_is_refused_and_says_what_would(tenant, field, value):
+def test_a_value_that_stands_for_no_picture_is_refused_with_the_ones_that_would(
+    tenant, field, value
+):
     start = {"init_image": bring(tenant).json()["id"]} if field == "mask" else {}
 
     error = error_of(
@@ -441,7 +443,9 @@ def test_a_picture_is_fetched_for_a_tenant_that_may(fetching, elsewhere_on_the_w
 
 
 @pytest.mark.parametrize("path", ["/text", "/nothing", "/away", "/huge"])
-def test_what_cannot_be_fetched_or_is_no_picture_is_refused(fetching, elsewhere_on_the_web, path):
+def test_a_url_that_cannot_be_fetched_or_holds_no_picture_is_refused(
+    fetching, elsewhere_on_the_web, path
+):
     answer = fetching(elsewhere_on_the_web + path)
 
     assert answer.status_code == 422

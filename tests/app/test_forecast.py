@@ -116,7 +116,7 @@ def test_a_job_behind_some_that_lack_their_pictures_is_looked_at(house):
     assert house.hint() is ReleaseHint.TRY_RELEASE
 
 
-def test_what_a_batch_asks_of_another_pool_is_before_none_of_its_jobs(house):
+def test_jobs_of_a_batch_for_another_pool_are_before_none_of_the_rest(house):
     """Of a better tier in its own pool it is: not before it in its line, but it takes its time."""
     tenant, booked = house.waits(count=1, predicted_s=1), Booked(jobs=5, cost_s=100.0)
     flows = [(house.pool, "batch"), (house.pool, "fast"), ("another", "batch")]

@@ -66,7 +66,7 @@ def test_a_replayed_answer_shows_the_job_as_it_is_now(api, key):
     assert api.post("/v1/jobs", json=BODY, headers=key).json()["state"] == "canceled"
 
 
-def test_what_counts_is_what_is_asked_for_and_not_how_it_is_written(api, key):
+def test_a_key_stands_for_what_is_asked_for_and_not_for_how_it_is_written(api, key):
     job = api.post("/v1/jobs", json=BODY, headers=key).json()
     otherwise = '{"steps": 60,   "tier":"batch", "n": 1, "prompt": "a red circle", "metadata": {}}'
 
@@ -112,7 +112,7 @@ def test_a_refused_request_leaves_no_key(api, key):
     assert api.post("/v1/jobs", json=BODY, headers=key).status_code == 202
 
 
-def test_what_cannot_be_served_now_leaves_no_key(a_house, key):
+def test_a_request_that_cannot_be_served_now_leaves_no_key(a_house, key):
     house = a_house()
     tenant = house.tenant()
     assert tenant.post(headers=key).status_code == 503
@@ -122,7 +122,7 @@ def test_what_cannot_be_served_now_leaves_no_key(a_house, key):
     assert of_this_moment(lambda: tenant.post(headers=key)).status_code == 202
 
 
-def test_what_was_accepted_is_answered_even_when_nothing_can_be_served_any_more(a_house, key):
+def test_an_accepted_key_is_answered_even_when_nothing_can_be_served_any_more(a_house, key):
     house = a_house().with_workers()
     tenant = house.tenant()
     job = tenant.post(headers=key).json

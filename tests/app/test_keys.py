@@ -162,7 +162,7 @@ def test_the_last_use_of_a_key_is_noted(issue, nobody, stack_database):
     "header",
     ["", "Bearer", "Basic a", "Bearer dr_x", "Bearer " + "a" * 500, "Bearer dr_aaaaaaaaaaaa_ü"],
 )
-def test_what_is_no_key_is_refused_like_any_other(nobody, header):
+def test_a_header_that_is_no_key_is_refused_like_an_unknown_key(nobody, header):
     answer = httpx.get(
         f"{nobody.base_url}/v1/jobs", headers={"Authorization": header.encode()}, trust_env=False
     )

@@ -154,7 +154,7 @@ def test_a_job_that_no_budget_ever_holds_is_refused_for_good(limited):
     assert problem["errors"][0]["accepted"] == {"max_megapixel_steps": COST / 2}
 
 
-def test_what_came_to_nothing_costs_no_budget(limited):
+def test_requests_that_come_to_nothing_cost_no_budget(limited):
     client = limited(
         megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5, max_concurrent_jobs=1
     )
@@ -204,7 +204,7 @@ def test_the_daily_quota_is_exact_under_160_racing_jobs_and_survives_a_flushed_r
     assert used["limits"]["daily_megapixel_steps"] == pytest.approx(50 * COST)
 
 
-def test_what_is_taken_back_is_released_and_what_succeeds_is_settled(limited):
+def test_a_canceled_job_s_quota_is_released_and_a_successful_one_s_is_settled(limited):
     # one job, and what may have been done of another
     client = limited(monthly_megapixel_steps=Decimal(str(1.99 * COST)))
     first = client.post("/v1/jobs", json=BODY).json()

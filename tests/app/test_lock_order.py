@@ -394,7 +394,7 @@ def test_a_request_that_conflicts_is_tried_again_and_its_client_does_not_hear_of
     assert [listed["id"] for listed in tenant.send("GET", "/v1/jobs")[1]["data"]] == [job["id"]]
 
 
-def test_a_request_that_conflicts_every_time_is_told_to_come_again_and_not_that_the_database_is_away(
+def test_a_request_that_conflicts_every_time_is_told_to_come_again(
     house,
 ):
     tenant = house.tenant()

@@ -240,7 +240,7 @@ def test_a_user_is_named_by_the_newer_field_if_there_are_two(fields, user):
         ({"stream": True, "response_format": "url"}, "response_format"),
     ],
 )
-def test_what_is_not_done_here_says_so(fields, param):
+def test_a_field_that_is_not_offered_here_says_so(fields, param):
     with pytest.raises(NotOffered) as refusal:
         read(GENERATION, {"prompt": "x", **fields}, FLEET)
 
@@ -367,7 +367,7 @@ def test_every_failure_is_somebody_s_fault():
 
 
 @pytest.mark.parametrize("code", [*OURS, *THEIRS])
-def test_a_failure_of_ours_is_a_server_error_that_clients_try_again_and_one_of_the_request_s_is_not(
+def test_a_failure_of_ours_is_a_server_error_and_one_of_the_request_s_is_not(
     code,
 ):
     problem = problem_of_end(uuid.uuid4(), "failed", code)
@@ -390,7 +390,7 @@ def test_a_failure_of_ours_is_a_server_error_that_clients_try_again_and_one_of_t
         ({}, False),
     ],
 )
-def test_what_was_made_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
+def test_a_request_for_dall_e_is_answered_with_urls_unless_it_says_otherwise(fields, is_url):
     fleet = a_fleet({"models.pocket.aliases": ["dall-e-2", "dall-e-3", "gpt-image-1"]})
     wish = {"prompt": "x", **fields}
 
@@ -448,7 +448,7 @@ def test_every_extra_reaches_the_wish(as_text):
     assert asked.metadata == {"a": "b"}
 
 
-def test_what_is_null_is_as_if_it_were_not_said():
+def test_null_is_as_if_it_were_not_said():
     extras = (
         "seed",
         "steps",

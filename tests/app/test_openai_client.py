@@ -291,7 +291,7 @@ def test_an_edit_streams_too(client):
         ({"prompt": "x", "extra_body": {"frame_count": 4}}, "frame_count"),
     ],
 )
-def test_what_is_not_offered_or_wrong_is_a_bad_request_that_names_its_parameter(
+def test_a_parameter_that_is_wrong_or_not_offered_is_a_bad_request_that_names_it(
     client, fields, param
 ):
     with pytest.raises(openai.BadRequestError) as refusal:
@@ -426,7 +426,7 @@ def test_a_file_that_nothing_reads_is_refused_and_not_passed_over(client):
 
 
 @pytest.mark.parametrize(("field", "value"), [("seed", 10**400), ("user", "a\x00b")])
-def test_what_no_database_holds_is_a_bad_request(client, field, value):
+def test_a_value_that_no_database_holds_is_a_bad_request(client, field, value):
     with pytest.raises(openai.BadRequestError) as refusal:
         client.images.generate(prompt=PROMPT, extra_body={field: value})
 

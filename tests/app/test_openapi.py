@@ -589,7 +589,7 @@ def test_the_page_shows_the_operations(stack, tmp_path):
     assert picture.stat().st_size > 30_000, json.dumps(picture.stat().st_size)
 
 
-def test_what_an_answer_always_has_is_required_and_what_comes_and_goes_is_not(spec):
+def test_members_that_an_answer_always_has_are_required_and_others_are_not(spec):
     required = {
         name: set(schema.get("required", ()))
         for name, schema in spec["components"]["schemas"].items()

@@ -121,7 +121,7 @@ def test_neither_does_an_edit(limited, limits, change, status):
     assert files_of(client) == []
 
 
-def test_a_budget_that_is_spent_is_found_before_a_picture_is_decoded_and_nothing_of_it_is_taken(
+def test_a_spent_budget_is_found_before_a_picture_is_decoded_and_nothing_is_taken(
     limited,
 ):
     client = limited(megapixel_steps_per_minute=0.06, burst_megapixel_steps=COST * 1.5)
@@ -252,7 +252,7 @@ def upload(client, content: bytes):
     return client.post("/v1/files", content=content, headers={"Content-Type": "image/png"})
 
 
-def test_what_is_stored_is_counted_and_what_is_erased_no_more(limited):
+def test_files_are_counted_while_they_are_stored_and_no_more_once_they_are_erased(limited):
     client = limited()
     files = [upload(client, png(a_picture(20, 20 + seed))).json() for seed in (0, 1, 1)]
 

@@ -99,7 +99,9 @@ def test_a_version_that_draws_no_traffic_is_replayed_all_the_same(
         ),
     ],
 )
-def test_what_is_not_offered_any_more_cannot_be_replayed(gateway_with, new_key, changes, gone):
+def test_a_job_whose_model_tier_or_pool_is_gone_cannot_be_replayed(
+    gateway_with, new_key, changes, gone
+):
     own = bearer(new_key())
     job = gateway_with().post("/v1/jobs", json=BODY, headers=own).json
 
@@ -154,7 +156,7 @@ def kept(api, picture) -> str:
     return api.post("/v1/files", content=png(picture), headers=headers).json()["id"]
 
 
-def test_what_was_erased_cannot_be_replayed(api, canceled_job):
+def test_an_erased_job_cannot_be_replayed(api, canceled_job):
     api.delete(canceled_job["urls"]["self"])
 
     assert_problem(replay(api, canceled_job), 409, "replay-impossible")

@@ -300,7 +300,7 @@ class ABroker:
 
 
 @pytest.mark.parametrize("is_away", [False, True])
-def test_what_a_tenant_asks_to_be_sent_is_announced_at_once_and_noted_while_the_broker_is_away(
+def test_a_delivery_a_tenant_asks_for_is_announced_at_once_or_noted_without_a_broker(
     runtime, caller, is_away
 ):
     broker = ABroker(is_away=is_away)

@@ -42,7 +42,7 @@ def test_a_waiting_job_s_status_has_its_place_and_eta(a_house):
     assert 0 < queue["eta_p50_s"] <= queue["eta_p90_s"]
 
 
-def test_what_is_known_already_is_not_sent_again(api, finished_job):
+def test_a_status_that_is_known_already_is_not_sent_again(api, finished_job):
     for url in (finished_job["urls"]["status"], finished_job["urls"]["self"]):
         first = api.get(url)
         again = api.get(url, headers={"If-None-Match": first.headers["ETag"]})
@@ -100,7 +100,7 @@ def test_a_thousand_looks_at_once_are_one_read():
     assert (len(reads), len(seen)) == (1, 1)
 
 
-def test_what_is_remembered_is_bounded():
+def test_the_number_of_remembered_statuses_is_bounded():
     statuses = Statuses()
     for number in range(MAX_KEPT + 50):
         statuses.get(uuid.UUID(int=1), uuid.UUID(int=number), lambda: b"{}")

@@ -105,7 +105,7 @@ def waiting_for(client, job, wait_s=20):
     return lambda: client.get(job["urls"]["self"], headers={"Prefer": f"wait={wait_s}"}, timeout=60)
 
 
-def test_who_may_not_wait_is_answered_at_once(as_tenant, new_key):
+def test_a_client_without_room_to_wait_is_answered_at_once(as_tenant, new_key):
     client = as_tenant(new_key())
     job = client.post("/v1/jobs", json=WISH).json()
 
@@ -128,7 +128,7 @@ def test_who_may_not_wait_is_answered_at_once(as_tenant, new_key):
     ] == ["queued"] * 5
 
 
-def test_who_may_not_wait_for_a_new_job_has_it_all_the_same(as_tenant, new_key):
+def test_a_new_job_is_accepted_without_room_to_wait_for_it(as_tenant, new_key):
     client = as_tenant(new_key())
     job = client.post("/v1/jobs", json=WISH).json()
     asking = Asking(waiting_for(client, job), 4)
